@@ -1,0 +1,1 @@
+"""The engine: contracts, hooks and the step. Imports neither ``quire.plugins`` nor ``quire.server``."""

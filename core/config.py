@@ -1,0 +1,90 @@
+"""Configuration: frozen sections, one per component, final before the first component is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class PluginChoice:
+    """A resolved plugin: what the user asked for, and the class it became."""
+
+    kind: str
+    name: str
+    target: str
+    """``module:Class``."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """As given on the command line; parsed by the class's own ``Options``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model, in what precision, on what device."""
+
+    model: str
+    """As the user named it."""
+    path: str
+    """The local folder it resolved to."""
+    tokenizer_path: str
+    dtype: str
+    """``float32``, ``float16`` or ``bfloat16``; ``auto`` is resolved."""
+    device: Literal["cpu", "cuda"]
+    max_model_len: int
+    vocab_size: int
+    architecture: str
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    seed: int = 0
+    served_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache."""
+
+    block_size: int = 16
+    """Tokens per block."""
+    num_blocks: int | None = None
+    """Blocks per group; None: as many as memory allows."""
+    gpu_memory_utilization: float = 0.9
+    cpu_bytes: int = 1 << 30
+    """Size of the pool on a CPU when ``num_blocks`` is None."""
+    dtype: str = "auto"
+    prefix_caching: bool = True
+    watermark: float = 0.01
+    """Share of the blocks that newcomers must leave free."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a step."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    chunked_prefill: bool = True
+    max_queued: int | None = None
+    """Requests beyond this many in the queue are refused (HTTP 429); None: unbounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine core is built from. A component gets its section, never the whole."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    plugins: Mapping[str, PluginChoice]
+    """By kind; kinds of which several may be active are keyed ``kind:0``, ``kind:1`` ..."""
+    enforce_eager: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def plugin(self, kind: str) -> PluginChoice:
+        """The one choice of ``kind``."""
+        return self.plugins[kind]
+
+    def plugins_of(self, kind: str) -> list[PluginChoice]:
+        """Every choice of a kind of which several may be active."""
+        return [choice for key, choice in sorted(self.plugins.items()) if key.split(":")[0] == kind]

@@ -1,0 +1,1 @@
+"""What each kind of plugin promises, one file a kind. The engine talks to plugins through these classes alone."""

@@ -1,0 +1,52 @@
+"""Executor: where the workers run, and how a step reaches them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+from quire.core.config import EngineConfig
+from quire.core.contracts.kv import KVGroup
+from quire.core.messages import ModelRunnerOutput, SchedulerOutput
+
+__all__ = ["Executor", "KVCapacity", "Pending"]
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> ModelRunnerOutput:
+        """Wait for the step's tokens. Raises what the worker raised."""
+
+    def done(self) -> bool:
+        """Whether ``result`` would return at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCapacity:
+    """What the workers agreed on after loading and profiling."""
+
+    groups: tuple[KVGroup, ...]
+    num_blocks: int
+    """Blocks per group, the padding sink included."""
+    bytes_per_block: int
+
+
+class Executor(ABC):
+    """Runs steps in the order they are given. At most two are under way."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def start(self) -> KVCapacity:
+        """Start workers, load the model, profile memory, allocate the KV cache, capture graphs."""
+
+    @abstractmethod
+    def execute(self, step: SchedulerOutput) -> Pending:
+        """Launch a step and return at once."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Stop every worker. Idempotent."""

@@ -1,0 +1,150 @@
+"""KV allocator: which blocks of the cache belong to which request. Host side, one thread, never blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.core.request import Request
+
+__all__ = ["Allocation", "KVAllocator", "KVEvent", "KVGroup", "KVStats", "PrefixMatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """A group of layers with the same KV geometry. Each group has block tables and block ids of its own."""
+
+    num_layers: int
+    window: int | None = None
+    """Sliding window in tokens: blocks wholly before it may be trimmed."""
+
+
+@dataclass(slots=True)
+class PrefixMatch:
+    """A cached prefix: the same number of tokens in every group, in whole blocks."""
+
+    num_tokens: int
+    blocks: tuple[tuple[int, ...], ...]
+    """Block ids per group."""
+
+
+@dataclass(slots=True)
+class Allocation:
+    """What changed: per group, entries ``starts[g] ..`` of the request's block table become ``new_blocks[g]``."""
+
+    starts: list[int]
+    new_blocks: list[list[int]]
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(group, source, destination): a shared block that will be written was replaced by a private copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVEvent:
+    """A block became findable (``stored``) or was forgotten. For KV-aware routers."""
+
+    stored: bool
+    group: int
+    block_id: int
+    block_hash: bytes
+
+
+@dataclass(slots=True)
+class KVStats:
+    """Gauges and counters of the pool; blocks of all groups together."""
+
+    num_blocks: int
+    num_free: int
+    """Blocks that can be handed out now, cached ones without a holder included."""
+    num_cached: int
+    prefix_queries: int
+    """Tokens looked up."""
+    prefix_hits: int
+    """Tokens found."""
+
+
+class KVAllocator(ABC):
+    """Owns ``num_blocks`` blocks per group, block 0 reserved as the padding sink and never handed out.
+
+    Promised by an allocator: no block is writable by two requests; none is both free and referenced; a failed
+    ``allocate`` changes nothing; after every request is freed the pool is back at its baseline. Reads of a request
+    are of ``request_id``, ``token_ids``, ``extra_keys``, ``skip_prefix_cache`` and ``block_hashes`` (its scratch).
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        options: object | None = None,
+    ) -> None:
+        self.groups = tuple(groups)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+
+    @abstractmethod
+    def match_prefix(self, request: Request) -> PrefixMatch:
+        """The longest cached prefix, at most ``num_tokens - 1`` (the last token is always computed). Changes nothing."""
+
+    @abstractmethod
+    def allocate(
+        self, request: Request, num_tokens: int, *, match: PrefixMatch | None = None, reserve: int = 0
+    ) -> Allocation | None:
+        """Make room so that the request's first ``num_tokens`` tokens have slots, written from its last commit on.
+
+        The first call for a request (or after ``free``) may pass the ``match`` to start from; its blocks get a
+        reference. ``reserve`` blocks per group must remain free afterwards (the watermark). Blocks about to be written
+        that are shared are replaced and listed in ``copies``. ``None``: not enough blocks, nothing changed.
+        """
+
+    @abstractmethod
+    def commit(self, request: Request, num_tokens: int) -> None:
+        """KV of the first ``num_tokens`` tokens is (or will be, in stream order) written and their ids are known:
+        blocks now full become findable."""
+
+    @abstractmethod
+    def fork(self, parent: Request, child: Request, num_tokens: int) -> Allocation:
+        """Start ``child`` with references to the parent's blocks of the first ``num_tokens`` tokens."""
+
+    @abstractmethod
+    def trim(self, request: Request, group: int, before: int) -> None:
+        """Tokens before position ``before`` will not be read again in this group: their blocks may be given up."""
+
+    @abstractmethod
+    def free(self, request: Request) -> None:
+        """Give up every block of the request. Findable blocks stay cached until they are needed. Idempotent."""
+
+    @abstractmethod
+    def num_held(self, request: Request) -> int:
+        """Blocks the request references, over all groups."""
+
+    @abstractmethod
+    def num_free(self) -> int:
+        """Blocks that can be handed out now in the scarcest group."""
+
+    @abstractmethod
+    def hold(self, group: int, blocks: Sequence[int]) -> None:
+        """Add a reference to each block, so that it outlives its requests (a transfer in flight)."""
+
+    @abstractmethod
+    def release(self, group: int, blocks: Sequence[int]) -> None:
+        """Give back what ``hold`` took."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> int:
+        """Forget every cached block that nobody holds; returns how many."""
+
+    @abstractmethod
+    def events(self) -> list[KVEvent]:
+        """Changes since the last call."""
+
+    @abstractmethod
+    def stats(self) -> KVStats:
+        """The pool now."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` naming the first broken promise. For tests and debugging; may be slow."""

@@ -1,0 +1,59 @@
+"""Logits processor: changes logits between the model and the sampler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.core.messages import NewRequest
+from quire.core.sampling_params import SamplingParams
+
+__all__ = ["LogitsBatch", "LogitsProcessor"]
+
+
+@dataclass(slots=True)
+class LogitsBatch:
+    """Which request each line of logits belongs to."""
+
+    rows: list[int]
+    """(n,) row in the request table of each line, on the host. Rows are stable: a request keeps its row while it runs."""
+    positions: list[int]
+    """(n,) host upper bound of the position of the token to be drawn (exact without drafts)."""
+    token_ids: Tensor
+    """(max_num_seqs, max_model_len) int32 on the device: every row's tokens so far, the last drawn one included."""
+    num_tokens: Tensor
+    """(n,) int32 on the device: how many of them are real, for each line."""
+
+
+class LogitsProcessor(ABC):
+    """Keeps state per row. Called between two graphs, so it may run any tensor code, but never reads the device.
+
+    A processor that raises in ``add`` or ``apply`` is quarantined: it is skipped from then on, and a metric says so.
+    """
+
+    argmax_invariant: bool = False
+    """True if it can never change which token is the largest; then it is skipped for greedy requests."""
+
+    def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+
+    @classmethod
+    def validate(cls, params: SamplingParams, vocab_size: int) -> None:
+        """Raise ``InvalidRequestError`` for parameters this processor cannot honour. Runs in the front process."""
+
+    @abstractmethod
+    def add(self, request: NewRequest) -> bool:
+        """A request enters row ``request.row``. Returns whether this processor has anything to do for it."""
+
+    @abstractmethod
+    def remove(self, row: int) -> None:
+        """The row's request left (finished, aborted or preempted). Only for rows whose ``add`` returned True."""
+
+    @abstractmethod
+    def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
+        """Change ``logits`` (n, vocab) float32 in place. Called only when some line's ``add`` returned True."""

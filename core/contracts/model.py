@@ -1,0 +1,59 @@
+"""Model: a family's forward pass, and how its checkpoint maps onto it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from quire.core.contracts.attention import AttentionBackend, AttentionSpec, LayerKV
+
+__all__ = ["ForwardContext", "Model"]
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """What a forward pass knows of its step, beside tokens and positions. Handed down explicitly, never global."""
+
+    backends: list[AttentionBackend]
+    """By group; ``plan`` was called for this step."""
+    slot_mapping: list[Tensor]
+    """By group: (num_tokens,) int64, block * block_size + offset of each token; padding points into block 0."""
+    kv: list[LayerKV]
+    """By layer."""
+    group_of: list[int]
+    """By layer."""
+
+
+class Model(nn.Module, ABC):
+    """One architecture. Constructed with ``Model(hf_config, builder)``, where ``builder``
+    (``quire.core.layers.builder.LayerBuilder``) makes linear, embedding and norm layers for this rank, device, dtype
+    and quantization. A family is a page: layers, forward, and names.
+    """
+
+    @abstractmethod
+    def attention_specs(self) -> list[AttentionSpec]:
+        """One per layer, on this rank."""
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """(num_tokens,) int32 tokens and int64 positions -> (num_tokens, hidden), after the final norm."""
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab) in the model's dtype."""
+
+    @abstractmethod
+    def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:
+        """Checkpoint tensor name -> what copies it into place. The loader calls each exactly once, streaming, and
+        reports what is missing or left over."""
+
+    def ignored(self, name: str) -> bool:
+        """Whether a checkpoint tensor may be passed over (a tied ``lm_head.weight``, ``rotary_emb.inv_freq``)."""
+        return False
+
+    def finish_loading(self) -> Iterator[str]:
+        """Repack weights after loading, yielding the names of the layers done, for the progress bar."""
+        yield from ()

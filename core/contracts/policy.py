@@ -1,0 +1,140 @@
+"""Batching policy: who runs next, and how much. Deterministic: state in, plan out; the time is in the state.
+
+The simplest policy is one method: an ``admission_key``. The core keeps the queue in that order, runs every decoding
+request each step, and fills the rest of the token budget with chunks of waiting prompts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BatchingPolicy", "Columns", "Grants", "Reject", "RequestInfo", "StepView", "Usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInfo:
+    """What is known of a request at arrival."""
+
+    request_id: str
+    arrival_ns: int
+    prompt_len: int
+    max_tokens: int
+    """Upper bound of the tokens it may generate."""
+    priority: int
+    """Lower is sooner."""
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Returned instead of an admission key: the request is refused with this reason (HTTP 429)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a finished request consumed."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    run_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Requests as parallel, read-only columns; all int64 of one length."""
+
+    computed: NDArray[np.int64]
+    """Tokens whose KV is computed or in flight: an upper bound (equal to ``computed_min`` without drafts)."""
+    computed_min: NDArray[np.int64]
+    remaining: NDArray[np.int64]
+    """Known tokens still to compute; 1 for a decoding request, 0 for one that waits for its last tokens to land."""
+    in_flight: NDArray[np.int64]
+    """Tokens drawn on the device and not read back."""
+    prompt_len: NDArray[np.int64]
+    output_len: NDArray[np.int64]
+    max_tokens: NDArray[np.int64]
+    priority: NDArray[np.int64]
+    arrival_ns: NDArray[np.int64]
+    blocks_held: NDArray[np.int64]
+    """What evicting it would free at most."""
+    blocks_needed: NDArray[np.int64]
+    """What computing all its remaining tokens would take at most."""
+
+    def __len__(self) -> int:
+        return len(self.computed)
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """The engine at one instant. Requests are numbered: running ones 0 .. R-1, then the waiting window R .. R+W-1."""
+
+    now_ns: int
+    budget: int
+    """Tokens this step may compute."""
+    free_rows: int
+    free_blocks: int
+    block_size: int
+    running: Columns
+    """In order of admission."""
+    waiting: Columns
+    """The best of the queue, at most 512, in key order."""
+
+
+@dataclass(slots=True)
+class Grants:
+    """A plan, in order of service: request ``rows[i]`` (numbered as in the view) may compute ``tokens[i]`` tokens.
+
+    ``victims`` are running requests in the order in which they are preempted when blocks run out; by default the
+    youngest first. The core checks everything: grants beyond the budget, the remaining tokens or the free rows are
+    cut, and a request that no longer fits waits.
+    """
+
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    victims: NDArray[np.int64] | None = None
+
+
+class BatchingPolicy(ABC):
+    """Chooses; the core keeps safety. A policy that raises, returns nonsense, overruns its time or never schedules is
+    quarantined: ``fcfs`` takes over, a log line and a metric name it, and no request is lost.
+
+    Given the same view and the same history, a policy returns the same plan: no clock, no I/O, seeded randomness.
+    """
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+    @abstractmethod
+    def admission_key(self, request: RequestInfo) -> tuple[Any, ...] | Reject:
+        """Rank in the queue, fixed at arrival; the smallest comes first. Ties keep arrival order."""
+
+    def plan(self, view: StepView) -> Grants:
+        """Divide the step. The default: every running request in order of admission, decodes before prompts, then
+        the waiting in key order, prompts in chunks, until the budget is spent."""
+        return default_plan(view)
+
+    def finished(self, request: RequestInfo, usage: Usage) -> None:  # noqa: B027
+        """A request left the engine."""
+
+
+def default_plan(view: StepView) -> Grants:
+    """Decodes first, then running prompts, then the waiting in order, each cut to what is left of the budget."""
+    running, waiting = view.running.remaining, view.waiting.remaining
+    decodes = np.flatnonzero(running == 1)
+    prompts = np.flatnonzero(running > 1)
+    admitted = np.arange(min(len(waiting), view.free_rows)) + len(running)
+    rows = np.concatenate((decodes, prompts, admitted))
+    want = np.concatenate((running, waiting))[rows]
+    before = np.cumsum(want) - want
+    tokens = np.minimum(want, np.maximum(view.budget - before, 0))
+    keep = tokens > 0
+    return Grants(rows[keep], tokens[keep])

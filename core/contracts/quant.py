@@ -1,0 +1,87 @@
+"""Quantization loader: how a layer's weights are stored, loaded and multiplied."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader"]
+
+InputFormat = Literal["native", "fp8_token", "fp8_tensor", "int8_token"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One linear layer of the model, as it is on this rank."""
+
+    name: str
+    """Name of the merged module, e.g. ``model.layers.0.self_attn.qkv_proj``."""
+    kind: Literal["linear", "embedding", "lm_head"]
+    in_features: int
+    """Of this rank's shard."""
+    out_features: int
+    """Of this rank's shard: the sum of ``part_sizes``."""
+    part_names: tuple[str, ...]
+    """Checkpoint names of the fused parts, e.g. ``...q_proj, ...k_proj, ...v_proj``; one where nothing is fused."""
+    part_sizes: tuple[int, ...]
+    """Output rows of each part on this rank."""
+    shard: Literal["column", "row", "replicated"]
+    dtype: torch.dtype
+    bias: bool
+
+
+@dataclass(slots=True)
+class QuantActivation:
+    """An activation that the operation before already quantized."""
+
+    values: Tensor  # (num_tokens, features)
+    scale: Tensor  # (num_tokens, 1) or (1,)
+    native: Tensor | None = None
+    """The unquantized twin, where somebody needs it."""
+
+
+class LinearMethod(ABC):
+    """How one layer multiplies. Stateless beyond its settings: weights live on the module as parameters."""
+
+    input_format: InputFormat = "native"
+    """What the fused norm or activation before the layer should emit."""
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
+        """Register the parameters a checkpoint fills, with their final shapes on this rank."""
+
+    @abstractmethod
+    def load(
+        self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
+    ) -> None:
+        """Copy one checkpoint tensor (``weight``, ``bias``, ``qweight`` ...) of part ``part`` into place, taking this
+        rank's shard. Raises ``CheckpointError`` naming the tensor if its shape is wrong."""
+
+    def process_weights(self, layer: nn.Module) -> None:  # noqa: B027
+        """Repack after everything is loaded."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
+        """``x`` (num_tokens, in_features) -> (num_tokens, out_features). Graph-safe, fixed reduction order."""
+
+
+class QuantizationLoader(ABC):
+    """Chooses a method for every layer. ``none`` is one of these."""
+
+    def __init__(self, quant_config: Mapping[str, Any], options: Any = None) -> None:
+        self.quant_config = dict(quant_config)
+        """The checkpoint's ``quantization_config``, empty if it has none."""
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+        """Reasons why this checkpoint cannot be loaded on ``device``; empty means it can."""
+
+    @abstractmethod
+    def method_for(self, info: LayerInfo) -> LinearMethod:
+        """The method for one layer."""

@@ -1,0 +1,1 @@
+"""The engine core, its clients and the two fronts, LLM and AsyncLLM."""

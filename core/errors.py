@@ -1,0 +1,33 @@
+"""Errors a user can cause and mend. Each message is one line: the value, the reason, the remedy."""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "EngineDeadError", "InvalidRequestError", "PluginError", "QuireError"]
+
+
+class QuireError(Exception):
+    """Base of every error that Quire raises for its user. The command line prints it and exits with status 2."""
+
+
+class ConfigError(QuireError, ValueError):
+    """A setting that cannot be honoured."""
+
+
+class CheckpointError(QuireError, ValueError):
+    """A model folder or file that cannot be loaded."""
+
+
+class PluginError(QuireError, ValueError):
+    """A plugin that cannot be found, loaded or used."""
+
+
+class InvalidRequestError(QuireError, ValueError):
+    """A request that cannot be served as asked. ``param`` names the offending field; HTTP answers 400."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class EngineDeadError(QuireError, RuntimeError):
+    """The engine core stopped; no request can be served. HTTP answers 503."""

@@ -1,0 +1,1 @@
+"""Layers written for tensor-parallel sharding."""

@@ -1,0 +1,201 @@
+"""Everything that crosses a boundary, in the order a request meets it.
+
+front -> EngineCoreRequest -> engine core -> SchedulerOutput -> worker -> ModelRunnerOutput -> engine core
+-> EngineCoreOutputs -> front -> RequestOutput. Messages between processes are msgspec structs; those between
+the scheduler and the worker are columns of numpy arrays, because they are made once a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.sampling_params import SamplingParams
+
+__all__ = [
+    "BlockDiff",
+    "CompletionOutput",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
+    "EngineCoreRequest",
+    "FinishReason",
+    "LogprobRows",
+    "ModelRunnerOutput",
+    "NewRequest",
+    "RequestOutput",
+    "SchedulerOutput",
+    "TokenLogprob",
+]
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+# ---- front -> engine core ----------------------------------------------------------------------------------------
+
+
+class EngineCoreRequest(msgspec.Struct, array_like=True):
+    """One sequence to continue. ``n > 1`` arrives as ``n`` of these, the later ones with ``parent_id`` set."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_ns: int
+    """Wall clock, nanoseconds since the epoch."""
+    eos_token_ids: list[int] = []
+    """Tokens that end the request unless ``ignore_eos``."""
+    priority: int = 0
+    """Lower is sooner, as in vLLM."""
+    cache_salt: str | None = None
+    """Requests share cached prefixes only within one salt."""
+    parent_id: str | None = None
+    """The request whose prompt KV this one may fork (the first of an ``n > 1`` family)."""
+
+
+# ---- engine core -> worker ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """A request that enters the worker's table: at its first grant, or again after a preemption."""
+
+    row: int
+    request_id: str
+    token_ids: list[int]
+    """Every token known so far: the prompt, then what was generated before a preemption."""
+    prompt_len: int
+    num_computed: int
+    """Tokens whose KV is already in the cache (prefix hit or fork)."""
+    params: SamplingParams
+    seed: int
+    """Resolved seed, never None."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """EOS (unless ignored) and the caller's stop tokens: what ``min_tokens`` forbids."""
+
+
+@dataclass(slots=True)
+class BlockDiff:
+    """Entries ``start ..`` of one row's block table in one group become ``block_ids``."""
+
+    group: int
+    row: int
+    start: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step, as differences to the step before.
+
+    The worker applies, in this order: ``freed_rows``, ``new_requests``, ``block_diffs``, ``copies``; then runs
+    ``num_tokens[i]`` tokens of row ``rows[i]`` from its first uncomputed position. Grants of one token to
+    requests that decode come first (``num_decodes`` of them).
+    """
+
+    step: int
+    rows: NDArray[np.int32]  # (num_reqs,)
+    num_tokens: NDArray[np.int32]  # (num_reqs,)
+    samples: NDArray[np.bool_]  # (num_reqs,) the grant reaches the last known token, so a new one is drawn
+    num_decodes: int
+    total_tokens: int
+    max_seq_len: int
+    """Upper bound of the context length of any request in the step, its new tokens included."""
+    new_requests: list[NewRequest] = field(default_factory=list)
+    block_diffs: list[BlockDiff] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(group, source block, destination block), to be copied before the model runs."""
+    freed_rows: list[int] = field(default_factory=list)
+
+
+# ---- worker -> engine core ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class LogprobRows:
+    """Log-probabilities at some positions; column 0 is the chosen token, then the best in order."""
+
+    token_ids: NDArray[np.int32]  # (positions, 1 + k)
+    logprobs: NDArray[np.float32]  # (positions, 1 + k)
+    ranks: NDArray[np.int32]  # (positions,) rank of the chosen token, 1 is best
+
+
+@dataclass(slots=True)
+class ModelRunnerOutput:
+    """What a step drew, aligned with ``SchedulerOutput.rows``."""
+
+    step: int
+    tokens: NDArray[np.int32]  # (num_reqs, 1 + k) accepted tokens, left-aligned
+    num_sampled: NDArray[np.int32]  # (num_reqs,) how many of them are real; 0 where nothing was drawn
+    logprobs: dict[int, LogprobRows] = field(default_factory=dict)
+    """By index into the step, only for requests that asked."""
+    prompt_logprobs: dict[int, LogprobRows] = field(default_factory=dict)
+    """Positions of the granted chunk whose next token is a prompt token; column 0 is that token."""
+
+
+# ---- engine core -> front ----------------------------------------------------------------------------------------
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """One position: parallel lists, the chosen token first."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one request gained in one step."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token that ended it, if it was not EOS."""
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+    queue_ns: int = 0
+    """Time from arrival to first grant; sent with the first token."""
+
+
+class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
+    """Everything one step produced."""
+
+    outputs: list[EngineCoreOutput] = []
+    timestamp_ns: int = 0
+    stats: dict[str, float] | None = None
+    """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
+
+
+# ---- front -> user -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` continuations. When streaming with deltas, ``text`` and ``token_ids`` hold the new part."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What a caller of ``LLM`` and ``AsyncLLM`` receives."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """``None`` for the first position, which nothing predicts."""
+    num_cached_tokens: int = 0

@@ -1,0 +1,1 @@
+"""Operations of the core, each a torch reference beside its kernel."""

@@ -1,0 +1,107 @@
+"""A request's life inside the engine core."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+
+from quire.core.messages import EngineCoreRequest, FinishReason
+from quire.core.sampling_params import SamplingParams
+
+__all__ = ["Request", "RequestStatus"]
+
+
+class RequestStatus(enum.Enum):
+    """WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING again on preemption."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """One sequence. Plugins read it; only the scheduler writes it.
+
+    ``token_ids`` holds every token the host knows: the prompt, then the generated ones. Tokens drawn on the device
+    and not read back yet are counted in ``num_in_flight`` alone.
+    """
+
+    __slots__ = (
+        "arrival_ns",
+        "block_hashes",
+        "cache_salt",
+        "finish_reason",
+        "first_grant_ns",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_in_flight",
+        "num_preemptions",
+        "params",
+        "parent_id",
+        "priority",
+        "prompt_len",
+        "request_id",
+        "row",
+        "seed",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, message: EngineCoreRequest, max_model_len: int) -> None:
+        params = message.params
+        self.request_id = message.request_id
+        self.params: SamplingParams = params
+        self.token_ids: list[int] = list(message.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        limit = max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
+        self.max_total_tokens = min(limit, max_model_len)
+        """Length at which the request ends with ``length``."""
+        eos = () if params.ignore_eos else message.eos_token_ids
+        self.stop_ids: frozenset[int] = frozenset((*eos, *params.stop_token_ids))
+        self.arrival_ns = message.arrival_ns
+        self.priority = message.priority
+        self.cache_salt = message.cache_salt
+        self.parent_id = message.parent_id
+        self.seed = params.seed if params.seed is not None else _fresh_seed(message)
+        self.status = RequestStatus.WAITING
+        self.row = -1
+        """Row in the worker's request table while running, else -1."""
+        self.num_in_flight = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.first_grant_ns = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.block_hashes: list[bytes] = []
+        """Scratch space of the KV allocator: the hash chain of this request's full blocks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the host knows."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens the host knows."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def extra_keys(self) -> tuple[str, ...]:
+        """What besides tokens makes a cached prefix different: the salt (later: adapters, images)."""
+        return () if self.cache_salt is None else (f"salt:{self.cache_salt}",)
+
+    @property
+    def skip_prefix_cache(self) -> bool:
+        """Prompt log-probabilities need every prompt position computed."""
+        return self.params.prompt_logprobs is not None
+
+    def __repr__(self) -> str:
+        return f"Request({self.request_id!r}, {self.status.value}, {self.num_tokens} tokens, row {self.row})"
+
+
+def _fresh_seed(message: EngineCoreRequest) -> int:
+    """A seed for a caller who gave none: spread over 63 bits, distinct for every request."""
+    digest = hashlib.blake2b(f"{message.request_id}/{message.arrival_ns}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,1 @@
+"""Sampling: one rule for greedy, random and verified tokens."""

@@ -1,0 +1,1 @@
+"""The scheduler, which realises what a batching policy plans."""

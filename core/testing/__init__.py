@@ -1,0 +1,1 @@
+"""Conformance checks, tiny models and the pytest plugin."""

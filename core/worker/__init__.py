@@ -1,0 +1,1 @@
+"""The worker: request table, input building, the model runner."""

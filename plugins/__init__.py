@@ -1,0 +1,1 @@
+"""Bundled plugins, written exactly as a stranger would write them."""

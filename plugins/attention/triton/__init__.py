@@ -1,0 +1,1 @@
+"""The Triton paged attention backend."""

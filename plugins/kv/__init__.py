@@ -1,0 +1,1 @@
+"""Bundled KV allocators."""

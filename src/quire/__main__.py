@@ -1,0 +1,8 @@
+"""``python -m quire``: the command line."""
+
+import sys
+
+from quire.server.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
