@@ -1,0 +1,40 @@
+"""Which tokens may be drawn: min-p, top-k and top-p."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.sampler import SamplingBatch
+
+__all__ = ["apply_filters"]
+
+_OUT = float("-inf")
+
+
+def apply_filters(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Set what min-p, top-k and top-p forbid to minus infinity, in this order, each seeing what the others left.
+
+    ``logits`` (n, vocab) float32, already divided by the temperature; changed in place and returned. Tokens tied
+    with the last one allowed by top-k stay; the best token always stays.
+    """
+    if batch.any_min_p:
+        # p < min_p * p_max  <=>  logit < logit_max + log(min_p)
+        floor = logits.amax(-1) + batch.min_p.log()
+        logits.masked_fill_(logits < floor[:, None], _OUT)
+    if not (batch.any_top_k or batch.any_top_p):
+        return logits
+    ordered, index = logits.sort(dim=-1, descending=True)
+    if batch.any_top_k:
+        size = logits.shape[-1]
+        k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=size), size).long()
+        last = ordered.gather(-1, k[:, None] - 1)
+        ordered.masked_fill_(ordered < last, _OUT)
+    if batch.any_top_p:
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # mass strictly above each token
+        drop = before >= batch.top_p[:, None]
+        drop &= (batch.top_p < 1.0)[:, None]
+        drop[:, 0] = False
+        ordered.masked_fill_(drop, _OUT)
+    return logits.scatter_(-1, index, ordered)
