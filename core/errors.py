@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "EngineDeadError", "InvalidRequestError", "PluginError", "QuireError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EngineDeadError",
+    "InvalidRequestError",
+    "PluginError",
+    "QueueFullError",
+    "QuireError",
+]
 
 
 class QuireError(Exception):
@@ -27,6 +35,10 @@ class InvalidRequestError(QuireError, ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class QueueFullError(InvalidRequestError):
+    """The queue is full or the policy refuses more. HTTP answers 429 with ``Retry-After``."""
 
 
 class EngineDeadError(QuireError, RuntimeError):

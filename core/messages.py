@@ -133,6 +133,8 @@ class ModelRunnerOutput:
     """By index into the step, only for requests that asked."""
     prompt_logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     """Positions of the granted chunk whose next token is a prompt token; column 0 is that token."""
+    quarantined: list[str] = field(default_factory=list)
+    """Plugins of the worker switched off during the step, as "kind/name: reason"."""
 
 
 # ---- engine core -> front ----------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ class KVCapacity:
     num_blocks: int
     """Blocks per group, the padding sink included."""
     bytes_per_block: int
+    weight_bytes: int = 0
+    """On one worker."""
+    activation_bytes: int = 0
+    """What the largest step needs beside weights and cache, on one worker; 0 where it is not profiled."""
 
 
 class Executor(ABC):

@@ -1,0 +1,23 @@
+"""The only reader of the process environment. Each variable has a flag or argument that wins over it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["child_environment", "color_allowed", "log_level"]
+
+
+def log_level() -> str:
+    """``QUIRE_LOG_LEVEL`` (``--log-level``): DEBUG, INFO, WARNING or ERROR."""
+    return os.environ.get("QUIRE_LOG_LEVEL", "INFO").upper()
+
+
+def color_allowed() -> bool:
+    """False if ``NO_COLOR`` is set (no-color.org)."""
+    return "NO_COLOR" not in os.environ
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a process of ours: as this one's, importing from the same places."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -1,0 +1,63 @@
+"""One worker in the engine core's own process."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from quire.core.config import EngineConfig
+from quire.core.contracts.executor import Executor, KVCapacity, Pending
+from quire.core.messages import ModelRunnerOutput, SchedulerOutput
+from quire.core.worker.worker import Worker
+
+__all__ = ["UniprocExecutor"]
+
+
+class UniprocExecutor(Executor):
+    """On a GPU, launching returns as soon as the kernels are queued. On a CPU a thread runs the steps in order, so that
+    the scheduler plans the next one meanwhile: torch releases the interpreter lock inside its operations.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._worker: Worker | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def start(self) -> KVCapacity:
+        """Build the worker."""
+        if self.config.model.device == "cpu":
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-worker")
+            self._worker = self._thread.submit(Worker, self.config).result()
+        else:
+            self._worker = Worker(self.config)
+        return self._worker.capacity
+
+    def execute(self, step: SchedulerOutput) -> Pending:
+        """Launch a step and return at once."""
+        assert self._worker is not None
+        if self._thread is None:
+            return self._worker.execute(step)
+        return _Threaded(self._thread.submit(self._run, step))
+
+    def shutdown(self) -> None:
+        """Finish the steps under way and drop the worker."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread = None
+        self._worker = None
+
+    def _run(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        assert self._worker is not None
+        return self._worker.execute(step).result()
+
+
+class _Threaded:
+    """A step in the worker thread."""
+
+    def __init__(self, future: Future[ModelRunnerOutput]) -> None:
+        self._future = future
+
+    def result(self) -> ModelRunnerOutput:
+        return self._future.result()
+
+    def done(self) -> bool:
+        return self._future.done()

@@ -1,0 +1,111 @@
+"""Runs a step: applies the differences, builds inputs, runs the model, draws tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.attention import AttentionBackend
+from quire.core.contracts.model import ForwardContext, Model
+from quire.core.messages import SchedulerOutput
+from quire.core.sample.logprobs import gather_logprobs
+from quire.core.worker.input_builder import StepInputs, build_inputs
+from quire.core.worker.memory import KVCache
+from quire.core.worker.readback import Readback
+from quire.core.worker.request_table import RequestTable
+from quire.core.worker.token_drawer import Drawn, TokenDrawer
+
+__all__ = ["ModelRunner"]
+
+_PROMPT_LOGPROB_ROWS = 1024
+
+
+class ModelRunner:
+    """One rank's model and its state. Steps run in the order they come; nothing here waits for the device."""
+
+    def __init__(
+        self,
+        model: Model,
+        backends: Sequence[AttentionBackend],
+        kv: KVCache,
+        table: RequestTable,
+        drawer: TokenDrawer,
+        block_size: int,
+    ) -> None:
+        self.model = model
+        self.backends = list(backends)
+        self.kv = kv
+        self.table = table
+        self.drawer = drawer
+        self.block_size = block_size
+        rows = len(table.num_tokens)
+        self._computed = np.zeros(rows, dtype=np.int64)
+        self._prompt_len = np.zeros(rows, dtype=np.int64)
+        self._prompt_logprobs = np.full(rows, -1, dtype=np.int32)
+
+    @torch.inference_mode()
+    def execute(self, step: SchedulerOutput) -> Readback:
+        """Launch a step. The tokens are on their way to the host when this returns."""
+        self._apply(step)
+        inputs = build_inputs(step, self.table, self.block_size)
+        hidden = self._forward(inputs)
+        prompt = self._prompt_lines(step, inputs, hidden)
+        self._computed[step.rows] += step.num_tokens
+        drawn: Drawn | None = None
+        if step.samples.any():
+            logits = self.model.compute_logits(hidden[inputs.logits_index])
+            positions = self._computed[step.rows[step.samples]]
+            drawn = self.drawer.draw(logits, step, inputs, positions)
+        return Readback(step, drawn, prompt, self.table.device)
+
+    def _apply(self, step: SchedulerOutput) -> None:
+        for row in step.freed_rows:
+            self.drawer.remove(row)
+        self.table.add(step.new_requests)
+        for request in step.new_requests:
+            row = request.row
+            self._computed[row] = request.num_computed
+            self._prompt_len[row] = request.prompt_len
+            wanted = request.params.prompt_logprobs
+            fresh = wanted is not None and request.num_computed < request.prompt_len
+            self._prompt_logprobs[row] = wanted if fresh else -1
+            self.drawer.add(request)
+        if step.block_diffs:
+            self.table.set_blocks(step.block_diffs)
+        if step.copies:
+            self.kv.copy_blocks(step.copies)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        for backend, batch in zip(self.backends, inputs.batches, strict=True):
+            backend.plan(batch)
+        context = ForwardContext(self.backends, inputs.slot_mapping, self.kv.layers, self.kv.group_of)
+        return self.model(inputs.input_ids, inputs.positions, context)
+
+    def _prompt_lines(
+        self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor
+    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """Log-probabilities of the prompt tokens that this step's chunks predict, by index into the step."""
+        asked = np.flatnonzero(self._prompt_logprobs[step.rows] >= 0)
+        starts: NDArray[np.int64] = np.concatenate(([0], np.cumsum(step.num_tokens)))
+        found = {}
+        for i in asked:
+            row = step.rows[i]
+            first = self._computed[row]
+            count = int(min(step.num_tokens[i], self._prompt_len[row] - 1 - first))
+            if count <= 0:
+                continue
+            target = self.table.token_ids[row, first + 1 : first + 1 + count]
+            states = hidden[starts[i] : starts[i] + count]
+            k = int(self._prompt_logprobs[row])
+            parts = [
+                gather_logprobs(self.model.compute_logits(some), chosen, k)
+                for some, chosen in zip(
+                    states.split(_PROMPT_LOGPROB_ROWS), target.split(_PROMPT_LOGPROB_ROWS), strict=True
+                )
+            ]
+            found[int(i)] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return found  # type: ignore[return-value]

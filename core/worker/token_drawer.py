@@ -1,0 +1,169 @@
+"""From logits to tokens: log-probabilities, penalties, logits processors, sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.contracts.sampler import Sampler, SamplingBatch
+from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.sample.logprobs import gather_logprobs
+from quire.core.sample.penalties import apply_penalties
+from quire.core.worker.input_builder import StepInputs
+from quire.core.worker.request_table import RequestTable
+
+__all__ = ["Drawn", "TokenDrawer"]
+
+_log = logging.getLogger("quire.worker")
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Device tensors of a step's draw."""
+
+    tokens: Tensor  # (num_samples,) int32
+    logprobs: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    """By index into the step."""
+    quarantined: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Active:
+    name: str
+    processor: LogitsProcessor
+    rows: set[int] = field(default_factory=set)
+
+
+class TokenDrawer:
+    """Knows, on the host and by row, what each request wants, so that a step pays only for what somebody asked."""
+
+    def __init__(
+        self, sampler: Sampler, processors: Sequence[tuple[str, LogitsProcessor]], table: RequestTable, num_rows: int
+    ) -> None:
+        self.table = table
+        self._sampler = sampler
+        self._processors = [_Active(name, processor) for name, processor in processors]
+        self._random = np.zeros(num_rows, dtype=bool)
+        self._top_k = np.zeros(num_rows, dtype=bool)
+        self._top_p = np.zeros(num_rows, dtype=bool)
+        self._min_p = np.zeros(num_rows, dtype=bool)
+        self._penalized = np.zeros(num_rows, dtype=bool)
+        self._logprobs = np.full(num_rows, -1, dtype=np.int32)
+        self._quarantined: list[str] = []
+
+    def add(self, request: NewRequest) -> None:
+        """A request enters its row."""
+        params, row = request.params, request.row
+        self._random[row] = not params.greedy
+        self._top_k[row] = params.top_k > 0 and not params.greedy
+        self._top_p[row] = params.top_p < 1 and not params.greedy
+        self._min_p[row] = params.min_p > 0 and not params.greedy
+        neutral = (1.0, 0.0, 0.0)
+        asked = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._penalized[row] = asked != neutral
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        for active in list(self._processors):
+            active.rows.discard(row)
+            if active.processor.argmax_invariant and params.greedy:
+                continue
+            try:
+                if active.processor.add(request):
+                    active.rows.add(row)
+            except Exception as error:
+                self._quarantine(active, error)
+
+    def remove(self, row: int) -> None:
+        """The row's request left."""
+        for active in list(self._processors):
+            if row in active.rows:
+                active.rows.discard(row)
+                try:
+                    active.processor.remove(row)
+                except Exception as error:
+                    self._quarantine(active, error)
+
+    def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, positions: NDArray[np.int64]) -> Drawn:
+        """``logits`` (num_samples, vocab) in the model's dtype; ``positions`` (num_samples,) on the host, upper bounds
+        of where the drawn tokens go. Feeds the tokens back into the table."""
+        drawn_index = np.flatnonzero(step.samples)
+        host_rows = step.rows[drawn_index]
+        rows = inputs.rows[inputs.sample_index]
+        lens = inputs.seq_lens[inputs.sample_index]
+        raw = logits
+        logits = logits.float()
+        if logits is raw:
+            logits = logits.clone()
+        self._penalize(logits, rows, lens, host_rows, int(positions.max()))
+        self._process(logits, lens, host_rows, positions)
+        tokens = self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
+        self.table.append(rows, tokens)
+        drawn = Drawn(tokens, quarantined=self._quarantined)
+        self._quarantined = []
+        wanted = self._logprobs[host_rows]
+        for line in np.flatnonzero(wanted >= 0):
+            one = slice(line, line + 1)
+            drawn.logprobs[int(drawn_index[line])] = gather_logprobs(raw[one], tokens[one], int(wanted[line]))
+        return drawn
+
+    def _sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
+        table = self.table
+        return SamplingBatch(
+            temperature=table.temperature[rows],
+            top_k=table.top_k[rows],
+            top_p=table.top_p[rows],
+            min_p=table.min_p[rows],
+            seed=table.seed[rows],
+            position=lens.long(),
+            any_random=bool(self._random[host_rows].any()),
+            any_top_k=bool(self._top_k[host_rows].any()),
+            any_top_p=bool(self._top_p[host_rows].any()),
+            any_min_p=bool(self._min_p[host_rows].any()),
+        )
+
+    def _penalize(self, logits: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], longest: int) -> None:
+        lines = np.flatnonzero(self._penalized[host_rows])
+        if not len(lines):
+            return
+        index = torch.from_numpy(lines).to(logits.device)
+        mine, table = rows[index], self.table
+        some = logits[index]
+        apply_penalties(
+            some,
+            table.token_ids[mine, :longest],
+            lens[index],
+            table.prompt_len[mine],
+            table.repetition[mine],
+            table.frequency[mine],
+            table.presence[mine],
+        )
+        logits[index] = some
+
+    def _process(
+        self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> None:
+        if not any(active.rows for active in self._processors):
+            return
+        rows = host_rows.tolist()
+        batch = LogitsBatch(rows, positions.tolist(), self.table.token_ids, lens)
+        for active in list(self._processors):
+            if active.rows.isdisjoint(rows):
+                continue
+            before = logits.clone()
+            try:
+                active.processor.apply(logits, batch)
+            except Exception as error:
+                logits.copy_(before)
+                self._quarantine(active, error)
+
+    def _quarantine(self, active: _Active, error: Exception) -> None:
+        reason = f"logits_processor/{active.name}: {type(error).__name__}: {error}"
+        _log.error("switched off %s", reason, exc_info=error)
+        self._processors.remove(active)
+        self._quarantined.append(reason)

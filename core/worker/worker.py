@@ -1,0 +1,167 @@
+"""One rank: loads the model, sizes and allocates the KV cache, and runs steps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quire.core.config import EngineConfig, PluginChoice
+from quire.core.contracts.attention import AttentionBackend, AttentionLimits
+from quire.core.contracts.executor import KVCapacity
+from quire.core.contracts.logits import LogitsProcessor
+from quire.core.contracts.model import Model
+from quire.core.contracts.quant import QuantizationLoader
+from quire.core.contracts.sampler import Sampler
+from quire.core.errors import ConfigError
+from quire.core.hf_config import read_hf_config
+from quire.core.loader import load_model
+from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.plugin_manager import load_target
+from quire.core.plugin_options import parse_options
+from quire.core.sampling_params import SamplingParams
+from quire.core.worker.memory import KVCache, check_fits, group_layers
+from quire.core.worker.model_runner import ModelRunner
+from quire.core.worker.readback import Readback
+from quire.core.worker.request_table import RequestTable
+from quire.core.worker.token_drawer import TokenDrawer
+
+__all__ = ["Worker"]
+
+_log = logging.getLogger("quire.worker")
+
+
+class Worker:
+    """Built in one go: afterwards ``capacity`` is final and ``execute`` may be called."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._device = torch.device(config.model.device)
+        torch.manual_seed(config.model.seed)
+        model = self._load()
+        backends, group_of = self._attention(model)
+        kv = KVCache(backends, group_of, self._device)
+        limits, block_size = config.scheduler, config.cache.block_size
+        table = RequestTable(limits.max_num_seqs, config.model.max_model_len, block_size, len(backends), self._device)
+        drawer = TokenDrawer(self._sampler(), self._processors(), table, limits.max_num_seqs)
+        self._runner = ModelRunner(model, backends, kv, table, drawer, block_size)
+        weights = sum(p.numel() * p.itemsize for p in model.parameters())
+        activations = self._profile() if self._device.type == "cuda" else 0
+        num_blocks = kv.blocks_in(
+            self._kv_bytes(weights, activations), config.cache, limits.max_num_seqs * config.model.max_model_len
+        )
+        check_fits(num_blocks, block_size, config.model.max_model_len)
+        kv.allocate(num_blocks)
+        self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations)
+
+    def execute(self, step: SchedulerOutput) -> Readback:
+        """Launch a step; returns before its tokens are known."""
+        return self._runner.execute(step)
+
+    def _load(self) -> Model:
+        model = self._config.model
+        hf_config = read_hf_config(Path(model.path))
+        quant_class = _load(self._config.plugin("quant"), QuantizationLoader)
+        quant_config = getattr(hf_config, "quantization_config", None) or {}
+        quant = quant_class(quant_config, _options(quant_class, self._config.plugin("quant")))
+        dtype = getattr(torch, model.dtype)
+        return load_model(
+            _load(self._config.plugin("model"), Model),
+            hf_config,
+            Path(model.path),
+            dtype=dtype,
+            device=self._device,
+            kv_dtype=dtype,
+            block_size=self._config.cache.block_size,
+            quant=quant,
+            load_format=model.load_format,
+            seed=model.seed,
+        )
+
+    def _attention(self, model: Model) -> tuple[list[AttentionBackend], list[int]]:
+        choice = self._config.plugin("attention")
+        backend_class = _load(choice, AttentionBackend)
+        specs, group_of = group_layers(model.attention_specs())
+        for spec in specs:
+            if reasons := backend_class.unsupported(spec, self._device):
+                raise ConfigError(
+                    f"attention backend {choice.name!r} cannot run this model on {self._device.type}: "
+                    f"{'; '.join(reasons)}; choose another with --attention-backend"
+                )
+        limits = AttentionLimits(
+            self._config.scheduler.max_num_seqs,
+            self._config.scheduler.max_num_batched_tokens,
+            self._config.model.max_model_len,
+            self._device,
+        )
+        backends = [backend_class(spec, self._device) for spec in specs]
+        for backend in backends:
+            backend.prepare(limits)
+        return backends, group_of
+
+    def _sampler(self) -> Sampler:
+        return _load(self._config.plugin("sampler"), Sampler)(self._config.model.vocab_size, self._device)
+
+    def _processors(self) -> list[tuple[str, LogitsProcessor]]:
+        made = []
+        for choice in self._config.plugins_of("logits_processor"):
+            cls = _load(choice, LogitsProcessor)
+            made.append((choice.name, cls(self._config.model.vocab_size, self._device, _options(cls, choice))))
+        return made
+
+    def _kv_bytes(self, weights: int, activations: int) -> int:
+        cache = self._config.cache
+        if self._device.type == "cpu":
+            return cache.cpu_bytes
+        free, total = torch.cuda.mem_get_info()
+        used = total - free
+        spare = int(total * cache.gpu_memory_utilization) - used - activations
+        if spare <= 0:
+            raise ConfigError(
+                f"gpu_memory_utilization {cache.gpu_memory_utilization} leaves nothing for the KV cache: weights take "
+                f"{weights / 2**30:.1f} GiB, a step {activations / 2**30:.1f} GiB, of {total / 2**30:.1f} GiB; raise it"
+            )
+        return spare
+
+    def _profile(self) -> int:
+        """Bytes that the largest step needs beside weights and cache, measured by running it on the padding block."""
+        limits = self._config.scheduler
+        longest = self._config.model.max_model_len
+        num_reqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self._runner.kv.allocate(1)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        share = np.full(num_reqs, limits.max_num_batched_tokens // num_reqs, dtype=np.int32)
+        share[: limits.max_num_batched_tokens - int(share.sum())] += 1
+        share = np.minimum(share, longest - 1)
+        self._runner.execute(_dummy_step(share)).result()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        return peak
+
+
+def _dummy_step(share: np.ndarray[Any, Any]) -> SchedulerOutput:
+    """Every row prefills its share and samples with every filter on; block tables are all zeros, the sink."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, max_tokens=1)
+    return SchedulerOutput(
+        step=-1,
+        rows=np.arange(len(share), dtype=np.int32),
+        num_tokens=share,
+        samples=np.ones(len(share), dtype=bool),
+        num_decodes=0,
+        total_tokens=int(share.sum()),
+        max_seq_len=int(share.max()),
+        new_requests=[NewRequest(row, "", [0] * int(n), int(n), 0, params, seed=row) for row, n in enumerate(share)],
+    )
+
+
+def _load(choice: PluginChoice, contract: type) -> Any:
+    return load_target(choice.target, f"{contract.__module__}:{contract.__name__}")
+
+
+def _options(cls: type, choice: PluginChoice) -> Any:
+    return parse_options(cls, choice.options)

@@ -1,0 +1,52 @@
+"""``logit_bias``: the caller's own additions to single logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.errors import InvalidRequestError
+from quire.core.messages import NewRequest
+from quire.core.sampling_params import SamplingParams
+
+__all__ = ["LogitBias"]
+
+
+class LogitBias(LogitsProcessor):
+    """Adds ``bias`` to the logit of each named token, as the OpenAI API defines it."""
+
+    def __init__(self, vocab_size: int, device: torch.device, options: object = None) -> None:
+        super().__init__(vocab_size, device, options)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def validate(cls, params: SamplingParams, vocab_size: int) -> None:
+        """Tokens must be in the vocabulary."""
+        for token in params.logit_bias or {}:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias names token {token}; the vocabulary has tokens 0 to {vocab_size - 1}", "logit_bias"
+                )
+
+    def add(self, request: NewRequest) -> bool:
+        """Upload the request's biases."""
+        bias = request.params.logit_bias
+        if not bias:
+            return False
+        self._rows[request.row] = (
+            torch.tensor(list(bias), device=self.device),
+            torch.tensor(list(bias.values()), dtype=torch.float32, device=self.device),
+        )
+        return True
+
+    def remove(self, row: int) -> None:
+        """Forget the row."""
+        del self._rows[row]
+
+    def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
+        """Add every line's biases."""
+        for line, row in enumerate(batch.rows):
+            if row in self._rows:
+                tokens, values = self._rows[row]
+                logits[line, tokens] += values

@@ -1,0 +1,40 @@
+"""``min_tokens``: no end before that many tokens were generated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.messages import NewRequest
+
+__all__ = ["MinTokens"]
+
+
+class MinTokens(LogitsProcessor):
+    """Forbids EOS and the caller's stop tokens until ``min_tokens`` tokens were generated."""
+
+    def __init__(self, vocab_size: int, device: torch.device, options: object = None) -> None:
+        super().__init__(vocab_size, device, options)
+        self._rows: dict[int, tuple[int, Tensor]] = {}
+
+    def add(self, request: NewRequest) -> bool:
+        """Remember the position from which the request may end."""
+        stops = [t for t in request.stop_token_ids if t < self.vocab_size]
+        if request.params.min_tokens <= 0 or not stops:
+            return False
+        self._rows[request.row] = (
+            request.prompt_len + request.params.min_tokens,
+            torch.tensor(stops, device=self.device),
+        )
+        return True
+
+    def remove(self, row: int) -> None:
+        """Forget the row."""
+        del self._rows[row]
+
+    def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
+        """Minus infinity for the stop tokens of every line that is too short to end."""
+        for line, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
+            if row in self._rows and position < self._rows[row][0]:
+                logits[line, self._rows[row][1]] = float("-inf")
