@@ -79,12 +79,8 @@ def quire_register_executor(register: Registrar) -> None:
 @hookimpl
 def quire_register_metrics(register: Registrar) -> None:
     """Register the bundled metrics exporters."""
-    register(
-        "prometheus",
-        "quire.plugins.metrics.prometheus:PrometheusExporter",
-        "Prometheus text at /metrics, under quire: and vllm: names",
-        requires=("prometheus_client",),
-    )
+    target = "quire.plugins.metrics.prometheus:PrometheusExporter"
+    register("prometheus", target, "Prometheus text at /metrics, under quire: and vllm: names")
 
 
 @hookimpl(trylast=True)
@@ -105,7 +101,7 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
     plain = {
         "kv": Choice("paged", "the default"),
         "policy": Choice("fcfs", "the default"),
-        "quant": Choice("none", "the checkpoint names no quantization"),
+        "quant": Choice("none", "the checkpoint names no quantization" if config.get("hf_config") else "the default"),
         "sampler": Choice("gumbel", "the default"),
         "executor": Choice("uniproc", "one device needs one process"),
         "metrics": Choice("prometheus", "the default"),

@@ -25,9 +25,9 @@ GROUP = f"{PROJECT}.v{API_MAJOR}"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-# ---- Registration. Called once, when the names of a kind are first needed: for bundled plugins at start, for others only
-# ---- when a name is not bundled or ``--plugin`` names their distribution. Call ``register(name, "module:Class", summary,
-# ---- requires=(...), aliases=(...))`` for each implementation and import nothing heavy. The result is ignored.
+# ---- Registration. Called once per process: for bundled plugins at start, for others only when a name is not bundled
+# ---- or ``--plugin`` names their distribution. Call ``register(name, "module:Class", summary, requires=(), aliases=())``
+# ---- for each implementation, and import nothing heavy. Each returns None, and the result is ignored.
 
 
 @hookspec
@@ -101,30 +101,30 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | str |
 
 @hookspec
 def quire_add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add command-line arguments to ``quire serve``. Called before the command line is parsed. The result is ignored."""
+    """Add command-line arguments to ``quire serve``. Called before the command line is parsed. None is ignored."""
 
 
 @hookspec
 def quire_register_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add a command of one's own: ``subparsers.add_parser(...)``, then ``set_defaults(run=function)``.
 
-    ``function`` takes the parsed arguments and returns the exit status. Called before parsing; the result is ignored.
+    ``function`` takes the parsed arguments and returns the exit status. Called before parsing. None is ignored.
     """
 
 
 @hookspec
 def quire_extend_app(app: Any) -> None:
-    """Add routes or middleware to the FastAPI application. Called once, after ours and before serving. None is ignored."""
+    """Add routes or middleware to the FastAPI application. Called once, after ours, before serving. None is ignored."""
 
 
 @hookspec
 def quire_configure(config: Any) -> None:
-    """Take note of the final, frozen engine configuration. Called once per process, before the first component is built.
+    """Take note of the final, frozen engine configuration. Called once, before the first component is built.
 
-    Raise ``quire.PluginError`` to refuse it. The result is ignored.
+    Raise ``quire.core.errors.PluginError`` to refuse it. None is ignored.
     """
 
 
 @hookspec
 def quire_unconfigure() -> None:
-    """Release what ``quire_configure`` took. Called once when the process ends, in the opposite order."""
+    """Release what ``quire_configure`` took. Called once, when the process ends. None is ignored."""

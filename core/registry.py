@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of plugin. ``contract`` is "module:Class"; ``always`` names implementations that are on without asking."""
+    """One kind of plugin. ``contract`` is "module:Class"; ``always`` names those that are on without asking."""
 
     key: str
     title: str
@@ -142,7 +142,7 @@ class Registrar:
         requires: Sequence[str | Requirement] = (),
         aliases: Sequence[str] = (),
     ) -> None:
-        """Name the class ``target`` ("module:Class"). ``requires`` are top-level modules. Raises PluginError if malformed."""
+        """Name the class ``target`` ("module:Class"). ``requires``: top-level modules. PluginError if malformed."""
         for each in (name, *aliases):
             if not isinstance(each, str) or not _NAME.fullmatch(each) or fold(each) == "auto":
                 raise PluginError(f"{each!r} cannot be a name; use letters, digits, '_', '-' and '.', and not 'auto'")
@@ -214,10 +214,10 @@ def canonical(dist: str) -> str:
     return re.sub(r"[-_.]+", "-", dist).lower()
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the closest known ones, or all of them."""
+def did_you_mean(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """The remedy for an unknown name: the closest of ``known`` and ``also`` (aliases), or else all of ``known``."""
     names = list(dict.fromkeys(known))
-    by_fold = {fold(n): n for n in names}
+    by_fold = {fold(n): n for n in (*also, *names)}
     close = difflib.get_close_matches(fold(name), list(by_fold), n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(by_fold[c] for c in close) + "?"

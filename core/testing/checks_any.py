@@ -1,0 +1,85 @@
+"""What every plugin must keep, whatever its kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import unittest
+
+from quire.core.errors import PluginError
+from quire.core.plugin_options import options_of, parse_options
+from quire.core.plugin_target import load_target
+from quire.core.registry import KINDS
+from quire.core.testing.conformance import kind_of
+
+
+def check_nothing_abstract_is_left(cls: type) -> None:
+    """Every abstract member of the contract is written."""
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    assert not missing, f"does not implement {', '.join(missing)}"
+
+
+def check_signatures_accept_the_engines_calls(cls: type) -> None:
+    """Each method that the contract declares can be called with the contract's own arguments."""
+    contract = load_target(KINDS[kind_of(cls)].contract)
+    for name, declared in vars(contract).items():
+        function = inspect.unwrap(getattr(declared, "__func__", declared))
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        mine = inspect.signature(getattr(cls, name))
+        theirs = list(inspect.signature(function).parameters.values())
+        bound = isinstance(inspect.getattr_static(cls, name), classmethod)
+        arguments = theirs[1:] if bound or isinstance(declared, staticmethod | classmethod) else theirs
+        for by_name in (False, True):
+            positional = [] if by_name else [p for p in arguments if p.kind is not p.KEYWORD_ONLY]
+            named = {p.name: None for p in arguments if p.kind is p.KEYWORD_ONLY}
+            first = arguments[:1] if not bound and by_name else []
+            named |= {p.name: None for p in arguments[len(first) :]} if by_name else {}
+            try:
+                mine.bind(*positional, *first, **named)
+            except TypeError as error:
+                raise AssertionError(
+                    f"{name}{mine} cannot be called as {inspect.signature(function)}: {error}"
+                ) from None
+
+
+def check_can_be_found_by_its_path(cls: type) -> None:
+    """``module:Class`` leads back to the class, so that a worker process can import it."""
+    assert "<locals>" not in cls.__qualname__, "is defined inside a function; define it in a module"
+    module = importlib.import_module(cls.__module__)
+    found: object = module
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    assert found is cls, f"{cls.__module__}:{cls.__qualname__} is another object"
+
+
+def check_says_what_it_is(cls: type) -> None:
+    """It has a docstring of its own whose first line is a sentence."""
+    text = cls.__dict__.get("__doc__") or ""
+    assert text.strip(), "has no docstring; say in one line what it does"
+
+
+def check_options_are_valid(cls: type) -> None:
+    """``Options``, if any, is a frozen dataclass whose defaults are accepted and whose unknown keys are refused."""
+    options = options_of(cls)
+    if options is None:
+        raise unittest.SkipTest("takes no options")
+    required = [
+        f.name
+        for f in dataclasses.fields(options)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    assert not required, f"{', '.join(required)} have no default; a plugin works without options"
+    parse_options(cls, {})
+    try:
+        parse_options(cls, {"no_such_option": "1"})
+    except PluginError:
+        return
+    raise AssertionError("accepts an option that it does not have")
+
+
+def check_has_no_shared_mutable_state(cls: type) -> None:
+    """No list, dict or set hangs on the class, where two engines in one process would share it."""
+    shared = [n for n, v in vars(cls).items() if isinstance(v, list | dict | set) and not n.startswith("__")]
+    assert not shared, f"{', '.join(shared)} is shared by all instances; make it in __init__"

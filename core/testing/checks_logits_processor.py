@@ -1,0 +1,102 @@
+"""What every logits processor must keep: state per row, changes in place, nobody else's logits."""
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.messages import NewRequest
+from quire.core.plugin_options import parse_options
+from quire.core.sampling_params import SamplingParams
+
+_VOCAB = 32
+
+
+def check_plain_parameters_are_valid(cls: type[LogitsProcessor]) -> None:
+    """``validate`` has nothing against a request that asks for nothing."""
+    cls.validate(SamplingParams(), _VOCAB)
+
+
+def check_add_says_whether_there_is_work(cls: type[LogitsProcessor]) -> None:
+    """``add`` returns a bool, also for a request that asks for nothing."""
+    answer = _make(cls).add(_request(0, SamplingParams()))
+    assert isinstance(answer, bool), f"add returned {answer!r}, not True or False"
+
+
+def check_apply_changes_in_place(cls: type[LogitsProcessor]) -> None:
+    """``apply`` returns None, keeps shape and dtype, and makes no NaN."""
+    processor = _with_work(cls)
+    logits = _logits(2)
+    result: object = processor.apply(logits, _batch([0, 1]))
+    assert result is None, "apply returned something; it must change logits in place"
+    assert logits.shape == (2, _VOCAB) and not bool(logits.isnan().any()), "apply made a NaN"
+
+
+def check_only_its_own_rows_change(cls: type[LogitsProcessor]) -> None:
+    """A line whose request has no work is left as it was, wherever it stands in the batch."""
+    for lines in ([0, 1], [1, 0], [1]):
+        processor = _with_work(cls)
+        if processor.add(_request(1, SamplingParams())):
+            raise unittest.SkipTest("works on every request")
+        logits = _logits(len(lines))
+        before = logits.clone()
+        processor.apply(logits, _batch(lines))
+        line = lines.index(1)
+        assert torch.equal(logits[line], before[line]), f"rows {lines}: the line of row 1 changed"
+
+
+def check_remove_forgets(cls: type[LogitsProcessor]) -> None:
+    """After ``remove``, the row can be given to a request without work and is left alone."""
+    processor = _with_work(cls)
+    processor.add(_request(1, _WORK))
+    processor.remove(0)
+    if processor.add(_request(0, SamplingParams())):
+        raise unittest.SkipTest("works on every request")
+    logits = _logits(2)
+    before = logits.clone()
+    processor.apply(logits, _batch([0, 1]))
+    assert torch.equal(logits[0], before[0]), "the row still changes after remove"
+
+
+def check_argmax_invariant_is_true_to_its_word(cls: type[LogitsProcessor]) -> None:
+    """A processor that declares itself ``argmax_invariant`` never changes which token is the largest."""
+    if not cls.argmax_invariant:
+        raise unittest.SkipTest("declares that it may change the argmax")
+    processor = _with_work(cls)
+    logits = _logits(1)
+    before = logits.argmax(-1)
+    processor.apply(logits, _batch([0]))
+    assert torch.equal(logits.argmax(-1), before), "the argmax changed"
+
+
+_WORK = SamplingParams(max_tokens=8, min_tokens=4, logit_bias={3: 5.0, 4: -100.0}, seed=1)
+"""A request that gives every bundled processor something to do."""
+
+
+def _make(cls: type[LogitsProcessor]) -> LogitsProcessor:
+    return cls(_VOCAB, torch.device("cpu"), parse_options(cls, {}))
+
+
+def _with_work(cls: type[LogitsProcessor]) -> LogitsProcessor:
+    """A processor with a request in row 0 that it works on. Skips where it has none for the sample request."""
+    processor = _make(cls)
+    if not processor.add(_request(0, _WORK)):
+        raise unittest.SkipTest("has nothing to do for min_tokens and logit_bias")
+    return processor
+
+
+def _request(row: int, params: SamplingParams) -> NewRequest:
+    return NewRequest(row, f"request-{row}", [5, 6, 7], 3, 0, params, seed=1, stop_token_ids=frozenset({2}))
+
+
+def _batch(rows: list[int]) -> LogitsBatch:
+    tokens = torch.zeros(4, 16, dtype=torch.int32)
+    tokens[:, :3] = torch.tensor([5, 6, 7])
+    return LogitsBatch(rows, [3] * len(rows), tokens, torch.full((len(rows),), 3, dtype=torch.int32))
+
+
+def _logits(n: int) -> Tensor:
+    return torch.randn(n, _VOCAB, generator=torch.Generator().manual_seed(n))
