@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from typing import Any
 
-from quire.core.messages import EngineCoreRequest, FinishReason
+from quire.core.messages import EngineCoreRequest, FinishReason, TokenLogprob
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["Request", "RequestStatus"]
@@ -23,7 +24,7 @@ class Request:
     """One sequence. Plugins read it; only the scheduler writes it.
 
     ``token_ids`` holds every token the host knows: the prompt, then the generated ones. Tokens drawn on the device
-    and not read back yet are counted in ``num_in_flight`` alone.
+    and not read back yet are counted in the scheduler's table while the request runs, in ``num_in_flight`` otherwise.
     """
 
     __slots__ = (
@@ -40,6 +41,8 @@ class Request:
         "parent_id",
         "priority",
         "prompt_len",
+        "prompt_logprobs",
+        "rank",
         "request_id",
         "row",
         "seed",
@@ -74,6 +77,10 @@ class Request:
         self.first_grant_ns = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.rank: tuple[Any, ...] = ()
+        """Place in the queue: the policy's key, then the number of arrival. Kept through a preemption."""
+        self.prompt_logprobs: list[TokenLogprob] | None = None
+        """Gathered chunk by chunk, sent with the first token."""
         self.block_hashes: list[bytes] = []
         """Scratch space of the KV allocator: the hash chain of this request's full blocks."""
 

@@ -69,6 +69,7 @@ class KVAllocator(ABC):
     Promised by an allocator: no block is writable by two requests; none is both free and referenced; a failed
     ``allocate`` changes nothing; after every request is freed the pool is back at its baseline. Reads of a request
     are of ``request_id``, ``token_ids``, ``extra_keys``, ``skip_prefix_cache`` and ``block_hashes`` (its scratch).
+    Table entries that were trimmed are 0.
     """
 
     def __init__(
@@ -87,13 +88,13 @@ class KVAllocator(ABC):
 
     @abstractmethod
     def match_prefix(self, request: Request) -> PrefixMatch:
-        """The longest cached prefix, at most ``num_tokens - 1`` (the last token is always computed). Changes nothing."""
+        """The longest cached prefix, at most ``num_tokens - 1``: the last token is always computed. Changes nothing."""
 
     @abstractmethod
     def allocate(
-        self, request: Request, num_tokens: int, *, match: PrefixMatch | None = None, reserve: int = 0
+        self, request: Request, num_tokens: int, *, computed: int, match: PrefixMatch | None = None, reserve: int = 0
     ) -> Allocation | None:
-        """Make room so that the request's first ``num_tokens`` tokens have slots, written from its last commit on.
+        """Make room so that the request's first ``num_tokens`` tokens have slots, written from ``computed`` on.
 
         The first call for a request (or after ``free``) may pass the ``match`` to start from; its blocks get a
         reference. ``reserve`` blocks per group must remain free afterwards (the watermark). Blocks about to be written
@@ -106,8 +107,9 @@ class KVAllocator(ABC):
         blocks now full become findable."""
 
     @abstractmethod
-    def fork(self, parent: Request, child: Request, num_tokens: int) -> Allocation:
-        """Start ``child`` with references to the parent's blocks of the first ``num_tokens`` tokens."""
+    def fork(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
+        """Start ``child`` with references to the parent's blocks of the first ``num_tokens`` tokens. ``None``: the
+        parent no longer holds all that the child must read (a window moved on), nothing changed."""
 
     @abstractmethod
     def trim(self, request: Request, group: int, before: int) -> None:
@@ -139,7 +141,7 @@ class KVAllocator(ABC):
 
     @abstractmethod
     def events(self) -> list[KVEvent]:
-        """Changes since the last call."""
+        """Changes since the last call; the first call starts the recording."""
 
     @abstractmethod
     def stats(self) -> KVStats:

@@ -1,0 +1,259 @@
+"""Blocks of tokens with reference counts, copy-on-write and a prefix cache found by a hash chain."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from quire.core.contracts.kv import Allocation, KVAllocator, KVEvent, KVGroup, KVStats, PrefixMatch
+from quire.core.request import Request
+from quire.plugins.kv.pool import SINK, BlockPool
+
+__all__ = ["PagedAllocator"]
+
+
+class PagedAllocator(KVAllocator):
+    """The default allocator. Each group has its own pool; a request holds one list of blocks per group.
+
+    A block is findable by the hash of its tokens and of everything before them. Free findable blocks are reused least
+    recently given up first, and of one request the last blocks before the first ones, so that chains shrink from
+    their tails. Entries that a window has left behind are the sink.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        options: Any = None,
+    ) -> None:
+        super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
+        self._pools = [BlockPool(num_blocks) for _ in self.groups]
+        self._tables: dict[str, _Table] = {}
+        self._held: list[Counter[int]] = [Counter() for _ in self.groups]
+        self._queries = self._hits = 0
+
+    def match_prefix(self, request: Request) -> PrefixMatch:
+        """Walk the chain until a block is missing from a group without a window, then fit the windows."""
+        if not self.prefix_caching or request.skip_prefix_cache:
+            return PrefixMatch(0, tuple(() for _ in self.groups))
+        hashes = self._chain(request, (len(request.token_ids) - 1) // self.block_size)
+        length = len(hashes)
+        for group, pool in zip(self.groups, self._pools, strict=True):
+            if group.window is None:
+                found = pool.by_hash
+                length = next((i for i in range(length) if hashes[i] not in found), length)
+        length = self._fit_windows(hashes, length)
+        return PrefixMatch(length * self.block_size, tuple(self._matched(g, hashes, length) for g in self._indices))
+
+    def allocate(
+        self, request: Request, num_tokens: int, *, computed: int, match: PrefixMatch | None = None, reserve: int = 0
+    ) -> Allocation | None:
+        """Count first, so that a refusal changes nothing; then take, copy what is shared, and append."""
+        size = self.block_size
+        table = self._tables.get(request.request_id)
+        fresh = table is None
+        if table is None:
+            table = _Table([list(blocks) for blocks in match.blocks] if match else [[] for _ in self.groups])
+        need, first = -(-num_tokens // size), computed // size
+        shared: list[list[int]] = []  # per group, indices of blocks to be written that others can read
+        for pool, blocks in zip(self._pools, table.blocks, strict=True):
+            refs = pool.refs
+            indices = [i for i in range(first, len(blocks)) if refs[blocks[i]] > 1]
+            claimed = sum(block != SINK and refs[block] == 0 for block in blocks) if fresh else 0
+            if max(need - len(blocks), 0) + len(indices) + claimed + reserve > pool.num_free:
+                return None
+            shared.append(indices)
+        if fresh:
+            self._open(request, table, match)
+        starts, new_blocks, copies = [], [], []
+        for g, (pool, blocks, indices) in enumerate(zip(self._pools, table.blocks, shared, strict=True)):
+            start = 0 if fresh else indices[0] if indices else len(blocks)
+            for block in blocks[first:]:
+                if pool.refs[block] == 1:
+                    pool.forget(block)
+            for i in indices:
+                (copy,) = pool.take(1)
+                copies.append((g, blocks[i], copy))
+                pool.give((blocks[i],))
+                blocks[i] = copy
+            if need > len(blocks):
+                blocks += pool.take(need - len(blocks))
+            starts.append(start)
+            new_blocks.append(blocks[start:])
+        return Allocation(starts, new_blocks, copies)
+
+    def commit(self, request: Request, num_tokens: int) -> None:
+        """Index the blocks that have become full since the last call."""
+        table = self._tables.get(request.request_id)
+        if table is None or not self.prefix_caching:
+            return
+        full = num_tokens // self.block_size
+        hashes = self._chain(request, full)
+        for pool, blocks in zip(self._pools, table.blocks, strict=True):
+            for i in range(table.num_stored, full):
+                if blocks[i] != SINK:
+                    pool.store(blocks[i], hashes[i])
+        table.num_stored = max(table.num_stored, full)
+
+    def fork(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
+        """Share whole tables; whoever writes first into the last block copies it (see ``allocate``)."""
+        source = self._tables[parent.request_id]
+        count = -(-num_tokens // self.block_size)
+        for group, blocks in zip(self.groups, source.blocks, strict=True):
+            if group.window is not None and SINK in blocks[self._window_start(group.window, num_tokens) : count]:
+                return None
+        table = _Table([blocks[:count] for blocks in source.blocks])
+        table.num_stored = min(source.num_stored, num_tokens // self.block_size)
+        table.num_trimmed = list(source.num_trimmed)
+        for pool, blocks in zip(self._pools, table.blocks, strict=True):
+            pool.claim(blocks)
+        self._tables[child.request_id] = table
+        return Allocation([0] * len(self.groups), [list(blocks) for blocks in table.blocks])
+
+    def trim(self, request: Request, group: int, before: int) -> None:
+        """Give up whole blocks; their entries become the sink."""
+        table = self._tables[request.request_id]
+        blocks, start = table.blocks[group], table.num_trimmed[group]
+        end = min(before // self.block_size, len(blocks))
+        if end > start:
+            self._pools[group].give(reversed(blocks[start:end]))
+            blocks[start:end] = [SINK] * (end - start)
+            table.num_trimmed[group] = end
+
+    def free(self, request: Request) -> None:
+        """Give up the last block first, so that a chain is forgotten from its tail."""
+        table = self._tables.pop(request.request_id, None)
+        if table is not None:
+            for pool, blocks in zip(self._pools, table.blocks, strict=True):
+                pool.give(reversed(blocks))
+
+    def num_held(self, request: Request) -> int:
+        """Entries that are not the sink."""
+        table = self._tables.get(request.request_id)
+        return sum(block != SINK for block in chain.from_iterable(table.blocks)) if table else 0
+
+    def num_free(self) -> int:
+        """Of the scarcest group."""
+        return min(pool.num_free for pool in self._pools)
+
+    def hold(self, group: int, blocks: Sequence[int]) -> None:
+        """Add references that no table explains."""
+        self._pools[group].claim(blocks)
+        self._held[group].update(block for block in blocks if block != SINK)
+
+    def release(self, group: int, blocks: Sequence[int]) -> None:
+        """Drop them again."""
+        self._held[group].subtract(block for block in blocks if block != SINK)
+        self._held[group] = +self._held[group]
+        self._pools[group].give(reversed(blocks))
+
+    def reset_prefix_cache(self) -> int:
+        """Blocks in use stay findable."""
+        return sum(pool.forget_free() for pool in self._pools)
+
+    def events(self) -> list[KVEvent]:
+        """Recording starts with the first call, so that nothing piles up when nobody listens."""
+        events = []
+        for g, pool in enumerate(self._pools):
+            events += [KVEvent(stored, g, block, block_hash) for stored, block, block_hash in pool.changes or ()]
+            pool.changes = []
+        return events
+
+    def stats(self) -> KVStats:
+        """Sums over the groups."""
+        return KVStats(
+            num_blocks=(self.num_blocks - 1) * len(self.groups),
+            num_free=sum(pool.num_free for pool in self._pools),
+            num_cached=sum(len(pool.by_hash) for pool in self._pools),
+            prefix_queries=self._queries,
+            prefix_hits=self._hits,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount references from the tables, and compare with counts, free list and hash index."""
+        for g, pool in enumerate(self._pools):
+            refs = Counter(block for table in self._tables.values() for block in table.blocks[g] if block != SINK)
+            refs.update(self._held[g])
+            assert refs[SINK] == 0 and pool.refs[SINK] == 0, f"group {g}: the sink was handed out"
+            for block in range(1, self.num_blocks):
+                counted = pool.refs[block]
+                assert counted == refs[block], f"group {g}, block {block}: {counted} references, {refs[block]} holders"
+            free = pool.free_list()
+            assert len(free) == pool.num_free, f"group {g}: {len(free)} blocks in the free list, not {pool.num_free}"
+            expected = {block for block in range(1, self.num_blocks) if refs[block] == 0}
+            assert set(free) == expected, f"group {g}: free and unreferenced differ: {set(free) ^ expected}"
+            index = {h: b for b, h in enumerate(pool.hashes) if h is not None}
+            assert index == pool.by_hash, f"group {g}: the hash index and the blocks disagree"
+
+    @property
+    def _indices(self) -> range:
+        return range(len(self.groups))
+
+    def _open(self, request: Request, table: _Table, match: PrefixMatch | None) -> None:
+        """Register a request's first table and take its matched blocks."""
+        self._tables[request.request_id] = table
+        if match is not None:
+            table.num_stored = match.num_tokens // self.block_size
+            self._queries += len(request.token_ids)
+            self._hits += match.num_tokens
+            for pool, blocks in zip(self._pools, table.blocks, strict=True):
+                pool.claim(blocks)
+
+    def _chain(self, request: Request, count: int) -> list[bytes]:
+        """The hashes of the first ``count`` full blocks, extending what the request remembers."""
+        hashes, size = request.block_hashes, self.block_size
+        done = len(hashes)
+        if count > done:
+            width = 4 * size
+            data = memoryview(array("i", request.token_ids[done * size : count * size])).cast("B")
+            parent = hashes[-1] if hashes else _digest(repr(request.extra_keys).encode())
+            for i in range(0, (count - done) * width, width):
+                parent = _digest(parent + data[i : i + width])
+                hashes.append(parent)
+        return hashes[:count] if len(hashes) > count else hashes
+
+    def _window_start(self, window: int, num_tokens: int) -> int:
+        """The first block that the token at position ``num_tokens`` reads."""
+        return max(num_tokens - window + 1, 0) // self.block_size
+
+    def _fit_windows(self, hashes: list[bytes], length: int) -> int:
+        """The longest prefix, in blocks, whose last window is cached in every group that has one."""
+        pairs = zip(self.groups, self._pools, strict=True)
+        windowed = [(group.window, pool.by_hash) for group, pool in pairs if group.window is not None]
+        settled = False
+        while not settled:
+            settled = True
+            for window, found in windowed:
+                start = self._window_start(window, length * self.block_size)
+                missing = next((i for i in range(length - 1, start - 1, -1) if hashes[i] not in found), None)
+                if missing is not None:
+                    length, settled = missing, False
+        return length
+
+    def _matched(self, group: int, hashes: list[bytes], length: int) -> tuple[int, ...]:
+        found, window = self._pools[group].by_hash, self.groups[group].window
+        start = 0 if window is None else min(self._window_start(window, length * self.block_size), length)
+        return (SINK,) * start + tuple(found[hashes[i]] for i in range(start, length))
+
+
+class _Table:
+    """What one request holds: a list of blocks per group."""
+
+    __slots__ = ("blocks", "num_stored", "num_trimmed")
+
+    def __init__(self, blocks: list[list[int]]) -> None:
+        self.blocks = blocks
+        self.num_stored = 0
+        """Blocks from the start that ``commit`` has seen."""
+        self.num_trimmed = [0] * len(blocks)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
