@@ -10,6 +10,7 @@ __all__ = [
     "PluginError",
     "QueueFullError",
     "QuireError",
+    "RequestFailedError",
 ]
 
 
@@ -39,6 +40,10 @@ class InvalidRequestError(QuireError, ValueError):
 
 class QueueFullError(InvalidRequestError):
     """The queue is full or the policy refuses more. HTTP answers 429 with ``Retry-After``."""
+
+
+class RequestFailedError(QuireError, RuntimeError):
+    """The engine could not finish this request, though it was valid. HTTP answers 500."""
 
 
 class EngineDeadError(QuireError, RuntimeError):

@@ -9,8 +9,8 @@ __all__ = ["gather_logprobs"]
 
 
 def gather_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the model's raw distribution: ``logits`` (n, vocab), ``chosen`` (n,) -> ids (n, 1 + k) int32, log-probabilities
-    (n, 1 + k) float32, ranks (n,) int32. Column 0 is the chosen token; rank 1 is the best.
+    """Of the model's raw distribution: ``logits`` (n, vocab), ``chosen`` (n,) -> ids (n, 1 + k) int32,
+    log-probabilities (n, 1 + k) float32, ranks (n,) int32. Column 0 is the chosen token; rank 1 is the best.
     """
     logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(-1, chosen.long()[:, None])

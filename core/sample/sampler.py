@@ -13,7 +13,7 @@ __all__ = ["GumbelSampler"]
 
 
 class GumbelSampler(Sampler):
-    """``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens; temperature 0 is the argmax."""
+    """``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens; at 0 the plain argmax."""
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """``logits`` (n, vocab) float32 -> (n,) int32."""

@@ -79,7 +79,7 @@ class RequestTable:
             table[packed[0], packed[1]] = packed[2].int()
 
     def append(self, rows: Tensor, tokens: Tensor) -> None:
-        """Write the token drawn for each row at its end. ``rows`` (n,) int64 and ``tokens`` (n,) int32, on the device."""
+        """Write the token drawn for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device."""
         end = self.num_tokens[rows]
         self.token_ids[rows, end.long()] = tokens
         self.num_tokens[rows] = end + 1

@@ -1,0 +1,153 @@
+"""The engine core: the step. Plan, launch, and only then read back the step before."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+from quire.core.config import EngineConfig
+from quire.core.contracts.executor import Executor, Pending
+from quire.core.contracts.kv import KVAllocator
+from quire.core.contracts.policy import BatchingPolicy
+from quire.core.errors import InvalidRequestError, QueueFullError
+from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, SchedulerOutput
+from quire.core.plugin_manager import load_target
+from quire.core.plugin_options import parse_options
+from quire.core.sched.scheduler import Scheduler
+
+__all__ = ["EngineCore"]
+
+_log = logging.getLogger("quire.engine")
+_DEPTH = 2  # steps under way: one runs, the next is queued behind it
+_STATS_EVERY_NS = 100_000_000
+
+
+class EngineCore:
+    """Owns scheduler and executor. Single-threaded: whoever calls ``step`` calls everything else too.
+
+    Asynchronous: step N + 1 is planned and launched before the tokens of step N are read. A stop is therefore found
+    one step late, and the one token drawn after it is dropped.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        executor_class = load_target(config.plugin("executor").target, "quire.core.contracts.executor:Executor")
+        self._executor: Executor = executor_class(config)
+        self.capacity = self._executor.start()
+        try:
+            self.scheduler = self._make_scheduler()
+        except BaseException:
+            self._executor.shutdown()
+            raise
+        self._under_way: deque[tuple[SchedulerOutput, Pending]] = deque()
+        self._rejected: list[EngineCoreOutput] = []
+        self._quarantines = 0
+        self._stats_at = 0
+
+    def add(self, message: EngineCoreRequest) -> None:
+        """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""
+        try:
+            self.scheduler.add(message)
+        except InvalidRequestError as error:
+            kind = "full" if isinstance(error, QueueFullError) else "invalid"
+            self._rejected.append(
+                EngineCoreOutput(message.request_id, [], finish_reason="error", error=f"{kind}: {error}")
+            )
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self._under_way or self._rejected or self.scheduler.has_unfinished)
+
+    def step(self) -> EngineCoreOutputs:
+        """Launch what can be launched, then wait for the oldest step under way. May return no outputs."""
+        launched = False
+        if len(self._under_way) < _DEPTH:
+            step = self.scheduler.schedule()
+            if step is not None:
+                launched = True
+                self._launch(step)
+        outputs = self._rejected
+        self._rejected = []
+        if self._under_way and not (launched and len(self._under_way) < _DEPTH):
+            outputs.extend(self._commit())
+        elif not self._under_way and not outputs:
+            time.sleep(0.001)  # a policy that holds back: do not spin
+        return EngineCoreOutputs(outputs, time.time_ns(), self._stats_now(force=not self.has_work))
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
+        figures = self.scheduler.stats()
+        figures["plugin_quarantines_total"] = figures.get("plugin_quarantines_total", 0.0) + self._quarantines
+        return figures
+
+    def shutdown(self) -> None:
+        """Stop the workers. Idempotent."""
+        self._executor.shutdown()
+
+    def _launch(self, step: SchedulerOutput) -> None:
+        try:
+            self._under_way.append((step, self._executor.execute(step)))
+        except Exception as error:
+            self._under_way.append((step, _Failed(error)))
+
+    def _commit(self) -> list[EngineCoreOutput]:
+        step, pending = self._under_way.popleft()
+        try:
+            result = pending.result()
+        except Exception as error:
+            _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
+            return self.scheduler.drop(step, f"{type(error).__name__}: {error}")
+        self._quarantines += len(result.quarantined)
+        return self.scheduler.commit(step, result)
+
+    def _stats_now(self, force: bool) -> dict[str, float] | None:
+        now = time.monotonic_ns()
+        if not force and now - self._stats_at < _STATS_EVERY_NS:
+            return None
+        self._stats_at = now
+        return self.stats()
+
+    def _make_scheduler(self) -> Scheduler:
+        config = self.config
+        kv = config.plugin("kv")
+        allocator_class = load_target(kv.target, "quire.core.contracts.kv:KVAllocator")
+        allocator: KVAllocator = allocator_class(
+            self.capacity.groups,
+            self.capacity.num_blocks,
+            config.cache.block_size,
+            prefix_caching=config.cache.prefix_caching,
+            options=parse_options(allocator_class, kv.options),
+        )
+        return Scheduler(
+            config.scheduler,
+            config.cache,
+            allocator,
+            self._policy("policy"),
+            fallback=self._policy("policy_fallback"),
+            max_model_len=config.model.max_model_len,
+        )
+
+    def _policy(self, kind: str) -> BatchingPolicy:
+        choice = self.config.plugin(kind)
+        cls = load_target(choice.target, "quire.core.contracts.policy:BatchingPolicy")
+        return cls(parse_options(cls, choice.options))
+
+
+class _Failed:
+    """A step that could not even be launched."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def result(self):
+        raise self._error
+
+    def done(self) -> bool:
+        return True

@@ -1,0 +1,107 @@
+"""From what a caller gives to what the engine core takes: validate, tokenize, fan out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from quire.core.contracts.logits import LogitsProcessor
+from quire.core.engine.tokenizer import Tokenizer
+from quire.core.errors import InvalidRequestError
+from quire.core.messages import EngineCoreRequest
+from quire.core.sampling_params import SamplingParams
+
+__all__ = ["InputProcessor", "Prompt"]
+
+Prompt = str | Sequence[int]
+
+
+class InputProcessor:
+    """Refuses what cannot be served before it reaches the engine core, naming the field."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        vocab_size: int,
+        processors: Sequence[type[LogitsProcessor]] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self._processors = list(processors)
+        self._eos = tokenizer.eos_token_ids()
+
+    def process(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[EngineCoreRequest]:
+        """One core request for each of the ``n`` continuations; the later ones name the first as their parent."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        self._check_length(ids, params)
+        self._check_params(params)
+        arrival = time.time_ns()
+        requests = []
+        for index in range(params.n):
+            seed = None if params.seed is None else _wrap(params.seed + index)
+            own = params if params.n == 1 else msgspec.structs.replace(params, n=1, seed=seed)
+            if index and own.prompt_logprobs is not None:
+                own = msgspec.structs.replace(own, prompt_logprobs=None)
+            requests.append(
+                EngineCoreRequest(
+                    request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                    prompt_token_ids=ids,
+                    params=own,
+                    arrival_ns=arrival,
+                    eos_token_ids=self._eos,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    parent_id=f"{request_id}#0" if index else None,
+                )
+            )
+        return requests
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"prompt holds {token!r}, which is no token id; ids go from 0 to {self.vocab_size - 1}", "prompt"
+                )
+        return list(ids)
+
+    def _check_length(self, ids: list[int], params: SamplingParams) -> None:
+        if not ids:
+            raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
+        if len(ids) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(ids)} tokens; this model's context is {self.max_model_len} tokens, "
+                f"so at most {self.max_model_len - 1} can be prompt: shorten it or raise --max-model-len",
+                "prompt",
+            )
+        if params.min_tokens and len(ids) + params.min_tokens > self.max_model_len:
+            raise InvalidRequestError(
+                f"min_tokens {params.min_tokens} after a prompt of {len(ids)} tokens exceeds the context of "
+                f"{self.max_model_len} tokens",
+                "min_tokens",
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for token in params.stop_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"stop_token_ids names {token}; ids go from 0 to {self.vocab_size - 1}", "stop_token_ids"
+                )
+        for processor in self._processors:
+            processor.validate(params, self.vocab_size)
+
+
+def _wrap(seed: int) -> int:
+    """Keep a seed within 64 bits, signed."""
+    return (seed + 2**63) % 2**64 - 2**63

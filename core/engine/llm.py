@@ -1,0 +1,129 @@
+"""``LLM``: offline inference, the engine in this process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from quire.core.contracts.logits import LogitsProcessor
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.client import InprocClient
+from quire.core.engine.configure import configure
+from quire.core.engine.exporters import Exporters
+from quire.core.engine.input_processor import InputProcessor, Prompt
+from quire.core.engine.output_processor import OutputProcessor
+from quire.core.engine.ready_line import ready_line
+from quire.core.engine.tokenizer import Tokenizer
+from quire.core.errors import InvalidRequestError, RequestFailedError
+from quire.core.messages import RequestOutput
+from quire.core.plugin_manager import load_target
+from quire.core.sampling_params import SamplingParams
+
+__all__ = ["LLM"]
+
+
+class LLM:
+    """Load a model and complete batches of prompts.
+
+    Keyword arguments are the fields of ``EngineArgs`` (the flags of ``quire serve``). Raises a ``QuireError`` that says
+    what to mend.
+
+    >>> llm = LLM(model="quire-tiny")
+    >>> [output] = llm.generate(["Paged attention is"], SamplingParams(temperature=0, max_tokens=8))
+    >>> output.outputs[0].text
+    """
+
+    def __init__(self, model: str = "quire-tiny", **kwargs: Any) -> None:
+        self.config = configure(EngineArgs(model=model, **kwargs)).config
+        self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
+        self._client = InprocClient(self.config)
+        processors = [
+            load_target(choice.target, LogitsProcessor) for choice in self.config.plugins_of("logits_processor")
+        ]
+        self._inputs = InputProcessor(
+            self.tokenizer, self.config.model.max_model_len, self.config.model.vocab_size, processors
+        )
+        self._outputs = OutputProcessor(self.tokenizer, Exporters())
+        self._ids = itertools.count()
+
+    @property
+    def ready_line(self) -> str:
+        """What the engine holds."""
+        return ready_line(self.config, self._client.capacity)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts (texts or token ids), in order. One set of parameters serves all, or one each.
+
+        Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
+        """
+        batch = _as_batch(prompts)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        params = [sampling_params] * len(batch) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(params) != len(batch):
+            raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} sampling_params; give one, or one each")
+        ids = [str(next(self._ids)) for _ in batch]
+        requests = [
+            self._inputs.process(name, prompt, own) for name, prompt, own in zip(ids, batch, params, strict=True)
+        ]
+        for name, prompt, own, mine in zip(ids, batch, params, requests, strict=True):
+            self._outputs.add(name, prompt if isinstance(prompt, str) else None, mine, own, "final")
+            self._client.add(mine)
+        return self._run(ids, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        use_tqdm: bool = False,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a batch of them."""
+        single = bool(messages) and isinstance(messages[0], dict)
+        talks: Any = [messages] if single else messages
+        prompts = [self.tokenizer.chat(talk, tools=tools, **template_options) for talk in talks]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters of the engine."""
+        return self._client.core.stats()
+
+    def shutdown(self) -> None:
+        """Free the model. Idempotent."""
+        self._client.shutdown()
+
+    def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        bar = tqdm(total=len(ids), disable=not use_tqdm, desc="requests", unit="req")
+        try:
+            while len(finished) < len(ids):
+                made = self._outputs.process(self._client.step().outputs)
+                self._client.abort(made.aborts)
+                if made.errors:
+                    raise RequestFailedError(f"request {made.errors[0][0]}: {made.errors[0][1]}")
+                finished.update((output.request_id, output) for output in made.outputs)
+                bar.update(len(made.outputs))
+        finally:
+            bar.close()
+            for name in ids:
+                self._client.abort(self._outputs.remove(name))
+        return [finished[name] for name in ids]
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

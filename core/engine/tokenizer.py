@@ -1,0 +1,126 @@
+"""The model's tokenizer and chat template, behind the few methods the engine and the server need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """Wraps a transformers fast tokenizer. Raises ``CheckpointError`` if the folder has none."""
+
+    def __init__(self, path: str, chat_template: str | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{path} has no tokenizer that can be loaded ({reason}); name one with --tokenizer"
+            ) from error
+        if not self._hf.is_fast:
+            raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
+        self.backend = self._hf.backend_tokenizer
+        """The ``tokenizers.Tokenizer`` itself."""
+        self._template = _read_template(chat_template) if chat_template else self._hf.chat_template
+        self._folder = path
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens it knows, added ones included; the model's vocabulary may be larger."""
+        return len(self._hf)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to ids."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Ids to text."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for log-probabilities; bytes that are no character show as the replacement character."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for."""
+        piece = self.backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if _BYTE_LEVEL in json.dumps(json.loads(self.backend.to_str())["decoder"] or {}):
+            return _byte_level(piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return self.token_text(token_id).encode()
+
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a text: the tokenizer's own, and those of ``generation_config.json`` and ``config.json``."""
+        found = [self._hf.eos_token_id]
+        for name in ("generation_config.json", "config.json"):
+            path = Path(self._folder) / name
+            if path.exists():
+                value = json.loads(path.read_text()).get("eos_token_id")
+                found.extend(value if isinstance(value, list) else [value])
+        return list(dict.fromkeys(token for token in found if isinstance(token, int)))
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Render messages with the chat template and tokenize. ``InvalidRequestError`` if there is no template or it
+        refuses the messages."""
+        template = chat_template or self._template
+        if not template:
+            raise InvalidRequestError(
+                "this model has no chat template; start the server with --chat-template FILE or use /v1/completions",
+                "messages",
+            )
+        try:
+            text = self._hf.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except Exception as error:
+            raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
+        return self.encode(text, add_special_tokens=False)
+
+
+_BYTE_LEVEL = "ByteLevel"
+
+
+def _byte_level(piece: str) -> bytes:
+    """Undo GPT-2's mapping of bytes to printable characters (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(b): b for b in printable}
+    table.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
+    if all(c in table for c in piece):
+        return bytes(table[c] for c in piece)
+    return piece.encode()
+
+
+def _read_template(source: str) -> str:
+    """A template given as a file, or as itself."""
+    path = Path(source)
+    if "{" not in source:
+        if not path.is_file():
+            raise ConfigError(f"--chat-template {source}: no such file; give a Jinja file or the template itself")
+        return path.read_text()
+    return source
