@@ -100,7 +100,7 @@ class Tokenizer:
             )
         except Exception as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(str(text), add_special_tokens=False)
 
 
 _BYTE_LEVEL = "ByteLevel"

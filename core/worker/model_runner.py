@@ -71,8 +71,7 @@ class ModelRunner:
             self._computed[row] = request.num_computed
             self._prompt_len[row] = request.prompt_len
             wanted = request.params.prompt_logprobs
-            fresh = wanted is not None and request.num_computed < request.prompt_len
-            self._prompt_logprobs[row] = wanted if fresh else -1
+            self._prompt_logprobs[row] = -1 if wanted is None else wanted
             self.drawer.add(request)
         if step.block_diffs:
             self.table.set_blocks(step.block_diffs)
