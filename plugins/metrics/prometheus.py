@@ -1,0 +1,156 @@
+"""Prometheus text at ``/metrics``: every figure under ``quire:``, and under ``vllm:`` for existing dashboards."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from quire.core.contracts.metrics import MetricsExporter
+from quire.core.stats import ENGINE_STATS, RequestStats
+
+__all__ = ["PrometheusExporter"]
+
+_PREFIXES = ("quire:", "vllm:")
+_TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10, 20, 40, 80)
+_ITL = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_E2E = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10, 20, 40, 80, 160, 320)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+_OLD_NAMES = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
+_REASONS = ("stop", "length", "abort", "error")
+_FRONT = ("prompt_tokens_total", "generation_tokens_total")
+"""Counted here, as they reach callers, and not taken from the engine core."""
+
+
+class PrometheusExporter(MetricsExporter):
+    """Keeps plain numbers, and builds the text when it is scraped. Takes no options."""
+
+    def __init__(self, labels: Mapping[str, str], options: Any = None) -> None:
+        super().__init__(labels, options)
+        self._engine: dict[str, float] = dict.fromkeys(ENGINE_STATS, 0.0)
+        self._prompt = self._generation = 0
+        self._finished = dict.fromkeys(_REASONS, 0)
+        self._ttft = _Histogram(_TTFT)
+        self._itl = _Histogram(_ITL)
+        self._tpot = _Histogram(_ITL)
+        self._e2e = _Histogram(_E2E)
+        self._queue = _Histogram(_QUEUE)
+        self._prompt_len = _Histogram(_TOKENS)
+        self._generation_len = _Histogram(_TOKENS)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def record_engine(self, stats: Mapping[str, float]) -> None:
+        """Keep the latest figures of the engine core."""
+        self._engine.update(stats)
+
+    def record_request(self, stats: RequestStats) -> None:
+        """Count a finished request, and note its times."""
+        self._finished[stats.finish_reason] = self._finished.get(stats.finish_reason, 0) + 1
+        self._e2e.add(stats.e2e_s)
+        self._queue.add(stats.queue_s)
+        self._prompt_len.add(stats.num_prompt_tokens)
+        self._generation_len.add(stats.num_generation_tokens)
+        if stats.mean_tpot_s is not None:
+            self._tpot.add(stats.mean_tpot_s)
+
+    def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
+        """Count tokens, and note the gaps between them."""
+        self._prompt += num_prompt
+        self._generation += num_generated
+        if ttft_s is not None:
+            self._ttft.add(ttft_s)
+        for gap in itl_s:
+            self._itl.add(gap)
+
+    def render(self) -> tuple[str, bytes]:
+        """The text, in the format that every Prometheus reads."""
+        return CONTENT_TYPE_LATEST, generate_latest(self._registry)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing to check for clashes: the registry is ours alone."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every figure, under each prefix."""
+        for prefix in _PREFIXES:
+            yield from self._engine_figures(prefix)
+            yield from self._front_figures(prefix)
+
+    def _engine_figures(self, prefix: str) -> Iterator[Metric]:
+        for name, value in self._engine.items():
+            text = ENGINE_STATS.get(name, name.replace("_", " "))
+            if name in _FRONT:
+                continue
+            if name.endswith("_total"):
+                yield self._counter(prefix + name.removesuffix("_total"), text, value)
+            else:
+                yield self._gauge(prefix + name, text, value)
+                if name in _OLD_NAMES:
+                    yield self._gauge(prefix + _OLD_NAMES[name], f"{text} (old name)", value)
+        queries = self._engine.get("prefix_cache_queries_total", 0.0)
+        hits = self._engine.get("prefix_cache_hits_total", 0.0)
+        rate = hits / queries if queries else 0.0
+        yield self._gauge(
+            prefix + "gpu_prefix_cache_hit_rate", "Share of looked-up tokens found in the prefix cache", rate
+        )
+        yield self._gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
+        yield self._gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
+
+    def _front_figures(self, prefix: str) -> Iterator[Metric]:
+        yield self._counter(prefix + "prompt_tokens", "Prompt tokens of requests that were answered", self._prompt)
+        yield self._counter(prefix + "generation_tokens", "Tokens generated", self._generation)
+        text = "Finished requests, by how they ended"
+        success = CounterMetricFamily(prefix + "request_success", text, labels=[*self.labels, "finished_reason"])
+        for reason, count in self._finished.items():
+            success.add_metric([*self.labels.values(), reason], count)
+        yield success
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "From arrival to the first token", self._ttft),
+            ("inter_token_latency_seconds", "Between one token and the next", self._itl),
+            ("time_per_output_token_seconds", "Between one token and the next (old name)", self._itl),
+            ("request_time_per_output_token_seconds", "Mean time per token after the first, by request", self._tpot),
+            ("e2e_request_latency_seconds", "From arrival to the last token", self._e2e),
+            ("request_queue_time_seconds", "From arrival to the first step", self._queue),
+            ("request_prompt_tokens", "Prompt length of finished requests", self._prompt_len),
+            ("request_generation_tokens", "Answer length of finished requests", self._generation_len),
+        ):
+            family = HistogramMetricFamily(prefix + name, text, labels=list(self.labels))
+            family.add_metric(list(self.labels.values()), histogram.cumulative(), histogram.total)
+            yield family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        return family
+
+
+class _Histogram:
+    """Counts by upper bound; adding costs one bisection."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, how many are not above it), as Prometheus wants them."""
+        found, running = [], 0
+        for bound, count in zip([*map(float, self._bounds), float("inf")], self._counts, strict=True):
+            running += count
+            found.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
+        return found

@@ -1,0 +1,45 @@
+"""The FastAPI application."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.middleware import Middleware
+
+from quire.core.version import __version__
+from quire.server.errors import add_error_handlers
+from quire.server.middleware import Gate
+from quire.server.routes import chat, completions, health, metrics, models, tokens
+from quire.server.settings import ServerSettings
+from quire.server.state import ServerState
+
+if TYPE_CHECKING:
+    from quire.core.engine.async_llm import AsyncLLM
+
+__all__ = ["create_app", "create_metrics_app"]
+
+
+def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, arguments: Any = None) -> FastAPI:
+    """An application over a started engine. ``app.state.server`` is its ``ServerState``."""
+    settings = settings or ServerSettings()
+    state = ServerState(engine, settings, arguments)
+    app = FastAPI(
+        title="Quire",
+        version=__version__,
+        root_path=settings.root_path,
+        middleware=[Middleware(Gate, state=state)],
+    )
+    app.state.server = state
+    for module in (chat, completions, models, tokens, health, metrics):
+        app.include_router(module.router(state))
+    add_error_handlers(app)
+    return app
+
+
+def create_metrics_app(state: ServerState) -> FastAPI:
+    """An application that serves only ``/metrics``, for ``--prometheus-port``."""
+    app = FastAPI(title="Quire metrics", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(metrics.router(state))
+    add_error_handlers(app)
+    return app

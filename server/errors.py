@@ -1,0 +1,161 @@
+"""Errors as HTTP answers, in the JSON shape of the OpenAI API."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
+
+__all__ = [
+    "ApiError",
+    "ClientGoneError",
+    "ModelNotFoundError",
+    "UnavailableError",
+    "add_error_handlers",
+    "error_body",
+    "error_response",
+    "validation_error",
+]
+
+log = logging.getLogger(__name__)
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+RETRY_AFTER_S = 1
+
+
+class ApiError(Exception):
+    """An answer other than success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+
+class ModelNotFoundError(ApiError):
+    """A request for a model that is not served."""
+
+    def __init__(self, name: str, served: Sequence[str]) -> None:
+        names = ", ".join(repr(each) for each in served)
+        super().__init__(
+            404, f"the model {name[:200]!r} does not exist; served here: {names}", param="model", code="model_not_found"
+        )
+
+
+class UnavailableError(ApiError):
+    """No request can be taken now."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(503, message, code="unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
+    """``{"error": {"message", "type", "param", "code"}}``."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": message, "type": kind, "param": param, "code": code or HTTPStatus(status).phrase.lower()}
+    return msgspec.json.encode({"error": error})
+
+
+def error_response(error: Exception) -> Response:
+    """The answer to ``error``, whatever it is. What is not a user's or the client's doing is logged, and not shown."""
+    if isinstance(error, ClientGoneError):
+        return Response(status_code=499)
+    known = _known(error)
+    if known is None:
+        log.error("a request failed", exc_info=error)
+        known = ApiError(500, "internal server error; the server's log says more", code="internal_error")
+    body = error_body(known.status, known.message, known.param, known.code)
+    return Response(body, known.status, known.headers, "application/json")
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """The first of pydantic's complaints, on one line. Places inside unions are left out of ``param``."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(
+            400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json"
+        )
+    where = _place(first["loc"])
+    message = " ".join(str(first["msg"]).removeprefix("Value error, ").split())
+    shown = repr(first.get("input"))
+    given = (
+        ""
+        if first["type"] in ("missing", "value_error")
+        else f", got {shown if len(shown) <= 100 else shown[:100] + '...'}"
+    )
+    return ApiError(400, f"{where or 'the body'}: {message[:1].lower()}{message[1:]}{given}", param=where or None)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in the one shape."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    handler: Callable[[Request, Exception], Awaitable[Response]] = handle
+    known = (ApiError, QuireError, HTTPException, RequestValidationError, ValidationError, ClientGoneError)
+    for kind in known:
+        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(Exception, handler)
+
+
+def _known(error: Exception) -> ApiError | None:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, _line(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)})
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, _line(error), param=error.param, code="invalid_value")
+    if isinstance(error, EngineDeadError):
+        return UnavailableError(_line(error))
+    if isinstance(error, RequestFailedError):
+        return ApiError(500, _line(error), code="engine_error")
+    if isinstance(error, RequestValidationError | ValidationError):
+        return validation_error(error.errors())
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _place(loc: Sequence[Any]) -> str:
+    """``("messages", 3, "content")`` -> ``messages[3].content``."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and part != "body":
+            text += f".{part}" if text else part
+    return text
