@@ -115,7 +115,7 @@ def collect(plugin: Any, dist: str = PROJECT, version: str = "", file: str | Non
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise PluginError(f"{dist}: {describe(error)}; mend or uninstall it") from error
+        raise PluginError(f"{dist} {version}: {describe(error)}; mend or uninstall it") from error
     return registrations
 
 
@@ -148,8 +148,8 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-_HEADER = re.compile(r"^\s*\[quire(?![a-zA-Z0-9])[^\]]*\]", re.MULTILINE)
-_OURS = re.compile(r"quire(?![a-zA-Z0-9]).*")
+_HEADER = re.compile(r"^\s*\[\s*quire(v?\d+|[^a-z0-9\]][^\]]*)?\]", re.MULTILINE | re.IGNORECASE)
+_OURS = re.compile(r"quire(v?\d+|[^a-z0-9].*)?", re.IGNORECASE)
 _VERSIONED = re.compile(r"quire\.v(\d+)")
 
 

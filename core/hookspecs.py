@@ -26,8 +26,8 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 # ---- Registration. Called once per process: for bundled plugins at start, for others only when a name is not bundled
-# ---- or ``--plugin`` names their distribution. Call ``register(name, "module:Class", summary, requires=(), aliases=())``
-# ---- for each implementation, and import nothing heavy. Each returns None, and the result is ignored.
+# ---- or ``--plugin`` names their distribution. For each implementation, call ``register(name, "module:Class", summary,
+# ---- requires=(), aliases=())``, and import nothing heavy. Each returns None, and the result is ignored.
 
 
 @hookspec

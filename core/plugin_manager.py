@@ -7,7 +7,7 @@ looking at third-party packages at all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ class PluginManager:
         """The hooks of the bundled and the enabled plugins: ``manager.hook.quire_extend_app(app=app)``."""
         return self._pluggy.hook
 
+    def broadcast(self, hook: str, **arguments: Any) -> None:
+        """Call ``hook`` on every one of these plugins. PluginError naming the first that raises."""
+        for _ in self._answers(hook, arguments):
+            pass
+
     @property
     def entries(self) -> list[PluginEntry]:
         """Every third-party entry point installed, refused ones included. Read once; imports none."""
@@ -129,7 +134,8 @@ class PluginManager:
                 self._plugins[entry] = plugin
             except PluginError as error:
                 self.adopt(entry, refusal=str(error))
-                log.warning("plugin passed over: %s", error)
+                if dist is None:
+                    log.warning("plugin passed over: %s", error)
 
     def unseen(self, dist: str | None = None) -> list[PluginEntry]:
         """The third-party entry points (of ``dist``, or all) about which nothing is known but their metadata."""
@@ -210,18 +216,19 @@ class PluginManager:
         return self._resolution(registration, f"auto{by}" + (f": {choice.why}" if choice.why else ""), rejected)
 
     def _ask(self, hook: str, **arguments: Any) -> tuple[Any, str]:
-        """The first answer to ``hook`` that is not None, and who gave it. A hook that raises is named."""
-        plugins = [impl.plugin for impl in reversed(getattr(self.hook, hook).get_hookimpls())]
-        for plugin in plugins:
+        """The first answer to ``hook`` that is not None, and who gave it."""
+        return next(((a, who) for who, a in self._answers(hook, arguments) if a is not None), (None, PROJECT))
+
+    def _answers(self, hook: str, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Call one plugin after another, so that the one that raises can be named."""
+        for plugin in [impl.plugin for impl in reversed(getattr(self.hook, hook).get_hookimpls())]:
             who = (self._pluggy.get_name(plugin) or PROJECT).partition(":")[0]
             others = [p for p in self._pluggy.get_plugins() if p is not plugin]
             try:
                 answer = self._pluggy.subset_hook_caller(hook, others)(**arguments)
             except Exception as error:
                 raise PluginError(f"{who}: {hook} failed: {describe(error)}; leave out --plugin {who}") from error
-            if answer is not None:
-                return answer, who
-        return None, PROJECT
+            yield who, answer
 
     @staticmethod
     def _resolution(r: Registration, why: str, rejected: tuple[tuple[str, str], ...] = ()) -> Resolution:

@@ -75,7 +75,7 @@ def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
                 f"quire: {registration.kind}/{registration.name}: {registration.target} is missing; reinstall quire"
             )
             problems.append({"dist": "quire", "problem": reason})
-    probes = probe(manager.unseen(), limit, targets=True)
+    probes = probe(manager.entries, limit, targets=True)
     for found in probes:
         manager.adopt(found.entry, found.registrations)
         problems.extend({"dist": found.entry.dist, "problem": text} for text in found.problems)

@@ -34,13 +34,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("--device", choices=("cpu", "cuda"), help="as if on this device (default: this machine's)")
     for command in (listing, doctor, explain, check):
         command.add_argument("--json", action="store_true", help="print one JSON document")
+    for command in (listing, explain, check):
         command.add_argument("--plugin", action="append", default=[], metavar="DIST", help="turn a distribution on")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 if the doctor or a check found something. PluginError: a wrong name."""
-    manager = PluginManager(args.plugin)
+    manager = PluginManager(getattr(args, "plugin", ()))
     if args.plugins_command == "list":
         return _print(args, list_report(manager, args.device, args.kind), _list_text)
     if args.plugins_command == "explain":

@@ -1,0 +1,28 @@
+import pytest
+
+from quire.core.discovery import module_file
+from quire.core.plugin_manager import PluginManager, load_target
+from quire.core.registry import KINDS
+from quire.core.testing.conformance import checks_for, kind_of, run_checks
+
+BUNDLED = [r for kind in KINDS for r in PluginManager().registry.of(kind)]
+
+
+def _id(registration):
+    return f"{registration.kind}-{registration.name}"
+
+
+@pytest.mark.parametrize("registration", BUNDLED, ids=_id)
+def test_every_bundled_name_leads_to_a_class_that_keeps_its_contract(registration):
+    assert module_file(registration.target.partition(":")[0])
+    manager = PluginManager()
+    cls = manager.load(registration.kind, registration.name)
+    assert kind_of(cls) == registration.kind
+    failed = [f"{r.name}: {r.reason}" for r in run_checks(cls) if r.outcome == "failed"]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_checks_and_a_contract(kind):
+    assert len(checks_for(kind)) >= 6
+    assert load_target(KINDS[kind].contract).__abstractmethods__

@@ -1,0 +1,58 @@
+import pytest
+
+from quire.core.contracts.policy import BatchingPolicy
+from quire.core.errors import PluginError
+from quire.core.testing.conformance import checks_for, kind_of, parametrize_with_checks, run_checks
+
+
+class Patient(BatchingPolicy):
+    """By arrival."""
+
+    def admission_key(self, request):
+        return (request.arrival_ns,)
+
+
+class Undocumented(Patient):
+    shared = {}
+
+    def finished(self, request):
+        pass
+
+
+@parametrize_with_checks(Patient)
+def test_a_good_class_passes(check):
+    check()
+
+
+@parametrize_with_checks(
+    Undocumented,
+    expected_failures={
+        "check_says_what_it_is": "it has no docstring",
+        "check_has_no_shared_mutable_state": "it shares a dict",
+        "check_signatures_accept_the_engines_calls": "finished lacks an argument",
+    },
+)
+def test_declared_failures_are_expected(check):
+    check()
+
+
+def test_results_say_what_failed_and_why():
+    failed = {r.name: r.reason for r in run_checks(Undocumented) if r.outcome == "failed"}
+    assert "finished" in failed["check_signatures_accept_the_engines_calls"]
+    assert "shared is shared" in failed["check_has_no_shared_mutable_state"]
+
+
+def test_a_class_inside_a_function_cannot_reach_a_worker():
+    class Local(Patient):
+        """By arrival."""
+
+    failed = {r.name: r.reason for r in run_checks(Local) if r.outcome == "failed"}
+    assert "is defined inside a function" in failed["check_can_be_found_by_its_path"]
+
+
+def test_wrong_declarations_are_refused():
+    with pytest.raises(PluginError, match="expected_failures names check_nothing_at_all, which is no check"):
+        parametrize_with_checks(Patient, {"check_nothing_at_all": "?"})
+    with pytest.raises(PluginError, match="int derives from no contract"):
+        kind_of(int)
+    assert len({c.__name__ for c in checks_for("policy")}) == len(checks_for("policy"))

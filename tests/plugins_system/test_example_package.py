@@ -1,0 +1,50 @@
+"""The example is built and installed for real, then used by name."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin-policy"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    source = tmp_path_factory.mktemp("source") / "plugin-policy"
+    shutil.copytree(EXAMPLE, source)
+    site = tmp_path_factory.mktemp("site")
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags, "--target", site, source], check=True, timeout=120)
+    return site
+
+
+def test_installing_it_changes_nothing(site, quire):
+    report = quire("plugins", "list", "policy", site=site, json_output=True)
+    assert [p["name"] for p in report["plugins"] if p["active"]] == ["fcfs"]
+    assert report["plugins"][-1]["dist"] == "quire-take-turns" and not report["refused"]
+
+
+def test_naming_it_is_enough(site, quire):
+    told = quire("plugins", "explain", "policy/take_turns", site=site).stdout
+    assert "quire-take-turns 1.0.0" in told and "--scheduling-policy-option burst: int = 1" in told
+    assert "checks failed" in quire("plugins", "check", "policy/take_turns", site=site).stdout
+
+
+def test_the_doctor_has_nothing_against_it(site, quire):
+    report = quire("plugins", "doctor", site=site, json_output=True)
+    assert report["problems"] == [] and report["third_party"][0]["plugins"] == ["policy/take_turns"]
+
+
+def test_its_own_tests_pass(site):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    environment = {"PYTHONPATH": f"{Path(__file__).parents[2] / 'src'}:{site}", "PATH": "/usr/bin:/bin"}
+    tests = EXAMPLE / "tests"
+    result = subprocess.run([*command, tests, "--rootdir", tests], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_it_is_about_thirty_lines():
+    lines = (EXAMPLE / "quire_take_turns.py").read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 32

@@ -1,0 +1,86 @@
+import pytest
+
+from quire.core.errors import PluginError
+from quire.core.registry import KINDS, Kind, Registrar, Registration, Registry, did_you_mean
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("policy", "policy"),
+        ("--scheduler", "policy"),
+        ("scheduling-policy", "policy"),
+        ("kv-allocator", "kv"),
+        ("Attention Backend".replace(" ", "-"), "attention"),
+        ("logits-processor", "logits_processor"),
+        ("quantization", "quant"),
+    ],
+)
+def test_a_kind_is_found_by_key_title_or_flag(text, key):
+    assert Kind.named(text).key == key
+
+
+def test_an_unknown_kind_is_refused_with_the_closest():
+    with pytest.raises(PluginError, match=r"'polcy' is not a kind of plugin; did you mean policy\?"):
+        Kind.named("polcy")
+
+
+def test_every_kind_has_a_hook_and_a_flag_of_its_own():
+    from quire.core import hookspecs
+
+    for kind in KINDS.values():
+        assert hasattr(hookspecs, f"quire_register_{kind.key}")
+    assert len({k.flag for k in KINDS.values()}) == len(KINDS)
+
+
+@pytest.mark.parametrize("name", ["auto", "AUTO", "a/b", "a:b", "", "-x", "ünï", "two words", 7])
+def test_odd_names_are_refused(name):
+    with pytest.raises(PluginError, match="cannot be a name"):
+        Registrar("policy")(name, "a.b:C", "something")
+
+
+@pytest.mark.parametrize("target", ["a.b", "a.b:", ":C", "a b:C", "a:C()", None, Registry])
+def test_a_target_must_be_a_string_of_module_and_class(target):
+    with pytest.raises(PluginError, match="is not of the form 'module:Class'"):
+        Registrar("policy")("mine", target, "something")
+
+
+@pytest.mark.parametrize("summary", ["", "  ", "two\nlines", None])
+def test_a_summary_is_one_line(summary):
+    with pytest.raises(PluginError, match="must be one line"):
+        Registrar("policy")("mine", "a:C", summary)
+
+
+def test_requirements_carry_an_install_hint():
+    register = Registrar("attention", "other", "1.0")
+    register("mine", "a:C", "something", requires=("flash_attn",), aliases=("m",))
+    (registration,) = register.registrations
+    assert registration.requires[0].install == "pip install flash_attn"
+    assert (registration.qualified, registration.aliases) == ("other/mine", ("m",))
+
+
+def test_bundled_names_and_aliases_win_whatever_comes_first():
+    registry = Registry()
+    foreign = Registration("policy", "FCFS", "x:Y", "theirs", dist="other")
+    bundled = Registration("policy", "fcfs", "a:B", "ours", aliases=("first-come",))
+    registry.add([foreign, Registration("policy", "first_come", "x:Z", "theirs", dist="other"), bundled])
+    assert registry.find("policy", "fcfs") == [bundled]
+    assert registry.find("policy", "First-Come") == [bundled]
+    assert registry.find_in("policy", "Other", "fcfs") == foreign
+    assert registry.clash(foreign) == bundled
+    assert registry.spelling(foreign) == "other/FCFS"
+    assert registry.spelling(bundled) == "fcfs"
+
+
+def test_two_foreigners_with_one_name_both_need_their_full_name():
+    registry = Registry()
+    registry.add([Registration("policy", "x", "a:B", "one", dist=d) for d in ("first", "second")])
+    assert [registry.spelling(r) for r in registry.of("policy")] == ["first/x", "second/x"]
+    assert len(registry.find("policy", "x")) == 2
+
+
+def test_did_you_mean_offers_the_closest_or_all():
+    assert did_you_mean("fcsf", ["fcfs", "sjf"]).startswith("did you mean fcfs")
+    assert did_you_mean("zzz", ["fcfs", "sjf"]) == "choose from fcfs, sjf"
+    assert did_you_mean("sdap", ["torch_sdpa"], ["sdpa"]) == "did you mean sdpa?"
+    assert did_you_mean("x", []) == "there are none"
