@@ -30,9 +30,27 @@ class LayerInfo:
     """Checkpoint names of the fused parts, e.g. ``...q_proj, ...k_proj, ...v_proj``; one where nothing is fused."""
     part_sizes: tuple[int, ...]
     """Output rows of each part on this rank."""
+    part_totals: tuple[int, ...]
+    """Output rows of each part in the checkpoint. KV heads fewer than the ranks are held by several: then
+    ``part_sizes`` times the ranks is more than the total. A padded vocabulary is the other case of that."""
+    in_total: int
+    """Input features in the checkpoint."""
     shard: Literal["column", "row", "replicated"]
     dtype: torch.dtype
     bias: bool
+
+    def out_range(self, part: int, rank: int, world_size: int) -> tuple[int, int]:
+        """(first row, number of rows) of ``part``'s checkpoint tensor that belong to ``rank``."""
+        size, total = self.part_sizes[part], self.part_totals[part]
+        if self.shard != "column" or world_size == 1:
+            return 0, total
+        replicas = max(1, size * world_size // total) if self.kind != "lm_head" else 1
+        first = min(rank // replicas * size, total)
+        return first, min(size, total - first)
+
+    def in_range(self, rank: int) -> tuple[int, int]:
+        """(first, number) of the checkpoint's input features that belong to ``rank``."""
+        return (rank * self.in_features, self.in_features) if self.shard == "row" else (0, self.in_features)
 
 
 @dataclass(slots=True)
@@ -54,6 +72,10 @@ class LinearMethod(ABC):
     @abstractmethod
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """Register the parameters a checkpoint fills, with their final shapes on this rank."""
+
+    def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
+        """Suffixes of the tensors a checkpoint holds for each part; ``load`` is called once for each."""
+        return ("weight", "bias") if info.bias else ("weight",)
 
     @abstractmethod
     def load(

@@ -1,1 +1,23 @@
-"""Layers written for tensor-parallel sharding."""
+"""Layers written for tensor-parallel sharding. A model makes them through ``LayerBuilder``."""
+
+from quire.core.layers.attention import Attention, AttentionShape
+from quire.core.layers.builder import LayerBuilder
+from quire.core.layers.checkpoint import CheckpointLayer, checkpoint_map, finish_loading
+from quire.core.layers.embedding import LMHead, VocabEmbedding
+from quire.core.layers.linear import Linear
+from quire.core.layers.mlp import GatedMLP
+from quire.core.layers.norm import RMSNorm
+
+__all__ = [
+    "Attention",
+    "AttentionShape",
+    "CheckpointLayer",
+    "GatedMLP",
+    "LMHead",
+    "LayerBuilder",
+    "Linear",
+    "RMSNorm",
+    "VocabEmbedding",
+    "checkpoint_map",
+    "finish_loading",
+]

@@ -1,0 +1,92 @@
+"""The attention layer: project, norm, rotate, cache, attend, project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from quire.core import ops
+from quire.core.contracts.attention import AttentionSpec
+from quire.core.contracts.model import ForwardContext
+
+if TYPE_CHECKING:
+    from quire.core.layers.builder import LayerBuilder
+
+__all__ = ["Attention", "AttentionShape"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a family says of one attention layer. Counts are of the whole model, not of a rank."""
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    """None: ``head_dim ** -0.5``."""
+    qk_norm_eps: float | None = None
+    """Norm each head's queries and keys before rotating, with this epsilon; None: do not."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions over the paged cache; heads are shared out over the ranks."""
+
+    def __init__(self, builder: LayerBuilder, name: str, layer: int, shape: AttentionShape, cos_sin: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.cos_sin = cos_sin  # (max_positions, rotary_dim) float32, shared by the layers
+        self.head_dim = shape.head_dim
+        self.num_heads, self.num_kv_heads = builder.heads(shape.num_heads, shape.num_kv_heads)
+        self.qkv_proj = builder.qkv(name, shape)
+        self.o_proj = builder.row(f"{name}.o_proj", shape.num_heads * shape.head_dim, shape.hidden, shape.out_bias)
+        eps = shape.qk_norm_eps
+        self.q_norm = None if eps is None else builder.norm(f"{name}.q_norm", shape.head_dim, eps)
+        self.k_norm = None if eps is None else builder.norm(f"{name}.k_norm", shape.head_dim, eps)
+        self.spec = AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            qk_head_dim=shape.head_dim,
+            v_head_dim=shape.head_dim,
+            scale=shape.scale if shape.scale is not None else shape.head_dim**-0.5,
+            dtype=builder.dtype,
+            kv_dtype=builder.kv_dtype,
+            block_size=builder.block_size,
+            kind="full" if shape.window is None else "sliding",
+            window=shape.window,
+            softcap=shape.softcap,
+        )
+
+    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """(num_tokens, hidden) -> (num_tokens, hidden)."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = self.qkv_proj(x).split([q_size, kv_size, kv_size], dim=-1)
+        q = q.unflatten(1, (self.num_heads, self.head_dim))  # (num_tokens, num_heads, head_dim)
+        k = k.unflatten(1, (self.num_kv_heads, self.head_dim))
+        v = v.unflatten(1, (self.num_kv_heads, self.head_dim))
+        group = context.group_of[self.layer]
+        backend, kv = context.backends[group], context.kv[self.layer]
+        q, k = ops.rope_and_cache(
+            q,
+            k,
+            v,
+            positions,
+            self.cos_sin,
+            None if backend.writes_kv else kv,
+            context.slot_mapping[group],
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+        )
+        out = q.new_empty(q.shape)
+        if backend.writes_kv:
+            backend.run(self.layer, q, kv, out, k=k, v=v)
+        else:
+            backend.run(self.layer, q, kv, out)
+        return self.o_proj(out.flatten(1))

@@ -1,0 +1,53 @@
+"""How a layer's tensors are found in a checkpoint and copied into place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from quire.core.errors import CheckpointError
+
+__all__ = ["CheckpointLayer", "Fill", "checkpoint_map", "expect_shape", "finish_loading"]
+
+Fill = Callable[[Tensor], None]
+
+
+class CheckpointLayer(nn.Module, ABC):
+    """A layer that owns tensors of a checkpoint."""
+
+    name: str
+    """Of the module, e.g. ``model.layers.0.self_attn.qkv_proj``."""
+
+    @abstractmethod
+    def checkpoint(self) -> dict[str, Fill]:
+        """Checkpoint tensor name -> what copies that tensor, whole, into this rank's parameters."""
+
+    def finish(self) -> None:
+        """Repack what was loaded. Called once, after every tensor of the model is in place."""
+
+
+def checkpoint_map(model: nn.Module) -> dict[str, Fill]:
+    """The maps of every layer of ``model``, in order of construction."""
+    return {name: fill for layer in _layers(model) for name, fill in layer.checkpoint().items()}
+
+
+def finish_loading(model: nn.Module) -> Iterator[str]:
+    """Finish every layer of ``model``, yielding the names of those done."""
+    for layer in _layers(model):
+        layer.finish()
+        yield layer.name
+
+
+def expect_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    """Raise ``CheckpointError`` unless checkpoint tensor ``name`` has the shape that config.json implies."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise CheckpointError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, but config.json asks for {list(expected)}; "
+            f"the weights and config.json are not of the same model"
+        )
+
+
+def _layers(model: nn.Module) -> list[CheckpointLayer]:
+    return [module for module in model.modules() if isinstance(module, CheckpointLayer)]

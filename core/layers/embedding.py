@@ -1,0 +1,68 @@
+"""The vocabulary's two ends: token embedding, and the head that gives logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quire.core import ops
+from quire.core.distributed import Parallel
+from quire.core.layers.checkpoint import CheckpointLayer, Fill, expect_shape
+from quire.core.layers.linear import Linear
+
+__all__ = ["LMHead", "VocabEmbedding", "shard_rows"]
+
+
+def shard_rows(vocab_size: int, parallel: Parallel) -> int:
+    """Rows of the vocabulary on each rank, the last rank's padded."""
+    return -(-vocab_size // parallel.size)
+
+
+class VocabEmbedding(CheckpointLayer):
+    """Token ids -> hidden states; with several ranks each holds a range of tokens and the ranks sum."""
+
+    def __init__(
+        self, name: str, vocab_size: int, hidden: int, parallel: Parallel, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.vocab_size = vocab_size
+        self.parallel = parallel
+        rows = shard_rows(vocab_size, parallel)
+        self.first = parallel.rank * rows
+        weight = torch.zeros(rows, hidden, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (rows, hidden)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(num_tokens,) int -> (num_tokens, hidden)."""
+        whole = self.parallel.size == 1
+        return self.parallel.all_reduce(ops.embedding(ids, self.weight, self.first, whole))
+
+    def checkpoint(self) -> dict[str, Fill]:
+        """The whole table, of which this rank keeps its rows."""
+        return {f"{self.name}.weight": self._fill}
+
+    def _fill(self, tensor: Tensor) -> None:
+        expect_shape(f"{self.name}.weight", tensor, (self.vocab_size, self.weight.shape[1]))
+        mine = tensor[self.first : self.first + self.weight.shape[0]]
+        self.weight[: len(mine)].copy_(mine)
+
+
+class LMHead(nn.Module):
+    """Hidden states -> logits over the whole vocabulary, by a linear layer of its own or the embedding's weights."""
+
+    def __init__(self, vocab_size: int, parallel: Parallel, source: Linear | VocabEmbedding) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.parallel = parallel
+        self.tied = isinstance(source, VocabEmbedding)
+        self.source = source
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab_size) in the model's dtype."""
+        if isinstance(self.source, VocabEmbedding):
+            logits = F.linear(hidden, self.source.weight)
+        else:
+            logits = self.source(hidden)
+        return self.parallel.all_gather(logits)[:, : self.vocab_size]

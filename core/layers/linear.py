@@ -1,0 +1,57 @@
+"""The linear layer: column-sharded, row-sharded or whole, its parts fused, its weights stored as a method likes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation
+from quire.core.distributed import Parallel
+from quire.core.layers.checkpoint import CheckpointLayer, Fill
+
+__all__ = ["Linear"]
+
+
+class Linear(CheckpointLayer):
+    """``y = x W^T + b``.
+
+    A column-sharded layer gives this rank's share of the output features; a row-sharded one takes this rank's share
+    of the input features and sums over the ranks. The method owns the weights: this class never looks at them.
+    """
+
+    def __init__(self, info: LayerInfo, method: LinearMethod, parallel: Parallel) -> None:
+        super().__init__()
+        self.name = info.name
+        self.info = info
+        self.method = method
+        self.parallel = parallel
+
+    def forward(self, x: Tensor | QuantActivation) -> Tensor:
+        """``x`` (num_tokens, in_features) -> (num_tokens, out_features)."""
+        bias = getattr(self, "bias", None)
+        if self.info.shard != "row" or self.parallel.size == 1:
+            return self.method.apply(self, x, bias)
+        out = self.parallel.all_reduce(self.method.apply(self, x))
+        return out if bias is None else out + bias
+
+    def checkpoint(self) -> dict[str, Fill]:
+        """One entry per part and tensor of the method."""
+        return {
+            f"{part_name}.{tensor_name}": self._fill(part, tensor_name)
+            for part, part_name in enumerate(self.info.part_names)
+            for tensor_name in self.method.tensor_names(self.info)
+        }
+
+    def finish(self) -> None:
+        """Let the method repack."""
+        self.method.process_weights(self)
+
+    def _fill(self, part: int, tensor_name: str) -> Fill:
+        def fill(tensor: Tensor) -> None:
+            rank, size = self.parallel.rank, self.parallel.size
+            self.method.load(self, self.info, part, tensor_name, tensor, rank, size)
+
+        return fill
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` says."""
+        return f"{self.info.in_features} -> {self.info.part_sizes}, {self.info.shard}, bias={self.info.bias}"

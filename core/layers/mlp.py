@@ -1,0 +1,35 @@
+"""The gated MLP of the Llama line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from quire.core import ops
+from quire.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from quire.core.layers.builder import LayerBuilder
+
+__all__ = ["GatedMLP"]
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, gate and up in one matrix."""
+
+    def __init__(
+        self, builder: LayerBuilder, name: str, hidden: int, intermediate: int, activation: str, bias: bool = False
+    ) -> None:
+        super().__init__()
+        if activation not in ("silu", "swish"):
+            raise CheckpointError(
+                f"hidden_act {activation!r} in config.json is not supported by this architecture; only 'silu' is"
+            )
+        parts = {f"{name}.gate_proj": intermediate, f"{name}.up_proj": intermediate}
+        self.gate_up_proj = builder.column(f"{name}.gate_up_proj", hidden, parts, bias)
+        self.down_proj = builder.row(f"{name}.down_proj", intermediate, hidden, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(num_tokens, hidden) -> (num_tokens, hidden)."""
+        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))

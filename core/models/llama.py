@@ -1,0 +1,112 @@
+"""Llama 2 and 3, and every model of that shape (Touvron et al., 2023, arXiv:2307.09288)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from quire.core.contracts.attention import AttentionSpec
+from quire.core.contracts.model import ForwardContext, Model
+from quire.core.layers import (
+    Attention,
+    AttentionShape,
+    GatedMLP,
+    LayerBuilder,
+    checkpoint_map,
+    finish_loading,
+)
+
+__all__ = ["DecoderLayer", "LlamaForCausalLM"]
+
+
+class LlamaForCausalLM(Model):
+    """Embed, a stack of pre-norm layers, norm, head. Families of this shape change ``attention_shape`` alone."""
+
+    def __init__(self, config: Any, builder: LayerBuilder) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = builder.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, builder, layer, self.attention_shape(config, layer), self.mlp_bias(config))
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = builder.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = builder.lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
+
+    def attention_shape(self, config: Any, layer: int) -> AttentionShape:
+        """What attention looks like in ``layer``."""
+        return AttentionShape(
+            hidden=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+        )
+
+    def mlp_bias(self, config: Any) -> bool:
+        """Whether the MLP's projections have biases."""
+        return bool(config.mlp_bias)
+
+    def attention_specs(self) -> list[AttentionSpec]:
+        """One per layer."""
+        return [layer.self_attn.spec for layer in self.layers]  # type: ignore[union-attr, misc]
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """(num_tokens,) -> (num_tokens, hidden), after the final norm."""
+        x = self.embed_tokens(input_ids)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, positions, context)
+        return self.norm(x, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab)."""
+        return self.lm_head(hidden)
+
+    def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:
+        """Layers know their own names."""
+        return checkpoint_map(self)
+
+    def ignored(self, name: str) -> bool:
+        """Old checkpoints store rotary frequencies; some store a tied head."""
+        return name.endswith("rotary_emb.inv_freq") or (self.lm_head.tied and name == "lm_head.weight")
+
+    def finish_loading(self) -> Iterator[str]:
+        """Every layer repacks as its method likes."""
+        return finish_loading(self)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm that also adds the residual."""
+
+    def __init__(self, config: Any, builder: LayerBuilder, layer: int, shape: AttentionShape, mlp_bias: bool) -> None:
+        super().__init__()
+        name, eps = f"model.layers.{layer}", config.rms_norm_eps
+        self.input_layernorm = builder.norm(f"{name}.input_layernorm", config.hidden_size, eps)
+        cos_sin = builder.rope(config, shape.head_dim)
+        self.self_attn = Attention(builder, f"{name}.self_attn", layer, shape, cos_sin)
+        self.post_attention_layernorm = builder.norm(f"{name}.post_attention_layernorm", config.hidden_size, eps)
+        self.mlp = GatedMLP(
+            builder, f"{name}.mlp", config.hidden_size, config.intermediate_size, config.hidden_act, mlp_bias
+        )
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, positions: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` is what the layer before added, ``residual`` the stream before that; both (num_tokens, hidden)."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, positions, context)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+def head_dim(config: Any) -> int:
+    """``head_dim`` where config.json gives it, else the hidden size over the heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

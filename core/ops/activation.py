@@ -1,0 +1,14 @@
+"""The gated activation between the two halves of an MLP."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["silu_and_mul"]
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``: (num_tokens, 2 * features), gate first -> (num_tokens, features)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,21 @@
+"""RMS normalisation, with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``y = weight * s / sqrt(mean(s^2) + eps)`` with ``s = x + residual``; returns ``(y, s)``, both in ``x``'s dtype.
+
+    ``x`` (..., features), ``weight`` (features,). The mean is taken in float32 and the scaled value is rounded to the
+    model's dtype before the weight multiplies it, as Llama's reference does (Zhang and Sennrich, 2019,
+    arXiv:1910.07467).
+    """
+    summed = x if residual is None else x + residual
+    wide = summed.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype), summed

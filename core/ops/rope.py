@@ -1,0 +1,63 @@
+"""Rotary position embedding, fused with what stands beside it: the norm of queries and keys, and the KV write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.attention import LayerKV
+from quire.core.ops.norm import rms_norm
+
+__all__ = ["apply_rope", "rope_and_cache", "write_kv"]
+
+
+def rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv: LayerKV | None,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Norm (where weights are given) and rotate ``q`` and ``k``, then write ``k`` and ``v`` to their slots.
+
+    ``q`` (num_tokens, num_heads, dim), ``k`` and ``v`` (num_tokens, num_kv_heads, dim); ``positions`` (num_tokens,)
+    int64; ``cos_sin`` as in ``apply_rope``; ``q_norm`` and ``k_norm`` (dim,); ``slot_mapping`` (num_tokens,) int64.
+    Returns the new ``q`` and ``k``. Where ``kv`` is None nothing is written: the backend will.
+    """
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps)[0], rms_norm(k, k_norm, eps)[0]
+    table = cos_sin[positions]  # (num_tokens, rotary_dim) float32
+    q, k = apply_rope(q, table), apply_rope(k, table)
+    if kv is not None:
+        write_kv(k, v, kv, slot_mapping)
+    return q, k
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the first ``rotary_dim`` features of ``x`` (num_tokens, heads, dim); the rest pass through.
+
+    ``cos_sin`` (num_tokens, rotary_dim) float32, cosines then sines of the half-dimension angles. Pairs are
+    (i, i + rotary_dim / 2), the half-split convention of Hugging Face checkpoints (Su et al., 2021, arXiv:2104.09864).
+    The rotation is done in float32 and rounded once.
+    """
+    rotary_dim = cos_sin.shape[-1]
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # (num_tokens, 1, rotary_dim / 2)
+    first, second = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if rotary_dim < x.shape[-1]:
+        parts.append(x[..., rotary_dim:].float())
+    return torch.cat(parts, dim=-1).to(x.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, kv: LayerKV, slot_mapping: Tensor) -> None:
+    """Copy ``k`` and ``v`` (num_tokens, num_kv_heads, dim) to their slots, through the cache's strides."""
+    block_size = kv.k.shape[2]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    kv.k.transpose(1, 2)[block, offset] = k.to(kv.k.dtype)
+    kv.v.transpose(1, 2)[block, offset] = v.to(kv.v.dtype)

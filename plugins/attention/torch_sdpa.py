@@ -1,0 +1,166 @@
+"""The reference backend: PyTorch operations alone, on any device.
+
+``plan`` reads the step's lengths on the host, which on a GPU waits for the device: it is for checking, not for speed.
+Requests that decode are gathered into one padded attention; the others are attended one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, GraphKey, KVLayout, LayerKV
+
+__all__ = ["TorchSDPABackend"]
+
+
+class TorchSDPABackend(AttentionBackend):
+    """Gathers pages by block table, then scaled dot-product attention."""
+
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self._pieces: list[_Piece] = []
+
+    @classmethod
+    def unsupported(cls, spec: AttentionSpec, device: torch.device) -> list[str]:
+        """It knows full and sliding causal attention, GQA and soft-caps, in any floating dtype."""
+        reasons = []
+        if spec.kind not in ("full", "sliding"):
+            reasons.append(f"attention of kind {spec.kind!r}")
+        if not spec.causal:
+            reasons.append("attention that is not causal")
+        if spec.sinks:
+            reasons.append("attention sinks")
+        if spec.kv_dtype.itemsize < 2:
+            reasons.append(f"a KV cache of {spec.kv_dtype}")
+        return reasons
+
+    def kv_layout(self) -> KVLayout:
+        """Slots outermost: a gathered request is a contiguous (tokens, heads, dim)."""
+        return KVLayout(self.spec, "slot")
+
+    def plan(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
+        """Make the gather indices and masks that every layer of the step shares."""
+        starts = batch.query_start_loc[: batch.num_reqs + 1].tolist()
+        lengths = batch.seq_lens[: batch.num_reqs].tolist()
+        self._pieces = []
+        decodes = sorted(range(batch.num_decodes), key=lambda i: lengths[i])
+        for some in _alike(decodes, lengths):
+            self._pieces.append(self._piece(batch, some, starts, lengths))
+        for request in range(batch.num_decodes, batch.num_reqs):
+            if starts[request + 1] > starts[request]:
+                self._pieces.append(self._piece(batch, [request], starts, lengths))
+
+    def run(
+        self,
+        layer: int,
+        q: Tensor,
+        kv: LayerKV,
+        out: Tensor,
+        *,
+        lse_out: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> None:
+        """Attend piece by piece."""
+        for piece in self._pieces:
+            keys = _gather(kv.k, piece).to(q.dtype)  # (requests, num_kv_heads, keys, qk_head_dim)
+            values = _gather(kv.v, piece).to(q.dtype)
+            grouped = _group(q[piece.tokens], piece, self.spec)  # (requests, num_kv_heads, group * queries, dim)
+            if self.spec.softcap is None and lse_out is None:
+                attended = F.scaled_dot_product_attention(grouped, keys, values, piece.mask, scale=self.spec.scale)
+            else:
+                attended, lse = _attend(grouped, keys, values, piece.mask, self.spec)
+                if lse_out is not None:
+                    lse_out[piece.tokens] = _ungroup(lse.unsqueeze(-1), piece, self.spec).squeeze(-1)
+            out[piece.tokens] = _ungroup(attended, piece, self.spec)
+
+    def _piece(self, batch: AttentionBatch, requests: list[int], starts: list[int], lengths: list[int]) -> _Piece:
+        """``requests`` have equally many queries each; their keys are padded to the longest."""
+        size, window = self.spec.block_size, self.spec.window
+        queries = starts[requests[0] + 1] - starts[requests[0]]
+        # Blocks wholly before every query's window are left out.
+        begins = [0 if window is None else max(0, lengths[r] - queries - window + 1) // size for r in requests]
+        width = max(-(-lengths[r] // size) - begin for r, begin in zip(requests, begins, strict=True))
+        device = batch.seq_lens.device
+        rows = torch.tensor(requests, device=device)
+        first = torch.tensor(begins, device=device).unsqueeze(1)
+        columns = (first + torch.arange(width, device=device)).clamp(max=batch.block_table.shape[1] - 1)
+        blocks = batch.block_table[rows.unsqueeze(1), columns].long()  # (requests, width)
+        length = torch.tensor([lengths[r] for r in requests], device=device).view(-1, 1, 1)
+        position = (first * size + torch.arange(width * size, device=device)).unsqueeze(1)  # (requests, 1, keys)
+        query = length - queries + torch.arange(queries, device=device).view(1, -1, 1)  # (requests, queries, 1)
+        mask = position <= query
+        if window is not None:
+            mask &= position > query - window
+        live = mask.any(1)  # (requests, keys): some query sees it
+        group = self.spec.num_heads // self.spec.num_kv_heads
+        heads_mask = mask.repeat(1, group, 1).unsqueeze(1)  # (requests, 1, group * queries, keys)
+        tokens = torch.tensor([starts[r] for r in requests], device=device).unsqueeze(1)
+        return _Piece(
+            tokens=(tokens + torch.arange(queries, device=device)).flatten(),
+            blocks=blocks,
+            dead=(~live).flatten().nonzero().flatten(),
+            mask=torch.zeros_like(heads_mask, dtype=self.spec.dtype).masked_fill_(~heads_mask, float("-inf")),
+            shape=(len(requests), queries),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Requests attended together."""
+
+    tokens: Tensor  # (requests * queries,) int64, rows of q and out
+    blocks: Tensor  # (requests, width) int64
+    dead: Tensor  # int64 indices into (requests * keys) that no query sees: padding, or before the window
+    mask: Tensor  # (requests, 1, group * queries, keys), added to the scores
+    shape: tuple[int, int]
+    """(requests, queries)."""
+
+
+def _alike(order: list[int], lengths: list[int]) -> list[list[int]]:
+    """Cut requests, sorted by length, so that the longest of a piece is at most a third above its shortest."""
+    pieces: list[list[int]] = []
+    for request in order:
+        if pieces and lengths[request] <= lengths[pieces[-1][0]] * 4 / 3 + 64:
+            pieces[-1].append(request)
+        else:
+            pieces.append([request])
+    return pieces
+
+
+def _gather(cache: Tensor, piece: _Piece) -> Tensor:
+    """(num_blocks, heads, block_size, dim) -> (requests, heads, keys, dim); unseen slots are zeroed, for whatever an
+    unused slot holds (even NaN) must not reach the sums."""
+    requests, width = piece.blocks.shape
+    pages = cache.transpose(1, 2)[piece.blocks.flatten()]  # (requests * width, block_size, heads, dim)
+    flat = pages.flatten(0, 1)
+    flat.index_fill_(0, piece.dead, 0)
+    return flat.view(requests, width * cache.shape[2], cache.shape[1], cache.shape[3]).transpose(1, 2)
+
+
+def _group(q: Tensor, piece: _Piece, spec: AttentionSpec) -> Tensor:
+    """(requests * queries, num_heads, dim) -> (requests, num_kv_heads, group * queries, dim)."""
+    requests, queries = piece.shape
+    split = q.view(requests, queries, spec.num_kv_heads, -1, q.shape[-1])
+    return split.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _ungroup(x: Tensor, piece: _Piece, spec: AttentionSpec) -> Tensor:
+    """The inverse of ``_group``."""
+    requests, queries = piece.shape
+    split = x.view(requests, spec.num_kv_heads, -1, queries, x.shape[-1])
+    return split.permute(0, 3, 1, 2, 4).reshape(requests * queries, spec.num_heads, -1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Attention written out, with soft-cap and log-sum-exp (natural logarithm, float32)."""
+    scores = (q @ k.transpose(-1, -2)).float() * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse

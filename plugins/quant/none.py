@@ -1,0 +1,61 @@
+"""No quantization: weights in the model's dtype, multiplied by the library's GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
+from quire.core.layers.checkpoint import expect_shape
+
+__all__ = ["Unquantized", "UnquantizedLinear"]
+
+
+class Unquantized(QuantizationLoader):
+    """Serves checkpoints without ``quantization_config``."""
+
+    @classmethod
+    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+        """A quantized checkpoint has other tensors than these layers expect."""
+        method = quant_config.get("quant_method")
+        return [f"the checkpoint is quantized with {method!r}"] if method else []
+
+    def method_for(self, info: LayerInfo) -> LinearMethod:
+        """The same for every layer."""
+        return UnquantizedLinear()
+
+
+class UnquantizedLinear(LinearMethod):
+    """``weight`` (out_features, in_features), the fused parts one above the other, and ``bias`` (out_features,)."""
+
+    def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
+        """The head's rows start at zero: where a sharded vocabulary is padded, no tensor fills them."""
+        make = torch.zeros if info.kind == "lm_head" else torch.empty
+        weight = make(info.out_features, info.in_features, dtype=info.dtype, device=device)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if info.bias:
+            bias = torch.zeros(info.out_features, dtype=info.dtype, device=device)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+
+    def load(
+        self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
+    ) -> None:
+        """Copy this rank's rows (column) or columns (row) of one part's weight or bias."""
+        expected = (info.part_totals[part], info.in_total)[: 2 if tensor_name == "weight" else 1]
+        expect_shape(f"{info.part_names[part]}.{tensor_name}", tensor, expected)
+        first, count = info.out_range(part, rank, world_size)
+        at = sum(info.part_sizes[:part])
+        mine = tensor[first : first + count]
+        if tensor_name == "weight":
+            start, width = info.in_range(rank)
+            mine = mine[:, start : start + width]
+        getattr(layer, tensor_name)[at : at + count].copy_(mine)
+
+    def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
+        """One GEMM."""
+        assert isinstance(x, Tensor), "input_format is native"
+        return F.linear(x, layer.weight, bias)  # type: ignore[arg-type]
