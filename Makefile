@@ -1,0 +1,84 @@
+# Two commands on a fresh clone: `make serve` and `make test`. `make help` lists the rest.
+# Overridable: HOST PORT MODEL ARGS (serve), WORKERS TESTS (test), PYTHON VENV PIP_ARGS (install).
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= quire-tiny
+ARGS ?=
+WORKERS ?= 2
+TESTS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SOURCES := core plugins server src tests tools examples benchmarks
+
+.PHONY: help serve install dev test architecture aot lint format types wheel bench check clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+serve: install ## serve MODEL on HOST:PORT
+	@exec $(BIN)/quire serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+install: $(VENV)/.installed ## make the virtual environment and install Quire into it
+
+dev: $(VENV)/.installed-dev ## what tests, lint and types need
+
+test: dev ## the default test suite (no GPU needed); TESTS=path for a part of it
+	$(PYTEST) -n $(WORKERS) $(TESTS)
+
+architecture: dev ## the rules of the house alone
+	$(PYTEST) tests/architecture
+
+aot: dev ## compile every Triton kernel for sm_90, without a GPU
+	env -u TRITON_INTERPRET $(PYTEST) -m aot $(TESTS)
+
+lint: dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: dev ## rewrite to the format that lint wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: dev ## mypy
+	$(BIN)/mypy
+
+wheel: dev ## sdist and wheel into dist/
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+bench: install ## tokens per second of MODEL, beside transformers where it runs
+	$(BIN)/quire bench throughput --workload nano --model $(MODEL) $(ARGS)
+
+check: lint types test aot ## everything but the wheel
+
+clean: ## remove what make made
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+# ---- the virtual environment: a stamp per install, so that a second make is instant -------------------------------
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; try: sudo apt install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$$($(PYTHON) --version) is too old: Quire needs 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || \
+	  echo "note: $$($(PYTHON) --version) is newer than those Quire is tested with (3.11, 3.12); if no torch wheel fits it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module; try: sudo apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,99 @@
+"""The source tree as the rules of the house see it: every Python file, parsed once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("core", "plugins", "server")
+BESIDE = ("src", "tests", "tools", "benchmarks", "examples")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file. ``path`` is relative to the repository, with slashes."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """Its syntax tree."""
+        return ast.parse(self.text, self.path)
+
+    @cached_property
+    def room(self) -> str:
+        """The top-level folder it lives in."""
+        return self.path.split("/")[0]
+
+    @cached_property
+    def module(self) -> str:
+        """Its import name: ``core/sched/queues.py`` is ``quire.core.sched.queues``."""
+        parts = self.path.removesuffix(".py").removesuffix("/__init__").split("/")
+        return ".".join(parts[1:] if parts[0] == "src" else ["quire", *parts])
+
+    @property
+    def lines(self) -> int:
+        """How many lines it has."""
+        return len(self.text.splitlines())
+
+    def at(self, node: ast.AST, message: str) -> str:
+        """A violation, as an editor can jump to it."""
+        return f"{self.path}:{getattr(node, 'lineno', 1)}: {message}"
+
+    def imports(self) -> list[tuple[ast.AST, str]]:
+        """Every absolute name it imports, ``from a import b`` as ``a.b``, wherever in the file the import stands."""
+        found: list[tuple[ast.AST, str]] = []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found += [(node, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = self._base(node)
+                found += [(node, f"{base}.{alias.name}") for alias in node.names]
+        return found
+
+    def _base(self, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        package = self.module if self.path.endswith("__init__.py") else self.module.rpartition(".")[0]
+        above = package.split(".")[: len(package.split(".")) - node.level + 1]
+        return ".".join([*above, *([node.module] if node.module else [])])
+
+
+Rule = Callable[[Source], list[str]]
+
+
+def _read(folders: tuple[str, ...]) -> list[Source]:
+    files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    paths = [p for p in files if not any(part.startswith(".") or part == "__pycache__" for part in p.parts[len(ROOT.parts) :])]
+    return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def product() -> list[Source]:
+    """What users install: core, plugins and server, assets excepted."""
+    return [source for source in _read(ROOMS) if not source.path.startswith("core/assets/")]
+
+
+@pytest.fixture(scope="session")
+def everything(product: list[Source]) -> list[Source]:
+    """The product, its public face, and all that stands beside it. The links in ``src/quire`` are not followed."""
+    return product + _read(BESIDE)
+
+
+@pytest.fixture(scope="session")
+def source() -> type[Source]:
+    """Makes a file from text, to show that a rule catches what it must."""
+    return Source
