@@ -27,6 +27,7 @@ IMPORT_LIMIT_S = 10.0
 """Seconds that a third-party entry point nobody named may take to import before it is passed over."""
 
 log = logging.getLogger(__name__)
+_BY_CLASS = "named by its class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class PluginManager:
         self._entries: list[PluginEntry] | None = None
         self._plugins: dict[PluginEntry, Any] = {}
         self._seen: set[PluginEntry] = set()
+        self._announced: set[str] = set()
         for dist in enabled:
             self._enable(dist)
 
@@ -83,20 +85,26 @@ class PluginManager:
             self._entries = scan()
         return self._entries
 
-    def resolve(self, kind: str, name: str = "auto", context: Mapping[str, Any] | None = None) -> Resolution:
+    def resolve(
+        self, kind: str, name: str = "auto", context: Mapping[str, Any] | None = None, *, announce: bool = True
+    ) -> Resolution:
         """Find what ``name`` stands for: ``auto``, a name or alias, ``dist/name``, or ``module:Class``.
 
-        ``context`` is what ``auto`` may look at: ``device``, ``architectures``, ``hf_config``. Imports no
-        implementation. Raises PluginError with the closest known names if there is none.
+        ``context`` is what ``auto`` may look at: ``device``, ``architectures``, ``hf_config`` (a mapping, or what has
+        ``to_dict``). Imports no implementation. The log says what was chosen and why, once, unless not to ``announce``.
+        Raises PluginError with the closest known names if there is none.
         """
-        Kind.named(kind)
+        kind = Kind.named(kind).key
         if name.lower() == "auto":
             resolution = self._auto(kind, dict(context or {}))
         elif ":" in name:
-            resolution = Resolution(kind, name, name, None, "named by its class")
+            known = next((r for r in self.registry.of(kind) if r.target == name), None)
+            resolution = self._resolution(known, _BY_CLASS) if known else Resolution(kind, name, name, None, _BY_CLASS)
         else:
             resolution = self._resolution(self._find(kind, name), "named")
-        log.info("%s", resolution)
+        if announce and str(resolution) not in self._announced:
+            self._announced.add(str(resolution))
+            log.info("%s", resolution)
         return resolution
 
     def resolve_all(
@@ -112,7 +120,7 @@ class PluginManager:
         Raises PluginError if a required module is missing, the import fails, or the class breaks its contract.
         """
         if isinstance(resolution, str):
-            resolution = self.resolve(resolution, name or "auto")
+            resolution = self.resolve(resolution, name or "auto", announce=False)
         absent = missing_requirement(resolution)
         if absent:
             raise PluginError(f"{KINDS[resolution.kind].title} {resolution.name}: {absent}")
@@ -197,6 +205,8 @@ class PluginManager:
 
     def _auto(self, kind: str, context: dict[str, Any]) -> Resolution:
         choice, who = None, PROJECT
+        if hasattr(context.get("hf_config"), "to_dict"):
+            context["hf_config"] = context["hf_config"].to_dict()
         if kind == "quant" and context.get("hf_config") is not None:
             method, who = self._ask("quire_detect_quantization", hf_config=context["hf_config"])
             choice = Choice(method, "the checkpoint's quantization_config") if method else None

@@ -146,6 +146,10 @@ class Registrar:
         for each in (name, *aliases):
             if not isinstance(each, str) or not _NAME.fullmatch(each) or fold(each) == "auto":
                 raise PluginError(f"{each!r} cannot be a name; use letters, digits, '_', '-' and '.', and not 'auto'")
+        taken = {fold(n): r.name for r in self.registrations for n in (r.name, *r.aliases)}
+        twice = next((n for n in (name, *aliases) if fold(n) in taken), None)
+        if twice is not None:
+            raise PluginError(f"{name}: {twice!r} is registered already, by {taken[fold(twice)]}; choose another name")
         if not isinstance(target, str) or not _TARGET.fullmatch(target):
             raise PluginError(f"{name}: target {target!r} is not of the form 'module:Class'; write it as a string")
         if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
@@ -174,7 +178,7 @@ class Registry:
 
     def add(self, registrations: Iterable[Registration]) -> None:
         """Add what one plugin registered."""
-        self._all.extend(registrations)
+        self._all.extend(r for r in registrations if r not in self._all)
 
     def of(self, kind: str) -> list[Registration]:
         """Every registration of ``kind``, bundled first, in the order they were made."""

@@ -1,6 +1,6 @@
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,19 +19,16 @@ sys.exit(f"imported {heavy}" if heavy else status)
 
 @pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["doctor"], ["explain", "attention/auto"]])
 def test_these_commands_import_nothing_heavy_and_answer_at_once(command):
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", WITNESS, "plugins", *command],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"},
-        )
-        times.append(time.perf_counter() - start)
-        if times[-1] < 0.5:
-            break
-    assert min(times) < 0.5, times
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-c", WITNESS, "plugins", *command],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, not the clock's: the machine may be busy with other tests.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_the_list_has_every_kind_with_origin_and_reason(quire):

@@ -51,6 +51,13 @@ def test_a_summary_is_one_line(summary):
         Registrar("policy")("mine", "a:C", summary)
 
 
+def test_a_plugin_registers_a_name_once():
+    register = Registrar("policy")
+    register("mine", "a:B", "one", aliases=("ours",))
+    with pytest.raises(PluginError, match="'Ours' is registered already, by mine; choose another name"):
+        register("yours", "a:C", "two", aliases=("Ours",))
+
+
 def test_requirements_carry_an_install_hint():
     register = Registrar("attention", "other", "1.0")
     register("mine", "a:C", "something", requires=("flash_attn",), aliases=("m",))
