@@ -13,6 +13,7 @@ from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
+from quire.core.worker.graphs import DecodeGraphs
 from quire.core.worker.input_builder import StepInputs, build_inputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.readback import Readback
@@ -42,15 +43,24 @@ class ModelRunner:
         self.table = table
         self.drawer = drawer
         self.block_size = block_size
-        rows = len(table.num_tokens)
+        rows = table.num_rows
         self._computed = np.zeros(rows, dtype=np.int64)
         self._prompt_len = np.zeros(rows, dtype=np.int64)
         self._prompt_logprobs = np.full(rows, -1, dtype=np.int32)
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record decode steps as CUDA graphs, now that every buffer is where it will stay."""
+        self.graphs = DecodeGraphs(self.model, self.backends, self.kv, self.table, self.block_size)
+        self.graphs.capture()
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> Readback:
         """Launch a step. The tokens are on their way to the host when this returns."""
         self._apply(step)
+        if self.graphs is not None and self.graphs.covers(step):
+            return self._replay(step, self.graphs)
         inputs = build_inputs(step, self.table, self.block_size)
         hidden = self._forward(inputs)
         prompt = self._prompt_lines(step, inputs, hidden)
@@ -77,6 +87,15 @@ class ModelRunner:
             self.table.set_blocks(step.block_diffs)
         if step.copies:
             self.kv.copy_blocks(step.copies)
+
+    def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs) -> Readback:
+        inputs, logits = graphs.forward(step)
+        self._computed[step.rows] += 1
+        if self.drawer.plain(step.rows):
+            drawn = Drawn(graphs.draw_greedy(step))
+        else:
+            drawn = self.drawer.draw(logits, step, inputs, self._computed[step.rows])
+        return Readback(step, drawn, {}, self.table.device)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         for backend, batch in zip(self.backends, inputs.batches, strict=True):

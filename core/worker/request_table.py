@@ -16,16 +16,20 @@ class RequestTable:
     """Columns by row. Tokens are fed back on the device: ``append`` writes what was drawn, nobody reads it back first.
 
     ``token_ids`` (rows, length) int32; ``num_tokens`` and ``num_computed`` (rows,) int32; ``block_tables`` by group
-    (rows, max_blocks) int32; sampling parameters (rows,). Rows outside the step are never read.
+    (rows, max_blocks) int32; sampling parameters (rows,). Rows outside the step are never read. One more row than asked
+    for stands for padding: it keeps one token, in block 0.
     """
 
     def __init__(
         self, num_rows: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device
     ) -> None:
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(num_rows, *shape, dtype=dtype, device=device)
+            return torch.zeros(num_rows + 1, *shape, dtype=dtype, device=device)
 
         self.device = device
+        self.num_rows = num_rows
+        self.padding_row = num_rows
+        self.max_model_len = max_model_len
         self.token_ids = column(torch.int32, max_model_len + 1)
         self.num_tokens = column(torch.int32)
         self.num_computed = column(torch.int32)

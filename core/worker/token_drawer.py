@@ -89,6 +89,11 @@ class TokenDrawer:
                 except Exception as error:
                     self._quarantine(active, error)
 
+    def plain(self, rows: NDArray[np.int32]) -> bool:
+        """Whether the best token is all that these rows want."""
+        special = self._random[rows] | self._penalized[rows] | (self._logprobs[rows] >= 0)
+        return not special.any() and all(active.rows.isdisjoint(rows.tolist()) for active in self._processors)
+
     def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, positions: NDArray[np.int64]) -> Drawn:
         """``logits`` (num_samples, vocab) in the model's dtype; ``positions`` (num_samples,) on the host, upper bounds
         of where the drawn tokens go. Feeds the tokens back into the table."""

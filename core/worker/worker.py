@@ -55,6 +55,11 @@ class Worker:
         )
         check_fits(num_blocks, block_size, config.model.max_model_len)
         kv.allocate(num_blocks)
+        if self._device.type == "cuda" and not config.enforce_eager:
+            if all("decode" in backend.graph_support for backend in backends):
+                self._runner.capture()
+            else:
+                _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)
         self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations)
 
     def execute(self, step: SchedulerOutput) -> Readback:

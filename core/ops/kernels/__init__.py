@@ -1,0 +1,1 @@
+"""Triton kernels of the core's operations. Imported on a GPU alone; the torch twins are the reference."""

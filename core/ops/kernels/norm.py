@@ -1,0 +1,58 @@
+"""RMS normalisation with the residual addition, one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As ``quire.core.ops.rms_norm``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
+    rows, features = x.shape
+    out = torch.empty_like(x)
+    summed = x if residual is None else torch.empty_like(x)
+    block = triton.next_power_of_2(features)
+    _rms_norm_kernel[(rows,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        summed,
+        x.stride(0),
+        eps,
+        features=features,
+        has_residual=residual is not None,
+        block=block,
+        num_warps=min(16, max(1, block // 256)),
+    )
+    return out, summed
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    summed_ptr,
+    x_stride,
+    eps,
+    features: tl.constexpr,
+    has_residual: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    inside = at < features
+    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0)
+    if has_residual:
+        x = x + tl.load(residual_ptr + row * features + at, mask=inside, other=0.0)
+        tl.store(summed_ptr + row * features + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide) / features + eps)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    tl.store(out_ptr + row * features + at, weight * (wide * scale).to(x.dtype), mask=inside)

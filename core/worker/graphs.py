@@ -1,0 +1,168 @@
+"""Decode steps as CUDA graphs: inputs, model and logits in one, greedy sampling in another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.attention import AttentionBackend, AttentionBatch, GraphKey
+from quire.core.contracts.model import ForwardContext, Model
+from quire.core.messages import SchedulerOutput
+from quire.core.worker.input_builder import StepInputs
+from quire.core.worker.memory import KVCache
+from quire.core.worker.request_table import RequestTable
+
+__all__ = ["DecodeGraphs", "graph_sizes"]
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Padded batch sizes: fine steps where launches dominate, steps of 8 and 16 above."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+@dataclass(slots=True)
+class _Captured:
+    inputs: StepInputs
+    logits: Tensor  # (size, vocab)
+    model: torch.cuda.CUDAGraph
+    greedy: torch.cuda.CUDAGraph
+
+
+class DecodeGraphs:
+    """Every step in which each request has one token runs as a replay of the smallest captured size that holds it.
+
+    Padding requests point at the table's last row, which owns the padding block alone.
+    """
+
+    def __init__(
+        self, model: Model, backends: list[AttentionBackend], kv: KVCache, table: RequestTable, block_size: int
+    ) -> None:
+        self._model = model
+        self._backends = backends
+        self._kv = kv
+        self._table = table
+        self._block_size = block_size
+        self._sizes = graph_sizes(table.num_rows)
+        most = self._sizes[-1]
+        device = table.device
+        self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(most, dtype=torch.int32, device=device)
+        self._index = torch.arange(most, device=device)
+        self._start = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._input_ids = torch.zeros(most, dtype=torch.int32, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self._seq_lens = torch.zeros(most, dtype=torch.int32, device=device)
+        self._slots = [torch.zeros(most, dtype=torch.int64, device=device) for _ in backends]
+        self._blocks = [torch.zeros_like(blocks[:most]) for blocks in table.block_tables]
+        self._captured: dict[int, _Captured] = {}
+        self._last: NDArray[np.int32] | None = None
+
+    def covers(self, step: SchedulerOutput) -> bool:
+        """Whether ``run`` can serve the step."""
+        return step.num_decodes == len(step.rows) and bool(self._captured) and bool(step.samples.all())
+
+    def capture(self) -> None:
+        """Record every size, the largest first so that the others fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            inputs = self._static_inputs(size)
+            logits = self._forward(inputs)  # compiles and warms up
+            self._draw_greedy(inputs, logits)
+            torch.cuda.synchronize()
+            made: list[Tensor] = []
+            model = _record(pool, lambda inputs=inputs, made=made: made.append(self._forward(inputs)))
+            greedy = _record(pool, lambda inputs=inputs, made=made: self._draw_greedy(inputs, made[0]))
+            self._captured[size] = _Captured(inputs, made[0], model, greedy)
+
+    def forward(self, step: SchedulerOutput) -> tuple[StepInputs, Tensor]:
+        """Run the model for a step: its inputs, of the padded size, and the logits of its requests alone."""
+        count = len(step.rows)
+        size = next(s for s in self._sizes if s >= count)
+        if self._last is None or not np.array_equal(self._last, step.rows):
+            padded = np.full(size, self._table.padding_row, dtype=np.int64)
+            padded[:count] = step.rows
+            self._rows[:size].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+            self._last = step.rows.copy()
+        captured = self._captured[size]
+        captured.model.replay()
+        return replace(captured.inputs, sample_index=self._index[:count]), captured.logits[:count]
+
+    def draw_greedy(self, step: SchedulerOutput) -> Tensor:
+        """Take the best token of every request and feed it back; (num_reqs,) int32, valid until the next step."""
+        size = next(s for s in self._sizes if s >= len(step.rows))
+        self._captured[size].greedy.replay()
+        return self._tokens[: len(step.rows)]
+
+    def _static_inputs(self, size: int) -> StepInputs:
+        batches = [
+            AttentionBatch(
+                query_start_loc=self._start[: size + 1],
+                seq_lens=self._seq_lens[:size],
+                block_table=blocks[:size],
+                num_reqs=size,
+                num_tokens=size,
+                max_query_len=1,
+                max_seq_len=self._table.max_model_len,
+                num_decodes=size,
+            )
+            for blocks in self._blocks
+        ]
+        return StepInputs(
+            rows=self._rows[:size],
+            input_ids=self._input_ids[:size],
+            positions=self._positions[:size],
+            seq_lens=self._seq_lens[:size],
+            query_start_loc=self._start[: size + 1],
+            slot_mapping=[slots[:size] for slots in self._slots],
+            batches=batches,
+            sample_index=self._index[:size],
+            logits_index=self._index[:size],
+        )
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        from quire.core.ops.kernels.decode_inputs import decode_inputs
+
+        table, last = self._table, len(inputs.batches) - 1
+        for group, batch in enumerate(inputs.batches):
+            decode_inputs(
+                inputs.rows,
+                table.token_ids,
+                table.num_computed,
+                table.block_tables[group],
+                inputs.input_ids,
+                inputs.positions,
+                inputs.seq_lens,
+                inputs.slot_mapping[group],
+                batch.block_table,
+                self._block_size,
+                advance=group == last,
+            )
+            key = GraphKey("decode", batch.num_tokens, batch.num_reqs, 1)
+            self._backends[group].plan(batch, key)
+        context = ForwardContext(self._backends, inputs.slot_mapping, self._kv.layers, self._kv.group_of)
+        return self._model.compute_logits(self._model(inputs.input_ids, inputs.positions, context))
+
+    def _draw_greedy(self, inputs: StepInputs, logits: Tensor) -> None:
+        tokens = logits.argmax(-1).int()
+        self._tokens[: len(tokens)].copy_(tokens)
+        self._table.append(inputs.rows, tokens)
+        self._table.num_tokens[self._table.padding_row :].zero_()
+
+
+def _record(pool: tuple[int, int], work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Capture what ``work`` launches on a stream of its own."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        work()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph

@@ -1,0 +1,181 @@
+"""What a caller of ``LLM`` notices: each sampling parameter, n, log-probabilities, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quire import LLM, SamplingParams
+from quire.core.errors import ConfigError, InvalidRequestError, PluginError
+
+PROMPT = list(range(5, 25))
+
+
+def tokens(llm: LLM, **wishes) -> list[int]:
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **wishes})
+    return llm.generate([PROMPT], params)[0].outputs[0].token_ids
+
+
+def test_output_has_what_users_read(llm: LLM) -> None:
+    [output] = llm.generate("hello there", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    assert output.prompt == "hello there"
+    assert output.finished
+    [completion] = output.outputs
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 5
+    assert completion.text == llm.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+def test_seed_reproduces_and_no_seed_varies(llm: LLM) -> None:
+    seeded = {"temperature": 1.0, "seed": 42, "max_tokens": 20}
+    assert tokens(llm, **seeded) == tokens(llm, **seeded)
+    assert tokens(llm, **{**seeded, "seed": None}) != tokens(llm, **{**seeded, "seed": None})
+
+
+def test_n_continuations_draw_with_consecutive_seeds(llm: LLM) -> None:
+    params = SamplingParams(n=4, temperature=1.0, seed=7, max_tokens=10, ignore_eos=True)
+    [output] = llm.generate([PROMPT], params)
+    assert [c.index for c in output.outputs] == [0, 1, 2, 3]
+    for i, completion in enumerate(output.outputs):
+        assert completion.token_ids == tokens(llm, temperature=1.0, seed=7 + i, max_tokens=10)
+
+
+def test_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
+    [completion] = llm.generate([PROMPT], params)[0].outputs
+    with torch.inference_mode():
+        logits = reference(torch.tensor([[*PROMPT, *completion.token_ids]])).logits[0, len(PROMPT) - 1 : -1]
+    expected = logits.float().log_softmax(-1)
+    assert completion.logprobs is not None
+    for place, token in enumerate(completion.logprobs):
+        assert token.token_ids[0] == completion.token_ids[place]
+        assert len(token.token_ids) == 4
+        assert token.logprobs[0] == pytest.approx(expected[place, token.token_ids[0]].item(), abs=1e-4)
+        assert token.logprobs[1:] == pytest.approx(expected[place].topk(3).values.tolist(), abs=1e-4)
+        assert token.rank == 1
+    assert completion.cumulative_logprob == pytest.approx(sum(t.logprobs[0] for t in completion.logprobs))
+
+
+def test_prompt_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
+    llm.generate([PROMPT], SamplingParams(max_tokens=1))  # fills the prefix cache, which must not be used
+    [output] = llm.generate([PROMPT], params)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(PROMPT)
+    for place, token in enumerate(output.prompt_logprobs[1:], start=1):
+        assert token is not None
+        assert token.token_ids[0] == PROMPT[place]
+        assert token.logprobs[0] == pytest.approx(expected[place - 1, PROMPT[place]].item(), abs=1e-4)
+
+
+def test_logit_bias_forces_and_forbids(llm: LLM) -> None:
+    assert tokens(llm, logit_bias={9: 100.0}) == [9] * 12
+    first = tokens(llm)[0]
+    assert tokens(llm, logit_bias={first: -100.0})[0] != first
+
+
+def test_stop_token_ends_after_min_tokens(llm: LLM) -> None:
+    free = tokens(llm)
+    stop = free[3]
+    first = free.index(stop)
+    [output] = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop]))
+    assert output.outputs[0].token_ids == free[: first + 1]
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason == stop
+    later = tokens(llm, stop_token_ids=[stop], min_tokens=first + 2)
+    assert len(later) >= first + 2
+    assert stop not in later[: first + 2]
+
+
+def test_stop_string_is_cut(llm: LLM) -> None:
+    [free] = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    text = free.outputs[0].text
+    stop = text[6:9]
+    cut = text[: text.index(stop)]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=[stop])
+    [output] = llm.generate([PROMPT], params)
+    assert output.outputs[0].text == cut
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason == stop
+    kept = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=stop, include_stop_str_in_output=True)
+    assert llm.generate([PROMPT], kept)[0].outputs[0].text == cut + stop
+
+
+def test_penalties_change_repetition(llm: LLM) -> None:
+    plain, punished = tokens(llm, max_tokens=40), tokens(llm, max_tokens=40, frequency_penalty=2.0)
+    assert len(set(punished)) >= len(set(plain))
+    assert len(set(tokens(llm, max_tokens=40, repetition_penalty=50.0))) > 30
+
+
+def test_prefix_hits_change_nothing(llm: LLM) -> None:
+    long = list(range(3, 103))
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    [cold] = llm.generate([long], params)
+    [warm] = llm.generate([long], params)
+    assert warm.num_cached_tokens >= 80
+    assert warm.outputs[0].token_ids == cold.outputs[0].token_ids
+
+
+def test_full_context_ends_with_length(llm: LLM) -> None:
+    [output] = llm.generate([[5] * 250], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 6
+    assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 0}, "n must"),
+        ({"logprobs": 1000}, "logprobs"),
+        ({"stop": [""]}, "stop"),
+        ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
+    ],
+)
+def test_bad_wishes_are_refused(wish: dict, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        SamplingParams(**wish)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wish", "words"),
+    [
+        ([], {}, "empty"),
+        ([10**9], {}, "token id"),
+        ([5] * 256, {}, "256"),
+        ([5], {"logit_bias": {10**9: 1.0}}, "logit_bias"),
+        ([5], {"stop_token_ids": [-4]}, "stop_token_ids"),
+    ],
+)
+def test_bad_prompts_are_refused_and_hurt_nobody(llm: LLM, prompt: list, wish: dict, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        llm.generate([PROMPT, prompt], SamplingParams(max_tokens=2, **wish))
+    assert len(tokens(llm)) == 12
+
+
+@pytest.mark.parametrize(
+    ("wish", "error", "words"),
+    [
+        ({"scheduling_policy": "fcfss"}, PluginError, "fcfs"),
+        ({"attention_backend": "nope"}, PluginError, "nope"),
+        ({"max_model_len": 10**6}, ConfigError, "max_model_len"),
+        ({"num_gpu_blocks_override": 4}, ConfigError, "48"),
+        ({"max_num_batched_tokens": 8}, ConfigError, "max_num_seqs"),
+        ({"dtype": "int3"}, ConfigError, "dtype"),
+        ({"trust_remote_code": True}, ConfigError, "trust_remote_code"),
+    ],
+)
+def test_bad_settings_are_one_line(tiny: Path, wish: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        LLM(model=str(tiny), device="cpu", **{"max_model_len": 256, **wish})
+    assert "\n" not in str(caught.value)
