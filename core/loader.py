@@ -51,7 +51,7 @@ def load_model(
         raise ConfigError(f"load_format {load_format!r} is unknown; choose auto, safetensors or dummy")
     builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions)
     with torch.inference_mode(False), torch.no_grad():
-        model = model_class(hf_config, builder)  # type: ignore[call-arg]
+        model = model_class(hf_config, builder)
         if load_format == "dummy":
             _randomize(model, seed, device)
         else:

@@ -1,0 +1,112 @@
+"""The smallest thing that can run a model: one paged cache, shuffled block tables, chunks of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.attention import AttentionBackend, AttentionBatch, LayerKV
+from quire.core.contracts.model import ForwardContext, Model
+from quire.core.distributed import Parallel
+from quire.core.hf_config import architecture, read_hf_config
+from quire.core.loader import load_model
+from quire.core.models import llama, mistral, qwen2, qwen3
+from quire.plugins.attention.torch_sdpa import TorchSDPABackend
+from quire.plugins.quant.none import Unquantized
+
+CLASSES = {
+    "LlamaForCausalLM": llama.LlamaForCausalLM,
+    "MistralForCausalLM": mistral.MistralForCausalLM,
+    "Qwen2ForCausalLM": qwen2.Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": qwen3.Qwen3ForCausalLM,
+}
+
+
+def load(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    block_size: int = 16,
+    parallel: Parallel = Parallel(),
+    load_format: str = "auto",
+    seed: int = 0,
+) -> Model:
+    config = read_hf_config(path)
+    return load_model(
+        CLASSES[architecture(config)],
+        config,
+        path,
+        dtype=dtype,
+        device=torch.device(device),
+        kv_dtype=dtype,
+        block_size=block_size,
+        quant=Unquantized({}),
+        load_format=load_format,
+        seed=seed,
+        parallel=parallel,
+    )
+
+
+class PagedRunner:
+    """Runs several sequences through ``model``, each step any number of tokens of each."""
+
+    def __init__(
+        self,
+        model: Model,
+        num_seqs: int,
+        max_len: int = 256,
+        backend: type[AttentionBackend] = TorchSDPABackend,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        specs = model.attention_specs()
+        groups = list(dict.fromkeys(specs))
+        self.device = next(model.parameters()).device
+        self.size = specs[0].block_size
+        self.backends = [backend(spec, self.device) for spec in groups]
+        self.group_of = [groups.index(spec) for spec in specs]
+        width = -(-max_len // self.size)
+        generator = torch.Generator().manual_seed(seed)
+        order = [torch.randperm(num_seqs * width, generator=generator) + 1 for _ in groups]
+        self.tables = [ids.view(num_seqs, width).int().to(self.device) for ids in order]
+        self.kv: list[LayerKV] = []
+        for g in self.group_of:
+            layout = self.backends[g].kv_layout()
+            raw = torch.full((num_seqs * width + 1, layout.bytes_per_block), 0xFF, dtype=torch.uint8)  # NaN everywhere
+            self.kv.append(layout.view(raw.to(self.device)))
+        self.computed = [0] * num_seqs
+
+    @torch.inference_mode()
+    def step(self, chunks: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Tokens by sequence -> (len(tokens), vocab) logits by sequence. Single tokens count as decodes."""
+        order = sorted(chunks, key=lambda i: len(chunks[i]) > 1)
+        lens = [len(chunks[i]) for i in order]
+        positions = torch.cat([torch.arange(self.computed[i], self.computed[i] + n) for i, n in zip(order, lens)])
+        positions = positions.to(self.device)
+        owner = torch.repeat_interleave(torch.tensor(order), torch.tensor(lens)).to(self.device)
+        ids = torch.tensor([t for i in order for t in chunks[i]], dtype=torch.int32, device=self.device)
+        slots = []
+        for backend, table in zip(self.backends, self.tables):
+            slots.append(table[owner, positions // self.size].long() * self.size + positions % self.size)
+            batch = AttentionBatch(
+                query_start_loc=torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32).to(self.device),
+                seq_lens=torch.tensor([self.computed[i] + n for i, n in zip(order, lens)], dtype=torch.int32).to(
+                    self.device
+                ),
+                block_table=table[torch.tensor(order, device=self.device)],
+                num_reqs=len(order),
+                num_tokens=len(ids),
+                max_query_len=max(lens),
+                max_seq_len=max(self.computed[i] + n for i, n in zip(order, lens)),
+                num_decodes=sum(n == 1 for n in lens),
+            )
+            backend.plan(batch)
+        context = ForwardContext(self.backends, slots, self.kv, self.group_of)
+        logits = self.model.compute_logits(self.model(ids, positions, context))
+        for i, n in zip(order, lens):
+            self.computed[i] += n
+        return dict(zip(order, logits.split(lens)))
