@@ -65,9 +65,9 @@ class Columns:
     priority: NDArray[np.int64]
     arrival_ns: NDArray[np.int64]
     blocks_held: NDArray[np.int64]
-    """What evicting it would free at most."""
+    """What evicting it would free in each group, at most."""
     blocks_needed: NDArray[np.int64]
-    """What computing all its remaining tokens would take at most."""
+    """What computing all its remaining tokens would take in each group, at most."""
 
     def __len__(self) -> int:
         return len(self.computed)
@@ -86,7 +86,9 @@ class StepView:
     running: Columns
     """In order of admission."""
     waiting: Columns
-    """The best of the queue, at most 512, in key order."""
+    """The best of the queue in key order: at most 512, fewer when few rows are free, none when no row is."""
+    chunked: bool = True
+    """Whether a prompt may be granted in parts; if not, a grant below ``remaining`` is dropped."""
 
 
 @dataclass(slots=True)
@@ -115,11 +117,19 @@ class BatchingPolicy(ABC):
 
     @abstractmethod
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...] | Reject:
-        """Rank in the queue, fixed at arrival; the smallest comes first. Ties keep arrival order."""
+        """Rank in the queue, fixed at arrival; the smallest comes first. Ties keep arrival order.
+
+        A tuple of numbers or strings, of the same length and types for every request; NaN is refused.
+        """
 
     def plan(self, view: StepView) -> Grants:
         """Divide the step. The default: every running request in order of admission, decodes before prompts, then
-        the waiting in key order, prompts in chunks, until the budget is spent."""
+        the waiting in key order, prompts in chunks, until the budget is spent.
+
+        Called again within the step, with what is left, when newcomers found part of their prompt cached; requests
+        already served in the step then have ``remaining`` 0. A policy may grant nothing while tokens are in flight,
+        but not when the engine stands idle.
+        """
         return default_plan(view)
 
     def finished(self, request: RequestInfo, usage: Usage) -> None:  # noqa: B027
@@ -136,5 +146,5 @@ def default_plan(view: StepView) -> Grants:
     want = np.concatenate((running, waiting))[rows]
     before = np.cumsum(want) - want
     tokens = np.minimum(want, np.maximum(view.budget - before, 0))
-    keep = tokens > 0
+    keep = tokens > 0 if view.chunked else (tokens == want) & (want > 0)
     return Grants(rows[keep], tokens[keep])

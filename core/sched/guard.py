@@ -1,0 +1,195 @@
+"""The policy on a leash: its plans are checked, and one that misbehaves is replaced."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.contracts.policy import BatchingPolicy, Grants, Reject, RequestInfo, StepView, Usage
+from quire.core.errors import QueueFullError
+
+__all__ = ["Plan", "PolicyGuard"]
+
+logger = logging.getLogger("quire.sched")
+
+
+@dataclass(slots=True)
+class Plan:
+    """Checked grants: positive, within the budget and what remains, no request twice."""
+
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    victims: list[int]
+
+
+class PolicyGuard:
+    """Asks the policy; on its first serious fault asks ``fallback`` from then on and calls ``on_quarantine``.
+
+    Faults: it raises; what it returns is of the wrong type or out of range; ``strikes`` plans in a row took longer
+    than ``time_limit_s``; it granted nothing ``patience`` times in a row while the engine stood idle.
+    """
+
+    def __init__(
+        self,
+        policy: BatchingPolicy,
+        fallback: BatchingPolicy,
+        on_quarantine: Callable[[], None],
+        *,
+        time_limit_s: float = 0.05,
+        strikes: int = 3,
+        patience: int = 8,
+    ) -> None:
+        self.policy = policy
+        self.num_quarantines = 0
+        self._fallback = fallback
+        self._on_quarantine = on_quarantine
+        self._time_limit_s = time_limit_s
+        self._strikes, self._slow = strikes, 0
+        self._patience, self._barren = patience, 0
+        self._key_types: tuple[type, ...] | None = None
+
+    def key(self, info: RequestInfo) -> tuple[Any, ...]:
+        """The admission key; raises ``QueueFullError`` if the policy rejects the request."""
+        while True:
+            try:
+                key = self.policy.admission_key(info)
+                fault = None if isinstance(key, Reject) else self._key_fault(key)
+            except Exception as error:
+                key, fault = (), f"admission_key raised {error!r}"
+            if isinstance(key, Reject) and not self._on_fallback:
+                raise QueueFullError(f"request {info.request_id} was refused by the policy: {key.reason}")
+            if fault is None:
+                assert not isinstance(key, Reject), "the fallback policy must not reject"
+                return key
+            self._quarantine(fault)
+
+    def plan(self, view: StepView) -> Plan:
+        """A plan that is safe to carry out."""
+        while True:
+            began = perf_counter()
+            try:
+                grants = self.policy.plan(view)
+                took = perf_counter() - began
+                result = _checked(grants, view)
+            except Exception as error:
+                result = f"plan raised {error!r}"
+            if isinstance(result, Plan):
+                self._slow = self._slow + 1 if took > self._time_limit_s else 0
+                if self._slow < self._strikes or self._on_fallback:
+                    return result
+                result = (
+                    f"plan took {took * 1e3:.0f} ms, over {self._time_limit_s * 1e3:.0f}, {self._slow} times running"
+                )
+            self._quarantine(result)
+
+    def barren(self) -> bool:
+        """The engine is idle, could run something, and the plan came to nothing. Whether to ask again."""
+        self._barren += 1
+        if self._barren < self._patience:
+            return True
+        self._barren = 0
+        if self._on_fallback:
+            return False
+        self._quarantine(f"it granted nothing {self._patience} times while the engine stood idle")
+        return True
+
+    def fruitful(self) -> None:
+        """A plan led to a step."""
+        self._barren = 0
+
+    def finished(self, info: RequestInfo, usage: Usage) -> None:
+        """Tell the policy that a request left."""
+        try:
+            self.policy.finished(info, usage)
+        except Exception as error:
+            self._quarantine(f"finished raised {error!r}")
+
+    @property
+    def listens(self) -> bool:
+        """Whether the policy wants to hear of finished requests at all."""
+        return type(self.policy).finished is not BatchingPolicy.finished
+
+    @property
+    def _on_fallback(self) -> bool:
+        return self.policy is self._fallback
+
+    def _quarantine(self, reason: str) -> None:
+        if self._on_fallback:
+            raise RuntimeError(f"the fallback policy failed: {reason}")
+        name = f"{type(self.policy).__module__}:{type(self.policy).__qualname__}"
+        logger.error(
+            "batching policy %s is quarantined, %s takes over: %s", name, type(self._fallback).__name__, reason
+        )
+        self.policy = self._fallback
+        self.num_quarantines += 1
+        self._key_types = None
+        self._on_quarantine()
+
+    def _key_fault(self, key: object) -> str | None:
+        if not isinstance(key, tuple) or not all(isinstance(part, (int, float, str, np.number)) for part in key):
+            return f"admission_key returned {key!r}, not a tuple of numbers or strings"
+        if any(not isinstance(part, str) and math.isnan(part) for part in key):
+            return f"admission_key returned {key!r}, which cannot be ordered"
+        types = tuple(str if isinstance(part, str) else float for part in key)
+        if self._key_types is None:
+            self._key_types = types
+        return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
+
+
+def _checked(grants: object, view: StepView) -> Plan | str:
+    """The plan, cut to what is possible, or what is wrong with it."""
+    if not isinstance(grants, Grants):
+        return f"plan returned {type(grants).__name__}, not Grants"
+    num_running, num_waiting = len(view.running), len(view.waiting)
+    for name in ("rows", "tokens"):
+        column = getattr(grants, name)
+        if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
+            return f"Grants.{name} is {column!r}, not a one-dimensional array of integers"
+    rows = grants.rows.astype(np.int64, copy=False)
+    tokens = grants.tokens.astype(np.int64, copy=False)
+    if len(rows) != len(tokens):
+        return f"Grants has {len(rows)} rows and {len(tokens)} tokens"
+    if not len(rows):
+        return Plan(rows, tokens, [])
+    if rows.min() < 0 or rows.max() >= num_running + num_waiting:
+        return f"Grants.rows must lie in 0..{num_running + num_waiting - 1}, got {rows.min()}..{rows.max()}"
+    if tokens.min() < 0:
+        return f"Grants.tokens must not be negative, got {tokens.min()}"
+    if np.bincount(rows).max() > 1:
+        return f"Grants.rows names request {np.bincount(rows).argmax()} twice"
+    victims = _victims(grants.victims, num_running)
+    if isinstance(victims, str):
+        return victims
+    remaining = (
+        np.concatenate((view.running.remaining, view.waiting.remaining)) if num_waiting else view.running.remaining
+    )
+    want = remaining[rows]
+    tokens = np.minimum(tokens, want)
+    if num_waiting:
+        newcomer = rows >= num_running
+        tokens = np.where(newcomer & (np.cumsum(newcomer & (tokens > 0)) > view.free_rows), 0, tokens)
+    total = np.cumsum(tokens)
+    if total[-1] > view.budget:
+        tokens = np.clip(view.budget - (total - tokens), 0, tokens)
+    if not view.chunked:
+        tokens = np.where(tokens == want, tokens, 0)
+    keep = tokens > 0
+    return Plan(rows, tokens, victims) if keep.all() else Plan(rows[keep], tokens[keep], victims)
+
+
+def _victims(victims: object, num_running: int) -> list[int] | str:
+    if victims is None:
+        return []
+    if not isinstance(victims, np.ndarray) or victims.ndim != 1 or victims.dtype.kind not in "iu":
+        return f"Grants.victims is {victims!r}, not a one-dimensional array of integers"
+    if len(victims) and (victims.min() < 0 or victims.max() >= num_running):
+        return f"Grants.victims must lie in 0..{num_running - 1}, got {victims.min()}..{victims.max()}"
+    listed: list[int] = victims.tolist()
+    return listed

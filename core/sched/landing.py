@@ -1,0 +1,152 @@
+"""Turns what a step drew into tokens, stops and outputs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.contracts.kv import KVAllocator
+from quire.core.messages import EngineCoreOutput, LogprobRows, ModelRunnerOutput, SchedulerOutput, TokenLogprob
+from quire.core.request import Request, RequestStatus
+from quire.core.sched.table import RunningTable
+
+__all__ = ["Flight", "Landing"]
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on the worker: whom each of its indices belongs to, and how far each had come with it."""
+
+    step: SchedulerOutput
+    requests: NDArray[Any]
+    stamps: NDArray[np.int64]
+    reached: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, step: SchedulerOutput, table: RunningTable) -> Flight:
+        """Note the table as it is right after planning the step."""
+        rows = step.rows
+        return cls(step, table.requests[rows], table.stamps[rows], table.computed[rows])
+
+
+class Landing:
+    """Applies the results of steps, in order. Results for requests that have ended are dropped; those for requests
+    that were preempted meanwhile are kept."""
+
+    def __init__(
+        self,
+        table: RunningTable,
+        allocator: KVAllocator,
+        finish: Callable[[Request, str, int | None], None],
+        landed: Callable[[Request], None],
+    ) -> None:
+        self._table = table
+        self._allocator = allocator
+        self._finish = finish
+        self._landed = landed
+        self.num_prompt_tokens = 0
+        self.num_generated = 0
+
+    def land(self, flight: Flight, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
+        """One output for every request that gained a token or ended."""
+        table, step = self._table, flight.step
+        rows = step.rows
+        here = table.stamps[rows] == flight.stamps
+        if result.prompt_logprobs:
+            self._gather(flight, result, here)
+        self._store(rows, flight, here)
+        all_here = bool(here.all())
+        away = [] if all_here else self._land_away(flight, result, here)
+        tokens, drawn = result.tokens[:, :1], None
+        if not all_here or step.num_decodes != len(rows):
+            drawn = np.flatnonzero(here & step.samples)
+            rows, tokens = rows[drawn], tokens[drawn]
+        table.in_flight[rows] -= 1
+        new = tokens.tolist()
+        deque(map(list.extend, table.tokens[rows].tolist(), new), maxlen=0)
+        outputs = list(map(EngineCoreOutput, table.ids[rows].tolist(), new))
+        self.num_generated += len(outputs)
+        known = table.known[rows] - table.in_flight[rows]
+        stopped = table.stopped(rows, tokens[:, 0]) & (known >= table.min_known[rows])
+        full = known > table.limit[rows]
+        first = known == table.prompt_len[rows] + 1
+        for i in np.flatnonzero(stopped | full | first).tolist():
+            request = table.request(int(rows[i]))
+            if first[i]:
+                self._introduce(request, outputs[i])
+            if stopped[i]:
+                self._end(request, outputs[i], "stop", stop_token=new[i][0])
+            elif full[i]:
+                self._end(request, outputs[i], "length")
+        if result.logprobs:
+            _attach(outputs, drawn, result.logprobs)
+        return outputs + away if away else outputs
+
+    def _land_away(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> list[EngineCoreOutput]:
+        """Tokens of requests preempted since: they count, though the request now waits."""
+        outputs = []
+        for i in np.flatnonzero(~here & flight.step.samples).tolist():
+            request: Request = flight.requests[i]
+            if request.status is RequestStatus.FINISHED:
+                continue
+            token = int(result.tokens[i, 0])
+            request.num_in_flight -= 1
+            request.token_ids.append(token)
+            self.num_generated += 1
+            output = EngineCoreOutput(request.request_id, [token])
+            if request.num_output_tokens == 1:
+                self._introduce(request, output)
+            if i in result.logprobs:
+                output.logprobs = _positions(result.logprobs[i])
+            if token in request.stop_ids and request.num_output_tokens >= request.params.min_tokens:
+                self._end(request, output, "stop", stop_token=token)
+            elif len(request.token_ids) >= request.max_total_tokens:
+                self._end(request, output, "length")
+            elif request.num_in_flight == 0:
+                self._landed(request)
+            outputs.append(output)
+        return outputs
+
+    def _store(self, rows: NDArray[np.int32], flight: Flight, here: NDArray[np.bool_]) -> None:
+        """Make blocks findable that the step has filled."""
+        table = self._table
+        for i in np.flatnonzero(here & (flight.reached >= table.next_store[rows])).tolist():
+            row, reached = int(rows[i]), int(flight.reached[i])
+            self._allocator.commit(flight.requests[i], reached)
+            table.next_store[row] = table.block_end(reached)
+
+    def _introduce(self, request: Request, output: EngineCoreOutput) -> None:
+        """What goes with the first token."""
+        output.num_cached_tokens = request.num_cached_tokens
+        output.queue_ns = max(request.first_grant_ns - request.arrival_ns, 0)
+        output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        self.num_prompt_tokens += request.prompt_len
+
+    def _end(self, request: Request, output: EngineCoreOutput, reason: Any, stop_token: int | None = None) -> None:
+        named = stop_token if stop_token in request.params.stop_token_ids else None
+        output.finish_reason, output.stop_reason = reason, named
+        self._finish(request, reason, named)
+
+    def _gather(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> None:
+        """Keep log-probabilities of the prompt until its first token is out."""
+        for i, rows in result.prompt_logprobs.items():
+            request: Request = flight.requests[i]
+            if request.prompt_logprobs is not None and (here[i] or flight.step.samples[i]):
+                request.prompt_logprobs += _positions(rows)
+
+
+def _attach(outputs: list[EngineCoreOutput], drawn: NDArray[np.int64] | None, logprobs: dict[int, LogprobRows]) -> None:
+    place = range(len(outputs)) if drawn is None else {index: i for i, index in enumerate(drawn.tolist())}
+    for index, rows in logprobs.items():
+        if index in place:
+            outputs[place[index]].logprobs = _positions(rows)
+
+
+def _positions(rows: LogprobRows) -> list[TokenLogprob]:
+    columns = zip(rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist(), strict=True)
+    return [TokenLogprob(ids, values, rank) for ids, values, rank in columns]

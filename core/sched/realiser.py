@@ -1,0 +1,260 @@
+"""Turns a plan into a step: finds blocks for every grant, preempts when they run out, admits newcomers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.contracts.kv import Allocation, KVAllocator
+from quire.core.messages import BlockDiff, NewRequest, SchedulerOutput
+from quire.core.request import Request
+from quire.core.sched.guard import Plan
+from quire.core.sched.queues import WaitingQueue
+from quire.core.sched.table import NEVER, RunningTable
+
+__all__ = ["Draft", "Realiser"]
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step in the making."""
+
+    rows: list[NDArray[np.int64]] = field(default_factory=list)
+    tokens: list[NDArray[np.int64]] = field(default_factory=list)
+    new_requests: list[NewRequest] = field(default_factory=list)
+    diffs: list[BlockDiff] = field(default_factory=list)
+    copies: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(row, group, source, destination)"""
+    budget_left: int = 0
+    owed: int = 0
+    """Blocks that the running requests still need for what they know."""
+    blocked: bool = False
+    """Blocks ran out: no newcomer may be admitted any more."""
+    refunded: bool = False
+    """A newcomer needed less than its grant, because part of its prompt is cached."""
+
+    def taken(self) -> NDArray[np.int64]:
+        """Rows that already have their share of this step."""
+        return np.concatenate(self.rows) if self.rows else np.empty(0, np.int64)
+
+
+class Realiser:
+    """Carries plans out on the table, the queue and the allocator.
+
+    A running request whose blocks run out preempts others: the plan's victims first, then the youngest, itself
+    included, but never the oldest, so the oldest always proceeds. A newcomer never causes a preemption: it must leave
+    free what the running prompts still need, its own whole prompt, and the watermark, unless nothing runs.
+    """
+
+    def __init__(
+        self,
+        table: RunningTable,
+        queue: WaitingQueue,
+        allocator: KVAllocator,
+        *,
+        watermark: int,
+        preempt: Callable[[Request], None],
+        requests: dict[str, Request],
+        clock: Callable[[], int],
+    ) -> None:
+        self._table = table
+        self._queue = queue
+        self._allocator = allocator
+        self._watermark = watermark
+        self._preempt = preempt
+        self._requests = requests
+        self._clock = clock
+        self._windows = [(g, group.window) for g, group in enumerate(allocator.groups) if group.window is not None]
+
+    def realise(self, draft: Draft, plan: Plan, order: NDArray[np.int64], window: list[Request]) -> None:
+        """Add what is possible of the plan, whose requests are numbered ``order`` then ``window``, to the draft."""
+        num_running = len(order)
+        if not window:
+            self._serve(draft, order[plan.rows], plan.tokens, [int(order[v]) for v in plan.victims])
+            return
+        running = plan.rows < num_running
+        rows = order[plan.rows[running]]
+        if len(rows):
+            self._serve(draft, rows, plan.tokens[running], [int(order[v]) for v in plan.victims])
+        draft.owed = self._owed()
+        newcomers = plan.rows[~running] - num_running
+        for index, tokens in zip(newcomers.tolist(), plan.tokens[~running].tolist(), strict=True):
+            if draft.blocked or not self._admit(draft, window[index], tokens):
+                draft.blocked = True
+                break
+
+    def output(self, draft: Draft, step: int) -> SchedulerOutput:
+        """Close the draft: apply its grants to the table, and describe the step to the worker."""
+        table = self._table
+        rows, tokens = np.concatenate(draft.rows), np.concatenate(draft.tokens)
+        before = table.computed[rows]
+        reached = before + tokens
+        samples = reached == table.known[rows]
+        decodes = samples & (tokens == 1)
+        num_decodes = int(np.count_nonzero(decodes))
+        if num_decodes != len(rows) and not decodes[:num_decodes].all():
+            sequence = np.argsort(~decodes, kind="stable")
+            rows, tokens, reached, samples = rows[sequence], tokens[sequence], reached[sequence], samples[sequence]
+        table.computed[rows] = reached
+        drawn = rows[samples] if num_decodes != len(rows) else rows
+        table.known[drawn] += 1
+        table.in_flight[drawn] += 1
+        return SchedulerOutput(
+            step=step,
+            rows=rows.astype(np.int32),
+            num_tokens=tokens.astype(np.int32),
+            samples=samples,
+            num_decodes=num_decodes,
+            total_tokens=int(tokens.sum()),
+            max_seq_len=int(reached.max()),
+            new_requests=draft.new_requests,
+            block_diffs=draft.diffs,
+            copies=[copy[1:] for copy in draft.copies],
+            freed_rows=table.take_left(),
+        )
+
+    def _serve(self, draft: Draft, rows: NDArray[np.int64], tokens: NDArray[np.int64], victims: list[int]) -> None:
+        """Grant tokens to running requests, in order."""
+        table = self._table
+        computed = table.computed[rows]
+        if self._windows:
+            for row in rows[computed >= table.next_trim[rows]].tolist():
+                self._trim(row)
+        reached = computed + tokens
+        short = np.flatnonzero(reached > table.capacity[rows])
+        gone = False
+        if len(short):
+            stamps = table.stamps[rows]
+            for i, row, need in zip(short.tolist(), rows[short].tolist(), reached[short].tolist(), strict=True):
+                if table.stamps[row] == stamps[i]:
+                    gone |= not self._extend(draft, row, need, victims)
+        draft.rows.append(rows)
+        draft.tokens.append(tokens)
+        draft.budget_left -= int(tokens.sum())
+        if gone:
+            draft.blocked = True
+            self._scrub(draft)
+
+    def _extend(self, draft: Draft, row: int, need: int, victims: list[int]) -> bool:
+        """Give a row blocks for ``need`` tokens. False if somebody had to go for it."""
+        table = self._table
+        request, computed = table.request(row), int(table.computed[row])
+        undisturbed = True
+        while (allocation := self._allocator.allocate(request, need, computed=computed)) is None:
+            undisturbed = False
+            victim = self._victim(victims, row)
+            self._preempt(table.request(victim))
+            if victim == row:
+                return False
+        self._record(draft, row, allocation)
+        table.capacity[row] = table.block_end(need - 1)
+        return undisturbed
+
+    def _victim(self, victims: list[int], needy: int) -> int:
+        """Who goes next: as the policy wishes, then the youngest; the oldest never."""
+        order = self._table.order
+        assert len(order) > 1, "the only running request ran out of blocks although it was found to fit"
+        oldest = int(order[0])
+        while victims:
+            row = victims.pop(0)
+            if row != oldest and (order == row).any():
+                return row
+        return int(order[-1])
+
+    def _scrub(self, draft: Draft) -> None:
+        """Forget what was noted for requests preempted since. Their rows are free: nobody is admitted after that."""
+        stamps = self._table.stamps
+        kept = [stamps[rows] > 0 for rows in draft.rows]
+        draft.tokens = [tokens[keep] for tokens, keep in zip(draft.tokens, kept, strict=True) if keep.any()]
+        draft.rows = [rows[keep] for rows, keep in zip(draft.rows, kept, strict=True) if keep.any()]
+        draft.new_requests = [new for new in draft.new_requests if stamps[new.row] > 0]
+        draft.diffs = [diff for diff in draft.diffs if stamps[diff.row] > 0]
+        draft.copies = [copy for copy in draft.copies if stamps[copy[0]] > 0]
+
+    def _admit(self, draft: Draft, request: Request, tokens: int) -> bool:
+        """Move a request from the queue to the table, if its blocks can be had."""
+        table, allocator = self._table, self._allocator
+        total = len(request.token_ids)
+        tokens = min(tokens, draft.budget_left)
+        forked = self._fork(request)
+        match = None
+        if forked is None:
+            match = allocator.match_prefix(request)
+            computed = match.num_tokens
+        else:
+            computed = request.prompt_len - 1
+        granted = min(tokens, total - computed)
+        size = allocator.block_size
+        rest = -(-total // size) - -(-(computed + granted) // size)
+        reserve = self._watermark + draft.owed + rest if len(table) else 0
+        allocation = allocator.allocate(request, computed + granted, computed=computed, match=match, reserve=reserve)
+        if allocation is None:
+            allocator.free(request)
+            return False
+        draft.refunded |= granted < tokens
+        draft.owed += rest
+        self._queue.remove(request)
+        row = table.admit(request, computed, table.block_end(computed + granted - 1))
+        if forked is not None:
+            self._record(draft, row, forked)
+        self._record(draft, row, allocation)
+        if not request.first_grant_ns:
+            request.first_grant_ns = self._clock()
+            request.num_cached_tokens = computed
+        if request.prompt_logprobs is not None and request.num_output_tokens == 0:
+            request.prompt_logprobs = []
+        draft.new_requests.append(
+            NewRequest(
+                row=row,
+                request_id=request.request_id,
+                token_ids=list(request.token_ids),
+                prompt_len=request.prompt_len,
+                num_computed=computed,
+                params=request.params,
+                seed=request.seed,
+                stop_token_ids=request.stop_ids,
+            )
+        )
+        draft.rows.append(np.array([row], np.int64))
+        draft.tokens.append(np.array([granted], np.int64))
+        draft.budget_left -= granted
+        return True
+
+    def _fork(self, request: Request) -> Allocation | None:
+        """Share the parent's prompt, if it runs and was wholly computed in earlier steps. The child goes on at the
+        last prompt token, so it at once gets a copy of the block that both would write; the parent keeps its own."""
+        if request.parent_id is None or request.num_output_tokens or request.skip_prefix_cache:
+            return None
+        parent = self._requests.get(request.parent_id)
+        if parent is None or parent.row < 0 or self._table.computed[parent.row] < parent.prompt_len:
+            return None
+        same = parent.cache_salt == request.cache_salt and parent.token_ids[: parent.prompt_len] == request.token_ids
+        if not same or request.prompt_len == 1:
+            return None
+        return self._allocator.fork(parent, request, request.prompt_len - 1)
+
+    def _owed(self) -> int:
+        table, size = self._table, self._allocator.block_size
+        order = table.order
+        missing = np.minimum(table.known[order], table.limit[order]) - table.capacity[order]
+        return int(np.maximum((missing + size - 1) // size, 0).sum())
+
+    def _record(self, draft: Draft, row: int, allocation: Allocation) -> None:
+        for group, (start, blocks) in enumerate(zip(allocation.starts, allocation.new_blocks, strict=True)):
+            if blocks:
+                draft.diffs.append(BlockDiff(group, row, start, blocks))
+        draft.copies.extend((row, *copy) for copy in allocation.copies)
+
+    def _trim(self, row: int) -> None:
+        """Give up blocks that every later query of the row has left behind."""
+        table, size = self._table, self._allocator.block_size
+        computed = int(table.computed[row])
+        following = NEVER
+        for group, window in self._windows:
+            before = max(computed - window + 1, 0)
+            self._allocator.trim(table.request(row), group, before)
+            following = min(following, (before // size + 1) * size + window - 1)
+        table.next_trim[row] = following

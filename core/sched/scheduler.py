@@ -1,0 +1,312 @@
+"""The scheduler: asks the policy for a plan, makes it safe and real, and books what comes back."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+from quire.core.config import CacheConfig, SchedulerConfig
+from quire.core.contracts.kv import KVAllocator
+from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
+from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
+from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.request import Request, RequestStatus
+from quire.core.sched.guard import PolicyGuard
+from quire.core.sched.landing import Flight, Landing
+from quire.core.sched.queues import FRONT, WaitingQueue
+from quire.core.sched.realiser import Draft, Realiser
+from quire.core.sched.table import RunningTable
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Decides what each step computes. It never waits for a sampled token: a token drawn and not read back counts as
+    known, since the worker feeds it back by itself. Several steps may be in flight; they are committed in order.
+
+    A request waits (in the queue, or parked until its parent's prompt is computed or its own tokens have landed),
+    runs (it has a row), and ends. Steps in flight remember whose rows they used, so it may leave at any moment.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        allocator: KVAllocator,
+        policy: BatchingPolicy,
+        *,
+        fallback: BatchingPolicy,
+        max_model_len: int,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        if not config.chunked_prefill and config.max_num_batched_tokens < max_model_len:
+            raise ConfigError(
+                f"max_num_batched_tokens={config.max_num_batched_tokens} cannot hold a prompt of max_model_len="
+                f"{max_model_len} tokens; raise it, or turn chunked prefill on"
+            )
+        self._config = config
+        self._allocator = allocator
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._usable = allocator.num_blocks - 1
+        windows = [group.window for group in allocator.groups]
+        self._longest_window = None if None in windows else max((w for w in windows if w is not None), default=None)
+        self._table = RunningTable(
+            config.max_num_seqs,
+            allocator.block_size,
+            trims=any(window is not None for window in windows),
+            stores=allocator.prefix_caching,
+        )
+        self._queue = WaitingQueue(allocator.block_size)
+        self._requests: dict[str, Request] = {}
+        self._children: dict[str, list[Request]] = {}
+        self._flights: deque[Flight] = deque()
+        self._guard = PolicyGuard(policy, fallback, self._rekey)
+        self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark)
+        self._realiser = Realiser(
+            self._table,
+            self._queue,
+            allocator,
+            watermark=int(cache.watermark * self._usable),
+            preempt=self._preempt,
+            requests=self._requests,
+            clock=clock,
+        )
+        self._arrivals = self._steps = self._preemptions = 0
+
+    # ---- requests come and go
+
+    def add(self, message: EngineCoreRequest) -> None:
+        """Queue a request. Raises ``InvalidRequestError`` if it can never run, ``QueueFullError`` if not now."""
+        self._validate(message)
+        request = Request(message, self._max_model_len)
+        self._check_fits(request)
+        request.rank = (self._guard.key(_info(request)), self._arrivals)
+        self._arrivals += 1
+        if request.params.prompt_logprobs is not None:
+            request.prompt_logprobs = []
+        self._requests[request.request_id] = request
+        parent = self._requests.get(request.parent_id or "")
+        if parent is not None and not self._prompt_done(parent):
+            self._children.setdefault(parent.request_id, []).append(request)
+            self._queue.park(request)
+        else:
+            self._queue.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now: its blocks and its row are free when this returns, whatever is in flight is dropped.
+        False if there is no such request."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, "abort", None)
+        return True
+
+    # ---- steps
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None if nothing can run before a commit (or at all)."""
+        while True:
+            draft = Draft(budget_left=self._config.max_num_batched_tokens)
+            self._fill(draft)
+            if draft.rows:
+                self._guard.fruitful()
+                return self._launch(draft)
+            if self._flights or not (len(self._table) or self._queue.num_ready) or not self._guard.barren():
+                return None
+
+    def commit(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
+        """Book the result of the oldest step in flight; an output for every request that gained a token or ended."""
+        return self._landing.land(self._take_flight(step), result)
+
+    def drop(self, step: SchedulerOutput, error: str) -> list[EngineCoreOutput]:
+        """The oldest step in flight failed on the worker: its requests end with ``error``; the others go on."""
+        outputs = []
+        for request in self._take_flight(step).requests:
+            if request.status is not RequestStatus.FINISHED:
+                self._finish(request, "error", None)
+                outputs.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
+        return outputs
+
+    # ---- figures
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row."""
+        return len(self._table)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, ready or not."""
+        return len(self._queue)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
+        kv = self._allocator.stats()
+        return {
+            "num_requests_running": float(self.num_running),
+            "num_requests_waiting": float(self.num_waiting),
+            "kv_cache_usage_perc": 1.0 - kv.num_free / max(kv.num_blocks, 1),
+            "num_preemptions_total": float(self._preemptions),
+            "prefix_cache_queries_total": float(kv.prefix_queries),
+            "prefix_cache_hits_total": float(kv.prefix_hits),
+            "prompt_tokens_total": float(self._landing.num_prompt_tokens),
+            "generation_tokens_total": float(self._landing.num_generated),
+            "steps_total": float(self._steps),
+            "policy_quarantines_total": float(self._guard.num_quarantines),
+        }
+
+    # ---- a step in the making
+
+    def _fill(self, draft: Draft) -> None:
+        """Plan and realise; again with what is left, as long as cached prefixes give budget back."""
+        table, queue = self._table, self._queue
+        while True:
+            draft.refunded = False
+            rows_free = 0 if draft.blocked else min(table.num_free, queue.num_ready)
+            shown = min(FRONT, 32 + 4 * table.num_free) if rows_free else 0
+            order, window = table.order, queue.window(shown)
+            if not len(order) and not window:
+                return
+            plan = self._guard.plan(self._view(draft, shown))
+            if not len(plan.rows):
+                return
+            self._realiser.realise(draft, plan, order, window)
+            if not draft.refunded or draft.blocked or draft.budget_left <= 0:
+                return
+
+    def _view(self, draft: Draft, shown: int) -> StepView:
+        running = self._table.view(served=draft.taken())
+        return StepView(
+            now_ns=self._clock(),
+            budget=draft.budget_left,
+            free_rows=self._table.num_free,
+            free_blocks=self._allocator.num_free(),
+            block_size=self._allocator.block_size,
+            running=running,
+            waiting=self._queue.view(shown),
+            chunked=self._config.chunked_prefill,
+        )
+
+    def _launch(self, draft: Draft) -> SchedulerOutput:
+        step = self._realiser.output(draft, self._steps)
+        self._steps += 1
+        flight = Flight.of(step, self._table)
+        self._flights.append(flight)
+        if self._children:
+            for request in flight.requests[step.samples]:
+                self._release_children(request)
+        return step
+
+    def _take_flight(self, step: SchedulerOutput) -> Flight:
+        flight = self._flights.popleft()
+        assert flight.step is step, f"step {step.step} is not the oldest in flight, {flight.step.step} is"
+        return flight
+
+    # ---- a request's passages
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue, at its old place; everything is computed again. Tokens in flight must land first."""
+        self._allocator.free(request)
+        self._table.leave(request)
+        request.status = RequestStatus.WAITING
+        request.num_preemptions += 1
+        self._preemptions += 1
+        if request.num_in_flight:
+            self._queue.park(request)
+        else:
+            self._queue.add(request)
+
+    def _finish(self, request: Request, reason: Any, stop_token: int | None) -> None:
+        """Out of the engine, from wherever it is."""
+        if request.status is RequestStatus.RUNNING:
+            self._allocator.free(request)
+            self._table.leave(request)
+        else:
+            self._queue.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason, request.stop_reason = reason, stop_token
+        del self._requests[request.request_id]
+        self._leave_family(request)
+        if self._guard.listens:
+            self._guard.finished(_info(request), self._usage(request))
+
+    def _usage(self, request: Request) -> Usage:
+        granted = request.first_grant_ns
+        return Usage(
+            num_prompt_tokens=request.prompt_len,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=request.num_output_tokens,
+            num_preemptions=request.num_preemptions,
+            run_ns=max(self._clock() - granted, 0) if granted else 0,
+        )
+
+    def _prompt_done(self, request: Request) -> bool:
+        return request.row >= 0 and bool(self._table.computed[request.row] >= request.prompt_len)
+
+    def _release_children(self, parent: Request) -> None:
+        for child in self._children.pop(parent.request_id, ()):
+            self._queue.unpark(child)
+
+    def _leave_family(self, request: Request) -> None:
+        self._release_children(request)
+        siblings = self._children.get(request.parent_id or "")
+        if siblings is not None and request in siblings:
+            siblings.remove(request)
+
+    def _rekey(self) -> None:
+        """Another policy: rank everybody anew, those running too, who may come back."""
+        for request in self._requests.values():
+            request.rank = (self._guard.key(_info(request)), request.rank[1])
+        self._queue.resort()
+
+    # ---- what add() refuses
+
+    def _validate(self, message: EngineCoreRequest) -> None:
+        size, limit = len(message.prompt_token_ids), self._max_model_len
+        if message.request_id in self._requests:
+            raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
+        if size == 0:
+            raise InvalidRequestError("the prompt has 0 tokens; it needs at least one", "prompt")
+        if size > limit - 1:
+            raise InvalidRequestError(
+                f"the prompt has {size} tokens, but with max_model_len={limit} at most {limit - 1} leave room for an "
+                "answer; shorten it",
+                "prompt",
+            )
+        queued, most = self.num_waiting, self._config.max_queued
+        if most is not None and queued >= most:
+            raise QueueFullError(f"{queued} requests are queued and max_queued={most}; try again later")
+
+    def _check_fits(self, request: Request) -> None:
+        """Alone in the cache, the request must be able to reach its end: that is what guarantees progress."""
+        size, total = self._allocator.block_size, request.max_total_tokens - 1
+        span = total
+        if self._longest_window is not None:
+            span = min(total, self._longest_window + self._config.max_num_batched_tokens + size)
+        need = -(-span // size)
+        if need > self._usable:
+            raise InvalidRequestError(
+                f"the request may grow to {request.max_total_tokens} tokens, which takes {need} KV blocks of {size}, "
+                f"but the cache has {self._usable}; lower max_tokens (or max_model_len), or give the cache more memory",
+                "max_tokens",
+            )
+
+
+def _info(request: Request) -> RequestInfo:
+    return RequestInfo(
+        request_id=request.request_id,
+        arrival_ns=request.arrival_ns,
+        prompt_len=request.prompt_len,
+        max_tokens=request.max_total_tokens - request.prompt_len,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )

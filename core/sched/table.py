@@ -1,0 +1,120 @@
+"""The running requests, as columns with stable rows: the host's twin of the worker's request table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.contracts.policy import Columns
+from quire.core.request import Request, RequestStatus
+from quire.core.sched.columns import VIEW_FIELDS, as_columns, describe
+
+__all__ = ["RunningTable"]
+
+_PRIVATE_FIELDS = 3
+_STOPS = 8
+NEVER = np.iinfo(np.int64).max
+
+
+class RunningTable:
+    """Up to ``size`` running requests. A request keeps its row from ``admit`` to ``leave``.
+
+    ``computed`` counts tokens granted, ``known`` the tokens on the host and in flight, ``capacity`` those its blocks
+    have room for. A ``stamp`` is given at every admission, so that a step in flight can tell whether its row still
+    belongs to the request it was planned for.
+    """
+
+    def __init__(self, size: int, block_size: int, *, trims: bool, stores: bool) -> None:
+        self.size = size
+        self.order: NDArray[np.int64] = np.empty(0, np.int64)
+        """Rows in order of admission."""
+        self._data = np.zeros((VIEW_FIELDS + _PRIVATE_FIELDS, size), np.int64)
+        self.computed, self.known, self.limit, self.in_flight, self.prompt_len, *_, self.capacity = self._data[:9]
+        self.next_store, self.next_trim, self.min_known = self._data[9:]
+        self.stamps = np.zeros(size, np.int64)
+        self.requests = np.full(size, None, object)
+        self.ids = np.full(size, None, object)
+        self.tokens = np.full(size, None, object)
+        self._stops = np.full((size, _STOPS), -1, np.int32)  # padded with -1
+        self._many_stops: set[int] = set()  # rows of requests that have more of them
+        self._block_size = block_size
+        self._first_trim = 0 if trims else NEVER
+        self._stores = stores
+        self._free = list(range(size - 1, -1, -1))
+        self._left: list[int] = []
+        self._stamp = 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def num_free(self) -> int:
+        """Rows nobody has."""
+        return len(self._free)
+
+    def admit(self, request: Request, computed: int, capacity: int) -> int:
+        """Give the request a row, with ``computed`` tokens already in the cache."""
+        row = self._free.pop()
+        self._stamp += 1
+        self._data[:VIEW_FIELDS, row] = describe(request, computed, capacity)
+        self.next_store[row] = self.block_end(computed) if self._stores else NEVER
+        self.next_trim[row] = self._first_trim
+        self.min_known[row] = request.prompt_len + request.params.min_tokens
+        self.stamps[row] = self._stamp
+        self.requests[row], self.ids[row], self.tokens[row] = request, request.request_id, request.token_ids
+        self._set_stops(row, request.stop_ids)
+        self.order = np.append(self.order, row)
+        request.row, request.status = row, RequestStatus.RUNNING
+        return row
+
+    def leave(self, request: Request) -> None:
+        """Take the row back; it is announced by the next ``take_left``."""
+        row = request.row
+        request.num_in_flight = int(self.in_flight[row])
+        self.stamps[row] = 0
+        self.requests[row] = self.ids[row] = self.tokens[row] = None
+        self.order = self.order[self.order != row]
+        self._free.append(row)
+        self._left.append(row)
+        request.row = -1
+
+    def take_left(self) -> list[int]:
+        """Rows given back since the last call."""
+        left, self._left = self._left, []
+        return left
+
+    def block_end(self, num_tokens: int) -> int:
+        """The first multiple of the block size above ``num_tokens``."""
+        return (num_tokens // self._block_size + 1) * self._block_size
+
+    def view(self, served: NDArray[np.int64]) -> Columns:
+        """A snapshot for the policy, in order of admission. The rows ``served`` have nothing remaining."""
+        snapshot = self._data[:VIEW_FIELDS].take(self.order, axis=1)
+        if len(served):
+            done = np.isin(self.order, served)
+            snapshot[2, done] = snapshot[0, done]  # limit = computed
+        return as_columns(snapshot, self._block_size)
+
+    def request(self, row: int) -> Request:
+        """Who has the row."""
+        found: Any = self.requests[row]
+        return found
+
+    def stopped(self, rows: NDArray[Any], tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Where the token ends its request."""
+        hit: NDArray[np.bool_] = (self._stops[rows] == tokens[:, None]).any(axis=1)
+        if self._many_stops:
+            for i, row in enumerate(rows.tolist()):
+                if row in self._many_stops:
+                    hit[i] = int(tokens[i]) in self.request(row).stop_ids
+        return hit
+
+    def _set_stops(self, row: int, stop_ids: frozenset[int]) -> None:
+        self._stops[row] = -1
+        if len(stop_ids) <= _STOPS and all(0 <= token < 2**31 for token in stop_ids):
+            self._stops[row, : len(stop_ids)] = list(stop_ids)
+            self._many_stops.discard(row)
+        else:
+            self._many_stops.add(row)
