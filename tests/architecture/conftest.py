@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("core", "plugins", "server")
 BESIDE = ("src", "tests", "tools", "benchmarks", "examples")
+_LINKS = tuple(f"src/quire/{room}/" for room in ROOMS)
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,14 @@ class Source:
         return ".".join([*above, *([node.module] if node.module else [])])
 
 
-Rule = Callable[[Source], list[str]]
-
-
 def _read(folders: tuple[str, ...]) -> list[Source]:
-    files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
-    paths = [p for p in files if not any(part.startswith(".") or part == "__pycache__" for part in p.parts[len(ROOT.parts) :])]
-    return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+    found = []
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if not name.startswith(_LINKS) and not any(part.startswith(".") for part in name.split("/")):
+                found.append(Source(name, path.read_text(encoding="utf-8")))
+    return found
 
 
 @pytest.fixture(scope="session")
