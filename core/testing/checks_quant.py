@@ -1,0 +1,136 @@
+"""What every quantization loader must keep: it says what it cannot do, and multiplies as the dense layer would."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantizationLoader
+from quire.core.errors import CheckpointError
+from quire.core.plugin_options import parse_options
+
+_CPU = torch.device("cpu")
+_PARTS = (32, 16, 16)
+_INPUTS = 128
+
+
+def check_unsupported_gives_reasons(cls: type[QuantizationLoader]) -> None:
+    """``unsupported`` answers with a list of sentences, whatever the checkpoint says, and never raises."""
+    for config in ({}, {"quant_method": "no_such_method"}, {"quant_method": "no_such_method", "bits": 3}):
+        reasons = cls.unsupported(config, _CPU)
+        assert isinstance(reasons, list) and all(isinstance(r, str) and r for r in reasons), f"answered {reasons!r}"
+    assert cls.unsupported({"quant_method": "no_such_method"}, _CPU), "claims to read a scheme that does not exist"
+
+
+def check_every_layer_has_a_method(cls: type[QuantizationLoader]) -> None:
+    """``method_for`` gives a LinearMethod with a known input format for each kind of layer."""
+    loader = _loader(cls)
+    for kind in ("linear", "lm_head"):
+        method = loader.method_for(_info(kind=kind))
+        assert isinstance(method, LinearMethod), f"{kind}: gave {method!r}"
+        assert method.input_format in ("native", "fp8_token", "fp8_tensor", "int8_token"), method.input_format
+
+
+def check_the_product_is_the_dense_one(cls: type[QuantizationLoader]) -> None:
+    """After loading a dense checkpoint, the product is off by a tenth of its size at most, and shape and dtype fit."""
+    x, parts = _input(), _weights()
+    got = _apply(cls, x, parts)
+    want = x @ torch.cat(parts).T
+    assert got.shape == want.shape and got.dtype == x.dtype, f"got {tuple(got.shape)} {got.dtype}"
+    off = ((got - want).norm() / want.norm()).item()
+    assert off < 0.1, f"off by {off:.3f} of the product's size"
+
+
+def check_the_same_input_gives_the_same_bits(cls: type[QuantizationLoader]) -> None:
+    """The reduction order is fixed."""
+    x, parts = _input(), _weights()
+    assert torch.equal(_apply(cls, x, parts), _apply(cls, x, parts)), "two products differ"
+
+
+def check_shards_make_up_the_whole(cls: type[QuantizationLoader]) -> None:
+    """Two ranks' columns side by side, or two ranks' rows added up, are what one rank computes."""
+    x, parts = _input(), _weights()
+    whole = _apply(cls, x, parts).split(_PARTS, dim=1)
+    shares = [_apply(cls, x, parts, "column", r, 2).split([size // 2 for size in _PARTS], dim=1) for r in range(2)]
+    side_by_side = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(*shares, strict=True)], dim=1)
+    _close(side_by_side, torch.cat(whole, dim=1), "columns")
+    halves = x.chunk(2, dim=1)
+    added = sum((_apply(cls, halves[r], parts, "row", r, 2) for r in range(2)), torch.zeros(()))
+    _close(added, torch.cat(whole, dim=1), "rows")
+
+
+def check_a_wrong_shape_is_refused_by_name(cls: type[QuantizationLoader]) -> None:
+    """A tensor that does not fit raises CheckpointError with the name of the tensor."""
+    info, layer = _info(), nn.Module()
+    method = _loader(cls).method_for(info)
+    method.create_weights(layer, info, _CPU)
+    try:
+        method.load(layer, info, 1, "weight", torch.zeros(7, 9), 0, 1)
+    except CheckpointError as error:
+        assert "part1" in str(error), f"does not name the tensor: {error}"
+    else:
+        raise AssertionError("a (7, 9) tensor was loaded where (16, 128) is right")
+
+
+def _loader(cls: type[QuantizationLoader]) -> QuantizationLoader:
+    """A loader of dense checkpoints. Skips the check for those that read only a scheme of their own."""
+    reasons = cls.unsupported({}, _CPU)
+    if reasons:
+        raise unittest.SkipTest(f"cannot load a dense checkpoint on the CPU: {reasons[0]}")
+    return cls({}, parse_options(cls, {}))
+
+
+def _info(
+    shard: Literal["column", "row"] = "column", world_size: int = 1, kind: Any = "linear", bias: bool = False
+) -> LayerInfo:
+    sizes = tuple(s // (world_size if shard == "column" else 1) for s in _PARTS)
+    return LayerInfo(
+        name="layer",
+        kind=kind,
+        in_features=_INPUTS // (world_size if shard == "row" else 1),
+        in_total=_INPUTS,
+        out_features=sum(sizes),
+        part_names=("part0", "part1", "part2"),
+        part_sizes=sizes,
+        part_totals=_PARTS,
+        shard=shard,
+        dtype=torch.float32,
+        bias=bias,
+    )
+
+
+def _apply(
+    cls: type[QuantizationLoader],
+    x: Tensor,
+    parts: list[Tensor],
+    shard: Literal["column", "row"] = "column",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
+    """Load ``parts`` as this rank would, and multiply."""
+    info, layer = _info(shard, world_size), nn.Module()
+    method = _loader(cls).method_for(info)
+    if method.input_format != "native":
+        raise unittest.SkipTest(f"takes {method.input_format} inputs")
+    method.create_weights(layer, info, _CPU)
+    for i, part in enumerate(parts):
+        method.load(layer, info, i, "weight", part, rank, world_size)
+    method.process_weights(layer)
+    return method.apply(layer, x)
+
+
+def _weights() -> list[Tensor]:
+    made = torch.Generator().manual_seed(2)
+    return [torch.randn(size, _INPUTS, generator=made) / _INPUTS**0.5 for size in _PARTS]
+
+
+def _input() -> Tensor:
+    return torch.randn(5, _INPUTS, generator=torch.Generator().manual_seed(1))
+
+
+def _close(got: Tensor, want: Tensor, what: str) -> None:
+    off = ((got - want).norm() / want.norm()).item()
+    assert off < 0.05, f"{what}: off by {off:.3f} of the product's size"

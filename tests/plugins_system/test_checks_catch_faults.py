@@ -1,0 +1,138 @@
+"""Checks that cannot fail are worth nothing: each is shown an implementation that breaks just its promise."""
+
+import pytest
+import torch
+
+from quire.core.plugin_manager import load_target
+from quire.core.testing.conformance import run_checks
+
+Gumbel = load_target("quire.core.sample.sampler:GumbelSampler")
+LogitBias = load_target("quire.plugins.logits.logit_bias:LogitBias")
+Prometheus = load_target("quire.plugins.metrics.prometheus:PrometheusExporter")
+Dense = load_target("quire.plugins.quant.none:Unquantized")
+DenseLinear = load_target("quire.plugins.quant.none:UnquantizedLinear")
+
+
+class WideTokens(Gumbel):
+    def sample(self, logits, batch):
+        return super().sample(logits, batch).long()
+
+
+class NeverGreedy(Gumbel):
+    def sample(self, logits, batch):
+        batch.temperature = batch.temperature.clamp(min=1.0)
+        return super().sample(logits, batch)
+
+
+class HiddenGenerator(Gumbel):
+    def sample(self, logits, batch):
+        return super().sample(logits + torch.randn_like(logits), batch)
+
+
+class DependsOnTheBatch(Gumbel):
+    def sample(self, logits, batch):
+        batch.seed = batch.seed + torch.arange(len(batch.seed))
+        return super().sample(logits, batch)
+
+
+class IgnoresThePosition(Gumbel):
+    def sample(self, logits, batch):
+        batch.position = torch.zeros_like(batch.position)
+        return super().sample(logits, batch)
+
+
+class TooWarm(Gumbel):
+    def sample(self, logits, batch):
+        batch.temperature = batch.temperature * 1.5
+        return super().sample(logits, batch)
+
+
+class NoTopK(Gumbel):
+    def sample(self, logits, batch):
+        batch.any_top_k = False
+        batch.top_k = torch.zeros_like(batch.top_k)
+        return super().sample(logits, batch)
+
+
+class BiasForAll(LogitBias):
+    def apply(self, logits, batch):
+        logits += 1.0
+
+
+class NeverForgets(LogitBias):
+    def remove(self, row):
+        pass
+
+
+class ReturnsACopy(LogitBias):
+    def apply(self, logits, batch):
+        return logits + 1.0
+
+
+class ClaimsInvariance(LogitBias):
+    argmax_invariant = True
+
+    def apply(self, logits, batch):
+        logits.neg_()
+
+
+class KnowsOnlyToday(Prometheus):
+    def record_engine(self, stats):
+        {"num_requests_running": 0}[next(iter(stats))]
+
+
+class RendersText(Prometheus):
+    def render(self):
+        return "text/plain", "a string"
+
+
+class Optimist(Dense):
+    @classmethod
+    def unsupported(cls, quant_config, device):
+        return []
+
+
+class HalfTheWeight(Dense):
+    def method_for(self, info):
+        return _Half()
+
+
+class _Half(DenseLinear):
+    def process_weights(self, layer):
+        layer.weight.mul_(0.5)
+
+
+class IgnoresTheRank(Dense):
+    def method_for(self, info):
+        return _FirstShard()
+
+
+class _FirstShard(DenseLinear):
+    def load(self, layer, info, part, tensor_name, tensor, rank, world_size):
+        super().load(layer, info, part, tensor_name, tensor, 0, world_size)
+
+
+@pytest.mark.parametrize(
+    ("cls", "check"),
+    [
+        (WideTokens, "check_result_is_one_int32_per_row"),
+        (NeverGreedy, "check_temperature_zero_is_the_argmax"),
+        (HiddenGenerator, "check_same_seed_and_position_draw_the_same_token"),
+        (DependsOnTheBatch, "check_a_row_does_not_depend_on_its_neighbours"),
+        (IgnoresThePosition, "check_position_and_seed_matter"),
+        (TooWarm, "check_draws_follow_the_distribution"),
+        (NoTopK, "check_top_k_top_p_and_min_p_restrict"),
+        (BiasForAll, "check_only_its_own_rows_change"),
+        (NeverForgets, "check_remove_forgets"),
+        (ReturnsACopy, "check_apply_changes_in_place"),
+        (ClaimsInvariance, "check_argmax_invariant_is_true_to_its_word"),
+        (KnowsOnlyToday, "check_takes_figures_it_does_not_know"),
+        (RendersText, "check_renders_a_document_or_nothing"),
+        (Optimist, "check_unsupported_gives_reasons"),
+        (HalfTheWeight, "check_the_product_is_the_dense_one"),
+        (IgnoresTheRank, "check_shards_make_up_the_whole"),
+    ],
+)
+def test_a_broken_promise_is_noticed(cls, check):
+    failed = {r.name for r in run_checks(cls) if r.outcome == "failed"}
+    assert check in failed, failed
