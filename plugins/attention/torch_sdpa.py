@@ -16,6 +16,9 @@ from quire.core.contracts.attention import AttentionBackend, AttentionBatch, Att
 
 __all__ = ["TorchSDPABackend"]
 
+_PIECE_ELEMENTS = 1 << 18
+"""Elements of K gathered at once: a megabyte, so that a CPU attends to it before it leaves the cache."""
+
 
 class TorchSDPABackend(AttentionBackend):
     """Gathers pages by block table, then scaled dot-product attention."""
@@ -23,6 +26,7 @@ class TorchSDPABackend(AttentionBackend):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         self._pieces: list[_Piece] = []
+        self._buffers = (torch.empty(0, device=device), torch.empty(0, device=device))
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device: torch.device) -> list[str]:
@@ -48,11 +52,17 @@ class TorchSDPABackend(AttentionBackend):
         lengths = batch.seq_lens[: batch.num_reqs].tolist()
         self._pieces = []
         decodes = sorted(range(batch.num_decodes), key=lambda i: lengths[i])
-        for some in _alike(decodes, lengths):
+        for some in _alike(decodes, lengths, _PIECE_ELEMENTS // (self.spec.num_kv_heads * self.spec.qk_head_dim)):
             self._pieces.append(self._piece(batch, some, starts, lengths))
         for request in range(batch.num_decodes, batch.num_reqs):
             if starts[request + 1] > starts[request]:
                 self._pieces.append(self._piece(batch, [request], starts, lengths))
+        slots = max((piece.blocks.numel() for piece in self._pieces), default=0) * self.spec.block_size
+        if slots > len(self._buffers[0]):
+            heads, dtype = self.spec.num_kv_heads, self.spec.kv_dtype
+            keys = torch.empty(slots, heads, self.spec.qk_head_dim, dtype=dtype, device=self.device)
+            values = torch.empty(slots, heads, self.spec.v_head_dim, dtype=dtype, device=self.device)
+            self._buffers = (keys, values)
 
     def run(
         self,
@@ -67,8 +77,8 @@ class TorchSDPABackend(AttentionBackend):
     ) -> None:
         """Attend piece by piece."""
         for piece in self._pieces:
-            keys = _gather(kv.k, piece).to(q.dtype)  # (requests, num_kv_heads, keys, qk_head_dim)
-            values = _gather(kv.v, piece).to(q.dtype)
+            keys = _gather(kv.k, piece, self._buffers[0]).to(q.dtype)  # (requests, num_kv_heads, keys, qk_head_dim)
+            values = _gather(kv.v, piece, self._buffers[1]).to(q.dtype)
             grouped = _group(q[piece.tokens], piece, self.spec)  # (requests, num_kv_heads, group * queries, dim)
             if self.spec.softcap is None and lse_out is None:
                 attended = F.scaled_dot_product_attention(grouped, keys, values, piece.mask, scale=self.spec.scale)
@@ -121,25 +131,30 @@ class _Piece:
     """(requests, queries)."""
 
 
-def _alike(order: list[int], lengths: list[int]) -> list[list[int]]:
-    """Cut requests, sorted by length, so that the longest of a piece is at most a third above its shortest."""
+def _alike(order: list[int], lengths: list[int], most: int) -> list[list[int]]:
+    """Cut requests, sorted by length, so that a piece pads little and holds about ``most`` keys."""
     pieces: list[list[int]] = []
     for request in order:
-        if pieces and lengths[request] <= lengths[pieces[-1][0]] * 4 / 3 + 64:
+        longest = lengths[request]
+        if pieces and longest <= lengths[pieces[-1][0]] * 4 / 3 + 64 and (len(pieces[-1]) + 1) * longest <= most:
             pieces[-1].append(request)
         else:
             pieces.append([request])
     return pieces
 
 
-def _gather(cache: Tensor, piece: _Piece) -> Tensor:
-    """(num_blocks, heads, block_size, dim) -> (requests, heads, keys, dim); unseen slots are zeroed, for whatever an
-    unused slot holds (even NaN) must not reach the sums."""
+def _gather(cache: Tensor, piece: _Piece, buffer: Tensor) -> Tensor:
+    """(num_blocks, heads, block_size, dim) -> (requests, heads, keys, dim), in ``buffer`` (slots, heads, dim).
+
+    Unseen slots are zeroed, for whatever an unused slot holds (even NaN) must not reach the sums.
+    """
     requests, width = piece.blocks.shape
-    pages = cache.transpose(1, 2)[piece.blocks.flatten()]  # (requests * width, block_size, heads, dim)
-    flat = pages.flatten(0, 1)
+    size = cache.shape[2]
+    flat = buffer[: requests * width * size]
+    pages = flat.view(requests * width, size, *flat.shape[1:])
+    torch.index_select(cache.transpose(1, 2), 0, piece.blocks.flatten(), out=pages)
     flat.index_fill_(0, piece.dead, 0)
-    return flat.view(requests, width * cache.shape[2], cache.shape[1], cache.shape[3]).transpose(1, 2)
+    return flat.view(requests, width * size, *flat.shape[1:]).transpose(1, 2)
 
 
 def _group(q: Tensor, piece: _Piece, spec: AttentionSpec) -> Tensor:

@@ -85,28 +85,30 @@ class PagedRunner:
         """Tokens by sequence -> (len(tokens), vocab) logits by sequence. Single tokens count as decodes."""
         order = sorted(chunks, key=lambda i: len(chunks[i]) > 1)
         lens = [len(chunks[i]) for i in order]
-        positions = torch.cat([torch.arange(self.computed[i], self.computed[i] + n) for i, n in zip(order, lens)])
+        positions = torch.cat(
+            [torch.arange(self.computed[i], self.computed[i] + n) for i, n in zip(order, lens, strict=True)]
+        )
         positions = positions.to(self.device)
         owner = torch.repeat_interleave(torch.tensor(order), torch.tensor(lens)).to(self.device)
         ids = torch.tensor([t for i in order for t in chunks[i]], dtype=torch.int32, device=self.device)
         slots = []
-        for backend, table in zip(self.backends, self.tables):
+        for backend, table in zip(self.backends, self.tables, strict=True):
             slots.append(table[owner, positions // self.size].long() * self.size + positions % self.size)
             batch = AttentionBatch(
                 query_start_loc=torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32).to(self.device),
-                seq_lens=torch.tensor([self.computed[i] + n for i, n in zip(order, lens)], dtype=torch.int32).to(
-                    self.device
-                ),
+                seq_lens=torch.tensor(
+                    [self.computed[i] + n for i, n in zip(order, lens, strict=True)], dtype=torch.int32
+                ).to(self.device),
                 block_table=table[torch.tensor(order, device=self.device)],
                 num_reqs=len(order),
                 num_tokens=len(ids),
                 max_query_len=max(lens),
-                max_seq_len=max(self.computed[i] + n for i, n in zip(order, lens)),
+                max_seq_len=max(self.computed[i] + n for i, n in zip(order, lens, strict=True)),
                 num_decodes=sum(n == 1 for n in lens),
             )
             backend.plan(batch)
         context = ForwardContext(self.backends, slots, self.kv, self.group_of)
         logits = self.model.compute_logits(self.model(ids, positions, context))
-        for i, n in zip(order, lens):
+        for i, n in zip(order, lens, strict=True):
             self.computed[i] += n
-        return dict(zip(order, logits.split(lens)))
+        return dict(zip(order, logits.split(lens), strict=True))

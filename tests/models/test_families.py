@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.models.paged import PagedRunner, load
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quire.core.testing.tiny_models import FAMILIES, ROPES, make_tiny_model
-from tests.models.paged import PagedRunner, load
 
 TOLERANCE = 5e-5
 """Of logits of magnitude 7: float32 summed in another order."""
