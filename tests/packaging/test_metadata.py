@@ -1,0 +1,57 @@
+"""What pyproject says is what is there."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from setuptools import find_namespace_packages
+
+from quire.core.version import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("core", "plugins", "server")
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def files():
+    found = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
+    return [path for path in found if "__pycache__" not in path.parts]
+
+
+def test_every_package_is_found(project):
+    assert project["tool"]["setuptools"]["packages"]["find"] == {"where": ["src"]}
+    found = set(find_namespace_packages(str(ROOT / "src")))
+    expected = {".".join(("quire", *p.parent.relative_to(ROOT).parts)) for p in files() if p.name == "__init__.py"}
+    assert expected <= found
+    assert all(name == "quire" or name.startswith("quire.") for name in found)
+
+
+def test_every_data_file_is_package_data(project):
+    patterns = project["tool"]["setuptools"]["package-data"]["*"]
+    data = [path for path in files() if path.suffix not in (".py", ".pyc")]
+    lost = [str(p.relative_to(ROOT)) for p in data if not any(fnmatch.fnmatch(p.name, each) for each in patterns)]
+    assert not lost, f"not in the wheel; extend package-data in pyproject.toml: {lost}"
+
+
+def test_the_pins_lie_within_the_ranges(project):
+    ranges = {r.name: r for r in map(Requirement, project["project"]["dependencies"])}
+    pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert {name for name, _ in pins} == {"torch", "triton"}
+    assert all(ranges[name].specifier.contains(version) for name, version in pins)
+
+
+def test_version_is_a_release_number():
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+|\.dev\d+)?", __version__)
+
+
+def test_changelog_knows_the_version():
+    assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
