@@ -13,6 +13,15 @@ from quire.core.plugin_target import load_target
 from quire.core.registry import KINDS
 from quire.core.testing.conformance import kind_of
 
+__all__ = [
+    "check_can_be_found_by_its_path",
+    "check_has_no_shared_mutable_state",
+    "check_nothing_abstract_is_left",
+    "check_options_are_valid",
+    "check_says_what_it_is",
+    "check_signatures_accept_the_engines_calls",
+]
+
 
 def check_nothing_abstract_is_left(cls: type) -> None:
     """Every abstract member of the contract is written."""

@@ -12,6 +12,15 @@ from quire.core.messages import NewRequest
 from quire.core.plugin_options import parse_options
 from quire.core.sampling_params import SamplingParams
 
+__all__ = [
+    "check_add_says_whether_there_is_work",
+    "check_apply_changes_in_place",
+    "check_argmax_invariant_is_true_to_its_word",
+    "check_only_its_own_rows_change",
+    "check_plain_parameters_are_valid",
+    "check_remove_forgets",
+]
+
 _VOCAB = 32
 
 

@@ -9,6 +9,14 @@ from quire.core.contracts.metrics import MetricsExporter
 from quire.core.plugin_options import parse_options
 from quire.core.stats import ENGINE_STATS, RequestStats
 
+__all__ = [
+    "check_does_not_block",
+    "check_renders_a_document_or_nothing",
+    "check_takes_every_figure",
+    "check_takes_figures_it_does_not_know",
+    "check_two_can_live_in_one_process",
+]
+
 
 def check_takes_every_figure(cls: type[MetricsExporter]) -> None:
     """Engine, request and token figures are accepted, with and without the optional ones."""

@@ -12,6 +12,15 @@ from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantizationLoad
 from quire.core.errors import CheckpointError
 from quire.core.plugin_options import parse_options
 
+__all__ = [
+    "check_a_wrong_shape_is_refused_by_name",
+    "check_every_layer_has_a_method",
+    "check_shards_make_up_the_whole",
+    "check_the_product_is_the_dense_one",
+    "check_the_same_input_gives_the_same_bits",
+    "check_unsupported_gives_reasons",
+]
+
 _CPU = torch.device("cpu")
 _PARTS = (32, 16, 16)
 _INPUTS = 128

@@ -9,6 +9,16 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 
+__all__ = [
+    "check_a_row_does_not_depend_on_its_neighbours",
+    "check_draws_follow_the_distribution",
+    "check_position_and_seed_matter",
+    "check_result_is_one_int32_per_row",
+    "check_same_seed_and_position_draw_the_same_token",
+    "check_temperature_zero_is_the_argmax",
+    "check_top_k_top_p_and_min_p_restrict",
+]
+
 _CPU = torch.device("cpu")
 
 

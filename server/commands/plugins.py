@@ -90,7 +90,7 @@ def _list_text(report: dict[str, Any]) -> str:
         plugins = [p for p in report["plugins"] if p["kind"] == key]
         if not plugins:
             continue
-        lines.append(f"{key}: {kind.title} ({kind.flag})")
+        lines.append(f"{key}: {kind.title} ({'by the checkpoint' if key == 'model' else kind.flag})")
         for p in plugins:
             mark = "*" if p["active"] else " "
             origin = f"{p['dist']} {p['version']}"
