@@ -1,0 +1,88 @@
+"""The pages of the documentation as tests see them, and one server for all that they say to run against it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quire.core.hub import resolve_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the page and line where it stands."""
+
+    language: str
+    text: str
+    where: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """Every fenced block of a page."""
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    text = page.read_text()
+    return [Block(m[1], m[2], f"{page.name}:{text[: m.start()].count(chr(10)) + 1}") for m in found]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def pages(root: Path) -> list[Path]:
+    """Every page for users."""
+    return [root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="session")
+def readme(root: Path) -> list[Block]:
+    """The fenced blocks of the README."""
+    return blocks_of(root / "README.md")
+
+
+@pytest.fixture(scope="session")
+def all_blocks(pages: list[Path]) -> list[Block]:
+    """The fenced blocks of every page."""
+    return [block for page in pages for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="session")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``quire serve quire-tiny`` on a free port: its address."""
+    assert resolve_model("quire-tiny")
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "quire", "serve", "quire-tiny", "--host", "127.0.0.1", "--port", "0"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=root / "src", stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        yield _wait_ready(process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        ready = re.search(r" ready on (http://\S+)", log.read_text())
+        if ready:
+            return ready[1]
+        time.sleep(0.05)
+    raise AssertionError(f"the server is not ready\n{log.read_text()}")

@@ -1,0 +1,86 @@
+"""What the pages say is so: links lead somewhere, commands parse, make targets exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+
+import httpx
+import pytest
+
+from quire.server.cli import _parsers
+
+
+def shell_lines(blocks):
+    """Every command in the shell blocks, joined where a line is continued, without its comment."""
+    for block in blocks:
+        if block.language in ("sh", "bash", "console"):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                    words = words[1:]
+                if words:
+                    yield block.where, words
+
+
+def test_links_lead_somewhere(pages, root):
+    broken = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(root)}: {target}")
+    assert not broken, "\n".join(broken)
+
+
+def test_make_targets_exist(all_blocks, root):
+    named = {
+        word for _, words in shell_lines(all_blocks) if words[0] == "make" for word in words[1:] if "=" not in word
+    }
+    listed = subprocess.run(["make", "-s", "help"], cwd=root, capture_output=True, text=True, timeout=30, check=True)
+    assert {"serve", "test", "lint", "types"} <= named
+    assert named <= {line.split()[1] for line in listed.stdout.splitlines()}
+
+
+def test_quire_commands_parse(all_blocks, capsys):
+    seen = 0
+    for where, words in shell_lines(all_blocks):
+        if words[0] == "quire":
+            parser, _ = _parsers()
+            try:
+                _, unknown = parser.parse_known_args(words[1:])
+            except SystemExit as exit_:
+                unknown = words if exit_.code else []
+            assert not unknown, f"{where}: quire does not know {unknown}: {capsys.readouterr().err}"
+            seen += 1
+    assert seen >= 4
+
+
+def test_first_screen_has_the_two_commands_and_a_request(readme):
+    first = "\n".join(block.text for block in readme[:2])
+    assert "make serve" in first
+    assert "make test" in first
+    assert "curl http://127.0.0.1:8000/" in first
+
+
+def test_the_request_in_the_readme_is_answered(readme, server):
+    (words,) = [words for _, words in shell_lines(readme) if words[0] == "curl"]
+    assert words[2] == "-H"
+    assert words[4] == "-d"
+    name, _, value = words[3].partition(": ")
+    url = words[1].replace("http://127.0.0.1:8000", server)
+    reply = httpx.post(url, content=words[5], headers={name: value}, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["message"]["content"].strip()
+    assert json.loads(words[5])["model"] == reply.json()["model"]
+
+
+@pytest.mark.parametrize("text", ["quire serve --no-such-flag", "quire nonsense"])
+def test_a_wrong_command_is_seen(text, capsys):
+    parser, _ = _parsers()
+    try:
+        _, unknown = parser.parse_known_args(shlex.split(text)[1:])
+    except SystemExit:
+        unknown = [text]
+    assert unknown
