@@ -38,6 +38,10 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+_HINTS = {
+    404: "there is nothing at this path; /docs lists the routes",
+    405: "this path does not take this method; /docs lists the routes",
+}
 RETRY_AFTER_S = 1
 
 
@@ -81,7 +85,7 @@ class ClientGoneError(Exception):
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
     """``{"error": {"message", "type", "param", "code"}}``."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error = {"message": message, "type": kind, "param": param, "code": code or HTTPStatus(status).phrase.lower()}
+    error = {"message": message, "type": kind, "param": param, "code": code or HTTPStatus(status).name.lower()}
     return msgspec.json.encode({"error": error})
 
 
@@ -142,7 +146,9 @@ def _known(error: Exception) -> ApiError | None:
     if isinstance(error, RequestValidationError | ValidationError):
         return validation_error(error.errors())
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        return ApiError(
+            error.status_code, _HINTS.get(error.status_code, str(error.detail)), headers=dict(error.headers or {})
+        )
     return None
 
 

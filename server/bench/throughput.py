@@ -1,0 +1,135 @@
+"""``quire bench throughput``: tokens per second of a workload, offline, beside ``transformers.generate``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import statistics
+import time
+from typing import Any
+
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.llm import LLM
+from quire.core.errors import ConfigError
+from quire.core.sampling_params import SamplingParams
+from quire.server.bench.report import environment, print_json
+from quire.server.bench.transformers_run import TransformersRun
+from quire.server.bench.workloads import Workload, make_workload
+
+__all__ = ["run"]
+
+_CPU_PROMPTS = 16
+
+
+def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
+    """Measure and print."""
+    workload = make_workload(args.workload).scaled(_positive(args.scale))
+    if args.enable_prefix_caching is None:
+        engine_args = dataclasses.replace(engine_args, enable_prefix_caching=False)
+    llm = LLM(**vars(engine_args))
+    config = llm.config.model
+    whole = len(workload.prompts)
+    count = args.num_prompts or (_CPU_PROMPTS if config.device == "cpu" else None)
+    workload = workload.first(count).within(config.vocab_size)
+    _check_fits(workload, config.max_model_len)
+    print(
+        f"{workload.name}: {len(workload.prompts)} of {whole} requests, {workload.input_tokens:,} tokens in, "
+        f"{workload.output_tokens:,} out; {config.model} in {config.dtype} on {config.device}",
+        flush=True,
+    )
+    _generate(llm, _warm_up(workload), args)
+    walls = [_generate(llm, workload, args) for _ in range(args.repeat)]
+    found: dict[str, Any] = {
+        "workload": workload.name,
+        "requests": len(workload.prompts),
+        "input_tokens": workload.input_tokens,
+        "output_tokens": workload.output_tokens,
+        "model": config.model,
+        "dtype": config.dtype,
+        **environment(config.device),
+        "walls_s": [round(wall, 4) for wall in walls],
+        **_rates(workload, statistics.median(walls)),
+    }
+    if re.match(r"decode-", workload.name):
+        first = statistics.median(_generate(llm, workload.one_token(), args) for _ in range(args.repeat))
+        found["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (found["wall_s"] - first)
+    print(_line("quire", found), flush=True)
+    if _compares(args, config.device):
+        _compare(workload, llm, args, found)
+    if args.json:
+        print_json(found)
+    return 0
+
+
+def _compare(workload: Workload, llm: LLM, args: argparse.Namespace, found: dict[str, Any]) -> None:
+    model = llm.config.model
+    llm.shutdown()
+    other = TransformersRun(model, args.compare_batch_size)
+    other.generate(_warm_up(workload))
+    wall = other.generate(workload)
+    beside = found["transformers"] = {"batch_size": args.compare_batch_size, **_rates(workload, wall)}
+    print(_line(f"transformers.generate, batches of {args.compare_batch_size}", beside))
+    found["times_transformers"] = found["output_tok_s"] / beside["output_tok_s"]
+    print(f"quire is {found['times_transformers']:.2f} x transformers.generate", flush=True)
+
+
+def _compares(args: argparse.Namespace, device: str) -> bool:
+    """By default on a CPU only: on a GPU the engine's memory leaves no room for a second model."""
+    return args.compare == "transformers" or (args.compare == "auto" and device == "cpu")
+
+
+def _generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> float:
+    """Seconds for the whole workload."""
+    common: dict[str, Any] = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    params = [SamplingParams(max_tokens=count, **common) for count in workload.max_tokens]
+    start = time.perf_counter()
+    outputs = llm.generate(workload.prompts, params)
+    wall = time.perf_counter() - start
+    made = [len(output.outputs[0].token_ids) for output in outputs]
+    assert made == list(workload.max_tokens), "an answer is shorter than asked for"
+    return wall
+
+
+def _warm_up(workload: Workload) -> Workload:
+    few = workload.first(4)
+    return dataclasses.replace(few, max_tokens=[min(8, count) for count in few.max_tokens])
+
+
+def _rates(workload: Workload, wall: float) -> dict[str, float]:
+    total = workload.input_tokens + workload.output_tokens
+    return {
+        "wall_s": wall,
+        "requests_s": len(workload.prompts) / wall,
+        "output_tok_s": workload.output_tokens / wall,
+        "total_tok_s": total / wall,
+    }
+
+
+def _line(who: str, found: dict[str, Any]) -> str:
+    decode = f", decode alone {found['decode_tok_s']:,.1f}" if "decode_tok_s" in found else ""
+    return (
+        f"{who}: {found['output_tok_s']:,.1f} output tokens/s{decode} ({found['total_tok_s']:,.1f} in all, "
+        f"{found['requests_s']:.2f} requests/s, {found['wall_s']:.2f} s)"
+    )
+
+
+def _check_fits(workload: Workload, limit: int) -> None:
+    pairs = zip(workload.prompts, workload.max_tokens, strict=True)
+    longest = max(len(prompt) + count for prompt, count in pairs)
+    if longest > limit:
+        raise ConfigError(
+            f"workload {workload.name} needs a context of {longest} tokens, the model has {limit}; "
+            f"shrink it with --scale {int(100 * limit / longest) / 100:g}"
+        )
+
+
+def _positive(scale: float) -> float:
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale must be above 0 and at most 1, got {scale}")
+    return scale

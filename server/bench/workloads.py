@@ -1,0 +1,79 @@
+"""The workloads of the benchmarks, draw for draw, so that figures from different engines can be compared."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from quire.core.errors import ConfigError
+
+__all__ = ["Workload", "make_workload", "random_prompts"]
+
+_IDS = 10_000
+"""Token ids are drawn below this; a smaller vocabulary takes them modulo its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts as token ids, and how many tokens each answer has (end of text is ignored)."""
+
+    name: str
+    prompts: Sequence[list[int]]
+    max_tokens: Sequence[int]
+
+    @property
+    def input_tokens(self) -> int:
+        """Prompt tokens in all."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def output_tokens(self) -> int:
+        """Answer tokens in all."""
+        return sum(self.max_tokens)
+
+    def first(self, count: int | None) -> Workload:
+        """Only the first ``count`` requests; None: all."""
+        return (
+            self if count is None else replace(self, prompts=self.prompts[:count], max_tokens=self.max_tokens[:count])
+        )
+
+    def scaled(self, factor: float) -> Workload:
+        """Prompt and answer lengths times ``factor``, at least one token each."""
+        if factor == 1.0:
+            return self
+        prompts = [prompt[: max(1, round(len(prompt) * factor))] for prompt in self.prompts]
+        return replace(self, prompts=prompts, max_tokens=[max(1, round(n * factor)) for n in self.max_tokens])
+
+    def within(self, vocab_size: int) -> Workload:
+        """Token ids taken modulo the size of the vocabulary."""
+        return replace(self, prompts=[[token % vocab_size for token in prompt] for prompt in self.prompts])
+
+    def one_token(self) -> Workload:
+        """The same prompts, one token each: what a run costs before it decodes."""
+        return replace(self, max_tokens=[1] * len(self.prompts))
+
+
+def make_workload(name: str, seed: int = 0) -> Workload:
+    """The workload called ``name``. Raises ConfigError, with the names there are."""
+    draw = random.Random(seed)
+    if name == "nano":
+        prompts = [[draw.randint(0, _IDS) for _ in range(draw.randint(100, 1024))] for _ in range(256)]
+        return Workload(name, prompts, [draw.randint(100, 1024) for _ in range(256)])
+    if name == "prefill":
+        return Workload(name, random_prompts(draw, 64, 2048), [1] * 64)
+    if name == "latency-long":
+        return Workload(name, random_prompts(draw, 1, 8192), [128])
+    if match := re.fullmatch(r"decode-bs([1-9]\d{0,4})(?:x([1-9]\d{0,5})x([1-9]\d{0,5}))?", name):
+        count, prompt, answer = (int(part) if part else None for part in match.groups())
+        assert count is not None
+        return Workload(name, random_prompts(draw, count, prompt or 128), [answer or 256] * count)
+    raise ConfigError(
+        f"workload {name!r} is unknown; choose nano, prefill, latency-long, decode-bsN or decode-bsNxINPUTxOUTPUT"
+    )
+
+
+def random_prompts(draw: random.Random, count: int, length: int, vocab_size: int = _IDS) -> list[list[int]]:
+    """``count`` prompts of ``length`` random token ids."""
+    return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(count)]

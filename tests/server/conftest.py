@@ -1,0 +1,107 @@
+"""Real servers, started by the command line on free loopback ports, over a tiny random model."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from quire.core.env import child_environment
+from quire.core.testing.tiny_models import make_tiny_model
+
+
+@dataclass
+class RunningServer:
+    process: subprocess.Popen[str]
+    url: str
+    stdout: Path
+    stderr: Path
+
+    @property
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+    def load(self) -> dict[str, float]:
+        with self.http as client:
+            return client.get("/load").json()
+
+    def metric(self, name: str) -> float:
+        with self.http as client:
+            text = client.get("/metrics").text
+        [value] = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(value)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.process.wait(5)
+
+
+def start_server(folder: Path, *arguments: str) -> RunningServer:
+    folder.mkdir(parents=True, exist_ok=True)
+    out, err = folder / "stdout", folder / "stderr"
+    command = [sys.executable, "-m", "quire", "serve", *arguments, "--port", "0"]
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, env=child_environment())
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if match := re.search(r"ready on (http://\S+)", out.read_text()):
+            return RunningServer(process, match.group(1), out, err)
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    raise RuntimeError(f"the server did not start (exit status {process.wait()}):\n{err.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_model("llama", tmp_path_factory.mktemp("model") / "tiny", max_position_embeddings=2048))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The server of most tests: the model ``tiny``, a context of 2,048 tokens."""
+    running = start_server(tmp_path_factory.mktemp("server"), tiny_model, "--served-model-name", "tiny", "also-tiny")
+    yield running
+    assert running.process.poll() is None, f"the server died:\n{running.stderr.read_text()[-4000:]}"
+    running.stop()
+
+
+@pytest.fixture
+def start(tiny_model: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Start one more server, over the same model, with other flags."""
+    running: list[RunningServer] = []
+
+    def begin(*arguments: str) -> RunningServer:
+        running.append(start_server(tmp_path / str(len(running)), tiny_model, *arguments))
+        return running[-1]
+
+    yield begin
+    for each in running:
+        each.stop()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for ``condition``, or fail."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

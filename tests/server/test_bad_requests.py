@@ -1,0 +1,255 @@
+"""Whatever a client sends, it gets an answer in the one shape, and nobody else is hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .conftest import RunningServer
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.fixture(scope="module")
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with server.http as client:
+        yield client
+
+
+def check_error(response: httpx.Response, status: int, param: str | None = None) -> str:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    if param is not None:
+        assert error["param"] == param, error
+    return str(error["message"])
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    (TEXT, {"prompt": "x", "temperature": -1}, "temperature"),
+    (TEXT, {"prompt": "x", "temperature": "hot"}, "temperature"),
+    (TEXT, {"prompt": "x", "temperature": True}, "temperature"),
+    (TEXT, {"prompt": "x", "top_p": 0}, "top_p"),
+    (TEXT, {"prompt": "x", "top_p": 1.5}, "top_p"),
+    (TEXT, {"prompt": "x", "top_k": -2}, "top_k"),
+    (TEXT, {"prompt": "x", "min_p": 2}, "min_p"),
+    (TEXT, {"prompt": "x", "repetition_penalty": 0}, "repetition_penalty"),
+    (TEXT, {"prompt": "x", "presence_penalty": 3}, "presence_penalty"),
+    (TEXT, {"prompt": "x", "frequency_penalty": -3}, "frequency_penalty"),
+    (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    (TEXT, {"prompt": "x", "max_tokens": -5}, "max_tokens"),
+    (TEXT, {"prompt": "x", "max_tokens": 10**30}, "max_tokens"),
+    (TEXT, {"prompt": "x", "max_tokens": 2, "min_tokens": 3}, "min_tokens"),
+    (TEXT, {"prompt": "x", "n": 0}, "n"),
+    (TEXT, {"prompt": "x", "n": 1000}, "n"),
+    (TEXT, {"prompt": "x", "seed": 2**70}, "seed"),
+    (TEXT, {"prompt": "x", "stop": [""]}, "stop"),
+    (TEXT, {"prompt": "x", "stop": 5}, "stop"),
+    (TEXT, {"prompt": "x", "stop_token_ids": [99999]}, "stop_token_ids"),
+    (TEXT, {"prompt": "x", "logprobs": 21}, "logprobs"),
+    (TEXT, {"prompt": "x", "logprobs": -1}, "logprobs"),
+    (TEXT, {"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
+    (TEXT, {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+    (TEXT, {"prompt": "x", "suffix": "y"}, "suffix"),
+    (TEXT, {"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+    (TEXT, {"prompt": "x", "priority": "high"}, "priority"),
+    (TEXT, {"prompt": "x", "cache_salt": ""}, "cache_salt"),
+    (TEXT, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
+    (TEXT, {"prompt": "x", "guided_regex": "a+"}, "guided_regex"),
+    (TEXT, {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    (TEXT, {"prompt": ""}, "prompt"),
+    (TEXT, {"prompt": []}, "prompt"),
+    (TEXT, {"prompt": [[]]}, "prompt"),
+    (TEXT, {"prompt": [1, "a"]}, "prompt"),
+    (TEXT, {"prompt": [1, -1]}, "prompt"),
+    (TEXT, {"prompt": [1, True]}, "prompt"),
+    (TEXT, {"prompt": [99999]}, "prompt"),
+    (TEXT, {"prompt": ["x"] * 1025}, "prompt"),
+    (TEXT, {"prompt": "x" * 3000}, "prompt"),
+    (TEXT, {"prompt": "x" * 3000, "stream": True}, "prompt"),
+    (TEXT, {"prompt": None}, "prompt"),
+    (TEXT, {}, "prompt"),
+    (CHAT, {}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "hi"}, "messages"),
+    (CHAT, {"messages": [{"content": "hi"}]}, "messages[0].role"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0]",
+    ),
+    (CHAT, {"messages": [USER], "top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"messages": [USER], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema"}}, "response_format"),
+    (CHAT, {"messages": [USER], "chat_template": "{{ 1 }}"}, "chat_template"),
+    (CHAT, {"messages": [USER], "max_completion_tokens": 0}, "max_tokens"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 3000}]}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"), BAD, ids=lambda v: json.dumps(v)[:60] if isinstance(v, dict) else str(v)
+)
+def test_bad_fields_get_400(http: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    check_error(http.post(path, json={"model": "tiny", **body}), 400, param)
+
+
+def test_a_prompt_too_long_says_by_how_much(http: httpx.Client) -> None:
+    message = check_error(http.post(TEXT, json={"prompt": "x" * 3000}), 400, "prompt")
+    assert "3000" in message and "2048" in message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"{", b"", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000, b'{"prompt": NaN}'],
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_bad_json_gets_400(http: httpx.Client, path: str, data: bytes) -> None:
+    check_error(http.post(path, content=data), 400)
+
+
+def test_the_content_type_does_not_matter(http: httpx.Client) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        headers = {"content-type": kind}
+        assert http.post(TEXT, content=b'{"prompt": "x", "max_tokens": 1}', headers=headers).status_code == 200
+
+
+def test_unknown_model(http: httpx.Client) -> None:
+    for path, body in ((CHAT, {"messages": [USER]}), (TEXT, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
+        message = check_error(http.post(path, json={"model": "gpt-5", **body}), 404, "model")
+        assert "'tiny', 'also-tiny'" in message
+
+
+def test_unknown_paths_and_methods(http: httpx.Client) -> None:
+    check_error(http.get("/v1/nothing"), 404)
+    check_error(http.get(CHAT), 405)
+    check_error(http.delete("/health"), 405)
+
+
+def test_unknown_fields_are_ignored_and_said_once(http: httpx.Client, server: RunningServer) -> None:
+    for _ in range(2):
+        body = {"prompt": "x", "max_tokens": 1, "quantum_mode": 1}
+        assert http.post(TEXT, json=body).status_code == 200
+    assert server.stderr.read_text().count("quantum_mode") == 1
+
+
+def test_a_body_too_large_gets_413(http: httpx.Client) -> None:
+    message = check_error(http.post(TEXT, content=b" " * (17 * 1024 * 1024)), 413)
+    assert "--max-request-bytes" in message
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(17):
+            yield b" " * (1024 * 1024)
+
+    with contextlib.suppress(httpx.WriteError):  # refused while it was still being sent
+        check_error(http.post(TEXT, content=chunks()), 413)
+
+
+def test_nobody_else_is_hurt(server: RunningServer, http: httpx.Client) -> None:
+    """Every bad request again, while a long answer streams: it comes out as if it were alone."""
+    wishes = {"prompt": "The long one", "max_tokens": 1500, "temperature": 0, "ignore_eos": True, "model": "tiny"}
+    alone = server.openai.completions.create(
+        model="tiny", prompt="The long one", max_tokens=1500, temperature=0, extra_body={"ignore_eos": True}
+    )
+    seen: list[str] = []
+
+    def listen() -> None:
+        with server.http as client, client.stream("POST", TEXT, json={**wishes, "stream": True}) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    seen.append(json.loads(line[6:])["choices"][0]["text"])
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    for path, body, _ in BAD:
+        assert http.post(path, json={"model": "tiny", **body}).status_code == 400
+    thread.join(60)
+    assert "".join(seen) == alone.choices[0].text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2, 0.5, 1e-9, 2**31, 2**63, 2**64, -(2**63)])
+MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "system", "assistant", "tool", ""]) | JSON,
+        "content": st.text(max_size=20) | JSON,
+    },
+    optional={"tool_calls": JSON, "name": JSON},
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"), NUMBERS | JSON),
+    **dict.fromkeys(("top_k", "seed", "min_tokens", "priority", "frequency_penalty"), NUMBERS | JSON),
+    "n": st.sampled_from([None, 1, 2, 0, -1, 1.0, "2", 10**9]) | JSON.filter(lambda v: not isinstance(v, int | float)),
+    "logprobs": st.booleans() | st.integers(-2, 25) | JSON,
+    "top_logprobs": st.integers(-2, 25) | JSON,
+    "echo": JSON,
+    "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3) | JSON,
+    "stop_token_ids": st.lists(st.integers(-5, 400), max_size=3) | JSON,
+    "logit_bias": st.dictionaries(st.integers(-5, 400).map(str), NUMBERS, max_size=3) | JSON,
+    "stream": st.booleans() | JSON,
+    "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}) | JSON,
+    "tools": JSON,
+    "tool_choice": st.sampled_from(["auto", "none", "required"]) | JSON,
+    "response_format": st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object"])}) | JSON,
+    "chat_template_kwargs": st.dictionaries(st.text(max_size=10), JSON, max_size=2) | JSON,
+    "continue_final_message": st.booleans() | JSON,
+    "add_generation_prompt": st.booleans() | JSON,
+    "cache_salt": st.text(max_size=5) | JSON,
+    "skip_special_tokens": JSON,
+    "include_stop_str_in_output": JSON,
+    "prompt_logprobs": st.integers(-2, 25) | JSON,
+}
+PROMPT = st.text(min_size=1, max_size=20) | st.lists(st.integers(-2, 330), max_size=8) | JSON
+FEW = settings(max_examples=60)
+
+
+def post(http: httpx.Client, path: str, body: Any) -> None:
+    response = http.post(path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), (response.status_code, response.text, body)
+    if response.status_code != 200:
+        check_error(response, response.status_code)
+
+
+@FEW
+@given(body=JSON)
+def test_any_json_at_all(http: httpx.Client, body: Any) -> None:
+    for path in (CHAT, TEXT, "/tokenize", "/detokenize"):
+        post(http, path, body)
+
+
+@FEW
+@given(body=st.fixed_dictionaries({"prompt": PROMPT}, optional=FIELDS))
+def test_any_completion(http: httpx.Client, body: dict[str, Any]) -> None:
+    post(http, TEXT, {**body, "max_tokens": 2})
+
+
+@FEW
+@given(body=st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1, max_size=3)}, optional=FIELDS))
+def test_any_chat(http: httpx.Client, body: dict[str, Any]) -> None:
+    post(http, CHAT, {**body, "max_tokens": 2})
+
+
+@FEW
+@given(data=st.binary(max_size=200))
+def test_any_bytes(http: httpx.Client, data: bytes) -> None:
+    response = http.post(TEXT, content=data)
+    check_error(response, 400)

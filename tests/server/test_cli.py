@@ -1,0 +1,248 @@
+"""The command line: flags, old spellings, errors, and what it must not import."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quire.core.engine.args import EngineArgs
+from quire.core.env import child_environment
+from quire.core.errors import ConfigError
+from quire.core.registry import KINDS
+from quire.core.version import __version__
+from quire.server import cli
+from quire.server.cli import main
+from quire.server.commands import serve
+from quire.server.flags import (
+    ENGINE_FLAGS,
+    SERVER_FLAGS,
+    Flag,
+    default_of,
+    engine_arguments,
+    option_flags,
+    server_settings,
+)
+from quire.server.legacy import OLD_FLAGS, apply_old_flags, normalize
+from quire.server.settings import ServerSettings
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    """``quire serve WORDS``, parsed as the command does, and not run."""
+    seen: list[argparse.Namespace] = []
+
+    def note(args: argparse.Namespace) -> int:
+        args.notes = [*args.notes, *apply_old_flags(args)]
+        seen.append(args)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "run", note)
+        patch.setattr(cli, "_extend", lambda given, subparsers: None)  # --plugin names distributions that are not there
+        assert main(["serve", *words]) == 0
+    return seen[0]
+
+
+def test_every_field_has_a_flag_and_every_flag_a_field() -> None:
+    engine = {f.name for f in dataclasses.fields(EngineArgs)} - {"plugin_options"}
+    assert {flag.dest for flag in ENGINE_FLAGS} == engine
+    assert {flag.dest for flag in SERVER_FLAGS} == {f.name for f in dataclasses.fields(ServerSettings)}
+    names = [name for flag in (*ENGINE_FLAGS, *SERVER_FLAGS) for name in (flag.name, *flag.aliases)]
+    names += [old.name for old in OLD_FLAGS] + list(option_flags())
+    assert len(names) == len(set(names))
+
+
+def test_every_kind_of_plugin_has_its_flag() -> None:
+    names = {name for flag in ENGINE_FLAGS for name in (flag.name, *flag.aliases)}
+    for kind in KINDS.values():
+        if kind.key != "model":  # chosen by the checkpoint
+            assert kind.flag in names and kind.option_flag in option_flags()
+            assert {alias for alias in kind.aliases if alias.startswith("--")} <= names
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    args = parsed()
+    assert engine_arguments(args) == EngineArgs() and server_settings(args) == ServerSettings()
+    assert args.notes == []
+
+
+@pytest.mark.parametrize("flag", [*ENGINE_FLAGS, *SERVER_FLAGS], ids=lambda f: f.name)
+def test_each_flag_sets_its_field(flag: Flag) -> None:
+    word, value = {
+        "text": (flag.choices[-1] if flag.choices else "some",) * 2,
+        "int": ("7", 7),
+        "float": ("0.5", 0.5),
+        "bool": (None, True),
+        "append": ("one", ["one"]),
+        "list": ("one", ["one"]),
+    }[flag.kind]
+    for name in (flag.name, *flag.aliases):
+        args = parsed(name, *([word] if word else []))
+        owner = engine_arguments(args) if flag in ENGINE_FLAGS else server_settings(args)
+        found = getattr(owner, flag.dest)
+        assert (list(found) if isinstance(found, tuple) else found) == value
+    if flag.kind == "bool":
+        assert getattr(engine_arguments(parsed(f"--no-{flag.name[2:]}")), flag.dest) is False
+
+
+def test_the_model_may_be_given_either_way() -> None:
+    assert engine_arguments(parsed("m")).model == "m"
+    assert engine_arguments(parsed("--model", "m")).model == "m"
+    assert engine_arguments(parsed("m", "--model", "m")).model == "m"
+    with pytest.raises(ConfigError, match="twice"):
+        engine_arguments(parsed("m", "--model", "n"))
+    assert engine_arguments(parsed("m", "--served-model-name", "a", "b")).served_model_name == ["a", "b"]
+    with pytest.raises(ConfigError, match="write MODEL before"):
+        engine_arguments(parsed("--served-model-name", "a", "./m"))
+
+
+def test_plugin_options() -> None:
+    words = ["--scheduler-option", "a=1"]
+    args = parsed(
+        "--scheduling-policy-option", "aging=2", "--scheduling-policy-option", "x=y=z", "--sampler-option=k=v"
+    )
+    assert engine_arguments(args).plugin_options == {"policy": {"aging": "2", "x": "y=z"}, "sampler": {"k": "v"}}
+    with pytest.raises(SystemExit):
+        parsed(*words)
+
+
+def test_old_spellings_are_mapped_and_said() -> None:
+    args = parsed("m", "--max_model_len", "64", "--enable-chunked-prefill=False", "--enable-prefix-caching", "true",
+                  "--enable-log-requests", "--swap-space", "4", "--enable-prometheus")  # fmt: skip
+    engine = engine_arguments(args)
+    assert engine.model == "m" and engine.max_model_len == 64
+    assert not engine.enable_chunked_prefill and engine.enable_prefix_caching and not engine.disable_log_requests
+    text = "\n".join(args.notes)
+    assert "--max_model_len: now written --max-model-len" in text
+    assert "--enable-chunked-prefill False: now written --no-enable-chunked-prefill" in text
+    assert "--enable-log-requests: now --no-disable-log-requests" in text
+    assert len(args.notes) == 6
+
+
+def test_what_follows_two_dashes_is_left_alone() -> None:
+    assert normalize(["--a_b", "--", "--c_d"], frozenset()) == (["--a-b", "--", "--c_d"], ["--a_b: now written --a-b"])
+    with pytest.raises(ConfigError, match="neither true nor false"):
+        normalize(["--x=maybe"], frozenset({"--x"}))
+
+
+@pytest.mark.parametrize("old", OLD_FLAGS, ids=lambda old: old.name)
+def test_each_old_flag_is_mapped_or_refused(old: object, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [old.name, *(["some"] if old.takes_value else [])]
+    if old.refused:
+        assert main(["serve", "m", *words]) == 2
+        assert capsys.readouterr().err.startswith(f"quire: error: {' '.join(words)}: ")
+        for value in old.harmless:
+            assert parsed(old.name, value).notes
+    else:
+        assert len(parsed("m", *words).notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve", "--max-modl-len", "3"], "unknown argument --max-modl-len; did you mean --max-model-len?"),
+        (["serve", "--port", "x"], "--port: 'x' is not a whole number"),
+        (["serve", "--gpu-memory-utilization", "x"], "'x' is not a number"),
+        (["serve", "--dtype", "int3"], "invalid choice: 'int3'"),
+        (["serve", "a", "b"], "unknown argument b"),
+        (["serv"], "invalid choice: 'serv'"),
+        (["bench", "throughput", "--num-promts", "2"], "did you mean --num-prompts?"),
+        (["bench"], "BENCHMARK"),
+    ],
+)
+def test_errors_of_the_command_line_are_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("quire: error: ") and text.count("\n") == 1 and message in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "--port", "70000"],
+        ["serve", "--shutdown-timeout", "-1"],
+        ["serve", "--shutdown-timeout", "inf"],
+        ["serve", "--max-request-bytes", "0"],
+        ["serve", "--api-key", ""],
+        ["bench", "throughput", "--num-prompts", "0"],
+        ["bench", "serve", "--base-url", "nonsense"],
+        ["bench", "serve", "--base-url", "http://127.0.0.1:1"],
+    ],
+)
+def test_values_out_of_range(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("quire: error: ") and text.count("\n") == 1
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "serve a model over HTTP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["serve", "--help"], ["bench", "serve", "--help"]])
+def test_the_command_line_is_light(words: list[str]) -> None:
+    code = (
+        "import sys; from quire.server.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print('HEAVY', [m for m in ('torch', 'fastapi', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=child_environment(), check=True
+    )
+    assert "HEAVY []" in done.stdout
+
+
+def test_the_command_line_is_quick() -> None:
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "quire", "--help"], capture_output=True, env=child_environment(), check=True
+        )
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(3)) < 0.5
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"quire {__version__}\n"
+
+
+def row(flag: Flag) -> str:
+    """The line of docs/cli.md about one flag."""
+    default = default_of(flag)
+    if isinstance(default, (tuple, list)):
+        default = ", ".join(default)
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    shown = "" if default in (None, "") else f"`{default}`"
+    names = ", ".join(f"`{name}`" for name in (flag.name, *flag.aliases))
+    return f"| {names} | {shown} | {flag.help} |"
+
+
+def test_the_documentation_lists_every_flag() -> None:
+    text = (DOCS / "cli.md").read_text()
+    missing = [row(flag) for flag in (*SERVER_FLAGS, *ENGINE_FLAGS) if row(flag) not in text]
+    assert not missing, "docs/cli.md lacks:\n" + "\n".join(missing)
+    for name in (*option_flags(), *(old.name for old in OLD_FLAGS)):
+        assert f"`{name}" in text, f"docs/cli.md lacks {name}"
+
+
+def test_the_documentation_lists_every_route() -> None:
+    text = (DOCS / "server.md").read_text()
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health",
+                 "/ready", "/ping", "/version", "/load", "/metrics"):  # fmt: skip
+        assert f"`{path}`" in text

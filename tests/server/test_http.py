@@ -1,0 +1,155 @@
+"""Routes beside generation, headers, and what happens when clients leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from quire.core.version import __version__
+
+from .conftest import RunningServer, until
+
+TEXT = "/v1/completions"
+LONG = {"prompt": "go on", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
+ABORTED = 'quire:request_success_total{finished_reason="abort",model_name="tiny"}'
+
+
+@pytest.fixture(scope="module")
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with server.http as client:
+        yield client
+
+
+def test_health_and_its_relatives(http: httpx.Client) -> None:
+    for path in ("/health", "/ready", "/ping"):
+        assert http.get(path).status_code == 200
+    assert http.post("/ping").status_code == 200
+    assert http.get("/version").json() == {"version": __version__}
+    load = http.get("/load").json()
+    assert set(load) == {"server_load", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
+
+
+def test_the_document_of_the_api(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"} <= set(paths)
+
+
+def test_request_ids(http: httpx.Client) -> None:
+    answer = http.post(TEXT, json={"prompt": "x", "max_tokens": 1}, headers={"X-Request-Id": "mine-7"})
+    assert answer.headers["x-request-id"] == "mine-7" and answer.json()["id"] == "cmpl-mine-7"
+    again = http.post(TEXT, json={"prompt": "x", "max_tokens": 1}, headers={"X-Request-Id": "mine-7"})
+    assert again.status_code == 200, "an id may be used twice"
+    fresh = [http.get("/health").headers["x-request-id"] for _ in range(2)]
+    assert fresh[0] != fresh[1]
+    odd = http.get("/health", headers={"X-Request-Id": "a" * 4000}).headers["x-request-id"]
+    assert len(odd) <= 128
+
+
+def test_the_wire_format_of_a_stream(http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True, "ignore_eos": True}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    for event in events[:-2]:
+        chunk = json.loads(event.removeprefix("data: "))
+        assert set(chunk) == {"id", "object", "created", "model", "choices"}
+        assert {"index", "delta", "logprobs", "finish_reason"} <= set(chunk["choices"][0])
+
+
+def test_tokenize_and_back(http: httpx.Client) -> None:
+    text = "Grüße, 本!"
+    found = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) and found["max_model_len"] == 2048
+    assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+    talk = {"messages": [{"role": "user", "content": "hi"}]}
+    with_prompt = http.post("/tokenize", json=talk).json()["count"]
+    without = http.post("/tokenize", json={**talk, "add_generation_prompt": False}).json()["count"]
+    assert with_prompt > without > 2
+    used = http.post("/v1/chat/completions", json={**talk, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+    assert used == with_prompt
+    assert http.post("/tokenize", json={}).status_code == 400
+    assert http.post("/detokenize", json={"tokens": [99999]}).status_code == 400
+
+
+def test_cached_tokens_are_reported(http: httpx.Client) -> None:
+    body = {"prompt": "a prompt that is longer than two blocks of the cache, by far", "max_tokens": 1}
+    http.post(TEXT, json=body)
+    usage = http.post(TEXT, json=body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 32
+    salted = http.post(TEXT, json={**body, "cache_salt": "s"}).json()["usage"]
+    assert salted["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_client_that_leaves_a_stream_frees_its_request(server: RunningServer, http: httpx.Client) -> None:
+    before = server.metric(ABORTED)
+    with http.stream("POST", TEXT, json={**LONG, "stream": True}) as response:
+        next(response.iter_lines())
+        until(lambda: server.load()["num_requests_running"] == 1)
+    until(lambda: server.metric(ABORTED) == before + 1)
+    until(lambda: server.load() | {"kv_cache_usage_perc": 0} == dict.fromkeys(server.load(), 0))
+
+
+def test_a_client_that_leaves_without_a_stream_frees_its_request(server: RunningServer) -> None:
+    before = server.metric(ABORTED)
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "n": 3}).encode()
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: server.load()["server_load"] == 1)
+        time.sleep(0.1)
+    until(lambda: server.metric(ABORTED) == before + 3)
+    until(lambda: server.load()["server_load"] == 0)
+
+
+def test_many_clients_that_leave(server: RunningServer, http: httpx.Client) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "stream": True}).encode()
+    for turn in range(20):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            if turn % 2:
+                raw.recv(200)
+    until(lambda: server.load()["server_load"] == 0)
+    until(lambda: server.load()["num_requests_running"] == 0 and server.load()["num_requests_waiting"] == 0)
+    assert http.post(TEXT, json={"prompt": "x", "max_tokens": 2}).status_code == 200
+
+
+def test_metrics_can_be_scraped_and_count(server: RunningServer, http: httpx.Client) -> None:
+    def counts() -> dict[str, float]:
+        found = {}
+        for family in text_string_to_metric_families(http.get("/metrics").text):
+            for sample in family.samples:
+                if sample.labels.get("finished_reason", "length") == "length" and "le" not in sample.labels:
+                    assert sample.labels["model_name"] == "tiny"
+                    found[sample.name] = sample.value
+        return found
+
+    before = counts()
+    body = {"prompt": "count me", "max_tokens": 6, "ignore_eos": True}
+    assert http.post(TEXT, json=body).json()["usage"]["completion_tokens"] == 6
+    after = counts()
+    for prefix in ("quire:", "vllm:"):
+        grown = {name: after[prefix + name] - before[prefix + name] for name in COUNTED}
+        assert grown == COUNTED
+    assert after["vllm:kv_cache_usage_perc"] == after["vllm:gpu_cache_usage_perc"]
+
+
+COUNTED = {
+    "prompt_tokens_total": 8,
+    "generation_tokens_total": 6,
+    "request_success_total": 1,
+    "time_to_first_token_seconds_count": 1,
+    "inter_token_latency_seconds_count": 5,
+    "time_per_output_token_seconds_count": 5,
+    "request_time_per_output_token_seconds_count": 1,
+    "e2e_request_latency_seconds_count": 1,
+    "request_queue_time_seconds_count": 1,
+}

@@ -1,0 +1,201 @@
+"""Starting, refusing to start, guarding, draining and stopping."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from quire.core.env import child_environment
+from quire.server.cli import main
+
+from .conftest import RunningServer, until
+
+TEXT = "/v1/completions"
+LONG = {"prompt": "go on", "max_tokens": 1800, "temperature": 0, "ignore_eos": True}
+
+
+def test_key_queue_limit_and_drain(start: Callable[..., RunningServer]) -> None:
+    """One more server, with what the shared one has not."""
+    server = start("--api-key", "k1", "--api-key", "k2", "--max_num_seqs", "1", "--max-num-queued-requests", "1",
+                   "--prometheus-port", "0", "--swap-space", "4", "--max-request-bytes", "1000")  # fmt: skip
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        _keys(server, client)
+        client.headers["Authorization"] = "Bearer k1"
+        assert client.post(TEXT, json={"prompt": "x" * 2000}).status_code == 413
+        _queue_limit(server, client)
+        _drain(server, client)
+    log = server.stderr.read_text()
+    assert "--max_num_seqs: now written --max-num-seqs" in log and "--swap-space 4: no longer needed" in log
+    assert "Traceback" not in log
+
+
+def _keys(server: RunningServer, client: httpx.Client) -> None:
+    for headers in ({}, {"Authorization": "Bearer k3"}, {"Authorization": "Bearer "}, {"Authorization": "k1"}):
+        answer = client.get("/v1/models", headers=headers)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert client.get("/v1/models", headers={"Authorization": "Bearer k2"}).status_code == 200
+    assert client.get("/health").status_code == 200, "probes need no key"
+    with pytest.raises(openai.AuthenticationError):
+        server.openai.models.list()
+
+
+def _queue_limit(server: RunningServer, client: httpx.Client) -> None:
+    """One runs, one waits, the third is told to come back; the two are unhurt."""
+    answers: list[httpx.Response] = []
+    threads = [threading.Thread(target=lambda: answers.append(client.post(TEXT, json=LONG))) for _ in range(2)]
+    threads[0].start()
+    until(lambda: client.get("/load").json()["num_requests_running"] == 1)
+    threads[1].start()
+    until(lambda: client.get("/load").json()["num_requests_waiting"] == 1)
+    for stream in (False, True):
+        refused = client.post(TEXT, json={**LONG, "stream": stream})
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+    for thread in threads:
+        thread.join()
+    assert [a.json()["usage"]["completion_tokens"] for a in answers] == [1800, 1800]
+
+
+def _drain(server: RunningServer, client: httpx.Client) -> None:
+    """SIGTERM: what runs is finished, what comes is refused, then the process ends with status 0."""
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(client.post(TEXT, json=LONG)))
+    thread.start()
+    until(lambda: client.get("/load").json()["num_requests_running"] == 1)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: client.get("/health").status_code == 503)
+    late = client.post(TEXT, json={"prompt": "x"})
+    assert late.status_code == 503 and "retry-after" in late.headers
+    thread.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 1800
+    assert server.process.wait(10) == 0
+
+
+def test_shutdown_timeout_and_engine_death(start: Callable[..., RunningServer]) -> None:
+    """The time limit cuts off what still runs. A server whose engine dies ends with status 1."""
+    server = start("--shutdown-timeout", "0.2", "--max-num-seqs", "4")
+    lines: list[str] = []
+
+    def listen() -> None:
+        try:
+            with httpx.stream("POST", server.url + TEXT, json={**LONG, "stream": True}, timeout=60) as response:
+                lines.extend(response.iter_lines())
+        except httpx.HTTPError as error:
+            lines.append(str(error))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    until(lambda: server.load()["num_requests_running"] == 1)
+    [engine] = _children(server.process.pid)
+    os.kill(engine, signal.SIGKILL)
+    assert server.process.wait(15) == 1
+    thread.join()
+    assert any("error" in line or "closed" in line or "peer" in line for line in lines[-5:])
+    assert "the engine stopped" in server.stderr.read_text()
+
+
+def test_sigint_twice_stops_at_once(start: Callable[..., RunningServer]) -> None:
+    server = start("--max-num-seqs", "2")
+    thread = threading.Thread(target=lambda: _ignore(server))
+    thread.start()
+    until(lambda: server.load()["num_requests_running"] == 1)
+    server.process.send_signal(signal.SIGINT)
+    until(lambda: httpx.get(server.url + "/health").status_code == 503)
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(10) == 0
+    thread.join()
+
+
+def _ignore(server: RunningServer) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(server.url + TEXT, json={**LONG, "n": 4}, timeout=60)
+
+
+def _children(pid: int) -> list[int]:
+    """Child processes that run Python code of ours, without the resource tracker."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text():
+            found.append(int(child))
+    return found
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("quire: ")]
+    assert len(lines) == 1 and lines[0].startswith("quire: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["MODEL", "--attention-backend", "tritn"], ["tritn", "did you mean triton"]),
+        (["MODEL", "--scheduler", "priorty"], ["priorty", "did you mean priority"]),
+        (["MODEL", "--kv-allocator", "pages"], ["pages", "paged"]),
+        (["MODEL", "--metrics", "prometeus"], ["prometeus", "did you mean prometheus"]),
+        (["MODEL", "--logits-processor", "no.such:Thing"], ["no.such:Thing"]),
+        (["MODEL", "--plugin", "no-such-dist"], ["no-such-dist"]),
+        (["MODEL", "--scheduling-policy-option", "x=1"], ["x"]),
+        (["MODEL", "--scheduling-policy-option", "x"], ["key=value"]),
+        (["MODEL", "--max-model-len", "100000"], ["100000", "2048"]),
+        (["MODEL", "--max-model-len", "0"], ["2048"]),
+        (["MODEL", "--trust-remote-code"], ["never runs code"]),
+        (["MODEL", "--tensor-parallel-size", "2"], ["not supported yet"]),
+        (["MODEL", "--kv-cache-dtype", "fp8"], ["not supported yet"]),
+        (["MODEL", "--device", "cuda"], ["cuda"]),
+        (["MODEL", "--block-size", "0"], ["block_size"]),
+        (["MODEL", "--max-num-seqs", "0"], ["max_num_seqs"]),
+        (["MODEL", "--gpu-memory-utilization", "1.5"], ["gpu_memory_utilization"]),
+        (["MODEL", "--quantization", "awk"], ["awk"]),
+        (["MODEL", "--chat-template", "/no/template.jinja"], ["/no/template.jinja"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_refusals_before_anything_is_loaded(
+    arguments: list[str], words: list[str], tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [tiny_model if word == "MODEL" else word for word in arguments]
+    assert main(["serve", *given, "--port", "0"]) == 2
+    message = one_line(capsys)
+    assert all(word in message for word in words), message
+
+
+def test_a_context_that_does_not_fit_the_cache(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine process refuses, says the largest context that fits, and the command line passes it on."""
+    assert main(["serve", tiny_model, "--port", "0", "--num-gpu-blocks-override", "11"]) == 2
+    message = one_line(capsys)
+    assert "2048" in message and "160" in message
+
+
+def test_a_broken_checkpoint(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source in Path(tiny_model).iterdir():
+        data = source.read_bytes()
+        (tmp_path / source.name).write_bytes(data[: len(data) // 2] if source.suffix == ".safetensors" else data)
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert "model.safetensors" in one_line(capsys)
+
+
+def test_a_port_in_use(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", tiny_model, "--port", port]) == 2
+    assert port in one_line(capsys)
+
+
+def test_the_exit_status_and_the_line_of_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quire", "serve", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("quire: error: ") and "Traceback" not in done.stderr

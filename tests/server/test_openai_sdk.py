@@ -1,0 +1,198 @@
+"""What users of the ``openai`` package do, streaming and not."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+from .conftest import RunningServer
+
+TALK = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> openai.OpenAI:
+    return server.openai
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=8, temperature=0)
+    [choice] = answer.choices
+    assert answer.object == "chat.completion" and answer.model == "tiny" and answer.id.startswith("chatcmpl-")
+    assert choice.message.role == "assistant" and choice.message.content
+    assert choice.finish_reason in ("length", "stop")
+    assert answer.usage is not None and answer.usage.completion_tokens <= 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_chat_stream_says_the_same(client: openai.OpenAI) -> None:
+    wishes = {"model": "tiny", "messages": TALK, "max_tokens": 24, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**wishes)
+    chunks = list(client.chat.completions.create(**wishes, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 24 == whole.usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_chat_with_n_and_seed(client: openai.OpenAI) -> None:
+    wishes = {"model": "tiny", "messages": TALK, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
+    first = client.chat.completions.create(**wishes)
+    again = client.chat.completions.create(**wishes)
+    texts = [c.message.content for c in first.choices]
+    assert [c.index for c in first.choices] == [0, 1, 2] and len(set(texts)) > 1
+    assert texts == [c.message.content for c in again.choices]
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**wishes, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+def test_chat_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=TALK, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for position in content:
+        best = [each.logprob for each in position.top_logprobs]
+        assert len(best) == 3 and best == sorted(best, reverse=True)
+        assert position.logprob == best[0] <= 0, "greedy takes the likeliest"
+        assert isinstance(position.bytes, list)
+
+
+def test_chat_logprobs_in_a_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny", messages=TALK, max_tokens=5, temperature=0, logprobs=True, stream=True
+    )
+    counted = sum(len(c.choices[0].logprobs.content) for c in stream if c.choices and c.choices[0].logprobs)
+    assert 1 <= counted <= 5
+
+
+def test_chat_takes_what_clients_send(client: openai.OpenAI) -> None:
+    """Parts, names, earlier tool calls, developer messages, max_completion_tokens, tools for the template."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        ],
+        tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        max_completion_tokens=3,
+        user="somebody",
+        metadata={"a": "b"},
+    )
+    assert answer.usage.completion_tokens <= 3
+
+
+def test_stop_string(client: openai.OpenAI) -> None:
+    wishes = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    text = client.completions.create(**wishes).choices[0].text
+    stop = text[10:12]
+    for stream in (False, True):
+        answer = client.completions.create(**wishes, stop=[stop], stream=stream)
+        choices = [c.choices[0] for c in answer] if stream else answer.choices
+        assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("prompt", ["abc", ["abc", "def"], [97, 98, 99], [[97, 98], [99]]])
+def test_completion_prompts(client: openai.OpenAI, prompt: object) -> None:
+    answer = client.completions.create(model="also-tiny", prompt=prompt, max_tokens=4, n=2, seed=1)
+    expected = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    assert [choice.index for choice in answer.choices] == list(range(2 * expected))
+    assert answer.model == "also-tiny" and answer.object == "text_completion"
+    streamed = [""] * (2 * expected)
+    for chunk in client.completions.create(model="tiny", prompt=prompt, max_tokens=4, n=2, seed=1, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == [choice.text for choice in answer.choices]
+
+
+def test_echo_with_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="hello", max_tokens=2, echo=True, logprobs=2, temperature=0)
+    [choice] = answer.choices
+    assert choice.text.startswith("hello")
+    logprobs = choice.logprobs
+    assert logprobs.tokens[:5] == list("hello") and logprobs.token_logprobs[0] is None
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 7
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    assert logprobs.text_offset[:6] == [0, 1, 2, 3, 4, 5]
+    assert all(len(top) in (2, 3) for top in logprobs.top_logprobs[1:])
+
+
+def test_prompt_is_scored_without_an_answer(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="hello", max_tokens=0, echo=True, logprobs=0)
+    assert answer.choices[0].text == "hello" and len(answer.choices[0].logprobs.tokens) == 5
+    assert answer.usage.completion_tokens == 0
+
+
+def test_best_of(client: openai.OpenAI) -> None:
+    few = client.completions.create(model="tiny", prompt="x", max_tokens=4, n=2, best_of=5, seed=3)
+    every = client.completions.create(model="tiny", prompt="x", max_tokens=4, n=5, seed=3, logprobs=0)
+    scores = {}
+    for choice in every.choices:
+        values = choice.logprobs.token_logprobs
+        scores[choice.text] = sum(values) / len(values)
+    best = sorted(scores, key=scores.__getitem__, reverse=True)[:2]
+    assert [choice.text for choice in few.choices] == best and few.choices[0].logprobs is None
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "also-tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="served here: 'tiny', 'also-tiny'"):
+        client.models.retrieve("gpt")
+
+
+def test_errors_become_the_sdk_s_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-5", messages=TALK)
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="tiny", messages=TALK, temperature=-1)
+    assert bad.value.param == "temperature" and bad.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError):
+        list(client.chat.completions.create(model="tiny", messages=TALK, temperature=-1, stream=True))
+
+
+async def _many(server: RunningServer, count: int) -> list[str]:
+    import asyncio
+
+    import httpx
+
+    limits = httpx.Limits(max_connections=count)
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=120),
+    ) as client:
+
+        async def one(i: int) -> str:
+            wishes = {"model": "tiny", "prompt": f"{i % 20}:", "max_tokens": 5 + i % 20, "temperature": 0}
+            if i % 2:
+                return (await client.completions.create(**wishes)).choices[0].text
+            return "".join([c.choices[0].text async for c in await client.completions.create(**wishes, stream=True)])
+
+        return list(await asyncio.gather(*(one(i) for i in range(count))))
+
+
+def test_two_hundred_at_once_lose_nothing(server: RunningServer, client: openai.OpenAI) -> None:
+    import asyncio
+
+    texts = asyncio.run(_many(server, 200))
+    assert len(texts) == 200
+    for i in range(20):
+        assert len(set(texts[i::20])) == 1, "requests with the same prompt differ"
+    alone = client.completions.create(model="tiny", prompt="3:", max_tokens=8, temperature=0).choices[0].text
+    assert texts[3] == alone
+    assert server.load()["server_load"] == 0
