@@ -48,9 +48,12 @@ class Usage:
     run_ns: int
 
 
-@dataclass(frozen=True, slots=True)
 class Columns:
-    """Requests as parallel, read-only columns; all int64 of one length."""
+    """Requests as parallel, read-only columns; all int64 of one length.
+
+    A column is made when it is first read, so a policy pays for those it uses. Valid until ``plan`` returns.
+    Simulators and tests make theirs with ``Columns(computed=..., remaining=..., ...)``.
+    """
 
     computed: NDArray[np.int64]
     """Tokens whose KV is computed or in flight: an upper bound (equal to ``computed_min`` without drafts)."""
@@ -61,6 +64,7 @@ class Columns:
     """Tokens drawn on the device and not read back."""
     prompt_len: NDArray[np.int64]
     output_len: NDArray[np.int64]
+    """Tokens generated, those in flight included."""
     max_tokens: NDArray[np.int64]
     priority: NDArray[np.int64]
     arrival_ns: NDArray[np.int64]
@@ -69,8 +73,16 @@ class Columns:
     blocks_needed: NDArray[np.int64]
     """What computing all its remaining tokens would take in each group, at most."""
 
+    def __init__(self, **columns: NDArray[np.int64]) -> None:
+        unknown = columns.keys() - Columns.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"no such column: {', '.join(sorted(unknown))}")
+        for name, column in columns.items():
+            column.flags.writeable = False
+            setattr(self, name, column)
+
     def __len__(self) -> int:
-        return len(self.computed)
+        return len(self.remaining)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +150,18 @@ class BatchingPolicy(ABC):
 
 def default_plan(view: StepView) -> Grants:
     """Decodes first, then running prompts, then the waiting in order, each cut to what is left of the budget."""
-    running, waiting = view.running.remaining, view.waiting.remaining
-    decodes = np.flatnonzero(running == 1)
-    prompts = np.flatnonzero(running > 1)
-    admitted = np.arange(min(len(waiting), view.free_rows)) + len(running)
-    rows = np.concatenate((decodes, prompts, admitted))
-    want = np.concatenate((running, waiting))[rows]
-    before = np.cumsum(want) - want
-    tokens = np.minimum(want, np.maximum(view.budget - before, 0))
-    keep = tokens > 0 if view.chunked else (tokens == want) & (want > 0)
-    return Grants(rows[keep], tokens[keep])
+    want = view.running.remaining
+    num_running, admitted = len(want), min(len(view.waiting), view.free_rows)
+    if admitted:
+        want = np.concatenate((want, view.waiting.remaining[:admitted]))
+    rows = want.nonzero()[0]
+    if np.count_nonzero(want[:num_running] > 1):
+        decodes = rows[want[rows] == 1]
+        rows = np.concatenate((decodes[decodes < num_running], rows[(want[rows] > 1) | (rows >= num_running)]))
+    tokens = want[rows]
+    if np.add.reduce(tokens) > view.budget:
+        whole = tokens
+        tokens = np.clip(view.budget - (tokens.cumsum() - tokens), 0, tokens)
+        keep = tokens > 0 if view.chunked else tokens == whole
+        rows, tokens = rows[keep], tokens[keep]
+    return Grants(rows, tokens)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from quire.core.contracts.policy import Columns
 from quire.core.request import Request
 
-__all__ = ["VIEW_FIELDS", "as_columns", "describe"]
+__all__ = ["VIEW_FIELDS", "TableColumns", "describe"]
 
 VIEW_FIELDS = 9
 """computed, known, limit, in flight, prompt_len, max_tokens, priority, arrival_ns, capacity: see ``describe``."""
@@ -30,16 +30,49 @@ def describe(request: Request, computed: int, capacity: int) -> tuple[int, ...]:
     )
 
 
-def as_columns(snapshot: NDArray[np.int64], block_size: int) -> Columns:
-    """A view for the policy of a private (VIEW_FIELDS, requests) array, which becomes read-only."""
-    computed, known, limit, in_flight, prompt_len, max_tokens, priority, arrival_ns, capacity = snapshot
-    remaining = np.minimum(known, limit) - computed
-    held = capacity // block_size
-    needed = np.maximum((computed + remaining + (block_size - 1)) // block_size - held, 0)
-    output_len = known - prompt_len
-    for array in (snapshot, remaining, held, needed, output_len):
-        array.flags.writeable = False
-    computed = snapshot[0]
-    return Columns(
-        computed, computed, remaining, in_flight, prompt_len, output_len, max_tokens, priority, arrival_ns, held, needed
-    )
+class TableColumns(Columns):
+    """Columns of the requests at ``index`` in a (VIEW_FIELDS, any) table, gathered as they are asked for."""
+
+    def __init__(self, table: NDArray[np.int64], index: NDArray[np.int64], block_size: int) -> None:
+        super().__init__()
+        self._table = table
+        self._index = index
+        self._block_size = block_size
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def serve(self, served: NDArray[np.bool_]) -> None:
+        """Nothing remains of these in this step."""
+        self.remaining = np.where(served, 0, self.remaining)
+        self.remaining.flags.writeable = False
+
+    def __getattr__(self, name: str) -> NDArray[np.int64]:
+        """Only columns that were not asked for before come here."""
+        if name in _STORED:
+            column = self._table[_STORED[name]].take(self._index)
+        elif name == "remaining":
+            column = np.minimum(self._table[1].take(self._index), self._table[2].take(self._index)) - self.computed
+        elif name == "output_len":
+            column = self._table[1].take(self._index) - self.prompt_len
+        elif name == "blocks_held":
+            column = self._table[8].take(self._index) // self._block_size
+        elif name == "blocks_needed":
+            reached = self.computed + self.remaining
+            column = np.maximum(-(-reached // self._block_size) - self.blocks_held, 0)
+        else:
+            raise AttributeError(name)
+        column.flags.writeable = False
+        setattr(self, name, column)
+        return column
+
+
+_STORED = {
+    "computed": 0,
+    "computed_min": 0,
+    "in_flight": 3,
+    "prompt_len": 4,
+    "max_tokens": 5,
+    "priority": 6,
+    "arrival_ns": 7,
+}

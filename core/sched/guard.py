@@ -158,12 +158,13 @@ def _checked(grants: object, view: StepView) -> Plan | str:
         return f"Grants has {len(rows)} rows and {len(tokens)} tokens"
     if not len(rows):
         return Plan(rows, tokens, [])
-    if rows.min() < 0 or rows.max() >= num_running + num_waiting:
-        return f"Grants.rows must lie in 0..{num_running + num_waiting - 1}, got {rows.min()}..{rows.max()}"
-    if tokens.min() < 0:
-        return f"Grants.tokens must not be negative, got {tokens.min()}"
-    if np.bincount(rows).max() > 1:
+    low, high = np.minimum.reduce(rows), np.maximum.reduce(rows)
+    if low < 0 or high >= num_running + num_waiting:
+        return f"Grants.rows must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
+    if np.count_nonzero(np.bincount(rows)) < len(rows):
         return f"Grants.rows names request {np.bincount(rows).argmax()} twice"
+    if np.minimum.reduce(tokens) < 0:
+        return f"Grants.tokens must not be negative, got {tokens.min()}"
     victims = _victims(grants.victims, num_running)
     if isinstance(victims, str):
         return victims
@@ -175,13 +176,14 @@ def _checked(grants: object, view: StepView) -> Plan | str:
     if num_waiting:
         newcomer = rows >= num_running
         tokens = np.where(newcomer & (np.cumsum(newcomer & (tokens > 0)) > view.free_rows), 0, tokens)
-    total = np.cumsum(tokens)
-    if total[-1] > view.budget:
-        tokens = np.clip(view.budget - (total - tokens), 0, tokens)
+    if np.add.reduce(tokens) > view.budget:
+        tokens = np.clip(view.budget - (tokens.cumsum() - tokens), 0, tokens)
     if not view.chunked:
         tokens = np.where(tokens == want, tokens, 0)
     keep = tokens > 0
-    return Plan(rows, tokens, victims) if keep.all() else Plan(rows[keep], tokens[keep], victims)
+    return (
+        Plan(rows, tokens, victims) if np.count_nonzero(keep) == len(keep) else Plan(rows[keep], tokens[keep], victims)
+    )
 
 
 def _victims(victims: object, num_running: int) -> list[int] | str:

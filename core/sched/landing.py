@@ -17,6 +17,9 @@ from quire.core.sched.table import RunningTable
 
 __all__ = ["Flight", "Landing"]
 
+_BATCH = 8
+"""Generated blocks are made findable so many at a time."""
+
 
 @dataclass(slots=True)
 class Flight:
@@ -57,30 +60,31 @@ class Landing:
         table, step = self._table, flight.step
         rows = step.rows
         here = table.stamps[rows] == flight.stamps
+        all_here = np.count_nonzero(here) == len(here)
         if result.prompt_logprobs:
             self._gather(flight, result, here)
-        self._store(rows, flight, here)
-        all_here = bool(here.all())
+        self._store(flight, here, all_here)
         away = [] if all_here else self._land_away(flight, result, here)
-        tokens, drawn = result.tokens[:, :1], None
+        tokens, drawn = result.tokens[:, 0], None
         if not all_here or step.num_decodes != len(rows):
-            drawn = np.flatnonzero(here & step.samples)
+            drawn = (here & step.samples).nonzero()[0]
             rows, tokens = rows[drawn], tokens[drawn]
-        table.in_flight[rows] -= 1
-        new = tokens.tolist()
-        deque(map(list.extend, table.tokens[rows].tolist(), new), maxlen=0)
-        outputs = list(map(EngineCoreOutput, table.ids[rows].tolist(), new))
+        in_flight = table.in_flight[rows] - 1
+        table.in_flight[rows] = in_flight
+        drew = tokens.tolist()
+        deque(map(list.append, table.tokens[rows].tolist(), drew), maxlen=0)
+        outputs = list(map(EngineCoreOutput, table.ids[rows].tolist(), [[token] for token in drew]))
         self.num_generated += len(outputs)
-        known = table.known[rows] - table.in_flight[rows]
-        stopped = table.stopped(rows, tokens[:, 0]) & (known >= table.min_known[rows])
+        known = table.known[rows] - in_flight
+        stopped = table.stopped(rows, tokens) & (known >= table.min_known[rows])
         full = known > table.limit[rows]
         first = known == table.prompt_len[rows] + 1
-        for i in np.flatnonzero(stopped | full | first).tolist():
+        for i in (stopped | full | first).nonzero()[0].tolist():
             request = table.request(int(rows[i]))
             if first[i]:
                 self._introduce(request, outputs[i])
             if stopped[i]:
-                self._end(request, outputs[i], "stop", stop_token=new[i][0])
+                self._end(request, outputs[i], "stop", stop_token=drew[i])
             elif full[i]:
                 self._end(request, outputs[i], "length")
         if result.logprobs:
@@ -90,7 +94,7 @@ class Landing:
     def _land_away(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> list[EngineCoreOutput]:
         """Tokens of requests preempted since: they count, though the request now waits."""
         outputs = []
-        for i in np.flatnonzero(~here & flight.step.samples).tolist():
+        for i in (~here & flight.step.samples).nonzero()[0].tolist():
             request: Request = flight.requests[i]
             if request.status is RequestStatus.FINISHED:
                 continue
@@ -112,13 +116,20 @@ class Landing:
             outputs.append(output)
         return outputs
 
-    def _store(self, rows: NDArray[np.int32], flight: Flight, here: NDArray[np.bool_]) -> None:
-        """Make blocks findable that the step has filled."""
-        table = self._table
-        for i in np.flatnonzero(here & (flight.reached >= table.next_store[rows])).tolist():
-            row, reached = int(rows[i]), int(flight.reached[i])
-            self._allocator.commit(flight.requests[i], reached)
-            table.next_store[row] = table.block_end(reached)
+    def _store(self, flight: Flight, here: NDArray[np.bool_], all_here: bool) -> None:
+        """Note how far everybody has come, and make the blocks of prompts findable. Generated blocks follow in
+        batches, and when the request leaves."""
+        table, rows, reached = self._table, flight.step.rows, flight.reached
+        if not all_here:
+            rows, reached = rows[here], reached[here]
+        table.landed[rows] = reached
+        due = (reached >= table.next_store[rows]).nonzero()[0]
+        if len(due):
+            rows, reached = rows[due], reached[due]
+            for request, num_tokens in zip(table.requests[rows].tolist(), reached.tolist(), strict=True):
+                self._allocator.commit(request, num_tokens)
+            stride = np.where(reached < table.prompt_len[rows], 1, _BATCH) * self._allocator.block_size
+            table.next_store[rows] = reached // stride * stride + stride
 
     def _introduce(self, request: Request, output: EngineCoreOutput) -> None:
         """What goes with the first token."""

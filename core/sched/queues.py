@@ -11,7 +11,7 @@ import numpy as np
 
 from quire.core.contracts.policy import Columns
 from quire.core.request import Request
-from quire.core.sched.columns import VIEW_FIELDS, as_columns, describe
+from quire.core.sched.columns import VIEW_FIELDS, TableColumns, describe
 
 __all__ = ["FRONT", "WaitingQueue"]
 
@@ -90,8 +90,7 @@ class WaitingQueue:
 
     def view(self, limit: int) -> Columns:
         """``window(limit)`` as columns."""
-        slots = np.array(self._slots[:limit], np.intp)
-        return as_columns(self._data.take(slots, axis=1), self._block_size)
+        return TableColumns(self._data, np.array(self._slots[:limit], np.int64), self._block_size)
 
     def resort(self) -> None:
         """Every ``rank`` may have changed. Takes time in proportion to the queue."""

@@ -89,27 +89,27 @@ class Realiser:
     def output(self, draft: Draft, step: int) -> SchedulerOutput:
         """Close the draft: apply its grants to the table, and describe the step to the worker."""
         table = self._table
-        rows, tokens = np.concatenate(draft.rows), np.concatenate(draft.tokens)
-        before = table.computed[rows]
-        reached = before + tokens
-        samples = reached == table.known[rows]
+        rows, tokens = draft.rows[0], draft.tokens[0]
+        if len(draft.rows) > 1:
+            rows, tokens = np.concatenate(draft.rows), np.concatenate(draft.tokens)
+        reached, known = table.computed[rows] + tokens, table.known[rows]
+        samples = reached == known
         decodes = samples & (tokens == 1)
         num_decodes = int(np.count_nonzero(decodes))
-        if num_decodes != len(rows) and not decodes[:num_decodes].all():
+        if num_decodes != np.count_nonzero(decodes[:num_decodes]):
             sequence = np.argsort(~decodes, kind="stable")
-            rows, tokens, reached, samples = rows[sequence], tokens[sequence], reached[sequence], samples[sequence]
+            rows, tokens, reached, known, samples = (c[sequence] for c in (rows, tokens, reached, known, samples))
         table.computed[rows] = reached
-        drawn = rows[samples] if num_decodes != len(rows) else rows
-        table.known[drawn] += 1
-        table.in_flight[drawn] += 1
+        table.known[rows] = known + samples
+        table.in_flight[rows] += samples
         return SchedulerOutput(
             step=step,
             rows=rows.astype(np.int32),
             num_tokens=tokens.astype(np.int32),
             samples=samples,
             num_decodes=num_decodes,
-            total_tokens=int(tokens.sum()),
-            max_seq_len=int(reached.max()),
+            total_tokens=int(np.add.reduce(tokens)),
+            max_seq_len=int(np.maximum.reduce(reached)),
             new_requests=draft.new_requests,
             block_diffs=draft.diffs,
             copies=[copy[1:] for copy in draft.copies],
@@ -124,13 +124,15 @@ class Realiser:
             for row in rows[computed >= table.next_trim[rows]].tolist():
                 self._trim(row)
         reached = computed + tokens
-        short = np.flatnonzero(reached > table.capacity[rows])
+        short = (reached > table.capacity[rows]).nonzero()[0]
         gone = False
         if len(short):
-            stamps = table.stamps[rows]
-            for i, row, need in zip(short.tolist(), rows[short].tolist(), reached[short].tolist(), strict=True):
-                if table.stamps[row] == stamps[i]:
-                    gone |= not self._extend(draft, row, need, victims)
+            needy, size = rows[short], self._allocator.block_size
+            columns = (needy, table.requests[needy], computed[short], reached[short])
+            for row, request, start, need in zip(*(column.tolist() for column in columns), strict=True):
+                if request.row >= 0:  # else it was preempted for one before it
+                    gone |= not self._extend(draft, row, request, start, need, victims)
+            table.capacity[needy] = -(-reached[short] // size) * size
         draft.rows.append(rows)
         draft.tokens.append(tokens)
         draft.budget_left -= int(tokens.sum())
@@ -138,22 +140,19 @@ class Realiser:
             draft.blocked = True
             self._scrub(draft)
 
-    def _extend(self, draft: Draft, row: int, need: int, victims: list[int]) -> bool:
-        """Give a row blocks for ``need`` tokens. False if somebody had to go for it."""
-        table = self._table
-        request, computed = table.request(row), int(table.computed[row])
+    def _extend(self, draft: Draft, row: int, request: Request, computed: int, need: int, victims: list[int]) -> bool:
+        """Give a running request blocks for ``need`` tokens. False if somebody had to go for it."""
         undisturbed = True
         while (allocation := self._allocator.allocate(request, need, computed=computed)) is None:
             undisturbed = False
-            victim = self._victim(victims, row)
-            self._preempt(table.request(victim))
+            victim = self._victim(victims)
+            self._preempt(self._table.request(victim))
             if victim == row:
                 return False
         self._record(draft, row, allocation)
-        table.capacity[row] = table.block_end(need - 1)
         return undisturbed
 
-    def _victim(self, victims: list[int], needy: int) -> int:
+    def _victim(self, victims: list[int]) -> int:
         """Who goes next: as the policy wishes, then the youngest; the oldest never."""
         order = self._table.order
         assert len(order) > 1, "the only running request ran out of blocks although it was found to fit"
@@ -243,10 +242,11 @@ class Realiser:
         return int(np.maximum((missing + size - 1) // size, 0).sum())
 
     def _record(self, draft: Draft, row: int, allocation: Allocation) -> None:
-        for group, (start, blocks) in enumerate(zip(allocation.starts, allocation.new_blocks, strict=True)):
+        for group, blocks in enumerate(allocation.new_blocks):
             if blocks:
-                draft.diffs.append(BlockDiff(group, row, start, blocks))
-        draft.copies.extend((row, *copy) for copy in allocation.copies)
+                draft.diffs.append(BlockDiff(group, row, allocation.starts[group], blocks))
+        if allocation.copies:
+            draft.copies.extend((row, *copy) for copy in allocation.copies)
 
     def _trim(self, row: int) -> None:
         """Give up blocks that every later query of the row has left behind."""

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-
 from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
@@ -215,8 +214,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue, at its old place; everything is computed again. Tokens in flight must land first."""
-        self._allocator.free(request)
-        self._table.leave(request)
+        self._leave(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._preemptions += 1
@@ -228,8 +226,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: Any, stop_token: int | None) -> None:
         """Out of the engine, from wherever it is."""
         if request.status is RequestStatus.RUNNING:
-            self._allocator.free(request)
-            self._table.leave(request)
+            self._leave(request)
         else:
             self._queue.remove(request)
         request.status = RequestStatus.FINISHED
@@ -238,6 +235,12 @@ class Scheduler:
         self._leave_family(request)
         if self._guard.listens:
             self._guard.finished(_info(request), self._usage(request))
+
+    def _leave(self, request: Request) -> None:
+        """Give up row and blocks; what has landed stays findable."""
+        self._allocator.commit(request, int(self._table.landed[request.row]))
+        self._allocator.free(request)
+        self._table.leave(request)
 
     def _usage(self, request: Request) -> Usage:
         granted = request.first_grant_ns

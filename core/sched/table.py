@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from quire.core.contracts.policy import Columns
 from quire.core.request import Request, RequestStatus
-from quire.core.sched.columns import VIEW_FIELDS, as_columns, describe
+from quire.core.sched.columns import VIEW_FIELDS, TableColumns, describe
 
 __all__ = ["RunningTable"]
 
-_PRIVATE_FIELDS = 3
+_PRIVATE_FIELDS = 4
 _STOPS = 8
 NEVER = np.iinfo(np.int64).max
 
@@ -21,9 +21,9 @@ NEVER = np.iinfo(np.int64).max
 class RunningTable:
     """Up to ``size`` running requests. A request keeps its row from ``admit`` to ``leave``.
 
-    ``computed`` counts tokens granted, ``known`` the tokens on the host and in flight, ``capacity`` those its blocks
-    have room for. A ``stamp`` is given at every admission, so that a step in flight can tell whether its row still
-    belongs to the request it was planned for.
+    ``computed`` counts tokens granted, ``landed`` those of steps that have landed, ``known`` the tokens on the host
+    and in flight, ``capacity`` those its blocks have room for. A ``stamp`` is given at every admission, so that a step
+    in flight can tell whether its row still belongs to the request it was planned for.
     """
 
     def __init__(self, size: int, block_size: int, *, trims: bool, stores: bool) -> None:
@@ -32,7 +32,7 @@ class RunningTable:
         """Rows in order of admission."""
         self._data = np.zeros((VIEW_FIELDS + _PRIVATE_FIELDS, size), np.int64)
         self.computed, self.known, self.limit, self.in_flight, self.prompt_len, *_, self.capacity = self._data[:9]
-        self.next_store, self.next_trim, self.min_known = self._data[9:]
+        self.landed, self.next_store, self.next_trim, self.min_known = self._data[9:]
         self.stamps = np.zeros(size, np.int64)
         self.requests = np.full(size, None, object)
         self.ids = np.full(size, None, object)
@@ -59,6 +59,7 @@ class RunningTable:
         row = self._free.pop()
         self._stamp += 1
         self._data[:VIEW_FIELDS, row] = describe(request, computed, capacity)
+        self.landed[row] = computed
         self.next_store[row] = self.block_end(computed) if self._stores else NEVER
         self.next_trim[row] = self._first_trim
         self.min_known[row] = request.prompt_len + request.params.min_tokens
@@ -90,12 +91,11 @@ class RunningTable:
         return (num_tokens // self._block_size + 1) * self._block_size
 
     def view(self, served: NDArray[np.int64]) -> Columns:
-        """A snapshot for the policy, in order of admission. The rows ``served`` have nothing remaining."""
-        snapshot = self._data[:VIEW_FIELDS].take(self.order, axis=1)
+        """A view for the policy, in order of admission. The rows ``served`` have nothing remaining."""
+        columns = TableColumns(self._data, self.order, self._block_size)
         if len(served):
-            done = np.isin(self.order, served)
-            snapshot[2, done] = snapshot[0, done]  # limit = computed
-        return as_columns(snapshot, self._block_size)
+            columns.serve(np.isin(self.order, served))
+        return columns
 
     def request(self, row: int) -> Request:
         """Who has the row."""
@@ -104,7 +104,7 @@ class RunningTable:
 
     def stopped(self, rows: NDArray[Any], tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Where the token ends its request."""
-        hit: NDArray[np.bool_] = (self._stops[rows] == tokens[:, None]).any(axis=1)
+        hit: NDArray[np.bool_] = np.logical_or.reduce(self._stops[rows] == tokens[:, None], axis=1)
         if self._many_stops:
             for i, row in enumerate(rows.tolist()):
                 if row in self._many_stops:

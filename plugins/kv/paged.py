@@ -58,6 +58,8 @@ class PagedAllocator(KVAllocator):
         """Count first, so that a refusal changes nothing; then take, copy what is shared, and append."""
         size = self.block_size
         table = self._tables.get(request.request_id)
+        if table is not None and computed >= len(table.blocks[0]) * size:
+            return self._append(table, -(-num_tokens // size), reserve)
         fresh = table is None
         if table is None:
             table = _Table([list(blocks) for blocks in match.blocks] if match else [[] for _ in self.groups])
@@ -195,6 +197,20 @@ class PagedAllocator(KVAllocator):
     @property
     def _indices(self) -> range:
         return range(len(self.groups))
+
+    def _append(self, table: _Table, need: int, reserve: int) -> Allocation | None:
+        """``allocate`` where nothing held will be written: the common case, a decoding request's next block."""
+        starts, new_blocks = [], []
+        extra = need - len(table.blocks[0])
+        for pool in self._pools:
+            if pool.num_free < extra + reserve:
+                return None
+        for pool, blocks in zip(self._pools, table.blocks, strict=True):
+            starts.append(len(blocks))
+            new = pool.take(extra)
+            blocks += new
+            new_blocks.append(new)
+        return Allocation(starts, new_blocks)
 
     def _open(self, request: Request, table: _Table, match: PrefixMatch | None) -> None:
         """Register a request's first table and take its matched blocks."""

@@ -1,0 +1,90 @@
+"""Host time of a step: ``schedule`` and ``commit``, 256 requests decoding, with and without a long queue. No GPU.
+
+    PYTHONPATH=src python benchmarks/scheduler_host_cost.py
+
+Each request has two stop tokens, blocks are of 16 tokens, and one step is always in flight, as in the engine. In
+``churn`` one request ends and one is admitted in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import deque
+
+import numpy as np
+
+from quire.core.config import CacheConfig, SchedulerConfig
+from quire.core.contracts.kv import KVGroup
+from quire.core.messages import EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.sampling_params import SamplingParams
+from quire.core.sched.scheduler import Scheduler
+from quire.plugins.kv.paged import PagedAllocator
+from quire.plugins.sched.fcfs import FCFSPolicy
+
+BLOCK = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--running", type=int, default=256)
+    parser.add_argument("--waiting", type=int, nargs="*", default=[0, 100_000])
+    parser.add_argument("--steps", type=int, default=600)
+    args = parser.parse_args()
+    print(f"{'running':>8} {'waiting':>8} {'':8} {'schedule':>9} {'commit':>9} {'sum':>9} {'p99':>9}   us a step")
+    for churn in (False, True):
+        for waiting in args.waiting:
+            planned, committed = measure(args.running, waiting, args.steps, churn)
+            both = [a + b for a, b in zip(planned, committed, strict=True)]
+            figures = [statistics.median(planned), statistics.median(committed), statistics.median(both)]
+            figures.append(float(np.percentile(both, 99)))
+            cells = " ".join(f"{1e6 * figure:9.1f}" for figure in figures)
+            print(f"{args.running:>8} {waiting:>8} {'churn' if churn else 'decode':8} {cells}")
+
+
+def measure(running: int, waiting: int, steps: int, churn: bool) -> tuple[list[float], list[float]]:
+    rng = np.random.default_rng(0)
+    max_model_len = 4096
+    blocks = 1 + (running + 8) * max_model_len // BLOCK
+    allocator = PagedAllocator([KVGroup(1)], blocks, BLOCK)
+    scheduler = Scheduler(
+        SchedulerConfig(running, 8192),
+        CacheConfig(BLOCK, blocks),
+        allocator,
+        FCFSPolicy(),
+        fallback=FCFSPolicy(),
+        max_model_len=max_model_len,
+    )
+    queued = waiting + (steps + 100 if churn else 0)
+    for i in range(running + queued):
+        prompt = rng.integers(0, 1000, 16 + i % 16).tolist()
+        tokens = 2000 if not churn else 1 + (i if i < running else running)
+        params = SamplingParams(max_tokens=tokens, stop_token_ids=[1001], seed=i)
+        scheduler.add(EngineCoreRequest(f"request-{i}", prompt, params, i, [1000]))
+    flights: deque[SchedulerOutput] = deque()
+    planned, committed = [], []
+    for number in range(steps + 64):
+        began = time.perf_counter()
+        step = scheduler.schedule()
+        took = time.perf_counter() - began
+        assert step is not None
+        flights.append(step)
+        if len(flights) < 2:
+            continue
+        result = draw(flights[0], rng)
+        began = time.perf_counter()
+        scheduler.commit(flights.popleft(), result)
+        if number >= 64:
+            planned.append(took)
+            committed.append(time.perf_counter() - began)
+    return planned, committed
+
+
+def draw(step: SchedulerOutput, rng: np.random.Generator) -> ModelRunnerOutput:
+    tokens = rng.integers(0, 1000, (len(step.rows), 1), dtype=np.int32)
+    return ModelRunnerOutput(step.step, tokens, step.samples.astype(np.int32))
+
+
+if __name__ == "__main__":
+    main()
