@@ -102,17 +102,21 @@ class PluginManager:
             resolution = self._resolution(known, _BY_CLASS) if known else Resolution(kind, name, name, None, _BY_CLASS)
         else:
             resolution = self._resolution(self._find(kind, name), "named")
-        if announce and str(resolution) not in self._announced:
-            self._announced.add(str(resolution))
-            log.info("%s", resolution)
+        if announce:
+            self._announce(resolution)
         return resolution
 
     def resolve_all(
         self, kind: str, names: Iterable[str] = (), context: Mapping[str, Any] | None = None
     ) -> list[Resolution]:
         """Resolve a kind of which several run at once: those that are always on, then ``names``, each target once."""
-        every = [*Kind.named(kind).always, *names]
-        return list({r.target: r for r in (self.resolve(kind, name, context) for name in every)}.values())
+        always = [self._resolution(self._find(kind, name), "always on") for name in Kind.named(kind).always]
+        for resolution in always:
+            self._announce(resolution)
+        found: dict[str, Resolution] = {}
+        for resolution in [*always, *(self.resolve(kind, name, context) for name in names)]:
+            found.setdefault(resolution.target, resolution)
+        return list(found.values())
 
     def load(self, resolution: Resolution | str, name: str | None = None) -> type:
         """Import the class behind a resolution, or behind ``load(kind, name)``.
@@ -157,6 +161,11 @@ class PluginManager:
             self.refused[entry] = refusal
 
     # ---- helpers
+
+    def _announce(self, resolution: Resolution) -> None:
+        if str(resolution) not in self._announced:
+            self._announced.add(str(resolution))
+            log.info("%s", resolution)
 
     def _enable(self, dist: str) -> None:
         entries = [e for e in self.entries if canonical(e.dist) == canonical(dist)]

@@ -1,1 +1,1 @@
-"""The commands of ``quire``, one module each: ``add_parser(subparsers)`` and ``run(args) -> int``."""
+"""The commands of ``quire``: ``add_parser(subparsers)`` and ``run(args) -> int``, and what they need."""

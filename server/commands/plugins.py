@@ -11,8 +11,8 @@ from typing import Any
 
 from quire.core.errors import QuireError
 from quire.core.plugin_manager import PluginManager
-from quire.core.plugin_report import doctor_report, explain_report, list_report, split_subject
 from quire.core.registry import KINDS
+from quire.server.commands.plugins_report import doctor_report, explain_report, list_report, split_subject
 
 __all__ = ["add_parser", "main", "run"]
 

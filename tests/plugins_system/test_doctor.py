@@ -141,10 +141,10 @@ def test_without_third_parties_all_is_well(quire):
 
 
 def test_a_gpu_without_a_compiler_is_told(monkeypatch):
-    from quire.core import plugin_report
+    from quire.server.commands import plugins_report
 
     host = {"device": "cuda", "c_compiler": None, "python_headers": None}
-    monkeypatch.setattr(plugin_report, "_host", lambda: host)
-    problems = plugin_report.doctor_report(plugin_report.PluginManager(), 5.0)["problems"]
+    monkeypatch.setattr(plugins_report, "_host", lambda: host)
+    problems = plugins_report.doctor_report(plugins_report.PluginManager(), 5.0)["problems"]
     texts = [p["problem"] for p in problems if p["dist"] == "this machine"]
     assert len(texts) == 2 and "apt install gcc" in texts[0] and "apt install python3-dev" in texts[1]

@@ -32,6 +32,21 @@ def test_naming_it_is_enough(site, quire):
     assert "checks failed" in quire("plugins", "check", "policy/take_turns", site=site).stdout
 
 
+def test_an_engine_runs_on_it(site, tmp_path, monkeypatch):
+    from quire import LLM, SamplingParams
+    from quire.core.testing.tiny_models import make_tiny_model
+
+    monkeypatch.syspath_prepend(site)
+    model = make_tiny_model("llama", tmp_path / "model")
+    tokens = []
+    for changes in ({}, {"scheduling_policy": "take_turns", "plugin_options": {"policy": {"burst": "2"}}}):
+        llm = LLM(model=str(model), device="cpu", num_gpu_blocks_override=64, max_num_seqs=2, **changes)
+        outputs = llm.generate(["hello", "a b c", "xyz"], SamplingParams(temperature=0, max_tokens=6))
+        tokens.append([output.outputs[0].token_ids for output in outputs])
+    assert llm.config.plugin("policy").target == "quire_take_turns:TakeTurns"
+    assert tokens[0] == tokens[1]
+
+
 def test_the_doctor_has_nothing_against_it(site, quire):
     report = quire("plugins", "doctor", site=site, json_output=True)
     assert report["problems"] == [] and report["third_party"][0]["plugins"] == ["policy/take_turns"]

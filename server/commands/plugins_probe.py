@@ -89,7 +89,7 @@ def child(arguments: str) -> None:
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from quire.core.plugin_probe import child
+from quire.server.commands.plugins_probe import child
 child(sys.argv[2])
 """
 

@@ -12,11 +12,11 @@ from quire.core.discovery import PluginEntry, module_file
 from quire.core.errors import PluginError
 from quire.core.hookspecs import GROUP
 from quire.core.plugin_manager import PluginManager, Resolution
-from quire.core.plugin_probe import probe
-from quire.core.plugin_source import options_in_source
 from quire.core.plugin_target import missing_requirement
 from quire.core.registry import KINDS, Kind, Registration
 from quire.core.version import __version__
+from quire.server.commands.plugins_probe import probe
+from quire.server.commands.plugins_source import options_in_source
 
 __all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
 
@@ -122,7 +122,7 @@ def _of_kind(manager: PluginManager, kind: str, context: dict[str, Any]) -> list
 def _describe(manager: PluginManager, registration: Registration, active: list[Resolution]) -> dict[str, Any]:
     chosen = next((a for a in active if (a.dist, a.name) == (registration.dist, registration.name)), None)
     if chosen is not None:
-        why = "always on" if KINDS[registration.kind].always else chosen.why
+        why = chosen.why
     elif registration.kind == "model":
         why = "chosen by the checkpoint's architecture"
     elif active and (registration.bundled or len(active) > 1):
