@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BatchingPolicy", "Columns", "Grants", "Reject", "RequestInfo", "StepView", "Usage"]
+__all__ = ["BatchingPolicy", "Columns", "Grants", "Reject", "RequestInfo", "StepView", "Usage", "default_plan"]
 
 
 @dataclass(frozen=True, slots=True)

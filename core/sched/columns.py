@@ -34,7 +34,6 @@ class TableColumns(Columns):
     """Columns of the requests at ``index`` in a (VIEW_FIELDS, any) table, gathered as they are asked for."""
 
     def __init__(self, table: NDArray[np.int64], index: NDArray[np.int64], block_size: int) -> None:
-        super().__init__()
         self._table = table
         self._index = index
         self._block_size = block_size

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.kv import KVAllocator
-from quire.core.messages import EngineCoreOutput, LogprobRows, ModelRunnerOutput, SchedulerOutput, TokenLogprob
+from quire.core.messages import (
+    EngineCoreOutput,
+    FinishReason,
+    LogprobRows,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    TokenLogprob,
+)
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.table import RunningTable
 
@@ -45,7 +52,7 @@ class Landing:
         self,
         table: RunningTable,
         allocator: KVAllocator,
-        finish: Callable[[Request, str, int | None], None],
+        finish: Callable[[Request, FinishReason, int | str | None], None],
         landed: Callable[[Request], None],
     ) -> None:
         self._table = table
@@ -76,17 +83,10 @@ class Landing:
         outputs = list(map(EngineCoreOutput, table.ids[rows].tolist(), [[token] for token in drew]))
         self.num_generated += len(outputs)
         known = table.known[rows] - in_flight
-        stopped = table.stopped(rows, tokens) & (known >= table.min_known[rows])
-        full = known > table.limit[rows]
-        first = known == table.prompt_len[rows] + 1
-        for i in (stopped | full | first).nonzero()[0].tolist():
+        for i in (table.may_stop(tokens) | (known >= table.next_event[rows])).nonzero()[0].tolist():
             request = table.request(int(rows[i]))
-            if first[i]:
-                self._introduce(request, outputs[i])
-            if stopped[i]:
-                self._end(request, outputs[i], "stop", stop_token=drew[i])
-            elif full[i]:
-                self._end(request, outputs[i], "length")
+            table.next_event[rows[i]] = request.max_total_tokens
+            self._look(request, outputs[i])
         if result.logprobs:
             _attach(outputs, drawn, result.logprobs)
         return outputs + away if away else outputs
@@ -103,18 +103,29 @@ class Landing:
             request.token_ids.append(token)
             self.num_generated += 1
             output = EngineCoreOutput(request.request_id, [token])
-            if request.num_output_tokens == 1:
-                self._introduce(request, output)
             if i in result.logprobs:
                 output.logprobs = _positions(result.logprobs[i])
-            if token in request.stop_ids and request.num_output_tokens >= request.params.min_tokens:
-                self._end(request, output, "stop", stop_token=token)
-            elif len(request.token_ids) >= request.max_total_tokens:
-                self._end(request, output, "length")
-            elif request.num_in_flight == 0:
+            self._look(request, output)
+            if output.finish_reason is None and request.num_in_flight == 0:
                 self._landed(request)
             outputs.append(output)
         return outputs
+
+    def _look(self, request: Request, output: EngineCoreOutput) -> None:
+        """A token that is the first, perhaps the last: complete its output, and end the request if it is over."""
+        token, length = request.token_ids[-1], request.num_output_tokens
+        if length == 1:
+            output.num_cached_tokens = request.num_cached_tokens
+            output.queue_ns = max(request.first_grant_ns - request.arrival_ns, 0)
+            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+            self.num_prompt_tokens += request.prompt_len
+        if token in request.stop_ids and length >= request.params.min_tokens:
+            output.finish_reason = "stop"
+            output.stop_reason = token if token in request.params.stop_token_ids else None
+        elif request.num_tokens >= request.max_total_tokens:
+            output.finish_reason = "length"
+        if output.finish_reason is not None:
+            self._finish(request, output.finish_reason, output.stop_reason)
 
     def _store(self, flight: Flight, here: NDArray[np.bool_], all_here: bool) -> None:
         """Note how far everybody has come, and make the blocks of prompts findable. Generated blocks follow in
@@ -130,18 +141,6 @@ class Landing:
                 self._allocator.commit(request, num_tokens)
             stride = np.where(reached < table.prompt_len[rows], 1, _BATCH) * self._allocator.block_size
             table.next_store[rows] = reached // stride * stride + stride
-
-    def _introduce(self, request: Request, output: EngineCoreOutput) -> None:
-        """What goes with the first token."""
-        output.num_cached_tokens = request.num_cached_tokens
-        output.queue_ns = max(request.first_grant_ns - request.arrival_ns, 0)
-        output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        self.num_prompt_tokens += request.prompt_len
-
-    def _end(self, request: Request, output: EngineCoreOutput, reason: Any, stop_token: int | None = None) -> None:
-        named = stop_token if stop_token in request.params.stop_token_ids else None
-        output.finish_reason, output.stop_reason = reason, named
-        self._finish(request, reason, named)
 
     def _gather(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> None:
         """Keep log-probabilities of the prompt until its first token is out."""

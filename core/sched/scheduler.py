@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
 from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
-from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.guard import PolicyGuard
 from quire.core.sched.landing import Flight, Landing
@@ -223,14 +222,14 @@ class Scheduler:
         else:
             self._queue.add(request)
 
-    def _finish(self, request: Request, reason: Any, stop_token: int | None) -> None:
+    def _finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None) -> None:
         """Out of the engine, from wherever it is."""
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
         else:
             self._queue.remove(request)
         request.status = RequestStatus.FINISHED
-        request.finish_reason, request.stop_reason = reason, stop_token
+        request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
         self._leave_family(request)
         if self._guard.listens:

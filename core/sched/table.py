@@ -14,7 +14,8 @@ from quire.core.sched.columns import VIEW_FIELDS, TableColumns, describe
 __all__ = ["RunningTable"]
 
 _PRIVATE_FIELDS = 4
-_STOPS = 8
+_STOP_IDS = 1 << 20
+"""Stop tokens from here on share a counter."""
 NEVER = np.iinfo(np.int64).max
 
 
@@ -32,13 +33,12 @@ class RunningTable:
         """Rows in order of admission."""
         self._data = np.zeros((VIEW_FIELDS + _PRIVATE_FIELDS, size), np.int64)
         self.computed, self.known, self.limit, self.in_flight, self.prompt_len, *_, self.capacity = self._data[:9]
-        self.landed, self.next_store, self.next_trim, self.min_known = self._data[9:]
+        self.landed, self.next_store, self.next_trim, self.next_event = self._data[9:]
         self.stamps = np.zeros(size, np.int64)
         self.requests = np.full(size, None, object)
         self.ids = np.full(size, None, object)
         self.tokens = np.full(size, None, object)
-        self._stops = np.full((size, _STOPS), -1, np.int32)  # padded with -1
-        self._many_stops: set[int] = set()  # rows of requests that have more of them
+        self._stop_users = np.zeros(1, np.int32)  # (up to _STOP_IDS + 1,) running requests that stop at this token
         self._block_size = block_size
         self._first_trim = 0 if trims else NEVER
         self._stores = stores
@@ -62,10 +62,10 @@ class RunningTable:
         self.landed[row] = computed
         self.next_store[row] = self.block_end(computed) if self._stores else NEVER
         self.next_trim[row] = self._first_trim
-        self.min_known[row] = request.prompt_len + request.params.min_tokens
+        self.next_event[row] = min(request.prompt_len + 1, request.max_total_tokens)
         self.stamps[row] = self._stamp
         self.requests[row], self.ids[row], self.tokens[row] = request, request.request_id, request.token_ids
-        self._set_stops(row, request.stop_ids)
+        self._count_stops(request.stop_ids, 1)
         self.order = np.append(self.order, row)
         request.row, request.status = row, RequestStatus.RUNNING
         return row
@@ -74,6 +74,7 @@ class RunningTable:
         """Take the row back; it is announced by the next ``take_left``."""
         row = request.row
         request.num_in_flight = int(self.in_flight[row])
+        self._count_stops(request.stop_ids, -1)
         self.stamps[row] = 0
         self.requests[row] = self.ids[row] = self.tokens[row] = None
         self.order = self.order[self.order != row]
@@ -102,19 +103,17 @@ class RunningTable:
         found: Any = self.requests[row]
         return found
 
-    def stopped(self, rows: NDArray[Any], tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Where the token ends its request."""
-        hit: NDArray[np.bool_] = np.logical_or.reduce(self._stops[rows] == tokens[:, None], axis=1)
-        if self._many_stops:
-            for i, row in enumerate(rows.tolist()):
-                if row in self._many_stops:
-                    hit[i] = int(tokens[i]) in self.request(row).stop_ids
-        return hit
+    def may_stop(self, tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Where the token is a stop token of some running request: worth a closer look."""
+        stops: NDArray[np.bool_] = self._stop_users.take(tokens, mode="clip") > 0
+        return stops
 
-    def _set_stops(self, row: int, stop_ids: frozenset[int]) -> None:
-        self._stops[row] = -1
-        if len(stop_ids) <= _STOPS and all(0 <= token < 2**31 for token in stop_ids):
-            self._stops[row, : len(stop_ids)] = list(stop_ids)
-            self._many_stops.discard(row)
-        else:
-            self._many_stops.add(row)
+    def _count_stops(self, stop_ids: frozenset[int], change: int) -> None:
+        for token in stop_ids:
+            index = min(token, _STOP_IDS)
+            if index >= 0:
+                if index + 2 > len(self._stop_users):  # the last entry stands for all tokens beyond, and stays 0
+                    wider = np.zeros(index + 2, np.int32)
+                    wider[: len(self._stop_users)] = self._stop_users
+                    self._stop_users = wider
+                self._stop_users[index] += change
