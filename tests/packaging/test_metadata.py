@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_the_pins_lie_within_the_ranges(project):
     pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert {name for name, _ in pins} == {"torch", "triton"}
     assert all(ranges[name].specifier.contains(version) for name, version in pins)
+
+
+def test_every_entry_point_leads_somewhere(project):
+    groups = [project["project"]["scripts"], *project["project"].get("entry-points", {}).values()]
+    for target in (target for group in groups for target in group.values()):
+        module, _, name = target.partition(":")
+        found = importlib.import_module(module)
+        assert not name or callable(getattr(found, name))
 
 
 def test_version_is_a_release_number():
