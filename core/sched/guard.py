@@ -23,7 +23,7 @@ from quire.core.contracts.policy import (
 )
 from quire.core.errors import QueueFullError
 
-__all__ = ["Plan", "PolicyGuard"]
+__all__ = ["Plan", "PolicyGuard", "checked"]
 
 logger = logging.getLogger("quire.sched")
 
@@ -88,7 +88,7 @@ class PolicyGuard:
             try:
                 grants = self.policy.plan(view)
                 took = perf_counter() - began
-                result = _checked(grants, view)
+                result = checked(grants, view)
             except Exception as error:
                 result = f"plan raised {error!r}"
             if isinstance(result, Plan):
@@ -154,7 +154,7 @@ class PolicyGuard:
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
 
 
-def _checked(grants: object, view: StepView) -> Plan | str:
+def checked(grants: object, view: StepView) -> Plan | str:
     """The plan, cut to what is possible, or what is wrong with it."""
     if not isinstance(grants, Grants):
         return f"plan returned {type(grants).__name__}, not Grants"

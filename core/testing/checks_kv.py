@@ -1,0 +1,224 @@
+"""What every KV allocator must keep."""
+
+from __future__ import annotations
+
+import random
+import unittest
+from typing import Any
+
+from quire.core.config import SchedulerConfig
+from quire.core.contracts.kv import KVAllocator, KVGroup
+from quire.core.messages import EngineCoreRequest
+from quire.core.plugin_manager import PluginManager
+from quire.core.plugin_options import parse_options
+from quire.core.request import Request
+from quire.core.sampling_params import SamplingParams
+from quire.core.testing.simulated_engine import SimulatedEngine
+
+__all__ = [
+    "check_a_refusal_changes_nothing",
+    "check_a_shared_block_is_copied_before_it_is_written",
+    "check_an_engine_serves_on_it",
+    "check_blocks_belong_to_one_request",
+    "check_everything_comes_back",
+    "check_held_blocks_outlive_their_request",
+    "check_prefixes_are_found",
+    "check_prefixes_are_kept_apart_by_salt",
+    "check_the_last_token_is_never_matched",
+    "check_the_reserve_stays_free",
+    "check_trimmed_blocks_come_back",
+]
+
+_BLOCK = 4
+
+
+def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
+    """Blocks are numbered 1 .. num_blocks - 1 and handed to one request at a time; block 0 to nobody."""
+    allocator = _make(cls, groups=(KVGroup(1), KVGroup(2)))
+    seen: list[set[int]] = [set(), set()]
+    for i in range(3):
+        allocation = allocator.allocate(_request(f"r{i}", [i] * 9), 9, computed=0)
+        assert allocation is not None, "refused although blocks are free"
+        for group, blocks in enumerate(allocation.new_blocks):
+            assert allocation.starts[group] == 0, "a first allocation starts at 0"
+            assert len(blocks) == 3, f"9 tokens take 3 blocks of 4, got {len(blocks)}"
+            assert all(0 < block < allocator.num_blocks for block in blocks), f"{blocks} are not all in the pool"
+            assert not seen[group] & set(blocks), f"{seen[group] & set(blocks)} have two owners"
+            seen[group] |= set(blocks)
+    allocator.check_integrity()
+
+
+def check_everything_comes_back(cls: type[KVAllocator]) -> None:
+    """Freeing returns every block, and freeing twice does no harm."""
+    allocator = _make(cls)
+    before = allocator.num_free()
+    requests = [_request(f"r{i}", range(i, i + 10)) for i in range(3)]
+    for request in requests:
+        allocator.allocate(request, 10, computed=0)
+        allocator.commit(request, 10)
+        assert allocator.num_held(request) == 3, f"holds {allocator.num_held(request)} blocks, not 3"
+    for request in [*requests, *requests]:
+        allocator.free(request)
+        assert allocator.num_held(request) == 0
+    assert allocator.num_free() == before, f"{before} blocks were free, now {allocator.num_free()}"
+    allocator.check_integrity()
+
+
+def check_a_refusal_changes_nothing(cls: type[KVAllocator]) -> None:
+    """``allocate`` that returns None leaves counts and holdings as they were."""
+    allocator = _make(cls, num_blocks=8)
+    first, second = _request("first", range(16)), _request("second", range(100, 140))
+    assert allocator.allocate(first, 16, computed=0) is not None
+    free, held = allocator.num_free(), allocator.num_held(first)
+    assert allocator.allocate(second, 40, computed=0) is None, "granted more blocks than there are"
+    assert allocator.allocate(first, 60, computed=16) is None, "granted more blocks than there are"
+    assert (allocator.num_free(), allocator.num_held(first), allocator.num_held(second)) == (free, held, 0)
+    allocator.check_integrity()
+
+
+def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
+    """``reserve`` blocks remain free, or the request is refused."""
+    allocator = _make(cls, num_blocks=8)
+    assert allocator.allocate(_request("a", range(16)), 16, computed=0, reserve=4) is None, "the reserve was spent"
+    assert allocator.allocate(_request("b", range(16)), 16, computed=0, reserve=3) is not None, "3 would have been left"
+    assert allocator.num_free() == 3
+
+
+def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
+    """Committed blocks are found by a request with the same tokens, in every group, also after their owner left."""
+    allocator = _caching(cls, groups=(KVGroup(1), KVGroup(1)))
+    first = _request("first", range(10))
+    blocks = _fill(allocator, first)
+    again = _request("again", [*range(8), 50, 51])
+    for _ in range(2):
+        match = allocator.match_prefix(again)
+        assert match.num_tokens == 8, f"8 tokens in full blocks were committed, {match.num_tokens} are found"
+        assert [list(found) for found in match.blocks] == [held[:2] for held in blocks], "other blocks are found"
+        allocator.free(first)
+    free = allocator.num_free()
+    allocation = allocator.allocate(again, 10, computed=8, match=match)
+    assert allocation is not None and not allocation.copies
+    assert [b[:2] for b in allocation.new_blocks] == [h[:2] for h in blocks], "the matched blocks head the table"
+    assert allocator.num_free() == free - 3, "matched blocks are in use"
+    other = _request("other", [9, *range(1, 10)])
+    assert allocator.match_prefix(other).num_tokens == 0, "a block was found although the tokens before it differ"
+    allocator.check_integrity()
+
+
+def check_the_last_token_is_never_matched(cls: type[KVAllocator]) -> None:
+    """At least one token is left to compute, and prompt log-probabilities forbid a match."""
+    allocator = _caching(cls)
+    _fill(allocator, _request("first", range(8)))
+    assert allocator.match_prefix(_request("same", range(8))).num_tokens == 4
+    wishes = _request("wishes", range(8), prompt_logprobs=1)
+    assert allocator.match_prefix(wishes).num_tokens == 0, "skip_prefix_cache was not respected"
+
+
+def check_prefixes_are_kept_apart_by_salt(cls: type[KVAllocator]) -> None:
+    """A prefix is found only under the ``extra_keys`` it was computed with."""
+    allocator = _caching(cls)
+    _fill(allocator, _request("mine", range(10), salt="mine"))
+    assert allocator.match_prefix(_request("mine too", range(10), salt="mine")).num_tokens == 8
+    for salt in (None, "yours"):
+        assert allocator.match_prefix(_request(f"{salt}", range(10), salt=salt)).num_tokens == 0, "the salt was ignored"
+
+
+def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) -> None:
+    """After ``fork``, whoever writes into the shared block first gets a copy; the other then owns the original."""
+    for writer_is_parent in (False, True):
+        allocator = _make(cls)
+        before = allocator.num_free()
+        parent, child = _request("parent", range(6)), _request("child", range(6))
+        allocator.allocate(parent, 6, computed=0)
+        forked = allocator.fork(parent, child, 6)
+        assert forked is not None and allocator.num_free() == before - 2, "a fork takes no new blocks"
+        writer, other = (parent, child) if writer_is_parent else (child, parent)
+        allocation = allocator.allocate(writer, 7, computed=6)
+        assert allocation is not None and len(allocation.copies) == 1, "a shared block would be written"
+        ((group, source, destination),) = allocation.copies
+        assert (group, source) == (0, forked.new_blocks[0][1])
+        assert allocation.starts == [1] and allocation.new_blocks == [[destination]], "the table must name the copy"
+        second = allocator.allocate(other, 7, computed=6)
+        assert second is not None and not second.copies, "the original is shared no more"
+        allocator.check_integrity()
+        allocator.free(parent)
+        allocator.free(child)
+        assert allocator.num_free() == before
+
+
+def check_trimmed_blocks_come_back(cls: type[KVAllocator]) -> None:
+    """Whole blocks before the position are given up in that group, and only there."""
+    allocator = _make(cls, groups=(KVGroup(1), KVGroup(1, window=4)))
+    before = allocator.num_free()
+    request = _request("r", range(20))
+    allocator.allocate(request, 20, computed=0)
+    allocator.trim(request, 1, 11)
+    assert allocator.num_held(request) == 8, f"5 + 3 blocks should be left, not {allocator.num_held(request)}"
+    allocator.trim(request, 1, 11)
+    assert allocator.allocate(request, 24, computed=20) is not None
+    allocator.check_integrity()
+    allocator.free(request)
+    assert allocator.num_free() == before
+
+
+def check_held_blocks_outlive_their_request(cls: type[KVAllocator]) -> None:
+    """Blocks that are held are not handed out until they are released."""
+    allocator = _make(cls, num_blocks=8)
+    request = _request("r", range(8))
+    (blocks,) = _fill(allocator, request)
+    allocator.hold(0, blocks)
+    allocator.free(request)
+    assert allocator.num_free() == 5, "held blocks are counted as free"
+    taken = allocator.allocate(_request("other", range(50, 70)), 20, computed=0)
+    assert taken is not None and not set(taken.new_blocks[0]) & set(blocks), "a held block was handed out"
+    allocator.check_integrity()
+    allocator.release(0, blocks)
+    assert allocator.num_free() == 2
+
+
+def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
+    """Random traffic on a small pool, with forks, aborts and preemptions: every key is where it must be."""
+    policy = PluginManager().load("policy", "fcfs")
+    for seed, groups in enumerate(((KVGroup(1),), (KVGroup(1), KVGroup(1, window=6)), (KVGroup(1, window=5),))):
+        rng = random.Random(seed)
+        allocator = _make(cls, groups=groups, num_blocks=24)
+        before = allocator.num_free()
+        engine = SimulatedEngine(allocator, policy(), policy(), config=SchedulerConfig(6, 16), max_model_len=60)
+        for i in range(24):
+            prompt = [1] * rng.randrange(12) + [rng.randrange(3) for _ in range(rng.randrange(1, 8))]
+            engine.add(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), eos=[3])
+            engine.add(f"r{i}b", prompt, max_tokens=rng.randrange(1, 24), parent=f"r{i}")
+            for _ in range(rng.randrange(6)):
+                engine.turn()
+                allocator.check_integrity()
+            if rng.random() < 0.2 and f"r{i}" not in engine.finished:
+                engine.abort(f"r{i}")
+        engine.run()
+        allocator.check_integrity()
+        assert allocator.num_free() == before, f"{before - allocator.num_free()} blocks were lost"
+
+
+def _make(cls: type[KVAllocator], *, groups: tuple[KVGroup, ...] = (KVGroup(1),), num_blocks: int = 32) -> KVAllocator:
+    return cls(groups, num_blocks, _BLOCK, prefix_caching=True, options=parse_options(cls, {}))
+
+
+def _caching(cls: type[KVAllocator], **sizes: Any) -> KVAllocator:
+    """An allocator, unless its kind caches nothing."""
+    probe = _make(cls)
+    _fill(probe, _request("probe", range(8)))
+    if probe.match_prefix(_request("same", range(8))).num_tokens == 0:
+        raise unittest.SkipTest("caches no prefixes")
+    return _make(cls, **sizes)
+
+
+def _request(request_id: str, tokens: Any, *, salt: str | None = None, **params: Any) -> Request:
+    message = EngineCoreRequest(request_id, list(tokens), SamplingParams(**params), 0, cache_salt=salt)
+    return Request(message, 1024)
+
+
+def _fill(allocator: KVAllocator, request: Request) -> list[list[int]]:
+    """Allocate and commit all of a request's tokens; its table."""
+    allocation = allocator.allocate(request, request.num_tokens, computed=0)
+    assert allocation is not None, "refused although blocks are free"
+    allocator.commit(request, request.num_tokens)
+    return allocation.new_blocks

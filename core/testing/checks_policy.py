@@ -1,0 +1,162 @@
+"""What every batching policy must keep."""
+
+from __future__ import annotations
+
+import random
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from quire.core.config import SchedulerConfig
+from quire.core.contracts.kv import KVAllocator, KVGroup
+from quire.core.contracts.policy import BatchingPolicy, Columns, Reject, RequestInfo, StepView, Usage
+from quire.core.plugin_manager import PluginManager
+from quire.core.plugin_options import parse_options
+from quire.core.sched.guard import checked
+from quire.core.testing.simulated_engine import SimulatedEngine
+
+__all__ = [
+    "check_an_idle_engine_is_put_to_work",
+    "check_it_hears_of_finished_requests",
+    "check_keys_can_be_compared",
+    "check_plans_are_deterministic",
+    "check_plans_are_quick",
+    "check_plans_are_sound",
+    "check_preempted_requests_finish",
+    "check_requests_finish",
+]
+
+
+def check_keys_can_be_compared(cls: type[BatchingPolicy]) -> None:
+    """Admission keys are tuples of one shape, the same for the same request, and in one order with each other."""
+    policy = _make(cls)
+    keys = []
+    for i in range(50):
+        info = RequestInfo(f"r{i}", 10**18 + i, 1 + i * 37 % 900, 1 + i % 7, i % 5 - 2, None if i % 3 else "salt")
+        key = policy.admission_key(info)
+        if not isinstance(key, Reject):
+            assert isinstance(key, tuple), f"admission_key returned {key!r}, not a tuple"
+            assert key == _make(cls).admission_key(info), "another instance gives the request another key"
+            keys.append(key)
+    keys.sort()
+    assert len({tuple(isinstance(part, str) for part in key) for key in keys}) <= 1, "keys differ in shape"
+
+
+def check_plans_are_sound(cls: type[BatchingPolicy]) -> None:
+    """Plans name requests of the view, each once, with no negative grant, and leave the view as it is."""
+    policy = _make(cls)
+    for seed in range(100):
+        result = checked(policy.plan(_view(seed)), _view(seed))
+        assert not isinstance(result, str), f"view {seed}: {result}"
+
+
+def check_plans_are_deterministic(cls: type[BatchingPolicy]) -> None:
+    """Two instances that see the same views make the same plans."""
+    one, two = _make(cls), _make(cls)
+    for seed in range(50):
+        mine, other = one.plan(_view(seed)), two.plan(_view(seed))
+        same = np.array_equal(mine.rows, other.rows) and np.array_equal(mine.tokens, other.tokens)
+        assert same, f"view {seed}: two instances disagree"
+
+
+def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
+    """With nothing in flight and something to do, the plan grants something."""
+    policy = _make(cls)
+    for seed in range(50):
+        view = _view(seed, idle=True)
+        assert int(np.sum(policy.plan(view).tokens)) > 0, f"view {seed}: nothing was granted to an idle engine"
+
+
+def check_plans_are_quick(cls: type[BatchingPolicy]) -> None:
+    """A plan for 256 running and 512 waiting requests takes well under the limit of 50 ms."""
+    policy = _make(cls)
+    took = []
+    for seed in range(5):
+        view = _view(seed, num_running=256, num_waiting=512)
+        began = perf_counter()
+        policy.plan(view)
+        took.append(perf_counter() - began)
+    assert min(took) < 0.025, f"a plan took {min(took) * 1e3:.0f} ms"
+
+
+def check_requests_finish(cls: type[BatchingPolicy]) -> None:
+    """Random traffic is served to its end, every token once and in order, without a quarantine."""
+    for seed in range(4):
+        _serve(cls, seed, num_blocks=200, chunked=seed % 2 == 0)
+
+
+def check_preempted_requests_finish(cls: type[BatchingPolicy]) -> None:
+    """The same on a pool so small that requests are preempted all the time."""
+    for seed in range(4):
+        _serve(cls, seed, num_blocks=24, chunked=True)
+
+
+def check_it_hears_of_finished_requests(cls: type[BatchingPolicy]) -> None:
+    """``finished`` may be called for any request, also one that never ran."""
+    policy = _make(cls)
+    for tokens in (0, 5):
+        policy.finished(RequestInfo("r", 0, 10, 5, 0), Usage(10, 0, tokens, 0, tokens * 1000))
+
+
+def _make(cls: type[BatchingPolicy]) -> BatchingPolicy:
+    return cls(parse_options(cls, {}))
+
+
+def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bool) -> None:
+    plugins = PluginManager()
+    allocator_class: Any = plugins.load("kv", "paged")
+    fallback: Any = plugins.load("policy", "fcfs")
+    allocator: KVAllocator = allocator_class((KVGroup(1),), num_blocks, 4)
+    rng = random.Random(seed)
+    config = SchedulerConfig(5, 20 if chunked else 80, chunked_prefill=chunked)
+    engine = SimulatedEngine(allocator, _make(cls), fallback(), config=config, max_model_len=80)
+    for i in range(30):
+        prompt = [rng.randrange(4) for _ in range(rng.randrange(1, 50))]
+        engine.add(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), priority=rng.randrange(-2, 3))
+        for _ in range(rng.randrange(4)):
+            engine.turn()
+    engine.run()
+    assert len(engine.finished) == 30, "a request was lost"
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 0, "the policy was quarantined; see the log"
+    assert allocator.num_free() == num_blocks - 1
+
+
+def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_waiting: int | None = None) -> StepView:
+    rng = np.random.default_rng(seed)
+    running = int(rng.integers(0, 9)) if num_running is None else num_running
+    waiting = int(rng.integers(running == 0, 9)) if num_waiting is None else num_waiting
+    free_rows = int(rng.integers(1, 9)) if waiting else int(rng.integers(0, 9))
+    return StepView(
+        now_ns=10**18 + seed,
+        budget=int(rng.integers(1, 65)) if num_running is None else 8192,
+        free_rows=free_rows,
+        free_blocks=int(rng.integers(8, 200)),
+        block_size=16,
+        running=_columns(rng, running, True, idle),
+        waiting=_columns(rng, waiting, False, idle),
+    )
+
+
+def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) -> Columns:
+    prompt_len = rng.integers(1, 60, count)
+    decoding = rng.random(count) < 0.7 if running else np.zeros(count, bool)
+    output_len = np.where(decoding, rng.integers(1, 20, count), 0)
+    computed = np.where(decoding, prompt_len + output_len - 1, (rng.random(count) * prompt_len).astype(np.int64))
+    if not running:
+        computed[:] = 0
+    landing = decoding & (rng.random(count) < (0.0 if idle else 0.2))
+    remaining = np.where(landing, 0, prompt_len + output_len - computed)
+    return Columns(
+        computed=computed,
+        computed_min=computed.copy(),
+        remaining=remaining,
+        in_flight=np.where(decoding & (not idle), 1, 0),
+        prompt_len=prompt_len,
+        output_len=output_len,
+        max_tokens=output_len + rng.integers(1, 20, count),
+        priority=rng.integers(-2, 3, count),
+        arrival_ns=10**18 - rng.integers(0, 10**9, count),
+        blocks_held=-(-computed // 16),
+        blocks_needed=-(-(computed + remaining) // 16) - -(-computed // 16),
+    )

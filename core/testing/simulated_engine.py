@@ -1,0 +1,150 @@
+"""An engine without a model: a scheduler and a marking worker, with two steps in flight, judged at every turn."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from quire.core.config import CacheConfig, SchedulerConfig
+from quire.core.contracts.kv import KVAllocator
+from quire.core.contracts.policy import BatchingPolicy
+from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.sampling_params import SamplingParams
+from quire.core.sched.scheduler import Scheduler
+from quire.core.testing.marking_worker import MarkingWorker, expected_tokens
+
+__all__ = ["SimulatedEngine"]
+
+
+class SimulatedEngine:
+    """Serves requests through a real scheduler, and knows what each must receive.
+
+    ``land`` raises ``AssertionError`` if a request receives a token that it would not receive alone, or one after its
+    end; the worker if a step would read what is not there. Time is the number of steps, in milliseconds.
+    """
+
+    def __init__(
+        self,
+        allocator: KVAllocator,
+        policy: BatchingPolicy,
+        fallback: BatchingPolicy,
+        *,
+        config: SchedulerConfig | None = None,
+        watermark: float = 0.01,
+        max_model_len: int = 64,
+        vocab_size: int = 50,
+        depth: int = 2,
+    ) -> None:
+        cache = CacheConfig(block_size=allocator.block_size, num_blocks=allocator.num_blocks, watermark=watermark)
+        self.allocator = allocator
+        self.scheduler = Scheduler(
+            config or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
+            cache,
+            allocator,
+            policy,
+            fallback=fallback,
+            max_model_len=max_model_len,
+            clock=lambda: self._turns * 1_000_000,
+        )
+        self.worker = MarkingWorker(allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size)
+        self.received: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        """Request -> how it ended."""
+        self.outputs: list[EngineCoreOutput] = []
+        self.flights: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self._expected: dict[str, list[int]] = {}
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._depth = depth
+        self._turns = 0
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        *,
+        eos: Sequence[int] = (),
+        priority: int = 0,
+        salt: str | None = None,
+        parent: str | None = None,
+        **params: object,
+    ) -> None:
+        """Queue a request. ``params`` are those of ``SamplingParams``."""
+        params.setdefault("seed", len(self._expected))
+        sampling = SamplingParams(**params)  # type: ignore[arg-type]
+        self.scheduler.add(
+            EngineCoreRequest(
+                request_id, list(prompt), sampling, self._turns * 1_000_000, list(eos), priority, salt, parent
+            )
+        )
+        self._expected[request_id] = self._expect(prompt, sampling, eos)
+        self.received[request_id] = []
+
+    def abort(self, request_id: str) -> None:
+        """End a request now."""
+        assert self.scheduler.abort(request_id)
+        self.finished[request_id] = "abort"
+
+    def launch(self) -> SchedulerOutput | None:
+        """Plan a step and send it to the worker, unless as many are in flight as may be."""
+        self._turns += 1
+        if len(self.flights) >= self._depth:
+            return None
+        step = self.scheduler.schedule()
+        if step is not None:
+            self.flights.append((step, self.worker.execute(step)))
+        elif not self.flights:
+            assert not self.scheduler.has_unfinished, "nothing is in flight, and nothing is scheduled"
+        return step
+
+    def land(self) -> list[EngineCoreOutput]:
+        """Commit the oldest step in flight."""
+        outputs = self.scheduler.commit(*self.flights.popleft())
+        self._judge(outputs)
+        return outputs
+
+    def drop(self) -> list[EngineCoreOutput]:
+        """As if the oldest step in flight had failed."""
+        outputs = self.scheduler.drop(self.flights.popleft()[0], "the worker failed")
+        self._judge(outputs)
+        return outputs
+
+    def turn(self) -> None:
+        """What the engine core does: launch, then read back the step before."""
+        launched = self.launch()
+        if self.flights and (launched is None or len(self.flights) == self._depth):
+            self.land()
+
+    def run(self, limit: int = 20_000) -> None:
+        """Serve until all requests have ended. ``AssertionError`` if that takes more than ``limit`` turns."""
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished and not self.flights:
+                return
+            self.turn()
+        raise AssertionError(f"requests are unfinished after {limit} turns: no progress")
+
+    def _judge(self, outputs: list[EngineCoreOutput]) -> None:
+        for output in outputs:
+            request_id = output.request_id
+            assert request_id not in self.finished, f"{request_id} receives something after its end"
+            received, expected = self.received[request_id], self._expected[request_id]
+            received += output.new_token_ids
+            assert received == expected[: len(received)], f"{request_id} received {received}, not {expected}"
+            if output.finish_reason is not None:
+                self.finished[request_id] = output.finish_reason
+                if output.finish_reason != "error":
+                    assert received == expected, f"{request_id} ended after {received}, not {expected}"
+            else:
+                assert received != expected, f"{request_id} has all its tokens, but did not end"
+        self.outputs += outputs
+
+    def _expect(self, prompt: Sequence[int], params: SamplingParams, eos: Sequence[int]) -> list[int]:
+        room = self._max_model_len - len(prompt)
+        count = room if params.max_tokens is None else min(params.max_tokens, room)
+        seed = params.seed or 0
+        tokens = expected_tokens(seed, prompt, count, self._vocab_size)
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
+        for i, token in enumerate(tokens):
+            if token in stops and i + 1 >= params.min_tokens:
+                return tokens[: i + 1]
+        return tokens
