@@ -160,7 +160,9 @@ class AsyncLLM:
             await asyncio.gather(self._receiver, return_exceptions=True)
             self._receiver = None
         if self._client is not None:
-            await asyncio.to_thread(self._client.shutdown)
+            self._client.ask_to_stop()
+            await asyncio.to_thread(self._client.wait)
+            self._client.shutdown()
             self._client = None
             self._die("the engine was shut down")
         self._exporters.close()

@@ -79,7 +79,7 @@ class ProcessClient(EngineClient):
         self._wire = Wire()
         self._context = zmq.asyncio.Context()
         self._inward = socket(zmq.Context(self._context), zmq.PUSH)
-        self._inward.bind(self._addresses.inward)
+        self._inward.connect(self._addresses.inward)  # a connecting end queues before its peer is there
         self._outward = socket(self._context, zmq.PULL)
         self._outward.bind(self._addresses.outward)
         command = [sys.executable, "-m", "quire.core.engine.core_process", self._addresses.folder]
@@ -112,16 +112,27 @@ class ProcessClient(EngineClient):
 
     def shutdown(self) -> None:
         """Ask, wait a little, then insist."""
-        if self._process.poll() is None:
+        if self._process.poll() is None and not self._inward.closed:
             with contextlib.suppress(zmq.ZMQError):
                 self._send(Shutdown())
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._context.destroy(linger=0)
+        self.wait()
+        self._inward.close(linger=0)
+        self._outward.close(linger=0)
+        self._context.term()
         shutil.rmtree(self._addresses.folder, ignore_errors=True)
+
+    def ask_to_stop(self) -> None:
+        """Let the engine core end by itself; ``wait`` then waits for it, and ``shutdown`` clears up."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._send(Shutdown())
+
+    def wait(self, seconds: float = 10) -> None:
+        """Wait for the process to end, and kill it if it does not. May run in a thread."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     async def _receive(self) -> FromCore:
         while True:

@@ -28,7 +28,7 @@ class CoreProcess:
     def __init__(self, addresses: Addresses) -> None:
         self._context = zmq.Context()
         self._inward = socket(self._context, zmq.PULL)
-        self._inward.connect(addresses.inward)
+        self._inward.bind(addresses.inward)
         self._outward = socket(self._context, zmq.PUSH)
         self._outward.setsockopt(zmq.LINGER, 2000)
         self._outward.connect(addresses.outward)
@@ -39,6 +39,9 @@ class CoreProcess:
         """Build the engine, serve, and return the exit status."""
         core: EngineCore | None = None
         try:
+            while not self._inward.poll(_IDLE_MS):
+                if os.getppid() != self._parent:
+                    return 1
             start = self._wire.decode_start(self._inward.recv())
             setup_logging(start.log_level)
             core = EngineCore(start.config)

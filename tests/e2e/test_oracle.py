@@ -74,7 +74,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
     got: dict[str, list[int]] = {}
     waiting = list(enumerate(prompts))
-    free_before = llm._client.core.scheduler.allocator.num_free()
+    free_before = llm._client.core.scheduler._allocator.num_free()
     while waiting or len(llm._outputs):
         for _ in range(rng.choice([0, 0, 1, 3])):
             if waiting:
@@ -107,5 +107,5 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
             expected.pop(victim)
     while llm._client.core.has_work:
         llm._client.step()
-    llm._client.core.scheduler.allocator.check_integrity()
-    assert llm._client.core.scheduler.allocator.num_free() == free_before
+    llm._client.core.scheduler._allocator.check_integrity()
+    assert llm._client.core.scheduler._allocator.num_free() == free_before
