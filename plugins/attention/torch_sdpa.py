@@ -23,8 +23,8 @@ _PIECE_ELEMENTS = 1 << 18
 class TorchSDPABackend(AttentionBackend):
     """Gathers pages by block table, then scaled dot-product attention."""
 
-    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
-        super().__init__(spec, device)
+    def __init__(self, spec: AttentionSpec, device: torch.device, options: object = None) -> None:
+        super().__init__(spec, device, options)
         self._pieces: list[_Piece] = []
         self._buffers = (torch.empty(0, device=device), torch.empty(0, device=device))
 

@@ -27,8 +27,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class TritonBackend(AttentionBackend):
     """Paged attention in Triton. Grids depend on host bounds alone and lengths are read on the device."""
 
-    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
-        super().__init__(spec, device)
+    graph_support = frozenset({"decode"})
+
+    def __init__(self, spec: AttentionSpec, device: torch.device, options: object = None) -> None:
+        super().__init__(spec, device, options)
         self._batch: AttentionBatch | None = None
         self._parts = torch.empty(0)
         self._part_lse = torch.empty(0)

@@ -82,8 +82,10 @@ def decode(
 def decode_constants(spec: AttentionSpec) -> tuple[dict[str, object], dict[str, int]]:
     """(compile-time constants, launch options) for ``spec``."""
     wide = spec.dtype == torch.float32
-    dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 16))
-    keys = 64 if dim <= 128 and not wide else 32
+    dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
+    narrow = {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}
+    exact = {64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)}
+    keys, warps, stages = (exact if wide else narrow)[dim]
     group = spec.num_heads // spec.num_kv_heads
     constants: dict[str, object] = {
         "kv_heads": spec.num_kv_heads,
@@ -101,7 +103,7 @@ def decode_constants(spec: AttentionSpec) -> tuple[dict[str, object], dict[str, 
         "split": SPLIT,
         "precision": "ieee" if wide else "tf32",
     }
-    return constants, {"num_warps": 4, "num_stages": 2 if wide else 3}
+    return constants, {"num_warps": warps, "num_stages": stages}
 
 
 @triton.jit

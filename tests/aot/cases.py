@@ -1,0 +1,79 @@
+"""What is compiled ahead of time: calls of the host functions that launch each kernel, over types and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from quire.core.contracts.attention import AttentionLimits
+from quire.core.ops.kernels import activation, decode_inputs, norm, rope
+from quire.core.testing.checks_attention import Problem, make_spec
+from quire.plugins.attention.triton.backend import TritonBackend
+
+CPU = torch.device("cpu")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def attention(dtype: torch.dtype, dim: int, **fields: Any) -> None:
+    """A step of one long decode and one chunk, of a model with 32 query heads and 8 KV heads unless told otherwise."""
+    shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": dtype, "kv_dtype": dtype, "qk_head_dim": dim}
+    spec = make_spec(**(shape | {"v_head_dim": dim} | fields))
+    problem = Problem.random(spec, [(1, 600), (9, 40)])
+    backend = TritonBackend(spec, CPU)
+    backend.prepare(AttentionLimits(8, 1024, 8192, CPU))
+    backend.plan(problem.batch(CPU))
+    out = torch.empty(10, spec.num_heads, spec.v_head_dim, dtype=dtype)
+    backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(10, spec.num_heads))
+
+
+def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
+    x = torch.empty(4, features, dtype=dtype)
+    norm.rms_norm(x, torch.empty(features, dtype=dtype), 1e-6, x.clone() if residual else None)
+
+
+def rope_and_cache(dtype: torch.dtype, dim: int, rotary_dim: int, normed: bool) -> None:
+    spec = make_spec(dtype=dtype, kv_dtype=dtype, num_heads=32, num_kv_heads=8, qk_head_dim=dim, v_head_dim=dim)
+    problem = Problem.random(spec, [(4, 4)])
+    kv = problem.cache(TritonBackend(spec, CPU), CPU)
+    weight = torch.empty(dim, dtype=dtype) if normed else None
+    positions = torch.arange(4)
+    table = torch.empty(8, rotary_dim)
+    rope.rope_and_cache(
+        problem.q, problem.keys[0], problem.values[0], positions, table, kv, positions, weight, weight, 1e-6
+    )
+
+
+def silu(dtype: torch.dtype) -> None:
+    activation.silu_and_mul(torch.empty(4, 28672, dtype=dtype))
+
+
+def step_inputs() -> None:
+    ints = partial(torch.zeros, dtype=torch.int32)
+    longs = partial(torch.zeros, dtype=torch.int64)
+    decode_inputs.decode_inputs(
+        longs(4), ints(8, 64), ints(8), ints(8, 5), ints(4), longs(4), ints(4), longs(4), ints(4, 5), 16, True
+    )
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"{str(dt).removeprefix('torch.')}-{dim}": partial(attention, dt, dim)
+        for dt in HALF
+        for dim in (64, 96, 128, 256)
+    },
+    **{f"float32-{dim}": partial(attention, torch.float32, dim) for dim in (64, 128, 256)},
+    "window": partial(attention, torch.bfloat16, 128, kind="sliding", window=4096),
+    "softcap": partial(attention, torch.bfloat16, 256, softcap=50.0, num_kv_heads=16),
+    "group-7": partial(attention, torch.bfloat16, 128, num_heads=28, num_kv_heads=4),
+    "multi-query": partial(attention, torch.bfloat16, 128, num_heads=48, num_kv_heads=1),
+    "page-1": partial(attention, torch.bfloat16, 128, block_size=1),
+    "norm": partial(rms_norm, torch.bfloat16, 4096, False),
+    "norm-residual": partial(rms_norm, torch.float16, 1024, True),
+    "rope": partial(rope_and_cache, torch.bfloat16, 128, 128, False),
+    "rope-norm-partial": partial(rope_and_cache, torch.bfloat16, 128, 64, True),
+    "silu": partial(silu, torch.bfloat16),
+    "decode-inputs": step_inputs,
+}

@@ -1,0 +1,101 @@
+"""Compiles for sm_90 what a host function would launch, without a GPU.
+
+Launches are caught where Triton would make them, so a test compiles exactly what runs: the same constants, the same
+specialisation of integers and pointers, the same launch options.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, as it would run on a Hopper GPU."""
+
+    name: str
+    ptx: str
+    shared: int
+    """Bytes of shared memory of a program."""
+    registers: int
+    local: int
+    """Bytes of local memory a thread spills to."""
+
+
+def compile_launches(run: Callable[[], Any]) -> list[Compiled]:
+    """Call ``run`` with launches caught, and compile each for sm_90."""
+    launches: list[tuple[JITFunction, tuple, dict]] = []
+
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", catch)
+        run()
+    return [_compile(kernel, args, kwargs) for kernel, args, kwargs in launches]
+
+
+def _compile(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _type_of(value)
+        aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+        if aligned and not plain and not parameter.do_not_specialize_on_alignment:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = _resources(compiled.asm["cubin"])
+    return Compiled(
+        kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["LOCAL"] + usage["STACK"]
+    )
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and memory of the one function in ``cubin``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = [_OBJDUMP, "--dump-resource-usage", file.name]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    return {key: int(number) for key, number in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", text)}
