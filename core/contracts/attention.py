@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,9 +137,10 @@ class AttentionBackend(ABC):
     writes_kv: bool = False
     """False: the fused RoPE operation writes K and V through ``kv_layout``'s strides."""
 
-    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+    def __init__(self, spec: AttentionSpec, device: torch.device, options: Any = None) -> None:
         self.spec = spec
         self.device = device
+        self.options = options
 
     @classmethod
     @abstractmethod

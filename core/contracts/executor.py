@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.kv import KVGroup
@@ -40,8 +40,9 @@ class KVCapacity:
 class Executor(ABC):
     """Runs steps in the order they are given. At most two are under way."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, options: Any = None) -> None:
         self.config = config
+        self.options = options
 
     @abstractmethod
     def start(self) -> KVCapacity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,10 @@ class Sampler(ABC):
     and drafts are verified by drawing again.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self.options = options
 
     @abstractmethod
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -107,11 +107,11 @@ def _resolve_many(plugins: PluginManager, args: EngineArgs, context: dict[str, A
         ("executor", args.executor),
     ):
         found[kind] = _choice(plugins.resolve(kind, name, context), args)
-    fallback = plugins.resolve("policy", "fcfs", context)
+    fallback = plugins.resolve("policy", "fcfs", context, announce=False)
     found["policy_fallback"] = PluginChoice("policy", fallback.name, fallback.target)
     for kind, name in (("attention", args.attention_backend), ("quant", args.quantization)):
         if name != "auto":
-            plugins.resolve(kind, name, context)
+            plugins.resolve(kind, name, context, announce=False)
     return found
 
 

@@ -32,8 +32,9 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        executor_class = load_target(config.plugin("executor").target, "quire.core.contracts.executor:Executor")
-        self._executor: Executor = executor_class(config)
+        choice = config.plugin("executor")
+        executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
+        self._executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
         self.capacity = self._executor.start()
         try:
             self.scheduler = self._make_scheduler()

@@ -17,8 +17,8 @@ class UniprocExecutor(Executor):
     the scheduler plans the next one meanwhile: torch releases the interpreter lock inside its operations.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: EngineConfig, options: object = None) -> None:
+        super().__init__(config, options)
         self._worker: Worker | None = None
         self._thread: ThreadPoolExecutor | None = None
 

@@ -102,13 +102,16 @@ class Worker:
             self._config.model.max_model_len,
             self._device,
         )
-        backends = [backend_class(spec, self._device) for spec in specs]
+        options = _options(backend_class, choice)
+        backends = [backend_class(spec, self._device, options) for spec in specs]
         for backend in backends:
             backend.prepare(limits)
         return backends, group_of
 
     def _sampler(self) -> Sampler:
-        return _load(self._config.plugin("sampler"), Sampler)(self._config.model.vocab_size, self._device)
+        choice = self._config.plugin("sampler")
+        cls = _load(choice, Sampler)
+        return cls(self._config.model.vocab_size, self._device, _options(cls, choice))
 
     def _processors(self) -> list[tuple[str, LogitsProcessor]]:
         made = []
