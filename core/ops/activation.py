@@ -10,5 +10,9 @@ __all__ = ["silu_and_mul"]
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``: (num_tokens, 2 * features), gate first -> (num_tokens, features)."""
+    if gate_up.is_cuda:
+        from quire.core.ops.kernels import activation
+
+        return activation.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -15,6 +15,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     model's dtype before the weight multiplies it, as Llama's reference does (Zhang and Sennrich, 2019,
     arXiv:1910.07467).
     """
+    if x.is_cuda and x.dim() == 2:
+        from quire.core.ops.kernels import norm
+
+        return norm.rms_norm(x, weight, eps, residual)
     summed = x if residual is None else x + residual
     wide = summed.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -28,8 +28,12 @@ def rope_and_cache(
 
     ``q`` (num_tokens, num_heads, dim), ``k`` and ``v`` (num_tokens, num_kv_heads, dim); ``positions`` (num_tokens,)
     int64; ``cos_sin`` as in ``apply_rope``; ``q_norm`` and ``k_norm`` (dim,); ``slot_mapping`` (num_tokens,) int64.
-    Returns the new ``q`` and ``k``. Where ``kv`` is None nothing is written: the backend will.
+    Returns the new ``q`` and ``k``, which may be the old ones overwritten. Where ``kv`` is None nothing is written: the backend will.
     """
+    if q.is_cuda:
+        from quire.core.ops.kernels import rope
+
+        return rope.rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps)[0], rms_norm(k, k_norm, eps)[0]
     table = cos_sin[positions]  # (num_tokens, rotary_dim) float32

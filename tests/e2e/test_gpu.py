@@ -1,0 +1,56 @@
+"""On a GPU: graphs, eager steps and transformers agree; the embedded model answers as it does on a CPU."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quire import LLM, SamplingParams
+from quire.core.testing.oracle import worst_gap
+
+pytestmark = pytest.mark.gpu
+
+MODEL = Path(__file__).resolve().parents[2] / "core" / "assets" / "quire-tiny"
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = random.Random(7)
+    return [[rng.randrange(300, 4000) for _ in range(rng.randrange(1, 300))] for _ in range(count)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_tokens_follow_the_reference(dtype: str, tolerance: float, eager: bool) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
+    llm = LLM(
+        model=str(MODEL),
+        dtype=dtype,
+        enforce_eager=eager,
+        gpu_memory_utilization=0.3,
+        max_num_seqs=24,
+        max_num_batched_tokens=256,
+    )
+    sampled = SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=48, ignore_eos=True)
+    batch = prompts(40)
+    for params in (GREEDY, sampled):
+        for prompt, output in zip(batch, llm.generate(batch, params), strict=True):
+            tokens = output.outputs[0].token_ids
+            assert len(tokens) == 48
+            if params is GREEDY or dtype == "float32":
+                assert worst_gap(reference, prompt, tokens, params, seed=3) <= tolerance
+    llm.shutdown()
+
+
+def test_graphs_change_nothing() -> None:
+    """One request at a time, so that batch sizes are the same: then even the bits are."""
+    answers = []
+    for eager in (False, True):
+        llm = LLM(model=str(MODEL), enforce_eager=eager, gpu_memory_utilization=0.3, max_num_seqs=8)
+        answers.append([llm.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompts(6)])
+        llm.shutdown()
+    assert answers[0] == answers[1]

@@ -1,0 +1,103 @@
+"""Each Triton kernel against its torch twin: in the interpreter by default, in bfloat16 on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quire.core.contracts.attention import AttentionSpec, KVLayout, LayerKV
+from quire.core.ops import rms_norm, rope_and_cache, silu_and_mul
+from quire.core.ops.kernels import activation, decode_inputs, norm, rope
+
+PLACES = [
+    pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),
+    pytest.param("cuda", torch.bfloat16, 1e-2, id="gpu", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, 2e-3, id="gpu-f16", marks=pytest.mark.gpu),
+]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    got, expected = got.double().cpu(), expected.double()
+    assert torch.isfinite(got).all()
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize("features", [64, 96, 1024])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(device: str, dtype: torch.dtype, tolerance: float, features: int, residual: bool) -> None:
+    torch.manual_seed(features)
+    x, r = torch.randn(5, features), torch.randn(5, features)
+    weight = torch.rand(features) + 0.5
+    moved = [t.to(device, dtype) for t in (x, r, weight)]
+    exact = [t.cpu().double() for t in moved]
+    out, summed = norm.rms_norm(moved[0], moved[2], 1e-5, moved[1] if residual else None)
+    whole = exact[0] + exact[1] if residual else exact[0]
+    close(out, exact[2] * whole * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + 1e-5), tolerance)
+    close(summed, whole, tolerance)
+    twin = rms_norm(moved[0].cpu(), moved[2].cpu(), 1e-5, moved[1].cpu() if residual else None)
+    close(out, twin[0].double(), tolerance)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+def test_silu_and_mul(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    gate_up = (torch.randn(3, 2 * 1100) * 4).to(device, dtype)
+    close(activation.silu_and_mul(gate_up), silu_and_mul(gate_up.cpu().double()), tolerance)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize("order", ["head", "slot"])
+@pytest.mark.parametrize(("dim", "rotary", "normed"), [(64, 64, True), (80, 80, False), (64, 32, True), (96, 48, False)])
+def test_rope_and_cache(
+    device: str, dtype: torch.dtype, tolerance: float, order: str, dim: int, rotary: int, normed: bool
+) -> None:
+    torch.manual_seed(dim)
+    heads, kv_heads, tokens = 6, 2, 7
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+    weights = [(torch.rand(dim) + 0.5).to(dtype) if normed else None for _ in range(2)]
+    angles = torch.rand(64, rotary // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.tensor([0, 1, 2, 40, 41, 63, 7])
+    slots = torch.tensor([16, 17, 18, 4, 5, 31, 60])
+    spec = AttentionSpec(heads, kv_heads, dim, dim, 1.0, dtype, dtype, 16)
+
+    def cache(place: str) -> LayerKV:
+        layout = KVLayout(spec, order)  # type: ignore[arg-type]
+        raw = torch.zeros(4, 2 * layout.bytes_per_block, dtype=torch.uint8, device=place)
+        return layout.view(raw[:, layout.bytes_per_block :])
+
+    def parts(x: torch.Tensor) -> list[torch.Tensor]:
+        q, k, v = x.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+        return [q.unflatten(1, (heads, dim)), k.unflatten(1, (kv_heads, dim)), v.unflatten(1, (kv_heads, dim))]
+
+    theirs, ours = cache("cpu"), cache(device)
+    q_norm, k_norm = weights
+    expected = rope_and_cache(*parts(qkv), positions, cos_sin, theirs, slots, q_norm=q_norm, k_norm=k_norm, eps=1e-6)
+    moved = [None if w is None else w.to(device) for w in weights]
+    got = rope.rope_and_cache(
+        *parts(qkv.to(device, copy=True)), positions.to(device), cos_sin.to(device), ours, slots.to(device), *moved, 1e-6
+    )
+    for a, b in [*zip(got, expected, strict=True), (ours.k, theirs.k), (ours.v, theirs.v)]:
+        close(a, b.double(), tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_decode_inputs(device: str) -> None:
+    rows = torch.tensor([3, 0, 5, 5, 5], device=device)  # row 5 is padding
+    token_ids = torch.arange(6 * 64, dtype=torch.int32, device=device).view(6, 64)
+    computed = torch.tensor([17, 9, 9, 31, 9, 9], dtype=torch.int32, device=device)
+    table = torch.arange(6 * 4, dtype=torch.int32, device=device).view(6, 4)
+    table[5] = 0
+    ids, lens = (torch.full((5,), -1, dtype=torch.int32, device=device) for _ in range(2))
+    positions, slots = (torch.full((5,), -1, dtype=torch.int64, device=device) for _ in range(2))
+    blocks = torch.zeros(5, 4, dtype=torch.int32, device=device)
+    decode_inputs.decode_inputs(
+        rows, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, advance=True
+    )
+    assert ids.tolist() == [3 * 64 + 31, 17, 5 * 64, 5 * 64, 5 * 64]
+    assert positions.tolist() == [31, 17, 0, 0, 0]
+    assert lens.tolist() == [32, 18, 1, 1, 1]
+    assert slots.tolist() == [13 * 16 + 15, 1 * 16 + 1, 0, 0, 0]
+    assert blocks[0, :2].tolist() == [12, 13]
+    assert blocks[1, :2].tolist() == [0, 1]
+    assert computed.tolist() == [18, 9, 9, 32, 9, 9]
