@@ -1,0 +1,137 @@
+"""What the paged allocator promises beyond the contract."""
+
+from quire.core.contracts.kv import KVEvent, KVGroup
+from quire.core.messages import EngineCoreRequest
+from quire.core.request import Request
+from quire.core.sampling_params import SamplingParams
+from quire.plugins.kv.paged import PagedAllocator
+from quire.plugins.kv.pool import BlockPool
+
+
+def make(groups=(KVGroup(1),), num_blocks=16, size=4, **kwargs):
+    return PagedAllocator(groups, num_blocks, size, **kwargs)
+
+
+def request(request_id, tokens):
+    return Request(EngineCoreRequest(request_id, list(tokens), SamplingParams(), 0), 1024)
+
+
+def serve(allocator, made):
+    """Allocate, commit and free; the blocks it had in group 0."""
+    match = allocator.match_prefix(made)
+    allocation = allocator.allocate(made, made.num_tokens, computed=match.num_tokens, match=match)
+    allocator.commit(made, made.num_tokens)
+    allocator.free(made)
+    return allocation.new_blocks[0]
+
+
+def test_blocks_without_content_are_taken_before_cached_ones():
+    allocator = make(num_blocks=7)
+    cached = serve(allocator, request("a", range(8)))
+    assert not set(serve(allocator, request("b", [50] * 3))) & set(cached)
+    assert allocator.match_prefix(request("again", range(9))).num_tokens == 8
+
+
+def test_the_least_recently_used_chain_goes_first_and_from_its_tail():
+    allocator = make(num_blocks=9)
+    serve(allocator, request("a", range(16)))
+    serve(allocator, request("b", range(100, 116)))
+    serve(allocator, request("a again", range(17)))  # needs one more block: b loses its last, a is used anew
+    assert allocator.match_prefix(request("x", range(17))).num_tokens == 16
+    assert allocator.match_prefix(request("x", range(100, 117))).num_tokens == 12
+
+
+def test_two_who_compute_the_same_keep_their_own_blocks():
+    allocator = make()
+    a, b = request("a", range(8)), request("b", range(8))
+    for made in (a, b):
+        allocator.allocate(made, 8, computed=0)
+    for made in (a, b):
+        allocator.commit(made, 8)
+    assert allocator.stats().num_cached == 2 and allocator.num_free() == 11
+    allocator.free(a)
+    assert allocator.match_prefix(request("c", range(9))).num_tokens == 8
+    allocator.free(b)
+    allocator.check_integrity()
+
+
+def test_a_window_needs_only_its_own_blocks():
+    allocator = make((KVGroup(1), KVGroup(1, window=5)))
+    first = request("first", range(16))
+    allocator.allocate(first, 16, computed=0)
+    allocator.commit(first, 16)
+    allocator.trim(first, 1, 12)
+    match = allocator.match_prefix(request("same", range(17)))
+    assert match.num_tokens == 16
+    assert match.blocks[1][:3] == (0, 0, 0) and match.blocks[1][3] != 0
+    assert len(match.blocks[0]) == 4 and 0 not in match.blocks[0]
+
+
+def test_all_groups_find_the_same_number_of_tokens():
+    allocator = make((KVGroup(1, window=5), KVGroup(1)), num_blocks=9)
+    first = request("first", range(16))
+    allocator.allocate(first, 16, computed=0)
+    allocator.commit(first, 16)
+    allocator._pools[0].forget(allocator._tables["first"].blocks[0][3])
+    assert allocator.match_prefix(request("same", range(17))).num_tokens == 12
+    allocator._pools[1].forget(allocator._tables["first"].blocks[1][1])
+    match = allocator.match_prefix(request("same", range(17)))
+    assert match.num_tokens == 4 and [len(blocks) for blocks in match.blocks] == [1, 1]
+
+
+def test_a_fork_past_the_window_is_refused():
+    allocator = make((KVGroup(1, window=4),))
+    parent, child = request("parent", range(30)), request("child", range(10))
+    allocator.allocate(parent, 30, computed=0)
+    allocator.trim(parent, 0, 27)
+    assert allocator.fork(parent, child, 9) is None
+    assert allocator.num_held(child) == 0
+    allocator.check_integrity()
+
+
+def test_events_are_recorded_from_the_first_call_on():
+    allocator = make(num_blocks=3)
+    serve(allocator, request("before", range(4)))
+    assert allocator.events() == []
+    (block,) = serve(allocator, request("a", range(10, 14)))
+    (stored,) = allocator.events()
+    assert stored == KVEvent(True, 0, block, stored.block_hash)
+    serve(allocator, request("b", [7] * 7))
+    removed = [event for event in allocator.events() if not event.stored]
+    assert KVEvent(False, 0, block, stored.block_hash) in removed
+    assert allocator.reset_prefix_cache() == 1
+    assert [event.stored for event in allocator.events()] == [False]
+
+
+def test_without_caching_nothing_is_found():
+    allocator = make(prefix_caching=False)
+    serve(allocator, request("a", range(8)))
+    assert allocator.match_prefix(request("b", range(9))).num_tokens == 0
+    assert allocator.stats().num_cached == 0
+
+
+def test_stats_count_what_was_looked_up_for_those_who_got_in():
+    allocator = make()
+    serve(allocator, request("a", range(8)))
+    serve(allocator, request("b", range(9)))
+    allocator.match_prefix(request("c", range(9)))
+    stats = allocator.stats()
+    assert (stats.num_blocks, stats.num_free, stats.prefix_queries, stats.prefix_hits) == (15, 15, 17, 8)
+
+
+def test_the_chain_covers_everything_before():
+    allocator = make()
+    a, b = request("a", [1] * 4 + [2] * 4), request("b", [2] * 4 + [2] * 4)
+    for made in (a, b):
+        serve(allocator, made)
+    assert len({*a.block_hashes, *b.block_hashes}) == 4
+
+
+def test_the_free_list_is_a_queue():
+    pool = BlockPool(5)
+    assert pool.free_list() == [1, 2, 3, 4]
+    blocks = pool.take(3)
+    pool.store(2, b"two")
+    pool.give(blocks)
+    assert pool.free_list() == [3, 1, 4, 2] and pool.num_free == 4
+    assert pool.take(4) == [3, 1, 4, 2] and pool.by_hash == {}

@@ -1,0 +1,170 @@
+"""The paged allocator against a model of what each block holds: hypothesis looks for the sequence that breaks it."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from quire.core.contracts.kv import KVGroup
+from quire.core.messages import EngineCoreRequest
+from quire.core.request import Request
+from quire.core.sampling_params import SamplingParams
+from quire.plugins.kv.paged import PagedAllocator
+
+GROUPS = [(KVGroup(1),), (KVGroup(1), KVGroup(1, window=5)), (KVGroup(1, window=3),)]
+
+
+class PagedMachine(RuleBasedStateMachine):
+    """Contents are modelled as text: slot -> all tokens up to it. A write into a slot that another request still reads,
+    or a match that leads to other contents, is found when the readers are checked."""
+
+    requests = Bundle("requests")
+
+    @initialize(groups=st.sampled_from(GROUPS), size=st.sampled_from([1, 2, 3]), blocks=st.integers(6, 24))
+    def start(self, groups, size, blocks):
+        self.allocator = PagedAllocator(groups, blocks, size)
+        self.size, self.blocks, self.groups = size, blocks, groups
+        self.slots = [{} for _ in groups]
+        self.tables, self.computed, self.trimmed, self.held = {}, {}, {}, []
+        self.count = 0
+
+    @rule(target=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), reserve=st.integers(0, 3))
+    def arrive(self, tokens, reserve):
+        request = self.request(tokens)
+        before = self.picture()
+        match = self.allocator.match_prefix(request)
+        assert self.picture() == before
+        assert match.num_tokens < len(tokens) and match.num_tokens % self.size == 0
+        allocation = self.allocator.allocate(
+            request, len(tokens), computed=match.num_tokens, match=match, reserve=reserve
+        )
+        if allocation is None:
+            assert self.picture() == before
+            return multiple()
+        assert self.allocator.num_free() >= reserve
+        self.tables[request] = [{} for _ in self.groups]
+        self.trimmed[request] = [self.first_read(group, match.num_tokens) for group in self.groups]
+        self.apply(request, allocation)
+        self.write(request, match.num_tokens, len(tokens))
+        return request
+
+    @rule(request=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5))
+    def grow(self, request, tokens):
+        computed = self.computed[request]
+        before = self.picture()
+        request.token_ids += tokens
+        allocation = self.allocator.allocate(request, computed + len(tokens), computed=computed)
+        if allocation is None:
+            assert self.picture() == before
+            del request.token_ids[computed:]
+        else:
+            self.apply(request, allocation)
+            self.write(request, computed, computed + len(tokens))
+
+    @rule(request=requests, late=st.integers(0, 4))
+    def commit(self, request, late):
+        self.allocator.commit(request, max(self.computed[request] - late, 0))
+
+    @rule(target=requests, parent=requests, late=st.integers(0, 2))
+    def fork(self, parent, late):
+        length = self.computed[parent] - late
+        if length < 1:
+            return multiple()
+        child = self.request(parent.token_ids[:length])
+        before = self.picture()
+        allocation = self.allocator.fork(parent, child, length)
+        if allocation is None:
+            assert self.picture() == before
+            assert any(group.window is not None for group in self.groups)
+            return multiple()
+        self.tables[child] = [{} for _ in self.groups]
+        self.trimmed[child] = [
+            max(first, self.first_read(group, length))
+            for group, first in zip(self.groups, self.trimmed[parent], strict=True)
+        ]
+        self.computed[child] = length
+        self.apply(child, allocation)
+        return child
+
+    @rule(request=requests)
+    def trim(self, request):
+        for index, group in enumerate(self.groups):
+            if group.window is not None:
+                before = self.first_read(group, self.computed[request])
+                self.allocator.trim(request, index, before)
+                self.trimmed[request][index] = max(self.trimmed[request][index], before)
+
+    @rule(request=consumes(requests))
+    def free(self, request):
+        self.allocator.free(request)
+        self.allocator.free(request)
+        del self.tables[request], self.computed[request], self.trimmed[request]
+
+    @rule(request=requests)
+    def hold(self, request):
+        blocks = sorted({*self.tables[request][0].values()} - {0})
+        live = [block for block in blocks if self.allocator._pools[0].refs[block]]
+        contents = {slot: text for slot, text in self.slots[0].items() if slot // self.size in live}
+        self.allocator.hold(0, live)
+        self.held.append((live, contents))
+
+    @rule()
+    def release(self):
+        if self.held:
+            blocks, _ = self.held.pop()
+            self.allocator.release(0, blocks)
+
+    @rule()
+    def reset(self):
+        self.allocator.reset_prefix_cache()
+
+    @invariant()
+    def sound(self):
+        if not hasattr(self, "allocator"):
+            return
+        self.allocator.check_integrity()
+        for request, tables in self.tables.items():
+            for index, table in enumerate(tables):
+                for position in range(self.trimmed[request][index], self.computed[request]):
+                    slot = table[position // self.size] * self.size + position % self.size
+                    assert self.slots[index].get(slot) == tuple(request.token_ids[: position + 1])
+
+    def teardown(self):
+        if hasattr(self, "allocator"):
+            for request in self.tables:
+                self.allocator.free(request)
+            while self.held:
+                self.release()
+            assert self.allocator.num_free() == self.blocks - 1
+            self.allocator.check_integrity()
+
+    def request(self, tokens):
+        self.count += 1
+        return Request(EngineCoreRequest(f"r{self.count}", list(tokens), SamplingParams(), 0), 1024)
+
+    def picture(self):
+        pools = self.allocator._pools
+        return [(list(p.refs), list(p.hashes), p.free_list(), p.num_free) for p in pools]
+
+    def first_read(self, group, computed):
+        return 0 if group.window is None else max(computed - group.window + 1, 0)
+
+    def apply(self, request, allocation):
+        for table, start, blocks in zip(self.tables[request], allocation.starts, allocation.new_blocks, strict=True):
+            table.update(enumerate(blocks, start))
+        for group, source, destination in allocation.copies:
+            for offset in range(self.size):
+                text = self.slots[group].get(source * self.size + offset)
+                self.slots[group][destination * self.size + offset] = text
+
+    def write(self, request, start, end):
+        held = {block for blocks, _ in self.held for block in blocks}
+        for index, table in enumerate(self.tables[request]):
+            for position in range(start, end):
+                block = table[position // self.size]
+                assert block != 0 and (index != 0 or block not in held), "a block was written that is not its own"
+                self.slots[index][block * self.size + position % self.size] = tuple(request.token_ids[: position + 1])
+        self.computed[request] = end
+
+
+TestPaged = PagedMachine.TestCase
+TestPaged.settings = settings(max_examples=100, stateful_step_count=40)

@@ -1,0 +1,192 @@
+"""Policies that misbehave, each in its way: the engine goes on, nobody is lost, and the log names the culprit."""
+
+import time
+
+import numpy as np
+import pytest
+
+from quire.core.contracts.policy import Columns, Grants, Reject, default_plan
+from quire.core.errors import QueueFullError
+from quire.plugins.sched.fcfs import FCFSPolicy
+
+
+def grants(rows, tokens, victims=None):
+    return Grants(np.array(rows), np.array(tokens), None if victims is None else np.array(victims))
+
+
+class After(FCFSPolicy):
+    """Behaves for a few steps, then does ``harm``."""
+
+    def __init__(self, harm):
+        super().__init__()
+        self.harm = harm
+        self.calls = 0
+
+    def plan(self, view):
+        self.calls += 1
+        return self.harm(view) if self.calls > 3 else default_plan(view)
+
+
+def raises(view):
+    raise ValueError("a bug")
+
+
+def exits(view):
+    raise KeyError
+
+
+def writes_into_the_view(view):
+    view.running.remaining[:] = 0
+
+
+HARMS = {
+    "raises": raises,
+    "raises without a text": exits,
+    "returns None": lambda view: None,
+    "returns lists": lambda view: Grants([0], [1]),
+    "returns floats": lambda view: grants([0.0], [1.0]),
+    "returns objects": lambda view: Grants(np.array([None]), np.array([1])),
+    "returns a matrix": lambda view: grants([[0]], [[1]]),
+    "names nobody": lambda view: grants([len(view.running) + len(view.waiting)], [1]),
+    "counts from the end": lambda view: grants([-1], [1]),
+    "names somebody twice": lambda view: grants([0, 0], [1, 1]),
+    "grants less than nothing": lambda view: grants([0], [-1]),
+    "has more rows than tokens": lambda view: grants([0, 1], [1]),
+    "names victims that do not run": lambda view: grants([0], [1], [len(view.running)]),
+    "names victims by float": lambda view: grants([0], [1], [0.5]),
+    "grants nothing, ever": lambda view: grants(np.empty(0, int), np.empty(0, int)),
+    "grants zero, ever": lambda view: grants([0], [0]),
+    "writes into the view": writes_into_the_view,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
+def test_a_policy_whose_plans_are_nonsense_is_replaced(make_engine, caplog, harm):
+    engine = make_engine(After(harm), num_blocks=30, rows=4, budget=10)
+    for i in range(12):
+        engine.add(f"r{i}", [i] * (1 + 2 * i), max_tokens=12)
+    engine.run()
+    assert set(engine.finished.values()) == {"length"} and len(engine.finished) == 12
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 1
+    (record,) = [r for r in caplog.records if r.name == "quire.sched"]
+    assert "After is quarantined" in record.getMessage() and "FCFSPolicy takes over" in record.getMessage()
+    assert engine.allocator.num_free() == 29
+
+
+def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
+    slow = After(lambda view: time.sleep(0.06) or default_plan(view))
+    engine = make_engine(slow)
+    engine.add("r", [1, 2, 3], max_tokens=20)
+    engine.run()
+    assert slow.calls == 6
+    assert "over 50, 3 times running" in caplog.text and engine.finished == {"r": "length"}
+
+
+def test_one_slow_plan_is_forgiven(make_engine):
+    slow = After(lambda view: (time.sleep(0.06) if slow.calls % 3 == 0 else None) or default_plan(view))
+    engine = make_engine(slow)
+    engine.add("r", [1, 2, 3], max_tokens=12)
+    engine.run()
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+
+
+def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
+
+    class Waiting(FCFSPolicy):
+        def plan(self, view):
+            nothing = np.empty(0, np.int64)
+            return Grants(nothing, nothing) if view.running.in_flight.any() else default_plan(view)
+
+    engine = make_engine(Waiting())
+    for i in range(4):
+        engine.add(f"r{i}", [1, 2, 3], max_tokens=8)
+    engine.run()
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+
+
+def test_excess_is_cut_not_punished(make_engine):
+    class Greedy(FCFSPolicy):
+        def plan(self, view):
+            rows = np.arange(len(view.running) + len(view.waiting))
+            return Grants(rows, np.full(len(rows), 10**6))
+
+    engine = make_engine(Greedy(), rows=3, budget=7, num_blocks=30)
+    for i in range(9):
+        engine.add(f"r{i}", [i] * 9, max_tokens=9)
+    for _ in range(20):
+        step = engine.launch()
+        assert step is None or (step.total_tokens <= 7 and len(step.rows) <= 3)
+        while engine.flights:
+            engine.land()
+    engine.run()
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+
+
+class BadKeys(FCFSPolicy):
+    def __init__(self, keys):
+        super().__init__()
+        self.keys = iter(keys)
+
+    def admission_key(self, request):
+        key = next(self.keys)
+        if isinstance(key, Exception):
+            raise key
+        return key
+
+
+@pytest.mark.parametrize(
+    "last",
+    [ValueError("a bug"), None, 3, [1], (None,), (float("nan"),), ("text",), (1, 2), ((1,),), (1 + 2j,)],
+    ids=repr,
+)
+def test_a_policy_whose_keys_are_nonsense_is_replaced(make_engine, last):
+    engine = make_engine(BadKeys([(3.5,), (2,), (1,), last]), rows=1)
+    for i in range(6):
+        engine.add(f"r{i}", [1, 2], max_tokens=2)
+    assert [request.request_id for request in engine.scheduler._queue.window(9)] == [f"r{i}" for i in range(6)]
+    engine.run()
+    assert list(engine.finished) == [f"r{i}" for i in range(6)]
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 1
+
+
+def test_a_rejection_is_an_answer_not_a_fault(make_engine):
+    engine = make_engine(BadKeys([(1,), Reject("the tenant is over its quota"), (2,)]))
+    engine.add("a", [1], max_tokens=1)
+    with pytest.raises(QueueFullError, match="over its quota"):
+        engine.add("b", [1], max_tokens=1)
+    engine.add("c", [1], max_tokens=1)
+    engine.run()
+    assert list(engine.finished) == ["a", "c"]
+    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+
+
+def test_finished_is_told_and_may_fail(make_engine):
+    class Accountant(FCFSPolicy):
+        def __init__(self, fails):
+            super().__init__()
+            self.fails, self.heard = fails, {}
+
+        def finished(self, request, usage):
+            self.heard[request.request_id] = usage
+            if self.fails:
+                raise RuntimeError("a bug")
+
+    for fails in (False, True):
+        policy = Accountant(fails)
+        engine = make_engine(policy)
+        engine.add("a", [1] * 9, max_tokens=5)
+        engine.run()
+        engine.add("b", [1] * 9, max_tokens=5)
+        engine.run()
+        assert engine.scheduler.stats()["policy_quarantines_total"] == fails
+        assert list(policy.heard) == (["a"] if fails else ["a", "b"])
+        usage = policy.heard["a"]
+        assert (usage.num_prompt_tokens, usage.num_output_tokens, usage.num_preemptions) == (9, 5, 0)
+        assert usage.run_ns > 0
+        if not fails:
+            assert policy.heard["b"].num_cached_tokens == 8
+
+
+def test_columns_refuse_unknown_names():
+    with pytest.raises(TypeError, match="no such column: speed"):
+        Columns(speed=np.zeros(1, np.int64))

@@ -1,0 +1,106 @@
+"""The waiting queue against a sorted list."""
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from quire.core.messages import EngineCoreRequest
+from quire.core.request import Request
+from quire.core.sampling_params import SamplingParams
+from quire.core.sched.queues import WaitingQueue
+
+FRONT = 4
+
+
+def make_request(number, key=0):
+    message = EngineCoreRequest(f"r{number}", list(range(1 + number % 7)), SamplingParams(), number, priority=key)
+    request = Request(message, 64)
+    request.rank = ((key,), number)
+    return request
+
+
+class QueueMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.queue = WaitingQueue(block_size=4, front=FRONT)
+        self.ready, self.parked = [], []
+        self.count = 0
+
+    @rule(key=st.integers(-3, 3), parked=st.booleans())
+    def arrive(self, key, parked):
+        request = make_request(self.count, key)
+        self.count += 1
+        if parked:
+            self.queue.park(request)
+            self.parked.append(request)
+        else:
+            self.queue.add(request)
+            self.ready.append(request)
+
+    @rule(data=st.data(), back=st.booleans())
+    @precondition(lambda self: self.ready)
+    def leave(self, data, back):
+        request = data.draw(st.sampled_from(self.ready))
+        self.queue.remove(request)
+        if back:  # as after a preemption: with the rank it had
+            self.queue.add(request)
+        else:
+            self.ready.remove(request)
+
+    @rule(data=st.data(), stays=st.booleans())
+    @precondition(lambda self: self.parked)
+    def unpark(self, data, stays):
+        request = data.draw(st.sampled_from(self.parked))
+        self.parked.remove(request)
+        if stays:
+            self.queue.unpark(request)
+            self.ready.append(request)
+        else:
+            self.queue.remove(request)
+
+    @rule()
+    def resort(self):
+        for request in self.ready + self.parked:
+            (key,), number = request.rank
+            request.rank = ((-key,), number)
+        self.queue.resort()
+
+    @invariant()
+    def is_a_sorted_list(self):
+        best = sorted(self.ready, key=lambda request: request.rank)[:FRONT]
+        assert self.queue.window(FRONT) == best
+        assert self.queue.window(2) == best[:2]
+        assert self.queue.num_ready == len(self.ready)
+        assert len(self.queue) == len(self.ready) + len(self.parked)
+        assert set(self.queue) == {*self.ready, *self.parked}
+        view = self.queue.view(FRONT)
+        assert view.prompt_len.tolist() == [request.prompt_len for request in best]
+        assert view.remaining.tolist() == [request.num_tokens for request in best]
+        assert view.priority.tolist() == [request.priority for request in best]
+
+
+TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def test_removed_requests_do_not_pile_up():
+    queue = WaitingQueue(block_size=4, front=FRONT)
+    requests = [make_request(number) for number in range(5000)]
+    for request in requests:
+        queue.add(request)
+    for request in requests[10:4990]:
+        queue.remove(request)
+    assert len(queue._heap) < 200
+    assert queue.window(FRONT) == requests[:FRONT]
+
+
+def test_columns_are_read_only_and_made_on_demand():
+    queue = WaitingQueue(block_size=4)
+    queue.add(make_request(5))
+    view = queue.view(10)
+    assert len(view) == 1 and "computed" not in vars(view)
+    for name in type(view).__mro__[1].__annotations__:
+        column = getattr(view, name)
+        assert column.dtype == np.int64 and len(column) == 1 and not column.flags.writeable, name
+    assert view.blocks_needed.tolist() == [2] and view.blocks_held.tolist() == [0]

@@ -1,0 +1,151 @@
+"""Scheduler, allocator and an in-order worker under random traffic: hypothesis looks for the sequence that breaks them.
+
+The worker checks every read against what must be there; the simulated engine every token against what the request
+would receive alone; the invariants here look into the allocator.
+"""
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from quire.core.config import SchedulerConfig
+from quire.core.contracts.kv import KVGroup
+from quire.core.testing.simulated_engine import SimulatedEngine
+from quire.plugins.kv.paged import PagedAllocator
+from quire.plugins.sched.fcfs import FCFSPolicy
+from quire.plugins.sched.priority import PriorityPolicy
+from quire.plugins.sched.sjf import SJFPolicy
+
+MAX_MODEL_LEN = 32
+VOCAB = 12  # small, so that stop tokens are drawn
+POLICIES = [FCFSPolicy, PriorityPolicy, SJFPolicy]
+GROUPS = [(KVGroup(1),), (KVGroup(1), KVGroup(1, window=6)), (KVGroup(1, window=5),), (KVGroup(1), KVGroup(2))]
+
+prompts = st.one_of(
+    st.lists(st.integers(0, 1), min_size=1, max_size=20),
+    st.integers(1, 24).map(lambda length: [7] * length),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        groups=st.sampled_from(GROUPS),
+        block_size=st.sampled_from([1, 2, 4]),
+        spare=st.integers(0, 24),
+        caching=st.booleans(),
+        rows=st.integers(1, 6),
+        budget=st.one_of(st.none(), st.integers(1, 40)),
+        watermark=st.sampled_from([0.0, 0.1, 0.3]),
+        policy=st.sampled_from(POLICIES),
+        depth=st.sampled_from([1, 2, 2, 3]),
+    )
+    def start(self, groups, block_size, spare, caching, rows, budget, watermark, policy, depth):
+        """The pool holds one request of full length and a little more; without a budget, prompts go whole."""
+        self.num_blocks = -(-MAX_MODEL_LEN // block_size) + 1 + spare
+        allocator = PagedAllocator(groups, self.num_blocks, block_size, prefix_caching=caching)
+        self.engine = SimulatedEngine(
+            allocator,
+            policy(),
+            FCFSPolicy(),
+            config=SchedulerConfig(rows, budget or MAX_MODEL_LEN, chunked_prefill=budget is not None),
+            watermark=watermark,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB,
+            depth=depth,
+        )
+        self.count = 0
+
+    def teardown(self):
+        """Whatever happened, everybody is served in the end and every block comes back."""
+        if not hasattr(self, "engine"):
+            return
+        engine = self.engine
+        engine.run(limit=200 + 40 * MAX_MODEL_LEN * max(self.count, 1))
+        self.sound()
+        assert engine.finished.keys() == engine.received.keys()
+        assert engine.allocator.num_free() == self.num_blocks - 1
+        assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+        assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+        engine.allocator.reset_prefix_cache()
+        assert engine.allocator.stats().num_cached == 0
+
+    @property
+    def alive(self):
+        return [name for name in self.engine.received if name not in self.engine.finished]
+
+    @rule(
+        prompt=prompts,
+        family=st.sampled_from([1, 1, 1, 2, 3]),
+        max_tokens=st.one_of(st.none(), st.integers(1, 16)),
+        eos=st.lists(st.integers(0, VOCAB - 1), max_size=2),
+        stops=st.lists(st.integers(0, VOCAB - 1), max_size=2),
+        min_tokens=st.integers(0, 4),
+        priority=st.integers(-1, 1),
+        salt=st.sampled_from([None, None, "salt"]),
+        prompt_logprobs=st.sampled_from([None, None, None, 1]),
+    )
+    def arrive(self, prompt, family, max_tokens, min_tokens, stops, **wishes):
+        first = f"r{self.count}"
+        for member in range(family):
+            self.engine.add(
+                f"r{self.count}",
+                prompt,
+                parent=first if member else None,
+                max_tokens=max_tokens,
+                min_tokens=min(min_tokens, max_tokens or MAX_MODEL_LEN),
+                stop_token_ids=stops,
+                **wishes,
+            )
+            self.count += 1
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.alive)
+    def abort(self, data):
+        self.engine.abort(data.draw(st.sampled_from(self.alive)))
+
+    @rule()
+    def launch(self):
+        self.engine.launch()
+
+    @rule()
+    @precondition(lambda self: self.engine.flights)
+    def land(self):
+        self.engine.land()
+
+    @rule()
+    @precondition(lambda self: self.engine.flights)
+    def fail(self):
+        self.engine.drop()
+
+    @rule(turns=st.integers(1, 12))
+    def serve(self, turns):
+        for _ in range(turns):
+            self.engine.turn()
+
+    @invariant()
+    def sound(self):
+        """Counts are exact, and what a running request will write is its own and nobody can find it."""
+        if not hasattr(self, "engine"):
+            return
+        allocator, table = self.engine.allocator, self.engine.scheduler._table
+        allocator.check_integrity()
+        for group, pool in enumerate(allocator._pools):
+            writable = Counter()
+            for row in table.order.tolist():
+                blocks = allocator._tables[table.ids[row]].blocks[group]
+                for block in blocks[int(table.computed[row]) // allocator.block_size :]:
+                    writable[block] += 1
+                    assert pool.refs[block] == 1, f"block {block} is writable and shared"
+                    assert pool.hashes[block] is None, f"block {block} is writable and findable"
+            assert not writable or max(writable.values()) == 1, "a block is writable by two"
+        running = [table.request(row) for row in table.order.tolist()]
+        assert [request.row for request in running] == table.order.tolist()
+        held = {request.request_id for request in running}
+        assert allocator._tables.keys() == held, "somebody holds blocks without running"
+        assert len(held) + self.engine.scheduler.num_waiting == len(self.alive), "a request was lost"
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=40)
