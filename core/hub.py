@@ -27,9 +27,9 @@ def resolve_model(name: str, *, revision: str | None = None, download_dir: str |
     if name in EMBEDDED:
         return _embedded(name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(f"model {name!r} is a file; give the folder that holds config.json and *.safetensors")
     if _looks_like_path(name):
         raise CheckpointError(
