@@ -1,0 +1,164 @@
+"""On a GPU: both backends against float64, over shapes, lengths, windows and block tables that the interpreter is too
+slow for, and the types that it computes wrongly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
+from quire.core.testing.checks_attention import TOLERANCE, Problem, compare, expected_attention, make_spec
+from quire.plugins.attention.torch_sdpa import TorchSDPABackend
+from quire.plugins.attention.triton.backend import TritonBackend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+BACKENDS = pytest.mark.parametrize("backend", [TritonBackend, TorchSDPABackend])
+
+
+@BACKENDS
+@HALF
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (28, 4), (16, 1)])
+def test_shapes(backend: type[AttentionBackend], dtype: torch.dtype, dim: int, heads: int, kv_heads: int) -> None:
+    spec = half(dtype, qk_head_dim=dim, v_head_dim=dim, num_heads=heads, num_kv_heads=kv_heads)
+    compare(backend, spec, [(1, 1), (1, 63), (1, 1025), (1, 4000), (130, 130), (257, 900), (1, 40)], num_decodes=4)
+
+
+@BACKENDS
+@HALF
+@pytest.mark.parametrize("window", [1, 17, 128, 1000])
+def test_windows(backend: type[AttentionBackend], dtype: torch.dtype, window: int) -> None:
+    spec = half(dtype, kind="sliding", window=window)
+    compare(backend, spec, [(1, 3), (1, 3000), (300, 300), (200, 1500)], lse=True)
+    compare(backend, spec, [(1, 3000), (200, 1500)], poison=True)
+
+
+@BACKENDS
+@HALF
+def test_softcap(backend: type[AttentionBackend], dtype: torch.dtype) -> None:
+    compare(backend, half(dtype, softcap=5.0, scale=0.5), [(1, 700), (200, 500)], lse=True)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_float32_is_exact(backend: type[AttentionBackend], dim: int) -> None:
+    """No tensor-core rounding of inputs."""
+    compare(backend, make_spec(qk_head_dim=dim, v_head_dim=dim), [(1, 1000), (100, 400)], lse=True)
+
+
+@HALF
+@pytest.mark.parametrize("block_size", [1, 8, 32, 64])
+def test_block_sizes(dtype: torch.dtype, block_size: int) -> None:
+    compare(TritonBackend, half(dtype, block_size=block_size), [(1, 333), (100, 250)], poison=True)
+
+
+@HALF
+def test_context_beyond_32_parts(dtype: torch.dtype) -> None:
+    """Parts longer than the shortest, and a request of one part beside them."""
+    spec = half(dtype, num_heads=2, num_kv_heads=1)
+    problem = Problem.random(spec, [(1, 40_000), (1, 30)])
+    got = steps(spec, [problem], limit=40_000)[0]
+    check(got, spec, problem)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_step(data: st.DataObject) -> None:
+    """Requests of any lengths, in any mixture."""
+    kv_heads = data.draw(st.sampled_from([1, 2, 4]))
+    window = data.draw(st.sampled_from([None, 5, 100]))
+    spec = half(
+        torch.bfloat16,
+        num_heads=kv_heads * data.draw(st.sampled_from([1, 3, 4, 8])),
+        num_kv_heads=kv_heads,
+        kind="full" if window is None else "sliding",
+        window=window,
+    )
+    decodes = data.draw(st.lists(st.integers(1, 1200), max_size=6))
+    chunks = data.draw(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 700)), max_size=4))
+    requests = [(1, length) for length in decodes] + [(count, before + count) for count, before in chunks]
+    if requests:
+        compare(TritonBackend, spec, requests, num_decodes=len(decodes), poison=True, seed=len(requests))
+
+
+@HALF
+def test_a_request_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    """Bit for bit, alone or among others, for decodes and chunks."""
+    spec = half(dtype)
+    for requests in ([(1, 777), (1, 20), (1, 3000)], [(37, 400), (200, 200)]):
+        together = Problem.random(spec, requests)
+        outs = steps(spec, [together])[0].split([queries for queries, _ in requests])
+        for i, (queries, _) in enumerate(requests):
+            start = sum(count for count, _ in requests[:i])
+            alone = Problem(
+                spec=spec,
+                requests=[requests[i]],
+                num_decodes=int(queries == 1),
+                q=together.q[start : start + queries],
+                keys=[together.keys[i]],
+                values=[together.values[i]],
+                table=together.table[i : i + 1],
+            )
+            assert torch.equal(steps(spec, [alone])[0], outs[i])
+
+
+def test_decode_replays_in_a_graph() -> None:
+    """Captured once at its upper bound, replayed after lengths, blocks and queries changed in place."""
+    spec, device = half(torch.bfloat16), torch.device("cuda")
+    first = Problem.random(spec, [(1, 100), (1, 2000), (1, 7)], seed=1)
+    second = Problem.random(spec, [(1, 1990), (1, 3), (1, 600)], seed=2, table_seed=5)
+    backend = TritonBackend(spec, device)
+    backend.prepare(AttentionLimits(8, 64, 4096, device))
+    batch = first.batch(device)
+    batch.max_seq_len = 4096
+    q, kv = first.q.cuda(), first.cache(backend, device)
+    out = torch.empty_like(q)
+    backend.plan(batch)
+    backend.run(0, q, kv, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.run(0, q, kv, out)
+    for problem in (second, first):
+        fresh = problem.batch(device)
+        batch.seq_lens.copy_(fresh.seq_lens)
+        batch.block_table.copy_(fresh.block_table)
+        q.copy_(problem.q)
+        source = problem.cache(backend, device)
+        kv.k[: len(source.k)].copy_(source.k)
+        kv.v[: len(source.v)].copy_(source.v)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(out.cpu(), spec, problem)
+
+
+def half(dtype: torch.dtype, **fields) -> AttentionSpec:
+    shape = {"num_heads": 8, "num_kv_heads": 2, "qk_head_dim": 128, "v_head_dim": 128, "scale": 128**-0.5}
+    return make_spec(dtype=dtype, kv_dtype=dtype, **(shape | fields))
+
+
+def steps(spec: AttentionSpec, problems: list[Problem], limit: int = 8192) -> list[torch.Tensor]:
+    """Outputs of the Triton backend, on the CPU."""
+    device = torch.device("cuda")
+    backend = TritonBackend(spec, device)
+    backend.prepare(AttentionLimits(64, 8192, limit, device))
+    outs = []
+    for problem in problems:
+        q = problem.q.to(device)
+        out = torch.empty(len(q), spec.num_heads, spec.v_head_dim, dtype=spec.dtype, device=device)
+        backend.plan(problem.batch(device))
+        backend.run(0, q, problem.cache(backend, device), out)
+        outs.append(out.cpu())
+    return outs
+
+
+def check(got: torch.Tensor, spec: AttentionSpec, problem: Problem) -> None:
+    tolerance = TOLERANCE[spec.dtype]
+    torch.testing.assert_close(got.double(), expected_attention(spec, problem)[0], atol=tolerance, rtol=tolerance)
