@@ -81,7 +81,7 @@ class LayerKV:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How one layer's share of a block lies in memory: K then V, each ``head`` (H, S, D) or ``slot`` (S, H, D) major."""
+    """How one layer lies in a block of memory: K then V, each ``head`` (H, S, D) or ``slot`` (S, H, D) major."""
 
     spec: AttentionSpec
     order: Literal["head", "slot"] = "head"
@@ -127,8 +127,11 @@ class AttentionBackend(ABC):
 
     Promised to a backend: ``plan`` comes before the ``run`` calls of its step, K and V of the step's tokens are
     already written (unless ``writes_kv``), requests with one query token come first, and ``seq_lens`` counts the
-    step's own tokens. A backend never reads a device tensor on the host and never allocates in ``plan`` or ``run``
-    for a captured shape.
+    step's own tokens; its tensors stay as they are until the step's last ``run``.
+
+    Promised by a backend: slots that belong to no token of a request, or lie before its window, may hold anything,
+    NaN included, and change nothing. It never allocates in ``plan`` or ``run`` for a captured shape, and reads no
+    device tensor on the host unless its ``graph_support`` is empty.
     """
 
     graph_support: frozenset[GraphKind] = frozenset()

@@ -6,6 +6,8 @@ merged from first to last, so its result does not depend on what runs beside it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -79,7 +81,7 @@ def decode(
         merge_kernel[grid](out, lse, parts, part_lse, batch.seq_lens, **common, **kept, num_warps=4)
 
 
-def decode_constants(spec: AttentionSpec) -> tuple[dict[str, object], dict[str, int]]:
+def decode_constants(spec: AttentionSpec) -> tuple[dict[str, Any], dict[str, int]]:
     """(compile-time constants, launch options) for ``spec``."""
     wide = spec.dtype == torch.float32
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
@@ -87,7 +89,7 @@ def decode_constants(spec: AttentionSpec) -> tuple[dict[str, object], dict[str, 
     exact = {64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)}
     keys, warps, stages = (exact if wide else narrow)[dim]
     group = spec.num_heads // spec.num_kv_heads
-    constants: dict[str, object] = {
+    constants: dict[str, Any] = {
         "kv_heads": spec.num_kv_heads,
         "group": group,
         "page": spec.block_size,

@@ -6,6 +6,8 @@ keys is read once for the whole group. The grid is an upper bound known on the h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +56,7 @@ def prefill(
     )
 
 
-def prefill_constants(spec: AttentionSpec) -> tuple[dict[str, object], dict[str, int]]:
+def prefill_constants(spec: AttentionSpec) -> tuple[dict[str, Any], dict[str, int]]:
     """(compile-time constants, launch options) for ``spec``: query tiles of 128 rows in 16-bit types."""
     wide = spec.dtype == torch.float32
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
@@ -62,7 +64,7 @@ def prefill_constants(spec: AttentionSpec) -> tuple[dict[str, object], dict[str,
     narrow = {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}
     exact = {64: (32, 32, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)}
     rows, keys, warps, stages = (exact if wide else narrow)[dim]
-    constants: dict[str, object] = {
+    constants: dict[str, Any] = {
         "heads": spec.num_heads,
         "group": spec.num_heads // spec.num_kv_heads,
         "page": spec.block_size,
