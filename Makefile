@@ -43,8 +43,7 @@ aot: dev ## compile every Triton kernel for sm_90, without a GPU
 	env -u TRITON_INTERPRET $(PYTEST) -m aot $(TESTS)
 
 lint: dev ## ruff: rules and format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status
 
 format: dev ## rewrite to the format that lint wants
 	$(BIN)/ruff check --fix .
