@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.kv import Allocation, KVAllocator
-from quire.core.messages import BlockDiff, NewRequest, SchedulerOutput
+from quire.core.messages import SchedulerOutput
 from quire.core.request import Request
+from quire.core.sched.draft import Draft
 from quire.core.sched.guard import Plan
 from quire.core.sched.queues import WaitingQueue
 from quire.core.sched.table import NEVER, RunningTable
 
-__all__ = ["Draft", "Realiser"]
+__all__ = ["Realiser"]
 
 _AHEAD = 3
 """Blocks given to a decoding request beyond the one it needs, while many are free: fewer calls and fewer messages."""
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step in the making."""
-
-    rows: list[NDArray[np.int64]] = field(default_factory=list)
-    tokens: list[NDArray[np.int64]] = field(default_factory=list)
-    new_requests: list[NewRequest] = field(default_factory=list)
-    diffs: list[BlockDiff] = field(default_factory=list)
-    copies: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(row, group, source, destination)"""
-    budget_left: int = 0
-    owed: int = 0
-    """Blocks that the running requests still need for what they know."""
-    blocked: bool = False
-    """Blocks ran out: no newcomer may be admitted any more."""
-    refunded: bool = False
-    """A newcomer needed less than its grant, because part of its prompt is cached."""
-
-    def taken(self) -> NDArray[np.int64]:
-        """Rows that already have their share of this step."""
-        return np.concatenate(self.rows) if self.rows else np.empty(0, np.int64)
 
 
 class Realiser:
@@ -145,7 +122,7 @@ class Realiser:
         draft.budget_left -= int(tokens.sum())
         if gone:
             draft.blocked = True
-            self._scrub(draft)
+            draft.scrub(table.stamps)
 
     def _extend(self, draft: Draft, row: int, request: Request, computed: int, need: int, victims: list[int]) -> bool:
         """Give a running request blocks for ``need`` tokens. False if somebody had to go for it."""
@@ -156,7 +133,7 @@ class Realiser:
             self._preempt(self._table.request(victim))
             if victim == row:
                 return False
-        self._record(draft, row, allocation)
+        draft.record(row, allocation)
         return undisturbed
 
     def _victim(self, victims: list[int]) -> int:
@@ -169,16 +146,6 @@ class Realiser:
             if row != oldest and (order == row).any():
                 return row
         return int(order[-1])
-
-    def _scrub(self, draft: Draft) -> None:
-        """Forget what was noted for requests preempted since. Their rows are free: nobody is admitted after that."""
-        stamps = self._table.stamps
-        kept = [stamps[rows] > 0 for rows in draft.rows]
-        draft.tokens = [tokens[keep] for tokens, keep in zip(draft.tokens, kept, strict=True) if keep.any()]
-        draft.rows = [rows[keep] for rows, keep in zip(draft.rows, kept, strict=True) if keep.any()]
-        draft.new_requests = [new for new in draft.new_requests if stamps[new.row] > 0]
-        draft.diffs = [diff for diff in draft.diffs if stamps[diff.row] > 0]
-        draft.copies = [copy for copy in draft.copies if stamps[copy[0]] > 0]
 
     def _admit(self, draft: Draft, request: Request, tokens: int) -> bool:
         """Move a request from the queue to the table, if its blocks can be had."""
@@ -205,25 +172,14 @@ class Realiser:
         self._queue.remove(request)
         row = table.admit(request, computed, table.block_end(computed + granted - 1))
         if forked is not None:
-            self._record(draft, row, forked)
-        self._record(draft, row, allocation)
+            draft.record(row, forked)
+        draft.record(row, allocation)
         if not request.first_grant_ns:
             request.first_grant_ns = self._clock()
             request.num_cached_tokens = computed
         if request.prompt_logprobs is not None and request.num_output_tokens == 0:
             request.prompt_logprobs = []
-        draft.new_requests.append(
-            NewRequest(
-                row=row,
-                request_id=request.request_id,
-                token_ids=list(request.token_ids),
-                prompt_len=request.prompt_len,
-                num_computed=computed,
-                params=request.params,
-                seed=request.seed,
-                stop_token_ids=request.stop_ids,
-            )
-        )
+        draft.introduce(request, computed)
         draft.rows.append(np.array([row], np.int64))
         draft.tokens.append(np.array([granted], np.int64))
         draft.budget_left -= granted
@@ -247,13 +203,6 @@ class Realiser:
         order = table.order
         missing = np.minimum(table.known[order], table.limit[order]) - table.capacity[order]
         return int(np.maximum((missing + size - 1) // size, 0).sum())
-
-    def _record(self, draft: Draft, row: int, allocation: Allocation) -> None:
-        for group, blocks in enumerate(allocation.new_blocks):
-            if blocks:
-                draft.diffs.append(BlockDiff(group, row, allocation.starts[group], blocks))
-        if allocation.copies:
-            draft.copies.extend((row, *copy) for copy in allocation.copies)
 
     def _trim(self, row: int) -> None:
         """Give up blocks that every later query of the row has left behind."""

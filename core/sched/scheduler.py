@@ -9,13 +9,16 @@ from collections.abc import Callable
 from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
-from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
+from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
 from quire.core.request import Request, RequestStatus
+from quire.core.sched.draft import Draft
+from quire.core.sched.families import Families
 from quire.core.sched.guard import PolicyGuard
 from quire.core.sched.landing import Flight, Landing
+from quire.core.sched.limits import RequestLimits
 from quire.core.sched.queues import FRONT, WaitingQueue
-from quire.core.sched.realiser import Draft, Realiser
+from quire.core.sched.realiser import Realiser
 from quire.core.sched.table import RunningTable
 
 __all__ = ["Scheduler"]
@@ -40,27 +43,19 @@ class Scheduler:
         max_model_len: int,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        if not config.chunked_prefill and config.max_num_batched_tokens < max_model_len:
-            raise ConfigError(
-                f"max_num_batched_tokens={config.max_num_batched_tokens} cannot hold a prompt of max_model_len="
-                f"{max_model_len} tokens; raise it, or turn chunked prefill on"
-            )
+        self._limits = RequestLimits(config, allocator, max_model_len)
         self._config = config
         self._allocator = allocator
-        self._max_model_len = max_model_len
         self._clock = clock
-        self._usable = allocator.num_blocks - 1
-        windows = [group.window for group in allocator.groups]
-        self._longest_window = None if None in windows else max((w for w in windows if w is not None), default=None)
         self._table = RunningTable(
             config.max_num_seqs,
             allocator.block_size,
-            trims=any(window is not None for window in windows),
+            trims=any(group.window is not None for group in allocator.groups),
             stores=allocator.prefix_caching,
         )
         self._queue = WaitingQueue(allocator.block_size)
         self._requests: dict[str, Request] = {}
-        self._children: dict[str, list[Request]] = {}
+        self._families = Families()
         self._flights: deque[Flight] = deque()
         self._guard = PolicyGuard(policy, fallback, self._rekey)
         self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark)
@@ -68,7 +63,7 @@ class Scheduler:
             self._table,
             self._queue,
             allocator,
-            watermark=int(cache.watermark * self._usable),
+            watermark=int(cache.watermark * (allocator.num_blocks - 1)),
             preempt=self._preempt,
             requests=self._requests,
             clock=clock,
@@ -79,9 +74,9 @@ class Scheduler:
 
     def add(self, message: EngineCoreRequest) -> None:
         """Queue a request. Raises ``InvalidRequestError`` if it can never run, ``QueueFullError`` if not now."""
-        self._validate(message)
-        request = Request(message, self._max_model_len)
-        self._check_fits(request)
+        if message.request_id in self._requests:
+            raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
+        request = self._limits.admit(message, self.num_waiting)
         request.rank = (self._guard.key(_info(request)), self._arrivals)
         self._arrivals += 1
         if request.params.prompt_logprobs is not None:
@@ -89,7 +84,7 @@ class Scheduler:
         self._requests[request.request_id] = request
         parent = self._requests.get(request.parent_id or "")
         if parent is not None and not self._prompt_done(parent):
-            self._children.setdefault(parent.request_id, []).append(request)
+            self._families.hold(request)
             self._queue.park(request)
         else:
             self._queue.add(request)
@@ -199,7 +194,7 @@ class Scheduler:
         self._steps += 1
         flight = Flight.of(step, self._table)
         self._flights.append(flight)
-        if self._children:
+        if self._families:
             for request in flight.requests[step.samples]:
                 self._release_children(request)
         return step
@@ -231,7 +226,8 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
-        self._leave_family(request)
+        self._families.leave(request)
+        self._release_children(request)
         if self._guard.listens:
             self._guard.finished(_info(request), self._usage(request))
 
@@ -255,52 +251,14 @@ class Scheduler:
         return request.row >= 0 and bool(self._table.computed[request.row] >= request.prompt_len)
 
     def _release_children(self, parent: Request) -> None:
-        for child in self._children.pop(parent.request_id, ()):
+        for child in self._families.release(parent):
             self._queue.unpark(child)
-
-    def _leave_family(self, request: Request) -> None:
-        self._release_children(request)
-        siblings = self._children.get(request.parent_id or "")
-        if siblings is not None and request in siblings:
-            siblings.remove(request)
 
     def _rekey(self) -> None:
         """Another policy: rank everybody anew, those running too, who may come back."""
         for request in self._requests.values():
             request.rank = (self._guard.key(_info(request)), request.rank[1])
         self._queue.resort()
-
-    # ---- what add() refuses
-
-    def _validate(self, message: EngineCoreRequest) -> None:
-        size, limit = len(message.prompt_token_ids), self._max_model_len
-        if message.request_id in self._requests:
-            raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
-        if size == 0:
-            raise InvalidRequestError("the prompt has 0 tokens; it needs at least one", "prompt")
-        if size > limit - 1:
-            raise InvalidRequestError(
-                f"the prompt has {size} tokens, but with max_model_len={limit} at most {limit - 1} leave room for an "
-                "answer; shorten it",
-                "prompt",
-            )
-        queued, most = self.num_waiting, self._config.max_queued
-        if most is not None and queued >= most:
-            raise QueueFullError(f"{queued} requests are queued and max_queued={most}; try again later")
-
-    def _check_fits(self, request: Request) -> None:
-        """Alone in the cache, the request must be able to reach its end: that is what guarantees progress."""
-        size, total = self._allocator.block_size, request.max_total_tokens - 1
-        span = total
-        if self._longest_window is not None:
-            span = min(total, self._longest_window + self._config.max_num_batched_tokens + size)
-        need = -(-span // size)
-        if need > self._usable:
-            raise InvalidRequestError(
-                f"the request may grow to {request.max_total_tokens} tokens, which takes {need} KV blocks of {size}, "
-                f"but the cache has {self._usable}; lower max_tokens (or max_model_len), or give the cache more memory",
-                "max_tokens",
-            )
 
 
 def _info(request: Request) -> RequestInfo:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -11,6 +9,7 @@ from typing import Any
 
 from quire.core.contracts.kv import Allocation, KVAllocator, KVEvent, KVGroup, KVStats, PrefixMatch
 from quire.core.request import Request
+from quire.plugins.kv.hashing import hash_chain
 from quire.plugins.kv.pool import SINK, BlockPool
 
 __all__ = ["PagedAllocator"]
@@ -43,7 +42,7 @@ class PagedAllocator(KVAllocator):
         """Walk the chain until a block is missing from a group without a window, then fit the windows."""
         if not self.prefix_caching or request.skip_prefix_cache:
             return PrefixMatch(0, tuple(() for _ in self.groups))
-        hashes = self._chain(request, (len(request.token_ids) - 1) // self.block_size)
+        hashes = hash_chain(request, self.block_size, (len(request.token_ids) - 1) // self.block_size)
         length = len(hashes)
         for group, pool in zip(self.groups, self._pools, strict=True):
             if group.window is None:
@@ -97,7 +96,7 @@ class PagedAllocator(KVAllocator):
         if table is None or not self.prefix_caching:
             return
         full = num_tokens // self.block_size
-        hashes = self._chain(request, full)
+        hashes = hash_chain(request, self.block_size, full)
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
             for i in range(table.num_stored, full):
                 if blocks[i] != SINK:
@@ -222,19 +221,6 @@ class PagedAllocator(KVAllocator):
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
                 pool.claim(blocks)
 
-    def _chain(self, request: Request, count: int) -> list[bytes]:
-        """The hashes of the first ``count`` full blocks, extending what the request remembers."""
-        hashes, size = request.block_hashes, self.block_size
-        done = len(hashes)
-        if count > done:
-            width = 4 * size
-            data = memoryview(array("i", request.token_ids[done * size : count * size])).cast("B")
-            parent = hashes[-1] if hashes else _digest(repr(request.extra_keys).encode())
-            for i in range(0, (count - done) * width, width):
-                parent = _digest(parent + data[i : i + width])
-                hashes.append(parent)
-        return hashes[:count] if len(hashes) > count else hashes
-
     def _window_start(self, window: int, num_tokens: int) -> int:
         """The first block that the token at position ``num_tokens`` reads."""
         return max(num_tokens - window + 1, 0) // self.block_size
@@ -269,7 +255,3 @@ class _Table:
         self.num_stored = 0
         """Blocks from the start that ``commit`` has seen."""
         self.num_trimmed = [0] * len(blocks)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()

@@ -21,6 +21,10 @@ class PriorityPolicy(BatchingPolicy):
         aging: float = 60.0
         """Seconds of waiting that outweigh one level of priority; 0: priority is absolute."""
 
+        def __post_init__(self) -> None:
+            if not 0 <= self.aging <= 1e6:
+                raise ValueError(f"aging is in seconds, 0 to 1000000, got {self.aging}")
+
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options or self.Options())
 

@@ -21,6 +21,10 @@ class SJFPolicy(BatchingPolicy):
         aging: float = 10.0
         """Seconds of waiting that outweigh a thousand prompt tokens; 0: length alone counts."""
 
+        def __post_init__(self) -> None:
+            if not 0 <= self.aging <= 1e6:
+                raise ValueError(f"aging is in seconds, 0 to 1000000, got {self.aging}")
+
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options or self.Options())
 

@@ -3,6 +3,7 @@
 import pytest
 
 from quire.core.contracts.policy import RequestInfo
+from quire.core.errors import PluginError
 from quire.core.plugin_options import parse_options
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.plugins.sched.priority import PriorityPolicy
@@ -37,3 +38,10 @@ def test_ageing_lets_the_patient_through(make_engine, cls):
     for aging, first in (("0", fresh), ("1", patient), ("1000", fresh)):
         policy = cls(parse_options(cls, {"aging": aging}))
         assert min(patient, fresh, key=lambda who: rank(policy, *who)) == first
+
+
+@pytest.mark.parametrize("cls", [PriorityPolicy, SJFPolicy])
+@pytest.mark.parametrize("value", ["-1", "inf", "nan", "soon"])
+def test_ageing_must_make_sense(cls, value):
+    with pytest.raises(PluginError, match="aging"):
+        parse_options(cls, {"aging": value})

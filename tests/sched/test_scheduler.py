@@ -300,7 +300,7 @@ def test_a_child_may_leave_before_its_parent_has_come_far(make_engine):
     engine.launch()
     engine.abort("child")
     engine.run()
-    assert engine.scheduler._children == {} and engine.scheduler.num_waiting == 0
+    assert not engine.scheduler._families and engine.scheduler.num_waiting == 0
 
 
 def test_a_stranger_is_no_parent(make_engine):

@@ -1,0 +1,33 @@
+"""Children that wait until their parent's prompt is computed, so as to share it (``n > 1``)."""
+
+from __future__ import annotations
+
+from quire.core.request import Request
+
+__all__ = ["Families"]
+
+
+class Families:
+    """Who waits for whom. Truthy while anybody does."""
+
+    def __init__(self) -> None:
+        self._children: dict[str, list[Request]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._children)
+
+    def hold(self, child: Request) -> None:
+        """The child waits for its ``parent_id``."""
+        self._children.setdefault(child.parent_id or "", []).append(child)
+
+    def release(self, parent: Request) -> list[Request]:
+        """Those who waited for ``parent``, in order of arrival. They wait no more."""
+        return self._children.pop(parent.request_id, [])
+
+    def leave(self, request: Request) -> None:
+        """The request waits no more, if it did."""
+        siblings = self._children.get(request.parent_id or "", [])
+        if request in siblings:
+            siblings.remove(request)
+            if not siblings:
+                del self._children[request.parent_id or ""]
