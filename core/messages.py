@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.sampling_params import SamplingParams
+from quire.core.stats import StepStats
 
 __all__ = [
     "BlockDiff",
@@ -133,6 +134,8 @@ class ModelRunnerOutput:
     """By index into the step, only for requests that asked."""
     prompt_logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     """Positions of the granted chunk whose next token is a prompt token; column 0 is that token."""
+    ran_us: float = 0.0
+    """Time on the device, microseconds; see ``StepStats``."""
     quarantined: list[str] = field(default_factory=list)
     """Plugins of the worker switched off during the step, as "kind/name: reason"."""
 
@@ -171,6 +174,8 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     timestamp_ns: int = 0
     stats: dict[str, float] | None = None
     """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
+    steps: list[StepStats] = []
+    """The steps committed since the last message."""
 
 
 # ---- front -> user -----------------------------------------------------------------------------------------------

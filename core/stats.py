@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ENGINE_STATS", "RequestStats"]
+import msgspec
+
+__all__ = ["ENGINE_STATS", "RequestStats", "StepStats"]
 
 ENGINE_STATS: dict[str, str] = {
     "num_requests_running": "Requests in the running batch",
@@ -20,6 +22,29 @@ ENGINE_STATS: dict[str, str] = {
     "plugin_quarantines_total": "Other plugins switched off after misbehaving",
 }
 """Name -> help, as the engine core reports them. Names ending in ``_total`` are monotonic counters, others gauges."""
+
+
+class StepStats(msgspec.Struct, array_like=True):
+    """One engine step: its shape, and where its time went. Times in microseconds, from one monotonic clock."""
+
+    step: int
+    num_reqs: int
+    num_decodes: int
+    num_tokens: int
+    start_us: float
+    """When planning began."""
+    schedule_us: float
+    """Planning."""
+    launch_us: float
+    """From the plan to the last kernel queued; on a CPU, to handing the step over."""
+    ran_us: float
+    """On the device: between the step's first and last kernel, or on a CPU the time it took."""
+    wait_us: float
+    """The host stood still for the step's tokens. Near zero where the host is the slower one."""
+    end_us: float
+    """When its tokens were known to the host."""
+    commit_us: float
+    """Booking the tokens."""
 
 
 @dataclass(frozen=True, slots=True)

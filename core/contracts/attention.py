@@ -154,7 +154,7 @@ class AttentionBackend(ABC):
         """The memory layout this backend reads fastest."""
         return KVLayout(self.spec)
 
-    def prepare(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:  # noqa: B027
+    def prepare(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
         """Allocate every workspace and compile every variant. Called once, before the first step."""
 
     @abstractmethod

@@ -20,7 +20,7 @@ class LogitsBatch:
     """Which request each line of logits belongs to."""
 
     rows: list[int]
-    """(n,) row in the request table of each line, on the host. Rows are stable: a request keeps its row while it runs."""
+    """(n,) row in the request table of each line, on the host. A request keeps its row while it runs."""
     positions: list[int]
     """(n,) host upper bound of the position of the token to be drawn (exact without drafts)."""
     token_ids: Tensor

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from quire.core.stats import RequestStats
+from quire.core.stats import RequestStats, StepStats
 
 __all__ = ["MetricsExporter"]
 
 
 class MetricsExporter(ABC):
-    """Lives in the front process. Called from its event loop: must not block. One that raises is dropped, and logged."""
+    """Lives in the front process, on its event loop: must not block. One that raises is dropped, and logged."""
 
     def __init__(self, labels: Mapping[str, str], options: Any = None) -> None:
         self.labels = dict(labels)
@@ -30,9 +30,12 @@ class MetricsExporter(ABC):
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """Tokens reached callers: counts, a time to first token if one did, and gaps between tokens, in seconds."""
 
+    def record_step(self, stats: StepStats) -> None:
+        """An engine step was committed. Called for every step: keep it cheap."""
+
     def render(self) -> tuple[str, bytes] | None:
         """(content type, body) for ``GET /metrics``; None if this exporter pushes."""
         return None
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Flush and stop."""

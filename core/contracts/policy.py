@@ -144,7 +144,7 @@ class BatchingPolicy(ABC):
         """
         return default_plan(view)
 
-    def finished(self, request: RequestInfo, usage: Usage) -> None:  # noqa: B027
+    def finished(self, request: RequestInfo, usage: Usage) -> None:
         """A request left the engine."""
 
 

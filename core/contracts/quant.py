@@ -84,7 +84,7 @@ class LinearMethod(ABC):
         """Copy one checkpoint tensor (``weight``, ``bias``, ``qweight`` ...) of part ``part`` into place, taking this
         rank's shard. Raises ``CheckpointError`` naming the tensor if its shape is wrong."""
 
-    def process_weights(self, layer: nn.Module) -> None:  # noqa: B027
+    def process_weights(self, layer: nn.Module) -> None:
         """Repack after everything is loaded."""
 
     @abstractmethod

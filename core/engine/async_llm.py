@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from quire.core.messages import RequestOutput
 from quire.core.plugin_manager import load_target
 from quire.core.plugin_options import parse_options
 from quire.core.sampling_params import SamplingParams
+from quire.core.stats import StepStats
+from quire.core.trace import TRACED_STEPS
 
 __all__ = ["AsyncLLM"]
 
@@ -46,6 +49,8 @@ class AsyncLLM:
         self._outputs = OutputProcessor(self.tokenizer, self._exporters)
         self._streams: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
         self._ids = itertools.count()
+        self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
+        """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
         self._log_level = log_level
         self._client: ProcessClient | None = None
@@ -179,6 +184,9 @@ class AsyncLLM:
                     self._put(output.request_id, output)
                 for name, reason in made.errors:
                     self._put(name, _as_error(reason))
+                for step in outputs.steps:
+                    self.steps.append(step)
+                    self._exporters.record_step(step)
                 if outputs.stats is not None:
                     self._stats = outputs.stats
                     self._exporters.record_engine(outputs.stats)

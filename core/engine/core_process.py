@@ -71,7 +71,7 @@ class CoreProcess:
                 _take(core, message)
             if core.has_work:
                 outputs = core.step()
-                if outputs.outputs or outputs.stats:
+                if outputs.outputs or outputs.stats or outputs.steps:
                     self._send(Outputs(outputs))
 
     def _received(self) -> list[ToCore]:

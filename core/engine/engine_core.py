@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, Pending
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.errors import InvalidRequestError, QueueFullError
-from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, SchedulerOutput
+from quire.core.messages import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    ModelRunnerOutput,
+    SchedulerOutput,
+)
 from quire.core.plugin_manager import load_target
 from quire.core.plugin_options import parse_options
 from quire.core.sched.scheduler import Scheduler
+from quire.core.stats import StepStats
 
 __all__ = ["EngineCore"]
 
@@ -41,7 +49,8 @@ class EngineCore:
         except BaseException:
             self._executor.shutdown()
             raise
-        self._under_way: deque[tuple[SchedulerOutput, Pending]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
+        self._traced: list[StepStats] = []
         self._rejected: list[EngineCoreOutput] = []
         self._quarantines = 0
         self._stats_at = 0
@@ -70,17 +79,19 @@ class EngineCore:
         """Launch what can be launched, then wait for the oldest step under way. May return no outputs."""
         launched = False
         if len(self._under_way) < _DEPTH:
+            start = time.perf_counter_ns()
             step = self.scheduler.schedule()
             if step is not None:
                 launched = True
-                self._launch(step)
+                self._launch(step, start)
         outputs = self._rejected
         self._rejected = []
         if self._under_way and not (launched and len(self._under_way) < _DEPTH):
             outputs.extend(self._commit())
         elif not self._under_way and not outputs:
             time.sleep(0.001)  # a policy that holds back: do not spin
-        return EngineCoreOutputs(outputs, time.time_ns(), self._stats_now(force=not self.has_work))
+        traced, self._traced = self._traced, []
+        return EngineCoreOutputs(outputs, time.time_ns(), self._stats_now(force=not self.has_work), traced)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
@@ -92,21 +103,28 @@ class EngineCore:
         """Stop the workers. Idempotent."""
         self._executor.shutdown()
 
-    def _launch(self, step: SchedulerOutput) -> None:
+    def _launch(self, step: SchedulerOutput, start: int) -> None:
+        planned = time.perf_counter_ns()
+        pending: Pending
         try:
-            self._under_way.append((step, self._executor.execute(step)))
+            pending = self._executor.execute(step)
         except Exception as error:
-            self._under_way.append((step, _Failed(error)))
+            pending = _Failed(error)
+        self._under_way.append(_UnderWay(step, pending, start, planned, time.perf_counter_ns()))
 
     def _commit(self) -> list[EngineCoreOutput]:
-        step, pending = self._under_way.popleft()
+        under_way = self._under_way.popleft()
+        step, waited = under_way.step, time.perf_counter_ns()
         try:
-            result = pending.result()
+            result = under_way.pending.result()
         except Exception as error:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
             return self.scheduler.drop(step, f"{type(error).__name__}: {error}")
         self._quarantines += len(result.quarantined)
-        return self.scheduler.commit(step, result)
+        known = time.perf_counter_ns()
+        outputs = self.scheduler.commit(step, result)
+        self._traced.append(under_way.stats(result, waited, known, time.perf_counter_ns()))
+        return outputs
 
     def _stats_now(self, force: bool) -> dict[str, float] | None:
         now = time.monotonic_ns()
@@ -139,6 +157,32 @@ class EngineCore:
         choice = self.config.plugin(kind)
         cls = load_target(choice.target, "quire.core.contracts.policy:BatchingPolicy")
         return cls(parse_options(cls, choice.options))
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A launched step, and when what happened to it; nanoseconds."""
+
+    step: SchedulerOutput
+    pending: Pending
+    start: int
+    planned: int
+    launched: int
+
+    def stats(self, result: ModelRunnerOutput, waited: int, known: int, booked: int) -> StepStats:
+        return StepStats(
+            step=self.step.step,
+            num_reqs=len(self.step.rows),
+            num_decodes=self.step.num_decodes,
+            num_tokens=self.step.total_tokens,
+            start_us=self.start / 1e3,
+            schedule_us=(self.planned - self.start) / 1e3,
+            launch_us=(self.launched - self.planned) / 1e3,
+            ran_us=result.ran_us,
+            wait_us=(known - waited) / 1e3,
+            end_us=known / 1e3,
+            commit_us=(booked - known) / 1e3,
+        )
 
 
 class _Failed:

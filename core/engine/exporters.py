@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from quire.core.contracts.metrics import MetricsExporter
-from quire.core.stats import RequestStats
+from quire.core.stats import RequestStats, StepStats
 
 __all__ = ["Exporters"]
 
@@ -30,6 +30,10 @@ class Exporters:
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """See ``MetricsExporter``."""
         self._each(lambda exporter: exporter.record_tokens(num_prompt, num_generated, ttft_s, itl_s))
+
+    def record_step(self, stats: StepStats) -> None:
+        """See ``MetricsExporter``."""
+        self._each(lambda exporter: exporter.record_step(stats))
 
     def close(self) -> None:
         """Close every exporter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.plugin_manager import load_target
 from quire.core.sampling_params import SamplingParams
+from quire.core.stats import StepStats
+from quire.core.trace import TRACED_STEPS
 
 __all__ = ["LLM"]
 
@@ -48,6 +51,8 @@ class LLM:
         )
         self._outputs = OutputProcessor(self.tokenizer, Exporters())
         self._ids = itertools.count()
+        self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
+        """The last steps of the engine; ``quire.core.trace.chrome_trace`` makes a picture of them."""
 
     @property
     def ready_line(self) -> str:
@@ -108,7 +113,9 @@ class LLM:
         bar = tqdm(total=len(ids), disable=not use_tqdm, desc="requests", unit="req")
         try:
             while len(finished) < len(ids):
-                made = self._outputs.process(self._client.step().outputs)
+                outputs = self._client.step()
+                self.steps.extend(outputs.steps)
+                made = self._outputs.process(outputs.outputs)
                 self._client.abort(made.aborts)
                 if made.errors:
                     raise RequestFailedError(f"request {made.errors[0][0]}: {made.errors[0][1]}")

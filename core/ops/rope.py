@@ -28,7 +28,8 @@ def rope_and_cache(
 
     ``q`` (num_tokens, num_heads, dim), ``k`` and ``v`` (num_tokens, num_kv_heads, dim); ``positions`` (num_tokens,)
     int64; ``cos_sin`` as in ``apply_rope``; ``q_norm`` and ``k_norm`` (dim,); ``slot_mapping`` (num_tokens,) int64.
-    Returns the new ``q`` and ``k``, which may be the old ones overwritten. Where ``kv`` is None nothing is written: the backend will.
+    Returns the new ``q`` and ``k``, which may be the old ones overwritten. Where ``kv`` is None nothing is written:
+    the backend will.
     """
     if q.is_cuda:
         from quire.core.ops.kernels import rope

@@ -16,7 +16,7 @@ from quire.core.sample.logprobs import gather_logprobs
 from quire.core.worker.graphs import DecodeGraphs
 from quire.core.worker.input_builder import StepInputs, build_inputs
 from quire.core.worker.memory import KVCache
-from quire.core.worker.readback import Readback
+from quire.core.worker.readback import Readback, StepClock
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.token_drawer import Drawn, TokenDrawer
 
@@ -58,9 +58,10 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> Readback:
         """Launch a step. The tokens are on their way to the host when this returns."""
+        clock = StepClock(self.table.device)
         self._apply(step)
         if self.graphs is not None and self.graphs.covers(step):
-            return self._replay(step, self.graphs)
+            return self._replay(step, self.graphs, clock)
         inputs = build_inputs(step, self.table, self.block_size)
         hidden = self._forward(inputs)
         prompt = self._prompt_lines(step, inputs, hidden)
@@ -70,7 +71,7 @@ class ModelRunner:
             logits = self.model.compute_logits(hidden[inputs.logits_index])
             positions = self._computed[step.rows[step.samples]]
             drawn = self.drawer.draw(logits, step, inputs, positions)
-        return Readback(step, drawn, prompt, self.table.device)
+        return Readback(step, drawn, prompt, clock)
 
     def _apply(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
@@ -88,14 +89,14 @@ class ModelRunner:
         if step.copies:
             self.kv.copy_blocks(step.copies)
 
-    def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs) -> Readback:
+    def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepClock) -> Readback:
         inputs, logits = graphs.forward(step)
         self._computed[step.rows] += 1
         if self.drawer.plain(step.rows):
             drawn = Drawn(graphs.draw_greedy(step))
         else:
             drawn = self.drawer.draw(logits, step, inputs, self._computed[step.rows])
-        return Readback(step, drawn, {}, self.table.device)
+        return Readback(step, drawn, {}, clock)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         for backend, batch in zip(self.backends, inputs.batches, strict=True):

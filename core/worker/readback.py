@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,9 +11,44 @@ from torch import Tensor
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
 from quire.core.worker.token_drawer import Drawn
 
-__all__ = ["Readback"]
+__all__ = ["Readback", "StepClock"]
 
 _Rows = dict[int, tuple[Tensor, Tensor, Tensor]]
+
+
+class StepClock:
+    """Times a step where it runs: between two events on a GPU, by the host's clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._start = self._end = 0
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+        else:
+            self._start = time.perf_counter_ns()
+
+    def stop(self) -> None:
+        """Everything the step does is queued (or, on a CPU, done)."""
+        if self._events is not None:
+            self._events[1].record()
+        else:
+            self._end = time.perf_counter_ns()
+
+    def done(self) -> bool:
+        """Whether the step has run."""
+        return self._events is None or self._events[1].query()
+
+    def wait(self) -> None:
+        """Until it has."""
+        if self._events is not None:
+            self._events[1].synchronize()
+
+    def ran_us(self) -> float:
+        """How long it took. Only after ``wait``."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1]) * 1e3
+        return (self._end - self._start) / 1e3
 
 
 class Readback:
@@ -20,25 +57,22 @@ class Readback:
     On a GPU the copies land in pinned memory and an event marks them; later steps are queued behind without waiting.
     """
 
-    def __init__(self, step: SchedulerOutput, drawn: Drawn | None, prompt: _Rows, device: torch.device) -> None:
+    def __init__(self, step: SchedulerOutput, drawn: Drawn | None, prompt: _Rows, clock: StepClock) -> None:
         self._step = step
         self._quarantined = drawn.quarantined if drawn else []
         self._tokens = _home(drawn.tokens) if drawn else None
         self._logprobs = {i: _home_rows(rows) for i, rows in drawn.logprobs.items()} if drawn else {}
         self._prompt = {i: _home_rows(rows) for i, rows in prompt.items()}
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._clock = clock
+        clock.stop()
 
     def done(self) -> bool:
         """Whether ``result`` would return at once."""
-        return self._event is None or self._event.query()
+        return self._clock.done()
 
     def result(self) -> ModelRunnerOutput:
         """The step's tokens, once they are here."""
-        if self._event is not None:
-            self._event.synchronize()
+        self._clock.wait()
         step = self._step
         tokens = np.zeros((len(step.rows), 1), dtype=np.int32)
         if self._tokens is not None:
@@ -49,6 +83,7 @@ class Readback:
             num_sampled=step.samples.astype(np.int32),
             logprobs={i: _as_rows(rows) for i, rows in self._logprobs.items()},
             prompt_logprobs={i: _as_rows(rows) for i, rows in self._prompt.items()},
+            ran_us=self._clock.ran_us(),
             quarantined=self._quarantined,
         )
 

@@ -1,0 +1,52 @@
+"""Steps of the engine as a picture: the Chrome trace event format, which Perfetto reads.
+
+Format: "Trace Event Format", Google, 2016; complete events ("ph": "X") with times in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from quire.core.stats import StepStats
+
+__all__ = ["TRACED_STEPS", "chrome_trace"]
+
+TRACED_STEPS = 4096
+"""How many of the last steps are kept."""
+
+_TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "commit": 5}
+
+
+def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
+    """A JSON object to open in ui.perfetto.dev or chrome://tracing: one track a phase, one slice a step.
+
+    The device track is placed by the step's end: a device runs its steps one after the other.
+    """
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}}
+        for name, track in _TRACKS.items()
+    ]
+    for step in steps:
+        shape = {"requests": step.num_reqs, "decodes": step.num_decodes, "tokens": step.num_tokens}
+        planned = step.start_us + step.schedule_us
+        for phase, start, length in (
+            ("schedule", step.start_us, step.schedule_us),
+            ("launch", planned, step.launch_us),
+            ("device", step.end_us - step.ran_us, step.ran_us),
+            ("wait", step.end_us - step.wait_us, step.wait_us),
+            ("commit", step.end_us, step.commit_us),
+        ):
+            events.append(
+                {
+                    "name": f"step {step.step}",
+                    "cat": phase,
+                    "ph": "X",
+                    "pid": 0,
+                    "tid": _TRACKS[phase],
+                    "ts": start,
+                    "dur": length,
+                    "args": shape,
+                }
+            )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
