@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBackend, AttentionBatch, LayerKV
+from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, LayerKV
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.distributed import Parallel
 from quire.core.hf_config import architecture, read_hf_config
@@ -68,6 +68,8 @@ class PagedRunner:
         self.device = next(model.parameters()).device
         self.size = specs[0].block_size
         self.backends = [backend(spec, self.device) for spec in groups]
+        for made in self.backends:
+            made.prepare(AttentionLimits(num_seqs, num_seqs * max_len, max_len, self.device))
         self.group_of = [groups.index(spec) for spec in specs]
         width = -(-max_len // self.size)
         generator = torch.Generator().manual_seed(seed)
