@@ -17,6 +17,9 @@ from quire.core.sched.table import NEVER, RunningTable
 
 __all__ = ["Realiser"]
 
+_RETRY = 8
+"""Steps after which a newcomer that found no blocks is tried again in any case."""
+
 _AHEAD = 3
 """Blocks given to a decoding request beyond the one it needs, while many are free: fewer calls and fewer messages."""
 
@@ -48,6 +51,7 @@ class Realiser:
         self._preempt = preempt
         self._requests = requests
         self._clock = clock
+        self._refused = _Refusal(None, 0)
         self._windows = [(g, group.window) for g, group in enumerate(allocator.groups) if group.window is not None]
 
     def realise(self, draft: Draft, plan: Plan, order: NDArray[np.int64], window: list[Request]) -> None:
@@ -63,9 +67,14 @@ class Realiser:
         draft.owed = self._owed()
         newcomers = plan.rows[~running] - num_running
         for index, tokens in zip(newcomers.tolist(), plan.tokens[~running].tolist(), strict=True):
-            if draft.blocked or not self._admit(draft, window[index], tokens):
-                draft.blocked = True
+            request = window[index]
+            if draft.blocked:
                 break
+            if self._refused.still(request, self._allocator.num_free(), len(self._table)):
+                draft.blocked = True
+            elif not self._admit(draft, request, tokens):
+                draft.blocked = True
+                self._refused = _Refusal(request, self._allocator.num_free())
 
     def output(self, draft: Draft, step: int) -> SchedulerOutput:
         """Close the draft: apply its grants to the table, and describe the step to the worker."""
@@ -214,3 +223,23 @@ class Realiser:
             self._allocator.trim(table.request(row), group, before)
             following = min(following, (before // size + 1) * size + window - 1)
         table.next_trim[row] = following
+
+
+class _Refusal:
+    """A newcomer for whom there were no blocks: not worth asking again in every step.
+
+    It is asked for again when more blocks are free, when nothing runs, and now and then, since a prefix of its prompt
+    may be cached by now.
+    """
+
+    def __init__(self, request: Request | None, num_free: int) -> None:
+        self._request = request
+        self._num_free = num_free
+        self._steps_left = _RETRY
+
+    def still(self, request: Request, num_free: int, num_running: int) -> bool:
+        """Whether to spare the attempt in this step."""
+        if request is not self._request or num_free > self._num_free or not num_running:
+            return False
+        self._steps_left -= 1
+        return self._steps_left > 0

@@ -172,6 +172,7 @@ class Scheduler:
             plan = self._guard.plan(self._view(draft, shown))
             if not len(plan.rows):
                 return
+            draft.refunded = False
             self._realiser.realise(draft, plan, order, window)
             if not draft.refunded or draft.blocked or draft.budget_left <= 0:
                 return
