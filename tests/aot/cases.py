@@ -10,7 +10,7 @@ import torch
 
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.ops.kernels import activation, decode_inputs, norm, rope
-from quire.core.testing.checks_attention import Problem, make_spec
+from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 
 CPU = torch.device("cpu")

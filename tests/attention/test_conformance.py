@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.core.testing.checks_attention import make_spec
+from quire.core.testing.attention_problem import make_spec
 from quire.core.testing.conformance import parametrize_with_checks
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.attention.triton.backend import TritonBackend

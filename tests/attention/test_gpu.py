@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
-from quire.core.testing.checks_attention import TOLERANCE, Problem, compare, expected_attention, make_spec
+from quire.core.testing.attention_problem import TOLERANCE, Problem, compare, expected_attention, make_spec
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.attention.triton.backend import TritonBackend
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.core.testing.checks_attention import Problem, attend, compare, make_spec
+from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
 from quire.plugins.attention.triton import decode
 from quire.plugins.attention.triton.backend import TritonBackend
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from quire.core import ops
 from quire.core.contracts.attention import KVLayout
 from quire.core.layers.rotary import rope_table
-from quire.core.testing.checks_attention import make_spec
+from quire.core.testing.attention_problem import make_spec
 from quire.core.testing.tiny_models import ROPES
 
 CPU = torch.device("cpu")
