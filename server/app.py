@@ -10,7 +10,7 @@ from fastapi.middleware import Middleware
 from quire.core.version import __version__
 from quire.server.errors import add_error_handlers
 from quire.server.middleware import Gate
-from quire.server.routes import chat, completions, health, metrics, models, tokens
+from quire.server.routes import chat, completions, health, metrics, models, tokens, trace
 from quire.server.settings import ServerSettings
 from quire.server.state import ServerState
 
@@ -31,7 +31,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
         middleware=[Middleware(Gate, state=state)],
     )
     app.state.server = state
-    for module in (chat, completions, models, tokens, health, metrics):
+    for module in (chat, completions, models, tokens, health, metrics, trace):
         app.include_router(module.router(state))
     add_error_handlers(app)
     return app

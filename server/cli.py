@@ -1,4 +1,5 @@
-"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire plugins``.
+"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire trace``,
+``quire plugins``.
 
 Nothing here imports torch or fastapi; a command does so when it runs. A user's error is one line on stderr,
 ``quire: error: ...``, and exit status 2.
@@ -19,7 +20,7 @@ from quire.core.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("serve", "bench", "eval", "plugins")
+COMMANDS = ("serve", "bench", "eval", "trace", "plugins")
 """Each is ``quire.server.commands.<name>``, with ``add_parser(subparsers)`` and ``run(args) -> int``."""
 
 

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from quire.core.contracts.metrics import MetricsExporter
-from quire.core.stats import ENGINE_STATS, RequestStats
+from quire.core.stats import ENGINE_STATS, RequestStats, StepStats
 
 __all__ = ["PrometheusExporter"]
 
@@ -21,6 +21,14 @@ _ITL = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.
 _E2E = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10, 20, 40, 80, 160, 320)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+_STEP = (1e-5, 2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_PHASES = {
+    "schedule": "Planning a step",
+    "launch": "Queueing a step's kernels",
+    "ran": "A step on the device",
+    "wait": "The host waiting for a step's tokens",
+    "commit": "Booking a step's tokens",
+}
 _OLD_NAMES = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
 _REASONS = ("stop", "length", "abort", "error")
 _FRONT = ("prompt_tokens_total", "generation_tokens_total")
@@ -40,6 +48,7 @@ class PrometheusExporter(MetricsExporter):
         self._tpot = _Histogram(_ITL)
         self._e2e = _Histogram(_E2E)
         self._queue = _Histogram(_QUEUE)
+        self._phases = {name: _Histogram(_STEP) for name in _PHASES}
         self._prompt_len = _Histogram(_TOKENS)
         self._generation_len = _Histogram(_TOKENS)
         self._registry = CollectorRegistry()
@@ -67,6 +76,11 @@ class PrometheusExporter(MetricsExporter):
             self._ttft.add(ttft_s)
         for gap in itl_s:
             self._itl.add(gap)
+
+    def record_step(self, stats: StepStats) -> None:
+        """Note where a step's time went."""
+        for name, histogram in self._phases.items():
+            histogram.add(getattr(stats, f"{name}_us") / 1e6)
 
     def render(self) -> tuple[str, bytes]:
         """The text, in the format that every Prometheus reads."""
@@ -119,6 +133,7 @@ class PrometheusExporter(MetricsExporter):
             ("request_queue_time_seconds", "From arrival to the first step", self._queue),
             ("request_prompt_tokens", "Prompt length of finished requests", self._prompt_len),
             ("request_generation_tokens", "Answer length of finished requests", self._generation_len),
+            *((f"step_{name}_seconds", text, self._phases[name]) for name, text in _PHASES.items()),
         ):
             family = HistogramMetricFamily(prefix + name, text, labels=list(self.labels))
             family.add_metric(list(self.labels.values()), histogram.cumulative(), histogram.total)

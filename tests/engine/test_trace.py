@@ -1,0 +1,28 @@
+"""Every step is traced, and the trace is what Perfetto reads."""
+
+from __future__ import annotations
+
+import json
+
+from quire import LLM, SamplingParams
+from quire.core.trace import chrome_trace
+
+
+def test_steps_tell_their_shape_and_times(llm: LLM) -> None:
+    llm.steps.clear()
+    llm.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=4, ignore_eos=True, temperature=0))
+    steps = list(llm.steps)
+    assert [s.step for s in steps] == sorted(s.step for s in steps)
+    assert sum(s.num_tokens for s in steps) >= 3 * (1 + 3)
+    assert steps[-1].num_decodes == steps[-1].num_reqs == 3
+    for s in steps:
+        assert s.ran_us > 0
+        assert s.end_us >= s.start_us + s.schedule_us + s.launch_us
+        assert min(s.schedule_us, s.launch_us, s.wait_us, s.commit_us) >= 0
+    trace = json.loads(json.dumps(chrome_trace(steps)))
+    slices = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert len(slices) == 5 * len(steps)
+    assert all(e["dur"] >= 0 and e["ts"] > 0 for e in slices)
+    named = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
+    assert set(named.values()) == {"schedule", "launch", "device", "wait", "commit"}
+    assert {e["tid"] for e in slices} == set(named)
