@@ -34,6 +34,12 @@ def test_links_lead_somewhere(pages, root):
     assert not broken, "\n".join(broken)
 
 
+def test_the_index_names_every_page(root):
+    index = (root / "docs" / "index.md").read_text()
+    missing = [page.name for page in (root / "docs").glob("*.md") if f"({page.name})" not in index]
+    assert missing == ["index.md"]
+
+
 def test_make_targets_exist(all_blocks, root):
     named = {
         word for _, words in shell_lines(all_blocks) if words[0] == "make" for word in words[1:] if "=" not in word
