@@ -86,7 +86,7 @@ class Realiser:
         samples = reached == known
         decodes = samples & (tokens == 1)
         num_decodes = int(np.count_nonzero(decodes))
-        if num_decodes != np.count_nonzero(decodes[:num_decodes]):
+        if num_decodes != len(rows) and num_decodes != np.count_nonzero(decodes[:num_decodes]):
             sequence = np.argsort(~decodes, kind="stable")
             rows, tokens, reached, known, samples = (c[sequence] for c in (rows, tokens, reached, known, samples))
         table.computed[rows] = reached

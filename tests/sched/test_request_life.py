@@ -82,6 +82,32 @@ def test_the_youngest_is_preempted_and_loses_nothing(make_engine):
     assert list(engine.finished) == ["r0", "r1", "r2"]
 
 
+def test_nobody_is_admitted_in_a_step_that_preempts(make_engine):
+    engine = make_engine(num_blocks=11, watermark=0.0)
+    for i in range(4):
+        engine.add(f"r{i}", [i] * 8, max_tokens=17)
+    preempted = 0
+    while engine.scheduler.has_unfinished:
+        step = engine.launch()
+        now = engine.scheduler.stats()["num_preemptions_total"]
+        assert now == preempted or step.new_requests == []
+        preempted = now
+        while engine.flights:
+            engine.land()
+    assert preempted > 0
+
+
+def test_blocks_ahead_never_pass_the_end(make_engine):
+    engine = make_engine(rows=2, num_blocks=64)
+    engine.add("r", [1] * 5, max_tokens=12)
+    held = []
+    while engine.scheduler.has_unfinished:
+        engine.turn()
+        held += [engine.allocator.stats().num_blocks - engine.allocator.stats().num_free]
+    assert max(held) == 4, "16 tokens are ever computed"
+    assert 3 not in held, "many blocks are free, so decoding gets several at a time"
+
+
 def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
     class OldestFirst(FCFSPolicy):
         def plan(self, view):
@@ -98,12 +124,12 @@ def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
 
 
 def test_newcomers_leave_room_for_those_who_run(make_engine):
-    engine = make_engine(num_blocks=21, watermark=0.2, budget=16)
+    engine = make_engine(num_blocks=21, watermark=0.2, budget=32)
     engine.add("long", [1] * 60, max_tokens=2, seed=1)
     engine.launch()
     engine.add("short", [2] * 8, max_tokens=2)
     step = engine.launch()
-    assert len(step.rows) == 1, "15 blocks are promised to the long prompt and 4 are the watermark: 2 do not fit"
+    assert step.num_tokens.tolist() == [28], "the long prompt needs 15 blocks and 4 are the watermark: 2 do not fit"
     engine.run()
     assert engine.scheduler.stats()["num_preemptions_total"] == 0
 
