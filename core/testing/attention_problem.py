@@ -211,6 +211,7 @@ def device_for(cls: type[AttentionBackend], spec: AttentionSpec) -> torch.device
 
 
 def needed_device(cls: type[AttentionBackend], spec: AttentionSpec) -> torch.device:
+    """The same; SkipTest with the reasons where there is none."""
     device = device_for(cls, spec)
     if device is None:
         raise unittest.SkipTest("; ".join(cls.unsupported(spec, torch.device("cpu"))))

@@ -20,6 +20,7 @@ from quire.core.testing.attention_problem import (
     device_for,
     expected_attention,
     make_spec,
+    needed_device,
     prepared,
     run_problem,
 )
