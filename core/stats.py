@@ -18,6 +18,7 @@ ENGINE_STATS: dict[str, str] = {
     "prompt_tokens_total": "Prompt tokens computed or found cached",
     "generation_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
+    "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
     "policy_quarantines_total": "Batching policies replaced after misbehaving",
     "plugin_quarantines_total": "Other plugins switched off after misbehaving",
 }

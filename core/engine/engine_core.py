@@ -7,6 +7,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import torch
+
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, Pending
 from quire.core.contracts.kv import KVAllocator
@@ -88,7 +90,7 @@ class EngineCore:
         self._rejected = []
         if self._under_way and not (launched and len(self._under_way) < _DEPTH):
             outputs.extend(self._commit())
-        elif not self._under_way and not outputs:
+        elif not self._under_way and not outputs and not launched:
             time.sleep(0.001)  # a policy that holds back: do not spin
         traced, self._traced = self._traced, []
         return EngineCoreOutputs(outputs, time.time_ns(), self._stats_now(force=not self.has_work), traced)
@@ -109,6 +111,9 @@ class EngineCore:
         try:
             pending = self._executor.execute(step)
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and self.scheduler.retract(step):
+                _log.warning("step %d of %d tokens did not fit: retrying in smaller ones", step.step, step.total_tokens)
+                return
             pending = _Failed(error)
         self._under_way.append(_UnderWay(step, pending, start, planned, time.perf_counter_ns()))
 

@@ -12,6 +12,7 @@ from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, U
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
 from quire.core.request import Request, RequestStatus
+from quire.core.sched.budget import Budget
 from quire.core.sched.draft import Draft
 from quire.core.sched.families import Families
 from quire.core.sched.guard import PolicyGuard
@@ -68,6 +69,7 @@ class Scheduler:
             requests=self._requests,
             clock=clock,
         )
+        self._budget = Budget(config, max_model_len)
         self._arrivals = self._steps = self._preemptions = 0
 
     # ---- requests come and go
@@ -103,7 +105,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None if nothing can run before a commit (or at all)."""
         while True:
-            draft = Draft(budget_left=self._config.max_num_batched_tokens)
+            draft = Draft(budget_left=self._budget.tokens)
             self._fill(draft)
             if draft.rows:
                 self._guard.fruitful()
@@ -113,6 +115,7 @@ class Scheduler:
 
     def commit(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Book the result of the oldest step in flight; an output for every request that gained a token or ended."""
+        self._budget.landed()
         return self._landing.land(self._take_flight(step), result)
 
     def drop(self, step: SchedulerOutput, error: str) -> list[EngineCoreOutput]:
@@ -123,6 +126,19 @@ class Scheduler:
                 self._finish(request, "error", None)
                 outputs.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
         return outputs
+
+    def retract(self, step: SchedulerOutput) -> bool:
+        """The newest step in flight did not fit into the device's memory and left no trace there. Its requests go back
+        to the queue, to be computed again in smaller steps, and keep every token. False, and nothing changes, if steps
+        cannot get smaller."""
+        if not self._budget.shrink(step.total_tokens):
+            return False
+        flight = self._flights.pop()
+        assert flight.step is step, f"step {step.step} is not the newest in flight, {flight.step.step} is"
+        self._table.in_flight[step.rows[step.samples]] -= 1
+        for request in flight.requests:
+            self._preempt(request)
+        return True
 
     # ---- figures
 
@@ -154,6 +170,7 @@ class Scheduler:
             "prompt_tokens_total": float(self._landing.num_prompt_tokens),
             "generation_tokens_total": float(self._landing.num_generated),
             "steps_total": float(self._steps),
+            "out_of_memory_total": float(self._budget.num_shrinks),
             "policy_quarantines_total": float(self._guard.num_quarantines),
         }
 

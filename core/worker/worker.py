@@ -64,7 +64,11 @@ class Worker:
 
     def execute(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
-        return self._runner.execute(step)
+        try:
+            return self._runner.execute(step)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise
 
     def _load(self) -> Model:
         model = self._config.model

@@ -73,9 +73,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
         assert (await good).outputs[0].token_ids == expected[0].token_ids
 
         # a full queue refuses
-        results = await asyncio.gather(
-            *(last(engine, [5, i % 50], GREEDY) for i in range(600)), return_exceptions=True
-        )
+        results = await asyncio.gather(*(last(engine, [5, i % 50], GREEDY) for i in range(600)), return_exceptions=True)
         assert any(isinstance(r, QueueFullError) for r in results)
         assert all(isinstance(r, QueueFullError) or len(r.outputs[0].token_ids) == 12 for r in results)
         await idle(engine)

@@ -39,7 +39,9 @@ def test_any_text_streams_back(tokenizer: Tokenizer, text: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=st.text("abc ", min_size=1, max_size=40), stops=st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text("abc ", min_size=1, max_size=40), stops=st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3)
+)
 def test_stop_strings_cut_at_the_first(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.decode(ids, skip_special_tokens=True)
