@@ -17,10 +17,7 @@ LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
 
 async def last(engine: AsyncLLM, prompt, params: SamplingParams = GREEDY, **options):
-    output = None
-    async for output in engine.generate(prompt, params, **options):
-        pass
-    return output
+    return [output async for output in engine.generate(prompt, params, **options)][-1]
 
 
 async def idle(engine: AsyncLLM) -> None:

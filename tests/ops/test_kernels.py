@@ -47,7 +47,9 @@ def test_silu_and_mul(device: str, dtype: torch.dtype, tolerance: float) -> None
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @pytest.mark.parametrize("order", ["head", "slot"])
-@pytest.mark.parametrize(("dim", "rotary", "normed"), [(64, 64, True), (80, 80, False), (64, 32, True), (96, 48, False)])
+@pytest.mark.parametrize(
+    ("dim", "rotary", "normed"), [(64, 64, True), (80, 80, False), (64, 32, True), (96, 48, False)]
+)
 def test_rope_and_cache(
     device: str, dtype: torch.dtype, tolerance: float, order: str, dim: int, rotary: int, normed: bool
 ) -> None:
@@ -75,7 +77,13 @@ def test_rope_and_cache(
     expected = rope_and_cache(*parts(qkv), positions, cos_sin, theirs, slots, q_norm=q_norm, k_norm=k_norm, eps=1e-6)
     moved = [None if w is None else w.to(device) for w in weights]
     got = rope.rope_and_cache(
-        *parts(qkv.to(device, copy=True)), positions.to(device), cos_sin.to(device), ours, slots.to(device), *moved, 1e-6
+        *parts(qkv.to(device, copy=True)),
+        positions.to(device),
+        cos_sin.to(device),
+        ours,
+        slots.to(device),
+        *moved,
+        1e-6,
     )
     for a, b in [*zip(got, expected, strict=True), (ours.k, theirs.k), (ours.v, theirs.v)]:
         close(a, b.double(), tolerance)
@@ -91,9 +99,7 @@ def test_decode_inputs(device: str) -> None:
     ids, lens = (torch.full((5,), -1, dtype=torch.int32, device=device) for _ in range(2))
     positions, slots = (torch.full((5,), -1, dtype=torch.int64, device=device) for _ in range(2))
     blocks = torch.zeros(5, 4, dtype=torch.int32, device=device)
-    decode_inputs.decode_inputs(
-        rows, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, advance=True
-    )
+    decode_inputs.decode_inputs(rows, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, advance=True)
     assert ids.tolist() == [3 * 64 + 31, 17, 5 * 64, 5 * 64, 5 * 64]
     assert positions.tolist() == [31, 17, 0, 0, 0]
     assert lens.tolist() == [32, 18, 1, 1, 1]
