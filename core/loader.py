@@ -49,6 +49,11 @@ def load_model(
     """
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ConfigError(f"load_format {load_format!r} is unknown; choose auto, safetensors or dummy")
+    if reasons := quant.unsupported(quant.quant_config, device):
+        raise CheckpointError(
+            f"quantization {type(quant).__name__!r} cannot load {str(path)!r}: {'; '.join(reasons)}; choose another "
+            f"with --quantization"
+        )
     builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions)
     with torch.inference_mode(False), torch.no_grad():
         model = model_class(hf_config, builder)

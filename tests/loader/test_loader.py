@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.paged import PagedRunner, load
+from tests.models.paged import CLASSES, PagedRunner, load
 from torch import Tensor
 
 from quire.core.distributed import Parallel
 from quire.core.errors import CheckpointError, ConfigError
+from quire.core.hf_config import read_hf_config
+from quire.core.loader import load_model
 from quire.core.testing.tiny_models import make_tiny_model
+from quire.plugins.quant.none import Unquantized
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,21 @@ def test_dummy_weights_come_from_the_seed(tiny: Path, copy: Path) -> None:
 def test_unknown_load_format(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="'pickle' is unknown; choose auto, safetensors or dummy"):
         load(tiny, load_format="pickle")
+
+
+def test_a_quantized_checkpoint_is_not_read_as_a_plain_one(tiny: Path) -> None:
+    config = read_hf_config(tiny)
+    with pytest.raises(CheckpointError, match="is quantized with 'awq'; choose another with --quantization"):
+        load_model(
+            CLASSES["Qwen3ForCausalLM"],
+            config,
+            tiny,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            kv_dtype=torch.float32,
+            block_size=16,
+            quant=Unquantized({"quant_method": "awq"}),
+        )
 
 
 def test_tied_head_stored_or_not(tmp_path: Path) -> None:
