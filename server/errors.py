@@ -157,11 +157,14 @@ def _line(error: Exception) -> str:
 
 
 def _place(loc: Sequence[Any]) -> str:
-    """``("messages", 3, "content")`` -> ``messages[3].content``."""
-    text = ""
+    """``("messages", 3, "content", "str")`` -> ``messages[3].content``: fields of ours, and places in lists."""
+    text, before = "", None
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() and part != "body":
-            text += f".{part}" if text else part
+        elif before is None or isinstance(before, int):
+            text += f".{part}" if text else str(part)
+        else:
+            break  # a member of a union, or a key of the caller's own
+        before = part
     return text

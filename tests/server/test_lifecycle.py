@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +19,14 @@ import pytest
 
 from quire.core.env import child_environment
 from quire.server.cli import main
+from quire.server.serving import _drain
+from quire.server.settings import ServerSettings
+from quire.server.state import ServerState
 
 from .conftest import RunningServer, until
 
 TEXT = "/v1/completions"
-LONG = {"prompt": "go on", "max_tokens": 1800, "temperature": 0, "ignore_eos": True}
+LONG = {"prompt": "go on", "max_tokens": 1000, "temperature": 0, "ignore_eos": True}
 
 
 def test_key_queue_limit_and_drain(start: Callable[..., RunningServer]) -> None:
@@ -34,14 +38,14 @@ def test_key_queue_limit_and_drain(start: Callable[..., RunningServer]) -> None:
         client.headers["Authorization"] = "Bearer k1"
         assert client.post(TEXT, json={"prompt": "x" * 2000}).status_code == 413
         _queue_limit(server, client)
-        _drain(server, client)
+        _drains(server, client)
     log = server.stderr.read_text()
     assert "--max_num_seqs: now written --max-num-seqs" in log and "--swap-space 4: no longer needed" in log
     assert "Traceback" not in log
 
 
 def _keys(server: RunningServer, client: httpx.Client) -> None:
-    for headers in ({}, {"Authorization": "Bearer k3"}, {"Authorization": "Bearer "}, {"Authorization": "k1"}):
+    for headers in ({}, {"Authorization": "Bearer k3"}, {"Authorization": "Bearer"}, {"Authorization": "k1"}):
         answer = client.get("/v1/models", headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
     assert client.get("/v1/models", headers={"Authorization": "Bearer k2"}).status_code == 200
@@ -64,10 +68,10 @@ def _queue_limit(server: RunningServer, client: httpx.Client) -> None:
         assert refused.json()["error"]["type"] == "rate_limit_error"
     for thread in threads:
         thread.join()
-    assert [a.json()["usage"]["completion_tokens"] for a in answers] == [1800, 1800]
+    assert [a.json()["usage"]["completion_tokens"] for a in answers] == [1000, 1000]
 
 
-def _drain(server: RunningServer, client: httpx.Client) -> None:
+def _drains(server: RunningServer, client: httpx.Client) -> None:
     """SIGTERM: what runs is finished, what comes is refused, then the process ends with status 0."""
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(client.post(TEXT, json=LONG)))
@@ -78,13 +82,13 @@ def _drain(server: RunningServer, client: httpx.Client) -> None:
     late = client.post(TEXT, json={"prompt": "x"})
     assert late.status_code == 503 and "retry-after" in late.headers
     thread.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 1800
+    assert answers[0].json()["usage"]["completion_tokens"] == 1000
     assert server.process.wait(10) == 0
 
 
-def test_shutdown_timeout_and_engine_death(start: Callable[..., RunningServer]) -> None:
-    """The time limit cuts off what still runs. A server whose engine dies ends with status 1."""
-    server = start("--shutdown-timeout", "0.2", "--max-num-seqs", "4")
+def test_a_server_whose_engine_dies_ends(start: Callable[..., RunningServer]) -> None:
+    """Who was being answered is told, and the supervisor sees status 1."""
+    server = start()
     lines: list[str] = []
 
     def listen() -> None:
@@ -105,21 +109,20 @@ def test_shutdown_timeout_and_engine_death(start: Callable[..., RunningServer]) 
     assert "the engine stopped" in server.stderr.read_text()
 
 
-def test_sigint_twice_stops_at_once(start: Callable[..., RunningServer]) -> None:
-    server = start("--max-num-seqs", "2")
-    thread = threading.Thread(target=lambda: _ignore(server))
-    thread.start()
-    until(lambda: server.load()["num_requests_running"] == 1)
-    server.process.send_signal(signal.SIGINT)
-    until(lambda: httpx.get(server.url + "/health").status_code == 503)
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(10) == 0
-    thread.join()
+def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal() -> None:
+    async def drained(timeout: float, event: Callable[[ServerState, asyncio.Queue[int]], None]) -> float:
+        state = ServerState(None, ServerSettings(shutdown_timeout=timeout))  # type: ignore[arg-type]
+        signalled: asyncio.Queue[int] = asyncio.Queue()
+        state.enter(True)
+        start = time.monotonic()
+        asyncio.get_running_loop().call_later(0.05, event, state, signalled)
+        await _drain(state, signalled)
+        assert state.draining
+        return time.monotonic() - start
 
-
-def _ignore(server: RunningServer) -> None:
-    with contextlib.suppress(httpx.HTTPError):
-        httpx.post(server.url + TEXT, json={**LONG, "n": 4}, timeout=60)
+    assert asyncio.run(drained(30, lambda state, signalled: state.leave(True))) < 5
+    assert asyncio.run(drained(30, lambda state, signalled: signalled.put_nowait(2))) < 5
+    assert 0.1 < asyncio.run(drained(0.1, lambda state, signalled: None)) < 5
 
 
 def _children(pid: int) -> list[int]:

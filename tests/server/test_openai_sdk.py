@@ -126,7 +126,7 @@ def test_echo_with_logprobs(client: openai.OpenAI) -> None:
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 7
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
     assert logprobs.text_offset[:6] == [0, 1, 2, 3, 4, 5]
-    assert all(len(top) in (2, 3) for top in logprobs.top_logprobs[1:])
+    assert all(1 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])  # bytes may share a text
 
 
 def test_prompt_is_scored_without_an_answer(client: openai.OpenAI) -> None:
