@@ -69,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         whole = ("n", "top_k", "min_tokens")
         real = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         for name in (*whole, *real):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             kinds: tuple[type, ...] = (int,) if name in whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
                 raise InvalidRequestError(f"{name} must be a finite number, got {value!r}", name)
