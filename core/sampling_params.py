@@ -70,8 +70,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         real = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         for name in (*whole, *real):
             value: Any = getattr(self, name)
-            kinds: tuple[type, ...] = (int,) if name in whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            number = isinstance(value, int if name in whole else int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
                 raise InvalidRequestError(f"{name} must be a finite number, got {value!r}", name)
         _check("n", self.n, 1, 128)
         _check("temperature", self.temperature, 0.0, 100.0)
