@@ -97,6 +97,12 @@ def check_long_decodes(cls: type[AttentionBackend]) -> None:
     compare(cls, make_spec(kind="sliding", window=300), [(1, 700)])
 
 
+def check_long_chunks(cls: type[AttentionBackend]) -> None:
+    """Chunks that a backend may cut into several tiles."""
+    compare(cls, make_spec(num_heads=2, num_kv_heads=1), [(290, 330), (3, 5)], num_decodes=0, lse=True)
+    compare(cls, make_spec(num_heads=2, num_kv_heads=1, kind="sliding", window=40), [(290, 330)])
+
+
 def check_half_precision(cls: type[AttentionBackend]) -> None:
     """The same in float16 and bfloat16."""
     done = 0

@@ -7,6 +7,7 @@ Requests that decode are gathered into one padded attention; the others are atte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ __all__ = ["TorchSDPABackend"]
 
 _PIECE_ELEMENTS = 1 << 18
 """Elements of K gathered at once: a megabyte, so that a CPU attends to it before it leaves the cache."""
+
+_PIECE_QUERIES = 256
+"""Queries of a prompt attended at once: each piece sees only the keys up to its last query."""
 
 
 class TorchSDPABackend(AttentionBackend):
@@ -52,11 +56,15 @@ class TorchSDPABackend(AttentionBackend):
         lengths = batch.seq_lens[: batch.num_reqs].tolist()
         self._pieces = []
         decodes = sorted(range(batch.num_decodes), key=lambda i: lengths[i])
-        for some in _alike(decodes, lengths, _PIECE_ELEMENTS // (self.spec.num_kv_heads * self.spec.qk_head_dim)):
-            self._pieces.append(self._piece(batch, some, starts, lengths))
+        most_keys = _PIECE_ELEMENTS // (self.spec.num_kv_heads * self.spec.qk_head_dim)
+        for some in _alike(decodes, lengths, most_keys):
+            self._pieces.append(self._piece(batch, [_Span(r, starts[r], 1, lengths[r]) for r in some]))
         for request in range(batch.num_decodes, batch.num_reqs):
-            if starts[request + 1] > starts[request]:
-                self._pieces.append(self._piece(batch, [request], starts, lengths))
+            end = starts[request + 1]
+            for start in range(starts[request], end, _PIECE_QUERIES):
+                queries = min(_PIECE_QUERIES, end - start)
+                length = lengths[request] - (end - start - queries)
+                self._pieces.append(self._piece(batch, [_Span(request, start, queries, length)]))
         slots = max((piece.blocks.numel() for piece in self._pieces), default=0) * self.spec.block_size
         if slots > len(self._buffers[0]):
             heads, dtype = self.spec.num_kv_heads, self.spec.kv_dtype
@@ -88,47 +96,56 @@ class TorchSDPABackend(AttentionBackend):
                     lse_out[piece.tokens] = _ungroup(lse.unsqueeze(-1), piece, self.spec).squeeze(-1)
             out[piece.tokens] = _ungroup(attended, piece, self.spec)
 
-    def _piece(self, batch: AttentionBatch, requests: list[int], starts: list[int], lengths: list[int]) -> _Piece:
-        """``requests`` have equally many queries each; their keys are padded to the longest."""
-        size, window = self.spec.block_size, self.spec.window
-        queries = starts[requests[0] + 1] - starts[requests[0]]
+    def _piece(self, batch: AttentionBatch, spans: list[_Span]) -> _Piece:
+        """``spans`` have equally many queries each; their keys are padded to the longest."""
+        size, window, queries = self.spec.block_size, self.spec.window, spans[0].queries
         # Blocks wholly before every query's window are left out.
-        begins = [0 if window is None else max(0, lengths[r] - queries - window + 1) // size for r in requests]
-        width = max(-(-lengths[r] // size) - begin for r, begin in zip(requests, begins, strict=True))
+        begins = [0 if window is None else max(0, s.length - queries - window + 1) // size for s in spans]
+        width = max(-(-s.length // size) - begin for s, begin in zip(spans, begins, strict=True))
         device = batch.seq_lens.device
-        rows = torch.tensor(requests, device=device)
-        first = torch.tensor(begins, device=device).unsqueeze(1)
-        columns = (first + torch.arange(width, device=device)).clamp(max=batch.block_table.shape[1] - 1)
-        blocks = batch.block_table[rows.unsqueeze(1), columns].long()  # (requests, width)
-        length = torch.tensor([lengths[r] for r in requests], device=device).view(-1, 1, 1)
-        position = (first * size + torch.arange(width * size, device=device)).unsqueeze(1)  # (requests, 1, keys)
-        query = length - queries + torch.arange(queries, device=device).view(1, -1, 1)  # (requests, queries, 1)
+        rows, starts, lengths, begin_blocks = torch.tensor(
+            [[s.request, s.start, s.length, begin] for s, begin in zip(spans, begins, strict=True)], device=device
+        ).T.unsqueeze(-1)  # each (spans, 1)
+        columns = (begin_blocks + torch.arange(width, device=device)).clamp(max=batch.block_table.shape[1] - 1)
+        blocks = batch.block_table[rows, columns].long()  # (spans, width)
+        position = (begin_blocks * size + torch.arange(width * size, device=device)).unsqueeze(1)  # (spans, 1, keys)
+        query = (lengths - queries + torch.arange(queries, device=device)).unsqueeze(2)  # (spans, queries, 1)
         mask = position <= query
         if window is not None:
             mask &= position > query - window
-        live = mask.any(1)  # (requests, keys): some query sees it
+        live = mask.any(1)  # (spans, keys): some query sees it
         group = self.spec.num_heads // self.spec.num_kv_heads
         heads_mask = mask.repeat(1, group, 1).unsqueeze(1)  # (requests, 1, group * queries, keys)
-        tokens = torch.tensor([starts[r] for r in requests], device=device).unsqueeze(1)
         return _Piece(
-            tokens=(tokens + torch.arange(queries, device=device)).flatten(),
+            tokens=(starts + torch.arange(queries, device=device)).flatten(),
             blocks=blocks,
             dead=(~live).flatten().nonzero().flatten(),
             mask=torch.zeros_like(heads_mask, dtype=self.spec.dtype).masked_fill_(~heads_mask, float("-inf")),
-            shape=(len(requests), queries),
+            shape=(len(spans), queries),
         )
+
+
+class _Span(NamedTuple):
+    """Consecutive queries of one request."""
+
+    request: int
+    start: int
+    """Token of the first query, in the step."""
+    queries: int
+    length: int
+    """Context length at the last query."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Requests attended together."""
+    """Spans attended together."""
 
-    tokens: Tensor  # (requests * queries,) int64, rows of q and out
-    blocks: Tensor  # (requests, width) int64
-    dead: Tensor  # int64 indices into (requests * keys) that no query sees: padding, or before the window
-    mask: Tensor  # (requests, 1, group * queries, keys), added to the scores
+    tokens: Tensor  # (spans * queries,) int64, rows of q and out
+    blocks: Tensor  # (spans, width) int64
+    dead: Tensor  # int64 indices into (spans * keys) that no query sees: padding, or before the window
+    mask: Tensor  # (spans, 1, group * queries, keys), added to the scores
     shape: tuple[int, int]
-    """(requests, queries)."""
+    """(spans, queries)."""
 
 
 def _alike(order: list[int], lengths: list[int], most: int) -> list[list[int]]:
