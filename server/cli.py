@@ -76,6 +76,13 @@ class _Formatter(argparse.HelpFormatter):
 def _parsers() -> tuple[Parser, Any]:
     parser = Parser(prog="quire", description="An LLM serving engine in which every part is a plugin.")
     parser.add_argument("--version", action="version", version=f"quire {__version__}")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        metavar="DIST",
+        dest="plugins_before",
+        help="turn on a distribution's hooks; may repeat",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=Parser)
     for name in COMMANDS:
         module = f"quire.server.commands.{name}"

@@ -145,6 +145,8 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
 def engine_arguments(args: argparse.Namespace) -> EngineArgs:
     """What the command line says about the engine. Raises ConfigError if MODEL is given twice and differs."""
     given = _given(args, ENGINE_FLAGS)
+    if before := getattr(args, "plugins_before", None):  # quire --plugin DIST serve ...
+        given["plugins"] = [*before, *given.get("plugins", ())]
     positional = getattr(args, "model_argument", None)
     if positional and given.get("model", positional) != positional:
         raise ConfigError(

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -89,7 +90,7 @@ def _generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> float:
     }
     params = [SamplingParams(max_tokens=count, **common) for count in workload.max_tokens]
     start = time.perf_counter()
-    outputs = llm.generate(workload.prompts, params)
+    outputs = llm.generate(workload.prompts, params, use_tqdm=sys.stderr.isatty())
     wall = time.perf_counter() - start
     made = [len(output.outputs[0].token_ids) for output in outputs]
     assert made == list(workload.max_tokens), "an answer is shorter than asked for"

@@ -17,7 +17,9 @@ class TransformersRun:
     def __init__(self, config: ModelConfig, batch_size: int) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._batch_size = batch_size
         dtype = getattr(torch, config.dtype)
         model: Any

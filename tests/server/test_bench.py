@@ -1,0 +1,113 @@
+"""Benchmarks: the workloads are what they say, and each command measures and prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quire.core.errors import ConfigError
+from quire.server.bench.report import percentiles
+from quire.server.bench.workloads import make_workload
+from quire.server.cli import main
+
+from .conftest import RunningServer
+
+
+def test_nano_is_draw_for_draw_what_others_ran() -> None:
+    nano = make_workload("nano")
+    assert (len(nano.prompts), nano.input_tokens, nano.output_tokens) == (256, 142_827, 133_966)
+    assert all(100 <= len(prompt) <= 1024 and min(prompt) >= 0 and max(prompt) <= 10_000 for prompt in nano.prompts)
+    assert make_workload("nano") == nano
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "prompt", "answer"),
+    [
+        ("decode-bs1", 1, 128, 256),
+        ("decode-bs256", 256, 128, 256),
+        ("decode-bs64x2048x128", 64, 2048, 128),
+        ("prefill", 64, 2048, 1),
+        ("latency-long", 1, 8192, 128),
+    ],
+)
+def test_shapes(name: str, count: int, prompt: int, answer: int) -> None:
+    found = make_workload(name)
+    assert [len(p) for p in found.prompts] == [prompt] * count and list(found.max_tokens) == [answer] * count
+
+
+def test_shrinking() -> None:
+    found = make_workload("decode-bs8").first(3).scaled(0.1).within(50)
+    assert [len(p) for p in found.prompts] == [13] * 3 and list(found.max_tokens) == [26] * 3
+    assert max(map(max, found.prompts)) < 50
+    for name in ("decode-bs0", "nanoo", "decode-bs"):
+        with pytest.raises(ConfigError, match="choose nano"):
+            make_workload(name)
+
+
+def test_percentiles() -> None:
+    assert percentiles([]) == {}
+    assert percentiles([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p99": 3.0}
+
+
+def test_throughput_beside_transformers(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "throughput", "--model", tiny_model, "--workload", "decode-bs4", "--num-prompts", "3"]
+    assert main([*words, "--scale", "0.05", "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("quire: ") and "output tokens/s" in line for line in lines)
+    assert any(line.startswith("transformers.generate, batches of 8: ") for line in lines)
+    found = json.loads(last)
+    assert found["requests"] == 3 and found["input_tokens"] == 18 and found["output_tokens"] == 39
+    assert found["output_tok_s"] > 0 and found["decode_tok_s"] > 0 and found["transformers"]["output_tok_s"] > 0
+
+
+def test_a_workload_that_does_not_fit_the_model(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "throughput", "--model", tiny_model, "--workload", "latency-long"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "8320" in message and "--scale 0.24" in message
+
+
+def test_latency(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "bench",
+        "latency",
+        "--model",
+        tiny_model,
+        "--output-len",
+        "4",
+        "--num-iters",
+        "3",
+        "--num-iters-warmup",
+        "0",
+    ]
+    assert main([*words, "--json"]) == 0
+    line, last = capsys.readouterr().out.splitlines()[-2:]
+    assert "ms a token" in line and json.loads(last)["p50_s"] > 0
+
+
+def test_load_on_a_server(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "bench",
+        "serve",
+        "--base-url",
+        server.url,
+        "--num-prompts",
+        "12",
+        "--input-len",
+        "20",
+        "--output-len",
+        "6",
+    ]
+    words += ["--vocab-size", "256", "--max-concurrency", "4", "--request-rate", "500"]
+    assert main(words) == 0
+    assert "Successful requests" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["successful"] == 12 and found["failed"] == 0 and found["output_tok_s"] > 0
+    assert set(found["ttft_s"]) == {"mean", "p50", "p99"} and found["model"] == "tiny"
+
+
+def test_load_that_fails_says_so(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--input-len", "9", "--model", "nobody"]
+    assert main(words) == 1
+    assert "does not exist" in capsys.readouterr().out
