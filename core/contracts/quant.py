@@ -91,6 +91,25 @@ class LinearMethod(ABC):
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """``x`` (num_tokens, in_features) -> (num_tokens, out_features). Graph-safe, fixed reduction order."""
 
+    def apply_fused(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """``apply`` with what stands beside the layer in the same kernel; None where that is not offered, or would not
+        be faster: then the caller does one after the other.
+
+        In this order: an RMS norm of ``x`` with ``norm``'s weight (in_features,) and epsilon; the layer; a gated
+        ``activation`` by name (``silu``: ``silu(first half) * second half``), which halves the features; ``residual``
+        added. Unlike ``apply`` it may leave out every rounding but the last.
+        """
+        return None
+
 
 class QuantizationLoader(ABC):
     """Chooses a method for every layer. ``none`` is one of these."""

@@ -1,4 +1,4 @@
-"""The attention layer: project, norm, rotate, cache, attend, project."""
+"""The attention layer: norm, project, rotate, cache, attend, project, add."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quire.core import ops
 from quire.core.contracts.attention import AttentionSpec
 from quire.core.contracts.model import ForwardContext
+from quire.core.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
     from quire.core.layers.builder import LayerBuilder
@@ -63,10 +64,13 @@ class Attention(nn.Module):
             softcap=shape.softcap,
         )
 
-    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """(num_tokens, hidden) -> (num_tokens, hidden)."""
+    def forward(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, positions: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it; see ``Linear.onto``."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = self.qkv_proj(x).split([q_size, kv_size, kv_size], dim=-1)
+        qkv, stream = self.qkv_proj.after_norm(norm, x, residual)
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
         q = q.unflatten(1, (self.num_heads, self.head_dim))  # (num_tokens, num_heads, head_dim)
         k = k.unflatten(1, (self.num_kv_heads, self.head_dim))
         v = v.unflatten(1, (self.num_kv_heads, self.head_dim))
@@ -89,4 +93,4 @@ class Attention(nn.Module):
             backend.run(self.layer, q, kv, out, k=k, v=v)
         else:
             backend.run(self.layer, q, kv, out)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj.onto(out.flatten(1), stream)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from quire.core import ops
 from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation
 from quire.core.distributed import Parallel
 from quire.core.layers.checkpoint import CheckpointLayer, Fill
+from quire.core.layers.norm import RMSNorm
 
 __all__ = ["Linear"]
 
@@ -32,6 +34,38 @@ class Linear(CheckpointLayer):
             return self.method.apply(self, x, bias)
         out = self.parallel.all_reduce(self.method.apply(self, x))
         return out if bias is None else out + bias
+
+    def after_norm(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, activation: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(activation(self(norm(s))), s)`` of the residual stream ``s = x + residual`` (``x`` where that is None).
+
+        In as few kernels as the method offers. ``x`` and ``residual`` (num_tokens, in_features); see
+        ``LinearMethod.apply_fused`` for ``activation``.
+        """
+        bias = getattr(self, "bias", None)
+        if residual is None:
+            gains = (norm.weight, norm.eps)
+            out = self.method.apply_fused(self, x, bias, norm=gains, activation=activation)
+            if out is not None:
+                return out, x
+            y, stream = norm(x), x
+        else:
+            y, stream = norm(x, residual)
+        out = None if activation is None else self.method.apply_fused(self, y, bias, activation=activation)
+        if out is None:
+            out = self(y)
+            out = out if activation is None else ops.gated_activation(activation, out)
+        return out, stream
+
+    def onto(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add the layer's result to the residual stream: ``(sum, None)``, or ``(result, stream)``, not yet added,
+        where the method leaves the addition to the norm that follows."""
+        if self.info.shard != "row" or self.parallel.size == 1:
+            out = self.method.apply_fused(self, x, getattr(self, "bias", None), residual=stream)
+            if out is not None:
+                return out, None
+        return self(x), stream
 
     def checkpoint(self) -> dict[str, Fill]:
         """One entry per part and tensor of the method."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from quire.core import ops
 from quire.core.errors import CheckpointError
+from quire.core.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
     from quire.core.layers.builder import LayerBuilder
@@ -16,7 +16,7 @@ __all__ = ["GatedMLP"]
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, gate and up in one matrix."""
+    """``down(silu(gate(x)) * up(x))``, gate and up in one matrix, with the norm before it and the residual after it."""
 
     def __init__(
         self, builder: LayerBuilder, name: str, hidden: int, intermediate: int, activation: str, bias: bool = False
@@ -30,6 +30,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = builder.column(f"{name}.gate_up_proj", hidden, parts, bias)
         self.down_proj = builder.row(f"{name}.down_proj", intermediate, hidden, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(num_tokens, hidden) -> (num_tokens, hidden)."""
-        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it; see ``Linear.onto``."""
+        x, stream = self.gate_up_proj.after_norm(norm, x, residual, activation="silu")
+        return self.down_proj.onto(x, stream)

@@ -61,7 +61,7 @@ class LlamaForCausalLM(Model):
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, positions, context)
-        return self.norm(x, residual)[0]
+        return self.norm(x) if residual is None else self.norm(x, residual)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab)."""
@@ -96,15 +96,10 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, positions: Tensor, context: ForwardContext
-    ) -> tuple[Tensor, Tensor]:
-        """``x`` is what the layer before added, ``residual`` the stream before that; both (num_tokens, hidden)."""
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, positions, context)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream is ``x + residual``, both (num_tokens, hidden), or ``x`` where ``residual`` is None."""
+        x, residual = self.self_attn(self.input_layernorm, x, residual, positions, context)
+        return self.mlp(self.post_attention_layernorm, x, residual)
 
 
 def head_dim(config: Any) -> int:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["silu_and_mul"]
+__all__ = ["gated_activation", "silu_and_mul"]
+
+
+def gated_activation(name: str, gate_up: Tensor) -> Tensor:
+    """The gated activation called ``name``, as a kernel of its own."""
+    return {"silu": silu_and_mul}[name](gate_up)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

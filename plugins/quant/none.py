@@ -1,4 +1,4 @@
-"""No quantization: weights in the model's dtype, multiplied by the library's GEMM."""
+"""No quantization: weights in the model's dtype, times many tokens by the library's GEMM, a few by our kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
 from quire.core.layers.checkpoint import expect_shape
+from quire.core.ops.linear import SmallBatch, small_linear
 
 __all__ = ["Unquantized", "UnquantizedLinear"]
 
@@ -32,9 +33,13 @@ class Unquantized(QuantizationLoader):
 class UnquantizedLinear(LinearMethod):
     """``weight`` (out_features, in_features), the fused parts one above the other, and ``bias`` (out_features,)."""
 
+    def __init__(self) -> None:
+        self._small: SmallBatch | None = None
+
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """The head's rows start at zero: where a sharded vocabulary is padded, no tensor fills them."""
         make = torch.zeros if info.kind == "lm_head" else torch.empty
+        self._small = small_linear(device, info.out_features, info.in_features, info.dtype)
         weight = make(info.out_features, info.in_features, dtype=info.dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if info.bias:
@@ -58,4 +63,21 @@ class UnquantizedLinear(LinearMethod):
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """One GEMM."""
         assert isinstance(x, Tensor), "input_format is native"
-        return F.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+        out = self.apply_fused(layer, x, bias)
+        return F.linear(x, layer.weight, bias) if out is None else out  # type: ignore[arg-type]
+
+    def apply_fused(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """For few tokens, where a table says that one kernel is faster."""
+        if self._small is None or activation not in (None, "silu"):
+            return None
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return self._small(x, weight, bias, norm=norm, gated=activation is not None, residual=residual)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
+
 __all__ = ["rms_norm"]
 
 
@@ -16,6 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     out = torch.empty_like(x)
     summed = x if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(features)
+    chained = can_chain(x.device)
     _rms_norm_kernel[(rows,)](
         x,
         x if residual is None else residual,
@@ -27,7 +30,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         features=features,
         has_residual=residual is not None,
         block=block,
+        chained=chained,
         num_warps=min(16, max(1, block // 256)),
+        launch_pdl=chained,
     )
     return out, summed
 
@@ -44,7 +49,10 @@ def _rms_norm_kernel(
     features: tl.constexpr,
     has_residual: tl.constexpr,
     block: tl.constexpr,
+    chained: tl.constexpr,
 ):
+    start_next(chained)
+    wait_for_previous(chained)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     inside = at < features

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import LayerKV
+from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
 
 __all__ = ["rope_and_cache"]
 
@@ -34,6 +35,7 @@ def rope_and_cache(
     cache_k, cache_v = (k, v) if kv is None else (kv.k, kv.v)
     block_size = 1 if kv is None else kv.k.shape[2]
     query_groups = triton.cdiv(num_heads, _HEADS)
+    chained = can_chain(q.device)
     _rope_kernel[(num_tokens, query_groups + triton.cdiv(num_kv_heads, _HEADS))](
         q,
         k,
@@ -63,7 +65,9 @@ def rope_and_cache(
         heads=_HEADS,
         has_norm=q_norm is not None,
         has_cache=kv is not None,
+        chained=chained,
         num_warps=4,
+        launch_pdl=chained,
     )
     return q, k
 
@@ -102,7 +106,10 @@ def _rope_kernel(
     heads: tl.constexpr,
     has_norm: tl.constexpr,
     has_cache: tl.constexpr,
+    chained: tl.constexpr,
 ):
+    start_next(chained)
+    wait_for_previous(chained)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     position = tl.load(position_ptr + token)

@@ -1,0 +1,262 @@
+"""Time the kernels for linear layers at small batch against the library's GEMM, and write the table of the fastest.
+
+    PYTHONPATH=src python benchmarks/kernels/linear.py [--models llama-3.1-8b qwen3-0.6b] [--table core/ops/kernels/tables/h200.json]
+
+Every candidate is compiled in a pool of processes, checked against float64, then timed as replays of a CUDA graph that
+goes through several copies of the weights, so that they come from memory and not from the L2 cache. Microseconds a
+call. ``library`` is the GEMM alone, ``apart`` the GEMM with the norm or activation beside it as kernels of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from quire.core.ops.kernels.activation import silu_and_mul
+from quire.core.ops.kernels.gemv import gemv, gemv_long
+from quire.core.ops.kernels.norm import rms_norm
+from quire.core.ops.kernels.skinny import skinny
+
+MODELS = Path(__file__).parents[1] / "models"
+KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny}
+TOKENS = (1, 2, 4, 8, 16, 32)
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer and what is fused with it."""
+
+    name: str
+    features: int
+    inputs: int
+    fused: frozenset[str]
+
+    def tensors(self, tokens: int, device: str) -> Options:
+        """Everything but the weight."""
+        make = partial(torch.randn, dtype=torch.bfloat16, device=device)
+        width = self.features // 2 if "gated" in self.fused else self.features
+        return {
+            "x": make(tokens, self.inputs),
+            "norm": (make(self.inputs) * 0.1 + 1, 1e-5) if "norm" in self.fused else None,
+            "gated": "gated" in self.fused,
+            "residual": make(tokens, width) if "residual" in self.fused else None,
+            "out": torch.empty(tokens, width, dtype=torch.bfloat16, device=device),
+        }
+
+
+def layers(model: str) -> list[Layer]:
+    """The linear layers of a model whose config.json lies in benchmarks/models."""
+    config = json.loads((MODELS / model / "config.json").read_text())
+    hidden, heads, mid = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+    dim = config.get("head_dim", hidden // heads)
+    kv = config["num_key_value_heads"] * dim
+    return [
+        Layer("qkv", heads * dim + 2 * kv, hidden, frozenset({"norm"})),
+        Layer("o", hidden, heads * dim, frozenset({"residual"})),
+        Layer("gate_up", 2 * mid, hidden, frozenset({"norm", "gated"})),
+        Layer("down", hidden, mid, frozenset({"residual"})),
+        Layer("head", config["vocab_size"], hidden, frozenset()),
+    ]
+
+
+def candidates(layer: Layer, tokens: int, chained: bool) -> Iterator[tuple[str, Options]]:
+    """Launches worth timing."""
+    padded = triton.next_power_of_2(layer.inputs)
+    for warps in (2, 4, 8, 16):
+        share = padded // (32 * warps)  # inputs of a thread
+        for rows in (2, 4, 8):
+            if tokens > 8 or share < 8 or not 16 <= share * rows <= 64 or share * tokens > 64:
+                continue
+            seen = set()
+            for programs in (2, 4, 8, 16):  # on each of 132 multiprocessors
+                turns = -(-layer.features // (rows * 132 * programs))
+                if turns not in seen and programs * warps <= 64:
+                    seen.add(turns)
+                    yield "gemv", {"tokens": tokens, "rows": rows, "turns": turns, "num_warps": warps}
+    if tokens == 1:
+        for rows, block, warps in [(2, 1024, 4), (4, 512, 2), (4, 1024, 4), (4, 1024, 2), (2, 2048, 4), (4, 2048, 8)]:
+            if 2 <= layer.inputs // block <= 16:
+                yield "gemv_long", {"rows": rows, "block": block, "num_warps": warps}
+    if tokens < 8:
+        return
+    shapes = [(16, 64, 4, 4), (16, 128, 4, 3), (16, 64, 4, 6), (16, 64, 8, 3), (32, 64, 4, 4), (32, 64, 4, 3)]
+    for rows, block, ways, stages in shapes:
+        if layer.inputs >= ways * block * (stages - 1):
+            for apart in (False, True) if "norm" in layer.fused else (False,):
+                options = {"rows": rows, "block": block, "ways": ways, "num_stages": stages}
+                yield "skinny", options | {"tokens": tokens} | ({"norm_apart": True} if apart else {})
+
+
+def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str | None:
+    """Compile one launch into Triton's cache; in a process of a pool. What went wrong, if anything did."""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **(kwargs | {"warmup": True}))
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    try:
+        launch(layer, tokens, kernel, options, layer.tensors(tokens, "cpu"), torch.empty(1, dtype=torch.bfloat16))
+    except Exception as error:  # a launch that does not compile is no candidate
+        return f"{type(error).__name__}: {error}"[:200]
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+    return None
+
+
+def launch(layer: Layer, tokens: int, kernel: str, options: Options, tensors: Options, weight: Tensor) -> None:
+    """One call."""
+    weight = weight.expand(layer.features, layer.inputs) if weight.dim() == 1 else weight
+    arrivals = {}
+    if options.get("splits", 1) > 1:
+        arrivals["arrivals"] = tensors.setdefault("zeros", torch.zeros(4096, dtype=torch.int32, device=weight.device))
+    given = {name: value for name, value in tensors.items() if name != "zeros"}
+    options = dict(options)
+    if options.pop("norm_apart", False):
+        given |= {"x": rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
+    KERNELS[kernel](weight=weight, bias=None, **given, **arrivals, **options)
+
+
+def measure(call: Callable[[Tensor], object], weights: list[Tensor], replays: int = 7) -> float:
+    """Microseconds a call: the median replay of a graph with a call for every copy of the weight, twice."""
+    for weight in weights[:2]:
+        call(weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights * 2:
+            call(weight)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / (2 * len(weights)))
+    return statistics.median(times)
+
+
+def exact(layer: Layer, tensors: Options, weight: Tensor) -> Tensor:
+    """In float64."""
+    x = tensors["x"].double()
+    if tensors["norm"] is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * tensors["norm"][0].double()
+    y = torch.cat([x @ part.double().T for part in weight.split(8192)], -1)
+    if tensors["gated"]:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y if tensors["residual"] is None else y + tensors["residual"].double()
+
+
+def apart(layer: Layer, tensors: Options, weight: Tensor) -> Tensor:
+    """The layer with its neighbours as kernels of their own, as where nothing is fused."""
+    x = tensors["x"]
+    if tensors["norm"] is not None:
+        x = rms_norm(x, *tensors["norm"], x)[0]
+    y = F.linear(x, weight)
+    return silu_and_mul(y) if tensors["gated"] else y
+
+
+def sweep(layer: Layer, compiled: set[str], chained: tuple[bool, ...]) -> Iterator[dict[str, Any]]:
+    """Time one layer for every number of tokens."""
+    copies = max(2, min(40, (1 << 29) // (layer.features * layer.inputs)))
+    weights = [
+        torch.randn(layer.features, layer.inputs, dtype=torch.bfloat16, device="cuda") * layer.inputs**-0.5
+        for _ in range(copies)
+    ]
+    floor = layer.features * layer.inputs * 2 / 4.29e6
+    for tokens in TOKENS:
+        tensors = layer.tensors(tokens, "cuda")
+        expected = exact(layer, tensors, weights[0])
+        library = measure(partial(F.linear, tensors["x"]), weights)
+        separate = measure(partial(apart, layer, tensors), weights)
+        found = []
+        for chain in chained:
+            for kernel, options in candidates(layer, tokens, chain):
+                options = options | {"chained": chain}
+                if repr((layer, tokens, kernel, options)) not in compiled:
+                    continue
+                tensors["out"].fill_(float("nan"))
+                launch(layer, tokens, kernel, options, tensors, weights[0])
+                error = ((tensors["out"].double() - expected).norm() / expected.norm()).item()
+                if not error < 5e-3:
+                    print("WRONG", layer.name, tokens, kernel, options, error)
+                    continue
+                time_us = measure(partial(launch, layer, tokens, kernel, options, tensors), weights)
+                found.append({"kernel": kernel, **options, "us": round(time_us, 2)})
+        found.sort(key=lambda entry: entry["us"])
+        for chain in chained:
+            best = [entry for entry in found if entry["chained"] == chain][:3]
+            text = "  ".join(
+                f"{b['us']:.2f} {b['kernel'][::5]}" + "/".join(str(v) for k, v in b.items() if k not in _HIDDEN)
+                for b in best
+            )
+            print(
+                f"{layer.name:8}{layer.features:7}x{layer.inputs:<6} M={tokens:<3} floor {floor:6.2f}  library "
+                f"{library:6.2f}  apart {separate:6.2f}  {'chained' if chain else 'alone  '} {text}",
+                flush=True,
+            )
+        yield {
+            "features": layer.features,
+            "inputs": layer.inputs,
+            "tokens": tokens,
+            "library_us": round(library, 2),
+            "apart_us": round(separate, 2),
+            "found": found,
+        }
+
+
+_HIDDEN = ("us", "kernel", "chained", "tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "qwen3-0.6b"])
+    parser.add_argument("--chained", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--raw", type=Path, help="write every time here")
+    options = parser.parse_args()
+    shapes = list({layer: None for model in options.models for layer in layers(model)})
+    chained = tuple(bool(c) for c in options.chained)
+    start = time.time()
+    jobs = [
+        (layer, tokens, kernel, config | {"chained": chain})
+        for layer in shapes
+        for tokens in TOKENS
+        for chain in chained
+        for kernel, config in candidates(layer, tokens, chain)
+    ]
+    unique = {repr(job): job for job in jobs}
+    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(compile_one, *zip(*unique.values(), strict=True), chunksize=4))
+    failed = [(key, why) for key, why in zip(unique, results, strict=True) if why]
+    bad = {key for key, _ in failed}
+    compiled = set(unique) - bad
+    print(
+        f"compiled {len(unique)} kernels in {time.time() - start:.0f} s; {len(failed)} failed", failed[:3], flush=True
+    )
+    rows = [row for layer in shapes for row in sweep(layer, compiled, chained)]
+    if options.raw:
+        options.raw.write_text(json.dumps(rows))
+    print(f"{time.time() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What the kernels of linear layers share: which rows a program takes, and what comes after the product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["finish", "rows_of"]
+
+
+@triton.jit
+def rows_of(tile, features: tl.constexpr, rows: tl.constexpr, gated: tl.constexpr):
+    """The weight's rows of a tile, within bounds. Gated, they are pairs of a gate and its up projection."""
+    row = tile * rows + tl.arange(0, rows)
+    if gated:
+        row = row // 2 + row % 2 * (features // 2)
+    return tl.minimum(row, features - 1)
+
+
+@triton.jit
+def finish(
+    y,  # (rows, tokens) float32; gated: gate and up in turns
+    tile,
+    token,  # (tokens,)
+    num_tokens,
+    residual_ptr,  # (num_tokens, width): width is features, or half of them where gated
+    out_ptr,
+    features: tl.constexpr,
+    rows: tl.constexpr,
+    gated: tl.constexpr,
+    has_residual: tl.constexpr,
+):
+    """Finish and store rows ``tile * rows ...``, rounding once."""
+    kept: tl.constexpr = rows // 2 if gated else rows
+    width: tl.constexpr = features // 2 if gated else features
+    if gated:
+        pairs = tl.permute(tl.reshape(y, (kept, 2, y.shape[1])), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        y = gate / (1.0 + tl.exp(-gate)) * up
+    row = tile * kept + tl.arange(0, kept)
+    at = token.to(tl.int64)[None, :] * width + row[:, None]
+    inside = (row < width)[:, None] & (token < num_tokens)[None, :]
+    if has_residual:
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,40 @@
+"""The seam for linear layers at small batch: kernels of our own where they beat the library's GEMM."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["SmallBatch", "small_linear"]
+
+
+class SmallBatch(Protocol):
+    """``x`` (num_tokens, inputs) times ``weight`` (features, inputs), with its neighbours; None: not faster here.
+
+    ``norm`` is the weight (inputs,) and epsilon of an RMS norm before the layer; ``gated``: the halves of the result
+    become ``silu(first) * second``; ``residual`` is added last.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """Multiply, or decline."""
+        ...
+
+
+def small_linear(device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> SmallBatch | None:
+    """The kernels for a layer of this shape, or None where ``device`` has none."""
+    if device.type != "cuda":
+        return None
+    from quire.core.ops.kernels.linear import SmallLinear
+
+    return SmallLinear(device, features, inputs, dtype)
