@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Sampler", "SamplingBatch"]
+__all__ = ["Sampler", "SamplingBatch", "SamplingTable"]
 
 
 @dataclass(slots=True)
@@ -31,11 +31,27 @@ class SamplingBatch:
     any_min_p: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingTable:
+    """Columns of the request table on the device, one entry a row; the last row stands for padding."""
+
+    token_ids: Tensor  # (rows, length) int32
+    num_tokens: Tensor  # (rows,) int32: also the index in the sequence of the token to draw
+    temperature: Tensor  # (rows,) float32, 0 is greedy
+    top_k: Tensor  # (rows,) int32, 0 is off
+    top_p: Tensor  # (rows,) float32
+    min_p: Tensor  # (rows,) float32
+    seed: Tensor  # (rows,) int64
+
+
 class Sampler(ABC):
     """Draws ``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens (the Gumbel-max trick).
 
     The noise depends on (seed, position, token) alone, so a request draws the same tokens whatever runs beside it,
     and drafts are verified by drawing again.
+
+    ``sample`` is all that a sampler needs. One that can also ``draw`` from the request table itself is captured in CUDA
+    graphs, so that a step with random requests is two replays; others run eagerly between the model and the next step.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
@@ -46,3 +62,16 @@ class Sampler(ABC):
     @abstractmethod
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """``logits`` (n, vocab) float32, penalties and processors applied, may be overwritten. Returns (n,) int32."""
+
+    def prepare(self, max_rows: int) -> bool:
+        """Allocate what ``draw`` needs for ``max_rows`` rows and say whether the engine may call it. Called once."""
+        return False
+
+    def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:
+        """Write the drawn token of each row into ``tokens`` (n,) int32 and append it to the row in ``table``.
+
+        ``logits`` (n, vocab) in the model's dtype, not to be changed; ``rows`` (n,) int64 on the device. The padding
+        row may come many times, draws nothing and never grows. ``greedy``: no row has a temperature. Must be fit for
+        capture in a CUDA graph: no synchronisation, and the same launches whatever the parameters on the device are.
+        """
+        raise NotImplementedError

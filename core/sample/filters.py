@@ -16,7 +16,8 @@ def apply_filters(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Set what min-p, top-k and top-p forbid to minus infinity, in this order, each seeing what the others left.
 
     ``logits`` (n, vocab) float32, already divided by the temperature; changed in place and returned. Tokens tied
-    with the last one allowed by top-k stay; the best token always stays.
+    with the last one allowed by top-k or top-p stay; the best token always stays. So what each filter keeps are the
+    tokens of at least some logit, whatever order a sort gives equal ones.
     """
     if batch.any_min_p:
         # p < min_p * p_max  <=>  logit < logit_max + log(min_p)
@@ -36,5 +37,7 @@ def apply_filters(logits: Tensor, batch: SamplingBatch) -> Tensor:
         drop = before >= batch.top_p[:, None]
         drop &= (batch.top_p < 1.0)[:, None]
         drop[:, 0] = False
+        last = ordered.masked_fill(drop | (ordered == _OUT), -_OUT).amin(-1, keepdim=True)
+        drop &= ordered < last
         ordered.masked_fill_(drop, _OUT)
     return logits.scatter_(-1, index, ordered)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from quire.core.contracts.sampler import Sampler, SamplingBatch
+from quire.core.contracts.sampler import Sampler, SamplingBatch, SamplingTable
 from quire.core.sample.filters import apply_filters
 from quire.core.sample.noise import gumbel
 
@@ -13,10 +15,41 @@ __all__ = ["GumbelSampler"]
 
 
 class GumbelSampler(Sampler):
-    """``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens; at 0 the plain argmax."""
+    """``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens; at 0 the plain argmax.
+
+    On a GPU by Triton kernels that never sort, elsewhere by torch; both draw the same tokens but for near ties.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
+        super().__init__(vocab_size, device, options)
+        self._work: Any = None  # Workspace: triton is imported on a GPU alone
+
+    def prepare(self, max_rows: int) -> bool:
+        """On a GPU: yes."""
+        if self.device.type != "cuda":
+            return False
+        from quire.core.sample.kernels.workspace import Workspace
+
+        self._work = Workspace(max_rows, self.vocab_size, self.device)
+        return True
+
+    def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:
+        """One launch where all are greedy, three otherwise."""
+        from quire.core.sample.kernels.argmax import argmax
+        from quire.core.sample.kernels.draw import Columns, draw
+
+        work = self._workspace(logits)
+        if greedy:
+            argmax(logits, work, tokens, rows, table.token_ids, table.num_tokens)
+            return
+        t = table
+        columns = Columns(t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.num_tokens)
+        draw(logits, columns, work, tokens, rows, table.token_ids)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """``logits`` (n, vocab) float32 -> (n,) int32."""
+        if logits.device.type == "cuda":
+            return self._sample_by_kernels(logits, batch)
         if not batch.any_random:
             return logits.argmax(-1).int()
         random = batch.temperature > 0
@@ -24,3 +57,28 @@ class GumbelSampler(Sampler):
         logits = apply_filters(logits, batch)
         noise = gumbel(batch.seed, batch.position, logits.shape[-1])
         return torch.where(random[:, None], logits + noise, logits).argmax(-1).int()
+
+    def _sample_by_kernels(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        from quire.core.sample.kernels.argmax import argmax
+        from quire.core.sample.kernels.draw import Columns, draw
+
+        tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        b = batch
+        if b.any_random:
+            columns = Columns(b.temperature, b.top_k, b.top_p, b.min_p, b.seed, b.position)
+            draw(logits, columns, self._workspace(logits), tokens)
+        else:
+            argmax(logits, self._workspace(logits), tokens)
+        return tokens
+
+    def _workspace(self, logits: Tensor) -> Any:
+        """The prepared workspace, or one of its own for logits that do not fit it, which no captured graph knows."""
+        from quire.core.sample.kernels.workspace import Workspace
+
+        n, vocab = logits.shape
+        work = self._work
+        if work is None or n > work.max_rows or vocab != work.vocab_size:
+            work = Workspace(n, vocab, logits.device)
+            if self._work is None:
+                self._work = work
+        return work

@@ -1,9 +1,11 @@
-"""Decode steps as CUDA graphs: inputs, model and logits in one, greedy sampling in another."""
+"""Decode steps as CUDA graphs: inputs, model and logits in one, sampling in another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext, Model
+from quire.core.contracts.sampler import Sampler
 from quire.core.messages import SchedulerOutput
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["DecodeGraphs", "graph_sizes"]
+
+_T = TypeVar("_T")
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -31,23 +36,33 @@ class _Captured:
     inputs: StepInputs
     logits: Tensor  # (size, vocab)
     model: torch.cuda.CUDAGraph
-    greedy: torch.cuda.CUDAGraph
+    draws: dict[str, torch.cuda.CUDAGraph]  # by variant
 
 
 class DecodeGraphs:
     """Every step in which each request has one token runs as a replay of the smallest captured size that holds it.
 
-    Padding requests point at the table's last row, which owns the padding block alone.
+    Padding requests point at the table's last row, which owns the padding block alone. There are two variants of
+    sampling, both writing the same tokens: ``greedy``, and ``random`` for any mix of greedy and random requests, where
+    a ``sampler`` is given that draws from the table by itself.
     """
 
     def __init__(
-        self, model: Model, backends: list[AttentionBackend], kv: KVCache, table: RequestTable, block_size: int
+        self,
+        model: Model,
+        backends: list[AttentionBackend],
+        kv: KVCache,
+        table: RequestTable,
+        block_size: int,
+        sampler: Sampler | None = None,
     ) -> None:
         self._model = model
         self._backends = backends
         self._kv = kv
         self._table = table
         self._block_size = block_size
+        self._sampler = sampler
+        self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
         self._sizes = graph_sizes(table.num_rows)
         most = self._sizes[-1]
         device = table.device
@@ -73,12 +88,12 @@ class DecodeGraphs:
         for size in reversed(self._sizes):
             inputs = self._static_inputs(size)
             logits = self._forward(inputs)  # compiles and warms up
-            self._draw_greedy(inputs, logits)
+            for variant in self._variants:
+                self._draw(variant, inputs, logits)
             torch.cuda.synchronize()
-            made: list[Tensor] = []
-            model = _record(pool, lambda inputs=inputs, made=made: made.append(self._forward(inputs)))
-            greedy = _record(pool, lambda inputs=inputs, made=made: self._draw_greedy(inputs, made[0]))
-            self._captured[size] = _Captured(inputs, made[0], model, greedy)
+            model, logits = _record(pool, partial(self._forward, inputs))
+            draws = {v: _record(pool, partial(self._draw, v, inputs, logits))[0] for v in self._variants}
+            self._captured[size] = _Captured(inputs, logits, model, draws)
 
     def forward(self, step: SchedulerOutput) -> tuple[StepInputs, Tensor]:
         """Run the model for a step: its inputs, of the padded size, and the logits of its requests alone."""
@@ -93,10 +108,10 @@ class DecodeGraphs:
         captured.model.replay()
         return replace(captured.inputs, sample_index=self._index[:count]), captured.logits[:count]
 
-    def draw_greedy(self, step: SchedulerOutput) -> Tensor:
-        """Take the best token of every request and feed it back; (num_reqs,) int32, valid until the next step."""
+    def draw(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
+        """Draw the token of every request and feed it back; (num_reqs,) int32, valid until the next step."""
         size = next(s for s in self._sizes if s >= len(step.rows))
-        self._captured[size].greedy.replay()
+        self._captured[size].draws[variant].replay()
         return self._tokens[: len(step.rows)]
 
     def _static_inputs(self, size: int) -> StepInputs:
@@ -148,21 +163,24 @@ class DecodeGraphs:
         context = ForwardContext(self._backends, inputs.slot_mapping, self._kv.layers, self._kv.group_of)
         return self._model.compute_logits(self._model(inputs.input_ids, inputs.positions, context))
 
-    def _draw_greedy(self, inputs: StepInputs, logits: Tensor) -> None:
-        tokens = logits.argmax(-1).int()
-        self._tokens[: len(tokens)].copy_(tokens)
+    def _draw(self, variant: str, inputs: StepInputs, logits: Tensor) -> None:
+        tokens = self._tokens[: len(logits)]
+        if self._sampler is not None:
+            self._sampler.draw(logits, inputs.rows, self._table.sampling, tokens, greedy=variant == "greedy")
+            return
+        tokens.copy_(logits.argmax(-1))
         self._table.append(inputs.rows, tokens)
         self._table.num_tokens[self._table.padding_row :].zero_()
 
 
-def _record(pool: tuple[int, int], work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture what ``work`` launches on a stream of its own."""
+def _record(pool: Any, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+    """Capture what ``work`` launches on a stream of its own; the graph, and what ``work`` returned."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        work()
+        made = work()
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph
+    return graph, made

@@ -52,7 +52,9 @@ class ModelRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record decode steps as CUDA graphs, now that every buffer is where it will stay."""
-        self.graphs = DecodeGraphs(self.model, self.backends, self.kv, self.table, self.block_size)
+        self.graphs = DecodeGraphs(
+            self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler
+        )
         self.graphs.capture()
 
     @torch.inference_mode()
@@ -92,8 +94,9 @@ class ModelRunner:
     def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepClock) -> Readback:
         inputs, logits = graphs.forward(step)
         self._computed[step.rows] += 1
-        if self.drawer.plain(step.rows):
-            drawn = Drawn(graphs.draw_greedy(step))
+        variant = self.drawer.variant(step.rows)
+        if variant is not None:
+            drawn = Drawn(graphs.draw(step, variant))
         else:
             drawn = self.drawer.draw(logits, step, inputs, self._computed[step.rows])
         return Readback(step, drawn, {}, clock)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quire.core.contracts.sampler import SamplingTable
 from quire.core.messages import BlockDiff, NewRequest
 
 __all__ = ["RequestTable"]
@@ -44,6 +45,9 @@ class RequestTable:
         self.repetition = column(torch.float32)
         self.frequency = column(torch.float32)
         self.presence = column(torch.float32)
+        self.sampling = SamplingTable(
+            self.token_ids, self.num_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed
+        )
 
     def add(self, requests: Sequence[NewRequest]) -> None:
         """Fill the rows of requests that enter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ class TokenDrawer:
     ) -> None:
         self.table = table
         self._sampler = sampler
+        self.device_sampler = sampler if sampler.prepare(table.num_rows) else None
+        """The sampler, where it can draw from the table by itself."""
         self._processors = [_Active(name, processor) for name, processor in processors]
         self._random = np.zeros(num_rows, dtype=bool)
         self._top_k = np.zeros(num_rows, dtype=bool)
@@ -89,10 +92,19 @@ class TokenDrawer:
                 except Exception as error:
                     self._quarantine(active, error)
 
-    def plain(self, rows: NDArray[np.int32]) -> bool:
-        """Whether the best token is all that these rows want."""
-        special = self._random[rows] | self._penalized[rows] | (self._logprobs[rows] >= 0)
-        return not special.any() and all(active.rows.isdisjoint(rows.tolist()) for active in self._processors)
+    def variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
+        """What these rows want of a captured sampler; None where they want more than one can do."""
+        if (self._logprobs[rows] >= 0).any() or not self._untouched(rows):
+            return None
+        if not self._random[rows].any():
+            return "greedy"
+        return None if self.device_sampler is None else "random"
+
+    def _untouched(self, rows: NDArray[np.int32]) -> bool:
+        """Whether nothing changes the logits of these rows."""
+        if self._penalized[rows].any():
+            return False
+        return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
 
     def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, positions: NDArray[np.int64]) -> Drawn:
         """``logits`` (num_samples, vocab) in the model's dtype; ``positions`` (num_samples,) on the host, upper bounds
@@ -101,21 +113,30 @@ class TokenDrawer:
         host_rows = step.rows[drawn_index]
         rows = inputs.rows[inputs.sample_index]
         lens = inputs.seq_lens[inputs.sample_index]
-        raw = logits
-        logits = logits.float()
-        if logits is raw:
-            logits = logits.clone()
-        self._penalize(logits, rows, lens, host_rows, int(positions.max()))
-        self._process(logits, lens, host_rows, positions)
-        tokens = self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
-        self.table.append(rows, tokens)
+        if self.device_sampler is not None and self._untouched(host_rows):
+            tokens = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+            greedy = not self._random[host_rows].any()
+            self.device_sampler.draw(logits, rows, self.table.sampling, tokens, greedy=greedy)
+        else:
+            tokens = self._draw_changed(logits, rows, lens, host_rows, positions)
         drawn = Drawn(tokens, quarantined=self._quarantined)
         self._quarantined = []
         wanted = self._logprobs[host_rows]
         for line in np.flatnonzero(wanted >= 0):
             one = slice(line, line + 1)
-            drawn.logprobs[int(drawn_index[line])] = gather_logprobs(raw[one], tokens[one], int(wanted[line]))
+            drawn.logprobs[int(drawn_index[line])] = gather_logprobs(logits[one], tokens[one], int(wanted[line]))
         return drawn
+
+    def _draw_changed(
+        self, raw: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> Tensor:
+        """By ``Sampler.sample``, after penalties and processors."""
+        logits = raw.to(torch.float32, copy=True)
+        self._penalize(logits, rows, lens, host_rows, int(positions.max()))
+        self._process(logits, lens, host_rows, positions)
+        tokens = self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
+        self.table.append(rows, tokens)
+        return tokens
 
     def _sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table

@@ -158,7 +158,7 @@ class Worker:
 
 def _dummy_step(share: np.ndarray[Any, Any]) -> SchedulerOutput:
     """Every row prefills its share and samples with every filter on; block tables are all zeros, the sink."""
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, max_tokens=1)
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, repetition_penalty=1.1, max_tokens=1)
     return SchedulerOutput(
         step=-1,
         rows=np.arange(len(share), dtype=np.int32),

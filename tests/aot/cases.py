@@ -10,6 +10,11 @@ import torch
 
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.ops.kernels import activation, decode_inputs, norm, rope
+from quire.core.ops.kernels.gemv import gemv, gemv_long
+from quire.core.ops.kernels.skinny import skinny
+from quire.core.sample.kernels.argmax import argmax
+from quire.core.sample.kernels.draw import Columns, draw
+from quire.core.sample.kernels.workspace import Workspace
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 
@@ -58,6 +63,29 @@ def step_inputs() -> None:
     )
 
 
+def greedy(dtype: torch.dtype, vocab: int) -> None:
+    ints = partial(torch.zeros, dtype=torch.int32)
+    rows = torch.arange(2)
+    argmax(torch.zeros(2, vocab, dtype=dtype), Workspace(2, vocab, CPU), ints(2), rows, ints(3, 64), ints(3))
+
+
+def random(dtype: torch.dtype, vocab: int, table: bool) -> None:
+    ints, floats = partial(torch.zeros, dtype=torch.int32), torch.zeros
+    columns = Columns(floats(3), ints(3), floats(3), floats(3), torch.zeros(3, dtype=torch.int64), ints(3))
+    fed = (torch.arange(2), ints(3, 64)) if table else ()
+    draw(torch.zeros(2, vocab, dtype=dtype), columns, Workspace(2, vocab, CPU), ints(2), *fed)
+
+
+def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: int, **options: int) -> None:
+    """With everything before and after the layer in the same kernel, as a link of a chain."""
+    x, weight = (
+        torch.empty(num_tokens, inputs, dtype=torch.bfloat16),
+        torch.empty(features, inputs, dtype=torch.bfloat16),
+    )
+    out = torch.empty(num_tokens, features // 2, dtype=torch.bfloat16)
+    kernel(x, weight, weight[:, 0], out, norm=(x[0], 1e-5), gated=True, residual=out, chained=True, **options)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{
         f"{str(dt).removeprefix('torch.')}-{dim}": partial(attention, dt, dim)
@@ -76,4 +104,13 @@ CASES: dict[str, Callable[[], None]] = {
     "rope-norm-partial": partial(rope_and_cache, torch.bfloat16, 128, 64, True),
     "silu": partial(silu, torch.bfloat16),
     "decode-inputs": step_inputs,
+    "gemv": partial(linear, gemv, 1, 28672, 4096, tokens=1, rows=4, turns=28, num_warps=8),
+    "gemv-2": partial(linear, gemv, 2, 6144, 1024, tokens=2, rows=2, turns=3, num_warps=4),
+    "gemv-long": partial(linear, gemv_long, 1, 4096, 14336, rows=4, block=1024, num_warps=4),
+    "skinny-8": partial(linear, skinny, 8, 4096, 14336, tokens=8, rows=16, block=128, ways=4, num_stages=3),
+    "skinny-32": partial(linear, skinny, 24, 6144, 1024, tokens=32, rows=32, block=64, ways=4, num_stages=4),
+    "greedy": partial(greedy, torch.bfloat16, 151936),
+    "greedy-float32": partial(greedy, torch.float32, 50257),
+    "random": partial(random, torch.bfloat16, 151936, True),
+    "random-float32": partial(random, torch.float32, 128256, False),
 }
