@@ -1,0 +1,241 @@
+"""The sampling kernels against the torch code, token for token: in the interpreter by default, and on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.core.contracts.sampler import SamplingBatch
+from quire.core.sample.filters import apply_filters
+from quire.core.sample.kernels.argmax import argmax
+from quire.core.sample.kernels.draw import Columns, draw
+from quire.core.sample.kernels.workspace import Tiles, Workspace
+from quire.core.sample.noise import gumbel
+from quire.core.sample.sampler import GumbelSampler
+
+CPU = torch.device("cpu")
+TINY = Tiles(groups=2, width=8, tile=8, parts=2, shortlist=32, most_k=12)
+VOCAB = 61  # of four chunks of 16
+WISHES = [
+    {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+    {},
+    {"temperature": 0.8, "top_p": 0.95},
+    {"temperature": 1.3, "top_p": 0.3},
+    {"min_p": 0.05},
+    {"temperature": 0.7, "top_p": 0.6, "min_p": 0.3},
+    {"top_k": 1},
+    {"top_k": 50},
+    {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    {"temperature": 1.5, "top_k": 100, "top_p": 0.5, "min_p": 0.02},
+    {"top_k": 400, "top_p": 0.9},
+    {"top_p": 1e-4},
+]
+
+
+def columns_of(wishes: list[dict], seed: int, device: str) -> Columns:
+    def column(name: str, default: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([wish.get(name, default) for wish in wishes], dtype=dtype, device=device)
+
+    gen = torch.Generator().manual_seed(seed)
+    n = len(wishes)
+    return Columns(
+        column("temperature", 1.0, torch.float32),
+        column("top_k", 0, torch.int32),
+        column("top_p", 1.0, torch.float32),
+        column("min_p", 0.0, torch.float32),
+        torch.randint(-(2**63), 2**63 - 1, (n,), generator=gen).to(device),
+        torch.randint(0, 2**31 - 1, (n,), generator=gen, dtype=torch.int32).to(device),
+    )
+
+
+def gaps(logits: torch.Tensor, columns: Columns, tokens: torch.Tensor) -> torch.Tensor:
+    """By how much each token falls short of the best allowed one (noised), in float64; infinite where not allowed.
+
+    The filters get a little slack, so that a token on their edge counts by its noise alone.
+    """
+    c = columns
+    random = c.temperature > 0
+    x = logits.double() / torch.where(random, c.temperature, 1.0).double()[:, None]
+    noise = gumbel(c.seed, c.position.long(), logits.shape[1]).double() * random[:, None]
+    short = []
+    for slack in (-1e-5, 1e-5):
+        top_p = torch.where(c.top_p < 1, c.top_p.double() + slack, 2.0).clamp(min=1e-9)
+        min_p = c.min_p.double() * (1 - slack)
+        batch = SamplingBatch(
+            c.temperature, torch.where(random, c.top_k, 0), top_p, min_p, c.seed, c.position, True, True, True, True
+        )
+        noised = torch.where(random[:, None], apply_filters(x.clone(), batch), x) + noise
+        short.append(noised.amax(-1) - noised.gather(-1, tokens.long()[:, None])[:, 0])
+    return torch.minimum(*short)
+
+
+def torch_twin(logits: torch.Tensor, c: Columns) -> torch.Tensor:
+    batch = SamplingBatch(
+        c.temperature, c.top_k, c.top_p, c.min_p, c.seed, c.position.long(), True, True, True, True
+    )  # fmt: skip
+    random = c.temperature > 0
+    x = logits.float() / torch.where(random, c.temperature, 1.0)[:, None]
+    noised = apply_filters(x, batch) + gumbel(c.seed, c.position.long(), logits.shape[1])
+    return torch.where(random[:, None], noised, logits.float()).argmax(-1).int()
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.1, 1.0, 4.0, 20.0]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 5, 12, 30, 100]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.05]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    coarse=st.booleans(),
+)
+def test_draw_is_the_torch_code(
+    seed: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float, coarse: bool
+) -> None:
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
+    if coarse:  # many ties
+        logits = logits.round()
+    wish = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    columns = columns_of([wish, {"temperature": 0.9, "top_p": 0.8}], seed, "cpu")
+    out = torch.full((2,), -1, dtype=torch.int32)
+    draw(logits, columns, Workspace(2, VOCAB, CPU, TINY), out)
+    twin = torch_twin(logits, columns)
+    assert torch.equal(out, twin) or gaps(logits, columns, out).max() < 1e-5
+
+
+@pytest.mark.parametrize("wish", [{"top_k": 5, "top_p": 0.9}, {"top_k": 40, "top_p": 0.4}, {"top_p": 0.7}, {}], ids=str)
+def test_masked_logits_are_never_drawn(wish: dict) -> None:
+    logits = torch.full((1, VOCAB), float("-inf"))
+    logits[0, [3, 40, 58]] = torch.tensor([0.0, 0.5, 0.2])
+    for seed in range(3):
+        columns, out = columns_of([wish], seed, "cpu"), torch.full((1,), -1, dtype=torch.int32)
+        draw(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
+        assert out.item() == torch_twin(logits, columns).item()
+
+
+def test_a_crowd_of_equals_overflows_the_list() -> None:
+    logits = torch.zeros(1, VOCAB)
+    columns, out = columns_of([{"top_k": 2, "top_p": 0.5}], 5, "cpu"), torch.full((1,), -1, dtype=torch.int32)
+    draw(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
+    assert out.item() == torch_twin(logits, columns).item()
+
+
+def table_of(device: str) -> tuple[Columns, torch.Tensor, torch.Tensor]:
+    """Columns of a table of four rows and padding, its tokens, and lines that stand in rows 2, 0, padding, padding."""
+    columns = columns_of([{}, {"top_k": 4}, {"top_p": 0.9}, {}, {"temperature": 0.0}], 1, device)
+    columns.position.copy_(torch.tensor([3, 4, 5, 6, 0]))
+    tokens = torch.full((5, 9), -1, dtype=torch.int32, device=device)
+    return columns, tokens, torch.tensor([2, 0, 4, 4], device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_tokens_are_appended_to_their_rows(device: str, greedy: bool) -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(2)).to(device)
+    columns, table, rows = table_of(device)
+    if greedy:
+        expected = logits.argmax(-1)
+    else:
+        mine = Columns(*(getattr(columns, name)[rows] for name in Columns.__slots__))
+        expected = torch_twin(logits, mine)
+    out = torch.full((4,), -1, dtype=torch.int32, device=device)
+    work = Workspace(4, VOCAB, torch.device(device), TINY)
+    if greedy:
+        argmax(logits, work, out, rows, table, columns.position)
+    else:
+        draw(logits, columns, work, out, rows, table)
+    assert out[:2].tolist() == expected[:2].tolist()
+    assert columns.position.tolist() == [4, 4, 6, 6, 0]
+    assert (table[2, 5].item(), table[0, 3].item()) == (out[0].item(), out[1].item())
+    assert (table >= 0).sum().item() == 2
+    assert not work.counter.any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_greedy_takes_the_first_of_equals_and_stays_in_the_vocabulary(device: str) -> None:
+    logits = torch.zeros(4, VOCAB, device=device)
+    logits[0, [17, 33, 50]] = 2.0
+    logits[1, 60] = 1.0
+    logits[2] = float("-inf")
+    logits[3] = float("nan")
+    out = torch.full((4,), -1, dtype=torch.int32, device=device)
+    argmax(logits, Workspace(4, VOCAB, torch.device(device), TINY), out)
+    assert out[:3].tolist() == [17, 60, 0]
+    assert 0 <= out[3].item() < VOCAB
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [151936, 50257, 128256])
+def test_greedy_on_a_gpu(dtype: torch.dtype, vocab: int) -> None:
+    for n in (1, 7, 256):
+        logits = torch.randn(n, vocab, device="cuda").to(dtype)
+        out = torch.full((n,), -1, dtype=torch.int32, device="cuda")
+        argmax(logits, Workspace(n, vocab, logits.device), out)
+        first = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+        assert torch.equal(out.long(), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 12, 120, 256])
+@pytest.mark.parametrize("spread", [0.7, 3.0, 12.0])
+def test_draw_at_full_size(n: int, spread: float) -> None:
+    vocab = 151936
+    torch.manual_seed(n)
+    logits = (torch.randn(n, vocab, device="cuda") * spread).bfloat16()
+    columns = columns_of([WISHES[(i + int(spread)) % len(WISHES)] for i in range(n)], n, "cuda")
+    out = torch.full((n,), -1, dtype=torch.int32, device="cuda")
+    work = Workspace(n, vocab, logits.device)
+    draw(logits, columns, work, out)
+    step = 32
+    for i in range(0, n, step):
+        part = Columns(*(getattr(columns, name)[i : i + step] for name in Columns.__slots__))
+        assert gaps(logits[i : i + step], part, out[i : i + step]).max() < 1e-4
+        # a row draws the same whatever stands beside it, to the bit
+        alone = torch.full_like(out[i : i + step], -1)
+        draw(logits[i : i + step], part, work, alone)
+        assert torch.equal(alone, out[i : i + step])
+
+
+@pytest.mark.gpu
+def test_draw_survives_capture() -> None:
+    n, vocab = 48, 32000
+    logits = torch.randn(n, vocab, device="cuda").bfloat16() * 2
+    columns = columns_of([WISHES[i % len(WISHES)] for i in range(n)], 3, "cuda")
+    work, out = Workspace(n, vocab, logits.device), torch.zeros(n, dtype=torch.int32, device="cuda")
+    draw(logits, columns, work, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        draw(logits, columns, work, out)
+    for turn in range(5):
+        logits.copy_(torch.randn(n, vocab, device="cuda") * (turn + 1))
+        columns.position.add_(1)
+        graph.replay()
+        assert gaps(logits, columns, out).max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wish", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1}], ids=str)
+def test_draws_follow_the_distribution_on_a_gpu(wish: dict) -> None:
+    draws, vocab = 40_000, 24
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(3)) * 2
+    columns = columns_of([wish] * draws, 0, "cuda")
+    batch = SamplingBatch(
+        columns.temperature, columns.top_k, columns.top_p, columns.min_p, torch.zeros_like(columns.seed),
+        torch.arange(draws, device="cuda"), True, True, True, True,
+    )  # fmt: skip
+    sampler = GumbelSampler(vocab, torch.device("cuda"))
+    tokens = sampler.sample(logits.cuda().expand(draws, -1).clone(), batch)
+    one = Columns(*(getattr(columns, name)[:1].cpu() for name in Columns.__slots__))
+    filters = SamplingBatch(one.temperature, one.top_k, one.top_p, one.min_p, one.seed, one.position, *[True] * 4)
+    expected = apply_filters(logits / one.temperature[:, None], filters).softmax(-1)[0].double() * draws
+    counts = torch.bincount(tokens.cpu().long(), minlength=vocab).double()
+    assert counts[expected == 0].sum() == 0
+    big = expected > 5
+    freedom = int(big.sum()) - 1
+    value = ((counts - expected) ** 2 / expected)[big].sum().item()
+    assert value < freedom + 4.5 * math.sqrt(2 * freedom)
