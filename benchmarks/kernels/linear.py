@@ -1,10 +1,11 @@
 """Time the kernels for linear layers at small batch against the library's GEMM, and write the table of the fastest.
 
-    PYTHONPATH=src python benchmarks/kernels/linear.py [--models llama-3.1-8b qwen3-0.6b] [--table core/ops/kernels/tables/h200.json]
+    PYTHONPATH=src python benchmarks/kernels/linear.py --table core/ops/kernels/tables/h200.json
 
 Every candidate is compiled in a pool of processes, checked against float64, then timed as replays of a CUDA graph that
 goes through several copies of the weights, so that they come from memory and not from the L2 cache. Microseconds a
-call. ``library`` is the GEMM alone, ``apart`` the GEMM with the norm or activation beside it as kernels of their own.
+call. ``library`` is the GEMM alone, ``apart`` the GEMM with the norm or activation beside it as kernels of their own;
+``chained`` kernels start while the one before still runs. The table keeps the layers that it has and this run has not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from quire.core.ops.kernels.skinny import skinny
 MODELS = Path(__file__).parents[1] / "models"
 KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny}
 TOKENS = (1, 2, 4, 8, 16, 32)
+WORTH = 0.985
+"""A kernel is taken where it needs at most this share of the time that the library needs."""
 Options = dict[str, Any]
 
 
@@ -93,14 +96,14 @@ def candidates(layer: Layer, tokens: int, chained: bool) -> Iterator[tuple[str, 
         for rows, block, warps in [(2, 1024, 4), (4, 512, 2), (4, 1024, 4), (4, 1024, 2), (2, 2048, 4), (4, 2048, 8)]:
             if 2 <= layer.inputs // block <= 16:
                 yield "gemv_long", {"rows": rows, "block": block, "num_warps": warps}
-    if tokens < 8:
+    if tokens == 1:
         return
     shapes = [(16, 64, 4, 4), (16, 128, 4, 3), (16, 64, 4, 6), (16, 64, 8, 3), (32, 64, 4, 4), (32, 64, 4, 3)]
     for rows, block, ways, stages in shapes:
         if layer.inputs >= ways * block * (stages - 1):
             for apart in (False, True) if "norm" in layer.fused else (False,):
                 options = {"rows": rows, "block": block, "ways": ways, "num_stages": stages}
-                yield "skinny", options | {"tokens": tokens} | ({"norm_apart": True} if apart else {})
+                yield "skinny", options | {"tokens": max(8, tokens)} | ({"norm_apart": True} if apart else {})
 
 
 def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str | None:
@@ -123,14 +126,11 @@ def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str
 def launch(layer: Layer, tokens: int, kernel: str, options: Options, tensors: Options, weight: Tensor) -> None:
     """One call."""
     weight = weight.expand(layer.features, layer.inputs) if weight.dim() == 1 else weight
-    arrivals = {}
-    if options.get("splits", 1) > 1:
-        arrivals["arrivals"] = tensors.setdefault("zeros", torch.zeros(4096, dtype=torch.int32, device=weight.device))
-    given = {name: value for name, value in tensors.items() if name != "zeros"}
+    given = dict(tensors)
     options = dict(options)
     if options.pop("norm_apart", False):
         given |= {"x": rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
-    KERNELS[kernel](weight=weight, bias=None, **given, **arrivals, **options)
+    KERNELS[kernel](weight=weight, bias=None, **given, **options)
 
 
 def measure(call: Callable[[Tensor], object], weights: list[Tensor], replays: int = 7) -> float:
@@ -224,6 +224,29 @@ def sweep(layer: Layer, compiled: set[str], chained: tuple[bool, ...]) -> Iterat
         }
 
 
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The fastest launch for each number of tokens; null is the library."""
+    table = json.loads(path.read_text()) if path.exists() else {"layers": {}}
+    table["device"] = torch.cuda.get_device_name()
+    table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    for key in {f"{row['features']}x{row['inputs']}" for row in rows}:
+        table["layers"][key] = {}
+    for row in rows:
+        usable = [entry for entry in row["found"] if entry["chained"]]
+        best = min(usable, key=lambda entry: entry["us"], default=None)
+        if best is not None and best["us"] > WORTH * row["apart_us"]:
+            best = None
+        if best is not None:
+            best = {k: v for k, v in best.items() if k != "chained"} | {"apart_us": row["apart_us"]}
+        table["layers"][f"{row['features']}x{row['inputs']}"][str(row["tokens"])] = best
+    lines = []
+    for key, entries in sorted(table["layers"].items()):
+        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(entry)}" for tokens, entry in entries.items())
+        lines.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
+    path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
 _HIDDEN = ("us", "kernel", "chained", "tokens")
 
 
@@ -232,6 +255,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "qwen3-0.6b"])
     parser.add_argument("--chained", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--raw", type=Path, help="write every time here")
+    parser.add_argument("--table", type=Path, help="add the fastest of each layer to this table")
     options = parser.parse_args()
     shapes = list({layer: None for model in options.models for layer in layers(model)})
     chained = tuple(bool(c) for c in options.chained)
@@ -255,6 +279,8 @@ def main() -> None:
     rows = [row for layer in shapes for row in sweep(layer, compiled, chained)]
     if options.raw:
         options.raw.write_text(json.dumps(rows))
+    if options.table:
+        write_table(options.table, rows)
     print(f"{time.time() - start:.0f} s in all")
 
 

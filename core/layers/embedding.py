@@ -10,6 +10,7 @@ from quire.core import ops
 from quire.core.distributed import Parallel
 from quire.core.layers.checkpoint import CheckpointLayer, Fill, expect_shape
 from quire.core.layers.linear import Linear
+from quire.core.ops.linear import SmallBatch, small_linear
 
 __all__ = ["LMHead", "VocabEmbedding", "shard_rows"]
 
@@ -58,11 +59,16 @@ class LMHead(nn.Module):
         self.parallel = parallel
         self.tied = isinstance(source, VocabEmbedding)
         self.source = source
+        self.small: SmallBatch | None = None
+        if isinstance(source, VocabEmbedding):
+            rows, inputs = source.weight.shape
+            self.small = small_linear(source.weight.device, rows, inputs, source.weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""
         if isinstance(self.source, VocabEmbedding):
-            logits = F.linear(hidden, self.source.weight)
+            logits = self.small(hidden, self.source.weight) if self.small is not None else None
+            logits = F.linear(hidden, self.source.weight) if logits is None else logits
         else:
             logits = self.source(hidden)
         return self.parallel.all_gather(logits)[:, : self.vocab_size]
