@@ -19,7 +19,6 @@ TESTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SOURCES := core plugins server src tests tools examples benchmarks
 
 .PHONY: help serve install dev test architecture aot lint format types wheel bench check clean
 
