@@ -1,0 +1,23 @@
+"""Exact-match evaluation of a chat model over the held-out questions that ship with Quire."""
+
+from __future__ import annotations
+
+from quire.core.evaluation.evaluate import MAX_NEW_TOKENS, Generate, evaluate
+from quire.core.evaluation.graders import GRADERS, grade, text_of_message
+from quire.core.evaluation.questions import Question, available_skills, load_questions
+from quire.core.evaluation.report import Failure, Report, SkillScore
+
+__all__ = [
+    "GRADERS",
+    "MAX_NEW_TOKENS",
+    "Failure",
+    "Generate",
+    "Question",
+    "Report",
+    "SkillScore",
+    "available_skills",
+    "evaluate",
+    "grade",
+    "load_questions",
+    "text_of_message",
+]
