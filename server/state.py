@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.core.errors import EngineDeadError
 from quire.server.errors import ModelNotFoundError
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerState"]
 
+T = TypeVar("T")
+
 _MOST_NAMES = 64
+_LONG_BYTES = 16_384
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,12 @@ class ServerState:
         """Raise EngineDeadError if no request can be served any more."""
         if self.engine.is_dead:
             raise EngineDeadError("the engine stopped; see its log and restart the server")
+
+    async def tokenizing(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What ``work`` returns, run in a thread if it reads so many bytes that it would hold up everybody else."""
+        if size < _LONG_BYTES:
+            return work(*args, **kwargs)
+        return await asyncio.to_thread(work, *args, **kwargs)
 
     def enter(self, work: bool) -> None:
         """A request begins; only ``work``, requests to ``/v1``, is counted."""

@@ -100,10 +100,13 @@ class GenerationBody(Body):
             raise ApiError(400, "stream_options: allowed only with stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise unsupported("prompt_logprobs", "not available in a stream; leave stream out")
+        if isinstance(self.stop, list) and len(self.stop) > _MOST_STOPS:
+            raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {_MOST_STOPS}", param="stop")
         if self.cache_salt == "":
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
+_MOST_STOPS = 64
 _SAMPLING = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),

@@ -32,7 +32,8 @@ def router(state: ServerState) -> APIRouter:
         body = await read_body(request, ChatBody, state)
         model = state.check_model(body.model)
         params = body.params()
-        prompt = state.engine.chat_prompt(**body.template_arguments())
+        size = len(await request.body())
+        prompt = await state.tokenizing(size, state.engine.chat_prompt, **body.template_arguments())
         identity = f"chatcmpl-{request_id(request.scope)}"
         if body.stream:
             writer = ChunkWriter(identity, "chat.completion.chunk", created_now(), model, body.wants_usage)

@@ -25,10 +25,11 @@ def router(state: ServerState) -> APIRouter:
         state.check_model(body.model)
         if (body.prompt is None) == (not body.messages):
             raise ApiError(400, "give either prompt or messages", param="prompt")
+        size = len(await request.body())
         if body.prompt is not None:
-            tokens = state.engine.tokenize(body.prompt, body.add_special_tokens)
+            tokens = await state.tokenizing(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
         else:
-            tokens = state.engine.chat_prompt(**body.template_arguments())
+            tokens = await state.tokenizing(size, state.engine.chat_prompt, **body.template_arguments())
         texts = [state.engine.token_text(token) for token in tokens] if body.return_token_strs else None
         limit = state.engine.config.model.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}
@@ -42,6 +43,7 @@ def router(state: ServerState) -> APIRouter:
         bad = next((token for token in body.tokens if not 0 <= token < size), None)
         if bad is not None:
             raise ApiError(400, f"tokens: {bad} is not a token id; they are below {size}", param="tokens")
-        return {"prompt": state.engine.detokenize(body.tokens)}
+        size = len(await request.body())
+        return {"prompt": await state.tokenizing(size, state.engine.detokenize, body.tokens)}
 
     return routes

@@ -43,6 +43,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "x", "seed": 2**70}, "seed"),
     (TEXT, {"prompt": "x", "stop": [""]}, "stop"),
     (TEXT, {"prompt": "x", "stop": 5}, "stop"),
+    (TEXT, {"prompt": "x", "stop": ["a"] * 65}, "stop"),
     (TEXT, {"prompt": "x", "stop_token_ids": [99999]}, "stop_token_ids"),
     (TEXT, {"prompt": "x", "logprobs": 21}, "logprobs"),
     (TEXT, {"prompt": "x", "logprobs": -1}, "logprobs"),
