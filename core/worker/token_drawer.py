@@ -158,6 +158,13 @@ class TokenDrawer:
         if not len(lines):
             return
         index = torch.from_numpy(lines).to(logits.device)
+        if logits.is_cuda:
+            from quire.core.sample.kernels.penalties import penalize
+
+            t = self.table
+            columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
+            penalize(logits, index, rows, lens, longest, *columns)
+            return
         mine, table = rows[index], self.table
         some = logits[index]
         apply_penalties(

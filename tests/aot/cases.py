@@ -14,6 +14,7 @@ from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.skinny import skinny
 from quire.core.sample.kernels.argmax import argmax
 from quire.core.sample.kernels.draw import Columns, draw
+from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
@@ -69,6 +70,12 @@ def greedy(dtype: torch.dtype, vocab: int) -> None:
     argmax(torch.zeros(2, vocab, dtype=dtype), Workspace(2, vocab, CPU), ints(2), rows, ints(3, 64), ints(3))
 
 
+def penalties() -> None:
+    ints, longs = partial(torch.zeros, dtype=torch.int32), partial(torch.zeros, dtype=torch.int64)
+    strengths = [torch.zeros(8) for _ in range(3)]
+    penalize(torch.zeros(4, 151936), longs(2), longs(4), ints(4), 64, ints(8, 64), ints(8), *strengths)
+
+
 def random(dtype: torch.dtype, vocab: int, table: bool) -> None:
     ints, floats = partial(torch.zeros, dtype=torch.int32), torch.zeros
     columns = Columns(floats(3), ints(3), floats(3), floats(3), torch.zeros(3, dtype=torch.int64), ints(3))
@@ -111,6 +118,7 @@ CASES: dict[str, Callable[[], None]] = {
     "skinny-32": partial(linear, skinny, 24, 6144, 1024, tokens=32, rows=32, block=64, ways=4, num_stages=4),
     "greedy": partial(greedy, torch.bfloat16, 151936),
     "greedy-float32": partial(greedy, torch.float32, 50257),
+    "penalties": penalties,
     "random": partial(random, torch.bfloat16, 151936, True),
     "random-float32": partial(random, torch.float32, 128256, False),
 }

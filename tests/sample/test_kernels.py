@@ -13,8 +13,10 @@ from quire.core.contracts.sampler import SamplingBatch
 from quire.core.sample.filters import apply_filters
 from quire.core.sample.kernels.argmax import argmax
 from quire.core.sample.kernels.draw import Columns, draw
+from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Tiles, Workspace
 from quire.core.sample.noise import gumbel
+from quire.core.sample.penalties import apply_penalties
 from quire.core.sample.sampler import GumbelSampler
 
 CPU = torch.device("cpu")
@@ -166,6 +168,27 @@ def test_greedy_takes_the_first_of_equals_and_stays_in_the_vocabulary(device: st
     argmax(logits, Workspace(4, VOCAB, torch.device(device), TINY), out)
     assert out[:3].tolist() == [17, 60, 0]
     assert 0 <= out[3].item() < VOCAB
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab", "length"), [("cpu", 40, 30), pytest.param("cuda", 151936, 3000, marks=pytest.mark.gpu)]
+)
+def test_penalties_are_the_torch_code(device: str, vocab: int, length: int) -> None:
+    gen = torch.Generator().manual_seed(vocab)
+    table = torch.randint(0, vocab if vocab < 100 else 500, (5, length), generator=gen, dtype=torch.int32)
+    rows, lines = torch.tensor([4, 1, 0, 2]), torch.tensor([3, 0, 1])
+    lens = torch.tensor([length, 7, 1, length - 2], dtype=torch.int32)
+    prompt = torch.tensor([3, 7, 9, 1, length // 2], dtype=torch.int32)
+    columns = [torch.rand(5, generator=gen) + 0.5 for _ in range(3)]
+    logits = torch.randn(4, vocab, generator=gen) * 3
+    expected = logits.clone()
+    some, mine = expected[lines], rows[lines]
+    apply_penalties(some, table[mine], lens[lines], prompt[mine], *(column[mine] for column in columns))
+    expected[lines] = some
+    got = logits.to(device)
+    moved = [t.to(device) for t in (table, prompt, *columns)]
+    penalize(got, lines.to(device), rows.to(device), lens.to(device), length, *moved)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
