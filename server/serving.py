@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import uvicorn
 
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.async_llm import AsyncLLM
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, PluginError
 from quire.core.log import setup_logging
 from quire.core.version import __version__
 from quire.server.app import create_app, create_metrics_app
@@ -38,8 +39,9 @@ def serve(args: EngineArgs, settings: ServerSettings, arguments: Any = None, not
 
     Raises QuireError if the server cannot start.
     """
-    level = settings.log_level.upper() if settings.log_level else None
-    setup_logging(level)
+    setup_logging(settings.log_level.upper() if settings.log_level else None)
+    if not args.disable_log_requests:
+        _log_requests()
     for note in notes:
         log.warning("%s", note)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -47,46 +49,46 @@ def serve(args: EngineArgs, settings: ServerSettings, arguments: Any = None, not
 
 
 async def _serve(args: EngineArgs, settings: ServerSettings, arguments: Any) -> int:
-    sockets = [_bind(settings.host, settings.port, "--port")]
-    if settings.prometheus_port is not None:
-        sockets.append(_bind(settings.host, settings.prometheus_port, "--prometheus-port"))
-    more = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
-    engine = AsyncLLM(args, **more)
-    try:
-        if not await _started(engine):
+    async with contextlib.AsyncExitStack() as stack:
+        signalled = stack.enter_context(_signals())
+        sockets = [stack.enter_context(_bind(settings.host, settings.port, "--port"))]
+        if settings.prometheus_port is not None:
+            sockets.append(stack.enter_context(_bind(settings.host, settings.prometheus_port, "--prometheus-port")))
+        more = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
+        engine = AsyncLLM(args, **more)
+        stack.push_async_callback(engine.shutdown)
+        if not await _started(engine, signalled):
             return 130
         app = create_app(engine, settings, arguments)
         engine.plugins.hook.quire_extend_app(app=app)
         state: ServerState = app.state.server
-        servers = [_Server(_config(app, settings, args))]
+        servers = [_Server(_config(app, args))]
         if settings.prometheus_port is not None:
-            servers.append(_Server(_config(create_metrics_app(state), settings, args)))
+            servers.append(_Server(_config(create_metrics_app(state), args)))
         gc.collect()
         gc.freeze()
-        return await _run(servers, sockets, state)
-    finally:
-        await engine.shutdown()
-        for each in sockets:
-            each.close()
+        return await _run(servers, sockets, state, signalled)
 
 
-async def _run(servers: Sequence[_Server], sockets: Sequence[socket.socket], state: ServerState) -> int:
+async def _run(
+    servers: Sequence[_Server], sockets: Sequence[socket.socket], state: ServerState, signalled: asyncio.Queue[int]
+) -> int:
     running = [asyncio.ensure_future(s.serve(sockets=[each])) for s, each in zip(servers, sockets, strict=True)]
-    async with _signals() as signalled:
-        stop = asyncio.ensure_future(signalled.get())
-        try:
-            while not all(server.started for server in servers) and not any(task.done() for task in running):
-                await asyncio.sleep(0.005)
-            _announce(state, sockets[0])
-            while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
-                await asyncio.wait({stop, *running}, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED)
-            if not state.engine.is_dead:
-                await _drain(state, signalled)
-        finally:
-            stop.cancel()
-            for server in servers:
-                server.should_exit = True
-            results = await asyncio.gather(*running, return_exceptions=True)
+    stop = asyncio.ensure_future(signalled.get())
+    try:
+        while not all(server.started for server in servers) and not any(task.done() for task in running):
+            await asyncio.sleep(0.005)
+        if not any(task.done() for task in running):
+            _announce(state, sockets)
+        while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
+            await asyncio.wait({stop, *running}, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done() and not state.engine.is_dead:
+            await _drain(state, signalled)
+    finally:
+        stop.cancel()
+        for server in servers:
+            server.should_exit = True
+        results = await asyncio.gather(*running, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -112,7 +114,14 @@ async def _drain(state: ServerState, signalled: asyncio.Queue[int]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, with the signals left to us."""
+    """Uvicorn, with the signals left to us, and a failed start an error of ours."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, once the start-up handlers of plugins have run."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            raise PluginError("a plugin's start-up handler failed, as the log shows; leave out its --plugin") from None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -120,12 +129,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: Any, settings: ServerSettings, args: EngineArgs) -> uvicorn.Config:
+def _config(app: Any, args: EngineArgs) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",
         ws="none",
-        lifespan="off",
+        lifespan="auto",
         log_config=None,
         access_log=not args.disable_log_requests,
         timeout_keep_alive=_KEEP_ALIVE_S,
@@ -134,8 +143,8 @@ def _config(app: Any, settings: ServerSettings, args: EngineArgs) -> uvicorn.Con
     )
 
 
-@contextlib.asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Queue[int]]:
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Queue[int]]:
     """SIGTERM and SIGINT arrive in a queue."""
     queue: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -149,21 +158,18 @@ async def _signals() -> AsyncIterator[asyncio.Queue[int]]:
             loop.remove_signal_handler(number)
 
 
-async def _started(engine: AsyncLLM) -> bool:
+async def _started(engine: AsyncLLM, signalled: asyncio.Queue[int]) -> bool:
     """Start the engine; False if a signal came first."""
-    async with _signals() as signalled:
-        start = asyncio.ensure_future(engine.start())
-        stop = asyncio.ensure_future(signalled.get())
-        try:
-            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if start.done():
-                start.result()
-                return True
-            start.cancel()
-            await asyncio.gather(start, return_exceptions=True)
-            return False
-        finally:
-            stop.cancel()
+    start = asyncio.ensure_future(engine.start())
+    stop = asyncio.ensure_future(signalled.get())
+    await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not start.done():
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        return False
+    start.result()
+    return True
 
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:
@@ -185,17 +191,33 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
     return found
 
 
-def _announce(state: ServerState, bound: socket.socket) -> None:
+def _announce(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     """The ready line, and a request to paste."""
+    shown, near = _addresses(sockets[0])
+    print(f"Quire {__version__} ready on {shown} - {state.engine.ready_line}")
+    for other in sockets[1:]:
+        print(f"Metrics also on {_addresses(other)[0]}/metrics")
+    key = " -H 'Authorization: Bearer KEY'" if state.settings.api_key else ""
+    talk = [{"role": "user", "content": "What is paged attention?"}]
+    body = json.dumps({"model": state.model_names[0], "messages": talk}).replace("'", "'\\''")
+    print(f"Try: curl {near}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    sys.stdout.flush()
+
+
+def _addresses(bound: socket.socket) -> tuple[str, str]:
+    """Where it listens, as given, and as a client on this machine would write it."""
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
-    name = state.model_names[0]
-    print(f"Quire {__version__} ready on http://{shown}:{port} - {state.engine.ready_line}")
-    key = " -H 'Authorization: Bearer KEY'" if state.settings.api_key else ""
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is paged attention?"}}]}}'
-    print(f"Try: curl http://{near}:{port}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
-    sys.stdout.flush()
+    return f"http://{shown}:{port}", f"http://{near}:{port}"
+
+
+def _log_requests() -> None:
+    """A line per request, where our own lines go."""
+    access = logging.getLogger("uvicorn.access")
+    access.handlers = logging.getLogger("quire").handlers
+    access.setLevel(logging.INFO)
+    access.propagate = False
 
 
 def _loop_factory() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,15 +32,18 @@ LONG = {"prompt": "go on", "max_tokens": 1000, "temperature": 0, "ignore_eos": T
 
 def test_key_queue_limit_and_drain(start: Callable[..., RunningServer]) -> None:
     """One more server, with what the shared one has not."""
-    server = start("--api-key", "k1", "--api-key", "k2", "--max_num_seqs", "1", "--max-num-queued-requests", "1",
-                   "--prometheus-port", "0", "--swap-space", "4", "--max-request-bytes", "1000")  # fmt: skip
+    words = "--api-key k1 --api-key k2 --max_num_seqs 1 --max-num-queued-requests 1 --enable-log-requests"
+    server = start(*words.split(), *"--prometheus-port 0 --swap-space 4 --max-request-bytes 1000".split())
     with httpx.Client(base_url=server.url, timeout=60) as client:
         _keys(server, client)
         client.headers["Authorization"] = "Bearer k1"
         assert client.post(TEXT, json={"prompt": "x" * 2000}).status_code == 413
+        [metrics] = re.findall(r"Metrics also on (http://\S+)", server.stdout.read_text())
+        assert "vllm:num_requests_running" in httpx.get(metrics).text
         _queue_limit(server, client)
         _drains(server, client)
     log = server.stderr.read_text()
+    assert '"POST /v1/completions HTTP/1.1" 429' in log
     assert "--max_num_seqs: now written --max-num-seqs" in log and "--swap-space 4: no longer needed" in log
     assert "Traceback" not in log
 
