@@ -165,7 +165,8 @@ def engine_arguments(args: argparse.Namespace) -> EngineArgs:
 def server_settings(args: argparse.Namespace) -> ServerSettings:
     """What the command line says about the HTTP server. Raises ConfigError for values out of range."""
     given = _given(args, SERVER_FLAGS)
-    settings = ServerSettings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    settings = ServerSettings(**values)
     for name, port in (("--port", settings.port), ("--prometheus-port", settings.prometheus_port or 0)):
         if not 0 <= port <= 65535:
             raise ConfigError(f"{name} must be between 0 and 65535, got {port}")

@@ -25,6 +25,26 @@ from quire.core.testing.attention_problem import (
     run_problem,
 )
 
+__all__ = [
+    "check_block_sizes",
+    "check_block_table_does_not_matter",
+    "check_chunks",
+    "check_decode",
+    "check_group_sizes",
+    "check_half_precision",
+    "check_head_dims",
+    "check_log_sum_exp",
+    "check_long_chunks",
+    "check_long_decodes",
+    "check_mixed_steps",
+    "check_one_plan_serves_every_layer_and_the_next_replaces_it",
+    "check_prefill",
+    "check_sliding_window",
+    "check_softcap",
+    "check_unsupported_answers_with_reasons",
+    "check_unused_slots_do_not_leak",
+]
+
 
 def check_unsupported_answers_with_reasons(cls: type[AttentionBackend]) -> None:
     """``unsupported`` is a list of strings, for whatever specification."""

@@ -82,7 +82,8 @@ def _choice(
     logprobs = None
     if body.logprobs is not None:
         rows = [*((output.prompt_logprobs or []) if body.echo else []), *drawn]
-        logprobs = completion_logprobs(state.engine, rows, 0, (output.prompt_token_ids or [None])[0])
+        first = output.prompt_token_ids[0] if output.prompt_token_ids else None
+        logprobs = completion_logprobs(state.engine, rows, 0, first)
     found = {
         "index": index,
         "text": echoed + ("" if body.prompt_only else choice.text),
