@@ -10,6 +10,10 @@ from fastapi.middleware import Middleware
 from quire.core.version import __version__
 from quire.server.errors import add_error_handlers
 from quire.server.middleware import Gate
+from quire.server.protocol.chat import ChatBody
+from quire.server.protocol.common import schemas
+from quire.server.protocol.completion import CompletionBody
+from quire.server.protocol.tokens import DetokenizeBody, TokenizeBody
 from quire.server.routes import chat, completions, health, metrics, models, tokens, trace
 from quire.server.settings import ServerSettings
 from quire.server.state import ServerState
@@ -34,6 +38,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
     for module in (chat, completions, models, tokens, health, metrics, trace):
         app.include_router(module.router(state))
     add_error_handlers(app)
+    _describe_bodies(app)
     return app
 
 
@@ -43,3 +48,16 @@ def create_metrics_app(state: ServerState) -> FastAPI:
     app.include_router(metrics.router(state))
     add_error_handlers(app)
     return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the request bodies, which routes read themselves, to the OpenAPI document."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        known = document.setdefault("components", {}).setdefault("schemas", {})
+        known.update(schemas([ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
 from quire.core.sampling_params import SamplingParams
 from quire.server.errors import ApiError, validation_error
 from quire.server.state import ServerState
 
-__all__ = ["Body", "GenerationBody", "Int32", "StreamOptions", "read_body", "schema_of"]
+__all__ = ["Body", "GenerationBody", "Int32", "StreamOptions", "read_body", "schema_of", "schemas"]
 
 M = TypeVar("M", bound="Body")
 
@@ -131,6 +133,16 @@ async def read_body(request: Request, model: type[M], state: ServerState) -> M:
 
 
 def schema_of(model: type[Body]) -> dict[str, Any]:
-    """What a route that reads its body itself says about it in the OpenAPI document."""
-    schema = model.model_json_schema()
+    """What a route that reads its body itself says about it in the OpenAPI document; see ``schemas``."""
+    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def schemas(models: Sequence[type[Body]]) -> dict[str, Any]:
+    """The schemas that ``schema_of`` refers to, by name."""
+    wanted = [(model, "validation") for model in models]
+    _, document = models_json_schema(wanted, ref_template=_REFERENCE)  # type: ignore[arg-type]
+    return document["$defs"]
+
+
+_REFERENCE = "#/components/schemas/{model}"

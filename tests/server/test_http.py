@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -36,8 +37,12 @@ def test_health_and_its_relatives(http: httpx.Client) -> None:
 
 
 def test_the_document_of_the_api(http: httpx.Client) -> None:
-    paths = http.get("/openapi.json").json()["paths"]
+    document = http.get("/openapi.json").json()
+    paths = document["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"} <= set(paths)
+    used = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert {"ChatBody", "CompletionBody", "StreamOptions"} <= used <= set(document["components"]["schemas"])
+    assert "temperature" in document["components"]["schemas"]["ChatBody"]["properties"]
 
 
 def test_request_ids(http: httpx.Client) -> None:

@@ -33,7 +33,7 @@ LONG = {"prompt": "go on", "max_tokens": 1000, "temperature": 0, "ignore_eos": T
 def test_key_queue_limit_and_drain(start: Callable[..., RunningServer]) -> None:
     """One more server, with what the shared one has not."""
     words = "--api-key k1 --api-key k2 --max_num_seqs 1 --max-num-queued-requests 1 --enable-log-requests"
-    server = start(*words.split(), *"--prometheus-port 0 --swap-space 4 --max-request-bytes 1000".split())
+    server = start(*words.split(), *["--prometheus-port", "0", "--swap-space", "4", "--max-request-bytes", "1000"])
     with httpx.Client(base_url=server.url, timeout=60) as client:
         _keys(server, client)
         client.headers["Authorization"] = "Bearer k1"
