@@ -32,10 +32,11 @@ from quire.core.ops.kernels.activation import silu_and_mul
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.norm import rms_norm
 from quire.core.ops.kernels.skinny import skinny
+from quire.core.ops.kernels.wide import wide
 
 MODELS = Path(__file__).parents[1] / "models"
-KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny}
-TOKENS = (1, 2, 4, 8, 16, 32)
+KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny, "wide": wide}
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
 WORTH = 0.985
 """A kernel is taken where it needs at most this share of the time that the library needs."""
 Options = dict[str, Any]
@@ -84,7 +85,7 @@ def candidates(layer: Layer, tokens: int, chained: bool) -> Iterator[tuple[str, 
     for warps in (2, 4, 8, 16):
         share = padded // (32 * warps)  # inputs of a thread
         for rows in (2, 4, 8):
-            if tokens > 8 or share < 8 or not 16 <= share * rows <= 64 or share * tokens > 64:
+            if tokens > 4 or share < 8 or not 16 <= share * rows <= 64 or share * tokens > 64:
                 continue
             seen = set()
             for programs in (2, 4, 8, 16):  # on each of 132 multiprocessors
@@ -98,12 +99,21 @@ def candidates(layer: Layer, tokens: int, chained: bool) -> Iterator[tuple[str, 
                 yield "gemv_long", {"rows": rows, "block": block, "num_warps": warps}
     if tokens == 1:
         return
+    apart = {"norm_apart": True} if "norm" in layer.fused else {}
+    if tokens >= 8:
+        for rows, block, warps, stages in [(64, 128, 4, 4), (64, 64, 4, 6), (32, 128, 4, 4), (128, 64, 4, 4)]:
+            options = {"tokens": tokens, "rows": rows, "block": block, "num_warps": warps, "num_stages": stages}
+            yield "wide", options | apart
+    if tokens > 32:
+        return
     shapes = [(16, 64, 4, 4), (16, 128, 4, 3), (16, 64, 4, 6), (16, 64, 8, 3), (32, 64, 4, 4), (32, 64, 4, 3)]
     for rows, block, ways, stages in shapes:
         if layer.inputs >= ways * block * (stages - 1):
-            for apart in (False, True) if "norm" in layer.fused else (False,):
-                options = {"rows": rows, "block": block, "ways": ways, "num_stages": stages}
-                yield "skinny", options | {"tokens": max(8, tokens)} | ({"norm_apart": True} if apart else {})
+            options = {"tokens": max(8, tokens), "rows": rows, "block": block, "ways": ways, "num_stages": stages}
+            if not apart or tokens <= 8:
+                yield "skinny", options
+            if apart:
+                yield "skinny", options | apart
 
 
 def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str | None:

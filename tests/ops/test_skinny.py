@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.skinny import skinny
+from quire.core.ops.kernels.wide import wide
 
 PLACES = [
     pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),
@@ -91,4 +92,13 @@ def test_skinny(
     problem = Problem(device, dtype, tokens, features, inputs, parts)
     options = {"tokens": 16, "rows": 16, "block": 32, "ways": 2, "num_stages": 2, "chained": False}
     skinny(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
+    problem.check(tolerance)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize("parts", [set(), {"bias", "gated", "residual"}], ids=["plain", "residual"])
+def test_wide(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
+    problem = Problem(device, dtype, 19, 72, 200, parts)
+    options = {"tokens": 32, "rows": 64, "block": 64, "num_warps": 4, "num_stages": 2, "chained": False}
+    wide(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)

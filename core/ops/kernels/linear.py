@@ -21,10 +21,11 @@ from quire.core.ops.kernels.dependent import can_chain
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.norm import rms_norm
 from quire.core.ops.kernels.skinny import skinny
+from quire.core.ops.kernels.wide import wide
 
 __all__ = ["Launch", "SmallLinear", "launches", "rule"]
 
-_KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny}
+_KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny, "wide": wide}
 _TABLES = {(9, 0): "h200.json"}
 """Compute capability -> table."""
 _LARGE = 1 << 26
