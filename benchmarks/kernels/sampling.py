@@ -1,0 +1,144 @@
+"""Sampling on one GPU: each kind of draw beside the torch code and the floor, and penalties.
+
+    PYTHONPATH=src python benchmarks/kernels/sampling.py
+
+Microseconds of a draw for all rows, fed back into the request table, as replays of a CUDA graph that goes through
+several sets of random bf16 logits, so that they come from memory and not from the L2 cache. The floor reads the logits
+once at the bandwidth measured on the same kind of card. ``spread`` is the logits' standard deviation: at 0.7, that of a
+model with random weights, nearly the whole vocabulary is in the nucleus.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.sampler import SamplingBatch, SamplingTable
+from quire.core.sample.filters import apply_filters
+from quire.core.sample.kernels.penalties import penalize
+from quire.core.sample.noise import gumbel
+from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.sampler import GumbelSampler
+
+READ = 4.29e12
+"""Bytes a second, H200."""
+SHAPES = [(1, 151936), (32, 151936), (256, 151936), (256, 128256)]
+WISHES: dict[str, tuple[float, int, float, float]] = {  # temperature, top_k, top_p, min_p
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "T 0.8": (0.8, 0, 1.0, 0.0),
+    "T 0.8, top_p 0.95": (0.8, 0, 0.95, 0.0),
+    "top_k 50": (0.8, 50, 1.0, 0.0),
+    "T 0.6, top_k 20, top_p 0.95": (0.6, 20, 0.95, 0.0),
+    "min_p 0.05": (0.8, 0, 1.0, 0.05),
+}
+CUDA = torch.device("cuda")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(f"{'rows':>4} {'vocab':>7} {'spread':>6} {'draw':<28} {'us':>8} {'floor':>7} {'torch':>9} {'same':>7}")
+    for rows, vocab in SHAPES:
+        for spread in (0.7, 3.0):
+            sets = [(torch.randn(rows, vocab, device=CUDA) * spread).bfloat16() for _ in range(6)]
+            sampler = GumbelSampler(vocab, CUDA)
+            sampler.prepare(rows)
+            for name, wish in WISHES.items():
+                report(rows, vocab, spread, name, wish, sets, sampler)
+    for rows in (32, 256):
+        report_penalties(rows, 151936, 1000)
+
+
+def report(
+    rows: int,
+    vocab: int,
+    spread: float,
+    name: str,
+    wish: tuple[float, int, float, float],
+    sets: list[Tensor],
+    sampler: GumbelSampler,
+) -> None:
+    table = table_of(rows, wish)
+    lines, tokens = torch.arange(rows, device=CUDA), torch.zeros(rows, dtype=torch.int32, device=CUDA)
+
+    def draw(turn: int) -> None:
+        sampler.draw(sets[turn % len(sets)], lines, table, tokens, greedy=wish[0] == 0)
+
+    us = replay_us(draw)
+    table.num_tokens.fill_(100)
+    position = table.num_tokens[:rows].long()
+    batch = SamplingBatch(
+        table.temperature[:rows], table.top_k[:rows], table.top_p[:rows], table.min_p[:rows], table.seed[:rows],
+        position, wish[0] > 0, wish[1] > 0, wish[2] < 1, wish[3] > 0,
+    )  # fmt: skip
+    expected = torch_draw(sets[0], batch)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch_draw(sets[0], batch)
+    end.record()
+    end.synchronize()
+    draw(0)
+    same = (tokens == expected).float().mean().item()
+    floor = rows * vocab * 2 / READ * 1e6
+    print(
+        f"{rows:>4} {vocab:>7} {spread:>6} {name:<28} {us:>8.1f} {floor:>7.1f} {start.elapsed_time(end) * 1e3:>9.0f} "
+        f"{same:>7.1%}",
+        flush=True,
+    )
+
+
+def torch_draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    if not batch.any_random:
+        return logits.argmax(-1)
+    x = apply_filters(logits.float() / batch.temperature[:, None], batch)
+    return (x + gumbel(batch.seed, batch.position, x.shape[1])).argmax(-1)
+
+
+def report_penalties(rows: int, vocab: int, length: int) -> None:
+    logits = torch.randn(rows, vocab, device=CUDA)
+    table = torch.randint(0, vocab, (rows, length), dtype=torch.int32, device=CUDA)
+    lines, lens = torch.arange(rows, device=CUDA), torch.full((rows,), length, dtype=torch.int32, device=CUDA)
+    prompt_len, strengths = lens // 2, [torch.rand(rows, device=CUDA) + 0.5 for _ in range(3)]
+    ours = replay_us(lambda _: penalize(logits, lines, lines, lens, length, table, prompt_len, *strengths), 5)
+    theirs = replay_us(lambda _: apply_penalties(logits, table, lens, prompt_len, *strengths), 5)
+    print(f"penalties, {rows} rows of {length} tokens: {ours:.1f} us, torch {theirs:.1f} us")
+
+
+def table_of(rows: int, wish: tuple[float, int, float, float]) -> SamplingTable:
+    def column(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((rows + 1,), value, dtype=dtype, device=CUDA)
+
+    return SamplingTable(
+        column(0, torch.int32)[:, None].repeat(1, 4096),
+        column(100, torch.int32),
+        column(wish[0], torch.float32),
+        column(wish[1], torch.int32),
+        column(wish[2], torch.float32),
+        column(wish[3], torch.float32),
+        torch.randint(0, 2**62, (rows + 1,), device=CUDA),
+    )
+
+
+def replay_us(work: Callable[[int], None], turns: int = 12, repeats: int = 11) -> float:
+    """Median over replays of the time of one turn, microseconds."""
+    work(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(turns):
+            work(turn)
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / turns)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
