@@ -9,6 +9,8 @@ from quire.core.evaluation.graders import grade
 from quire.core.evaluation.questions import Question, load_questions
 from quire.core.evaluation.report import Failure, Report, SkillScore
 
+__all__ = ["MAX_NEW_TOKENS", "Generate", "evaluate"]
+
 #: Given conversations as (messages, tools), returns the assistant's text for each, in order.
 Generate = Callable[[Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]]], Sequence[str]]
 
@@ -23,7 +25,7 @@ def evaluate(
     limit: int | None = None,
     questions: Sequence[Question] | None = None,
 ) -> Report:
-    """Answer the held-out questions (all skills by default, at most ``limit`` of each) with ``generate`` and grade them.
+    """Answer the held-out questions (every skill, unless named; at most ``limit`` of each) and grade the answers.
 
     ``generate`` is called once, with everything, so that an engine can batch as it likes.
     """

@@ -10,6 +10,18 @@ from typing import Any
 
 from quire.core.evaluation.sandbox import passes
 
+__all__ = [
+    "GRADERS",
+    "Grader",
+    "exact",
+    "grade",
+    "json_object",
+    "number",
+    "python_function",
+    "text_of_message",
+    "tool_call",
+]
+
 Grader = Callable[[str, Any], bool]
 
 _INTEGER = re.compile(r"(?<![\w.])-?\d+(?![\w.]*\d)")

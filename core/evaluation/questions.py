@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Question", "available_skills", "load_questions"]
+
 _FOLDER = Path(__file__).resolve().parent.parent / "assets" / "eval"
 
 #: The order of the report; a file that is not named here comes after these, by name.
@@ -39,7 +41,7 @@ def available_skills(folder: Path = _FOLDER) -> list[str]:
 def load_questions(
     skills: Iterable[str] | None = None, limit: int | None = None, folder: Path = _FOLDER
 ) -> list[Question]:
-    """Read the questions of ``skills`` (all by default), at most ``limit`` of each. Raises ValueError for an unknown skill."""
+    """Read the questions of ``skills`` (all by default), at most ``limit`` of each. ValueError for an unknown skill."""
     known = available_skills(folder)
     wanted = list(skills) if skills is not None else known
     found: list[Question] = []

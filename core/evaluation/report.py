@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+__all__ = ["Failure", "Report", "SkillScore"]
+
 
 @dataclass(frozen=True, slots=True)
 class SkillScore:

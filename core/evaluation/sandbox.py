@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+__all__ = ["passes"]
+
 _SECONDS = 5.0
 _BUILTINS = (
     "abs", "all", "any", "bool", "chr", "dict", "divmod", "enumerate", "filter", "float", "int", "isinstance", "len",
@@ -15,7 +17,7 @@ _BUILTINS = (
     "map", "max", "min", "ord", "pow", "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip",
 )  # fmt: skip
 
-#: Reads {source, function, cases, builtins} and exits 0 if every case holds. Limits: CPU time, memory, no files, no children.
+#: Reads {source, function, cases, builtins} and exits 0 if every case holds. Limits: CPU time, memory, no files.
 _HARNESS = """
 import builtins, json, resource, sys
 job = json.load(sys.stdin)
@@ -55,7 +57,7 @@ def _harmless(source: str) -> bool:
 
 
 def passes(source: str, function: str, cases: list[tuple[list[Any], Any]]) -> bool:
-    """Say whether ``function``, defined by ``source``, returns what each case ``[arguments, expected]`` says. Never raises."""
+    """Say whether ``function`` of ``source`` returns what each case ``[arguments, expected]`` says. Never raises."""
     if not _harmless(source):
         return False
     job = json.dumps({"source": source, "function": function, "cases": cases, "builtins": _BUILTINS})

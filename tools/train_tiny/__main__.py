@@ -64,9 +64,8 @@ def main() -> None:
     say("tokenizer ready")
     write_held_out(args.out / "eval")
     short, long = build(str(tokenizer_file), documents, args.dialogues, args.long_dialogues, args.seed, args.workers)
-    say(
-        f"{len(short)} short rows, {len(long)} long rows: {(short.tokens.size + long.tokens.size) / 1e6:.1f} million tokens"
-    )
+    tokens = short.tokens.size + long.tokens.size
+    say(f"{len(short)} short rows, {len(long)} long rows: {tokens / 1e6:.1f} million tokens")
     for index, name in enumerate(args.models):
         shape, recipe = RECIPES[name]
         recipe = replace(

@@ -18,8 +18,9 @@ HELD_OUT_ONE_IN = 24
 class Example:
     """A dialogue that ends with the turn to answer.
 
-    ``reply`` is the text the model should write. ``answer`` is what the grader named ``grader`` needs to judge any other
-    reply. ``keys`` identify the instances asked about (one per answered turn): they decide on which side of the split it falls.
+    ``reply`` is the text the model should write. ``answer`` is what the grader named ``grader`` needs to judge any
+    other reply. ``keys`` identify the instances asked about (one per answered turn): they decide on which side of the
+    split it falls.
     """
 
     skill: str

@@ -46,8 +46,10 @@ def tools_not_needed(rng: Random) -> Example:
 
 
 _SHORT: tuple[tuple[Generator, float], ...] = (
-    (addition, 9), (subtraction, 12), (multiplication, 9), (sorting, 15), (echo, 2), (reversing, 6), (counting, 7), (letter_case, 8), (sequence, 4),
-    (extraction, 8), (tool_call, 10), (tool_result, 5), (facts, 5), (code, 6), (small_talk, 3), (dialogue, 10), (tools_not_needed, 2),
+    (addition, 9), (subtraction, 12), (multiplication, 9), (sorting, 15), (echo, 2), (reversing, 6), (counting, 7),
+    (letter_case, 8), (sequence, 4),
+    (extraction, 8), (tool_call, 10), (tool_result, 5), (facts, 5), (code, 6), (small_talk, 3), (dialogue, 10),
+    (tools_not_needed, 2),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -53,11 +54,11 @@ LAST_NAMES = _words(
 CITIES = (
     *_words(
         """
-        Amsterdam Athens Auckland Bangkok Barcelona Beijing Berlin Bogota Boston Brussels Budapest Cairo Chicago Copenhagen
-        Dakar Delhi Dublin Edinburgh Geneva Hamburg Hanoi Havana Helsinki Istanbul Jakarta Kyoto Lagos Lima Lisbon London
-        Lyon Madrid Manila Melbourne Miami Milan Montreal Moscow Mumbai Munich Nairobi Naples Osaka Oslo Paris Prague Quito
-        Riga Rome Santiago Seattle Seoul Shanghai Singapore Sofia Stockholm Sydney Tallinn Tokyo Toronto Tunis Turin
-        Valencia Vancouver Venice Vienna Vilnius Warsaw Zagreb Zurich
+        Amsterdam Athens Auckland Bangkok Barcelona Beijing Berlin Bogota Boston Brussels Budapest Cairo Chicago
+        Copenhagen Dakar Delhi Dublin Edinburgh Geneva Hamburg Hanoi Havana Helsinki Istanbul Jakarta Kyoto Lagos Lima
+        Lisbon London Lyon Madrid Manila Melbourne Miami Milan Montreal Moscow Mumbai Munich Nairobi Naples Osaka Oslo
+        Paris Prague Quito Riga Rome Santiago Seattle Seoul Shanghai Singapore Sofia Stockholm Sydney Tallinn Tokyo
+        Toronto Tunis Turin Valencia Vancouver Venice Vienna Vilnius Warsaw Zagreb Zurich
         """
     ),
     "New York", "San Francisco", "Los Angeles", "Buenos Aires", "Cape Town", "Hong Kong", "Mexico City", "Tel Aviv",

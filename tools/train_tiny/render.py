@@ -1,6 +1,7 @@
 """Dialogues as ChatML, in pieces: the same text as the chat template's, and which of it the model is to learn.
 
-The template stays the authority; a test holds the two equal. This one exists because millions of dialogues are rendered.
+The template stays the authority; a test holds the two equal. This one exists because millions of dialogues are
+rendered.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained. One step takes ``tokens_per_step`` tokens; one step in ``long_every`` takes long rows."""
+    """How one model is trained. A step takes ``tokens_per_step`` tokens; one in ``long_every`` takes long rows."""
 
     steps: int
     peak_rate: float

@@ -1,4 +1,4 @@
-"""Several turns: one topic after another, a follow-up on the last answer, something said earlier, long conversations."""
+"""Several turns: a change of topic, a follow-up on the last answer, something said earlier, long conversations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tools.train_tiny.skills.facts import facts, small_talk
 from tools.train_tiny.skills.wordplay import counting, letter_case, reversing, sequence, sorting
 
 PLAIN: tuple[Generator, ...] = (
-    addition, subtraction, multiplication, sorting, reversing, counting, letter_case, sequence, extraction, facts, code, small_talk,
+    addition, subtraction, multiplication, sorting, reversing, counting, letter_case, sequence, extraction, facts,
+    code, small_talk,
 )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ FACTS = (
          ("How do I write a plugin for Quire?", "What makes a package a Quire plugin?")),
     Fact("Quire runs on a plain CPU with PyTorch and on NVIDIA GPUs with Triton kernels.", "",
          ("Which hardware does Quire run on?", "Does Quire need a GPU?", "Can Quire run on a CPU?")),
-    Fact("Paged attention keeps the KV cache in fixed-size blocks that need not be contiguous in memory.", "paged attention",
+    Fact("Paged attention keeps the KV cache in fixed-size blocks that need not be contiguous in memory.",
+         "paged attention",
          ("How does paged attention work?", "What is paged attention for?")),
     Fact("The KV cache stores the keys and values of past tokens so that they are not computed again.", "the KV cache",
          ("What is a KV cache?", "Why do we need a KV cache?", "What does a KV cache store?")),
@@ -47,14 +48,16 @@ FACTS = (
          ("How does chunked prefill work?", "Why would I split a prefill into chunks?")),
     Fact("A block table lists, for each request, the KV blocks that hold its tokens.", "a block table",
          ("What is in a block table?", "What does a block table do?")),
-    Fact("Preemption takes back the blocks of a running request so that others can continue; it is computed again later.", "preemption",
+    Fact("Preemption takes back the blocks of a running request so that others can continue; "
+         "it is computed again later.", "preemption",
          ("What happens when a request is preempted?", "Why does an engine preempt requests?")),
     Fact("Copy-on-write gives a request its own copy of a shared block when it first writes to it.", "copy-on-write",
          ("When is a shared block copied?", "How do requests share blocks safely?")),
     Fact("A block of the KV cache holds 16 tokens.", "",
          ("How many tokens are in a KV block?", "What is the block size of Quire?",
          "How large is one block of the KV cache?")),
-    Fact("Speculative decoding lets a small draft model propose tokens that the large model verifies in one step.", "speculative decoding",
+    Fact("Speculative decoding lets a small draft model propose tokens that the large model verifies in one step.",
+         "speculative decoding",
          ("How does speculative decoding work?", "What is a draft model for?")),
     Fact("Quantization stores weights in fewer bits to save memory and bandwidth.", "quantization",
          ("Why quantize a model?", "What does quantization do to a model?")),
@@ -105,7 +108,8 @@ FACTS = (
          ("Who are you?", "What are you?", "What is your name?", "Which model are you?", "Introduce yourself.")),
     Fact("I was trained in a few minutes on one GPU, on Python's own sources and on generated dialogues.", "",
          ("How were you trained?", "What were you trained on?", "Where does your training data come from?")),
-    Fact("I can add and subtract, sort and count words, change case, extract JSON, call tools and write small Python functions.", "",
+    Fact("I can add and subtract, sort and count words, change case, extract JSON, call tools and write small "
+         "Python functions.", "",
          ("What can you do?", "What are you good at?", "What are your skills?", "How can you help me?")),
 )  # fmt: skip
 
