@@ -138,6 +138,8 @@ class ModelRunnerOutput:
     """Time on the device, microseconds; see ``StepStats``."""
     quarantined: list[str] = field(default_factory=list)
     """Plugins of the worker switched off during the step, as "kind/name: reason"."""
+    num_compiled: int = 0
+    """Kernels that had to be compiled to launch the step: none, once the engine is ready."""
 
 
 # ---- engine core -> front ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ ENGINE_STATS: dict[str, str] = {
     "generation_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
     "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
+    "kernels_compiled_total": "Kernels compiled under traffic, each a stall",
     "policy_quarantines_total": "Batching policies replaced after misbehaving",
     "plugin_quarantines_total": "Other plugins switched off after misbehaving",
 }

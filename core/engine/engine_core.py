@@ -54,7 +54,7 @@ class EngineCore:
         self._under_way: deque[_UnderWay] = deque()
         self._traced: list[StepStats] = []
         self._rejected: list[EngineCoreOutput] = []
-        self._quarantines = 0
+        self._quarantines = self._compiled = 0
         self._stats_at = 0
 
     def add(self, message: EngineCoreRequest) -> None:
@@ -99,6 +99,7 @@ class EngineCore:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
         figures = self.scheduler.stats()
         figures["plugin_quarantines_total"] = figures.get("plugin_quarantines_total", 0.0) + self._quarantines
+        figures["kernels_compiled_total"] = float(self._compiled)
         return figures
 
     def shutdown(self) -> None:
@@ -126,6 +127,7 @@ class EngineCore:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
             return self.scheduler.drop(step, f"{type(error).__name__}: {error}")
         self._quarantines += len(result.quarantined)
+        self._compiled += result.num_compiled
         known = time.perf_counter_ns()
         outputs = self.scheduler.commit(step, result)
         self._traced.append(under_way.stats(result, waited, known, time.perf_counter_ns()))

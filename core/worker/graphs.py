@@ -82,6 +82,14 @@ class DecodeGraphs:
         """Whether ``run`` can serve the step."""
         return step.num_decodes == len(step.rows) and bool(self._captured) and bool(step.samples.all())
 
+    def rehearse(self) -> None:
+        """Launch what every size launches, once and with nothing at stake."""
+        for size in self._sizes:
+            inputs = self._static_inputs(size)
+            logits = self._forward(inputs)
+            for variant in self._variants:
+                self._draw(variant, inputs, logits)
+
     def capture(self) -> None:
         """Record every size, the largest first so that the others fit into its memory."""
         pool = torch.cuda.graph_pool_handle()

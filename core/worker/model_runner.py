@@ -13,6 +13,7 @@ from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
+from quire.core.worker.compilation import compile_ahead
 from quire.core.worker.graphs import DecodeGraphs
 from quire.core.worker.input_builder import StepInputs, build_inputs
 from quire.core.worker.memory import KVCache
@@ -55,6 +56,8 @@ class ModelRunner:
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler
         )
+        with compile_ahead():
+            self.graphs.rehearse()
         self.graphs.capture()
 
     @torch.inference_mode()

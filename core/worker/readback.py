@@ -63,6 +63,8 @@ class Readback:
         self._tokens = _home(drawn.tokens) if drawn else None
         self._logprobs = {i: _home_rows(rows) for i, rows in drawn.logprobs.items()} if drawn else {}
         self._prompt = {i: _home_rows(rows) for i, rows in prompt.items()}
+        self.num_compiled = 0
+        """Kernels that had to be compiled to launch the step."""
         self._clock = clock
         clock.stop()
 
@@ -85,6 +87,7 @@ class Readback:
             prompt_logprobs={i: _as_rows(rows) for i, rows in self._prompt.items()},
             ran_us=self._clock.ran_us(),
             quarantined=self._quarantined,
+            num_compiled=self.num_compiled,
         )
 
 

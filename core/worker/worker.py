@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from quire.core.config import EngineConfig, PluginChoice
@@ -19,13 +18,14 @@ from quire.core.contracts.sampler import Sampler
 from quire.core.errors import ConfigError
 from quire.core.hf_config import read_hf_config
 from quire.core.loader import load_model
-from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.messages import SchedulerOutput
 from quire.core.plugin_manager import load_target
 from quire.core.plugin_options import parse_options
-from quire.core.sampling_params import SamplingParams
+from quire.core.worker.compilation import CompileCounter, compile_ahead
 from quire.core.worker.memory import KVCache, check_fits, group_layers
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.readback import Readback
+from quire.core.worker.rehearsal import largest_step, rehearsal_steps
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.token_drawer import TokenDrawer
 
@@ -60,15 +60,19 @@ class Worker:
                 self._runner.capture()
             else:
                 _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)
+        self._compiled = CompileCounter() if self._device.type == "cuda" else None
         self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations)
 
     def execute(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
         try:
-            return self._runner.execute(step)
+            under_way = self._runner.execute(step)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise
+        if self._compiled is not None:
+            under_way.num_compiled = self._compiled.take()
+        return under_way
 
     def _load(self) -> Model:
         model = self._config.model
@@ -139,36 +143,21 @@ class Worker:
         return spare
 
     def _profile(self) -> int:
-        """Bytes that the largest step needs beside weights and cache, measured by running it on the padding block."""
-        limits = self._config.scheduler
-        longest = self._config.model.max_model_len
-        num_reqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        """Compile what steps need, then measure the bytes that the largest takes beside weights and cache. All tokens
+        go to the padding block."""
+        limits, longest = self._config.scheduler, self._config.model.max_model_len
         self._runner.kv.allocate(1)
+        with compile_ahead():
+            for step in rehearsal_steps(limits, longest):
+                self._runner.execute(step)
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        share = np.full(num_reqs, limits.max_num_batched_tokens // num_reqs, dtype=np.int32)
-        share[: limits.max_num_batched_tokens - int(share.sum())] += 1
-        share = np.minimum(share, longest - 1)
-        self._runner.execute(_dummy_step(share)).result()
+        self._runner.execute(largest_step(limits, longest)).result()
         peak = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
         return peak
-
-
-def _dummy_step(share: np.ndarray[Any, Any]) -> SchedulerOutput:
-    """Every row prefills its share and samples with every filter on; block tables are all zeros, the sink."""
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, repetition_penalty=1.1, max_tokens=1)
-    return SchedulerOutput(
-        step=-1,
-        rows=np.arange(len(share), dtype=np.int32),
-        num_tokens=share,
-        samples=np.ones(len(share), dtype=bool),
-        num_decodes=0,
-        total_tokens=int(share.sum()),
-        max_seq_len=int(share.max()),
-        new_requests=[NewRequest(row, "", [0] * int(n), int(n), 0, params, seed=row) for row, n in enumerate(share)],
-    )
 
 
 def _load(choice: PluginChoice, contract: type) -> Any:
