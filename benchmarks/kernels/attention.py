@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, AttentionSpec
 from quire.plugins.attention.triton.backend import TritonBackend
@@ -132,8 +131,8 @@ def prefill_line(pool: Pool, heads: int, batch: int, new: int, context: int, mak
     fa3 = FA3_PREFILL.get((batch, new, context)) if heads == 32 else None
     beside = "" if fa3 is None else f"  FA3 {fa3:8.2f} us  {fa3 * 1e-6 / seconds:.0%}"
     print(
-        f"prefill {heads:2}/8 {batch:3} x {new:5} of {context:5} {seconds * 1e6:9.2f} us {flops / seconds / 1e12:6.0f} TFLOP/s"
-        f" {flops / BF16 / seconds:6.1%} of the floor{beside}",
+        f"prefill {heads:2}/8 {batch:3} x {new:5} of {context:5} {seconds * 1e6:9.2f} us"
+        f" {flops / seconds / 1e12:6.0f} TFLOP/s {flops / BF16 / seconds:6.1%} of the floor{beside}",
         flush=True,
     )
 
@@ -153,7 +152,13 @@ def main(wanted: Sequence[str]) -> None:
         decode_line(pool, 32, [32768] + [1024] * 255, "1 x 32k + 255 x 1k")
     if "prefill" in wanted:
         for heads in (16, 32):
-            for batch, new, context in ((1, 512, 512), (16, 512, 512), (1, 2048, 2048), (4, 4096, 4096), (1, 2048, 8192)):
+            for batch, new, context in (
+                (1, 512, 512),
+                (16, 512, 512),
+                (1, 2048, 2048),
+                (4, 4096, 4096),
+                (1, 2048, 8192),
+            ):
                 prefill_line(pool, heads, batch, new, context)
 
 

@@ -90,11 +90,11 @@ def test_any_step(data: st.DataObject) -> None:
 
 @HALF
 def test_a_request_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Bit for bit, alone or among others, for decodes and chunks."""
+    """Bit for bit, alone or among others, for decodes in parts of a given size and for chunks."""
     spec = half(dtype)
     for requests in ([(1, 777), (1, 20), (1, 3000)], [(37, 400), (200, 200)]):
         together = Problem.random(spec, requests)
-        outs = steps(spec, [together])[0].split([queries for queries, _ in requests])
+        outs = steps(spec, [together], split=256)[0].split([queries for queries, _ in requests])
         for i, (queries, _) in enumerate(requests):
             start = sum(count for count, _ in requests[:i])
             alone = Problem(
@@ -106,7 +106,7 @@ def test_a_request_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None
                 values=[together.values[i]],
                 table=together.table[i : i + 1],
             )
-            assert torch.equal(steps(spec, [alone])[0], outs[i])
+            assert torch.equal(steps(spec, [alone], split=256)[0], outs[i])
 
 
 def test_decode_replays_in_a_graph() -> None:
@@ -125,6 +125,7 @@ def test_decode_replays_in_a_graph() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        backend.plan(batch)
         backend.run(0, q, kv, out)
     for problem in (second, first):
         fresh = problem.batch(device)
@@ -144,10 +145,10 @@ def half(dtype: torch.dtype, **fields) -> AttentionSpec:
     return make_spec(dtype=dtype, kv_dtype=dtype, **(shape | fields))
 
 
-def steps(spec: AttentionSpec, problems: list[Problem], limit: int = 8192) -> list[torch.Tensor]:
+def steps(spec: AttentionSpec, problems: list[Problem], limit: int = 8192, split: int = 0) -> list[torch.Tensor]:
     """Outputs of the Triton backend, on the CPU."""
     device = torch.device("cuda")
-    backend = TritonBackend(spec, device)
+    backend = TritonBackend(spec, device, TritonBackend.Options(split=split))
     backend.prepare(AttentionLimits(64, 8192, limit, device))
     outs = []
     for problem in problems:

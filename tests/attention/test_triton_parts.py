@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quire.core.contracts.attention import AttentionLimits
 from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
-from quire.plugins.attention.triton import decode
 from quire.plugins.attention.triton.backend import TritonBackend
+from quire.plugins.attention.triton.plan import DecodePlan
+from quire.plugins.attention.triton.tuning import decode_tile
 
 pytestmark = pytest.mark.skipif(
     bool(TritonBackend.unsupported(make_spec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))),
@@ -15,23 +17,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "SPLIT", 32)
-    monkeypatch.setattr(decode, "MAX_SPLITS", 3)
+class Split(TritonBackend):
+    """Parts of 16 keys, at most 32 of them."""
+
+    def __init__(self, spec, device, options=None) -> None:
+        super().__init__(spec, device, TritonBackend.Options(split=16))
 
 
-def test_parts_grow_when_there_are_no_more(small_parts: None) -> None:
-    """Lengths of 1, 3, 4 and 7 times the smallest part, on at most three parts."""
-    compare(TritonBackend, make_spec(), [(1, 32), (1, 96), (1, 97), (1, 210), (1, 1)], lse=True)
-    compare(TritonBackend, make_spec(kind="sliding", window=130), [(1, 210), (1, 150), (1, 20)], lse=True)
+def test_parts_grow_when_there_are_no_more() -> None:
+    """Lengths of 1, 3, 4 and 38 times the smallest part."""
+    compare(Split, make_spec(), [(1, 16), (1, 48), (1, 49), (1, 600), (1, 1)], lse=True)
+    compare(Split, make_spec(kind="sliding", window=70), [(1, 110), (1, 80), (1, 20)], lse=True)
 
 
-def test_neighbours_change_no_bit(small_parts: None) -> None:
+def test_neighbours_change_no_bit_of_equal_parts() -> None:
     spec = make_spec()
     requests = [(1, 140), (1, 20), (9, 70)]
     together = Problem.random(spec, requests)
-    outs = attend(TritonBackend, spec, together)[0].split([1, 1, 9])
+    outs = attend(Split, spec, together)[0].split([1, 1, 9])
     for i, start in enumerate((0, 1, 2)):
         alone = Problem(
             spec=spec,
@@ -42,7 +45,31 @@ def test_neighbours_change_no_bit(small_parts: None) -> None:
             values=[together.values[i]],
             table=together.table[i : i + 1],
         )
-        assert torch.equal(attend(TritonBackend, spec, alone)[0], outs[i])
+        assert torch.equal(attend(Split, spec, alone)[0], outs[i])
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [65, 1, 700], [5000, 1], [3000] * 5, [40] * 60])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("split", [0, 64])
+def test_parts_cover_each_request_once(lengths: list[int], window: int | None, split: int) -> None:
+    """The list holds every key that is seen, in order, and fits its room."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = make_spec(window=window, kind="sliding" if window else "full")
+    plan = DecodePlan(spec, decode_tile(spec), AttentionLimits(64, 64, 8192, device), split)
+    plan.write(Problem.random(spec, [(1, length) for length in lengths]).batch(device))
+    items = plan.items[: int(plan.count)].tolist()
+    for request, length in enumerate(lengths):
+        mine = [item for item in items if item[0] == request]
+        begin = max(0, length - (window or length))
+        assert [low for _, low, _, _ in mine] == [begin, *(high for _, _, high, _ in mine[:-1])]
+        assert mine[-1][2] == length and all(low < high for _, low, high, _ in mine)
+        assert [(packed & 0xFFFF, packed >> 16) for *_, packed in mine] == [(i, len(mine)) for i in range(len(mine))]
+    assert [item[0] for item in items] == sorted(item[0] for item in items)
+
+
+def test_a_split_is_a_multiple_of_16() -> None:
+    with pytest.raises(ValueError, match="multiple of 16, got 24"):
+        TritonBackend.Options(split=24)
 
 
 def test_refusals_name_the_reason() -> None:

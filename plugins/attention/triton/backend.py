@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,8 +17,10 @@ from quire.core.contracts.attention import (
     GraphKey,
     LayerKV,
 )
-from quire.plugins.attention.triton.decode import decode, most_splits
+from quire.plugins.attention.triton.decode import decode
+from quire.plugins.attention.triton.plan import DecodePlan
 from quire.plugins.attention.triton.prefill import prefill
+from quire.plugins.attention.triton.tuning import decode_tile
 
 __all__ = ["TritonBackend"]
 
@@ -29,11 +32,23 @@ class TritonBackend(AttentionBackend):
 
     graph_support = frozenset({"decode"})
 
-    def __init__(self, spec: AttentionSpec, device: torch.device, options: object = None) -> None:
-        super().__init__(spec, device, options)
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the backend."""
+
+        split: int = 0
+        """Keys in a part of a decoding request; 0 chooses for each step. A fixed size makes a request's result the
+        same bits whatever else is in the step."""
+
+        def __post_init__(self) -> None:
+            if self.split < 0 or self.split % 16:
+                raise ValueError(f"split is a number of keys, a multiple of 16, got {self.split}")
+
+    def __init__(self, spec: AttentionSpec, device: torch.device, options: Options | None = None) -> None:
+        super().__init__(spec, device, options or self.Options())
         self._batch: AttentionBatch | None = None
-        self._parts = torch.empty(0)
-        self._part_lse = torch.empty(0)
+        self._plan: DecodePlan | None = None
+        self._tile = decode_tile(spec)
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device: torch.device) -> list[str]:
@@ -61,15 +76,15 @@ class TritonBackend(AttentionBackend):
         return reasons
 
     def prepare(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
-        """Allocate what parts of split requests are written to."""
-        spec, splits = self.spec, most_splits(self.spec, limits.max_model_len)
-        shape = (limits.max_num_reqs, spec.num_kv_heads, splits, spec.num_heads // spec.num_kv_heads)
-        self._parts = torch.empty(*shape, spec.v_head_dim, dtype=torch.float32, device=self.device)
-        self._part_lse = torch.empty(shape, dtype=torch.float32, device=self.device)
+        """Allocate the list of parts and what they are written to."""
+        self._plan = DecodePlan(self.spec, self._tile, limits, self.options.split)
 
     def plan(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
-        """Keep the step's tensors: the kernels read them as they are."""
+        """Keep the step's tensors: the kernels read them as they are. One launch where requests decode."""
         self._batch = batch
+        if batch.num_decodes:
+            assert self._plan is not None, "prepare comes first"
+            self._plan.write(batch)
 
     def run(
         self,
@@ -82,10 +97,10 @@ class TritonBackend(AttentionBackend):
         k: Tensor | None = None,
         v: Tensor | None = None,
     ) -> None:
-        """One launch for the decodes (two where a request may be split), one for the others."""
+        """One launch for the decodes, one for the others."""
         batch = self._batch
-        assert batch is not None, "plan comes first"
+        assert batch is not None and self._plan is not None, "plan comes first"
         if batch.num_decodes:
-            decode(self.spec, batch, self._parts, self._part_lse, q, kv, out, lse_out)
+            decode(self.spec, self._tile, batch, self._plan, q, kv, out, lse_out)
         if batch.num_reqs > batch.num_decodes:
             prefill(self.spec, batch, q, kv, out, lse_out)

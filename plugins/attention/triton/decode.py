@@ -1,7 +1,7 @@
-"""Attention of requests with one query: the keys are split over programs, then the parts are merged in order.
+"""Attention of requests with one query: a fixed number of programs share the step's list of parts.
 
-The query heads of a group fill the tile's rows. How a request is split depends on its own length alone, and parts are
-merged from first to last, so its result does not depend on what runs beside it (Flash-Decoding: Dao et al., 2023).
+The query heads of a group fill the tile's rows. Parts of a request are merged by the program that ends last, in order,
+within the same launch (Flash-Decoding: Dao et al., 2023); a request of one part is finished where it is computed.
 """
 
 from __future__ import annotations
@@ -14,53 +14,40 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
-from quire.plugins.attention.triton.merge import merge_kernel, parts_of
-from quire.plugins.attention.triton.tile import LN2, attend_tile, finish_rows
+from quire.plugins.attention.triton.merge import merge_parts
+from quire.plugins.attention.triton.plan import DecodePlan
+from quire.plugins.attention.triton.tile import LN2, blocks_of, finish_rows, scaled
+from quire.plugins.attention.triton.tuning import DecodeTile
 
-__all__ = ["MAX_SPLITS", "SPLIT", "decode", "decode_constants", "decode_kernel", "most_splits"]
+__all__ = ["decode", "decode_constants", "decode_kernel"]
 
-SPLIT = 256
-"""Keys in a part, until a request has more than ``MAX_SPLITS`` parts; then parts grow by as much again."""
-MAX_SPLITS = 32
-
-
-def most_splits(spec: AttentionSpec, max_seq_len: int) -> int:
-    """The most parts a request of up to ``max_seq_len`` tokens has: the third dimension of the grid."""
-    length = max_seq_len if spec.window is None else min(max_seq_len, spec.window)
-    return max(1, min(MAX_SPLITS, -(-length // SPLIT)))
+_MERGED = 8192
+"""Elements of the parts that a merge holds at a time."""
 
 
 def decode(
     spec: AttentionSpec,
+    tile: DecodeTile,
     batch: AttentionBatch,
-    parts: Tensor,
-    part_lse: Tensor,
+    plan: DecodePlan,
     q: Tensor,
     kv: LayerKV,
     out: Tensor,
     lse_out: Tensor | None,
 ) -> None:
-    """Attend for the first ``num_decodes`` requests. ``parts`` (reqs, kv_heads, splits, group, v_dim) float32 and
-    ``part_lse`` (reqs, kv_heads, splits, group) are workspaces."""
-    constants, options = decode_constants(spec)
-    splits = most_splits(spec, batch.max_seq_len)
-    common = {
-        "has_lse": lse_out is not None,
-        "out_token": out.stride(0),
-        "out_head": out.stride(1),
-        "capacity": parts.shape[2],
-    }
-    lse = out if lse_out is None else lse_out
-    decode_kernel[(batch.num_decodes, spec.num_kv_heads, splits)](
+    """Attend for the first ``num_decodes`` requests, whose parts are listed in ``plan``."""
+    decode_kernel[(plan.grid(batch),)](
         q,
         kv.k,
         kv.v,
         out,
-        lse,
-        parts,
-        part_lse,
+        out if lse_out is None else lse_out,
+        plan.parts,
+        plan.part_lse,
         batch.block_table,
-        batch.seq_lens,
+        plan.items,
+        plan.count,
+        plan.arrived,
         batch.block_table.stride(0),
         q_token=q.stride(0),
         q_head=q.stride(1),
@@ -70,43 +57,35 @@ def decode(
         v_block=kv.v.stride(0),
         v_head=kv.v.stride(1),
         v_slot=kv.v.stride(2),
-        **common,
-        **constants,
-        **options,
+        out_token=out.stride(0),
+        out_head=out.stride(1),
+        has_lse=lse_out is not None,
+        **decode_constants(spec, tile),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    if splits > 1:
-        kept = {
-            name: constants[name] for name in ("kv_heads", "group", "rows", "v_dim", "v_dim_pad", "window", "split")
-        }
-        grid = (batch.num_decodes, spec.num_kv_heads)
-        merge_kernel[grid](out, lse, parts, part_lse, batch.seq_lens, **common, **kept, num_warps=4)
 
 
-def decode_constants(spec: AttentionSpec) -> tuple[dict[str, Any], dict[str, int]]:
-    """(compile-time constants, launch options) for ``spec``."""
-    wide = spec.dtype == torch.float32
-    dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
-    narrow = {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}
-    exact = {64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)}
-    keys, warps, stages = (exact if wide else narrow)[dim]
+def decode_constants(spec: AttentionSpec, tile: DecodeTile) -> dict[str, Any]:
+    """What the kernel is compiled for."""
     group = spec.num_heads // spec.num_kv_heads
-    constants: dict[str, Any] = {
+    group_pad, v_dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(max(spec.v_head_dim, 16))
+    return {
         "kv_heads": spec.num_kv_heads,
         "group": group,
+        "group_pad": group_pad,
         "page": spec.block_size,
         "dim": spec.qk_head_dim,
         "dim_pad": triton.next_power_of_2(max(spec.qk_head_dim, 16)),
         "v_dim": spec.v_head_dim,
-        "v_dim_pad": triton.next_power_of_2(max(spec.v_head_dim, 16)),
+        "v_dim_pad": v_dim_pad,
         "scale": spec.scale,
         "softcap": spec.softcap or 0.0,
-        "window": spec.window or 0,
-        "rows": max(16, triton.next_power_of_2(group)),
-        "keys": keys,
-        "split": SPLIT,
-        "precision": "ieee" if wide else "tf32",
+        "rows": max(16, group_pad),
+        "keys": tile.keys,
+        "merged": max(1, min(32, _MERGED // (group_pad * v_dim_pad))),
+        "precision": "ieee" if spec.dtype == torch.float32 else "tf32",
     }
-    return constants, {"num_warps": warps, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -116,10 +95,12 @@ def decode_kernel(
     v_ptr,
     out_ptr,  # (num_tokens, heads, v_dim)
     lse_ptr,  # (num_tokens, heads) float32
-    parts_ptr,  # (reqs, kv_heads, capacity, group, v_dim) float32
-    part_lse_ptr,  # (reqs, kv_heads, capacity, group) float32, base two
+    parts_ptr,  # (items, kv_heads, group, v_dim) float32
+    part_lse_ptr,  # (items, kv_heads, group) float32, base two
     table_ptr,  # (num_reqs, max_blocks) int32
-    seq_lens_ptr,  # (num_reqs,) int32
+    items_ptr,  # (items, 4) int32, of plan_kernel
+    count_ptr,  # (1,) int32
+    arrived_ptr,  # (num_reqs, kv_heads) int32: parts that are done; zero before and after
     table_row,
     q_token: tl.constexpr,
     q_head: tl.constexpr,
@@ -132,9 +113,9 @@ def decode_kernel(
     out_token: tl.constexpr,
     out_head: tl.constexpr,
     has_lse: tl.constexpr,
-    capacity: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
+    group_pad: tl.constexpr,
     page: tl.constexpr,
     dim: tl.constexpr,
     dim_pad: tl.constexpr,
@@ -142,49 +123,87 @@ def decode_kernel(
     v_dim_pad: tl.constexpr,
     scale: tl.constexpr,
     softcap: tl.constexpr,
-    window: tl.constexpr,
     rows: tl.constexpr,
     keys: tl.constexpr,
-    split: tl.constexpr,
+    merged: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Grid: (requests, KV heads, parts). A request of one part is finished here."""
-    request = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    part = tl.program_id(2)
-    seq_len = tl.load(seq_lens_ptr + request)
-    begin, size, num_parts = parts_of(seq_len, capacity, window, split)
-    if part >= num_parts:
-        return
-    low = begin + part * size
-    high = tl.minimum(low + size, seq_len)
+    """Grid: (programs,). Program i takes items i, i + programs, ...; an item is one KV head of a part.
+
+    The next item and its first blocks are read while an item is worked on, as are the next tile's blocks.
+    """
     row = tl.arange(0, rows)
     d = tl.arange(0, dim_pad)
     e = tl.arange(0, v_dim_pad)
-    head = kv_head * group + row
-    q_at = request * q_token + head * q_head
-    q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=(row < group)[:, None] & (d < dim)[None, :], other=0.0)
-    position = tl.full((rows,), 0, dtype=tl.int32) + (seq_len - 1)
-    acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
-    peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((rows,), dtype=tl.float32)
-    k_ptr += kv_head * k_head
-    v_ptr += kv_head * v_head
-    table_ptr += request * table_row
-    for first_key in range(low, high, keys):
-        acc, peak, mass = attend_tile(
-            q, acc, peak, mass, position, k_ptr, v_ptr, table_ptr, first_key, low, high,
-            k_block, k_slot, v_block, v_slot, page, dim, dim_pad, v_dim, v_dim_pad,
-            scale, softcap, 0, True, keys, precision,
-        )  # fmt: skip
-    result, lse = finish_rows(acc, peak, mass)
-    keep = (row < group)[:, None] & (e < v_dim)[None, :]
-    if num_parts == 1:
-        out_at = request * out_token + head * out_head
-        tl.store(out_ptr + out_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
-        if has_lse:
-            tl.store(lse_ptr + request * (kv_heads * group) + head, lse * LN2, mask=row < group)
-    else:
-        at = ((request * kv_heads + kv_head) * capacity + part) * group + row
-        tl.store(parts_ptr + at[:, None] * v_dim + e[None, :], result, mask=keep)
-        tl.store(part_lse_ptr + at, lse, mask=row < group)
+    index = tl.program_id(0)
+    total = tl.load(count_ptr) * kv_heads
+    request, low, high, parts = _item(items_ptr, index // kv_heads)
+    block = blocks_of(table_ptr + request * table_row, low, tl.where(index < total, high, 0), page, keys)
+    for index in range(tl.program_id(0), total, tl.num_programs(0)):
+        item = index // kv_heads
+        kv_head = index % kv_heads
+        part = parts & 0xFFFF
+        parts = parts >> 16
+        head = kv_head * group + row
+        q_at = request * q_token + head * q_head
+        q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=(row < group)[:, None] & (d < dim)[None, :], other=0.0)
+        after = index + tl.num_programs(0)
+        next_request, next_low, next_high, next_parts = _item(items_ptr, tl.where(after < total, after // kv_heads, 0))
+        acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
+        peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
+        masses = tl.zeros((rows, keys), dtype=tl.float32)  # summed over keys at the end alone
+        table = table_ptr + request * table_row
+        k_head_ptr = k_ptr + kv_head * k_head
+        v_head_ptr = v_ptr + kv_head * v_head
+        for first_key in range(low, high, keys):
+            key = first_key + tl.arange(0, keys)
+            live = key < high
+            k_at = k_head_ptr + (block.to(tl.int64) * k_block + (key % page) * k_slot)[:, None] + d[None, :]
+            v_at = v_head_ptr + (block.to(tl.int64) * v_block + (key % page) * v_slot)[:, None] + e[None, :]
+            k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # (keys, dim_pad)
+            block = blocks_of(table, first_key + keys, high, page, keys)
+            score = scaled(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)  # (rows, keys)
+            score = tl.where(live[None, :], score, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(score, 1))  # never -inf: the first key of a tile is live
+            p = tl.exp2(score - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            masses = masses * shrink[:, None] + p
+            v = tl.load(v_at, mask=live[:, None] & (e < v_dim)[None, :], other=0.0)  # (keys, v_dim_pad)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
+            peak = new_peak
+        following = table_ptr + next_request * table_row
+        block = blocks_of(following, next_low, tl.where(after < total, next_high, 0), page, keys)
+        mass = tl.sum(masses, 1)
+        result, lse = finish_rows(acc, peak, mass)
+        if parts == 1:
+            out_at = request * out_token + head * out_head
+            keep = (row < group)[:, None] & (e < v_dim)[None, :]
+            tl.store(out_ptr + out_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
+            if has_lse:
+                tl.store(lse_ptr + request * (kv_heads * group) + head, lse * LN2, mask=row < group)
+        else:
+            at = (item * kv_heads + kv_head) * group + row
+            keep = (row < group)[:, None] & (e < v_dim)[None, :]
+            tl.store(parts_ptr + at[:, None] * v_dim + e[None, :], result, mask=keep)
+            tl.store(part_lse_ptr + at, lse, mask=row < group)
+            tl.debug_barrier()  # every thread's stores come before the one thread's count
+            arrived = arrived_ptr + request * kv_heads + kv_head
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == parts - 1:
+                tl.store(arrived, 0)
+                first = (item - part) * kv_heads + kv_head
+                merge_parts(
+                    out_ptr + request * out_token + kv_head * group * out_head,
+                    lse_ptr + request * (kv_heads * group) + kv_head * group,
+                    parts_ptr + first * group * v_dim,
+                    part_lse_ptr + first * group,
+                    parts,
+                    out_head, has_lse, kv_heads, group, group_pad, v_dim, v_dim_pad, merged,
+                )  # fmt: skip
+        request, low, high, parts = next_request, next_low, next_high, next_parts
+
+
+@triton.jit
+def _item(items_ptr, item):
+    """(request, first key, end, part | parts << 16) of an item."""
+    at = items_ptr + item * 4
+    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)

@@ -1,4 +1,4 @@
-"""How a decoding request is cut into parts, and how the parts become one result again."""
+"""Put the parts of a split request together, in order, so that the result does not depend on who finished first."""
 
 from __future__ import annotations
 
@@ -7,67 +7,51 @@ import triton.language as tl
 
 from quire.plugins.attention.triton.tile import LN2, finish_rows
 
-__all__ = ["merge_kernel", "parts_of"]
+__all__ = ["merge_parts"]
 
 
 @triton.jit
-def parts_of(seq_len, capacity: tl.constexpr, window: tl.constexpr, split: tl.constexpr):
-    """(first key seen, keys in a part, number of parts) of a request."""
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(seq_len - window, 0)
-    blocks = (seq_len - begin + split - 1) // split
-    size = (blocks + capacity - 1) // capacity * split
-    size = tl.maximum(size, split)
-    return begin, size, (seq_len - begin + size - 1) // size
-
-
-@triton.jit
-def merge_kernel(
-    out_ptr,
-    lse_ptr,
-    parts_ptr,
-    part_lse_ptr,
-    seq_lens_ptr,
-    out_token: tl.constexpr,
+def merge_parts(
+    out_ptr,  # (group, v_dim), rows strided
+    lse_ptr,  # (group,)
+    parts_ptr,  # (parts, kv_heads, group, v_dim), at this KV head
+    part_lse_ptr,  # (parts, kv_heads, group)
+    parts,
     out_head: tl.constexpr,
     has_lse: tl.constexpr,
-    capacity: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
+    group_pad: tl.constexpr,
     v_dim: tl.constexpr,
     v_dim_pad: tl.constexpr,
-    window: tl.constexpr,
-    rows: tl.constexpr,
-    split: tl.constexpr,
+    merged: tl.constexpr,
 ):
-    """Grid: (requests, KV heads). Parts are weighted by their share of the softmax, from first to last."""
-    request = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    _, _, num_parts = parts_of(tl.load(seq_lens_ptr + request), capacity, window, split)
-    if num_parts <= 1:
-        return
-    row = tl.arange(0, rows)
+    """Weight the parts of one request and KV head by their share of the softmax, ``merged`` at a time, in order."""
+    g = tl.arange(0, group_pad)
     e = tl.arange(0, v_dim_pad)
-    real = row < group
-    keep = real[:, None] & (e < v_dim)[None, :]
-    acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
-    peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((rows,), dtype=tl.float32)
-    first = (request * kv_heads + kv_head) * capacity
-    for part in range(num_parts):
-        at = (first + part) * group + row
-        lse = tl.load(part_lse_ptr + at, mask=real, other=0.0)
-        value = tl.load(parts_ptr + at[:, None] * v_dim + e[None, :], mask=keep, other=0.0)
-        new_peak = tl.maximum(peak, lse)
-        shrink = tl.exp2(peak - new_peak)
-        weight = tl.exp2(lse - new_peak)
-        acc = acc * shrink[:, None] + value * weight[:, None]
-        mass = mass * shrink + weight
+    acc = tl.zeros((group_pad, v_dim_pad), dtype=tl.float32)
+    peak = tl.full((group_pad,), float("-inf"), dtype=tl.float32)
+    mass = tl.zeros((group_pad,), dtype=tl.float32)
+    for start in range(0, parts, merged):
+        part = start + tl.arange(0, merged)
+        at = part[:, None] * (kv_heads * group) + g[None, :]
+        real = (part < parts)[:, None] & (g < group)[None, :]
+        lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # (merged, group_pad)
+        value = tl.load(
+            parts_ptr + at[:, :, None] * v_dim + e[None, None, :],
+            mask=real[:, :, None] & (e < v_dim)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # (merged, group_pad, v_dim_pad)
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(lse - base[None, :])
+        shrink = tl.exp2(peak - base)
+        acc = acc * shrink[:, None] + tl.sum(value * weight[:, :, None], 0)
+        mass = mass * shrink + tl.sum(weight, 0)
         peak = new_peak
     result, lse = finish_rows(acc, peak, mass)
-    head = kv_head * group + row
-    out_at = request * out_token + head * out_head
-    tl.store(out_ptr + out_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
+    keep = (g < group)[:, None] & (e < v_dim)[None, :]
+    tl.store(out_ptr + g[:, None] * out_head + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
     if has_lse:
-        tl.store(lse_ptr + request * (kv_heads * group) + head, lse * LN2, mask=real)
+        tl.store(lse_ptr + g, lse * LN2, mask=g < group)

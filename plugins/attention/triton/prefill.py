@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
-from quire.plugins.attention.triton.tile import LN2, attend_tile, finish_rows
+from quire.plugins.attention.triton.tile import LN2, attend_tile, blocks_of, finish_rows
 
 __all__ = ["prefill", "prefill_constants", "prefill_kernel"]
 
@@ -27,7 +27,7 @@ def prefill(
     requests = batch.num_reqs - batch.num_decodes
     tokens = batch.num_tokens - batch.num_decodes
     group = spec.num_heads // spec.num_kv_heads
-    grid = (tokens * group // constants["rows"] + requests, spec.num_kv_heads)
+    grid = (spec.num_kv_heads, tokens * group // constants["rows"] + requests)
     prefill_kernel[grid](
         q,
         kv.k,
@@ -62,7 +62,7 @@ def prefill_constants(spec: AttentionSpec) -> tuple[dict[str, Any], dict[str, in
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
     # (rows, keys, warps, stages): what compiles without spilling registers (tests/aot). float32 has no tensor cores.
     narrow = {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}
-    exact = {64: (32, 32, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)}
+    exact = {64: (32, 32, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)}
     rows, keys, warps, stages = (exact if wide else narrow)[dim]
     constants: dict[str, Any] = {
         "heads": spec.num_heads,
@@ -120,9 +120,9 @@ def prefill_kernel(
     keys: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Grid: (tiles of all the prompts, KV heads)."""
-    index = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    """Grid: (KV heads, tiles of all the prompts). A prompt's last tiles have the most keys, so they go first."""
+    kv_head = tl.program_id(0)
+    index = tl.num_programs(1) - 1 - tl.program_id(1)
     base = tl.load(start_ptr + num_decodes)
     request = _owner(start_ptr, index, base, num_decodes, num_reqs, group, rows)
     start = tl.load(start_ptr + request)
@@ -154,19 +154,24 @@ def prefill_kernel(
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
     table_ptr += request.to(tl.int64) * table_row
-    if window == 0:
-        for first_key in range(0, shared, keys):
-            acc, peak, mass = attend_tile(
-                q, acc, peak, mass, position, k_ptr, v_ptr, table_ptr, first_key, low, high,
-                k_block, k_slot, v_block, v_slot, page, dim, dim_pad, v_dim, v_dim_pad,
-                scale, softcap, window, False, keys, precision,
-            )  # fmt: skip
-    for first_key in range(tl.maximum(shared, low // keys * keys), high, keys):
+    begin = low // keys * keys
+    block = blocks_of(table_ptr, begin, high, page, keys)
+    for first_key in range(begin, shared, keys):
+        following = blocks_of(table_ptr, first_key + keys, high, page, keys)
         acc, peak, mass = attend_tile(
-            q, acc, peak, mass, position, k_ptr, v_ptr, table_ptr, first_key, low, high,
+            q, acc, peak, mass, position, k_ptr, v_ptr, block, first_key, low, high,
+            k_block, k_slot, v_block, v_slot, page, dim, dim_pad, v_dim, v_dim_pad,
+            scale, softcap, window, False, keys, precision,
+        )  # fmt: skip
+        block = following
+    for first_key in range(tl.maximum(begin, shared), high, keys):
+        following = blocks_of(table_ptr, first_key + keys, high, page, keys)
+        acc, peak, mass = attend_tile(
+            q, acc, peak, mass, position, k_ptr, v_ptr, block, first_key, low, high,
             k_block, k_slot, v_block, v_slot, page, dim, dim_pad, v_dim, v_dim_pad,
             scale, softcap, window, True, keys, precision,
         )  # fmt: skip
+        block = following
     result, lse = finish_rows(acc, peak, mass)
     e = tl.arange(0, v_dim_pad)
     out_at = (start + token).to(tl.int64) * out_token + head * out_head

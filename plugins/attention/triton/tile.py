@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["attend_tile", "finish_rows"]
+__all__ = ["LN2", "attend_tile", "blocks_of", "finish_rows", "scaled"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,7 +25,7 @@ def attend_tile(
     position,  # (rows,) of each row's query
     k_ptr,  # of this KV head
     v_ptr,
-    table_ptr,  # this request's row of the block table
+    block,  # (keys,) int32: the block of each key below ``high``
     first_key,
     low,  # keys below are seen by no row
     high,  # nor are keys from here on
@@ -49,26 +49,16 @@ def attend_tile(
     key = first_key + tl.arange(0, keys)
     d = tl.arange(0, dim_pad)
     e = tl.arange(0, v_dim_pad)
-    if masked:
-        live = (key >= low) & (key < high)
-        block = tl.load(table_ptr + key // page, mask=live, other=0).to(tl.int64)
-    else:
-        block = tl.load(table_ptr + key // page).to(tl.int64)
-    k_at = k_ptr + (block * k_block + (key % page) * k_slot)[:, None] + d[None, :]
-    v_at = v_ptr + (block * v_block + (key % page) * v_slot)[:, None] + e[None, :]
+    k_at = k_ptr + (block.to(tl.int64) * k_block + (key % page) * k_slot)[:, None] + d[None, :]
+    v_at = v_ptr + (block.to(tl.int64) * v_block + (key % page) * v_slot)[:, None] + e[None, :]
+    live = (key >= low) & (key < high)
     if masked:
         k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # (keys, dim_pad)
     elif dim != dim_pad:
         k = tl.load(k_at, mask=(d < dim)[None, :], other=0.0)
     else:
         k = tl.load(k_at)
-    score = tl.dot(q, tl.trans(k), input_precision=precision)  # (rows, keys) float32
-    if softcap > 0:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1); the power of two carries the 2 and the base.
-        power = tl.exp2(score * (2.0 * scale / softcap * LOG2E))
-        score = (softcap * LOG2E) * (1.0 - 2.0 / (power + 1.0))
-    else:
-        score = score * (scale * LOG2E)
+    score = scaled(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)  # (rows, keys)
     if masked:
         seen = live[None, :] & (key[None, :] <= position[:, None])
         if window > 0:
@@ -89,6 +79,28 @@ def attend_tile(
         v = tl.load(v_at)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=precision)
     return acc, new_peak, mass
+
+
+@triton.jit
+def blocks_of(table_ptr, first_key, high, page: tl.constexpr, keys: tl.constexpr):
+    """(keys,) int32: the blocks of so many keys, 0 from ``high`` on.
+
+    Loops carry them from one tile to the next: loads through a table entry read in the same turn are pipelined
+    half as deep.
+    """
+    key = first_key + tl.arange(0, keys)
+    return tl.load(table_ptr + key // page, mask=key < high, other=0)
+
+
+@triton.jit
+def scaled(score, scale: tl.constexpr, softcap: tl.constexpr):
+    """Products of queries and keys as scores in base two."""
+    if softcap > 0:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1); the power of two carries the 2 and the base.
+        power = tl.exp2(score * (2.0 * scale / softcap * LOG2E))
+        return (softcap * LOG2E) * (1.0 - 2.0 / (power + 1.0))
+    else:
+        return score * (scale * LOG2E)
 
 
 @triton.jit

@@ -1,0 +1,132 @@
+"""The work list of a decode step, made on the device once a step: every request cut into parts of equal size.
+
+Grids are fixed when a step is captured, and lengths are not: so a fixed number of programs share a list whose length
+only the device knows. The size of a part is the one that should finish first by a small model of the kernel: what the
+programs carry on average, the longest part, and a merge where a request has several.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quire.core.contracts.attention import AttentionBatch, AttentionLimits, AttentionSpec
+from quire.plugins.attention.triton.tuning import DecodeTile, programs_on
+
+__all__ = ["DecodePlan", "plan_kernel"]
+
+_ITEMS = 1024
+"""Parts beyond one a request that a list has room for."""
+_SHORTEST = 64
+"""Keys in the smallest part."""
+
+
+class DecodePlan:
+    """The list and what the kernel needs beside it. ``split``: keys in every part, 0 to choose for each step.
+
+    With a given size, parts grow with a request's own length once it has 32 of them, and its result does not depend on
+    what else is in the step.
+    """
+
+    def __init__(self, spec: AttentionSpec, tile: DecodeTile, limits: AttentionLimits, split: int) -> None:
+        device, heads = limits.device, spec.num_kv_heads
+        longest = limits.max_model_len if spec.window is None else min(limits.max_model_len, spec.window)
+        self.split = split
+        self.levels = max(1, (-(-longest // _SHORTEST) - 1).bit_length() + 1)
+        most = min(32, -(-longest // split)) * limits.max_num_reqs if split else limits.max_num_reqs + _ITEMS
+        self.most_parts = -(-longest // (split or _SHORTEST))
+        self.programs = programs_on(device, tile)
+        self.kv_heads = heads
+        self.window = spec.window or 0
+        self.block = triton.next_power_of_2(limits.max_num_reqs)
+        self.items = torch.zeros(most, 4, dtype=torch.int32, device=device)
+        self.count = torch.zeros(1, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(limits.max_num_reqs * heads, dtype=torch.int32, device=device)
+        group = spec.num_heads // heads
+        self.parts = torch.empty(most, heads, group, spec.v_head_dim, dtype=torch.float32, device=device)
+        self.part_lse = torch.empty(most, heads, group, dtype=torch.float32, device=device)
+
+    def write(self, batch: AttentionBatch) -> None:
+        """List the parts of the step's decodes."""
+        plan_kernel[(1,)](
+            batch.seq_lens,
+            self.items,
+            self.count,
+            batch.num_decodes,
+            self.programs,
+            room=len(self.items),
+            kv_heads=self.kv_heads,
+            window=self.window,
+            shortest=_SHORTEST,
+            levels=self.levels,
+            split=self.split,
+            block=self.block,
+            num_warps=4,
+        )
+
+    def grid(self, batch: AttentionBatch) -> int:
+        """Programs of a step: all that run at a time, or fewer where the step cannot have as many parts."""
+        length = min(batch.max_seq_len, self.window or batch.max_seq_len)
+        parts = max(1, min(self.most_parts, -(-length // (self.split or _SHORTEST))))
+        return min(self.programs, batch.num_decodes * parts * self.kv_heads)
+
+
+@triton.jit(do_not_specialize=["num_decodes", "programs"])
+def plan_kernel(
+    seq_lens_ptr,  # (num_reqs,) int32
+    items_ptr,  # (room, 4) int32: request, first key, end, part | parts << 16
+    count_ptr,  # (1,) int32: items written
+    num_decodes,
+    programs,
+    room: tl.constexpr,
+    kv_heads: tl.constexpr,
+    window: tl.constexpr,
+    shortest: tl.constexpr,
+    levels: tl.constexpr,
+    split: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program. Items of a request are neighbours, in order."""
+    request = tl.arange(0, block)
+    seq_len = tl.load(seq_lens_ptr + request, mask=request < num_decodes, other=0)
+    begin = tl.zeros((block,), dtype=tl.int32)
+    if window > 0:
+        begin = tl.maximum(seq_len - window, 0)
+    length = seq_len - begin
+    if split > 0:
+        size = tl.maximum(((length + split - 1) // split + 31) // 32, 1) * split
+    else:
+        keys = tl.sum(length)
+        longest = tl.max(length)
+        best = 0
+        best_cost = float("inf")
+        # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; a full one takes 2.5 times as long. A
+        # program loses 3 between items and 11 more where they are merged later.
+        for level in tl.static_range(levels):
+            part = shortest << level
+            parts = (length + (part - 1)) // part
+            count = tl.sum(parts)
+            fits = (count <= room) | (level == levels - 1)
+            merged = tl.sum(tl.where(parts > 1, parts, 0))
+            turns = tl.maximum(count * kv_heads / programs - 1.0, 0.0)
+            share = (keys * 2.5 / 64 + merged * 11.0) * kv_heads / programs + turns * 3.0
+            last = tl.minimum(longest, part) * 2.5 / 64
+            cost = share + 0.5 * tl.maximum(last - share, 0.0)
+            if longest > part:
+                cost += 1.5 + 0.2 * longest / part
+            better = fits & (cost < best_cost)
+            best = tl.where(better, part, best)
+            best_cost = tl.where(better, cost, best_cost)
+        size = tl.zeros((block,), dtype=tl.int32) + best
+    parts = (length + size - 1) // size
+    first = tl.cumsum(parts, 0) - parts
+    for index in range(tl.max(parts)):
+        low = begin + index * size
+        at = items_ptr + (first + index) * 4
+        live = index < parts
+        tl.store(at, request, mask=live)
+        tl.store(at + 1, low, mask=live)
+        tl.store(at + 2, tl.minimum(low + size, seq_len), mask=live)
+        tl.store(at + 3, index + (parts << 16), mask=live)
+    tl.store(count_ptr, tl.sum(parts))
