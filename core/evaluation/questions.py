@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from quire.core.errors import ConfigError
 
 __all__ = ["Question", "available_skills", "load_questions"]
 
@@ -41,13 +44,15 @@ def available_skills(folder: Path = _FOLDER) -> list[str]:
 def load_questions(
     skills: Iterable[str] | None = None, limit: int | None = None, folder: Path = _FOLDER
 ) -> list[Question]:
-    """Read the questions of ``skills`` (all by default), at most ``limit`` of each. ValueError for an unknown skill."""
+    """Read the questions of ``skills`` (all by default), at most ``limit`` of each. ConfigError for an unknown one."""
     known = available_skills(folder)
-    wanted = list(skills) if skills is not None else known
+    wanted = list(dict.fromkeys(skills)) if skills is not None else known
     found: list[Question] = []
     for skill in wanted:
         if skill not in known:
-            raise ValueError(f"no held-out questions for the skill {skill!r}; there are: {', '.join(known)}")
+            close = difflib.get_close_matches(skill, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"no held-out questions for the skill {skill!r}; {hint}")
         lines = (folder / f"{skill}.jsonl").read_text(encoding="utf-8").splitlines()
         for line in lines[:limit]:
             record = json.loads(line)

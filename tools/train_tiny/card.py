@@ -60,7 +60,7 @@ Apache-2.0, as Quire.
 """
 _WHAT = {
     "quire-tiny": "A very small chat model that ships with the Quire serving engine.",
-    "quire-tiny-draft": "The draft of quire-tiny, for speculative decoding: same tokenizer and data, a tenth of the size.",
+    "quire-tiny-draft": "The draft model of quire-tiny, for speculation: its tokenizer and data, a tenth of its size.",
 }
 
 
