@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["child_environment", "color_allowed", "log_level"]
+__all__ = ["child_environment", "color_allowed", "log_level", "num_threads"]
 
 
 def log_level() -> str:
@@ -16,6 +16,12 @@ def log_level() -> str:
 def color_allowed() -> bool:
     """False if ``NO_COLOR`` is set (no-color.org)."""
     return "NO_COLOR" not in os.environ
+
+
+def num_threads() -> int | None:
+    """``OMP_NUM_THREADS``: threads for the model on a CPU; None: all cores but one."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() else None
 
 
 def child_environment() -> dict[str, str]:

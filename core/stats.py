@@ -12,6 +12,8 @@ ENGINE_STATS: dict[str, str] = {
     "num_requests_running": "Requests in the running batch",
     "num_requests_waiting": "Requests in the queue",
     "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1",
+    "kv_blocks": "Blocks of the KV cache in each group, the padding block included",
+    "kv_block_size": "Tokens in a block",
     "num_preemptions_total": "Requests preempted because blocks ran out",
     "prefix_cache_queries_total": "Tokens looked up in the prefix cache",
     "prefix_cache_hits_total": "Tokens found in the prefix cache",

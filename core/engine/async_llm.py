@@ -37,25 +37,20 @@ class AsyncLLM:
     """Construct (resolves the configuration), ``await start()``, then ``generate``; ``await shutdown()`` at the end."""
 
     def __init__(self, args: EngineArgs | None = None, *, log_level: str = "INFO", **kwargs: Any) -> None:
-        configured = configure(args or EngineArgs(**kwargs))
-        self.config = configured.config
-        self.plugins = configured.plugins
-        self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        processors = [load_target(c.target, LogitsProcessor) for c in self.config.plugins_of("logits_processor")]
-        self._inputs = InputProcessor(
-            self.tokenizer, self.config.model.max_model_len, self.config.model.vocab_size, processors
-        )
-        self._exporters = Exporters(self._make_exporters())
-        self._outputs = OutputProcessor(self.tokenizer, self._exporters)
         self._streams: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
         self._log_level = log_level
-        self._client: ProcessClient | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._dead: str | None = None
+        self._client: ProcessClient | None = ProcessClient()
+        try:
+            self._prepare(args or EngineArgs(**kwargs))
+        except BaseException:
+            self._client.kill()
+            raise
 
     @property
     def exporters(self) -> list[MetricsExporter]:
@@ -80,11 +75,13 @@ class AsyncLLM:
 
     async def start(self) -> None:
         """Start the engine core and load the model. Raises a ``QuireError`` with the reason if it cannot."""
-        self._client = ProcessClient(self.config, self._log_level)
+        if self._client is None:
+            raise EngineDeadError("the engine was shut down; make another")
         try:
-            await self._client.ready()
+            await self._client.start(self.config, self._log_level)
         except BaseException:
             self._client.shutdown()
+            self._client = None
             raise
         self._receiver = asyncio.create_task(self._receive(), name="quire-outputs")
 
@@ -171,6 +168,19 @@ class AsyncLLM:
             self._client = None
             self._die("the engine was shut down")
         self._exporters.close()
+
+    def _prepare(self, args: EngineArgs) -> None:
+        """What this process needs of the model: everything but its weights."""
+        configured = configure(args)
+        self.config = configured.config
+        self.plugins = configured.plugins
+        self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
+        processors = [load_target(c.target, LogitsProcessor) for c in self.config.plugins_of("logits_processor")]
+        self._inputs = InputProcessor(
+            self.tokenizer, self.config.model.max_model_len, self.config.model.vocab_size, processors
+        )
+        self._exporters = Exporters(self._make_exporters())
+        self._outputs = OutputProcessor(self.tokenizer, self._exporters)
 
     async def _receive(self) -> None:
         """Take outputs to their callers until the engine core is gone."""

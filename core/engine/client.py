@@ -72,9 +72,12 @@ class InprocClient(EngineClient):
 
 
 class ProcessClient(EngineClient):
-    """The engine core in a child process, over ZMQ. For one event loop."""
+    """The engine core in a child process, over ZMQ. For one event loop.
 
-    def __init__(self, config: EngineConfig, log_level: str = "INFO") -> None:
+    The process starts with the client and imports what it needs while its configuration is made.
+    """
+
+    def __init__(self) -> None:
         self._addresses = Addresses.fresh()
         self._wire = Wire()
         self._context = zmq.asyncio.Context()
@@ -84,10 +87,10 @@ class ProcessClient(EngineClient):
         self._outward.bind(self._addresses.outward)
         command = [sys.executable, "-m", "quire.core.engine.core_process", self._addresses.folder]
         self._process = subprocess.Popen(command, env=child_environment(), stdin=subprocess.DEVNULL)
-        self._send(Start(config, log_level))
 
-    async def ready(self) -> None:
-        """Wait until the engine serves. Raises what it could not start with, by its own error class."""
+    async def start(self, config: EngineConfig, log_level: str = "INFO") -> None:
+        """Build the engine and wait until it serves. Raises what it could not start with, by its own error class."""
+        self._send(Start(config, log_level))
         message = await self._receive()
         if isinstance(message, Failed):
             raise _as_error(message)
@@ -120,6 +123,11 @@ class ProcessClient(EngineClient):
         self._outward.close(linger=0)
         self._context.term()
         shutil.rmtree(self._addresses.folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End the process at once, for one that was never started."""
+        self._process.kill()
+        self.shutdown()
 
     def ask_to_stop(self) -> None:
         """Let the engine core end by itself; ``wait`` then waits for it, and ``shutdown`` clears up."""

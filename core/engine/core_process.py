@@ -15,6 +15,7 @@ from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.ipc import Abort, Add, Addresses, Failed, Outputs, Ready, Shutdown, ToCore, Wire, socket
 from quire.core.errors import QuireError
 from quire.core.log import setup_logging
+from quire.core.worker import worker as _worker  # noqa: F401 - imported while the front makes the configuration
 
 __all__ = ["CoreProcess", "main"]
 

@@ -100,6 +100,8 @@ class EngineCore:
         figures = self.scheduler.stats()
         figures["plugin_quarantines_total"] = figures.get("plugin_quarantines_total", 0.0) + self._quarantines
         figures["kernels_compiled_total"] = float(self._compiled)
+        figures["kv_blocks"] = float(self.capacity.num_blocks)
+        figures["kv_block_size"] = float(self.config.cache.block_size)
         return figures
 
     def shutdown(self) -> None:

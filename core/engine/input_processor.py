@@ -44,7 +44,7 @@ class InputProcessor:
         cache_salt: str | None = None,
     ) -> list[EngineCoreRequest]:
         """One core request for each of the ``n`` continuations; the later ones name the first as their parent."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        ids = self._encoded(prompt) if isinstance(prompt, str) else self._checked(prompt)
         self._check_length(ids, params)
         self._check_params(params)
         arrival = time.time_ns()
@@ -67,6 +67,16 @@ class InputProcessor:
                 )
             )
         return requests
+
+    def _encoded(self, text: str) -> list[int]:
+        least = len(text) // self.tokenizer.longest_token
+        if least >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(text)} characters, so at least {least} tokens; this model's context is "
+                f"{self.max_model_len} tokens: shorten it or raise --max-model-len",
+                "prompt",
+            )
+        return self.tokenizer.encode(text)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         for token in ids:

@@ -143,7 +143,9 @@ class OutputProcessor:
         if output.prompt_logprobs is not None:
             state.prompt_logprobs = [None, *output.prompt_logprobs]
         if output.logprobs:
-            child.logprobs = [*(child.logprobs or []), *output.logprobs]
+            if child.logprobs is None:
+                child.logprobs = []
+            child.logprobs.extend(output.logprobs)
             child.cumulative = (child.cumulative or 0.0) + sum(p.logprobs[0] for p in output.logprobs)
         stopped_early = False
         if child.detokenizer is not None:
@@ -182,7 +184,8 @@ class OutputProcessor:
 
     def _whole(self, child: _Child) -> CompletionOutput:
         text = child.detokenizer.text if child.detokenizer else ""
-        return self._completion(child, text, list(child.token_ids), child.logprobs)
+        logprobs = None if child.logprobs is None else list(child.logprobs)
+        return self._completion(child, text, list(child.token_ids), logprobs)
 
     def _completion(
         self, child: _Child, text: str, token_ids: list[int], logprobs: list[TokenLogprob] | None

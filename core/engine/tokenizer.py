@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # a batch of one: unlike encode, encode_batch lets other threads run
+        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
@@ -54,11 +56,20 @@ class Tokenizer:
         piece = self.backend.id_to_token(token_id)
         if piece is None:
             return b""
-        if _BYTE_LEVEL in json.dumps(json.loads(self.backend.to_str())["decoder"] or {}):
+        if self._is_byte_level:
             return _byte_level(piece)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return self.token_text(token_id).encode()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of ``n`` characters has at least ``n / longest_token`` tokens."""
+        return max((len(piece) for piece in self.backend.get_vocab()), default=1)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"] or {})
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end a text: the tokenizer's own, and those of ``generation_config.json`` and ``config.json``."""
@@ -103,17 +114,20 @@ class Tokenizer:
         return self.encode(str(text), add_special_tokens=False)
 
 
-_BYTE_LEVEL = "ByteLevel"
-
-
 def _byte_level(piece: str) -> bytes:
     """Undo GPT-2's mapping of bytes to printable characters (Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(b): b for b in printable}
-    table.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
+    table = _byte_of_character()
     if all(c in table for c in piece):
         return bytes(table[c] for c in piece)
     return piece.encode()
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(b): b for b in printable}
+    table.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
+    return table
 
 
 def _read_template(source: str) -> str:

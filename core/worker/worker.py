@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from quire.core.contracts.logits import LogitsProcessor
 from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.contracts.sampler import Sampler
+from quire.core.env import num_threads
 from quire.core.errors import ConfigError
 from quire.core.hf_config import read_hf_config
 from quire.core.loader import load_model
@@ -41,6 +43,8 @@ class Worker:
         self._config = config
         self._device = torch.device(config.model.device)
         torch.manual_seed(config.model.seed)
+        if self._device.type == "cpu":  # one core is left to the engine and the front: beside them, more is slower
+            torch.set_num_threads(num_threads() or max(1, (os.cpu_count() or 2) - 1))
         model = self._load()
         backends, group_of = self._attention(model)
         kv = KVCache(backends, group_of, self._device)

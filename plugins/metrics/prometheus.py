@@ -113,8 +113,17 @@ class PrometheusExporter(MetricsExporter):
         yield self._gauge(
             prefix + "gpu_prefix_cache_hit_rate", "Share of looked-up tokens found in the prefix cache", rate
         )
+        yield self._cache_config(prefix)
         yield self._gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
         yield self._gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
+
+    def _cache_config(self, prefix: str) -> Metric:
+        sizes = {"block_size": "kv_block_size", "num_gpu_blocks": "kv_blocks"}
+        family = GaugeMetricFamily(
+            prefix + "cache_config_info", "Settings of the KV cache, as labels", labels=[*self.labels, *sizes]
+        )
+        family.add_metric([*self.labels.values(), *(f"{self._engine[n]:.0f}" for n in sizes.values())], 1)
+        return family
 
     def _front_figures(self, prefix: str) -> Iterator[Metric]:
         yield self._counter(prefix + "prompt_tokens", "Prompt tokens of requests that were answered", self._prompt)
