@@ -28,8 +28,8 @@ __all__ = ["Launch", "SmallLinear", "launches", "rule"]
 _KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny, "wide": wide}
 _TABLES = {(9, 0): "h200.json"}
 """Compute capability -> table."""
-_LARGE = 1 << 26
-"""Weights of a layer so large that from 3 tokens on the library reads them as fast as anything."""
+_STEPS = (1, 8, 16, 32)
+"""Most tokens of each of the rule's launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def launches(device: torch.device, features: int, inputs: int) -> list[tuple[int
         return []
     measured = _read(name).get(f"{features}x{inputs}")
     if measured is None:
-        return [(most, rule(features, inputs, most)) for most in (1, 8, 16)]
+        return [(most, rule(features, inputs, most)) for most in _STEPS]
     return [(int(most), None if entry is None else _launch(entry)) for most, entry in measured.items()]
 
 
@@ -98,7 +98,10 @@ def rule(features: int, inputs: int, tokens: int) -> Launch | None:
         warps = min(16, max(2, triton.next_power_of_2(inputs) // 512))
         turns = triton.cdiv(features, 2 * 132 * 8)
         return Launch("gemv", {"tokens": 1, "rows": 2, "turns": turns, "num_warps": warps})
-    if features * inputs >= _LARGE:
+    if features > inputs:
+        options = {"tokens": tokens, "rows": 64, "block": 128, "num_warps": 4, "num_stages": 4}
+        return Launch("wide", options, norm_apart=True)
+    if tokens > 16:
         return None
     options = {"tokens": tokens, "rows": 16, "block": 64, "ways": 4, "num_stages": 4}
     return Launch("skinny", options, norm_apart=True)
