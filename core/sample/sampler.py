@@ -34,7 +34,7 @@ class GumbelSampler(Sampler):
         return True
 
     def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:
-        """One launch where all are greedy, four otherwise."""
+        """One launch where all are greedy, three otherwise."""
         from quire.core.sample.kernels.argmax import argmax
         from quire.core.sample.kernels.draw import Columns, draw
 

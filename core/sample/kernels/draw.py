@@ -1,4 +1,4 @@
-"""A random draw: four launches for any mix of greedy and random rows, no synchronisation, a grid known beforehand."""
+"""A random draw: three launches for any mix of greedy and random rows, no synchronisation, a grid known beforehand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from quire.core.sample.kernels.scan import scan_kernel
 from quire.core.sample.kernels.settle import settle_kernel
 from quire.core.sample.kernels.shortlist import shortlist_kernel
-from quire.core.sample.kernels.weigh import weigh_kernel
 from quire.core.sample.kernels.workspace import Workspace
 
 __all__ = ["Columns", "draw"]
@@ -61,6 +60,7 @@ def draw(
         work.chunk_logit,
         work.chunk_token,
         work.chunk_max,
+        work.chunk_sum,
         work.group_max,
         logits.stride(0),
         padding_row,
@@ -107,32 +107,7 @@ def draw(
         fast=fast,
         num_warps=4,
     )
-    weigh_kernel[(tiles.parts, n)](
-        logits,
-        line_rows,
-        c.temperature,
-        c.top_k,
-        c.top_p,
-        c.min_p,
-        work.chunk_best,
-        work.chunk_logit,
-        work.chunk_token,
-        work.chunk_max,
-        work.part_above,
-        work.part_higher,
-        work.part_kept,
-        logits.stride(0),
-        padding_row,
-        vocab=vocab,
-        splits=splits,
-        splits_block=triton.next_power_of_2(splits),
-        chunk=tiles.chunk,
-        parts=tiles.parts,
-        feed=feed,
-        fast=fast,
-        num_warps=8,
-    )
-    settle_kernel[(n,)](
+    settle_kernel[(tiles.parts, n)](
         logits,
         line_rows,
         c.temperature,
@@ -145,9 +120,11 @@ def draw(
         work.chunk_logit,
         work.chunk_token,
         work.chunk_max,
+        work.chunk_sum,
         work.part_above,
         work.part_higher,
         work.part_kept,
+        work.counter,
         out,
         table,
         c.position,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from quire.core.sample.kernels.noise import exp, gumbel
 
-__all__ = ["best_known", "best_of_chunk", "count_from", "masses", "min_p_floor"]
+__all__ = ["best_of_chunk", "count_from", "masses"]
 
 
 @triton.jit
@@ -15,21 +15,6 @@ def load_chunk(logits_ptr, index, scale, vocab: tl.constexpr, chunk: tl.constexp
     """Tokens of chunk ``index`` of a row and their logits over temperature, minus infinity past the end."""
     at = index * chunk + tl.arange(0, chunk)
     return at, tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * scale
-
-
-@triton.jit
-def min_p_floor(min_p, largest):
-    """The least logit that min-p leaves: p >= min_p * p_max is x >= x_max + log(min_p)."""
-    return tl.where(min_p > 0.0, largest + tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
-
-
-@triton.jit
-def best_known(bests, logits, tokens, lowest, pivot, vocab: tl.constexpr):
-    """Of the chunks' picks those with x > pivot and x >= lowest: the best one's noised value, logit and id."""
-    known = (logits > pivot) & (logits >= lowest)
-    best = tl.max(tl.where(known, bests, float("-inf")), axis=0)
-    token = tl.min(tl.where(known & (bests == best), tokens, vocab), axis=0)
-    return best, tl.max(tl.where(tokens == token, logits, float("-inf")), axis=0), token
 
 
 @triton.jit

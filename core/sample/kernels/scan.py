@@ -4,7 +4,7 @@ What a chunk of a row leaves behind depends on what the row asks for, read on th
 
 - greedy: its best token;
 - top-k of at most ``most_k``: the best logit of each group. No noise: few tokens will need any;
-- anything else: the best noised token with its logit, and the largest logit.
+- anything else: the best noised token with its logit, the largest logit, the sum of exponentials.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.noise import gumbel
+from quire.core.sample.kernels.noise import exp, gumbel
 
 __all__ = ["scan_kernel"]
 
@@ -29,6 +29,7 @@ def scan_kernel(
     chunk_logit_ptr,
     chunk_token_ptr,
     chunk_max_ptr,
+    chunk_sum_ptr,
     group_max_ptr,
     stride,
     padding_row,
@@ -67,30 +68,33 @@ def scan_kernel(
             if top_k > 0:
                 tl.store(group_max_ptr + place * groups + tl.arange(0, groups), peaks)
             else:
-                best, token = _noised(
-                    row_ptr, first, scale, tl.load(seed_ptr + row), tl.load(position_ptr + row),
-                    vocab, groups * width, tile, fast,
+                best, token, total = _noised(
+                    row_ptr, first, scale, tl.maximum(largest, -1e30), tl.load(seed_ptr + row),
+                    tl.load(position_ptr + row), vocab, groups * width, tile, fast,
                 )  # fmt: skip
                 tl.store(chunk_best_ptr + place, best)
                 tl.store(chunk_token_ptr + place, token)
                 logit = tl.load(row_ptr + tl.minimum(token, vocab - 1)).to(tl.float32) * scale
                 tl.store(chunk_logit_ptr + place, logit)
+                tl.store(chunk_sum_ptr + place, total)
 
 
 @triton.jit
 def _noised(
-    row_ptr, first, scale, seed, position,
+    row_ptr, first, scale, reference, seed, position,
     vocab: tl.constexpr, chunk: tl.constexpr, tile: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk: the best noised value and its token."""
+    """Of a chunk: the best noised value, its token, and the sum of exp(x - reference)."""
     bests = tl.full((tile,), float("-inf"), tl.float32)
     tokens = tl.full((tile,), vocab, tl.int32)
+    sums = tl.zeros((tile,), tl.float32)
     for start in range(0, chunk, tile):
         at = first + start + tl.arange(0, tile)
         x = tl.load(row_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * scale
+        sums += exp(x - reference, fast)
         noised = x + gumbel(seed, position, at, fast)
         better = noised > bests
         tokens = tl.where(better, at, tokens)
         bests = tl.where(better, noised, bests)
     best = tl.max(bests, axis=0)
-    return best, tl.min(tl.where(bests == best, tokens, vocab), axis=0)
+    return best, tl.min(tl.where(bests == best, tokens, vocab), axis=0), tl.sum(sums, axis=0)

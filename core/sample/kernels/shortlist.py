@@ -16,7 +16,7 @@ import triton.language as tl
 
 from quire.core.sample.kernels.feedback import emit
 from quire.core.sample.kernels.noise import exp, gumbel
-from quire.core.sample.kernels.row import best_of_chunk, count_from, masses, min_p_floor
+from quire.core.sample.kernels.row import best_of_chunk, count_from, masses
 
 __all__ = ["shortlist_kernel"]
 
@@ -72,7 +72,8 @@ def shortlist_kernel(
                 group_max_ptr + line * num_groups + place, mask=place < num_groups, other=float("-inf")
             )  # fmt: skip
             largest = tl.maximum(tl.max(peaks, axis=0), -1e30)
-            lowest = min_p_floor(tl.load(min_p_ptr + row), largest)
+            min_p = tl.load(min_p_ptr + row)
+            lowest = tl.where(min_p > 0.0, largest + tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
             count = tl.full((), capacity + 1, tl.int32)
             if top_k <= most_k:
                 bound = tl.maximum(_bound(peaks, top_k, largest), lowest)

@@ -50,6 +50,7 @@ class Workspace:
         self.chunk_logit = scratch(self.splits)  # its logit over temperature
         self.chunk_token = scratch(self.splits, torch.int32)
         self.chunk_max = scratch(self.splits)
+        self.chunk_sum = scratch(self.splits)  # of exp(logit - chunk_max)
         self.group_max = scratch(self.num_groups)
         self.group_list = scratch(self.num_groups, torch.int32)
         self.part_above = scratch(tiles.parts)  # of exp(logit - max) above the pick
