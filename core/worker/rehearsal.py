@@ -15,7 +15,7 @@ __all__ = ["largest_step", "rehearsal_steps"]
 
 _GREEDY = SamplingParams(temperature=0, max_tokens=1)
 _RANDOM = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, min_p=0.01, max_tokens=1)
-_SPECIAL = SamplingParams(temperature=1.0, frequency_penalty=0.5, logprobs=1, prompt_logprobs=1, max_tokens=1)
+_PENALIZED = SamplingParams(temperature=1.0, frequency_penalty=0.5, max_tokens=1)
 
 
 def largest_step(config: SchedulerConfig, max_model_len: int) -> SchedulerOutput:
@@ -27,7 +27,10 @@ def largest_step(config: SchedulerConfig, max_model_len: int) -> SchedulerOutput
 
 
 def rehearsal_steps(config: SchedulerConfig, max_model_len: int) -> Iterator[SchedulerOutput]:
-    """Few and many tokens, prompts alone and beside decodes, greedy and sampled. Rows are used again and again."""
+    """Few and many tokens, prompts alone and beside decodes, greedy and sampled. Rows are used again and again.
+
+    Nothing here may index with a drawn token, as log-probabilities do: in a rehearsal no token is drawn.
+    """
     most = min(config.max_num_batched_tokens, max_model_len - 1)
     for tokens in sorted({1, 2, 5, 8, 16, 17, 33, 64, 65, 128, 250, 513, 1024, most}):
         if tokens <= most:
@@ -35,7 +38,7 @@ def rehearsal_steps(config: SchedulerConfig, max_model_len: int) -> Iterator[Sch
                 yield _step(np.array([tokens], dtype=np.int32), params)
             if config.max_num_seqs > 2 and tokens + 2 <= config.max_num_batched_tokens:
                 yield _step(np.array([1, 1, tokens], dtype=np.int32), _RANDOM, num_decodes=2)
-    yield _step(np.array([min(20, most)], dtype=np.int32), _SPECIAL)
+    yield _step(np.array([min(20, most)], dtype=np.int32), _PENALIZED)
     yield largest_step(config, max_model_len)
 
 
