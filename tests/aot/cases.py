@@ -12,6 +12,7 @@ from quire.core.contracts.attention import AttentionLimits
 from quire.core.ops.kernels import activation, decode_inputs, norm, rope
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.skinny import skinny
+from quire.core.ops.kernels.wide import wide
 from quire.core.sample.kernels.argmax import argmax
 from quire.core.sample.kernels.draw import Columns, draw
 from quire.core.sample.kernels.penalties import penalize
@@ -84,13 +85,23 @@ def random(dtype: torch.dtype, vocab: int, table: bool) -> None:
 
 
 def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: int, **options: int) -> None:
-    """With everything before and after the layer in the same kernel, as a link of a chain."""
+    """With everything before (but in ``wide``) and after the layer in the same kernel, as a link of a chain."""
     x, weight = (
         torch.empty(num_tokens, inputs, dtype=torch.bfloat16),
         torch.empty(features, inputs, dtype=torch.bfloat16),
     )
     out = torch.empty(num_tokens, features // 2, dtype=torch.bfloat16)
-    kernel(x, weight, weight[:, 0], out, norm=(x[0], 1e-5), gated=True, residual=out, chained=True, **options)
+    kernel(
+        x,
+        weight,
+        weight[:, 0],
+        out,
+        norm=None if kernel is wide else (x[0], 1e-5),
+        gated=True,
+        residual=out,
+        chained=True,
+        **options,
+    )
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -116,6 +127,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gemv-long": partial(linear, gemv_long, 1, 4096, 14336, rows=4, block=1024, num_warps=4),
     "skinny-8": partial(linear, skinny, 8, 4096, 14336, tokens=8, rows=16, block=128, ways=4, num_stages=3),
     "skinny-32": partial(linear, skinny, 24, 6144, 1024, tokens=32, rows=32, block=64, ways=4, num_stages=4),
+    "wide": partial(linear, wide, 32, 6144, 1024, tokens=32, rows=64, block=128, num_warps=4, num_stages=4),
     "greedy": partial(greedy, torch.bfloat16, 151936),
     "greedy-float32": partial(greedy, torch.float32, 50257),
     "penalties": penalties,
