@@ -46,14 +46,14 @@ def exact(text: str, answer: str) -> bool:
 def number(text: str, answer: int) -> bool:
     """Accept a text whose last integer is the answer: "605", "347 + 258 = 605"."""
     found = _INTEGER.findall(text)
-    return bool(found) and int(found[-1]) == answer
+    return bool(found) and len(found[-1]) < 1000 and int(found[-1]) == answer
 
 
 def json_object(text: str, answer: dict[str, Any]) -> bool:
     """Accept exactly this JSON value, bare or in one code fence, with its keys in any order."""
     try:
         return _canonical(json.loads(_unfenced(text))) == _canonical(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -66,7 +66,7 @@ def tool_call(text: str, answer: list[dict[str, Any]]) -> bool:
             arguments = call["arguments"]
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
             calls.append({"name": call["name"], "arguments": arguments})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
     return not _CALL.sub("", text).strip() and _canonical(calls) == _canonical(answer)
 
