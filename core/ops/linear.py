@@ -31,10 +31,13 @@ class SmallBatch(Protocol):
         ...
 
 
-def small_linear(device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> SmallBatch | None:
-    """The kernels for a layer of this shape, or None where ``device`` has none."""
+def small_linear(
+    device: torch.device, features: int, inputs: int, dtype: torch.dtype, chained: bool = True
+) -> SmallBatch | None:
+    """The kernels for a layer of this shape, or None where ``device`` has none. With ``chained`` they start while the
+    kernel before still runs, where ``device`` can."""
     if device.type != "cuda":
         return None
     from quire.core.ops.kernels.linear import SmallLinear
 
-    return SmallLinear(device, features, inputs, dtype)
+    return SmallLinear(device, features, inputs, dtype, chained)

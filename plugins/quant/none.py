@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ __all__ = ["Unquantized", "UnquantizedLinear"]
 class Unquantized(QuantizationLoader):
     """Serves checkpoints without ``quantization_config``."""
 
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the loader."""
+
+        small_batch: bool = True
+        """Kernels of our own where a table says that they beat the library's for a few tokens; false: the library's."""
+        dependent_launch: bool = True
+        """Let those kernels start while the one before still runs, on GPUs that can (Hopper and later)."""
+
+    def __init__(self, quant_config: Mapping[str, Any], options: Options | None = None) -> None:
+        super().__init__(quant_config, options)
+        self.options = options or self.Options()
+
     @classmethod
     def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """A quantized checkpoint has other tensors than these layers expect."""
@@ -27,19 +41,23 @@ class Unquantized(QuantizationLoader):
 
     def method_for(self, info: LayerInfo) -> LinearMethod:
         """The same for every layer."""
-        return UnquantizedLinear()
+        return UnquantizedLinear(self.options.small_batch, self.options.dependent_launch)
 
 
 class UnquantizedLinear(LinearMethod):
     """``weight`` (out_features, in_features), the fused parts one above the other, and ``bias`` (out_features,)."""
 
-    def __init__(self) -> None:
+    def __init__(self, small_batch: bool = True, dependent_launch: bool = True) -> None:
+        self._small_batch = small_batch
+        self._dependent_launch = dependent_launch
         self._small: SmallBatch | None = None
 
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """The head's rows start at zero: where a sharded vocabulary is padded, no tensor fills them."""
         make = torch.zeros if info.kind == "lm_head" else torch.empty
-        self._small = small_linear(device, info.out_features, info.in_features, info.dtype)
+        if self._small_batch:
+            shape = info.out_features, info.in_features
+            self._small = small_linear(device, *shape, info.dtype, chained=self._dependent_launch)
         weight = make(info.out_features, info.in_features, dtype=info.dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if info.bias:

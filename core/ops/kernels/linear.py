@@ -45,8 +45,10 @@ class Launch:
 class SmallLinear:
     """The kernels of one layer. It holds no weights, only what to launch."""
 
-    def __init__(self, device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> None:
-        self._chained = can_chain(device)
+    def __init__(
+        self, device: torch.device, features: int, inputs: int, dtype: torch.dtype, chained: bool = True
+    ) -> None:
+        self._chained = chained and can_chain(device)
         self._steps = launches(device, features, inputs) if dtype in (torch.bfloat16, torch.float16) else []
 
     def __call__(
