@@ -24,16 +24,16 @@ CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
 
 
-def attention(dtype: torch.dtype, dim: int, **fields: Any) -> None:
-    """A step of one long decode and one chunk, of a model with 32 query heads and 8 KV heads unless told otherwise."""
+def attention(dtype: torch.dtype, dim: int, decodes: int = 1, **fields: Any) -> None:
+    """A step of long decodes and one chunk, of a model with 32 query heads and 8 KV heads unless told otherwise."""
     shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": dtype, "kv_dtype": dtype, "qk_head_dim": dim}
     spec = make_spec(**(shape | {"v_head_dim": dim} | fields))
-    problem = Problem.random(spec, [(1, 600), (9, 40)])
+    problem = Problem.random(spec, [(1, 600)] * decodes + [(9, 40)])
     backend = TritonBackend(spec, CPU)
     backend.prepare(AttentionLimits(8, 1024, 8192, CPU))
     backend.plan(problem.batch(CPU))
-    out = torch.empty(10, spec.num_heads, spec.v_head_dim, dtype=dtype)
-    backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(10, spec.num_heads))
+    out = torch.empty(decodes + 9, spec.num_heads, spec.v_head_dim, dtype=dtype)
+    backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(decodes + 9, spec.num_heads))
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
@@ -115,6 +115,7 @@ CASES: dict[str, Callable[[], None]] = {
     "softcap": partial(attention, torch.bfloat16, 256, softcap=50.0, num_kv_heads=16),
     "group-7": partial(attention, torch.bfloat16, 128, num_heads=28, num_kv_heads=4),
     "multi-query": partial(attention, torch.bfloat16, 128, num_heads=48, num_kv_heads=1),
+    "many-decodes": partial(attention, torch.bfloat16, 128, decodes=4, num_heads=16),
     "page-1": partial(attention, torch.bfloat16, 128, block_size=1),
     "norm": partial(rms_norm, torch.bfloat16, 4096, False),
     "norm-residual": partial(rms_norm, torch.float16, 1024, True),

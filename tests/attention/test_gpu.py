@@ -60,6 +60,15 @@ def test_block_sizes(dtype: torch.dtype, block_size: int) -> None:
 
 
 @HALF
+@pytest.mark.parametrize("heads", [16, 32])
+def test_many_decodes(dtype: torch.dtype, heads: int) -> None:
+    """As many as change the tile, of very different lengths."""
+    lengths = [1, 5, 1500, 31, 32, 33, 64, 65, 700, 129] * 6
+    spec = half(dtype, num_heads=heads, num_kv_heads=8)
+    compare(TritonBackend, spec, [(1, length) for length in lengths], lse=True)
+
+
+@HALF
 def test_context_beyond_32_parts(dtype: torch.dtype) -> None:
     """Parts longer than the shortest, and a request of one part beside them."""
     spec = half(dtype, num_heads=2, num_kv_heads=1)

@@ -9,7 +9,6 @@ from quire.core.contracts.attention import AttentionLimits
 from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.attention.triton.plan import DecodePlan
-from quire.plugins.attention.triton.tuning import decode_tile
 
 pytestmark = pytest.mark.skipif(
     bool(TritonBackend.unsupported(make_spec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))),
@@ -28,6 +27,12 @@ def test_parts_grow_when_there_are_no_more() -> None:
     """Lengths of 1, 3, 4 and 38 times the smallest part."""
     compare(Split, make_spec(), [(1, 16), (1, 48), (1, 49), (1, 600), (1, 1)], lse=True)
     compare(Split, make_spec(kind="sliding", window=70), [(1, 110), (1, 80), (1, 20)], lse=True)
+
+
+def test_many_requests_of_half_precision() -> None:
+    """The tile for more requests than programs, over a list that each program goes through more than once."""
+    shape = {"dtype": torch.float16, "kv_dtype": torch.float16, "qk_head_dim": 128, "v_head_dim": 128}
+    compare(TritonBackend, make_spec(**shape), [(1, 1), (1, 31), (1, 32), (1, 33), (1, 70), (1, 2), (1, 65), (1, 40)])
 
 
 def test_neighbours_change_no_bit_of_equal_parts() -> None:
@@ -55,7 +60,7 @@ def test_parts_cover_each_request_once(lengths: list[int], window: int | None, s
     """The list holds every key that is seen, in order, and fits its room."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = make_spec(window=window, kind="sliding" if window else "full")
-    plan = DecodePlan(spec, decode_tile(spec), AttentionLimits(64, 64, 8192, device), split)
+    plan = DecodePlan(spec, AttentionLimits(64, 64, 8192, device), split)
     plan.write(Problem.random(spec, [(1, length) for length in lengths]).batch(device))
     items = plan.items[: int(plan.count)].tolist()
     for request, length in enumerate(lengths):

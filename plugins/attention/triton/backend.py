@@ -20,7 +20,6 @@ from quire.core.contracts.attention import (
 from quire.plugins.attention.triton.decode import decode
 from quire.plugins.attention.triton.plan import DecodePlan
 from quire.plugins.attention.triton.prefill import prefill
-from quire.plugins.attention.triton.tuning import decode_tile
 
 __all__ = ["TritonBackend"]
 
@@ -48,7 +47,6 @@ class TritonBackend(AttentionBackend):
         super().__init__(spec, device, options or self.Options())
         self._batch: AttentionBatch | None = None
         self._plan: DecodePlan | None = None
-        self._tile = decode_tile(spec)
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device: torch.device) -> list[str]:
@@ -77,7 +75,7 @@ class TritonBackend(AttentionBackend):
 
     def prepare(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
         """Allocate the list of parts and what they are written to."""
-        self._plan = DecodePlan(self.spec, self._tile, limits, self.options.split)
+        self._plan = DecodePlan(self.spec, limits, self.options.split)
 
     def plan(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
         """Keep the step's tensors: the kernels read them as they are. One launch where requests decode."""
@@ -101,6 +99,6 @@ class TritonBackend(AttentionBackend):
         batch = self._batch
         assert batch is not None and self._plan is not None, "plan comes first"
         if batch.num_decodes:
-            decode(self.spec, self._tile, batch, self._plan, q, kv, out, lse_out)
+            decode(self.spec, batch, self._plan, q, kv, out, lse_out)
         if batch.num_reqs > batch.num_decodes:
             prefill(self.spec, batch, q, kv, out, lse_out)

@@ -17,7 +17,6 @@ from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerK
 from quire.plugins.attention.triton.merge import merge_parts
 from quire.plugins.attention.triton.plan import DecodePlan
 from quire.plugins.attention.triton.tile import LN2, blocks_of, finish_rows, scaled
-from quire.plugins.attention.triton.tuning import DecodeTile
 
 __all__ = ["decode", "decode_constants", "decode_kernel"]
 
@@ -27,7 +26,6 @@ _MERGED = 8192
 
 def decode(
     spec: AttentionSpec,
-    tile: DecodeTile,
     batch: AttentionBatch,
     plan: DecodePlan,
     q: Tensor,
@@ -60,14 +58,14 @@ def decode(
         out_token=out.stride(0),
         out_head=out.stride(1),
         has_lse=lse_out is not None,
-        **decode_constants(spec, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **decode_constants(spec, plan.tile.keys),
+        num_warps=plan.tile.warps,
+        num_stages=plan.tile.stages,
     )
 
 
-def decode_constants(spec: AttentionSpec, tile: DecodeTile) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+def decode_constants(spec: AttentionSpec, keys: int) -> dict[str, Any]:
+    """What the kernel is compiled for, with tiles of ``keys`` keys."""
     group = spec.num_heads // spec.num_kv_heads
     group_pad, v_dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(max(spec.v_head_dim, 16))
     return {
@@ -82,7 +80,7 @@ def decode_constants(spec: AttentionSpec, tile: DecodeTile) -> dict[str, Any]:
         "scale": spec.scale,
         "softcap": spec.softcap or 0.0,
         "rows": max(16, group_pad),
-        "keys": tile.keys,
+        "keys": keys,
         "merged": max(1, min(32, _MERGED // (group_pad * v_dim_pad))),
         "precision": "ieee" if spec.dtype == torch.float32 else "tf32",
     }

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from quire.core.contracts.attention import AttentionBatch, AttentionLimits, AttentionSpec
-from quire.plugins.attention.triton.tuning import DecodeTile, programs_on
+from quire.plugins.attention.triton.tuning import decode_tile, processors_of
 
 __all__ = ["DecodePlan", "plan_kernel"]
 
@@ -29,14 +29,17 @@ class DecodePlan:
     what else is in the step.
     """
 
-    def __init__(self, spec: AttentionSpec, tile: DecodeTile, limits: AttentionLimits, split: int) -> None:
+    def __init__(self, spec: AttentionSpec, limits: AttentionLimits, split: int) -> None:
         device, heads = limits.device, spec.num_kv_heads
+        self.spec = spec
+        self.processors = processors_of(device)
+        self.tile = decode_tile(spec, many=False)
         longest = limits.max_model_len if spec.window is None else min(limits.max_model_len, spec.window)
         self.split = split
         self.levels = max(1, (-(-longest // _SHORTEST) - 1).bit_length() + 1)
         most = min(32, -(-longest // split)) * limits.max_num_reqs if split else limits.max_num_reqs + _ITEMS
+        most = max(most, self.processors * 8)  # programs beyond the list's end read an entry too
         self.most_parts = -(-longest // (split or _SHORTEST))
-        self.programs = programs_on(device, tile)
         self.kv_heads = heads
         self.window = spec.window or 0
         self.block = triton.next_power_of_2(limits.max_num_reqs)
@@ -48,19 +51,22 @@ class DecodePlan:
         self.part_lse = torch.empty(most, heads, group, dtype=torch.float32, device=device)
 
     def write(self, batch: AttentionBatch) -> None:
-        """List the parts of the step's decodes."""
+        """List the parts of the step's decodes, for the tile that suits so many."""
+        many = not self.split and batch.num_decodes * self.kv_heads >= 3 * self.processors
+        self.tile = decode_tile(self.spec, many)
         plan_kernel[(1,)](
             batch.seq_lens,
             self.items,
             self.count,
             batch.num_decodes,
-            self.programs,
+            self.processors * self.tile.programs,
             room=len(self.items),
             kv_heads=self.kv_heads,
             window=self.window,
             shortest=_SHORTEST,
             levels=self.levels,
             split=self.split,
+            full=1.25 * self.tile.programs,
             block=self.block,
             num_warps=4,
         )
@@ -69,7 +75,7 @@ class DecodePlan:
         """Programs of a step: all that run at a time, or fewer where the step cannot have as many parts."""
         length = min(batch.max_seq_len, self.window or batch.max_seq_len)
         parts = max(1, min(self.most_parts, -(-length // (self.split or _SHORTEST))))
-        return min(self.programs, batch.num_decodes * parts * self.kv_heads)
+        return min(self.processors * self.tile.programs, batch.num_decodes * parts * self.kv_heads)
 
 
 @triton.jit(do_not_specialize=["num_decodes", "programs"])
@@ -85,6 +91,7 @@ def plan_kernel(
     shortest: tl.constexpr,
     levels: tl.constexpr,
     split: tl.constexpr,
+    full: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program. Items of a request are neighbours, in order."""
@@ -101,8 +108,8 @@ def plan_kernel(
         longest = tl.max(length)
         best = 0
         best_cost = float("inf")
-        # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; a full one takes 2.5 times as long. A
-        # program loses 3 between items and 11 more where they are merged later.
+        # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; a full one takes ``full``
+        # times as long. A program loses 3 between items and 11 more where they are merged later.
         for level in tl.static_range(levels):
             part = shortest << level
             parts = (length + (part - 1)) // part
@@ -110,8 +117,8 @@ def plan_kernel(
             fits = (count <= room) | (level == levels - 1)
             merged = tl.sum(tl.where(parts > 1, parts, 0))
             turns = tl.maximum(count * kv_heads / programs - 1.0, 0.0)
-            share = (keys * 2.5 / 64 + merged * 11.0) * kv_heads / programs + turns * 3.0
-            last = tl.minimum(longest, part) * 2.5 / 64
+            share = (keys * full / 64 + merged * 11.0) * kv_heads / programs + turns * 3.0
+            last = tl.minimum(longest, part) * full / 64
             cost = share + 0.5 * tl.maximum(last - share, 0.0)
             if longest > part:
                 cost += 1.5 + 0.2 * longest / part

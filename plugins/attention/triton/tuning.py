@@ -9,7 +9,7 @@ import triton
 
 from quire.core.contracts.attention import AttentionSpec
 
-__all__ = ["DecodeTile", "decode_tile", "programs_on"]
+__all__ = ["DecodeTile", "decode_tile", "processors_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ _DECODE = {
     128: DecodeTile(64, 4, 4, 2),
     256: DecodeTile(32, 4, 3, 2),
 }
+_DECODE_MANY = {128: DecodeTile(32, 2, 4, 4)}
+"""Where each program has several items: more programs hide the pause between two."""
 _DECODE_FLOAT32 = {
     64: DecodeTile(32, 4, 2, 4),
     128: DecodeTile(32, 8, 2, 2),
@@ -34,14 +36,14 @@ _DECODE_FLOAT32 = {
 }
 
 
-def decode_tile(spec: AttentionSpec) -> DecodeTile:
-    """The tile for ``spec``."""
-    table = _DECODE_FLOAT32 if spec.dtype == torch.float32 else _DECODE
-    return table[triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))]
+def decode_tile(spec: AttentionSpec, many: bool) -> DecodeTile:
+    """The tile for ``spec``, and for ``many`` pairs of a request and a KV head."""
+    dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
+    if spec.dtype == torch.float32:
+        return _DECODE_FLOAT32[dim]
+    return _DECODE_MANY.get(dim, _DECODE[dim]) if many else _DECODE[dim]
 
 
-def programs_on(device: torch.device, tile: DecodeTile) -> int:
-    """Programs that fill ``device``."""
-    if device.type != "cuda":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of ``device``; a few where the interpreter stands in for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
