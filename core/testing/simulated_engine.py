@@ -109,6 +109,13 @@ class SimulatedEngine:
         self._judge(outputs)
         return outputs
 
+    def retract(self) -> bool:
+        """As if the step launched last had run out of memory. Whether it is retried in smaller steps."""
+        retried = self.scheduler.retract(self.flights[-1][0])
+        if retried:
+            self.flights.pop()
+        return retried
+
     def turn(self) -> None:
         """What the engine core does: launch, then read back the step before."""
         launched = self.launch()

@@ -110,6 +110,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.launch()
 
     @rule()
+    def run_out_of_memory(self):
+        if self.engine.launch() is not None:
+            self.engine.retract()
+
+    @rule()
     @precondition(lambda self: self.engine.flights)
     def land(self):
         self.engine.land()
