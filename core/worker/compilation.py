@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["CompileCounter", "compile_ahead"]
@@ -14,24 +13,26 @@ __all__ = ["CompileCounter", "compile_ahead"]
 _log = logging.getLogger("quire.worker")
 
 
-@contextmanager
-def compile_ahead() -> Iterator[None]:
-    """Inside, Triton kernels are compiled instead of launched, many at a time; everything is compiled on leaving.
+def compile_ahead(rehearse: Callable[[], None]) -> None:
+    """Run ``rehearse`` with Triton kernels compiled instead of launched, many at a time; all are when this returns.
 
-    What runs inside sees outputs that were never written: rehearse with it, and throw the results away.
+    ``rehearse`` sees outputs that were never written, so it must not index with them. If it fails, a warning says so
+    and kernels are compiled as they come: slower, and still right.
     """
     import triton
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
 
-    def rehearse(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return launch(self, *args, grid=grid, warmup=True, **kwargs)
 
-    JITFunction.run = rehearse
+    JITFunction.run = compile_only
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-            yield
+            rehearse()
+    except Exception as error:
+        _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)
     finally:
         JITFunction.run = launch
 

@@ -56,8 +56,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler
         )
-        with compile_ahead():
-            self.graphs.rehearse()
+        compile_ahead(self.graphs.rehearse)
         self.graphs.capture()
 
     @torch.inference_mode()

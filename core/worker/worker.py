@@ -151,9 +151,12 @@ class Worker:
         go to the padding block."""
         limits, longest = self._config.scheduler, self._config.model.max_model_len
         self._runner.kv.allocate(1)
-        with compile_ahead():
+
+        def rehearse() -> None:
             for step in rehearsal_steps(limits, longest):
                 self._runner.execute(step)
+
+        compile_ahead(rehearse)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
