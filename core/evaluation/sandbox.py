@@ -17,6 +17,8 @@ _BUILTINS = (
     "map", "max", "min", "ord", "pow", "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip",
 )  # fmt: skip
 
+_REACHING = ("format", "format_map", "mro")  # attributes that lead from a value to what is private
+
 #: Reads {source, function, cases, builtins} and exits 0 if every case holds. Limits: CPU time, memory, no files.
 _HARNESS = """
 import builtins, json, resource, sys
@@ -50,8 +52,9 @@ def _harmless(source: str) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.ClassDef)):
             return False
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        if name.startswith("_") or name in ("format", "format_map", "mro"):
+        if isinstance(node, ast.Name) and node.id.startswith("__"):
+            return False
+        if isinstance(node, ast.Attribute) and (node.attr.startswith("_") or node.attr in _REACHING):
             return False
     return True
 
