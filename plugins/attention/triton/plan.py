@@ -52,8 +52,9 @@ class DecodePlan:
 
     def write(self, batch: AttentionBatch) -> None:
         """List the parts of the step's decodes, for the tile that suits so many."""
-        many = not self.split and batch.num_decodes * self.kv_heads >= 3 * self.processors
-        self.tile = decode_tile(self.spec, many)
+        few = decode_tile(self.spec, many=False)
+        many = not self.split and batch.num_decodes * self.kv_heads > few.programs * self.processors
+        self.tile = decode_tile(self.spec, many=True) if many else few
         plan_kernel[(1,)](
             batch.seq_lens,
             self.items,
@@ -108,18 +109,21 @@ def plan_kernel(
         longest = tl.max(length)
         best = 0
         best_cost = float("inf")
-        # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; a full one takes ``full``
-        # times as long. A program loses 3 between items and 11 more where they are merged later.
+        # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; with every program at work a tile
+        # takes ``full`` times as long. A program loses 3 between two items, 11 more where they are merged later.
         for level in tl.static_range(levels):
             part = shortest << level
             parts = (length + (part - 1)) // part
             count = tl.sum(parts)
             fits = (count <= room) | (level == levels - 1)
             merged = tl.sum(tl.where(parts > 1, parts, 0))
-            turns = tl.maximum(count * kv_heads / programs - 1.0, 0.0)
-            share = (keys * full / 64 + merged * 11.0) * kv_heads / programs + turns * 3.0
-            last = tl.minimum(longest, part) * full / 64
-            cost = share + 0.5 * tl.maximum(last - share, 0.0)
+            rounds = count * kv_heads / programs
+            pauses = tl.maximum(rounds - 1.0, 0.0) * 3.0 + tl.maximum(merged * kv_heads / programs - 1.0, 0.0) * 11.0
+            share = keys * full / 64 * kv_heads / programs + pauses
+            last = tl.minimum(longest, part) / 64.0
+            uneven = last - (rounds - tl.floor(rounds - 0.001)) * last * full  # the last round is not full
+            late = last * tl.minimum(rounds, 1.0) * full - share  # a long part that begins last
+            cost = share + tl.maximum(0.5 * late, tl.maximum(uneven, 0.0))
             if longest > part:
                 cost += 1.5 + 0.2 * longest / part
             better = fits & (cost < best_cost)

@@ -37,7 +37,7 @@ _DECODE_FLOAT32 = {
 
 
 def decode_tile(spec: AttentionSpec, many: bool) -> DecodeTile:
-    """The tile for ``spec``, and for ``many`` pairs of a request and a KV head."""
+    """The tile for ``spec``; ``many``: more pairs of a request and a KV head than the usual tile has programs."""
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
     if spec.dtype == torch.float32:
         return _DECODE_FLOAT32[dim]
