@@ -79,6 +79,7 @@ class EngineConfig:
     plugins: Mapping[str, PluginChoice]
     """By kind; kinds of which several may be active are keyed ``kind:0``, ``kind:1`` ..."""
     enforce_eager: bool = False
+    cpu_threads: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def plugin(self, kind: str) -> PluginChoice:

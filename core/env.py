@@ -19,7 +19,7 @@ def color_allowed() -> bool:
 
 
 def num_threads() -> int | None:
-    """``OMP_NUM_THREADS``: threads for the model on a CPU; None: all cores but one."""
+    """``OMP_NUM_THREADS`` (``--cpu-threads``): threads for the model on a CPU. None: not set."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() else None
 

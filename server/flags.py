@@ -63,6 +63,7 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag("--seed", "model", "seed of the engine's own random choices", "int", "N"),
     Flag("--trust-remote-code", "model", "refused: Quire never runs code that comes with a model", "bool"),
     Flag("--device", "device", "where to run", choices=("auto", "cpu", "cuda")),
+    Flag("--cpu-threads", "device", "threads of a model on a CPU; default: all cores but one", "int", "N"),
     Flag("--gpu-memory-utilization", "device", "share of the GPU's memory to use", "float", "SHARE"),
     Flag("--tensor-parallel-size", "device", "GPUs to split the model over", "int", "N", aliases=("-tp",)),
     Flag("--enforce-eager", "device", "no CUDA graphs", "bool"),

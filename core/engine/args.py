@@ -24,6 +24,8 @@ class EngineArgs:
     dtype: str = "auto"
     """``auto`` is the checkpoint's on a GPU and float32 on a CPU."""
     device: str = "auto"
+    cpu_threads: int | None = None
+    """Threads for the model on a CPU; None: ``OMP_NUM_THREADS``, or all cores but one."""
     load_format: str = "auto"
     seed: int = 0
     max_model_len: int | None = None

@@ -75,6 +75,7 @@ def configure(args: EngineArgs) -> Configured:
         scheduler=_scheduler(args, device, max_model_len),
         plugins=choices,
         enforce_eager=args.enforce_eager,
+        cpu_threads=args.cpu_threads,
         extra={"chat_template": args.chat_template},
     )
     return Configured(config, plugins)
@@ -87,6 +88,8 @@ def _refuse_unsupported(args: EngineArgs) -> None:
         raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size} is not supported yet; leave it at 1")
     if args.kv_cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ConfigError(f"kv_cache_dtype {args.kv_cache_dtype!r} is not supported yet; leave it at auto")
+    if args.cpu_threads is not None and args.cpu_threads < 1:
+        raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
     unknown = set(args.plugin_options) - {
         "attention", "kv", "policy", "quant", "sampler", "executor", "metrics", "logits_processor", "model",
     }  # fmt: skip

@@ -44,7 +44,7 @@ class Worker:
         self._device = torch.device(config.model.device)
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the engine and the front: beside them, more is slower
-            torch.set_num_threads(num_threads() or max(1, (os.cpu_count() or 2) - 1))
+            torch.set_num_threads(config.cpu_threads or num_threads() or max(1, (os.cpu_count() or 2) - 1))
         model = self._load()
         backends, group_of = self._attention(model)
         kv = KVCache(backends, group_of, self._device)

@@ -31,7 +31,12 @@ class Client:
 
     def answer(self, conversations: Sequence[_Conversation]) -> list[str]:
         """The assistant's text for each conversation, in order."""
-        return asyncio.run(self._answer_all(conversations))
+        try:
+            return asyncio.run(self._answer_all(conversations))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self._url} does not answer as the API of OpenAI does; is it a model server?"
+            ) from error
 
     async def _answer_all(self, conversations: Sequence[_Conversation]) -> list[str]:
         limits = httpx.Limits(max_connections=self._concurrency)
