@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,44 @@ def test_what_a_server_refuses(url, capsys):
     assert "serves quire-tiny" in one_line(capsys)
     assert main(["eval", "--url", f"{url}/nowhere", "--api-key", KEY]) == 2
     assert "answered 404" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("models", "status", "answer", "message"),
+    [
+        ('{"data": [{"id": "m"}]}', 400, '{"error": "too long"}', "/v1/chat/completions answered 400: "),
+        ('{"data": [{"id": "m"}]}', 200, "{}", "does not speak the API of OpenAI"),
+        ('{"data": [{"id": "m"}]}', 200, '{"choices": []}', "does not speak the API of OpenAI"),
+        ('{"data": []}', 200, "{}", "serves no model"),
+        ("[]", 200, "{}", "does not speak the API of OpenAI"),
+        ("<html>", 200, "{}", "not JSON"),
+    ],
+)
+def test_a_server_that_is_none(models, status, answer, message, capsys):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.reply(200, models)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(status, answer)
+
+        def reply(self, status, text):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as fake:
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        try:
+            assert main(["eval", "--url", f"http://127.0.0.1:{fake.server_port}", "--limit", "2"]) == 2
+        finally:
+            fake.shutdown()
+    assert message in one_line(capsys)
 
 
 def test_wrong_answers_are_shown_and_fail(tmp_path, capsys):
