@@ -145,7 +145,7 @@ class ModelRunnerOutput:
 # ---- engine core -> front ----------------------------------------------------------------------------------------
 
 
-class TokenLogprob(msgspec.Struct, array_like=True):
+class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
     """One position: parallel lists, the chosen token first."""
 
     token_ids: list[int]
@@ -153,7 +153,7 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     rank: int
 
 
-class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True):
+class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one request gained in one step."""
 
     request_id: str
