@@ -35,7 +35,7 @@ class Client:
             return asyncio.run(self._answer_all(conversations))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"{self._url} does not answer as the API of OpenAI does; is it a model server?"
+                f"{self._url} does not speak the API of OpenAI; name a model server with --url"
             ) from error
 
     async def _answer_all(self, conversations: Sequence[_Conversation]) -> list[str]:
