@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from quire.core.contracts.logits import LogitsProcessor
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import ProcessClient
@@ -21,8 +20,8 @@ from quire.core.engine.ready_line import ready_line
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
-from quire.core.plugin_manager import load_target
 from quire.core.plugin_options import parse_options
+from quire.core.plugin_target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import StepStats
 from quire.core.trace import TRACED_STEPS
@@ -175,10 +174,7 @@ class AsyncLLM:
         self.config = configured.config
         self.plugins = configured.plugins
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        processors = [load_target(c.target, LogitsProcessor) for c in self.config.plugins_of("logits_processor")]
-        self._inputs = InputProcessor(
-            self.tokenizer, self.config.model.max_model_len, self.config.model.vocab_size, processors
-        )
+        self._inputs = InputProcessor.of(self.config, self.tokenizer)
         self._exporters = Exporters(self._make_exporters())
         self._outputs = OutputProcessor(self.tokenizer, self._exporters)
 

@@ -21,8 +21,8 @@ from quire.core.messages import (
     ModelRunnerOutput,
     SchedulerOutput,
 )
-from quire.core.plugin_manager import load_target
 from quire.core.plugin_options import parse_options
+from quire.core.plugin_target import load_target
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import StepStats
 

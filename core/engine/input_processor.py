@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import msgspec
 
+from quire.core.config import EngineConfig
 from quire.core.contracts.logits import LogitsProcessor
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineCoreRequest
+from quire.core.plugin_target import load_target
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["InputProcessor", "Prompt"]
@@ -33,6 +35,12 @@ class InputProcessor:
         self.vocab_size = vocab_size
         self._processors = list(processors)
         self._eos = tokenizer.eos_token_ids()
+
+    @classmethod
+    def of(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
+        """For an engine: its limits, and the logits processors that may refuse parameters."""
+        processors = [load_target(choice.target, LogitsProcessor) for choice in config.plugins_of("logits_processor")]
+        return cls(tokenizer, config.model.max_model_len, config.model.vocab_size, processors)
 
     def process(
         self,

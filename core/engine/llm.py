@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quire.core.contracts.logits import LogitsProcessor
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import InprocClient
 from quire.core.engine.configure import configure
@@ -20,7 +19,6 @@ from quire.core.engine.ready_line import ready_line
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
-from quire.core.plugin_manager import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import StepStats
 from quire.core.trace import TRACED_STEPS
@@ -43,12 +41,7 @@ class LLM:
         self.config = configure(EngineArgs(model=model, **kwargs)).config
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
         self._client = InprocClient(self.config)
-        processors = [
-            load_target(choice.target, LogitsProcessor) for choice in self.config.plugins_of("logits_processor")
-        ]
-        self._inputs = InputProcessor(
-            self.tokenizer, self.config.model.max_model_len, self.config.model.vocab_size, processors
-        )
+        self._inputs = InputProcessor.of(self.config, self.tokenizer)
         self._outputs = OutputProcessor(self.tokenizer, Exporters())
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)

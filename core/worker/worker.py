@@ -21,8 +21,8 @@ from quire.core.errors import ConfigError
 from quire.core.hf_config import read_hf_config
 from quire.core.loader import load_model
 from quire.core.messages import SchedulerOutput
-from quire.core.plugin_manager import load_target
 from quire.core.plugin_options import parse_options
+from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
 from quire.core.worker.memory import KVCache, check_fits, group_layers
 from quire.core.worker.model_runner import ModelRunner
