@@ -8,13 +8,16 @@ import re
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.llm import LLM
 from quire.core.errors import ConfigError
+from quire.core.hf_config import read_hf_config
 from quire.core.sampling_params import SamplingParams
 from quire.server.bench.report import environment, print_json
+from quire.server.bench.roofline import CEILINGS, ModelShape, decode_floor, workload_floor
 from quire.server.bench.transformers_run import TransformersRun
 from quire.server.bench.workloads import Workload, make_workload
 
@@ -56,11 +59,30 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
         first = statistics.median(_generate(llm, workload.one_token(), args) for _ in range(args.repeat))
         found["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (found["wall_s"] - first)
     print(_line("quire", found), flush=True)
+    _beside_the_floor(workload, llm, found)
     if _compares(args, config.device):
         _compare(workload, llm, args, found)
     if args.json:
         print_json(found)
     return 0
+
+
+def _beside_the_floor(workload: Workload, llm: LLM, found: dict[str, Any]) -> None:
+    """How close the card's ceilings are, where they were measured."""
+    card = CEILINGS.get(found["device"])
+    if card is None:
+        return
+    shape = ModelShape.of(read_hf_config(Path(llm.config.model.path)))
+    prompts, answers = [len(prompt) for prompt in workload.prompts], workload.max_tokens
+    floor = found["floor_output_tok_s"] = workload.output_tokens / workload_floor(shape, prompts, answers, card)
+    share = found["share_of_floor"] = found["output_tok_s"] / floor
+    text = f"floor: {floor:,.1f} output tokens/s, of which {share:.1%}"
+    if "decode_tok_s" in found:
+        drawn = workload.output_tokens - len(prompts)
+        floor = found["floor_decode_tok_s"] = drawn / decode_floor(shape, prompts, answers, card)
+        share = found["decode_share_of_floor"] = found["decode_tok_s"] / floor
+        text += f"; decode alone {floor:,.1f}, of which {share:.1%}"
+    print(text, flush=True)
 
 
 def _compare(workload: Workload, llm: LLM, args: argparse.Namespace, found: dict[str, Any]) -> None:
