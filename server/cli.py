@@ -99,9 +99,9 @@ def _extend(given: Sequence[str], subparsers: Any) -> None:
         return
     from quire.core.plugin_manager import PluginManager
 
-    hook = PluginManager(enabled=named).hook
-    hook.quire_add_arguments(parser=subparsers.choices["serve"])
-    hook.quire_register_commands(subparsers=subparsers)
+    plugins = PluginManager(enabled=named)
+    plugins.broadcast("quire_add_arguments", parser=subparsers.choices["serve"])
+    plugins.broadcast("quire_register_commands", subparsers=subparsers)
 
 
 def _parse(parser: Parser, given: list[str]) -> argparse.Namespace:

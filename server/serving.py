@@ -60,7 +60,7 @@ async def _serve(args: EngineArgs, settings: ServerSettings, arguments: Any) -> 
         if not await _started(engine, signalled):
             return 130
         app = create_app(engine, settings, arguments)
-        engine.plugins.hook.quire_extend_app(app=app)
+        engine.plugins.broadcast("quire_extend_app", app=app)
         state: ServerState = app.state.server
         servers = [_Server(_config(app, args))]
         if settings.prometheus_port is not None:

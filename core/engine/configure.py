@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,9 @@ def configure(args: EngineArgs) -> Configured:
         cpu_threads=args.cpu_threads,
         extra={"chat_template": args.chat_template},
     )
+    if args.plugins:
+        plugins.broadcast("quire_configure", config=config)
+        atexit.register(plugins.broadcast, "quire_unconfigure")
     return Configured(config, plugins)
 
 

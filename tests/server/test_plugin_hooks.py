@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -27,6 +30,14 @@ def quire_register_commands(subparsers):
     subparsers.add_parser("greet", help="say hello").set_defaults(run=lambda args: print("hello") or 0)
 
 @quire.hookimpl
+def quire_configure(config):
+    print("configured", config.scheduler.max_num_seqs)
+
+@quire.hookimpl
+def quire_unconfigure():
+    print("released")
+
+@quire.hookimpl
 def quire_extend_app(app):
     @app.get("/greeting")
     async def greeting():
@@ -49,6 +60,20 @@ def greeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "site" / "quire_greeting.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     return "quire-greeting"
+
+
+def test_the_engines_life(greeting: str, tiny_model: str, tmp_path: Path) -> None:
+    script = """if True:
+        from quire.core.engine.args import EngineArgs
+        from quire.core.engine.configure import configure
+        for plugins in ((), ("quire-greeting",)):
+            configure(EngineArgs(model=MODEL, plugins=plugins, device="cpu", max_num_seqs=7))
+        print("serving")
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), *filter(None, sys.path)))}
+    command = [sys.executable, "-c", f"MODEL = {tiny_model!r}\n{script}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n") == ["configured 7", "serving", "released", ""], done.stderr
 
 
 def test_a_command(greeting: str, capsys: pytest.CaptureFixture[str]) -> None:
