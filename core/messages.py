@@ -173,7 +173,6 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     """Everything one step produced."""
 
     outputs: list[EngineCoreOutput] = []
-    timestamp_ns: int = 0
     stats: dict[str, float] | None = None
     """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
     steps: list[StepStats] = []

@@ -93,7 +93,7 @@ class EngineCore:
         elif not self._under_way and not outputs and not launched:
             time.sleep(0.001)  # a policy that holds back: do not spin
         traced, self._traced = self._traced, []
-        return EngineCoreOutputs(outputs, time.time_ns(), self._stats_now(force=not self.has_work), traced)
+        return EngineCoreOutputs(outputs, self._stats_now(force=not self.has_work), traced)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""

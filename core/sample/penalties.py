@@ -5,7 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_penalties"]
+__all__ = ["apply_penalties", "penalize"]
+
+
+def penalize(
+    logits: Tensor,
+    lines: Tensor,
+    rows: Tensor,
+    num_tokens: Tensor,
+    longest: int,
+    token_ids: Tensor,
+    prompt_len: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> None:
+    """``apply_penalties`` on some ``lines`` (m,) int64 of ``logits`` (n, vocab) float32, in place; a kernel on a GPU.
+
+    ``rows`` (n,) int64 and ``num_tokens`` (n,) int32 are by line, no length above ``longest``. The others are the
+    request table's columns: ``token_ids`` (rows, length) and ``prompt_len`` (rows,) int32, penalties (rows,) float32.
+    """
+    if logits.is_cuda:
+        from quire.core.sample.kernels import penalties
+
+        columns = (token_ids, prompt_len, repetition, frequency, presence)
+        penalties.penalize(logits, lines, rows, num_tokens, longest, *columns)
+        return
+    mine, some = rows[lines], logits[lines]
+    of_lines = (column[mine] for column in (prompt_len, repetition, frequency, presence))
+    apply_penalties(some, token_ids[mine, :longest], num_tokens[lines], *of_lines)
+    logits[lines] = some
 
 
 def apply_penalties(

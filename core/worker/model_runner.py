@@ -114,6 +114,8 @@ class ModelRunner:
     ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """Log-probabilities of the prompt tokens that this step's chunks predict, by index into the step."""
         asked = np.flatnonzero(self._prompt_logprobs[step.rows] >= 0)
+        if not len(asked):
+            return {}
         starts: NDArray[np.int64] = np.concatenate(([0], np.cumsum(step.num_tokens)))
         found = {}
         for i in asked:

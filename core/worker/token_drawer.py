@@ -16,7 +16,7 @@ from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
-from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.penalties import penalize
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.request_table import RequestTable
 
@@ -157,26 +157,9 @@ class TokenDrawer:
         lines = np.flatnonzero(self._penalized[host_rows])
         if not len(lines):
             return
-        index = torch.from_numpy(lines).to(logits.device)
-        if logits.is_cuda:
-            from quire.core.sample.kernels.penalties import penalize
-
-            t = self.table
-            columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
-            penalize(logits, index, rows, lens, longest, *columns)
-            return
-        mine, table = rows[index], self.table
-        some = logits[index]
-        apply_penalties(
-            some,
-            table.token_ids[mine, :longest],
-            lens[index],
-            table.prompt_len[mine],
-            table.repetition[mine],
-            table.frequency[mine],
-            table.presence[mine],
-        )
-        logits[index] = some
+        t = self.table
+        columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
+        penalize(logits, torch.from_numpy(lines).to(logits.device), rows, lens, longest, *columns)
 
     def _process(
         self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
