@@ -11,7 +11,7 @@ from typing import Any
 from quire.core.discovery import PluginEntry, module_file
 from quire.core.errors import PluginError
 from quire.core.hookspecs import GROUP
-from quire.core.plugin_manager import PluginManager, Resolution
+from quire.core.plugin_manager import IMPORT_LIMIT_S, PluginManager, Resolution
 from quire.core.plugin_target import missing_requirement
 from quire.core.registry import KINDS, Kind, Registration
 from quire.core.version import __version__
@@ -19,9 +19,6 @@ from quire.server.commands.plugins_probe import probe
 from quire.server.commands.plugins_source import options_in_source
 
 __all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
-
-LIST_LIMIT_S = 2.0
-"""Seconds that third-party plugins may take to say what they offer before a listing goes on without them."""
 
 
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def split_subject(subject: str) -> tuple[str, str]:
 def _look(manager: PluginManager) -> None:
     """Ask third parties what they offer, each in a process of its own, without importing them here."""
     entries = manager.unseen()
-    for found in probe(entries, LIST_LIMIT_S, targets=False) if entries else ():
+    for found in probe(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
         fatal = found.problems[0] if found.problems and not found.registrations else None
         manager.adopt(found.entry, found.registrations, fatal)
 
