@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+
+def _settle() -> None:
+    """Settle the environment. Here and not in a hook: a folder's own conftest may import torch and triton before the
+    first hook is called. Workers of xdist inherit what the first process settles."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-m", default="")
+    words = parser.parse_known_args(sys.argv[1:])[0].m.replace("(", " ").replace(")", " ").split()
+    wanted = {word for before, word in zip(["", *words], words, strict=False) if before != "not"}
+    if not wanted & {"aot", "gpu"}:  # these need Triton's compiler
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_settle()
 settings.register_profile("quire", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("ci", settings.get_profile("quire"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quire")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Settle the environment before anything imports torch or triton, and before workers are started."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not _wants_compiler(config.option.markexpr):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,10 +37,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("aot"):
             item.add_marker(skip)
-
-
-def _wants_compiler(markexpr: str) -> bool:
-    """Whether ``-m`` asks for the tests that need Triton's compiler: ``-m aot`` or ``-m gpu``."""
-    words = markexpr.replace("(", " ").replace(")", " ").split()
-    wanted = {word for before, word in zip(["", *words], words, strict=False) if before != "not"}
-    return bool(wanted & {"aot", "gpu"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quire.core.sample.kernels.logprobs import normalize
+
 __all__ = ["gather_logprobs"]
 
 
@@ -12,8 +14,17 @@ def gather_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Ten
     """Of the model's raw distribution: ``logits`` (n, vocab), ``chosen`` (n,) -> ids (n, 1 + k) int32,
     log-probabilities (n, 1 + k) float32, ranks (n,) int32. Column 0 is the chosen token; rank 1 is the best.
     """
-    logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(-1, chosen.long()[:, None])
-    ranks = (logprobs > own).sum(-1) + 1
-    best, ids = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-    return torch.cat((chosen[:, None].int(), ids.int()), 1), torch.cat((own, best), 1), ranks.int()
+    if logits.is_cuda:
+        log_sum, ranks = normalize(logits, chosen)
+    else:
+        log_sum, ranks = _normalize_reference(logits, chosen)
+    ids = chosen[:, None].long()
+    if k:
+        ids = torch.cat((ids, logits.topk(min(k, logits.shape[-1]), dim=-1).indices), 1)
+    return ids.int(), logits.gather(1, ids).float() - log_sum[:, None], ranks
+
+
+def _normalize_reference(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``normalize`` does, in torch."""
+    own = logits.gather(1, chosen.long()[:, None])
+    return logits.float().logsumexp(-1), (logits > own).sum(-1).int() + 1

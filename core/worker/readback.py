@@ -61,7 +61,8 @@ class Readback:
         self._step = step
         self._quarantined = drawn.quarantined if drawn else []
         self._tokens = _home(drawn.tokens) if drawn else None
-        self._logprobs = {i: _home_rows(rows) for i, rows in drawn.logprobs.items()} if drawn else {}
+        self._asked = drawn.logprobs if drawn else None
+        self._logprobs = _home_rows(self._asked.columns) if self._asked else None
         self._prompt = {i: _home_rows(rows) for i, rows in prompt.items()}
         self.num_compiled = 0
         """Kernels that had to be compiled to launch the step."""
@@ -83,12 +84,22 @@ class Readback:
             step=step.step,
             tokens=tokens,
             num_sampled=step.samples.astype(np.int32),
-            logprobs={i: _as_rows(rows) for i, rows in self._logprobs.items()},
+            logprobs=self._by_index(),
             prompt_logprobs={i: _as_rows(rows) for i, rows in self._prompt.items()},
             ran_us=self._clock.ran_us(),
             quarantined=self._quarantined,
             num_compiled=self.num_compiled,
         )
+
+    def _by_index(self) -> dict[int, LogprobRows]:
+        if self._asked is None or self._logprobs is None:
+            return {}
+        ids, values, ranks = (column.numpy() for column in self._logprobs)
+        pairs = zip(self._asked.index.tolist(), self._asked.widths.tolist(), strict=True)
+        return {
+            index: LogprobRows(ids[line : line + 1, :width], values[line : line + 1, :width], ranks[line : line + 1])
+            for line, (index, width) in enumerate(pairs)
+        }
 
 
 def _home(tensor: Tensor) -> Tensor:

@@ -20,9 +20,21 @@ from quire.core.sample.penalties import penalize
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["Drawn", "TokenDrawer"]
+__all__ = ["Drawn", "DrawnLogprobs", "TokenDrawer"]
 
 _log = logging.getLogger("quire.worker")
+
+
+@dataclass(slots=True)
+class DrawnLogprobs:
+    """Log-probabilities of those tokens of a step for which somebody asked."""
+
+    index: NDArray[np.int64]
+    """Into the step."""
+    widths: NDArray[np.int32]
+    """Columns that each asked for: 1 + k."""
+    columns: tuple[Tensor, Tensor, Tensor]
+    """As ``gather_logprobs`` gives them, for the largest k."""
 
 
 @dataclass(slots=True)
@@ -30,8 +42,7 @@ class Drawn:
     """Device tensors of a step's draw."""
 
     tokens: Tensor  # (num_samples,) int32
-    logprobs: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    """By index into the step."""
+    logprobs: DrawnLogprobs | None = None
     quarantined: list[str] = field(default_factory=list)
 
 
@@ -122,9 +133,14 @@ class TokenDrawer:
         drawn = Drawn(tokens, quarantined=self._quarantined)
         self._quarantined = []
         wanted = self._logprobs[host_rows]
-        for line in np.flatnonzero(wanted >= 0):
-            one = slice(line, line + 1)
-            drawn.logprobs[int(drawn_index[line])] = gather_logprobs(logits[one], tokens[one], int(wanted[line]))
+        lines = np.flatnonzero(wanted >= 0)
+        if len(lines):
+            chosen = tokens
+            if len(lines) < len(wanted):
+                some = torch.from_numpy(lines).to(rows.device, non_blocking=True)
+                logits, chosen = logits[some], tokens[some]
+            columns = gather_logprobs(logits, chosen, int(wanted.max()))
+            drawn.logprobs = DrawnLogprobs(drawn_index[lines], wanted[lines] + 1, columns)
         return drawn
 
     def _draw_changed(

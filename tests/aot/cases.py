@@ -15,6 +15,7 @@ from quire.core.ops.kernels.skinny import skinny
 from quire.core.ops.kernels.wide import wide
 from quire.core.sample.kernels.argmax import argmax
 from quire.core.sample.kernels.draw import Columns, draw
+from quire.core.sample.kernels.logprobs import normalize
 from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.testing.attention_problem import Problem, make_spec
@@ -132,6 +133,7 @@ CASES: dict[str, Callable[[], None]] = {
     "greedy": partial(greedy, torch.bfloat16, 151936),
     "greedy-float32": partial(greedy, torch.float32, 50257),
     "penalties": penalties,
+    "logprobs": lambda: normalize(torch.zeros(2, 151936, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)),
     "random": partial(random, torch.bfloat16, 151936, True),
     "random-float32": partial(random, torch.float32, 128256, False),
 }

@@ -59,6 +59,24 @@ def test_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) -> None:
     assert completion.cumulative_logprob == pytest.approx(sum(t.logprobs[0] for t in completion.logprobs))
 
 
+def test_each_request_of_a_batch_gets_the_logprobs_it_asked_for(llm: LLM) -> None:
+    asked = [0, None, 5, 1]
+    common = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    together = llm.generate([PROMPT] * 4, [SamplingParams(logprobs=k, **common) for k in asked])
+    alone = together[2].outputs[0].logprobs
+    assert alone is not None
+    for output, k in zip(together, asked, strict=True):
+        found = output.outputs[0].logprobs
+        if k is None:
+            assert found is None
+            continue
+        assert found is not None
+        for token, whole in zip(found, alone, strict=True):
+            assert token.token_ids == whole.token_ids[: 1 + k]
+            assert token.logprobs == pytest.approx(whole.logprobs[: 1 + k], abs=1e-5)
+            assert token.rank == whole.rank
+
+
 def test_prompt_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) -> None:
     params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
     llm.generate([PROMPT], SamplingParams(max_tokens=1))  # fills the prefix cache, which must not be used

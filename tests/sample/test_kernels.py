@@ -13,6 +13,7 @@ from quire.core.contracts.sampler import SamplingBatch
 from quire.core.sample.filters import apply_filters
 from quire.core.sample.kernels.argmax import argmax
 from quire.core.sample.kernels.draw import Columns, draw
+from quire.core.sample.kernels.logprobs import normalize
 from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Tiles, Workspace
 from quire.core.sample.noise import gumbel
@@ -262,3 +263,25 @@ def test_draws_follow_the_distribution_on_a_gpu(wish: dict) -> None:
     freedom = int(big.sum()) - 1
     value = ((counts - expected) ** 2 / expected)[big].sum().item()
     assert value < freedom + 4.5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "vocab"),
+    [
+        ("cpu", torch.float32, 5000),
+        pytest.param("cuda", torch.bfloat16, 151936, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, 32003, marks=pytest.mark.gpu),
+    ],
+)
+def test_normalizing_is_float64(device: str, dtype: torch.dtype, vocab: int) -> None:
+    gen = torch.Generator().manual_seed(3)
+    wide = 8 * torch.randn(7, vocab + 3, generator=gen)
+    logits = wide.to(device, dtype)[:, :vocab]  # rows apart, as in a padded vocabulary
+    logits[1] = -100.0
+    chosen = torch.randint(vocab, (7,), generator=gen, dtype=torch.int32).to(device)
+    chosen[2] = logits[2].argmax()
+    log_sum, rank = normalize(logits, chosen)
+    exact = logits.double()
+    torch.testing.assert_close(log_sum.double(), exact.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    own = exact.gather(1, chosen.long()[:, None])
+    assert rank.tolist() == ((exact > own).sum(-1) + 1).tolist()
