@@ -7,6 +7,7 @@ the scheduler and the worker are columns of numpy arrays, because they are made 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -154,7 +155,7 @@ class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
 
 
 class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """What one request gained in one step."""
+    """What one request gained in one step, and all there is to say of it."""
 
     request_id: str
     new_token_ids: list[int]
@@ -170,13 +171,34 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
 
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
-    """Everything one step produced."""
+    """Everything one step produced. Most requests gain tokens and nothing else: they are columns, not objects."""
 
     outputs: list[EngineCoreOutput] = []
+    """Requests of which there is more to say: a first token, an end, log-probabilities."""
+    request_ids: list[str] = []
+    """The other requests, none of them twice or in ``outputs``."""
+    new_tokens: list[int] = []
+    """Their tokens, one request's after another's."""
+    num_tokens: list[int] = []
+    """How many tokens each gained; empty: one each."""
     stats: dict[str, float] | None = None
     """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
     steps: list[StepStats] = []
     """The steps committed since the last message."""
+
+    def gained(self) -> Iterator[tuple[str, list[int]]]:
+        """The columns as (request, its tokens)."""
+        if not self.num_tokens:
+            yield from zip(self.request_ids, ([token] for token in self.new_tokens), strict=True)
+            return
+        end = 0
+        for request_id, count in zip(self.request_ids, self.num_tokens, strict=True):
+            end += count
+            yield request_id, self.new_tokens[end - count : end]
+
+    def each(self) -> list[EngineCoreOutput]:
+        """An object for every request, for who looks at few of them."""
+        return [*self.outputs, *(EngineCoreOutput(*pair) for pair in self.gained())]
 
 
 # ---- front -> user -----------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ class AsyncLLM:
         try:
             while True:
                 outputs = await self._client.outputs()
-                made = self._outputs.process(outputs.outputs)
+                made = self._outputs.process(outputs)
                 self._abort(made.aborts)
                 for output in made.outputs:
                     self._put(output.request_id, output)

@@ -72,7 +72,7 @@ class CoreProcess:
                 _take(core, message)
             if core.has_work:
                 outputs = core.step()
-                if outputs.outputs or outputs.stats or outputs.steps:
+                if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
                     self._send(Outputs(outputs))
 
     def _received(self) -> list[ToCore]:

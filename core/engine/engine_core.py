@@ -86,14 +86,16 @@ class EngineCore:
             if step is not None:
                 launched = True
                 self._launch(step, start)
-        outputs = self._rejected
-        self._rejected = []
+        outputs = EngineCoreOutputs()
         if self._under_way and not (launched and len(self._under_way) < _DEPTH):
-            outputs.extend(self._commit())
-        elif not self._under_way and not outputs and not launched:
+            outputs = self._commit()
+        elif not self._under_way and not self._rejected and not launched:
             time.sleep(0.001)  # a policy that holds back: do not spin
-        traced, self._traced = self._traced, []
-        return EngineCoreOutputs(outputs, self._stats_now(force=not self.has_work), traced)
+        if self._rejected:
+            outputs.outputs, self._rejected = [*self._rejected, *outputs.outputs], []
+        outputs.steps, self._traced = self._traced, []
+        outputs.stats = self._stats_now(force=not self.has_work)
+        return outputs
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
@@ -120,7 +122,7 @@ class EngineCore:
             pending = _Failed(error)
         self._under_way.append(_UnderWay(step, pending, start, planned, time.perf_counter_ns()))
 
-    def _commit(self) -> list[EngineCoreOutput]:
+    def _commit(self) -> EngineCoreOutputs:
         under_way = self._under_way.popleft()
         step, waited = under_way.step, time.perf_counter_ns()
         try:

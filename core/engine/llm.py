@@ -108,7 +108,7 @@ class LLM:
             while len(finished) < len(ids):
                 outputs = self._client.step()
                 self.steps.extend(outputs.steps)
-                made = self._outputs.process(outputs.outputs)
+                made = self._outputs.process(outputs)
                 self._client.abort(made.aborts)
                 if made.errors:
                     raise RequestFailedError(f"request {made.errors[0][0]}: {made.errors[0][1]}")

@@ -10,7 +10,15 @@ from typing import Literal
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.exporters import Exporters
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.messages import CompletionOutput, EngineCoreOutput, EngineCoreRequest, RequestOutput, TokenLogprob
+from quire.core.messages import (
+    CompletionOutput,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    RequestOutput,
+    TokenLogprob,
+)
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats
 
@@ -40,12 +48,20 @@ class _Child:
     logprobs: list[TokenLogprob] | None = None
     cumulative: float | None = None
     done: bool = False
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     last_token_at: float | None = None
     first_token_at: float | None = None
     queue_s: float = 0.0
     num_cached: int = 0
+
+    def gaps(self, count: int, now: float) -> list[float]:
+        """Note that ``count`` tokens came; the seconds between them and those before."""
+        before, self.last_token_at = self.last_token_at, now
+        if before is None:
+            self.first_token_at = now
+            return [0.0] * (count - 1)
+        return [(now - before) / count] * count
 
 
 @dataclass(slots=True)
@@ -107,37 +123,40 @@ class OutputProcessor:
             self._record_end(state, state.children[core_id], "abort", time.monotonic())
         return alive
 
-    def process(self, outputs: Sequence[EngineCoreOutput]) -> Processed:
+    def process(self, outputs: EngineCoreOutputs) -> Processed:
         """Take in one step's outputs. Those of forgotten requests are passed over."""
         made = Processed()
         now = time.monotonic()
-        for output in outputs:
+        gaps: list[float] = []
+        for output in outputs.outputs:
             state = self._owner.get(output.request_id)
+            if state is not None and not state.children[output.request_id].done:
+                self._take(state, state.children[output.request_id], output, made, now)
+        for request_id, tokens in outputs.gained():
+            state = self._owner.get(request_id)
             if state is None:
                 continue
-            child = state.children[output.request_id]
-            if child.done:
-                continue
-            if output.finish_reason == "error":
-                child.done = True
-                self._record_end(state, child, "error", now)
-                made.aborts.extend(self.remove(state.request_id))
-                made.errors.append((state.request_id, output.error or "the engine could not finish this request"))
-                continue
-            if self._advance(state, child, output, now):
-                made.aborts.append(output.request_id)
-            message = self._message(state, child, output)
-            if message is not None:
-                made.outputs.append(message)
-            if all(c.done for c in state.children.values()):
-                self.remove(state.request_id)
+            child = state.children[request_id]
+            if not child.done:
+                gaps += child.gaps(len(tokens), now)
+                if self._extend(child, tokens, None):
+                    made.aborts.append(request_id)
+                    self._record_end(state, child, "stop", now)
+                self._tell(state, child, tokens, None, made)
+        if gaps:
+            self._exporters.record_tokens(0, len(gaps), None, gaps)
         return made
 
-    def _advance(self, state: _State, child: _Child, output: EngineCoreOutput, now: float) -> bool:
-        """Update one continuation; True if a stop string ended it before the engine core did."""
+    def _take(self, state: _State, child: _Child, output: EngineCoreOutput, made: Processed, now: float) -> None:
+        """What is more than tokens: the first of them, an end, log-probabilities."""
+        if output.finish_reason == "error":
+            child.done = True
+            self._record_end(state, child, "error", now)
+            made.aborts.extend(self.remove(state.request_id))
+            made.errors.append((state.request_id, output.error or "the engine could not finish this request"))
+            return
         tokens = output.new_token_ids
-        child.token_ids.extend(tokens)
-        child.finish_reason, child.stop_reason = output.finish_reason, output.stop_reason
+        child.stop_reason = output.stop_reason
         child.num_cached = max(child.num_cached, output.num_cached_tokens)
         child.queue_s = max(child.queue_s, output.queue_ns / 1e9)
         if output.prompt_logprobs is not None:
@@ -147,40 +166,60 @@ class OutputProcessor:
                 child.logprobs = []
             child.logprobs.extend(output.logprobs)
             child.cumulative = (child.cumulative or 0.0) + sum(p.logprobs[0] for p in output.logprobs)
-        stopped_early = False
+        if self._extend(child, tokens, output.finish_reason):
+            made.aborts.append(output.request_id)
+        if tokens:
+            self._record_tokens(state, child, len(tokens), now)
+        if child.done:
+            self._record_end(state, child, child.finish_reason or "stop", now)
+        self._tell(state, child, tokens, output.logprobs, made)
+
+    def _extend(self, child: _Child, tokens: list[int], reason: FinishReason | None) -> bool:
+        """Add tokens that the engine core ended with ``reason``; True if a stop string ended them before it did."""
+        child.token_ids += tokens
+        child.finish_reason = reason
+        stop = None
         if child.detokenizer is not None:
-            stop = child.detokenizer.push(tokens, output.finish_reason == "stop")
+            stop = child.detokenizer.push(tokens, reason == "stop")
             if stop is not None:
-                stopped_early = output.finish_reason is None
                 child.finish_reason, child.stop_reason = "stop", stop
-            elif child.finish_reason is not None:
+            elif reason is not None:
                 child.detokenizer.flush()
         child.done = child.finish_reason is not None
-        self._record(state, child, len(tokens), now)
-        return stopped_early
+        return stop is not None and reason is None
 
-    def _message(self, state: _State, child: _Child, output: EngineCoreOutput) -> RequestOutput | None:
-        finished = all(c.done for c in state.children.values())
+    def _tell(
+        self,
+        state: _State,
+        child: _Child,
+        tokens: list[int],
+        logprobs: list[TokenLogprob] | None,
+        made: Processed,
+    ) -> None:
+        """What the caller receives of this, if anything; a request that is over is forgotten."""
+        finished = child.done and all(c.done for c in state.children.values())
         if state.mode == "delta":
             text = child.detokenizer.delta(child.done) if child.detokenizer else ""
-            if not (text or output.new_token_ids or child.done):
-                return None
-            outputs = [
-                self._completion(child, text, output.new_token_ids, output.logprobs),
-            ]
+            if not (text or tokens or child.done):
+                return
+            outputs = [self._completion(child, text, tokens, logprobs)]
         elif state.mode == "cumulative" or finished:
             outputs = [self._whole(c) for c in state.children.values()]
         else:
-            return None
-        return RequestOutput(
-            request_id=state.request_id,
-            prompt=state.prompt,
-            prompt_token_ids=state.prompt_token_ids,
-            outputs=outputs,
-            finished=finished,
-            prompt_logprobs=state.prompt_logprobs,
-            num_cached_tokens=max(c.num_cached for c in state.children.values()),
+            return
+        made.outputs.append(
+            RequestOutput(
+                request_id=state.request_id,
+                prompt=state.prompt,
+                prompt_token_ids=state.prompt_token_ids,
+                outputs=outputs,
+                finished=finished,
+                prompt_logprobs=state.prompt_logprobs,
+                num_cached_tokens=max(c.num_cached for c in state.children.values()),
+            )
         )
+        if finished:
+            self.remove(state.request_id)
 
     def _whole(self, child: _Child) -> CompletionOutput:
         text = child.detokenizer.text if child.detokenizer else ""
@@ -196,25 +235,15 @@ class OutputProcessor:
             token_ids=token_ids,
             cumulative_logprob=child.cumulative,
             logprobs=logprobs,
-            finish_reason=child.finish_reason,  # type: ignore[arg-type]
+            finish_reason=child.finish_reason,
             stop_reason=child.stop_reason,
         )
 
-    def _record(self, state: _State, child: _Child, count: int, now: float) -> None:
-        if count:
-            ttft, gaps = None, []
-            if child.first_token_at is None:
-                child.first_token_at = now
-                ttft = now - state.arrived_at
-                gaps = [0.0] * (count - 1)
-            else:
-                assert child.last_token_at is not None
-                gaps = [(now - child.last_token_at) / count] * count
-            child.last_token_at = now
-            prompt = len(state.prompt_token_ids) if ttft is not None and child.index == 0 else 0
-            self._exporters.record_tokens(prompt, count, ttft, gaps)
-        if child.done:
-            self._record_end(state, child, child.finish_reason or "stop", now)
+    def _record_tokens(self, state: _State, child: _Child, count: int, now: float) -> None:
+        first = child.first_token_at is None
+        gaps = child.gaps(count, now)
+        prompt = len(state.prompt_token_ids) if first and child.index == 0 else 0
+        self._exporters.record_tokens(prompt, count, now - state.arrived_at if first else None, gaps)
 
     def _record_end(self, state: _State, child: _Child, reason: str, now: float) -> None:
         first, count = child.first_token_at, len(child.token_ids)

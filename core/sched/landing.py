@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from quire.core.contracts.kv import KVAllocator
 from quire.core.messages import (
     EngineCoreOutput,
+    EngineCoreOutputs,
     FinishReason,
     LogprobRows,
     ModelRunnerOutput,
@@ -62,8 +63,8 @@ class Landing:
         self.num_prompt_tokens = 0
         self.num_generated = 0
 
-    def land(self, flight: Flight, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
-        """One output for every request that gained a token or ended."""
+    def land(self, flight: Flight, result: ModelRunnerOutput) -> EngineCoreOutputs:
+        """What every request gained, and which ended."""
         table, step = self._table, flight.step
         rows = step.rows
         here = table.stamps[rows] == flight.stamps
@@ -71,7 +72,7 @@ class Landing:
         if result.prompt_logprobs:
             self._gather(flight, result, here)
         self._store(flight, here, all_here)
-        away = [] if all_here else self._land_away(flight, result, here)
+        outputs = [] if all_here else self._land_away(flight, result, here)
         tokens, drawn = result.tokens[:, 0], None
         if not all_here or step.num_decodes != len(rows):
             drawn = (here & step.samples).nonzero()[0]
@@ -80,16 +81,21 @@ class Landing:
         table.in_flight[rows] = in_flight
         drew = tokens.tolist()
         deque(map(list.append, table.tokens[rows].tolist(), drew), maxlen=0)
-        outputs = list(map(EngineCoreOutput, table.ids[rows].tolist(), [[token] for token in drew]))
-        self.num_generated += len(outputs)
-        known = table.known[rows] - in_flight
-        for i in (table.may_stop(tokens) | (known >= table.next_event[rows])).nonzero()[0].tolist():
+        ids = table.ids[rows].tolist()
+        self.num_generated += len(drew)
+        special = table.may_stop(tokens) | (table.known[rows] - in_flight >= table.next_event[rows])
+        asked = _asked(len(drew), drawn, result.logprobs) if result.logprobs else {}
+        special[list(asked)] = True
+        indices = special.nonzero()[0].tolist()
+        for i in indices:
+            output = EngineCoreOutput(ids[i], [drew[i]], logprobs=asked.get(i))
             request = table.request(int(rows[i]))
             table.next_event[rows[i]] = request.max_total_tokens
-            self._look(request, outputs[i])
-        if result.logprobs:
-            _attach(outputs, drawn, result.logprobs)
-        return outputs + away if away else outputs
+            self._look(request, output)
+            outputs.append(output)
+        for i in reversed(indices):
+            del ids[i], drew[i]
+        return EngineCoreOutputs(outputs, ids, drew)
 
     def _land_away(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> list[EngineCoreOutput]:
         """Tokens of requests preempted since: they count, though the request now waits."""
@@ -150,11 +156,12 @@ class Landing:
                 request.prompt_logprobs += _positions(rows)
 
 
-def _attach(outputs: list[EngineCoreOutput], drawn: NDArray[np.int64] | None, logprobs: dict[int, LogprobRows]) -> None:
-    place = range(len(outputs)) if drawn is None else {index: i for i, index in enumerate(drawn.tolist())}
-    for index, rows in logprobs.items():
-        if index in place:
-            outputs[place[index]].logprobs = _positions(rows)
+def _asked(
+    count: int, drawn: NDArray[np.int64] | None, logprobs: dict[int, LogprobRows]
+) -> dict[int, list[TokenLogprob]]:
+    """Log-probabilities by place among the ``count`` that drew, who are at ``drawn`` in the step (None: all are)."""
+    indices = range(count) if drawn is None else drawn.tolist()
+    return {place: _positions(logprobs[index]) for place, index in enumerate(indices) if index in logprobs}
 
 
 def _positions(rows: LogprobRows) -> list[TokenLogprob]:

@@ -10,7 +10,14 @@ from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
 from quire.core.errors import InvalidRequestError
-from quire.core.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
+from quire.core.messages import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    ModelRunnerOutput,
+    SchedulerOutput,
+)
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.budget import Budget
 from quire.core.sched.draft import Draft
@@ -113,19 +120,19 @@ class Scheduler:
             if self._flights or not (len(self._table) or self._queue.num_ready) or not self._guard.barren():
                 return None
 
-    def commit(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
-        """Book the result of the oldest step in flight; an output for every request that gained a token or ended."""
+    def commit(self, step: SchedulerOutput, result: ModelRunnerOutput) -> EngineCoreOutputs:
+        """Book the result of the oldest step in flight."""
         self._budget.landed()
         return self._landing.land(self._take_flight(step), result)
 
-    def drop(self, step: SchedulerOutput, error: str) -> list[EngineCoreOutput]:
+    def drop(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
         """The oldest step in flight failed on the worker: its requests end with ``error``; the others go on."""
         outputs = []
         for request in self._take_flight(step).requests:
             if request.status is not RequestStatus.FINISHED:
                 self._finish(request, "error", None)
                 outputs.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
-        return outputs
+        return EngineCoreOutputs(outputs)
 
     def retract(self, step: SchedulerOutput) -> bool:
         """The newest step in flight did not fit into the device's memory and left no trace there. Its requests go back
