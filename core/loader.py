@@ -19,6 +19,7 @@ from quire.core.contracts.quant import QuantizationLoader
 from quire.core.distributed import Parallel
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.builder import LayerBuilder
+from quire.core.layers.checkpoint import optional_names
 
 __all__ = ["load_model", "weight_files"]
 
@@ -96,6 +97,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
     fills = model.checkpoint_map()
+    may_lack = optional_names(model)
     waiting, unexpected = set(fills), []
     size = sum(file.stat().st_size for file in files)
     shown = progress and sys.stderr.isatty()
@@ -110,8 +112,7 @@ def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
                 unexpected.append(name)
             bar.update(tensor.nbytes)
     where = str(files[0].parent)
-    if waiting:
-        missing = [name for name in fills if name in waiting]
+    if missing := [name for name in fills if name in waiting and name not in may_lack]:
         raise CheckpointError(
             f"{where!r} lacks {len(missing)} of {len(fills)} tensors: {_few(missing)}; download the model again, or "
             f"mend its config.json{_hint(unexpected)}"

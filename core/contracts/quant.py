@@ -71,11 +71,16 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
-        """Register the parameters a checkpoint fills, with their final shapes on this rank."""
+        """Register the parameters a checkpoint fills, with their final shapes on this rank; or wait for ``load``, and
+        register in ``process_weights`` what ``load`` was never called for (``--load-format dummy``)."""
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Suffixes of the tensors a checkpoint holds for each part; ``load`` is called once for each."""
         return ("weight", "bias") if info.bias else ("weight",)
+
+    def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
+        """Those of ``tensor_names`` that a checkpoint may lack."""
+        return ()
 
     @abstractmethod
     def load(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["CheckpointLayer", "Fill", "checkpoint_map", "expect_shape", "finish_loading"]
+__all__ = ["CheckpointLayer", "Fill", "checkpoint_map", "expect_shape", "finish_loading", "optional_names"]
 
 Fill = Callable[[Tensor], None]
 
@@ -24,6 +24,10 @@ class CheckpointLayer(nn.Module, ABC):
     def checkpoint(self) -> dict[str, Fill]:
         """Checkpoint tensor name -> what copies that tensor, whole, into this rank's parameters."""
 
+    def optional(self) -> set[str]:
+        """Names in ``checkpoint()`` that a checkpoint may lack."""
+        return set()
+
     def finish(self) -> None:
         """Repack what was loaded. Called once, after every tensor of the model is in place."""
 
@@ -31,6 +35,11 @@ class CheckpointLayer(nn.Module, ABC):
 def checkpoint_map(model: nn.Module) -> dict[str, Fill]:
     """The maps of every layer of ``model``, in order of construction."""
     return {name: fill for layer in _layers(model) for name, fill in layer.checkpoint().items()}
+
+
+def optional_names(model: nn.Module) -> set[str]:
+    """Tensors of ``model`` that a checkpoint may lack."""
+    return {name for layer in _layers(model) for name in layer.optional()}
 
 
 def finish_loading(model: nn.Module) -> Iterator[str]:

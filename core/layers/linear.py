@@ -75,6 +75,10 @@ class Linear(CheckpointLayer):
             for tensor_name in self.method.tensor_names(self.info)
         }
 
+    def optional(self) -> set[str]:
+        """As the method says."""
+        return {f"{part}.{name}" for part in self.info.part_names for name in self.method.optional_names(self.info)}
+
     def finish(self) -> None:
         """Let the method repack."""
         self.method.process_weights(self)

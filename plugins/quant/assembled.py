@@ -1,0 +1,213 @@
+"""A linear layer put together from the tensors of its fused parts, one part after the other, when the last has come."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation
+from quire.core.errors import CheckpointError
+from quire.core.layers.checkpoint import expect_shape
+from quire.plugins.quant.none import UnquantizedLinear
+
+__all__ = ["AssembledLinear", "Shard", "Stored", "widen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor as a checkpoint stores it."""
+
+    shape: tuple[int, ...] | None
+    """None: one number, written with whatever shape."""
+    dtypes: tuple[torch.dtype, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The rows and columns of one part's whole weight that belong to this rank."""
+
+    first_row: int
+    num_rows: int
+    first_column: int
+    num_columns: int
+    rows: int
+    """Rows that the layer keeps for the part: more than ``num_rows`` where a vocabulary is padded."""
+    of: tuple[int, int]
+    """Rows and columns of the whole part."""
+
+
+class AssembledLinear(LinearMethod):
+    """Keeps checkpoint tensors as they came until a part is whole, then reads it on the layer's device, so that beside
+    the finished layers there is never more than one layer in another form.
+
+    Where no kernel takes the layer (always on the CPU) its weights are widened once, to the model's dtype: exact up to
+    that rounding, and as large as an unquantized layer.
+    """
+
+    def __init__(self) -> None:
+        self._wide: UnquantizedLinear | None = None
+        self._arrived: dict[int, dict[str, Tensor]] = {}
+        self._device = torch.device("cpu")
+        self._info: LayerInfo | None = None
+        self._ready = False
+
+    # ---- what a scheme says of itself
+
+    @abstractmethod
+    def stored(self, info: LayerInfo, part: int) -> Mapping[str, Stored]:
+        """The tensors of ``part`` in the checkpoint, by suffix, beside ``bias``."""
+
+    @abstractmethod
+    def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
+        """Register the layer's parameters, from each part's tensors (on the layer's device) and this rank's share."""
+
+    @abstractmethod
+    def assemble_dummy(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
+        """Register random parameters of the size of real ones, for ``--load-format dummy``."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        layer: nn.Module,
+        x: Tensor | QuantActivation,
+        bias: Tensor | None,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """``apply_fused`` by the scheme's kernel, whose plain product is never None."""
+
+    # ---- the contract
+
+    def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
+        """The bias; what quantized weights look like is known when they have come."""
+        self._info, self._device = info, device
+        if info.bias:
+            bias = torch.zeros(info.out_features, dtype=info.dtype, device=device)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+
+    def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
+        """What ``stored`` says, and the bias."""
+        names = [name for part in range(len(info.part_names)) for name in self.stored(info, part)]
+        return tuple(dict.fromkeys([*names, "bias"]))
+
+    def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
+        """A bias of zeros is often written where the architecture has none."""
+        names = [n for part in range(len(info.part_names)) for n, s in self.stored(info, part).items() if s.optional]
+        return tuple(dict.fromkeys(names if info.bias else [*names, "bias"]))
+
+    def load(
+        self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
+    ) -> None:
+        """Check and keep one tensor; with the layer's last, assemble it."""
+        name = f"{info.part_names[part]}.{tensor_name}"
+        shard = _shard(info, part, rank, world_size)
+        if tensor_name == "bias":
+            _load_bias(layer, info, part, name, tensor, shard)
+            return
+        stored = self.stored(info, part)[tensor_name]
+        if stored.shape is not None:
+            expect_shape(name, tensor, stored.shape)
+        elif tensor.numel() != 1:
+            raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)} where one number is right")
+        if tensor.dtype not in stored.dtypes:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in stored.dtypes)
+            raise CheckpointError(
+                f"tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')} where {wanted} is right; the weights "
+                f"and the quantization_config in config.json do not belong together"
+            )
+        self._arrived.setdefault(part, {})[tensor_name] = tensor
+        self._ranks = rank, world_size
+        whole = all(self._arrived.get(i, {}).keys() == self.stored(info, i).keys() for i in range(len(info.part_names)))
+        if whole:
+            self._assemble(layer)
+
+    def process_weights(self, layer: nn.Module) -> None:
+        """Assemble what lacks only optional tensors; random weights where nothing was loaded."""
+        if self._ready:
+            return
+        assert self._info is not None
+        if self._arrived:
+            self._assemble(layer)
+        else:
+            self.assemble_dummy(layer, self._info, self._device)
+            self._ready = True
+
+    def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
+        """By the scheme's kernel, or as an unquantized layer where the weights are wide."""
+        if self._wide is not None:
+            return self._wide.apply(layer, x, bias)
+        out = self.multiply(layer, x, bias)
+        assert out is not None, "a plain product is always offered"
+        return out
+
+    def apply_fused(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """What the kernel offers."""
+        if self._wide is not None:
+            return self._wide.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
+        return self.multiply(layer, x, bias, norm, activation, residual)
+
+    # ---- for schemes
+
+    def register_wide(self, layer: nn.Module, info: LayerInfo, weight: Tensor) -> None:
+        """Hold ``weight`` (out_features, in_features) in the model's dtype, as an unquantized layer would."""
+        self._wide = UnquantizedLinear()
+        bias = getattr(layer, "bias", None)
+        self._wide.create_weights(layer, info, weight.device)
+        layer.weight = nn.Parameter(weight.to(info.dtype), requires_grad=False)
+        if bias is not None:
+            layer.bias = bias
+
+    def _assemble(self, layer: nn.Module) -> None:
+        info = self._info
+        assert info is not None
+        parts = [
+            ({n: t.to(self._device) for n, t in self._arrived.pop(i, {}).items()}, _shard(info, i, *self._ranks))
+            for i in range(len(info.part_names))
+        ]
+        self.assemble(layer, info, parts)
+        self._ready = True
+
+
+def widen(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:
+    """``(codes - zeros) * scales`` in float32: codes (out, in), scales and zeros (out, in / group); ``middle`` is the
+    zero point where ``zeros`` is None."""
+    out, groups = scales.shape
+    grouped = codes.float().view(out, groups, -1)
+    zero = middle if zeros is None else zeros.float()[..., None]
+    return ((grouped - zero) * scales.float()[..., None]).view(out, -1)
+
+
+def _shard(info: LayerInfo, part: int, rank: int, world_size: int) -> Shard:
+    first_row, num_rows = info.out_range(part, rank, world_size)
+    first_column, num_columns = info.in_range(rank)
+    whole = info.part_totals[part], info.in_total
+    return Shard(first_row, num_rows, first_column, num_columns, info.part_sizes[part], whole)
+
+
+def _load_bias(layer: nn.Module, info: LayerInfo, part: int, name: str, tensor: Tensor, shard: Shard) -> None:
+    expect_shape(name, tensor, (info.part_totals[part],))
+    if not info.bias:
+        if bool(tensor.any()):
+            raise CheckpointError(
+                f"tensor {name!r} is a bias that is not zero, but the architecture in config.json has none there; "
+                f"the weights and config.json are not of the same model"
+            )
+        return
+    at = sum(info.part_sizes[:part])
+    mine = tensor[shard.first_row : shard.first_row + shard.num_rows]
+    layer.bias[at : at + shard.num_rows].copy_(mine)  # type: ignore[index]

@@ -1,0 +1,180 @@
+"""Weights of 8 bits that share a scale by row, by 128x128 block or altogether; activations are quantized to match."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quire.core.contracts.quant import LayerInfo, QuantActivation
+from quire.plugins.quant.assembled import AssembledLinear, Shard, Stored
+
+__all__ = ["ScaledFormat", "ScaledLinear"]
+
+BLOCK = 128
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ScaledFormat:
+    """How a checkpoint stores such weights."""
+
+    strategy: Literal["tensor", "channel", "block", "none"]
+    """What shares a scale; ``none``: the checkpoint's weights are not quantized and shall be, by row, at load."""
+    inputs: Literal["dynamic", "static", "native"] = "dynamic"
+    """Activations get a scale by token, have one for all in the checkpoint, or are not quantized."""
+    scale_name: str = "weight_scale"
+    block: tuple[int, int] = (BLOCK, BLOCK)
+    """Rows and columns of a block."""
+
+    def stored(self, dtype: torch.dtype, outputs: int, inputs: int) -> Mapping[str, Stored]:
+        """The tensors of a whole (outputs, inputs) weight of ``dtype``, by suffix."""
+        if self.strategy == "none":
+            return {"weight": Stored((outputs, inputs), _FLOATS)}
+        rows, columns = self.block
+        shape = {
+            "tensor": None,
+            "channel": (outputs, 1),
+            "block": (-(-outputs // rows), -(-inputs // columns)),
+        }[self.strategy]
+        found = {"weight": Stored((outputs, inputs), (dtype,)), self.scale_name: Stored(shape, _FLOATS)}
+        if self.inputs == "static":
+            found["input_scale"] = Stored(None, _FLOATS)
+        return found
+
+
+class ScaledLinear(AssembledLinear):
+    """Multiplies by ``weight`` (out, in) of ``dtype`` with ``weight_scale`` float32: (out,), what a scale for the whole
+    tensor is expanded to, so that fused parts keep their own; or (ceil(out / 128), ceil(in / 128)).
+
+    ``input_scale`` is one float32, the largest of the fused parts', or None: activations are quantized by token.
+    """
+
+    dtype: torch.dtype
+    largest: float
+    """The largest value of ``dtype`` that is used."""
+
+    def __init__(self, form: ScaledFormat) -> None:
+        super().__init__()
+        self.form = form
+        self._kernel: Any = None
+
+    @abstractmethod
+    def kernel(self) -> Any:
+        """The module of kernels, with ``fits`` and ``linear``.
+
+        ``fits(weight, weight_scale, input_scale, weight_only=False) -> bool``: whether ``linear`` takes these, as said
+        above, on their device. ``linear(x, weight, weight_scale, bias=None, input_scale=None, *, weight_only=False,
+        norm=None, activation=None, residual=None) -> Tensor | None``: None only where one of the last three is given
+        and not offered. ``weight_only``: ``x`` need not be quantized.
+        """
+
+    def stored(self, info: LayerInfo, part: int) -> Mapping[str, Stored]:
+        """As the format says."""
+        return self.form.stored(self.dtype, info.part_totals[part], info.in_total)
+
+    def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
+        """Take this rank's share of each part."""
+        read = [self._read(tensors, shard) for tensors, shard in parts]
+        weight = torch.cat([weight for weight, _ in read])
+        scales = [scale for _, scale in read]
+        if any(scale is None for scale in scales):
+            wide = [self._wide_part(tensors, shard) for tensors, shard in parts]
+            self.register_wide(layer, info, torch.cat(wide))
+            return
+        found = [tensors["input_scale"].float().reshape(()) for tensors, _ in parts if "input_scale" in tensors]
+        input_scale = torch.stack(found).max() if found else None
+        self._register(layer, info, weight, torch.cat(scales), input_scale)  # type: ignore[arg-type]
+
+    def assemble_dummy(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
+        """Random weights; scales that keep an activation's size."""
+        out, inputs = info.out_features, info.in_features
+        numbers = torch.randint(-127, 128, (out, inputs), dtype=torch.int8, device=device)
+        weight = numbers if self.dtype == torch.int8 else numbers.to(torch.bfloat16).to(self.dtype)
+        shape = (-(-out // BLOCK), -(-inputs // BLOCK)) if self.form.strategy == "block" else (out,)
+        scale = torch.full(shape, 3**0.5 / 127 / inputs**0.5, device=device)
+        static = self.form.inputs == "static"
+        self._register(layer, info, weight, scale, torch.tensor(0.05, device=device) if static else None)
+
+    def multiply(
+        self,
+        layer: nn.Module,
+        x: Tensor | QuantActivation,
+        bias: Tensor | None,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """By the kernels."""
+        return self._kernel.linear(
+            x,
+            layer.weight,
+            layer.weight_scale,
+            bias,
+            getattr(layer, "input_scale", None),
+            weight_only=self.form.inputs == "native",
+            norm=norm,
+            activation=activation,
+            residual=residual,
+        )
+
+    def _register(
+        self, layer: nn.Module, info: LayerInfo, weight: Tensor, scale: Tensor, input_scale: Tensor | None
+    ) -> None:
+        kernel = self.kernel() if weight.device.type == "cuda" else None
+        native = self.form.inputs == "native"
+        if kernel is None or not kernel.fits(weight, scale, input_scale, weight_only=native):
+            self.register_wide(layer, info, weight.float() * _spread(scale, weight, (BLOCK, BLOCK)))
+            return
+        self._kernel = kernel
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if input_scale is not None:
+            layer.input_scale = nn.Parameter(input_scale, requires_grad=False)
+
+    def _read(self, tensors: Mapping[str, Tensor], shard: Shard) -> tuple[Tensor, Tensor | None]:
+        """This rank's weight, and its scales: None where its blocks are cut or are not the kernels'."""
+        whole, rows = tensors["weight"], slice(shard.first_row, shard.first_row + shard.num_rows)
+        columns = slice(shard.first_column, shard.first_column + shard.num_columns)
+        if self.form.strategy == "none":
+            scale = whole.float().abs().amax(dim=1).clamp(min=1e-12) / self.largest
+            whole = self.quantized(whole.float() / scale[:, None])
+            return _padded(whole[rows, columns], shard), _padded(scale[rows], shard)
+        weight, scale = _padded(whole[rows, columns], shard), tensors[self.form.scale_name].float()
+        if self.form.strategy != "block":
+            return weight, _padded(scale.reshape(-1).expand(len(whole))[rows], shard)
+        edges = shard.first_row, shard.rows, shard.first_column, shard.num_columns
+        if self.form.block != (BLOCK, BLOCK) or any(edge % BLOCK for edge in edges):
+            return weight, None
+        across = slice(shard.first_column // BLOCK, (shard.first_column + shard.num_columns) // BLOCK)
+        return weight, scale[shard.first_row // BLOCK : (shard.first_row + shard.num_rows) // BLOCK, across]
+
+    def _wide_part(self, tensors: Mapping[str, Tensor], shard: Shard) -> Tensor:
+        whole = tensors["weight"].float() * _spread(
+            tensors[self.form.scale_name].float(), tensors["weight"], self.form.block
+        )
+        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
+        return _padded(whole[rows, shard.first_column : shard.first_column + shard.num_columns], shard)
+
+    def quantized(self, numbers: Tensor) -> Tensor:
+        """``numbers`` (float32, within ``largest``) rounded to ``dtype``."""
+        return numbers.to(self.dtype)
+
+
+def _spread(scale: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """Scales (out,) or by block, to be multiplied with ``weight`` (out, in)."""
+    if scale.ndim == 1:
+        return scale[:, None]
+    rows, columns = block
+    return scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+
+
+def _padded(tensor: Tensor, shard: Shard) -> Tensor:
+    pad = shard.rows - shard.num_rows
+    if pad == 0:
+        return tensor
+    return torch.cat([tensor, torch.zeros(pad, *tensor.shape[1:], device=tensor.device).to(tensor.dtype)])
