@@ -35,6 +35,8 @@ class KVCapacity:
     """On one worker."""
     activation_bytes: int = 0
     """What the largest step needs beside weights and cache, on one worker; 0 where it is not profiled."""
+    graph_bytes: int = 0
+    """What the captured steps keep, on one worker; 0 without graphs."""
 
 
 class Executor(ABC):

@@ -47,7 +47,8 @@ class CoreProcess:
             setup_logging(start.log_level)
             core = EngineCore(start.config)
             size = core.capacity
-            self._send(Ready(size.num_blocks, size.bytes_per_block, size.weight_bytes, size.activation_bytes))
+            memory = (size.weight_bytes, size.activation_bytes, size.graph_bytes)
+            self._send(Ready(size.num_blocks, size.bytes_per_block, *memory))
             gc.collect()
             gc.freeze()
             self._serve(core)

@@ -49,6 +49,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
     bytes_per_block: int
     weight_bytes: int
     activation_bytes: int
+    graph_bytes: int
 
 
 class Failed(msgspec.Struct, tag=True, array_like=True):

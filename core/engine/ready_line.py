@@ -10,11 +10,13 @@ __all__ = ["ready_line"]
 
 
 def ready_line(config: EngineConfig, capacity: KVCapacity | Ready) -> str:
-    """Weights, activations, KV cache, and how many full-length requests it holds."""
+    """Weights, activations, graphs, KV cache, and how many full-length requests it holds."""
     tokens = (capacity.num_blocks - 1) * config.cache.block_size
     parts = [f"weights {_size(capacity.weight_bytes)}"]
     if capacity.activation_bytes:
         parts.append(f"activations {_size(capacity.activation_bytes)}")
+    if capacity.graph_bytes:
+        parts.append(f"graphs {_size(capacity.graph_bytes)}")
     parts.append(f"KV cache {_size(capacity.num_blocks * capacity.bytes_per_block)} = {tokens:,} tokens")
     longest = config.model.max_model_len
     parts.append(f"{tokens / longest:.1f} requests of {longest:,} tokens at once")

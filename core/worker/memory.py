@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from quire.core.contracts.attention import AttentionBackend, AttentionSpec, KVLa
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
 
-__all__ = ["KVCache", "check_fits", "group_layers"]
+__all__ = ["KVCache", "check_fits", "device_bytes_taken", "group_layers"]
 
 
 def group_layers(specs: Sequence[AttentionSpec]) -> tuple[list[AttentionSpec], list[int]]:
@@ -68,6 +68,17 @@ class KVCache:
         if config.num_blocks is not None:
             return config.num_blocks
         return min(num_bytes // self.bytes_per_block, -(-most_tokens // config.block_size) + 1)
+
+
+def device_bytes_taken(work: Callable[[], None]) -> int:
+    """Run ``work``; the bytes of the GPU that it keeps, also those that the driver takes and torch does not know of."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return max(before - torch.cuda.mem_get_info()[0], 0)
 
 
 def check_fits(num_blocks: int, block_size: int, max_model_len: int) -> None:

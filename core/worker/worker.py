@@ -24,11 +24,12 @@ from quire.core.messages import SchedulerOutput
 from quire.core.plugin_options import parse_options
 from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
-from quire.core.worker.memory import KVCache, check_fits, group_layers
+from quire.core.worker.memory import KVCache, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.readback import Readback
 from quire.core.worker.rehearsal import largest_step, rehearsal_steps
 from quire.core.worker.request_table import RequestTable
+from quire.core.worker.stopwatch import Stopwatch
 from quire.core.worker.token_drawer import TokenDrawer
 
 __all__ = ["Worker"]
@@ -42,10 +43,12 @@ class Worker:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._device = torch.device(config.model.device)
+        self._watch = Stopwatch()
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the engine and the front: beside them, more is slower
             torch.set_num_threads(config.cpu_threads or num_threads() or max(1, (os.cpu_count() or 2) - 1))
         model = self._load()
+        self._watch.lap("weights")
         backends, group_of = self._attention(model)
         kv = KVCache(backends, group_of, self._device)
         limits, block_size = config.scheduler, config.cache.block_size
@@ -59,13 +62,17 @@ class Worker:
         )
         check_fits(num_blocks, block_size, config.model.max_model_len)
         kv.allocate(num_blocks)
+        self._watch.lap("KV cache")
+        graphs = 0
         if self._device.type == "cuda" and not config.enforce_eager:
             if all("decode" in backend.graph_support for backend in backends):
-                self._runner.capture()
+                graphs = device_bytes_taken(self._runner.capture)
+                self._watch.lap("graphs")
             else:
                 _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)
         self._compiled = CompileCounter() if self._device.type == "cuda" else None
-        self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations)
+        self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations, graphs)
+        _log.info("started: %s", self._watch)
 
     def execute(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
@@ -157,6 +164,7 @@ class Worker:
                 self._runner.execute(step)
 
         compile_ahead(rehearse)
+        self._watch.lap("kernels")
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -164,6 +172,7 @@ class Worker:
         self._runner.execute(largest_step(limits, longest)).result()
         peak = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
+        self._watch.lap("profile")
         return peak
 
 
