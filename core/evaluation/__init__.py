@@ -1,4 +1,7 @@
-"""Exact-match evaluation of a chat model over the held-out questions that ship with Quire."""
+"""Exact-match evaluation over the held-out questions that ship with Quire, of one chat model or two beside each other.
+
+What looks at distributions is in modules that import torch: ``recorder``, ``text`` and ``comparison``.
+"""
 
 from __future__ import annotations
 

@@ -1,23 +1,31 @@
-"""``quire eval``: exact match on the held-out questions, skill by skill, in this process or over HTTP."""
+"""``quire eval``: exact match on the held-out questions, skill by skill, in this process or over HTTP; with
+``--compare`` of two models beside each other."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
+from quire.server.commands.eval_engine import answers, engine
 from quire.server.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, real, whole
 from quire.server.legacy import add_old_flags, apply_old_flags
 
 __all__ = ["add_parser", "run"]
 
 _ABOUT = """Ask the held-out questions of quire-tiny, greedily, and print the share answered right: exact match per
-skill and overall, with 95 % confidence intervals. Exit status 1 if --min-exact-match is not reached."""
+skill and overall, with 95 % confidence intervals. Exit status 1 if --min-exact-match is not reached. With --compare,
+the same of two models, what the second loses, and how far its next-token distributions are from the first one's on a
+held-out text; exit status 1 if it loses more than --max-loss."""
+
+#: Points of exact match that a comparison calls small, unless --max-loss says otherwise.
+_MAX_LOSS = 2.0
+_TOKENS = 4096
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,6 +43,22 @@ def add_parser(subparsers: Any) -> None:
     http.add_argument("--served-model", metavar="NAME", help="the model to ask for (default: the first it serves)")
     http.add_argument("--api-key", metavar="KEY", help="key of the server, if it asks for one")
     http.add_argument("--max-concurrency", type=whole, default=64, metavar="N", help="requests at once (default: 64)")
+    two = parser.add_argument_group("two models")
+    two.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="each is MODEL or MODEL:flag=value,flag=value, such as quire-tiny:kv-cache-dtype=fp8; other engine flags "
+        "are for both",
+    )
+    two.add_argument(
+        "--max-loss",
+        type=real,
+        metavar="POINTS",
+        help=f"points of exact match that B may lose; exit status 1 above it (default: {_MAX_LOSS:g}, and no status)",
+    )
+    two.add_argument("--text", type=Path, metavar="FILE", help="text for the distributions (default: one of Quire's)")
+    two.add_argument("--tokens", type=whole, metavar="N", help=f"how many of its tokens to score (default: {_TOKENS})")
     add_model(parser)
     add_flags(parser, ENGINE_FLAGS)
     add_old_flags(parser)
@@ -51,13 +75,16 @@ def run(args: argparse.Namespace) -> int:
     if skills == []:
         raise ConfigError(f"--skills {args.skills!r} names none; there are {', '.join(available_skills())}")
     questions = load_questions(skills, args.limit)
+    if args.compare:
+        return _compare(args, questions)
     if args.url:
         from quire.server.commands.eval_client import Client
 
         client = Client(args.url, args.served_model, args.api_key, args.max_concurrency)
         report, model = evaluate(client.answer, questions=questions), client.model
     else:
-        report, model = evaluate(_Engine(args).answer, questions=questions), str(engine_arguments(args).model)
+        with engine(engine_arguments(args)) as llm:
+            report, model = evaluate(partial(answers, llm), questions=questions), str(engine_arguments(args).model)
     if args.json:
         print(json.dumps({"model": model, **report.to_dict()}, indent=2, ensure_ascii=False))
     else:
@@ -70,12 +97,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace, questions: list[Any]) -> int:
+    from quire.core.evaluation.text import held_out_text
+    from quire.server.commands.eval_compare import compare, side
+
+    sides = [side(text, args) for text in args.compare]
+    text = held_out_text(args.text)
+    allowed = _MAX_LOSS if args.max_loss is None else args.max_loss
+    found = compare(sides, questions, text, args.tokens or _TOKENS, allowed)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(found.table())
+        for failure in found.lost()[: args.failures]:
+            print(f"{failure.id}: {failure.asked!r}\n    B wrote {failure.text!r}\n    right   {failure.answer!r}")
+    return int(args.max_loss is not None and not found.within)
+
+
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("limit", 1), ("max_concurrency", 1), ("failures", 0)):
+    for name, least in (("limit", 1), ("max_concurrency", 1), ("failures", 0), ("tokens", 1), ("max_loss", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.min_exact_match is not None and not 0 <= args.min_exact_match <= 1:
         raise ConfigError(f"--min-exact-match must be between 0 and 1, got {args.min_exact_match}")
+    if args.compare:
+        if args.model_argument or args.model:
+            raise ConfigError("--compare names both models; leave MODEL out")
+        if args.url or args.min_exact_match is not None:
+            flag = "--url" if args.url else "--min-exact-match"
+            raise ConfigError(f"{flag} does not go with --compare, which runs both models here; leave it out")
+    else:
+        for name in ("max_loss", "text", "tokens"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for two models; name them with --compare")
     if args.url:
         if args.model_argument or args.model or engine_arguments(args) != EngineArgs():
             raise ConfigError(
@@ -85,25 +139,3 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("served_model", "api_key"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for a running server; name it with --url")
-
-
-class _Engine:
-    """Answers with an engine in this process."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = engine_arguments(args)
-
-    def answer(self, conversations: Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> list[str]:
-        """The assistant's text for each conversation, in order."""
-        from quire import LLM, SamplingParams
-        from quire.core.evaluation import MAX_NEW_TOKENS
-
-        values = {field.name: getattr(self._args, field.name) for field in fields(self._args)}
-        llm = LLM(**values)
-        try:
-            prompts = [llm.tokenizer.chat(messages, tools=tools) for messages, tools in conversations]
-            params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
-            outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-            return [output.outputs[0].text for output in outputs]
-        finally:
-            llm.shutdown()
