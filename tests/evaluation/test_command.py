@@ -173,5 +173,5 @@ def test_the_documentation_lists_every_flag():
     shared |= {old.name for old in OLD_FLAGS} | {"-h", "--help"}
     text = (DOCS / "cli.md").read_text().partition("## `quire eval`")[2]
     own = [n for n in subparsers.choices["eval"].flags() if n not in shared and not n.startswith("--no-")]
-    assert len(own) == 9
+    assert len(own) == 13
     assert [name for name in own if f"`{name}" not in text] == []
