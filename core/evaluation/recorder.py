@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -108,5 +108,5 @@ class Recorder(LogitsProcessor):
 
     def _file(self, path: str) -> NDArray[Any]:
         if path not in self._open:
-            self._open[path] = np.load(Path(path), mmap_mode="r+")
+            self._open[path] = open_memmap(path, mode="r+")
         return self._open[path]
