@@ -14,9 +14,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from quire.core.messages import CompletionOutput
 from quire.server.errors import ClientGoneError
 
-__all__ = ["DONE", "ChunkWriter", "EventStream", "event", "unless_gone"]
+__all__ = ["DONE", "ChunkWriter", "EventStream", "event", "speaks", "unless_gone"]
 
 T = TypeVar("T")
 
@@ -27,6 +28,12 @@ encode = msgspec.json.Encoder().encode
 def event(value: Any) -> bytes:
     """One event with a JSON value."""
     return b"data: %b\n\n" % encode(value)
+
+
+def speaks(choice: CompletionOutput) -> bool:
+    """Whether a chunk of text is due: one for every step that drew a token, even if its text still waits for the rest
+    of a character or for a stop string, since clients time tokens by their chunks."""
+    return bool(choice.text or choice.logprobs or (choice.token_ids and choice.finish_reason is None))
 
 
 class EventStream(Response):

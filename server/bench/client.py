@@ -124,6 +124,6 @@ def _read_events(answer: _Answer, timing: Timing) -> None:
         if "error" in event:
             timing.error = str(event["error"].get("message"))
         timing.output_tokens = (event.get("usage") or {}).get("completion_tokens", timing.output_tokens)
-        if any(choice.get("text") for choice in event.get("choices", ())):
+        if any(choice.get("text") or choice.get("finish_reason") is None for choice in event.get("choices", ())):
             timing.events.append(answer.marks[mark][0])
     timing.error = timing.error or "the stream ended before [DONE]"

@@ -16,7 +16,7 @@ from quire.server.middleware import request_id
 from quire.server.protocol.chat import ChatBody
 from quire.server.protocol.common import read_body, schema_of
 from quire.server.protocol.replies import Usage, chat_logprobs, created_now, prompt_logprobs
-from quire.server.sse import DONE, ChunkWriter, EventStream
+from quire.server.sse import DONE, ChunkWriter, EventStream, speaks
 from quire.server.state import ServerState
 
 __all__ = ["router"]
@@ -90,7 +90,7 @@ async def _events(
                         started.add(choice.index)
                         role = {"role": "assistant", "content": ""}
                         data = writer.choice(choice.index, delta=role, logprobs=None, finish_reason=None)
-                    if choice.text or (body.logprobs and choice.logprobs):
+                    if speaks(choice):
                         data += writer.text(choice.index, choice.text, _logprobs(state, choice, body))
                     if choice.finish_reason is not None:
                         data += writer.choice(

@@ -16,7 +16,7 @@ from quire.server.middleware import request_id
 from quire.server.protocol.common import read_body, schema_of
 from quire.server.protocol.completion import CompletionBody
 from quire.server.protocol.replies import Usage, completion_logprobs, created_now, prompt_logprobs, score
-from quire.server.sse import DONE, ChunkWriter, EventStream
+from quire.server.sse import DONE, ChunkWriter, EventStream, speaks
 from quire.server.state import ServerState
 
 __all__ = ["router"]
@@ -114,7 +114,7 @@ async def _events(
                         lengths[index] = 0
                         if body.echo:
                             data = writer.text(index, _text_of(state, body.prompt[prompt]))
-                    if choice.text or (body.logprobs is not None and choice.logprobs):
+                    if speaks(choice):
                         data += writer.text(index, choice.text, _logprobs(state, choice, lengths[index], body))
                         lengths[index] += len(choice.text)
                     if choice.finish_reason is not None:

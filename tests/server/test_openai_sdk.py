@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
+from tokenizers import pre_tokenizers
 
 from .conftest import RunningServer
 
@@ -196,3 +197,19 @@ def test_two_hundred_at_once_lose_nothing(server: RunningServer, client: openai.
     alone = client.completions.create(model="tiny", prompt="3:", max_tokens=8, temperature=0).choices[0].text
     assert texts[3] == alone
     assert server.load()["server_load"] == 0
+
+
+def test_a_stream_has_a_chunk_for_text_that_is_not_complete(client: openai.OpenAI) -> None:
+    lead = "\N{LATIN SMALL LETTER A WITH CIRCUMFLEX}"  # stands for byte E2, with which a character of three begins
+    token = sorted(pre_tokenizers.ByteLevel.alphabet()).index(lead)
+    stream = client.completions.create(
+        model="tiny",
+        prompt="So",
+        max_tokens=6,
+        logit_bias={str(token): 100},
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    texts = [chunk.choices[0].text for chunk in stream if chunk.choices and chunk.choices[0].finish_reason is None]
+    assert len(texts) >= 5
+    assert texts[0] == ""
