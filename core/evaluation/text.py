@@ -99,7 +99,7 @@ def score(complete: Complete, windows: Windows, folder: Path, vocab_size: int, *
             )
         )
     complete(prompts, params)
-    found = open_memmap(paths["scores"], mode="r").reshape(count, scored, len(SCORES))
+    found = np.array(open_memmap(paths["scores"], mode="r")).reshape(count, scored, len(SCORES))
     if np.isnan(found[..., :2]).any():
         raise RuntimeError("some tokens of the text were not scored; is a logits processor quarantined? see the log")
     return TextScores(found[..., 0], found[..., 1].astype(np.int64), found[..., 2])
