@@ -20,7 +20,7 @@ from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["DecodeGraphs", "graph_sizes"]
+__all__ = ["DecodeGraphs", "graph_sizes", "record"]
 
 _T = TypeVar("_T")
 
@@ -90,17 +90,16 @@ class DecodeGraphs:
             for variant in self._variants:
                 self._draw(variant, inputs, logits)
 
-    def capture(self) -> None:
-        """Record every size, the largest first so that the others fit into its memory."""
-        pool = torch.cuda.graph_pool_handle()
+    def capture(self, pool: Any) -> None:
+        """Record every size into ``pool``, the largest first so that the others fit into its memory."""
         for size in reversed(self._sizes):
             inputs = self._static_inputs(size)
             logits = self._forward(inputs)  # compiles and warms up
             for variant in self._variants:
                 self._draw(variant, inputs, logits)
             torch.cuda.synchronize()
-            model, logits = _record(pool, partial(self._forward, inputs))
-            draws = {v: _record(pool, partial(self._draw, v, inputs, logits))[0] for v in self._variants}
+            model, logits = record(pool, partial(self._forward, inputs))
+            draws = {v: record(pool, partial(self._draw, v, inputs, logits))[0] for v in self._variants}
             self._captured[size] = _Captured(inputs, logits, model, draws)
 
     def forward(self, step: SchedulerOutput) -> tuple[StepInputs, Tensor]:
@@ -181,7 +180,7 @@ class DecodeGraphs:
         self._table.num_tokens[self._table.padding_row :].zero_()
 
 
-def _record(pool: Any, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+def record(pool: Any, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
     """Capture what ``work`` launches on a stream of its own; the graph, and what ``work`` returned."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()

@@ -17,6 +17,7 @@ from quire.core.worker.compilation import compile_ahead
 from quire.core.worker.graphs import DecodeGraphs
 from quire.core.worker.input_builder import StepInputs, build_inputs
 from quire.core.worker.memory import KVCache
+from quire.core.worker.mixed_graphs import MixedGraphs
 from quire.core.worker.readback import Readback, StepClock
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.token_drawer import Drawn, TokenDrawer
@@ -49,15 +50,23 @@ class ModelRunner:
         self._prompt_len = np.zeros(rows, dtype=np.int64)
         self._prompt_logprobs = np.full(rows, -1, dtype=np.int32)
         self.graphs: DecodeGraphs | None = None
+        self.mixed: MixedGraphs | None = None
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Record decode steps as CUDA graphs, now that every buffer is where it will stay."""
+    def capture(self, max_tokens: int) -> None:
+        """Record steps as CUDA graphs, now that every buffer is where it will stay: decodes, and where backends allow
+        it steps with up to ``max_tokens`` tokens of prompts."""
+        pool = torch.cuda.graph_pool_handle()
+        if all("mixed" in backend.graph_support for backend in self.backends):
+            mixed = MixedGraphs(self.model, self.backends, self.kv, self.table, max_tokens)
+            compile_ahead(mixed.rehearse)
+            mixed.capture(pool)
+            self.mixed = mixed
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler
         )
         compile_ahead(self.graphs.rehearse)
-        self.graphs.capture()
+        self.graphs.capture(pool)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> Readback:
@@ -67,7 +76,8 @@ class ModelRunner:
         if self.graphs is not None and self.graphs.covers(step):
             return self._replay(step, self.graphs, clock)
         inputs = build_inputs(step, self.table, self.block_size)
-        hidden = self._forward(inputs)
+        mixed = self.mixed if self.mixed is not None and self.mixed.covers(inputs) else None
+        hidden = self._forward(inputs) if mixed is None else mixed.forward(inputs)
         prompt = self._prompt_lines(step, inputs, hidden)
         self._computed[step.rows] += step.num_tokens
         drawn: Drawn | None = None

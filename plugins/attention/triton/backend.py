@@ -29,7 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class TritonBackend(AttentionBackend):
     """Paged attention in Triton. Grids depend on host bounds alone and lengths are read on the device."""
 
-    graph_support = frozenset({"decode"})
+    graph_support = frozenset({"decode", "mixed"})
 
     @dataclass(frozen=True)
     class Options:
