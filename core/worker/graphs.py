@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,11 +17,10 @@ from quire.core.contracts.sampler import Sampler
 from quire.core.messages import SchedulerOutput
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
+from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["DecodeGraphs", "graph_sizes", "record"]
-
-_T = TypeVar("_T")
+__all__ = ["DecodeGraphs", "graph_sizes"]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -90,16 +88,16 @@ class DecodeGraphs:
             for variant in self._variants:
                 self._draw(variant, inputs, logits)
 
-    def capture(self, pool: Any) -> None:
-        """Record every size into ``pool``, the largest first so that the others fit into its memory."""
+    def capture(self, recorder: Recorder) -> None:
+        """Record every size, the largest first so that the others fit into its memory."""
         for size in reversed(self._sizes):
             inputs = self._static_inputs(size)
             logits = self._forward(inputs)  # compiles and warms up
             for variant in self._variants:
                 self._draw(variant, inputs, logits)
             torch.cuda.synchronize()
-            model, logits = record(pool, partial(self._forward, inputs))
-            draws = {v: record(pool, partial(self._draw, v, inputs, logits))[0] for v in self._variants}
+            model, logits = recorder.record(partial(self._forward, inputs))
+            draws = {v: recorder.record(partial(self._draw, v, inputs, logits))[0] for v in self._variants}
             self._captured[size] = _Captured(inputs, logits, model, draws)
 
     def forward(self, step: SchedulerOutput) -> tuple[StepInputs, Tensor]:
@@ -178,16 +176,3 @@ class DecodeGraphs:
         tokens.copy_(logits.argmax(-1))
         self._table.append(inputs.rows, tokens)
         self._table.num_tokens[self._table.padding_row :].zero_()
-
-
-def record(pool: Any, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
-    """Capture what ``work`` launches on a stream of its own; the graph, and what ``work`` returned."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        made = work()
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph, made

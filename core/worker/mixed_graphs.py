@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext, Model
-from quire.core.worker.graphs import record
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
+from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["MixedGraphs"]
 
 _WORTH = 1e13
 """Operations above which a step is launched sooner than computed."""
-_TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_DECODES = (0, 16, 64)
+_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_DECODES = (0, 32)
 """And as many as there may be requests."""
 _PROMPTS = 16
 
@@ -99,14 +98,14 @@ class MixedGraphs:
         for shape in self._shapes:
             self._forward(shape)
 
-    def capture(self, pool: Any) -> None:
-        """Record every shape into ``pool``, the largest first so that the others fit into its memory."""
+    def capture(self, recorder: Recorder) -> None:
+        """Record every shape, the largest first so that the others fit into its memory."""
         for shape in sorted(self._shapes, key=lambda s: -len(s.positions)):
             hidden = self._forward(shape)  # loads what it launches
             if self._hidden is None:
                 self._hidden = torch.empty_like(hidden)
             torch.cuda.synchronize()
-            shape.graph, _ = record(pool, partial(self._write, shape))
+            shape.graph, _ = recorder.record(partial(self._write, shape))
 
     def _write(self, shape: _Shape) -> None:
         assert self._hidden is not None

@@ -19,6 +19,7 @@ from quire.core.worker.input_builder import StepInputs, build_inputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.mixed_graphs import MixedGraphs
 from quire.core.worker.readback import Readback, StepClock
+from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.token_drawer import Drawn, TokenDrawer
 
@@ -53,20 +54,25 @@ class ModelRunner:
         self.mixed: MixedGraphs | None = None
 
     @torch.inference_mode()
-    def capture(self, max_tokens: int) -> None:
-        """Record steps as CUDA graphs, now that every buffer is where it will stay: decodes, and where backends allow
-        it steps with up to ``max_tokens`` tokens of prompts."""
-        pool = torch.cuda.graph_pool_handle()
-        if all("mixed" in backend.graph_support for backend in self.backends):
-            mixed = MixedGraphs(self.model, self.backends, self.kv, self.table, max_tokens)
-            compile_ahead(mixed.rehearse)
-            mixed.capture(pool)
-            self.mixed = mixed
+    def prepare_graphs(self, max_tokens: int) -> None:
+        """Compile what captured steps launch, now that every buffer is where it will stay: decodes, and where backends
+        allow it steps with up to ``max_tokens`` tokens of prompts."""
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler
         )
         compile_ahead(self.graphs.rehearse)
-        self.graphs.capture(pool)
+        if all("mixed" in backend.graph_support for backend in self.backends):
+            self.mixed = MixedGraphs(self.model, self.backends, self.kv, self.table, max_tokens)
+            compile_ahead(self.mixed.rehearse)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record the steps that ``prepare_graphs`` prepared."""
+        recorder = Recorder()
+        if self.mixed is not None:
+            self.mixed.capture(recorder)
+        if self.graphs is not None:
+            self.graphs.capture(recorder)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> Readback:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,9 @@ class Worker:
         graphs = 0
         if self._device.type == "cuda" and not config.enforce_eager:
             if all("decode" in backend.graph_support for backend in backends):
-                graphs = device_bytes_taken(partial(self._runner.capture, limits.max_num_batched_tokens))
+                self._runner.prepare_graphs(limits.max_num_batched_tokens)
+                self._watch.lap("kernels")
+                graphs = device_bytes_taken(self._runner.capture)
                 self._watch.lap("graphs")
             else:
                 _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)

@@ -21,7 +21,7 @@ class Padded(UniprocExecutor):
         capacity = super().start()
         assert self._worker is not None
         runner = self._worker._runner
-        runner.mixed = mixed = MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 32)
+        runner.mixed = mixed = MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 64)
         forward = mixed.forward
 
         def counted(inputs):
