@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import httptools
+import msgspec
 
 from quire.core.errors import ConfigError
 
@@ -22,10 +23,17 @@ class Timing:
 
     status: int = 0
     error: str | None = None
+    sent_at: float = 0.0
+    """On the clock of ``time.perf_counter``."""
     events: list[float] = field(default_factory=list)
     """When each piece of text arrived."""
     output_tokens: int = 0
     total: float = 0.0
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server said that it has too much to do, and answered nothing."""
+        return self.status in (429, 503)
 
 
 class Client:
@@ -41,64 +49,82 @@ class Client:
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
-    async def get(self, path: str) -> Any:
-        """A JSON document. Raises ConfigError if the server cannot be reached or refuses."""
-        answer = _Answer()
+    async def text(self, path: str) -> str:
+        """A document. Raises ConfigError if the server cannot be reached or refuses."""
         try:
-            await self._exchange("GET", path, b"", answer)
-        except OSError as error:
+            answer = await self._exchange("GET", path, b"")
+        except (OSError, httptools.HttpParserError) as error:
             raise ConfigError(f"no server at {self._host}:{self._port}: {error}; start one with quire serve") from None
         if answer.status != 200:
             raise ConfigError(f"GET {path} answered {answer.status}: {bytes(answer.body)[:200]!r}")
-        return json.loads(bytes(answer.body))
+        return bytes(answer.body).decode(errors="replace")
+
+    async def get(self, path: str) -> Any:
+        """A JSON document. Raises as ``text`` does."""
+        return json.loads(await self.text(path))
 
     async def stream(self, path: str, body: dict[str, Any]) -> Timing:
         """Post a request for a stream, and time it."""
-        answer = _Answer()
-        timing = Timing()
+        timing = Timing(sent_at=time.perf_counter())
         try:
-            await self._exchange("POST", path, json.dumps(body).encode(), answer)
+            answer = await self._exchange("POST", path, json.dumps(body).encode())
         except (OSError, httptools.HttpParserError) as error:
             timing.error = f"{type(error).__name__}: {error}"
             return timing
-        timing.status, timing.total = answer.status, time.perf_counter() - answer.start
+        timing.sent_at, timing.status, timing.total = answer.start, answer.status, time.perf_counter() - answer.start
         if answer.status != 200:
             timing.error = bytes(answer.body)[:200].decode(errors="replace")
             return timing
         _read_events(answer, timing)
         return timing
 
-    async def _exchange(self, method: str, path: str, body: bytes, answer: _Answer) -> None:
-        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
+    async def _exchange(self, method: str, path: str, body: bytes) -> _Answer:
+        head = (
+            f"{method} {self._prefix}{path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{self._key}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        loop = asyncio.get_running_loop()
+        transport, answer = await loop.create_connection(
+            lambda: _Answer(head.encode() + body), self._host, self._port, ssl=self._tls or None
+        )
         try:
-            head = (
-                f"{method} {self._prefix}{path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{self._key}"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
-            answer.start = time.perf_counter()
-            writer.write(head.encode() + body)
-            while data := await reader.read(1 << 16):
-                answer.feed(data)
+            await answer.done
         finally:
-            writer.close()
+            transport.close()
+        return answer
 
 
-class _Answer:
-    """What the parser tells us. ``marks`` are (time, length of the body by then)."""
+class _Answer(asyncio.Protocol):
+    """Notes what arrives, and reads nothing into it. ``marks`` are (time, length of the body by then)."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: bytes) -> None:
         self._parser = httptools.HttpResponseParser(self)
+        self._request = request
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.start = 0.0
         self.status = 0
         self.body = bytearray()
         self.marks: list[tuple[float, int]] = []
 
-    def feed(self, data: bytes) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self.start = time.perf_counter()
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
         """Take bytes off the wire."""
-        before = len(self.body)
-        self._parser.feed_data(data)
+        now, before = time.perf_counter() - self.start, len(self.body)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._end(error)
         if len(self.body) > before:
-            self.marks.append((time.perf_counter() - self.start, len(self.body)))
+            self.marks.append((now, len(self.body)))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The other side has closed."""
+        self._end(exc if exc is not None or self.status else ConnectionError("closed without an answer"))
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
@@ -107,6 +133,14 @@ class _Answer:
     def on_body(self, data: bytes) -> None:
         """Called by the parser."""
         self.body += data
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None) if error is None else self.done.set_exception(error)
 
 
 def _read_events(answer: _Answer, timing: Timing) -> None:
@@ -120,10 +154,20 @@ def _read_events(answer: _Answer, timing: Timing) -> None:
             mark += 1
         if data == b"[DONE]":
             return
-        event = json.loads(data)
+        if data.startswith(b":"):  # a comment, which keeps the connection open
+            continue
+        event = msgspec.json.decode(data)
         if "error" in event:
             timing.error = str(event["error"].get("message"))
         timing.output_tokens = (event.get("usage") or {}).get("completion_tokens", timing.output_tokens)
-        if any(choice.get("text") or choice.get("finish_reason") is None for choice in event.get("choices", ())):
+        if any(_is_piece(choice) for choice in event.get("choices", ())):
             timing.events.append(answer.marks[mark][0])
     timing.error = timing.error or "the stream ended before [DONE]"
+
+
+def _is_piece(choice: dict[str, Any]) -> bool:
+    """Whether a token came with it, though perhaps no text yet. A chat begins with an event that has neither."""
+    delta = choice.get("delta")
+    if delta is None:
+        return bool(choice.get("text") or choice.get("finish_reason") is None)
+    return bool(delta.get("content") or delta.get("reasoning_content"))

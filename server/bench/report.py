@@ -5,21 +5,36 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from quire.core.version import __version__
 
-__all__ = ["environment", "percentiles", "print_json", "print_table"]
+__all__ = ["device_name", "environment", "percentiles", "print_json", "print_table", "progress"]
 
 
 def environment(device: str) -> dict[str, str]:
     """What a figure must be read beside: versions and the device's name."""
     import torch
 
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{platform.machine()} CPU"
-    threads = "" if device.startswith("cuda") else f", {torch.get_num_threads()} threads"
-    return {"quire": __version__, "torch": torch.__version__, "device": name + threads}
+    return {"quire": __version__, "torch": torch.__version__, "device": device_name(device)}
+
+
+def device_name(device: str) -> str:
+    """By which its ceilings are known; of a CPU, with the threads that torch uses."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def progress(total: int, what: str, unit: str = "req") -> tqdm[Any]:
+    """A bar on stderr, if that is a terminal."""
+    return tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

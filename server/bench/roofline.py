@@ -8,25 +8,73 @@ al. 2009).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["CEILINGS", "Ceilings", "ModelShape", "decode_floor", "workload_floor"]
+from quire.core.config import EngineConfig
+from quire.core.errors import ConfigError
+from quire.core.hf_config import read_hf_config
+
+__all__ = [
+    "CEILINGS",
+    "CEILINGS_FILE",
+    "Ceilings",
+    "ModelShape",
+    "ceilings_of",
+    "decode_floor",
+    "keep_ceilings",
+    "workload_floor",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What a card reaches on random data."""
+    """What a device reaches on random data."""
 
     bytes_s: float
     """Reading device memory."""
     flops_s: float
     """A large product of 16-bit matrices."""
+    fp8_flops_s: float = 0.0
+    """A large product of 8-bit matrices; 0 where there is none."""
 
 
-CEILINGS = {"NVIDIA H200": Ceilings(4.29e12, 680e12)}
-"""Cards that were measured, by the name that their driver gives."""
+CEILINGS = {"NVIDIA H200": Ceilings(4.29e12, 680e12, 1280e12)}
+"""Devices that were measured, by the name that their driver gives."""
+
+CEILINGS_FILE = Path("~/.cache/quire/ceilings.json")
+"""Where ``quire bench ceilings`` keeps what it measured on this machine."""
+
+
+def ceilings_of(device: str, file: Path | None = None) -> Ceilings | None:
+    """What was measured on this machine, else the built-in figures of such a card, else None.
+
+    ``file`` is one that the user named; it is an error if it cannot be read.
+    """
+    path = (file or CEILINGS_FILE).expanduser()
+    try:
+        known = json.loads(path.read_text("utf-8"))
+        if device in known:
+            return Ceilings(**{name: float(known[device][name]) for name in Ceilings.__slots__})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if file is not None or not isinstance(error, OSError):
+            raise ConfigError(f"{path} is no file of ceilings ({error!r}); make one: quire bench ceilings") from None
+    return CEILINGS.get(device)
+
+
+def keep_ceilings(device: str, measured: Ceilings, file: Path | None = None) -> Path:
+    """Add a device to the file. Raises ConfigError if it cannot be written."""
+    path = (file or CEILINGS_FILE).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**known, device: asdict(measured)}, indent=2) + "\n", "utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be written ({error}); name another with --out FILE") from None
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +89,18 @@ class ModelShape:
     intermediate: int
     vocab: int
     itemsize: int = 2
+    """Bytes of a number where nothing is quantized: the head, and keys and values by default."""
+    weight_bytes: float = 2.0
+    """Bytes of a weight of the layers, scales and zero points included."""
+    kv_itemsize: int = 2
+    eight_bit: bool = False
+    """Whether the layers multiply 8-bit numbers."""
 
     @classmethod
-    def of(cls, hf_config: Any) -> ModelShape:
-        """Read from a transformers configuration."""
+    def of(cls, hf_config: Any, *, itemsize: int = 2, kv_itemsize: int | None = None, online: str = "") -> ModelShape:
+        """Read from a transformers configuration. ``online`` is the quantization applied while loading, if any."""
         heads = hf_config.num_attention_heads
+        width, eight_bit = _weights(getattr(hf_config, "quantization_config", None) or {}, online, itemsize)
         return cls(
             layers=hf_config.num_hidden_layers,
             hidden=hf_config.hidden_size,
@@ -54,6 +109,21 @@ class ModelShape:
             head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
             intermediate=hf_config.intermediate_size,
             vocab=hf_config.vocab_size,
+            itemsize=itemsize,
+            weight_bytes=width,
+            kv_itemsize=kv_itemsize or itemsize,
+            eight_bit=eight_bit,
+        )
+
+    @classmethod
+    def of_engine(cls, config: EngineConfig) -> ModelShape:
+        """The model as an engine runs it."""
+        size = 4 if config.model.dtype == "float32" else 2
+        return cls.of(
+            read_hf_config(Path(config.model.path)),
+            itemsize=size,
+            kv_itemsize=1 if config.cache.dtype.startswith("fp8") else size,
+            online=config.plugin("quant").name,
         )
 
     @property
@@ -65,14 +135,13 @@ class ModelShape:
     @property
     def kv_bytes(self) -> int:
         """Bytes of one cached token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_itemsize
 
     def products(self, tokens: int, drawn: int, card: Ceilings) -> float:
         """Seconds of a step's linear layers for ``tokens``, and of the head for those ``drawn``."""
         head = self.hidden * self.vocab
-        return _slower(self.linear * self.itemsize, 2 * tokens * self.linear, card) + _slower(
-            head * self.itemsize, 2 * drawn * head, card
-        )
+        layers = max(self.linear * self.weight_bytes / card.bytes_s, 2 * tokens * self.linear / self._flops_s(card))
+        return layers + _slower(head * self.itemsize, 2 * drawn * head, card)
 
     def decode_step(self, batch: int, context: float, card: Ceilings) -> float:
         """Seconds of a step in which ``batch`` requests of ``context`` tokens draw one each."""
@@ -86,7 +155,10 @@ class ModelShape:
     def prompts(self, lengths: Sequence[int], card: Ceilings) -> float:
         """Seconds to compute prompts, causally, as matrix products alone."""
         attention = sum(2 * self.layers * self.heads * self.head_dim * n * n for n in lengths)
-        return (2 * sum(lengths) * self.linear + attention) / card.flops_s
+        return 2 * sum(lengths) * self.linear / self._flops_s(card) + attention / card.flops_s
+
+    def _flops_s(self, card: Ceilings) -> float:
+        return card.fp8_flops_s if self.eight_bit and card.fp8_flops_s else card.flops_s
 
 
 def decode_floor(shape: ModelShape, prompt_lens: Sequence[int], answer_lens: Sequence[int], card: Ceilings) -> float:
@@ -105,3 +177,20 @@ def workload_floor(shape: ModelShape, prompt_lens: Sequence[int], answer_lens: S
 
 def _slower(num_bytes: float, flops: float, card: Ceilings) -> float:
     return max(num_bytes / card.bytes_s, flops / card.flops_s)
+
+
+def _weights(quantization: dict[str, Any], online: str, itemsize: int) -> tuple[float, bool]:
+    """(bytes of a weight, whether products are of 8-bit numbers): from what the checkpoint says of itself."""
+    method = str(quantization.get("quant_method", "") or online)
+    bits, group = quantization.get("bits"), quantization.get("group_size", 128)
+    schemes = (quantization.get("config_groups") or {}).values()
+    for scheme in schemes:  # compressed-tensors
+        weights = scheme.get("weights") or {}
+        bits, group = weights.get("num_bits", bits), weights.get("group_size") or 0
+        method = "int8" if scheme.get("input_activations") else method
+    if method in ("awq", "gptq") or (bits and bits <= 4):
+        bits = bits or 4
+        return bits / 8 + ((2 + bits / 8) / group if group and group > 0 else 0), False
+    if method in ("fp8", "int8") or bits == 8:
+        return 1.0, method in ("fp8", "int8")
+    return float(itemsize), False

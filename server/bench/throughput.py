@@ -1,4 +1,4 @@
-"""``quire bench throughput``: tokens per second of a workload, offline, beside ``transformers.generate``."""
+"""``quire bench throughput``: tokens per second offline, beside the floor and ``transformers.generate``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.llm import LLM
 from quire.core.errors import ConfigError
-from quire.core.hf_config import read_hf_config
 from quire.core.sampling_params import SamplingParams
-from quire.server.bench.report import environment, print_json
-from quire.server.bench.roofline import CEILINGS, ModelShape, decode_floor, workload_floor
+from quire.server.bench.datasets import dataset_workload
+from quire.server.bench.report import device_name, environment, print_json
+from quire.server.bench.roofline import Ceilings, ModelShape, ceilings_of, decode_floor, workload_floor
 from quire.server.bench.transformers_run import TransformersRun
-from quire.server.bench.workloads import Workload, make_workload
+from quire.server.bench.workloads import Workload, make_workload, random_workload
 
 __all__ = ["run"]
 
@@ -27,21 +27,61 @@ _CPU_PROMPTS = 16
 
 
 def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
-    """Measure and print."""
-    workload = make_workload(args.workload).scaled(_positive(args.scale))
+    """Measure and print, one workload after another in one engine."""
+    named = [make_workload(name) for name in _names(args)]
+    _positive(args.scale)
     if args.enable_prefix_caching is None:
         engine_args = dataclasses.replace(engine_args, enable_prefix_caching=False)
     llm = LLM(**vars(engine_args))
     config = llm.config.model
-    whole = len(workload.prompts)
+    card = ceilings_of(device_name(config.device), Path(args.ceilings) if args.ceilings else None)
     count = args.num_prompts or (_CPU_PROMPTS if config.device == "cpu" else None)
-    workload = workload.first(count).within(config.vocab_size)
-    _check_fits(workload, config.max_model_len)
-    print(
-        f"{workload.name}: {len(workload.prompts)} of {whole} requests, {workload.input_tokens:,} tokens in, "
-        f"{workload.output_tokens:,} out; {config.model} in {config.dtype} on {config.device}",
-        flush=True,
-    )
+    whole = [each.scaled(args.scale) for each in named or [_given(args, llm)]]
+    workloads = [each.first(count).within(config.vocab_size) for each in whole]
+    for workload in workloads:
+        _check_fits(workload, config.max_model_len)
+    measured = []
+    for workload, before in zip(workloads, whole, strict=True):
+        print(
+            f"{workload.name}: {len(workload.prompts)} of {len(before.prompts)} requests, "
+            f"{workload.input_tokens:,} tokens in, {workload.output_tokens:,} out; "
+            f"{config.model} in {config.dtype} on {config.device}",
+            flush=True,
+        )
+        found = _measure(llm, workload, args)
+        _beside_the_floor(workload, llm, found, card)
+        measured.append((workload, found))
+    if _compares(args, config.device):
+        _compare(measured, llm, args)
+    if args.json:
+        for _, found in measured:
+            print_json(found)
+    return 0
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """The workloads asked for; none if the guides' options or a file say what to run."""
+    given = [name for word in args.workload or () for name in word.split(",") if name]
+    if args.dataset or args.input_len or args.output_len:
+        if given:
+            raise ConfigError(
+                f"--workload {given[0]} fixes its prompts; leave out --dataset, --input-len and --output-len"
+            )
+        return []
+    return given or ["nano"]
+
+
+def _given(args: argparse.Namespace, llm: LLM) -> Workload:
+    count = args.num_prompts or 1000
+    if args.dataset:
+        if args.input_len:
+            raise ConfigError("--input-len does not go with --dataset, whose prompts have their own length")
+        return dataset_workload(args.dataset, llm.tokenizer.encode, count, args.output_len)
+    return random_workload(count, args.input_len or 1024, args.output_len or 128)
+
+
+def _measure(llm: LLM, workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    config = llm.config.model
     _generate(llm, _warm_up(workload), args)
     walls = [_generate(llm, workload, args) for _ in range(args.repeat)]
     found: dict[str, Any] = {
@@ -52,27 +92,24 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
         "model": config.model,
         "dtype": config.dtype,
         **environment(config.device),
+        **_sampling(workload, args),
         "walls_s": [round(wall, 4) for wall in walls],
         **_rates(workload, statistics.median(walls)),
     }
     if re.match(r"decode-", workload.name):
         first = statistics.median(_generate(llm, workload.one_token(), args) for _ in range(args.repeat))
         found["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (found["wall_s"] - first)
+    found["kernels_compiled"] = llm.stats().get("kernels_compiled_total", 0.0)
     print(_line("quire", found), flush=True)
-    _beside_the_floor(workload, llm, found)
-    if _compares(args, config.device):
-        _compare(workload, llm, args, found)
-    if args.json:
-        print_json(found)
-    return 0
+    return found
 
 
-def _beside_the_floor(workload: Workload, llm: LLM, found: dict[str, Any]) -> None:
-    """How close the card's ceilings are, where they were measured."""
-    card = CEILINGS.get(found["device"])
+def _beside_the_floor(workload: Workload, llm: LLM, found: dict[str, Any], card: Ceilings | None) -> None:
+    """How close the device's ceilings are, where they were measured."""
     if card is None:
+        print(f"no floor: the ceilings of {found['device']} are not known; measure them once: quire bench ceilings")
         return
-    shape = ModelShape.of(read_hf_config(Path(llm.config.model.path)))
+    shape = ModelShape.of_engine(llm.config)
     prompts, answers = [len(prompt) for prompt in workload.prompts], workload.max_tokens
     floor = found["floor_output_tok_s"] = workload.output_tokens / workload_floor(shape, prompts, answers, card)
     share = found["share_of_floor"] = found["output_tok_s"] / floor
@@ -85,16 +122,19 @@ def _beside_the_floor(workload: Workload, llm: LLM, found: dict[str, Any]) -> No
     print(text, flush=True)
 
 
-def _compare(workload: Workload, llm: LLM, args: argparse.Namespace, found: dict[str, Any]) -> None:
+def _compare(measured: list[tuple[Workload, dict[str, Any]]], llm: LLM, args: argparse.Namespace) -> None:
     model = llm.config.model
     llm.shutdown()
     other = TransformersRun(model, args.compare_batch_size)
-    other.generate(_warm_up(workload))
-    wall = other.generate(workload)
-    beside = found["transformers"] = {"batch_size": args.compare_batch_size, **_rates(workload, wall)}
-    print(_line(f"transformers.generate, batches of {args.compare_batch_size}", beside))
-    found["times_transformers"] = found["output_tok_s"] / beside["output_tok_s"]
-    print(f"quire is {found['times_transformers']:.2f} x transformers.generate", flush=True)
+    for workload, found in measured:
+        other.generate(_warm_up(workload))
+        wall = other.generate(workload)
+        beside = found["transformers"] = {"batch_size": args.compare_batch_size, **_rates(workload, wall)}
+        if len(measured) > 1:
+            print(f"{workload.name}:")
+        print(_line(f"transformers.generate, batches of {args.compare_batch_size}", beside))
+        found["times_transformers"] = found["output_tok_s"] / beside["output_tok_s"]
+        print(f"quire is {found['times_transformers']:.2f} x transformers.generate", flush=True)
 
 
 def _compares(args: argparse.Namespace, device: str) -> bool:
@@ -104,12 +144,7 @@ def _compares(args: argparse.Namespace, device: str) -> bool:
 
 def _generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> float:
     """Seconds for the whole workload."""
-    common: dict[str, Any] = {
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "ignore_eos": True,
-        "detokenize": False,
-    }
+    common: dict[str, Any] = {**_sampling(workload, args), "ignore_eos": True, "detokenize": False}
     params = [SamplingParams(max_tokens=count, **common) for count in workload.max_tokens]
     start = time.perf_counter()
     outputs = llm.generate(workload.prompts, params, use_tqdm=sys.stderr.isatty())
@@ -117,6 +152,15 @@ def _generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> float:
     made = [len(output.outputs[0].token_ids) for output in outputs]
     assert made == list(workload.max_tokens), "an answer is shorter than asked for"
     return wall
+
+
+def _sampling(workload: Workload, args: argparse.Namespace) -> dict[str, float]:
+    """What the flags say, else what the workload says."""
+    temperature, top_p = (0.8, 0.95) if workload.sampled else (0.0, 1.0)
+    return {
+        "temperature": temperature if args.temperature is None else args.temperature,
+        "top_p": top_p if args.top_p is None else args.top_p,
+    }
 
 
 def _warm_up(workload: Workload) -> Workload:
@@ -152,7 +196,6 @@ def _check_fits(workload: Workload, limit: int) -> None:
         )
 
 
-def _positive(scale: float) -> float:
+def _positive(scale: float) -> None:
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale must be above 0 and at most 1, got {scale}")
-    return scale

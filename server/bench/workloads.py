@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from quire.core.errors import ConfigError
 
-__all__ = ["Workload", "make_workload", "random_prompts"]
+__all__ = ["WORKLOADS", "Workload", "make_workload", "random_prompts", "random_workload"]
 
 _IDS = 10_000
 """Token ids are drawn below this; a smaller vocabulary takes them modulo its size."""
@@ -22,6 +22,8 @@ class Workload:
     name: str
     prompts: Sequence[list[int]]
     max_tokens: Sequence[int]
+    sampled: bool = False
+    """Temperature 0.8 and top_p 0.95 instead of greedy."""
 
     @property
     def input_tokens(self) -> int:
@@ -55,23 +57,34 @@ class Workload:
         return replace(self, max_tokens=[1] * len(self.prompts))
 
 
+WORKLOADS = "nano, decode-bsN, decode-bsNxINPUTxOUTPUT, prefill, prefill-NxINPUT, latency-long; each with -sampled"
+
+
 def make_workload(name: str, seed: int = 0) -> Workload:
-    """The workload called ``name``. Raises ConfigError, with the names there are."""
+    """The workload called ``name``; ``NAME-sampled`` is ``NAME`` with random sampling. Raises ConfigError, with the
+    names there are."""
     draw = random.Random(seed)
+    if name.endswith("-sampled"):
+        return replace(make_workload(name.removesuffix("-sampled"), seed), name=name, sampled=True)
     if name == "nano":
         prompts = [[draw.randint(0, _IDS) for _ in range(draw.randint(100, 1024))] for _ in range(256)]
         return Workload(name, prompts, [draw.randint(100, 1024) for _ in range(256)])
-    if name == "prefill":
-        return Workload(name, random_prompts(draw, 64, 2048), [1] * 64)
+    if match := re.fullmatch(r"prefill(?:-([1-9]\d{0,4})x([1-9]\d{0,5}))?", name):
+        count, prompt = (int(part or default) for part, default in zip(match.groups(), (64, 2048), strict=True))
+        return Workload(name, random_prompts(draw, count, prompt), [1] * count)
     if name == "latency-long":
         return Workload(name, random_prompts(draw, 1, 8192), [128])
     if match := re.fullmatch(r"decode-bs([1-9]\d{0,4})(?:x([1-9]\d{0,5})x([1-9]\d{0,5}))?", name):
-        count, prompt, answer = (int(part) if part else None for part in match.groups())
-        assert count is not None
-        return Workload(name, random_prompts(draw, count, prompt or 128), [answer or 256] * count)
-    raise ConfigError(
-        f"workload {name!r} is unknown; choose nano, prefill, latency-long, decode-bsN or decode-bsNxINPUTxOUTPUT"
-    )
+        count, prompt, answer = (
+            int(part or default) for part, default in zip(match.groups(), (1, 128, 256), strict=True)
+        )
+        return Workload(name, random_prompts(draw, count, prompt), [answer] * count)
+    raise ConfigError(f"workload {name!r} is unknown; choose {WORKLOADS}")
+
+
+def random_workload(count: int, input_len: int, output_len: int, seed: int = 0) -> Workload:
+    """Random prompts, all of one length, and answers of another."""
+    return Workload("random", random_prompts(random.Random(seed), count, input_len), [output_len] * count)
 
 
 def random_prompts(draw: random.Random, count: int, length: int, vocab_size: int = _IDS) -> list[list[int]]:

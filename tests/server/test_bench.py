@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from quire.core.errors import ConfigError
+from quire.server.bench.datasets import read_texts
 from quire.server.bench.report import percentiles
 from quire.server.bench.workloads import make_workload
 from quire.server.cli import main
@@ -28,6 +30,8 @@ def test_nano_is_draw_for_draw_what_others_ran() -> None:
         ("decode-bs256", 256, 128, 256),
         ("decode-bs64x2048x128", 64, 2048, 128),
         ("prefill", 64, 2048, 1),
+        ("prefill-64x2048", 64, 2048, 1),
+        ("decode-bs8-sampled", 8, 128, 256),
         ("latency-long", 1, 8192, 128),
     ],
 )
@@ -111,3 +115,38 @@ def test_load_that_fails_says_so(server: RunningServer, capsys: pytest.CaptureFi
     words = ["bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--input-len", "9", "--model", "nobody"]
     assert main(words) == 1
     assert "does not exist" in capsys.readouterr().out
+
+
+def test_several_workloads_in_one_engine(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ceilings.json"
+    assert main(["bench", "ceilings", "--device", "cpu", "--cpu-threads", "1", "--out", str(file), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["bytes_s"] > 1e8 and measured["flops_s"] > 1e8
+    words = ["bench", "throughput", "--model", tiny_model, "--workload", "decode-bs2,prefill", "nano-sampled"]
+    words += ["--num-prompts", "2", "--scale", "0.02", "--no-compare", "--json", "--cpu-threads", "1"]
+    assert main([*words, "--ceilings", str(file)]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [each["workload"] for each in found] == ["decode-bs2", "prefill", "nano-sampled"]
+    assert [each["temperature"] for each in found] == [0.0, 0.0, 0.8]
+    assert all(each["share_of_floor"] > 0 for each in found) and found[0]["decode_share_of_floor"] > 0
+
+
+def test_conversations_of_a_file(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [{"value": "what is this thing about"}, {"value": "it is about that"}]
+    file = tmp_path / "share.json"
+    file.write_text(json.dumps([{"conversations": talk}, {"conversations": talk[:1]}]))
+    words = ["bench", "throughput", "--model", tiny_model, "--dataset", str(file), "--num-prompts", "5"]
+    assert main([*words, "--no-compare", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["workload"] == "share" and found["requests"] == 1 and found["output_tokens"] >= 4
+    assert main([*words, "--workload", "nano"]) == 2
+    assert "leave out --dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", "{}"), ("a.jsonl", "[1]"), ("a.txt", ""), ("b.json", "no")])
+def test_files_that_are_no_data_sets(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="--dataset"):
+        read_texts(str(tmp_path / name), 3)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_texts(str(tmp_path / "absent.txt"), 3)

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from quire.core.errors import ConfigError
 from quire.core.hf_config import read_hf_config
-from quire.server.bench.roofline import CEILINGS, ModelShape, decode_floor, workload_floor
+from quire.server.bench.roofline import (
+    CEILINGS,
+    Ceilings,
+    ModelShape,
+    ceilings_of,
+    decode_floor,
+    keep_ceilings,
+    workload_floor,
+)
 from quire.server.bench.workloads import make_workload
 
 CARD = CEILINGS["NVIDIA H200"]
@@ -33,6 +42,37 @@ def test_decode(model: str, batch: int, tokens_s: int) -> None:
     work = make_workload(f"decode-bs{batch}")
     seconds = decode_floor(shape(model), [len(p) for p in work.prompts], work.max_tokens, CARD)
     assert batch * 255 / seconds == pytest.approx(tokens_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens_s", "quantization", "kv"),
+    [
+        (1, 533, {"quant_method": "fp8"}, 1),
+        (32, 16021, {"quant_method": "fp8"}, 1),
+        (1, 911, {"quant_method": "awq", "bits": 4, "group_size": 128}, 2),
+        (32, 23856, {"quant_method": "awq", "bits": 4, "group_size": 128}, 2),
+        (1, 911, {"config_groups": {"0": {"weights": {"num_bits": 4, "group_size": 128}}}}, 2),
+    ],
+)
+def test_quantized_decode(batch: int, tokens_s: int, quantization: dict, kv: int) -> None:
+    config = read_hf_config(MODELS / "llama-3.1-8b")
+    config.quantization_config = quantization
+    work = make_workload(f"decode-bs{batch}")
+    seconds = decode_floor(ModelShape.of(config, kv_itemsize=kv), [len(p) for p in work.prompts], work.max_tokens, CARD)
+    assert batch * 255 / seconds == pytest.approx(tokens_s, rel=1e-2)
+
+
+def test_what_this_machine_measured_wins(tmp_path: Path) -> None:
+    file = tmp_path / "ceilings.json"
+    mine = Ceilings(1e12, 2e12, 3e12)
+    keep_ceilings("a card", Ceilings(5.0, 6.0), file)
+    keep_ceilings("NVIDIA H200", mine, file)
+    assert ceilings_of("NVIDIA H200", file) == mine and ceilings_of("a card", file) == Ceilings(5.0, 6.0)
+    assert ceilings_of("another", file) is None
+    file.write_text('{"NVIDIA H200": {}}')
+    for broken in (file, tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="make one: quire bench ceilings"):
+            ceilings_of("NVIDIA H200", broken)
 
 
 @pytest.mark.parametrize(("model", "tokens_s"), [("qwen3-0.6b", 35640), ("llama-3.1-8b", 12467)])

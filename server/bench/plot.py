@@ -1,0 +1,56 @@
+"""``quire bench serve --plot FILE.png``: latency against load, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quire.core.errors import ConfigError
+
+__all__ = ["LoadPlot"]
+
+_PANELS = (("ttft_s", "time to first token"), ("itl_s", "between tokens"), ("e2e_s", "whole request"))
+
+
+class LoadPlot:
+    """A file to be drawn. Made before the load is, so that what is missing is told before an hour is spent.
+
+    Raises ConfigError if matplotlib is not installed or the file cannot be written.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = Path(file)
+        if self._file.suffix.lower() != ".png" or not self._file.absolute().parent.is_dir():
+            raise ConfigError(f"--plot {file} must be a .png file in a folder that exists")
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ConfigError(
+                "--plot needs matplotlib, which is not installed; install it with: pip install 'quire[plot]'"
+            ) from None
+        self._figure = Figure(figsize=(12, 4), layout="constrained")
+        FigureCanvasAgg(self._figure)
+
+    def draw(self, every: Sequence[dict[str, Any]]) -> Path:
+        """One point for each request rate: medians and 99th percentiles over the output that the server gave."""
+        points = sorted(every, key=lambda found: found["requests_s"])
+        for axes, (key, title) in zip(self._figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+            for part, label in (("p50", "median"), ("p99", "99th percentile")):
+                known = [found for found in points if part in found[key]]
+                load = [found["requests_s"] for found in known]
+                axes.plot(load, [1000 * found[key][part] for found in known], marker="o", label=label)
+            for found in known:
+                asked = f"{found['request_rate']:g}/s" if found["request_rate"] else "at once"
+                axes.annotate(asked, (found["requests_s"], 1000 * found[key]["p99"]), fontsize=7)
+            axes.set_title(title)
+            axes.set_xlabel("requests/s answered (asked for: beside the points)")
+            axes.set_ylabel("ms")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        first = points[0]
+        self._figure.suptitle(f"{first['model']}, {first['input_len']} tokens in, {first['output_len']} out")
+        self._figure.savefig(self._file, dpi=130)
+        return self._file

@@ -1,0 +1,119 @@
+"""A server of our own to measure: ``quire serve`` as a user would start it, its processes and their memory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quire.core.env import child_environment
+from quire.core.errors import ConfigError
+from quire.server.flags import ENGINE_FLAGS, option_flags
+
+__all__ = ["ServerProcess", "gpu_bytes", "serve_words"]
+
+_PATIENCE_S = 900.0
+
+
+class ServerProcess:
+    """Started by the constructor, on a free port of this machine; a context that ends it."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="quire-bench-")
+        self._out, self._log = Path(self._folder.name, "out"), Path(self._folder.name, "log")
+        command = [sys.executable, "-m", "quire", "serve", *arguments, "--host", "127.0.0.1", "--port", "0"]
+        self.started_at = time.monotonic()
+        with self._out.open("w") as out, self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                env={**child_environment(), **(environment or {})},
+            )
+        self.url = ""
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(40)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+    def wait_ready(self) -> float:
+        """Seconds from the start to the ready line. Raises ConfigError with the server's last words if none comes."""
+        while not (match := re.search(r"ready on (http://\S+)", self._out.read_text())):
+            if self._process.poll() is not None:
+                words = self._log.read_text().strip().splitlines()[-3:]
+                raise ConfigError(f"the server did not start: {' / '.join(words) or 'it said nothing'}")
+            if time.monotonic() - self.started_at > _PATIENCE_S:
+                raise ConfigError(f"the server was not ready after {_PATIENCE_S:.0f} s; start it by hand to see why")
+            time.sleep(0.005)
+        self.url = match.group(1)
+        return time.monotonic() - self.started_at
+
+    @property
+    def ready_line(self) -> str:
+        """What the server says it holds."""
+        return self._out.read_text().splitlines()[0].partition(" - ")[2]
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase, as the worker logs them."""
+        line = re.search(r"quire\.worker: started: (.*)", self._log.read_text())
+        parts = line.group(1).split(", ") if line else []
+        return {name: float(seconds) for name, seconds, _ in (part.rsplit(" ", 2) for part in parts)}
+
+    def resident_bytes(self) -> int:
+        """Memory of the server's processes together, pages that they share counted in each; 0 if the system does not
+        tell."""
+        pages, todo = 0, [self._process.pid]
+        while todo:
+            pid = todo.pop()
+            try:
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    todo += map(int, (task / "children").read_text().split())
+            except (OSError, IndexError, ValueError):
+                continue
+        return pages * 4096
+
+
+def serve_words(args: argparse.Namespace) -> list[str]:
+    """The words for ``quire serve`` that say of the engine what ``args`` say."""
+    words: list[str] = [args.model_argument] if getattr(args, "model_argument", None) else []
+    for flag in ENGINE_FLAGS:
+        value = getattr(args, flag.dest, None)
+        if isinstance(value, bool):
+            words.append(flag.name if value else f"--no-{flag.name.removeprefix('--')}")
+        elif isinstance(value, list) and flag.kind == "list":
+            words += [flag.name, *value]
+        elif isinstance(value, list):
+            words += [word for each in value for word in (flag.name, each)]
+        elif value is not None:
+            words += [flag.name, str(value)]
+    for name, kind in option_flags().items():
+        words += [word for pair in getattr(args, f"option_{kind}", None) or () for word in (name, pair)]
+    return words
+
+
+def gpu_bytes() -> int:
+    """Memory in use on the first GPU, by everybody; 0 without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    asked = [tool, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return int(found) << 20 if found.isdigit() else 0
