@@ -46,6 +46,18 @@ def quire_register_policy(register: Registrar) -> None:
 def quire_register_quant(register: Registrar) -> None:
     """Register the bundled quantization loaders."""
     register("none", "quire.plugins.quant.none:Unquantized", "weights as they are in the checkpoint")
+    register("awq", "quire.plugins.quant.awq:AWQ", "AWQ checkpoints, 4 bits", aliases=("awq_marlin",))
+    register("gptq", "quire.plugins.quant.gptq:GPTQ", "GPTQ checkpoints, 2 to 8 bits", aliases=("gptq_marlin",))
+    register("auto-round", "quire.plugins.quant.auto_round:AutoRound", "auto-round's own checkpoints, 2 to 8 bits")
+    register(
+        "fp8",
+        "quire.plugins.quant.fp8:Fp8",
+        "FP8 weights and activations, from the checkpoint or quantized at load",
+        aliases=("fbgemm_fp8",),
+    )
+    register("int8", "quire.plugins.quant.int8:Int8", "INT8 weights and activations, quantized at load")
+    target = "quire.plugins.quant.compressed_tensors:CompressedTensors"
+    register("compressed-tensors", target, "FP8, INT8 and packed 2- to 8-bit checkpoints of llmcompressor")
 
 
 @hookimpl

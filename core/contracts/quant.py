@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,11 @@ class LayerInfo:
         """(first, number) of the checkpoint's input features that belong to ``rank``."""
         return (rank * self.in_features, self.in_features) if self.shard == "row" else (0, self.in_features)
 
+    def only(self, part: int) -> LayerInfo:
+        """``part`` as a layer of its own."""
+        name, size, total = self.part_names[part], self.part_sizes[part], self.part_totals[part]
+        return replace(self, name=name, out_features=size, part_names=(name,), part_sizes=(size,), part_totals=(total,))
+
 
 @dataclass(slots=True)
 class QuantActivation:
@@ -75,11 +80,12 @@ class LinearMethod(ABC):
         register in ``process_weights`` what ``load`` was never called for (``--load-format dummy``)."""
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
-        """Suffixes of the tensors a checkpoint holds for each part; ``load`` is called once for each."""
+        """Suffixes of the tensors a checkpoint holds for a part; ``load`` is called once for each. ``info`` has that
+        part alone."""
         return ("weight", "bias") if info.bias else ("weight",)
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
-        """Those of ``tensor_names`` that a checkpoint may lack."""
+        """Those of ``tensor_names`` that a checkpoint may lack. ``info`` has one part alone."""
         return ()
 
     @abstractmethod

@@ -72,12 +72,16 @@ class Linear(CheckpointLayer):
         return {
             f"{part_name}.{tensor_name}": self._fill(part, tensor_name)
             for part, part_name in enumerate(self.info.part_names)
-            for tensor_name in self.method.tensor_names(self.info)
+            for tensor_name in self.method.tensor_names(self.info.only(part))
         }
 
     def optional(self) -> set[str]:
         """As the method says."""
-        return {f"{part}.{name}" for part in self.info.part_names for name in self.method.optional_names(self.info)}
+        return {
+            f"{part_name}.{tensor_name}"
+            for part, part_name in enumerate(self.info.part_names)
+            for tensor_name in self.method.optional_names(self.info.only(part))
+        }
 
     def finish(self) -> None:
         """Let the method repack."""

@@ -14,7 +14,7 @@ from quire.core.errors import CheckpointError
 from quire.core.layers.checkpoint import expect_shape
 from quire.plugins.quant.none import UnquantizedLinear
 
-__all__ = ["AssembledLinear", "Shard", "Stored", "widen"]
+__all__ = ["AssembledLinear", "Shard", "Stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,34 @@ class Stored:
     """None: one number, written with whatever shape."""
     dtypes: tuple[torch.dtype, ...]
     optional: bool = False
+    below: int | None = None
+    """Its numbers are from 0 to one less than this."""
+    equal: tuple[int, ...] | None = None
+    """Its numbers are these."""
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Raise ``CheckpointError`` unless the checkpoint's tensor ``name`` is as said."""
+        if self.shape is not None:
+            expect_shape(name, tensor, self.shape)
+        elif tensor.numel() != 1:
+            raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)} where one number is right")
+        if tensor.dtype not in self.dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"tensor {name!r} is {found} where {wanted} is right; the weights and the quantization_config in "
+                f"config.json do not belong together"
+            )
+        if self.equal is not None and tuple(tensor.tolist()) != self.equal:
+            raise CheckpointError(
+                f"tensor {name!r} says {tensor.tolist()}, but config.json asks for {list(self.equal)}; the weights and "
+                f"config.json are not of the same model"
+            )
+        if self.below is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < self.below:
+            raise CheckpointError(
+                f"tensor {name!r} has numbers from {int(tensor.min())} to {int(tensor.max())} where 0 to "
+                f"{self.below - 1} are right; download the model again"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +121,12 @@ class AssembledLinear(LinearMethod):
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """What ``stored`` says, and the bias."""
-        names = [name for part in range(len(info.part_names)) for name in self.stored(info, part)]
-        return tuple(dict.fromkeys([*names, "bias"]))
+        return (*self.stored(info, 0), "bias")
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
         """A bias of zeros is often written where the architecture has none."""
-        names = [n for part in range(len(info.part_names)) for n, s in self.stored(info, part).items() if s.optional]
-        return tuple(dict.fromkeys(names if info.bias else [*names, "bias"]))
+        optional = tuple(name for name, stored in self.stored(info, 0).items() if stored.optional)
+        return optional if info.bias else (*optional, "bias")
 
     def load(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
@@ -110,17 +137,7 @@ class AssembledLinear(LinearMethod):
         if tensor_name == "bias":
             _load_bias(layer, info, part, name, tensor, shard)
             return
-        stored = self.stored(info, part)[tensor_name]
-        if stored.shape is not None:
-            expect_shape(name, tensor, stored.shape)
-        elif tensor.numel() != 1:
-            raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)} where one number is right")
-        if tensor.dtype not in stored.dtypes:
-            wanted = " or ".join(str(d).removeprefix("torch.") for d in stored.dtypes)
-            raise CheckpointError(
-                f"tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')} where {wanted} is right; the weights "
-                f"and the quantization_config in config.json do not belong together"
-            )
+        self.stored(info, part)[tensor_name].check(name, tensor)
         self._arrived.setdefault(part, {})[tensor_name] = tensor
         self._ranks = rank, world_size
         whole = all(self._arrived.get(i, {}).keys() == self.stored(info, i).keys() for i in range(len(info.part_names)))
@@ -181,15 +198,6 @@ class AssembledLinear(LinearMethod):
         ]
         self.assemble(layer, info, parts)
         self._ready = True
-
-
-def widen(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:
-    """``(codes - zeros) * scales`` in float32: codes (out, in), scales and zeros (out, in / group); ``middle`` is the
-    zero point where ``zeros`` is None."""
-    out, groups = scales.shape
-    grouped = codes.float().view(out, groups, -1)
-    zero = middle if zeros is None else zeros.float()[..., None]
-    return ((grouped - zero) * scales.float()[..., None]).view(out, -1)
 
 
 def _shard(info: LayerInfo, part: int, rank: int, world_size: int) -> Shard:

@@ -1,29 +1,39 @@
-"""INT8 weights and activations (W8A8): a plain checkpoint quantized at load; others are compressed-tensors."""
+"""INT8 weights and activations: a plain checkpoint quantized at load, or one of compressed-tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from quire.plugins.quant.scaled import ScaledLinear
+from quire.core.contracts.quant import LayerInfo, LinearMethod
+from quire.plugins.quant.compressed_tensors import CompressedTensors
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme
+from quire.plugins.quant.scaled import ScaledFormat
 
-__all__ = ["Int8Linear"]
+__all__ = ["Int8"]
 
 
-class Int8Linear(ScaledLinear):
-    """See ``ScaledLinear``; ``kernels.int8`` multiplies on a GPU. Zero points are zero."""
+class Int8(LayerwiseLoader):
+    """Every row gets a scale at load, every token one when it comes; the head stays as it is."""
 
-    dtype = torch.int8
-    largest = 127.0
+    @classmethod
+    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+        """Other methods."""
+        method = quant_config.get("quant_method")
+        if method is None:
+            return []
+        if method == "compressed-tensors":
+            return CompressedTensors.only(torch.int8, quant_config, device)
+        return cls.another_method(quant_config, "int8")
 
-    def kernel(self) -> Any:
-        """Of INT8."""
-        from quire.plugins.quant.kernels import int8
+    def scheme(self, name: str, kind: str) -> Scheme:
+        """The same for all layers but the head."""
+        return None if kind == "lm_head" else ScaledFormat(torch.int8, "none")
 
-        return int8
-
-    def quantized(self, numbers: Tensor) -> Tensor:
-        """To the nearest, ties to even."""
-        return numbers.round().to(torch.int8)
+    def method_for(self, info: LayerInfo) -> LinearMethod:
+        """Compressed-tensors has a loader of its own."""
+        if self.quant_config.get("quant_method") == "compressed-tensors":
+            return CompressedTensors(self.quant_config).method_for(info)
+        return super().method_for(info)

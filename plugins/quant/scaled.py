@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from quire.core.contracts.quant import LayerInfo, QuantActivation
 from quire.plugins.quant.assembled import AssembledLinear, Shard, Stored
 
-__all__ = ["ScaledFormat", "ScaledLinear"]
+__all__ = ["Fp8Linear", "Int8Linear", "ScaledFormat", "ScaledLinear"]
 
 BLOCK = 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SCALES = (*_FLOATS, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
 class ScaledFormat:
     """How a checkpoint stores such weights."""
 
+    dtype: torch.dtype
+    """float8_e4m3fn or int8."""
     strategy: Literal["tensor", "channel", "block", "none"]
     """What shares a scale; ``none``: the checkpoint's weights are not quantized and shall be, by row, at load."""
     inputs: Literal["dynamic", "static", "native"] = "dynamic"
@@ -31,8 +34,8 @@ class ScaledFormat:
     block: tuple[int, int] = (BLOCK, BLOCK)
     """Rows and columns of a block."""
 
-    def stored(self, dtype: torch.dtype, outputs: int, inputs: int) -> Mapping[str, Stored]:
-        """The tensors of a whole (outputs, inputs) weight of ``dtype``, by suffix."""
+    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+        """The tensors of a whole (outputs, inputs) weight, by suffix."""
         if self.strategy == "none":
             return {"weight": Stored((outputs, inputs), _FLOATS)}
         rows, columns = self.block
@@ -41,22 +44,21 @@ class ScaledFormat:
             "channel": (outputs, 1),
             "block": (-(-outputs // rows), -(-inputs // columns)),
         }[self.strategy]
-        found = {"weight": Stored((outputs, inputs), (dtype,)), self.scale_name: Stored(shape, _FLOATS)}
+        found = {"weight": Stored((outputs, inputs), (self.dtype,)), self.scale_name: Stored(shape, _SCALES)}
         if self.inputs == "static":
             found["input_scale"] = Stored(None, _FLOATS)
         return found
 
 
 class ScaledLinear(AssembledLinear):
-    """Multiplies by ``weight`` (out, in) of ``dtype`` with ``weight_scale`` float32: (out,), what a scale for the whole
-    tensor is expanded to, so that fused parts keep their own; or (ceil(out / 128), ceil(in / 128)).
+    """Multiplies by ``weight`` (out, in) of the format's dtype with ``weight_scale`` float32: (out,), to which a scale
+    for a whole tensor is expanded, so that fused parts keep their own; or (ceil(out / 128), ceil(in / 128)).
 
-    ``input_scale`` is one float32, the largest of the fused parts', or None: activations are quantized by token.
+    ``input_scale`` (1,) float32 is the largest of the fused parts', or None: activations are quantized by token.
     """
 
-    dtype: torch.dtype
     largest: float
-    """The largest value of ``dtype`` that is used."""
+    """The largest value that weights take."""
 
     def __init__(self, form: ScaledFormat) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class ScaledLinear(AssembledLinear):
 
     @abstractmethod
     def kernel(self) -> Any:
-        """The module of kernels, with ``fits`` and ``linear``.
+        """The module of kernels, with ``fits``, ``input_format`` (of the same) and ``linear``.
 
         ``fits(weight, weight_scale, input_scale, weight_only=False) -> bool``: whether ``linear`` takes these, as said
         above, on their device. ``linear(x, weight, weight_scale, bias=None, input_scale=None, *, weight_only=False,
@@ -73,9 +75,13 @@ class ScaledLinear(AssembledLinear):
         and not offered. ``weight_only``: ``x`` need not be quantized.
         """
 
+    def input_scale(self, layer: nn.Module) -> Tensor | None:
+        """Of static activations."""
+        return getattr(layer, "input_scale", None)
+
     def stored(self, info: LayerInfo, part: int) -> Mapping[str, Stored]:
         """As the format says."""
-        return self.form.stored(self.dtype, info.part_totals[part], info.in_total)
+        return self.form.stored(info.part_totals[part], info.in_total)
 
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
         """Take this rank's share of each part."""
@@ -87,18 +93,18 @@ class ScaledLinear(AssembledLinear):
             self.register_wide(layer, info, torch.cat(wide))
             return
         found = [tensors["input_scale"].float().reshape(()) for tensors, _ in parts if "input_scale" in tensors]
-        input_scale = torch.stack(found).max() if found else None
+        input_scale = torch.stack(found).max().reshape(1) if found else None
         self._register(layer, info, weight, torch.cat(scales), input_scale)  # type: ignore[arg-type]
 
     def assemble_dummy(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """Random weights; scales that keep an activation's size."""
         out, inputs = info.out_features, info.in_features
         numbers = torch.randint(-127, 128, (out, inputs), dtype=torch.int8, device=device)
-        weight = numbers if self.dtype == torch.int8 else numbers.to(torch.bfloat16).to(self.dtype)
+        weight = numbers if self.form.dtype == torch.int8 else numbers.to(torch.bfloat16).to(self.form.dtype)
         shape = (-(-out // BLOCK), -(-inputs // BLOCK)) if self.form.strategy == "block" else (out,)
         scale = torch.full(shape, 3**0.5 / 127 / inputs**0.5, device=device)
         static = self.form.inputs == "static"
-        self._register(layer, info, weight, scale, torch.tensor(0.05, device=device) if static else None)
+        self._register(layer, info, weight, scale, torch.full((1,), 0.05, device=device) if static else None)
 
     def multiply(
         self,
@@ -115,7 +121,7 @@ class ScaledLinear(AssembledLinear):
             layer.weight,
             layer.weight_scale,
             bias,
-            getattr(layer, "input_scale", None),
+            self.input_scale(layer),
             weight_only=self.form.inputs == "native",
             norm=norm,
             activation=activation,
@@ -131,6 +137,7 @@ class ScaledLinear(AssembledLinear):
             self.register_wide(layer, info, weight.float() * _spread(scale, weight, (BLOCK, BLOCK)))
             return
         self._kernel = kernel
+        self.input_format = kernel.input_format(scale, input_scale, weight_only=native)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
         if input_scale is not None:
@@ -160,9 +167,41 @@ class ScaledLinear(AssembledLinear):
         rows = slice(shard.first_row, shard.first_row + shard.num_rows)
         return _padded(whole[rows, shard.first_column : shard.first_column + shard.num_columns], shard)
 
+    @abstractmethod
     def quantized(self, numbers: Tensor) -> Tensor:
-        """``numbers`` (float32, within ``largest``) rounded to ``dtype``."""
-        return numbers.to(self.dtype)
+        """``numbers`` (float32, within ``largest``) rounded to the format's dtype."""
+
+
+class Fp8Linear(ScaledLinear):
+    """FP8 e4m3."""
+
+    largest = 448.0
+
+    def kernel(self) -> Any:
+        """Of FP8."""
+        from quire.plugins.quant.kernels import fp8
+
+        return fp8
+
+    def quantized(self, numbers: Tensor) -> Tensor:
+        """To the nearest."""
+        return numbers.to(torch.float8_e4m3fn)
+
+
+class Int8Linear(ScaledLinear):
+    """INT8, its zero points zero."""
+
+    largest = 127.0
+
+    def kernel(self) -> Any:
+        """Of INT8."""
+        from quire.plugins.quant.kernels import int8
+
+        return int8
+
+    def quantized(self, numbers: Tensor) -> Tensor:
+        """To the nearest, ties to even."""
+        return numbers.round().to(torch.int8)
 
 
 def _spread(scale: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:

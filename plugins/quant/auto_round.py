@@ -1,0 +1,53 @@
+"""auto-round's own checkpoints (Cheng et al., 2023, arXiv:2309.05516): GPTQ's or AWQ's packing, layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quire.plugins.quant.awq import GemmFormat
+from quire.plugins.quant.gptq import BITS, GPTQFormat
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, group_size_is_wrong
+
+__all__ = ["AutoRound"]
+
+_PACKINGS = ("auto_round:auto_gptq", "auto_round:auto_awq")
+
+
+class AutoRound(LayerwiseLoader):
+    """Reads ``quant_method: auto-round``; ``extra_config`` has what differs in some layers."""
+
+    @classmethod
+    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+        """Other methods, packings and data types, and quantized activations."""
+        if reasons := cls.another_method(quant_config, "auto-round", "intel/auto-round"):
+            return reasons
+        found, packing = [], quant_config.get("packing_format")
+        if packing not in _PACKINGS:
+            found.append(f"auto-round packing {packing!r} is not supported; only {' and '.join(_PACKINGS)} are")
+        for config in (quant_config, *(quant_config.get("extra_config") or {}).values()):
+            bits, kind, size = config.get("bits", 4), config.get("data_type", "int"), config.get("group_size", 128)
+            if kind != "int" or (config.get("act_bits") or 16) < 16:
+                found.append(f"auto-round {kind!r} weights, or quantized activations, are not supported; int ones are")
+            if bits not in BITS and bits < 16:
+                found.append(f"auto-round with {bits!r} bits is not supported; only 2, 3, 4 and 8 are")
+            if group_size_is_wrong(size):
+                found.append(f"auto-round group size {size!r} is not supported; it must be -1 or positive")
+        return found
+
+    def scheme(self, name: str, kind: str) -> Scheme:
+        """What ``extra_config`` says of ``name`` over what is said of all; the head only where it is named."""
+        config, extra = self.quant_config, self.quant_config.get("extra_config") or {}
+        override = extra.get(name) or next((extra[key] for key in extra if re.fullmatch(key, name)), None)
+        if kind == "lm_head" and override is None and not config.get("lm_head"):
+            return None
+        config = {**config, **(override or {})}
+        bits, size = int(config.get("bits", 4)), int(config.get("group_size", 128))
+        if bits >= 16:
+            return None
+        if config["packing_format"] == "auto_round:auto_awq":
+            return GemmFormat(bits, size)
+        return GPTQFormat(bits, size, symmetric=bool(config.get("sym", True)))

@@ -1,0 +1,163 @@
+"""Codes of few bits, with a scale and perhaps a zero point by group of inputs: the one form of every such format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quire.plugins.quant.assembled import Shard
+
+__all__ = ["GroupedWeights", "grouped_by"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeights:
+    """``w[:, perm] = (codes - zeros) * scales``, a scale and a zero for each row and group of inputs."""
+
+    codes: Tensor
+    """(out, in) uint8, inputs in the order ``perm``."""
+    scales: Tensor
+    """(out, in / group_size), in the dtype of the checkpoint: float16 scales stay float16 under a bfloat16 model, which
+    would take three bits from each."""
+    zeros: Tensor | None
+    """(out, in / group_size) uint8; None: ``2 ** (bits - 1)`` everywhere."""
+    bits: int
+    """4 or 8: what fewer than 4 bits hold fits into 4."""
+    perm: Tensor | None = None
+    """(in,) int32: input ``perm[i]`` meets column ``i`` (GPTQ's activation order); None: as they come."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dense(self) -> Tensor:
+        """The weights (out, in) in float32, inputs as they come."""
+        weight = _widen(self.codes, self.scales, self.zeros, 1 << (self.bits - 1))
+        if self.perm is None:
+            return weight
+        inputs_first = torch.empty_like(weight)
+        inputs_first[:, self.perm.long()] = weight
+        return inputs_first
+
+    def regrouped(self, group_size: int) -> GroupedWeights:
+        """The same weights in smaller groups."""
+        times = self.group_size // group_size
+        zeros = None if self.zeros is None else self.zeros.repeat_interleave(times, dim=1)
+        return replace(self, scales=self.scales.repeat_interleave(times, dim=1), zeros=zeros)
+
+    def unpermuted(self) -> GroupedWeights:
+        """The same weights with inputs as they come, which leaves no groups where they were permuted."""
+        if self.perm is None:
+            return self
+        single, inverse = self.regrouped(1), torch.argsort(self.perm)
+        zeros = None if single.zeros is None else single.zeros[:, inverse]
+        return replace(self, codes=self.codes[:, inverse], scales=single.scales[:, inverse], zeros=zeros, perm=None)
+
+    def shard(self, shard: Shard) -> GroupedWeights:
+        """This rank's rows and columns, and rows of zeros where a vocabulary is padded."""
+        mine = self._columns(shard.first_column, shard.num_columns)
+        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
+        pad = shard.rows - shard.num_rows
+        return replace(
+            mine,
+            codes=_padded(mine.codes[rows], pad),
+            scales=_padded(mine.scales[rows], pad),
+            zeros=None if mine.zeros is None else _padded(mine.zeros[rows], pad),
+        )
+
+    def _columns(self, first: int, count: int) -> GroupedWeights:
+        if count == self.codes.shape[1]:
+            return self
+        whole = self.unpermuted()
+        if whole.scales.shape[1] > 1:  # else every rank's inputs are one group, as the whole's are
+            size = math.gcd(whole.group_size, first, count)
+            whole = whole.regrouped(size)
+            groups = slice(first // size, (first + count) // size)
+        else:
+            groups = slice(0, 1)
+        zeros = None if whole.zeros is None else whole.zeros[:, groups]
+        return replace(whole, codes=whole.codes[:, first : first + count], scales=whole.scales[:, groups], zeros=zeros)
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int = -1) -> GroupedWeights:
+        """From codes (out, in) of 2 to 8 ``bits``, carried in 4 or 8; scales and zeros (out, groups), for groups
+        of ``group_size`` inputs, -1: of even size. Smaller groups where the last is not full."""
+        inputs, groups = codes.shape[1], scales.shape[1]
+        size = inputs // groups if group_size == -1 else group_size
+        if size * groups != inputs:
+            size = math.gcd(size, inputs)
+            times = (torch.arange(0, inputs, size, device=codes.device) // group_size).long()
+            scales, zeros = scales[:, times], None if zeros is None else zeros[:, times]
+        middle = 1 << (bits - 1)
+        if zeros is not None and bool((zeros == middle).all()):
+            zeros = None
+        carried = 4 if bits <= 4 else 8
+        if zeros is None and bits != carried:
+            codes = codes + ((1 << (carried - 1)) - middle)
+        return cls(codes, scales, zeros, carried)
+
+    @staticmethod
+    def cat(parts: Sequence[GroupedWeights]) -> GroupedWeights:
+        """Parts of one bit width, one above the other. Smaller groups or none where theirs differ, and no permutation
+        where that differs."""
+        first = parts[0]
+        if any(not _same(first.perm, part.perm) for part in parts):
+            parts = [part.unpermuted() for part in parts]
+        size = math.gcd(*(part.group_size for part in parts))
+        parts = [part.regrouped(size) for part in parts]
+        zeros = None
+        if any(part.zeros is not None for part in parts):
+            middle = 1 << (first.bits - 1)
+            filled = (
+                torch.full_like(p.scales, middle, dtype=torch.uint8) if p.zeros is None else p.zeros for p in parts
+            )
+            zeros = torch.cat(list(filled))
+        dtype = parts[0].scales.dtype
+        if any(part.scales.dtype != dtype for part in parts):
+            dtype = torch.float32
+        return GroupedWeights(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales.to(dtype) for part in parts]),
+            zeros,
+            first.bits,
+            parts[0].perm,
+        )
+
+
+def grouped_by(
+    group_of: Tensor | None, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+) -> GroupedWeights:
+    """Weights whose input ``i`` is of group ``group_of[i]`` (in,), None: in order; codes (out, in), scales and zeros
+    (out, groups). Inputs are sorted by group; where groups are of another size than ``group_size``, every input gets a
+    scale of its own."""
+    inputs = codes.shape[1]
+    in_order = torch.arange(inputs, device=codes.device) // group_size
+    if group_of is None or torch.equal(group_of.long(), in_order):
+        return GroupedWeights.of(codes, scales, zeros, bits, group_size)
+    group_of = group_of.long()
+    perm = torch.argsort(group_of, stable=True)
+    if torch.equal(group_of[perm], in_order) and inputs % group_size == 0:
+        sorted_ = GroupedWeights.of(codes[:, perm], scales, zeros, bits, group_size)
+        return replace(sorted_, perm=perm.to(torch.int32))
+    return GroupedWeights.of(codes, scales[:, group_of], None if zeros is None else zeros[:, group_of], bits, 1)
+
+
+def _widen(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:
+    """``(codes - zeros) * scales`` in float32; ``middle`` is the zero point where ``zeros`` is None."""
+    out, groups = scales.shape
+    grouped = codes.float().view(out, groups, -1)
+    zero = middle if zeros is None else zeros.float()[..., None]
+    return ((grouped - zero) * scales.float()[..., None]).view(out, -1)
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    return tensor if rows == 0 else torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)

@@ -1,0 +1,73 @@
+"""Loaders that say for each projection of the checkpoint in which scheme it is stored."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantizationLoader
+from quire.plugins.quant.grouped import GroupedFormat, GroupedLinear
+from quire.plugins.quant.mixed import MixedLinear
+from quire.plugins.quant.none import UnquantizedLinear
+from quire.plugins.quant.scaled import Fp8Linear, Int8Linear, ScaledFormat
+
+__all__ = ["LayerwiseLoader", "Scheme", "group_size_is_wrong", "named", "whole_number"]
+
+Scheme: TypeAlias = GroupedFormat | ScaledFormat | None
+"""None: not quantized."""
+
+
+class LayerwiseLoader(QuantizationLoader):
+    """Asks ``scheme`` for each part of a layer."""
+
+    @abstractmethod
+    def scheme(self, name: str, kind: str) -> Scheme:
+        """How the projection ``name`` (``model.layers.0.self_attn.q_proj``) of ``kind`` is stored."""
+
+    def method_for(self, info: LayerInfo) -> LinearMethod:
+        """One product where the parts are of one scheme, else one for each."""
+        schemes = [self.scheme(name, info.kind) for name in info.part_names]
+        if all(scheme == schemes[0] for scheme in schemes):
+            return _method(schemes[0])
+        return MixedLinear(info.part_names, [_method(scheme) for scheme in schemes])
+
+    @staticmethod
+    def another_method(quant_config: Mapping[str, Any], *mine: str) -> list[str]:
+        """Why a checkpoint whose ``quant_method`` is none of ``mine`` cannot be read."""
+        method = quant_config.get("quant_method")
+        if method in mine:
+            return []
+        if method is None:
+            return [f"the checkpoint is not quantized with {mine[0]}: quantize it first, with quire quantize"]
+        return [f"the checkpoint is quantized with {method!r}, not {mine[0]}: leave out --quantization"]
+
+
+def named(name: str, patterns: Iterable[str] | None) -> bool:
+    """Whether a layer's ``name`` is one of ``patterns``, or has it as a part between dots; ``re:`` begins a regular
+    expression, matched from the start."""
+    for pattern in patterns or ():
+        if re.match(pattern[3:], name) if pattern.startswith("re:") else f".{pattern}." in f".{name}.":
+            return True
+    return False
+
+
+def group_size_is_wrong(value: Any) -> bool:
+    """Whether a value of config.json is neither -1 nor a positive integer."""
+    return not whole_number(value) or (value < 1 and value != -1)
+
+
+def whole_number(value: Any) -> bool:
+    """Whether a value of config.json is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _method(scheme: Scheme) -> LinearMethod:
+    if scheme is None:
+        return UnquantizedLinear()
+    if isinstance(scheme, GroupedFormat):
+        return GroupedLinear(scheme)
+    return Int8Linear(scheme) if scheme.dtype == torch.int8 else Fp8Linear(scheme)
