@@ -17,6 +17,7 @@ from quire.core.contracts.sampler import Sampler
 from quire.core.messages import SchedulerOutput
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
+from quire.core.worker.pinned import upload
 from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 
@@ -107,7 +108,7 @@ class DecodeGraphs:
         if self._last is None or not np.array_equal(self._last, step.rows):
             padded = np.full(size, self._table.padding_row, dtype=np.int64)
             padded[:count] = step.rows
-            self._rows[:size].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+            self._rows[:size] = upload(padded, torch.int64, self._rows.device)
             self._last = step.rows.copy()
         captured = self._captured[size]
         captured.model.replay()

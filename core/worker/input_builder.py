@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.messages import SchedulerOutput
+from quire.core.worker.pinned import upload
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["StepInputs", "build_inputs"]
@@ -35,10 +36,7 @@ def build_inputs(step: SchedulerOutput, table: RequestTable, block_size: int) ->
     """Expand the grants of ``step`` and advance ``table.num_computed`` past them."""
     device = table.device
     num_reqs, total = len(step.rows), step.total_tokens
-    packed = torch.from_numpy(_pack(step))
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    packed = packed.to(device, non_blocking=True)
+    packed = upload(_pack(step), torch.int64, device)
     rows, grants = packed[0], packed[1]
     sample_index = packed[2, : int(step.samples.sum())]
     start = torch.zeros(num_reqs + 1, dtype=torch.int64, device=device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
+from quire.core.worker.pinned import download
 from quire.core.worker.token_drawer import Drawn
 
 __all__ = ["Readback", "StepClock"]
@@ -60,7 +61,7 @@ class Readback:
     def __init__(self, step: SchedulerOutput, drawn: Drawn | None, prompt: _Rows, clock: StepClock) -> None:
         self._step = step
         self._quarantined = drawn.quarantined if drawn else []
-        self._tokens = _home(drawn.tokens) if drawn else None
+        self._tokens = download(drawn.tokens) if drawn else None
         self._asked = drawn.logprobs if drawn else None
         self._logprobs = _home_rows(self._asked.columns) if self._asked else None
         self._prompt = {i: _home_rows(rows) for i, rows in prompt.items()}
@@ -102,15 +103,9 @@ class Readback:
         }
 
 
-def _home(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
 def _home_rows(rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     ids, values, ranks = rows
-    return _home(ids), _home(values), _home(ranks)
+    return download(ids), download(values), download(ranks)
 
 
 def _as_rows(rows: tuple[Tensor, Tensor, Tensor]) -> LogprobRows:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.messages import BlockDiff, NewRequest
+from quire.core.worker.pinned import upload
 
 __all__ = ["RequestTable"]
 
@@ -32,19 +34,13 @@ class RequestTable:
         self.padding_row = num_rows
         self.max_model_len = max_model_len
         self.token_ids = column(torch.int32, max_model_len + 1)
-        self.num_tokens = column(torch.int32)
-        self.num_computed = column(torch.int32)
-        self.prompt_len = column(torch.int32)
+        self._counts = torch.zeros(4, num_rows + 1, dtype=torch.int32, device=device)
+        self.num_tokens, self.num_computed, self.prompt_len, self.top_k = self._counts
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = [column(torch.int32, max_blocks) for _ in range(num_groups)]
-        self.temperature = column(torch.float32)
-        self.top_k = column(torch.int32)
-        self.top_p = column(torch.float32)
-        self.min_p = column(torch.float32)
+        self._wishes = torch.zeros(6, num_rows + 1, dtype=torch.float32, device=device)
+        self.temperature, self.top_p, self.min_p, self.repetition, self.frequency, self.presence = self._wishes
         self.seed = column(torch.int64)
-        self.repetition = column(torch.float32)
-        self.frequency = column(torch.float32)
-        self.presence = column(torch.float32)
         self.sampling = SamplingTable(
             self.token_ids, self.num_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed
         )
@@ -53,26 +49,31 @@ class RequestTable:
         """Fill the rows of requests that enter."""
         if not requests:
             return
-        rows = self._upload([r.row for r in requests], torch.int64)
-        for request in requests:
-            tokens = torch.tensor(request.token_ids, dtype=torch.int32)
-            self.token_ids[request.row, : len(tokens)] = tokens.to(self.device, non_blocking=True)
         params = [r.params for r in requests]
-        columns: list[tuple[Tensor, list[float] | list[int]]] = [
-            (self.num_tokens, [len(r.token_ids) for r in requests]),
-            (self.num_computed, [r.num_computed for r in requests]),
-            (self.prompt_len, [r.prompt_len for r in requests]),
-            (self.temperature, [p.temperature for p in params]),
-            (self.top_k, [p.top_k for p in params]),
-            (self.top_p, [p.top_p for p in params]),
-            (self.min_p, [p.min_p for p in params]),
-            (self.seed, [r.seed for r in requests]),
-            (self.repetition, [p.repetition_penalty for p in params]),
-            (self.frequency, [p.frequency_penalty for p in params]),
-            (self.presence, [p.presence_penalty for p in params]),
+        tokens = upload(np.concatenate([np.asarray(r.token_ids, np.int32) for r in requests]), torch.int32, self.device)
+        lengths = [len(r.token_ids) for r in requests]
+        for request, own in zip(requests, tokens.split(lengths), strict=True):
+            self.token_ids[request.row, : len(own)] = own
+        whole = [
+            [r.row for r in requests],
+            [r.seed for r in requests],
+            lengths,
+            [r.num_computed for r in requests],
+            [r.prompt_len for r in requests],
+            [p.top_k for p in params],
         ]
-        for column, values in columns:
-            column[rows] = self._upload(values, column.dtype)
+        rows, seeds, *counts = upload(whole, torch.int64, self.device)
+        self.seed[rows] = seeds
+        self._counts[:, rows] = torch.stack(counts).int()
+        wishes = [
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.repetition_penalty for p in params],
+            [p.frequency_penalty for p in params],
+            [p.presence_penalty for p in params],
+        ]
+        self._wishes[:, rows] = upload(wishes, torch.float32, self.device)
 
     def set_blocks(self, diffs: Sequence[BlockDiff]) -> None:
         """Apply changes of block tables: one scatter a group."""
@@ -83,7 +84,7 @@ class RequestTable:
             rows = [d.row for d in mine for _ in d.block_ids]
             places = [d.start + i for d in mine for i in range(len(d.block_ids))]
             ids = [b for d in mine for b in d.block_ids]
-            packed = self._upload([rows, places, ids], torch.int64)
+            packed = upload([rows, places, ids], torch.int64, self.device)
             table[packed[0], packed[1]] = packed[2].int()
 
     def append(self, rows: Tensor, tokens: Tensor) -> None:
@@ -91,9 +92,3 @@ class RequestTable:
         end = self.num_tokens[rows]
         self.token_ids[rows, end.long()] = tokens
         self.num_tokens[rows] = end + 1
-
-    def _upload(self, values: object, dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)

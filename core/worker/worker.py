@@ -26,6 +26,7 @@ from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
 from quire.core.worker.memory import KVCache, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
+from quire.core.worker.pinned import lock_ahead
 from quire.core.worker.readback import Readback
 from quire.core.worker.rehearsal import largest_step, rehearsal_steps
 from quire.core.worker.request_table import RequestTable
@@ -72,6 +73,8 @@ class Worker:
                 self._watch.lap("graphs")
             else:
                 _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)
+        if self._device.type == "cuda":
+            lock_ahead()
         self._compiled = CompileCounter() if self._device.type == "cuda" else None
         self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations, graphs)
         _log.info("started: %s", self._watch)
