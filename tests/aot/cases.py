@@ -20,6 +20,8 @@ from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
+from quire.plugins.quant.kernels.int4 import IntWeights
+from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
 
 CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
@@ -105,6 +107,29 @@ def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: 
     )
 
 
+def int4(
+    kernel: str, num_tokens: int, features: int, inputs: int, group: int = 128, bits: int = 4, half: bool = False,
+    **options: int,
+) -> None:  # fmt: skip
+    """As ``linear``."""
+    dtype = torch.float16 if half else torch.bfloat16
+    tiles, blocks = features // 16, inputs * bits // 512
+    words = torch.empty(tiles, blocks, 256, dtype=torch.int32)
+    groups = torch.empty(tiles, inputs // group, 16, dtype=torch.int32)
+    weights = IntWeights(words, groups, features, inputs, group, bits)
+    x, out = torch.empty(num_tokens, inputs, dtype=dtype), torch.empty(num_tokens, features // 2, dtype=dtype)
+    norm = None if kernel == "wide" else (x[0], 1e-5)
+    given = {"bias": torch.empty(features, dtype=dtype), "norm": norm, "residual": out, "gated": True}
+    LAUNCHERS[kernel](x, weights, out=out, chained=True, **given, **options)
+
+
+def int4_dequantize(bits: int) -> None:
+    words = torch.empty(256, 32, 256, dtype=torch.int32)
+    inputs = 16384 // bits
+    groups = torch.empty(256, inputs // 64, 16, dtype=torch.int32)
+    dequantized(IntWeights(words, groups, 4096, inputs, 64, bits), torch.bfloat16)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{
         f"{str(dt).removeprefix('torch.')}-{dim}": partial(attention, dt, dim)
@@ -130,6 +155,25 @@ CASES: dict[str, Callable[[], None]] = {
     "skinny-8": partial(linear, skinny, 8, 4096, 14336, tokens=8, rows=16, block=128, ways=4, num_stages=3),
     "skinny-32": partial(linear, skinny, 24, 6144, 1024, tokens=32, rows=32, block=64, ways=4, num_stages=4),
     "wide": partial(linear, wide, 32, 6144, 1024, tokens=32, rows=64, block=128, num_warps=4, num_stages=4),
+    "int4-skinny-1": partial(int4, "skinny", 1, 28672, 4096, tokens=1, tiles=2, ways=2, num_stages=4, ahead=1),
+    "int4-skinny-8": partial(int4, "skinny", 8, 4096, 14336, tokens=8, tiles=2, ways=8, num_stages=3, ahead=0),
+    "int4-skinny-16": partial(
+        int4, "skinny", 16, 4096, 4096, group=64, tokens=16, tiles=2, ways=4, num_stages=3, ahead=1
+    ),
+    "int4-skinny-8-bits": partial(
+        int4, "skinny", 8, 4096, 4096, bits=8, tokens=8, tiles=2, ways=4, num_stages=4, ahead=0
+    ),
+    "int4-skinny-float16": partial(
+        int4, "skinny", 8, 4096, 4096, half=True, tokens=8, tiles=2, ways=4, num_stages=4, ahead=0
+    ),
+    "int4-whole": partial(int4, "whole", 1, 4096, 4096, tokens=1, tiles=2, ways=8),
+    "int4-wide-32": partial(int4, "wide", 32, 4096, 14336, tokens=32, tiles=8, splits=8, num_warps=8, num_stages=3),
+    "int4-wide-64": partial(int4, "wide", 64, 28672, 4096, tokens=64, tiles=8, splits=1, num_warps=8, num_stages=3),
+    "int4-wide-groups-of-32": partial(
+        int4, "wide", 64, 4096, 4096, group=32, tokens=64, tiles=8, splits=4, num_warps=8, num_stages=3
+    ),
+    "int4-dequantize": partial(int4_dequantize, 4),
+    "int8-dequantize": partial(int4_dequantize, 8),
     "greedy": partial(greedy, torch.bfloat16, 151936),
     "greedy-float32": partial(greedy, torch.float32, 50257),
     "penalties": penalties,

@@ -1,0 +1,230 @@
+"""Time the kernels for int4 weights against the library, and write the table of the fastest.
+
+    PYTHONPATH=src python benchmarks/kernels/int4.py --table plugins/quant/kernels/tables/int4_h200.json
+
+As ``benchmarks/kernels/linear.py``: candidates are compiled in a pool of processes, checked against float64, and timed
+as replays of a CUDA graph that goes through several copies of the weights, so that they come from memory. Microseconds
+a call, the norm before the layer counted, in the kernel or apart. ``bf16`` is the library's GEMM on unquantized
+weights, ``library`` the same after the weights were written out in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parent))
+from linear import Layer, layers, measure
+
+from quire.core.ops.kernels.norm import rms_norm
+from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, reference
+from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+WORTH = 0.99
+"""A kernel is taken where it needs at most this share of the time that the library needs."""
+Options = dict[str, Any]
+
+
+def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
+    """Launches worth timing. ``norm`` says that the kernel does the norm before it."""
+    norms = [{"norm": True}, {"norm": False}] if "norm" in layer.fused and tokens <= 8 else [{"norm": False}]
+    least = 2 if "gated" in layer.fused else 1
+    if tokens == 1:
+        for tiles, ways in [(1, 4), (1, 8), (2, 8)]:
+            if tiles >= least and layer.inputs <= 1024 * ways:
+                for norm in norms:
+                    yield "whole", {"tokens": 1, "tiles": tiles, "ways": ways} | norm
+    if tokens <= 32:
+        for tiles, ways, stages in _SKINNY[1 if tokens == 1 else 8 if tokens <= 8 else 32]:
+            for norm in norms if tiles >= least else []:
+                options = {"tokens": 1 if tokens == 1 else max(8, tokens), "tiles": tiles, "ways": ways}
+                for ahead in (0, 1) if tokens <= 8 else (0,):
+                    yield "skinny", options | {"num_stages": stages, "ahead": ahead} | norm
+    if tokens >= 8:
+        for tiles, warps, stages in [(4, 4, 4), (8, 8, 3)]:
+            for tile in {min(tokens, 64), min(tokens, 128)}:
+                programs = -(-layer.features // (16 * tiles)) * -(-tokens // tile)
+                for splits in sorted({max(1, round(132 * k / programs)) for k in (1, 2, 3)}):
+                    options = {"tokens": tile, "tiles": tiles, "splits": splits, "num_warps": warps}
+                    yield "wide", options | {"num_stages": stages} | norms[-1]
+
+
+_SKINNY = {  # tiles, ways, stages
+    1: [
+        *((1, 2, 6), (1, 4, 4), (1, 4, 5), (1, 4, 8), (1, 8, 4), (1, 8, 6), (1, 16, 4), (2, 2, 4), (2, 2, 5)),
+        *((2, 4, 4), (2, 4, 8), (2, 8, 3), (2, 8, 4), (2, 8, 6), (2, 16, 3), (4, 2, 4), (4, 2, 3)),
+    ],
+    8: [(1, 4, 3), (1, 4, 4), (1, 8, 3), (2, 2, 4), (2, 4, 3), (2, 4, 4), (2, 8, 3), (2, 8, 4), (4, 2, 3), (4, 2, 4)],
+    32: [(1, 4, 3), (2, 4, 3), (2, 8, 2), (4, 2, 3)],
+}
+
+
+def random_weights(layer: Layer, group: int, bits: int, device: str) -> IntWeights:
+    """Every word is some weights."""
+    tiles, blocks = -(-layer.features // 16), -(-layer.inputs * bits // 512)
+    groups = (tiles, layer.inputs // group, 16)
+    if device == "cpu":  # to compile
+        made = torch.empty(tiles, blocks, 256, dtype=torch.int32), torch.empty(groups, dtype=torch.int32)
+    else:
+        words = torch.randint(-(1 << 31), 1 << 31, (tiles, blocks, 256), dtype=torch.int32, device=device)
+        scale = (torch.rand(groups, device=device) + 0.5) * layer.inputs**-0.5 / (1 << bits)
+        zero = torch.randint(0, 1 << bits, groups, dtype=torch.int32, device=device)
+        made = words, (scale.view(torch.int32) & -256) | zero
+    return IntWeights(*made, layer.features, layer.inputs, group, bits)
+
+
+def launch(tensors: Options, kernel: str, options: Options, weights: IntWeights) -> None:
+    """One call, with the norm before it."""
+    given, options = dict(tensors), dict(options)
+    if not options.pop("norm") and given["norm"] is not None:
+        given |= {"x": rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
+    LAUNCHERS[kernel](weights=weights, bias=None, chained=True, **given, **options)
+
+
+def compile_one(layer: Layer, tokens: int, group: int, bits: int, kernel: str, options: Options) -> str | None:
+    """Compile one launch into Triton's cache; in a process of a pool. What went wrong, if anything did."""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **(kwargs | {"warmup": True}))
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    try:
+        launch(layer.tensors(tokens, "cpu"), kernel, options, random_weights(layer, group, bits, "cpu"))
+    except Exception as error:  # a launch that does not compile is no candidate
+        return f"{type(error).__name__}: {error}"[:200]
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+    return None
+
+
+def library(tensors: Options, weights: IntWeights) -> Tensor:
+    """Weights written out, then the library's GEMM; the norm before it, and nothing after it."""
+    x = tensors["x"]
+    x = x if tensors["norm"] is None else rms_norm(x, *tensors["norm"], None)[0]
+    return F.linear(x, dequantize(weights, x.dtype))
+
+
+def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set[str]) -> Iterator[Options]:
+    """Time one layer for every number of tokens."""
+    size = layer.features * layer.inputs
+    copies = max(2, min(40, (1 << 30) // size))
+    weights = [random_weights(layer, group, bits, "cuda") for _ in range(copies)]
+    plain = [dequantize(w, torch.bfloat16) for w in weights[: max(2, (1 << 29) // size)]]
+    floor = size * (bits + 32 / group) / 8 / 4.29e6
+    for tokens in numbers:
+        tensors = layer.tensors(tokens, "cuda")
+        told = {name: tensors[name] for name in ("x", "norm", "residual")}
+        expected = reference(weights=weights[0], activation="silu" if tensors["gated"] else None, **told)
+        bf16_us = measure(partial(F.linear, tensors["x"]), plain)
+        library_us = measure(partial(library, tensors), weights[:8])
+        found = []
+        for kernel, options in candidates(layer, tokens):
+            if repr((layer, tokens, group, bits, kernel, options)) not in compiled:
+                continue
+            tensors["out"].fill_(float("nan"))
+            try:
+                launch(tensors, kernel, options, weights[0])
+            except triton.runtime.errors.OutOfResources as error:
+                print("NO ROOM", layer.name, tokens, kernel, options, error)
+                continue
+            error = ((tensors["out"].double() - expected).norm() / expected.norm()).item()
+            if not error < 5e-3:
+                print("WRONG", layer.name, tokens, kernel, options, error)
+                continue
+            time_us = measure(partial(launch, tensors, kernel, options), weights)
+            found.append({"kernel": kernel, **options, "us": round(time_us, 2)})
+        found.sort(key=lambda entry: entry["us"])
+        text = "  ".join(
+            f"{b['us']:.2f} {b['kernel']}" + "/".join(str(int(v)) for k, v in b.items() if k not in ("us", "kernel"))
+            for b in found[:9]
+        )
+        print(
+            f"{layer.name:8}{layer.features:6}x{layer.inputs:<6}M={tokens:<4} floor {floor:5.2f} bf16 {bf16_us:7.2f} "
+            f"library {library_us:7.2f} | {text}",
+            flush=True,
+        )
+        yield {
+            "layer": f"{layer.features}x{layer.inputs}",
+            "tokens": tokens,
+            "bf16_us": round(bf16_us, 2),
+            "library_us": round(library_us, 2),
+            "found": found,
+        }
+
+
+def write_table(path: Path, rows: list[Options]) -> None:
+    """The fastest launch for each number of tokens; null is the library."""
+    table = json.loads(path.read_text()) if path.exists() else {"layers": {}}
+    table["device"] = torch.cuda.get_device_name()
+    table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    for row in rows:
+        entries = table["layers"].setdefault(row["layer"], {})
+        best = min(row["found"], key=lambda entry: entry["us"], default=None)
+        if best is not None and best["us"] > WORTH * row["library_us"]:
+            best = None
+        if best is not None:
+            best = {("fuses_norm" if k == "norm" else k): v for k, v in best.items()}
+        entries[str(row["tokens"])] = best
+    lines = []
+    for key, entries in sorted(table["layers"].items()):
+        entries = sorted(entries.items(), key=lambda entry: int(entry[0]))
+        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(entry)}" for tokens, entry in entries)
+        lines.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--layers", nargs="+", default=["qkv", "o", "gate_up", "down"])
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--raw", type=Path, help="write every time here")
+    parser.add_argument("--table", type=Path, help="add the fastest of each layer to this table")
+    options = parser.parse_args()
+    shapes = list({layer: None for model in options.models for layer in layers(model) if layer.name in options.layers})
+    start = time.time()
+    jobs = [
+        (layer, tokens, options.group, options.bits, kernel, config)
+        for tokens in options.tokens
+        for layer in shapes
+        for kernel, config in candidates(layer, tokens)
+    ]
+    unique = {repr(job): job for job in jobs}
+    with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(compile_one, *zip(*unique.values(), strict=True), chunksize=1))
+    failed = {key: why for key, why in zip(unique, results, strict=True) if why}
+    print(f"compiled {len(unique)} in {time.time() - start:.0f} s; {len(failed)} failed", list(failed.items())[:2])
+    rows = [
+        row
+        for layer in shapes
+        for row in sweep(layer, options.tokens, options.group, options.bits, set(unique) - set(failed))
+    ]
+    if options.raw:
+        options.raw.write_text(json.dumps(rows))
+    if options.table:
+        write_table(options.table, rows)
+    print(f"{time.time() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What launches the kernels of int4 and int8 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quire.core.ops.kernels.dependent import can_chain
+from quire.plugins.quant.kernels.int4_skinny import skinny_kernel, whole_kernel
+from quire.plugins.quant.kernels.int4_wide import combine_kernel, dequantize_kernel, wide_kernel
+
+if TYPE_CHECKING:
+    from quire.plugins.quant.kernels.int4 import IntWeights
+
+__all__ = ["LAUNCHERS", "dequantized", "skinny", "whole", "wide"]
+
+
+def skinny(
+    x: Tensor,
+    weights: IntWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    tokens: int,
+    tiles: int,
+    ways: int,
+    num_stages: int,
+    ahead: int,
+    chained: bool,
+) -> None:
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense; ``gated`` is SiLU.
+
+    At most ``tokens`` of them: 1, 8, 16 ... A program takes ``tiles`` times 16 rows (gated, half of them are gates);
+    its ``ways`` warps share out the inputs. With ``ahead``, the first weights
+    of each are read before the kernel before has finished, where ``chained`` lets this one start so early.
+    """
+    _few(
+        skinny_kernel, x, weights, bias, out, norm=norm, gated=gated, residual=residual, tokens=tokens, tiles=tiles,
+        ways=ways, num_stages=num_stages, ahead=ahead, chained=chained,
+    )  # fmt: skip
+
+
+def whole(
+    x: Tensor,
+    weights: IntWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    tokens: int,
+    tiles: int,
+    ways: int,
+    chained: bool,
+) -> None:
+    """As ``skinny``, with all weights of a program on their way at once."""
+    _few(
+        whole_kernel, x, weights, bias, out, norm=norm, gated=gated, residual=residual, tokens=tokens, tiles=tiles,
+        ways=ways, num_stages=1, ahead=1, chained=chained,
+    )  # fmt: skip
+
+
+def wide(
+    x: Tensor,
+    weights: IntWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    tokens: int,
+    tiles: int,
+    splits: int,
+    num_warps: int,
+    num_stages: int,
+    chained: bool,
+) -> None:
+    """As ``skinny``, for any number of tokens, ``tokens`` of them to a program. There is no norm.
+
+    The inputs are shared out to ``splits`` programs, and their results added up by another kernel.
+    """
+    assert norm is None, "its launches do not fuse it"
+    num_tokens, features = x.shape[0], weights.features
+    parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
+    bias_or_any, residual_or_any = x if bias is None else bias, x if residual is None else residual
+    wide_kernel[(triton.cdiv(weights.words.shape[0], tiles), triton.cdiv(num_tokens, tokens), splits)](
+        x,
+        weights.words,
+        weights.groups,
+        bias_or_any,
+        residual_or_any,
+        parts,
+        num_tokens,
+        1.0,
+        features=features,
+        inputs=weights.inputs,
+        group=weights.group_size,
+        bits=weights.bits,
+        tokens=tokens,
+        tiles=tiles,
+        splits=splits,
+        stages=num_stages,
+        has_bias=bias is not None,
+        gated=gated,
+        has_residual=residual is not None,
+        native=_native(x.dtype),
+        chained=chained,
+        num_warps=num_warps,
+        launch_pdl=chained,
+    )
+    if splits == 1:
+        return
+    combine_kernel[(triton.cdiv(out.shape[1], 512), num_tokens)](
+        parts,
+        bias_or_any,
+        residual_or_any,
+        out,
+        num_tokens,
+        features=features,
+        splits=splits,
+        block=512,
+        has_bias=bias is not None,
+        gated=gated,
+        has_residual=residual is not None,
+        chained=chained,
+        num_warps=4,
+        launch_pdl=chained,
+    )
+
+
+def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tensor:
+    """The weights (features, inputs) in ``dtype``."""
+    out = torch.empty(weights.features, weights.inputs, dtype=dtype, device=weights.words.device)
+    tiles, blocks = weights.words.shape[:2]
+    chained = can_chain(out.device)
+    dequantize_kernel[(tiles, triton.cdiv(blocks, ways))](
+        weights.words,
+        weights.groups,
+        out,
+        features=weights.features,
+        inputs=weights.inputs,
+        group=weights.group_size,
+        bits=weights.bits,
+        ways=ways,
+        native=_native(dtype),
+        chained=chained,
+        num_warps=ways,
+        launch_pdl=chained,
+    )
+    return out
+
+
+LAUNCHERS: dict[str, Callable[..., None]] = {"skinny": skinny, "whole": whole, "wide": wide}
+
+
+def _few(
+    kernel: Any,
+    x: Tensor,
+    weights: IntWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None,
+    gated: bool,
+    residual: Tensor | None,
+    tokens: int,
+    tiles: int,
+    ways: int,
+    num_stages: int,
+    ahead: int,
+    chained: bool,
+) -> None:
+    kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
+        x,
+        weights.words,
+        weights.groups,
+        x if bias is None else bias,
+        x if norm is None else norm[0],
+        x if residual is None else residual,
+        out,
+        x.shape[0],
+        0.0 if norm is None else norm[1],
+        features=weights.features,
+        inputs=weights.inputs,
+        group=weights.group_size,
+        bits=weights.bits,
+        tokens=tokens,
+        tiles=tiles,
+        ways=ways,
+        stages=num_stages,
+        ahead=ahead,
+        has_bias=bias is not None,
+        has_norm=norm is not None,
+        gated=gated,
+        has_residual=residual is not None,
+        native=_native(x.dtype),
+        chained=chained,
+        num_warps=ways,
+        launch_pdl=chained,
+    )
+
+
+def _native(dtype: torch.dtype) -> bool:
+    """Whether a GPU's own instructions unpack to ``dtype``."""
+    return dtype in (torch.bfloat16, torch.float16) and not triton.knobs.runtime.interpret

@@ -1,0 +1,85 @@
+"""Which kernel a layer of int4 or int8 weights takes for how many tokens, from a table measured on the device.
+
+The tables are written by ``benchmarks/kernels/int4.py``. A layer that the table does not name, and any other device,
+get what did best on layers of their kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quire.plugins.quant.kernels.int4 import IntWeights
+
+__all__ = ["Launch", "launch_for", "rule", "steps"]
+
+_TABLES = {(9, 0): "int4_h200.json"}
+"""Compute capability -> table. Layers in it have 4 bits and groups of 128."""
+_STEPS = (1, 8, 16, 32, 64, 256)
+"""Most tokens of each of the rule's launches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel and its constants."""
+
+    kernel: str
+    options: Mapping[str, int]
+    fuses_norm: bool = False
+    """Whether the norm before the layer is faster in this kernel."""
+
+
+def launch_for(weights: IntWeights, x: Tensor) -> Launch | None:
+    """None: write the weights out, and use the library."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not x.shape[0]:
+        return None
+    found = steps(torch.cuda.get_device_capability(x.device), weights.features, weights.inputs, weights.bits)
+    return next((launch for most, launch in found if x.shape[0] <= most), None)
+
+
+@cache
+def steps(capability: tuple[int, int], features: int, inputs: int, bits: int) -> tuple[tuple[int, Launch | None], ...]:
+    """(most tokens, launch), ascending; None is the library."""
+    name = _TABLES.get(capability)
+    measured = None if name is None or bits != 4 else _read(name).get(f"{features}x{inputs}")
+    if measured is None:
+        return tuple((most, rule(capability, features, inputs, most)) for most in _STEPS)
+    return tuple((int(most), None if entry is None else _launch(entry)) for most, entry in measured.items())
+
+
+def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int) -> Launch | None:
+    """For layers that no table names: what was best, or close to it, on those that are measured."""
+    if tokens <= 8:
+        many = features > 16384
+        ways = 2 if many and tokens == 1 else 8 if inputs > 8192 else 4
+        stages = 3 if ways == 8 else 4
+        return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "ahead": 0})
+    if capability < (9, 0) and tokens > 64:
+        return None
+    if tokens <= 256:
+        programs = -(-features // 128) * -(-tokens // 64)
+        splits = max(1, min(-(-inputs // 512), round(264 / programs)))
+        options = {"tokens": min(tokens, 64), "tiles": 8, "splits": splits, "num_warps": 8, "num_stages": 3}
+        return Launch("wide", options)
+    return None
+
+
+@cache
+def _read(name: str) -> dict[str, dict[str, Any]]:
+    """``{"<features>x<inputs>": {"<most tokens>": launch or null}}``."""
+    path = Path(__file__).parent / "tables" / name
+    return json.loads(path.read_text())["layers"] if path.exists() else {}
+
+
+def _launch(entry: Mapping[str, Any]) -> Launch:
+    told = ("kernel", "fuses_norm", "us")
+    options = {key: value for key, value in entry.items() if key not in told}
+    return Launch(entry["kernel"], options, bool(entry.get("fuses_norm", False)))

@@ -1,0 +1,193 @@
+"""Int4 and int8 weights: each kernel with each fusion against float64, over groups and shapes that do not divide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, linear, pack, reference
+from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
+
+PLACES = [
+    pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),
+    pytest.param("cuda", torch.bfloat16, 5e-3, id="gpu", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, 1e-3, id="gpu-f16", marks=pytest.mark.gpu),
+]
+SKINNY = {"tiles": 2, "ways": 2}
+KERNELS = [
+    pytest.param("skinny", {"tokens": 1, "num_stages": 2, "ahead": 1, **SKINNY}, 1, id="skinny-1"),
+    pytest.param("skinny", {"tokens": 8, "num_stages": 2, "ahead": 0, **SKINNY}, 3, id="skinny-8"),
+    pytest.param("whole", {"tokens": 1, **SKINNY}, 1, id="whole-1"),
+    pytest.param("whole", {"tokens": 8, **SKINNY}, 5, id="whole-8"),
+    pytest.param("wide", {"tokens": 16, "tiles": 4, "splits": 1, "num_warps": 4, "num_stages": 2}, 19, id="wide"),
+    pytest.param("wide", {"tokens": 16, "tiles": 4, "splits": 2, "num_warps": 4, "num_stages": 2}, 7, id="wide-split"),
+]
+FUSIONS = [
+    pytest.param(set(), id="plain"),
+    pytest.param({"norm", "bias", "gated"}, id="norm-gated"),
+    pytest.param({"bias", "residual"}, id="residual"),
+]
+SHAPES = [  # features, inputs, group size, bits, zero points
+    pytest.param(64, 256, 128, 4, True, id="g128"),
+    pytest.param(96, 160, 32, 4, True, id="g32"),
+    pytest.param(96, 192, 64, 4, False, id="g64-symmetric"),
+    pytest.param(40, 200, -1, 4, True, id="row"),
+    pytest.param(64, 192, 64, 8, True, id="8bit-g64"),
+    pytest.param(32, 160, 32, 8, False, id="8bit-g32-symmetric"),
+]
+EPS = 1e-5
+
+
+def quantized(features: int, inputs: int, group: int, bits: int, zeros: bool, device: str) -> tuple[Any, ...]:
+    """Codes, scales and zero points."""
+    torch.manual_seed(features * inputs + group)
+    count = 1 if group == -1 else inputs // group
+    codes = torch.randint(0, 1 << bits, (features, inputs), dtype=torch.uint8)
+    scales = (torch.rand(features, count) + 0.1).half() / 16
+    zero = torch.randint(0, 1 << bits, (features, count), dtype=torch.uint8) if zeros else None
+    return codes.to(device), scales.to(device), None if zero is None else zero.to(device)
+
+
+def dense(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+    times = codes.shape[1] // scales.shape[1]
+    zero = torch.full_like(scales, 1 << (bits - 1)) if zeros is None else zeros
+    return (codes.double() - zero.double().repeat_interleave(times, 1)) * scales.double().repeat_interleave(times, 1)
+
+
+def packed(features: int, inputs: int, group: int, bits: int, zeros: bool, device: str) -> IntWeights:
+    weights = pack(*quantized(features, inputs, group, bits, zeros, device), group, bits)
+    assert weights is not None
+    return weights
+
+
+def operands(weights: IntWeights, tokens: int, parts: set[str], dtype: torch.dtype) -> dict[str, Any]:
+    device = weights.words.device
+    width = weights.features // 2 if "gated" in parts else weights.features
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(device, dtype)
+
+    return {
+        "x": make(tokens, weights.inputs) * 3,
+        "bias": make(weights.features) if "bias" in parts else None,
+        "norm": (make(weights.inputs) * 0.2 + 1, EPS) if "norm" in parts else None,
+        "residual": make(tokens, width) * 10 if "residual" in parts else None,
+    }
+
+
+def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    assert torch.isfinite(got).all()
+    assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_nothing_is_lost_in_packing(data: st.DataObject) -> None:
+    bits = data.draw(st.sampled_from([4, 8]))
+    group = data.draw(st.sampled_from([32, 64, 128, -1]))
+    inputs = data.draw(st.integers(1, 90)) if group == -1 else group * data.draw(st.integers(1, 3))
+    features, zeros = data.draw(st.integers(1, 50)), data.draw(st.booleans())
+    parts = quantized(features, inputs, group, bits, zeros, "cpu")
+    weights = pack(*parts, group, bits)
+    assert weights is not None
+    assert torch.equal(dequantize(weights, torch.float64), dense(*parts, bits))
+
+
+@pytest.mark.parametrize(("group", "bits"), [(16, 4), (96, 4), (48, 8), (128, 3)])
+def test_groups_without_a_kernel(group: int, bits: int) -> None:
+    codes, scales = torch.zeros(16, 384, dtype=torch.uint8), torch.zeros(16, 384 // group)
+    assert pack(codes, scales, None, group, bits) is None
+
+
+def test_scales_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(16, 3\), not \(16, 2\)"):
+        pack(torch.zeros(16, 256, dtype=torch.uint8), torch.zeros(16, 3), None, 128)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize("parts", FUSIONS)
+@pytest.mark.parametrize(("features", "inputs", "group", "bits", "zeros"), SHAPES[:1] + SHAPES[3:4])
+@pytest.mark.parametrize(("kernel", "options", "tokens"), KERNELS)
+def test_kernels(
+    device: str, dtype: torch.dtype, tolerance: float, parts: set[str], features: int, inputs: int, group: int,
+    bits: int, zeros: bool, kernel: str, options: dict[str, int], tokens: int,
+) -> None:  # fmt: skip
+    gated = "gated" in parts and features % 32 == 0
+    parts = parts if gated else parts - {"gated"}
+    parts = parts - {"norm"} if kernel == "wide" or dtype == torch.float16 else parts
+    weights = packed(features, inputs, group, bits, zeros, device)
+    given = operands(weights, tokens, parts, dtype)
+    out = torch.full((tokens, features // 2 if gated else features), float("nan"), dtype=dtype, device=device)
+    LAUNCHERS[kernel](weights=weights, out=out, gated=gated, chained=False, **given, **options)
+    check(out, reference(weights=weights, activation="silu" if gated else None, **given), tolerance)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize(("features", "inputs", "group", "bits", "zeros"), SHAPES)
+@pytest.mark.parametrize(("kernel", "options", "tokens"), KERNELS[1:2] + KERNELS[4:5])
+def test_groups(
+    device: str, dtype: torch.dtype, tolerance: float, features: int, inputs: int, group: int, bits: int, zeros: bool,
+    kernel: str, options: dict[str, int], tokens: int,
+) -> None:  # fmt: skip
+    weights = packed(features, inputs, group, bits, zeros, device)
+    given = operands(weights, tokens, set(), dtype)
+    out = torch.full((tokens, features), float("nan"), dtype=dtype, device=device)
+    LAUNCHERS[kernel](weights=weights, out=out, chained=False, **given, **options)
+    check(out, reference(weights=weights, **given), tolerance)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize(("features", "inputs", "group", "bits", "zeros"), SHAPES)
+def test_dequantize(
+    device: str, dtype: torch.dtype, tolerance: float, features: int, inputs: int, group: int, bits: int, zeros: bool
+) -> None:
+    weights = packed(features, inputs, group, bits, zeros, device)
+    check(dequantized(weights, dtype, ways=2), dequantize(weights, torch.float64), tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linear_on_the_cpu(tokens: int) -> None:
+    weights = packed(96, 192, 64, 4, True, "cpu")
+    given = operands(weights, tokens, {"bias"}, torch.float32)
+    out = linear(given["x"], weights, given["bias"])
+    assert out is not None
+    check(out, reference(given["x"], weights, given["bias"]), 1e-6)
+    assert linear(given["x"], weights, residual=out) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    ("features", "inputs", "group", "bits", "zeros"),
+    [
+        (6144, 4096, 128, 4, True),
+        (4096, 14336, 128, 4, True),
+        (1056, 1312, 32, 4, True),
+        (544, 448, 64, 4, False),
+        (200, 712, -1, 4, True),
+        (1056, 1280, 128, 8, False),
+    ],
+)
+def test_any_number_of_tokens(
+    features: int, inputs: int, group: int, bits: int, zeros: bool, activation: str | None, dtype: torch.dtype
+) -> None:
+    weights = packed(features, inputs, group, bits, zeros, "cuda")
+    for tokens in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 257, 300, 700):
+        given = operands(weights, tokens, {"bias"} if activation else {"residual"}, dtype)
+        given.pop("norm")
+        out = linear(weights=weights, activation=activation, **given)
+        if out is None:
+            given["residual"], activation_now = None, None
+            out = linear(weights=weights, **given)
+            assert out is not None
+        else:
+            activation_now = activation
+        check(out, reference(weights=weights, activation=activation_now, **given), 6e-3)
+        again = linear(weights=weights, activation=activation_now, **given)
+        assert again is not None and torch.equal(out, again)
