@@ -44,9 +44,10 @@ class AsyncLLM:
         self._log_level = log_level
         self._receiver: asyncio.Task[None] | None = None
         self._dead: str | None = None
-        self._client: ProcessClient | None = ProcessClient()
+        args = args or EngineArgs(**kwargs)
+        self._client: ProcessClient | None = ProcessClient(args.device)
         try:
-            self._prepare(args or EngineArgs(**kwargs))
+            self._prepare(args)
         except BaseException:
             self._client.kill()
             raise

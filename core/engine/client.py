@@ -74,10 +74,11 @@ class InprocClient(EngineClient):
 class ProcessClient(EngineClient):
     """The engine core in a child process, over ZMQ. For one event loop.
 
-    The process starts with the client and imports what it needs while its configuration is made.
+    The process starts with the client: it imports what it needs, and wakes a GPU unless ``device`` is ``cpu``, while
+    its configuration is made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "auto") -> None:
         self._addresses = Addresses.fresh()
         self._wire = Wire()
         self._context = zmq.asyncio.Context()
@@ -85,7 +86,7 @@ class ProcessClient(EngineClient):
         self._inward.connect(self._addresses.inward)  # a connecting end queues before its peer is there
         self._outward = socket(self._context, zmq.PULL)
         self._outward.bind(self._addresses.outward)
-        command = [sys.executable, "-m", "quire.core.engine.core_process", self._addresses.folder]
+        command = [sys.executable, "-m", "quire.core.engine.core_process", self._addresses.folder, device]
         self._process = subprocess.Popen(command, env=child_environment(), stdin=subprocess.DEVNULL)
 
     async def start(self, config: EngineConfig, log_level: str = "INFO") -> None:

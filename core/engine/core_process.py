@@ -1,7 +1,8 @@
-"""The engine core in a process of its own: ``python -m quire.core.engine.core_process FOLDER``."""
+"""The engine core in a process of its own: ``python -m quire.core.engine.core_process FOLDER DEVICE``."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 from typing import Any
 
+import torch
 import zmq
 
 from quire.core.engine.engine_core import EngineCore
@@ -105,7 +107,19 @@ def main() -> int:
     """Entry point. Ctrl-C and SIGTERM reach the whole group; the parent decides when this process stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return CoreProcess(Addresses(sys.argv[1])).run()
+    process = CoreProcess(Addresses(sys.argv[1]))
+    _warm_up(sys.argv[2])
+    return process.run()
+
+
+def _warm_up(device: str) -> None:
+    """What every start needs, done while the front makes the configuration. What fails here fails again where it can
+    be told."""
+    with contextlib.suppress(Exception):
+        from transformers import AutoConfig  # noqa: F401
+
+        if device != "cpu" and torch.cuda.is_available():
+            torch.zeros(1, device="cuda")
 
 
 if __name__ == "__main__":

@@ -94,9 +94,11 @@ class MixedGraphs:
         return prompts if decodes == 0 else torch.cat((hidden[:decodes], prompts))
 
     def rehearse(self) -> None:
-        """Launch what every shape launches, once and with nothing at stake."""
+        """Launch what the shapes launch, once and with nothing at stake: the smallest and largest of each kind, since
+        kernels are chosen by the number of lines where there are few of them."""
         for shape in self._shapes:
-            self._forward(shape)
+            if shape.tokens in (self._tokens[0], self._tokens[-1]):
+                self._forward(shape)
 
     def capture(self, recorder: Recorder) -> None:
         """Record every shape, the largest first so that the others fit into its memory."""
