@@ -99,7 +99,8 @@ def quire_register_metrics(register: Registrar) -> None:
 def quire_detect_quantization(hf_config: Mapping[str, Any]) -> str | None:
     """Read ``quantization_config.quant_method``, as every checkpoint on the hub spells it."""
     section = hf_config.get("quantization_config") or hf_config.get("compression_config")
-    return section.get("quant_method") if isinstance(section, Mapping) else None
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    return method and str(method).removeprefix("intel/")
 
 
 @hookimpl(trylast=True)

@@ -28,15 +28,20 @@ def read_hf_config(path: str | Path) -> Any:
         raise CheckpointError(f"{file} cannot be read ({_line(error)}); download it again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object; download it again")
+    beside = None if "quantization_config" in raw else _quantization_beside(Path(path))
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         if raw.get("model_type") in CONFIG_MAPPING:
-            return AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-        return PretrainedConfig.from_dict(raw)
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        else:
+            config = PretrainedConfig.from_dict(raw)
     except Exception as error:
         raise CheckpointError(f"{file} is not a valid configuration: {_line(error)}") from error
+    if beside is not None:
+        config.quantization_config = beside
+    return config
 
 
 def architecture(hf_config: Any) -> str:
@@ -66,6 +71,18 @@ def context_length(hf_config: Any) -> int:
     if kind == "yarn":
         return max(trained, int(rope.get("original_max_position_embeddings", trained) * factor))
     return trained
+
+
+def _quantization_beside(path: Path) -> dict[str, Any] | None:
+    """What older tools wrote into a file of its own in place of config.json's ``quantization_config``."""
+    for name, method in (("quantize_config", "gptq"), ("quant_config", "awq"), ("hf_quant_config", "modelopt")):
+        file = path / f"{name}.json"
+        if file.is_file():
+            try:
+                return {"quant_method": method, **json.loads(file.read_text("utf-8"))}
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{file} cannot be read ({_line(error)}); download it again") from None
+    return None
 
 
 def _line(error: Exception) -> str:

@@ -113,8 +113,9 @@ def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
             bar.update(tensor.nbytes)
     where = str(files[0].parent)
     if missing := [name for name in fills if name in waiting and name not in may_lack]:
+        wanted = len(fills) - len(waiting & may_lack)
         raise CheckpointError(
-            f"{where!r} lacks {len(missing)} of {len(fills)} tensors: {_few(missing)}; download the model again, or "
+            f"{where!r} lacks {len(missing)} of {wanted} tensors: {_few(missing)}; download the model again, or "
             f"mend its config.json{_hint(unexpected)}"
         )
     if unexpected:

@@ -23,7 +23,13 @@ FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32, parallel: Parallel = Parallel(), name: str = "auto") -> Model:
+def load(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    parallel: Parallel = Parallel(),
+    name: str = "auto",
+    load_format: str = "auto",
+) -> Model:
     """As the engine does: the loader that ``auto`` finds, asked first whether it can."""
     config = read_hf_config(path)
     plugins = PluginManager(())
@@ -38,6 +44,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, parallel: Parallel = Pa
         kv_dtype=dtype,
         block_size=16,
         quant=loader(getattr(config, "quantization_config", None) or {}),
+        load_format=load_format,
         parallel=parallel,
         progress=False,
     )
