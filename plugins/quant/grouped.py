@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -130,7 +131,5 @@ class GroupedLinear(AssembledLinear):
     def _pack(self, weights: GroupedWeights) -> Any:
         if weights.codes.device.type != "cuda":
             return None
-        from quire.plugins.quant.kernels import int4
-
-        self._kernel = int4
-        return int4.pack(weights.codes, weights.scales, weights.zeros, weights.group_size, weights.bits)
+        self._kernel = import_module("quire.plugins.quant.kernels.int4")
+        return self._kernel.pack(weights.codes, weights.scales, weights.zeros, weights.group_size, weights.bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -179,9 +180,7 @@ class Fp8Linear(ScaledLinear):
 
     def kernel(self) -> Any:
         """Of FP8."""
-        from quire.plugins.quant.kernels import fp8
-
-        return fp8
+        return import_module("quire.plugins.quant.kernels.fp8")
 
     def quantized(self, numbers: Tensor) -> Tensor:
         """To the nearest."""
@@ -195,9 +194,7 @@ class Int8Linear(ScaledLinear):
 
     def kernel(self) -> Any:
         """Of INT8."""
-        from quire.plugins.quant.kernels import int8
-
-        return int8
+        return import_module("quire.plugins.quant.kernels.int8")
 
     def quantized(self, numbers: Tensor) -> Tensor:
         """To the nearest, ties to even."""
