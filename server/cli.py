@@ -1,4 +1,4 @@
-"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire trace``,
+"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire quantize``, ``quire trace``,
 ``quire plugins``.
 
 Nothing here imports torch or fastapi; a command does so when it runs. A user's error is one line on stderr,
@@ -20,7 +20,7 @@ from quire.core.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("serve", "bench", "eval", "trace", "plugins")
+COMMANDS = ("serve", "bench", "eval", "quantize", "trace", "plugins")
 """Each is ``quire.server.commands.<name>``, with ``add_parser(subparsers)`` and ``run(args) -> int``."""
 
 

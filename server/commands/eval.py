@@ -16,7 +16,7 @@ from quire.server.commands.eval_engine import answers, engine
 from quire.server.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, real, whole
 from quire.server.legacy import add_old_flags, apply_old_flags
 
-__all__ = ["add_parser", "run"]
+__all__ = ["MAX_LOSS", "NUM_TOKENS", "add_parser", "run"]
 
 _ABOUT = """Ask the held-out questions of quire-tiny, greedily, and print the share answered right: exact match per
 skill and overall, with 95 % confidence intervals. Exit status 1 if --min-exact-match is not reached. With --compare,
@@ -24,8 +24,8 @@ the same of two models, what the second loses, and how far its next-token distri
 held-out text; exit status 1 if it loses more than --max-loss."""
 
 #: Points of exact match that a comparison calls small, unless --max-loss says otherwise.
-_MAX_LOSS = 2.0
-_TOKENS = 4096
+MAX_LOSS = 2.0
+NUM_TOKENS = 4096
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,10 +55,12 @@ def add_parser(subparsers: Any) -> None:
         "--max-loss",
         type=real,
         metavar="POINTS",
-        help=f"points of exact match that B may lose; exit status 1 above it (default: {_MAX_LOSS:g}, and no status)",
+        help=f"points of exact match that B may lose; exit status 1 above it (default: {MAX_LOSS:g}, and no status)",
     )
     two.add_argument("--text", type=Path, metavar="FILE", help="text for the distributions (default: one of Quire's)")
-    two.add_argument("--tokens", type=whole, metavar="N", help=f"how many of its tokens to score (default: {_TOKENS})")
+    two.add_argument(
+        "--tokens", type=whole, metavar="N", help=f"how many of its tokens to score (default: {NUM_TOKENS})"
+    )
     add_model(parser)
     add_flags(parser, ENGINE_FLAGS)
     add_old_flags(parser)
@@ -103,8 +105,8 @@ def _compare(args: argparse.Namespace, questions: list[Any]) -> int:
 
     sides = [side(text, args) for text in args.compare]
     text = held_out_text(args.text)
-    allowed = _MAX_LOSS if args.max_loss is None else args.max_loss
-    found = compare(sides, questions, text, args.tokens or _TOKENS, allowed)
+    allowed = MAX_LOSS if args.max_loss is None else args.max_loss
+    found = compare(sides, questions, text, args.tokens or NUM_TOKENS, allowed)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
