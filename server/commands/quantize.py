@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.core.env import child_environment
 from quire.core.errors import CheckpointError, ConfigError
+from quire.server.commands.quantize_recipes import METHODS, TOOLS, Recipe, environment, find_recipe, interpreter
 from quire.server.flags import real, whole
 
-__all__ = ["RECIPES", "Recipe", "add_parser", "run"]
+__all__ = ["add_parser", "run"]
 
 _ABOUT = """Quantize MODEL with a tool made for it, write the checkpoint to DIR, and compare the two as quire eval
 --compare does. Exit status 1 if the quantized model loses more than --max-loss."""
 
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """One method as one tool does it. The first scheme is the default."""
-
-    method: str
-    tool: str
-    module: str
-    extra: str
-    schemes: tuple[str, ...]
-    uncalibrated: tuple[str, ...] = ()
-    """Schemes that look at weights alone."""
-    grouped: bool = False
-
-
-#: The first of a method is its default tool.
-RECIPES: tuple[Recipe, ...] = (
-    Recipe("awq", "autoawq", "awq", "awq", ("gemm", "gemv", "gemv_fast"), grouped=True),
-    Recipe("gptq", "llmcompressor", "llmcompressor", "quantize", ("plain", "act_order"), grouped=True),
-    Recipe("gptq", "optimum", "gptqmodel", "optimum", ("plain", "act_order"), grouped=True),
-    Recipe("fp8", "llmcompressor", "llmcompressor", "quantize", ("dynamic", "static", "block"), ("dynamic", "block")),
-    Recipe("int8", "llmcompressor", "llmcompressor", "quantize", ("smoothquant", "rounded"), ("rounded",)),
-)
-_METHODS = tuple(dict.fromkeys(recipe.method for recipe in RECIPES))
-_TOOLS = tuple(dict.fromkeys(recipe.tool for recipe in RECIPES))
 _SAMPLES, _LENGTH, _GROUP = 128, 512, 128
 
 #: Files that belong to a model and that quantization does not touch.
@@ -62,10 +35,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("quantize", help="make a quantized checkpoint, and measure it", description=_ABOUT)
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of the model")
-    parser.add_argument("--method", required=True, metavar="|".join(_METHODS), help="how")
+    parser.add_argument("--method", required=True, metavar="|".join(METHODS), help="how")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the checkpoint")
     how = parser.add_argument_group("how")
-    how.add_argument("--tool", metavar="|".join(_TOOLS), help="who quantizes (default: the method's first)")
+    how.add_argument("--tool", metavar="|".join(TOOLS), help="who quantizes (default: the method's first)")
     how.add_argument("--scheme", metavar="NAME", help="variant of the method (default: its first)")
     how.add_argument("--group-size", type=whole, metavar="N", help=f"weights that share a scale (default: {_GROUP})")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run (default: auto)")
@@ -84,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, quantize, compare."""
     for note in args.notes:
         print(note, file=sys.stderr)
-    recipe = _recipe(args)
+    recipe = find_recipe(args.method, args.tool, args.scheme)
     scheme = args.scheme or recipe.schemes[0]
     _check(args, recipe, scheme)
-    python = _interpreter(recipe, args.python)
+    python = interpreter(recipe, args.python)
     length = 0 if scheme in recipe.uncalibrated else args.sequence_length or _LENGTH
     folder = _model(args.model, recipe, args.group_size or _GROUP, length)
     samples: list[list[int]] = []
@@ -118,24 +91,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if args.no_eval else _compare(args)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    of_method = [recipe for recipe in RECIPES if recipe.method == args.method]
-    if not of_method:
-        raise ConfigError(f"--method {args.method!r} is not known; choose {', '.join(_METHODS)}")
-    if args.tool is not None and args.tool not in _TOOLS:
-        raise ConfigError(f"--tool {args.tool!r} is not known; choose {', '.join(_TOOLS)}")
-    found = [recipe for recipe in of_method if args.tool in (None, recipe.tool)]
-    if not found:
-        able = ", ".join(recipe.tool for recipe in of_method)
-        raise ConfigError(f"--tool {args.tool} is not for --method {args.method}; choose {able}")
-    if args.scheme is not None and args.scheme not in found[0].schemes:
-        raise ConfigError(
-            f"--scheme {args.scheme!r} is none of {args.method} by {found[0].tool}; "
-            f"choose {', '.join(found[0].schemes)}"
-        )
-    return found[0]
-
-
 def _check(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
     out: Path = args.out
     if out.exists() and not out.is_dir():
@@ -156,28 +111,6 @@ def _check(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')}: {args.method} {scheme} needs no text; leave it out")
     if args.no_eval and (args.limit is not None or args.max_loss is not None):
         raise ConfigError("--limit and --max-loss are for the comparison; leave out --no-eval")
-
-
-def _interpreter(recipe: Recipe, given: str | None) -> str:
-    """The interpreter that has the tool. ConfigError with the command that installs it."""
-    hint = f"install it with: pip install 'quire[{recipe.extra}]'"
-    if recipe.extra == "optimum":
-        hint += " --no-build-isolation (in an environment of its own, named with --python)"
-    if given is None:
-        if importlib.util.find_spec(recipe.module) is None:
-            raise ConfigError(f"{recipe.tool} is not installed; {hint}")
-        return sys.executable
-    path = shutil.which(given)
-    if path is None:
-        raise ConfigError(f"--python {given!r} is not an interpreter; give a path such as venv/bin/python")
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({recipe.module!r}) is None)"
-    try:
-        done = subprocess.run([path, "-c", code], env=_alone(), capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"--python {given!r} cannot be run ({error}); give a path such as venv/bin/python") from None
-    if done.returncode:
-        raise ConfigError(f"{recipe.tool} is not installed for {given}; {hint.replace('pip', f'{given} -m pip')}")
-    return path
 
 
 def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
@@ -211,7 +144,7 @@ def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
 def _quantize(job: dict[str, Any], python: str, elsewhere: bool, model: Path, out: Path) -> str:
     """Let the tool work beside ``out`` and move what it made there when it is whole. Returns the tool's version."""
     script = Path(__file__).with_name("quantize_tools.py")
-    env = (_alone() if elsewhere else child_environment()) | {"TOKENIZERS_PARALLELISM": "false"}
+    env = environment(elsewhere=elsewhere)
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +155,7 @@ def _quantize(job: dict[str, Any], python: str, elsewhere: bool, model: Path, ou
         made, result = Path(work.name) / "model", Path(work.name) / "result.json"
         command = [python, "-P", "-W", "ignore", str(script)]
         text = json.dumps({**job, "out": str(made), "result": str(result)})
-        done = subprocess.run(command, input=text, text=True, stdout=sys.stderr.fileno(), env=env, check=False)
+        done = subprocess.run(command, input=text, text=True, stdout=2, env=env, check=False)
         outcome = json.loads(result.read_text("utf-8")) if result.is_file() else {}
         if "version" not in outcome:
             reason = outcome.get("error") or f"it ended with status {done.returncode}"
@@ -236,11 +169,6 @@ def _quantize(job: dict[str, Any], python: str, elsewhere: bool, model: Path, ou
             out.rmdir()
         made.rename(out)
     return str(outcome["version"])
-
-
-def _alone() -> dict[str, str]:
-    """The environment for an interpreter that has packages of its own."""
-    return {name: value for name, value in child_environment().items() if name != "PYTHONPATH"}
 
 
 def _bytes(folder: Path) -> int:

@@ -69,8 +69,8 @@ def llmcompressor(job: Job) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from transformers import AutoModelForCausalLM
 
-    def everything(modifier: Any, scheme: Any, **more: Any) -> Any:
-        return modifier(targets="Linear", scheme=scheme, ignore=["lm_head"], **more)
+    def everything(modifier: Any, scheme: str) -> Any:
+        return modifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
 
     def smoothed() -> list[Any]:
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -83,8 +83,8 @@ def llmcompressor(job: Job) -> None:
         "block": lambda: [everything(QuantizationModifier, "FP8_BLOCK")],
         "smoothquant": smoothed,
         "rounded": lambda: [everything(QuantizationModifier, "W8A8")],
-        "plain": lambda: [everything(GPTQModifier, _four_bits(job))],
-        "act_order": lambda: [everything(GPTQModifier, _four_bits(job), actorder="group")],
+        "plain": lambda: [GPTQModifier(config_groups=_four_bits(job), ignore=["lm_head"])],
+        "act_order": lambda: [GPTQModifier(config_groups=_four_bits(job), ignore=["lm_head"], actorder="group")],
     }
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype="auto", device_map=_device(job), trust_remote_code=False, use_safetensors=True
@@ -143,16 +143,13 @@ TOOLS: Mapping[str, tuple[Callable[[Job], None], str]] = MappingProxyType(
 )
 
 
-def _four_bits(job: Job) -> Any:
-    """W4A16 of compressed-tensors, with the group size asked for."""
-    from compressed_tensors.quantization import preset_name_to_scheme
+def _four_bits(job: Job) -> dict[str, Any]:
+    """Symmetric weights of 4 bits, in groups as asked for."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    scheme = preset_name_to_scheme("W4A16", ["Linear"])
-    if job["group_size"] == -1:
-        scheme.weights.strategy, scheme.weights.group_size = "channel", None
-    else:
-        scheme.weights.group_size = job["group_size"]
-    return scheme
+    groups = {"strategy": "channel"} if job["group_size"] == -1 else {"group_size": job["group_size"]}
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, **groups)
+    return {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
 
 
 def main() -> int:

@@ -1,0 +1,88 @@
+"""Which tool does which method, in which variants, and which interpreter has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from quire.core.env import child_environment
+from quire.core.errors import ConfigError
+
+__all__ = ["METHODS", "RECIPES", "TOOLS", "Recipe", "environment", "find_recipe", "interpreter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One method as one tool does it. The first scheme is the default."""
+
+    method: str
+    tool: str
+    module: str
+    extra: str
+    schemes: tuple[str, ...]
+    uncalibrated: tuple[str, ...] = ()
+    """Schemes that look at weights alone."""
+    grouped: bool = False
+
+
+#: The first of a method is its default tool.
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("awq", "autoawq", "awq", "awq", ("gemm", "gemv", "gemv_fast"), grouped=True),
+    Recipe("gptq", "llmcompressor", "llmcompressor", "quantize", ("plain", "act_order"), grouped=True),
+    Recipe("gptq", "optimum", "gptqmodel", "optimum", ("plain", "act_order"), grouped=True),
+    Recipe("fp8", "llmcompressor", "llmcompressor", "quantize", ("dynamic", "static", "block"), ("dynamic", "block")),
+    Recipe("int8", "llmcompressor", "llmcompressor", "quantize", ("smoothquant", "rounded"), ("rounded",)),
+)
+METHODS = tuple(dict.fromkeys(recipe.method for recipe in RECIPES))
+TOOLS = tuple(dict.fromkeys(recipe.tool for recipe in RECIPES))
+
+
+def find_recipe(method: str, tool: str | None, scheme: str | None) -> Recipe:
+    """The recipe that a user asked for. ConfigError for a name that is unknown or does not go with the others."""
+    of_method = [recipe for recipe in RECIPES if recipe.method == method]
+    if not of_method:
+        raise ConfigError(f"--method {method!r} is not known; choose {', '.join(METHODS)}")
+    if tool is not None and tool not in TOOLS:
+        raise ConfigError(f"--tool {tool!r} is not known; choose {', '.join(TOOLS)}")
+    found = [recipe for recipe in of_method if tool in (None, recipe.tool)]
+    if not found:
+        able = ", ".join(recipe.tool for recipe in of_method)
+        raise ConfigError(f"--tool {tool} is not for --method {method}; choose {able}")
+    if scheme is not None and scheme not in found[0].schemes:
+        raise ConfigError(
+            f"--scheme {scheme!r} is none of {method} by {found[0].tool}; choose {', '.join(found[0].schemes)}"
+        )
+    return found[0]
+
+
+def interpreter(recipe: Recipe, given: str | None) -> str:
+    """The interpreter that has the tool. ConfigError with the command that installs it."""
+    hint = f"install it with: pip install 'quire[{recipe.extra}]'"
+    if recipe.extra == "optimum":
+        hint += " --no-build-isolation (in an environment of its own, named with --python)"
+    if given is None:
+        if importlib.util.find_spec(recipe.module) is None:
+            raise ConfigError(f"{recipe.tool} is not installed; {hint}")
+        return sys.executable
+    path = shutil.which(given)
+    if path is None:
+        raise ConfigError(f"--python {given!r} is not an interpreter; give a path such as venv/bin/python")
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({recipe.module!r}) is None)"
+    try:
+        done = subprocess.run(
+            [path, "-c", code], env=environment(elsewhere=True), capture_output=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"--python {given!r} cannot be run ({error}); give a path such as venv/bin/python") from None
+    if done.returncode:
+        raise ConfigError(f"{recipe.tool} is not installed for {given}; {hint.replace('pip', f'{given} -m pip')}")
+    return path
+
+
+def environment(*, elsewhere: bool) -> dict[str, str]:
+    """The environment for the tool; ``elsewhere``: for an interpreter that has packages of its own."""
+    env = child_environment() | {"TOKENIZERS_PARALLELISM": "false"}
+    return {name: value for name, value in env.items() if not (elsewhere and name == "PYTHONPATH")}
