@@ -10,9 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader"]
+__all__ = ["ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader"]
 
 InputFormat = Literal["native", "fp8_token", "fp8_tensor", "int8_token"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationFormat:
+    """What an operation is asked to emit."""
+
+    kind: InputFormat = "native"
+    scale: Tensor | None = None
+    """Of ``fp8_tensor``: (1,) float32, from the checkpoint. The others make one for each token, ``max|x|`` over the
+    largest number of the format: 448, or 127."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,10 @@ class LinearMethod(ABC):
     input_format: InputFormat = "native"
     """What the fused norm or activation before the layer should emit."""
 
+    def input_scale(self, layer: nn.Module) -> Tensor | None:
+        """The scale (1,) float32 of an input in the format ``fp8_tensor``."""
+        return None
+
     @abstractmethod
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """Register the parameters a checkpoint fills, with their final shapes on this rank; or wait for ``load``, and
@@ -105,7 +119,7 @@ class LinearMethod(ABC):
     def apply_fused(
         self,
         layer: nn.Module,
-        x: Tensor,
+        x: Tensor | QuantActivation,
         bias: Tensor | None = None,
         *,
         norm: tuple[Tensor, float] | None = None,

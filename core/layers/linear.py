@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.core import ops
-from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation
+from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
 from quire.core.distributed import Parallel
 from quire.core.layers.checkpoint import CheckpointLayer, Fill
 from quire.core.layers.norm import RMSNorm
@@ -35,13 +35,23 @@ class Linear(CheckpointLayer):
         out = self.parallel.all_reduce(self.method.apply(self, x))
         return out if bias is None else out + bias
 
+    @property
+    def input_format(self) -> ActivationFormat:
+        """What the operation before the layer should emit."""
+        return ActivationFormat(self.method.input_format, self.method.input_scale(self))
+
     def after_norm(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, activation: str | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        norm: RMSNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str | None = None,
+        reader: Linear | None = None,
+    ) -> tuple[Tensor | QuantActivation, Tensor]:
         """``(activation(self(norm(s))), s)`` of the residual stream ``s = x + residual`` (``x`` where that is None).
 
         In as few kernels as the method offers. ``x`` and ``residual`` (num_tokens, in_features); see
-        ``LinearMethod.apply_fused`` for ``activation``.
+        ``LinearMethod.apply_fused`` for ``activation``, which may come as the layer ``reader`` wants it.
         """
         bias = getattr(self, "bias", None)
         if residual is None:
@@ -49,16 +59,16 @@ class Linear(CheckpointLayer):
             out = self.method.apply_fused(self, x, bias, norm=gains, activation=activation)
             if out is not None:
                 return out, x
-            y, stream = norm(x), x
-        else:
-            y, stream = norm(x, residual)
+        y, stream = ops.rms_norm_as(self.input_format, x, norm.weight, norm.eps, residual)
         out = None if activation is None else self.method.apply_fused(self, y, bias, activation=activation)
         if out is None:
             out = self(y)
-            out = out if activation is None else ops.gated_activation(activation, out)
+            if activation is not None:
+                wanted = ActivationFormat() if reader is None else reader.input_format
+                return ops.gated_activation(activation, out, wanted), stream
         return out, stream
 
-    def onto(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+    def onto(self, x: Tensor | QuantActivation, stream: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add the layer's result to the residual stream: ``(sum, None)``, or ``(result, stream)``, not yet added,
         where the method leaves the addition to the norm that follows."""
         if self.info.shard != "row" or self.parallel.size == 1:

@@ -32,5 +32,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it; see ``Linear.onto``."""
-        x, stream = self.gate_up_proj.after_norm(norm, x, residual, activation="silu")
-        return self.down_proj.onto(x, stream)
+        y, stream = self.gate_up_proj.after_norm(norm, x, residual, activation="silu", reader=self.down_proj)
+        return self.down_proj.onto(y, stream)

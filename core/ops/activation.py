@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.ops.quantize import quantize_activation
+
 __all__ = ["gated_activation", "silu_and_mul"]
 
 
-def gated_activation(name: str, gate_up: Tensor) -> Tensor:
-    """The gated activation called ``name``, as a kernel of its own."""
-    return {"silu": silu_and_mul}[name](gate_up)
+def gated_activation(name: str, gate_up: Tensor, wanted: ActivationFormat) -> Tensor | QuantActivation:
+    """The gated activation called ``name``, as a kernel of its own, in the format ``wanted``."""
+    assert name == "silu"
+    if gate_up.is_cuda:
+        from quire.core.ops.kernels import activation
+
+        return activation.silu_and_mul(gate_up, wanted)
+    return quantize_activation(silu_and_mul(gate_up), wanted)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -18,6 +26,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda:
         from quire.core.ops.kernels import activation
 
-        return activation.silu_and_mul(gate_up)
+        y = activation.silu_and_mul(gate_up)
+        assert isinstance(y, Tensor)
+        return y
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

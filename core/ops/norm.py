@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm"]
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.ops.quantize import quantize_activation
+
+__all__ = ["rms_norm", "rms_norm_as"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -23,3 +26,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     wide = summed.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * scaled.to(x.dtype), summed
+
+
+def rms_norm_as(
+    wanted: ActivationFormat, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor | QuantActivation, Tensor]:
+    """``rms_norm`` with ``y`` in the format ``wanted``: rounded to the model's dtype, then quantized."""
+    if x.is_cuda and x.dim() == 2:
+        from quire.core.ops.kernels import norm
+
+        return norm.rms_norm_as(wanted, x, weight, eps, residual)
+    y, summed = rms_norm(x, weight, eps, residual)
+    return quantize_activation(y, wanted), summed

@@ -80,14 +80,14 @@ class UnquantizedLinear(LinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """One GEMM."""
-        assert isinstance(x, Tensor), "input_format is native"
         out = self.apply_fused(layer, x, bias)
+        assert isinstance(x, Tensor), "input_format is native"
         return F.linear(x, layer.weight, bias) if out is None else out  # type: ignore[arg-type]
 
     def apply_fused(
         self,
         layer: nn.Module,
-        x: Tensor,
+        x: Tensor | QuantActivation,
         bias: Tensor | None = None,
         *,
         norm: tuple[Tensor, float] | None = None,
@@ -95,6 +95,7 @@ class UnquantizedLinear(LinearMethod):
         residual: Tensor | None = None,
     ) -> Tensor | None:
         """For few tokens, where a table says that one kernel is faster."""
+        assert isinstance(x, Tensor), "input_format is native"
         if self._small is None or activation not in (None, "silu"):
             return None
         weight: Tensor = layer.weight  # type: ignore[assignment]

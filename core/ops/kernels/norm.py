@@ -7,15 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.quantize import KINDS, empty_output, row_warps, store_row
 
-__all__ = ["rms_norm"]
+__all__ = ["rms_norm", "rms_norm_as"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As ``quire.core.ops.rms_norm``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
+    """As ``quire.core.ops.rms_norm``."""
+    y, summed = rms_norm_as(ActivationFormat(), x, weight, eps, residual)
+    assert isinstance(y, Tensor)
+    return y, summed
+
+
+def rms_norm_as(
+    wanted: ActivationFormat, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor | QuantActivation, Tensor]:
+    """As ``quire.core.ops.rms_norm_as``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
     rows, features = x.shape
-    out = torch.empty_like(x)
+    out, values, scale = empty_output(x, features, wanted)
     summed = x if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(features)
     chained = can_chain(x.device)
@@ -23,15 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         x,
         x if residual is None else residual,
         weight,
-        out,
+        values,
+        scale,
         summed,
         x.stride(0),
         eps,
         features=features,
         has_residual=residual is not None,
+        kind=KINDS[wanted.kind],
         block=block,
         chained=chained,
-        num_warps=min(16, max(1, block // 256)),
+        num_warps=row_warps(block),
         launch_pdl=chained,
     )
     return out, summed
@@ -43,11 +56,13 @@ def _rms_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    scale_ptr,
     summed_ptr,
     x_stride,
     eps,
     features: tl.constexpr,
     has_residual: tl.constexpr,
+    kind: tl.constexpr,
     block: tl.constexpr,
     chained: tl.constexpr,
 ):
@@ -61,6 +76,6 @@ def _rms_norm_kernel(
         x = x + tl.load(residual_ptr + row * features + at, mask=inside, other=0.0)
         tl.store(summed_ptr + row * features + at, x, mask=inside)
     wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide) / features + eps)
+    inverse = tl.rsqrt(tl.sum(wide * wide) / features + eps)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + row * features + at, weight * (wide * scale).to(x.dtype), mask=inside)
+    store_row(weight * (wide * inverse).to(x.dtype), row, at, out_ptr, scale_ptr, features, kind)
