@@ -30,12 +30,12 @@ from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.activation import silu_and_mul
 from quire.core.ops.kernels.norm import rms_norm, rms_norm_as
 from quire.core.ops.kernels.quantize import quantize_activation
-from quire.plugins.quant.kernels.fp8_gemv import gemv8
+from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
 from quire.plugins.quant.kernels.fp8_skinny import skinny8
 from quire.plugins.quant.kernels.fp8_wide import wide8
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-MORE = (256, 2048)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MORE = (2048,)
 """Tokens at which only the library is timed."""
 FP8 = ActivationFormat("fp8_token")
 Options = dict[str, Any]
@@ -43,37 +43,36 @@ Options = dict[str, Any]
 
 def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
     """Launches worth timing."""
-    padded = triton.next_power_of_2(layer.inputs)
-    if tokens <= 4:
-        for warps in (2, 4, 8, 16):
-            share = padded // (32 * warps)
-            for rows in (2, 4):
-                if share < 16 or not 32 <= share * rows <= 128 or share * tokens > 64:
-                    continue
-                seen = set()
-                for programs in (4, 8, 16):
-                    turns = -(-layer.features // (rows * 132 * programs))
-                    if turns not in seen and programs * warps <= 64:
-                        seen.add(turns)
-                        yield "gemv8", {"tokens": tokens, "rows": rows, "turns": turns, "num_warps": warps}
     if tokens == 1:
-        return
-    if 4 <= tokens <= 32:
+        for rows, turns, warps in [(2, 6, 8), (2, 4, 4), (2, 28, 4)]:
+            yield "gemv8", {"tokens": tokens, "rows": rows, "turns": turns, "num_warps": warps}
+        for rows, block, warps in [
+            (4, 512, 1), (8, 512, 1), (16, 512, 1), (4, 1024, 1), (4, 1024, 2), (8, 1024, 2), (16, 1024, 2),
+            (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (4, 2048, 2),
+        ]:  # fmt: skip
+            yield "gemv8_long", {"rows": rows, "block": block, "num_warps": warps}
+    if tokens <= 16:
         for rows, block, ways, stages, half in [
-            (16, 128, 4, 4, 0), (16, 256, 4, 3, 0), (16, 128, 4, 4, 1), (32, 128, 4, 4, 0)
+            (16, 128, 4, 4, 0), (16, 256, 4, 3, 0), (16, 128, 4, 4, 1), (16, 256, 4, 3, 1), (32, 128, 4, 4, 1),
+            (16, 128, 4, 6, 1), (16, 128, 8, 3, 1), (16, 128, 8, 4, 1), (32, 128, 4, 4, 0)
         ]:  # fmt: skip
             options = {"tokens": max(8, tokens), "rows": rows, "block": block, "ways": ways, "num_stages": stages}
             if layer.inputs % (block * ways) == 0:
                 yield "skinny8", options | {"half": bool(half)}
-    if tokens < 8:
-        return
-    splits = {4096: (2, 4), 6144: (1, 2, 4)}.get(layer.features, (1,))
+    splits = {4096: (2, 4), 6144: (1, 2)}.get(layer.features, (1,))
     for rows, block, warps, stages in [
-        (64, 128, 4, 6), (64, 256, 4, 4), (128, 128, 4, 4), (128, 128, 8, 5), (64, 128, 4, 4)
+        (64, 128, 4, 6), (64, 256, 4, 4), (128, 128, 8, 5), (64, 128, 4, 4), (64, 256, 4, 3)
     ]:  # fmt: skip
         for split in splits:
-            options = {"tokens": tokens, "rows": rows, "block": block, "num_warps": warps, "num_stages": stages}
-            yield "wide8", options | {"splits": split}
+            for ahead in (0, 512, 1024, 2048):
+                if tokens in (2, 4) and ahead not in (0, 1024):
+                    continue
+                if tokens == 256 and (ahead or warps == 4 and block == 256):
+                    continue
+                options = {"tokens": max(8, tokens), "rows": rows, "block": block, "num_stages": stages}
+                options |= {"num_warps": warps if tokens < 256 else 8, "splits": split, "ahead": ahead}
+                if ahead <= layer.inputs // split:
+                    yield "wide8", options
 
 
 class Case:
@@ -102,8 +101,8 @@ class Case:
         """The whole layer."""
         given = {name: self.given[name] for name in ("x", "gated", "residual", "out")}
         given |= {"weight": weight, "bias": None, "scale": self.scale, "chained": True}
-        if kernel == "gemv8":
-            gemv8(norm=self.given["norm"], **given, **options)
+        if kernel.startswith("gemv8"):
+            (gemv8 if kernel == "gemv8" else gemv8_long)(norm=self.given["norm"], **given, **options)
         elif kernel == "skinny8":
             if self.given["norm"] is not None:
                 given["x"] = rms_norm(given["x"], *self.given["norm"], None)[0]
@@ -193,7 +192,7 @@ def sweep(layer: Layer, compiled: set[str]) -> Iterator[dict[str, Any]]:
 
 def pick(found: list[Options]) -> list[Options]:
     """The three fastest, and the fastest of each other kernel."""
-    rest = [next((f for f in found if f["kernel"] == k), None) for k in ("gemv8", "skinny8", "wide8")]
+    rest = [next((f for f in found if f["kernel"] == k), None) for k in ("gemv8", "gemv8_long", "skinny8", "wide8")]
     return found[:3] + [f for f in rest if f is not None and f not in found[:3]]
 
 

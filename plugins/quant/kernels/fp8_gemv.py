@@ -15,7 +15,7 @@ from torch import Tensor
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
 from quire.core.ops.kernels.linear_tail import finish, rows_of
 
-__all__ = ["gemv8"]
+__all__ = ["gemv8", "gemv8_long"]
 
 
 def gemv8(
@@ -57,6 +57,46 @@ def gemv8(
         rows=rows,
         turns=turns,
         whole=weight.dtype == torch.int8,
+        has_bias=bias is not None,
+        has_norm=norm is not None,
+        gated=gated,
+        has_residual=residual is not None,
+        chained=chained,
+        num_warps=num_warps,
+        launch_pdl=chained,
+    )
+
+
+def gemv8_long(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    scale: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    rows: int,
+    block: int,
+    num_warps: int,
+    chained: bool,
+) -> None:
+    """As ``gemv8``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time."""
+    features, inputs = weight.shape
+    gemv8_long_kernel[(triton.cdiv(features, rows),)](
+        x,
+        weight,
+        scale,
+        x if bias is None else bias,
+        x if norm is None else norm[0],
+        x if residual is None else residual,
+        out,
+        0.0 if norm is None else norm[1],
+        features=features,
+        inputs=inputs,
+        rows=rows,
+        block=block,
         has_bias=bias is not None,
         has_norm=norm is not None,
         gated=gated,
@@ -139,3 +179,56 @@ def gemv8_kernel(
                 rows, gated, has_residual,
             )  # fmt: skip
         w = ahead
+
+
+@triton.jit
+def gemv8_long_kernel(
+    x_ptr,  # (inputs,)
+    weight_ptr,  # (features, inputs)
+    scale_ptr,  # (features,)
+    bias_ptr,  # (features,)
+    norm_ptr,  # (inputs,)
+    residual_ptr,  # (features,), half of them where gated
+    out_ptr,  # as residual
+    eps,
+    features: tl.constexpr,
+    inputs: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    has_bias: tl.constexpr,
+    has_norm: tl.constexpr,
+    gated: tl.constexpr,
+    has_residual: tl.constexpr,
+    chained: tl.constexpr,
+):
+    """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
+    are summed beside the products."""
+    row = rows_of(tl.program_id(0), features, rows, gated)
+    at = tl.arange(0, block // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    weights = weight_ptr + row.to(tl.int64)[:, None, None] * inputs + at[None, :, :]
+    w = tl.load(weights, mask=(at < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
+    start_next(chained)
+    wait_for_previous(chained)
+    acc = tl.zeros((rows, block // 16), dtype=tl.float32)
+    squares = tl.zeros((block // 16,), dtype=tl.float32)
+    for first in tl.static_range(0, inputs, block):
+        inside = first + at < inputs
+        x = tl.load(x_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+        ahead = w
+        if first + block < inputs:
+            wanted = (first + block + at < inputs)[None, :, :]
+            ahead = tl.load(weights + (first + block), mask=wanted, other=0.0, eviction_policy="evict_first")
+        if has_norm:
+            squares += tl.sum(x * x, axis=1)
+            x *= tl.load(norm_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
+        w = ahead
+    y = tl.sum(acc, axis=1) * tl.load(scale_ptr + row)
+    if has_norm:
+        y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
+    if has_bias:
+        y += tl.load(bias_ptr + row).to(tl.float32)
+    finish(
+        y[:, None], tl.program_id(0), tl.zeros((1,), dtype=tl.int32), 1, residual_ptr, out_ptr, features, rows, gated,
+        has_residual,
+    )  # fmt: skip

@@ -109,7 +109,11 @@ def skinny8_kernel(
     for first in tl.range(0, inputs, ways * block, num_stages=stages):
         if whole:
             w = tl.load(weights + first, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + x_row[None, None, :] + at[:, :, None])
+            x = tl.load(
+                x_ptr + first + x_row[None, None, :] + at[:, :, None],
+                mask=(token < num_tokens)[None, None, :] & (at >= 0)[:, :, None],
+                other=0.0,
+            )
         else:
             inside = first + at < inputs
             w = tl.load(weights + first, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")

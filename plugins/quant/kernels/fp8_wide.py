@@ -33,6 +33,7 @@ def wide8(
     rows: int,
     block: int,
     splits: int,
+    ahead: int = 0,
     num_warps: int,
     num_stages: int,
     chained: bool,
@@ -63,6 +64,7 @@ def wide8(
         rows=rows,
         block=block,
         splits=splits,
+        ahead=ahead if chained else 0,
         stages=num_stages,
         has_bias=bias is not None,
         gated=gated,
@@ -92,6 +94,7 @@ def wide8_kernel(
     rows: tl.constexpr,
     block: tl.constexpr,
     splits: tl.constexpr,
+    ahead: tl.constexpr,
     stages: tl.constexpr,
     has_bias: tl.constexpr,
     gated: tl.constexpr,
@@ -109,6 +112,11 @@ def wide8_kernel(
     x_at = x_ptr + tl.minimum(token, num_tokens - 1)[None, :] * inputs + at[:, None]
     weights = weight_ptr + row.to(tl.int64)[:, None] * inputs + at[None, :]
     whole: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    if ahead:
+        tl.inline_asm_elementwise(
+            f"cp.async.bulk.prefetch.L2.global [$1], {ahead}; mov.u32 $0, 0;", "=r,l",
+            [weight_ptr + row.to(tl.int64) * inputs + split * share], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     wait_for_previous(chained)
     acc = tl.zeros((rows, tokens), dtype=tl.int32 if whole else tl.float32)
     for first in tl.range(0, share, block, num_stages=stages):
