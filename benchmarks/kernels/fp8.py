@@ -64,7 +64,7 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
         (64, 128, 4, 6), (64, 256, 4, 4), (128, 128, 8, 5), (64, 128, 4, 4), (64, 256, 4, 3)
     ]:  # fmt: skip
         for split in splits:
-            for ahead in (0, 512, 1024, 2048):
+            for ahead in (0, 1024, 2048):
                 if tokens in (2, 4) and ahead not in (0, 1024):
                     continue
                 if tokens == 256 and (ahead or warps == 4 and block == 256):
