@@ -73,9 +73,11 @@ class QuantActivation:
     """An activation that the operation before already quantized."""
 
     values: Tensor  # (num_tokens, features)
-    scale: Tensor  # (num_tokens, 1) or (1,)
+    scale: Tensor  # (num_tokens, 1) or (1,), float32
     native: Tensor | None = None
     """The unquantized twin, where somebody needs it."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of the activation before it was quantized."""
 
 
 class LinearMethod(ABC):

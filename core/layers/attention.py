@@ -70,6 +70,7 @@ class Attention(nn.Module):
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it; see ``Linear.onto``."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv, stream = self.qkv_proj.after_norm(norm, x, residual)
+        assert isinstance(qkv, Tensor), "only an activation is emitted quantized"
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
         q = q.unflatten(1, (self.num_heads, self.head_dim))  # (num_tokens, num_heads, head_dim)
         k = k.unflatten(1, (self.num_kv_heads, self.head_dim))

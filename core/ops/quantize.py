@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 
-__all__ = ["quantize_activation"]
+__all__ = ["dequantize_activation", "quantize_activation"]
 
 _LEAST = 1e-12
 """A scale is never less, so that a row of zeros has one."""
@@ -27,4 +27,9 @@ def quantize_activation(x: Tensor, wanted: ActivationFormat) -> Tensor | QuantAc
     if scale is None:
         scale = (x.abs().amax(-1, keepdim=True).float() / most).clamp(min=_LEAST)
     values = (x.float() / scale).clamp(-most, most)
-    return QuantActivation((values.round() if whole else values).to(dtype), scale)
+    return QuantActivation((values.round() if whole else values).to(dtype), scale, dtype=x.dtype)
+
+
+def dequantize_activation(x: QuantActivation) -> Tensor:
+    """The numbers that ``x`` stands for, (num_tokens, features) in its unquantized dtype."""
+    return (x.values.float() * x.scale).to(x.dtype)

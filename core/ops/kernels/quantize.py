@@ -38,9 +38,7 @@ def quantize_activation(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
     return out
 
 
-def empty_output(
-    x: Tensor, features: int, wanted: ActivationFormat
-) -> tuple[Tensor | QuantActivation, Tensor, Tensor]:
+def empty_output(x: Tensor, features: int, wanted: ActivationFormat) -> tuple[Tensor | QuantActivation, Tensor, Tensor]:
     """(what to return, its values, its scale) for as many rows as ``x`` has; the scale of a native one is not read."""
     if wanted.kind == "native":
         values = x.new_empty(x.shape[0], features)
@@ -50,7 +48,7 @@ def empty_output(
     scale = wanted.scale
     if wanted.kind != "fp8_tensor" or scale is None:
         scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    return QuantActivation(values, scale), values, scale
+    return QuantActivation(values, scale, dtype=x.dtype), values, scale
 
 
 def row_warps(block: int) -> int:

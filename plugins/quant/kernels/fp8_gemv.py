@@ -82,7 +82,10 @@ def gemv8_long(
     num_warps: int,
     chained: bool,
 ) -> None:
-    """As ``gemv8``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time."""
+    """As ``gemv8``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time.
+
+    ``scale`` is (features,), or (features / 128, inputs / 128), both rounded up.
+    """
     features, inputs = weight.shape
     gemv8_long_kernel[(triton.cdiv(features, rows),)](
         x,
@@ -97,6 +100,7 @@ def gemv8_long(
         inputs=inputs,
         rows=rows,
         block=block,
+        blocks=scale.shape[1] if scale.dim() == 2 else 0,
         has_bias=bias is not None,
         has_norm=norm is not None,
         gated=gated,
@@ -185,7 +189,7 @@ def gemv8_kernel(
 def gemv8_long_kernel(
     x_ptr,  # (inputs,)
     weight_ptr,  # (features, inputs)
-    scale_ptr,  # (features,)
+    scale_ptr,  # (features,), or (features / 128, blocks)
     bias_ptr,  # (features,)
     norm_ptr,  # (inputs,)
     residual_ptr,  # (features,), half of them where gated
@@ -195,6 +199,7 @@ def gemv8_long_kernel(
     inputs: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
+    blocks: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,
@@ -221,9 +226,15 @@ def gemv8_long_kernel(
         if has_norm:
             squares += tl.sum(x * x, axis=1)
             x *= tl.load(norm_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
+        part = tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
+        if blocks:
+            group = tl.minimum(first // 128 + tl.arange(0, block // 16) // 8, blocks - 1)
+            part *= tl.load(scale_ptr + (row // 128 * blocks)[:, None] + group[None, :])
+        acc += part
         w = ahead
-    y = tl.sum(acc, axis=1) * tl.load(scale_ptr + row)
+    y = tl.sum(acc, axis=1)
+    if not blocks:
+        y *= tl.load(scale_ptr + row)
     if has_norm:
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:

@@ -1,8 +1,9 @@
-"""A few tokens times a weight matrix on the tensor cores: each weight is read once, whatever the number of tokens.
+"""A few tokens times a weight of 8 bits on the tensor cores, the weights widened in registers: each is read once, and
+the activations are not quantized.
 
 A program takes some rows of the weight and all the tokens. Its warps share out the inputs, each with a product of its
-own, and the products are added at the end: split-K without a second kernel and without atomics. So the order of every
-sum depends on the layer's shape and on the padded number of tokens alone.
+own, and the products are added at the end. So the order of every sum depends on the layer's shape and on the padded
+number of tokens alone.
 """
 
 from __future__ import annotations
@@ -23,11 +24,9 @@ def skinny8(
     bias: Tensor | None,
     out: Tensor,
     *,
-    norm: tuple[Tensor, float] | None = None,
+    scale: Tensor,
     gated: bool = False,
     residual: Tensor | None = None,
-    scale: Tensor,
-    half: bool = False,
     tokens: int,
     rows: int,
     block: int,
@@ -35,22 +34,22 @@ def skinny8(
     num_stages: int,
     chained: bool,
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense.
 
-    At most ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight; it has ``ways`` warps, each
-    with ``block`` inputs at a time.
+    ``scale`` float32, (features,) or (features / 128, inputs / 128), both rounded up; then ``block`` is 128. At most
+    ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight; it has ``ways`` warps, each with
+    ``block`` inputs at a time.
     """
     features, inputs = weight.shape
+    assert scale.dim() == 1 or block == 128
     skinny8_kernel[(triton.cdiv(features, rows),)](
         x,
         weight,
         scale,
         x if bias is None else bias,
-        x if norm is None else norm[0],
         x if residual is None else residual,
         out,
         x.shape[0],
-        0.0 if norm is None else norm[1],
         features=features,
         inputs=inputs,
         tokens=tokens,
@@ -58,11 +57,10 @@ def skinny8(
         block=block,
         ways=ways,
         stages=num_stages,
+        blocks=scale.shape[1] if scale.dim() == 2 else 0,
         has_bias=bias is not None,
-        has_norm=norm is not None,
         gated=gated,
         has_residual=residual is not None,
-        half=half,
         chained=chained,
         num_warps=ways,
         launch_pdl=chained,
@@ -73,13 +71,11 @@ def skinny8(
 def skinny8_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs)
-    scale_ptr,  # (features,)
+    scale_ptr,  # (features,), or (features / 128, blocks)
     bias_ptr,  # (features,)
-    norm_ptr,  # (inputs,)
     residual_ptr,  # (num_tokens, features), half of them where gated
     out_ptr,  # as residual
     num_tokens,
-    eps,
     features: tl.constexpr,
     inputs: tl.constexpr,
     tokens: tl.constexpr,
@@ -87,51 +83,43 @@ def skinny8_kernel(
     block: tl.constexpr,
     ways: tl.constexpr,
     stages: tl.constexpr,
+    blocks: tl.constexpr,
     has_bias: tl.constexpr,
-    has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    half: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
-    are summed beside the products."""
+    """Grid: (features / rows,)."""
     tile = tl.program_id(0)
     row = rows_of(tile, features, rows, gated)
     token = tl.arange(0, tokens)
-    at = tl.arange(0, ways)[:, None] * block + tl.arange(0, block)[None, :]  # (ways, block)
-    x_row = tl.minimum(token, num_tokens - 1) * inputs
+    way = tl.arange(0, ways)
+    at = way[:, None] * block + tl.arange(0, block)[None, :]  # (ways, block)
     weights = weight_ptr + row.to(tl.int64)[None, :, None] * inputs + at[:, None, :]
+    x_at = x_ptr + token[None, None, :] * inputs + at[:, :, None]
+    there = (token < num_tokens)[None, None, :]
     wait_for_previous(chained)
     acc = tl.zeros((ways, rows, tokens), dtype=tl.float32)
-    squares = tl.zeros((ways, block, tokens), dtype=tl.float32)
     whole: tl.constexpr = inputs % (ways * block) == 0
     for first in tl.range(0, inputs, ways * block, num_stages=stages):
         if whole:
             w = tl.load(weights + first, eviction_policy="evict_first")
-            x = tl.load(
-                x_ptr + first + x_row[None, None, :] + at[:, :, None],
-                mask=(token < num_tokens)[None, None, :] & (at >= 0)[:, :, None],
-                other=0.0,
-            )
+            x = tl.load(x_at + first, mask=there & (at >= 0)[:, :, None], other=0.0)
         else:
             inside = first + at < inputs
             w = tl.load(weights + first, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + x_row[None, None, :] + at[:, :, None], mask=inside[:, :, None], other=0.0)
-        if has_norm:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            g = tl.load(norm_ptr + first + at, mask=first + at < inputs, other=0.0).to(tl.float32)
-            x = (wide * g[:, :, None]).to(x.dtype)
-        if half:
-            acc = tl.dot(w.to(tl.float16), x.to(tl.float16), acc)
+            x = tl.load(x_at + first, mask=there & inside[:, :, None], other=0.0)
+        w = w.to(tl.float32).to(x.dtype)
+        if blocks:
+            group = tl.minimum(first // 128 + way, blocks - 1)
+            s = tl.load(scale_ptr + (row // 128 * blocks)[None, :] + group[:, None])  # (ways, rows)
+            acc += tl.dot(w, x) * s[:, :, None]
         else:
-            acc = tl.dot(w.to(tl.float32).to(x.dtype), x, acc)
+            acc = tl.dot(w, x, acc)
     start_next(chained)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
-    if has_norm:
-        y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]
-    y *= tl.load(scale_ptr + row)[:, None]
+    if not blocks:
+        y *= tl.load(scale_ptr + row)[:, None]
     if has_bias:
         y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     finish(y, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)

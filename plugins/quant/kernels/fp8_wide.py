@@ -1,8 +1,8 @@
-"""Tens of tokens times a weight of 8 bits on the tensor cores, the weights as the tall operand.
+"""Tens to hundreds of tokens times a weight of 8 bits on the tensor cores: a program takes some rows of the weight and
+a tile of the tokens, over all the inputs in order.
 
-A program takes some rows of the weight and all the tokens, over its share of the inputs in order. Where there are too
-few tiles of rows to fill the card, several programs share the inputs of a tile; the one that arrives last adds up what
-they found, in a fixed order, so that a sum depends on the layer's shape and on the padded number of tokens alone.
+The matrix instruction wants 64 rows or more of its first operand: the weight's, or the tokens', so that a tile may have
+as few as 16 rows of the weight and the card is filled without sharing out the inputs.
 """
 
 from __future__ import annotations
@@ -24,38 +24,33 @@ def wide8(
     out: Tensor,
     *,
     scale: Tensor,
-    x_scale: Tensor | None = None,
+    x_scale: Tensor,
     gated: bool = False,
     residual: Tensor | None = None,
-    partial: Tensor | None = None,
-    arrived: Tensor | None = None,
     tokens: int,
     rows: int,
     block: int,
-    splits: int,
-    ahead: int = 0,
+    tokens_first: bool = False,
     num_warps: int,
     num_stages: int,
     chained: bool,
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense.
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense and of one
+    type; ``block`` divides ``inputs``.
 
-    ``scale`` (features,) float32. ``x`` is of the weight's type, with ``x_scale`` (num_tokens, 1) or (1,) float32, or
-    it is not quantized: then the weights are widened to its type. ``splits`` programs share a tile's inputs, which
-    they divide evenly; ``partial`` (tiles * splits * rows * tokens,) float32 and ``arrived`` (tiles,) int32, zero
-    before and after, are theirs.
+    ``scale`` float32, (features,) or (features / 128, inputs / 128), both rounded up; then ``block`` is 128.
+    ``x_scale`` (num_tokens, 1) or (1,) float32. A program takes ``rows`` rows of the weight and ``tokens`` (8 at least;
+    64 where ``tokens_first``, as the first operand) tokens.
     """
     features, inputs = weight.shape
-    assert inputs % (splits * block) == 0
-    wide8_kernel[(triton.cdiv(features, rows), splits)](
+    assert inputs % block == 0 and (scale.dim() == 1 or block == 128) and x.dtype == weight.dtype
+    wide8_kernel[(triton.cdiv(x.shape[0], tokens), triton.cdiv(features, rows))](
         x,
         weight,
         scale,
-        scale if x_scale is None else x_scale,
-        x if bias is None else bias,
-        x if residual is None else residual,
-        scale if partial is None else partial,
-        scale if arrived is None else arrived,
+        x_scale,
+        scale if bias is None else bias,
+        scale if residual is None else residual,
         out,
         x.shape[0],
         features=features,
@@ -63,13 +58,13 @@ def wide8(
         tokens=tokens,
         rows=rows,
         block=block,
-        splits=splits,
-        ahead=ahead if chained else 0,
+        tokens_first=tokens_first,
         stages=num_stages,
+        blocks=scale.shape[1] if scale.dim() == 2 else 0,
+        one_x_scale=x_scale.numel() == 1,
         has_bias=bias is not None,
         gated=gated,
         has_residual=residual is not None,
-        x_scales=0 if x_scale is None else (2 if x_scale.numel() > 1 else 1),
         chained=chained,
         num_warps=num_warps,
         launch_pdl=chained,
@@ -80,12 +75,10 @@ def wide8(
 def wide8_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs)
-    scale_ptr,  # (features,)
+    scale_ptr,  # (features,), or (features / 128, blocks)
     x_scale_ptr,  # (num_tokens,) or (1,)
     bias_ptr,  # (features,)
     residual_ptr,  # (num_tokens, features), half of them where gated
-    partial_ptr,  # (tiles, splits, rows, tokens)
-    arrived_ptr,  # (tiles,)
     out_ptr,  # as residual
     num_tokens,
     features: tl.constexpr,
@@ -93,61 +86,48 @@ def wide8_kernel(
     tokens: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
-    splits: tl.constexpr,
-    ahead: tl.constexpr,
+    tokens_first: tl.constexpr,
     stages: tl.constexpr,
+    blocks: tl.constexpr,
+    one_x_scale: tl.constexpr,
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    x_scales: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """Grid: (features / rows, splits)."""
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
+    """Grid: (num_tokens / tokens, features / rows): programs that share weights run at the same time."""
+    tile = tl.program_id(1)
     row = rows_of(tile, features, rows, gated)
-    token = tl.arange(0, tokens)
-    share: tl.constexpr = inputs // splits
-    at = split * share + tl.arange(0, block)
-    x_at = x_ptr + tl.minimum(token, num_tokens - 1)[None, :] * inputs + at[:, None]
-    weights = weight_ptr + row.to(tl.int64)[:, None] * inputs + at[None, :]
-    whole: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
-    if ahead:
-        tl.inline_asm_elementwise(
-            f"cp.async.bulk.prefetch.L2.global [$1], {ahead}; mov.u32 $0, 0;", "=r,l",
-            [weight_ptr + row.to(tl.int64) * inputs + split * share], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    token = tl.program_id(0) * tokens + tl.arange(0, tokens)
+    at = tl.arange(0, block)
+    x_row, w_row = token.to(tl.int64) * inputs, row.to(tl.int64) * inputs
+    if tokens_first:
+        x_at, w_at = x_ptr + x_row[:, None] + at[None, :], weight_ptr + w_row[None, :] + at[:, None]
+        there = (token < num_tokens)[:, None] & (at >= 0)[None, :]
+    else:
+        x_at, w_at = x_ptr + x_row[None, :] + at[:, None], weight_ptr + w_row[:, None] + at[None, :]
+        there = (token < num_tokens)[None, :] & (at >= 0)[:, None]
     wait_for_previous(chained)
-    acc = tl.zeros((rows, tokens), dtype=tl.int32 if whole else tl.float32)
-    for first in tl.range(0, share, block, num_stages=stages):
-        w = tl.load(weights + first, eviction_policy="evict_first")
-        x = tl.load(x_at + first)
-        if x_scales:
-            if whole:
-                acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(w, x, acc)
+    sums: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 and not blocks else tl.float32
+    acc = tl.zeros((tokens, rows) if tokens_first else (rows, tokens), dtype=sums)
+    for first in tl.range(0, inputs, block, num_stages=stages):
+        w = tl.load(w_at + first, eviction_policy="evict_first")
+        x = tl.load(x_at + first, mask=there, other=0.0)
+        if blocks:
+            s = tl.load(scale_ptr + row // 128 * blocks + first // 128)
+            acc += (tl.dot(x, w) * s[None, :]) if tokens_first else (tl.dot(w, x) * s[:, None])
+        elif tokens_first:
+            acc = tl.dot(x, w, acc, out_dtype=sums)
         else:
-            acc = tl.dot(w.to(x.dtype), x, acc)
+            acc = tl.dot(w, x, acc, out_dtype=sums)
     start_next(chained)
-    y = acc.to(tl.float32)
-    last = True
-    if splits > 1:
-        mine = partial_ptr + tile * splits * rows * tokens + tl.arange(0, rows)[:, None] * tokens + token[None, :]
-        tl.store(mine + split * rows * tokens, y)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(arrived_ptr + tile, 0)
-            y = tl.zeros((rows, tokens), dtype=tl.float32)
-            for part in tl.static_range(splits):
-                y += tl.load(mine + part * rows * tokens, cache_modifier=".cg")
-    if last:
+    y = (tl.trans(acc) if tokens_first else acc).to(tl.float32)
+    if not blocks:
         y *= tl.load(scale_ptr + row)[:, None]
-        if x_scales == 2:
-            y *= tl.load(x_scale_ptr + tl.minimum(token, num_tokens - 1))[None, :]
-        elif x_scales == 1:
-            y *= tl.load(x_scale_ptr)
-        if has_bias:
-            y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-        finish(y, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)
+    if one_x_scale:
+        y *= tl.load(x_scale_ptr)
+    else:
+        y *= tl.load(x_scale_ptr + token, mask=token < num_tokens, other=0.0)[None, :]
+    if has_bias:
+        y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    finish(y, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)

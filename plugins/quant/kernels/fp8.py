@@ -1,0 +1,90 @@
+"""FP8 (e4m3) layers: weights and, from some tokens on, activations of 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core import ops
+from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
+from quire.plugins.quant.kernels.fp8_layer import EightBit, dequantize, plan_for
+
+__all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
+
+_MOST = 448.0
+_BY_TOKEN = ActivationFormat("fp8_token")
+
+
+def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
+    """Whether ``linear`` takes these on their device: a GPU that knows the type (Ada, Hopper and later), with rows and
+    inputs in whole vectors of 16 and 32, and scales by block for whole blocks of inputs."""
+    features, inputs = weight.shape
+    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 9):
+        return False
+    if features % 16 or inputs % (32 if weight_scale.dim() == 1 else 128):
+        return False
+    plan_for(weight.device, features, inputs)
+    return True
+
+
+def input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
+    """What the operation before such a layer should emit, where it is not part of the layer's own kernel."""
+    if weight_only or weight_scale.dim() == 2:
+        return "native"
+    return "fp8_token" if input_scale is None else "fp8_tensor"
+
+
+def linear(
+    x: Tensor | QuantActivation,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    weight_only: bool = False,
+    norm: tuple[Tensor, float] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """``x`` (num_tokens, inputs) times ``weight`` (features, inputs) e4m3 -> (num_tokens, features).
+
+    ``weight_scale`` float32: (features,), or (features / 128, inputs / 128), both rounded up. ``input_scale``: one
+    float32 for all tokens, or None: each token gets its own. A few tokens are not quantized at all, and then a static
+    scale is not used; ``weight_only``: none are. ``norm``, ``activation`` and ``residual`` as in
+    ``LinearMethod.apply_fused``; None only where one of them is given and not offered for so many tokens. On the CPU
+    weights are widened and activations stay as they are.
+    """
+    if weight.is_cuda:
+        kind = EightBit(_BY_TOKEN, _scaled_mm)
+        return kind.linear(
+            x, weight, weight_scale, bias, input_scale, weight_only=weight_only, norm=norm, activation=activation,
+            residual=residual,
+        )  # fmt: skip
+    if norm is not None or activation is not None or residual is not None:
+        return None
+    x = ops.dequantize_activation(x) if isinstance(x, QuantActivation) else x
+    return torch.nn.functional.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` (features, inputs) in e4m3 and its scale (features,) float32: each row's largest becomes 448."""
+    scale = (weight.abs().amax(dim=1).float() / _MOST).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).clamp(-_MOST, _MOST).to(torch.float8_e4m3fn), scale
+
+
+def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
+    """``x`` (num_tokens, features) in e4m3, by one ``scale`` float32 or, where it is None, one for each token."""
+    wanted = _BY_TOKEN if scale is None else ActivationFormat("fp8_tensor", scale.reshape(1))
+    y = ops.quantize_activation(x, wanted)
+    assert isinstance(y, QuantActivation)
+    return y
+
+
+def _scaled_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The library's, with fast accumulation: its sums of 32 products keep 14 bits, less than an activation's 4 lose."""
+    x_scale = x.scale if x.scale.numel() > 1 else x.scale.reshape(1, 1).expand(x.values.shape[0], 1).contiguous()
+    out = torch._scaled_mm(
+        x.values, weight.t(), scale_a=x_scale, scale_b=scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    out = out.to(x.dtype)
+    return out if bias is None else out.add_(bias)

@@ -1,0 +1,217 @@
+"""Linear layers whose weights are of 8 bits, FP8 or INT8: which kernel multiplies how many tokens.
+
+The tables beside this file are written by ``benchmarks/kernels/fp8.py``; a layer that a table does not name gets what
+did best on layers of its kind. A few tokens are multiplied as they are, with weights widened in registers: as fast as
+with quantized ones, and nearer to the truth. Where a launch or the library multiplies in 8 bits, the activations are
+quantized by the norm or the activation before, or by a kernel of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from quire.core import ops
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.ops.kernels.dependent import can_chain
+from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
+from quire.plugins.quant.kernels.fp8_skinny import skinny8
+from quire.plugins.quant.kernels.fp8_wide import wide8
+
+__all__ = ["EightBit", "Launch", "Plan", "dequantize", "plan_for", "rule"]
+
+_KERNELS: dict[str, Callable[..., None]] = {
+    "gemv8": gemv8,
+    "gemv8_long": gemv8_long,
+    "skinny8": skinny8,
+    "wide8": wide8,
+}
+_TABLES = {(9, 0): "fp8_h200.json"}
+"""Compute capability -> table."""
+_STEPS = (1, 8, 16, 32, 64, 128)
+"""Most tokens of each of the rule's launches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel and its constants."""
+
+    kernel: str
+    options: Mapping[str, int]
+    norm_apart: bool = False
+    """The norm before the layer is a kernel of its own, without quantization."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it multiplies activations of 8 bits."""
+        return self.kernel == "wide8"
+
+
+class Plan:
+    """What layers of one shape on one device launch, whose kernels run one after the other.
+
+    ``steps`` are (most tokens, the launches that can do, the best first), ascending. Past them there is the library.
+    """
+
+    def __init__(self, device: torch.device, features: int, inputs: int) -> None:
+        self.steps = launches(device, features, inputs)
+        self.chained = can_chain(device)
+
+    def launch(self, tokens: int, quantized: bool, native: bool, blocks: bool) -> Launch | None:
+        """The best for ``tokens``, or None: the library. ``quantized``: the activations are already; ``native``: they
+        shall not be; ``blocks``: scales are by 128x128 block."""
+        for most, found in self.steps:
+            if tokens <= most:
+                for launch in found:
+                    if launch is None:
+                        return None
+                    if (quantized and not launch.quantized) or (native and launch.quantized):
+                        continue
+                    return _by_block(launch) if blocks else launch
+                return None
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class EightBit:
+    """One kind of 8 bits: how activations are quantized by token, and the library's product.
+
+    ``library(x, weight, scale, bias)`` multiplies a quantized ``x`` by ``weight`` (features, inputs), whose ``scale``
+    is (features,), to ``x.dtype``.
+    """
+
+    by_token: ActivationFormat
+    library: Callable[[QuantActivation, Tensor, Tensor, Tensor | None], Tensor]
+
+    def linear(
+        self,
+        x: Tensor | QuantActivation,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+        *,
+        weight_only: bool,
+        norm: tuple[Tensor, float] | None,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        """As ``kernels.fp8.linear``, on a GPU."""
+        given = x.values if isinstance(x, QuantActivation) else x
+        fused = norm is not None or activation is not None or residual is not None
+        tokens, blocks = given.shape[0], scale.dim() == 2
+        plan = plan_for(weight.device, *weight.shape)
+        launch = plan.launch(tokens, isinstance(x, QuantActivation), weight_only, blocks)
+        if launch is None or activation not in (None, "silu") or not tokens or not given.is_contiguous():
+            if fused:
+                return None
+            if blocks or weight_only:
+                x = ops.dequantize_activation(x) if isinstance(x, QuantActivation) else x
+                return F.linear(x, dequantize(weight, scale, x.dtype), bias)
+            x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale)
+            return self.library(x, weight, scale, bias)
+        options: dict[str, Any] = dict(launch.options)
+        if launch.quantized:
+            if not isinstance(x, QuantActivation):
+                x = self.quantize(x, input_scale, norm)
+            values, dtype, norm = x.values, x.dtype, None
+            options["x_scale"] = x.scale
+        else:
+            assert isinstance(x, Tensor)
+            values, dtype = x, x.dtype
+            if norm is not None and launch.norm_apart:
+                values, norm = ops.rms_norm(x, *norm)[0], None
+            if launch.kernel.startswith("gemv8"):
+                options["norm"] = norm
+        gated = activation is not None
+        features = weight.shape[0] // 2 if gated else weight.shape[0]
+        out = torch.empty(tokens, features, dtype=dtype, device=weight.device)
+        _KERNELS[launch.kernel](
+            values, weight, bias, out, scale=scale, gated=gated, residual=residual, chained=plan.chained, **options
+        )
+        return out
+
+    def quantize(
+        self, x: Tensor, input_scale: Tensor | None, norm: tuple[Tensor, float] | None = None
+    ) -> QuantActivation:
+        """``x`` (num_tokens, features), after an RMS norm where one is given, in this kind of 8 bits."""
+        wanted = self.by_token
+        if input_scale is not None and wanted.kind == "fp8_token":
+            wanted = ActivationFormat("fp8_tensor", input_scale.reshape(1))
+        y = ops.quantize_activation(x, wanted) if norm is None else ops.rms_norm_as(wanted, x, *norm)[0]
+        assert isinstance(y, QuantActivation)
+        return y
+
+
+@cache
+def plan_for(device: torch.device, features: int, inputs: int) -> Plan:
+    """One for each shape."""
+    return Plan(device, features, inputs)
+
+
+def launches(device: torch.device, features: int, inputs: int) -> list[tuple[int, list[Launch | None]]]:
+    """(most tokens, launches in the order of their speed), ascending; None is the library."""
+    capability = torch.cuda.get_device_capability(device)
+    name = _TABLES.get(capability)
+    if name is None:
+        return [(most, [rule(features, inputs, most)]) for most in _STEPS if most <= 8]
+    measured = _read(name).get(f"{features}x{inputs}")
+    if measured is None:
+        return [(most, _both(features, inputs, most)) for most in _STEPS]
+    return [(int(most), [None if e is None else _launch(e) for e in found]) for most, found in measured.items()]
+
+
+def rule(features: int, inputs: int, tokens: int, quantized: bool = False) -> Launch:
+    """For layers that no table names: what was best, or close to it, on those that are measured."""
+    if tokens == 1 and not quantized:
+        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2})
+    if tokens <= 8 and not quantized:
+        options = {"tokens": 8, "rows": 16, "block": 128, "ways": 4, "num_stages": 6}
+        return Launch("skinny8", options, norm_apart=True)
+    options = {"tokens": max(8, tokens), "rows": 64, "block": min(256 if tokens <= 64 else 128, inputs & -inputs)}
+    return Launch("wide8", options | {"num_warps": 4, "num_stages": 6 if tokens <= 32 else 4})
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` (features, inputs) times its scale, (features,) or by 128x128 block, in ``dtype``."""
+    if scale.dim() == 1:
+        return (weight.float() * scale[:, None]).to(dtype)
+    features, inputs = weight.shape
+    spread = scale.repeat_interleave(128, 0)[:features].repeat_interleave(128, 1)[:, :inputs]
+    return (weight.float() * spread).to(dtype)
+
+
+def _both(features: int, inputs: int, tokens: int) -> list[Launch | None]:
+    first = rule(features, inputs, tokens)
+    return [first] if first.quantized else [first, rule(features, inputs, tokens, quantized=True)]
+
+
+def _by_block(launch: Launch) -> Launch:
+    """With inputs taken 128 at a time, so that a product has one scale for each row."""
+    if launch.kernel == "gemv8":
+        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2})
+    options = dict(launch.options)
+    if launch.kernel != "gemv8_long":
+        options["block"] = 128
+    return Launch(launch.kernel, options, launch.norm_apart)
+
+
+@cache
+def _read(name: str) -> dict[str, dict[str, list[dict[str, Any] | None]]]:
+    """``{"<features>x<inputs>": {"<most tokens>": launches or null, the best first}}``."""
+    return json.loads((Path(__file__).parent / "tables" / name).read_text())["layers"]
+
+
+def _launch(entry: Mapping[str, Any]) -> Launch:
+    told = ("kernel", "norm_apart", "us")
+    options = {key: value for key, value in entry.items() if key not in told}
+    return Launch(entry["kernel"], options, bool(entry.get("norm_apart", False)))

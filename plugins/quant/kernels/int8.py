@@ -1,0 +1,126 @@
+"""INT8 layers (W8A8): weights and, from some tokens on, activations of 8 bits, without zero points."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.core import ops
+from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
+from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
+from quire.plugins.quant.kernels.fp8_layer import EightBit, dequantize, plan_for
+
+__all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
+
+_MOST = 127.0
+_BY_TOKEN = ActivationFormat("int8_token")
+_LEAST = 17
+"""Fewest rows that ``torch._int_mm`` takes."""
+_BLOCK = 1024
+
+
+def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
+    """Whether ``linear`` takes these on their device: a GPU (Ampere and later), with rows and inputs in whole vectors
+    of 16 and 32, and one scale for each row."""
+    features, inputs = weight.shape
+    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return False
+    if weight_scale.dim() != 1 or features % 16 or inputs % 32:
+        return False
+    plan_for(weight.device, features, inputs)
+    return True
+
+
+def input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
+    """What the operation before such a layer should emit, where it is not part of the layer's own kernel."""
+    return "native" if weight_only else "int8_token"
+
+
+def linear(
+    x: Tensor | QuantActivation,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    weight_only: bool = False,
+    norm: tuple[Tensor, float] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """As ``kernels.fp8.linear``, for ``weight`` (features, inputs) int8 and ``weight_scale`` (features,) float32.
+
+    Each token has a scale of its own; ``input_scale``, one for all, is not used.
+    """
+    if weight.is_cuda:
+        kind = EightBit(_BY_TOKEN, _int_mm)
+        return kind.linear(
+            x, weight, weight_scale, bias, None, weight_only=weight_only, norm=norm, activation=activation,
+            residual=residual,
+        )  # fmt: skip
+    if norm is not None or activation is not None or residual is not None:
+        return None
+    x = ops.dequantize_activation(x) if isinstance(x, QuantActivation) else x
+    return torch.nn.functional.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` (features, inputs) in int8 and its scale (features,) float32: each row's largest becomes 127."""
+    scale = (weight.abs().amax(dim=1).float() / _MOST).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).round().clamp(-_MOST, _MOST).to(torch.int8), scale
+
+
+def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
+    """``x`` (num_tokens, features) in int8, with a scale for each token."""
+    assert scale is None, "activations in int8 have a scale for each token"
+    y = ops.quantize_activation(x, _BY_TOKEN)
+    assert isinstance(y, QuantActivation)
+    return y
+
+
+def _int_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The library's product in int32, then the scales."""
+    values, rows = x.values, x.values.shape[0]
+    if rows < _LEAST:
+        values = torch.cat([values, values.new_zeros(_LEAST - rows, values.shape[1])])
+    return rescale(torch._int_mm(values, weight.t())[:rows], x.scale, scale, bias, x.dtype)
+
+
+def rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``sums`` (num_tokens, features) int32 times ``x_scale`` (num_tokens, 1) and ``scale`` (features,), and bias."""
+    rows, features = sums.shape
+    out = torch.empty(rows, features, dtype=dtype, device=sums.device)
+    chained = can_chain(sums.device)
+    _rescale_kernel[(rows, triton.cdiv(features, _BLOCK))](
+        sums,
+        x_scale,
+        scale,
+        scale if bias is None else bias,
+        out,
+        features=features,
+        block=_BLOCK,
+        has_bias=bias is not None,
+        chained=chained,
+        num_warps=4,
+        launch_pdl=chained,
+    )
+    return out
+
+
+@triton.jit
+def _rescale_kernel(
+    sums_ptr, x_scale_ptr, scale_ptr, bias_ptr, out_ptr, features: tl.constexpr, block: tl.constexpr,
+    has_bias: tl.constexpr, chained: tl.constexpr,
+):  # fmt: skip
+    start_next(chained)
+    wait_for_previous(chained)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    inside = at < features
+    y = tl.load(sums_ptr + row * features + at, mask=inside, other=0).to(tl.float32) * tl.load(x_scale_ptr + row)
+    y *= tl.load(scale_ptr + at, mask=inside, other=0.0)
+    if has_bias:
+        y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * features + at, y.to(out_ptr.dtype.element_ty), mask=inside)
