@@ -107,11 +107,6 @@ class ScaledLinear(AssembledLinear):
         static = self.form.inputs == "static"
         self._register(layer, info, weight, scale, torch.full((1,), 0.05, device=device) if static else None)
 
-    def input_scale(self, layer: nn.Module) -> Tensor | None:
-        """The checkpoint's, of a static format."""
-        scale = getattr(layer, "input_scale", None)
-        return None if scale is None or self.input_format != "fp8_tensor" else scale.reshape(1)
-
     def multiply(
         self,
         layer: nn.Module,

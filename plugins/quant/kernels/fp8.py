@@ -23,7 +23,7 @@ def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weigh
         return False
     if features % 16 or inputs % (32 if weight_scale.dim() == 1 else 128):
         return False
-    plan_for(weight.device, features, inputs)
+    plan_for(weight.device, features, inputs, weight.dtype)
     return True
 
 

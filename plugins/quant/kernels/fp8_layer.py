@@ -35,8 +35,8 @@ _KERNELS: dict[str, Callable[..., None]] = {
     "skinny8": skinny8,
     "wide8": wide8,
 }
-_TABLES = {(9, 0): "fp8_h200.json"}
-"""Compute capability -> table."""
+_TABLES = {(9, 0): "h200.json"}
+"""Compute capability -> table, after the name of the kind."""
 _STEPS = (1, 8, 16, 32, 64, 128)
 """Most tokens of each of the rule's launches."""
 
@@ -62,8 +62,8 @@ class Plan:
     ``steps`` are (most tokens, the launches that can do, the best first), ascending. Past them there is the library.
     """
 
-    def __init__(self, device: torch.device, features: int, inputs: int) -> None:
-        self.steps = launches(device, features, inputs)
+    def __init__(self, device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> None:
+        self.steps = launches(device, features, inputs, dtype)
         self.chained = can_chain(device)
 
     def launch(self, tokens: int, quantized: bool, native: bool, blocks: bool) -> Launch | None:
@@ -73,6 +73,8 @@ class Plan:
             if tokens <= most:
                 for launch in found:
                     if launch is None:
+                        if native:
+                            continue
                         return None
                     if (quantized and not launch.quantized) or (native and launch.quantized):
                         continue
@@ -109,7 +111,7 @@ class EightBit:
         given = x.values if isinstance(x, QuantActivation) else x
         fused = norm is not None or activation is not None or residual is not None
         tokens, blocks = given.shape[0], scale.dim() == 2
-        plan = plan_for(weight.device, *weight.shape)
+        plan = plan_for(weight.device, *weight.shape, weight.dtype)
         launch = plan.launch(tokens, isinstance(x, QuantActivation), weight_only, blocks)
         if launch is None or activation not in (None, "silu") or not tokens or not given.is_contiguous():
             if fused:
@@ -153,18 +155,21 @@ class EightBit:
 
 
 @cache
-def plan_for(device: torch.device, features: int, inputs: int) -> Plan:
+def plan_for(device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> Plan:
     """One for each shape."""
-    return Plan(device, features, inputs)
+    return Plan(device, features, inputs, dtype)
 
 
-def launches(device: torch.device, features: int, inputs: int) -> list[tuple[int, list[Launch | None]]]:
+def launches(
+    device: torch.device, features: int, inputs: int, dtype: torch.dtype
+) -> list[tuple[int, list[Launch | None]]]:
     """(most tokens, launches in the order of their speed), ascending; None is the library."""
     capability = torch.cuda.get_device_capability(device)
     name = _TABLES.get(capability)
+    kind = "int8" if dtype == torch.int8 else "fp8"
     if name is None:
         return [(most, [rule(features, inputs, most)]) for most in _STEPS if most <= 8]
-    measured = _read(name).get(f"{features}x{inputs}")
+    measured = _read(f"{kind}_{name}").get(f"{features}x{inputs}")
     if measured is None:
         return [(most, _both(features, inputs, most)) for most in _STEPS]
     return [(int(most), [None if e is None else _launch(e) for e in found]) for most, found in measured.items()]
@@ -208,7 +213,8 @@ def _by_block(launch: Launch) -> Launch:
 @cache
 def _read(name: str) -> dict[str, dict[str, list[dict[str, Any] | None]]]:
     """``{"<features>x<inputs>": {"<most tokens>": launches or null, the best first}}``."""
-    return json.loads((Path(__file__).parent / "tables" / name).read_text())["layers"]
+    path = Path(__file__).parent / "tables" / name
+    return json.loads(path.read_text())["layers"] if path.exists() else {}
 
 
 def _launch(entry: Mapping[str, Any]) -> Launch:

@@ -29,7 +29,7 @@ def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weigh
         return False
     if weight_scale.dim() != 1 or features % 16 or inputs % 32:
         return False
-    plan_for(weight.device, features, inputs)
+    plan_for(weight.device, features, inputs, weight.dtype)
     return True
 
 
