@@ -66,7 +66,7 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
     for first, found in ((False, shapes), (True, swapped)):
         for rows, block, warps, stages in found if not first or tokens >= 8 else ():
             for tile in (64, 128):
-                if tile == 128 and tokens < 128 or (tile < tokens < 128):
+                if (tile == 128 and tokens < 128) or (tile < tokens < 128):
                     continue
                 tile = tile if first or tokens >= 64 else max(8, tokens)
                 options = {"tokens": tile, "rows": rows, "block": block, "num_warps": warps, "num_stages": stages}

@@ -35,7 +35,7 @@ def wide8(
     num_stages: int,
     chained: bool,
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense and of one
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense, of one
     type; ``block`` divides ``inputs``.
 
     ``scale`` float32, (features,) or (features / 128, inputs / 128), both rounded up; then ``block`` is 128.

@@ -1,0 +1,200 @@
+"""Layers of 8 bits as a loader calls them: any number of tokens, any neighbour, against float64."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.core.contracts.quant import QuantActivation
+from quire.core.ops import dequantize_activation, rms_norm
+from quire.plugins.quant.kernels import fp8, fp8_layer, int8
+from quire.plugins.quant.kernels.fp8_layer import Launch, dequantize, launches, rule
+
+TABLES = sorted((Path(fp8_layer.__file__).parent / "tables").glob("*8_*.json"))
+KINDS = [pytest.param(fp8, id="fp8"), pytest.param(int8, id="int8")]
+OTHERS = ("x", "weight", "bias", "out", "scale", "x_scale", "norm", "gated", "residual", "chained", "tokens_first")
+
+
+def exact(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x.cpu().double(), dequantize(weight.cpu(), scale.cpu(), torch.float64))
+
+
+def off(got: Tensor, expected: Tensor) -> float:
+    got = got.cpu().double()
+    assert torch.isfinite(got).all()
+    return float((got - expected).norm() / expected.norm())
+
+
+# ---- on the CPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_quantized_at_load(kind: ModuleType) -> None:
+    """Each row is near what it was, its largest to the bit of the format."""
+    weight = torch.randn(24, 96) * torch.logspace(-4, 2, 24)[:, None]
+    weight[3] = 0
+    values, scale = kind.quantize(weight)
+    assert scale.shape == (24,) and scale.dtype == torch.float32
+    back = dequantize(values, scale, torch.float32)
+    rows = [i for i in range(24) if i != 3]
+    assert (((back - weight).norm(dim=1) / weight.norm(dim=1))[rows] < 0.03).all()
+    torch.testing.assert_close(back.abs().amax(1), weight.abs().amax(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_on_a_cpu_weights_are_widened(kind: ModuleType, blocks: bool) -> None:
+    weight, scale = kind.quantize(torch.randn(200, 300))
+    scale = torch.rand(2, 3) + 0.1 if blocks else scale
+    x, bias = torch.randn(5, 300), torch.randn(200)
+    assert off(kind.linear(x, weight, scale, bias), exact(x, weight, scale) + bias.double()) < 1e-6
+    quantized = kind.quantize_activation(x)
+    got = kind.linear(quantized, weight, scale)
+    assert off(got, exact(dequantize_activation(quantized), weight, scale)) < 1e-6
+    assert kind.linear(x, weight, scale, activation="silu") is None
+    assert not kind.fits(weight, scale, None)
+
+
+def test_a_static_scale() -> None:
+    x = torch.tensor([[0.5, 1.0, 1000.0]])
+    q = fp8.quantize_activation(x, torch.tensor(0.5))
+    assert q.values.float().tolist() == [[1.0, 2.0, 448.0]] and q.scale.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("scale_shape", [(256,), (2, 3)])
+def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...]) -> None:
+    scale, blocks = torch.rand(scale_shape), len(scale_shape) == 2
+    assert fp8.input_format(scale, None) == ("native" if blocks else "fp8_token")
+    assert fp8.input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
+    assert int8.input_format(scale, None) == "int8_token"
+    assert fp8.input_format(scale, None, weight_only=True) == int8.input_format(scale, None, weight_only=True) == "native"
+
+
+# ---- tables
+
+
+def check(launch: Launch, most: int, inputs: int) -> None:
+    kernel = fp8_layer._KERNELS[launch.kernel]
+    wanted = set(inspect.signature(kernel).parameters) - set(OTHERS)
+    assert set(launch.options) - {"tokens_first"} == wanted, launch
+    if launch.kernel == "wide8":
+        assert inputs % launch.options["block"] == 0, launch
+    else:
+        assert launch.options.get("tokens", 1) >= most, launch
+    for name in ("tokens", "rows", "block", "ways", "num_warps"):
+        value = launch.options.get(name, 1)
+        assert value & (value - 1) == 0, f"{name} is no power of two in {launch}"
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dtype = torch.int8 if path.stem.startswith("int8") else torch.float8_e4m3fn
+    for name in json.loads(path.read_text())["layers"]:
+        features, inputs = map(int, name.split("x"))
+        steps = launches(torch.device("cuda"), features, inputs, dtype)
+        assert [most for most, _ in steps] == sorted({most for most, _ in steps})
+        for most, found in steps:
+            assert any(launch is None or launch.quantized for launch in found)
+            for launch in found:
+                if launch is not None:
+                    check(launch, most, inputs)
+
+
+@pytest.mark.parametrize(("features", "inputs"), [(4608, 3584), (3584, 18944), (37888, 3584), (64, 32), (48, 96)])
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9), (8, 0)])
+def test_layers_that_no_table_names(
+    features: int, inputs: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    steps = launches(torch.device("cuda"), features, inputs, torch.float8_e4m3fn)
+    assert steps
+    for most, found in steps:
+        for launch in found:
+            if launch is not None:
+                check(launch, most, inputs)
+    assert rule(features, inputs, 1, quantized=True).quantized
+
+
+# ---- on a GPU
+
+SHAPES = [(768, 512), (96, 160), (6144, 4096)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("features", "inputs"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_any_number_of_tokens(kind: ModuleType, features: int, inputs: int, dtype: torch.dtype) -> None:
+    """Near float64 on the activations as they are, as near as 8 bits allow; few tokens to the dtype's rounding."""
+    torch.manual_seed(features)
+    weight, scale = kind.quantize(torch.randn(features, inputs, device="cuda"))
+    assert kind.fits(weight, scale, None)
+    bias, gain = (torch.randn(n, device="cuda", dtype=dtype) for n in (features, inputs))
+    for tokens in (1, 2, 3, 8, 9, 16, 17, 64, 65, 128, 200, 300):
+        x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
+        error = off(kind.linear(x, weight, scale, bias), exact(x, weight, scale) + bias.cpu().double())
+        assert error < 0.04, (tokens, error)
+        native = kind.linear(x, weight, scale, bias, weight_only=True)
+        assert off(native, exact(x, weight, scale) + bias.cpu().double()) < 5e-3, tokens
+        quantized = kind.quantize_activation(x)
+        assert off(kind.linear(quantized, weight, scale), exact(dequantize_activation(quantized), weight, scale)) < 2e-2
+        width = features // 2
+        residual = torch.randn(tokens, width, device="cuda", dtype=dtype)
+        fused = kind.linear(x, weight, scale, norm=(gain, 1e-5), activation="silu", residual=residual)
+        if fused is None:
+            assert tokens > 128
+            continue
+        gate, up = exact(rms_norm(x, gain, 1e-5)[0], weight, scale).chunk(2, -1)
+        assert off(fused, F.silu(gate) * up + residual.cpu().double()) < 0.06, tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("features", "inputs"), [(768, 512), (336, 1280)])
+def test_blocks(features: int, inputs: int) -> None:
+    weight = torch.randn(features, inputs, device="cuda").mul(40).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-features // 128), inputs // 128, device="cuda") + 0.05
+    assert fp8.fits(weight, scale, None)
+    for tokens in (1, 5, 16, 33, 128, 300):
+        x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+        assert off(fp8.linear(x, weight, scale), exact(x, weight, scale)) < 0.04, tokens
+        fused = fp8.linear(x, weight, scale, activation="silu")
+        if fused is not None:
+            gate, up = exact(x, weight, scale).chunk(2, -1)
+            assert off(fused, F.silu(gate) * up) < 0.06, tokens
+
+
+@pytest.mark.gpu
+def test_static_activations() -> None:
+    weight, scale = fp8.quantize(torch.randn(512, 512, device="cuda"))
+    static = torch.tensor([0.01], device="cuda")
+    for tokens in (1, 32, 300):
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        got = fp8.linear(x, weight, scale, None, static)
+        assert off(got, exact(x, weight, scale)) < 0.04
+        q = fp8.quantize_activation(x, static)
+        assert isinstance(q, QuantActivation)
+        assert off(fp8.linear(q, weight, scale, None, static), exact(dequantize_activation(q), weight, scale)) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_give_the_same_bits(kind: ModuleType) -> None:
+    """Captured, replayed, and run again beside: sums have one order."""
+    weight, scale = kind.quantize(torch.randn(1024, 512, device="cuda"))
+    for tokens in (1, 8, 32, 300):
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        first = kind.linear(x, weight, scale)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kind.linear(x, weight, scale)
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(out, first)
