@@ -30,10 +30,10 @@ from triton.runtime.jit import JITFunction
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.activation import silu_and_mul
-from quire.core.ops.kernels.norm import rms_norm, rms_norm_as
-from quire.core.ops.kernels.quantize import quantize_activation
+from quire.core.ops.kernels.norm import rms_norm
 from quire.plugins.quant.kernels import fp8, int8
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
+from quire.plugins.quant.kernels.fp8_quantize import quantize_activation
 from quire.plugins.quant.kernels.fp8_skinny import skinny8
 from quire.plugins.quant.kernels.fp8_wide import wide8
 
@@ -91,7 +91,7 @@ class Case:
     def quantized(self) -> QuantActivation:
         """The norm, where there is one, and the quantization, in one kernel."""
         x, norm = self.given["x"], self.given["norm"]
-        out = quantize_activation(x, self.wanted) if norm is None else rms_norm_as(self.wanted, x, *norm, None)[0]
+        out = quantize_activation(x, self.wanted) if norm is None else rms_norm(x, *norm, None, self.wanted)[0]
         assert isinstance(out, QuantActivation)
         return out
 
@@ -192,7 +192,7 @@ def beside(kind: str, hidden: int = 4096, mid: int = 14336) -> None:
         xs = [make(tokens, 2 * mid) for _ in range(max(2, min(16, (1 << 28) // (tokens * 4 * mid))))]
         calls: dict[str, Callable[[Tensor], object]] = {}
         for wanted in formats:
-            calls[f"norm {wanted.kind}"] = lambda x, w=wanted: rms_norm_as(w, x[:, :hidden], gain, 1e-5, None)
+            calls[f"norm {wanted.kind}"] = lambda x, w=wanted: rms_norm(x[:, :hidden], gain, 1e-5, None, w)
             calls[f"silu {wanted.kind}"] = lambda x, w=wanted: silu_and_mul(x, w)
         for width in (hidden, mid):
             calls[f"quantize {width}"] = lambda x, w=width: quantize_activation(x[:, :w], formats[1])

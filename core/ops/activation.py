@@ -26,8 +26,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda:
         from quire.core.ops.kernels import activation
 
-        y = activation.silu_and_mul(gate_up)
-        assert isinstance(y, Tensor)
-        return y
+        return activation.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -35,6 +35,6 @@ def rms_norm_as(
     if x.is_cuda and x.dim() == 2:
         from quire.core.ops.kernels import norm
 
-        return norm.rms_norm_as(wanted, x, weight, eps, residual)
+        return norm.rms_norm(x, weight, eps, residual, wanted)
     y, summed = rms_norm(x, weight, eps, residual)
     return quantize_activation(y, wanted), summed

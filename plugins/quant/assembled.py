@@ -166,7 +166,7 @@ class AssembledLinear(LinearMethod):
     def apply_fused(
         self,
         layer: nn.Module,
-        x: Tensor,
+        x: Tensor | QuantActivation,
         bias: Tensor | None = None,
         *,
         norm: tuple[Tensor, float] | None = None,

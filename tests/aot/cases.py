@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quire.core.contracts.attention import AttentionLimits
+from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels import activation, decode_inputs, norm, rope
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.skinny import skinny
@@ -20,11 +21,17 @@ from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
+from quire.plugins.quant.kernels import fp8_quantize
+from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
+from quire.plugins.quant.kernels.fp8_skinny import skinny8
+from quire.plugins.quant.kernels.fp8_wide import wide8
 from quire.plugins.quant.kernels.int4 import IntWeights
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
+from quire.plugins.quant.kernels.int8 import rescale
 
 CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
 def attention(dtype: torch.dtype, dim: int, decodes: int = 1, **fields: Any) -> None:
@@ -130,6 +137,35 @@ def int4_dequantize(bits: int) -> None:
     dequantized(IntWeights(words, groups, 4096, inputs, 64, bits), torch.bfloat16)
 
 
+def eight_bit(
+    kernel: Callable[..., None], num_tokens: int, features: int, inputs: int, kind: torch.dtype, **options: int
+) -> None:
+    """As ``linear``, with weights of 8 bits; by 128x128 block where told."""
+    x = torch.empty(num_tokens, inputs, dtype=torch.bfloat16)
+    out = torch.empty(num_tokens, features // 2, dtype=torch.bfloat16)
+    blocks = options.pop("blocks", 0)
+    given: dict[str, Any] = {"scale": torch.empty((features // 128, inputs // 128) if blocks else features)}
+    if kernel is wide8:
+        given |= {"x_scale": torch.empty(num_tokens, 1)}
+    elif kernel is not skinny8:
+        given |= {"norm": (x[0], 1e-5)}
+    weight = torch.empty(features, inputs, dtype=kind)
+    x = x.to(kind) if kernel is wide8 else x
+    kernel(x, weight, out[0], out, gated=True, residual=out, chained=True, **given, **options)
+
+
+def quantized(kind: Any) -> None:
+    wanted = ActivationFormat(kind, torch.ones(1) if kind == "fp8_tensor" else None)
+    x, gain = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    norm.rms_norm(x, gain, 1e-6, x.clone(), wanted)
+    fp8_quantize.launch(x, wanted)
+    activation.silu_and_mul(torch.empty(4, 28672, dtype=torch.bfloat16), wanted)
+
+
+def rescaled() -> None:
+    rescale(torch.zeros(4, 6144, dtype=torch.int32), torch.ones(4, 1), torch.ones(6144), None, torch.bfloat16)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{
         f"{str(dt).removeprefix('torch.')}-{dim}": partial(attention, dt, dim)
@@ -180,4 +216,35 @@ CASES: dict[str, Callable[[], None]] = {
     "logprobs": lambda: normalize(torch.zeros(2, 151936, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)),
     "random": partial(random, torch.bfloat16, 151936, True),
     "random-float32": partial(random, torch.float32, 128256, False),
+    "gemv8": partial(eight_bit, gemv8, 1, 6144, 4096, FP8, tokens=1, rows=2, turns=6, num_warps=8),
+    "gemv8-int8": partial(eight_bit, gemv8, 2, 6144, 4096, INT8, tokens=2, rows=2, turns=6, num_warps=8),
+    "gemv8-long": partial(eight_bit, gemv8_long, 1, 4096, 14336, FP8, rows=4, block=1024, num_warps=2),
+    "gemv8-long-blocks": partial(eight_bit, gemv8_long, 1, 4096, 4096, FP8, rows=4, block=1024, num_warps=2, blocks=1),
+    "skinny8": partial(eight_bit, skinny8, 8, 4096, 14336, FP8, tokens=8, rows=16, block=128, ways=4, num_stages=6),
+    "skinny8-blocks": partial(
+        eight_bit, skinny8, 8, 4096, 4096, FP8, tokens=8, rows=16, block=128, ways=4, num_stages=6, blocks=1
+    ),
+    "wide8": partial(eight_bit, wide8, 32, 4096, 14336, FP8, tokens=32, rows=64, block=256, num_warps=4, num_stages=6),
+    "wide8-int8": partial(
+        eight_bit, wide8, 128, 4096, 4096, INT8, tokens=128, rows=64, block=128, num_warps=4, num_stages=4
+    ),
+    "wide8-tokens": partial(
+        eight_bit,
+        wide8,
+        64,
+        4096,
+        4096,
+        FP8,
+        tokens=64,
+        rows=32,
+        block=256,
+        num_warps=4,
+        num_stages=6,
+        tokens_first=True,
+    ),
+    "wide8-blocks": partial(
+        eight_bit, wide8, 32, 4096, 4096, FP8, tokens=32, rows=64, block=128, num_warps=4, num_stages=6, blocks=1
+    ),
+    **{f"quantized-{kind}": partial(quantized, kind) for kind in ("fp8_token", "fp8_tensor", "int8_token")},
+    "rescaled": rescaled,
 }

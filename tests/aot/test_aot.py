@@ -41,6 +41,12 @@ def test_decode_multiplies_on_tensor_cores() -> None:
     assert "mma.sync" in decode.ptx and "cp.async" in decode.ptx
 
 
+@pytest.mark.parametrize("case", ["wide8", "wide8-int8", "wide8-tokens"])
+def test_eight_bits_are_multiplied_as_such(case: str) -> None:
+    (wide,) = compiled(case)
+    assert "wgmma.mma_async" in wide.ptx and (".s8.s8" if "int8" in case else ".e4m3.e4m3") in wide.ptx
+
+
 def test_no_kernel_is_forgotten() -> None:
     """A kernel is a jitted function whose name ends in ``_kernel``; each is launched by some case."""
     found = set()

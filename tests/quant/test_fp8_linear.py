@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.contracts.quant import QuantActivation
-from quire.core.ops import dequantize_activation, rms_norm
+from quire.core.ops import rms_norm
 from quire.plugins.quant.kernels import fp8, fp8_layer, int8
 from quire.plugins.quant.kernels.fp8_layer import Launch, dequantize, launches, rule
+from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation
 
 TABLES = sorted((Path(fp8_layer.__file__).parent / "tables").glob("*8_*.json"))
 KINDS = [pytest.param(fp8, id="fp8"), pytest.param(int8, id="int8")]
@@ -74,7 +75,9 @@ def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...]) -> None:
     assert fp8.input_format(scale, None) == ("native" if blocks else "fp8_token")
     assert fp8.input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
     assert int8.input_format(scale, None) == "int8_token"
-    assert fp8.input_format(scale, None, weight_only=True) == int8.input_format(scale, None, weight_only=True) == "native"
+    assert (
+        fp8.input_format(scale, None, weight_only=True) == int8.input_format(scale, None, weight_only=True) == "native"
+    )
 
 
 # ---- tables

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
-from quire.core.ops.kernels.quantize import KINDS, empty_output, row_warps, store_row
+from quire.core.ops.kernels.quantize import KINDS, NATIVE, empty_output, row_warps, store_row
 
 __all__ = ["silu_and_mul"]
 
 _BLOCK = 1024
-_NATIVE = ActivationFormat()
 
 
-def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = _NATIVE) -> Tensor | QuantActivation:
-    """As ``quire.core.ops.silu_and_mul``. ``gate_up`` (num_tokens, 2 * features), dense."""
+def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
+    """As ``quire.core.ops.silu_and_mul`` and ``gated_activation``. ``gate_up`` (num_tokens, 2 * features), dense."""
     rows, width = gate_up.shape
     out, values, scale = empty_output(gate_up, width // 2, wanted)
     kind = KINDS[wanted.kind]

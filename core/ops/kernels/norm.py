@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
-from quire.core.ops.kernels.quantize import KINDS, empty_output, row_warps, store_row
+from quire.core.ops.kernels.quantize import KINDS, NATIVE, empty_output, row_warps, store_row
 
-__all__ = ["rms_norm", "rms_norm_as"]
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As ``quire.core.ops.rms_norm``."""
-    y, summed = rms_norm_as(ActivationFormat(), x, weight, eps, residual)
-    assert isinstance(y, Tensor)
-    return y, summed
+__all__ = ["rms_norm"]
 
 
-def rms_norm_as(
-    wanted: ActivationFormat, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
-) -> tuple[Tensor | QuantActivation, Tensor]:
-    """As ``quire.core.ops.rms_norm_as``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, wanted: ActivationFormat = NATIVE
+) -> tuple[Any, Tensor]:
+    """As ``quire.core.ops.rms_norm`` and ``rms_norm_as``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
     rows, features = x.shape
     out, values, scale = empty_output(x, features, wanted)
     summed = x if residual is None else torch.empty_like(x)

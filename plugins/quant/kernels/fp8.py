@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core import ops
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
+from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBit, dequantize, plan_for
 
 __all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
@@ -62,7 +62,7 @@ def linear(
         )  # fmt: skip
     if norm is not None or activation is not None or residual is not None:
         return None
-    x = ops.dequantize_activation(x) if isinstance(x, QuantActivation) else x
+    x = fp8_quantize.dequantize_activation(x) if isinstance(x, QuantActivation) else x
     return torch.nn.functional.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
 
 
@@ -75,9 +75,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
     """``x`` (num_tokens, features) in e4m3, by one ``scale`` float32 or, where it is None, one for each token."""
     wanted = _BY_TOKEN if scale is None else ActivationFormat("fp8_tensor", scale.reshape(1))
-    y = ops.quantize_activation(x, wanted)
-    assert isinstance(y, QuantActivation)
-    return y
+    return fp8_quantize.quantize_activation(x, wanted)
 
 
 def _scaled_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

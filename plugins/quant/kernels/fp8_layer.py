@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core import ops
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.dependent import can_chain
+from quire.core.ops.norm import rms_norm, rms_norm_as
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
+from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
 from quire.plugins.quant.kernels.fp8_skinny import skinny8
 from quire.plugins.quant.kernels.fp8_wide import wide8
 
@@ -116,7 +117,7 @@ class EightBit:
             if fused:
                 return None
             if blocks or weight_only:
-                x = ops.dequantize_activation(x) if isinstance(x, QuantActivation) else x
+                x = dequantize_activation(x) if isinstance(x, QuantActivation) else x
                 return F.linear(x, dequantize(weight, scale, x.dtype), bias)
             x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale)
             return self.library(x, weight, scale, bias)
@@ -130,7 +131,7 @@ class EightBit:
             assert isinstance(x, Tensor)
             values, dtype = x, x.dtype
             if norm is not None and launch.norm_apart:
-                values, norm = ops.rms_norm(x, *norm)[0], None
+                values, norm = rms_norm(x, *norm)[0], None
             if launch.kernel.startswith("gemv8"):
                 options["norm"] = norm
         gated = activation is not None
@@ -148,7 +149,7 @@ class EightBit:
         wanted = self.by_token
         if input_scale is not None and wanted.kind == "fp8_token":
             wanted = ActivationFormat("fp8_tensor", input_scale.reshape(1))
-        y = ops.quantize_activation(x, wanted) if norm is None else ops.rms_norm_as(wanted, x, *norm)[0]
+        y = quantize_activation(x, wanted) if norm is None else rms_norm_as(wanted, x, *norm)[0]
         assert isinstance(y, QuantActivation)
         return y
 

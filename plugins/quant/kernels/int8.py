@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core import ops
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
 from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
+from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBit, dequantize, plan_for
 
 __all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
@@ -62,7 +62,7 @@ def linear(
         )  # fmt: skip
     if norm is not None or activation is not None or residual is not None:
         return None
-    x = ops.dequantize_activation(x) if isinstance(x, QuantActivation) else x
+    x = fp8_quantize.dequantize_activation(x) if isinstance(x, QuantActivation) else x
     return torch.nn.functional.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
 
 
@@ -75,9 +75,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
     """``x`` (num_tokens, features) in int8, with a scale for each token."""
     assert scale is None, "activations in int8 have a scale for each token"
-    y = ops.quantize_activation(x, _BY_TOKEN)
-    assert isinstance(y, QuantActivation)
-    return y
+    return fp8_quantize.quantize_activation(x, _BY_TOKEN)
 
 
 def _int_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,63 @@
+"""Activations in 8 bits by a kernel of their own, where no norm or gated activation before the layer emits them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.quantize import KINDS, empty_output, row_warps, store_row
+from quire.core.ops.quantize import quantize_activation as twin
+
+__all__ = ["dequantize_activation", "quantize_activation"]
+
+
+def quantize_activation(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
+    """As ``quire.core.ops.quantize``, which is its twin. ``x`` (num_tokens, features), rows dense."""
+    if not x.is_cuda:
+        out = twin(x, wanted)
+        assert isinstance(out, QuantActivation)
+        return out
+    return launch(x, wanted)
+
+
+def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
+    """The kernel: a program a row."""
+    rows, features = x.shape
+    out, values, scale = empty_output(x, features, wanted)
+    block = triton.next_power_of_2(features)
+    chained = can_chain(x.device)
+    _quantize_kernel[(rows,)](
+        x,
+        values,
+        scale,
+        x.stride(0),
+        features=features,
+        kind=KINDS[wanted.kind],
+        block=block,
+        chained=chained,
+        num_warps=row_warps(block),
+        launch_pdl=chained,
+    )
+    assert isinstance(out, QuantActivation)
+    return out
+
+
+def dequantize_activation(x: QuantActivation) -> Tensor:
+    """The numbers that ``x`` stands for, (num_tokens, features) in its unquantized dtype."""
+    return (x.values.float() * x.scale).to(x.dtype)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, out_ptr, scale_ptr, x_stride, features: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    chained: tl.constexpr,
+):  # fmt: skip
+    start_next(chained)
+    wait_for_previous(chained)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    x = tl.load(x_ptr + row * x_stride + at, mask=at < features, other=0.0)
+    store_row(x, row, at, out_ptr, scale_ptr, features, kind)
