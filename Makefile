@@ -15,12 +15,13 @@ MODEL ?= quire-tiny
 ARGS ?=
 WORKERS ?= 2
 TESTS ?=
+OLDEST_TRITON := 3.6.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test architecture aot lint format types wheel bench check clean
+.PHONY: help serve install dev test architecture aot aotold lint format types wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,8 +39,11 @@ test: dev ## the default test suite (no GPU needed); TESTS=path for a part of it
 architecture: dev ## the rules of the house alone
 	$(PYTEST) tests/architecture
 
-aot: dev ## compile every Triton kernel for sm_90, without a GPU
-	env -u TRITON_INTERPRET $(PYTEST) -m aot $(TESTS)
+aot: dev ## compile every Triton kernel for sm_90, sm_80 and sm_100, without a GPU
+	env -u TRITON_INTERPRET $(PYTEST) -n $(WORKERS) -m aot $(TESTS)
+
+aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Triton that Quire takes
+	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $<) $(PYTEST) -n $(WORKERS) -m aot -k 'sm_90 or not sm_' $(TESTS)
 
 lint: dev ## ruff: rules and format
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status
@@ -76,6 +80,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) -e .
 	@touch $@
+
+$(VENV)/triton-$(OLDEST_TRITON): $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --target $@ triton==$(OLDEST_TRITON)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'

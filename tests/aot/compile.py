@@ -1,4 +1,4 @@
-"""Compiles for sm_90 what a host function would launch, without a GPU.
+"""Compiles what a host function would launch for a kind of GPU, without having one.
 
 Launches are caught where Triton would make them, so a test compiles exactly what runs: the same constants, the same
 specialisation of integers and pointers, the same launch options.
@@ -38,7 +38,7 @@ _OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobj
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, as it would run on a Hopper GPU."""
+    """One kernel, as it would run on a GPU of that capability."""
 
     name: str
     ptx: str
@@ -49,9 +49,13 @@ class Compiled:
     """Bytes of local memory a thread spills to."""
 
 
-def compile_launches(run: Callable[[], Any]) -> list[Compiled]:
-    """Call ``run`` with launches caught, and compile each for sm_90."""
-    launches: list[tuple[JITFunction, tuple, dict]] = []
+Launch = tuple[JITFunction, tuple, dict[str, Any]]
+"""A kernel, its arguments by place and by name."""
+
+
+def launches_of(run: Callable[[], Any]) -> list[Launch]:
+    """Call ``run`` with launches caught instead of made."""
+    launches: list[Launch] = []
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((self, args, kwargs))
@@ -59,12 +63,16 @@ def compile_launches(run: Callable[[], Any]) -> list[Compiled]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", catch)
         run()
-    return [_compile(kernel, args, kwargs) for kernel, args, kwargs in launches]
+    return launches
 
 
-def _compile(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Compiled:
-    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compile one launch. Below 90 there is no dependent launch: ``chained`` is then False, as it is at run time."""
+    kernel, args, kwargs = launch
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    if capability < 90 and "chained" in values:
+        values["chained"] = False
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -77,7 +85,7 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Compil
         if aligned and not plain and not parameter.do_not_specialize_on_alignment:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resources(compiled.asm["cubin"])
     return Compiled(
         kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["LOCAL"] + usage["STACK"]

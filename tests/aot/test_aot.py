@@ -1,43 +1,56 @@
-"""Every Triton kernel of the tree compiles for sm_90 on a machine without a GPU, within a program's means."""
+"""Every Triton kernel of the tree compiles on a machine without a GPU, within a program's means.
+
+To add a kernel, add a call of its host function to ``cases.py``. It is then compiled for every target of ``targets.py``
+with whatever Triton is installed: CI does so with the newest and, for Hopper, with the oldest that Quire takes.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from fnmatch import fnmatch
 
 import pytest
 from tests.aot.cases import CASES
-from tests.aot.compile import Compiled, compile_launches
+from tests.aot.compile import Compiled, compile_launch, launches_of
+from tests.aot.targets import REFUSED, SHARED, spill_allowed
 from triton.runtime.jit import JITFunction
 
 import quire
 
 pytestmark = pytest.mark.aot
 
-SHARED = 227 * 1024
-"""Bytes of shared memory that a program may have on Hopper."""
-
-_compiled: dict[str, list[Compiled]] = {}
+_compiled: dict[tuple[str, int], list[Compiled]] = {}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_compiles_and_fits(case: str) -> None:
-    kernels = compiled(case)
+@pytest.mark.parametrize(
+    ("capability", "case"),
+    [
+        pytest.param(capability, case, id=f"sm_{capability}-{case}")
+        for capability in SHARED
+        for case in CASES
+        if not any(fnmatch(case, pattern) for pattern in REFUSED.get(capability, ()))
+    ],
+)
+def test_compiles_and_fits(capability: int, case: str) -> None:
+    kernels = compiled(case, capability)
     assert kernels
     for kernel in kernels:
-        assert kernel.shared <= SHARED, f"{kernel.name} wants {kernel.shared} bytes of shared memory"
-        assert kernel.local == 0, f"{kernel.name} spills {kernel.local} bytes a thread, at {kernel.registers} registers"
+        limit, allowed = SHARED[capability], spill_allowed(kernel.name, case, capability)
+        assert kernel.shared <= limit, f"{kernel.name} wants {kernel.shared} of {limit} bytes of shared memory"
+        spills = f"{kernel.name} spills {kernel.local} bytes a thread, at {kernel.registers} registers"
+        assert kernel.local <= allowed, f"{spills}; mend it, or declare it in tests/aot/targets.py with the reason"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("bfloat16", "float16"))])
 def test_prefill_multiplies_with_wgmma(case: str) -> None:
-    """Hopper's own matrix instruction, not the one it inherits."""
-    (prefill,) = [kernel for kernel in compiled(case) if kernel.name == "prefill_kernel"]
+    """sm_90: Hopper's own matrix instruction, not the one it inherits."""
+    (prefill,) = [kernel for kernel in compiled(case, 90) if kernel.name == "prefill_kernel"]
     assert "wgmma.mma_async" in prefill.ptx and "mma.sync" not in prefill.ptx
 
 
 def test_decode_multiplies_on_tensor_cores() -> None:
-    (decode,) = [kernel for kernel in compiled("bfloat16-128") if kernel.name == "decode_kernel"]
+    (decode,) = [kernel for kernel in compiled("bfloat16-128", 90) if kernel.name == "decode_kernel"]
     assert "mma.sync" in decode.ptx and "cp.async" in decode.ptx
 
 
@@ -54,11 +67,12 @@ def test_no_kernel_is_forgotten() -> None:
         if "kernel" in module_info.name or "triton" in module_info.name:
             module = importlib.import_module(module_info.name)
             found |= {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
-    launched = {kernel.name for case in CASES for kernel in compiled(case)}
+    launched = {kernel.__name__ for run in CASES.values() for kernel, _, _ in launches_of(run)}
     assert found and found <= launched, f"add to tests/aot/cases.py: {', '.join(sorted(found - launched))}"
 
 
-def compiled(case: str) -> list[Compiled]:
-    if case not in _compiled:
-        _compiled[case] = compile_launches(CASES[case])
-    return _compiled[case]
+def compiled(case: str, capability: int) -> list[Compiled]:
+    key = (case, capability)
+    if key not in _compiled:
+        _compiled[key] = [compile_launch(launch, capability) for launch in launches_of(CASES[case])]
+    return _compiled[key]

@@ -1,0 +1,61 @@
+"""The kinds of GPU that kernels are compiled for, and what may not fit there yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import triton
+
+__all__ = ["EXCEPTIONS", "REFUSED", "SHARED", "Except", "spill_allowed"]
+
+SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
+"""Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
+
+REFUSED: dict[int, tuple[str, ...]] = {}
+"""Capability -> patterns of cases that use what such a GPU has not, and that never run there."""
+
+
+@dataclass(frozen=True)
+class Except:
+    """A kernel that spills registers, and why it may."""
+
+    kernel: str
+    bytes: int
+    """A thread, at most."""
+    reason: str
+    case: str = "*"
+    capabilities: tuple[int, ...] = tuple(SHARED)
+    triton: str = "*"
+    """A pattern of Triton's versions."""
+
+
+_ELSEWHERE = "its tiles were chosen on Hopper, and nobody has timed others there yet"
+_FLOAT32 = "a few bytes in a precision that nobody serves on a GPU"
+_OLDEST = "a few bytes, and only with the oldest Triton"
+
+EXCEPTIONS: tuple[Except, ...] = (
+    Except("prefill_kernel", 320, _ELSEWHERE, capabilities=(80,)),
+    Except("prefill_kernel", 16, _FLOAT32, case="float32-*"),
+    Except("decode_kernel", 32, _FLOAT32, case="float32-*"),
+    Except("decode_kernel", 64, _ELSEWHERE, capabilities=(80,)),
+    Except("decode_kernel", 216, _ELSEWHERE, case="multi-query", capabilities=(100,)),
+    Except("shortlist_kernel", 160, _FLOAT32, case="random-float32", triton="3.6.*"),
+    Except("settle_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
+    Except("skinny_kernel", 8, _OLDEST, case="int4-*", triton="3.6.*"),
+)
+
+
+def spill_allowed(kernel: str, case: str, capability: int) -> int:
+    """Bytes a thread that the kernel may spill in this case; 0 unless an exception says otherwise."""
+    return max(
+        (
+            each.bytes
+            for each in EXCEPTIONS
+            if kernel == each.kernel
+            and fnmatch(case, each.case)
+            and capability in each.capabilities
+            and fnmatch(triton.__version__, each.triton)
+        ),
+        default=0,
+    )
