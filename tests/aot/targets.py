@@ -13,8 +13,8 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
 
 LEFT_OUT: dict[int, tuple[str, ...]] = {80: ("float16-*",), 100: ("float16-*",)}
-"""Capability -> patterns of cases not compiled for it: they use what such a GPU has not, or, as these, differ from others
-only in a type."""
+"""Capability -> patterns of cases not compiled for it: they use what such a GPU has not, or, as these, differ from
+others only in a type."""
 
 
 @dataclass(frozen=True)
