@@ -29,18 +29,19 @@ def load(
     parallel: Parallel = Parallel(),
     name: str = "auto",
     load_format: str = "auto",
+    device: str = "cpu",
 ) -> Model:
     """As the engine does: the loader that ``auto`` finds, asked first whether it can."""
     config = read_hf_config(path)
     plugins = PluginManager(())
-    choice = plugins.resolve("quant", name, {"hf_config": config, "device": "cpu"}, announce=False)
+    choice = plugins.resolve("quant", name, {"hf_config": config, "device": device}, announce=False)
     loader = plugins.load("quant", choice.target)
     return load_model(
         CLASSES[architecture(config)],
         config,
         path,
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         kv_dtype=dtype,
         block_size=16,
         quant=loader(getattr(config, "quantization_config", None) or {}),
