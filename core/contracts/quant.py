@@ -150,6 +150,11 @@ class QuantizationLoader(ABC):
     def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Reasons why this checkpoint cannot be loaded on ``device``; empty means it can."""
 
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """A ``quantization_config`` that it reads, for the conformance checks; of a plain checkpoint where it can."""
+        return {}
+
     @abstractmethod
     def method_for(self, info: LayerInfo) -> LinearMethod:
         """The method for one layer."""

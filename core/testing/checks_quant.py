@@ -15,6 +15,7 @@ from quire.core.plugin_options import parse_options
 __all__ = [
     "check_a_wrong_shape_is_refused_by_name",
     "check_every_layer_has_a_method",
+    "check_random_weights_multiply",
     "check_shards_make_up_the_whole",
     "check_the_product_is_the_dense_one",
     "check_the_same_input_gives_the_same_bits",
@@ -36,11 +37,33 @@ def check_unsupported_gives_reasons(cls: type[QuantizationLoader]) -> None:
 
 def check_every_layer_has_a_method(cls: type[QuantizationLoader]) -> None:
     """``method_for`` gives a LinearMethod with a known input format for each kind of layer."""
-    loader = _loader(cls)
+    loader = _example(cls)
     for kind in ("linear", "lm_head"):
-        method = loader.method_for(_info(kind=kind))
+        info = _info(kind=kind)
+        method = loader.method_for(info)
         assert isinstance(method, LinearMethod), f"{kind}: gave {method!r}"
         assert method.input_format in ("native", "fp8_token", "fp8_tensor", "int8_token"), method.input_format
+        for part in range(len(info.part_names)):
+            names, may_lack = method.tensor_names(info.only(part)), method.optional_names(info.only(part))
+            assert names and len(set(names)) == len(names), f"{kind}: tensor_names {names!r}"
+            assert set(may_lack) < set(names), f"{kind}: optional_names {may_lack!r} are not some of {names!r}"
+
+
+def check_random_weights_multiply(cls: type[QuantizationLoader]) -> None:
+    """Where nothing is loaded (``--load-format dummy``) the layer multiplies all the same, by finite weights."""
+    info, layer = _info(), nn.Module()
+    method = _example(cls).method_for(info)
+    method.create_weights(layer, info, _CPU)
+    for parameter in layer.parameters():
+        if parameter.is_floating_point():
+            parameter.data.fill_(0.01)
+    method.process_weights(layer)
+    assert any(True for _ in layer.parameters()), "the layer has no parameters, whose memory could be counted"
+    if method.input_format == "native":
+        x = _input()
+        y = method.apply(layer, x)
+        assert y.shape == (len(x), info.out_features) and y.dtype == x.dtype, f"gave {tuple(y.shape)} {y.dtype}"
+        assert bool(y.isfinite().all()), "gave infinite numbers"
 
 
 def check_the_product_is_the_dense_one(cls: type[QuantizationLoader]) -> None:
@@ -74,14 +97,23 @@ def check_shards_make_up_the_whole(cls: type[QuantizationLoader]) -> None:
 def check_a_wrong_shape_is_refused_by_name(cls: type[QuantizationLoader]) -> None:
     """A tensor that does not fit raises CheckpointError with the name of the tensor."""
     info, layer = _info(), nn.Module()
-    method = _loader(cls).method_for(info)
+    method = _example(cls).method_for(info)
     method.create_weights(layer, info, _CPU)
-    try:
-        method.load(layer, info, 1, "weight", torch.zeros(7, 9), 0, 1)
-    except CheckpointError as error:
-        assert "part1" in str(error), f"does not name the tensor: {error}"
-    else:
-        raise AssertionError("a (7, 9) tensor was loaded where (16, 128) is right")
+    for name in method.tensor_names(info.only(1)):
+        try:
+            method.load(layer, info, 1, name, torch.zeros(7, 9), 0, 1)
+        except CheckpointError as error:
+            assert f"part1.{name}" in str(error), f"does not name the tensor part1.{name}: {error}"
+        else:
+            raise AssertionError(f"a (7, 9) tensor was loaded as {name} of a layer of (16, 128)")
+
+
+def _example(cls: type[QuantizationLoader]) -> QuantizationLoader:
+    """A loader of what it says that it reads."""
+    config = cls.example()
+    reasons = cls.unsupported(config, _CPU)
+    assert not reasons, f"example() gives {config!r}, of which unsupported() says: {reasons[0]}"
+    return cls(config, parse_options(cls, {}))
 
 
 def _loader(cls: type[QuantizationLoader]) -> QuantizationLoader:

@@ -38,6 +38,11 @@ class AutoRound(LayerwiseLoader):
                 found.append(f"auto-round group size {size!r} is not supported; it must be -1 or positive")
         return found
 
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Four bits in groups of 32."""
+        return {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+
     def scheme(self, name: str, kind: str) -> Scheme:
         """What ``extra_config`` says of ``name`` over what is said of all; the head only where it is named."""
         config, extra = self.quant_config, self.quant_config.get("extra_config") or {}

@@ -38,6 +38,11 @@ class AWQ(LayerwiseLoader):
             found.append(f"AWQ packing {version!r} has no group size {size}; only 32, 64, 128 and larger")
         return found
 
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Four bits in groups of 32."""
+        return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+
     def scheme(self, name: str, kind: str) -> Scheme:
         """One format for all layers but the head and those that ``modules_to_not_convert`` has a part of in it."""
         skipped = self.quant_config.get("modules_to_not_convert") or ()

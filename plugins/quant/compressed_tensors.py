@@ -59,6 +59,13 @@ class CompressedTensors(LayerwiseLoader):
             found.append("the checkpoint has weights of another kind: leave out --quantization")
         return found
 
+    @classmethod
+    def example(cls) -> _Args:
+        """W4A16 in groups of 32."""
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+        group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+        return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
     def scheme(self, name: str, kind: str) -> Scheme:
         """That of the group with the narrowest target: the name itself, then an expression, then all linear layers."""
         if _matches(name, self.quant_config.get("ignore")):

@@ -44,6 +44,11 @@ class GPTQ(LayerwiseLoader):
                 found.append(f"GPTQ group size {size!r} is not supported; it must be -1 or positive")
         return found
 
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Four bits in groups of 32."""
+        return {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
     def scheme(self, name: str, kind: str) -> Scheme:
         """The format of most layers, unless ``dynamic`` has another for ``name`` or leaves it out; the head where
         ``lm_head`` is true."""

@@ -102,6 +102,16 @@ class _Half(DenseLinear):
         layer.weight.mul_(0.5)
 
 
+class Divides(Dense):
+    def method_for(self, info):
+        return _ByZero()
+
+
+class _ByZero(DenseLinear):
+    def process_weights(self, layer):
+        layer.weight.div_(0.0)
+
+
 class IgnoresTheRank(Dense):
     def method_for(self, info):
         return _FirstShard()
@@ -130,6 +140,7 @@ class _FirstShard(DenseLinear):
         (RendersText, "check_renders_a_document_or_nothing"),
         (Optimist, "check_unsupported_gives_reasons"),
         (HalfTheWeight, "check_the_product_is_the_dense_one"),
+        (Divides, "check_random_weights_multiply"),
         (IgnoresTheRank, "check_shards_make_up_the_whole"),
     ],
 )
