@@ -83,6 +83,16 @@ def quire_register_logits_processor(register: Registrar) -> None:
 
 
 @hookimpl
+def quire_register_spec_decode(register: Registrar) -> None:
+    """Register the bundled speculative proposers."""
+    where = "quire.plugins.spec_decode"
+    register("draft_model", f"{where}.draft_model:DraftModel", "a smaller model with the same vocabulary")
+    register("ngram", f"{where}.ngram:NgramProposer", "what followed the last tokens earlier in the request")
+    register("suffix", f"{where}.suffix:SuffixProposer", "what followed the longest suffix seen before, in any request")
+    register("synthetic", f"{where}.synthetic:SyntheticProposer", "drafts that cost nothing, for benchmarks")
+
+
+@hookimpl
 def quire_register_executor(register: Registrar) -> None:
     """Register the bundled executors."""
     register("uniproc", "quire.core.executor.uniproc:UniprocExecutor", "one worker in the engine's own process")
@@ -111,6 +121,8 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
     if kind == "model":
         architectures = list(config.get("architectures") or ())
         return Choice(architectures[0], "the checkpoint's architecture") if architectures else None
+    if kind == "spec_decode":
+        return Choice("draft_model", "a draft model is given")
     plain = {
         "kv": Choice("paged", "the default"),
         "policy": Choice("fcfs", "the default"),

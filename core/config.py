@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig"]
+__all__ = ["CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,20 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Speculative decoding. Who proposes is the plugin of kind ``spec_decode``."""
+
+    num_tokens: int
+    """The most drafts that a step verifies for a request."""
+    draft_path: str | None = None
+    """Folder of the draft model or head."""
+    adaptive: bool = True
+    """Draft fewer tokens, or none, where that is faster."""
+    forced_acceptance: float | None = None
+    """For benchmarks alone, and the tokens are then wrong: accept each draft with this probability."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything the engine core is built from. A component gets its section, never the whole."""
 
@@ -80,6 +94,7 @@ class EngineConfig:
     """By kind; kinds of which several may be active are keyed ``kind:0``, ``kind:1`` ..."""
     enforce_eager: bool = False
     cpu_threads: int | None = None
+    speculation: SpeculationConfig | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def plugin(self, kind: str) -> PluginChoice:

@@ -66,6 +66,11 @@ def quire_register_logits_processor(register: Registrar) -> None:
 
 
 @hookspec
+def quire_register_spec_decode(register: Registrar) -> None:
+    """Name speculative proposers: subclasses of ``quire.core.contracts.spec.HostProposer`` or ``DeviceProposer``."""
+
+
+@hookspec
 def quire_register_executor(register: Registrar) -> None:
     """Name executors: subclasses of ``quire.core.contracts.executor.Executor``."""
 

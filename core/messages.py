@@ -21,6 +21,7 @@ from quire.core.stats import StepStats
 __all__ = [
     "BlockDiff",
     "CompletionOutput",
+    "Continuation",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
@@ -89,12 +90,22 @@ class BlockDiff:
 
 
 @dataclass(slots=True)
+class Continuation:
+    """Tokens that may follow the first ``anchor`` tokens of a row. Some of those positions may have been drawn since:
+    the worker drops the continuation where it does not agree with them."""
+
+    row: int
+    anchor: int
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
 class SchedulerOutput:
     """One step, as differences to the step before.
 
     The worker applies, in this order: ``freed_rows``, ``new_requests``, ``block_diffs``, ``copies``; then runs
     ``num_tokens[i]`` tokens of row ``rows[i]`` from its first uncomputed position. Grants of one token to
-    requests that decode come first (``num_decodes`` of them).
+    requests that decode come first (``num_decodes`` of them), then those with drafts.
     """
 
     step: int
@@ -105,11 +116,17 @@ class SchedulerOutput:
     total_tokens: int
     max_seq_len: int
     """Upper bound of the context length of any request in the step, its new tokens included."""
+    reached: NDArray[np.int32]  # (num_reqs,) upper bound of each request's context length; exact without drafts
     new_requests: list[NewRequest] = field(default_factory=list)
     block_diffs: list[BlockDiff] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, source block, destination block), to be copied before the model runs."""
     freed_rows: list[int] = field(default_factory=list)
+    drafts: NDArray[np.int32] | None = None  # (num_reqs,) how many of the granted tokens are drafts; None: nowhere any
+    continuations: list[Continuation] = field(default_factory=list)
+    """Applied after ``copies``: what a proposer on the host expects to follow."""
+    propose: int = 0
+    """Tokens that a proposer on the device drafts after the step for each request that drew."""
 
 
 # ---- worker -> engine core ---------------------------------------------------------------------------------------
@@ -131,6 +148,7 @@ class ModelRunnerOutput:
     step: int
     tokens: NDArray[np.int32]  # (num_reqs, 1 + k) accepted tokens, left-aligned
     num_sampled: NDArray[np.int32]  # (num_reqs,) how many of them are real; 0 where nothing was drawn
+    num_drafted: NDArray[np.int32] | None = None  # (num_reqs,) drafts that were verified; None: nowhere any
     logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     """By index into the step, only for requests that asked."""
     prompt_logprobs: dict[int, LogprobRows] = field(default_factory=dict)

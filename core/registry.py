@@ -38,7 +38,7 @@ class Kind:
     @property
     def option_flag(self) -> str:
         """The flag that passes ``key=value`` to the chosen implementation."""
-        return f"{self.flag}-option"
+        return f"{self.flag.removesuffix('-method')}-option"
 
     @staticmethod
     def named(text: str) -> Kind:
@@ -76,6 +76,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 f"{_CONTRACTS}.logits:LogitsProcessor",
                 always=("min_tokens", "logit_bias"),
             ),
+            Kind("spec_decode", "speculative proposer", "--spec-method", f"{_CONTRACTS}.spec:SpeculativeProposer"),
             Kind("executor", "executor", "--executor", f"{_CONTRACTS}.executor:Executor"),
             Kind("metrics", "metrics exporter", "--metrics", f"{_CONTRACTS}.metrics:MetricsExporter"),
         )

@@ -20,12 +20,19 @@ ENGINE_STATS: dict[str, str] = {
     "prompt_tokens_total": "Prompt tokens computed or found cached",
     "generation_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
+    "spec_decode_num_drafts_total": "Drafts verified, of one token or more",
+    "spec_decode_num_draft_tokens_total": "Drafted tokens verified",
+    "spec_decode_num_accepted_tokens_total": "Drafted tokens accepted",
+    "spec_decode_draft_acceptance_rate": "Share of the drafted tokens that were accepted",
+    "spec_decode_efficiency": "Tokens that a request gained in a step that verified a draft",
+    "spec_decode_num_speculative_tokens": "Most tokens drafted for a request, now",
     "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
     "kernels_compiled_total": "Kernels compiled under traffic, each a stall",
     "policy_quarantines_total": "Batching policies replaced after misbehaving",
     "plugin_quarantines_total": "Other plugins switched off after misbehaving",
 }
-"""Name -> help, as the engine core reports them. Names ending in ``_total`` are monotonic counters, others gauges."""
+"""Name -> help, as the engine core reports them, those of ``spec_decode`` only where drafts are
+made. Names ending in ``_total`` are monotonic counters, others gauges."""
 
 
 class StepStats(msgspec.Struct, array_like=True):
@@ -49,6 +56,10 @@ class StepStats(msgspec.Struct, array_like=True):
     """When its tokens were known to the host."""
     commit_us: float
     """Booking the tokens."""
+    num_drafts: int = 0
+    """Drafted tokens verified."""
+    num_accepted: int = 0
+    """Of those, accepted: tokens gained beyond one a request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
     ]
     for step in steps:
         shape = {"requests": step.num_reqs, "decodes": step.num_decodes, "tokens": step.num_tokens}
+        if step.num_drafts:
+            shape |= {"drafts": step.num_drafts, "accepted": step.num_accepted}
         planned = step.start_us + step.schedule_us
         for phase, start, length in (
             ("schedule", step.start_us, step.schedule_us),

@@ -80,6 +80,11 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag("--kv-cache-dtype", "cache", "precision of the KV cache", choices=_KV_DTYPES),
     Flag("--num-gpu-blocks-override", "cache", "KV blocks, whatever the memory; default: as many as fit", "int", "N"),
     Flag("--kv-allocator", "cache", "who hands out KV blocks", metavar="NAME"),
+    Flag("--spec-method", "speculation", "who drafts tokens; auto: the draft model, if one is given", metavar="NAME"),
+    Flag("--speculative-model", "speculation", "folder or name of the draft model or head", metavar="MODEL"),
+    Flag("--num-speculative-tokens", "speculation", "most drafts for a request in a step; default: 4", "int", "N"),
+    Flag("--speculative-draft-tensor-parallel-size", "speculation", "GPUs to split the draft over", "int", "N"),
+    Flag("--speculative-config", "speculation", "these and more as one JSON object", metavar="JSON"),
     Flag("--sampler", "plugins", "who draws tokens", metavar="NAME"),
     Flag(
         "--logits-processor", "plugins", "one more logits processor; may repeat", "append", "NAME",
@@ -101,7 +106,9 @@ SERVER_FLAGS: tuple[Flag, ...] = (
     Flag("--log-level", "logging", "how much to log; also QUIRE_LOG_LEVEL", choices=_LEVELS),
 )
 
-_OPTIONAL_KINDS = ("attention", "kv", "policy", "quant", "sampler", "logits_processor", "executor", "metrics")
+_OPTIONAL_KINDS = (
+    "attention", "kv", "policy", "quant", "sampler", "logits_processor", "spec_decode", "executor", "metrics",
+)  # fmt: skip
 
 
 def option_flags() -> dict[str, str]:

@@ -26,7 +26,6 @@ class OldFlag:
     sets: tuple[str, object] | None = None
 
 
-_SPEC = "speculative decoding is not supported yet; leave it out"
 _LORA = "LoRA adapters are not supported yet; serve a merged checkpoint"
 _TOOLS = "tool calls are not parsed yet; tools are passed to the chat template and the answer comes as text"
 _GUIDED = "structured output is not supported yet; leave it out"
@@ -52,11 +51,6 @@ OLD_FLAGS: tuple[OldFlag, ...] = (
         "--pipeline-parallel-size", "pipeline parallelism is not supported yet; 1 is the only size", refused=True,
         takes_value=True, harmless=("1",),
     ),
-    OldFlag("--speculative-model", _SPEC, refused=True, takes_value=True),
-    OldFlag("--speculative-config", _SPEC, refused=True, takes_value=True),
-    OldFlag("--num-speculative-tokens", _SPEC, refused=True, takes_value=True, harmless=("0",)),
-    OldFlag("--speculative-draft-tensor-parallel-size", _SPEC, refused=True, takes_value=True),
-    OldFlag("--spec-method", _SPEC, refused=True, takes_value=True, harmless=("none",)),
     OldFlag("--enable-lora", _LORA, refused=True),
     OldFlag("--lora-modules", _LORA, refused=True, takes_value=True),
     OldFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),

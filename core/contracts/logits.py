@@ -20,17 +20,21 @@ class LogitsBatch:
     """Which request each line of logits belongs to."""
 
     rows: list[int]
-    """(n,) row in the request table of each line, on the host. A request keeps its row while it runs."""
+    """(n,) row in the request table of each line, on the host. A request keeps its row while it runs. With drafts it
+    has several lines, one after the other: each follows the tokens before it, the earlier drafts included."""
     positions: list[int]
     """(n,) host upper bound of the position of the token to be drawn (exact without drafts)."""
     token_ids: Tensor
-    """(max_num_seqs, max_model_len) int32 on the device: every row's tokens so far, the last drawn one included."""
+    """(rows, any) int32 on the device: every row's tokens so far, the last drawn one included, then its drafts."""
     num_tokens: Tensor
-    """(n,) int32 on the device: how many of them are real, for each line."""
+    """(n,) int32 on the device: how many of them come before the token to be drawn, for each line: its position."""
 
 
 class LogitsProcessor(ABC):
     """Keeps state per row. Called between two graphs, so it may run any tensor code, but never reads the device.
+
+    What it does to a line depends on the request and on the ``num_tokens`` tokens before it alone: lines of drafts may
+    turn out never to have been.
 
     A processor that raises in ``add`` or ``apply`` is quarantined: it is skipped from then on, and a metric says so.
     """

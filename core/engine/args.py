@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["EngineArgs"]
 
@@ -49,6 +50,13 @@ class EngineArgs:
     sampler: str = "auto"
     logits_processors: Sequence[str] = ()
     """In addition to the bundled ones."""
+    spec_method: str = "auto"
+    """Who drafts tokens; ``auto``: ``speculative_model``, if it is given, else nobody."""
+    speculative_model: str | None = None
+    num_speculative_tokens: int | None = None
+    speculative_draft_tensor_parallel_size: int | None = None
+    speculative_config: str | Mapping[str, Any] | None = None
+    """The same and more in one JSON object, as in vLLM."""
     executor: str = "auto"
     metrics: Sequence[str] = ("auto",)
     plugins: Sequence[str] = ()

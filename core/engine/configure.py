@@ -9,6 +9,7 @@ from typing import Any
 
 from quire.core.config import CacheConfig, EngineConfig, ModelConfig, PluginChoice, SchedulerConfig
 from quire.core.engine.args import EngineArgs
+from quire.core.engine.speculative import configure_speculation, with_speculative_config
 from quire.core.errors import ConfigError
 from quire.core.plugin_manager import PluginManager, Resolution
 from quire.core.plugin_options import parse_options
@@ -37,6 +38,7 @@ class Configured:
 def configure(args: EngineArgs) -> Configured:
     """Resolve ``args``. Nothing heavy is loaded yet. Raises a ``QuireError`` that says what to mend."""
     _refuse_unsupported(args)
+    args, speculative = with_speculative_config(args)
     plugins = PluginManager(args.plugins)
     context: dict[str, Any] = {"device": args.device}
     early = _resolve_many(plugins, args, context)  # names first: a typo should not wait for a download
@@ -56,6 +58,9 @@ def configure(args: EngineArgs) -> Configured:
         raise ConfigError(
             f"max_model_len {args.max_model_len} is outside what {args.model} was made for; give 1 to {limit}"
         )
+    speculation, drafting = configure_speculation(args, speculative, plugins, context, max_model_len)
+    choices.update(drafting)
+    _check_options(plugins, drafting)
     tokenizer = resolve_model(args.tokenizer) if args.tokenizer else path
     model = ModelConfig(
         model=args.model,
@@ -77,6 +82,7 @@ def configure(args: EngineArgs) -> Configured:
         plugins=choices,
         enforce_eager=args.enforce_eager,
         cpu_threads=args.cpu_threads,
+        speculation=speculation,
         extra={"chat_template": args.chat_template},
     )
     if args.plugins:
@@ -96,6 +102,7 @@ def _refuse_unsupported(args: EngineArgs) -> None:
         raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
     unknown = set(args.plugin_options) - {
         "attention", "kv", "policy", "quant", "sampler", "executor", "metrics", "logits_processor", "model",
+        "spec_decode",
     }  # fmt: skip
     if unknown:
         raise ConfigError(f"plugin_options names {sorted(unknown)[0]!r}, which is not a kind of plugin")

@@ -13,6 +13,7 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, Pending
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.contracts.spec import HostProposer
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -131,6 +132,8 @@ class EngineCore:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
             return self.scheduler.drop(step, f"{type(error).__name__}: {error}")
         self._quarantines += len(result.quarantined)
+        if any(reason.startswith("spec_decode/") for reason in result.quarantined):
+            self.scheduler.stop_drafting()
         self._compiled += result.num_compiled
         known = time.perf_counter_ns()
         outputs = self.scheduler.commit(step, result)
@@ -162,7 +165,17 @@ class EngineCore:
             self._policy("policy"),
             fallback=self._policy("policy_fallback"),
             max_model_len=config.model.max_model_len,
+            speculation=config.speculation,
+            proposer=self._host_proposer(),
         )
+
+    def _host_proposer(self) -> HostProposer | None:
+        spec = self.config.speculation
+        if spec is None:
+            return None
+        choice = self.config.plugin("spec_decode")
+        cls = load_target(choice.target, "quire.core.contracts.spec:SpeculativeProposer")
+        return cls(spec.num_tokens, parse_options(cls, choice.options)) if issubclass(cls, HostProposer) else None
 
     def _policy(self, kind: str) -> BatchingPolicy:
         choice = self.config.plugin(kind)
@@ -193,6 +206,8 @@ class _UnderWay:
             wait_us=(known - waited) / 1e3,
             end_us=known / 1e3,
             commit_us=(booked - known) / 1e3,
+            num_drafts=0 if result.num_drafted is None else int(result.num_drafted.sum()),
+            num_accepted=int(result.num_sampled.sum() - self.step.samples.sum()),
         )
 
 

@@ -10,13 +10,15 @@ from quire.core.request import Request
 
 __all__ = ["VIEW_FIELDS", "TableColumns", "describe"]
 
-VIEW_FIELDS = 9
-"""computed, known, limit, in flight, prompt_len, max_tokens, priority, arrival_ns, capacity: see ``describe``."""
+VIEW_FIELDS = 10
+"""computed, known, limit, in flight, prompt_len, max_tokens, priority, arrival_ns, capacity, slack: see
+``describe``."""
 
 
 def describe(request: Request, computed: int, capacity: int) -> tuple[int, ...]:
     """One request as a column. ``known`` counts the tokens in flight; ``limit`` is how many it will ever compute
-    (its last token is never fed back); ``capacity`` is how many its blocks have room for."""
+    (its last token is never fed back); ``capacity`` is how many its blocks have room for; ``slack`` by how much
+    computed and known may be too high, because drafts are in flight."""
     return (
         computed,
         len(request.token_ids) + request.num_in_flight,
@@ -27,6 +29,7 @@ def describe(request: Request, computed: int, capacity: int) -> tuple[int, ...]:
         request.priority,
         request.arrival_ns,
         capacity,
+        0,
     )
 
 
@@ -52,6 +55,8 @@ class TableColumns(Columns):
             column = self._table[_STORED[name]].take(self._index)
         elif name == "remaining":
             column = np.minimum(self._table[1].take(self._index), self._table[2].take(self._index)) - self.computed
+        elif name == "computed_min":
+            column = self.computed - self._table[9].take(self._index)
         elif name == "output_len":
             column = self._table[1].take(self._index) - self.prompt_len
         elif name == "blocks_held":
@@ -68,7 +73,6 @@ class TableColumns(Columns):
 
 _STORED = {
     "computed": 0,
-    "computed_min": 0,
     "in_flight": 3,
     "prompt_len": 4,
     "max_tokens": 5,

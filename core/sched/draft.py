@@ -20,11 +20,15 @@ class Draft:
 
     rows: list[NDArray[np.int64]] = field(default_factory=list)
     tokens: list[NDArray[np.int64]] = field(default_factory=list)
+    """Drafts included."""
+    drafts: list[NDArray[np.int64]] = field(default_factory=list)
     new_requests: list[NewRequest] = field(default_factory=list)
     diffs: list[BlockDiff] = field(default_factory=list)
     copies: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(row, group, source, destination)"""
     budget_left: int = 0
+    promised: int = 0
+    """Part of the budget kept for drafts, which policies do not see."""
     owed: int = 0
     """Blocks that the running requests still need for what they know."""
     blocked: bool = False
@@ -63,6 +67,7 @@ class Draft:
         """Forget what was noted for requests preempted since. Their rows are free: nobody is admitted after that."""
         kept = [stamps[rows] > 0 for rows in self.rows]
         self.tokens = [tokens[keep] for tokens, keep in zip(self.tokens, kept, strict=True) if keep.any()]
+        self.drafts = [drafts[keep] for drafts, keep in zip(self.drafts, kept, strict=True) if keep.any()]
         self.rows = [rows[keep] for rows, keep in zip(self.rows, kept, strict=True) if keep.any()]
         self.new_requests = [new for new in self.new_requests if stamps[new.row] > 0]
         self.diffs = [diff for diff in self.diffs if stamps[diff.row] > 0]

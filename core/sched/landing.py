@@ -21,6 +21,7 @@ from quire.core.messages import (
     TokenLogprob,
 )
 from quire.core.request import Request, RequestStatus
+from quire.core.sched.speculation import Speculation
 from quire.core.sched.table import RunningTable
 
 __all__ = ["Flight", "Landing"]
@@ -55,11 +56,13 @@ class Landing:
         allocator: KVAllocator,
         finish: Callable[[Request, FinishReason, int | str | None], None],
         landed: Callable[[Request], None],
+        speculation: Speculation | None = None,
     ) -> None:
         self._table = table
         self._allocator = allocator
         self._finish = finish
         self._landed = landed
+        self._speculation = speculation
         self.num_prompt_tokens = 0
         self.num_generated = 0
 
@@ -71,8 +74,10 @@ class Landing:
         all_here = np.count_nonzero(here) == len(here)
         if result.prompt_logprobs:
             self._gather(flight, result, here)
-        self._store(flight, here, all_here)
         outputs = [] if all_here else self._land_away(flight, result, here)
+        if self._speculation is not None:
+            return self._land_drafts(flight, result, here, self._speculation, outputs)
+        self._store(rows if all_here else rows[here], flight.reached if all_here else flight.reached[here])
         tokens, drawn = result.tokens[:, 0], None
         if not all_here or step.num_decodes != len(rows):
             drawn = (here & step.samples).nonzero()[0]
@@ -88,14 +93,50 @@ class Landing:
         special[list(asked)] = True
         indices = special.nonzero()[0].tolist()
         for i in indices:
-            output = EngineCoreOutput(ids[i], [drew[i]], logprobs=asked.get(i))
-            request = table.request(int(rows[i]))
-            table.next_event[rows[i]] = request.max_total_tokens
-            self._look(request, output)
-            outputs.append(output)
+            outputs.append(self._single_out(int(rows[i]), [drew[i]], asked.get(i)))
         for i in reversed(indices):
             del ids[i], drew[i]
         return EngineCoreOutputs(outputs, ids, drew)
+
+    def _land_drafts(
+        self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_], speculation: Speculation,
+        outputs: list[EngineCoreOutput],
+    ) -> EngineCoreOutputs:  # fmt: skip
+        """``land`` where steps may verify drafts: requests gain several tokens, and what was granted for drafts that
+        turned out wrong is taken back."""
+        table, step = self._table, flight.step
+        prompts = (here & ~step.samples).nonzero()[0]
+        self._store(step.rows[prompts], flight.reached[prompts])
+        drawn = (here & step.samples).nonzero()[0]
+        rows, gained = step.rows[drawn], result.num_sampled[drawn].astype(np.int64)
+        none: NDArray[Any] = np.zeros(len(step.rows), np.int64)
+        drafts = (none if step.drafts is None else step.drafts)[drawn].astype(np.int64)
+        vain = drafts + 1 - gained
+        in_flight = table.in_flight[rows] - drafts - 1
+        table.in_flight[rows] = in_flight
+        table.slack[rows] -= drafts
+        table.computed[rows] -= vain
+        known = table.known[rows] - vain
+        table.known[rows] = known
+        tokens = result.tokens[drawn]
+        real = np.arange(tokens.shape[1]) < gained[:, None]
+        counts = gained.tolist()
+        drew = [line[:count] for line, count in zip(tokens.tolist(), counts, strict=True)]
+        deque(map(list.extend, table.tokens[rows].tolist(), drew), maxlen=0)
+        ids = table.ids[rows].tolist()
+        self.num_generated += int(gained.sum())
+        self._store(rows, known - in_flight - 1)
+        tried: NDArray[Any] = none if result.num_drafted is None else result.num_drafted
+        speculation.landed(rows, tried[drawn], gained - 1)
+        special = (table.may_stop(tokens) & real).any(1) | (known - in_flight >= table.next_event[rows])
+        asked = _asked(len(drew), drawn, result.logprobs) if result.logprobs else {}
+        special[list(asked)] = True
+        indices = special.nonzero()[0].tolist()
+        for i in indices:
+            outputs.append(self._single_out(int(rows[i]), drew[i], asked.get(i)))
+        for i in reversed(indices):
+            del ids[i], drew[i], counts[i]
+        return EngineCoreOutputs(outputs, ids, [token for line in drew for token in line], counts)
 
     def _land_away(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> list[EngineCoreOutput]:
         """Tokens of requests preempted since: they count, though the request now waits."""
@@ -104,11 +145,11 @@ class Landing:
             request: Request = flight.requests[i]
             if request.status is RequestStatus.FINISHED:
                 continue
-            token = int(result.tokens[i, 0])
-            request.num_in_flight -= 1
-            request.token_ids.append(token)
-            self.num_generated += 1
-            output = EngineCoreOutput(request.request_id, [token])
+            tokens = result.tokens[i, : result.num_sampled[i]].tolist()
+            request.num_in_flight -= 1 if flight.step.drafts is None else 1 + int(flight.step.drafts[i])
+            request.token_ids += tokens
+            self.num_generated += len(tokens)
+            output = EngineCoreOutput(request.request_id, tokens)
             if i in result.logprobs:
                 output.logprobs = _positions(result.logprobs[i])
             self._look(request, output)
@@ -117,28 +158,45 @@ class Landing:
             outputs.append(output)
         return outputs
 
+    def _single_out(self, row: int, tokens: list[int], logprobs: list[TokenLogprob] | None) -> EngineCoreOutput:
+        """An output of its own for a request of which there may be more to say."""
+        request = self._table.request(row)
+        self._table.next_event[row] = request.max_total_tokens
+        output = EngineCoreOutput(request.request_id, tokens, logprobs=logprobs)
+        self._look(request, output)
+        return output
+
     def _look(self, request: Request, output: EngineCoreOutput) -> None:
-        """A token that is the first, perhaps the last: complete its output, and end the request if it is over."""
-        token, length = request.token_ids[-1], request.num_output_tokens
-        if length == 1:
+        """Tokens of which one is the first, perhaps one the last: complete their output, and end the request if it is
+        over. Tokens after its end are cut off, and log-probabilities of drafts that were not accepted."""
+        new = output.new_token_ids
+        before = request.num_output_tokens - len(new)
+        if not before:
             output.num_cached_tokens = request.num_cached_tokens
             output.queue_ns = max(request.first_grant_ns - request.arrival_ns, 0)
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
             self.num_prompt_tokens += request.prompt_len
-        if token in request.stop_ids and length >= request.params.min_tokens:
-            output.finish_reason = "stop"
-            output.stop_reason = token if token in request.params.stop_token_ids else None
-        elif request.num_tokens >= request.max_total_tokens:
-            output.finish_reason = "length"
-        if output.finish_reason is not None:
+        for length, token in enumerate(new, before + 1):
+            if token in request.stop_ids and length >= request.params.min_tokens:
+                output.finish_reason = "stop"
+                output.stop_reason = token if token in request.params.stop_token_ids else None
+            elif request.prompt_len + length >= request.max_total_tokens:
+                output.finish_reason = "length"
+            else:
+                continue
+            extra = before + len(new) - length
+            if extra:
+                self.num_generated -= extra
+                del request.token_ids[-extra:], new[-extra:]
             self._finish(request, output.finish_reason, output.stop_reason)
+            break
+        if output.logprobs:
+            del output.logprobs[len(new) :]
 
-    def _store(self, flight: Flight, here: NDArray[np.bool_], all_here: bool) -> None:
+    def _store(self, rows: NDArray[np.int32], reached: NDArray[np.int64]) -> None:
         """Note how far everybody has come, and make the blocks of prompts findable. Generated blocks follow in
         batches, and when the request leaves."""
-        table, rows, reached = self._table, flight.step.rows, flight.reached
-        if not all_here:
-            rows, reached = rows[here], reached[here]
+        table = self._table
         table.landed[rows] = reached
         due = (reached >= table.next_store[rows]).nonzero()[0]
         if len(due):

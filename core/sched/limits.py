@@ -17,7 +17,9 @@ class RequestLimits:
     Alone in the cache, every request that is let in can reach its end: that is what guarantees progress.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: KVAllocator, max_model_len: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, allocator: KVAllocator, max_model_len: int, most_drafts: int = 0
+    ) -> None:
         if not config.chunked_prefill and config.max_num_batched_tokens < max_model_len:
             raise ConfigError(
                 f"max_num_batched_tokens={config.max_num_batched_tokens} cannot hold a prompt of max_model_len="
@@ -28,7 +30,8 @@ class RequestLimits:
         self._block_size = allocator.block_size
         self._num_blocks = allocator.num_blocks - 1
         windows = [group.window or max_model_len for group in allocator.groups]
-        self._longest_span = max(windows) + config.max_num_batched_tokens + allocator.block_size
+        in_flight = config.max_num_batched_tokens + 4 * most_drafts
+        self._longest_span = max(windows) + in_flight + allocator.block_size
 
     def admit(self, message: EngineCoreRequest, num_queued: int) -> Request:
         """The request, or ``InvalidRequestError`` with the numbers that forbid it."""

@@ -13,6 +13,7 @@ from quire.core.request import Request
 from quire.core.sched.draft import Draft
 from quire.core.sched.guard import Plan
 from quire.core.sched.queues import WaitingQueue
+from quire.core.sched.speculation import Speculation
 from quire.core.sched.table import NEVER, RunningTable
 
 __all__ = ["Realiser"]
@@ -42,6 +43,7 @@ class Realiser:
         preempt: Callable[[Request], None],
         requests: dict[str, Request],
         clock: Callable[[], int],
+        speculation: Speculation | None = None,
     ) -> None:
         self._table = table
         self._queue = queue
@@ -51,6 +53,8 @@ class Realiser:
         self._preempt = preempt
         self._requests = requests
         self._clock = clock
+        self._speculation = speculation
+        self._ahead = 0 if speculation is None else speculation.ahead
         self._refused = _Refusal(None, 0)
         self._windows = [(g, group.window) for g, group in enumerate(allocator.groups) if group.window is not None]
 
@@ -79,20 +83,21 @@ class Realiser:
     def output(self, draft: Draft, step: int) -> SchedulerOutput:
         """Close the draft: apply its grants to the table, and describe the step to the worker."""
         table = self._table
-        rows, tokens = draft.rows[0], draft.tokens[0]
+        rows, tokens, drafts = draft.rows[0], draft.tokens[0], draft.drafts[0]
         if len(draft.rows) > 1:
-            rows, tokens = np.concatenate(draft.rows), np.concatenate(draft.tokens)
+            rows, tokens, drafts = map(np.concatenate, (draft.rows, draft.tokens, draft.drafts))
         reached, known = table.computed[rows] + tokens, table.known[rows]
-        samples = reached == known
+        samples = reached == known + drafts
         decodes = samples & (tokens == 1)
         num_decodes = int(np.count_nonzero(decodes))
-        if num_decodes != len(rows) and num_decodes != np.count_nonzero(decodes[:num_decodes]):
-            sequence = np.argsort(~decodes, kind="stable")
-            rows, tokens, reached, known, samples = (c[sequence] for c in (rows, tokens, reached, known, samples))
+        if num_decodes != len(rows) and (len(draft.rows) > 1 or drafts.any() or not decodes[:num_decodes].all()):
+            sequence = np.argsort(np.where(decodes, 0, np.where(drafts > 0, 1, 2)), kind="stable")
+            columns = (rows, tokens, drafts, reached, known, samples)
+            rows, tokens, drafts, reached, known, samples = (column[sequence] for column in columns)
         table.computed[rows] = reached
-        table.known[rows] = known + samples
-        table.in_flight[rows] += samples
-        return SchedulerOutput(
+        table.known[rows] = known + samples + drafts
+        table.in_flight[rows] += samples + drafts
+        output = SchedulerOutput(
             step=step,
             rows=rows.astype(np.int32),
             num_tokens=tokens.astype(np.int32),
@@ -100,20 +105,34 @@ class Realiser:
             num_decodes=num_decodes,
             total_tokens=int(np.add.reduce(tokens)),
             max_seq_len=int(np.maximum.reduce(reached)),
+            reached=reached.astype(np.int32),
             new_requests=draft.new_requests,
             block_diffs=draft.diffs,
             copies=[copy[1:] for copy in draft.copies],
             freed_rows=table.take_left(),
         )
+        if self._speculation is not None:
+            if drafts.any():
+                output.drafts = drafts.astype(np.int32)
+                output.continuations = self._speculation.continuations(rows, drafts)
+            output.propose = self._speculation.launched(rows, samples, drafts)
+        return output
 
     def _serve(self, draft: Draft, rows: NDArray[np.int64], tokens: NDArray[np.int64], victims: list[int]) -> None:
         """Grant tokens to running requests, in order."""
         table = self._table
+        drafts = np.zeros_like(rows)
+        if self._speculation is not None:
+            drafts = self._speculation.grants(rows, tokens)
+            tokens = tokens + drafts
+            draft.promised -= int(drafts.sum())
         computed = table.computed[rows]
         if self._windows:
-            for row in rows[computed >= table.next_trim[rows]].tolist():
+            for row in rows[computed - table.slack[rows] >= table.next_trim[rows]].tolist():
                 self._trim(row)
         reached = computed + tokens
+        if self._ahead:
+            reached = np.maximum(np.minimum(reached + self._ahead, table.limit[rows]), reached)
         short = (reached > table.capacity[rows]).nonzero()[0]
         gone = False
         if len(short):
@@ -128,6 +147,7 @@ class Realiser:
             table.capacity[needy] = needs
         draft.rows.append(rows)
         draft.tokens.append(tokens)
+        draft.drafts.append(drafts)
         draft.budget_left -= int(tokens.sum())
         if gone:
             draft.blocked = True
@@ -160,7 +180,7 @@ class Realiser:
         """Move a request from the queue to the table, if its blocks can be had."""
         table, allocator = self._table, self._allocator
         total = len(request.token_ids)
-        tokens = min(tokens, draft.budget_left)
+        tokens = min(tokens, draft.budget_left - draft.promised)
         forked = self._fork(request)
         match = None
         if forked is None:
@@ -170,16 +190,18 @@ class Realiser:
             computed = request.prompt_len - 1
         granted = min(tokens, total - computed)
         size = allocator.block_size
-        rest = -(-total // size) - -(-(computed + granted) // size)
+        need = computed + granted
+        need = max(need, min(need + self._ahead, request.max_total_tokens - 1))
+        rest = max(-(-total // size) - -(-need // size), 0)
         reserve = self._watermark + draft.owed + rest if len(table) else 0
-        allocation = allocator.allocate(request, computed + granted, computed=computed, match=match, reserve=reserve)
+        allocation = allocator.allocate(request, need, computed=computed, match=match, reserve=reserve)
         if allocation is None:
             allocator.free(request)
             return False
         draft.refunded |= granted < tokens
         draft.owed += rest
         self._queue.remove(request)
-        row = table.admit(request, computed, table.block_end(computed + granted - 1))
+        row = table.admit(request, computed, table.block_end(need - 1))
         if forked is not None:
             draft.record(row, forked)
         draft.record(row, allocation)
@@ -191,6 +213,7 @@ class Realiser:
         draft.introduce(request, computed)
         draft.rows.append(np.array([row], np.int64))
         draft.tokens.append(np.array([granted], np.int64))
+        draft.drafts.append(np.zeros(1, np.int64))
         draft.budget_left -= granted
         return True
 
@@ -216,7 +239,7 @@ class Realiser:
     def _trim(self, row: int) -> None:
         """Give up blocks that every later query of the row has left behind."""
         table, size = self._table, self._allocator.block_size
-        computed = int(table.computed[row])
+        computed = int(table.computed[row] - table.slack[row])
         following = NEVER
         for group, window in self._windows:
             before = max(computed - window + 1, 0)

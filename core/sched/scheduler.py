@@ -6,9 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from quire.core.config import CacheConfig, SchedulerConfig
+import numpy as np
+
+from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
+from quire.core.contracts.spec import HostProposer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -25,8 +28,10 @@ from quire.core.sched.families import Families
 from quire.core.sched.guard import PolicyGuard
 from quire.core.sched.landing import Flight, Landing
 from quire.core.sched.limits import RequestLimits
+from quire.core.sched.pace import Pace
 from quire.core.sched.queues import FRONT, WaitingQueue
 from quire.core.sched.realiser import Realiser
+from quire.core.sched.speculation import Speculation
 from quire.core.sched.table import RunningTable
 
 __all__ = ["Scheduler"]
@@ -50,8 +55,11 @@ class Scheduler:
         fallback: BatchingPolicy,
         max_model_len: int,
         clock: Callable[[], int] = time.time_ns,
+        speculation: SpeculationConfig | None = None,
+        proposer: HostProposer | None = None,
     ) -> None:
-        self._limits = RequestLimits(config, allocator, max_model_len)
+        most_drafts = 0 if speculation is None else speculation.num_tokens
+        self._limits = RequestLimits(config, allocator, max_model_len, most_drafts)
         self._config = config
         self._allocator = allocator
         self._clock = clock
@@ -66,7 +74,10 @@ class Scheduler:
         self._families = Families()
         self._flights: deque[Flight] = deque()
         self._guard = PolicyGuard(policy, fallback, self._rekey)
-        self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark)
+        self._speculation: Speculation | None = None
+        if speculation is not None:
+            self._speculation = Speculation(speculation, self._table, Pace(speculation.num_tokens), proposer)
+        self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark, self._speculation)
         self._realiser = Realiser(
             self._table,
             self._queue,
@@ -75,6 +86,7 @@ class Scheduler:
             preempt=self._preempt,
             requests=self._requests,
             clock=clock,
+            speculation=self._speculation,
         )
         self._budget = Budget(config, max_model_len)
         self._arrivals = self._steps = self._preemptions = 0
@@ -113,6 +125,8 @@ class Scheduler:
         """The next step, or None if nothing can run before a commit (or at all)."""
         while True:
             draft = Draft(budget_left=self._budget.tokens)
+            if self._speculation is not None:
+                draft.promised = self._speculation.begin(self._spare())
             self._fill(draft)
             if draft.rows:
                 self._guard.fruitful()
@@ -142,10 +156,16 @@ class Scheduler:
             return False
         flight = self._flights.pop()
         assert flight.step is step, f"step {step.step} is not the newest in flight, {flight.step.step} is"
-        self._table.in_flight[step.rows[step.samples]] -= 1
+        drawn = step.samples.astype(np.int64) + (0 if step.drafts is None else step.drafts)
+        self._table.in_flight[step.rows] -= drawn
         for request in flight.requests:
             self._preempt(request)
         return True
+
+    def stop_drafting(self) -> None:
+        """The proposer failed."""
+        if self._speculation is not None:
+            self._speculation.switch_off()
 
     # ---- figures
 
@@ -179,6 +199,7 @@ class Scheduler:
             "steps_total": float(self._steps),
             "out_of_memory_total": float(self._budget.num_shrinks),
             "policy_quarantines_total": float(self._guard.num_quarantines),
+            **({} if self._speculation is None else self._speculation.stats()),
         }
 
     # ---- a step in the making
@@ -201,11 +222,16 @@ class Scheduler:
             if not draft.refunded or draft.blocked or draft.budget_left <= 0:
                 return
 
+    def _spare(self) -> int:
+        """The budget that drafts may share with the tokens of running requests. Where a prompt must fit into a step,
+        drafts stand back while one waits."""
+        return self._budget.tokens if self._config.chunked_prefill or not self._queue.num_ready else 0
+
     def _view(self, draft: Draft, shown: int) -> StepView:
         running = self._table.view(served=draft.taken())
         return StepView(
             now_ns=self._clock(),
-            budget=draft.budget_left,
+            budget=draft.budget_left - draft.promised,
             free_rows=self._table.num_free,
             free_blocks=self._allocator.num_free(),
             block_size=self._allocator.block_size,
@@ -253,12 +279,15 @@ class Scheduler:
         del self._requests[request.request_id]
         self._families.leave(request)
         self._release_children(request)
+        if self._speculation is not None:
+            self._speculation.forget(request)
         if self._guard.listens:
             self._guard.finished(_info(request), self._usage(request))
 
     def _leave(self, request: Request) -> None:
         """Give up row and blocks; what has landed stays findable."""
-        self._allocator.commit(request, int(self._table.landed[request.row]))
+        landed = min(int(self._table.landed[request.row]), request.num_tokens)
+        self._allocator.commit(request, landed)
         self._allocator.free(request)
         self._table.leave(request)
 

@@ -13,7 +13,7 @@ from quire.core.sched.columns import VIEW_FIELDS, TableColumns, describe
 
 __all__ = ["RunningTable"]
 
-_PRIVATE_FIELDS = 4
+_PRIVATE_FIELDS = 5
 _STOP_IDS = 1 << 20
 """Stop tokens from here on share a counter."""
 NEVER = np.iinfo(np.int64).max
@@ -23,7 +23,9 @@ class RunningTable:
     """Up to ``size`` running requests. A request keeps its row from ``admit`` to ``leave``.
 
     ``computed`` counts tokens granted, ``landed`` those of steps that have landed, ``known`` the tokens on the host
-    and in flight, ``capacity`` those its blocks have room for. A ``stamp`` is given at every admission, so that a step
+    and in flight, ``capacity`` those its blocks have room for. Drafts in flight count as if they were right until
+    they land, so these are upper bounds; ``slack`` is how much too high they may be. ``drafts`` says how many drafts
+    the device holds for the next step, at most. A ``stamp`` is given at every admission, so that a step
     in flight can tell whether its row still belongs to the request it was planned for.
     """
 
@@ -32,8 +34,10 @@ class RunningTable:
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
         """Rows in order of admission."""
         self._data = np.zeros((VIEW_FIELDS + _PRIVATE_FIELDS, size), np.int64)
-        self.computed, self.known, self.limit, self.in_flight, self.prompt_len, *_, self.capacity = self._data[:9]
-        self.landed, self.next_store, self.next_trim, self.next_event = self._data[9:]
+        self.computed, self.known, self.limit, self.in_flight, self.prompt_len, *_, self.capacity, self.slack = (
+            self._data[:VIEW_FIELDS]
+        )
+        self.landed, self.next_store, self.next_trim, self.next_event, self.drafts = self._data[VIEW_FIELDS:]
         self.stamps = np.zeros(size, np.int64)
         self.requests = np.full(size, None, object)
         self.ids = np.full(size, None, object)
@@ -60,6 +64,7 @@ class RunningTable:
         self._stamp += 1
         self._data[:VIEW_FIELDS, row] = describe(request, computed, capacity)
         self.landed[row] = computed
+        self.drafts[row] = 0
         self.next_store[row] = self.block_end(computed) if self._stores else NEVER
         self.next_trim[row] = self._first_trim
         self.next_event[row] = min(request.prompt_len + 1, request.max_total_tokens)

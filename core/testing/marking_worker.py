@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,9 +23,15 @@ class MarkingWorker:
     each position it attends to holds the mark it must hold, so that any mistake in block tables, sharing, copies,
     reuse or trimming is an ``AssertionError`` in the step that would have computed a wrong token. The token drawn
     depends on the request's seed and on all tokens before it: see ``expected_tokens``.
+
+    Where steps ask for drafts, each of them is right with probability ``skill``.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], num_blocks: int, block_size: int, vocab_size: int, skill: float = 0.5
+    ) -> None:
+        self._skill = skill
+        self._chance = random.Random(0)
         self._groups = tuple(groups)
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -40,15 +47,23 @@ class MarkingWorker:
         self._apply(step)
         self._check_shape(step)
         grants = list(zip(step.rows.tolist(), step.num_tokens.tolist(), step.samples.tolist(), strict=True))
+        drafts = [0] * len(grants) if step.drafts is None else step.drafts.tolist()
         written: list[set[int]] = [set() for _ in self._groups]
-        for row, count, _ in grants:
+        for (row, count, _), drafted in zip(grants, drafts, strict=True):
+            assert drafted == 0 or count == 1 + drafted, "drafts come beside one token"
+            self._rows[row].offer(drafted)
             self._write(self._rows[row], count, written)
         result = ModelRunnerOutput(
-            step.step, np.zeros((len(grants), 1), np.int32), np.array([s for *_, s in grants], np.int32)
+            step.step,
+            np.zeros((len(grants), 1 + max(drafts)), np.int32),
+            np.zeros(len(grants), np.int32),
+            num_drafted=None if step.drafts is None else step.drafts.copy(),
         )
         for index, (row, count, samples) in enumerate(grants):
+            assert self._rows[row].computed <= step.reached[index], "reached is no upper bound"
             self._attend(self._rows[row], step.max_seq_len)
-            self._draw(self._rows[row], index, count, samples, result)
+            self._draw(self._rows[row], index, count, samples, drafts[index], result)
+            self._rows[row].guess = self._propose(self._rows[row], step.propose) if samples else []
         return result
 
     def _apply(self, step: SchedulerOutput) -> None:
@@ -62,6 +77,10 @@ class MarkingWorker:
             for i, block in enumerate(diff.block_ids):
                 assert 0 <= block < self._num_blocks, f"block {block} does not exist"
                 table[diff.start + i] = block
+        for guess in step.continuations:
+            mine = self._rows[guess.row]
+            drawn = mine.tokens[guess.anchor :]
+            mine.guess = guess.token_ids[len(drawn) :] if guess.token_ids[: len(drawn)] == drawn else []
         for group, source, destination in step.copies:
             size, slots = self._block_size, self._slots[group]
             for offset in range(size):
@@ -76,6 +95,9 @@ class MarkingWorker:
         assert (first == 1).all() and step.samples[: step.num_decodes].all(), "decodes do not come first"
         rest = (step.num_tokens == 1) & step.samples
         assert not rest[step.num_decodes :].any(), "a decode comes after the prompts"
+        if step.drafts is not None:
+            drafted = step.drafts[step.num_decodes :] > 0
+            assert not step.drafts[: step.num_decodes].any() and (np.diff(drafted.astype(int)) <= 0).all(), "order"
 
     def _write(self, row: _Row, count: int, written: list[set[int]]) -> None:
         assert count > 0, f"{row.new.request_id}: an empty grant"
@@ -103,19 +125,29 @@ class MarkingWorker:
                     f"block {slot // self._block_size}"
                 )
 
-    def _draw(self, row: _Row, index: int, count: int, samples: bool, result: ModelRunnerOutput) -> None:
+    def _draw(self, row: _Row, index: int, count: int, samples: bool, drafted: int, result: ModelRunnerOutput) -> None:
         params, new = row.new.params, row.new
         assert samples == (row.computed == len(row.tokens)), f"{new.request_id}: samples={samples} is wrong"
+        assert len(row.tokens) <= new.prompt_len + (params.max_tokens or len(row.tokens)), "drafts beyond the end"
         if params.prompt_logprobs is not None:
             targets = row.tokens[row.computed - count + 1 : min(row.computed + 1, new.prompt_len)]
             if targets:
                 result.prompt_logprobs[index] = _rows(targets)
-        if samples:
-            token = _next_token(new.seed, row.tokens, self._vocab_size)
-            row.tokens.append(token)
-            result.tokens[index, 0] = token
-            if params.logprobs is not None:
-                result.logprobs[index] = _rows([token])
+        if not samples:
+            return
+        known = len(row.tokens) - drafted
+        offered, drawn = row.tokens[known:], list[int]()
+        while not drawn or (len(drawn) <= drafted and drawn[-1] == offered[len(drawn) - 1]):
+            drawn.append(_next_token(new.seed, row.tokens[:known] + drawn, self._vocab_size))
+        row.rewind(known, drawn)
+        result.tokens[index, : len(drawn)] = drawn
+        result.num_sampled[index] = len(drawn)
+        if params.logprobs is not None:
+            result.logprobs[index] = _rows(drawn + [0] * (1 + drafted - len(drawn)))
+
+    def _propose(self, row: _Row, count: int) -> list[int]:
+        right = expected_tokens(row.new.seed, row.tokens, count, self._vocab_size)
+        return [token if self._chance.random() < self._skill else (token + 1) % self._vocab_size for token in right]
 
 
 def expected_tokens(seed: int, prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
@@ -133,6 +165,19 @@ class _Row:
     computed: int
     blocks: list[dict[int, int]]
     marks: list[int] = field(default_factory=list)
+    guess: list[int] = field(default_factory=list)
+
+    def offer(self, count: int) -> None:
+        """Take ``count`` drafts for known, with nonsense where there are too few."""
+        if count:
+            assert self.computed == len(self.tokens) - 1, f"{self.new.request_id} verifies drafts in its prompt"
+            self.tokens += (self.guess + [0] * count)[:count]
+
+    def rewind(self, known: int, drawn: list[int]) -> None:
+        """Replace the drafts by what was drawn: all but its last token are computed."""
+        self.tokens[known:] = drawn
+        self.computed = len(self.tokens) - 1
+        del self.marks[self.computed :]
 
     def extend_marks(self, length: int) -> None:
         for token in self.tokens[len(self.marks) : length]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from quire.core.config import CacheConfig, SchedulerConfig
+from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.contracts.spec import HostProposer
 from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
@@ -34,6 +35,9 @@ class SimulatedEngine:
         max_model_len: int = 64,
         vocab_size: int = 50,
         depth: int = 2,
+        speculation: SpeculationConfig | None = None,
+        proposer: HostProposer | None = None,
+        skill: float = 0.5,
     ) -> None:
         cache = CacheConfig(block_size=allocator.block_size, num_blocks=allocator.num_blocks, watermark=watermark)
         self.allocator = allocator
@@ -45,8 +49,10 @@ class SimulatedEngine:
             fallback=fallback,
             max_model_len=max_model_len,
             clock=lambda: self._turns * 1_000_000,
+            speculation=speculation,
+            proposer=proposer,
         )
-        self.worker = MarkingWorker(allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size)
+        self.worker = MarkingWorker(allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, skill)
         self.received: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
         """Request -> how it ended."""

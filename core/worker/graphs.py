@@ -15,6 +15,7 @@ from quire.core.contracts.attention import AttentionBackend, AttentionBatch, Gra
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import Sampler
 from quire.core.messages import SchedulerOutput
+from quire.core.sample.verify import Spans
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.pinned import upload
@@ -68,6 +69,7 @@ class DecodeGraphs:
         self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(most, dtype=torch.int32, device=device)
         self._index = torch.arange(most, device=device)
+        self._none = torch.zeros(most, dtype=torch.int64, device=device)
         self._start = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._input_ids = torch.zeros(most, dtype=torch.int32, device=device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=device)
@@ -112,7 +114,7 @@ class DecodeGraphs:
             self._last = step.rows.copy()
         captured = self._captured[size]
         captured.model.replay()
-        return replace(captured.inputs, sample_index=self._index[:count]), captured.logits[:count]
+        return self._of(captured.inputs, count), captured.logits[:count]
 
     def draw(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
         """Draw the token of every request and feed it back; (num_reqs,) int32, valid until the next step."""
@@ -142,9 +144,16 @@ class DecodeGraphs:
             query_start_loc=self._start[: size + 1],
             slot_mapping=[slots[:size] for slots in self._slots],
             batches=batches,
-            sample_index=self._index[:size],
+            line_rows=self._rows[:size],
+            line_lens=self._seq_lens[:size],
             logits_index=self._index[:size],
+            spans=Spans(self._rows[:size], self._index[:size], self._none[:size], 1),
         )
+
+    def _of(self, inputs: StepInputs, count: int) -> StepInputs:
+        """Without the padding."""
+        spans = Spans(inputs.rows[:count], self._index[:count], self._none[:count], 1)
+        return replace(inputs, line_rows=inputs.rows[:count], line_lens=inputs.seq_lens[:count], spans=spans)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         from quire.core.ops.kernels.decode_inputs import decode_inputs

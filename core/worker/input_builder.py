@@ -11,10 +11,34 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.messages import SchedulerOutput
+from quire.core.sample.verify import Spans
 from quire.core.worker.pinned import upload
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["StepInputs", "build_inputs"]
+__all__ = ["Lines", "StepInputs", "build_inputs"]
+
+
+@dataclass(slots=True)
+class Lines:
+    """The lines of logits of a step, on the host: one for each request that draws, and one more for each draft."""
+
+    owner: NDArray[np.int64]  # (num_lines,) index into the step's requests
+    positions: NDArray[np.int64]  # (num_lines,) upper bound of where the drawn token goes; exact without drafts
+    token: NDArray[np.int64]  # (num_lines,) token of the step whose hidden state predicts the drawn one
+    first: NDArray[np.int64]  # (num_drawing,) first line of each request that draws
+    drafts: NDArray[np.int64]  # (num_drawing,)
+
+    @classmethod
+    def of(cls, step: SchedulerOutput) -> Lines:
+        """In the order of the requests."""
+        drawing = np.flatnonzero(step.samples)
+        drafts = np.zeros(len(drawing), np.int64) if step.drafts is None else step.drafts[drawing].astype(np.int64)
+        count = drafts + 1
+        first = count.cumsum() - count
+        owner = np.repeat(drawing, count)
+        behind = np.arange(len(owner)) - np.repeat(first + count, count)  # -count .. -1 within each request
+        token = step.num_tokens.cumsum()[owner] + behind
+        return cls(owner, step.reached[owner] + behind + 1, token, first, drafts)
 
 
 @dataclass(slots=True)
@@ -28,17 +52,21 @@ class StepInputs:
     query_start_loc: Tensor  # (num_reqs + 1,) int32
     slot_mapping: list[Tensor]  # by group: (num_tokens,) int64
     batches: list[AttentionBatch]  # by group
-    sample_index: Tensor  # (num_samples,) int64: index into the step's requests of those that draw
-    logits_index: Tensor  # (num_samples,) int64: token whose hidden state predicts the drawn one
+    line_rows: Tensor  # (num_lines,) int64: row of the request table, for each line of logits
+    line_lens: Tensor  # (num_lines,) int32: tokens before the drawn one, which is also its position
+    logits_index: Tensor  # (num_lines,) int64: token whose hidden state predicts the drawn one
+    spans: Spans
+    """The lines by request."""
 
 
-def build_inputs(step: SchedulerOutput, table: RequestTable, block_size: int) -> StepInputs:
+def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block_size: int) -> StepInputs:
     """Expand the grants of ``step`` and advance ``table.num_computed`` past them."""
     device = table.device
     num_reqs, total = len(step.rows), step.total_tokens
-    packed = upload(_pack(step), torch.int64, device)
-    rows, grants = packed[0], packed[1]
-    sample_index = packed[2, : int(step.samples.sum())]
+    drawing = lines.owner[lines.first]
+    columns = (step.rows, step.num_tokens, lines.owner, lines.token, drawing, lines.first, lines.drafts)
+    packed = upload(np.concatenate(columns, dtype=np.int64), torch.int64, device)
+    rows, grants, owners, logits_index, drawers, first, drafts = packed.split([len(column) for column in columns])
     start = torch.zeros(num_reqs + 1, dtype=torch.int64, device=device)
     torch.cumsum(grants, 0, out=start[1:])
     computed = table.num_computed[rows].long()
@@ -74,15 +102,8 @@ def build_inputs(step: SchedulerOutput, table: RequestTable, block_size: int) ->
         query_start_loc=start32,
         slot_mapping=slots,
         batches=batches,
-        sample_index=sample_index,
-        logits_index=start[1:][sample_index] - 1,
+        line_rows=rows[owners],
+        line_lens=positions[logits_index].int() + 1,
+        logits_index=logits_index,
+        spans=Spans(rows[drawers], first, drafts, 1 + int(lines.drafts.max(initial=0))),
     )
-
-
-def _pack(step: SchedulerOutput) -> NDArray[np.int64]:
-    """(3, num_reqs): rows, grants, indices of the requests that draw, so that one copy carries them."""
-    packed = np.zeros((3, len(step.rows)), dtype=np.int64)
-    packed[0], packed[1] = step.rows, step.num_tokens
-    drawn = np.flatnonzero(step.samples)
-    packed[2, : len(drawn)] = drawn
-    return packed

@@ -11,7 +11,7 @@ from quire.core.contracts.attention import AttentionBackend, AttentionSpec, KVLa
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
 
-__all__ = ["KVCache", "check_fits", "device_bytes_taken", "group_layers"]
+__all__ = ["KVCache", "blocks_in", "check_fits", "device_bytes_taken", "group_layers"]
 
 
 def group_layers(specs: Sequence[AttentionSpec]) -> tuple[list[AttentionSpec], list[int]]:
@@ -42,7 +42,10 @@ class KVCache:
 
     def allocate(self, num_blocks: int) -> None:
         """Make the pool: ``num_blocks`` blocks in each group. Replaces the pool before it."""
-        self.layers, self._raw = [], []
+        self.layers.clear()
+        self._raw = []
+        if not self.layouts:
+            return
         pool = torch.zeros(num_blocks * self.bytes_per_block, dtype=torch.uint8, device=self.device)
         at = 0
         for g, layout in enumerate(self.layouts):
@@ -55,19 +58,21 @@ class KVCache:
             self.layers.append(self.layouts[g].view(self._raw[g][:, seen[g] * size : (seen[g] + 1) * size]))
             seen[g] += 1
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copy whole blocks, all layers at once: (group, source, destination)."""
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]], follows: int | None = None) -> None:
+        """Copy whole blocks, all layers at once: (group, source, destination). A cache whose layers all ``follow`` one
+        group of another cache lives under that group's block ids."""
         for g, raw in enumerate(self._raw):
-            pairs = [(s, d) for group, s, d in copies if group == g]
+            pairs = [(s, d) for group, s, d in copies if group == (g if follows is None else follows)]
             if pairs:
                 index = torch.tensor(pairs, device=self.device)
                 raw[index[:, 1]] = raw[index[:, 0]]
 
-    def blocks_in(self, num_bytes: int, config: CacheConfig, most_tokens: int) -> int:
-        """Blocks per group that ``num_bytes`` hold, the sink included; no more than ``most_tokens`` tokens need."""
-        if config.num_blocks is not None:
-            return config.num_blocks
-        return min(num_bytes // self.bytes_per_block, -(-most_tokens // config.block_size) + 1)
+
+def blocks_in(num_bytes: int, bytes_per_block: int, config: CacheConfig, most_tokens: int) -> int:
+    """Blocks per group that ``num_bytes`` hold, the sink included; no more than ``most_tokens`` tokens need."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    return min(num_bytes // bytes_per_block, -(-most_tokens // config.block_size) + 1)
 
 
 def device_bytes_taken(work: Callable[[], None]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
 from quire.core.worker.compilation import compile_ahead
+from quire.core.worker.drafting import Drafting
 from quire.core.worker.graphs import DecodeGraphs
-from quire.core.worker.input_builder import StepInputs, build_inputs
+from quire.core.worker.input_builder import Lines, StepInputs, build_inputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.mixed_graphs import MixedGraphs
 from quire.core.worker.readback import Readback, StepClock
@@ -39,6 +40,7 @@ class ModelRunner:
         table: RequestTable,
         drawer: TokenDrawer,
         block_size: int,
+        vocab_size: int,
     ) -> None:
         self.model = model
         self.backends = list(backends)
@@ -47,11 +49,29 @@ class ModelRunner:
         self.drawer = drawer
         self.block_size = block_size
         rows = table.num_rows
-        self._computed = np.zeros(rows, dtype=np.int64)
+        self.drafting: Drafting | None = None
+        self._vocab_size = vocab_size
         self._prompt_len = np.zeros(rows, dtype=np.int64)
         self._prompt_logprobs = np.full(rows, -1, dtype=np.int32)
         self.graphs: DecodeGraphs | None = None
         self.mixed: MixedGraphs | None = None
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of every layer, a proposer's included."""
+        return self.kv.bytes_per_block + (0 if self.drafting is None else self.drafting.kv.bytes_per_block)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache."""
+        self.kv.allocate(num_blocks)
+        if self.drafting is not None:
+            self.drafting.kv.allocate(num_blocks)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every weight, a proposer's included."""
+        yield from self.model.parameters()
+        if self.drafting is not None:
+            yield from self.drafting.proposer.parameters()
 
     @torch.inference_mode()
     def prepare_graphs(self, max_tokens: int) -> None:
@@ -81,17 +101,28 @@ class ModelRunner:
         self._apply(step)
         if self.graphs is not None and self.graphs.covers(step):
             return self._replay(step, self.graphs, clock)
-        inputs = build_inputs(step, self.table, self.block_size)
+        lines = Lines.of(step)
+        inputs = build_inputs(step, lines, self.table, self.block_size)
         mixed = self.mixed if self.mixed is not None and self.mixed.covers(inputs) else None
         hidden = self._forward(inputs) if mixed is None else mixed.forward(inputs)
-        prompt = self._prompt_lines(step, inputs, hidden)
-        self._computed[step.rows] += step.num_tokens
+        prompt = self._prompt_lines(step, hidden)
         drawn: Drawn | None = None
-        if step.samples.any():
+        if len(lines.owner):
             logits = self.model.compute_logits(hidden[inputs.logits_index])
-            positions = self._computed[step.rows[step.samples]]
-            drawn = self.drawer.draw(logits, step, inputs, positions)
+            drawn = self.drawer.draw(logits, step, inputs, lines)
+        if self.drafting is not None:
+            self._draft(self.drafting, step, inputs, drawn)
         return Readback(step, drawn, prompt, clock)
+
+    def _draft(self, drafting: Drafting, step: SchedulerOutput, inputs: StepInputs, drawn: Drawn | None) -> None:
+        drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
+        if step.num_decodes + drafts < len(step.rows):
+            drafting.observe(inputs)
+        if drawn is not None:
+            if step.propose:
+                greedy = self.drawer.greedy(step.rows[step.samples])
+                drafting.propose(inputs.spans.rows, step.propose, greedy=greedy)
+            drawn.quarantined += drafting.take_faults()
 
     def _apply(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
@@ -99,7 +130,6 @@ class ModelRunner:
         self.table.add(step.new_requests)
         for request in step.new_requests:
             row = request.row
-            self._computed[row] = request.num_computed
             self._prompt_len[row] = request.prompt_len
             wanted = request.params.prompt_logprobs
             self._prompt_logprobs[row] = -1 if wanted is None else wanted
@@ -108,15 +138,19 @@ class ModelRunner:
             self.table.set_blocks(step.block_diffs)
         if step.copies:
             self.kv.copy_blocks(step.copies)
+            if self.drafting is not None:
+                self.drafting.copy_blocks(step.copies)
+        self.table.set_continuations(step.continuations, self._vocab_size)
 
     def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepClock) -> Readback:
         inputs, logits = graphs.forward(step)
-        self._computed[step.rows] += 1
         variant = self.drawer.variant(step.rows)
         if variant is not None:
             drawn = Drawn(graphs.draw(step, variant))
         else:
-            drawn = self.drawer.draw(logits, step, inputs, self._computed[step.rows])
+            drawn = self.drawer.draw(logits, step, inputs, Lines.of(step))
+        if self.drafting is not None:
+            self._draft(self.drafting, step, inputs, drawn)
         return Readback(step, drawn, {}, clock)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
@@ -125,9 +159,7 @@ class ModelRunner:
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv.layers, self.kv.group_of)
         return self.model(inputs.input_ids, inputs.positions, context)
 
-    def _prompt_lines(
-        self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor
-    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def _prompt_lines(self, step: SchedulerOutput, hidden: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """Log-probabilities of the prompt tokens that this step's chunks predict, by index into the step."""
         asked = np.flatnonzero(self._prompt_logprobs[step.rows] >= 0)
         if not len(asked):
@@ -136,7 +168,7 @@ class ModelRunner:
         found = {}
         for i in asked:
             row = step.rows[i]
-            first = self._computed[row]
+            first = step.reached[i] - step.num_tokens[i]
             count = int(min(step.num_tokens[i], self._prompt_len[row] - 1 - first))
             if count <= 0:
                 continue

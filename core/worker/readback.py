@@ -78,13 +78,21 @@ class Readback:
         """The step's tokens, once they are here."""
         self._clock.wait()
         step = self._step
-        tokens = np.zeros((len(step.rows), 1), dtype=np.int32)
-        if self._tokens is not None:
-            tokens[step.samples, 0] = self._tokens.numpy()
+        num_reqs = len(step.rows)
+        home = np.empty(0, np.int32) if self._tokens is None else self._tokens.numpy()
+        tokens = np.zeros((num_reqs, 1 if home.ndim == 1 else home.shape[1] - 2), dtype=np.int32)
+        num_sampled, num_drafted = step.samples.astype(np.int32), None
+        if home.ndim == 2:  # as ``verify`` packs them
+            num_drafted = np.zeros(num_reqs, np.int32)
+            num_sampled[step.samples], num_drafted[step.samples] = home[:, 0], home[:, 1]
+            tokens[step.samples] = home[:, 2:]
+        elif self._tokens is not None:
+            tokens[step.samples, 0] = home
         return ModelRunnerOutput(
             step=step.step,
             tokens=tokens,
-            num_sampled=step.samples.astype(np.int32),
+            num_sampled=num_sampled,
+            num_drafted=num_drafted,
             logprobs=self._by_index(),
             prompt_logprobs={i: _as_rows(rows) for i, rows in self._prompt.items()},
             ran_us=self._clock.ran_us(),
@@ -96,10 +104,13 @@ class Readback:
         if self._asked is None or self._logprobs is None:
             return {}
         ids, values, ranks = (column.numpy() for column in self._logprobs)
-        pairs = zip(self._asked.index.tolist(), self._asked.widths.tolist(), strict=True)
+        index, widths = self._asked.index, self._asked.widths
+        starts = np.flatnonzero(np.diff(index, prepend=-1)).tolist()  # a request's lines are neighbours
         return {
-            index: LogprobRows(ids[line : line + 1, :width], values[line : line + 1, :width], ranks[line : line + 1])
-            for line, (index, width) in enumerate(pairs)
+            int(index[start]): LogprobRows(
+                ids[start:end, : widths[start]], values[start:end, : widths[start]], ranks[start:end]
+            )
+            for start, end in zip(starts, [*starts[1:], len(index)], strict=True)
         }
 
 

@@ -52,5 +52,6 @@ def _step(share: NDArray[np.int32], params: SamplingParams, num_decodes: int = 0
         num_decodes=num_decodes,
         total_tokens=int(share.sum()),
         max_seq_len=int(share.max()),
+        reached=share,
         new_requests=[NewRequest(row, "", [0] * int(n), int(n), 0, params, seed=row) for row, n in enumerate(share)],
     )

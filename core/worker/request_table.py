@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.messages import BlockDiff, NewRequest
+from quire.core.messages import BlockDiff, Continuation, NewRequest
+from quire.core.sample.verify import place_drafts
 from quire.core.worker.pinned import upload
 
 __all__ = ["RequestTable"]
@@ -21,10 +22,19 @@ class RequestTable:
     ``token_ids`` (rows, length) int32; ``num_tokens`` and ``num_computed`` (rows,) int32; ``block_tables`` by group
     (rows, max_blocks) int32; sampling parameters (rows,). Rows outside the step are never read. One more row than asked
     for stands for padding: it keeps one token, in block 0.
+
+    Drafts lie in ``token_ids`` behind a row's ``num_tokens``; ``num_drafts`` (rows,) int32 of them are real. A step may
+    reach ``lookahead`` tokens beyond the longest request: its padding does.
     """
 
     def __init__(
-        self, num_rows: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device
+        self,
+        num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        num_groups: int,
+        device: torch.device,
+        lookahead: int = 0,
     ) -> None:
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(num_rows + 1, *shape, dtype=dtype, device=device)
@@ -33,10 +43,10 @@ class RequestTable:
         self.num_rows = num_rows
         self.padding_row = num_rows
         self.max_model_len = max_model_len
-        self.token_ids = column(torch.int32, max_model_len + 1)
-        self._counts = torch.zeros(4, num_rows + 1, dtype=torch.int32, device=device)
-        self.num_tokens, self.num_computed, self.prompt_len, self.top_k = self._counts
-        max_blocks = -(-max_model_len // block_size)
+        self.token_ids = column(torch.int32, max_model_len + 1 + lookahead)
+        self._counts = torch.zeros(5, num_rows + 1, dtype=torch.int32, device=device)
+        self.num_tokens, self.num_computed, self.prompt_len, self.top_k, self.num_drafts = self._counts
+        max_blocks = -(-(max_model_len + lookahead) // block_size)
         self.block_tables = [column(torch.int32, max_blocks) for _ in range(num_groups)]
         self._wishes = torch.zeros(6, num_rows + 1, dtype=torch.float32, device=device)
         self.temperature, self.top_p, self.min_p, self.repetition, self.frequency, self.presence = self._wishes
@@ -61,8 +71,11 @@ class RequestTable:
             [r.num_computed for r in requests],
             [r.prompt_len for r in requests],
             [p.top_k for p in params],
+            [0 for _ in requests],
         ]
         rows, seeds, *counts = upload(whole, torch.int64, self.device)
+        for table in self.block_tables:
+            table[rows] = 0  # what a draft reaches beyond its own blocks is the padding block
         self.seed[rows] = seeds
         self._counts[:, rows] = torch.stack(counts).int()
         wishes = [
@@ -86,6 +99,24 @@ class RequestTable:
             ids = [b for d in mine for b in d.block_ids]
             packed = upload([rows, places, ids], torch.int64, self.device)
             table[packed[0], packed[1]] = packed[2].int()
+
+    def set_continuations(self, guesses: Sequence[Continuation], vocab_size: int) -> None:
+        """Make drafts of what the host expects, where it agrees with what was drawn since."""
+        if not guesses:
+            return
+        longest = max(len(guess.token_ids) for guess in guesses)
+        packed = [
+            [guess.row, guess.anchor, *guess.token_ids, *[-1] * (longest - len(guess.token_ids))] for guess in guesses
+        ]
+        columns = upload(packed, torch.int64, self.device)
+        rows, anchor, tokens = columns[:, 0], columns[:, 1], columns[:, 2:]
+        place = torch.arange(longest, device=self.device)[None, :]
+        drawn = self.num_tokens[rows].long() - anchor
+        known = self.token_ids[rows[:, None], (anchor[:, None] + place).clamp(max=self.token_ids.shape[1] - 1)]
+        agrees = ((known == tokens) | (place >= drawn[:, None])).all(1)
+        tokens = tokens.gather(1, (place + drawn[:, None]).clamp(max=longest - 1))
+        lengths = torch.where(agrees, longest - drawn, 0).clamp(min=0)
+        place_drafts(tokens, lengths, rows, self.sampling, self.num_drafts, vocab_size)
 
     def append(self, rows: Tensor, tokens: Tensor) -> None:
         """Write the token drawn for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device."""

@@ -17,7 +17,8 @@ from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
 from quire.core.sample.penalties import penalize
-from quire.core.worker.input_builder import StepInputs
+from quire.core.sample.verify import verify
+from quire.core.worker.input_builder import Lines, StepInputs
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["Drawn", "DrawnLogprobs", "TokenDrawer"]
@@ -30,7 +31,7 @@ class DrawnLogprobs:
     """Log-probabilities of those tokens of a step for which somebody asked."""
 
     index: NDArray[np.int64]
-    """Into the step."""
+    """Into the step; as often as the request has lines."""
     widths: NDArray[np.int32]
     """Columns that each asked for: 1 + k."""
     columns: tuple[Tensor, Tensor, Tensor]
@@ -41,7 +42,7 @@ class DrawnLogprobs:
 class Drawn:
     """Device tensors of a step's draw."""
 
-    tokens: Tensor  # (num_samples,) int32
+    tokens: Tensor  # (num_drawing,) int32, or (num_drawing, 2 + width) as ``verify`` returns them
     logprobs: DrawnLogprobs | None = None
     quarantined: list[str] = field(default_factory=list)
 
@@ -57,9 +58,15 @@ class TokenDrawer:
     """Knows, on the host and by row, what each request wants, so that a step pays only for what somebody asked."""
 
     def __init__(
-        self, sampler: Sampler, processors: Sequence[tuple[str, LogitsProcessor]], table: RequestTable, num_rows: int
+        self,
+        sampler: Sampler,
+        processors: Sequence[tuple[str, LogitsProcessor]],
+        table: RequestTable,
+        num_rows: int,
+        forced_acceptance: float | None = None,
     ) -> None:
         self.table = table
+        self.forced_acceptance = forced_acceptance
         self._sampler = sampler
         self.device_sampler = sampler if sampler.prepare(table.num_rows) else None
         """The sampler, where it can draw from the table by itself."""
@@ -111,48 +118,59 @@ class TokenDrawer:
             return "greedy"
         return None if self.device_sampler is None else "random"
 
+    def greedy(self, rows: NDArray[np.int32]) -> bool:
+        """Whether none of these rows has a temperature."""
+        return not self._random[rows].any()
+
     def _untouched(self, rows: NDArray[np.int32]) -> bool:
         """Whether nothing changes the logits of these rows."""
         if self._penalized[rows].any():
             return False
         return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
 
-    def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, positions: NDArray[np.int64]) -> Drawn:
-        """``logits`` (num_samples, vocab) in the model's dtype; ``positions`` (num_samples,) on the host, upper bounds
-        of where the drawn tokens go. Feeds the tokens back into the table."""
-        drawn_index = np.flatnonzero(step.samples)
-        host_rows = step.rows[drawn_index]
-        rows = inputs.rows[inputs.sample_index]
-        lens = inputs.seq_lens[inputs.sample_index]
-        if self.device_sampler is not None and self._untouched(host_rows):
-            tokens = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-            greedy = not self._random[host_rows].any()
-            self.device_sampler.draw(logits, rows, self.table.sampling, tokens, greedy=greedy)
+    def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: Lines) -> Drawn:
+        """``logits`` (num_lines, vocab) in the model's dtype. Feeds the tokens, of drafts those accepted, back into the
+        table."""
+        host_rows, spans, table = step.rows[lines.owner], inputs.spans, self.table
+        feeds = self.device_sampler is not None and spans.width == 1 and self._untouched(host_rows)
+        if feeds and self.device_sampler is not None:
+            tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+            self.device_sampler.draw(logits, inputs.line_rows, table.sampling, tokens, greedy=self.greedy(host_rows))
         else:
-            tokens = self._draw_changed(logits, rows, lens, host_rows, positions)
+            tokens = self._draw_changed(logits, inputs, host_rows, lines.positions)
         drawn = Drawn(tokens, quarantined=self._quarantined)
         self._quarantined = []
-        wanted = self._logprobs[host_rows]
-        lines = np.flatnonzero(wanted >= 0)
-        if len(lines):
-            chosen = tokens
-            if len(lines) < len(wanted):
-                some = torch.from_numpy(lines).to(rows.device, non_blocking=True)
-                logits, chosen = logits[some], tokens[some]
-            columns = gather_logprobs(logits, chosen, int(wanted.max()))
-            drawn.logprobs = DrawnLogprobs(drawn_index[lines], wanted[lines] + 1, columns)
+        drawn.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
+        if spans.width > 1:
+            drawn.tokens = verify(
+                tokens, spans, table.sampling, table.num_computed, table.num_drafts, self.forced_acceptance
+            )
+        elif not feeds:
+            table.append(spans.rows, tokens)
         return drawn
 
+    def _gather_logprobs(
+        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], lines: Lines
+    ) -> DrawnLogprobs | None:
+        wanted = self._logprobs[host_rows]
+        asked = np.flatnonzero(wanted >= 0)
+        if not len(asked):
+            return None
+        if len(asked) < len(wanted):
+            some = torch.from_numpy(asked).to(logits.device, non_blocking=True)
+            logits, tokens = logits[some], tokens[some]
+        columns = gather_logprobs(logits, tokens, int(wanted.max()))
+        return DrawnLogprobs(lines.owner[asked], wanted[asked] + 1, columns)
+
     def _draw_changed(
-        self, raw: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
+        self, raw: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
     ) -> Tensor:
         """By ``Sampler.sample``, after penalties and processors."""
+        rows, lens = inputs.line_rows, inputs.line_lens
         logits = raw.to(torch.float32, copy=True)
         self._penalize(logits, rows, lens, host_rows, int(positions.max()))
         self._process(logits, lens, host_rows, positions)
-        tokens = self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
-        self.table.append(rows, tokens)
-        return tokens
+        return self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
 
     def _sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quire.core.config import EngineConfig, PluginChoice
-from quire.core.contracts.attention import AttentionBackend, AttentionLimits
+from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
 from quire.core.contracts.executor import KVCapacity
 from quire.core.contracts.logits import LogitsProcessor
 from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.contracts.sampler import Sampler
+from quire.core.contracts.spec import DeviceProposer, DraftSource, SpeculativeProposer, Target
 from quire.core.env import num_threads
 from quire.core.errors import ConfigError
 from quire.core.hf_config import read_hf_config
+from quire.core.layers.builder import LayerBuilder
 from quire.core.loader import load_model
 from quire.core.messages import SchedulerOutput
 from quire.core.plugin_options import parse_options
 from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
-from quire.core.worker.memory import KVCache, check_fits, device_bytes_taken, group_layers
+from quire.core.worker.drafting import Drafting
+from quire.core.worker.memory import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.pinned import lock_ahead
 from quire.core.worker.readback import Readback
@@ -48,36 +54,46 @@ class Worker:
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the engine and the front: beside them, more is slower
             torch.set_num_threads(config.cpu_threads or num_threads() or max(1, (os.cpu_count() or 2) - 1))
-        model = self._load()
+        model = self._load(config.model.path, "model", "quant")
+        proposer = self._proposer(model)
         self._watch.lap("weights")
-        backends, group_of = self._attention(model)
+        backends, group_of = self._attention(model.attention_specs())
         kv = KVCache(backends, group_of, self._device)
-        limits, block_size = config.scheduler, config.cache.block_size
-        table = RequestTable(limits.max_num_seqs, config.model.max_model_len, block_size, len(backends), self._device)
-        drawer = TokenDrawer(self._sampler(), self._processors(), table, limits.max_num_seqs)
-        self._runner = ModelRunner(model, backends, kv, table, drawer, block_size)
-        weights = sum(p.numel() * p.itemsize for p in model.parameters())
-        activations = self._profile() if self._device.type == "cuda" else 0
-        num_blocks = kv.blocks_in(
-            self._kv_bytes(weights, activations), config.cache, limits.max_num_seqs * config.model.max_model_len
-        )
-        check_fits(num_blocks, block_size, config.model.max_model_len)
-        kv.allocate(num_blocks)
+        limits, block_size, spec = config.scheduler, config.cache.block_size, config.speculation
+        rows, longest, ahead = limits.max_num_seqs, config.model.max_model_len, 0 if spec is None else spec.num_tokens
+        table = RequestTable(rows, longest, block_size, len(backends), self._device, ahead)
+        sampler = self._sampler()
+        forced = None if spec is None else spec.forced_acceptance
+        drawer = TokenDrawer(sampler, self._processors(), table, rows, forced)
+        self._runner = ModelRunner(model, backends, kv, table, drawer, block_size, config.model.vocab_size)
+        if proposer is not None:
+            self._runner.drafting = self._drafting(proposer, sampler, table, kv)
+        self.capacity = self._make_cache(rows * longest)
         self._watch.lap("KV cache")
-        graphs = 0
         if self._device.type == "cuda" and not config.enforce_eager:
             if all("decode" in backend.graph_support for backend in backends):
                 self._runner.prepare_graphs(limits.max_num_batched_tokens)
                 self._watch.lap("kernels")
                 graphs = device_bytes_taken(self._runner.capture)
+                self.capacity = replace(self.capacity, graph_bytes=graphs)
                 self._watch.lap("graphs")
             else:
                 _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)
         if self._device.type == "cuda":
             lock_ahead()
         self._compiled = CompileCounter() if self._device.type == "cuda" else None
-        self.capacity = KVCapacity(kv.groups, num_blocks, kv.bytes_per_block, weights, activations, graphs)
         _log.info("started: %s", self._watch)
+
+    def _make_cache(self, most_tokens: int) -> KVCapacity:
+        """Measure what memory is left, and allocate the cache."""
+        config, runner = self._config, self._runner
+        weights = sum(p.numel() * p.itemsize for p in runner.parameters())
+        activations = self._profile() if self._device.type == "cuda" else 0
+        spare = self._kv_bytes(weights, activations)
+        num_blocks = blocks_in(spare, runner.bytes_per_block, config.cache, most_tokens)
+        check_fits(num_blocks, config.cache.block_size, config.model.max_model_len)
+        runner.allocate(num_blocks)
+        return KVCapacity(runner.kv.groups, num_blocks, runner.bytes_per_block, weights, activations)
 
     def execute(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
@@ -90,30 +106,74 @@ class Worker:
             under_way.num_compiled = self._compiled.take()
         return under_way
 
-    def _load(self) -> Model:
+    def _load(self, path: str, model_key: str, quant_key: str) -> Model:
         model = self._config.model
-        hf_config = read_hf_config(Path(model.path))
-        quant_class = _load(self._config.plugin("quant"), QuantizationLoader)
-        quant_config = getattr(hf_config, "quantization_config", None) or {}
-        quant = quant_class(quant_config, _options(quant_class, self._config.plugin("quant")))
+        hf_config = read_hf_config(Path(path))
         dtype = getattr(torch, model.dtype)
         return load_model(
-            _load(self._config.plugin("model"), Model),
+            _load(self._config.plugin(model_key), Model),
             hf_config,
-            Path(model.path),
+            Path(path),
             dtype=dtype,
             device=self._device,
             kv_dtype=dtype,
             block_size=self._config.cache.block_size,
-            quant=quant,
+            quant=self._quant(quant_key, hf_config),
             load_format=model.load_format,
             seed=model.seed,
         )
 
-    def _attention(self, model: Model) -> tuple[list[AttentionBackend], list[int]]:
+    def _quant(self, key: str, hf_config: Any) -> QuantizationLoader:
+        choice = self._config.plugin(key)
+        cls = _load(choice, QuantizationLoader)
+        return cls(getattr(hf_config, "quantization_config", None) or {}, _options(cls, choice))
+
+    def _proposer(self, model: Model) -> DeviceProposer | None:
+        """Who drafts on the device, with its weights."""
+        spec = self._config.speculation
+        if spec is None:
+            return None
+        choice = self._config.plugin("spec_decode")
+        cls = _load(choice, SpeculativeProposer)
+        if not issubclass(cls, DeviceProposer):
+            return None
+        proposer = cls(spec.num_tokens, _options(cls, choice))
+        path, mine = spec.draft_path, self._config.model
+        dtype, block_size = getattr(torch, mine.dtype), self._config.cache.block_size
+
+        def make_builder(hf_config: Any) -> LayerBuilder:
+            return LayerBuilder(dtype, self._device, dtype, block_size, self._quant("draft_quant", hf_config))
+
+        load_model = partial(self._load, str(path), "draft_model", "draft_quant")
+        config = read_hf_config(Path(mine.path))
+        proposer.load(
+            DraftSource(None if path is None else Path(path), model, config, make_builder, load_model, mine.load_format)
+        )
+        return proposer
+
+    def _drafting(self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, kv: KVCache) -> Drafting:
+        """The proposer's own layers live under the block ids of the group of layers that keeps every token."""
+        config = self._config
+        whole = [g for g, group in enumerate(kv.groups) if group.window is None]
+        specs = proposer.attention_specs()
+        if specs and not whole:
+            raise ConfigError(
+                "every layer of the model forgets tokens before its sliding window, so no draft model can share its "
+                "cache; use --spec-method ngram"
+            )
+        follows = whole[0] if whole else 0
+        backends, group_of = self._attention(specs)
+        own = KVCache(backends, group_of, self._device)
+        sizes = (config.cache.block_size, config.model.max_model_len, config.scheduler.max_num_seqs)
+        columns = (table.sampling, table.num_computed, table.block_tables[follows])
+        proposer.prepare(Target(sampler, *columns, own.layers, backends, group_of, *sizes))
+        name = config.plugin("spec_decode").name
+        return Drafting(name, proposer, table, config.model.vocab_size, own, follows)
+
+    def _attention(self, layers: Sequence[AttentionSpec]) -> tuple[list[AttentionBackend], list[int]]:
         choice = self._config.plugin("attention")
         backend_class = _load(choice, AttentionBackend)
-        specs, group_of = group_layers(model.attention_specs())
+        specs, group_of = group_layers(layers)
         for spec in specs:
             if reasons := backend_class.unsupported(spec, self._device):
                 raise ConfigError(
@@ -162,7 +222,7 @@ class Worker:
         """Compile what steps need, then measure the bytes that the largest takes beside weights and cache. All tokens
         go to the padding block."""
         limits, longest = self._config.scheduler, self._config.model.max_model_len
-        self._runner.kv.allocate(1)
+        self._runner.allocate(1)
 
         def rehearse() -> None:
             for step in rehearsal_steps(limits, longest):

@@ -36,5 +36,11 @@ class MinTokens(LogitsProcessor):
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
         """Minus infinity for the stop tokens of every line that is too short to end."""
         for line, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
-            if row in self._rows and position < self._rows[row][0]:
-                logits[line, self._rows[row][1]] = float("-inf")
+            if row not in self._rows:
+                continue
+            shortest, stops = self._rows[row]
+            if position < shortest:  # an upper bound: certainly too short
+                logits[line, stops] = float("-inf")
+            else:
+                early = batch.num_tokens[line] < shortest
+                logits[line, stops] = logits[line, stops].masked_fill(early, float("-inf"))

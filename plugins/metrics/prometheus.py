@@ -30,6 +30,11 @@ _PHASES = {
     "commit": "Booking a step's tokens",
 }
 _OLD_NAMES = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
+_BY_POSITION = {
+    "spec_decode_drafted_at_": ("spec_decode_num_draft_tokens_per_pos", "Drafted tokens verified, by place"),
+    "spec_decode_accepted_at_": ("spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by place"),
+}
+"""The engine core counts each place by a name of its own."""
 _REASONS = ("stop", "length", "abort", "error")
 _FRONT = ("prompt_tokens_total", "generation_tokens_total")
 """Counted here, as they reach callers, and not taken from the engine core."""
@@ -99,7 +104,7 @@ class PrometheusExporter(MetricsExporter):
     def _engine_figures(self, prefix: str) -> Iterator[Metric]:
         for name, value in self._engine.items():
             text = ENGINE_STATS.get(name, name.replace("_", " "))
-            if name in _FRONT:
+            if name in _FRONT or name.startswith(tuple(_BY_POSITION)):
                 continue
             if name.endswith("_total"):
                 yield self._counter(prefix + name.removesuffix("_total"), text, value)
@@ -114,8 +119,18 @@ class PrometheusExporter(MetricsExporter):
             prefix + "gpu_prefix_cache_hit_rate", "Share of looked-up tokens found in the prefix cache", rate
         )
         yield self._cache_config(prefix)
+        yield from self._by_position(prefix)
         yield self._gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
         yield self._gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
+
+    def _by_position(self, prefix: str) -> Iterator[Metric]:
+        for start, (name, text) in _BY_POSITION.items():
+            family = CounterMetricFamily(prefix + name, text, labels=[*self.labels, "position"])
+            for key, value in self._engine.items():
+                if key.startswith(start):
+                    position = key.removeprefix(start).removesuffix("_total")
+                    family.add_metric([*self.labels.values(), position], value)
+            yield family
 
     def _cache_config(self, prefix: str) -> Metric:
         sizes = {"block_size": "kv_block_size", "num_gpu_blocks": "kv_blocks"}

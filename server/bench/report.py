@@ -13,7 +13,16 @@ from tqdm import tqdm
 
 from quire.core.version import __version__
 
-__all__ = ["device_name", "environment", "percentiles", "print_json", "print_table", "progress"]
+__all__ = [
+    "device_name",
+    "environment",
+    "percentiles",
+    "print_json",
+    "print_table",
+    "progress",
+    "speculation",
+    "speculation_line",
+]
 
 
 def environment(device: str) -> dict[str, str]:
@@ -56,3 +65,29 @@ def print_table(rows: Mapping[str, str]) -> None:
 def print_json(found: Mapping[str, Any]) -> None:
     """One line of JSON."""
     print(json.dumps(found), flush=True)
+
+
+def speculation(stats: Mapping[str, float]) -> dict[str, Any]:
+    """What became of drafts, from the statistics of an engine; empty if none was verified."""
+    drafted = stats.get("spec_decode_num_draft_tokens_total", 0.0)
+    if not drafted:
+        return {}
+    by_place: list[float] = []
+    while at := stats.get(f"spec_decode_drafted_at_{len(by_place)}_total"):
+        by_place.append(stats[f"spec_decode_accepted_at_{len(by_place)}_total"] / at)
+    return {
+        "draft_tokens": int(drafted),
+        "accepted_tokens": int(stats["spec_decode_num_accepted_tokens_total"]),
+        "acceptance_rate": stats["spec_decode_draft_acceptance_rate"],
+        "acceptance_by_position": by_place,
+        "tokens_per_step": stats["spec_decode_efficiency"],
+    }
+
+
+def speculation_line(found: Mapping[str, Any]) -> str:
+    """``speculation`` in words."""
+    places = ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"])
+    return (
+        f"speculation: {found['accepted_tokens']:,} of {found['draft_tokens']:,} drafted tokens accepted "
+        f"({found['acceptance_rate']:.1%}; by position {places}), {found['tokens_per_step']:.2f} tokens a step"
+    )

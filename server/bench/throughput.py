@@ -16,7 +16,7 @@ from quire.core.engine.llm import LLM
 from quire.core.errors import ConfigError
 from quire.core.sampling_params import SamplingParams
 from quire.server.bench.datasets import dataset_workload
-from quire.server.bench.report import device_name, environment, print_json
+from quire.server.bench.report import device_name, environment, print_json, speculation, speculation_line
 from quire.server.bench.roofline import Ceilings, ModelShape, ceilings_of, decode_floor, workload_floor
 from quire.server.bench.transformers_run import TransformersRun
 from quire.server.bench.workloads import Workload, make_workload, random_workload
@@ -101,6 +101,9 @@ def _measure(llm: LLM, workload: Workload, args: argparse.Namespace) -> dict[str
         found["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (found["wall_s"] - first)
     found["kernels_compiled"] = llm.stats().get("kernels_compiled_total", 0.0)
     print(_line("quire", found), flush=True)
+    if stats := speculation(llm.stats()):
+        found["speculation"] = stats
+        print(speculation_line(stats), flush=True)
     return found
 
 

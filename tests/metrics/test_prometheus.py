@@ -90,6 +90,14 @@ def test_figures_of_tomorrow_pass_through(exporter: PrometheusExporter) -> None:
     assert found["vllm:a_new_counter_total", (("model_name", "m"),)] == 5
 
 
+def test_drafts_are_counted_by_their_place(exporter: PrometheusExporter) -> None:
+    exporter.record_engine({"spec_decode_num_draft_tokens_total": 5.0, "spec_decode_accepted_at_1_total": 3.0})
+    found = scraped(exporter)
+    assert found["vllm:spec_decode_num_draft_tokens_total", (("model_name", "m"),)] == 5
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert found[name, (("model_name", "m"), ("position", "1"))] == 3
+
+
 def test_labels_are_escaped() -> None:
     exporter = PrometheusExporter({"model_name": 'a"b\\c\nd', "replica": "1"})
     exporter.record_request(request())

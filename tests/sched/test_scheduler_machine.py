@@ -10,8 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from quire.core.config import SchedulerConfig
+from quire.core.config import SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVGroup
+from quire.core.contracts.spec import HostProposer
+from quire.core.testing.marking_worker import expected_tokens
 from quire.core.testing.simulated_engine import SimulatedEngine
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -29,6 +31,14 @@ prompts = st.one_of(
 )
 
 
+class Prophet(HostProposer):
+    """Knows what comes, and is wrong about every third token."""
+
+    def propose(self, who, count):
+        right = expected_tokens(who.seed, who.token_ids, count, VOCAB)
+        return [token + ((who.num_tokens + i) % 3 == 0) for i, token in enumerate(right)]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         groups=st.sampled_from(GROUPS),
@@ -40,8 +50,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.1, 0.3]),
         policy=st.sampled_from(POLICIES),
         depth=st.sampled_from([1, 2, 2, 3]),
+        drafts=st.sampled_from([0, 0, 1, 3, 5]),
+        skill=st.sampled_from([0.0, 0.6, 1.0]),
+        on_host=st.booleans(),
     )
-    def start(self, groups, block_size, spare, caching, rows, budget, watermark, policy, depth):
+    def start(self, groups, block_size, spare, caching, rows, budget, watermark, policy, depth, drafts, skill, on_host):
         """The pool holds one request of full length and a little more; without a budget, prompts go whole."""
         self.num_blocks = -(-MAX_MODEL_LEN // block_size) + 1 + spare
         allocator = PagedAllocator(groups, self.num_blocks, block_size, prefix_caching=caching)
@@ -54,6 +67,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB,
             depth=depth,
+            speculation=SpeculationConfig(drafts) if drafts else None,
+            proposer=Prophet(drafts) if on_host else None,
+            skill=skill,
         )
         self.count = 0
 
@@ -140,7 +156,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             writable = Counter()
             for row in table.order.tolist():
                 blocks = allocator._tables[table.ids[row]].blocks[group]
-                for block in blocks[int(table.computed[row]) // allocator.block_size :]:
+                computed = int(table.computed[row] - table.slack[row])
+                for block in blocks[computed // allocator.block_size :]:
                     writable[block] += 1
                     assert pool.refs[block] == 1, f"block {block} is writable and shared"
                     assert pool.hashes[block] is None, f"block {block} is writable and findable"

@@ -1,0 +1,140 @@
+"""A smaller model of the same vocabulary drafts (Leviathan et al., 2023, arXiv:2211.17192), with the target's noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.attention import AttentionBatch, AttentionSpec, GraphKey
+from quire.core.contracts.model import ForwardContext, Model
+from quire.core.contracts.sampler import SamplingBatch
+from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
+
+__all__ = ["DraftModel"]
+
+
+class DraftModel(DeviceProposer):
+    """Reads the tokens that the target reads, and continues them by ``count`` forward passes of its own.
+
+    A token is drawn with the noise that the target will use at that position, so the two agree more often than by
+    chance, also at high temperatures. The first pass reads a request's last two tokens: after a step whose drafts were
+    all right the cache lacks the last draft, after any other it computes a token again.
+    """
+
+    needs_model = serves_model = True
+    capturable = True
+
+    def __init__(self, num_tokens: int, options: Any = None) -> None:
+        super().__init__(num_tokens, options)
+        self._model: Model
+        self._target: Target
+
+    @classmethod
+    def unsupported(cls, target_config: Any, draft_config: Any, draft_path: Path | None) -> list[str]:
+        """The vocabulary must be the target's."""
+        assert draft_path is not None
+        mine, theirs = (int(c.get_text_config().vocab_size) for c in (draft_config, target_config))
+        if mine != theirs:
+            return [f"{draft_path.name!r} has a vocabulary of {mine} tokens, the target one of {theirs}"]
+        if not _same_tokens(draft_path, Path(str(getattr(target_config, "name_or_path", "")))):
+            return [f"the tokens of {draft_path.name!r} are not those of the target, though as many"]
+        return []
+
+    def load(self, source: DraftSource) -> None:
+        """The whole folder, as a model of its own."""
+        self._model = source.load_model()
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The model's."""
+        return self._model.parameters()
+
+    def attention_specs(self) -> list[AttentionSpec]:
+        """The model's."""
+        return self._model.attention_specs()
+
+    def prepare(self, target: Target) -> None:
+        """Buffers that captured passes share."""
+        self._target = target
+        device = target.num_computed.device
+        self._starts = torch.arange(0, 2 * target.max_num_reqs + 1, dtype=torch.int32, device=device)
+
+    def observe(self, step: StepTokens) -> None:
+        """Prompts, and whatever is in the step beside them."""
+        self._forward(step.input_ids, step.positions, step.slots, step.batch, None)
+
+    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
+        """Two tokens a request, then one a pass."""
+        target = self._target
+        table = target.table
+        length = table.num_tokens[who].long()
+        sampling = SamplingBatch(
+            temperature=table.temperature[who],
+            top_k=table.top_k[who],
+            top_p=table.top_p[who],
+            min_p=table.min_p[who],
+            seed=table.seed[who],
+            position=length,
+            any_random=not greedy,
+            any_top_k=True,
+            any_top_p=True,
+            any_min_p=True,
+        )
+        blocks = target.block_table[who]
+        back = (length[:, None] + torch.arange(-2, 0, device=who.device)).clamp(min=0)  # (n, 2)
+        tokens = table.token_ids[who[:, None], back]
+        hidden = self._pass(tokens.flatten(), back, length, blocks, 2)[1::2]
+        drafts = []
+        while True:
+            logits = self._model.compute_logits(hidden)
+            drawn = target.sampler.sample(logits if logits.is_cuda else logits.float(), sampling)
+            drafts.append(drawn)
+            if len(drafts) == count:
+                return DraftTokens(torch.stack(drafts, 1))
+            sampling.position = sampling.position + 1
+            hidden = self._pass(drawn, sampling.position[:, None] - 1, sampling.position, blocks, 1)
+
+    def _pass(self, tokens: Tensor, positions: Tensor, lengths: Tensor, blocks: Tensor, queries: int) -> Tensor:
+        """``tokens`` (n * queries,) at ``positions`` (n, queries) of requests that have ``lengths`` tokens with them.
+        What lies beyond a request's blocks goes to the padding block."""
+        size, longest = self._target.block_size, self._target.max_model_len
+        n = len(lengths)
+        page = blocks.gather(1, (positions // size).clamp(max=blocks.shape[1] - 1)).long()
+        slots = (page * size + positions % size).flatten()
+        batch = AttentionBatch(
+            query_start_loc=self._starts[: n + 1] * queries if queries > 1 else self._starts[: n + 1],
+            seq_lens=lengths.int(),
+            block_table=blocks,
+            num_reqs=n,
+            num_tokens=n * queries,
+            max_query_len=queries,
+            max_seq_len=longest,
+            num_decodes=n if queries == 1 else 0,
+        )
+        key = GraphKey("decode" if queries == 1 else "verify", n * queries, n, queries)
+        return self._forward(tokens, positions.flatten().clamp(max=longest - 1), slots, batch, key)
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: AttentionBatch, key: GraphKey | None
+    ) -> Tensor:
+        target = self._target
+        for backend in target.backends:
+            backend.plan(batch, key)
+        context = ForwardContext(target.backends, [slots] * len(target.backends), target.kv, target.group_of)
+        return self._model(tokens, positions, context)
+
+
+def _same_tokens(mine: Path, theirs: Path) -> bool:
+    """Whether two folders' tokenizers give ids to the same tokens, as far as they say."""
+    files = [folder / "tokenizer.json" for folder in (mine, theirs)]
+    if not all(file.is_file() for file in files):
+        return True
+    try:
+        vocabularies = [json.loads(file.read_text("utf-8"))["model"]["vocab"] for file in files]
+    except (ValueError, KeyError, TypeError):
+        return True
+    return bool(vocabularies[0] == vocabularies[1])

@@ -1,0 +1,21 @@
+"""Drafts that cost nothing, to measure verification alone; see ``forced_acceptance`` of ``--speculative-config``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.spec import DeviceProposer, DraftTokens
+
+__all__ = ["SyntheticProposer"]
+
+
+class SyntheticProposer(DeviceProposer):
+    """Drafts the same tokens for everybody."""
+
+    capturable = True
+
+    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
+        """Token 1, 2, 3 ..."""
+        tokens = torch.arange(1, count + 1, dtype=torch.int32, device=who.device)
+        return DraftTokens(tokens.expand(len(who), count))
