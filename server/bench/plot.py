@@ -43,7 +43,13 @@ class LoadPlot:
                 axes.plot(load, [1000 * found[key][part] for found in known], marker="o", label=label)
             for found in known:
                 asked = f"{found['request_rate']:g}/s" if found["request_rate"] else "at once"
-                axes.annotate(asked, (found["requests_s"], 1000 * found[key]["p99"]), fontsize=7)
+                axes.annotate(
+                    asked,
+                    (found["requests_s"], 1000 * found[key]["p99"]),
+                    (4, -9),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
             axes.set_title(title)
             axes.set_xlabel("requests/s answered (asked for: beside the points)")
             axes.set_ylabel("ms")

@@ -50,7 +50,7 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     print(
         f"longest stall of a stream {stall:.0f} ms, of all {silence:.0f} ms; "
         f"at most {found['most_waiting']:.0f} waiting; {found['failed']} failed; "
-        f"memory {grown:+.0f} MiB, of the GPU {grown_gpu:+.0f} MiB since the first minute"
+        f"memory {grown:+.0f} MiB since the first minute, of the GPU {grown_gpu:+.0f} MiB"
     )
     if "last_over_second" in found:
         print(f"throughput of the last minute: {found['last_over_second']:.1%} of the second")
@@ -81,6 +81,7 @@ async def _soak(args: argparse.Namespace, most_running: int, server: ServerProce
         )
     print(f"{rate:.2f} requests/s for {args.duration:g} s", flush=True)
     soak = _Soak(rate, bearable, args.duration, args.minute)
+    gpu_before = gpu_bytes()  # not in between: asking the driver holds up the GPU's work
     watcher = asyncio.create_task(_watch(soak, client, server))
     bar = progress(round(rate * args.duration), "soak")
     gc.collect()
@@ -92,6 +93,7 @@ async def _soak(args: argparse.Namespace, most_running: int, server: ServerProce
     watcher.cancel()
     bar.close()
     soak.close()
+    soak.gpu_growth = gpu_bytes() - gpu_before
     return soak
 
 
@@ -107,7 +109,6 @@ async def _watch(soak: _Soak, client: Client, server: ServerProcess | None) -> N
                 figures |= {name: float(match.group(1))} if match else {}
         if server is not None:
             figures["resident_bytes"] = float(server.resident_bytes())
-            figures["gpu_bytes"] = float(await asyncio.to_thread(gpu_bytes))
         soak.note(figures)
 
 
@@ -120,6 +121,7 @@ class _Soak:
     duration: float
     minute: float
     start: float = 0.0
+    gpu_growth: int = 0
     minutes: list[dict[str, Any]] = field(default_factory=list)
     errors: set[str] = field(default_factory=set)
     _seen: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
@@ -187,7 +189,7 @@ class _Soak:
             "longest_silence_s": most("longest_silence_s"),
             "most_waiting": most("num_requests_waiting"),
             "memory_growth_bytes": last.get("resident_bytes", 0) - first.get("resident_bytes", 0),
-            "gpu_growth_bytes": last.get("gpu_bytes", 0) - first.get("gpu_bytes", 0),
+            "gpu_growth_bytes": self.gpu_growth,
         }
         if len(self.minutes) > 2:
             found["last_over_second"] = last["output_tok_s"] / max(self.minutes[1]["output_tok_s"], 1e-9)
