@@ -53,23 +53,26 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
         for tiles, ways, stages in _SKINNY[1 if tokens == 1 else 8 if tokens <= 8 else 32]:
             for norm in norms if tiles >= least else []:
                 options = {"tokens": 1 if tokens == 1 else max(8, tokens), "tiles": tiles, "ways": ways}
-                for ahead in (0, 1) if tokens <= 8 else (0,):
-                    yield "skinny", options | {"num_stages": stages, "ahead": ahead} | norm
+                for depth in (1, 2, 4) if tokens <= 8 else (1, 2):
+                    if layer.inputs < 128 * ways * depth * stages:
+                        continue
+                    yield "skinny", options | {"num_stages": stages, "depth": depth} | norm
     if tokens >= 8:
-        for tiles, warps, stages in [(4, 4, 4), (8, 8, 3)]:
-            for tile in {min(tokens, 64), min(tokens, 128)}:
+        for tiles, warps, stages in [(4, 4, 4), (8, 8, 3), (8, 8, 4)]:
+            for tile in sorted({min(tokens, 64), min(tokens, 128), min(tokens, 256)}):
                 programs = -(-layer.features // (16 * tiles)) * -(-tokens // tile)
                 for splits in sorted({max(1, round(132 * k / programs)) for k in (1, 2, 3)}):
-                    options = {"tokens": tile, "tiles": tiles, "splits": splits, "num_warps": warps}
-                    yield "wide", options | {"num_stages": stages} | norms[-1]
+                    options = {"tokens": tile, "tiles": tiles, "splits": splits}
+                    for scaled in (0, 1) if tile == 64 or tile == 128 else (int(tile > 64),):
+                        yield "wide", options | {"scaled": scaled, "num_warps": warps, "num_stages": stages} | norms[-1]
 
 
 _SKINNY = {  # tiles, ways, stages
     1: [
-        *((1, 2, 6), (1, 4, 4), (1, 4, 5), (1, 4, 8), (1, 8, 4), (1, 8, 6), (1, 16, 4), (2, 2, 4), (2, 2, 5)),
-        *((2, 4, 4), (2, 4, 8), (2, 8, 3), (2, 8, 4), (2, 8, 6), (2, 16, 3), (4, 2, 4), (4, 2, 3)),
+        *((1, 2, 3), (1, 4, 2), (1, 4, 3), (1, 4, 4), (1, 8, 2), (1, 8, 3), (2, 1, 3), (2, 1, 4), (2, 2, 2), (2, 2, 3)),
+        *((2, 2, 4), (2, 4, 2), (2, 4, 3), (2, 8, 2), (2, 8, 3), (2, 8, 4), (4, 2, 2), (4, 2, 3)),
     ],
-    8: [(1, 4, 3), (1, 4, 4), (1, 8, 3), (2, 2, 4), (2, 4, 3), (2, 4, 4), (2, 8, 3), (2, 8, 4), (4, 2, 3), (4, 2, 4)],
+    8: [(1, 4, 2), (1, 4, 3), (2, 1, 3), (2, 2, 2), (2, 2, 3), (2, 4, 2), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)],
     32: [(1, 4, 3), (2, 4, 3), (2, 8, 2), (4, 2, 3)],
 }
 
@@ -144,7 +147,7 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
                 print("NO ROOM", layer.name, tokens, kernel, options, error)
                 continue
             error = ((tensors["out"].double() - expected).norm() / expected.norm()).item()
-            if not error < 5e-3:
+            if not error < 6e-3:
                 print("WRONG", layer.name, tokens, kernel, options, error)
                 continue
             time_us = measure(partial(launch, tensors, kernel, options), weights)

@@ -191,22 +191,29 @@ CASES: dict[str, Callable[[], None]] = {
     "skinny-8": partial(linear, skinny, 8, 4096, 14336, tokens=8, rows=16, block=128, ways=4, num_stages=3),
     "skinny-32": partial(linear, skinny, 24, 6144, 1024, tokens=32, rows=32, block=64, ways=4, num_stages=4),
     "wide": partial(linear, wide, 32, 6144, 1024, tokens=32, rows=64, block=128, num_warps=4, num_stages=4),
-    "int4-skinny-1": partial(int4, "skinny", 1, 28672, 4096, tokens=1, tiles=2, ways=2, num_stages=4, ahead=1),
-    "int4-skinny-8": partial(int4, "skinny", 8, 4096, 14336, tokens=8, tiles=2, ways=8, num_stages=3, ahead=0),
+    "int4-skinny-1": partial(int4, "skinny", 1, 28672, 4096, tokens=1, tiles=2, ways=2, num_stages=4, depth=2),
+    "int4-skinny-8": partial(int4, "skinny", 8, 4096, 14336, tokens=8, tiles=2, ways=8, num_stages=3, depth=1),
     "int4-skinny-16": partial(
-        int4, "skinny", 16, 4096, 4096, group=64, tokens=16, tiles=2, ways=4, num_stages=3, ahead=1
+        int4, "skinny", 16, 4096, 4096, group=64, tokens=16, tiles=2, ways=4, num_stages=3, depth=2
     ),
     "int4-skinny-8-bits": partial(
-        int4, "skinny", 8, 4096, 4096, bits=8, tokens=8, tiles=2, ways=4, num_stages=4, ahead=0
+        int4, "skinny", 8, 4096, 4096, bits=8, tokens=8, tiles=2, ways=4, num_stages=4, depth=1
     ),
     "int4-skinny-float16": partial(
-        int4, "skinny", 8, 4096, 4096, half=True, tokens=8, tiles=2, ways=4, num_stages=4, ahead=0
+        int4, "skinny", 8, 4096, 4096, half=True, tokens=8, tiles=2, ways=4, num_stages=4, depth=1
     ),
     "int4-whole": partial(int4, "whole", 1, 4096, 4096, tokens=1, tiles=2, ways=8),
-    "int4-wide-32": partial(int4, "wide", 32, 4096, 14336, tokens=32, tiles=8, splits=8, num_warps=8, num_stages=3),
-    "int4-wide-64": partial(int4, "wide", 64, 28672, 4096, tokens=64, tiles=8, splits=1, num_warps=8, num_stages=3),
+    "int4-wide-32": partial(
+        int4, "wide", 32, 4096, 14336, tokens=32, tiles=8, splits=8, scaled=0, num_warps=8, num_stages=3
+    ),
+    "int4-wide-64": partial(
+        int4, "wide", 64, 28672, 4096, tokens=64, tiles=8, splits=1, scaled=0, num_warps=8, num_stages=3
+    ),
     "int4-wide-groups-of-32": partial(
-        int4, "wide", 64, 4096, 4096, group=32, tokens=64, tiles=8, splits=4, num_warps=8, num_stages=3
+        int4, "wide", 64, 4096, 4096, group=32, tokens=64, tiles=8, splits=4, scaled=0, num_warps=8, num_stages=3
+    ),
+    "int4-wide-256": partial(
+        int4, "wide", 256, 4096, 4096, tokens=256, tiles=8, splits=1, scaled=1, num_warps=8, num_stages=3
     ),
     "int4-dequantize": partial(int4_dequantize, 4),
     "int8-dequantize": partial(int4_dequantize, 8),

@@ -19,12 +19,19 @@ PLACES = [
 ]
 SKINNY = {"tiles": 2, "ways": 2}
 KERNELS = [
-    pytest.param("skinny", {"tokens": 1, "num_stages": 2, "ahead": 1, **SKINNY}, 1, id="skinny-1"),
-    pytest.param("skinny", {"tokens": 8, "num_stages": 2, "ahead": 0, **SKINNY}, 3, id="skinny-8"),
+    pytest.param("skinny", {"tokens": 1, "num_stages": 2, "depth": 2, **SKINNY}, 1, id="skinny-1"),
+    pytest.param("skinny", {"tokens": 8, "num_stages": 2, "depth": 1, **SKINNY}, 3, id="skinny-8"),
     pytest.param("whole", {"tokens": 1, **SKINNY}, 1, id="whole-1"),
     pytest.param("whole", {"tokens": 8, **SKINNY}, 5, id="whole-8"),
-    pytest.param("wide", {"tokens": 16, "tiles": 4, "splits": 1, "num_warps": 4, "num_stages": 2}, 19, id="wide"),
-    pytest.param("wide", {"tokens": 16, "tiles": 4, "splits": 2, "num_warps": 4, "num_stages": 2}, 7, id="wide-split"),
+    pytest.param(
+        "wide", {"tokens": 16, "tiles": 4, "splits": 1, "scaled": 0, "num_warps": 4, "num_stages": 2}, 19, id="wide"
+    ),
+    pytest.param(
+        "wide",
+        {"tokens": 16, "tiles": 4, "splits": 2, "scaled": 1, "num_warps": 4, "num_stages": 2},
+        7,
+        id="wide-split",
+    ),
 ]
 FUSIONS = [
     pytest.param(set(), id="plain"),

@@ -32,18 +32,18 @@ def skinny(
     tiles: int,
     ways: int,
     num_stages: int,
-    ahead: int,
+    depth: int,
     chained: bool,
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense; ``gated`` is SiLU.
 
     At most ``tokens`` of them: 1, 8, 16 ... A program takes ``tiles`` times 16 rows (gated, half of them are gates);
-    its ``ways`` warps share out the inputs. With ``ahead``, the first weights
-    of each are read before the kernel before has finished, where ``chained`` lets this one start so early.
+    its ``ways`` warps share out the inputs. Each takes
+    ``depth`` blocks of them at a time. ``chained``: start while the kernel before still runs, where the device can.
     """
     _few(
         skinny_kernel, x, weights, bias, out, norm=norm, gated=gated, residual=residual, tokens=tokens, tiles=tiles,
-        ways=ways, num_stages=num_stages, ahead=ahead, chained=chained,
+        ways=ways, num_stages=num_stages, depth=depth, chained=chained,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def whole(
     """As ``skinny``, with all weights of a program on their way at once."""
     _few(
         whole_kernel, x, weights, bias, out, norm=norm, gated=gated, residual=residual, tokens=tokens, tiles=tiles,
-        ways=ways, num_stages=1, ahead=1, chained=chained,
+        ways=ways, num_stages=1, depth=1, chained=chained,
     )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def wide(
     tokens: int,
     tiles: int,
     splits: int,
+    scaled: int,
     num_warps: int,
     num_stages: int,
     chained: bool,
@@ -87,6 +88,7 @@ def wide(
     """As ``skinny``, for any number of tokens, ``tokens`` of them to a program. There is no norm.
 
     The inputs are shared out to ``splits`` programs, and their results added up by another kernel.
+    ``scaled``: scale the weights instead of the products, as groups smaller than a block always are.
     """
     assert norm is None, "its launches do not fuse it"
     num_tokens, features = x.shape[0], weights.features
@@ -100,7 +102,6 @@ def wide(
         residual_or_any,
         parts,
         num_tokens,
-        1.0,
         features=features,
         inputs=weights.inputs,
         group=weights.group_size,
@@ -108,6 +109,7 @@ def wide(
         tokens=tokens,
         tiles=tiles,
         splits=splits,
+        scaled=bool(scaled) or weights.group_size * weights.bits < 512,
         stages=num_stages,
         has_bias=bias is not None,
         gated=gated,
@@ -176,7 +178,7 @@ def _few(
     tiles: int,
     ways: int,
     num_stages: int,
-    ahead: int,
+    depth: int,
     chained: bool,
 ) -> None:
     kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
@@ -197,7 +199,7 @@ def _few(
         tiles=tiles,
         ways=ways,
         stages=num_stages,
-        ahead=ahead,
+        depth=depth,
         has_bias=bias is not None,
         has_norm=norm is not None,
         gated=gated,

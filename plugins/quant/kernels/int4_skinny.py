@@ -35,7 +35,7 @@ def skinny_kernel(
     tiles: tl.constexpr,
     ways: tl.constexpr,
     stages: tl.constexpr,
-    ahead: tl.constexpr,
+    depth: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,
@@ -44,7 +44,7 @@ def skinny_kernel(
     chained: tl.constexpr,
 ):
     """Grid: (features / 16 / tiles,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the
-    squares are summed beside the products. With ``ahead`` the first blocks come before the wait, and are used last."""
+    squares are summed beside the products."""
     span: tl.constexpr = 512 // bits
     blocks: tl.constexpr = (inputs + span - 1) // span
     program = tl.program_id(0)
@@ -53,24 +53,20 @@ def skinny_kernel(
     words = words_ptr + _word_offsets(tile, blocks)
     squares = tl.zeros((ways, span) if tokens == 1 else (ways, span, tokens), dtype=tl.float32)
     acc = tl.zeros((ways, tiles * 16, 8 if tokens == 1 else tokens), dtype=tl.float32)
-    if ahead:
-        early = tl.minimum(way, blocks - 1)
-        p_early = tl.load(words + early[:, None, None, None] * 256, eviction_policy="evict_first")
-        groups_early = load_groups(groups_ptr, tile, early, inputs, group, span)
-        gains = _gains(norm_ptr, way, inputs, span, has_norm)
     wait_for_previous(chained)
-    if ahead:
-        x_early, squares = _tokens(x_ptr, gains, way, squares, num_tokens, inputs, span, tokens, ways, has_norm)
-    for first in tl.range(ways if ahead else 0, blocks, ways, num_stages=stages):
-        block = tl.minimum(first + way, blocks - 1)
-        p = tl.load(words + block[:, None, None, None] * 256, eviction_policy="evict_first")
-        groups = load_groups(groups_ptr, tile, block, inputs, group, span)
-        g = _gains(norm_ptr, first + way, inputs, span, has_norm)
-        x, squares = _tokens(x_ptr, g, first + way, squares, num_tokens, inputs, span, tokens, ways, has_norm)
-        acc = _multiply(p, groups, x, acc, group, bits, gated, native)
+    for first in tl.range(0, blocks, ways * depth, num_stages=stages):
+        ps, ms, xs = (), (), ()
+        for turn in tl.static_range(depth):
+            block = first + turn * ways + way
+            held = tl.minimum(block, blocks - 1)
+            ps = ps + (tl.load(words + held[:, None, None, None] * 256, eviction_policy="evict_first"),)  # type: ignore[assignment]  # noqa: RUF005
+            ms = ms + (load_groups(groups_ptr, tile, held, inputs, group, span),)  # type: ignore[assignment]  # noqa: RUF005
+            g = _gains(norm_ptr, block, inputs, span, has_norm)
+            x, squares = _tokens(x_ptr, g, block, squares, num_tokens, inputs, span, tokens, ways, has_norm)
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
+        for turn in tl.static_range(depth):
+            acc = _multiply(ps[turn], ms[turn], xs[turn], acc, group, bits, gated, native)
     start_next(chained)
-    if ahead:
-        acc = _multiply(p_early, groups_early, x_early, acc, group, bits, gated, native)
     _finish(
         acc, squares, program, num_tokens, eps, bias_ptr, residual_ptr, out_ptr, features, inputs, tokens, tiles,
         has_bias, has_norm, gated, has_residual,
@@ -96,7 +92,7 @@ def whole_kernel(
     tiles: tl.constexpr,
     ways: tl.constexpr,
     stages: tl.constexpr,
-    ahead: tl.constexpr,
+    depth: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,

@@ -61,13 +61,20 @@ def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int) -
         many = features > 16384
         ways = 2 if many and tokens == 1 else 8 if inputs > 8192 else 4
         stages = 3 if ways == 8 else 4
-        return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "ahead": 0})
+        return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "depth": 1})
     if capability < (9, 0) and tokens > 64:
         return None
     if tokens <= 256:
         programs = -(-features // 128) * -(-tokens // 64)
         splits = max(1, min(-(-inputs // 512), round(264 / programs)))
-        options = {"tokens": min(tokens, 64), "tiles": 8, "splits": splits, "num_warps": 8, "num_stages": 3}
+        options = {
+            "tokens": min(tokens, 64),
+            "tiles": 8,
+            "splits": splits,
+            "scaled": 0,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
         return Launch("wide", options)
     return None
 

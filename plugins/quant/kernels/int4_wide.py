@@ -25,7 +25,6 @@ def wide_kernel(
     residual_ptr,  # (num_tokens, features), half of them where gated
     out_ptr,  # as residual; with splits, (splits, num_tokens, features) float32
     num_tokens,
-    unit,
     features: tl.constexpr,
     inputs: tl.constexpr,
     group: tl.constexpr,
@@ -33,6 +32,7 @@ def wide_kernel(
     tokens: tl.constexpr,
     tiles: tl.constexpr,
     splits: tl.constexpr,
+    scaled: tl.constexpr,
     stages: tl.constexpr,
     has_bias: tl.constexpr,
     gated: tl.constexpr,
@@ -40,10 +40,11 @@ def wide_kernel(
     native: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """Grid: (features / 16 / tiles, num_tokens / tokens, splits). ``unit`` is 1.
+    """Grid: (features / 16 / tiles, num_tokens / tokens, splits).
 
-    A block's product is scaled and only then added: not so much for the rounding it saves as because Triton would let
-    ``wgmma`` run on into the next turn otherwise, which writes the registers it still reads (seen in 3.6).
+    A block's product is scaled and then added; ``scaled``, the weights are scaled before: fewer registers, but a
+    rounding more. Each turn touches the sum: else Triton would let ``wgmma`` run on into the next one, which writes the
+    registers it still reads (seen in 3.6: wrong results).
     """
     span: tl.constexpr = 512 // bits
     blocks: tl.constexpr = (inputs + span - 1) // span
@@ -66,9 +67,11 @@ def wide_kernel(
         else:
             inside = (block * span + at < inputs)[:, None]
             x = tl.load(x_ptr + block * span + x_row[None, :] + at[:, None], mask=inside, other=0.0)
-        w = tl.reshape(unpack(p, groups, bits, gated, group < span, native, x.dtype), (tiles * 16, span))
-        if group < span:
-            acc += tl.dot(w, x, input_precision="ieee") * unit
+        w = tl.reshape(unpack(p, groups, bits, gated, scaled, native, x.dtype), (tiles * 16, span))
+        if scaled:
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+            if native:
+                acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
         else:
             scale = tl.reshape(scales_of(groups[0], tiles, 1, gated), (tiles * 16, 1))
             acc += tl.dot(w, x, input_precision="ieee") * scale

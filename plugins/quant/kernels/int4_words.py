@@ -33,7 +33,7 @@ def _text(bits: int, half: bool, scaled: bool) -> tl.constexpr:
     ]
     for j in range(pairs):
         word, shift = f"a{j * bits // 16}", j * bits % 16
-        zero = f"${pairs + 2 + 2 * (j * bits // 8) * scaled}"
+        zero = f"${pairs + 2 + j * bits // 8 * scaled}"
         if shift:
             lines.append(f"shr.u32 c, {word}, {shift};")
             word = "c"
@@ -49,7 +49,7 @@ def _text(bits: int, half: bool, scaled: bool) -> tl.constexpr:
             lines.append(f"fma.rn.{kind} d, d, more, {zero};")
             lines.append(f"fma.rn.{kind} t{j}, d, one, t{j};")
         if scaled:
-            lines.append(f"fma.rn.{kind} t{j}, t{j}, ${pairs + 10 + 2 * (j * bits // 8)}, nil;")
+            lines.append(f"fma.rn.{kind} t{j}, t{j}, ${pairs + 6 + j * bits // 8}, nil;")
     lines += [f"mov.b32 ${j}, t{j};" for j in range(pairs)]
     return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
 
@@ -62,8 +62,8 @@ _BF16_4, _BF16_4_SCALED = _text(4, False, False), _text(4, False, True)
 _F16_4, _F16_4_SCALED = _text(4, True, False), _text(4, True, True)
 _BF16_8, _BF16_8_SCALED = _text(8, False, False), _text(8, False, True)
 _F16_8, _F16_8_SCALED = _text(8, True, False), _text(8, True, True)
-_REGISTERS_8_4, _REGISTERS_8_18 = _registers(8, 4), _registers(8, 18)
-_REGISTERS_4_4, _REGISTERS_4_18 = _registers(4, 4), _registers(4, 18)
+_REGISTERS_8_3, _REGISTERS_8_10 = _registers(8, 3), _registers(8, 10)
+_REGISTERS_4_3, _REGISTERS_4_10 = _registers(4, 3), _registers(4, 10)
 
 
 @triton.jit
@@ -203,37 +203,35 @@ def finish(
 
 @triton.jit
 def _constants(m, offset: tl.constexpr, tiles: tl.constexpr, ways: tl.constexpr, dtype: tl.constexpr):
-    """Pairs of ``-(zero point + offset)`` and of the scale, as int32, to be broadcast to a block's words."""
+    """``-(zero point + offset)`` and the scale, to be broadcast to a block's words."""
     m = tl.reshape(m, (ways, tiles, 1, 8, 1, 2, 1))
-    negative = (-offset - (m & 255).to(tl.float32)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-    scale = (m & -256).to(tl.float32, bitcast=True).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-    return (negative & 0xFFFF) * 0x10001, (scale & 0xFFFF) * 0x10001
+    return (-offset - (m & 255).to(tl.float32)).to(dtype), (m & -256).to(tl.float32, bitcast=True).to(dtype)
 
 
 @triton.jit
 def _native(p, n, s, bits: tl.constexpr, scaled: tl.constexpr, dtype: tl.constexpr):
-    """A tensor for each code of a word. Two neighbouring words at a time: ``k`` and ``k + 1`` become one register."""
+    """A tensor for each code of a word. Two words of a thread at a time, whose codes become one register."""
     given = [p, n[0], n[1], n[2], n[3], s[0], s[1], s[2], s[3]] if scaled else [p, n[0]]
     if dtype == tl.float16:
         if bits == 4:
             c = tl.inline_asm_elementwise(
-                _F16_4_SCALED if scaled else _F16_4, _REGISTERS_8_18 if scaled else _REGISTERS_8_4,
+                _F16_4_SCALED if scaled else _F16_4, _REGISTERS_8_10 if scaled else _REGISTERS_8_3,
                 given, (tl.float16,) * 8, True, 2,
             )  # fmt: skip
         else:
             c = tl.inline_asm_elementwise(
-                _F16_8_SCALED if scaled else _F16_8, _REGISTERS_4_18 if scaled else _REGISTERS_4_4,
+                _F16_8_SCALED if scaled else _F16_8, _REGISTERS_4_10 if scaled else _REGISTERS_4_3,
                 given, (tl.float16,) * 4, True, 2,
             )  # fmt: skip
     else:
         if bits == 4:
             c = tl.inline_asm_elementwise(
-                _BF16_4_SCALED if scaled else _BF16_4, _REGISTERS_8_18 if scaled else _REGISTERS_8_4,
+                _BF16_4_SCALED if scaled else _BF16_4, _REGISTERS_8_10 if scaled else _REGISTERS_8_3,
                 given, (tl.bfloat16,) * 8, True, 2,
             )  # fmt: skip
         else:
             c = tl.inline_asm_elementwise(
-                _BF16_8_SCALED if scaled else _BF16_8, _REGISTERS_4_18 if scaled else _REGISTERS_4_4,
+                _BF16_8_SCALED if scaled else _BF16_8, _REGISTERS_4_10 if scaled else _REGISTERS_4_3,
                 given, (tl.bfloat16,) * 4, True, 2,
             )  # fmt: skip
     return c
