@@ -83,7 +83,7 @@ class Comparison:
     @property
     def within(self) -> bool:
         """Whether B lost no more than allowed, by the questions that were asked."""
-        return 100 * self.overall.loss.value <= self.allowed
+        return not self.overall.n or 100 * self.overall.loss.value <= self.allowed
 
     def lost(self) -> list[Failure]:
         """What B answered wrong and A right."""
@@ -92,6 +92,8 @@ class Comparison:
 
     def verdict(self) -> str:
         """One line."""
+        if not self.overall.n:
+            return "no verdict: A can read none of the questions, for want of context or of a chat template"
         loss = self.overall.loss
         points, low, high = 100 * loss.value, 100 * loss.low, 100 * loss.high
         limit = f"{self.allowed:g} points"

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.core.engine.args import EngineArgs
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, InvalidRequestError
 from quire.server.commands.eval_engine import answers, engine, generate
 from quire.server.flags import ENGINE_FLAGS, add_flags, engine_arguments
 from quire.server.legacy import normalize
 
 if TYPE_CHECKING:
+    from quire import LLM
     from quire.core.evaluation.comparison import Comparison
     from quire.core.evaluation.questions import Question
     from quire.core.evaluation.text import Windows
@@ -59,7 +60,8 @@ def side(text: str, common: argparse.Namespace) -> Side:
 def compare(
     sides: Sequence[Side], questions: Sequence[Question], text: str, num_tokens: int, allowed: float
 ) -> Comparison:
-    """Ask A, then B; each engine is gone before the next one is built."""
+    """Ask A, then B; each engine is gone before the next one is built. Questions that one of them cannot read (too long
+    for its context, or no chat template at all) are left out."""
     from quire.core.engine.configure import configure
     from quire.core.evaluation import Report, evaluate
     from quire.core.evaluation.comparison import Comparison, Divergence, pair
@@ -74,6 +76,8 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="quire-eval-") as folder:
         for each in sides:
             with engine(each.engine_args, _RECORDER) as llm:
+                if not reports:
+                    questions = [q for q in questions if _readable(llm, q, shortest)]
                 reports.append(evaluate(functools.partial(answers, llm), questions=questions))
                 windows.append(cut(llm.tokenizer.encode(text), num_tokens, shortest))
                 same = windows[0].tokens.tobytes() == windows[-1].tokens.tobytes()
@@ -83,6 +87,13 @@ def compare(
     divergence = Divergence.of(*scores) if len(scores) == 2 else None
     (name_a, name_b), (a, b) = (each.name for each in sides), reports
     return Comparison(name_a, name_b, a, b, pair(questions, a, b), divergence, allowed)
+
+
+def _readable(llm: LLM, question: Question, max_model_len: int) -> bool:
+    try:
+        return len(llm.tokenizer.chat(question.messages, tools=question.tools)) < max_model_len
+    except InvalidRequestError:
+        return False
 
 
 class _Parser(argparse.ArgumentParser):

@@ -156,3 +156,17 @@ def test_a_text_that_is_too_short():
     with pytest.raises(ConfigError, match="has 100 tokens and a window takes 192"):
         cut(list(range(100)), 4096, 2048)
     assert cut(list(range(100)), 4096, 60).tokens.shape == (1, 60)
+
+
+def test_questions_that_cannot_be_read_are_left_out(tmp_path, capsys):
+    """A context too short for some; and, without a chat template, no questions at all but still distributions."""
+    short = make_tiny_model("llama", tmp_path / "short", max_position_embeddings=512)
+    words = ["eval", "--skills", "long_context,facts", "--limit", "1", "--tokens", "128", "--device", "cpu", "--json"]
+    assert main([*words, "--compare", str(short), str(short), "--max-loss", "0"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["loss"]["skills"]) == ["facts"]
+    settings = json.loads((short / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (short / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main([*words, "--compare", str(short), str(short), "--max-loss", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"].startswith("no verdict: ") and found["text"]["same_top_token"]["value"] == 1
