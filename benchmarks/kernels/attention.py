@@ -1,6 +1,6 @@
 """Paged attention on one GPU: decode and prefill beside FlashAttention-3 and the floor.
 
-    PYTHONPATH=src python benchmarks/kernels/attention.py [decode] [prefill] [skewed]
+    PYTHONPATH=src python benchmarks/kernels/attention.py [decode] [prefill] [skewed] [verify]
 
 Each figure is one layer's: a CUDA graph runs the step's plan once and then every layer of a pool laid out as the
 engine's, so that no layer finds its keys in the L2 cache. Data are random, block tables too. The floor counts bytes
@@ -17,6 +17,7 @@ import torch
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, AttentionSpec
 from quire.plugins.attention.triton.backend import TritonBackend
+from quire.server.bench.workloads import make_workload
 
 READ = 4.29e12
 """Bytes a second, H200."""
@@ -39,7 +40,12 @@ class Pool:
         self._raw = torch.empty(size // 2, dtype=torch.bfloat16, device=self.device).normal_().view(torch.uint8)
 
     def step(
-        self, spec: AttentionSpec, queries: Sequence[int], lengths: Sequence[int], make: Callable[..., AttentionBackend]
+        self,
+        spec: AttentionSpec,
+        queries: Sequence[int],
+        lengths: Sequence[int],
+        make: Callable[..., AttentionBackend],
+        decode_query_len: int = 1,
     ) -> tuple[Callable[[], None], int]:
         """(what runs a step over every layer, number of layers) for requests of so many queries and lengths."""
         device = self.device
@@ -47,7 +53,8 @@ class Pool:
         blocks = sum(pages) + 1
         backend = make(spec, device)
         limit = max(4096, max(lengths))
-        backend.prepare(AttentionLimits(max(256, len(lengths)), max(256, sum(queries)), limit, device))
+        most_tokens = max(256, sum(queries))
+        backend.prepare(AttentionLimits(max(256, len(lengths)), most_tokens, limit, device, decode_query_len))
         size = backend.kv_layout().bytes_per_block
         layers = min(max(8, -(-(256 << 20) // (blocks * size))), len(self._raw) // (blocks * size), 256)
         rows = self._raw[: blocks * layers * size].view(blocks, layers * size)
@@ -58,7 +65,7 @@ class Pool:
             table[row, :count] = order[at : at + count]
             at += count
         starts = torch.tensor([0, *queries]).cumsum(0)
-        decodes = sum(count == 1 for count in queries)
+        decodes = sum(count == decode_query_len for count in queries)
         batch = AttentionBatch(
             query_start_loc=starts.int().to(device),
             seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
@@ -68,6 +75,7 @@ class Pool:
             max_query_len=max(queries),
             max_seq_len=limit,
             num_decodes=decodes,
+            decode_query_len=decode_query_len,
         )
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.qk_head_dim
         qkv = torch.randn(sum(queries), heads + 2 * kv_heads, dim, device=device).bfloat16()
@@ -106,22 +114,41 @@ def spec_of(heads: int, kv_heads: int = 8, dim: int = 128) -> AttentionSpec:
 
 
 def decode_line(
-    pool: Pool, heads: int, lengths: Sequence[int], name: str, fa3: float | None = None, make=TritonBackend
+    pool: Pool,
+    heads: int,
+    lengths: Sequence[int],
+    name: str,
+    fa3: float | None = None,
+    make: Callable[..., AttentionBackend] = TritonBackend,
+    queries: int = 1,
 ) -> None:
     """One decode step: microseconds, bandwidth, share of the floor, FlashAttention-3's microseconds."""
     spec = spec_of(heads)
-    run, layers = pool.step(spec, [1] * len(lengths), lengths, make)
+    run, layers = pool.step(spec, [queries] * len(lengths), lengths, make, queries)
     seconds = time_graph(run) / layers
-    moved = (sum(lengths) * spec.num_kv_heads + len(lengths) * heads) * 2 * spec.qk_head_dim * 2
+    moved = (sum(lengths) * spec.num_kv_heads + queries * len(lengths) * heads) * 2 * spec.qk_head_dim * 2
     beside = "" if fa3 is None else f"  FA3 {fa3:8.2f} us  x{fa3 * 1e-6 / seconds:.2f}"
     print(
-        f"decode {heads:2}/8 {name:>18} {seconds * 1e6:9.2f} us {moved / seconds / 1e9:6.0f} GB/s"
-        f" {moved / READ / seconds:6.1%} of the floor{beside}",
+        f"{'decode' if queries == 1 else f'verify {queries}'} {heads:2}/8 {name:>18} {seconds * 1e6:9.2f} us"
+        f" {moved / seconds / 1e9:6.0f} GB/s {moved / READ / seconds:6.1%} of the floor{beside}",
         flush=True,
     )
 
 
-def prefill_line(pool: Pool, heads: int, batch: int, new: int, context: int, make=TritonBackend) -> None:
+def nano_lengths(steps: int) -> list[int]:
+    """Contexts of the ``nano`` workload's requests that still run after so many decode steps."""
+    work = make_workload("nano")
+    return [len(prompt) + steps + 1 for prompt, most in zip(work.prompts, work.max_tokens, strict=True) if most > steps]
+
+
+def prefill_line(
+    pool: Pool,
+    heads: int,
+    batch: int,
+    new: int,
+    context: int,
+    make: Callable[..., AttentionBackend] = TritonBackend,
+) -> None:
     """One step of prompts: microseconds, TFLOP/s of the causal half, share of the floor, FlashAttention-3's."""
     spec = spec_of(heads)
     run, layers = pool.step(spec, [new] * batch, [context] * batch, make)
@@ -140,7 +167,7 @@ def prefill_line(pool: Pool, heads: int, batch: int, new: int, context: int, mak
 def main(wanted: Sequence[str]) -> None:
     """Print the tables named, or all."""
     pool = Pool()
-    wanted = wanted or ("decode", "prefill", "skewed")
+    wanted = wanted or ("decode", "skewed", "verify", "prefill")
     if "decode" in wanted:
         for heads in (16, 32):
             for batch in (1, 32, 256):
@@ -148,8 +175,18 @@ def main(wanted: Sequence[str]) -> None:
                     fa3 = FA3_DECODE.get((batch, context)) if heads == 32 else None
                     decode_line(pool, heads, [context] * batch, f"{batch} x {context}", fa3)
     if "skewed" in wanted:
+        for heads in (16, 32):
+            for steps in (50, 200, 400, 600, 800, 950):
+                lengths = nano_lengths(steps)
+                decode_line(pool, heads, lengths, f"nano, {len(lengths)} left")
+        decode_line(pool, 32, [2100] * 64, "64 x 2100")
         decode_line(pool, 32, [32768] + [256] * 63, "1 x 32k + 63 x 256")
         decode_line(pool, 32, [32768] + [1024] * 255, "1 x 32k + 255 x 1k")
+    if "verify" in wanted:
+        for heads in (16, 32):
+            for lengths in ([1024], [4096], [1024] * 32, [1024] * 256):
+                for queries in (1, 3, 5, 9):
+                    decode_line(pool, heads, lengths, f"{len(lengths)} x {lengths[0]}", queries=queries)
     if "prefill" in wanted:
         for heads in (16, 32):
             for batch, new, context in (

@@ -67,6 +67,8 @@ class AttentionLimits:
     max_num_tokens: int
     max_model_len: int
     device: torch.device
+    max_decode_query_len: int = 1
+    """The largest ``AttentionBatch.decode_query_len``."""
 
 
 @dataclass(slots=True)
@@ -101,9 +103,9 @@ class KVLayout:
 
     def _part(self, flat: Tensor, dim: int) -> Tensor:
         s = self.spec
-        if self.order == "head":
-            return flat.unflatten(1, (s.num_kv_heads, s.block_size, dim))
-        return flat.unflatten(1, (s.block_size, s.num_kv_heads, dim)).transpose(1, 2)
+        # A view's stride over one single block would be another than over many, and kernels are compiled for strides.
+        head, slot = (s.block_size * dim, dim) if self.order == "head" else (dim, s.num_kv_heads * dim)
+        return flat.as_strided((len(flat), s.num_kv_heads, s.block_size, dim), (flat.stride(0), head, slot, 1))
 
 
 @dataclass(slots=True)
@@ -119,14 +121,17 @@ class AttentionBatch:
     max_query_len: int
     max_seq_len: int
     num_decodes: int
-    """The first ``num_decodes`` requests have exactly one query token each."""
+    """The first ``num_decodes`` requests have exactly ``decode_query_len`` query tokens each."""
+    decode_query_len: int = 1
+    """1, or 1 + k where k drafts of each request are verified: the last ``decode_query_len`` of its ``seq_lens``
+    tokens, each seeing those before it. A captured step of these alone is of kind ``verify``."""
 
 
 class AttentionBackend(ABC):
     """Reads K and V of any request through its block table and attends causally.
 
     Promised to a backend: ``plan`` comes before the ``run`` calls of its step, K and V of the step's tokens are
-    already written (unless ``writes_kv``), requests with one query token come first, and ``seq_lens`` counts the
+    already written (unless ``writes_kv``), the ``num_decodes`` requests come first, and ``seq_lens`` counts the
     step's own tokens; its tensors stay as they are until the step's last ``run``.
 
     Promised by a backend: slots that belong to no token of a request, or lie before its window, may hold anything,

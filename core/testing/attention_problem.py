@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Requests = Sequence[tuple[int, int]]
-"""(queries, context length with them) of each request, those with one query first."""
+"""(queries, context length with them) of each request, the decodes first."""
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Absolute and relative, of outputs and of the log-sum-exp."""
@@ -93,7 +93,13 @@ class Problem:
             max_query_len=max(queries),
             max_seq_len=max(length for _, length in self.requests),
             num_decodes=self.num_decodes,
+            decode_query_len=self.decode_query_len,
         )
+
+    @property
+    def decode_query_len(self) -> int:
+        """Queries of each decode."""
+        return self.requests[0][0] if self.num_decodes else 1
 
     def cache(self, backend: AttentionBackend, device: torch.device) -> LayerKV:
         """Every request's keys and values in their blocks, one layer of two in a pool of that layout."""
@@ -152,7 +158,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, log-sum-exp or None) of a new backend, on the CPU."""
     device = needed_device(cls, spec)
-    backend = prepared(cls, spec, device)
+    backend = prepared(cls, spec, device, problem.decode_query_len)
     backend.plan(problem.batch(device))
     return run_problem(backend, 0, problem, device, lse)
 
@@ -197,10 +203,12 @@ def run_problem(
     return out.cpu(), None if lse_out is None else lse_out.cpu()
 
 
-def prepared(cls: type[AttentionBackend], spec: AttentionSpec, device: torch.device) -> AttentionBackend:
+def prepared(
+    cls: type[AttentionBackend], spec: AttentionSpec, device: torch.device, decode_query_len: int = 1
+) -> AttentionBackend:
     """A new backend, ready for its first step."""
     backend = cls(spec, device)
-    backend.prepare(AttentionLimits(max_num_reqs=64, max_num_tokens=_LIMIT, max_model_len=_LIMIT, device=device))
+    backend.prepare(AttentionLimits(64, _LIMIT, _LIMIT, device, decode_query_len))
     return backend
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "check_softcap",
     "check_unsupported_answers_with_reasons",
     "check_unused_slots_do_not_leak",
+    "check_verification",
 ]
 
 
@@ -161,3 +162,11 @@ def check_one_plan_serves_every_layer_and_the_next_replaces_it(cls: type[Attenti
             assert_close(
                 run_problem(backend, layer, problem, device)[0], expected_attention(spec, problem)[0], spec.dtype
             )
+
+
+def check_verification(cls: type[AttentionBackend]) -> None:
+    """Decodes of several queries each, from the first token of a request on, alone and beside a chunk."""
+    for queries in (2, 5, 9):
+        compare(cls, make_spec(), [(queries, length) for length in (queries, 16, 33, 140)], num_decodes=4, lse=True)
+    compare(cls, make_spec(), [(3, 3), (3, 20), (3, 600), (9, 30)], num_decodes=3, poison=True)
+    compare(cls, make_spec(kind="sliding", window=7), [(4, 50), (4, 6), (4, 90), (4, 4)], num_decodes=4, poison=True)

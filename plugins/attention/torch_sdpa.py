@@ -58,7 +58,9 @@ class TorchSDPABackend(AttentionBackend):
         decodes = sorted(range(batch.num_decodes), key=lambda i: lengths[i])
         most_keys = _PIECE_ELEMENTS // (self.spec.num_kv_heads * self.spec.qk_head_dim)
         for some in _alike(decodes, lengths, most_keys):
-            self._pieces.append(self._piece(batch, [_Span(r, starts[r], 1, lengths[r]) for r in some]))
+            self._pieces.append(
+                self._piece(batch, [_Span(r, starts[r], batch.decode_query_len, lengths[r]) for r in some])
+            )
         for request in range(batch.num_decodes, batch.num_reqs):
             end = starts[request + 1]
             for start in range(starts[request], end, _PIECE_QUERIES):

@@ -34,16 +34,16 @@ HALF = (torch.bfloat16, torch.float16)
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
-def attention(dtype: torch.dtype, dim: int, decodes: int = 1, **fields: Any) -> None:
+def attention(dtype: torch.dtype, dim: int, decodes: int = 1, queries: int = 1, **fields: Any) -> None:
     """A step of long decodes and one chunk, of a model with 32 query heads and 8 KV heads unless told otherwise."""
     shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": dtype, "kv_dtype": dtype, "qk_head_dim": dim}
     spec = make_spec(**(shape | {"v_head_dim": dim} | fields))
-    problem = Problem.random(spec, [(1, 600)] * decodes + [(9, 40)])
+    problem = Problem.random(spec, [(queries, 600)] * decodes + [(9, 40)], num_decodes=decodes)
     backend = TritonBackend(spec, CPU)
-    backend.prepare(AttentionLimits(8, 1024, 8192, CPU))
+    backend.prepare(AttentionLimits(8, 1024, 8192, CPU, queries))
     backend.plan(problem.batch(CPU))
-    out = torch.empty(decodes + 9, spec.num_heads, spec.v_head_dim, dtype=dtype)
-    backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(decodes + 9, spec.num_heads))
+    out = torch.empty(len(problem.q), spec.num_heads, spec.v_head_dim, dtype=dtype)
+    backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
@@ -178,6 +178,9 @@ CASES: dict[str, Callable[[], None]] = {
     "group-7": partial(attention, torch.bfloat16, 128, num_heads=28, num_kv_heads=4),
     "multi-query": partial(attention, torch.bfloat16, 128, num_heads=48, num_kv_heads=1),
     "many-decodes": partial(attention, torch.bfloat16, 128, decodes=4, num_heads=16),
+    "verify-3": partial(attention, torch.bfloat16, 128, queries=3, decodes=4, num_heads=16),
+    "verify-5": partial(attention, torch.bfloat16, 128, queries=5),
+    "verify-9": partial(attention, torch.bfloat16, 128, queries=9, decodes=4),
     "page-1": partial(attention, torch.bfloat16, 128, block_size=1),
     "norm": partial(rms_norm, torch.bfloat16, 4096, False),
     "norm-residual": partial(rms_norm, torch.float16, 1024, True),

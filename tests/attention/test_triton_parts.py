@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_neighbours_change_no_bit_of_equal_parts() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("split", [0, 64])
 def test_parts_cover_each_request_once(lengths: list[int], window: int | None, split: int) -> None:
-    """The list holds every key that is seen, in order, and fits its room."""
+    """The list holds every key that is seen, a request's in order, long parts first, and fits its room."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = make_spec(window=window, kind="sliding" if window else "full")
     plan = DecodePlan(spec, AttentionLimits(64, 64, 8192, device), split)
@@ -69,7 +71,10 @@ def test_parts_cover_each_request_once(lengths: list[int], window: int | None, s
         assert [low for _, low, _, _ in mine] == [begin, *(high for _, _, high, _ in mine[:-1])]
         assert mine[-1][2] == length and all(low < high for _, low, high, _ in mine)
         assert [(packed & 0xFFFF, packed >> 16) for *_, packed in mine] == [(i, len(mine)) for i in range(len(mine))]
-    assert [item[0] for item in items] == sorted(item[0] for item in items)
+    heads = [high - low for _, low, high, packed in items if packed & 0xFFFF == 0]
+    assert heads == sorted(heads, reverse=True)
+    order = [item[0] for item in items]
+    assert sum(a != b for a, b in itertools.pairwise(order)) == len(lengths) - 1
 
 
 def test_a_split_is_a_multiple_of_16() -> None:

@@ -1,7 +1,8 @@
-"""Attention of requests with one query: a fixed number of programs share the step's list of parts.
+"""Attention of requests with one query, or a few to verify: a fixed number of programs share the step's list of parts.
 
-The query heads of a group fill the tile's rows. Parts of a request are merged by the program that ends last, in order,
-within the same launch (Flash-Decoding: Dao et al., 2023); a request of one part is finished where it is computed.
+The queries and heads of a group fill the tile's rows. Parts of a request are merged by the program that ends last, in
+order, within the same launch (Flash-Decoding: Dao et al., 2023); a request of one part is finished where it is
+computed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def decode(
         batch.block_table,
         plan.items,
         plan.count,
+        plan.taken,
         plan.arrived,
+        batch.seq_lens,
         batch.block_table.stride(0),
         q_token=q.stride(0),
         q_head=q.stride(1),
@@ -58,20 +61,20 @@ def decode(
         out_token=out.stride(0),
         out_head=out.stride(1),
         has_lse=lse_out is not None,
-        **decode_constants(spec, plan.tile.keys),
+        **decode_constants(spec, plan.tile.keys, batch.decode_query_len),
         num_warps=plan.tile.warps,
         num_stages=plan.tile.stages,
     )
 
 
-def decode_constants(spec: AttentionSpec, keys: int) -> dict[str, Any]:
-    """What the kernel is compiled for, with tiles of ``keys`` keys."""
+def decode_constants(spec: AttentionSpec, keys: int, queries: int) -> dict[str, Any]:
+    """What the kernel is compiled for, with tiles of ``keys`` keys and requests of so many queries."""
     group = spec.num_heads // spec.num_kv_heads
-    group_pad, v_dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(max(spec.v_head_dim, 16))
+    rows, v_dim_pad = triton.next_power_of_2(queries * group), triton.next_power_of_2(max(spec.v_head_dim, 16))
     return {
         "kv_heads": spec.num_kv_heads,
         "group": group,
-        "group_pad": group_pad,
+        "queries": queries,
         "page": spec.block_size,
         "dim": spec.qk_head_dim,
         "dim_pad": triton.next_power_of_2(max(spec.qk_head_dim, 16)),
@@ -79,26 +82,30 @@ def decode_constants(spec: AttentionSpec, keys: int) -> dict[str, Any]:
         "v_dim_pad": v_dim_pad,
         "scale": spec.scale,
         "softcap": spec.softcap or 0.0,
-        "rows": max(16, group_pad),
+        "window": spec.window or 0,
+        "rows": max(16, rows),
         "keys": keys,
-        "merged": max(1, min(32, _MERGED // (group_pad * v_dim_pad))),
+        "merge_rows": rows,
+        "merged": max(1, min(32, _MERGED // (rows * v_dim_pad))),
         "precision": "ieee" if spec.dtype == torch.float32 else "tf32",
     }
 
 
 @triton.jit(do_not_specialize=["table_row"])
 def decode_kernel(
-    q_ptr,  # (num_tokens, heads, dim): request i is token i
+    q_ptr,  # (num_tokens, heads, dim): request i begins at token i * queries
     k_ptr,  # (num_blocks, kv_heads, page, dim), any strides
     v_ptr,
     out_ptr,  # (num_tokens, heads, v_dim)
     lse_ptr,  # (num_tokens, heads) float32
-    parts_ptr,  # (items, kv_heads, group, v_dim) float32
-    part_lse_ptr,  # (items, kv_heads, group) float32, base two
+    parts_ptr,  # (items, kv_heads, queries * group, v_dim) float32
+    part_lse_ptr,  # (items, kv_heads, queries * group) float32, base two
     table_ptr,  # (num_reqs, max_blocks) int32
     items_ptr,  # (items, 4) int32, of plan_kernel
     count_ptr,  # (1,) int32
+    taken_ptr,  # (1,) int32: items taken beyond each program's first; zero before and after
     arrived_ptr,  # (num_reqs, kv_heads) int32: parts that are done; zero before and after
+    seq_lens_ptr,  # (num_reqs,) int32
     table_row,
     q_token: tl.constexpr,
     q_head: tl.constexpr,
@@ -113,7 +120,7 @@ def decode_kernel(
     has_lse: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
-    group_pad: tl.constexpr,
+    queries: tl.constexpr,
     page: tl.constexpr,
     dim: tl.constexpr,
     dim_pad: tl.constexpr,
@@ -121,32 +128,42 @@ def decode_kernel(
     v_dim_pad: tl.constexpr,
     scale: tl.constexpr,
     softcap: tl.constexpr,
+    window: tl.constexpr,
     rows: tl.constexpr,
     keys: tl.constexpr,
+    merge_rows: tl.constexpr,
     merged: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Grid: (programs,). Program i takes items i, i + programs, ...; an item is one KV head of a part.
+    """Grid: (programs,). Program i begins with item i, then takes the next that nobody has; an item is one KV head of
+    a part.
 
     The next item and its first blocks are read while an item is worked on, as are the next tile's blocks.
     """
     row = tl.arange(0, rows)
+    real = row < queries * group
     d = tl.arange(0, dim_pad)
     e = tl.arange(0, v_dim_pad)
+    keep = real[:, None] & (e < v_dim)[None, :]
     index = tl.program_id(0)
     total = tl.load(count_ptr) * kv_heads
     request, low, high, parts = _item(items_ptr, index // kv_heads)
     block = blocks_of(table_ptr + request * table_row, low, tl.where(index < total, high, 0), page, keys)
-    for index in range(tl.program_id(0), total, tl.num_programs(0)):
+    while index < total:
         item = index // kv_heads
         kv_head = index % kv_heads
         part = parts & 0xFFFF
         parts = parts >> 16
-        head = kv_head * group + row
-        q_at = request * q_token + head * q_head
-        q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=(row < group)[:, None] & (d < dim)[None, :], other=0.0)
-        after = index + tl.num_programs(0)
+        q_at = (request * queries + row // group) * q_token + (kv_head * group + row % group) * q_head
+        q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
+        taken = tl.atomic_add(taken_ptr, 1, sem="relaxed")
+        if taken == total - 1:  # every program has seen the end, or is about to begin its last item
+            tl.store(taken_ptr, 0)
+        after = taken + tl.num_programs(0)
         next_request, next_low, next_high, next_parts = _item(items_ptr, tl.where(after < total, after // kv_heads, 0))
+        position = row  # of each row's query
+        if queries > 1:
+            position = tl.load(seq_lens_ptr + request) - queries + row // group
         acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
         peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
         masses = tl.zeros((rows, keys), dtype=tl.float32)  # summed over keys at the end alone
@@ -161,10 +178,16 @@ def decode_kernel(
             k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # (keys, dim_pad)
             block = blocks_of(table, first_key + keys, high, page, keys)
             score = scaled(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)  # (rows, keys)
-            score = tl.where(live[None, :], score, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(score, 1))  # never -inf: the first key of a tile is live
-            p = tl.exp2(score - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
+            seen = live[None, :]
+            if queries > 1:
+                seen = seen & (key[None, :] <= position[:, None])
+                if window > 0:
+                    seen = seen & (key[None, :] > position[:, None] - window)
+            score = tl.where(seen, score, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(score, 1))  # of one query never -inf: a tile's first key is live
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if queries > 1 else new_peak
+            p = tl.exp2(score - base[:, None])
+            shrink = tl.exp2(peak - base)
             masses = masses * shrink[:, None] + p
             v = tl.load(v_at, mask=live[:, None] & (e < v_dim)[None, :], other=0.0)  # (keys, v_dim_pad)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
@@ -173,30 +196,27 @@ def decode_kernel(
         block = blocks_of(following, next_low, tl.where(after < total, next_high, 0), page, keys)
         mass = tl.sum(masses, 1)
         result, lse = finish_rows(acc, peak, mass)
+        out_at = out_ptr + request * queries * out_token + kv_head * group * out_head
+        lse_at = lse_ptr + request * queries * (kv_heads * group) + kv_head * group
         if parts == 1:
-            out_at = request * out_token + head * out_head
-            keep = (row < group)[:, None] & (e < v_dim)[None, :]
-            tl.store(out_ptr + out_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
+            row_at = row // group * out_token + row % group * out_head
+            tl.store(out_at + row_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
             if has_lse:
-                tl.store(lse_ptr + request * (kv_heads * group) + head, lse * LN2, mask=row < group)
+                tl.store(lse_at + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real)
         else:
-            at = (item * kv_heads + kv_head) * group + row
-            keep = (row < group)[:, None] & (e < v_dim)[None, :]
+            at = (item * kv_heads + kv_head) * (queries * group) + row
             tl.store(parts_ptr + at[:, None] * v_dim + e[None, :], result, mask=keep)
-            tl.store(part_lse_ptr + at, lse, mask=row < group)
+            tl.store(part_lse_ptr + at, lse, mask=real)
             tl.debug_barrier()  # every thread's stores come before the one thread's count
             arrived = arrived_ptr + request * kv_heads + kv_head
             if tl.atomic_add(arrived, 1, sem="acq_rel") == parts - 1:
                 tl.store(arrived, 0)
-                first = (item - part) * kv_heads + kv_head
+                first = ((item - part) * kv_heads + kv_head) * (queries * group)
                 merge_parts(
-                    out_ptr + request * out_token + kv_head * group * out_head,
-                    lse_ptr + request * (kv_heads * group) + kv_head * group,
-                    parts_ptr + first * group * v_dim,
-                    part_lse_ptr + first * group,
-                    parts,
-                    out_head, has_lse, kv_heads, group, group_pad, v_dim, v_dim_pad, merged,
+                    out_at, lse_at, parts_ptr + first * v_dim, part_lse_ptr + first, parts,
+                    out_token, out_head, has_lse, kv_heads, group, queries, merge_rows, v_dim, v_dim_pad, merged,
                 )  # fmt: skip
+        index = after
         request, low, high, parts = next_request, next_low, next_high, next_parts
 
 

@@ -12,37 +12,40 @@ __all__ = ["merge_parts"]
 
 @triton.jit
 def merge_parts(
-    out_ptr,  # (group, v_dim), rows strided
-    lse_ptr,  # (group,)
-    parts_ptr,  # (parts, kv_heads, group, v_dim), at this KV head
-    part_lse_ptr,  # (parts, kv_heads, group)
+    out_ptr,  # at the request's first token and this KV head's first query head
+    lse_ptr,  # likewise
+    parts_ptr,  # (parts, kv_heads, queries * group, v_dim), at this KV head
+    part_lse_ptr,  # (parts, kv_heads, queries * group)
     parts,
+    out_token: tl.constexpr,
     out_head: tl.constexpr,
     has_lse: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
-    group_pad: tl.constexpr,
+    queries: tl.constexpr,
+    rows: tl.constexpr,
     v_dim: tl.constexpr,
     v_dim_pad: tl.constexpr,
     merged: tl.constexpr,
 ):
     """Weight the parts of one request and KV head by their share of the softmax, ``merged`` at a time, in order."""
-    g = tl.arange(0, group_pad)
+    row = tl.arange(0, rows)
+    real_row = row < queries * group
     e = tl.arange(0, v_dim_pad)
-    acc = tl.zeros((group_pad, v_dim_pad), dtype=tl.float32)
-    peak = tl.full((group_pad,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((group_pad,), dtype=tl.float32)
+    acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
+    peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
+    mass = tl.zeros((rows,), dtype=tl.float32)
     for start in range(0, parts, merged):
         part = start + tl.arange(0, merged)
-        at = part[:, None] * (kv_heads * group) + g[None, :]
-        real = (part < parts)[:, None] & (g < group)[None, :]
-        lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # (merged, group_pad)
+        at = part[:, None] * (kv_heads * queries * group) + row[None, :]
+        real = (part < parts)[:, None] & real_row[None, :]
+        lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # (merged, rows)
         value = tl.load(
             parts_ptr + at[:, :, None] * v_dim + e[None, None, :],
             mask=real[:, :, None] & (e < v_dim)[None, None, :],
             other=0.0,
             cache_modifier=".cg",
-        )  # (merged, group_pad, v_dim_pad)
+        )  # (merged, rows, v_dim_pad)
         new_peak = tl.maximum(peak, tl.max(lse, 0))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weight = tl.exp2(lse - base[None, :])
@@ -51,7 +54,8 @@ def merge_parts(
         mass = mass * shrink + tl.sum(weight, 0)
         peak = new_peak
     result, lse = finish_rows(acc, peak, mass)
-    keep = (g < group)[:, None] & (e < v_dim)[None, :]
-    tl.store(out_ptr + g[:, None] * out_head + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
+    keep = real_row[:, None] & (e < v_dim)[None, :]
+    out_at = row // group * out_token + row % group * out_head
+    tl.store(out_ptr + out_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
     if has_lse:
-        tl.store(lse_ptr + g, lse * LN2, mask=g < group)
+        tl.store(lse_ptr + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real_row)

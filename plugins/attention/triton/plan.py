@@ -16,8 +16,8 @@ from quire.plugins.attention.triton.tuning import decode_tile, processors_of
 
 __all__ = ["DecodePlan", "plan_kernel"]
 
-_ITEMS = 1024
-"""Parts beyond one a request that a list has room for."""
+_ITEMS = 16
+"""Parts beyond one a request that a list has room for, times the KV heads, for each multiprocessor."""
 _SHORTEST = 64
 """Keys in the smallest part."""
 
@@ -37,24 +37,25 @@ class DecodePlan:
         longest = limits.max_model_len if spec.window is None else min(limits.max_model_len, spec.window)
         self.split = split
         self.levels = max(1, (-(-longest // _SHORTEST) - 1).bit_length() + 1)
-        most = min(32, -(-longest // split)) * limits.max_num_reqs if split else limits.max_num_reqs + _ITEMS
-        most = max(most, self.processors * 8)  # programs beyond the list's end read an entry too
+        spare = _ITEMS * self.processors // heads + 1  # programs beyond the list's end read an entry too
+        most = limits.max_num_reqs * (min(32, -(-longest // split)) if split else 1) + spare
         self.most_parts = -(-longest // (split or _SHORTEST))
         self.kv_heads = heads
         self.window = spec.window or 0
         self.block = triton.next_power_of_2(limits.max_num_reqs)
         self.items = torch.zeros(most, 4, dtype=torch.int32, device=device)
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
+        self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(limits.max_num_reqs * heads, dtype=torch.int32, device=device)
-        group = spec.num_heads // heads
-        self.parts = torch.empty(most, heads, group, spec.v_head_dim, dtype=torch.float32, device=device)
-        self.part_lse = torch.empty(most, heads, group, dtype=torch.float32, device=device)
+        rows = spec.num_heads // heads * limits.max_decode_query_len
+        self.parts = torch.empty(most, heads, rows, spec.v_head_dim, dtype=torch.float32, device=device)
+        self.part_lse = torch.empty(most, heads, rows, dtype=torch.float32, device=device)
 
     def write(self, batch: AttentionBatch) -> None:
         """List the parts of the step's decodes, for the tile that suits so many."""
         few = decode_tile(self.spec, many=False)
         many = not self.split and batch.num_decodes * self.kv_heads > few.programs * self.processors
-        self.tile = decode_tile(self.spec, many=True) if many else few
+        self.tile = decode_tile(self.spec, many, batch.decode_query_len)
         plan_kernel[(1,)](
             batch.seq_lens,
             self.items,
@@ -63,7 +64,7 @@ class DecodePlan:
             self.processors * self.tile.programs,
             room=len(self.items),
             kv_heads=self.kv_heads,
-            window=self.window,
+            seen=self.window and self.window + batch.decode_query_len - 1,
             shortest=_SHORTEST,
             levels=self.levels,
             split=self.split,
@@ -74,7 +75,7 @@ class DecodePlan:
 
     def grid(self, batch: AttentionBatch) -> int:
         """Programs of a step: all that run at a time, or fewer where the step cannot have as many parts."""
-        length = min(batch.max_seq_len, self.window or batch.max_seq_len)
+        length = min(batch.max_seq_len, self.window + batch.decode_query_len - 1 if self.window else batch.max_seq_len)
         parts = max(1, min(self.most_parts, -(-length // (self.split or _SHORTEST))))
         return min(self.processors * self.tile.programs, batch.num_decodes * parts * self.kv_heads)
 
@@ -88,26 +89,24 @@ def plan_kernel(
     programs,
     room: tl.constexpr,
     kv_heads: tl.constexpr,
-    window: tl.constexpr,
+    seen: tl.constexpr,
     shortest: tl.constexpr,
     levels: tl.constexpr,
     split: tl.constexpr,
     full: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program. Items of a request are neighbours, in order."""
+    """One program. Requests of longer parts come first; the parts of one are neighbours, in order.
+
+    ``seen``: the last keys of a request that its queries see, 0: all.
+    """
     request = tl.arange(0, block)
     seq_len = tl.load(seq_lens_ptr + request, mask=request < num_decodes, other=0)
-    begin = tl.zeros((block,), dtype=tl.int32)
-    if window > 0:
-        begin = tl.maximum(seq_len - window, 0)
-    length = seq_len - begin
-    if split > 0:
-        size = tl.maximum(((length + split - 1) // split + 31) // 32, 1) * split
-    else:
+    length = _seen(seq_len, seen)
+    best = 0
+    if split == 0:
         keys = tl.sum(length)
         longest = tl.max(length)
-        best = 0
         best_cost = float("inf")
         # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; with every program at work a tile
         # takes ``full`` times as long. A program loses 3 between two items, 11 more where they are merged later.
@@ -129,11 +128,17 @@ def plan_kernel(
             better = fits & (cost < best_cost)
             best = tl.where(better, part, best)
             best_cost = tl.where(better, cost, best_cost)
-        size = tl.zeros((block,), dtype=tl.int32) + best
-    parts = (length + size - 1) // size
-    first = tl.cumsum(parts, 0) - parts
+    parts, size = _cut(length, best, split)
+    first = tl.zeros((block,), dtype=tl.int32)
+    for start in range(0, num_decodes, 16):
+        other = start + tl.arange(0, 16)
+        others = _seen(tl.load(seq_lens_ptr + other, mask=other < num_decodes, other=0), seen)
+        other_parts, other_size = _cut(others, best, split)
+        earlier = other_size[None, :] > size[:, None]
+        earlier |= (other_size[None, :] == size[:, None]) & (other[None, :] < request[:, None])
+        first += tl.sum(tl.where(earlier, other_parts[None, :], 0), 1)
     for index in range(tl.max(parts)):
-        low = begin + index * size
+        low = seq_len - length + index * size
         at = items_ptr + (first + index) * 4
         live = index < parts
         tl.store(at, request, mask=live)
@@ -141,3 +146,20 @@ def plan_kernel(
         tl.store(at + 2, tl.minimum(low + size, seq_len), mask=live)
         tl.store(at + 3, index + (parts << 16), mask=live)
     tl.store(count_ptr, tl.sum(parts))
+
+
+@triton.jit
+def _seen(seq_len, seen: tl.constexpr):
+    """Keys that a request's queries see."""
+    return tl.minimum(seq_len, seen) if seen > 0 else seq_len
+
+
+@triton.jit
+def _cut(length, most, split: tl.constexpr):
+    """(parts, keys in each but the last) of so many keys: as equal as may be, ``most`` or fewer."""
+    if split > 0:
+        most = tl.maximum(((length + split - 1) // split + 31) // 32, 1) * split
+    parts = (length + most - 1) // most
+    size = (length + parts - 1) // tl.maximum(parts, 1)
+    size = tl.minimum(tl.maximum((size + 31) // 32, 1) * 32, most)
+    return (length + size - 1) // size, size

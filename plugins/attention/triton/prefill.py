@@ -25,7 +25,7 @@ def prefill(
     """Attend for the requests after the decodes. Tensors as in ``AttentionBackend.run``."""
     constants, options = prefill_constants(spec)
     requests = batch.num_reqs - batch.num_decodes
-    tokens = batch.num_tokens - batch.num_decodes
+    tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
     group = spec.num_heads // spec.num_kv_heads
     grid = (spec.num_kv_heads, tokens * group // constants["rows"] + requests)
     prefill_kernel[grid](

@@ -36,12 +36,13 @@ _DECODE_FLOAT32 = {
 }
 
 
-def decode_tile(spec: AttentionSpec, many: bool) -> DecodeTile:
+def decode_tile(spec: AttentionSpec, many: bool, queries: int = 1) -> DecodeTile:
     """The tile for ``spec``; ``many``: more pairs of a request and a KV head than the usual tile has programs."""
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
     if spec.dtype == torch.float32:
         return _DECODE_FLOAT32[dim]
-    return _DECODE_MANY.get(dim, _DECODE[dim]) if many else _DECODE[dim]
+    crowded = queries * spec.num_heads // spec.num_kv_heads > 32  # the rows of two warps spill
+    return _DECODE_MANY.get(dim, _DECODE[dim]) if many and not crowded else _DECODE[dim]
 
 
 def processors_of(device: torch.device) -> int:
