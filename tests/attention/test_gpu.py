@@ -118,13 +118,14 @@ def test_a_request_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None
             assert torch.equal(steps(spec, [alone], split=256)[0], outs[i])
 
 
-def test_decode_replays_in_a_graph() -> None:
+@pytest.mark.parametrize("queries", [1, 5])
+def test_decode_replays_in_a_graph(queries: int) -> None:
     """Captured once at its upper bound, replayed after lengths, blocks and queries changed in place."""
     spec, device = half(torch.bfloat16), torch.device("cuda")
-    first = Problem.random(spec, [(1, 100), (1, 2000), (1, 7)], seed=1)
-    second = Problem.random(spec, [(1, 1990), (1, 3), (1, 600)], seed=2, table_seed=5)
+    first = Problem.random(spec, [(queries, n) for n in (100, 2000, 7)], num_decodes=3, seed=1)
+    second = Problem.random(spec, [(queries, n) for n in (1990, 5, 600)], num_decodes=3, seed=2, table_seed=5)
     backend = TritonBackend(spec, device)
-    backend.prepare(AttentionLimits(8, 64, 4096, device))
+    backend.prepare(AttentionLimits(8, 64, 4096, device, queries))
     batch = first.batch(device)
     batch.max_seq_len = 4096
     q, kv = first.q.cuda(), first.cache(backend, device)
@@ -147,6 +148,17 @@ def test_decode_replays_in_a_graph() -> None:
         graph.replay()
         torch.cuda.synchronize()
         check(out.cpu(), spec, problem)
+
+
+@HALF
+@pytest.mark.parametrize("queries", [2, 5, 9])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (32, 8), (28, 4)])
+def test_verification(dtype: torch.dtype, queries: int, heads: int, kv_heads: int) -> None:
+    """Few requests in parts, and so many that the tile changes, each with several queries."""
+    spec = half(dtype, num_heads=heads, num_kv_heads=kv_heads)
+    some = [(queries, length) for length in (queries, 31, 64, 700, 2000)]
+    compare(TritonBackend, spec, [*some, (300, 400)], num_decodes=5, lse=True, poison=True)
+    compare(TritonBackend, spec, some * 12, num_decodes=60)
 
 
 def half(dtype: torch.dtype, **fields) -> AttentionSpec:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from quire.core.contracts.attention import AttentionLimits
+from quire.core.contracts.attention import AttentionLimits, KVLayout
 from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.attention.triton.plan import DecodePlan
@@ -59,7 +59,7 @@ def test_neighbours_change_no_bit_of_equal_parts() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("split", [0, 64])
 def test_parts_cover_each_request_once(lengths: list[int], window: int | None, split: int) -> None:
-    """The list holds every key that is seen, a request's in order, long parts first, and fits its room."""
+    """The list holds every key that is seen, a request's in order, long ones first, and fits its room."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = make_spec(window=window, kind="sliding" if window else "full")
     plan = DecodePlan(spec, AttentionLimits(64, 64, 8192, device), split)
@@ -71,8 +71,8 @@ def test_parts_cover_each_request_once(lengths: list[int], window: int | None, s
         assert [low for _, low, _, _ in mine] == [begin, *(high for _, _, high, _ in mine[:-1])]
         assert mine[-1][2] == length and all(low < high for _, low, high, _ in mine)
         assert [(packed & 0xFFFF, packed >> 16) for *_, packed in mine] == [(i, len(mine)) for i in range(len(mine))]
-    heads = [high - low for _, low, high, packed in items if packed & 0xFFFF == 0]
-    assert heads == sorted(heads, reverse=True)
+    longest = [lengths[request] - begin for request, begin, _, packed in items if packed & 0xFFFF == 0]
+    assert longest == sorted(longest, reverse=True)
     order = [item[0] for item in items]
     assert sum(a != b for a, b in itertools.pairwise(order)) == len(lengths) - 1
 
@@ -97,3 +97,15 @@ def test_a_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatc
     assert TritonBackend.unsupported(make_spec(), torch.device("cpu")) == [
         "a CPU (set TRITON_INTERPRET=1 to run kernels in the interpreter)"
     ]
+
+
+@pytest.mark.parametrize("order", ["head", "slot"])
+def test_one_block_lies_as_many_do(order: str) -> None:
+    """Kernels are compiled for strides, and a rehearsal has a cache of one block."""
+    layout = KVLayout(make_spec(), order)
+    one, many = (
+        layout.view(torch.zeros(blocks, 3 * layout.bytes_per_block, dtype=torch.uint8)[:, : layout.bytes_per_block])
+        for blocks in (1, 4)
+    )
+    assert one.k.stride() == many.k.stride() and one.v.stride() == many.v.stride()
+    assert many.v.data_ptr() - many.k.data_ptr() == 16 * 2 * 64 * 4

@@ -29,7 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class TritonBackend(AttentionBackend):
     """Paged attention in Triton. Grids depend on host bounds alone and lengths are read on the device."""
 
-    graph_support = frozenset({"decode", "mixed"})
+    graph_support = frozenset({"decode", "verify", "mixed"})
 
     @dataclass(frozen=True)
     class Options:

@@ -46,10 +46,10 @@ def decode(
         batch.block_table,
         plan.items,
         plan.count,
-        plan.taken,
         plan.arrived,
         batch.seq_lens,
         batch.block_table.stride(0),
+        plan.processors,
         q_token=q.stride(0),
         q_head=q.stride(1),
         k_block=kv.k.stride(0),
@@ -86,12 +86,12 @@ def decode_constants(spec: AttentionSpec, keys: int, queries: int) -> dict[str, 
         "rows": max(16, rows),
         "keys": keys,
         "merge_rows": rows,
-        "merged": max(1, min(32, _MERGED // (rows * v_dim_pad))),
+        "merged": max(1, min(16, _MERGED // (rows * v_dim_pad))),
         "precision": "ieee" if spec.dtype == torch.float32 else "tf32",
     }
 
 
-@triton.jit(do_not_specialize=["table_row"])
+@triton.jit(do_not_specialize=["table_row", "processors"])
 def decode_kernel(
     q_ptr,  # (num_tokens, heads, dim): request i begins at token i * queries
     k_ptr,  # (num_blocks, kv_heads, page, dim), any strides
@@ -102,11 +102,11 @@ def decode_kernel(
     part_lse_ptr,  # (items, kv_heads, queries * group) float32, base two
     table_ptr,  # (num_reqs, max_blocks) int32
     items_ptr,  # (items, 4) int32, of plan_kernel
-    count_ptr,  # (1,) int32
-    taken_ptr,  # (1,) int32: items taken beyond each program's first; zero before and after
+    count_ptr,  # (2,) int32, of plan_kernel
     arrived_ptr,  # (num_reqs, kv_heads) int32: parts that are done; zero before and after
     seq_lens_ptr,  # (num_reqs,) int32
     table_row,
+    processors,
     q_token: tl.constexpr,
     q_head: tl.constexpr,
     k_block: tl.constexpr,
@@ -135,8 +135,7 @@ def decode_kernel(
     merged: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Grid: (programs,). Program i begins with item i, then takes the next that nobody has; an item is one KV head of
-    a part.
+    """Grid: (programs,). Program i takes places i, i + programs, ... of the list; an item is one KV head of a part.
 
     The next item and its first blocks are read while an item is worked on, as are the next tile's blocks.
     """
@@ -145,22 +144,19 @@ def decode_kernel(
     d = tl.arange(0, dim_pad)
     e = tl.arange(0, v_dim_pad)
     keep = real[:, None] & (e < v_dim)[None, :]
-    index = tl.program_id(0)
     total = tl.load(count_ptr) * kv_heads
-    request, low, high, parts = _item(items_ptr, index // kv_heads)
-    block = blocks_of(table_ptr + request * table_row, low, tl.where(index < total, high, 0), page, keys)
-    while index < total:
-        item = index // kv_heads
-        kv_head = index % kv_heads
+    end = (total + processors - 1) // processors * processors
+    item = _turn(tl.program_id(0), processors)
+    request, low, high, parts = _item(items_ptr, item // kv_heads, item < total)
+    block = blocks_of(table_ptr + request * table_row, low, high, page, keys)
+    for index in range(tl.program_id(0), end, tl.num_programs(0)):
+        kv_head = item % kv_heads
         part = parts & 0xFFFF
         parts = parts >> 16
         q_at = (request * queries + row // group) * q_token + (kv_head * group + row % group) * q_head
         q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
-        taken = tl.atomic_add(taken_ptr, 1, sem="relaxed")
-        if taken == total - 1:  # every program has seen the end, or is about to begin its last item
-            tl.store(taken_ptr, 0)
-        after = taken + tl.num_programs(0)
-        next_request, next_low, next_high, next_parts = _item(items_ptr, tl.where(after < total, after // kv_heads, 0))
+        following = _turn(index + tl.num_programs(0), processors)
+        next_request, next_low, next_high, next_parts = _item(items_ptr, following // kv_heads, following < total)
         position = row  # of each row's query
         if queries > 1:
             position = tl.load(seq_lens_ptr + request) - queries + row // group
@@ -192,8 +188,7 @@ def decode_kernel(
             v = tl.load(v_at, mask=live[:, None] & (e < v_dim)[None, :], other=0.0)  # (keys, v_dim_pad)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
             peak = new_peak
-        following = table_ptr + next_request * table_row
-        block = blocks_of(following, next_low, tl.where(after < total, next_high, 0), page, keys)
+        block = blocks_of(table_ptr + next_request * table_row, next_low, next_high, page, keys)
         mass = tl.sum(masses, 1)
         result, lse = finish_rows(acc, peak, mass)
         out_at = out_ptr + request * queries * out_token + kv_head * group * out_head
@@ -203,25 +198,34 @@ def decode_kernel(
             tl.store(out_at + row_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
             if has_lse:
                 tl.store(lse_at + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real)
-        else:
-            at = (item * kv_heads + kv_head) * (queries * group) + row
+        elif parts > 1:
+            at = item * (queries * group) + row
             tl.store(parts_ptr + at[:, None] * v_dim + e[None, :], result, mask=keep)
             tl.store(part_lse_ptr + at, lse, mask=real)
             tl.debug_barrier()  # every thread's stores come before the one thread's count
             arrived = arrived_ptr + request * kv_heads + kv_head
-            if tl.atomic_add(arrived, 1, sem="acq_rel") == parts - 1:
-                tl.store(arrived, 0)
-                first = ((item - part) * kv_heads + kv_head) * (queries * group)
+            if tl.atomic_add(arrived, 1, sem="release") == parts - 1:
+                tl.atomic_xchg(arrived, 0, sem="acquire")
+                first = (item - part * kv_heads) * (queries * group)
                 merge_parts(
                     out_at, lse_at, parts_ptr + first * v_dim, part_lse_ptr + first, parts,
                     out_token, out_head, has_lse, kv_heads, group, queries, merge_rows, v_dim, v_dim_pad, merged,
                 )  # fmt: skip
-        index = after
+        item = following
         request, low, high, parts = next_request, next_low, next_high, next_parts
 
 
 @triton.jit
-def _item(items_ptr, item):
-    """(request, first key, end, part | parts << 16) of an item."""
+def _turn(index, processors):
+    """The item in place ``index``: every other row of ``processors`` backwards, so that all get long and short ones."""
+    turn = index // processors
+    return tl.where(turn % 2 == 0, index, (2 * turn + 1) * processors - 1 - index)
+
+
+@triton.jit
+def _item(items_ptr, item, live):
+    """(request, first key, end, part | parts << 16) of an item; nothing where there is none."""
     at = items_ptr + item * 4
-    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    request = tl.load(at, mask=live, other=0).to(tl.int64)
+    low = tl.load(at + 1, mask=live, other=0)
+    return request, low, tl.load(at + 2, mask=live, other=0), tl.load(at + 3, mask=live, other=0)

@@ -36,23 +36,20 @@ def merge_parts(
     peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((rows,), dtype=tl.float32)
     for start in range(0, parts, merged):
-        part = start + tl.arange(0, merged)
-        at = part[:, None] * (kv_heads * queries * group) + row[None, :]
-        real = (part < parts)[:, None] & real_row[None, :]
-        lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # (merged, rows)
-        value = tl.load(
-            parts_ptr + at[:, :, None] * v_dim + e[None, None, :],
-            mask=real[:, :, None] & (e < v_dim)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # (merged, rows, v_dim_pad)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(lse - base[None, :])
-        shrink = tl.exp2(peak - base)
-        acc = acc * shrink[:, None] + tl.sum(value * weight[:, :, None], 0)
-        mass = mass * shrink + tl.sum(weight, 0)
-        peak = new_peak
+        for i in tl.static_range(merged):  # so many loads are on their way at once
+            at = (start + i) * (kv_heads * queries * group) + row
+            real = real_row & (start + i < parts)
+            lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")
+            inside = real[:, None] & (e < v_dim)[None, :]
+            value_at = parts_ptr + at[:, None] * v_dim + e[None, :]
+            value = tl.load(value_at, mask=inside, other=0.0, cache_modifier=".cg")  # (rows, v_dim_pad)
+            new_peak = tl.maximum(peak, lse)
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weight = tl.exp2(lse - base)
+            shrink = tl.exp2(peak - base)
+            acc = acc * shrink[:, None] + value * weight[:, None]
+            mass = mass * shrink + weight
+            peak = new_peak
     result, lse = finish_rows(acc, peak, mass)
     keep = real_row[:, None] & (e < v_dim)[None, :]
     out_at = row // group * out_token + row % group * out_head

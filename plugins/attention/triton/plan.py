@@ -16,10 +16,13 @@ from quire.plugins.attention.triton.tuning import decode_tile, processors_of
 
 __all__ = ["DecodePlan", "plan_kernel"]
 
-_ITEMS = 16
+_ITEMS = 32
 """Parts beyond one a request that a list has room for, times the KV heads, for each multiprocessor."""
-_SHORTEST = 64
+_SHORTEST = 128
 """Keys in the smallest part."""
+_SHARES = 3
+"""Parts that a multiprocessor's share of the step is cut into, where a request is longer than the share."""
+_NEED = 1.0
 
 
 class DecodePlan:
@@ -36,16 +39,15 @@ class DecodePlan:
         self.tile = decode_tile(spec, many=False)
         longest = limits.max_model_len if spec.window is None else min(limits.max_model_len, spec.window)
         self.split = split
-        self.levels = max(1, (-(-longest // _SHORTEST) - 1).bit_length() + 1)
         spare = _ITEMS * self.processors // heads + 1  # programs beyond the list's end read an entry too
         most = limits.max_num_reqs * (min(32, -(-longest // split)) if split else 1) + spare
         self.most_parts = -(-longest // (split or _SHORTEST))
         self.kv_heads = heads
         self.window = spec.window or 0
         self.block = triton.next_power_of_2(limits.max_num_reqs)
+        self.order = torch.zeros(self.block, dtype=torch.int32, device=device)
         self.items = torch.zeros(most, 4, dtype=torch.int32, device=device)
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
-        self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(limits.max_num_reqs * heads, dtype=torch.int32, device=device)
         rows = spec.num_heads // heads * limits.max_decode_query_len
         self.parts = torch.empty(most, heads, rows, spec.v_head_dim, dtype=torch.float32, device=device)
@@ -58,17 +60,18 @@ class DecodePlan:
         self.tile = decode_tile(self.spec, many, batch.decode_query_len)
         plan_kernel[(1,)](
             batch.seq_lens,
+            self.order,
             self.items,
             self.count,
             batch.num_decodes,
-            self.processors * self.tile.programs,
+            self.processors,
             room=len(self.items),
             kv_heads=self.kv_heads,
             seen=self.window and self.window + batch.decode_query_len - 1,
-            shortest=_SHORTEST,
-            levels=self.levels,
             split=self.split,
-            full=1.25 * self.tile.programs,
+            shares=_SHARES,
+            need=_NEED,
+            shortest=_SHORTEST,
             block=self.block,
             num_warps=4,
         )
@@ -80,63 +83,55 @@ class DecodePlan:
         return min(self.processors * self.tile.programs, batch.num_decodes * parts * self.kv_heads)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "programs"])
+@triton.jit(do_not_specialize=["num_decodes", "processors"])
 def plan_kernel(
     seq_lens_ptr,  # (num_reqs,) int32
+    order_ptr,  # (block,) int32: requests, longest first
     items_ptr,  # (room, 4) int32: request, first key, end, part | parts << 16
     count_ptr,  # (1,) int32: items written
     num_decodes,
-    programs,
+    processors,
     room: tl.constexpr,
     kv_heads: tl.constexpr,
     seen: tl.constexpr,
-    shortest: tl.constexpr,
-    levels: tl.constexpr,
     split: tl.constexpr,
-    full: tl.constexpr,
+    shares: tl.constexpr,
+    need: tl.constexpr,
+    shortest: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program. Requests of longer parts come first; the parts of one are neighbours, in order.
+    """One program. Longer requests come first; the parts of one are neighbours, in order.
 
     ``seen``: the last keys of a request that its queries see, 0: all.
     """
     request = tl.arange(0, block)
-    seq_len = tl.load(seq_lens_ptr + request, mask=request < num_decodes, other=0)
-    length = _seen(seq_len, seen)
-    best = 0
-    if split == 0:
-        keys = tl.sum(length)
-        longest = tl.max(length)
-        best_cost = float("inf")
-        # Costs in units of 0.8 us, the time of a tile of 64 keys on an idle H200; with every program at work a tile
-        # takes ``full`` times as long. A program loses 3 between two items, 11 more where they are merged later.
-        for level in tl.static_range(levels):
-            part = shortest << level
-            parts = (length + (part - 1)) // part
-            count = tl.sum(parts)
-            fits = (count <= room) | (level == levels - 1)
-            merged = tl.sum(tl.where(parts > 1, parts, 0))
-            rounds = count * kv_heads / programs
-            pauses = tl.maximum(rounds - 1.0, 0.0) * 3.0 + tl.maximum(merged * kv_heads / programs - 1.0, 0.0) * 11.0
-            share = keys * full / 64 * kv_heads / programs + pauses
-            last = tl.minimum(longest, part) / 64.0
-            uneven = last - (rounds - tl.floor(rounds - 0.001)) * last * full  # the last round is not full
-            late = last * tl.minimum(rounds, 1.0) * full - share  # a long part that begins last
-            cost = share + tl.maximum(0.5 * late, tl.maximum(uneven, 0.0))
-            if longest > part:
-                cost += 1.5 + 0.2 * longest / part
-            better = fits & (cost < best_cost)
-            best = tl.where(better, part, best)
-            best_cost = tl.where(better, cost, best_cost)
-    parts, size = _cut(length, best, split)
-    first = tl.zeros((block,), dtype=tl.int32)
+    length = _length(seq_lens_ptr, request, num_decodes, seen)
+    rank = tl.zeros((block,), dtype=tl.int32)
     for start in range(0, num_decodes, 16):
         other = start + tl.arange(0, 16)
-        others = _seen(tl.load(seq_lens_ptr + other, mask=other < num_decodes, other=0), seen)
-        other_parts, other_size = _cut(others, best, split)
-        earlier = other_size[None, :] > size[:, None]
-        earlier |= (other_size[None, :] == size[:, None]) & (other[None, :] < request[:, None])
-        first += tl.sum(tl.where(earlier, other_parts[None, :], 0), 1)
+        others = _length(seq_lens_ptr, other, num_decodes, seen)
+        earlier = (others[None, :] > length[:, None]) | (
+            (others[None, :] == length[:, None]) & (other[None, :] < request[:, None])
+        )
+        rank += tl.sum((earlier & (other < num_decodes)[None, :]).to(tl.int32), 1)
+    tl.store(order_ptr + rank, request, mask=request < num_decodes)
+    tl.debug_barrier()
+    place = tl.arange(0, block)
+    request = tl.load(order_ptr + place, mask=place < num_decodes, other=0)
+    length = tl.where(place < num_decodes, _length(seq_lens_ptr, request, num_decodes, seen), 0)
+    if split > 0:
+        most = tl.maximum(((length + split - 1) // split + 31) // 32, 1) * split
+    else:
+        share = tl.sum(length) * kv_heads / processors  # keys
+        longest = tl.max(length)
+        part = tl.maximum(tl.maximum(share / shares, 4 * tl.sqrt(longest.to(tl.float32))), shortest)
+        most = tl.zeros((block,), dtype=tl.int32) + tl.where(longest > share * need, part.to(tl.int32), longest)
+    parts, size = _cut(length, most)
+    fits = tl.sum(parts) <= room
+    parts = tl.where(fits, parts, tl.minimum(length, 1))
+    size = tl.where(fits, size, tl.maximum(length, 1))
+    first = tl.cumsum(parts, 0) - parts
+    seq_len = tl.load(seq_lens_ptr + request, mask=place < num_decodes, other=0)
     for index in range(tl.max(parts)):
         low = seq_len - length + index * size
         at = items_ptr + (first + index) * 4
@@ -149,17 +144,16 @@ def plan_kernel(
 
 
 @triton.jit
-def _seen(seq_len, seen: tl.constexpr):
+def _length(seq_lens_ptr, request, num_decodes, seen: tl.constexpr):
     """Keys that a request's queries see."""
+    seq_len = tl.load(seq_lens_ptr + request, mask=request < num_decodes, other=0)
     return tl.minimum(seq_len, seen) if seen > 0 else seq_len
 
 
 @triton.jit
-def _cut(length, most, split: tl.constexpr):
-    """(parts, keys in each but the last) of so many keys: as equal as may be, ``most`` or fewer."""
-    if split > 0:
-        most = tl.maximum(((length + split - 1) // split + 31) // 32, 1) * split
+def _cut(length, most):
+    """(parts, keys in each but the last) of so many keys: as equal as may be, ``most`` or a few more."""
     parts = (length + most - 1) // most
     size = (length + parts - 1) // tl.maximum(parts, 1)
-    size = tl.minimum(tl.maximum((size + 31) // 32, 1) * 32, most)
+    size = tl.minimum(tl.maximum((size + 31) // 32, 1) * 32, tl.maximum(most, 32))
     return (length + size - 1) // size, size
