@@ -21,9 +21,6 @@ from quire.plugins.attention.triton.tile import LN2, blocks_of, finish_rows, sca
 
 __all__ = ["decode", "decode_constants", "decode_kernel"]
 
-_MERGED = 8192
-"""Elements of the parts that a merge holds at a time."""
-
 
 def decode(
     spec: AttentionSpec,
@@ -46,10 +43,10 @@ def decode(
         batch.block_table,
         plan.items,
         plan.count,
+        plan.taken,
         plan.arrived,
         batch.seq_lens,
         batch.block_table.stride(0),
-        plan.processors,
         q_token=q.stride(0),
         q_head=q.stride(1),
         k_block=kv.k.stride(0),
@@ -86,12 +83,11 @@ def decode_constants(spec: AttentionSpec, keys: int, queries: int) -> dict[str, 
         "rows": max(16, rows),
         "keys": keys,
         "merge_rows": rows,
-        "merged": max(1, min(16, _MERGED // (rows * v_dim_pad))),
         "precision": "ieee" if spec.dtype == torch.float32 else "tf32",
     }
 
 
-@triton.jit(do_not_specialize=["table_row", "processors"])
+@triton.jit(do_not_specialize=["table_row"])
 def decode_kernel(
     q_ptr,  # (num_tokens, heads, dim): request i begins at token i * queries
     k_ptr,  # (num_blocks, kv_heads, page, dim), any strides
@@ -103,10 +99,10 @@ def decode_kernel(
     table_ptr,  # (num_reqs, max_blocks) int32
     items_ptr,  # (items, 4) int32, of plan_kernel
     count_ptr,  # (2,) int32, of plan_kernel
+    taken_ptr,  # (1,) int32: how often an item was asked for; zero before and after
     arrived_ptr,  # (num_reqs, kv_heads) int32: parts that are done; zero before and after
     seq_lens_ptr,  # (num_reqs,) int32
     table_row,
-    processors,
     q_token: tl.constexpr,
     q_head: tl.constexpr,
     k_block: tl.constexpr,
@@ -132,10 +128,10 @@ def decode_kernel(
     rows: tl.constexpr,
     keys: tl.constexpr,
     merge_rows: tl.constexpr,
-    merged: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Grid: (programs,). Program i takes places i, i + programs, ... of the list; an item is one KV head of a part.
+    """Grid: (programs,). Program i begins with item i, then takes the next that nobody has; an item is one KV head of
+    a part.
 
     The next item and its first blocks are read while an item is worked on, as are the next tile's blocks.
     """
@@ -145,17 +141,19 @@ def decode_kernel(
     e = tl.arange(0, v_dim_pad)
     keep = real[:, None] & (e < v_dim)[None, :]
     total = tl.load(count_ptr) * kv_heads
-    end = (total + processors - 1) // processors * processors
-    item = _turn(tl.program_id(0), processors)
+    item = tl.program_id(0)
     request, low, high, parts = _item(items_ptr, item // kv_heads, item < total)
     block = blocks_of(table_ptr + request * table_row, low, high, page, keys)
-    for index in range(tl.program_id(0), end, tl.num_programs(0)):
+    while item < total:
         kv_head = item % kv_heads
         part = parts & 0xFFFF
         parts = parts >> 16
         q_at = (request * queries + row // group) * q_token + (kv_head * group + row % group) * q_head
         q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
-        following = _turn(index + tl.num_programs(0), processors)
+        taken = tl.atomic_add(taken_ptr, 1, sem="relaxed")
+        if taken == total - 1:  # as many are taken, or asked for in vain, as there are items: nobody will ask again
+            tl.store(taken_ptr, 0)
+        following = taken + tl.num_programs(0)
         next_request, next_low, next_high, next_parts = _item(items_ptr, following // kv_heads, following < total)
         position = row  # of each row's query
         if queries > 1:
@@ -198,7 +196,7 @@ def decode_kernel(
             tl.store(out_at + row_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
             if has_lse:
                 tl.store(lse_at + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real)
-        elif parts > 1:
+        else:
             at = item * (queries * group) + row
             tl.store(parts_ptr + at[:, None] * v_dim + e[None, :], result, mask=keep)
             tl.store(part_lse_ptr + at, lse, mask=real)
@@ -209,17 +207,10 @@ def decode_kernel(
                 first = (item - part * kv_heads) * (queries * group)
                 merge_parts(
                     out_at, lse_at, parts_ptr + first * v_dim, part_lse_ptr + first, parts,
-                    out_token, out_head, has_lse, kv_heads, group, queries, merge_rows, v_dim, v_dim_pad, merged,
+                    out_token, out_head, has_lse, kv_heads, group, queries, merge_rows, v_dim, v_dim_pad,
                 )  # fmt: skip
         item = following
         request, low, high, parts = next_request, next_low, next_high, next_parts
-
-
-@triton.jit
-def _turn(index, processors):
-    """The item in place ``index``: every other row of ``processors`` backwards, so that all get long and short ones."""
-    turn = index // processors
-    return tl.where(turn % 2 == 0, index, (2 * turn + 1) * processors - 1 - index)
 
 
 @triton.jit

@@ -26,33 +26,28 @@ def merge_parts(
     rows: tl.constexpr,
     v_dim: tl.constexpr,
     v_dim_pad: tl.constexpr,
-    merged: tl.constexpr,
 ):
-    """Weight the parts of one request and KV head by their share of the softmax, ``merged`` at a time, in order."""
+    """Weight the parts of one request and KV head by their share of the softmax, in order."""
     row = tl.arange(0, rows)
-    real_row = row < queries * group
+    real = row < queries * group
     e = tl.arange(0, v_dim_pad)
+    keep = real[:, None] & (e < v_dim)[None, :]
     acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
     peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((rows,), dtype=tl.float32)
-    for start in range(0, parts, merged):
-        for i in tl.static_range(merged):  # so many loads are on their way at once
-            at = (start + i) * (kv_heads * queries * group) + row
-            real = real_row & (start + i < parts)
-            lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")
-            inside = real[:, None] & (e < v_dim)[None, :]
-            value_at = parts_ptr + at[:, None] * v_dim + e[None, :]
-            value = tl.load(value_at, mask=inside, other=0.0, cache_modifier=".cg")  # (rows, v_dim_pad)
-            new_peak = tl.maximum(peak, lse)
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weight = tl.exp2(lse - base)
-            shrink = tl.exp2(peak - base)
-            acc = acc * shrink[:, None] + value * weight[:, None]
-            mass = mass * shrink + weight
-            peak = new_peak
+    for part in range(parts):
+        at = part * (kv_heads * queries * group) + row
+        lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")
+        value = tl.load(parts_ptr + at[:, None] * v_dim + e[None, :], mask=keep, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, lse)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(lse - base)
+        shrink = tl.exp2(peak - base)
+        acc = acc * shrink[:, None] + value * weight[:, None]
+        mass = mass * shrink + weight
+        peak = new_peak
     result, lse = finish_rows(acc, peak, mass)
-    keep = real_row[:, None] & (e < v_dim)[None, :]
     out_at = row // group * out_token + row % group * out_head
     tl.store(out_ptr + out_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
     if has_lse:
-        tl.store(lse_ptr + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real_row)
+        tl.store(lse_ptr + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real)

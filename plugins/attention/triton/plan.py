@@ -1,8 +1,8 @@
-"""The work list of a decode step, made on the device once a step: every request cut into parts of equal size.
+"""The work list of a decode step, made on the device once a step: long requests first, cut where that pays.
 
 Grids are fixed when a step is captured, and lengths are not: so a fixed number of programs share a list whose length
-only the device knows. The size of a part is the one that should finish first by a small model of the kernel: what the
-programs carry on average, the longest part, and a merge where a request has several.
+only the device knows. Whoever is free takes the next item, so that unequal lengths even out (longest processing time
+first: Graham, 1969); what is computed does not depend on who takes it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ _ITEMS = 32
 """Parts beyond one a request that a list has room for, times the KV heads, for each multiprocessor."""
 _SHORTEST = 128
 """Keys in the smallest part."""
-_SHARES = 3
-"""Parts that a multiprocessor's share of the step is cut into, where a request is longer than the share."""
-_NEED = 1.0
 
 
 class DecodePlan:
@@ -36,7 +33,7 @@ class DecodePlan:
         device, heads = limits.device, spec.num_kv_heads
         self.spec = spec
         self.processors = processors_of(device)
-        self.tile = decode_tile(spec, many=False)
+        self.tile = decode_tile(spec, 1, 1, self.processors)
         longest = limits.max_model_len if spec.window is None else min(limits.max_model_len, spec.window)
         self.split = split
         spare = _ITEMS * self.processors // heads + 1  # programs beyond the list's end read an entry too
@@ -48,6 +45,7 @@ class DecodePlan:
         self.order = torch.zeros(self.block, dtype=torch.int32, device=device)
         self.items = torch.zeros(most, 4, dtype=torch.int32, device=device)
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
+        self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(limits.max_num_reqs * heads, dtype=torch.int32, device=device)
         rows = spec.num_heads // heads * limits.max_decode_query_len
         self.parts = torch.empty(most, heads, rows, spec.v_head_dim, dtype=torch.float32, device=device)
@@ -55,22 +53,20 @@ class DecodePlan:
 
     def write(self, batch: AttentionBatch) -> None:
         """List the parts of the step's decodes, for the tile that suits so many."""
-        few = decode_tile(self.spec, many=False)
-        many = not self.split and batch.num_decodes * self.kv_heads > few.programs * self.processors
-        self.tile = decode_tile(self.spec, many, batch.decode_query_len)
+        self.tile = decode_tile(
+            self.spec, 1 if self.split else batch.num_decodes, batch.decode_query_len, self.processors
+        )
         plan_kernel[(1,)](
             batch.seq_lens,
             self.order,
             self.items,
             self.count,
             batch.num_decodes,
-            self.processors,
+            self.processors * self.tile.programs,
             room=len(self.items),
             kv_heads=self.kv_heads,
             seen=self.window and self.window + batch.decode_query_len - 1,
             split=self.split,
-            shares=_SHARES,
-            need=_NEED,
             shortest=_SHORTEST,
             block=self.block,
             num_warps=4,
@@ -83,20 +79,18 @@ class DecodePlan:
         return min(self.processors * self.tile.programs, batch.num_decodes * parts * self.kv_heads)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "processors"])
+@triton.jit(do_not_specialize=["num_decodes", "programs"])
 def plan_kernel(
     seq_lens_ptr,  # (num_reqs,) int32
     order_ptr,  # (block,) int32: requests, longest first
     items_ptr,  # (room, 4) int32: request, first key, end, part | parts << 16
     count_ptr,  # (1,) int32: items written
     num_decodes,
-    processors,
+    programs,
     room: tl.constexpr,
     kv_heads: tl.constexpr,
     seen: tl.constexpr,
     split: tl.constexpr,
-    shares: tl.constexpr,
-    need: tl.constexpr,
     shortest: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -122,10 +116,16 @@ def plan_kernel(
     if split > 0:
         most = tl.maximum(((length + split - 1) // split + 31) // 32, 1) * split
     else:
-        share = tl.sum(length) * kv_heads / processors  # keys
+        # Nothing is cut while the longest fits beside what a program carries on average: merging costs more than an
+        # uneven end. Else the smallest parts that are not too many for one round; many rounds even out by themselves.
+        share = tl.sum(length) * (kv_heads / programs)  # keys of a program
         longest = tl.max(length)
-        part = tl.maximum(tl.maximum(share / shares, 4 * tl.sqrt(longest.to(tl.float32))), shortest)
-        most = tl.zeros((block,), dtype=tl.int32) + tl.where(longest > share * need, part.to(tl.int32), longest)
+        least = tl.maximum(tl.maximum(share, 4 * tl.sqrt(longest.to(tl.float32))), shortest)
+        best = least.to(tl.int32)
+        for i in tl.static_range(9, -1, -1):
+            part = (least * 1.15**i).to(tl.int32)
+            best = tl.where(tl.sum((length + part - 1) // part) * kv_heads <= programs, part, best)
+        most = tl.zeros((block,), dtype=tl.int32) + tl.where(longest > 2.5 * share, best, longest)
     parts, size = _cut(length, most)
     fits = tl.sum(parts) <= room
     parts = tl.where(fits, parts, tl.minimum(length, 1))
