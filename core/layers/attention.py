@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quire.core import ops
 from quire.core.contracts.attention import AttentionSpec
 from quire.core.contracts.model import ForwardContext
+from quire.core.layers.kv_scales import KVScales
 from quire.core.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         eps = shape.qk_norm_eps
         self.q_norm = None if eps is None else builder.norm(f"{name}.q_norm", shape.head_dim, eps)
         self.k_norm = None if eps is None else builder.norm(f"{name}.k_norm", shape.head_dim, eps)
+        self.kv_scales = KVScales(name, builder.device)
         self.spec = AttentionSpec(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quire.core.contracts.model import Model
 from quire.core.distributed import Parallel
-from quire.core.errors import CheckpointError
 from quire.core.hf_config import architecture, read_hf_config
 from quire.core.loader import load_model
 from quire.core.plugin_manager import PluginManager
@@ -57,11 +56,7 @@ def logits_of(path: Path, **options: Any) -> tuple[Tensor, Tensor]:
     return got, expected["logits"]
 
 
-KV = pytest.mark.xfail(reason="k_scale and v_scale have no place yet", raises=CheckpointError, strict=True)
-MARKED = [pytest.param(name, marks=KV if "kv" in name else ()) for name in NAMES]
-
-
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_logits_are_those_of_the_tools_own_weights(name: str) -> None:
     got, want = logits_of(FIXTURES / name)
     assert want.std() > 0.5

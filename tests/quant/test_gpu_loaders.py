@@ -14,7 +14,7 @@ from quire.plugins.quant.assembled import AssembledLinear
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "kv" not in name])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 24])
 def test_the_logits_are_those_of_the_tools_own_weights(name: str, tokens: int) -> None:
     expected = load_file(FIXTURES / name / "expected.safetensors")

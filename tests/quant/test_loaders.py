@@ -17,6 +17,7 @@ from tests.quant.test_fixtures import FIXTURES, NAMES, load
 from torch import Tensor, nn
 
 from quire.core.errors import CheckpointError, PluginError
+from quire.core.layers.kv_scales import KVScales
 from quire.core.testing.tiny_models import make_tiny_model
 
 ONE_OF_EACH = [
@@ -64,7 +65,7 @@ def logits(path: Path, **options: Any) -> Tensor:
 # ---- tensor parallelism ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "kv" not in name])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_together_equal_one(name: str) -> None:
     """Groups and blocks are cut, permuted inputs shared out, and two heads for keys and values are one on each."""
     expected = load_file(FIXTURES / name / "expected.safetensors")
@@ -133,6 +134,29 @@ def test_a_bias_of_zeros_and_no_g_idx_are_as_good(copy: Path) -> None:
 
 def logits_of_fixture(path: Path) -> Tensor:
     return PagedRunner(load(path), 1, max_len=32).step({0: [1, 5, 9, 40]})[0]
+
+
+@pytest.mark.parametrize("copy", ["ct-fp8-static-kv-llama"], indirect=True)
+def test_the_caches_scales_are_the_checkpoints(copy: Path) -> None:
+    whole, name = load_file(copy / "model.safetensors"), "model.layers.0.self_attn"
+    plain = {n: t for n, t in whole.items() if n not in (f"{name}.k_scale", f"{name}.v_scale")}
+    want = tuple(float(whole[f"{name}.{part}_scale"]) for part in "kv")
+    assert 0 < want[0] != want[1] > 0
+    assert scales_of(copy) == want
+    change(copy, plain)
+    assert scales_of(copy) == (1, 1)
+    for spelling, value in (("kv_scale", (0.5, 0.5)), ("k_proj.output_scale", (0.5, 1)), ("v_proj.v_scale", (1, 0.5))):
+        change(copy, {**plain, f"{name}.{spelling}": torch.tensor([0.5])})
+        assert scales_of(copy) == value
+    change(copy, {**plain, f"{name}.k_scale": torch.tensor(-1.0)})
+    assert f"tensor '{name}.k_scale' is -1.0 where one positive scale is right" in refused(copy)
+    change(copy, {**plain, f"{name}.k_scale": torch.ones(2, 1, 1)})
+    assert "where one positive scale for all heads is right" in refused(copy)
+
+
+def scales_of(path: Path) -> tuple[float, float]:
+    scales = next(module for module in load(path).modules() if isinstance(module, KVScales))
+    return float(scales.k_scale), float(scales.v_scale)
 
 
 # ---- what is not supported is refused by name ------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""The scales of an attention layer's keys and values in an FP8 cache, where a checkpoint has them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quire.core.errors import CheckpointError
+from quire.core.layers.checkpoint import CheckpointLayer, Fill
+
+__all__ = ["KVScales"]
+
+_SPELLINGS = {
+    "k_scale": "k",
+    "v_scale": "v",
+    "kv_scale": "kv",
+    "k_proj.k_scale": "k",
+    "v_proj.v_scale": "v",
+    "k_proj.output_scale": "k",
+    "v_proj.output_scale": "v",
+}
+"""Suffixes after the attention module's name, as llmcompressor, AutoFP8 and vLLM's tools write them."""
+
+
+class KVScales(CheckpointLayer):
+    """What an FP8 cache holds times ``k_scale``, or ``v_scale``, is the key or value; both 1 where nothing is said."""
+
+    k_scale: Tensor  # () float32
+    v_scale: Tensor
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("k_scale", torch.ones((), device=device), persistent=False)
+        self.register_buffer("v_scale", torch.ones((), device=device), persistent=False)
+
+    def checkpoint(self) -> dict[str, Fill]:
+        """Every spelling."""
+        return {f"{self.name}.{end}": partial(self._fill, f"{self.name}.{end}", of) for end, of in _SPELLINGS.items()}
+
+    def optional(self) -> set[str]:
+        """All of them."""
+        return set(self.checkpoint())
+
+    def _fill(self, name: str, of: str, tensor: Tensor) -> None:
+        if tensor.numel() != 1 or not 0 < float(tensor) < math.inf:
+            raise CheckpointError(
+                f"tensor {name!r} is {tensor.tolist()} where one positive scale for all heads is right"
+            )
+        for each in of:
+            getattr(self, f"{each}_scale").fill_(float(tensor))
