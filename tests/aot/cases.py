@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tests.aot.cases_drafts import DRAFTS
 
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.contracts.quant import ActivationFormat
@@ -257,4 +258,5 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     **{f"quantized-{kind}": partial(quantized, kind) for kind in ("fp8_token", "fp8_tensor", "int8_token")},
     "rescaled": rescaled,
+    **DRAFTS,
 }
