@@ -47,8 +47,6 @@ class KVScales(CheckpointLayer):
 
     def _fill(self, name: str, of: str, tensor: Tensor) -> None:
         if tensor.numel() != 1 or not 0 < float(tensor) < math.inf:
-            raise CheckpointError(
-                f"tensor {name!r} is {tensor.tolist()} where one positive scale for all heads is right"
-            )
+            raise CheckpointError(f"tensor {name!r} is {tensor.tolist()} where one positive scale is right")
         for each in of:
             getattr(self, f"{each}_scale").fill_(float(tensor))
