@@ -30,6 +30,12 @@ class SamplingBatch:
     any_top_p: bool
     any_min_p: bool
 
+    @classmethod
+    def of(cls, table: SamplingTable, rows: Tensor, position: Tensor, any_random: bool) -> SamplingBatch:
+        """For lines of the ``rows`` (n,) int64 of ``table``, of which nothing more is known on the host."""
+        columns = (table.temperature[rows], table.top_k[rows], table.top_p[rows], table.min_p[rows], table.seed[rows])
+        return cls(*columns, position, any_random, any_random, any_random, any_random)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingTable:
@@ -64,7 +70,9 @@ class Sampler(ABC):
         """``logits`` (n, vocab) float32, penalties and processors applied, may be overwritten. Returns (n,) int32."""
 
     def prepare(self, max_rows: int) -> bool:
-        """Allocate what ``draw`` needs for ``max_rows`` rows and say whether the engine may call it. Called once."""
+        """Allocate what ``draw`` needs for ``max_rows`` rows and say whether the engine may call it. Called once.
+
+        If it may, ``sample`` too is captured, to verify drafts: it then takes logits of any type and leaves them."""
         return False
 
     def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:

@@ -88,7 +88,6 @@ def place_drafts(
     base = table.num_tokens[rows].long()
     count = torch.minimum(count, table.token_ids.shape[1] - base)
     count = torch.where(rows == len(num_drafts) - 1, 0, count)
-    at = (base[:, None] + place).clamp(max=table.token_ids.shape[1] - 1)
-    before = table.token_ids[rows[:, None], at]
-    table.token_ids[rows[:, None], at] = torch.where(place < count[:, None], tokens.int(), before)
+    request, at = (place < count[:, None]).nonzero(as_tuple=True)
+    table.token_ids[rows[request], base[request] + at] = tokens[request, at].int()
     num_drafts[rows] = count.int()

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.spec import DeviceProposer, StepTokens
 from quire.core.sample.verify import place_drafts
+from quire.core.worker.graphs import VERIFIED_REQUESTS, graph_sizes, query_lens
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
+from quire.core.worker.pinned import upload
+from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["Drafting"]
@@ -35,6 +42,10 @@ class Drafting:
         self._group = group
         self._off = False
         self._faults: list[str] = []
+        self._sizes = [size for size in graph_sizes(table.num_rows) if size <= VERIFIED_REQUESTS]
+        most = self._sizes[-1] if self._sizes else 1
+        self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=table.device)
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._hidden: list[Tensor] = []
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -47,18 +58,54 @@ class Drafting:
         step = StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group], self._hidden)
         self._guarded(lambda: self.proposer.observe(step))
 
-    def propose(self, rows: Tensor, count: int, *, greedy: bool) -> None:
-        """Draft for ``rows`` (n,) int64, and write the drafts behind their tokens."""
+    def propose(self, rows: NDArray[np.int32], count: int, *, greedy: bool) -> None:
+        """Draft for ``rows`` of the table, and write the drafts behind their tokens."""
+        size = next((size for size in self._sizes if size >= len(rows)), len(rows))
+        graph = self._graphs.get((size, count, greedy))
+        padded = np.full(size if graph else len(rows), self._table.padding_row, np.int64)
+        padded[: len(rows)] = rows
+        who = upload(padded, torch.int64, self._table.device)
+        if graph is not None and not self._off:
+            self._rows[:size] = who
+            graph.replay()
+        else:
+            self._guarded(lambda: self._propose(who, count, greedy))
 
-        def work() -> None:
-            drafts = self.proposer.propose(rows, count, greedy=greedy)
-            if drafts.tokens.ndim != 2 or drafts.tokens.shape[0] != len(rows) or drafts.tokens.is_floating_point():
-                raise ValueError(f"propose returned drafts {tuple(drafts.tokens.shape)} of {drafts.tokens.dtype}")
-            tokens = drafts.tokens[:, :count]
-            table = self._table
-            place_drafts(tokens, drafts.lengths, rows, table.sampling, table.num_drafts, self._vocab_size)
+    def rehearse(self) -> None:
+        """Launch what passes of every size launch; tokens that were not drawn are not read."""
+        for size in self._sizes:
+            rows = self._rows[:size]
+            self._propose(rows, 1, False)
+            self._propose(rows, 1, True)
+            if self.proposer.attention_specs():
+                self.proposer.observe(self._decodes(size))
 
-        self._guarded(work)
+    def capture(self, recorder: Recorder) -> None:
+        """Record proposals of every size and count."""
+        if not self.proposer.capturable:
+            return
+        for size in reversed(self._sizes):
+            for count in query_lens(self.proposer.num_tokens):
+                for greedy in (True, False):
+                    work = partial(self._propose, self._rows[:size], count - 1, greedy)
+                    work()
+                    torch.cuda.synchronize()
+                    self._graphs[size, count - 1, greedy] = recorder.record(work)[0]
+
+    def _propose(self, rows: Tensor, count: int, greedy: bool) -> None:
+        drafts = self.proposer.propose(rows, count, greedy=greedy)
+        if drafts.tokens.ndim != 2 or drafts.tokens.shape[0] != len(rows) or drafts.tokens.is_floating_point():
+            raise ValueError(f"propose returned drafts {tuple(drafts.tokens.shape)} of {drafts.tokens.dtype}")
+        tokens, table = drafts.tokens[:, :count], self._table
+        place_drafts(tokens, drafts.lengths, rows, table.sampling, table.num_drafts, self._vocab_size)
+
+    def _decodes(self, size: int) -> StepTokens:
+        """A step of ``size`` padding requests with a token each."""
+        none = torch.zeros(size, dtype=torch.int64, device=self._table.device)
+        one, start = none.int() + 1, torch.arange(size + 1, dtype=torch.int32, device=none.device)
+        blocks = self._table.block_tables[self._group][self._rows[:size]]
+        batch = AttentionBatch(start, one, blocks, size, size, 1, 1, size)
+        return StepTokens(none.int(), none, none, self._rows[:size], batch, [])
 
     def take_faults(self) -> list[str]:
         """Why the proposer was switched off, once."""

@@ -41,6 +41,7 @@ class ModelRunner:
         drawer: TokenDrawer,
         block_size: int,
         vocab_size: int,
+        most_drafts: int = 0,
     ) -> None:
         self.model = model
         self.backends = list(backends)
@@ -50,6 +51,7 @@ class ModelRunner:
         self.block_size = block_size
         rows = table.num_rows
         self.drafting: Drafting | None = None
+        self.most_drafts = most_drafts
         self._vocab_size = vocab_size
         self._prompt_len = np.zeros(rows, dtype=np.int64)
         self._prompt_logprobs = np.full(rows, -1, dtype=np.int32)
@@ -78,9 +80,12 @@ class ModelRunner:
         """Compile what captured steps launch, now that every buffer is where it will stay: decodes, and where backends
         allow it steps with up to ``max_tokens`` tokens of prompts."""
         self.graphs = DecodeGraphs(
-            self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler
-        )
+            self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler,
+            self.most_drafts, self.drawer.forced_acceptance,
+        )  # fmt: skip
         compile_ahead(self.graphs.rehearse)
+        if self.drafting is not None:
+            compile_ahead(self.drafting.rehearse)
         if all("mixed" in backend.graph_support for backend in self.backends):
             self.mixed = MixedGraphs(self.model, self.backends, self.kv, self.table, max_tokens)
             compile_ahead(self.mixed.rehearse)
@@ -93,6 +98,8 @@ class ModelRunner:
             self.mixed.capture(recorder)
         if self.graphs is not None:
             self.graphs.capture(recorder)
+        if self.drafting is not None:
+            self.drafting.capture(recorder)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> Readback:
@@ -111,18 +118,19 @@ class ModelRunner:
             logits = self.model.compute_logits(hidden[inputs.logits_index])
             drawn = self.drawer.draw(logits, step, inputs, lines)
         if self.drafting is not None:
-            self._draft(self.drafting, step, inputs, drawn)
+            drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
+            if step.num_decodes + drafts < len(step.rows):
+                self.drafting.observe(inputs)
+            self._draft(self.drafting, step, drawn)
         return Readback(step, drawn, prompt, clock)
 
-    def _draft(self, drafting: Drafting, step: SchedulerOutput, inputs: StepInputs, drawn: Drawn | None) -> None:
-        drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
-        if step.num_decodes + drafts < len(step.rows):
-            drafting.observe(inputs)
-        if drawn is not None:
-            if step.propose:
-                greedy = self.drawer.greedy(step.rows[step.samples])
-                drafting.propose(inputs.spans.rows, step.propose, greedy=greedy)
-            drawn.quarantined += drafting.take_faults()
+    def _draft(self, drafting: Drafting, step: SchedulerOutput, drawn: Drawn | None) -> None:
+        if drawn is None:
+            return
+        rows = step.rows[step.samples]
+        if step.propose:
+            drafting.propose(rows, step.propose, greedy=self.drawer.greedy(rows))
+        drawn.quarantined += drafting.take_faults()
 
     def _apply(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
@@ -143,14 +151,16 @@ class ModelRunner:
         self.table.set_continuations(step.continuations, self._vocab_size)
 
     def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepClock) -> Readback:
-        inputs, logits = graphs.forward(step)
+        graphs.forward(step)
         variant = self.drawer.variant(step.rows)
         if variant is not None:
             drawn = Drawn(graphs.draw(step, variant))
         else:
-            drawn = self.drawer.draw(logits, step, inputs, Lines.of(step))
+            lines = Lines.of(step)
+            inputs, logits = graphs.drawable(step, lines)
+            drawn = self.drawer.draw(logits, step, inputs, lines)
         if self.drafting is not None:
-            self._draft(self.drafting, step, inputs, drawn)
+            self._draft(self.drafting, step, drawn)
         return Readback(step, drawn, {}, clock)
 
     def _forward(self, inputs: StepInputs) -> Tensor:

@@ -64,11 +64,12 @@ class TokenDrawer:
         table: RequestTable,
         num_rows: int,
         forced_acceptance: float | None = None,
+        most_lines: int = 0,
     ) -> None:
         self.table = table
         self.forced_acceptance = forced_acceptance
         self._sampler = sampler
-        self.device_sampler = sampler if sampler.prepare(table.num_rows) else None
+        self.device_sampler = sampler if sampler.prepare(most_lines or table.num_rows) else None
         """The sampler, where it can draw from the table by itself."""
         self._processors = [_Active(name, processor) for name, processor in processors]
         self._random = np.zeros(num_rows, dtype=bool)

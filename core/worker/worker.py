@@ -30,6 +30,7 @@ from quire.core.plugin_options import parse_options
 from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
 from quire.core.worker.drafting import Drafting
+from quire.core.worker.graphs import VERIFIED_REQUESTS
 from quire.core.worker.memory import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.pinned import lock_ahead
@@ -64,8 +65,10 @@ class Worker:
         table = RequestTable(rows, longest, block_size, len(backends), self._device, ahead)
         sampler = self._sampler()
         forced = None if spec is None else spec.forced_acceptance
-        drawer = TokenDrawer(sampler, self._processors(), table, rows, forced)
-        self._runner = ModelRunner(model, backends, kv, table, drawer, block_size, config.model.vocab_size)
+        drawer = TokenDrawer(
+            sampler, self._processors(), table, rows, forced, max(rows, VERIFIED_REQUESTS * (1 + ahead))
+        )
+        self._runner = ModelRunner(model, backends, kv, table, drawer, block_size, config.model.vocab_size, ahead)
         if proposer is not None:
             self._runner.drafting = self._drafting(proposer, sampler, table, kv)
         self.capacity = self._make_cache(rows * longest)
@@ -180,11 +183,13 @@ class Worker:
                     f"attention backend {choice.name!r} cannot run this model on {self._device.type}: "
                     f"{'; '.join(reasons)}; choose another with --attention-backend"
                 )
+        ahead = 0 if self._config.speculation is None else self._config.speculation.num_tokens
         limits = AttentionLimits(
             self._config.scheduler.max_num_seqs,
             self._config.scheduler.max_num_batched_tokens,
-            self._config.model.max_model_len,
+            self._config.model.max_model_len + ahead,
             self._device,
+            1 + ahead,
         )
         options = _options(backend_class, choice)
         backends = [backend_class(spec, self._device, options) for spec in specs]

@@ -71,21 +71,10 @@ class DraftModel(DeviceProposer):
         """Two tokens a request, then one a pass."""
         target = self._target
         table = target.table
-        length = table.num_tokens[who].long()
-        sampling = SamplingBatch(
-            temperature=table.temperature[who],
-            top_k=table.top_k[who],
-            top_p=table.top_p[who],
-            min_p=table.min_p[who],
-            seed=table.seed[who],
-            position=length,
-            any_random=not greedy,
-            any_top_k=True,
-            any_top_p=True,
-            any_min_p=True,
-        )
+        length = table.num_tokens[who].long().clamp(min=2)  # padding has none
+        sampling = SamplingBatch.of(table, who, length, not greedy)
         blocks = target.block_table[who]
-        back = (length[:, None] + torch.arange(-2, 0, device=who.device)).clamp(min=0)  # (n, 2)
+        back = length[:, None] + torch.arange(-2, 0, device=who.device)  # (n, 2)
         tokens = table.token_ids[who[:, None], back]
         hidden = self._pass(tokens.flatten(), back, length, blocks, 2)[1::2]
         drafts = []
@@ -113,7 +102,8 @@ class DraftModel(DeviceProposer):
             num_tokens=n * queries,
             max_query_len=queries,
             max_seq_len=longest,
-            num_decodes=n if queries == 1 else 0,
+            num_decodes=n,
+            decode_query_len=queries,
         )
         key = GraphKey("decode" if queries == 1 else "verify", n * queries, n, queries)
         return self._forward(tokens, positions.flatten().clamp(max=longest - 1), slots, batch, key)

@@ -11,15 +11,18 @@ from tests.aot.cases_drafts import DRAFTS
 
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.contracts.quant import ActivationFormat
+from quire.core.contracts.sampler import SamplingTable
 from quire.core.ops.kernels import activation, decode_inputs, norm, rope
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.skinny import skinny
 from quire.core.ops.kernels.wide import wide
+from quire.core.sample.kernels import verify
 from quire.core.sample.kernels.argmax import argmax
 from quire.core.sample.kernels.draw import Columns, draw
 from quire.core.sample.kernels.logprobs import normalize
 from quire.core.sample.kernels.penalties import penalize
 from quire.core.sample.kernels.workspace import Workspace
+from quire.core.sample.verify import Spans
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.quant.kernels import fp8_quantize
@@ -68,12 +71,21 @@ def silu(dtype: torch.dtype) -> None:
     activation.silu_and_mul(torch.empty(4, 28672, dtype=dtype))
 
 
-def step_inputs() -> None:
+def step_inputs(queries: int) -> None:
     ints = partial(torch.zeros, dtype=torch.int32)
     longs = partial(torch.zeros, dtype=torch.int64)
     decode_inputs.decode_inputs(
-        longs(4), ints(8, 64), ints(8), ints(8, 5), ints(4), longs(4), ints(4), longs(4), ints(4, 5), 16, True
-    )
+        longs(4), longs(4), ints(8, 64), ints(8), ints(8, 5), ints(4 * queries), longs(4 * queries), ints(4),
+        longs(4 * queries), ints(4, 5), 16, 64, queries == 1,
+    )  # fmt: skip
+
+
+def drafts(forced: float | None, lengths: bool) -> None:
+    ints, longs = partial(torch.zeros, dtype=torch.int32), partial(torch.zeros, dtype=torch.int64)
+    table = SamplingTable(ints(8, 64), ints(8), torch.zeros(8), ints(8), torch.zeros(8), torch.zeros(8), longs(8))
+    spans = Spans(longs(4), longs(4), longs(4), 5)
+    verify.verify(ints(20), spans, table, ints(8), ints(8), forced)
+    verify.place_drafts(ints(4, 4), ints(4) if lengths else None, longs(4), table, ints(8), 32000)
 
 
 def greedy(dtype: torch.dtype, vocab: int) -> None:
@@ -188,7 +200,10 @@ CASES: dict[str, Callable[[], None]] = {
     "rope": partial(rope_and_cache, torch.bfloat16, 128, 128, False),
     "rope-norm-partial": partial(rope_and_cache, torch.bfloat16, 128, 64, True),
     "silu": partial(silu, torch.bfloat16),
-    "decode-inputs": step_inputs,
+    "decode-inputs": partial(step_inputs, 1),
+    "verify-inputs": partial(step_inputs, 5),
+    "drafts": partial(drafts, None, False),
+    "drafts-forced": partial(drafts, 0.75, True),
     "gemv": partial(linear, gemv, 1, 28672, 4096, tokens=1, rows=4, turns=28, num_warps=8),
     "gemv-2": partial(linear, gemv, 2, 6144, 1024, tokens=2, rows=2, turns=3, num_warps=4),
     "gemv-long": partial(linear, gemv_long, 1, 4096, 14336, rows=4, block=1024, num_warps=4),

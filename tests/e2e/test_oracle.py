@@ -93,7 +93,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
                 llm._outputs.add(name_i, None, requests, params, "final")
                 llm._client.add(requests)
                 expected[name_i] = (prompt, params)
-        made = llm._outputs.process(llm._client.step().outputs)
+        made = llm._outputs.process(llm._client.step())
         assert not made.errors
         for output in made.outputs:
             prompt, params = expected.pop(output.request_id)

@@ -99,7 +99,10 @@ def test_decode_inputs(device: str) -> None:
     ids, lens = (torch.full((5,), -1, dtype=torch.int32, device=device) for _ in range(2))
     positions, slots = (torch.full((5,), -1, dtype=torch.int64, device=device) for _ in range(2))
     blocks = torch.zeros(5, 4, dtype=torch.int32, device=device)
-    decode_inputs.decode_inputs(rows, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, advance=True)
+    none = torch.zeros_like(rows)
+    decode_inputs.decode_inputs(
+        rows, none, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, 60, advance=True
+    )
     assert ids.tolist() == [3 * 64 + 31, 17, 5 * 64, 5 * 64, 5 * 64]
     assert positions.tolist() == [31, 17, 0, 0, 0]
     assert lens.tolist() == [32, 18, 1, 1, 1]
@@ -107,3 +110,28 @@ def test_decode_inputs(device: str) -> None:
     assert blocks[0, :2].tolist() == [12, 13]
     assert blocks[1, :2].tolist() == [0, 1]
     assert computed.tolist() == [18, 9, 9, 32, 9, 9]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_inputs_of_drafts(device: str) -> None:
+    """Three queries a request, of which the drafts granted are real and the rest writes to block 0."""
+    rows = torch.tensor([3, 0, 4], device=device)  # row 4 is padding
+    drafts = torch.tensor([2, 1, 0], device=device)
+    token_ids = torch.arange(5 * 64, dtype=torch.int32, device=device).view(5, 64)
+    computed = torch.tensor([15, 9, 9, 30, 0], dtype=torch.int32, device=device)
+    table = torch.arange(5 * 4, dtype=torch.int32, device=device).view(5, 4)
+    table[4] = 0
+    ids = torch.full((9,), -1, dtype=torch.int32, device=device)
+    lens = torch.full((3,), -1, dtype=torch.int32, device=device)
+    positions, slots = (torch.full((9,), -1, dtype=torch.int64, device=device) for _ in range(2))
+    blocks = torch.zeros(3, 4, dtype=torch.int32, device=device)
+    decode_inputs.decode_inputs(
+        rows, drafts, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, 32, advance=False
+    )
+    assert ids.tolist() == [192 + 30, 192 + 31, 192 + 32, 15, 16, 0, 256, 0, 0]
+    assert positions.tolist() == [30, 31, 31, 15, 16, 17, 0, 1, 2]  # none beyond the longest context
+    assert lens.tolist() == [33, 18, 3]
+    assert slots.tolist()[:5] == [13 * 16 + 14, 13 * 16 + 15, 14 * 16, 15, 1 * 16]
+    assert all(slot < 16 for slot in slots.tolist()[5:])
+    assert blocks[0, :3].tolist() == [12, 13, 14]
+    assert computed.tolist() == [15, 9, 9, 30, 0]

@@ -1,0 +1,48 @@
+"""On a GPU: captured steps that verify drafts follow the reference, whoever drafts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quire import LLM, SamplingParams
+from quire.core.testing.oracle import worst_gap
+
+pytestmark = pytest.mark.gpu
+
+MODEL = Path(__file__).resolve().parents[2] / "core" / "assets" / "quire-tiny"
+WAYS = {
+    "draft": {"speculative_model": str(MODEL) + "-draft"},
+    "itself": {"speculative_model": str(MODEL), "num_speculative_tokens": 3},
+    "ngram": {"spec_method": "ngram"},
+    "eager": {"speculative_model": str(MODEL) + "-draft", "enforce_eager": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_follow_the_reference(way: str) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
+    sizes = {"gpu_memory_utilization": 0.3, "max_num_seqs": 24, "max_num_batched_tokens": 256}
+    llm = LLM(model=str(MODEL), dtype="float32", speculative_config={"adaptive": False}, **sizes, **WAYS[way])
+    rng = random.Random(7)
+    batch = [[rng.randrange(300, 4000) for _ in range(rng.randrange(1, 300))] for _ in range(40)]
+    wishes = [
+        SamplingParams(temperature=0, max_tokens=48, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=48, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=20, ignore_eos=True, logprobs=2, min_tokens=4),
+    ]
+    for params in wishes:
+        for prompt, output in zip(batch, llm.generate(batch, params), strict=True):
+            tokens = output.outputs[0].token_ids
+            assert len(tokens) == params.max_tokens
+            assert worst_gap(reference, prompt, tokens, params, seed=3) <= 2e-3
+    stats = llm.stats()
+    if way == "itself":
+        assert stats["spec_decode_draft_acceptance_rate"] > 0.95
+    assert stats["spec_decode_num_accepted_tokens_total"] > 0
+    assert stats["plugin_quarantines_total"] == 0
+    llm.shutdown()

@@ -1,0 +1,72 @@
+"""The kernels of verification against the torch code: in the interpreter by default, and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.core.contracts.sampler import SamplingTable
+from quire.core.sample import verify as twin
+from quire.core.sample.kernels import verify as kernels
+
+ROWS, LENGTH, VOCAB = 7, 40, 9  # the last row is padding
+
+
+def table_of(chance: torch.Generator) -> tuple[SamplingTable, torch.Tensor, torch.Tensor]:
+    ints = {"dtype": torch.int32, "generator": chance}
+    lengths = torch.randint(1, LENGTH - 8, (ROWS,), **ints)
+    seeds = torch.randint(-(2**62), 2**62, (ROWS,), generator=chance)
+    floats = torch.zeros(ROWS)
+    tokens = torch.randint(0, 3, (ROWS, LENGTH), **ints)
+    table = SamplingTable(tokens, lengths, floats, floats.int(), floats, floats, seeds)
+    return table, lengths + 3, torch.randint(0, 5, (ROWS,), **ints)
+
+
+def moved(table: SamplingTable, device: str) -> SamplingTable:
+    names = ("token_ids", "num_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    return SamplingTable(*(getattr(table, name).clone().to(device) for name in names))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**31), forced=st.sampled_from([None, 0.0, 0.6, 1.0]), count=st.integers(1, 5))
+def test_verify(device: str, seed: int, forced: float | None, count: int) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    table, computed, num_drafts = table_of(chance)
+    rows = torch.randperm(ROWS - 1, generator=chance)[:count]
+    drafts = torch.randint(0, 5, (count,), generator=chance)
+    spans = twin.Spans(rows, (drafts + 1).cumsum(0) - drafts - 1, drafts, int(drafts.max()) + 1)
+    drawn = torch.randint(0, 3, (int((drafts + 1).sum()),), generator=chance, dtype=torch.int32)
+    mine, mine_computed, mine_drafts = moved(table, device), computed.clone().to(device), num_drafts.clone().to(device)
+    expected = twin.verify(drawn, spans, table, computed, num_drafts, forced)
+    moved_spans = twin.Spans(rows.to(device), spans.first.to(device), drafts.to(device), spans.width)
+    got = kernels.verify(drawn.to(device), moved_spans, mine, mine_computed, mine_drafts, forced).cpu()
+    for i in range(count):
+        assert got[i, :2].tolist() == expected[i, :2].tolist()
+        assert got[i, 2 : 2 + got[i, 0]].tolist() == expected[i, 2 : 2 + got[i, 0]].tolist()
+    assert torch.equal(mine.num_tokens.cpu(), table.num_tokens)
+    assert torch.equal(mine.token_ids.cpu(), table.token_ids)
+    assert torch.equal(mine_computed.cpu(), computed) and torch.equal(mine_drafts.cpu(), num_drafts)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 6), given_lengths=st.booleans())
+def test_place_drafts(device: str, seed: int, k: int, given_lengths: bool) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    table, _, num_drafts = table_of(chance)
+    table.num_tokens[0] = LENGTH - 2  # room for two
+    rows = torch.randperm(ROWS, generator=chance)[:4]
+    tokens = torch.randint(-2, VOCAB + 3, (4, k), generator=chance, dtype=torch.int32)
+    lengths = torch.randint(-2, k + 3, (4,), generator=chance, dtype=torch.int32) if given_lengths else None
+    mine, mine_drafts = moved(table, device), num_drafts.clone().to(device)
+    table.token_ids[-1], num_drafts[-1] = mine.token_ids[-1].cpu(), 0
+    mine_drafts[-1] = 0
+    twin.place_drafts(tokens, lengths, rows, table, num_drafts, VOCAB)
+    there = None if lengths is None else lengths.to(device)
+    kernels.place_drafts(tokens.to(device), there, rows.to(device), mine, mine_drafts, VOCAB)
+    assert torch.equal(mine_drafts.cpu(), num_drafts)
+    assert torch.equal(mine.token_ids.cpu(), table.token_ids)
+    assert bool((num_drafts >= 0).all())
