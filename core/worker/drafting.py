@@ -88,8 +88,7 @@ class Drafting:
             for count in query_lens(self.proposer.num_tokens):
                 for greedy in (True, False):
                     work = partial(self._propose, self._rows[:size], count - 1, greedy)
-                    work()
-                    torch.cuda.synchronize()
+                    work()  # compiles and warms up
                     self._graphs[size, count - 1, greedy] = recorder.record(work)[0]
 
     def _propose(self, rows: Tensor, count: int, greedy: bool) -> None:

@@ -122,7 +122,6 @@ class DecodeGraphs:
             logits = self._forward(inputs)  # compiles and warms up
             for variant in self._variants:
                 self._draw(variant, inputs, logits)
-            torch.cuda.synchronize()
             model, logits = recorder.record(partial(self._forward, inputs))
             draws = {v: recorder.record(partial(self._draw, v, inputs, logits)) for v in self._variants}
             self._captured[shape] = _Captured(inputs, logits, model, draws)

@@ -22,6 +22,7 @@ class Recorder:
 
     def record(self, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
         """Capture what ``work`` launches; the graph, and what ``work`` returned."""
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

@@ -1,0 +1,111 @@
+"""Captured steps without a GPU: a graph that is replayed by calling again what it would have recorded.
+
+The kernels run in the interpreter, so this is the code of the GPU but for the capture itself (see ``test_gpu.py``).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quire import SamplingParams
+from quire.core.sample.kernels.workspace import Workspace
+from quire.core.sample.sampler import GumbelSampler
+from quire.core.worker.graphs import DecodeGraphs
+from quire.core.worker.input_builder import Lines
+
+from .test_exact import assert_same, prompts_for
+
+
+class Replayed:
+    """What a CUDA graph does: the same work on the same buffers, into the same results."""
+
+    def __init__(self, work, made) -> None:
+        self._work, self._made = work, made
+        self.count = 0
+
+    def replay(self) -> None:
+        self.count += 1
+        again = self._work()
+        if self._made is not None:
+            self._made.copy_(again)
+
+
+class Calls:
+    """Records nothing and calls again."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Replayed] = []
+
+    def record(self, work):
+        made = work()
+        self.graphs.append(Replayed(work, made))
+        return self.graphs[-1], made
+
+
+class OnDevice(GumbelSampler):
+    """Draws from the table by kernels, as on a GPU."""
+
+    def prepare(self, max_rows: int) -> bool:
+        self._work = Workspace(max_rows, self.vocab_size, self.device)
+        return True
+
+
+@pytest.fixture(scope="module")
+def captured(engine):
+    """An engine that drafts for itself in captured steps."""
+    llm = engine("itself", max_num_seqs=3)
+    runner = llm._client.core._executor._worker._runner
+    calls = Calls()
+    drawer = runner.drawer
+    sampler = OnDevice(llm.config.model.vocab_size, torch.device("cpu"))
+    sampler.prepare(64)
+    drawer.device_sampler = sampler
+    with torch.inference_mode():
+        for backend in runner.backends:
+            backend.graph_support = frozenset({"decode", "verify"})
+        runner.graphs = DecodeGraphs(
+            runner.model, runner.backends, runner.kv, runner.table, runner.block_size, sampler, runner.most_drafts
+        )
+        runner.graphs.capture(calls)
+        runner.drafting.capture(calls)
+    return llm, calls
+
+
+WISHES = [
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 3, "top_p": 0.9},
+    {"temperature": 0.8, "seed": 5, "frequency_penalty": 0.8, "logprobs": 2},
+    {"temperature": 0.7, "seed": 6, "max_tokens": 6},
+]
+
+
+@pytest.mark.parametrize("first", range(2))
+def test_replays_draw_the_same_tokens(engine, captured, first: int) -> None:
+    """Verification with as many drafts for all and with fewer for some, alone and beside prompts."""
+    llm, calls = captured
+    prompts = prompts_for(4, 4)
+    params = [SamplingParams(**({"max_tokens": 14, "ignore_eos": True} | wish)) for wish in WISHES]
+    some = slice(2 * first, 2 * first + 2)
+    before = sum(graph.count for graph in calls.graphs)
+    for mine, theirs in zip(
+        llm.generate(prompts[some], params[some]), engine().generate(prompts[some], params[some]), strict=True
+    ):
+        assert_same(mine, theirs)
+    assert sum(graph.count for graph in calls.graphs) > before + 6
+    assert llm.stats()["spec_decode_num_accepted_tokens_total"] > 0
+
+
+def test_lines_of_a_step() -> None:
+    from quire.core.messages import SchedulerOutput
+
+    ints = torch.tensor
+    step = SchedulerOutput(
+        0, ints([4, 1, 7]).numpy(), ints([3, 5, 1]).int().numpy(), ints([True, False, True]).numpy(), 0, 9, 20,
+        ints([20, 9, 6]).int().numpy(), drafts=ints([2, 0, 0]).int().numpy(),
+    )  # fmt: skip
+    lines = Lines.of(step)
+    assert lines.owner.tolist() == [0, 0, 0, 2]
+    assert lines.token.tolist() == [0, 1, 2, 8]
+    assert lines.positions.tolist() == [18, 19, 20, 6]
+    assert lines.first.tolist() == [0, 3] and lines.drafts.tolist() == [2, 0]
