@@ -178,7 +178,7 @@ def launches(
 def rule(features: int, inputs: int, tokens: int, quantized: bool = False) -> Launch:
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens == 1 and not quantized:
-        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2})
+        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2}, norm_apart=True)
     if tokens <= 8 and not quantized:
         options = {"tokens": 8, "rows": 16, "block": 128, "ways": 4, "num_stages": 6}
         return Launch("skinny8", options, norm_apart=True)
@@ -203,7 +203,7 @@ def _both(features: int, inputs: int, tokens: int) -> list[Launch | None]:
 def _by_block(launch: Launch) -> Launch:
     """With inputs taken 128 at a time, so that a product has one scale for each row."""
     if launch.kernel == "gemv8":
-        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2})
+        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2}, norm_apart=True)
     options = dict(launch.options)
     if launch.kernel != "gemv8_long":
         options["block"] = 128
