@@ -242,19 +242,23 @@ CASES: dict[str, Callable[[], None]] = {
     "logprobs": lambda: normalize(torch.zeros(2, 151936, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)),
     "random": partial(random, torch.bfloat16, 151936, True),
     "random-float32": partial(random, torch.float32, 128256, False),
-    "gemv8": partial(eight_bit, gemv8, 1, 6144, 4096, FP8, tokens=1, rows=2, turns=6, num_warps=8),
-    "gemv8-int8": partial(eight_bit, gemv8, 2, 6144, 4096, INT8, tokens=2, rows=2, turns=6, num_warps=8),
-    "gemv8-long": partial(eight_bit, gemv8_long, 1, 4096, 14336, FP8, rows=4, block=1024, num_warps=2),
-    "gemv8-long-blocks": partial(eight_bit, gemv8_long, 1, 4096, 4096, FP8, rows=4, block=1024, num_warps=2, blocks=1),
-    "skinny8": partial(eight_bit, skinny8, 8, 4096, 14336, FP8, tokens=8, rows=16, block=128, ways=4, num_stages=6),
-    "skinny8-blocks": partial(
+    "fp8-gemv": partial(eight_bit, gemv8, 1, 6144, 4096, FP8, tokens=1, rows=2, turns=6, num_warps=8),
+    "int8-gemv": partial(eight_bit, gemv8, 2, 6144, 4096, INT8, tokens=2, rows=2, turns=6, num_warps=8),
+    "fp8-gemv-long": partial(eight_bit, gemv8_long, 1, 4096, 14336, FP8, rows=4, block=1024, num_warps=2),
+    "fp8-gemv-long-blocks": partial(
+        eight_bit, gemv8_long, 1, 4096, 4096, FP8, rows=4, block=1024, num_warps=2, blocks=1
+    ),
+    "fp8-skinny": partial(eight_bit, skinny8, 8, 4096, 14336, FP8, tokens=8, rows=16, block=128, ways=4, num_stages=6),
+    "fp8-skinny-blocks": partial(
         eight_bit, skinny8, 8, 4096, 4096, FP8, tokens=8, rows=16, block=128, ways=4, num_stages=6, blocks=1
     ),
-    "wide8": partial(eight_bit, wide8, 32, 4096, 14336, FP8, tokens=32, rows=64, block=256, num_warps=4, num_stages=6),
-    "wide8-int8": partial(
+    "fp8-wide": partial(
+        eight_bit, wide8, 32, 4096, 14336, FP8, tokens=32, rows=64, block=256, num_warps=4, num_stages=6
+    ),
+    "int8-wide": partial(
         eight_bit, wide8, 128, 4096, 4096, INT8, tokens=128, rows=64, block=128, num_warps=4, num_stages=4
     ),
-    "wide8-tokens": partial(
+    "fp8-wide-tokens": partial(
         eight_bit,
         wide8,
         64,
@@ -268,10 +272,12 @@ CASES: dict[str, Callable[[], None]] = {
         num_stages=6,
         tokens_first=True,
     ),
-    "wide8-blocks": partial(
+    "fp8-wide-blocks": partial(
         eight_bit, wide8, 32, 4096, 4096, FP8, tokens=32, rows=64, block=128, num_warps=4, num_stages=6, blocks=1
     ),
-    **{f"quantized-{kind}": partial(quantized, kind) for kind in ("fp8_token", "fp8_tensor", "int8_token")},
-    "rescaled": rescaled,
+    "fp8-quantized": partial(quantized, "fp8_token"),
+    "fp8-quantized-static": partial(quantized, "fp8_tensor"),
+    "int8-quantized": partial(quantized, "int8_token"),
+    "int8-rescaled": rescaled,
     **DRAFTS,
 }

@@ -12,7 +12,7 @@ __all__ = ["EXCEPTIONS", "LEFT_OUT", "SHARED", "Except", "spill_allowed"]
 SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
 
-LEFT_OUT: dict[int, tuple[str, ...]] = {80: ("float16-*",), 100: ("float16-*",)}
+LEFT_OUT: dict[int, tuple[str, ...]] = {80: ("float16-*", "fp8-*"), 100: ("float16-*",)}
 """Capability -> patterns of cases not compiled for it: they use what such a GPU has not, or, as these, differ from
 others only in a type."""
 

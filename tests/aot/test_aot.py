@@ -60,9 +60,9 @@ def test_decode_multiplies_on_tensor_cores() -> None:
     assert "mma.sync" in decode.ptx and "cp.async" in decode.ptx
 
 
-@pytest.mark.parametrize("case", ["wide8", "wide8-int8", "wide8-tokens"])
+@pytest.mark.parametrize("case", ["fp8-wide", "int8-wide", "fp8-wide-tokens"])
 def test_eight_bits_are_multiplied_as_such(case: str) -> None:
-    (wide,) = compiled(case)
+    (wide,) = compiled(case, 90)
     assert "wgmma.mma_async" in wide.ptx and (".s8.s8" if "int8" in case else ".e4m3.e4m3") in wide.ptx
 
 
