@@ -28,14 +28,14 @@ _SPELLINGS = {
 class KVScales(CheckpointLayer):
     """What an FP8 cache holds times ``k_scale``, or ``v_scale``, is the key or value; both 1 where nothing is said."""
 
-    k_scale: Tensor  # () float32
+    k_scale: Tensor  # (1,) float32
     v_scale: Tensor
 
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("k_scale", torch.ones((), device=device), persistent=False)
-        self.register_buffer("v_scale", torch.ones((), device=device), persistent=False)
+        self.register_buffer("k_scale", torch.ones(1, device=device), persistent=False)
+        self.register_buffer("v_scale", torch.ones(1, device=device), persistent=False)
 
     def checkpoint(self) -> dict[str, Fill]:
         """Every spelling."""

@@ -150,9 +150,9 @@ def grouped_by(
 def _widen(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:
     """``(codes - zeros) * scales`` in float32; ``middle`` is the zero point where ``zeros`` is None."""
     out, groups = scales.shape
-    grouped = codes.float().view(out, groups, -1)
-    zero = middle if zeros is None else zeros.float()[..., None]
-    return ((grouped - zero) * scales.float()[..., None]).view(out, -1)
+    wide = codes.float().view(out, groups, -1)
+    wide.sub_(middle if zeros is None else zeros.float()[..., None])
+    return wide.mul_(scales.float()[..., None]).view(out, -1)
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:

@@ -20,9 +20,9 @@ def unpack(words: Tensor, bits: int, count: int | None = None) -> Tensor:
     width = words.dtype.itemsize * 8
     rows, number = words.shape
     mask = (1 << bits) - 1
-    if width % bits == 0:
-        shifts = torch.arange(0, width, bits, dtype=words.dtype, device=words.device)
-        codes = ((words[:, :, None] >> shifts) & mask).to(torch.uint8).view(rows, -1)
+    if 8 % bits == 0:  # whole codes in each byte, and the bytes of a word are in order
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = ((words.contiguous().view(torch.uint8)[:, :, None] >> shifts) & mask).view(rows, -1)
         return codes if count is None else codes[:, :count]
     total = number * width // bits if count is None else count
     at = torch.arange(total, device=words.device) * bits
