@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 from typing import Any
 
 from quire.core.errors import ConfigError
-from quire.server.bench.client import Client, Timing
+from quire.server.bench.client import Client, Timing, run_async
 from quire.server.bench.load import Requests, longest_gap, model_of, send_all
 from quire.server.bench.plot import LoadPlot
 from quire.server.bench.report import percentiles, print_json, print_table, progress
@@ -21,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     if min(args.request_rate) < 0 or (args.max_concurrency or 1) < 1:
         raise ConfigError("--request-rate must not be negative, and --max-concurrency must be at least 1")
     plot = LoadPlot(args.plot) if args.plot else None
-    every = asyncio.run(_rates(args))
+    every = run_async(_rates(args))
     if plot is not None:
         print(f"drawn in {plot.draw(every)}")
     return 1 if any(found["failed"] for found in every) else 0

@@ -17,7 +17,7 @@ import numpy as np
 
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
-from quire.server.bench.client import Client, Timing
+from quire.server.bench.client import Client, Timing, run_async
 from quire.server.bench.load import Requests, model_of, run_open, send_all
 from quire.server.bench.report import percentiles, print_json, progress
 from quire.server.bench.server_process import ServerProcess, gpu_bytes, serve_words
@@ -41,7 +41,7 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
             server.wait_ready()
             print(server.ready_line, flush=True)
             args.base_url, args.model = server.url, None
-        soak = asyncio.run(_soak(args, engine_args.max_num_seqs, server))
+        soak = run_async(_soak(args, engine_args.max_num_seqs, server))
     for number, minute in enumerate(soak.minutes, 1):
         print(_line(number, minute))
     found = soak.summary()

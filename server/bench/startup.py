@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import tempfile
 from typing import Any
 
 from quire.core.engine.args import EngineArgs
-from quire.server.bench.client import Client
+from quire.server.bench.client import Client, run_async
 from quire.server.bench.report import print_json, progress
 from quire.server.bench.server_process import ServerProcess, serve_words
 
@@ -46,7 +45,7 @@ def _start(words: list[str], cache: str, bar: Any) -> dict[str, Any]:
     with ServerProcess(words, {"TRITON_CACHE_DIR": cache}) as server:
         ready = server.wait_ready()
         phases = server.phases
-        first = asyncio.run(_first_token(server.url))
+        first = run_async(_first_token(server.url))
         bar.update()
         rest = {"imports, settings, HTTP": ready - sum(phases.values())}
         return {"ready": server.ready_line, "ready_s": ready, "phases_s": phases | rest, "first_token_s": first}

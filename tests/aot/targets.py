@@ -42,6 +42,7 @@ EXCEPTIONS: tuple[Except, ...] = (
     Except("decode_kernel", 64, _ELSEWHERE, capabilities=(80,)),
     Except("decode_kernel", 216, _ELSEWHERE, capabilities=(100,)),
     Except("shortlist_kernel", 160, _FLOAT32, case="random-float32", triton="3.6.*"),
+    Except("decode_kernel", 24, _OLDEST, case="softcap", triton="3.6.*"),
     Except("settle_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
     Except("skinny_kernel", 8, _OLDEST, case="int4-*", triton="3.6.*"),
 )
