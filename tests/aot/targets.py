@@ -12,9 +12,9 @@ __all__ = ["EXCEPTIONS", "LEFT_OUT", "SHARED", "Except", "spill_allowed"]
 SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
 
-LEFT_OUT: dict[int, tuple[str, ...]] = {80: ("float16-*", "fp8-*"), 100: ("float16-*",)}
-"""Capability -> patterns of cases not compiled for it: they use what such a GPU has not, or, as these, differ from
-others only in a type."""
+LEFT_OUT: dict[int, tuple[str, ...]] = {80: ("float16-*", "fp8-*", "int4-wide-256"), 100: ("float16-*",)}
+"""Capability -> patterns of cases not compiled for it: they use what such a GPU has not, differ from others only in a
+type (``float16-*``), or are launches of a table of Hopper's (``int4-wide-256``)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ EXCEPTIONS: tuple[Except, ...] = (
     Except("shortlist_kernel", 160, _FLOAT32, case="random-float32", triton="3.6.*"),
     Except("decode_kernel", 24, _OLDEST, case="softcap", triton="3.6.*"),
     Except("settle_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
+    Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-groups-of-32", capabilities=(100,)),
     Except("skinny_kernel", 8, _OLDEST, case="int4-*", triton="3.6.*"),
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from fnmatch import fnmatch
 
 import pytest
@@ -64,6 +65,15 @@ def test_decode_multiplies_on_tensor_cores() -> None:
 def test_eight_bits_are_multiplied_as_such(case: str) -> None:
     (wide,) = compiled(case, 90)
     assert "wgmma.mma_async" in wide.ptx and (".s8.s8" if "int8" in case else ".e4m3.e4m3") in wide.ptx
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("int4-wide")])
+def test_no_product_runs_on_into_the_next_turn(case: str) -> None:
+    """sm_90: Triton 3.6 lets it where nothing else touches the sum; then the next turn's weights overwrite those that
+    ``wgmma`` still reads."""
+    wide = compiled(case, 90)[0]
+    left = re.findall(r"wgmma.wait_group.sync.aligned (\d+)", wide.ptx)
+    assert "wgmma.mma_async" in wide.ptx and left and set(left) == {"0"}
 
 
 def test_no_kernel_is_forgotten() -> None:

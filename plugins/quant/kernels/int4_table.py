@@ -58,9 +58,9 @@ def steps(capability: tuple[int, int], features: int, inputs: int, bits: int) ->
 def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int) -> Launch | None:
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens <= 8:
-        many = features > 16384
-        ways = 2 if many and tokens == 1 else 8 if inputs > 8192 else 4
-        stages = 3 if ways == 8 else 4
+        hopper = capability >= (9, 0)  # others may have less shared memory
+        ways = 2 if features > 16384 and tokens == 1 else 8 if inputs > 8192 and hopper else 4
+        stages = 4 if ways < 8 and hopper else 3
         return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "depth": 1})
     if capability < (9, 0) and tokens > 64:
         return None
