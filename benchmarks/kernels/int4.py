@@ -4,7 +4,7 @@
 
 As ``benchmarks/kernels/linear.py``: candidates are compiled in a pool of processes, checked against float64, and timed
 as replays of a CUDA graph that goes through several copies of the weights, so that they come from memory. Microseconds
-a call, the norm before the layer counted, in the kernel or apart. ``bf16`` is the library's GEMM on unquantized
+a call, the norm before the layer counted. ``bf16`` is the library's GEMM on unquantized
 weights, ``library`` the same after the weights were written out in bf16.
 """
 
@@ -34,47 +34,33 @@ from quire.core.ops.kernels.norm import rms_norm
 from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, reference
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
 
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+TOKENS = (8, 16, 32, 64, 128, 256, 512, 2048)
 WORTH = 0.99
 """A kernel is taken where it needs at most this share of the time that the library needs."""
 Options = dict[str, Any]
 
 
 def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
-    """Launches worth timing. ``norm`` says that the kernel does the norm before it."""
-    norms = [{"norm": True}, {"norm": False}] if "norm" in layer.fused and tokens <= 8 else [{"norm": False}]
+    """Launches worth timing."""
     least = 2 if "gated" in layer.fused else 1
-    if tokens == 1:
-        for tiles, ways in [(1, 4), (1, 8), (2, 8)]:
-            if tiles >= least and layer.inputs <= 1024 * ways:
-                for norm in norms:
-                    yield "whole", {"tokens": 1, "tiles": tiles, "ways": ways} | norm
     if tokens <= 32:
-        for tiles, ways, stages in _SKINNY[1 if tokens == 1 else 8 if tokens <= 8 else 32]:
-            for norm in norms if tiles >= least else []:
-                options = {"tokens": 1 if tokens == 1 else max(8, tokens), "tiles": tiles, "ways": ways}
-                for depth in (1, 2, 4) if tokens <= 8 else (1, 2):
-                    if layer.inputs < 128 * ways * depth * stages:
-                        continue
-                    yield "skinny", options | {"num_stages": stages, "depth": depth} | norm
+        for tiles, ways, stages in _SKINNY:
+            options = {"tokens": max(8, tokens), "tiles": tiles, "ways": ways, "num_stages": stages}
+            for depth in (1, 2, 4) if tokens <= 8 else (1, 2):
+                if tiles >= least and layer.inputs >= 128 * ways * depth * stages:
+                    yield "skinny", options | {"depth": depth}
     if tokens >= 8:
         for tiles, warps, stages in [(4, 4, 4), (8, 8, 3), (8, 8, 4)]:
             for tile in sorted({min(tokens, 64), min(tokens, 128), min(tokens, 256)}):
                 programs = -(-layer.features // (16 * tiles)) * -(-tokens // tile)
                 for splits in sorted({max(1, round(132 * k / programs)) for k in (1, 2, 3)}):
                     options = {"tokens": tile, "tiles": tiles, "splits": splits}
-                    for scaled in (0, 1) if tile == 64 or tile == 128 else (int(tile > 64),):
-                        yield "wide", options | {"scaled": scaled, "num_warps": warps, "num_stages": stages} | norms[-1]
+                    for scaled in (0, 1) if tile in (64, 128) else (int(tile > 64),):
+                        yield "wide", options | {"scaled": scaled, "num_warps": warps, "num_stages": stages}
 
 
-_SKINNY = {  # tiles, ways, stages
-    1: [
-        *((1, 2, 3), (1, 4, 2), (1, 4, 3), (1, 4, 4), (1, 8, 2), (1, 8, 3), (2, 1, 3), (2, 1, 4), (2, 2, 2), (2, 2, 3)),
-        *((2, 2, 4), (2, 4, 2), (2, 4, 3), (2, 8, 2), (2, 8, 3), (2, 8, 4), (4, 2, 2), (4, 2, 3)),
-    ],
-    8: [(1, 4, 2), (1, 4, 3), (2, 1, 3), (2, 2, 2), (2, 2, 3), (2, 4, 2), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)],
-    32: [(1, 4, 3), (2, 4, 3), (2, 8, 2), (4, 2, 3)],
-}
+_SKINNY = [(1, 4, 3), (1, 4, 4), (2, 1, 3), (2, 2, 3), (2, 4, 3), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)]
+"""Tiles, ways, stages."""
 
 
 def random_weights(layer: Layer, group: int, bits: int, device: str) -> IntWeights:
@@ -93,9 +79,10 @@ def random_weights(layer: Layer, group: int, bits: int, device: str) -> IntWeigh
 
 def launch(tensors: Options, kernel: str, options: Options, weights: IntWeights) -> None:
     """One call, with the norm before it."""
-    given, options = dict(tensors), dict(options)
-    if not options.pop("norm") and given["norm"] is not None:
-        given |= {"x": rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
+    given = dict(tensors)
+    norm = given.pop("norm")
+    if norm is not None:
+        given["x"] = rms_norm(given["x"], *norm, None)[0]
     LAUNCHERS[kernel](weights=weights, bias=None, chained=True, **given, **options)
 
 
@@ -181,8 +168,6 @@ def write_table(path: Path, rows: list[Options]) -> None:
         best = min(row["found"], key=lambda entry: entry["us"], default=None)
         if best is not None and best["us"] > WORTH * row["library_us"]:
             best = None
-        if best is not None:
-            best = {("fuses_norm" if k == "norm" else k): v for k, v in best.items()}
         entries[str(row["tokens"])] = best
     lines = []
     for key, entries in sorted(table["layers"].items()):

@@ -131,15 +131,14 @@ def int4(
     kernel: str, num_tokens: int, features: int, inputs: int, group: int = 128, bits: int = 4, half: bool = False,
     **options: int,
 ) -> None:  # fmt: skip
-    """As ``linear``."""
+    """As ``linear``, but for the norm."""
     dtype = torch.float16 if half else torch.bfloat16
     tiles, blocks = features // 16, inputs * bits // 512
     words = torch.empty(tiles, blocks, 256, dtype=torch.int32)
     groups = torch.empty(tiles, inputs // group, 16, dtype=torch.int32)
     weights = IntWeights(words, groups, features, inputs, group, bits)
     x, out = torch.empty(num_tokens, inputs, dtype=dtype), torch.empty(num_tokens, features // 2, dtype=dtype)
-    norm = None if kernel == "wide" else (x[0], 1e-5)
-    given = {"bias": torch.empty(features, dtype=dtype), "norm": norm, "residual": out, "gated": True}
+    given = {"bias": torch.empty(features, dtype=dtype), "residual": out, "gated": True}
     LAUNCHERS[kernel](x, weights, out=out, chained=True, **given, **options)
 
 
@@ -210,7 +209,6 @@ CASES: dict[str, Callable[[], None]] = {
     "skinny-8": partial(linear, skinny, 8, 4096, 14336, tokens=8, rows=16, block=128, ways=4, num_stages=3),
     "skinny-32": partial(linear, skinny, 24, 6144, 1024, tokens=32, rows=32, block=64, ways=4, num_stages=4),
     "wide": partial(linear, wide, 32, 6144, 1024, tokens=32, rows=64, block=128, num_warps=4, num_stages=4),
-    "int4-skinny-1": partial(int4, "skinny", 1, 28672, 4096, tokens=1, tiles=2, ways=2, num_stages=4, depth=2),
     "int4-skinny-8": partial(int4, "skinny", 8, 4096, 14336, tokens=8, tiles=2, ways=8, num_stages=3, depth=1),
     "int4-skinny-16": partial(
         int4, "skinny", 16, 4096, 4096, group=64, tokens=16, tiles=2, ways=4, num_stages=3, depth=2
@@ -221,7 +219,6 @@ CASES: dict[str, Callable[[], None]] = {
     "int4-skinny-float16": partial(
         int4, "skinny", 8, 4096, 4096, half=True, tokens=8, tiles=2, ways=4, num_stages=4, depth=1
     ),
-    "int4-whole": partial(int4, "whole", 1, 4096, 4096, tokens=1, tiles=2, ways=8),
     "int4-wide-32": partial(
         int4, "wide", 32, 4096, 14336, tokens=32, tiles=8, splits=8, scaled=0, num_warps=8, num_stages=3
     ),

@@ -18,7 +18,6 @@ OF_THE_LAYER = {"x", "weights", "bias", "out", "norm", "gated", "residual", "cha
 def check(features: int, most: int, launch: int4_table.Launch) -> None:
     assert set(launch.options) == set(inspect.signature(LAUNCHERS[launch.kernel]).parameters) - OF_THE_LAYER, launch
     assert launch.kernel == "wide" or launch.options["tokens"] >= most
-    assert launch.kernel != "wide" or not launch.fuses_norm
     for name in ("tokens", "tiles", "ways", "num_warps"):
         value = launch.options.get(name, 1)
         assert value & (value - 1) == 0, f"{name} is no power of two in {launch}"

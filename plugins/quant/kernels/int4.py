@@ -77,28 +77,26 @@ def linear(
 ) -> Tensor | None:
     """``x`` (num_tokens, inputs) times ``weights``, with its neighbours as in ``LinearMethod.apply_fused``.
 
-    None where a neighbour is not fused, never without neighbours. Which kernel multiplies depends on the layer's shape
+    None where a neighbour is not fused, as the norm never is (its own kernel measured faster), and never without
+    neighbours. Which kernel multiplies depends on the layer's shape
     and on the padded number of tokens: ``tables/``. Many tokens are the library's, on weights written out before.
     """
     gated = activation is not None
-    if activation not in (None, "silu") or (gated and weights.features % 32):
+    if norm is not None or activation not in (None, "silu") or (gated and weights.features % 32):
         return None
     launch = launch_for(weights, x)
     if launch is None:
-        if norm is not None or gated or residual is not None:
+        if gated or residual is not None:
             return None
         return F.linear(x, dequantize(weights, x.dtype), bias)
     if gated and launch.options["tiles"] < 2:
         return None
-    if norm is not None and (not launch.fuses_norm or x.dtype == torch.float16):
-        return None  # float16 would not hold x * g
     out = x.new_empty(x.shape[0], weights.features // 2 if gated else weights.features)
     LAUNCHERS[launch.kernel](
         x.contiguous(),
         weights,
         bias,
         out,
-        norm=norm,
         gated=gated,
         residual=residual,
         chained=can_chain(x.device),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import can_chain
-from quire.plugins.quant.kernels.int4_skinny import skinny_kernel, whole_kernel
+from quire.plugins.quant.kernels.int4_skinny import skinny_kernel
 from quire.plugins.quant.kernels.int4_wide import combine_kernel, dequantize_kernel, wide_kernel
 
 if TYPE_CHECKING:
     from quire.plugins.quant.kernels.int4 import IntWeights
 
-__all__ = ["LAUNCHERS", "dequantized", "skinny", "whole", "wide"]
+__all__ = ["LAUNCHERS", "dequantized", "skinny", "wide"]
 
 
 def skinny(
@@ -25,47 +25,46 @@ def skinny(
     bias: Tensor | None,
     out: Tensor,
     *,
-    norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
     tokens: int,
     tiles: int,
     ways: int,
-    num_stages: int,
     depth: int,
+    num_stages: int,
     chained: bool,
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense; ``gated`` is SiLU.
 
-    At most ``tokens`` of them: 1, 8, 16 ... A program takes ``tiles`` times 16 rows (gated, half of them are gates);
-    its ``ways`` warps share out the inputs. Each takes
-    ``depth`` blocks of them at a time. ``chained``: start while the kernel before still runs, where the device can.
+    At most ``tokens`` (8 at least) of them. A program takes ``tiles`` times 16 rows (gated, half of them are gates);
+    its ``ways`` warps share out the inputs, each taking ``depth`` blocks of them at a time. ``chained``: start while
+    the kernel before still runs, where the device can.
     """
-    _few(
-        skinny_kernel, x, weights, bias, out, norm=norm, gated=gated, residual=residual, tokens=tokens, tiles=tiles,
-        ways=ways, num_stages=num_stages, depth=depth, chained=chained,
-    )  # fmt: skip
-
-
-def whole(
-    x: Tensor,
-    weights: IntWeights,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
-    tokens: int,
-    tiles: int,
-    ways: int,
-    chained: bool,
-) -> None:
-    """As ``skinny``, with all weights of a program on their way at once."""
-    _few(
-        whole_kernel, x, weights, bias, out, norm=norm, gated=gated, residual=residual, tokens=tokens, tiles=tiles,
-        ways=ways, num_stages=1, depth=1, chained=chained,
-    )  # fmt: skip
+    skinny_kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
+        x,
+        weights.words,
+        weights.groups,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        out,
+        x.shape[0],
+        features=weights.features,
+        inputs=weights.inputs,
+        group=weights.group_size,
+        bits=weights.bits,
+        tokens=tokens,
+        tiles=tiles,
+        ways=ways,
+        depth=depth,
+        stages=num_stages,
+        has_bias=bias is not None,
+        gated=gated,
+        has_residual=residual is not None,
+        native=_native(x.dtype),
+        chained=chained,
+        num_warps=ways,
+        launch_pdl=chained,
+    )
 
 
 def wide(
@@ -74,7 +73,6 @@ def wide(
     bias: Tensor | None,
     out: Tensor,
     *,
-    norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
     tokens: int,
@@ -85,12 +83,11 @@ def wide(
     num_stages: int,
     chained: bool,
 ) -> None:
-    """As ``skinny``, for any number of tokens, ``tokens`` of them to a program. There is no norm.
+    """As ``skinny``, for any number of tokens, ``tokens`` of them to a program.
 
     The inputs are shared out to ``splits`` programs, and their results added up by another kernel.
     ``scaled``: scale the weights instead of the products, as groups smaller than a block always are.
     """
-    assert norm is None, "its launches do not fuse it"
     num_tokens, features = x.shape[0], weights.features
     parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
     bias_or_any, residual_or_any = x if bias is None else bias, x if residual is None else residual
@@ -161,54 +158,7 @@ def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tenso
     return out
 
 
-LAUNCHERS: dict[str, Callable[..., None]] = {"skinny": skinny, "whole": whole, "wide": wide}
-
-
-def _few(
-    kernel: Any,
-    x: Tensor,
-    weights: IntWeights,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    norm: tuple[Tensor, float] | None,
-    gated: bool,
-    residual: Tensor | None,
-    tokens: int,
-    tiles: int,
-    ways: int,
-    num_stages: int,
-    depth: int,
-    chained: bool,
-) -> None:
-    kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
-        x,
-        weights.words,
-        weights.groups,
-        x if bias is None else bias,
-        x if norm is None else norm[0],
-        x if residual is None else residual,
-        out,
-        x.shape[0],
-        0.0 if norm is None else norm[1],
-        features=weights.features,
-        inputs=weights.inputs,
-        group=weights.group_size,
-        bits=weights.bits,
-        tokens=tokens,
-        tiles=tiles,
-        ways=ways,
-        stages=num_stages,
-        depth=depth,
-        has_bias=bias is not None,
-        has_norm=norm is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        native=_native(x.dtype),
-        chained=chained,
-        num_warps=ways,
-        launch_pdl=chained,
-    )
+LAUNCHERS: dict[str, Callable[..., None]] = {"skinny": skinny, "wide": wide}
 
 
 def _native(dtype: torch.dtype) -> bool:

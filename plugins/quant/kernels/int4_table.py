@@ -23,7 +23,7 @@ __all__ = ["Launch", "launch_for", "rule", "steps"]
 
 _TABLES = {(9, 0): "int4_h200.json"}
 """Compute capability -> table. Layers in it have 4 bits and groups of 128."""
-_STEPS = (1, 8, 16, 32, 64, 256)
+_STEPS = (8, 16, 32, 64, 256)
 """Most tokens of each of the rule's launches."""
 
 
@@ -33,8 +33,6 @@ class Launch:
 
     kernel: str
     options: Mapping[str, int]
-    fuses_norm: bool = False
-    """Whether the norm before the layer is faster in this kernel."""
 
 
 def launch_for(weights: IntWeights, x: Tensor) -> Launch | None:
@@ -59,7 +57,7 @@ def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int) -
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens <= 8:
         hopper = capability >= (9, 0)  # others may have less shared memory
-        ways = 2 if features > 16384 and tokens == 1 else 8 if inputs > 8192 and hopper else 4
+        ways = 8 if inputs > 8192 and hopper else 4
         stages = 4 if ways < 8 and hopper else 3
         return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "depth": 1})
     if capability < (9, 0) and tokens > 64:
@@ -87,6 +85,4 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _launch(entry: Mapping[str, Any]) -> Launch:
-    told = ("kernel", "fuses_norm", "us")
-    options = {key: value for key, value in entry.items() if key not in told}
-    return Launch(entry["kernel"], options, bool(entry.get("fuses_norm", False)))
+    return Launch(entry["kernel"], {key: value for key, value in entry.items() if key not in ("kernel", "us")})
