@@ -1,4 +1,4 @@
-"""How many drafts pay: from what was accepted so far, and from what steps cost."""
+"""How many drafts pay: from what was accepted of each request's drafts, and from what steps took."""
 
 from __future__ import annotations
 
@@ -9,25 +9,92 @@ from numpy.typing import NDArray
 
 __all__ = ["Pace"]
 
+_SURE = 3
+"""Steps that must have been timed before a number of drafts is judged, and that a trial takes."""
+_EVERY = 512
+"""Steps between two trials of what was not chosen."""
+_MARGIN = 1.02
+"""By how much drafts must be faster."""
+_PRIOR = 4.0
+_FORGET = 0.98
+_UNLIKELY = 0.02
+"""Drafts that would all be accepted more rarely than this are not worth a request's blocks."""
+
 
 class Pace:
-    """A fixed number of drafts."""
+    """Chooses among no drafts, 1, 2 and ``most``, by tokens per time. Not ``adaptive``: always ``most``.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self.last = most
+    A request's acceptance is a rate: the share of its drafts that were right up to the first wrong one, lately, leaning
+    towards that of all requests. The time of a step is what steps of about as many requests took on the device. Numbers
+    of drafts whose time is not known are tried, and now and then the others again, as prompts, lengths and load change.
+    """
 
-    def now(self, num_reqs: int) -> int:
-        """Drafts to verify in a step of so many decoding requests, at most."""
-        return self._most
+    def __init__(self, most: int, num_rows: int, adaptive: bool) -> None:
+        self.last = self._most = most
+        self._adaptive = adaptive
+        self._levels = sorted({0, 1, 2, most} - set(range(most + 1, 3)))
+        self._right = np.zeros(num_rows + 1)  # by row, and of all
+        self._tried = np.zeros(num_rows + 1)
+        self._times: dict[tuple[int, int], tuple[float, int]] = {}  # (size, drafts) -> microseconds, how often timed
+        self._steps = 0
+        self._trial: tuple[int, int] = (0, 0)  # drafts, steps left
 
-    def next(self, num_reqs: int) -> int:
-        """Drafts to propose for the step after."""
-        return self._most
+    def choose(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
+        """The most drafts a request of a step of decoding ``rows`` should have, where so many are ``available``."""
+        self.last = self._best(rows, available) if self._adaptive else self._most
+        return self.last
 
-    def each(self, rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-        """The same by request, none above ``most``."""
-        return np.full(len(rows), most, np.int64)
+    def each(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The most drafts by request."""
+        if not self._adaptive:
+            return np.full(len(rows), self._most, np.int64)
+        rate = np.clip(self._rates(rows), 1e-3, 1 - 1e-9)
+        return np.clip(np.log(_UNLIKELY) / np.log(rate), 1, self._most).astype(np.int64)
+
+    def enter(self, row: int) -> None:
+        """Another request has the row."""
+        self._right[row] = self._tried[row] = 0.0
 
     def learn(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
         """Drafts that were verified, and how many of them were accepted."""
+        tried = accepted + (accepted < drafted)
+        self._right[rows] = self._right[rows] * _FORGET + accepted
+        self._tried[rows] = self._tried[rows] * _FORGET + tried
+        self._right[-1] = self._right[-1] * _FORGET + accepted.sum()
+        self._tried[-1] = self._tried[-1] * _FORGET + tried.sum()
+
+    def timed(self, num_reqs: int, drafts: int, took_us: float) -> None:
+        """A step of nothing but decodes, with up to so many drafts for each, took so long."""
+        key = _size(num_reqs), next((level for level in self._levels if level >= drafts), self._most)
+        before, count = self._times.get(key, (took_us, 0))
+        self._times[key] = before + 0.2 * (min(took_us, 2 * before) - before), count + 1
+
+    def _best(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
+        size, levels = _size(len(rows)), [level for level in self._levels if level <= available.max(initial=0)]
+        times = [self._times.get((size, level), (0.0, 0)) for level in levels]
+        self._steps += 1
+        trial, left = self._trial
+        if left and trial in levels:
+            self._trial = trial, left - 1
+            return trial
+        unsure = [level for level, (_, count) in zip(levels, times, strict=True) if count < _SURE]
+        if unsure or self._steps % _EVERY == 0:
+            tried = unsure[0] if unsure else levels[self._steps // _EVERY % len(levels)]
+            self._trial = tried, _SURE
+            return tried
+        rate = np.clip(self._rates(rows), 0.0, 1 - 1e-9)
+        speeds = []
+        for level, (took, _) in zip(levels, times, strict=True):
+            expected = (1 - rate ** (np.minimum(available, level) + 1)) / (1 - rate)
+            speeds.append(float(expected.sum()) / took / (_MARGIN if level else 1.0))
+        return levels[int(np.argmax(speeds))]
+
+    def _rates(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        overall = (self._right[-1] + 1.0) / (self._tried[-1] + 2.0)
+        rates: NDArray[np.float64] = (self._right[rows] + _PRIOR * overall) / (self._tried[rows] + _PRIOR)
+        return rates
+
+
+def _size(num_reqs: int) -> int:
+    """Steps of about as many requests take about as long: powers of two, and two steps between them."""
+    return round(3 * float(np.log2(max(num_reqs, 1))))

@@ -202,6 +202,8 @@ class Realiser:
         draft.owed += rest
         self._queue.remove(request)
         row = table.admit(request, computed, table.block_end(need - 1))
+        if self._speculation is not None:
+            self._speculation.entered(row)
         if forked is not None:
             draft.record(row, forked)
         draft.record(row, allocation)

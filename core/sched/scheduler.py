@@ -76,7 +76,8 @@ class Scheduler:
         self._guard = PolicyGuard(policy, fallback, self._rekey)
         self._speculation: Speculation | None = None
         if speculation is not None:
-            self._speculation = Speculation(speculation, self._table, Pace(speculation.num_tokens), proposer)
+            pace = Pace(speculation.num_tokens, config.max_num_seqs, speculation.adaptive)
+            self._speculation = Speculation(speculation, self._table, pace, proposer)
         self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark, self._speculation)
         self._realiser = Realiser(
             self._table,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quire.core.config import SpeculationConfig
 from quire.core.contracts.spec import HostProposer
-from quire.core.messages import Continuation
+from quire.core.messages import Continuation, SchedulerOutput
 from quire.core.request import Request
 from quire.core.sched.table import RunningTable
 
@@ -56,14 +56,15 @@ class Speculation:
         rows = table.order
         rows = rows[table.known[rows] - table.computed[rows] == 1]
         rows = rows[table.known[rows] > table.prompt_len[rows]]
-        most = 0 if self._off or not len(rows) else min(self._pace.now(len(rows)), budget // len(rows) - 1)
+        most = 0 if self._off or not len(rows) else min(self.most, budget // len(rows) - 1)
         if most <= 0:
             return 0
-        room = np.minimum(table.limit[rows] - table.computed[rows] - 1, self._pace.each(rows, most))
+        room = np.minimum(np.minimum(table.limit[rows] - table.computed[rows] - 1, self._pace.each(rows)), most)
         if self._host is None:
             room = np.minimum(room, table.drafts[rows])
         else:
             room = self._ask(self._host, rows, room)
+            room = np.minimum(room, self._pace.choose(rows, np.maximum(room, 0)))
         self._wanted[rows] = np.maximum(room, 0)
         return int(self._wanted.sum())
 
@@ -78,7 +79,7 @@ class Speculation:
         if self._host is not None or self._off:
             return 0
         drew = rows[samples]
-        count = self._pace.next(len(drew)) if len(drew) else 0
+        count = self._pace.choose(drew, np.full(len(drew), self.most)) if len(drew) else 0
         table.drafts[drew] = count
         return count
 
@@ -91,6 +92,18 @@ class Speculation:
             Continuation(row, table.request(row).num_tokens, self._continuations[row])
             for row in rows[drafts > 0].tolist()
         ]
+
+    def entered(self, row: int) -> None:
+        """A request enters a row."""
+        self._pace.enter(row)
+
+    def timed(self, step: SchedulerOutput, took_us: float) -> None:
+        """A step has landed. It tells what a number of drafts costs if it did nothing else than decode, and verified as
+        many as it proposed."""
+        drafts = 0 if step.drafts is None else int(step.drafts.max())
+        alone = step.total_tokens == len(step.rows) + (0 if step.drafts is None else int(step.drafts.sum()))
+        if took_us and alone and step.samples.all() and (self._host is not None or drafts == step.propose):
+            self._pace.timed(len(step.rows), drafts, took_us)
 
     def landed(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
         """So many drafts were verified and accepted for requests that decode."""

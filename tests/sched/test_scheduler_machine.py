@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB,
             depth=depth,
-            speculation=SpeculationConfig(drafts) if drafts else None,
+            speculation=SpeculationConfig(drafts, adaptive=drafts == 5) if drafts else None,
             proposer=Prophet(drafts) if on_host else None,
             skill=skill,
         )

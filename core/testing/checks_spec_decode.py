@@ -1,0 +1,78 @@
+"""What every speculative proposer must keep. Whether its drafts are any good is not asked."""
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+
+from quire.core.contracts.spec import DeviceProposer, DraftTokens, HostProposer, SpeculativeProposer
+from quire.core.messages import EngineCoreRequest
+from quire.core.plugin_options import parse_options
+from quire.core.request import Request
+from quire.core.sampling_params import SamplingParams
+
+__all__ = [
+    "check_a_device_proposer_drafts_for_every_row",
+    "check_forgotten_requests_may_come_again",
+    "check_it_is_placed_on_the_host_or_on_the_device",
+    "check_no_more_than_asked_for",
+    "check_the_tokens_of_a_request_are_left_alone",
+]
+
+
+def check_it_is_placed_on_the_host_or_on_the_device(cls: type[SpeculativeProposer]) -> None:
+    """It derives from ``HostProposer`` or ``DeviceProposer``."""
+    assert issubclass(cls, HostProposer | DeviceProposer), "derive it from HostProposer or DeviceProposer"
+
+
+def check_no_more_than_asked_for(cls: type[SpeculativeProposer]) -> None:
+    """A host proposer returns integers, at most ``count`` of them, for prompts of any length."""
+    proposer = _on_host(cls)
+    for length in (1, 2, 3, 17, 300):
+        drafts = proposer.propose(_request(f"r{length}", length), 3)
+        assert len(drafts) <= 3, f"{len(drafts)} drafts, 3 were asked for"
+        assert all(isinstance(token, int) for token in drafts), f"drafts are no integers: {drafts!r}"
+
+
+def check_the_tokens_of_a_request_are_left_alone(cls: type[SpeculativeProposer]) -> None:
+    """A host proposer changes nothing of the request, while it grows."""
+    proposer, request = _on_host(cls), _request("r", 40)
+    for step in range(20):
+        before = list(request.token_ids)
+        drafts = proposer.propose(request, 4)
+        assert request.token_ids == before, "propose changed the request's tokens"
+        assert drafts is not request.token_ids, "propose returned the request's own list"
+        request.token_ids.append(step % 3)
+
+
+def check_forgotten_requests_may_come_again(cls: type[SpeculativeProposer]) -> None:
+    """``forget`` may be called for any request, and its name may be used again."""
+    proposer = _on_host(cls)
+    proposer.forget(_request("never seen", 4))
+    for length in (30, 5):
+        request = _request("again", length)
+        proposer.propose(request, 2)
+        proposer.forget(request)
+
+
+def check_a_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer]) -> None:
+    """(n, count) integers for n rows, without a model where it needs none."""
+    if not issubclass(cls, DeviceProposer) or cls.needs_model or cls.prepare is not DeviceProposer.prepare:
+        raise unittest.SkipTest("is no device proposer, or needs an engine around it")
+    proposer = cls(4, parse_options(cls, {}))
+    for n, count in ((1, 1), (5, 4)):
+        drafts = proposer.propose(torch.arange(n), count, greedy=True)
+        assert isinstance(drafts, DraftTokens), f"propose returned {type(drafts).__name__}"
+        assert drafts.tokens.shape == (n, count) and not drafts.tokens.is_floating_point(), "not (n, count) integers"
+
+
+def _on_host(cls: type[SpeculativeProposer]) -> HostProposer:
+    if not issubclass(cls, HostProposer):
+        raise unittest.SkipTest("is not placed on the host")
+    return cls(4, parse_options(cls, {}))
+
+
+def _request(name: str, length: int) -> Request:
+    tokens = [5 + i % 7 for i in range(length)]
+    return Request(EngineCoreRequest(name, tokens, SamplingParams(seed=0), 0), 4096)

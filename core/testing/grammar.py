@@ -1,0 +1,42 @@
+"""A grammar small enough to check by eye, for what sets masks: each token's class follows from the one before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.messages import NewRequest
+
+__all__ = ["CyclicGrammar"]
+
+_CLASSES = 3
+
+
+class CyclicGrammar(LogitsProcessor):
+    """After a token of class ``c`` (its id modulo 3) only tokens of class ``c + 1`` are allowed. On where
+    ``extra_args`` has ``cyclic``."""
+
+    def __init__(self, vocab_size: int, device: torch.device, options: object = None) -> None:
+        super().__init__(vocab_size, device, options)
+        self._rows: set[int] = set()
+        self._classes = torch.arange(vocab_size, device=device) % _CLASSES
+
+    def add(self, request: NewRequest) -> bool:
+        """Whether the request asked for it."""
+        wanted = bool((request.params.extra_args or {}).get("cyclic"))
+        if wanted:
+            self._rows.add(request.row)
+        return wanted
+
+    def remove(self, row: int) -> None:
+        """Forget the row."""
+        self._rows.discard(row)
+
+    def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
+        """Mask each line by the token before it, which may be a draft."""
+        lines = torch.tensor([i for i, row in enumerate(batch.rows) if row in self._rows], device=logits.device)
+        rows = torch.tensor(batch.rows, device=logits.device)[lines]
+        before = batch.token_ids[rows, batch.num_tokens[lines].long() - 1]
+        allowed = self._classes[None, :] == (before[:, None] + 1) % _CLASSES
+        logits[lines] = logits[lines].masked_fill(~allowed, float("-inf"))

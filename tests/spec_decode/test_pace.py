@@ -1,0 +1,70 @@
+"""How many drafts are chosen, against a device whose costs and a proposer whose skill are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from quire.core.sched.pace import Pace
+
+MOST = 4
+
+
+def serve(num_reqs: int, skill: float, cost: dict[int, float], steps: int = 3000, pace: Pace | None = None) -> float:
+    """Tokens per microsecond with the pace, over that without drafts. A device proposer: what is chosen is verified
+    one step later."""
+    rng = np.random.default_rng(0)
+    pace = pace or Pace(MOST, 256, True)
+    rows = np.arange(num_reqs)
+    tokens = took = 0.0
+    ready = 0
+    for _ in range(steps):
+        chosen = pace.choose(rows, np.full(num_reqs, MOST))
+        drafted = np.minimum(pace.each(rows), ready)
+        right = (rng.random((num_reqs, MOST)) < skill).cumprod(1).astype(int)
+        accepted = (right * (np.arange(MOST) < drafted[:, None])).sum(1)
+        if ready:
+            pace.learn(rows, drafted, accepted)
+        lasted = 0.5 * (cost[chosen] + cost[ready]) * rng.uniform(0.97, 1.03)
+        if chosen == ready:
+            pace.timed(num_reqs, ready, lasted)
+        tokens += num_reqs + accepted.sum()
+        took += lasted
+        ready = chosen
+    return tokens / took / (num_reqs / cost[0])
+
+
+CHEAP = {0: 100.0, 1: 101.0, 2: 102.0, 4: 104.0}
+DRAFTED = {0: 100.0, 1: 120.0, 2: 140.0, 4: 175.0}
+DEAR = {0: 100.0, 1: 190.0, 2: 260.0, 4: 420.0}
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8, 256])
+@pytest.mark.parametrize("skill", [0.0, 0.3, 0.75, 0.95])
+@pytest.mark.parametrize("cost", [CHEAP, DRAFTED, DEAR], ids=["cheap", "drafted", "dear"])
+def test_never_two_percent_slower(num_reqs: int, skill: float, cost: dict[int, float]) -> None:
+    assert serve(num_reqs, skill, cost) > 0.98
+
+
+@pytest.mark.parametrize(("skill", "cost", "least"), [(0.75, CHEAP, 2.8), (0.75, DRAFTED, 1.65), (0.95, DRAFTED, 2.4)])
+def test_faster_where_it_pays(skill: float, cost: dict[int, float], least: float) -> None:
+    assert serve(1, skill, cost) > least
+
+
+def test_load_changes_its_mind_and_back() -> None:
+    """Off while many run, on again when few do."""
+    pace = Pace(MOST, 256, True)
+    assert serve(2, 0.8, DRAFTED, 600, pace) > 1.4 and pace.last == MOST
+    assert serve(256, 0.8, DEAR, 3000, pace) > 0.97 and pace.last == 0
+    assert serve(2, 0.8, DRAFTED, 600, pace) > 1.4 and pace.last == MOST
+
+
+def test_a_request_whose_drafts_are_wrong_gets_fewer() -> None:
+    pace = Pace(MOST, 8, True)
+    rows = np.array([0, 1])
+    for _ in range(30):
+        pace.learn(rows, np.array([4, 4]), np.array([4, 0]))
+    assert pace.each(rows).tolist() == [4, 1]
+    pace.enter(1)
+    assert pace.each(rows)[1] > 1
+    assert Pace(3, 8, False).each(rows).tolist() == [3, 3]
