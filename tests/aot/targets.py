@@ -43,6 +43,7 @@ EXCEPTIONS: tuple[Except, ...] = (
     Except("decode_kernel", 216, _ELSEWHERE, capabilities=(100,)),
     Except("shortlist_kernel", 160, _FLOAT32, case="random-float32", triton="3.6.*"),
     Except("decode_kernel", 24, _OLDEST, case="softcap", triton="3.6.*"),
+    Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-*", capabilities=(100,)),
     Except("settle_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
     Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-groups-of-32", capabilities=(100,)),
     Except("skinny_kernel", 8, _OLDEST, case="int4-*", triton="3.6.*"),
