@@ -128,9 +128,14 @@ def optimum(job: Job) -> None:
     quantizer.dataset = None  # else every sample is written into the configuration
     settings = model.config.quantization_config
     settings["dataset"] = None
-    model.half()
+    for parameter in model.parameters():  # transformers refuses to cast a quantized model
+        parameter.data = parameter.data.half()
     model.config.dtype = torch.float16
     quantizer.save(model, job["out"])
+    told = Path(job["out"]) / "config.json"  # written before the zero points were converted to the older format
+    config = json.loads(told.read_text("utf-8"))
+    config["quantization_config"]["format"] = quantizer.format
+    told.write_text(json.dumps(config, indent=2), "utf-8")
 
 
 #: By name: what quantizes, and the distribution whose version is told.
