@@ -53,6 +53,7 @@ class CacheConfig:
     cpu_bytes: int = 1 << 30
     """Size of the pool on a CPU when ``num_blocks`` is None."""
     dtype: str = "auto"
+    """As torch calls it; ``auto``: the model's."""
     prefix_caching: bool = True
     watermark: float = 0.01
     """Share of the blocks that newcomers must leave free."""

@@ -1,6 +1,6 @@
 """Paged attention on one GPU: decode and prefill beside FlashAttention-3 and the floor.
 
-    PYTHONPATH=src python benchmarks/kernels/attention.py [decode] [prefill] [skewed] [verify]
+    PYTHONPATH=src python benchmarks/kernels/attention.py [decode] [prefill] [skewed] [fp8] [verify]
 
 Each figure is one layer's: a CUDA graph runs the step's plan once and then every layer of a pool laid out as the
 engine's, so that no layer finds its keys in the L2 cache. Data are random, block tables too. The floor counts bytes
@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -59,6 +60,9 @@ class Pool:
         layers = min(max(8, -(-(256 << 20) // (blocks * size))), len(self._raw) // (blocks * size), 256)
         rows = self._raw[: blocks * layers * size].view(blocks, layers * size)
         kvs = [backend.kv_layout().view(rows[:, i * size : (i + 1) * size]) for i in range(layers)]
+        if spec.kv_dtype.itemsize == 1:
+            for kv in kvs:
+                kv.k_scale = kv.v_scale = torch.ones(1, device=device)
         table = torch.zeros(len(lengths), max(-(-limit // PAGE), max(pages)), dtype=torch.int32)
         order, at = torch.randperm(blocks - 1) + 1, 0
         for row, count in enumerate(pages):
@@ -107,9 +111,9 @@ def time_graph(run: Callable[[], None], repeats: int = 9) -> float:
     return statistics.median(times[2:])
 
 
-def spec_of(heads: int, kv_heads: int = 8, dim: int = 128) -> AttentionSpec:
-    """bf16, full attention."""
-    kinds = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "block_size": PAGE, "scale": dim**-0.5}
+def spec_of(heads: int, kv_heads: int = 8, dim: int = 128, kv_dtype: torch.dtype = torch.bfloat16) -> AttentionSpec:
+    """bf16 queries, full attention."""
+    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "kv_dtype": kv_dtype, "block_size": PAGE, "scale": dim**-0.5}
     return AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, qk_head_dim=dim, v_head_dim=dim, **kinds)
 
 
@@ -121,15 +125,17 @@ def decode_line(
     fa3: float | None = None,
     make: Callable[..., AttentionBackend] = TritonBackend,
     queries: int = 1,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """One decode step: microseconds, bandwidth, share of the floor, FlashAttention-3's microseconds."""
-    spec = spec_of(heads)
+    spec = spec_of(heads, kv_dtype=kv_dtype)
     run, layers = pool.step(spec, [queries] * len(lengths), lengths, make, queries)
     seconds = time_graph(run) / layers
-    moved = (sum(lengths) * spec.num_kv_heads + queries * len(lengths) * heads) * 2 * spec.qk_head_dim * 2
+    moved = sum(lengths) * spec.num_kv_heads * spec.kv_dtype.itemsize + queries * len(lengths) * heads * 2
+    moved *= 2 * spec.qk_head_dim
     beside = "" if fa3 is None else f"  FA3 {fa3:8.2f} us  x{fa3 * 1e-6 / seconds:.2f}"
     print(
-        f"{'decode' if queries == 1 else f'verify {queries}'} {heads:2}/8 {name:>18} {seconds * 1e6:9.2f} us"
+        f"{'decode' if queries == 1 else f'verify {queries}'} {heads:2}/8 {name:>24} {seconds * 1e6:9.2f} us"
         f" {moved / seconds / 1e9:6.0f} GB/s {moved / READ / seconds:6.1%} of the floor{beside}",
         flush=True,
     )
@@ -167,7 +173,7 @@ def prefill_line(
 def main(wanted: Sequence[str]) -> None:
     """Print the tables named, or all."""
     pool = Pool()
-    wanted = wanted or ("decode", "skewed", "verify", "prefill")
+    wanted = wanted or ("decode", "skewed", "fp8", "verify", "prefill")
     if "decode" in wanted:
         for heads in (16, 32):
             for batch in (1, 32, 256):
@@ -182,6 +188,10 @@ def main(wanted: Sequence[str]) -> None:
         decode_line(pool, 32, [2100] * 64, "64 x 2100")
         decode_line(pool, 32, [32768] + [256] * 63, "1 x 32k + 63 x 256")
         decode_line(pool, 32, [32768] + [1024] * 255, "1 x 32k + 255 x 1k")
+    if "fp8" in wanted:  # an FP8 cache beside a bf16 one
+        for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+            for lengths in ([4096], [300] * 32, [4096] * 32, [300] * 256, [4096] * 256):
+                decode_line(pool, 32, lengths, f"{len(lengths)} x {lengths[0]}, {kind.itemsize} bytes", kv_dtype=kind)
     if "verify" in wanted:
         for heads in (16, 32):
             for lengths in ([1024], [4096], [1024] * 32, [1024] * 256):

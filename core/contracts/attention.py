@@ -78,6 +78,7 @@ class LayerKV:
     k: Tensor  # (num_blocks, num_kv_heads, block_size, qk_head_dim)
     v: Tensor  # (num_blocks, num_kv_heads, block_size, v_head_dim)
     k_scale: Tensor | None = None
+    """One float32, device: a cache of one byte an element holds ``k / k_scale``. Given there, None elsewhere."""
     v_scale: Tensor | None = None
 
 

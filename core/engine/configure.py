@@ -24,6 +24,8 @@ _DTYPES = {
     "float32": "float32",
     "bfloat16": "bfloat16",
 }
+_KV_DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")}
+_KV_DTYPES |= {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _MANY = ("logits_processor", "metrics")
 
 
@@ -96,8 +98,8 @@ def _refuse_unsupported(args: EngineArgs) -> None:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
     if args.tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size} is not supported yet; leave it at 1")
-    if args.kv_cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise ConfigError(f"kv_cache_dtype {args.kv_cache_dtype!r} is not supported yet; leave it at auto")
+    if args.kv_cache_dtype not in _KV_DTYPES:
+        raise ConfigError(f"kv_cache_dtype {args.kv_cache_dtype!r} is unknown; choose {', '.join(_KV_DTYPES)}")
     if args.cpu_threads is not None and args.cpu_threads < 1:
         raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
     unknown = set(args.plugin_options) - {
@@ -189,7 +191,7 @@ def _cache(args: EngineArgs) -> CacheConfig:
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
         gpu_memory_utilization=args.gpu_memory_utilization,
-        dtype=args.kv_cache_dtype,
+        dtype=_KV_DTYPES[args.kv_cache_dtype],
         prefix_caching=args.enable_prefix_caching,
     )
 

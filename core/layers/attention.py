@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.contracts.attention import AttentionSpec
+from quire.core.contracts.attention import AttentionSpec, LayerKV
 from quire.core.contracts.model import ForwardContext
 from quire.core.layers.kv_scales import KVScales
 from quire.core.layers.norm import RMSNorm
@@ -79,6 +79,8 @@ class Attention(nn.Module):
         v = v.unflatten(1, (self.num_kv_heads, self.head_dim))
         group = context.group_of[self.layer]
         backend, kv = context.backends[group], context.kv[self.layer]
+        if self.spec.kv_dtype.itemsize == 1:
+            kv = LayerKV(kv.k, kv.v, self.kv_scales.k_scale, self.kv_scales.v_scale)
         q, k = ops.rope_and_cache(
             q,
             k,

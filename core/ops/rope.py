@@ -61,8 +61,14 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def write_kv(k: Tensor, v: Tensor, kv: LayerKV, slot_mapping: Tensor) -> None:
-    """Copy ``k`` and ``v`` (num_tokens, num_kv_heads, dim) to their slots, through the cache's strides."""
+    """Copy ``k`` and ``v`` (num_tokens, num_kv_heads, dim) to their slots, through the cache's strides.
+
+    A cache of one byte an element gets them divided by its scales, and the nearest it has to what it cannot hold.
+    """
     block_size = kv.k.shape[2]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
-    kv.k.transpose(1, 2)[block, offset] = k.to(kv.k.dtype)
-    kv.v.transpose(1, 2)[block, offset] = v.to(kv.v.dtype)
+    for x, cache, scale in ((k, kv.k, kv.k_scale), (v, kv.v, kv.v_scale)):
+        if scale is not None:
+            x = (x.float() / scale).clamp(torch.finfo(cache.dtype).min, torch.finfo(cache.dtype).max).to(cache.dtype)
+            x, cache = x.view(torch.uint8), cache.view(torch.uint8)
+        cache.transpose(1, 2)[block, offset] = x.to(cache.dtype)

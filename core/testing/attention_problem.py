@@ -34,6 +34,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 _LIMIT = 8192
 
+_K_SCALE, _V_SCALE = 0.5, 0.25
+"""Of caches of one byte an element; powers of two, so that the problem's keys and values are exactly what they hold."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -65,6 +68,10 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(spec.dtype)
 
+        def cached(scale: float, *shape: int) -> Tensor:
+            x = normal(*shape)
+            return x if spec.kv_dtype.itemsize > 1 else (x.float() / scale).to(spec.kv_dtype).float() * scale
+
         if num_decodes is None:
             num_decodes = sum(queries == 1 for queries, _ in requests)
         width = max(-(-length // spec.block_size) for _, length in requests)
@@ -74,8 +81,8 @@ class Problem:
             requests=requests,
             num_decodes=num_decodes,
             q=normal(sum(queries for queries, _ in requests), spec.num_heads, spec.qk_head_dim),
-            keys=[normal(length, spec.num_kv_heads, spec.qk_head_dim) for _, length in requests],
-            values=[normal(length, spec.num_kv_heads, spec.v_head_dim) for _, length in requests],
+            keys=[cached(_K_SCALE, length, spec.num_kv_heads, spec.qk_head_dim) for _, length in requests],
+            values=[cached(_V_SCALE, length, spec.num_kv_heads, spec.v_head_dim) for _, length in requests],
             table=(order + 1).int().view(len(requests), width),
             poison=poison,
         )
@@ -106,7 +113,10 @@ class Problem:
         layout, size = backend.kv_layout(), self.spec.block_size
         raw = torch.zeros(int(self.table.max()) + 1, 2 * layout.bytes_per_block, dtype=torch.uint8)
         kv = layout.view(raw[:, layout.bytes_per_block :])
-        if self.poison:
+        small = kv.k.dtype.itemsize == 1
+        if self.poison and small:
+            raw.fill_(0x7F)  # NaN in either type
+        elif self.poison:
             kv.k.fill_(float("nan"))
             kv.v.fill_(float("nan"))
         for row, (queries, length) in enumerate(self.requests):
@@ -114,9 +124,15 @@ class Problem:
             first = 0 if window is None or not self.poison else max(0, length - queries - window + 1)
             position = torch.arange(first, length)
             block, offset = self.table[row].long()[position // size], position % size
-            kv.k.transpose(1, 2)[block, offset] = self.keys[row][first:].to(kv.k.dtype)
-            kv.v.transpose(1, 2)[block, offset] = self.values[row][first:].to(kv.v.dtype)
-        return layout.view(raw.to(device)[:, layout.bytes_per_block :])
+            for cache, x, scale in ((kv.k, self.keys[row], _K_SCALE), (kv.v, self.values[row], _V_SCALE)):
+                some = (x[first:] / scale if small else x[first:]).to(cache.dtype)
+                if small:
+                    cache, some = cache.view(torch.uint8), some.view(torch.uint8)
+                cache.transpose(1, 2)[block, offset] = some
+        there = layout.view(raw.to(device)[:, layout.bytes_per_block :])
+        if small:
+            there.k_scale, there.v_scale = (torch.full((1,), x, device=device) for x in (_K_SCALE, _V_SCALE))
+        return there
 
 
 def make_spec(**fields: Any) -> AttentionSpec:

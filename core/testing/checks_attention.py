@@ -30,6 +30,7 @@ __all__ = [
     "check_block_table_does_not_matter",
     "check_chunks",
     "check_decode",
+    "check_fp8_cache",
     "check_group_sizes",
     "check_half_precision",
     "check_head_dims",
@@ -134,6 +135,20 @@ def check_half_precision(cls: type[AttentionBackend]) -> None:
             done += 1
     if not done:
         raise unittest.SkipTest("no 16-bit type is supported")
+
+
+def check_fp8_cache(cls: type[AttentionBackend]) -> None:
+    """Keys and values of one byte each, with a scale for the layer's keys and one for its values."""
+    done = 0
+    for kv_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for dtype in (torch.float32, torch.bfloat16):
+            spec = make_spec(dtype=dtype, kv_dtype=kv_dtype)
+            if device_for(cls, spec) is not None:
+                compare(cls, spec, [(1, 33), (1, 300), (19, 40)], poison=True)
+                compare(cls, spec, [(3, 33), (3, 3)], num_decodes=2)
+                done += 1
+    if not done:
+        raise unittest.SkipTest("no FP8 type is supported")
 
 
 def check_unused_slots_do_not_leak(cls: type[AttentionBackend]) -> None:

@@ -119,7 +119,7 @@ class Worker:
             Path(path),
             dtype=dtype,
             device=self._device,
-            kv_dtype=dtype,
+            kv_dtype=dtype if self._config.cache.dtype == "auto" else getattr(torch, self._config.cache.dtype),
             block_size=self._config.cache.block_size,
             quant=self._quant(quant_key, hf_config),
             load_format=model.load_format,

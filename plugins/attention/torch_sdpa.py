@@ -20,6 +20,8 @@ __all__ = ["TorchSDPABackend"]
 _PIECE_ELEMENTS = 1 << 18
 """Elements of K gathered at once: a megabyte, so that a CPU attends to it before it leaves the cache."""
 
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 _PIECE_QUERIES = 256
 """Queries of a prompt attended at once: each piece sees only the keys up to its last query."""
 
@@ -42,7 +44,7 @@ class TorchSDPABackend(AttentionBackend):
             reasons.append("attention that is not causal")
         if spec.sinks:
             reasons.append("attention sinks")
-        if spec.kv_dtype.itemsize < 2:
+        if spec.kv_dtype.itemsize < 2 and spec.kv_dtype not in _FP8:
             reasons.append(f"a KV cache of {spec.kv_dtype}")
         return reasons
 
@@ -70,6 +72,7 @@ class TorchSDPABackend(AttentionBackend):
         slots = max((piece.blocks.numel() for piece in self._pieces), default=0) * self.spec.block_size
         if slots > len(self._buffers[0]):
             heads, dtype = self.spec.num_kv_heads, self.spec.kv_dtype
+            dtype = torch.uint8 if dtype in _FP8 else dtype  # FP8 is moved as bytes
             keys = torch.empty(slots, heads, self.spec.qk_head_dim, dtype=dtype, device=self.device)
             values = torch.empty(slots, heads, self.spec.v_head_dim, dtype=dtype, device=self.device)
             self._buffers = (keys, values)
@@ -87,8 +90,9 @@ class TorchSDPABackend(AttentionBackend):
     ) -> None:
         """Attend piece by piece."""
         for piece in self._pieces:
-            keys = _gather(kv.k, piece, self._buffers[0]).to(q.dtype)  # (requests, num_kv_heads, keys, qk_head_dim)
-            values = _gather(kv.v, piece, self._buffers[1]).to(q.dtype)
+            # (requests, num_kv_heads, keys, dim)
+            keys = _gather(kv.k, kv.k_scale, piece, self._buffers[0]).to(q.dtype)
+            values = _gather(kv.v, kv.v_scale, piece, self._buffers[1]).to(q.dtype)
             grouped = _group(q[piece.tokens], piece, self.spec)  # (requests, num_kv_heads, group * queries, dim)
             if self.spec.softcap is None and lse_out is None:
                 attended = F.scaled_dot_product_attention(grouped, keys, values, piece.mask, scale=self.spec.scale)
@@ -162,7 +166,7 @@ def _alike(order: list[int], lengths: list[int], most: int) -> list[list[int]]:
     return pieces
 
 
-def _gather(cache: Tensor, piece: _Piece, buffer: Tensor) -> Tensor:
+def _gather(cache: Tensor, scale: Tensor | None, piece: _Piece, buffer: Tensor) -> Tensor:
     """(num_blocks, heads, block_size, dim) -> (requests, heads, keys, dim), in ``buffer`` (slots, heads, dim).
 
     Unseen slots are zeroed, for whatever an unused slot holds (even NaN) must not reach the sums.
@@ -171,8 +175,10 @@ def _gather(cache: Tensor, piece: _Piece, buffer: Tensor) -> Tensor:
     size = cache.shape[2]
     flat = buffer[: requests * width * size]
     pages = flat.view(requests * width, size, *flat.shape[1:])
-    torch.index_select(cache.transpose(1, 2), 0, piece.blocks.flatten(), out=pages)
+    torch.index_select(cache.view(buffer.dtype).transpose(1, 2), 0, piece.blocks.flatten(), out=pages)
     flat.index_fill_(0, piece.dead, 0)
+    if cache.dtype != buffer.dtype:
+        flat = flat.view(cache.dtype).float() * (1.0 if scale is None else scale)
     return flat.view(requests, width * size, *flat.shape[1:]).transpose(1, 2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from quire.core.layers.checkpoint import expect_shape
 from quire.plugins.quant.none import UnquantizedLinear
 
 __all__ = ["AssembledLinear", "Shard", "Stored"]
-
-_log = logging.getLogger("quire.quant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +182,6 @@ class AssembledLinear(LinearMethod):
 
     def register_wide(self, layer: nn.Module, info: LayerInfo, weight: Tensor) -> None:
         """Hold ``weight`` (out_features, in_features) in the model's dtype, as an unquantized layer would."""
-        if weight.is_cuda:
-            kept = str(info.dtype).removeprefix("torch.")
-            _log.info("no quantized kernel takes %s: its weights are held in %s", info.name, kept)
         self._wide = UnquantizedLinear()
         bias = getattr(layer, "bias", None)
         self._wide.create_weights(layer, info, weight.device)

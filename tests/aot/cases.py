@@ -55,8 +55,12 @@ def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
     norm.rms_norm(x, torch.empty(features, dtype=dtype), 1e-6, x.clone() if residual else None)
 
 
-def rope_and_cache(dtype: torch.dtype, dim: int, rotary_dim: int, normed: bool) -> None:
-    spec = make_spec(dtype=dtype, kv_dtype=dtype, num_heads=32, num_kv_heads=8, qk_head_dim=dim, v_head_dim=dim)
+def rope_and_cache(
+    dtype: torch.dtype, dim: int, rotary_dim: int, normed: bool, kv_dtype: torch.dtype | None = None
+) -> None:
+    spec = make_spec(
+        dtype=dtype, kv_dtype=kv_dtype or dtype, num_heads=32, num_kv_heads=8, qk_head_dim=dim, v_head_dim=dim
+    )
     problem = Problem.random(spec, [(4, 4)])
     kv = problem.cache(TritonBackend(spec, CPU), CPU)
     weight = torch.empty(dim, dtype=dtype) if normed else None
@@ -193,10 +197,13 @@ CASES: dict[str, Callable[[], None]] = {
     "verify-3": partial(attention, torch.bfloat16, 128, queries=3, decodes=4, num_heads=16),
     "verify-5": partial(attention, torch.bfloat16, 128, queries=5),
     "verify-9": partial(attention, torch.bfloat16, 128, queries=9, decodes=4),
+    "fp8-cache": partial(attention, torch.bfloat16, 128, decodes=4, kv_dtype=torch.float8_e4m3fn),
+    "fp8-cache-verify": partial(attention, torch.float16, 128, queries=5, kv_dtype=torch.float8_e5m2),
     "page-1": partial(attention, torch.bfloat16, 128, block_size=1),
     "norm": partial(rms_norm, torch.bfloat16, 4096, False),
     "norm-residual": partial(rms_norm, torch.float16, 1024, True),
     "rope": partial(rope_and_cache, torch.bfloat16, 128, 128, False),
+    "fp8-rope": partial(rope_and_cache, torch.bfloat16, 128, 128, True, torch.float8_e4m3fn),
     "rope-norm-partial": partial(rope_and_cache, torch.bfloat16, 128, 64, True),
     "silu": partial(silu, torch.bfloat16),
     "decode-inputs": partial(step_inputs, 1),

@@ -31,6 +31,7 @@ _TYPES = {
     torch.int8: "i8",
     torch.bool: "i1",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

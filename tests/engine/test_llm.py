@@ -197,3 +197,19 @@ def test_bad_settings_are_one_line(tiny: Path, wish: dict, error: type[Exception
     with pytest.raises(error, match=words) as caught:
         LLM(model=str(tiny), device="cpu", **{"max_model_len": 256, **wish})
     assert "\n" not in str(caught.value)
+
+
+def test_fp8_cache_takes_a_quarter_of_float32s_memory_and_says_so() -> None:
+    question = [{"role": "user", "content": "What is 17 + 25?"}]
+    held = {}
+    for kind in ("auto", "fp8"):
+        llm = LLM(model="quire-tiny", device="cpu", max_model_len=256, num_gpu_blocks_override=64, kv_cache_dtype=kind)
+        held[kind] = llm.ready_line
+        assert "42" in llm.chat([question], SamplingParams(temperature=0, max_tokens=16))[0].outputs[0].text
+    assert "KV cache 6.0 MiB = 1,008 tokens," in held["auto"]
+    assert "KV cache 1.5 MiB = 1,008 tokens in float8_e4m3fn" in held["fp8"]
+
+
+def test_unknown_cache_types_are_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"int3.*choose auto, .*fp8_e5m2"):
+        LLM(model="quire-tiny", kv_cache_dtype="int3")

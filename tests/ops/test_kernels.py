@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quire.core.contracts.attention import AttentionSpec, KVLayout, LayerKV
-from quire.core.ops import rms_norm, rope_and_cache, silu_and_mul
+from quire.core.ops import rms_norm, rope_and_cache, silu_and_mul, write_kv
 from quire.core.ops.kernels import activation, decode_inputs, norm, rope
 
 PLACES = [
@@ -87,6 +87,32 @@ def test_rope_and_cache(
     )
     for a, b in [*zip(got, expected, strict=True), (ours.k, theirs.k), (ours.v, theirs.v)]:
         close(a, b.double(), tolerance)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_fp8_cache_is_scaled_and_never_overflows(device: str, kv_dtype: torch.dtype) -> None:
+    """What is read back is what was meant, to half a step of the type, or the largest it has."""
+    torch.manual_seed(1)
+    k, v = (torch.randn(5, 2, 64, device=device) * 8 for _ in range(2))
+    if device == "cpu":  # the interpreter loses the carry when it rounds: 15.9 becomes 8
+        k, v = (x.to(kv_dtype).float() for x in (k, v))
+    v[0, 0, 0], v[1, 1, 63] = 1e6, -1e6
+    layout = KVLayout(AttentionSpec(2, 2, 64, 64, 1.0, torch.float32, kv_dtype, 16))
+    kv = layout.view(torch.zeros(3, layout.bytes_per_block, dtype=torch.uint8, device=device))
+    kv.k_scale, kv.v_scale = (torch.tensor([x], device=device) for x in (0.25, 0.5))
+    positions, slots = torch.zeros(5, dtype=torch.int64, device=device), torch.tensor([16, 3, 40, 17, 9], device=device)
+    no_turn = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), -1).to(device)
+    rope.rope_and_cache(k.clone(), k.clone(), v, positions, no_turn, kv, slots, None, None, 1e-6)
+    twin = layout.view(torch.zeros(3, layout.bytes_per_block, dtype=torch.uint8, device=device))
+    twin.k_scale, twin.v_scale = kv.k_scale, kv.v_scale
+    write_kv(k, v, twin, slots)
+    most, step = torch.finfo(kv_dtype).max, torch.finfo(kv_dtype).eps
+    for x, scale, ours, theirs in ((k, 0.25, kv.k, twin.k), (v, 0.5, kv.v, twin.v)):
+        meant = (x.double() / scale).clamp(-most, most)
+        for cache in (ours, theirs):
+            held = cache.float().transpose(1, 2).flatten(0, 1)[slots].double()
+            torch.testing.assert_close(held, meant, rtol=step / 2, atol=torch.finfo(kv_dtype).tiny)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -160,7 +160,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["MODEL", "--max-model-len", "0"], ["2048"]),
         (["MODEL", "--trust-remote-code"], ["never runs code"]),
         (["MODEL", "--tensor-parallel-size", "2"], ["not supported yet"]),
-        (["MODEL", "--kv-cache-dtype", "fp8"], ["not supported yet"]),
         (["MODEL", "--device", "cuda"], ["cuda"]),
         (["MODEL", "--block-size", "0"], ["block_size"]),
         (["MODEL", "--max-num-seqs", "0"], ["max_num_seqs"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,8 @@ def rope_and_cache(
     num_kv_heads, rotary_dim = k.shape[1], cos_sin.shape[1]
     cache_k, cache_v = (k, v) if kv is None else (kv.k, kv.v)
     block_size = 1 if kv is None else kv.k.shape[2]
+    most = torch.finfo(cache_k.dtype).max if cache_k.dtype.itemsize == 1 else 0.0
+    scales = (kv.k_scale, kv.v_scale) if kv is not None and most else (positions, positions)
     query_groups = triton.cdiv(num_heads, _HEADS)
     chained = can_chain(q.device)
     _rope_kernel[(num_tokens, query_groups + triton.cdiv(num_kv_heads, _HEADS))](
@@ -47,6 +50,7 @@ def rope_and_cache(
         slot_mapping,
         q if q_norm is None else q_norm,
         k if k_norm is None else k_norm,
+        *scales,
         eps,
         q.stride(0),
         k.stride(0),
@@ -65,6 +69,7 @@ def rope_and_cache(
         heads=_HEADS,
         has_norm=q_norm is not None,
         has_cache=kv is not None,
+        most=most,
         chained=chained,
         num_warps=4,
         launch_pdl=chained,
@@ -84,6 +89,8 @@ def _rope_kernel(
     slot_ptr,
     q_norm_ptr,
     k_norm_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     eps,
     q_stride,
     k_stride,
@@ -106,6 +113,7 @@ def _rope_kernel(
     heads: tl.constexpr,
     has_norm: tl.constexpr,
     has_cache: tl.constexpr,
+    most: tl.constexpr,
     chained: tl.constexpr,
 ):
     start_next(chained)
@@ -117,14 +125,14 @@ def _rope_kernel(
     if group < query_groups:
         _rotate_heads(
             q_ptr + token * q_stride, q_ptr, 0, q_norm_ptr, cos_sin_ptr, position, group * heads, num_heads, eps,
-            dim, half, block_half, block_rest, heads, has_norm, False,
+            k_scale_ptr, dim, half, block_half, block_rest, heads, has_norm, False, most,
         )  # fmt: skip
     else:
         first = (group - query_groups) * heads
         cache_k = cache_k_ptr + (slot // block_size) * ck_block + (slot % block_size) * ck_slot
         _rotate_heads(
             k_ptr + token * k_stride, cache_k, ck_head, k_norm_ptr, cos_sin_ptr, position, first, num_kv_heads, eps,
-            dim, half, block_half, block_rest, heads, has_norm, has_cache,
+            k_scale_ptr, dim, half, block_half, block_rest, heads, has_norm, has_cache, most,
         )  # fmt: skip
         if has_cache:
             head = first + tl.arange(0, heads)[:, None]
@@ -132,14 +140,14 @@ def _rope_kernel(
             inside = (head < num_kv_heads) & (at < dim)
             v = tl.load(v_ptr + token * v_stride + head * dim + at, mask=inside, other=0.0)
             cache_v = cache_v_ptr + (slot // block_size) * cv_block + (slot % block_size) * cv_slot
-            tl.store(cache_v + head * cv_head + at, v.to(cache_v_ptr.dtype.element_ty), mask=inside)
+            tl.store(cache_v + head * cv_head + at, _stored(v, v_scale_ptr, cache_v, most), mask=inside)
 
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, cache_ptr, cache_head, norm_ptr, cos_sin_ptr, position, first_head, num_heads, eps,
+    x_ptr, cache_ptr, cache_head, norm_ptr, cos_sin_ptr, position, first_head, num_heads, eps, scale_ptr,
     dim: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rest: tl.constexpr, heads: tl.constexpr,
-    has_norm: tl.constexpr, has_cache: tl.constexpr,
+    has_norm: tl.constexpr, has_cache: tl.constexpr, most: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate ``heads`` heads of one token in place, and copy them to the cache."""
     head = first_head + tl.arange(0, heads)[:, None]
@@ -170,10 +178,19 @@ def _rotate_heads(
     tl.store(x_ptr + head * dim + at, low, mask=inside)
     tl.store(x_ptr + head * dim + half + at, high, mask=inside)
     if has_cache:
-        kind = cache_ptr.dtype.element_ty
-        tl.store(cache_ptr + head * cache_head + at, low.to(kind), mask=inside)
-        tl.store(cache_ptr + head * cache_head + half + at, high.to(kind), mask=inside)
+        tl.store(cache_ptr + head * cache_head + at, _stored(low, scale_ptr, cache_ptr, most), mask=inside)
+        tl.store(cache_ptr + head * cache_head + half + at, _stored(high, scale_ptr, cache_ptr, most), mask=inside)
         if 2 * half < dim:
             if not has_norm:
                 rest = tl.load(x_ptr + head * dim + rest_at, mask=rest_inside, other=0.0)
-            tl.store(cache_ptr + head * cache_head + rest_at, rest.to(kind), mask=rest_inside)
+            tl.store(
+                cache_ptr + head * cache_head + rest_at, _stored(rest, scale_ptr, cache_ptr, most), mask=rest_inside
+            )
+
+
+@triton.jit
+def _stored(x, scale_ptr, cache_ptr, most: tl.constexpr):
+    """``x`` as the cache holds it; ``most``: the largest number of a type of one byte, else 0."""
+    if most > 0:
+        x = tl.minimum(tl.maximum(x.to(tl.float32) / tl.load(scale_ptr), -most), most)
+    return x.to(cache_ptr.dtype.element_ty)

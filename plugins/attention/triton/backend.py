@@ -24,6 +24,7 @@ from quire.plugins.attention.triton.prefill import prefill
 __all__ = ["TritonBackend"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class TritonBackend(AttentionBackend):
@@ -55,7 +56,7 @@ class TritonBackend(AttentionBackend):
         interpreted = triton.knobs.runtime.interpret
         if device.type == "cpu" and not interpreted:
             reasons.append("a CPU (set TRITON_INTERPRET=1 to run kernels in the interpreter)")
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        if _capability(device) < (8, 0):
             reasons.append("a GPU older than compute capability 8.0")
         if interpreted and torch.bfloat16 in (spec.dtype, spec.kv_dtype):
             reasons.append("bfloat16 in the interpreter, which computes it wrongly")
@@ -67,7 +68,9 @@ class TritonBackend(AttentionBackend):
             reasons.append("attention sinks")
         if spec.dtype not in _DTYPES:
             reasons.append(f"queries of {spec.dtype}")
-        if spec.kv_dtype != spec.dtype:
+        if spec.kv_dtype == torch.float8_e4m3fn and _capability(device) < (8, 9):
+            reasons.append("a KV cache of float8_e4m3fn on a GPU older than compute capability 8.9")
+        elif spec.kv_dtype != spec.dtype and spec.kv_dtype not in _FP8:
             reasons.append(f"a KV cache of {spec.kv_dtype} beside queries of {spec.dtype}")
         if max(spec.qk_head_dim, spec.v_head_dim) > 256:
             reasons.append(f"heads of {max(spec.qk_head_dim, spec.v_head_dim)} features (256 at most)")
@@ -102,3 +105,8 @@ class TritonBackend(AttentionBackend):
             decode(self.spec, batch, self._plan, q, kv, out, lse_out)
         if batch.num_reqs > batch.num_decodes:
             prefill(self.spec, batch, q, kv, out, lse_out)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU; the interpreter can do everything."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (99, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
 from quire.plugins.attention.triton.merge import merge_parts
 from quire.plugins.attention.triton.plan import DecodePlan
-from quire.plugins.attention.triton.tile import LN2, blocks_of, finish_rows, scaled
+from quire.plugins.attention.triton.tile import LN2, blocks_of, finish_rows, queries_for, scaled
 
 __all__ = ["decode", "decode_constants", "decode_kernel"]
 
@@ -38,6 +38,8 @@ def decode(
         kv.v,
         out,
         out if lse_out is None else lse_out,
+        batch.seq_lens if kv.k_scale is None else kv.k_scale,
+        batch.seq_lens if kv.v_scale is None else kv.v_scale,
         plan.parts,
         plan.part_lse,
         batch.block_table,
@@ -58,6 +60,7 @@ def decode(
         out_token=out.stride(0),
         out_head=out.stride(1),
         has_lse=lse_out is not None,
+        fp8=kv.k.dtype.itemsize == 1,
         **decode_constants(spec, plan.tile.keys, batch.decode_query_len),
         num_warps=plan.tile.warps,
         num_stages=plan.tile.stages,
@@ -94,6 +97,8 @@ def decode_kernel(
     v_ptr,
     out_ptr,  # (num_tokens, heads, v_dim)
     lse_ptr,  # (num_tokens, heads) float32
+    k_scale_ptr,  # (1,) float32, where the cache is FP8
+    v_scale_ptr,
     parts_ptr,  # (items, kv_heads, queries * group, v_dim) float32
     part_lse_ptr,  # (items, kv_heads, queries * group) float32, base two
     table_ptr,  # (num_reqs, max_blocks) int32
@@ -114,6 +119,7 @@ def decode_kernel(
     out_token: tl.constexpr,
     out_head: tl.constexpr,
     has_lse: tl.constexpr,
+    fp8: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     queries: tl.constexpr,
@@ -150,6 +156,7 @@ def decode_kernel(
         parts = parts >> 16
         q_at = (request * queries + row // group) * q_token + (kv_head * group + row % group) * q_head
         q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
+        q = queries_for(q, k_scale_ptr, fp8, precision == "ieee")
         taken = tl.atomic_add(taken_ptr, 1, sem="relaxed")
         if taken == total - 1:  # as many are taken, or asked for in vain, as there are items: nobody will ask again
             tl.store(taken_ptr, 0)
@@ -171,7 +178,9 @@ def decode_kernel(
             v_at = v_head_ptr + (block.to(tl.int64) * v_block + (key % page) * v_slot)[:, None] + e[None, :]
             k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # (keys, dim_pad)
             block = blocks_of(table, first_key + keys, high, page, keys)
-            score = scaled(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)  # (rows, keys)
+            score = scaled(
+                tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision), scale, softcap
+            )  # (rows, keys)
             seen = live[None, :]
             if queries > 1:
                 seen = seen & (key[None, :] <= position[:, None])
@@ -184,11 +193,13 @@ def decode_kernel(
             shrink = tl.exp2(peak - base)
             masses = masses * shrink[:, None] + p
             v = tl.load(v_at, mask=live[:, None] & (e < v_dim)[None, :], other=0.0)  # (keys, v_dim_pad)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=precision)
             peak = new_peak
         block = blocks_of(table_ptr + next_request * table_row, next_low, next_high, page, keys)
         mass = tl.sum(masses, 1)
         result, lse = finish_rows(acc, peak, mass)
+        if fp8:
+            result *= tl.load(v_scale_ptr)
         out_at = out_ptr + request * queries * out_token + kv_head * group * out_head
         lse_at = lse_ptr + request * queries * (kv_heads * group) + kv_head * group
         if parts == 1:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
-from quire.plugins.attention.triton.tile import LN2, attend_tile, blocks_of, finish_rows
+from quire.plugins.attention.triton.tile import LN2, attend_tile, blocks_of, finish_rows, queries_for
 
 __all__ = ["prefill", "prefill_constants", "prefill_kernel"]
 
@@ -34,6 +34,8 @@ def prefill(
         kv.v,
         out,
         out if lse_out is None else lse_out,
+        batch.seq_lens if kv.k_scale is None else kv.k_scale,
+        batch.seq_lens if kv.v_scale is None else kv.v_scale,
         batch.block_table,
         batch.seq_lens,
         batch.query_start_loc,
@@ -51,6 +53,7 @@ def prefill(
         out_token=out.stride(0),
         out_head=out.stride(1),
         has_lse=lse_out is not None,
+        fp8=kv.k.dtype.itemsize == 1,
         **constants,
         **options,
     )
@@ -89,6 +92,8 @@ def prefill_kernel(
     v_ptr,
     out_ptr,  # (num_tokens, heads, v_dim)
     lse_ptr,  # (num_tokens, heads) float32
+    k_scale_ptr,  # (1,) float32, where the cache is FP8
+    v_scale_ptr,
     table_ptr,  # (num_reqs, max_blocks) int32
     seq_lens_ptr,  # (num_reqs,) int32
     start_ptr,  # (num_reqs + 1,) int32
@@ -106,6 +111,7 @@ def prefill_kernel(
     out_token: tl.constexpr,
     out_head: tl.constexpr,
     has_lse: tl.constexpr,
+    fp8: tl.constexpr,
     heads: tl.constexpr,
     group: tl.constexpr,
     page: tl.constexpr,
@@ -141,6 +147,7 @@ def prefill_kernel(
     q_at = (start + token).to(tl.int64) * q_token + head * q_head
     q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
 
+    q = queries_for(q, k_scale_ptr, fp8, precision == "ieee")
     first_position = context + row0 // group
     high = tl.minimum(context + (row0 + rows - 1) // group + 1, seq_len)
     low = 0
@@ -173,6 +180,8 @@ def prefill_kernel(
         )  # fmt: skip
         block = following
     result, lse = finish_rows(acc, peak, mass)
+    if fp8:
+        result *= tl.load(v_scale_ptr)
     e = tl.arange(0, v_dim_pad)
     out_at = (start + token).to(tl.int64) * out_token + head * out_head
     keep = real[:, None] & (e < v_dim)[None, :]

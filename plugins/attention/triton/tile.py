@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "attend_tile", "blocks_of", "finish_rows", "scaled"]
+__all__ = ["LN2", "attend_tile", "blocks_of", "finish_rows", "queries_for", "scaled"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -58,7 +58,7 @@ def attend_tile(
         k = tl.load(k_at, mask=(d < dim)[None, :], other=0.0)
     else:
         k = tl.load(k_at)
-    score = scaled(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)  # (rows, keys)
+    score = scaled(tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision), scale, softcap)  # (rows, keys)
     if masked:
         seen = live[None, :] & (key[None, :] <= position[:, None])
         if window > 0:
@@ -77,7 +77,7 @@ def attend_tile(
         v = tl.load(v_at, mask=(e < v_dim)[None, :], other=0.0)
     else:
         v = tl.load(v_at)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=precision)
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=precision)
     return acc, new_peak, mass
 
 
@@ -90,6 +90,17 @@ def blocks_of(table_ptr, first_key, high, page: tl.constexpr, keys: tl.constexpr
     """
     key = first_key + tl.arange(0, keys)
     return tl.load(table_ptr + key // page, mask=key < high, other=0)
+
+
+@triton.jit
+def queries_for(q, k_scale_ptr, fp8: tl.constexpr, precise: tl.constexpr):
+    """Queries as they meet the keys. The keys of an FP8 cache are widened to float16, which holds every one of them and
+    takes one instruction for two; their scale goes to the queries."""
+    if fp8:
+        q = q.to(tl.float32) * tl.load(k_scale_ptr)
+        if not precise:
+            q = q.to(tl.float16)
+    return q
 
 
 @triton.jit
