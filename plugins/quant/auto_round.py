@@ -21,7 +21,7 @@ class AutoRound(LayerwiseLoader):
     """Reads ``quant_method: auto-round``; ``extra_config`` has what differs in some layers."""
 
     @classmethod
-    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods, packings and data types, and quantized activations."""
         if reasons := cls.another_method(quant_config, "auto-round", "intel/auto-round"):
             return reasons

@@ -22,7 +22,7 @@ class AWQ(LayerwiseLoader):
     """Reads ``quant_method: awq`` in each of its packings; the head is never quantized."""
 
     @classmethod
-    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods, other bits, and packings made for one kernel."""
         if reasons := cls.another_method(quant_config, "awq"):
             return reasons

@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.plugins.quant.assembled import Stored
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import GroupedWeights, grouped_by
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, group_size_is_wrong, is_block
 from quire.plugins.quant.packing import unpack
 from quire.plugins.quant.scaled import ScaledFormat
 
@@ -28,7 +28,7 @@ class CompressedTensors(LayerwiseLoader):
     weights of 2 to 8 bits (W4A16)."""
 
     @classmethod
-    def unsupported(cls, quant_config: _Args, device: torch.device) -> list[str]:
+    def objections(cls, quant_config: _Args, device: torch.device) -> list[str]:
         """Other methods, sparsity, rotations, and schemes that have no layer here."""
         if reasons := cls.another_method(quant_config, "compressed-tensors"):
             return reasons
@@ -130,9 +130,11 @@ def _scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
     if form == "pack-quantized" and kind == "int" and not inputs:
         if bits not in range(2, 9) or strategy not in ("group", "channel"):
             raise _UnsupportedError(f"{what} are not supported; {_SUPPORTED}")
-        size = int(weights["group_size"]) if strategy == "group" else -1
+        size = weights["group_size"] if strategy == "group" else -1
+        if group_size_is_wrong(size):
+            raise _UnsupportedError(f"{what} in groups of {size!r} are not supported")
         permuted = weights.get("actorder") in ("group", "dynamic")
-        return PackedFormat(int(bits), size, symmetric=bool(weights.get("symmetric", True)), permuted=permuted)
+        return PackedFormat(int(bits), int(size), symmetric=bool(weights.get("symmetric", True)), permuted=permuted)
     plain = form in ("int-quantized", "float-quantized", "naive-quantized")
     if not plain or bits != 8 or kind not in ("int", "float") or not weights.get("symmetric", True):
         sort = "symmetric" if weights.get("symmetric", True) else "asymmetric"
@@ -140,6 +142,8 @@ def _scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
     if strategy not in (("tensor", "channel", "block") if kind == "float" else ("tensor", "channel")):
         raise _UnsupportedError(f"{what} are not supported; {_SUPPORTED}")
     block = weights.get("block_structure") or (128, 128)
+    if not is_block(block):
+        raise _UnsupportedError(f"{what} in blocks of {block!r} are not supported")
     return ScaledFormat(
         torch.float8_e4m3fn if kind == "float" else torch.int8,
         strategy,  # type: ignore[arg-type]

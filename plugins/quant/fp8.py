@@ -9,7 +9,7 @@ import torch
 
 from quire.core.contracts.quant import LayerInfo, LinearMethod
 from quire.plugins.quant.compressed_tensors import CompressedTensors
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, named, whole_number
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, named
 from quire.plugins.quant.scaled import ScaledFormat
 
 __all__ = ["Fp8"]
@@ -24,7 +24,7 @@ class Fp8(LayerwiseLoader):
     """
 
     @classmethod
-    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods and formats."""
         method = quant_config.get("quant_method")
         if method is None:
@@ -39,7 +39,7 @@ class Fp8(LayerwiseLoader):
             found.append(f"FP8 activation_scheme {activations!r} is not supported; only dynamic and static are")
         if quant_config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
             found.append(f"FP8 format {quant_config['fmt']!r} is not supported; only e4m3 is")
-        if block is not None and not (_is_block(block) and activations == "dynamic"):
+        if block is not None and not (is_block(block) and activations == "dynamic"):
             found.append(
                 f"FP8 weight_block_size {block!r} with {activations} activations is not supported; only two positive "
                 f"numbers with dynamic ones are"
@@ -66,7 +66,3 @@ class Fp8(LayerwiseLoader):
         if self.quant_config.get("quant_method") == "compressed-tensors":
             return CompressedTensors(self.quant_config).method_for(info)
         return super().method_for(info)
-
-
-def _is_block(block: Any) -> bool:
-    return isinstance(block, list | tuple) and len(block) == 2 and all(whole_number(n) and n > 0 for n in block)

@@ -27,7 +27,7 @@ class GPTQ(LayerwiseLoader):
     overrides (``dynamic``)."""
 
     @classmethod
-    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods, bits, and packings made for one kernel."""
         if reasons := cls.another_method(quant_config, "gptq"):
             return reasons

@@ -19,7 +19,7 @@ class Int8(LayerwiseLoader):
     """Every row gets a scale at load, every token one when it comes; the head stays as it is."""
 
     @classmethod
-    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods."""
         method = quant_config.get("quant_method")
         if method is None:

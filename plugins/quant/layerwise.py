@@ -10,12 +10,15 @@ from typing import Any, TypeAlias
 import torch
 
 from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantizationLoader
+from quire.core.errors import CheckpointError
 from quire.plugins.quant.grouped import GroupedFormat, GroupedLinear
 from quire.plugins.quant.mixed import MixedLinear
 from quire.plugins.quant.none import UnquantizedLinear
 from quire.plugins.quant.scaled import Fp8Linear, Int8Linear, ScaledFormat
 
-__all__ = ["LayerwiseLoader", "Scheme", "group_size_is_wrong", "named", "whole_number"]
+__all__ = ["LayerwiseLoader", "Scheme", "group_size_is_wrong", "is_block", "named", "whole_number"]
+
+_MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError, re.error)
 
 Scheme: TypeAlias = GroupedFormat | ScaledFormat | None
 """None: not quantized."""
@@ -24,13 +27,31 @@ Scheme: TypeAlias = GroupedFormat | ScaledFormat | None
 class LayerwiseLoader(QuantizationLoader):
     """Asks ``scheme`` for each part of a layer."""
 
+    @classmethod
+    @abstractmethod
+    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+        """``unsupported``, of a well-formed configuration; of others it may raise what it likes of ``_MALFORMED``."""
+
+    @classmethod
+    def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+        """What ``objections`` says; or what it stumbled over."""
+        try:
+            return cls.objections(quant_config, device)
+        except _MALFORMED as error:
+            return [f"its quantization_config is malformed: {_line(error)}"]
+
     @abstractmethod
     def scheme(self, name: str, kind: str) -> Scheme:
         """How the projection ``name`` (``model.layers.0.self_attn.q_proj``) of ``kind`` is stored."""
 
     def method_for(self, info: LayerInfo) -> LinearMethod:
         """One product where the parts are of one scheme, else one for each."""
-        schemes = [self.scheme(name, info.kind) for name in info.part_names]
+        try:
+            schemes = [self.scheme(name, info.kind) for name in info.part_names]
+        except _MALFORMED as error:
+            raise CheckpointError(
+                f"quantization_config in config.json is malformed for {info.part_names[0]!r}: {_line(error)}"
+            ) from None
         if all(scheme == schemes[0] for scheme in schemes):
             return _method(schemes[0])
         return MixedLinear(info.part_names, [_method(scheme) for scheme in schemes])
@@ -63,6 +84,15 @@ def group_size_is_wrong(value: Any) -> bool:
 def whole_number(value: Any) -> bool:
     """Whether a value of config.json is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_block(value: Any) -> bool:
+    """Whether a value of config.json is two positive integers."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(whole_number(n) and n > 0 for n in value)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _method(scheme: Scheme) -> LinearMethod:
