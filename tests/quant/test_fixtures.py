@@ -29,6 +29,7 @@ def load(
     name: str = "auto",
     load_format: str = "auto",
     device: str = "cpu",
+    kv_dtype: torch.dtype | None = None,
 ) -> Model:
     """As the engine does: the loader that ``auto`` finds, asked first whether it can."""
     config = read_hf_config(path)
@@ -41,7 +42,7 @@ def load(
         path,
         dtype=dtype,
         device=torch.device(device),
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
         block_size=16,
         quant=loader(getattr(config, "quantization_config", None) or {}),
         load_format=load_format,
