@@ -47,12 +47,14 @@ class DecodePlan:
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
         self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(limits.max_num_reqs * heads, dtype=torch.int32, device=device)
-        rows = spec.num_heads // heads * limits.max_decode_query_len
+        self.most_queries = limits.max_decode_query_len
+        rows = spec.num_heads // heads * self.most_queries
         self.parts = torch.empty(most, heads, rows, spec.v_head_dim, dtype=torch.float32, device=device)
         self.part_lse = torch.empty(most, heads, rows, dtype=torch.float32, device=device)
 
     def write(self, batch: AttentionBatch) -> None:
         """List the parts of the step's decodes, for the tile that suits so many."""
+        assert batch.decode_query_len <= self.most_queries, "more queries than prepare() was told of"
         self.tile = decode_tile(
             self.spec, 1 if self.split else batch.num_decodes, batch.decode_query_len, self.processors
         )
