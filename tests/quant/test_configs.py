@@ -75,7 +75,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("method", LOADERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(config=CONFIG)
 def test_any_configuration_is_refused_in_words_or_read(method: str, config: dict[str, Any]) -> None:
     loader: type[LayerwiseLoader] = LOADERS[method]
