@@ -71,22 +71,29 @@ class Pace:
 
     def _best(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
         size, levels = _size(len(rows)), [level for level in self._levels if level <= available.max(initial=0)]
-        times = [self._times.get((size, level), (0.0, 0)) for level in levels]
         self._steps += 1
         trial, left = self._trial
         if left and trial in levels:
             self._trial = trial, left - 1
             return trial
-        unsure = [level for level, (_, count) in zip(levels, times, strict=True) if count < _SURE]
-        if unsure or self._steps % _EVERY == 0:
-            tried = unsure[0] if unsure else levels[self._steps // _EVERY % len(levels)]
-            self._trial = tried, _SURE
-            return tried
         rate = np.clip(self._rates(rows), 0.0, 1 - 1e-9)
-        speeds = []
-        for level, (took, _) in zip(levels, times, strict=True):
-            expected = (1 - rate ** (np.minimum(available, level) + 1)) / (1 - rate)
-            speeds.append(float(expected.sum()) / took / (_MARGIN if level else 1.0))
+        speeds: list[float] = []
+        worth: list[int] = []  # levels that may be best, as more drafts never take less time
+        least = 0.0
+        for level in levels:
+            took, count = self._times.get((size, level), (0.0, 0))
+            tokens = float(((1 - rate ** (np.minimum(available, level) + 1)) / (1 - rate)).sum())
+            hopeless = bool(least and speeds and tokens / least < speeds[0])
+            if not hopeless:
+                worth.append(level)
+            if count < _SURE and not hopeless:
+                self._trial = level, _SURE
+                return level
+            least = max(least, took if level else 0.0)
+            speeds.append(tokens / took / (_MARGIN if level else 1.0) if count else 0.0)
+        if self._steps % _EVERY == 0:
+            self._trial = worth[self._steps // _EVERY % len(worth)], _SURE
+            return self._trial[0]
         return levels[int(np.argmax(speeds))]
 
     def _rates(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:

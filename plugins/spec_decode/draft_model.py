@@ -38,6 +38,8 @@ class DraftModel(DeviceProposer):
     def unsupported(cls, target_config: Any, draft_config: Any, draft_path: Path | None) -> list[str]:
         """The vocabulary must be the target's."""
         assert draft_path is not None
+        if any("eagle" in str(name).lower() for name in getattr(draft_config, "architectures", None) or ()):
+            return [f"{draft_path.name!r} is an EAGLE head, which is not supported yet; give a whole draft model"]
         mine, theirs = (int(c.get_text_config().vocab_size) for c in (draft_config, target_config))
         if mine != theirs:
             return [f"{draft_path.name!r} has a vocabulary of {mine} tokens, the target one of {theirs}"]
@@ -76,7 +78,7 @@ class DraftModel(DeviceProposer):
         blocks = target.block_table[who]
         back = length[:, None] + torch.arange(-2, 0, device=who.device)  # (n, 2)
         tokens = table.token_ids[who[:, None], back]
-        hidden = self._pass(tokens.flatten(), back, length, blocks, 2)[1::2]
+        hidden = self._pass(tokens.flatten(), back, length, blocks, 2)[1::2].contiguous()
         drafts = []
         while True:
             logits = self._model.compute_logits(hidden)

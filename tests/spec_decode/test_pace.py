@@ -10,7 +10,7 @@ from quire.core.sched.pace import Pace
 MOST = 4
 
 
-def serve(num_reqs: int, skill: float, cost: dict[int, float], steps: int = 3000, pace: Pace | None = None) -> float:
+def serve(num_reqs: int, skill: float, cost: dict[int, float], steps: int = 2000, pace: Pace | None = None) -> float:
     """Tokens per microsecond with the pace, over that without drafts. A device proposer: what is chosen is verified
     one step later."""
     rng = np.random.default_rng(0)
