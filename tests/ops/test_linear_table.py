@@ -12,12 +12,12 @@ import torch
 from quire.core.ops.kernels import linear
 
 TABLES = sorted((Path(linear.__file__).parent / "tables").glob("*.json"))
-FIRST_OF_THE_LAYER = ("x", "weight", "bias", "out", "norm", "gated", "residual", "chained")
+OF_THE_LAYER = ("x", "weight", "bias", "out", "norm", "tail")
 
 
 def check(launch: linear.Launch, most: int) -> None:
     kernel = linear._KERNELS[launch.kernel]
-    wanted = set(inspect.signature(kernel).parameters) - set(FIRST_OF_THE_LAYER)
+    wanted = set(inspect.signature(kernel).parameters) - set(OF_THE_LAYER)
     assert set(launch.options) == wanted, launch
     assert launch.options.get("tokens", 1) >= most
     for name in ("tokens", "rows", "block", "ways", "num_warps"):

@@ -12,7 +12,7 @@ from quire.plugins.quant.kernels import int4_table
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
 
 TABLES = sorted((Path(int4_table.__file__).parent / "tables").glob("int4_*.json"))
-OF_THE_LAYER = {"x", "weights", "bias", "out", "norm", "gated", "residual", "chained"}
+OF_THE_LAYER = {"x", "weights", "bias", "out", "tail"}
 
 
 def check(features: int, most: int, launch: int4_table.Launch) -> None:

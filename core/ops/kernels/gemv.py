@@ -8,12 +8,14 @@ depends on the layer's shape alone.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import finish, rows_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
 
 __all__ = ["gemv", "gemv_long"]
 
@@ -27,25 +29,24 @@ def gemv(
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     rows: int,
     turns: int,
     num_warps: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
 
     At most ``tokens`` of them. A program takes ``rows`` rows of the weight at a time, ``turns`` times.
     """
     features, inputs = weight.shape
+    bias, residual, options = tail_of(x, bias, **tail)
     gemv_kernel[(triton.cdiv(features, rows * turns),)](
         x,
         weight,
-        x if bias is None else bias,
+        bias,
         x if norm is None else norm[0],
-        x if residual is None else residual,
+        residual,
         out,
         x.shape[0],
         0.0 if norm is None else norm[1],
@@ -55,13 +56,9 @@ def gemv(
         tokens=tokens,
         rows=rows,
         turns=turns,
-        has_bias=bias is not None,
         has_norm=norm is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
 
 
@@ -72,34 +69,29 @@ def gemv_long(
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
     rows: int,
     block: int,
     num_warps: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """As ``gemv``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time."""
     features, inputs = weight.shape
+    bias, residual, options = tail_of(x, bias, **tail)
     gemv_long_kernel[(triton.cdiv(features, rows),)](
         x,
         weight,
-        x if bias is None else bias,
+        bias,
         x if norm is None else norm[0],
-        x if residual is None else residual,
+        residual,
         out,
         0.0 if norm is None else norm[1],
         features=features,
         inputs=inputs,
         rows=rows,
         block=block,
-        has_bias=bias is not None,
         has_norm=norm is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
 
 

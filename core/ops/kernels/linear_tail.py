@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NotRequired, TypedDict, Unpack
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["finish", "rows_of"]
+__all__ = ["Tail", "finish", "rows_of", "tail_of"]
+
+
+class Tail(TypedDict):
+    """What comes after a product, and how its kernel is launched."""
+
+    gated: NotRequired[bool]
+    """The rows are gates and their up projections: store ``silu(gate) * up``."""
+    residual: NotRequired[Tensor | None]
+    """(num_tokens, features), half of them where gated: added last."""
+    chained: bool
+    """Start while the kernel before still runs; see ``dependent``."""
+
+
+def tail_of(stand_in: Tensor, bias: Tensor | None, **tail: Unpack[Tail]) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    """A kernel's arguments for its tail: bias and residual, or ``stand_in`` for what there is not, and the options."""
+    residual, chained = tail.get("residual"), tail["chained"]
+    options = {
+        "has_bias": bias is not None,
+        "gated": tail.get("gated", False),
+        "has_residual": residual is not None,
+        "chained": chained,
+        "launch_pdl": chained,
+    }
+    return stand_in if bias is None else bias, stand_in if residual is None else residual, options
 
 
 @triton.jit

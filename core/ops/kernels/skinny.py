@@ -7,12 +7,14 @@ sum depends on the layer's shape and on the padded number of tokens alone.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import finish, rows_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
 
 __all__ = ["skinny"]
 
@@ -24,14 +26,12 @@ def skinny(
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     rows: int,
     block: int,
     ways: int,
     num_stages: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
 
@@ -39,12 +39,13 @@ def skinny(
     with ``block`` inputs at a time.
     """
     features, inputs = weight.shape
+    bias, residual, options = tail_of(x, bias, **tail)
     skinny_kernel[(triton.cdiv(features, rows),)](
         x,
         weight,
-        x if bias is None else bias,
+        bias,
         x if norm is None else norm[0],
-        x if residual is None else residual,
+        residual,
         out,
         x.shape[0],
         0.0 if norm is None else norm[1],
@@ -55,13 +56,9 @@ def skinny(
         block=block,
         ways=ways,
         stages=num_stages,
-        has_bias=bias is not None,
         has_norm=norm is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=ways,
-        launch_pdl=chained,
+        **options,
     )
 
 

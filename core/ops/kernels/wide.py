@@ -6,12 +6,14 @@ token once for more rows, which pays where the tokens are no longer small beside
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import finish, rows_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
 
 __all__ = ["wide"]
 
@@ -23,14 +25,12 @@ def wide(
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     rows: int,
     block: int,
     num_warps: int,
     num_stages: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
 
@@ -39,11 +39,12 @@ def wide(
     """
     assert norm is None, "its launches say norm_apart"
     features, inputs = weight.shape
+    bias, residual, options = tail_of(x, bias, **tail)
     wide_kernel[(triton.cdiv(features, rows),)](
         x,
         weight,
-        x if bias is None else bias,
-        x if residual is None else residual,
+        bias,
+        residual,
         out,
         x.shape[0],
         features=features,
@@ -52,12 +53,8 @@ def wide(
         rows=rows,
         block=block,
         stages=num_stages,
-        has_bias=bias is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
 
 

@@ -7,13 +7,15 @@ and put together again. The order of every sum depends on the layer's shape alon
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import finish, rows_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
 
 __all__ = ["gemv8", "gemv8_long"]
 
@@ -26,13 +28,11 @@ def gemv8(
     *,
     scale: Tensor,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     rows: int,
     turns: int,
     num_warps: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense.
 
@@ -40,13 +40,14 @@ def gemv8(
     ``turns`` times. ``inputs`` is a multiple of 16.
     """
     features, inputs = weight.shape
+    bias, residual, options = tail_of(x, bias, **tail)
     gemv8_kernel[(triton.cdiv(features, rows * turns),)](
         x,
         weight.view(torch.int32),
         scale,
-        x if bias is None else bias,
+        bias,
         x if norm is None else norm[0],
-        x if residual is None else residual,
+        residual,
         out,
         x.shape[0],
         0.0 if norm is None else norm[1],
@@ -57,13 +58,9 @@ def gemv8(
         rows=rows,
         turns=turns,
         whole=weight.dtype == torch.int8,
-        has_bias=bias is not None,
         has_norm=norm is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
 
 
@@ -75,25 +72,24 @@ def gemv8_long(
     *,
     scale: Tensor,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
     rows: int,
     block: int,
     num_warps: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """As ``gemv8``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time.
 
     ``scale`` is (features,), or (features / 128, inputs / 128), both rounded up.
     """
     features, inputs = weight.shape
+    bias, residual, options = tail_of(x, bias, **tail)
     gemv8_long_kernel[(triton.cdiv(features, rows),)](
         x,
         weight,
         scale,
-        x if bias is None else bias,
+        bias,
         x if norm is None else norm[0],
-        x if residual is None else residual,
+        residual,
         out,
         0.0 if norm is None else norm[1],
         features=features,
@@ -101,13 +97,9 @@ def gemv8_long(
         rows=rows,
         block=block,
         blocks=scale.shape[1] if scale.dim() == 2 else 0,
-        has_bias=bias is not None,
         has_norm=norm is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
 
 

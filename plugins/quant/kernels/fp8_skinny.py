@@ -8,12 +8,14 @@ number of tokens alone.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import finish, rows_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
 
 __all__ = ["skinny8"]
 
@@ -25,14 +27,12 @@ def skinny8(
     out: Tensor,
     *,
     scale: Tensor,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     rows: int,
     block: int,
     ways: int,
     num_stages: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense.
 
@@ -42,12 +42,13 @@ def skinny8(
     """
     features, inputs = weight.shape
     assert scale.dim() == 1 or block == 128
+    bias, residual, options = tail_of(x, bias, **tail)
     skinny8_kernel[(triton.cdiv(features, rows),)](
         x,
         weight,
         scale,
-        x if bias is None else bias,
-        x if residual is None else residual,
+        bias,
+        residual,
         out,
         x.shape[0],
         features=features,
@@ -58,12 +59,8 @@ def skinny8(
         ways=ways,
         stages=num_stages,
         blocks=scale.shape[1] if scale.dim() == 2 else 0,
-        has_bias=bias is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=ways,
-        launch_pdl=chained,
+        **options,
     )
 
 

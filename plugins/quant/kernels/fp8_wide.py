@@ -7,12 +7,14 @@ as few as 16 rows of the weight and the card is filled without sharing out the i
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import finish, rows_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
 
 __all__ = ["wide8"]
 
@@ -25,15 +27,13 @@ def wide8(
     *,
     scale: Tensor,
     x_scale: Tensor,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     rows: int,
     block: int,
     tokens_first: bool = False,
     num_warps: int,
     num_stages: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense, of one
     type; ``block`` divides ``inputs``.
@@ -44,13 +44,14 @@ def wide8(
     """
     features, inputs = weight.shape
     assert inputs % block == 0 and (scale.dim() == 1 or block == 128) and x.dtype == weight.dtype
+    bias, residual, options = tail_of(scale, bias, **tail)
     wide8_kernel[(triton.cdiv(x.shape[0], tokens), triton.cdiv(features, rows))](
         x,
         weight,
         scale,
         x_scale,
-        scale if bias is None else bias,
-        scale if residual is None else residual,
+        bias,
+        residual,
         out,
         x.shape[0],
         features=features,
@@ -62,12 +63,8 @@ def wide8(
         stages=num_stages,
         blocks=scale.shape[1] if scale.dim() == 2 else 0,
         one_x_scale=x_scale.numel() == 1,
-        has_bias=bias is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 import triton
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import can_chain
+from quire.core.ops.kernels.linear_tail import Tail, tail_of
 from quire.plugins.quant.kernels.int4_skinny import skinny_kernel
 from quire.plugins.quant.kernels.int4_wide import combine_kernel, dequantize_kernel, wide_kernel
 
@@ -25,14 +26,12 @@ def skinny(
     bias: Tensor | None,
     out: Tensor,
     *,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     tiles: int,
     ways: int,
     depth: int,
     num_stages: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense; ``gated`` is SiLU.
 
@@ -40,12 +39,13 @@ def skinny(
     its ``ways`` warps share out the inputs, each taking ``depth`` blocks of them at a time. ``chained``: start while
     the kernel before still runs, where the device can.
     """
+    bias, residual, options = tail_of(x, bias, **tail)
     skinny_kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
         x,
         weights.words,
         weights.groups,
-        x if bias is None else bias,
-        x if residual is None else residual,
+        bias,
+        residual,
         out,
         x.shape[0],
         features=weights.features,
@@ -57,13 +57,9 @@ def skinny(
         ways=ways,
         depth=depth,
         stages=num_stages,
-        has_bias=bias is not None,
-        gated=gated,
-        has_residual=residual is not None,
         native=_native(x.dtype),
-        chained=chained,
         num_warps=ways,
-        launch_pdl=chained,
+        **options,
     )
 
 
@@ -73,15 +69,13 @@ def wide(
     bias: Tensor | None,
     out: Tensor,
     *,
-    gated: bool = False,
-    residual: Tensor | None = None,
     tokens: int,
     tiles: int,
     splits: int,
     scaled: int,
     num_warps: int,
     num_stages: int,
-    chained: bool,
+    **tail: Unpack[Tail],
 ) -> None:
     """As ``skinny``, for any number of tokens, ``tokens`` of them to a program.
 
@@ -90,13 +84,13 @@ def wide(
     """
     num_tokens, features = x.shape[0], weights.features
     parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
-    bias_or_any, residual_or_any = x if bias is None else bias, x if residual is None else residual
+    bias, residual, options = tail_of(x, bias, **tail)
     wide_kernel[(triton.cdiv(weights.words.shape[0], tiles), triton.cdiv(num_tokens, tokens), splits)](
         x,
         weights.words,
         weights.groups,
-        bias_or_any,
-        residual_or_any,
+        bias,
+        residual,
         parts,
         num_tokens,
         features=features,
@@ -108,31 +102,23 @@ def wide(
         splits=splits,
         scaled=bool(scaled) or weights.group_size * weights.bits < 512,
         stages=num_stages,
-        has_bias=bias is not None,
-        gated=gated,
-        has_residual=residual is not None,
         native=_native(x.dtype),
-        chained=chained,
         num_warps=num_warps,
-        launch_pdl=chained,
+        **options,
     )
     if splits == 1:
         return
     combine_kernel[(triton.cdiv(out.shape[1], 512), num_tokens)](
         parts,
-        bias_or_any,
-        residual_or_any,
+        bias,
+        residual,
         out,
         num_tokens,
         features=features,
         splits=splits,
         block=512,
-        has_bias=bias is not None,
-        gated=gated,
-        has_residual=residual is not None,
-        chained=chained,
         num_warps=4,
-        launch_pdl=chained,
+        **options,
     )
 
 
