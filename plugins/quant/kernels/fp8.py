@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
 from quire.plugins.quant.kernels import fp8_quantize
-from quire.plugins.quant.kernels.fp8_layer import EightBit, dequantize, plan_for
+from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
 
 __all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
 
@@ -54,16 +54,10 @@ def linear(
     ``LinearMethod.apply_fused``; None only where one of them is given and not offered for so many tokens. On the CPU
     weights are widened and activations stay as they are.
     """
-    if weight.is_cuda:
-        kind = EightBit(_BY_TOKEN, _scaled_mm)
-        return kind.linear(
-            x, weight, weight_scale, bias, input_scale, weight_only=weight_only, norm=norm, activation=activation,
-            residual=residual,
-        )  # fmt: skip
-    if norm is not None or activation is not None or residual is not None:
-        return None
-    x = fp8_quantize.dequantize_activation(x) if isinstance(x, QuantActivation) else x
-    return torch.nn.functional.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
+    return EightBit(_BY_TOKEN, _scaled_mm).linear(
+        x, weight, weight_scale, bias, input_scale, weight_only=weight_only, norm=norm, activation=activation,
+        residual=residual,
+    )  # fmt: skip
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,9 +107,11 @@ class EightBit:
         activation: str | None,
         residual: Tensor | None,
     ) -> Tensor | None:
-        """As ``kernels.fp8.linear``, on a GPU."""
+        """As ``kernels.fp8.linear``."""
         given = x.values if isinstance(x, QuantActivation) else x
         fused = norm is not None or activation is not None or residual is not None
+        if not weight.is_cuda:
+            return None if fused else _widened(x, weight, scale, bias)
         tokens, blocks = given.shape[0], scale.dim() == 2
         plan = plan_for(weight.device, *weight.shape, weight.dtype)
         launch = plan.launch(tokens, isinstance(x, QuantActivation), weight_only, blocks)
@@ -117,8 +119,7 @@ class EightBit:
             if fused:
                 return None
             if blocks or weight_only:
-                x = dequantize_activation(x) if isinstance(x, QuantActivation) else x
-                return F.linear(x, dequantize(weight, scale, x.dtype), bias)
+                return _widened(x, weight, scale, bias)
             x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale)
             return self.library(x, weight, scale, bias)
         options: dict[str, Any] = dict(launch.options)
@@ -152,6 +153,12 @@ class EightBit:
         y = quantize_activation(x, wanted) if norm is None else rms_norm_as(wanted, x, *norm)[0]
         assert isinstance(y, QuantActivation)
         return y
+
+
+def _widened(x: Tensor | QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with nothing in 8 bits."""
+    x = dequantize_activation(x) if isinstance(x, QuantActivation) else x
+    return F.linear(x, dequantize(weight, scale, x.dtype), bias)
 
 
 @cache

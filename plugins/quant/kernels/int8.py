@@ -10,7 +10,7 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
 from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
 from quire.plugins.quant.kernels import fp8_quantize
-from quire.plugins.quant.kernels.fp8_layer import EightBit, dequantize, plan_for
+from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
 
 __all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
 
@@ -54,16 +54,10 @@ def linear(
 
     Each token has a scale of its own; ``input_scale``, one for all, is not used.
     """
-    if weight.is_cuda:
-        kind = EightBit(_BY_TOKEN, _int_mm)
-        return kind.linear(
-            x, weight, weight_scale, bias, None, weight_only=weight_only, norm=norm, activation=activation,
-            residual=residual,
-        )  # fmt: skip
-    if norm is not None or activation is not None or residual is not None:
-        return None
-    x = fp8_quantize.dequantize_activation(x) if isinstance(x, QuantActivation) else x
-    return torch.nn.functional.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
+    return EightBit(_BY_TOKEN, _int_mm).linear(
+        x, weight, weight_scale, bias, None, weight_only=weight_only, norm=norm, activation=activation,
+        residual=residual,
+    )  # fmt: skip
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
