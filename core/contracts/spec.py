@@ -127,8 +127,6 @@ class StepTokens:
     rows: Tensor  # (num_reqs,) int64
     batch: AttentionBatch
     """Of that group."""
-    hidden: Sequence[Tensor]
-    """Of the layers that ``hidden_layers`` names, (num_tokens, hidden) each."""
 
 
 @dataclass(slots=True)
@@ -149,8 +147,6 @@ class DeviceProposer(SpeculativeProposer):
 
     placement = "device"
     capturable: bool = False
-    hidden_layers: tuple[int, ...] = ()
-    """Layers of the target whose output ``observe`` needs."""
 
     def load(self, source: DraftSource) -> None:
         """Load weights. Raises a ``QuireError`` that says what is wrong with them."""

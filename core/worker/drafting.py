@@ -46,7 +46,6 @@ class Drafting:
         most = self._sizes[-1] if self._sizes else 1
         self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=table.device)
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
-        self._hidden: list[Tensor] = []
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """As the target's cache does."""
@@ -55,7 +54,7 @@ class Drafting:
     def observe(self, inputs: StepInputs) -> None:
         """A step was computed that holds prompt tokens."""
         i, group = inputs, self._group
-        step = StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group], self._hidden)
+        step = StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group])
         self._guarded(lambda: self.proposer.observe(step))
 
     def propose(self, rows: NDArray[np.int32], count: int, *, greedy: bool) -> None:
@@ -104,7 +103,7 @@ class Drafting:
         one, start = none.int() + 1, torch.arange(size + 1, dtype=torch.int32, device=none.device)
         blocks = self._table.block_tables[self._group][self._rows[:size]]
         batch = AttentionBatch(start, one, blocks, size, size, 1, 1, size)
-        return StepTokens(none.int(), none, none, self._rows[:size], batch, [])
+        return StepTokens(none.int(), none, none, self._rows[:size], batch)
 
     def take_faults(self) -> list[str]:
         """Why the proposer was switched off, once."""
