@@ -36,7 +36,7 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 def query_lens(drafts: int) -> list[int]:
     """Queries of a request in steps that verify up to ``drafts`` drafts: one more than 1, 2 and all."""
-    return sorted({1 + count for count in (1, 2, drafts) if count <= drafts})
+    return sorted({1 + count for count in (1, 2, drafts) if 0 < count <= drafts})
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.worker.graphs import DecodeGraphs
 from quire.core.worker.input_builder import Lines
+from quire.core.worker.request_table import RequestTable
 
 from .test_exact import assert_same, prompts_for
 
@@ -109,3 +110,12 @@ def test_lines_of_a_step() -> None:
     assert lines.token.tolist() == [0, 1, 2, 8]
     assert lines.positions.tolist() == [18, 19, 20, 6]
     assert lines.first.tolist() == [0, 3] and lines.drafts.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 4])
+def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
+    """However few of them may also verify drafts."""
+    runner = engine("itself", max_num_seqs=3)._client.core._executor._worker._runner
+    table = RequestTable(100, 128, runner.block_size, 1, torch.device("cpu"))
+    graphs = DecodeGraphs(runner.model, runner.backends, runner.kv, table, runner.block_size, drafts=drafts)
+    assert max(size for queries, size in graphs.shapes if queries == 1) == 100
