@@ -57,7 +57,7 @@ types: dev ## mypy
 
 wheel: dev ## sdist and wheel into dist/
 	rm -rf dist build
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --quiet --no-isolation --outdir dist .
 
 bench: install ## tokens per second of MODEL, beside transformers where it runs
 	$(BIN)/quire bench throughput --workload nano --model $(MODEL) $(ARGS)
