@@ -14,6 +14,7 @@ from quire.core.contracts.attention import AttentionBatch, AttentionSpec, GraphK
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
+from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs
 
 __all__ = ["DraftModel"]
 
@@ -63,7 +64,8 @@ class DraftModel(DeviceProposer):
         """Buffers that captured passes share."""
         self._target = target
         device = target.num_computed.device
-        self._starts = torch.arange(0, 2 * target.max_num_reqs + 1, dtype=torch.int32, device=device)
+        starts = torch.arange(0, target.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self._starts = {1: starts, 2: 2 * starts}
 
     def observe(self, step: StepTokens) -> None:
         """Prompts, and whatever is in the step beside them."""
@@ -72,13 +74,10 @@ class DraftModel(DeviceProposer):
     def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
         """Two tokens a request, then one a pass."""
         target = self._target
-        table = target.table
-        length = table.num_tokens[who].long().clamp(min=2)  # padding has none
-        sampling = SamplingBatch.of(table, who, length, not greedy)
         blocks = target.block_table[who]
-        back = length[:, None] + torch.arange(-2, 0, device=who.device)  # (n, 2)
-        tokens = table.token_ids[who[:, None], back]
-        hidden = self._pass(tokens.flatten(), back, length, blocks, 2)[1::2].contiguous()
+        inputs = pass_inputs(target, who, blocks, ahead=0, queries=2)
+        sampling = SamplingBatch.of(target.table, who, inputs.next, not greedy)
+        hidden = self._pass(inputs, blocks, 2)[1::2].contiguous()
         drafts = []
         while True:
             logits = self._model.compute_logits(hidden)
@@ -86,29 +85,26 @@ class DraftModel(DeviceProposer):
             drafts.append(drawn)
             if len(drafts) == count:
                 return DraftTokens(torch.stack(drafts, 1))
-            sampling.position = sampling.position + 1
-            hidden = self._pass(drawn, sampling.position[:, None] - 1, sampling.position, blocks, 1)
+            inputs = pass_inputs(target, who, blocks, ahead=len(drafts), queries=1, drawn=drawn)
+            sampling.position = inputs.next
+            hidden = self._pass(inputs, blocks, 1)
 
-    def _pass(self, tokens: Tensor, positions: Tensor, lengths: Tensor, blocks: Tensor, queries: int) -> Tensor:
-        """``tokens`` (n * queries,) at ``positions`` (n, queries) of requests that have ``lengths`` tokens with them.
-        What lies beyond a request's blocks goes to the padding block."""
-        size, longest = self._target.block_size, self._target.max_model_len
-        n = len(lengths)
-        page = blocks.gather(1, (positions // size).clamp(max=blocks.shape[1] - 1)).long()
-        slots = (page * size + positions % size).flatten()
+    def _pass(self, inputs: PassInputs, blocks: Tensor, queries: int) -> Tensor:
+        """``queries`` tokens of each request."""
+        n = len(blocks)
         batch = AttentionBatch(
-            query_start_loc=self._starts[: n + 1] * queries if queries > 1 else self._starts[: n + 1],
-            seq_lens=lengths.int(),
+            query_start_loc=self._starts[queries][: n + 1],
+            seq_lens=inputs.lengths,
             block_table=blocks,
             num_reqs=n,
             num_tokens=n * queries,
             max_query_len=queries,
-            max_seq_len=longest,
+            max_seq_len=self._target.max_model_len,
             num_decodes=n,
             decode_query_len=queries,
         )
         key = GraphKey("decode" if queries == 1 else "verify", n * queries, n, queries)
-        return self._forward(tokens, positions.flatten().clamp(max=longest - 1), slots, batch, key)
+        return self._forward(inputs.tokens, inputs.positions, inputs.slots, batch, key)
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: AttentionBatch, key: GraphKey | None

@@ -10,6 +10,7 @@ import torch
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.sample.kernels.verify import place_drafts, verify
 from quire.core.sample.verify import Spans
+from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs
 
 __all__ = ["DRAFTS"]
 
@@ -30,9 +31,20 @@ def _place(count: int, lengths: bool) -> None:
     place_drafts(_INTS(2, count), _INTS(2) if lengths else None, _LONGS(2), _table(), _INTS(3), 151936)
 
 
+def _pass(queries: int, drawn: bool) -> None:
+    out = (_INTS(2 * queries), _LONGS(2 * queries), _LONGS(2 * queries), _INTS(2), _LONGS(2))
+    table = _table()
+    pass_inputs(
+        _LONGS(2), table.num_tokens, table.token_ids, _INTS(2, 8), _INTS(2) if drawn else None, out,
+        ahead=int(drawn), queries=queries, block_size=16, longest=64,
+    )  # fmt: skip
+
+
 DRAFTS: dict[str, Callable[[], None]] = {
     "verify": partial(_verify, 5, None),
     "verify-forced": partial(_verify, 4, 0.7),
     "place": partial(_place, 4, True),
+    "pass-first": partial(_pass, 2, False),
+    "pass": partial(_pass, 1, True),
     "place-all": partial(_place, 8, False),
 }

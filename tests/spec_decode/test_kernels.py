@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.core.contracts.sampler import SamplingTable
+from quire.core.contracts.spec import Target
 from quire.core.sample import verify as twin
 from quire.core.sample.kernels import verify as kernels
+from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs as launch_pass_inputs
+from quire.plugins.spec_decode.pass_inputs import pass_inputs
 
 ROWS, LENGTH, VOCAB = 7, 40, 9  # the last row is padding
 
@@ -70,3 +73,30 @@ def test_place_drafts(device: str, seed: int, k: int, given_lengths: bool) -> No
     assert torch.equal(mine_drafts.cpu(), num_drafts)
     assert torch.equal(mine.token_ids.cpu(), table.token_ids)
     assert bool((num_drafts >= 0).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**31), ahead=st.integers(0, 6), count=st.integers(1, 5))
+def test_pass_inputs(device: str, seed: int, ahead: int, count: int) -> None:
+    """The last two tokens, or the draft drawn last; what lies behind a request's blocks goes where padding goes."""
+    chance = torch.Generator().manual_seed(seed)
+    table, computed, _ = table_of(chance)
+    table.num_tokens[-1] = 0
+    rows = torch.randperm(ROWS, generator=chance)[:count]
+    blocks = torch.randint(0, 99, (count, 4), generator=chance, dtype=torch.int32)  # 16 of 40 places
+    queries, drawn = (1, torch.randint(0, VOCAB, (count,), generator=chance, dtype=torch.int32)) if ahead else (2, None)
+    target = Target(None, table, computed, blocks, [], [], [], 4, LENGTH - 10, count)
+    expected = pass_inputs(target, rows, blocks, ahead=ahead, queries=queries, drawn=drawn)
+    mine = moved(table, device)
+    sizes = (count * queries, count * queries, count * queries, count, count)
+    kinds = (torch.int32, torch.int64, torch.int64, torch.int32, torch.int64)
+    out = tuple(torch.full((n,), -7, dtype=kind, device=device) for n, kind in zip(sizes, kinds, strict=True))
+    launch_pass_inputs(
+        rows.to(device), mine.num_tokens, mine.token_ids, blocks.to(device),
+        None if drawn is None else drawn.to(device), out,
+        ahead=ahead, queries=queries, block_size=4, longest=LENGTH - 10,
+    )  # fmt: skip
+    names = ("tokens", "positions", "slots", "lengths", "next")
+    for name, got in zip(names, out, strict=True):
+        assert torch.equal(got.cpu(), getattr(expected, name)), name

@@ -1,0 +1,53 @@
+"""What a drafting model reads in a pass: the newest tokens of each request, or the draft that it drew last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.core.contracts.spec import Target
+
+__all__ = ["PassInputs", "pass_inputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassInputs:
+    """Tokens of ``n`` requests, as many for each."""
+
+    tokens: Tensor  # (n * queries,) int32
+    positions: Tensor  # (n * queries,) int64, within the model's length
+    slots: Tensor  # (n * queries,) int64: what lies beyond a request's blocks goes to the padding block
+    lengths: Tensor  # (n,) int32, with these tokens
+    next: Tensor  # (n,) int64: the place of the token to draw
+
+
+def pass_inputs(
+    target: Target, rows: Tensor, blocks: Tensor, *, ahead: int, queries: int, drawn: Tensor | None = None
+) -> PassInputs:
+    """The last ``queries`` of the tokens of ``rows`` (n,) int64, with ``ahead`` drafts behind those in the table.
+
+    ``blocks`` (n, max_blocks) int32 are theirs. With ``drawn`` (n,) int32 that is the one token. Padding has no token;
+    it is given two.
+    """
+    table, size, longest = target.table, target.block_size, target.max_model_len
+    if rows.is_cuda:
+        from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs as launch
+
+        n = len(rows)
+        out = (
+            rows.new_empty(n * queries, dtype=torch.int32), rows.new_empty(n * queries), rows.new_empty(n * queries),
+            rows.new_empty(n, dtype=torch.int32), rows.new_empty(n),
+        )  # fmt: skip
+        launch(
+            rows, table.num_tokens, table.token_ids, blocks, drawn, out,
+            ahead=ahead, queries=queries, block_size=size, longest=longest,
+        )  # fmt: skip
+        return PassInputs(*out)
+    length = table.num_tokens[rows].long().clamp(min=2) + ahead
+    positions = length[:, None] + torch.arange(-queries, 0, device=rows.device)  # (n, queries)
+    tokens = table.token_ids[rows[:, None], positions].flatten() if drawn is None else drawn
+    pages = blocks.gather(1, (positions // size).clamp(max=blocks.shape[1] - 1)).long()
+    slots = (pages * size + positions % size).flatten()
+    return PassInputs(tokens, positions.flatten().clamp(max=longest - 1), slots, length.int(), length)
