@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, LayerKV
@@ -147,6 +149,8 @@ class DeviceProposer(SpeculativeProposer):
 
     placement = "device"
     capturable: bool = False
+    catches_up: bool = False
+    """Whether ``catch_up`` can read tokens later: nothing need be observed then while nothing is drafted."""
 
     def load(self, source: DraftSource) -> None:
         """Load weights. Raises a ``QuireError`` that says what is wrong with them."""
@@ -164,6 +168,10 @@ class DeviceProposer(SpeculativeProposer):
 
     def observe(self, step: StepTokens) -> None:
         """A step computed these tokens, prompts among them."""
+
+    def catch_up(self, spans: Tensor, known: NDArray[np.int64]) -> None:
+        """Read tokens that were computed while nothing was drafted. ``spans`` (3, n) int64: rows, the first token of
+        each and the one behind its last; ``known`` is the same on the host."""
 
     @abstractmethod
     def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:

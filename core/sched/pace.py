@@ -67,7 +67,8 @@ class Pace:
         """A step of nothing but decodes, with up to so many drafts for each, took so long."""
         key = _size(num_reqs), next((level for level in self._levels if level >= drafts), self._most)
         before, count = self._times.get(key, (took_us, 0))
-        self._times[key] = before + 0.2 * (min(took_us, 2 * before) - before), count + 1
+        lately = before + 0.2 * (min(took_us, 2 * before) - before)
+        self._times[key] = (lately if count >= _SURE else min(before, took_us)), count + 1
 
     def _best(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
         size, levels = _size(len(rows)), [level for level in self._levels if level <= available.max(initial=0)]

@@ -8,16 +8,17 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.spec import DeviceProposer, StepTokens
+from quire.core.messages import SchedulerOutput
 from quire.core.sample.verify import place_drafts
 from quire.core.worker.graphs import VERIFIED_REQUESTS, graph_sizes, query_lens
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.pinned import upload
+from quire.core.worker.reading import Reading
 from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 
@@ -41,6 +42,7 @@ class Drafting:
         self._vocab_size = vocab_size
         self._group = group
         self._off = False
+        self._reading = Reading(table.num_rows) if proposer.catches_up else None
         self._faults: list[str] = []
         self._sizes = [size for size in graph_sizes(table.num_rows) if size <= VERIFIED_REQUESTS]
         most = self._sizes[-1] if self._sizes else 1
@@ -51,14 +53,29 @@ class Drafting:
         """As the target's cache does."""
         self.kv.copy_blocks(copies, follows=self._group)
 
+    def follow(self, step: SchedulerOutput, inputs: StepInputs | None) -> None:
+        """A step was computed; ``inputs`` where it may hold prompts."""
+        wanted = self._reading is None or self._reading.begin(step)
+        if wanted and inputs is not None:
+            drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
+            if step.num_decodes + drafts < len(step.rows):
+                self.observe(inputs)
+
     def observe(self, inputs: StepInputs) -> None:
         """A step was computed that holds prompt tokens."""
         i, group = inputs, self._group
         step = StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group])
         self._guarded(lambda: self.proposer.observe(step))
 
-    def propose(self, rows: NDArray[np.int32], count: int, *, greedy: bool) -> None:
-        """Draft for ``rows`` of the table, and write the drafts behind their tokens."""
+    def propose(self, step: SchedulerOutput, *, greedy: bool) -> None:
+        """Draft for the rows of the table that drew, and write the drafts behind their tokens."""
+        rows, count = step.rows[step.samples], step.propose
+        if self._reading is not None:
+            rows, spans = self._reading.due(rows, step.reached[step.samples])
+            if spans.size:
+                self._guarded(lambda: self.proposer.catch_up(upload(spans, torch.int64, self._table.device), spans))
+            if not len(rows):
+                return
         size = next((size for size in self._sizes if size >= len(rows)), len(rows))
         graph = self._graphs.get((size, count, greedy))
         padded = np.full(size if graph else len(rows), self._table.padding_row, np.int64)

@@ -118,18 +118,15 @@ class ModelRunner:
             logits = self.model.compute_logits(hidden[inputs.logits_index])
             drawn = self.drawer.draw(logits, step, inputs, lines)
         if self.drafting is not None:
-            drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
-            if step.num_decodes + drafts < len(step.rows):
-                self.drafting.observe(inputs)
-            self._draft(self.drafting, step, drawn)
+            self._draft(self.drafting, step, inputs, drawn)
         return Readback(step, drawn, prompt, clock)
 
-    def _draft(self, drafting: Drafting, step: SchedulerOutput, drawn: Drawn | None) -> None:
+    def _draft(self, drafting: Drafting, step: SchedulerOutput, inputs: StepInputs | None, drawn: Drawn | None) -> None:
+        drafting.follow(step, inputs)
         if drawn is None:
             return
-        rows = step.rows[step.samples]
         if step.propose:
-            drafting.propose(rows, step.propose, greedy=self.drawer.greedy(rows))
+            drafting.propose(step, greedy=self.drawer.greedy(step.rows[step.samples]))
         drawn.quarantined += drafting.take_faults()
 
     def _apply(self, step: SchedulerOutput) -> None:
@@ -160,7 +157,7 @@ class ModelRunner:
             inputs, logits = graphs.drawable(step, lines)
             drawn = self.drawer.draw(logits, step, inputs, lines)
         if self.drafting is not None:
-            self._draft(self.drafting, step, drawn)
+            self._draft(self.drafting, step, None, drawn)
         return Readback(step, drawn, {}, clock)
 
     def _forward(self, inputs: StepInputs) -> Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, GraphKey
@@ -28,7 +30,7 @@ class DraftModel(DeviceProposer):
     """
 
     needs_model = serves_model = True
-    capturable = True
+    capturable = catches_up = True
 
     def __init__(self, num_tokens: int, options: Any = None) -> None:
         super().__init__(num_tokens, options)
@@ -70,6 +72,30 @@ class DraftModel(DeviceProposer):
     def observe(self, step: StepTokens) -> None:
         """Prompts, and whatever is in the step beside them."""
         self._forward(step.input_ids, step.positions, step.slots, step.batch, None)
+
+    def catch_up(self, spans: Tensor, known: NDArray[np.int64]) -> None:
+        """As a step of prompts."""
+        target, (rows, first, last) = self._target, spans.unbind()
+        counts = known[2] - known[1]
+        total, device = int(counts.sum()), rows.device
+        start = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
+        torch.cumsum(last - first, 0, out=start[1:])
+        owner = torch.repeat_interleave(torch.arange(len(rows), device=device), last - first, output_size=total)
+        positions = (first - start[:-1])[owner] + torch.arange(total, device=device)
+        pages = target.block_table[rows[owner], positions // target.block_size].long()
+        longest = int(known[2].max())
+        batch = AttentionBatch(
+            query_start_loc=start.int(),
+            seq_lens=last.int(),
+            block_table=target.block_table[rows, : -(-longest // target.block_size)],
+            num_reqs=len(rows),
+            num_tokens=total,
+            max_query_len=int(counts.max()),
+            max_seq_len=longest,
+            num_decodes=0,
+        )
+        slots = pages * target.block_size + positions % target.block_size
+        self._forward(target.table.token_ids[rows[owner], positions], positions, slots, batch, None)
 
     def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
         """Two tokens a request, then one a pass."""

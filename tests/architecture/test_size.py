@@ -9,7 +9,7 @@ import warnings
 
 PAGE = 250
 LIMIT = 400
-CORE = 9_600
+CORE = 9_700
 """Lines of code, without blanks, comments and docstrings: docs/decisions/0004-how-large-the-core-is.md, and what
 0005-speculation.md and 0007-quantized-checkpoints.md added."""
 BESIDE_THE_ENGINE = ("core/testing/", "core/evaluation/")

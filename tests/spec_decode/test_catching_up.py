@@ -1,0 +1,39 @@
+"""A draft model reads nothing while nothing is drafted, and what it passed over before it drafts again."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from quire import SamplingParams
+from quire.core.worker import reading
+
+from .test_exact import assert_same, prompts_for
+
+
+@pytest.mark.parametrize("budget", [5, 1000])
+@pytest.mark.parametrize("off", [1, 9])
+def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, off: int) -> None:
+    """The target drafts for itself, so a draft is wrong only if the proposer has not read what it should have."""
+    monkeypatch.setattr(reading, "_BUDGET", budget)
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    llm = engine("itself", **sizes)
+    pace, observed, steps = llm._client.core.scheduler._speculation._pace, [], itertools.count()
+    drafting = llm._client.core._executor._worker._runner.drafting
+    monkeypatch.setattr(pace, "choose", lambda rows, available: 0 if next(steps) % 20 < off else 4)
+    monkeypatch.setattr(
+        drafting, "observe", lambda inputs: observed.append(inputs) or type(drafting).observe(drafting, inputs)
+    )
+    params = SamplingParams(temperature=0.9, seed=1, max_tokens=60, ignore_eos=True)
+    before = llm.stats()
+    got = llm.generate(prompts_for(2, 6), params)
+    for mine, theirs in zip(got, engine(**sizes).generate(prompts_for(2, 6), params), strict=True):
+        assert_same(mine, theirs)
+    after = llm.stats()
+    accepted, drafted = (
+        after[name] - before[name]
+        for name in ("spec_decode_num_accepted_tokens_total", "spec_decode_num_draft_tokens_total")
+    )
+    assert accepted == drafted > 20
+    assert len(observed) < 12, "prompts that came in a pause were read at once"
