@@ -87,6 +87,7 @@ def quire_register_spec_decode(register: Registrar) -> None:
     """Register the bundled speculative proposers."""
     where = "quire.plugins.spec_decode"
     register("draft_model", f"{where}.draft_model:DraftModel", "a smaller model with the same vocabulary")
+    register("eagle3", f"{where}.eagle3:Eagle3", "an EAGLE-3 head over hidden states of the model")
     register("ngram", f"{where}.ngram:NgramProposer", "what followed the last tokens earlier in the request")
     register("suffix", f"{where}.suffix:SuffixProposer", "what followed the longest suffix seen before, in any request")
     register("synthetic", f"{where}.synthetic:SyntheticProposer", "drafts that cost nothing, for benchmarks")
@@ -122,6 +123,8 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         architectures = list(config.get("architectures") or ())
         return Choice(architectures[0], "the checkpoint's architecture") if architectures else None
     if kind == "spec_decode":
+        if "eagle3" in str(getattr(config.get("draft_config"), "architectures", "")).lower():
+            return Choice("eagle3", "an EAGLE-3 head is given")
         return Choice("draft_model", "a draft model is given")
     plain = {
         "kv": Choice("paged", "the default"),

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["child_environment", "color_allowed", "log_level", "num_threads"]
+__all__ = ["child_environment", "log_level", "num_threads"]
 
 
 def log_level() -> str:
     """``QUIRE_LOG_LEVEL`` (``--log-level``): DEBUG, INFO, WARNING or ERROR."""
     return os.environ.get("QUIRE_LOG_LEVEL", "INFO").upper()
-
-
-def color_allowed() -> bool:
-    """False if ``NO_COLOR`` is set (no-color.org)."""
-    return "NO_COLOR" not in os.environ
 
 
 def num_threads() -> int | None:

@@ -85,7 +85,7 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     ),
     Flag("--num-gpu-blocks-override", "cache", "KV blocks, whatever the memory; default: as many as fit", "int", "N"),
     Flag("--kv-allocator", "cache", "who hands out KV blocks", metavar="NAME"),
-    Flag("--spec-method", "speculation", "who drafts tokens; auto: the draft model, if one is given", metavar="NAME"),
+    Flag("--spec-method", "speculation", "who drafts; auto: the draft model or head, if one is given", metavar="NAME"),
     Flag("--speculative-model", "speculation", "folder or name of the draft model or head", metavar="MODEL"),
     Flag("--num-speculative-tokens", "speculation", "most drafts for a request in a step; default: 4", "int", "N"),
     Flag("--speculative-draft-tensor-parallel-size", "speculation", "GPUs to split the draft over", "int", "N"),

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, LayerKV
 
-__all__ = ["ForwardContext", "Model"]
+__all__ = ["ForwardContext", "Model", "Taps"]
 
 
 @dataclass(slots=True)
@@ -27,11 +28,35 @@ class ForwardContext:
     """By layer."""
 
 
+@dataclass(slots=True)
+class Taps:
+    """Hidden states of some layers that every forward pass leaves in a buffer that stays, for a proposer."""
+
+    layers: tuple[int, ...]
+    """The residual stream before each of these layers."""
+    states: Tensor  # (most tokens, len(layers) * hidden): the step's tokens first, layers side by side
+
+    def keep(self, layer: int, x: Tensor, residual: Tensor | None) -> None:
+        """The stream before ``layer`` is ``x + residual``, both (num_tokens, hidden), or ``x``."""
+        for wanted, part in zip(self.layers, self.states[: len(x)].chunk(len(self.layers), 1), strict=True):
+            if wanted == layer:
+                torch.add(x, 0 if residual is None else residual, out=part)
+
+    def close_up(self, first: int, start: int, count: int) -> None:
+        """Move ``count`` tokens from ``start`` on to right behind the ``first``."""
+        self.states[first : first + count] = self.states[start : start + count].clone()
+
+
 class Model(nn.Module, ABC):
     """One architecture. Constructed with ``Model(hf_config, builder)``, where ``builder``
     (``quire.core.layers.builder.LayerBuilder``) makes linear, embedding and norm layers for this rank, device, dtype
     and quantization. A family is a page: layers, forward, and names.
     """
+
+    tappable: bool = False
+    """Whether ``forward`` fills ``taps``."""
+    taps: Taps | None = None
+    """Set by a proposer before the first step, and filled in every forward pass."""
 
     @abstractmethod
     def attention_specs(self) -> list[AttentionSpec]:

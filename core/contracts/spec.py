@@ -93,6 +93,10 @@ class DraftSource:
     load_model: Callable[[], Model]
     """Loads ``path`` as a model of its own, of any architecture and quantization that can be served."""
     load_format: str
+    config: Any
+    """``path``'s ``config.json``; None without a path."""
+    most_tokens: int
+    """Of a forward pass of the target, padding included: so many lines ``Taps`` must have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,9 @@ class DeviceProposer(SpeculativeProposer):
     capturable: bool = False
     catches_up: bool = False
     """Whether ``catch_up`` can read tokens later: nothing need be observed then while nothing is drafted."""
+    observes_all: bool = False
+    """Whether ``observe`` is called for every step, maybe in a CUDA graph: for one that reads hidden states of the
+    target, which its ``load`` makes ``Model.taps`` for."""
 
     def load(self, source: DraftSource) -> None:
         """Load weights. Raises a ``QuireError`` that says what is wrong with them."""
@@ -167,7 +174,7 @@ class DeviceProposer(SpeculativeProposer):
         """The engine stands, the KV cache is allocated."""
 
     def observe(self, step: StepTokens) -> None:
-        """A step computed these tokens, prompts among them."""
+        """A step computed these tokens, prompts among them. What was drawn since lies behind them in the table."""
 
     def catch_up(self, spans: Tensor, known: NDArray[np.int64]) -> None:
         """Read tokens that were computed while nothing was drafted. ``spans`` (3, n) int64: rows, the first token of

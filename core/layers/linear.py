@@ -104,7 +104,3 @@ class Linear(CheckpointLayer):
             self.method.load(self, self.info, part, tensor_name, tensor, rank, size)
 
         return fill
-
-    def extra_repr(self) -> str:
-        """What ``print(model)`` says."""
-        return f"{self.info.in_features} -> {self.info.part_sizes}, {self.info.shard}, bias={self.info.bias}"

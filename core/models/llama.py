@@ -24,6 +24,8 @@ __all__ = ["DecoderLayer", "LlamaForCausalLM"]
 class LlamaForCausalLM(Model):
     """Embed, a stack of pre-norm layers, norm, head. Families of this shape change ``attention_shape`` alone."""
 
+    tappable = True
+
     def __init__(self, config: Any, builder: LayerBuilder) -> None:
         super().__init__()
         self.config = config
@@ -59,7 +61,9 @@ class LlamaForCausalLM(Model):
         """(num_tokens,) -> (num_tokens, hidden), after the final norm."""
         x = self.embed_tokens(input_ids)
         residual: Tensor | None = None
-        for layer in self.layers:
+        for at, layer in enumerate(self.layers):
+            if self.taps is not None:
+                self.taps.keep(at, x, residual)
             x, residual = layer(x, residual, positions, context)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
 

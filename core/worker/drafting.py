@@ -58,14 +58,17 @@ class Drafting:
         wanted = self._reading is None or self._reading.begin(step)
         if wanted and inputs is not None:
             drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
-            if step.num_decodes + drafts < len(step.rows):
+            if step.num_decodes + drafts < len(step.rows) or self.proposer.observes_all:
                 self.observe(inputs)
 
     def observe(self, inputs: StepInputs) -> None:
-        """A step was computed that holds prompt tokens."""
+        """A step was computed that holds prompt tokens, or any if the proposer wants them all."""
+        self._guarded(lambda: self.read(inputs))
+
+    def read(self, inputs: StepInputs) -> None:
+        """``observe`` without its guard, to be captured."""
         i, group = inputs, self._group
-        step = StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group])
-        self._guarded(lambda: self.proposer.observe(step))
+        self.proposer.observe(StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group]))
 
     def propose(self, step: SchedulerOutput, *, greedy: bool) -> None:
         """Draft for the rows of the table that drew, and write the drafts behind their tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -45,6 +46,7 @@ class _Captured:
     logits: Tensor  # (size * queries, vocab)
     model: torch.cuda.CUDAGraph
     draws: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]]  # by variant: the graph, and what it writes
+    read: torch.cuda.CUDAGraph | None
 
 
 class DecodeGraphs:
@@ -60,7 +62,9 @@ class DecodeGraphs:
     def __init__(
         self, model: Model, backends: list[AttentionBackend], kv: KVCache, table: RequestTable, block_size: int,
         sampler: Sampler | None = None, drafts: int = 0, forced_acceptance: float | None = None,
+        read: Callable[[StepInputs], None] | None = None,
     ) -> None:  # fmt: skip
+        self._read = read  # a proposer that observes every step
         self._model = model
         self._backends = backends
         self._kv = kv
@@ -114,6 +118,8 @@ class DecodeGraphs:
             logits = self._forward(inputs)
             for variant in self._variants:
                 self._draw(variant, inputs, logits)
+            if self._read is not None:
+                self._read(inputs)
 
     def capture(self, recorder: Recorder) -> None:
         """Record every size, the largest first so that the others fit into its memory."""
@@ -124,7 +130,8 @@ class DecodeGraphs:
                 self._draw(variant, inputs, logits)
             model, logits = recorder.record(partial(self._forward, inputs))
             draws = {v: recorder.record(partial(self._draw, v, inputs, logits)) for v in self._variants}
-            self._captured[shape] = _Captured(inputs, logits, model, draws)
+            read = None if self._read is None else recorder.record(partial(self._read, inputs))[0]
+            self._captured[shape] = _Captured(inputs, logits, model, draws, read)
 
     def forward(self, step: SchedulerOutput) -> None:
         """Run the model for a step."""
@@ -146,6 +153,11 @@ class DecodeGraphs:
         graph, tokens = self._captured[self._shape(step)].draws[variant]
         graph.replay()
         return tokens[: len(step.rows)]
+
+    def observe(self, step: SchedulerOutput) -> None:
+        """Show the step, now that its tokens are drawn, to a proposer that observes every one."""
+        if (graph := self._captured[self._shape(step)].read) is not None:
+            graph.replay()
 
     def drawable(self, step: SchedulerOutput, lines: Lines) -> tuple[StepInputs, Tensor]:
         """The step's inputs and logits without padding, for who draws by other means."""

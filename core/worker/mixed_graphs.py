@@ -90,6 +90,8 @@ class MixedGraphs:
             shape.graph.replay()
             assert self._hidden is not None
             hidden = self._hidden
+        if self._model.taps is not None:
+            self._model.taps.close_up(decodes, shape.decodes, tokens)
         prompts = hidden[shape.decodes : shape.decodes + tokens]
         return prompts if decodes == 0 else torch.cat((hidden[:decodes], prompts))
 

@@ -82,6 +82,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler,
             self.most_drafts, self.drawer.forced_acceptance,
+            self.drafting.read if self.drafting is not None and self.drafting.proposer.observes_all else None,
         )  # fmt: skip
         compile_ahead(self.graphs.rehearse)
         if self.drafting is not None:
@@ -157,6 +158,7 @@ class ModelRunner:
             inputs, logits = graphs.drawable(step, lines)
             drawn = self.drawer.draw(logits, step, inputs, lines)
         if self.drafting is not None:
+            graphs.observe(step)
             self._draft(self.drafting, step, None, drawn)
         return Readback(step, drawn, {}, clock)
 

@@ -141,17 +141,18 @@ class Worker:
         if not issubclass(cls, DeviceProposer):
             return None
         proposer = cls(spec.num_tokens, _options(cls, choice))
-        path, mine = spec.draft_path, self._config.model
+        path, mine, limits = spec.draft_path, self._config.model, self._config.scheduler
         dtype, block_size = getattr(torch, mine.dtype), self._config.cache.block_size
 
         def make_builder(hf_config: Any) -> LayerBuilder:
-            return LayerBuilder(dtype, self._device, dtype, block_size, self._quant("draft_quant", hf_config))
+            quant = self._quant("draft_quant", hf_config)
+            return LayerBuilder(dtype, self._device, dtype, block_size, quant, max_positions=mine.max_model_len)
 
         load_model = partial(self._load, str(path), "draft_model", "draft_quant")
-        config = read_hf_config(Path(mine.path))
-        proposer.load(
-            DraftSource(None if path is None else Path(path), model, config, make_builder, load_model, mine.load_format)
-        )
+        config, folder = read_hf_config(Path(mine.path)), None if path is None else Path(path)
+        most = limits.max_num_batched_tokens + max(limits.max_num_seqs, VERIFIED_REQUESTS * (1 + spec.num_tokens))
+        own = None if folder is None else read_hf_config(folder)
+        proposer.load(DraftSource(folder, model, config, make_builder, load_model, mine.load_format, own, most))
         return proposer
 
     def _drafting(self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, kv: KVCache) -> Drafting:
@@ -160,10 +161,7 @@ class Worker:
         whole = [g for g, group in enumerate(kv.groups) if group.window is None]
         specs = proposer.attention_specs()
         if specs and not whole:
-            raise ConfigError(
-                "every layer of the model forgets tokens before its sliding window, so no draft model can share its "
-                "cache; use --spec-method ngram"
-            )
+            raise ConfigError("every layer has a sliding window: no draft can share the cache; use --spec-method ngram")
         follows = whole[0] if whole else 0
         backends, group_of = self._attention(specs)
         own = KVCache(backends, group_of, self._device)

@@ -42,7 +42,7 @@ class DraftModel(DeviceProposer):
         """The vocabulary must be the target's."""
         assert draft_path is not None
         if any("eagle" in str(name).lower() for name in getattr(draft_config, "architectures", None) or ()):
-            return [f"{draft_path.name!r} is an EAGLE head, which is not supported yet; give a whole draft model"]
+            return [f"{draft_path.name!r} is an EAGLE head, no whole model; EAGLE-3 heads need --spec-method eagle3"]
         mine, theirs = (int(c.get_text_config().vocab_size) for c in (draft_config, target_config))
         if mine != theirs:
             return [f"{draft_path.name!r} has a vocabulary of {mine} tokens, the target one of {theirs}"]

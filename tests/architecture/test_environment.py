@@ -10,7 +10,7 @@ import pytest
 from quire.server.flags import ENGINE_FLAGS, SERVER_FLAGS
 
 HOME = "core/env.py"
-CONVENTIONS = {"NO_COLOR", "PYTHONPATH"}
+CONVENTIONS = {"PYTHONPATH"}
 """Names that belong to no program."""
 
 

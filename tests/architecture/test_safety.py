@@ -21,7 +21,7 @@ def violations(source):
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name in CALLS and not _is_memory_map(node):
+            if name in CALLS and not _says(node, "allow_pickle", False) and not _says(node, "weights_only", True):
                 found.append(source.at(node, f"{name} {CALLS[name]}"))
             found += [source.at(node, f"{k.arg}=True {FLAGS[k.arg]}") for k in node.keywords if _is_true(k)]
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "triton.autotune":
@@ -35,10 +35,10 @@ def _is_true(keyword):
     return keyword.arg in FLAGS and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
 
 
-def _is_memory_map(call):
-    """``np.load`` refuses pickles unless asked; one that says so is fine."""
-    values = [k.value for k in call.keywords if k.arg == "allow_pickle"]
-    return bool(values) and isinstance(values[0], ast.Constant) and values[0].value is False
+def _says(call, keyword, wanted):
+    """``np.load`` without pickles is fine, and ``torch.load`` of tensors alone, which runs nothing."""
+    values = [k.value for k in call.keywords if k.arg == keyword]
+    return bool(values) and isinstance(values[0], ast.Constant) and values[0].value is wanted
 
 
 def test_nothing_runs_what_it_reads(everything):
@@ -53,6 +53,7 @@ def test_nothing_runs_what_it_reads(everything):
         "import pickle",
         "from pickle import loads",
         "import torch\ntorch.load('a')",
+        "import torch\ntorch.load('a', weights_only=False)",
         "import numpy as np\nnp.load('a')",
         "f('a', trust_remote_code=True)",
         "@triton.autotune([], [])\ndef k(): ...",
@@ -65,4 +66,6 @@ def test_a_danger_is_seen(source, text):
 
 def test_the_safe_forms_pass(source):
     text = "import numpy as np\nnp.load('a', allow_pickle=False)\nf('a', trust_remote_code=False)"
+    assert violations(source("core/a.py", text)) == []
+    text = "import torch\ntorch.load('a', weights_only=True)"
     assert violations(source("core/a.py", text)) == []

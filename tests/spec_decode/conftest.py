@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM
 from quire import LLM
 from quire.core.testing.tiny_models import make_tiny_model
 
+from .heads import make_head
+
 PROPOSERS = {
     "draft": {"spec_method": "draft_model", "speculative_model": "DRAFT"},
     "itself": {"spec_method": "draft_model", "speculative_model": "MODEL"},
+    "eagle3": {"spec_method": "eagle3", "speculative_model": "HEAD"},
     "ngram": {"spec_method": "ngram", "plugin_options": {"spec_decode": {"prompt_lookup_min": "1"}}},
     "suffix": {"spec_method": "suffix"},
     "random": {"spec_method": "quire.core.testing.proposers:Adversary"},
@@ -40,8 +43,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A target of few words, whose tokens often repeat, and a draft of half its layers."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    from .test_exact import prompts_for
+
+    target = make_tiny_model("llama", folder / "target", **sizes)
     return {
-        "MODEL": make_tiny_model("llama", folder / "target", **sizes),
+        "MODEL": target,
+        "HEAD": make_head(folder / "head", target, [*prompts_for(1, 8), *prompts_for(4, 4)]),
         "DRAFT": make_tiny_model("llama", folder / "draft", num_hidden_layers=1, seed=3, **sizes),
     }
 

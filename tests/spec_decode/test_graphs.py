@@ -52,10 +52,10 @@ class OnDevice(GumbelSampler):
         return True
 
 
-@pytest.fixture(scope="module")
-def captured(engine):
-    """An engine that drafts for itself in captured steps."""
-    llm = engine("itself", max_num_seqs=3)
+@pytest.fixture(scope="module", params=["itself", "eagle3"])
+def captured(engine, request):
+    """An engine that drafts in captured steps: with a model, and with a head that reads every step."""
+    llm = engine(request.param, max_num_seqs=3)
     runner = llm._client.core._executor._worker._runner
     calls = Calls()
     drawer = runner.drawer
@@ -66,8 +66,9 @@ def captured(engine):
         for backend in runner.backends:
             backend.graph_support = frozenset({"decode", "verify"})
         runner.graphs = DecodeGraphs(
-            runner.model, runner.backends, runner.kv, runner.table, runner.block_size, sampler, runner.most_drafts
-        )
+            runner.model, runner.backends, runner.kv, runner.table, runner.block_size, sampler, runner.most_drafts,
+            read=runner.drafting.read if runner.drafting.proposer.observes_all else None,
+        )  # fmt: skip
         runner.graphs.capture(calls)
         runner.drafting.capture(calls)
     return llm, calls

@@ -1,0 +1,261 @@
+"""EAGLE-3 heads as they are published: what ``config.json`` says, the layers, and how their tensors are read.
+
+The head: Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test", 2025,
+arXiv:2503.01840. The format: https://github.com/SafeAILab/EAGLE (``midlayer.*``, ``fc``, ``d2t``, ``t2d``), which
+https://github.com/sgl-project/SpecForge writes too; https://github.com/vllm-project/speculators puts the layer's sizes
+into ``transformer_layer_config`` and calls the layer ``layers.0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quire.core import ops
+from quire.core.contracts.attention import AttentionSpec
+from quire.core.contracts.model import ForwardContext
+from quire.core.errors import CheckpointError
+from quire.core.layers import GatedMLP, LayerBuilder, checkpoint_map, finish_loading
+from quire.core.layers.checkpoint import expect_shape
+from quire.core.layers.embedding import VocabEmbedding
+
+__all__ = ["Eagle3Head", "HeadConfig", "fill", "fill_randomly", "read_tensors"]
+
+_VARIANTS = ("fc_norm", "norm_before_fc", "norm_output", "parallel_drafting")
+"""Later variants of the head, each a switch of ``config.json`` or its ``eagle_config``."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """What ``config.json`` says of a head, in whichever of its spellings."""
+
+    layer: Any
+    """Sizes of the decoder layer, spelled as Llama's."""
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden: int
+    taps: tuple[int, ...]
+    """Layers of the target whose inputs it reads."""
+    norm_before_residual: bool
+    """Whether the residual stream starts from the normed hidden state, or from that before the norm."""
+    variants: tuple[str, ...]
+
+    @classmethod
+    def read(cls, config: Any, target_config: Any) -> HeadConfig:
+        """Raises ``CheckpointError`` where there is nothing to read."""
+        layer, nested = config, getattr(config, "eagle_config", None) or {}
+        if isinstance(inner := getattr(config, "transformer_layer_config", None), dict):
+            from transformers import LlamaConfig
+
+            layer = LlamaConfig(**{key: value for key, value in inner.items() if key != "model_type"})
+        missing = [key for key in ("hidden_size", "num_attention_heads", "vocab_size") if not hasattr(layer, key)]
+        if missing or getattr(layer, "rope_parameters", None) is None:
+            raise CheckpointError(f"its config.json lacks {', '.join(missing or ['a model_type that is known'])}")
+        count = int(target_config.num_hidden_layers)
+        taps = getattr(config, "eagle_aux_hidden_state_layer_ids", None)
+        if not taps:  # SpecForge counts the outputs of layers; the published default is in terms of inputs
+            own = nested.get("eagle_aux_hidden_state_layer_ids")
+            taps = [int(i) + 1 for i in own] if own else [2, count // 2, count - 3]
+        wanted = [name for name in _VARIANTS if nested.get(name) or getattr(config, name, None)]
+        return cls(
+            layer=layer,
+            vocab_size=int(layer.vocab_size),
+            draft_vocab_size=int(getattr(config, "draft_vocab_size", None) or layer.vocab_size),
+            target_hidden=int(getattr(config, "target_hidden_size", None) or layer.hidden_size),
+            taps=tuple(int(i) for i in taps),
+            norm_before_residual=bool(getattr(config, "norm_before_residual", False)),
+            variants=tuple(wanted),
+        )
+
+    def misfits(self, target_config: Any) -> list[str]:
+        """Why the head cannot draft for the target."""
+        reasons = []
+        if self.vocab_size != target_config.vocab_size:
+            reasons.append(
+                f"has a vocabulary of {self.vocab_size} tokens, the target one of {target_config.vocab_size}"
+            )
+        if self.target_hidden != target_config.hidden_size:
+            sizes = f"{self.target_hidden} features, the target's have {target_config.hidden_size}"
+            reasons.append(f"reads hidden states of {sizes}")
+        count = target_config.num_hidden_layers
+        if any(not 0 <= tap < count for tap in self.taps):
+            reasons.append(f"reads hidden states of layers {list(self.taps)}, the target has 0 to {count - 1}")
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
+            reasons.append(f"has a draft_vocab_size of {self.draft_vocab_size} out of {self.vocab_size} tokens")
+        if (layers := self.layer.num_hidden_layers) != 1:
+            reasons.append(f"has {layers} layers; only heads of one are supported")
+        if self.variants:
+            reasons.append(f"is of a variant that is not supported: {', '.join(self.variants)}")
+        return reasons
+
+
+class Eagle3Head(nn.Module):
+    """One decoder layer over the next token's embedding and what the target, or the head itself, made of this one."""
+
+    def __init__(self, config: HeadConfig, builder: LayerBuilder, embedding: VocabEmbedding | None) -> None:
+        """``embedding`` is the target's; None: the head brings its own."""
+        super().__init__()
+        c, name = config.layer, "layers.0"
+        hidden, eps, self.head_dim = c.hidden_size, c.rms_norm_eps, _head_dim(c)
+        self.num_heads, self.num_kv_heads = builder.heads(c.num_attention_heads, c.num_key_value_heads)
+        self.norm_before_residual = config.norm_before_residual
+        own = builder.embedding("embed_tokens", config.vocab_size, hidden) if embedding is None else None
+        self.embed_tokens = own
+        self._embedding = (embedding or own,)  # in a tuple: the target's is no module of the head
+        self.fc = builder.column("fc", len(config.taps) * config.target_hidden, {"fc": hidden})
+        self.input_layernorm = builder.norm(f"{name}.input_layernorm", hidden, eps)
+        self.hidden_norm = builder.norm(f"{name}.hidden_norm", hidden, eps)
+        at, bias = f"{name}.self_attn", bool(getattr(c, "attention_bias", False))
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = builder.column(f"{at}.q_proj", 2 * hidden, {f"{at}.q_proj": q}, bias)
+        self.kv_proj = builder.column(f"{at}.kv_proj", 2 * hidden, {f"{at}.k_proj": kv, f"{at}.v_proj": kv}, bias)
+        self.o_proj = builder.row(f"{at}.o_proj", q, hidden, bias)
+        self.post_attention_layernorm = builder.norm(f"{name}.post_attention_layernorm", hidden, eps)
+        self.mlp = GatedMLP(
+            builder, f"{name}.mlp", hidden, c.intermediate_size, c.hidden_act, bool(getattr(c, "mlp_bias", False))
+        )
+        self.norm = builder.norm("norm", hidden, eps)
+        self.lm_head = builder.lm_head("lm_head", config.draft_vocab_size, hidden)
+        self.cos_sin = builder.rope(c, self.head_dim)
+        self.target_ids = torch.arange(config.draft_vocab_size, device=builder.device)  # of each draft token
+        self.spec = AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            qk_head_dim=self.head_dim,
+            v_head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            dtype=builder.dtype,
+            kv_dtype=builder.kv_dtype,
+            block_size=builder.block_size,
+            kind="full",
+        )
+
+    def write(self, ids: Tensor, hidden: Tensor, positions: Tensor, context: ForwardContext) -> None:
+        """Keys and values alone of the tokens at ``positions`` (n,), whose states are ``hidden`` (n, hidden) and whose
+        next tokens are ``ids`` (n,)."""
+        k, v = self._keys_values(self._join(ids, hidden)[0])
+        none = k[:, :0]  # no queries
+        ops.rope_and_cache(none, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
+
+    def forward(self, ids: Tensor, hidden: Tensor, positions: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """As ``write``, and ``(normed, stream)``, each (n, hidden): for the logits, and for the pass after this one."""
+        joined, stream = self._join(ids, hidden)
+        k, v = self._keys_values(joined)
+        q = self.q_proj(joined).unflatten(1, (self.num_heads, self.head_dim))
+        q, _ = ops.rope_and_cache(q, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
+        out = torch.empty_like(q)
+        context.backends[0].run(0, q, context.kv[0], out)
+        x, residual = self.o_proj.onto(out.flatten(1), stream)
+        x, residual = self.mlp(self.post_attention_layernorm, x, residual)
+        return (self.norm(x), x) if residual is None else self.norm(x, residual)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """(n, hidden) -> (n, draft_vocab_size); ``target_ids`` says which tokens those are."""
+        return self.lm_head(normed)
+
+    def _join(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's input (n, 2 * hidden), and the residual stream."""
+        (embed,), normed = self._embedding, self.hidden_norm(hidden)
+        assert embed is not None
+        embedded = self.input_layernorm(embed(ids))
+        return torch.cat((embedded, normed), -1), normed if self.norm_before_residual else hidden
+
+    def _keys_values(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        kv = self.kv_proj(joined).unflatten(1, (2 * self.num_kv_heads, self.head_dim))
+        return kv[:, : self.num_kv_heads], kv[:, self.num_kv_heads :]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a head's folder, under the names that ``Eagle3Head`` uses. safetensors where there are any, else
+    ``pytorch_model.bin``, of which tensors alone are unpickled. Raises ``CheckpointError``."""
+    pickled = folder / "pytorch_model.bin"
+    files = sorted(folder.glob("*.safetensors")) or [pickled]
+    if not files[0].is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} has no head in it, neither *.safetensors nor pytorch_model.bin; download it again"
+        )
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors = _tensors_of(file)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{file} cannot be read ({reason}); download it again") from None
+        for name, tensor in tensors.items():
+            found[name.removeprefix("model.").replace("midlayer.", "layers.0.")] = tensor
+    return found
+
+
+def fill(head: Eagle3Head, config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy every tensor into place. Raises ``CheckpointError`` for one that is missing, unknown, of another shape, or
+    out of range."""
+    fills, known = checkpoint_map(head), {"d2t", "t2d"}
+    if head.embed_tokens is None:
+        known.add("embed_tokens.weight")  # equal to the target's
+    missing = sorted(set(fills) - set(tensors))
+    if config.draft_vocab_size < config.vocab_size and "d2t" not in tensors:
+        missing.append("d2t")
+    if missing:
+        raise CheckpointError(f"{where!r} lacks {', '.join(missing)}; it is no EAGLE-3 head, or download it again")
+    if unknown := sorted(set(tensors) - set(fills) - known):
+        raise CheckpointError(
+            f"{where!r} has tensors that an EAGLE-3 head does not have: {', '.join(unknown)}; it is of another kind"
+        )
+    with torch.no_grad():
+        for name, into in fills.items():
+            into(tensors[name])
+        head.target_ids.copy_(_target_ids(config, tensors, where))
+        for _ in finish_loading(head):
+            pass
+
+
+def fill_randomly(head: Eagle3Head, seed: int) -> None:
+    """Weights of variance 1 / fan-in, for benchmarks."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.ndim == 2 and parameter.is_floating_point():
+                chance = torch.Generator(parameter.device).manual_seed(seed)
+                bound, wide = (3.0 / parameter.shape[1]) ** 0.5, torch.empty_like(parameter, dtype=torch.bfloat16)
+                parameter.copy_(wide.uniform_(-bound, bound, generator=chance))
+        for _ in finish_loading(head):
+            pass
+
+
+def _target_ids(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+    """(draft_vocab_size,) int64: ``d2t`` holds how far each is from its own number."""
+    ids = torch.arange(config.draft_vocab_size)
+    if "d2t" in tensors:
+        expect_shape("d2t", tensors["d2t"], ids.shape)
+        ids = ids + tensors["d2t"].long()
+    wrong = (ids < 0) | (ids >= config.vocab_size)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise CheckpointError(
+            f"tensor 'd2t' of {where!r} makes token {int(ids[first])} of draft token {first}, but the vocabulary has "
+            f"{config.vocab_size}; the head is of another model"
+        )
+    if len(ids.unique()) < len(ids):
+        raise CheckpointError(f"tensor 'd2t' of {where!r} names a token twice; download it again")
+    if "t2d" in tensors:
+        expect_shape("t2d", tensors["t2d"], (config.vocab_size,))
+        if not torch.equal(tensors["t2d"].bool().nonzero()[:, 0], ids.sort().values):
+            raise CheckpointError(f"tensors 'd2t' and 't2d' of {where!r} disagree; download it again")
+    return ids
+
+
+def _tensors_of(file: Path) -> dict[str, Tensor]:
+    """Of a pickle, tensors alone: anything else in it is refused, unrun."""
+    if file.suffix == ".bin":
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
