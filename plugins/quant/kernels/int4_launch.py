@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Unpack
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quire.core.ops.kernels.dependent import can_chain
 from quire.core.ops.kernels.linear_tail import Tail, tail_of
+from quire.plugins.quant.kernels.int4_hopper import hopper_kernel
 from quire.plugins.quant.kernels.int4_skinny import skinny_kernel
 from quire.plugins.quant.kernels.int4_wide import combine_kernel, dequantize_kernel, wide_kernel
 
 if TYPE_CHECKING:
     from quire.plugins.quant.kernels.int4 import IntWeights
 
-__all__ = ["LAUNCHERS", "dequantized", "skinny", "wide"]
+__all__ = ["LAUNCHERS", "dequantized", "hopper", "skinny", "wide"]
 
 
 def skinny(
@@ -106,14 +109,64 @@ def wide(
         num_warps=num_warps,
         **options,
     )
-    if splits == 1:
-        return
-    combine_kernel[(triton.cdiv(out.shape[1], 512), num_tokens)](
+    if splits > 1:
+        _combine(parts, bias, residual, out, weights.features, splits, options)
+
+
+def hopper(
+    x: Tensor,
+    weights: IntWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    tokens: int,
+    tiles: int,
+    splits: int,
+    num_warps: int,
+    num_stages: int,
+    **tail: Unpack[Tail],
+) -> None:
+    """As ``wide`` with scaled weights, on Hopper: 4 bits, float16 or bfloat16, and groups of a multiple of 128."""
+    num_tokens, features = x.shape[0], weights.features
+    bias, residual, options = tail_of(x, bias, **tail)
+    kinds = 2 if options["gated"] else 1
+    held, blocks = weights.words.shape[:2]
+    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
+    parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
+    words = weights.words.view(kinds, held // kinds, blocks * 256)
+    groups = weights.groups.view(kinds, held // kinds, -1)
+    hopper_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(held, tiles), splits)](
+        TensorDescriptor.from_tensor(x, [tokens, 128], NVMMASharedLayout(128, 16, 2)),
+        TensorDescriptor.from_tensor(words, [kinds, tiles // kinds, 256], NVMMASharedLayout(0, 32, 3)),
+        TensorDescriptor.from_tensor(groups, [kinds, tiles // kinds, 16], NVMMASharedLayout(0, 32, 3)),
+        bias,
+        residual,
+        parts,
+        num_tokens,
+        features=features,
+        inputs=weights.inputs,
+        group=weights.group_size,
+        tokens=tokens,
+        tiles=tiles,
+        splits=splits,
+        stages=num_stages,
+        warps=num_warps,
+        num_warps=num_warps,
+        **options,
+    )
+    if splits > 1:
+        _combine(parts, bias, residual, out, features, splits, options)
+
+
+def _combine(
+    parts: Tensor, bias: Tensor, residual: Tensor, out: Tensor, features: int, splits: int, options: dict[str, bool]
+) -> None:
+    combine_kernel[(triton.cdiv(out.shape[1], 512), out.shape[0])](
         parts,
         bias,
         residual,
         out,
-        num_tokens,
+        out.shape[0],
         features=features,
         splits=splits,
         block=512,
@@ -144,7 +197,7 @@ def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tenso
     return out
 
 
-LAUNCHERS: dict[str, Callable[..., None]] = {"skinny": skinny, "wide": wide}
+LAUNCHERS: dict[str, Callable[..., None]] = {"skinny": skinny, "wide": wide, "hopper": hopper}
 
 
 def _native(dtype: torch.dtype) -> bool:
