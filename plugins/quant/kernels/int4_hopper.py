@@ -67,10 +67,8 @@ def _pair_layout(warps):
 
 
 @jit
-def _unpack(
-    words, groups, half: gl.constexpr, tiles: gl.constexpr, warps: gl.constexpr, tokens: gl.constexpr, dtype: gl.constexpr
-):
-    """Half a block of weights, (tiles * 16, 64): the first operand."""
+def _read(words, groups, tiles: gl.constexpr, warps: gl.constexpr, dtype: gl.constexpr):
+    """A block's words, what to add for their zero points, and their scales."""
     at: gl.constexpr = _words_layout(tiles, warps)
     row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(5, at)))
     p = words.reshape((tiles, 2, 8, 4, 2, 2)).load(at)
@@ -80,6 +78,14 @@ def _unpack(
     s = (m & -256).to(gl.float32, bitcast=True).to(dtype)
     n = gl.expand_dims(gl.expand_dims(gl.expand_dims(n, 1), 3), 5)
     s = gl.expand_dims(gl.expand_dims(gl.expand_dims(s, 1), 3), 5)
+    return p, n, s
+
+
+@jit
+def _unpack(
+    p, n, s, half: gl.constexpr, tiles: gl.constexpr, warps: gl.constexpr, tokens: gl.constexpr, dtype: gl.constexpr
+):
+    """Half a block of weights, (tiles * 16, 64): the first operand."""
     given = [p, n, s]
     if dtype == gl.bfloat16:
         c = gl.inline_asm_elementwise(
@@ -164,21 +170,23 @@ def hopper_kernel(
     acc = gl.zeros((tiles * 16, tokens), gl.float32, acc_layout)
     # the first block apart: nothing is in flight yet
     mbarrier.wait(ready.index(0), 0)
-    low = _unpack(words.index(0), groups.index(0), 0, tiles, warps, tokens, dtype)
+    p, n, s = _read(words.index(0), groups.index(0), tiles, warps, dtype)
+    low = _unpack(p, n, s, 0, tiles, warps, tokens, dtype)
     acc = warpgroup_mma(low, x.index(0).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
     _fetch(x_desc, words_desc, groups_desc, ready, x, words, groups, stages - 1, first, turns, tile, token, stages, ratio, True, True)
-    high = _unpack(words.index(0), groups.index(0), 1, tiles, warps, tokens, dtype)
+    high = _unpack(p, n, s, 1, tiles, warps, tokens, dtype)
     acc = warpgroup_mma(high, x.index(0).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
     acc, low = warpgroup_mma_wait(1, deps=(acc, low))
     for block in range(1, turns):
         slot = block % stages
         mbarrier.wait(ready.index(slot), block // stages & 1)
-        low = _unpack(words.index(slot), groups.index(slot), 0, tiles, warps, tokens, dtype)
+        p, n, s = _read(words.index(slot), groups.index(slot), tiles, warps, dtype)
+        low = _unpack(p, n, s, 0, tiles, warps, tokens, dtype)
         acc = warpgroup_mma(low, x.index(slot).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
         debug_barrier()
         _fetch(x_desc, words_desc, groups_desc, ready, x, words, groups, block + stages - 1, first, turns, tile, token, stages, ratio, True, True)
-        high = _unpack(words.index(slot), groups.index(slot), 1, tiles, warps, tokens, dtype)
+        high = _unpack(p, n, s, 1, tiles, warps, tokens, dtype)
         acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -197,15 +205,16 @@ def hopper_kernel(
     inside = (row < width)[:, None] & (at_token < num_tokens)[None, :]
     if splits == 1:
         if gated:
-            pair = gl.convert_layout(gl.permute(gl.reshape(acc, (2, half, tokens)), (1, 2, 0)), _pair_layout(warps))
+            pair = gl.permute(gl.reshape(acc, (2, half, tokens)), (1, 2, 0))
+            if tiles < 2 * warps:  # gates and their up projections are not one thread's
+                pair = gl.convert_layout(pair, _pair_layout(warps))
             gate, upper = gl.split(pair)
-            gate = gl.convert_layout(gate, store)
-            upper = gl.convert_layout(upper, store)
             if has_bias:
-                held = gl.minimum(row, width - 1)
+                held = gl.arange(0, half, gl.SliceLayout(1, gate.type.layout))
+                held = gl.minimum(row_program * half + held, width - 1)
                 gate += gl.load(bias_ptr + held).to(gl.float32)[:, None]
                 upper += gl.load(bias_ptr + width + held).to(gl.float32)[:, None]
-            y = gate / (1.0 + gl.exp(-gate)) * upper
+            y = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * upper, store)
         else:
             y = gl.convert_layout(acc, store)
             if has_bias:
