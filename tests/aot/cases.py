@@ -238,6 +238,18 @@ CASES: dict[str, Callable[[], None]] = {
     "int4-wide-256": partial(
         int4, "wide", 256, 4096, 4096, tokens=256, tiles=8, splits=1, scaled=1, num_warps=8, num_stages=3
     ),
+    "int4-hopper-64": partial(
+        int4, "hopper", 64, 28672, 4096, tokens=64, tiles=16, splits=1, num_warps=8, num_stages=5
+    ),
+    "int4-hopper-128": partial(
+        int4, "hopper", 128, 28672, 4096, tokens=128, tiles=16, splits=1, num_warps=8, num_stages=4
+    ),
+    "int4-hopper-256": partial(
+        int4, "hopper", 256, 4096, 14336, tokens=256, tiles=8, splits=4, num_warps=8, num_stages=3
+    ),
+    "int4-hopper-float16": partial(
+        int4, "hopper", 128, 6144, 4096, half=True, tokens=128, tiles=8, splits=1, num_warps=4, num_stages=2
+    ),
     "int4-dequantize": partial(int4_dequantize, 4),
     "int8-dequantize": partial(int4_dequantize, 8),
     "greedy": partial(greedy, torch.bfloat16, 151936),

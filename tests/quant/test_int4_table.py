@@ -17,7 +17,7 @@ OF_THE_LAYER = {"x", "weights", "bias", "out", "tail"}
 
 def check(features: int, most: int, launch: int4_table.Launch) -> None:
     assert set(launch.options) == set(inspect.signature(LAUNCHERS[launch.kernel]).parameters) - OF_THE_LAYER, launch
-    assert launch.kernel == "wide" or launch.options["tokens"] >= most
+    assert launch.kernel in ("wide", "hopper") or launch.options["tokens"] >= most
     for name in ("tokens", "tiles", "ways", "num_warps"):
         value = launch.options.get(name, 1)
         assert value & (value - 1) == 0, f"{name} is no power of two in {launch}"
@@ -28,21 +28,24 @@ def test_tables(path: Path) -> None:
     (capability,) = [key for key, name in int4_table._TABLES.items() if name == path.name]
     for name in json.loads(path.read_text())["layers"]:
         features, inputs = map(int, name.split("x"))
-        steps = int4_table.steps(capability, features, inputs, 4)
-        assert [most for most, _ in steps] == sorted({most for most, _ in steps})
-        for most, launch in steps:
-            if launch is not None:
-                check(features, most, launch)
+        for whole in (True, False):
+            steps = int4_table.steps(capability, features, inputs, 4, whole)
+            assert [most for most, _ in steps] == sorted({most for most, _ in steps})
+            for most, launch in steps:
+                if launch is not None:
+                    check(features, most, launch)
+                    assert whole or launch.kernel != "hopper", "its groups are of whole blocks"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
 @pytest.mark.parametrize(("features", "inputs"), [(4608, 3584), (3584, 18944), (37888, 3584), (152064, 3584), (64, 32)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_layers_that_no_table_names(capability: tuple[int, int], features: int, inputs: int, bits: int) -> None:
-    steps = int4_table.steps(capability, features, inputs, bits)
+    steps = int4_table.steps(capability, features, inputs, bits, bits == 4)
     assert steps[0][1] is not None, "one token is never the library's"
     for most, launch in steps:
         if launch is not None:
             check(features, most, launch)
             assert launch.options.get("tiles", 2) % 2 == 0, "gated layers need pairs of tiles"
+            assert launch.kernel != "hopper" or capability == (9, 0)
             assert launch.options.get("splits", 1) <= max(1, inputs * bits // 512)

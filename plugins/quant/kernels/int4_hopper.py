@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon import jit
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language import debug_barrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
 __all__ = ["hopper_kernel"]
@@ -114,7 +114,9 @@ def _fetch(
     if weights:
         mbarrier.expect(bar, total, pred=there)
         tma.async_copy_global_to_shared(words_desc, [0, tile, block * 256], bar, words.index(slot), pred=there)
-        tma.async_copy_global_to_shared(groups_desc, [0, tile, block // ratio * 16], bar, groups.index(slot), pred=there)
+        tma.async_copy_global_to_shared(
+            groups_desc, [0, tile, block // ratio * 16], bar, groups.index(slot), pred=there
+        )
     if activations:
         tma.async_copy_global_to_shared(x_desc, [token, block * 128], bar, x.index(slot), pred=there)
 
@@ -162,18 +164,69 @@ def hopper_kernel(
     for stage in gl.static_range(stages):
         mbarrier.init(ready.index(stage), count=1)
     for ahead in gl.static_range(stages - 1):
-        _fetch(x_desc, words_desc, groups_desc, ready, x, words, groups, ahead, first, turns, tile, token, stages, ratio, True, False)
+        _fetch(
+            x_desc,
+            words_desc,
+            groups_desc,
+            ready,
+            x,
+            words,
+            groups,
+            ahead,
+            first,
+            turns,
+            tile,
+            token,
+            stages,
+            ratio,
+            True,
+            False,
+        )
     if chained:
         gdc_wait()
     for ahead in gl.static_range(stages - 1):
-        _fetch(x_desc, words_desc, groups_desc, ready, x, words, groups, ahead, first, turns, tile, token, stages, ratio, False, True)
+        _fetch(
+            x_desc,
+            words_desc,
+            groups_desc,
+            ready,
+            x,
+            words,
+            groups,
+            ahead,
+            first,
+            turns,
+            tile,
+            token,
+            stages,
+            ratio,
+            False,
+            True,
+        )
     acc = gl.zeros((tiles * 16, tokens), gl.float32, acc_layout)
     # the first block apart: nothing is in flight yet
     mbarrier.wait(ready.index(0), 0)
     p, n, s = _read(words.index(0), groups.index(0), tiles, warps, dtype)
     low = _unpack(p, n, s, 0, tiles, warps, tokens, dtype)
     acc = warpgroup_mma(low, x.index(0).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
-    _fetch(x_desc, words_desc, groups_desc, ready, x, words, groups, stages - 1, first, turns, tile, token, stages, ratio, True, True)
+    _fetch(
+        x_desc,
+        words_desc,
+        groups_desc,
+        ready,
+        x,
+        words,
+        groups,
+        stages - 1,
+        first,
+        turns,
+        tile,
+        token,
+        stages,
+        ratio,
+        True,
+        True,
+    )
     high = _unpack(p, n, s, 1, tiles, warps, tokens, dtype)
     acc = warpgroup_mma(high, x.index(0).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
     acc, low = warpgroup_mma_wait(1, deps=(acc, low))
@@ -185,7 +238,24 @@ def hopper_kernel(
         acc = warpgroup_mma(low, x.index(slot).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
         debug_barrier()
-        _fetch(x_desc, words_desc, groups_desc, ready, x, words, groups, block + stages - 1, first, turns, tile, token, stages, ratio, True, True)
+        _fetch(
+            x_desc,
+            words_desc,
+            groups_desc,
+            ready,
+            x,
+            words,
+            groups,
+            block + stages - 1,
+            first,
+            turns,
+            tile,
+            token,
+            stages,
+            ratio,
+            True,
+            True,
+        )
         high = _unpack(p, n, s, 1, tiles, warps, tokens, dtype)
         acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))

@@ -124,7 +124,6 @@ def hopper(
     splits: int,
     num_warps: int,
     num_stages: int,
-    maxnreg: int | None = None,
     **tail: Unpack[Tail],
 ) -> None:
     """As ``wide`` with scaled weights, on Hopper: 4 bits, float16 or bfloat16, and groups of a multiple of 128."""
@@ -153,7 +152,6 @@ def hopper(
         stages=num_stages,
         warps=num_warps,
         num_warps=num_warps,
-        maxnreg=maxnreg,
         **options,
     )
     if splits > 1:

@@ -23,8 +23,9 @@ __all__ = ["Launch", "launch_for", "rule", "steps"]
 
 _TABLES = {(9, 0): "int4_h200.json"}
 """Compute capability -> table. Layers in it have 4 bits and groups of 128."""
-_STEPS = (8, 16, 32, 64, 256)
+_STEPS = (8, 16, 32, 64, 128, 256, 512)
 """Most tokens of each of the rule's launches."""
+_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +40,48 @@ def launch_for(weights: IntWeights, x: Tensor) -> Launch | None:
     """None: write the weights out, and use the library."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not x.shape[0]:
         return None
-    found = steps(torch.cuda.get_device_capability(x.device), weights.features, weights.inputs, weights.bits)
+    whole = weights.bits == 4 and weights.group_size % 128 == 0 and weights.inputs % 8 == 0
+    capability = torch.cuda.get_device_capability(x.device)
+    found = steps(capability, weights.features, weights.inputs, weights.bits, whole)
     return next((launch for most, launch in found if x.shape[0] <= most), None)
 
 
 @cache
-def steps(capability: tuple[int, int], features: int, inputs: int, bits: int) -> tuple[tuple[int, Launch | None], ...]:
-    """(most tokens, launch), ascending; None is the library."""
+def steps(
+    capability: tuple[int, int], features: int, inputs: int, bits: int, whole: bool
+) -> tuple[tuple[int, Launch | None], ...]:
+    """(most tokens, launch), ascending; None is the library. ``whole``: ``hopper`` takes these weights."""
     name = _TABLES.get(capability)
     measured = None if name is None or bits != 4 else _read(name).get(f"{features}x{inputs}")
     if measured is None:
-        return tuple((most, rule(capability, features, inputs, most)) for most in _STEPS)
-    return tuple((int(most), None if entry is None else _launch(entry)) for most, entry in measured.items())
+        return tuple((most, rule(capability, features, inputs, most, whole)) for most in _STEPS)
+    found = [(int(most), None if entry is None else _launch(entry)) for most, entry in measured.items()]
+    return tuple(
+        (
+            most,
+            launch
+            if whole or launch is None or launch.kernel != "hopper"
+            else rule(capability, features, inputs, most),
+        )
+        for most, launch in found
+    )
 
 
-def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int) -> Launch | None:
+def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int, whole: bool = False) -> Launch | None:
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens <= 8:
-        hopper = capability >= (9, 0)  # others may have less shared memory
+        hopper = capability >= _HOPPER  # others may have less shared memory
         ways = 8 if inputs > 8192 and hopper else 4
         stages = 4 if ways < 8 and hopper else 3
         return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "depth": 1})
-    if capability < (9, 0) and tokens > 64:
+    if capability < _HOPPER and tokens > 64:
         return None
+    if whole and capability == _HOPPER and tokens > 64:
+        most = min(tokens, 256)
+        programs = -(-features // 128) * -(-tokens // most)
+        splits = max(1, min(-(-inputs // 512), 132 // programs))
+        stages = 4 if most == 128 else 3
+        return Launch("hopper", {"tokens": most, "tiles": 8, "splits": splits, "num_warps": 8, "num_stages": stages})
     if tokens <= 256:
         programs = -(-features // 128) * -(-tokens // 64)
         splits = max(1, min(-(-inputs // 512), round(264 / programs)))
