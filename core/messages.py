@@ -127,6 +127,8 @@ class SchedulerOutput:
     """Applied after ``copies``: what a proposer on the host expects to follow."""
     propose: int = 0
     """Tokens that a proposer on the device drafts after the step for each request that drew."""
+    read: bool = True
+    """Whether a proposer is to read the prompts of the step, and what it has passed over before."""
 
 
 # ---- worker -> engine core ---------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ class Pace:
 
     def __init__(self, most: int, num_rows: int, adaptive: bool) -> None:
         self.last = self._most = most
+        self.reads = True
+        """Whether drafts are known to pay, or not known not to: a proposer had better read what is computed."""
         self._adaptive = adaptive
         self._levels = sorted({0, 1, 2, most} - set(range(most + 1, 3)))
         self._right = np.zeros(num_rows + 1)  # by row, and of all
@@ -88,14 +90,16 @@ class Pace:
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self._trial = level, _SURE
+                self._trial, self.reads = (level, _SURE), True
                 return level
             least = max(least, took if level else 0.0)
             speeds.append(tokens / took / (_MARGIN if level else 1.0) if count else 0.0)
         if self._steps % _EVERY == 0:
             self._trial = worth[self._steps // _EVERY % len(worth)], _SURE
             return self._trial[0]
-        return levels[int(np.argmax(speeds))]
+        best = levels[int(np.argmax(speeds))]
+        self.reads = best > 0
+        return best
 
     def _rates(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         overall = (self._right[-1] + 1.0) / (self._tried[-1] + 2.0)

@@ -115,7 +115,7 @@ class Realiser:
             if drafts.any():
                 output.drafts = drafts.astype(np.int32)
                 output.continuations = self._speculation.continuations(rows, drafts)
-            output.propose = self._speculation.launched(rows, samples, drafts)
+            output.propose, output.read = self._speculation.launched(rows, samples, drafts)
         return output
 
     def _serve(self, draft: Draft, rows: NDArray[np.int64], tokens: NDArray[np.int64], victims: list[int]) -> None:

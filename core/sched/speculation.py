@@ -72,16 +72,19 @@ class Speculation:
         """Drafts for running requests that are granted ``tokens``."""
         return np.where(tokens == 1, self._wanted[rows], 0)
 
-    def launched(self, rows: NDArray[np.int64], samples: NDArray[np.bool_], drafts: NDArray[np.int64]) -> int:
-        """A step was planned: note the drafts in flight. How many tokens to propose behind it."""
+    def launched(
+        self, rows: NDArray[np.int64], samples: NDArray[np.bool_], drafts: NDArray[np.int64]
+    ) -> tuple[int, bool]:
+        """A step was planned: note the drafts in flight. How many tokens to propose behind it, and whether a proposer
+        should read it."""
         table = self._table
         table.slack[rows] += drafts
         if self._host is not None or self._off:
-            return 0
+            return 0, False
         drew = rows[samples]
         count = self._pace.choose(drew, np.full(len(drew), self.most)) if len(drew) else 0
         table.drafts[drew] = count
-        return count
+        return count, self._pace.reads
 
     def continuations(self, rows: NDArray[np.int64], drafts: NDArray[np.int64]) -> list[Continuation]:
         """What the host expects of the rows that verify drafts."""

@@ -14,7 +14,7 @@ from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.spec import DeviceProposer, StepTokens
 from quire.core.messages import SchedulerOutput
 from quire.core.sample.verify import place_drafts
-from quire.core.worker.graphs import VERIFIED_REQUESTS, graph_sizes, query_lens
+from quire.core.worker.graphs import query_lens, verified_sizes
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
 from quire.core.worker.pinned import upload
@@ -44,7 +44,7 @@ class Drafting:
         self._off = False
         self._reading = Reading(table.num_rows) if proposer.catches_up else None
         self._faults: list[str] = []
-        self._sizes = [size for size in graph_sizes(table.num_rows) if size <= VERIFIED_REQUESTS]
+        self._sizes = verified_sizes(table.num_rows)
         most = self._sizes[-1] if self._sizes else 1
         self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=table.device)
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
@@ -55,11 +55,15 @@ class Drafting:
 
     def follow(self, step: SchedulerOutput, inputs: StepInputs | None) -> None:
         """A step was computed; ``inputs`` where it may hold prompts."""
-        wanted = self._reading is None or self._reading.begin(step)
-        if wanted and inputs is not None:
-            drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
-            if step.num_decodes + drafts < len(step.rows) or self.proposer.observes_all:
-                self.observe(inputs)
+        drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
+        prompts = step.num_decodes + drafts < len(step.rows)
+        if self._reading is not None:
+            self._reading.enter(step)
+            if not (step.read if prompts else step.propose):
+                self._reading.passed(step)
+                return
+        if inputs is not None and (prompts or self.proposer.observes_all):
+            self.observe(inputs)
 
     def observe(self, inputs: StepInputs) -> None:
         """A step was computed that holds prompt tokens, or any if the proposer wants them all."""
@@ -73,12 +77,8 @@ class Drafting:
     def propose(self, step: SchedulerOutput, *, greedy: bool) -> None:
         """Draft for the rows of the table that drew, and write the drafts behind their tokens."""
         rows, count = step.rows[step.samples], step.propose
-        if self._reading is not None:
-            rows, spans = self._reading.due(rows, step.reached[step.samples])
-            if spans.size:
-                self._guarded(lambda: self.proposer.catch_up(upload(spans, torch.int64, self._table.device), spans))
-            if not len(rows):
-                return
+        if self._reading is not None and step.read and (spans := self._reading.due(step)).size:
+            self._guarded(lambda: self.proposer.catch_up(upload(spans, torch.int64, self._table.device), spans))
         size = next((size for size in self._sizes if size >= len(rows)), len(rows))
         graph = self._graphs.get((size, count, greedy))
         padded = np.full(size if graph else len(rows), self._table.padding_row, np.int64)
@@ -89,6 +89,8 @@ class Drafting:
             graph.replay()
         else:
             self._guarded(lambda: self._propose(who, count, greedy))
+        if self._reading is not None and len(late := self._reading.late(rows)):
+            self._table.num_drafts[upload(late, torch.int64, self._table.device)] = 0
 
     def rehearse(self) -> None:
         """Launch what passes of every size launch; tokens that were not drawn are not read."""

@@ -23,9 +23,9 @@ from quire.core.worker.pinned import upload
 from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["DecodeGraphs", "graph_sizes", "query_lens"]
+__all__ = ["DecodeGraphs", "most_lines", "query_lens", "verified_sizes"]
 
-VERIFIED_REQUESTS = 64
+_VERIFIED = 256
 """Most requests of a captured step that verifies drafts."""
 
 
@@ -33,6 +33,17 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     """Padded batch sizes: fine steps where launches dominate, steps of 8 and 16 above."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+def verified_sizes(max_num_seqs: int) -> list[int]:
+    """Those of steps that verify drafts: fewer above 64 requests."""
+    sizes = [size for size in graph_sizes(max_num_seqs) if size <= 64 or not size % 64 or size == max_num_seqs]
+    return [size for size in sizes if size <= _VERIFIED]
+
+
+def most_lines(max_num_seqs: int, drafts: int) -> int:
+    """Tokens of the largest captured step."""
+    return max(max_num_seqs, verified_sizes(max_num_seqs)[-1] * (1 + drafts))
 
 
 def query_lens(drafts: int) -> list[int]:
@@ -76,8 +87,7 @@ class DecodeGraphs:
         sizes = graph_sizes(table.num_rows)
         verify = all("verify" in backend.graph_support for backend in backends)
         self._sizes = {1: sizes} | {
-            queries: [size for size in sizes if size <= VERIFIED_REQUESTS or size == sizes[0]]
-            for queries in (query_lens(drafts) if verify else ())
+            queries: verified_sizes(table.num_rows) for queries in (query_lens(drafts) if verify else ())
         }
         most, lines = sizes[-1], max(sizes[-1] * queries for queries, sizes in self._sizes.items())
         device = table.device

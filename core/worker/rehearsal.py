@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,11 @@ def largest_step(config: SchedulerConfig, max_model_len: int) -> SchedulerOutput
     return _step(np.minimum(share, max_model_len - 1), _RANDOM)
 
 
-def rehearsal_steps(config: SchedulerConfig, max_model_len: int) -> Iterator[SchedulerOutput]:
-    """Few and many tokens, prompts alone and beside decodes, greedy and sampled. Rows are used again and again.
+def rehearsal_steps(
+    config: SchedulerConfig, max_model_len: int, query_lens: Sequence[int] = ()
+) -> Iterator[SchedulerOutput]:
+    """Few and many tokens, prompts alone and beside decodes, greedy and sampled; requests that verify drafts, with so
+    many tokens. Rows are used again and again.
 
     Nothing here may index with a drawn token, as log-probabilities do: in a rehearsal no token is drawn.
     """
@@ -38,6 +41,12 @@ def rehearsal_steps(config: SchedulerConfig, max_model_len: int) -> Iterator[Sch
                 yield _step(np.array([tokens], dtype=np.int32), params)
             if config.max_num_seqs > 2 and tokens + 2 <= config.max_num_batched_tokens:
                 yield _step(np.array([1, 1, tokens], dtype=np.int32), _RANDOM, num_decodes=2)
+    for queries in query_lens:
+        if config.max_num_seqs > 1 and queries + 17 <= most:
+            for params in (_GREEDY, _RANDOM):
+                step = _step(np.array([queries, 17], dtype=np.int32), params)
+                step.drafts = np.array([queries - 1, 0], dtype=np.int32)
+                yield step
     yield _step(np.array([min(20, most)], dtype=np.int32), _PENALIZED)
     yield largest_step(config, max_model_len)
 

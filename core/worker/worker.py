@@ -30,7 +30,7 @@ from quire.core.plugin_options import parse_options
 from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
 from quire.core.worker.drafting import Drafting
-from quire.core.worker.graphs import VERIFIED_REQUESTS
+from quire.core.worker.graphs import most_lines, query_lens
 from quire.core.worker.memory import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.pinned import lock_ahead
@@ -65,9 +65,7 @@ class Worker:
         table = RequestTable(rows, longest, block_size, len(backends), self._device, ahead)
         sampler = self._sampler()
         forced = None if spec is None else spec.forced_acceptance
-        drawer = TokenDrawer(
-            sampler, self._processors(), table, rows, forced, max(rows, VERIFIED_REQUESTS * (1 + ahead))
-        )
+        drawer = TokenDrawer(sampler, self._processors(), table, rows, forced, most_lines(rows, ahead))
         self._runner = ModelRunner(model, backends, kv, table, drawer, block_size, config.model.vocab_size, ahead)
         if proposer is not None:
             self._runner.drafting = self._drafting(proposer, sampler, table, kv)
@@ -150,7 +148,7 @@ class Worker:
 
         load_model = partial(self._load, str(path), "draft_model", "draft_quant")
         config, folder = read_hf_config(Path(mine.path)), None if path is None else Path(path)
-        most = limits.max_num_batched_tokens + max(limits.max_num_seqs, VERIFIED_REQUESTS * (1 + spec.num_tokens))
+        most = limits.max_num_batched_tokens + most_lines(limits.max_num_seqs, spec.num_tokens)
         own = None if folder is None else read_hf_config(folder)
         proposer.load(DraftSource(folder, model, config, make_builder, load_model, mine.load_format, own, most))
         return proposer
@@ -225,10 +223,11 @@ class Worker:
         """Compile what steps need, then measure the bytes that the largest takes beside weights and cache. All tokens
         go to the padding block."""
         limits, longest = self._config.scheduler, self._config.model.max_model_len
+        queries = query_lens(self._runner.most_drafts)
         self._runner.allocate(1)
 
         def rehearse() -> None:
-            for step in rehearsal_steps(limits, longest):
+            for step in rehearsal_steps(limits, longest, queries):
                 self._runner.execute(step)
 
         compile_ahead(rehearse)

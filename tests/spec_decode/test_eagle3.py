@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quire import LLM, SamplingParams
 from quire.core.sample.noise import gumbel
-from quire.core.worker.mixed_graphs import MixedGraphs
+from quire.core.worker import mixed_graphs
 
 from .heads import ReferenceHead, make_head
 from .test_proposers import refused
@@ -39,7 +39,7 @@ class Watched:
 
 
 @pytest.mark.parametrize("layout", ["eagle", "specforge", "speculators"])
-def test_drafts_are_those_of_the_reference(models, reference, tmp_path, layout: str) -> None:
+def test_drafts_are_those_of_the_reference(models, reference, tmp_path, monkeypatch, layout: str) -> None:
     """Prompts in chunks, prefixes that are shared and hit, preemption, drafts accepted and refused, with and without
     noise: that of the token in the target's vocabulary, so that both draw alike."""
     head = make_head(tmp_path / "head", models["MODEL"], PROMPTS, layout=layout)
@@ -51,7 +51,8 @@ def test_drafts_are_those_of_the_reference(models, reference, tmp_path, layout: 
     watched, oracle = Watched(llm), ReferenceHead.of(head, reference)
     if layout == "specforge":  # steps with prompts laid out with padding, as they are captured on a GPU
         runner = llm._client.core._executor._worker._runner
-        runner.mixed = MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 64)
+        monkeypatch.setattr(mixed_graphs, "_TOKENS", (8, 16))
+        runner.mixed = mixed_graphs.MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 16)
     for temperature in (0, 0, 0.4):
         wish = {"temperature": temperature, "max_tokens": 22, "ignore_eos": True}
         llm.generate(PROMPTS, [SamplingParams(**wish, seed=i) for i in range(len(PROMPTS))])

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from quire import SamplingParams
+from quire.core.config import SchedulerConfig
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.sampler import GumbelSampler
-from quire.core.worker.graphs import DecodeGraphs
+from quire.core.worker.graphs import DecodeGraphs, query_lens
 from quire.core.worker.input_builder import Lines
+from quire.core.worker.rehearsal import rehearsal_steps
 from quire.core.worker.request_table import RequestTable
 
 from .test_exact import assert_same, prompts_for
@@ -120,3 +122,14 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     table = RequestTable(100, 128, runner.block_size, 1, torch.device("cpu"))
     graphs = DecodeGraphs(runner.model, runner.backends, runner.kv, table, runner.block_size, drafts=drafts)
     assert max(size for queries, size in graphs.shapes if queries == 1) == 100
+
+
+def test_steps_that_verify_are_rehearsed(engine):
+    """So that nothing is compiled for them later, also for those that no graph holds."""
+    runner = engine("itself", max_num_seqs=3)._client.core._executor._worker._runner
+    steps = list(rehearsal_steps(SchedulerConfig(3, 64), 128, query_lens(4)))
+    widths = {1 + int(step.drafts.max()) for step in steps if step.drafts is not None}
+    assert widths == {2, 3, 5}
+    for step in steps:
+        result = runner.execute(step).result()
+        assert (result.num_sampled >= 1).all()

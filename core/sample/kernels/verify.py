@@ -48,7 +48,10 @@ def place_drafts(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["token_stride", "padding_row"])
+@triton.jit(
+    do_not_specialize=["token_stride", "padding_row"],
+    do_not_specialize_on_alignment=["drawn_ptr", "rows_ptr", "first_ptr", "drafts_ptr"],
+)
 def verify_kernel(
     drawn_ptr, rows_ptr, first_ptr, drafts_ptr, token_ids_ptr, num_tokens_ptr, computed_ptr, num_drafts_ptr, seed_ptr,
     out_ptr, token_stride, padding_row, acceptance,
