@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch
@@ -47,6 +48,7 @@ class Drafting:
         self._sizes = verified_sizes(table.num_rows)
         most = self._sizes[-1] if self._sizes else 1
         self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=table.device)
+        self._last: NDArray[np.int64] | None = None  # what of these is on the device
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -83,11 +85,13 @@ class Drafting:
         graph = self._graphs.get((size, count, greedy))
         padded = np.full(size if graph else len(rows), self._table.padding_row, np.int64)
         padded[: len(rows)] = rows
-        who = upload(padded, torch.int64, self._table.device)
         if graph is not None and not self._off:
-            self._rows[:size] = who
+            if self._last is None or not np.array_equal(padded, self._last):
+                self._rows[:size] = upload(padded, torch.int64, self._table.device)
+                self._last = padded
             graph.replay()
         else:
+            who = upload(padded, torch.int64, self._table.device)
             self._guarded(lambda: self._propose(who, count, greedy))
         if self._reading is not None and len(late := self._reading.late(rows)):
             self._table.num_drafts[upload(late, torch.int64, self._table.device)] = 0
