@@ -12,17 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-KEPT = 240
-"""Tokens that the head can draft, of the target's 320."""
-
 
 def make_head(
-    folder: Path, target: Path, lessons: Sequence[Sequence[int]] = (), *, layout: str = "eagle", **overrides: Any
-) -> Path:
+    folder: Path, target: Path, lessons: Sequence[Sequence[int]] = (), *, layout: str = "eagle", kept: int = 240,
+    heads: int = 2, **overrides: Any,
+) -> Path:  # fmt: skip
     """A random head whose ``lm_head`` has learnt how ``target`` continues ``lessons``, so that it is often right there.
 
-    ``layout``: ``eagle`` is SafeAILab's, pickled; ``specforge`` is SpecForge's, with an embedding of its own; both have
-    ``midlayer.*``. ``speculators`` is that of vLLM's library, where the layer is ``layers.0.*``.
+    ``kept``: tokens that it can draft. ``layout``: ``eagle`` is SafeAILab's, pickled; ``specforge`` SpecForge's, with
+    an embedding of its own; both have ``midlayer.*``. ``speculators`` is that of vLLM's library, with ``layers.0.*``.
     """
     theirs = json.loads((target / "config.json").read_text())
     layer = {
@@ -31,7 +29,7 @@ def make_head(
         "hidden_act": "silu",
         "hidden_size": theirs["hidden_size"],
         "intermediate_size": 40,
-        "num_attention_heads": 2,
+        "num_attention_heads": heads,
         "num_key_value_heads": 1,
         "num_hidden_layers": 1,
         "max_position_embeddings": 64,
@@ -53,11 +51,11 @@ def make_head(
     else:
         nested = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps], "use_aux_hidden_state": True}
         config = {**layer, "eagle_config": nested}
-    config = {**config, "draft_vocab_size": KEPT, **overrides}
+    config = {**config, "draft_vocab_size": kept, **overrides}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    tensors = _tensors(layer, model)
+    tensors = _tensors(layer, model, kept)
     if lessons:
         tensors["lm_head.weight"] = _learn(ReferenceHead(config, tensors, model), lessons)
     if layout != "specforge":
@@ -88,12 +86,11 @@ def _learn(head: ReferenceHead, lessons: Sequence[Sequence[int]]) -> Tensor:
                 seen.append(head.stream(made[1 : i + 3], both)[-1:])
                 came.append(made[i + 3 : i + 4])
         x, token = head.normed(torch.cat(seen)), torch.cat(came)
-        drafted = torch.arange(KEPT) + head.w["d2t"].long()
-        right = (token[:, None] == drafted[None]).double()  # (positions, KEPT)
+        right = (token[:, None] == head.ids[None]).double()  # (positions, kept)
         return torch.linalg.solve(x.T @ x + 1e-4 * torch.eye(x.shape[1]).double(), x.T @ right).T.float().contiguous()
 
 
-def _tensors(c: dict[str, Any], model: Any) -> dict[str, Tensor]:
+def _tensors(c: dict[str, Any], model: Any, count: int) -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(5)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -101,7 +98,7 @@ def _tensors(c: dict[str, Any], model: Any) -> dict[str, Tensor]:
 
     hidden, wide, dim = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
     kv, at = dim * c["num_key_value_heads"], "midlayer.self_attn"
-    kept = torch.randperm(c["vocab_size"], generator=chance)[:KEPT].sort().values
+    kept = torch.randperm(c["vocab_size"], generator=chance)[:count].sort().values
     names = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
     return {
         "fc.weight": draw(hidden, 3 * hidden),
@@ -116,7 +113,7 @@ def _tensors(c: dict[str, Any], model: Any) -> dict[str, Tensor]:
         "norm.weight": model.model.norm.weight.data.clone(),
         "lm_head.weight": model.lm_head.weight.data[kept].clone(),
         "embed_tokens.weight": model.model.embed_tokens.weight.data * 1.5,
-        "d2t": kept - torch.arange(KEPT),
+        "d2t": kept - torch.arange(count),
         "t2d": torch.zeros(c["vocab_size"], dtype=torch.bool).index_fill(0, kept, True),
     }
 
@@ -127,6 +124,7 @@ class ReferenceHead:
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], target: Any) -> None:
         """``target`` is transformers' model."""
         self.w = {name.replace("layers.0", "midlayer"): t.double() for name, t in tensors.items() if name != "t2d"}
+        self.ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]  # of the draft tokens
         self.c = config.get("transformer_layer_config", config)
         self.normed_residual = config.get("norm_before_residual", False)
         own = self.w.get("embed_tokens.weight")
@@ -151,8 +149,8 @@ class ReferenceHead:
             while len(drafted) < count:
                 stream = self.stream(torch.tensor([*tokens, *drafted])[1:], fused)
                 logits = self.normed(stream[-1]) @ self.w["lm_head.weight"].T
-                ids = torch.arange(KEPT) + self.w["d2t"].long()
-                drafted.append(int(ids[(logits + noise(len(tokens) + len(drafted))[ids]).argmax()]))
+                logits = logits + noise(len(tokens) + len(drafted))[self.ids]
+                drafted.append(int(self.ids[logits.argmax()]))
                 fused = torch.cat((fused, stream[-1:]))  # what it made itself stands for the states
         return drafted
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from quire import LLM, SamplingParams
 from quire.core.testing.oracle import worst_gap
 
+from .heads import make_head
+
 pytestmark = pytest.mark.gpu
 
 MODEL = Path(__file__).resolve().parents[2] / "core" / "assets" / "quire-tiny"
@@ -19,24 +21,36 @@ WAYS = {
     "draft": {"speculative_model": str(MODEL) + "-draft"},
     "itself": {"speculative_model": str(MODEL), "num_speculative_tokens": 3},
     "ngram": {"spec_method": "ngram"},
+    "eagle3": {"spec_method": "eagle3"},
+    "eagle3 eager": {"spec_method": "eagle3", "enforce_eager": True},
     "eager": {"speculative_model": str(MODEL) + "-draft", "enforce_eager": True},
 }
 
 
+RNG = random.Random(7)
+BATCH = [[RNG.randrange(300, 4000) for _ in range(RNG.randrange(1, 300))] for _ in range(40)]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An EAGLE-3 head that has seen what quire-tiny says to some of these prompts."""
+    folder = tmp_path_factory.mktemp("head") / "head"
+    return str(make_head(folder, MODEL, [prompt for prompt in BATCH if len(prompt) < 150], heads=6, kept=3000))
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_follow_the_reference(way: str) -> None:
+def test_tokens_follow_the_reference(way: str, head: str) -> None:
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
     sizes = {"gpu_memory_utilization": 0.3, "max_num_seqs": 24, "max_num_batched_tokens": 256}
-    llm = LLM(model=str(MODEL), dtype="float32", speculative_config={"adaptive": False}, **sizes, **WAYS[way])
-    rng = random.Random(7)
-    batch = [[rng.randrange(300, 4000) for _ in range(rng.randrange(1, 300))] for _ in range(40)]
-    wishes = [
+    wishes = WAYS[way] | ({"speculative_model": head} if way.startswith("eagle3") else {})
+    llm = LLM(model=str(MODEL), dtype="float32", speculative_config={"adaptive": False}, **sizes, **wishes)
+    params_of = [
         SamplingParams(temperature=0, max_tokens=48, ignore_eos=True),
         SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=48, ignore_eos=True),
         SamplingParams(temperature=0.8, seed=3, max_tokens=20, ignore_eos=True, logprobs=2, min_tokens=4),
     ]
-    for params in wishes:
-        for prompt, output in zip(batch, llm.generate(batch, params), strict=True):
+    for params in params_of:
+        for prompt, output in zip(BATCH, llm.generate(BATCH, params), strict=True):
             tokens = output.outputs[0].token_ids
             assert len(tokens) == params.max_tokens
             assert worst_gap(reference, prompt, tokens, params, seed=3) <= 2e-3
