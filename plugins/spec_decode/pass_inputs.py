@@ -36,8 +36,10 @@ def pass_inputs(
         from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs as launch
 
         n = len(rows)
+        # zeros: they are looked up in the embedding also where kernels are only compiled
+        tokens = rows.new_zeros(n * queries, dtype=torch.int32) if drawn is None else drawn
         out = (
-            rows.new_empty(n * queries, dtype=torch.int32), rows.new_empty(n * queries), rows.new_empty(n * queries),
+            tokens, rows.new_empty(n * queries), rows.new_empty(n * queries),
             rows.new_empty(n, dtype=torch.int32), rows.new_empty(n),
         )  # fmt: skip
         launch(

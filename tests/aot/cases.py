@@ -56,8 +56,9 @@ def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
 
 
 def rope_and_cache(
-    dtype: torch.dtype, dim: int, rotary_dim: int, normed: bool, kv_dtype: torch.dtype | None = None
-) -> None:
+    dtype: torch.dtype, dim: int, rotary_dim: int, normed: bool, kv_dtype: torch.dtype | None = None,
+    queries: bool = True,
+) -> None:  # fmt: skip
     spec = make_spec(
         dtype=dtype, kv_dtype=kv_dtype or dtype, num_heads=32, num_kv_heads=8, qk_head_dim=dim, v_head_dim=dim
     )
@@ -66,9 +67,8 @@ def rope_and_cache(
     weight = torch.empty(dim, dtype=dtype) if normed else None
     positions = torch.arange(4)
     table = torch.empty(8, rotary_dim)
-    rope.rope_and_cache(
-        problem.q, problem.keys[0], problem.values[0], positions, table, kv, positions, weight, weight, 1e-6
-    )
+    q = problem.q if queries else problem.keys[0][:, :0]
+    rope.rope_and_cache(q, problem.keys[0], problem.values[0], positions, table, kv, positions, weight, weight, 1e-6)
 
 
 def silu(dtype: torch.dtype) -> None:
@@ -203,6 +203,7 @@ CASES: dict[str, Callable[[], None]] = {
     "norm": partial(rms_norm, torch.bfloat16, 4096, False),
     "norm-residual": partial(rms_norm, torch.float16, 1024, True),
     "rope": partial(rope_and_cache, torch.bfloat16, 128, 128, False),
+    "rope-keys-alone": partial(rope_and_cache, torch.bfloat16, 128, 128, False, queries=False),
     "fp8-rope": partial(rope_and_cache, torch.bfloat16, 128, 128, True, torch.float8_e4m3fn),
     "rope-norm-partial": partial(rope_and_cache, torch.bfloat16, 128, 64, True),
     "silu": partial(silu, torch.bfloat16),

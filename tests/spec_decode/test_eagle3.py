@@ -153,3 +153,16 @@ class Surprise:
 
 def _spring() -> None:
     Surprise.sprung = True
+
+
+def test_dummy_weights_need_a_configuration_alone(models, tmp_path) -> None:
+    head = make_head(tmp_path / "head", models["MODEL"])
+    (head / "pytorch_model.bin").unlink()
+    wish = {"adaptive": False, "forced_acceptance": 0.5}
+    llm = LLM(
+        model=str(models["MODEL"]), device="cpu", max_model_len=128, load_format="dummy", speculative_config=wish,
+        speculative_model=str(head),
+    )  # fmt: skip
+    llm.generate(PROMPTS, SamplingParams(max_tokens=16, ignore_eos=True))
+    assert 0.2 < llm.stats()["spec_decode_draft_acceptance_rate"] < 0.6
+    llm.shutdown()
