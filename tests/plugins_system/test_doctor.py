@@ -113,9 +113,9 @@ def test_a_good_plugin_is_explained_among_the_broken(site, quire):
 
 def test_one_that_hangs_is_given_up_on_and_named(tmp_path, distribution, quire):
     distribution(tmp_path, "quire-hangs", "quire_hangs", "import time; time.sleep(60)")
-    report = quire("plugins", "doctor", "--timeout", "1.5", site=tmp_path, code=1, json_output=True)
+    report = quire("plugins", "doctor", "--timeout", "5.5", site=tmp_path, code=1, json_output=True)
     (problem,) = [p for p in report["problems"] if p["dist"] == "quire-hangs"]
-    assert "importing quire_hangs took more than 1.5 s" in problem["problem"]
+    assert "importing quire_hangs took more than 5.5 s" in problem["problem"]
 
 
 def test_one_that_is_slow_is_named(tmp_path, distribution, quire, policy_source):
