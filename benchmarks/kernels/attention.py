@@ -32,6 +32,8 @@ FA3_DECODE = {(1, 1024): 10.45, (1, 4096): 12.84, (32, 1024): 42.17, (32, 4096):
 FA3_DECODE |= {(256, 4096): 1027.43}  # (batch, context): microseconds
 FA3_PREFILL = {(1, 2048, 2048): 77.17, (4, 4096, 4096): 1059.24, (1, 2048, 8192): 427.38}  # (batch, new, context)
 
+FP8 = ((1, 1024), (1, 4096), (32, 1024), (64, 300), (128, 150), (256, 150), (256, 256), (256, 800), (256, 4096))
+
 
 class Pool:
     """Random memory that every shape cuts its cache from."""
@@ -135,7 +137,7 @@ def decode_line(
     moved *= 2 * spec.qk_head_dim
     beside = "" if fa3 is None else f"  FA3 {fa3:8.2f} us  x{fa3 * 1e-6 / seconds:.2f}"
     print(
-        f"{'decode' if queries == 1 else f'verify {queries}'} {heads:2}/8 {name:>24} {seconds * 1e6:9.2f} us"
+        f"{'decode' if queries == 1 else f'verify {queries}'} {heads:2}/8 {name:>28} {seconds * 1e6:9.2f} us"
         f" {moved / seconds / 1e9:6.0f} GB/s {moved / READ / seconds:6.1%} of the floor{beside}",
         flush=True,
     )
@@ -189,9 +191,11 @@ def main(wanted: Sequence[str]) -> None:
         decode_line(pool, 32, [32768] + [256] * 63, "1 x 32k + 63 x 256")
         decode_line(pool, 32, [32768] + [1024] * 255, "1 x 32k + 255 x 1k")
     if "fp8" in wanted:  # an FP8 cache beside a bf16 one
-        for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-            for lengths in ([4096], [300] * 32, [4096] * 32, [300] * 256, [4096] * 256):
-                decode_line(pool, 32, lengths, f"{len(lengths)} x {lengths[0]}, {kind.itemsize} bytes", kv_dtype=kind)
+        shapes = {f"{n} x {length}": [length] * n for n, length in FP8}
+        shapes |= {f"nano, {len(lengths)} left": lengths for lengths in map(nano_lengths, (50, 400, 800))}
+        for name, lengths in shapes.items():
+            for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+                decode_line(pool, 32, lengths, f"{name}, {str(kind)[6:]}", kv_dtype=kind)
     if "verify" in wanted:
         for heads in (16, 32):
             for lengths in ([1024], [4096], [1024] * 32, [1024] * 256):

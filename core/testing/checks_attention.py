@@ -11,7 +11,7 @@ import unittest
 
 import torch
 
-from quire.core.contracts.attention import AttentionBackend
+from quire.core.contracts.attention import AttentionBackend, AttentionSpec
 from quire.core.testing.attention_problem import (
     Problem,
     assert_close,
@@ -31,6 +31,8 @@ __all__ = [
     "check_chunks",
     "check_decode",
     "check_fp8_cache",
+    "check_fp8_cache_of_other_shapes",
+    "check_fp8_cache_with_large_queries",
     "check_group_sizes",
     "check_half_precision",
     "check_head_dims",
@@ -139,16 +141,45 @@ def check_half_precision(cls: type[AttentionBackend]) -> None:
 
 def check_fp8_cache(cls: type[AttentionBackend]) -> None:
     """Keys and values of one byte each, with a scale for the layer's keys and one for its values."""
-    done = 0
-    for kv_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        for dtype in (torch.float32, torch.bfloat16):
-            spec = make_spec(dtype=dtype, kv_dtype=kv_dtype)
-            if device_for(cls, spec) is not None:
-                compare(cls, spec, [(1, 33), (1, 300), (19, 40)], poison=True)
-                compare(cls, spec, [(3, 33), (3, 3)], num_decodes=2)
-                done += 1
-    if not done:
+    for spec in _fp8_specs(cls):
+        compare(cls, spec, [(1, 33), (1, 300), (19, 40)], poison=True, lse=True)
+        compare(cls, spec, [(3, 33), (3, 3)], num_decodes=2)
+
+
+def check_fp8_cache_of_other_shapes(cls: type[AttentionBackend]) -> None:
+    """The same with other heads, groups and pages, with windows and with soft-caps."""
+    for spec in _fp8_specs(cls)[-2:]:
+        types = {"dtype": spec.dtype, "kv_dtype": spec.kv_dtype}
+        for dim in (96, 128, 256):
+            of_dim = make_spec(qk_head_dim=dim, v_head_dim=dim, num_heads=2, num_kv_heads=1, **types)
+            compare(cls, of_dim, [(1, 20), (5, 18)], poison=True)
+        group = make_spec(num_heads=7, num_kv_heads=1, block_size=8, **types)
+        compare(cls, group, [(1, 21), (6, 35)], poison=True)
+        sliding = make_spec(kind="sliding", window=20, **types)
+        compare(cls, sliding, [(1, 50), (1, 6), (24, 60)], poison=True)
+        compare(cls, sliding, [(4, 50), (4, 6)], num_decodes=2, poison=True)
+        compare(cls, make_spec(softcap=2.0, scale=1.0, **types), [(1, 40), (20, 33)], lse=True)
+
+
+def check_fp8_cache_with_large_queries(cls: type[AttentionBackend]) -> None:
+    """Queries of thousands, and features of ten thousand beside such of one, lose nothing beside an FP8 cache."""
+    for spec in _fp8_specs(cls, (torch.bfloat16, torch.float16)):
+        for feature, factor in ((slice(None), 2000.0), (3, 10_000.0)):
+            problem = Problem.random(spec, [(1, 33), (1, 90), (19, 40)])
+            problem.q[..., feature] *= factor
+            assert_close(attend(cls, spec, problem)[0], expected_attention(spec, problem)[0], spec.dtype)
+
+
+def _fp8_specs(
+    cls: type[AttentionBackend], dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+) -> list[AttentionSpec]:
+    """Of both types, with queries of those of ``dtypes`` that are supported; SkipTest if there are none."""
+    kinds = (torch.float8_e4m3fn, torch.float8_e5m2)
+    specs = [make_spec(dtype=dtype, kv_dtype=kind) for dtype in dtypes for kind in kinds]
+    specs = [spec for spec in specs if device_for(cls, spec) is not None]
+    if not specs:
         raise unittest.SkipTest("no FP8 type is supported")
+    return specs
 
 
 def check_unused_slots_do_not_leak(cls: type[AttentionBackend]) -> None:

@@ -41,11 +41,8 @@ _OLDEST = "a few bytes, and only with the oldest Triton"
 EXCEPTIONS: tuple[Except, ...] = (
     Except("prefill_kernel", 320, _ELSEWHERE, capabilities=(80,)),
     Except("prefill_kernel", 16, _FLOAT32, case="float32-*"),
-    Except("decode_kernel", 32, _FLOAT32, case="float32-*"),
-    Except("decode_kernel", 64, _ELSEWHERE, capabilities=(80,)),
-    Except("decode_kernel", 216, _ELSEWHERE, capabilities=(100,)),
+    Except("decode_kernel", 16, _ELSEWHERE, capabilities=(80,)),
     Except("shortlist_kernel", 160, _FLOAT32, case="random-float32", triton="3.6.*"),
-    Except("decode_kernel", 24, _OLDEST, case="softcap", triton="3.6.*"),
     Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-*", capabilities=(100,)),
     Except("settle_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
     Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-groups-of-32", capabilities=(100,)),

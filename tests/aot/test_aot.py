@@ -61,6 +61,14 @@ def test_decode_multiplies_on_tensor_cores() -> None:
     assert "mma.sync" in decode.ptx and "cp.async" in decode.ptx
 
 
+@pytest.mark.parametrize("case", ["fp8-cache", "fp8-cache-verify"])
+def test_decode_reads_fp8_keys_by_words(case: str) -> None:
+    """sm_90: 16 bytes at a time into shared memory, and whole matrices from there, never single bytes."""
+    (decode,) = [kernel for kernel in compiled(case, 90) if kernel.name == "decode_kernel"]
+    assert "cp.async.cg" in decode.ptx and "cp.async.ca" not in decode.ptx
+    assert not re.search(r"ld\.shared\S*\.[bus]8\b", decode.ptx)
+
+
 @pytest.mark.parametrize("case", ["fp8-wide", "int8-wide", "fp8-wide-tokens"])
 def test_eight_bits_are_multiplied_as_such(case: str) -> None:
     (wide,) = compiled(case, 90)

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+FP8 = pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
 BACKENDS = pytest.mark.parametrize("backend", [TritonBackend, TorchSDPABackend])
 
 
@@ -161,9 +162,33 @@ def test_verification(dtype: torch.dtype, queries: int, heads: int, kv_heads: in
     compare(TritonBackend, spec, some * 12, num_decodes=60)
 
 
-def half(dtype: torch.dtype, **fields) -> AttentionSpec:
+@HALF
+@FP8
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (28, 4)])
+def test_fp8_cache_shapes(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, heads: int, kv_heads: int) -> None:
+    spec = half(dtype, kv_dtype, qk_head_dim=dim, v_head_dim=dim, num_heads=heads, num_kv_heads=kv_heads)
+    compare(
+        TritonBackend, spec, [(1, 1), (1, 63), (1, 1025), (130, 130), (1, 40)], num_decodes=3, poison=True, lse=True
+    )
+
+
+@HALF
+@FP8
+def test_fp8_cache_of_many_decodes(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    """As many as change the tile; several queries each; with a window and a soft-cap."""
+    lengths = [9, 31, 32, 33, 64, 65, 700, 129] * 8
+    for queries in (1, 2, 5, 9):
+        spec = half(dtype, kv_dtype, num_heads=32, num_kv_heads=8)
+        requests = [(queries, length) for length in lengths]
+        compare(TritonBackend, spec, requests, num_decodes=len(lengths), poison=True)
+    compare(TritonBackend, half(dtype, kv_dtype, kind="sliding", window=50), [(1, n) for n in lengths], poison=True)
+    compare(TritonBackend, half(dtype, kv_dtype, softcap=5.0, scale=0.5), [(1, n) for n in lengths], lse=True)
+
+
+def half(dtype: torch.dtype, kv_dtype: torch.dtype | None = None, **fields) -> AttentionSpec:
     shape = {"num_heads": 8, "num_kv_heads": 2, "qk_head_dim": 128, "v_head_dim": 128, "scale": 128**-0.5}
-    return make_spec(dtype=dtype, kv_dtype=dtype, **(shape | fields))
+    return make_spec(dtype=dtype, kv_dtype=kv_dtype or dtype, **(shape | fields))
 
 
 def steps(spec: AttentionSpec, problems: list[Problem], limit: int = 8192, split: int = 0) -> list[torch.Tensor]:

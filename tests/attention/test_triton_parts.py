@@ -86,6 +86,8 @@ def test_refusals_name_the_reason() -> None:
     cpu = torch.device("cpu")
     assert "attention sinks" in TritonBackend.unsupported(make_spec(sinks=True), cpu)
     assert any("bfloat16" in reason for reason in TritonBackend.unsupported(make_spec(dtype=torch.bfloat16), cpu))
+    odd = make_spec(kv_dtype=torch.float8_e5m2, v_head_dim=65)
+    assert any("odd number of features" in reason for reason in TritonBackend.unsupported(odd, cpu))
     wide = make_spec(qk_head_dim=512, v_head_dim=512)
     assert any("512 features" in reason for reason in TritonBackend.unsupported(wide, cpu))
 

@@ -72,6 +72,8 @@ class TritonBackend(AttentionBackend):
             reasons.append("a KV cache of float8_e4m3fn on a GPU older than compute capability 8.9")
         elif spec.kv_dtype != spec.dtype and spec.kv_dtype not in _FP8:
             reasons.append(f"a KV cache of {spec.kv_dtype} beside queries of {spec.dtype}")
+        if spec.kv_dtype in _FP8 and (spec.qk_head_dim % 2 or spec.v_head_dim % 2):
+            reasons.append("heads of an odd number of features in an FP8 KV cache")
         if max(spec.qk_head_dim, spec.v_head_dim) > 256:
             reasons.append(f"heads of {max(spec.qk_head_dim, spec.v_head_dim)} features (256 at most)")
         return reasons

@@ -1,8 +1,8 @@
-"""Attention of requests with one query, or a few to verify: a fixed number of programs share the step's list of parts.
+"""Attention of requests with one query, or a few to verify, over the step's list of parts.
 
-The queries and heads of a group fill the tile's rows. Parts of a request are merged by the program that ends last, in
-order, within the same launch (Flash-Decoding: Dao et al., 2023); a request of one part is finished where it is
-computed.
+Keys fill the rows of a tensor core's product and the queries of a group its columns, of which 8 are the fewest. Parts
+of a request are merged by the program that ends last, in order, within the same launch (Flash-Decoding: Dao et al.,
+2023); a request of one part is finished where it is computed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
+from quire.plugins.attention.triton.fp8 import QUERIES, converts, features_of, scale_of
 from quire.plugins.attention.triton.merge import merge_parts
 from quire.plugins.attention.triton.plan import DecodePlan
-from quire.plugins.attention.triton.tile import LN2, blocks_of, finish_rows, queries_for, scaled
+from quire.plugins.attention.triton.tile import LN2, finish_rows, scaled
 
 __all__ = ["decode", "decode_constants", "decode_kernel"]
 
@@ -32,10 +33,12 @@ def decode(
     lse_out: Tensor | None,
 ) -> None:
     """Attend for the first ``num_decodes`` requests, whose parts are listed in ``plan``."""
+    fp8 = kv.k.dtype.itemsize == 1
+    k, v = (kv.k.view(torch.int16), kv.v.view(torch.int16)) if fp8 else (kv.k, kv.v)
     decode_kernel[(plan.grid(batch),)](
         q,
-        kv.k,
-        kv.v,
+        k,
+        v,
         out,
         out if lse_out is None else lse_out,
         batch.seq_lens if kv.k_scale is None else kv.k_scale,
@@ -45,22 +48,21 @@ def decode(
         batch.block_table,
         plan.items,
         plan.count,
-        plan.taken,
         plan.arrived,
         batch.seq_lens,
         batch.block_table.stride(0),
         q_token=q.stride(0),
         q_head=q.stride(1),
-        k_block=kv.k.stride(0),
-        k_head=kv.k.stride(1),
-        k_slot=kv.k.stride(2),
-        v_block=kv.v.stride(0),
-        v_head=kv.v.stride(1),
-        v_slot=kv.v.stride(2),
+        k_block=k.stride(0),
+        k_head=k.stride(1),
+        k_slot=k.stride(2),
+        v_block=v.stride(0),
+        v_head=v.stride(1),
+        v_slot=v.stride(2),
         out_token=out.stride(0),
         out_head=out.stride(1),
         has_lse=lse_out is not None,
-        fp8=kv.k.dtype.itemsize == 1,
+        fast=converts(q.device),
         **decode_constants(spec, plan.tile.keys, batch.decode_query_len),
         num_warps=plan.tile.warps,
         num_stages=plan.tile.stages,
@@ -70,22 +72,26 @@ def decode(
 def decode_constants(spec: AttentionSpec, keys: int, queries: int) -> dict[str, Any]:
     """What the kernel is compiled for, with tiles of ``keys`` keys and requests of so many queries."""
     group = spec.num_heads // spec.num_kv_heads
-    rows, v_dim_pad = triton.next_power_of_2(queries * group), triton.next_power_of_2(max(spec.v_head_dim, 16))
+    columns = triton.next_power_of_2(queries * group)
+    fp8 = spec.kv_dtype.itemsize == 1
+    least = 32 if fp8 else 16  # features of a tile
     return {
         "kv_heads": spec.num_kv_heads,
         "group": group,
         "queries": queries,
         "page": spec.block_size,
         "dim": spec.qk_head_dim,
-        "dim_pad": triton.next_power_of_2(max(spec.qk_head_dim, 16)),
+        "dim_pad": triton.next_power_of_2(max(spec.qk_head_dim, least)),
         "v_dim": spec.v_head_dim,
-        "v_dim_pad": v_dim_pad,
+        "v_dim_pad": triton.next_power_of_2(max(spec.v_head_dim, least)),
         "scale": spec.scale,
         "softcap": spec.softcap or 0.0,
         "window": spec.window or 0,
-        "rows": max(16, rows),
+        "fp8": fp8,
+        "e4m3": spec.kv_dtype == torch.float8_e4m3fn,
         "keys": keys,
-        "merge_rows": rows,
+        "columns": max(8, columns),
+        "merge_rows": columns,
         "precision": "ieee" if spec.dtype == torch.float32 else "tf32",
     }
 
@@ -93,7 +99,7 @@ def decode_constants(spec: AttentionSpec, keys: int, queries: int) -> dict[str, 
 @triton.jit(do_not_specialize=["table_row"])
 def decode_kernel(
     q_ptr,  # (num_tokens, heads, dim): request i begins at token i * queries
-    k_ptr,  # (num_blocks, kv_heads, page, dim), any strides
+    k_ptr,  # (num_blocks, kv_heads, page, dim), any strides; FP8: int16 words of two features
     v_ptr,
     out_ptr,  # (num_tokens, heads, v_dim)
     lse_ptr,  # (num_tokens, heads) float32
@@ -103,8 +109,7 @@ def decode_kernel(
     part_lse_ptr,  # (items, kv_heads, queries * group) float32, base two
     table_ptr,  # (num_reqs, max_blocks) int32
     items_ptr,  # (items, 4) int32, of plan_kernel
-    count_ptr,  # (2,) int32, of plan_kernel
-    taken_ptr,  # (1,) int32: how often an item was asked for; zero before and after
+    count_ptr,  # (1,) int32, of plan_kernel
     arrived_ptr,  # (num_reqs, kv_heads) int32: parts that are done; zero before and after
     seq_lens_ptr,  # (num_reqs,) int32
     table_row,
@@ -119,7 +124,7 @@ def decode_kernel(
     out_token: tl.constexpr,
     out_head: tl.constexpr,
     has_lse: tl.constexpr,
-    fp8: tl.constexpr,
+    fast: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     queries: tl.constexpr,
@@ -131,84 +136,100 @@ def decode_kernel(
     scale: tl.constexpr,
     softcap: tl.constexpr,
     window: tl.constexpr,
-    rows: tl.constexpr,
+    fp8: tl.constexpr,
+    e4m3: tl.constexpr,
     keys: tl.constexpr,
+    columns: tl.constexpr,
     merge_rows: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Grid: (programs,). Program i begins with item i, then takes the next that nobody has; an item is one KV head of
-    a part.
-
-    The next item and its first blocks are read while an item is worked on, as are the next tile's blocks.
-    """
-    row = tl.arange(0, rows)
-    real = row < queries * group
+    """Grid: (programs,). An item is one KV head of a part. Program i does item i, and as a rule no other: the GPU
+    starts programs in order as others end, so that long requests come first. The next tile's blocks are read while
+    a tile is worked on."""
+    pair: tl.constexpr = 2 if fp8 else 1
+    column = tl.arange(0, columns)
+    real = column < queries * group
     d = tl.arange(0, dim_pad)
     e = tl.arange(0, v_dim_pad)
+    word = tl.arange(0, dim_pad // pair)
+    v_word = tl.arange(0, v_dim_pad // pair)
     keep = real[:, None] & (e < v_dim)[None, :]
-    total = tl.load(count_ptr) * kv_heads
     item = tl.program_id(0)
-    request, low, high, parts = _item(items_ptr, item // kv_heads, item < total)
-    block = blocks_of(table_ptr + request * table_row, low, high, page, keys)
+    request, low, high, packed = _item(items_ptr + item // kv_heads * 4)  # the list has room for every program
+    total = tl.load(count_ptr) * kv_heads
     while item < total:
         kv_head = item % kv_heads
-        part = parts & 0xFFFF
-        parts = parts >> 16
-        q_at = (request * queries + row // group) * q_token + (kv_head * group + row % group) * q_head
-        q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
-        q = queries_for(q, k_scale_ptr, fp8, precision == "ieee")
-        taken = tl.atomic_add(taken_ptr, 1, sem="relaxed")
-        if taken == total - 1:  # as many are taken, or asked for in vain, as there are items: nobody will ask again
-            tl.store(taken_ptr, 0)
-        following = taken + tl.num_programs(0)
-        next_request, next_low, next_high, next_parts = _item(items_ptr, following // kv_heads, following < total)
-        position = row  # of each row's query
-        if queries > 1:
-            position = tl.load(seq_lens_ptr + request) - queries + row // group
-        acc = tl.zeros((rows, v_dim_pad), dtype=tl.float32)
-        peak = tl.full((rows,), float("-inf"), dtype=tl.float32)
-        masses = tl.zeros((rows, keys), dtype=tl.float32)  # summed over keys at the end alone
+        part = packed & 0xFFFF
+        parts = packed >> 16
         table = table_ptr + request * table_row
+        block = _blocks(table, low, high, page, keys)
+        q_at = (request * queries + column // group) * q_token + (kv_head * group + column % group) * q_head
+        q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
+        unit = scale  # of products of queries and keys
+        if fp8:
+            unit = scale_of(k_scale_ptr, e4m3, fast) * scale
+            if precision != "ieee":
+                q = (q * QUERIES).to(tl.float16)
+                unit = unit / QUERIES
+            q, q_second = tl.split(tl.reshape(q, (columns, dim_pad // 2, 2)))
+            q_second = tl.trans(q_second)
+        q = tl.trans(q)  # (dim_pad // pair, columns)
+        position = column  # of each column's query
+        if queries > 1:
+            position = tl.load(seq_lens_ptr + request) - queries + column // group
+        acc = tl.zeros((v_dim_pad // pair, columns), dtype=tl.float32)
+        acc_second = acc
+        peak = tl.full((columns,), float("-inf"), dtype=tl.float32)
+        masses = tl.zeros((keys, columns), dtype=tl.float32)  # summed over keys at the end alone
         k_head_ptr = k_ptr + kv_head * k_head
         v_head_ptr = v_ptr + kv_head * v_head
         for first_key in range(low, high, keys):
             key = first_key + tl.arange(0, keys)
-            live = key < high
-            k_at = k_head_ptr + (block.to(tl.int64) * k_block + (key % page) * k_slot)[:, None] + d[None, :]
-            v_at = v_head_ptr + (block.to(tl.int64) * v_block + (key % page) * v_slot)[:, None] + e[None, :]
-            k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # (keys, dim_pad)
-            block = blocks_of(table, first_key + keys, high, page, keys)
-            score = scaled(
-                tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision), scale, softcap
-            )  # (rows, keys)
-            seen = live[None, :]
+            slot = tl.minimum(key, high - 1).to(tl.uint32) % page
+            k_at = k_head_ptr + (block.to(tl.int64) * k_block + slot * k_slot)[:, None] + word[None, :]
+            v_at = v_head_ptr + (block.to(tl.int64) * v_block + slot * v_slot)[None, :] + v_word[:, None]
+            k = tl.load(k_at, mask=None if dim == dim_pad else (word < dim // pair)[None, :])
+            block = _blocks(table, first_key + keys, high, page, keys)
+            if fp8:
+                k, k_second = features_of(k, e4m3, fast)
+                score = tl.dot(k.to(q.dtype), q, input_precision=precision)
+                score = tl.dot(k_second.to(q.dtype), q_second, score, input_precision=precision)
+            else:
+                score = tl.dot(k, q, input_precision=precision)
+            score = scaled(score, unit, softcap)  # (keys, columns)
+            seen = (key < high)[:, None]
             if queries > 1:
-                seen = seen & (key[None, :] <= position[:, None])
+                seen = seen & (key[:, None] <= position[None, :])
                 if window > 0:
-                    seen = seen & (key[None, :] > position[:, None] - window)
+                    seen = seen & (key[:, None] > position[None, :] - window)
             score = tl.where(seen, score, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(score, 1))  # of one query never -inf: a tile's first key is live
+            new_peak = tl.maximum(peak, tl.max(score, 0))  # of one query never -inf: a tile's first key is live
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if queries > 1 else new_peak
-            p = tl.exp2(score - base[:, None])
+            p = tl.exp2(score - base[None, :])
             shrink = tl.exp2(peak - base)
-            masses = masses * shrink[:, None] + p
-            v = tl.load(v_at, mask=live[:, None] & (e < v_dim)[None, :], other=0.0)  # (keys, v_dim_pad)
-            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=precision)
+            masses = masses * shrink[None, :] + p
+            p = p.to(q.dtype)
+            v = tl.load(v_at, mask=None if v_dim == v_dim_pad else (v_word < v_dim // pair)[:, None])
+            if fp8:
+                v, v_second = features_of(v, e4m3, fast)
+                acc_second = tl.dot(v_second.to(q.dtype), p, acc_second * shrink[None, :], input_precision=precision)
+            acc = tl.dot(v.to(q.dtype), p, acc * shrink[None, :], input_precision=precision)
             peak = new_peak
-        block = blocks_of(table_ptr + next_request * table_row, next_low, next_high, page, keys)
-        mass = tl.sum(masses, 1)
-        result, lse = finish_rows(acc, peak, mass)
+        acc = tl.trans(acc)
         if fp8:
-            result *= tl.load(v_scale_ptr)
+            acc = tl.reshape(tl.join(acc, tl.trans(acc_second)), (columns, v_dim_pad))
+        result, lse = finish_rows(acc, peak, tl.sum(masses, 0))
+        if fp8:
+            result *= scale_of(v_scale_ptr, e4m3, fast)
         out_at = out_ptr + request * queries * out_token + kv_head * group * out_head
         lse_at = lse_ptr + request * queries * (kv_heads * group) + kv_head * group
         if parts == 1:
-            row_at = row // group * out_token + row % group * out_head
+            row_at = column // group * out_token + column % group * out_head
             tl.store(out_at + row_at[:, None] + e[None, :], result.to(out_ptr.dtype.element_ty), mask=keep)
             if has_lse:
-                tl.store(lse_at + row // group * (kv_heads * group) + row % group, lse * LN2, mask=real)
+                tl.store(lse_at + column // group * (kv_heads * group) + column % group, lse * LN2, mask=real)
         else:
-            at = item * (queries * group) + row
+            at = item * (queries * group) + column
             tl.store(parts_ptr + at[:, None] * v_dim + e[None, :], result, mask=keep)
             tl.store(part_lse_ptr + at, lse, mask=real)
             tl.debug_barrier()  # every thread's stores come before the one thread's count
@@ -220,14 +241,19 @@ def decode_kernel(
                     out_at, lse_at, parts_ptr + first * v_dim, part_lse_ptr + first, parts,
                     out_token, out_head, has_lse, kv_heads, group, queries, merge_rows, v_dim, v_dim_pad,
                 )  # fmt: skip
-        item = following
-        request, low, high, parts = next_request, next_low, next_high, next_parts
+        item += tl.num_programs(0)
+        request, low, high, packed = _item(items_ptr + tl.minimum(item, total - 1) // kv_heads * 4)
 
 
 @triton.jit
-def _item(items_ptr, item, live):
-    """(request, first key, end, part | parts << 16) of an item; nothing where there is none."""
-    at = items_ptr + item * 4
-    request = tl.load(at, mask=live, other=0).to(tl.int64)
-    low = tl.load(at + 1, mask=live, other=0)
-    return request, low, tl.load(at + 2, mask=live, other=0), tl.load(at + 3, mask=live, other=0)
+def _item(entry_ptr):
+    """(request, first key, end, part | parts << 16) of an item."""
+    request = tl.load(entry_ptr).to(tl.int64)
+    return request, tl.load(entry_ptr + 1), tl.load(entry_ptr + 2), tl.load(entry_ptr + 3)
+
+
+@triton.jit
+def _blocks(table_ptr, first_key, high, page: tl.constexpr, keys: tl.constexpr):
+    """(keys,) int32: the blocks of so many keys; from ``high`` on, that of the last key, whose scores are masked."""
+    key = tl.minimum(first_key + tl.arange(0, keys), high - 1).to(tl.uint32)
+    return tl.load(table_ptr + key // page)

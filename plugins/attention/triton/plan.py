@@ -1,8 +1,8 @@
 """The work list of a decode step, made on the device once a step: long requests first, cut where that pays.
 
 Grids are fixed when a step is captured, and lengths are not: so a fixed number of programs share a list whose length
-only the device knows. Whoever is free takes the next item, so that unequal lengths even out (longest processing time
-first: Graham, 1969); what is computed does not depend on who takes it.
+only the device knows. The GPU starts them in order, one where another has ended, so that unequal lengths even out
+(longest processing time first: Graham, 1969).
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class DecodePlan:
         self.order = torch.zeros(self.block, dtype=torch.int32, device=device)
         self.items = torch.zeros(most, 4, dtype=torch.int32, device=device)
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
-        self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(limits.max_num_reqs * heads, dtype=torch.int32, device=device)
         self.most_queries = limits.max_decode_query_len
         rows = spec.num_heads // heads * self.most_queries
@@ -75,10 +74,12 @@ class DecodePlan:
         )
 
     def grid(self, batch: AttentionBatch) -> int:
-        """Programs of a step: all that run at a time, or fewer where the step cannot have as many parts."""
+        """Programs of a step: one for each item, as a rule. Programs without one end at once; where there are more
+        items, because many requests are cut, programs do several."""
         length = min(batch.max_seq_len, self.window + batch.decode_query_len - 1 if self.window else batch.max_seq_len)
         parts = max(1, min(self.most_parts, -(-length // (self.split or _SHORTEST))))
-        return min(self.processors * self.tile.programs, batch.num_decodes * parts * self.kv_heads)
+        whole = batch.num_decodes * self.kv_heads
+        return min(max(self.processors * self.tile.programs, whole), whole * parts)
 
 
 @triton.jit(do_not_specialize=["num_decodes", "programs"])

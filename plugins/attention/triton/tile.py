@@ -104,7 +104,7 @@ def queries_for(q, k_scale_ptr, fp8: tl.constexpr, precise: tl.constexpr):
 
 
 @triton.jit
-def scaled(score, scale: tl.constexpr, softcap: tl.constexpr):
+def scaled(score, scale, softcap: tl.constexpr):
     """Products of queries and keys as scores in base two."""
     if softcap > 0:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); the power of two carries the 2 and the base.

@@ -22,14 +22,20 @@ class DecodeTile:
     programs: int
 
 
-_DECODE = {
-    64: DecodeTile(64, 4, 4, 4),
-    128: DecodeTile(64, 4, 4, 2),
+_FEW = {
+    64: DecodeTile(64, 4, 3, 4),
+    128: DecodeTile(64, 4, 3, 4),
     256: DecodeTile(32, 4, 3, 2),
 }
-_DECODE_MANY = {128: DecodeTile(32, 2, 4, 4)}
-"""For steps that fill it: more programs hide the pause between two items."""
-_DECODE_FLOAT32 = {
+_MANY = {
+    64: DecodeTile(32, 1, 3, 8),
+    128: DecodeTile(32, 1, 3, 8),
+    256: DecodeTile(32, 2, 3, 3),
+}
+"""For steps that fill the GPU: nothing passes between the warps of a program that has one."""
+_WIDE = DecodeTile(32, 4, 3, 2)
+"""For more than 32 queries and heads of a group at a time."""
+_FLOAT32 = {
     64: DecodeTile(32, 4, 2, 4),
     128: DecodeTile(32, 8, 2, 2),
     256: DecodeTile(16, 4, 2, 2),
@@ -40,13 +46,11 @@ def decode_tile(spec: AttentionSpec, requests: int, queries: int, processors: in
     """The tile for a step of so many requests with ``queries`` each, on so many multiprocessors."""
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
     if spec.dtype == torch.float32:
-        return _DECODE_FLOAT32[dim]
-    usual, many = _DECODE[dim], _DECODE_MANY.get(dim, _DECODE[dim])
-    if queries * spec.num_heads // spec.num_kv_heads > 32:  # the rows of two warps spill
-        return usual
-    rounds = requests * spec.num_kv_heads / (processors * many.programs)
-    # Between one round and three, fewer programs of longer turns end more evenly.
-    return usual if rounds <= 0.5 or 1 < rounds < 2.75 else many
+        return _FLOAT32[dim]
+    columns = queries * spec.num_heads // spec.num_kv_heads
+    if columns > 32:
+        return _WIDE
+    return _MANY[dim] if columns <= 8 and requests * spec.num_kv_heads >= 3.5 * processors else _FEW[dim]
 
 
 def processors_of(device: torch.device) -> int:
