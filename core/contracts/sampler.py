@@ -32,7 +32,12 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, table: SamplingTable, rows: Tensor, position: Tensor, any_random: bool) -> SamplingBatch:
-        """For lines of the ``rows`` (n,) int64 of ``table``, of which nothing more is known on the host."""
+        """For lines of the ``rows`` (n,) int64 of ``table``, of which nothing more is known on the host: zeros where
+        nobody has a temperature."""
+        if not any_random:
+            zeros = torch.zeros(2 * len(rows), device=rows.device)
+            none, ints, longs = zeros[: len(rows)], zeros.view(torch.int32)[: len(rows)], zeros.view(torch.int64)
+            return cls(none, ints, none, none, longs, position, False, False, False, False)
         columns = (table.temperature[rows], table.top_k[rows], table.top_p[rows], table.min_p[rows], table.seed[rows])
         return cls(*columns, position, any_random, any_random, any_random, any_random)
 
