@@ -13,16 +13,20 @@ EMBEDDED = ("quire-tiny", "quire-tiny-draft")
 """Models that come with the package, in ``core/assets``."""
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
+_PICKLED = "pytorch_model.bin"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
 
-def resolve_model(name: str, *, revision: str | None = None, download_dir: str | Path | None = None) -> Path:
+def resolve_model(
+    name: str, *, revision: str | None = None, download_dir: str | Path | None = None, head: bool = False
+) -> Path:
     """The local folder of model ``name``.
 
     An embedded name is its folder in the package. A path is itself. Anything else is a repository on the hub, fetched
     into ``download_dir`` or the hub's own cache, at ``revision``. The hub's variables hold: ``HF_TOKEN``,
     ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME``. Only safetensors, configuration and tokenizer files are fetched,
-    never pickles or code. Raises ``CheckpointError``, one line that says what to do.
+    never pickles or code; of a drafting ``head`` without safetensors also ``pytorch_model.bin``, which is read for its
+    tensors alone. Raises ``CheckpointError``, one line that says what to do.
     """
     if name in EMBEDDED:
         return _embedded(name)
@@ -35,7 +39,7 @@ def resolve_model(name: str, *, revision: str | None = None, download_dir: str |
         raise CheckpointError(
             f"model folder {name!r} does not exist; give a folder, a name on the Hugging Face hub, or 'quire-tiny'"
         )
-    return _download(name, revision, download_dir)
+    return _download(name, revision, download_dir, head)
 
 
 def _embedded(name: str) -> Path:
@@ -49,13 +53,15 @@ def _looks_like_path(name: str) -> bool:
     return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _download(name: str, revision: str | None, download_dir: str | Path | None) -> Path:
+def _download(name: str, revision: str | None, download_dir: str | Path | None, head: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     cache = None if download_dir is None else str(Path(download_dir).expanduser())
     at = f" at revision {revision!r}" if revision else ""
     try:
         folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_WANTED))
+        if head and not any(folder.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_PICKLED)
     except errors.HFValidationError:
         raise CheckpointError(
             f"model {name!r} is neither a folder nor a valid name on the hub (owner/name){_did_you_mean(name)}"
@@ -81,7 +87,7 @@ def _download(name: str, revision: str | None, download_dir: str | Path | None) 
         raise CheckpointError(f"model {name!r}{at} could not be downloaded ({reason}); try again") from None
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"repository {name!r}{at} has no config.json; it is not a model in Hugging Face layout")
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not (head and (folder / _PICKLED).is_file()):
         raise CheckpointError(
             f"repository {name!r}{at} has no safetensors; pickled weights (*.bin, *.pt) can run code when loaded and "
             f"are refused; convert the model, or choose a revision that has safetensors"

@@ -88,7 +88,7 @@ def configure_speculation(
     from quire.core.hf_config import architecture, context_length, read_hf_config
     from quire.core.hub import resolve_model
 
-    path = None if model is None else resolve_model(model, download_dir=args.download_dir)
+    path = None if model is None else resolve_model(model, download_dir=args.download_dir, head=True)
     draft_config = None if path is None else read_hf_config(path)
     resolution = plugins.resolve("spec_decode", method, dict(context, draft_config=draft_config))
     options = dict(args.plugin_options.get("spec_decode", {}))

@@ -15,7 +15,8 @@ from quire.core.contracts.sampler import SamplingBatch
 from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.embedding import VocabEmbedding
-from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig, fill, fill_randomly, read_tensors
+from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
+from quire.plugins.spec_decode.eagle3_weights import fill, fill_randomly, read_tensors
 from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs
 
 __all__ = ["Eagle3"]

@@ -64,6 +64,17 @@ def test_download_cache_and_offline(hub: Hub, files: dict[str, bytes], tmp_path:
         assert "'acme/other' is not in the cache" in missing["error"]
 
 
+def test_a_drafting_head_may_be_pickled(hub: Hub, tmp_path: Path) -> None:
+    """It has tensors of a known kind alone, so it is read without running anything; a whole model is refused."""
+    calls = [{"name": name, "head": True} for name in ("acme/pickled", "acme/tiny", "acme/empty")]
+    pickled, whole, empty = ask(hub.url, tmp_path, calls)
+    assert (Path(pickled["path"]) / "pytorch_model.bin").read_bytes() == b"pickle"
+    assert not (Path(whole["path"]) / "pytorch_model.bin").exists()
+    assert "has no config.json" in empty["error"]
+    (cached,) = ask("http://127.0.0.1:9", tmp_path, calls[:1])
+    assert cached == pickled
+
+
 def test_revisions_and_download_dir(hub: Hub, tmp_path: Path) -> None:
     own = tmp_path / "own"
     calls = [
