@@ -17,6 +17,7 @@ from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
 from quire.plugins.spec_decode.eagle3_weights import fill, fill_randomly, read_tensors
+from quire.plugins.spec_decode.observed import observed
 from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs
 
 __all__ = ["Eagle3"]
@@ -102,17 +103,10 @@ class Eagle3(DeviceProposer):
 
     def observe(self, step: StepTokens) -> None:
         """Keys and values of every token, with whatever was drawn after it; and each request's state at its last."""
-        table, rows, start = self._target.table, step.rows, step.batch.query_start_loc
         hidden = self._head.fc(self._taps.states[: len(step.positions)])  # (num_tokens, hidden)
-        line = torch.arange(len(hidden), dtype=start.dtype, device=start.device)
-        owner = torch.searchsorted(start[1:], line, right=True).clamp(max=len(rows) - 1)
-        after = (step.positions + 1).clamp(max=table.token_ids.shape[1] - 1)
-        context = self._context(step.slots)
-        positions = step.positions.clamp(max=self._target.max_model_len - 1)
-        self._head.write(table.token_ids[rows[owner], after], hidden, positions, context)
-        first, end = start[:-1].long(), start[1:].long()
-        last = first + table.num_tokens[rows] - 2 - step.positions[first]
-        self._states[rows] = hidden[last.clamp(min=first, max=end - 1)]
+        following, last = observed(step, self._target.table)
+        self._head.write(following, hidden, step.positions, self._context(step.slots))
+        self._states[step.rows] = hidden[last]
 
     def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
         """One token a pass: from the state of the last token but one and the token after it, then from those drawn."""

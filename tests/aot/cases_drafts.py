@@ -10,6 +10,7 @@ import torch
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.sample.kernels.verify import place_drafts, verify
 from quire.core.sample.verify import Spans
+from quire.plugins.spec_decode.kernels.observed import observed
 from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs
 
 __all__ = ["DRAFTS"]
@@ -40,11 +41,21 @@ def _pass(queries: int, drawn: bool) -> None:
     )  # fmt: skip
 
 
+def _observed(lines: int, requests: int) -> None:
+    table = _table()
+    observed(
+        _INTS(requests + 1), _LONGS(requests), _LONGS(lines), table.num_tokens, table.token_ids, _INTS(lines),
+        _LONGS(requests),
+    )  # fmt: skip
+
+
 DRAFTS: dict[str, Callable[[], None]] = {
     "verify": partial(_verify, 5, None),
     "verify-forced": partial(_verify, 4, 0.7),
     "place": partial(_place, 4, True),
     "pass-first": partial(_pass, 2, False),
     "pass": partial(_pass, 1, True),
+    "observed": partial(_observed, 40, 3),
+    "observed-one": partial(_observed, 1, 1),
     "place-all": partial(_place, 8, False),
 }

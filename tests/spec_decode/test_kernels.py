@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.contracts.spec import Target
+from quire.core.contracts.spec import StepTokens, Target
 from quire.core.sample import verify as twin
 from quire.core.sample.kernels import verify as kernels
+from quire.plugins.spec_decode.kernels.observed import observed as launch_observed
 from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs as launch_pass_inputs
+from quire.plugins.spec_decode.observed import observed
 from quire.plugins.spec_decode.pass_inputs import pass_inputs
 
 ROWS, LENGTH, VOCAB = 7, 40, 9  # the last row is padding
@@ -100,3 +103,27 @@ def test_pass_inputs(device: str, seed: int, ahead: int, count: int) -> None:
     names = ("tokens", "positions", "slots", "lengths", "next")
     for name, got in zip(names, out, strict=True):
         assert torch.equal(got.cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**31), grants=st.lists(st.integers(1, 9), min_size=1, max_size=ROWS))
+def test_observed(device: str, seed: int, grants: list[int]) -> None:
+    """Chunks of prompts, drafts of which some were accepted, and padding, which knows no token."""
+    chance = torch.Generator().manual_seed(seed)
+    table, _, _ = table_of(chance)
+    table.num_tokens[-1] = 0
+    rows = torch.randperm(ROWS, generator=chance)[: len(grants)]
+    start = torch.tensor([0, *grants]).cumsum(0).int()
+    first = [int(torch.randint(0, LENGTH - grant + 1, (), generator=chance)) for grant in grants]
+    positions = torch.cat([at + torch.arange(grant) for at, grant in zip(first, grants, strict=True)])
+    batch = AttentionBatch(start, start, start, len(rows), len(positions), max(grants), LENGTH, 0)
+    expected = observed(StepTokens(positions, positions, positions, rows, batch), table)
+    mine = moved(table, device)
+    out = (
+        torch.full((len(positions),), -7, dtype=torch.int32, device=device),
+        torch.full((len(rows),), -7, device=device),
+    )
+    launch_observed(start.to(device), rows.to(device), positions.to(device), mine.num_tokens, mine.token_ids, *out)
+    for got, wanted in zip(out, expected, strict=True):
+        assert torch.equal(got.cpu(), wanted)
