@@ -124,20 +124,12 @@ class DecodeGraphs:
     def rehearse(self) -> None:
         """Launch what every size launches, once and with nothing at stake."""
         for shape in self.shapes:
-            inputs = self._static_inputs(*shape)
-            logits = self._forward(inputs)
-            for variant in self._variants:
-                self._draw(variant, inputs, logits)
-            if self._read is not None:
-                self._read(inputs)
+            self._once(shape)
 
     def capture(self, recorder: Recorder) -> None:
         """Record every size, the largest first so that the others fit into its memory."""
         for shape in self.shapes:
-            inputs = self._static_inputs(*shape)
-            logits = self._forward(inputs)  # compiles and warms up
-            for variant in self._variants:
-                self._draw(variant, inputs, logits)
+            inputs, logits = self._once(shape)  # loads what it launches
             model, logits = recorder.record(partial(self._forward, inputs))
             draws = {v: recorder.record(partial(self._draw, v, inputs, logits)) for v in self._variants}
             read = None if self._read is None else recorder.record(partial(self._read, inputs))[0]
@@ -180,6 +172,16 @@ class DecodeGraphs:
         spans = Spans(inputs.rows[:count], first, drafts, 1 + int(lines.drafts.max(initial=0)))
         inputs = replace(inputs, line_rows=inputs.line_rows[index], line_lens=inputs.line_lens[index], spans=spans)
         return inputs, captured.logits[index]
+
+    def _once(self, shape: tuple[int, int]) -> tuple[StepInputs, Tensor]:
+        """All that a step of this shape launches."""
+        inputs = self._static_inputs(*shape)
+        logits = self._forward(inputs)
+        for variant in self._variants:
+            self._draw(variant, inputs, logits)
+        if self._read is not None:
+            self._read(inputs)
+        return inputs, logits
 
     def _shape(self, step: SchedulerOutput) -> tuple[int, int]:
         drafts = 0 if step.drafts is None else int(step.drafts.max())
