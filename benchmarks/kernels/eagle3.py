@@ -96,7 +96,7 @@ def build(config, head, device: torch.device) -> Eagle3:
     proposer.prepare(Target(sampler, *columns, kv.layers, [backend], [0], BLOCK, 4096, MOST))
     kv.allocate(1 + MOST * blocks)
     table.num_tokens[:MOST], table.num_computed[:MOST] = LENGTH, LENGTH - 1
-    table.temperature[:MOST] = 0.8
+    table.temperature[:MOST], table.top_p[:MOST] = 0.8, 1.0
     table.token_ids.random_(0, config.vocab_size)
     for row in range(MOST):
         table.block_tables[0][row, :blocks] = 1 + row * blocks + torch.arange(blocks)
