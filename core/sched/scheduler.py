@@ -76,7 +76,7 @@ class Scheduler:
         self._guard = PolicyGuard(policy, fallback, self._rekey)
         self._speculation: Speculation | None = None
         if speculation is not None:
-            pace = Pace(speculation.num_tokens, config.max_num_seqs, speculation.adaptive)
+            pace = Pace(speculation.num_tokens, config.max_num_seqs, speculation.adaptive, proposer is None)
             self._speculation = Speculation(speculation, self._table, pace, proposer)
         self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark, self._speculation)
         self._realiser = Realiser(

@@ -51,6 +51,13 @@ def test_faster_where_it_pays(skill: float, cost: dict[int, float], least: float
     assert serve(1, skill, cost) > least
 
 
+def test_what_reads_prompts_must_gain_more() -> None:
+    slight = {0: 100.0, 1: 165.0, 2: 230.0, 4: 400.0}  # of 1.75 tokens: 6 % faster
+    host, device = Pace(MOST, 256, True), Pace(MOST, 256, True, on_device=True)
+    assert serve(64, 0.75, slight, pace=host) > 1.02 and host.last == 1
+    assert serve(64, 0.75, slight, pace=device) > 0.98 and device.last == 0
+
+
 def test_load_changes_its_mind_and_back() -> None:
     """Off while many run, on again when few do."""
     pace = Pace(MOST, 256, True)
