@@ -39,14 +39,14 @@ def hopper_prefill(
     **options: Any,
 ) -> None:
     """Attend for the requests after the decodes. Tensors as in ``AttentionBackend.run``."""
-    options = {"keys": 128, "stages": 2, "pingpong": True, "hold": True, "processors": 132, "registers": 240, "spare": 24} | options
-    spare, processors = options.pop("spare"), options.pop("processors")
+    options = {"keys": 128, "stages": 2, "pingpong": True, "hold": True, "processors": 132, "registers": 232, "spare": 40} | options
+    spare, processors, drawn = options.pop("spare"), options.pop("processors"), options.pop("drawn")
     requests = batch.num_reqs - batch.num_decodes
     tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
     group = spec.num_heads // spec.num_kv_heads
     tiles = spec.num_kv_heads * (tokens * group // 128 + requests)
     page, dim = spec.block_size, spec.qk_head_dim
-    hopper_kernel[(min(tiles, processors) if processors else tiles,)](
+    hopper_kernel[(min(tiles, processors),)](
         q,
         rows_of(kv.k),
         rows_of(kv.v),
@@ -55,6 +55,7 @@ def hopper_prefill(
         batch.block_table,
         batch.seq_lens,
         batch.query_start_loc,
+        drawn,
         batch.num_decodes,
         batch.num_reqs,
         batch.block_table.stride(0),
@@ -97,13 +98,12 @@ def _first_tile(start, base, ordinal, group: gl.constexpr):
 
 
 @gluon.jit
-def _tile(at, turn, total, start_ptr, seq_lens_ptr, num_decodes, num_reqs, kv_heads: gl.constexpr, group: gl.constexpr):
-    """(request, KV head, start, queries, first row, context, end of keys) of the tile of a program's turn; end 0: none.
+def _tile(index, total, where, kv_heads: gl.constexpr, group: gl.constexpr):
+    """(request, KV head, start, queries, first row, context, end of keys) of a tile; end 0: there is none.
 
-    Every other turn goes backwards, which evens out what programs get.
+    A prompt's last tiles have the most keys, so they go first.
     """
-    programs = gl.num_programs(0)
-    index = turn * programs + gl.where(turn % 2 == 0, at, programs - 1 - at)
+    start_ptr, seq_lens_ptr, num_decodes, num_reqs = where
     some = index < total
     index = gl.minimum(index, total - 1)
     kv_head = index % kv_heads
@@ -119,9 +119,8 @@ def _tile(at, turn, total, start_ptr, seq_lens_ptr, num_decodes, num_reqs, kv_he
     start = gl.load(start_ptr + left)
     queries = gl.load(start_ptr + left + 1) - start
     row0 = (index - _first_tile(start, base, left - num_decodes, group)) * 128
-    seq_len = gl.load(seq_lens_ptr + left)
-    context = seq_len - queries
-    high = gl.minimum(context + (row0 + 127) // group + 1, seq_len)
+    context = gl.load(seq_lens_ptr + left) - queries
+    high = gl.minimum(context + (row0 + 127) // group + 1, context + queries)
     high = gl.where(some & (row0 < queries * group), high, 0)
     return left, kv_head, start, queries, row0, context, high
 
@@ -132,6 +131,7 @@ def _bring(
     v_rows,
     table_ptr,
     table_row,
+    drawn_ptr,
     where,
     buffers,
     barriers,
@@ -147,16 +147,17 @@ def _bring(
     v_block,
     v_head,
 ):
-    """The warp that loads."""
-    start_ptr, seq_lens_ptr, num_decodes, num_reqs = where
-    k_buffers, v_buffers = buffers
-    k_full, v_full, k_free, v_free, _ = barriers
-    at = gl.program_id(0)
+    """The warp that loads. It draws the program's next tile and passes it on; who draws last clears the counter."""
+    k_buffers, v_buffers, _, tickets = buffers
+    k_full, v_full, k_free, v_free, _, told, heard = barriers
     filled = 0
-    for turn in range(gl.cdiv(total, gl.num_programs(0))):
-        request, kv_head, start, queries, row0, context, high = _tile(
-            at, turn, total, start_ptr, seq_lens_ptr, num_decodes, num_reqs, kv_heads, group
-        )
+    given = 0
+    index = gl.atomic_add(drawn_ptr, 1)
+    while index < total:
+        request, kv_head, start, queries, row0, context, high = _tile(index, total, where, kv_heads, group)
+        if high > 0:
+            _tell(tickets, told, heard, given, kv_head, start, queries, row0, context, high)
+            given += 1
         row = table_ptr + request.to(gl.int64) * table_row
         last = (context + queries - 1) // page
         tiles = gl.cdiv(high, keys)
@@ -186,6 +187,53 @@ def _bring(
                     v_buffers.index(stage).slice(j * page, page, 0),
                 )
             filled += 1
+        index = gl.atomic_add(drawn_ptr, 1)
+    _tell(tickets, told, heard, given, 0, 0, 0, 0, 0, 0)
+    gl.store(drawn_ptr, 0, mask=index == total + gl.num_programs(0) - 1)
+
+
+@gluon.jit
+def _tell(tickets, told, heard, given, kv_head, start, queries, row0, context, high):
+    """Pass a tile on to the groups that multiply; one without keys ends their work."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot = given % 2
+    mbarrier.wait(heard.index(slot), (given // 2 & 1) ^ 1)
+    tickets.index(6 * slot).store(gl.full([1], kv_head, gl.int32, one))
+    tickets.index(6 * slot + 1).store(gl.full([1], start, gl.int32, one))
+    tickets.index(6 * slot + 2).store(gl.full([1], queries, gl.int32, one))
+    tickets.index(6 * slot + 3).store(gl.full([1], row0, gl.int32, one))
+    tickets.index(6 * slot + 4).store(gl.full([1], context, gl.int32, one))
+    tickets.index(6 * slot + 5).store(gl.full([1], high, gl.int32, one))
+    mbarrier.arrive(told.index(slot), count=1)
+
+
+@gluon.jit
+def _hear(tickets, told, heard, given):
+    """(KV head, start, queries, first row, context, end of keys) of the next tile."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = given % 2
+    mbarrier.wait(told.index(slot), given // 2 & 1)
+    kv_head = gl.sum(tickets.index(6 * slot).load(one), 0)
+    start = gl.sum(tickets.index(6 * slot + 1).load(one), 0)
+    queries = gl.sum(tickets.index(6 * slot + 2).load(one), 0)
+    row0 = gl.sum(tickets.index(6 * slot + 3).load(one), 0)
+    context = gl.sum(tickets.index(6 * slot + 4).load(one), 0)
+    high = gl.sum(tickets.index(6 * slot + 5).load(one), 0)
+    mbarrier.arrive(heard.index(slot), count=1)
+    return kv_head, start, queries, row0, context, high
+
+
+@gluon.jit
+def _queries(
+    q_ptr, kv_head, start, queries, row0, q_token: gl.constexpr, q_head: gl.constexpr, group: gl.constexpr,
+    dim: gl.constexpr, wide: gl.constexpr,
+):  # fmt: skip
+    """(64, dim) from ``row0`` on."""
+    row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    token = row // group
+    d = gl.arange(0, dim, layout=gl.SliceLayout(0, wide))
+    q_at = (start + token).to(gl.int64) * q_token + (kv_head * group + row % group) * q_head
+    return gl.load(q_ptr + q_at[:, None] + d[None, :], mask=(token < queries)[:, None], other=0.0)
 
 
 @gluon.jit
@@ -253,11 +301,8 @@ def _attend(
     q_ptr,
     out_ptr,
     lse_ptr,
-    where,
-    q_buffers,
     buffers,
     barriers,
-    total,
     group_index: gl.constexpr,
     q_token: gl.constexpr,
     q_head: gl.constexpr,
@@ -265,7 +310,6 @@ def _attend(
     out_head: gl.constexpr,
     has_lse: gl.constexpr,
     heads: gl.constexpr,
-    kv_heads: gl.constexpr,
     group: gl.constexpr,
     page: gl.constexpr,
     dim: gl.constexpr,
@@ -276,89 +320,88 @@ def _attend(
     hold: gl.constexpr,
 ):
     """A group of warps that multiply: 64 of a tile's 128 rows."""
-    start_ptr, seq_lens_ptr, num_decodes, num_reqs = where
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     chunks: gl.constexpr = dim // 8
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, dim, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // chunks, chunks], [4, 1], [1, 0])
-    q_smem = q_buffers.index(group_index)
-    at = gl.program_id(0)
+    q_smem = buffers[2].index(group_index)
+    tickets = buffers[3]
     used = 0
-    for turn in range(gl.cdiv(total, gl.num_programs(0))):
-        request, kv_head, start, queries, row0, context, high = _tile(
-            at, turn, total, start_ptr, seq_lens_ptr, num_decodes, num_reqs, kv_heads, group
-        )
-        if high > 0:
-            row0 += group_index * 64
-            row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
-            token = row // group
-            d = gl.arange(0, dim, layout=gl.SliceLayout(0, wide))
-            q_at = (start + token).to(gl.int64) * q_token + (kv_head * group + row % group) * q_head
-            q = gl.load(q_ptr + q_at[:, None] + d[None, :], mask=(token < queries)[:, None], other=0.0)
-            q_smem.store(q)
+    heard = 0
+    kv_head, start, queries, row0, context, high = _hear(tickets, barriers[5], barriers[6], heard)
+    q = _queries(
+        q_ptr, kv_head, start, queries, row0 + group_index * 64, q_token, q_head, group, dim, wide
+    )
+    while high > 0:
+        q_smem.store(q)
+        fence_async_shared()
+        position = context + (row0 + group_index * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))) // group
+        tiles = gl.cdiv(high, keys)
+        first_key = (tiles - 1) * keys
+        peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+        mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
+        acc = gl.zeros([64, dim], gl.float32, layout)
+        s = _start_product(q_smem, buffers, barriers, used, group_index, keys, stages, pingpong, s_layout)
+        if pingpong:
+            mbarrier.arrive(barriers[4].index(1 - group_index), count=1)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(barriers[2].index(used % stages), count=1)
+        weight, shrink, peak, mass = _weigh(s, peak, mass, first_key, position, scale, True, keys)
+        p = gl.convert_layout(weight.to(dtype), p_layout)
+        # Slots behind the request's end may hold anything, NaN included.
+        if first_key + keys > context + queries:
+            stage = used % stages
+            mbarrier.wait(barriers[1].index(stage), used // stages & 1)
+            slot = gl.arange(0, page, layout=gl.SliceLayout(1, wide))
+            for j in gl.static_range(keys // page):
+                if first_key + (j + 1) * page > context + queries:
+                    part = buffers[1].index(stage).slice(j * page, page, 0)
+                    value = part.load(wide)
+                    real = first_key + j * page + slot < context + queries
+                    part.store(gl.where(real[:, None], value, 0.0))
             fence_async_shared()
-
-            position = context + (row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))) // group
-            tiles = gl.cdiv(high, keys)
-            first_key = (tiles - 1) * keys
-            peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-            mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
-            acc = gl.zeros([64, dim], gl.float32, layout)
-            s = _start_product(q_smem, buffers, barriers, used, group_index, keys, stages, pingpong, s_layout)
-            if pingpong:
-                mbarrier.arrive(barriers[4].index(1 - group_index), count=1)
-            s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(barriers[2].index(used % stages), count=1)
-            weight, shrink, peak, mass = _weigh(s, peak, mass, first_key, position, scale, True, keys)
-            p = gl.convert_layout(weight.to(dtype), p_layout)
-            # Slots behind the request's end may hold anything, NaN included.
-            if first_key + keys > context + queries:
-                stage = used % stages
-                mbarrier.wait(barriers[1].index(stage), used // stages & 1)
-                slot = gl.arange(0, page, layout=gl.SliceLayout(1, wide))
-                for j in gl.static_range(keys // page):
-                    if first_key + (j + 1) * page > context + queries:
-                        part = buffers[1].index(stage).slice(j * page, page, 0)
-                        value = part.load(wide)
-                        real = first_key + j * page + slot < context + queries
-                        part.store(gl.where(real[:, None], value, 0.0))
-                fence_async_shared()
-            # Keys below ``shared`` are seen by every row.
-            shared = (context + (row0 - group_index * 64) // group + 1) // keys
+        # Keys below ``shared`` are seen by every row.
+        shared = (context + row0 // group + 1) // keys
+        used += 1
+        for i in range(tiles - 1 - gl.minimum(shared, tiles - 1)):
+            first_key -= keys
+            p, acc, peak, mass = _turn(
+                q_smem, p, acc, peak, mass, buffers, barriers, used, first_key, position, True,
+                scale, group_index, keys, stages, pingpong, hold, s_layout,
+            )  # fmt: skip
             used += 1
-            for i in range(tiles - 1 - gl.minimum(shared, tiles - 1)):
-                first_key -= keys
-                p, acc, peak, mass = _turn(
-                    q_smem, p, acc, peak, mass, buffers, barriers, used, first_key, position, True,
-                    scale, group_index, keys, stages, pingpong, hold, s_layout,
-                )  # fmt: skip
-                used += 1
-            for i in range(gl.minimum(shared, tiles - 1)):
-                p, acc, peak, mass = _turn(
-                    q_smem, p, acc, peak, mass, buffers, barriers, used, first_key, position, False,
-                    scale, group_index, keys, stages, pingpong, hold, s_layout,
-                )  # fmt: skip
-                used += 1
-            stage = (used - 1) % stages
-            mbarrier.wait(barriers[1].index(stage), (used - 1) // stages & 1)
-            acc = warpgroup_mma(p, buffers[1].index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(barriers[3].index(stage), count=1)
-
-            row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-            token = row // group
-            head = kv_head * group + row % group
-            total_mass = gl.convert_layout(mass, gl.SliceLayout(1, layout))
-            result = acc * (1.0 / total_mass)[:, None]
-            e = gl.arange(0, dim, layout=gl.SliceLayout(0, layout))
-            out_at = (start + token).to(gl.int64) * out_token + head * out_head
-            gl.store(out_ptr + out_at[:, None] + e[None, :], result.to(dtype), mask=(token < queries)[:, None])
-            if has_lse:
-                lse = gl.convert_layout(peak, gl.SliceLayout(1, layout)) * scale + gl.log2(total_mass)
-                lse_at = (start + token).to(gl.int64) * heads + head
-                gl.store(lse_ptr + lse_at, lse * 0.6931471805599453, mask=token < queries)
+        for i in range(gl.minimum(shared, tiles - 1)):
+            p, acc, peak, mass = _turn(
+                q_smem, p, acc, peak, mass, buffers, barriers, used, first_key, position, False,
+                scale, group_index, keys, stages, pingpong, hold, s_layout,
+            )  # fmt: skip
+            used += 1
+        # The next tile's queries are on their way while this tile ends.
+        row = row0 + group_index * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        token = row // group
+        head = kv_head * group + row % group
+        out_at = (start + token).to(gl.int64) * out_token + head * out_head
+        lse_at = (start + token).to(gl.int64) * heads + head
+        real_row = token < queries
+        heard += 1
+        kv_head, start, queries, row0, context, high = _hear(tickets, barriers[5], barriers[6], heard)
+        q = _queries(
+            q_ptr, kv_head, start, queries, row0 + group_index * 64, q_token, q_head, group, dim, wide
+        )
+        stage = (used - 1) % stages
+        mbarrier.wait(barriers[1].index(stage), (used - 1) // stages & 1)
+        acc = warpgroup_mma(p, buffers[1].index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(barriers[3].index(stage), count=1)
+        total_mass = gl.convert_layout(mass, gl.SliceLayout(1, layout))
+        result = acc * (1.0 / total_mass)[:, None]
+        e = gl.arange(0, dim, layout=gl.SliceLayout(0, layout))
+        gl.store(out_ptr + out_at[:, None] + e[None, :], result.to(dtype), mask=real_row[:, None])
+        if has_lse:
+            lse = gl.convert_layout(peak, gl.SliceLayout(1, layout)) * scale + gl.log2(total_mass)
+            gl.store(lse_ptr + lse_at, lse * 0.6931471805599453, mask=real_row)
 
 
 @gluon.jit(do_not_specialize=["num_decodes", "num_reqs", "table_row", "total"])
@@ -371,6 +414,7 @@ def hopper_kernel(
     table_ptr,  # (num_reqs, max_blocks) int32
     seq_lens_ptr,  # (num_reqs,) int32
     start_ptr,  # (num_reqs + 1,) int32
+    drawn_ptr,  # (1,) int32, 0: tiles that programs have drawn
     num_decodes,
     num_reqs,
     table_row,
@@ -413,31 +457,36 @@ def hopper_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
+    tickets = gl.allocate_shared_memory(gl.int32, [12, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(order.index(i), count=1)
-    barriers = (k_full, v_full, k_free, v_free, order)
-    buffers = (k_buffers, v_buffers)
+        mbarrier.init(told.index(i), count=1)
+        mbarrier.init(heard.index(i), count=2)
+    barriers = (k_full, v_full, k_free, v_free, order, told, heard)
+    buffers = (k_buffers, v_buffers, q_buffers, tickets)
     where = (start_ptr, seq_lens_ptr, num_decodes, num_reqs)
     gl.warp_specialize(
         [
             (
                 _attend,
                 (
-                    q_ptr, out_ptr, lse_ptr, where, q_buffers, buffers, barriers, total, 0, q_token, q_head,
-                    out_token, out_head, has_lse, heads, kv_heads, group, page, dim, keys, stages, scale, pingpong, hold,
+                    q_ptr, out_ptr, lse_ptr, buffers, barriers, 0, q_token, q_head,
+                    out_token, out_head, has_lse, heads, group, page, dim, keys, stages, scale, pingpong, hold,
                 ),
             ),
             (
                 _attend,
                 (
-                    q_ptr, out_ptr, lse_ptr, where, q_buffers, buffers, barriers, total, 1, q_token, q_head,
-                    out_token, out_head, has_lse, heads, kv_heads, group, page, dim, keys, stages, scale, pingpong, hold,
+                    q_ptr, out_ptr, lse_ptr, buffers, barriers, 1, q_token, q_head,
+                    out_token, out_head, has_lse, heads, group, page, dim, keys, stages, scale, pingpong, hold,
                 ),
             ),
             (
                 _bring,
                 (
-                    k_rows, v_rows, table_ptr, table_row, where, buffers, barriers, total, kv_heads, group, page,
+                    k_rows, v_rows, table_ptr, table_row, drawn_ptr, where, buffers, barriers, total, kv_heads, group, page,
                     dim, keys, stages, k_block, k_head, v_block, v_head,
                 ),
             ),
