@@ -39,7 +39,7 @@ def hopper_prefill(
     **options: Any,
 ) -> None:
     """Attend for the requests after the decodes. Tensors as in ``AttentionBackend.run``."""
-    options = {"keys": 128, "stages": 2, "pingpong": True, "hold": True, "processors": 132, "registers": 232, "spare": 40} | options
+    options = {"keys": 128, "stages": 2, "pingpong": True, "hold": True, "packed": True, "processors": 132, "registers": 232, "spare": 40} | options
     spare, processors, drawn = options.pop("spare"), options.pop("processors"), options.pop("drawn")
     requests = batch.num_reqs - batch.num_decodes
     tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
@@ -152,12 +152,10 @@ def _bring(
     k_full, v_full, k_free, v_free, _, told, heard = barriers
     filled = 0
     given = 0
-    index = gl.atomic_add(drawn_ptr, 1)
-    while index < total:
-        request, kv_head, start, queries, row0, context, high = _tile(index, total, where, kv_heads, group)
-        if high > 0:
-            _tell(tickets, told, heard, given, kv_head, start, queries, row0, context, high)
-            given += 1
+    request, kv_head, start, queries, row0, context, high = _draw(drawn_ptr, total, where, kv_heads, group)
+    _tell(tickets, told, heard, given, kv_head, start, queries, row0, context, high)
+    while high > 0:
+        after = request, kv_head, start, queries, row0, context, high
         row = table_ptr + request.to(gl.int64) * table_row
         last = (context + queries - 1) // page
         tiles = gl.cdiv(high, keys)
@@ -187,9 +185,24 @@ def _bring(
                     v_buffers.index(stage).slice(j * page, page, 0),
                 )
             filled += 1
-        index = gl.atomic_add(drawn_ptr, 1)
-    _tell(tickets, told, heard, given, 0, 0, 0, 0, 0, 0)
-    gl.store(drawn_ptr, 0, mask=index == total + gl.num_programs(0) - 1)
+            if i == 0:
+                given += 1
+                after = _draw(drawn_ptr, total, where, kv_heads, group)
+                _tell(tickets, told, heard, given, after[1], after[2], after[3], after[4], after[5], after[6])
+        request, kv_head, start, queries, row0, context, high = after
+
+
+@gluon.jit
+def _draw(drawn_ptr, total, where, kv_heads: gl.constexpr, group: gl.constexpr):
+    """The next tile that nobody has, as from ``_tile``. Who draws last clears the counter."""
+    index = gl.atomic_add(drawn_ptr, 1, sem="relaxed")
+    request, kv_head, start, queries, row0, context, high = _tile(index, total, where, kv_heads, group)
+    while (high == 0) & (index < total):
+        index = gl.atomic_add(drawn_ptr, 1, sem="relaxed")
+        request, kv_head, start, queries, row0, context, high = _tile(index, total, where, kv_heads, group)
+    if index == total + gl.num_programs(0) - 1:
+        gl.atomic_xchg(drawn_ptr, 0, sem="relaxed")
+    return request, kv_head, start, queries, row0, context, high
 
 
 @gluon.jit
@@ -318,6 +331,7 @@ def _attend(
     scale: gl.constexpr,
     pingpong: gl.constexpr,
     hold: gl.constexpr,
+    packed: gl.constexpr,
 ):
     """A group of warps that multiply: 64 of a tile's 128 rows."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -379,16 +393,10 @@ def _attend(
             )  # fmt: skip
             used += 1
         # The next tile's queries are on their way while this tile ends.
-        row = row0 + group_index * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        token = row // group
-        head = kv_head * group + row % group
-        out_at = (start + token).to(gl.int64) * out_token + head * out_head
-        lse_at = (start + token).to(gl.int64) * heads + head
-        real_row = token < queries
         heard += 1
-        kv_head, start, queries, row0, context, high = _hear(tickets, barriers[5], barriers[6], heard)
+        after = _hear(tickets, barriers[5], barriers[6], heard)
         q = _queries(
-            q_ptr, kv_head, start, queries, row0 + group_index * 64, q_token, q_head, group, dim, wide
+            q_ptr, after[0], after[1], after[2], after[3] + group_index * 64, q_token, q_head, group, dim, wide
         )
         stage = (used - 1) % stages
         mbarrier.wait(barriers[1].index(stage), (used - 1) // stages & 1)
@@ -396,12 +404,27 @@ def _attend(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(barriers[3].index(stage), count=1)
         total_mass = gl.convert_layout(mass, gl.SliceLayout(1, layout))
-        result = acc * (1.0 / total_mass)[:, None]
-        e = gl.arange(0, dim, layout=gl.SliceLayout(0, layout))
-        gl.store(out_ptr + out_at[:, None] + e[None, :], result.to(dtype), mask=real_row[:, None])
+        result = (acc * (1.0 / total_mass)[:, None]).to(dtype)
+        row = row0 + group_index * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        token = row // group
+        head = kv_head * group + row % group
         if has_lse:
             lse = gl.convert_layout(peak, gl.SliceLayout(1, layout)) * scale + gl.log2(total_mass)
-            gl.store(lse_ptr + lse_at, lse * 0.6931471805599453, mask=real_row)
+            lse_at = (start + token).to(gl.int64) * heads + head
+            gl.store(lse_ptr + lse_at, lse * 0.6931471805599453, mask=token < queries)
+        if packed:
+            q_smem.store(result)
+            row = row0 + group_index * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+            token = row // group
+            head = kv_head * group + row % group
+            e = gl.arange(0, dim, layout=gl.SliceLayout(0, wide))
+            out_at = (start + token).to(gl.int64) * out_token + head * out_head
+            gl.store(out_ptr + out_at[:, None] + e[None, :], q_smem.load(wide), mask=(token < queries)[:, None])
+        else:
+            e = gl.arange(0, dim, layout=gl.SliceLayout(0, layout))
+            out_at = (start + token).to(gl.int64) * out_token + head * out_head
+            gl.store(out_ptr + out_at[:, None] + e[None, :], result, mask=(token < queries)[:, None])
+        kv_head, start, queries, row0, context, high = after
 
 
 @gluon.jit(do_not_specialize=["num_decodes", "num_reqs", "table_row", "total"])
@@ -438,6 +461,7 @@ def hopper_kernel(
     stages: gl.constexpr,
     pingpong: gl.constexpr,
     hold: gl.constexpr,
+    packed: gl.constexpr,
     registers: gl.constexpr,
     spare: gl.constexpr,
 ):
@@ -473,14 +497,14 @@ def hopper_kernel(
                 _attend,
                 (
                     q_ptr, out_ptr, lse_ptr, buffers, barriers, 0, q_token, q_head,
-                    out_token, out_head, has_lse, heads, group, page, dim, keys, stages, scale, pingpong, hold,
+                    out_token, out_head, has_lse, heads, group, page, dim, keys, stages, scale, pingpong, hold, packed,
                 ),
             ),
             (
                 _attend,
                 (
                     q_ptr, out_ptr, lse_ptr, buffers, barriers, 1, q_token, q_head,
-                    out_token, out_head, has_lse, heads, group, page, dim, keys, stages, scale, pingpong, hold,
+                    out_token, out_head, has_lse, heads, group, page, dim, keys, stages, scale, pingpong, hold, packed,
                 ),
             ),
             (
