@@ -17,7 +17,7 @@ LEFT_OUT: dict[int, tuple[str, ...]] = {
     100: ("float16-*", "*hopper-*"),
 }
 """Capability -> patterns of cases not compiled for it: they use what such a GPU has not, differ from others only in a
-type (``float16-*``), are launches of a table of Hopper's (``int4-wide-256``) or kernels for it alone (``*hopper-*``)."""
+type (``float16-*``), are launches of a table of Hopper's (``int4-wide-256``) or kernels for it (``*hopper-*``)."""
 
 
 @dataclass(frozen=True)
