@@ -34,14 +34,14 @@ from quire.core.ops.kernels.norm import rms_norm
 from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, reference
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
 
-TOKENS = (8, 16, 32, 64, 128, 256, 512, 2048)
+TOKENS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 WORTH = 0.99
 """A kernel is taken where it needs at most this share of the time that the library needs."""
 Options = dict[str, Any]
 
 
-def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
-    """Launches worth timing."""
+def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Options]]:
+    """Launches worth timing. ``whole``: 4 bits, and groups of whole blocks of 128 inputs."""
     least = 2 if "gated" in layer.fused else 1
     if tokens <= 32:
         for tiles, ways, stages in _SKINNY:
@@ -49,7 +49,17 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
             for depth in (1, 2, 4) if tokens <= 8 else (1, 2):
                 if tiles >= least and layer.inputs >= 128 * ways * depth * stages:
                     yield "skinny", options | {"depth": depth}
-    if tokens >= 8:
+    if whole and 64 <= tokens <= 1024:
+        for tile, consumers, warps, tiles, stages in _HOPPER:
+            turns = -(-tokens // tile)
+            if turns * tile > 1.4 * tokens:
+                continue
+            programs = -(-layer.features // (16 * tiles * consumers)) * turns
+            for splits in sorted({1, 2, 4, *(max(1, 132 * k // programs) for k in (1, 2))}):
+                if layer.inputs >= 512 * splits and (splits == 1 or programs * splits <= 600):
+                    options = {"tokens": tile, "tiles": tiles, "splits": splits, "consumers": consumers}
+                    yield "hopper", options | {"num_warps": warps, "num_stages": stages}
+    if 8 <= tokens <= 256:
         for tiles, warps, stages in [(4, 4, 4), (8, 8, 3), (8, 8, 4)]:
             for tile in sorted({min(tokens, 64), min(tokens, 128), min(tokens, 256)}):
                 programs = -(-layer.features // (16 * tiles)) * -(-tokens // tile)
@@ -61,6 +71,15 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
 
 _SKINNY = [(1, 4, 3), (1, 4, 4), (2, 1, 3), (2, 2, 3), (2, 4, 3), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)]
 """Tiles, ways, stages."""
+_HOPPER = [
+    (64, 1, 4, 4, 4), (64, 1, 4, 8, 4), (64, 2, 4, 4, 6), (64, 2, 4, 8, 5), (128, 2, 4, 4, 5), (128, 2, 4, 8, 4),
+    (128, 1, 8, 16, 4), (256, 2, 4, 4, 3), (256, 1, 8, 8, 3),
+]  # fmt: skip
+"""Tokens of a program, consumers, warps and tiles of each, stages."""
+
+
+def _whole(group: int, bits: int) -> bool:
+    return bits == 4 and group % 128 == 0
 
 
 def random_weights(layer: Layer, group: int, bits: int, device: str) -> IntWeights:
@@ -124,7 +143,7 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
         bf16_us = measure(partial(F.linear, tensors["x"]), plain)
         library_us = measure(partial(library, tensors), weights[:8])
         found = []
-        for kernel, options in candidates(layer, tokens):
+        for kernel, options in candidates(layer, tokens, _whole(group, bits)):
             if repr((layer, tokens, group, bits, kernel, options)) not in compiled:
                 continue
             tensors["out"].fill_(float("nan"))
@@ -195,7 +214,7 @@ def main() -> None:
         (layer, tokens, options.group, options.bits, kernel, config)
         for tokens in options.tokens
         for layer in shapes
-        for kernel, config in candidates(layer, tokens)
+        for kernel, config in candidates(layer, tokens, _whole(options.group, options.bits))
     ]
     unique = {repr(job): job for job in jobs}
     with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:

@@ -84,6 +84,15 @@ def test_no_product_runs_on_into_the_next_turn(case: str) -> None:
     assert "wgmma.mma_async" in wide.ptx and left and set(left) == {"0"}
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("int4-hopper")])
+def test_products_in_flight_keep_their_weights(case: str) -> None:
+    """sm_90: what waits for a product names the registers of its weights, so that nothing is put there before."""
+    hopper = compiled(case, 90)[0]
+    waits = re.findall(r"wait for regs: (.*)\n\s*wgmma.wait_group.sync.aligned (\d)", hopper.ptx)
+    assert {left for _, left in waits} == {"0", "1"}
+    assert all("%rs" in names for names, left in waits if left == "1")
+
+
 def test_no_kernel_is_forgotten() -> None:
     """A kernel is a jitted function whose name ends in ``_kernel``; each is launched by some case."""
     found = set()

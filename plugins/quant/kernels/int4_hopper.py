@@ -1,8 +1,9 @@
 """Scores of tokens times int4 weights on Hopper: codes are unpacked while the tensor cores multiply.
 
-All the tokens of a program are the second operand of ``wgmma``, in shared memory; its first one are weights in
-registers. A turn unpacks half a block of codes while the product of the half before it still runs, so that two products
-are in flight but for the time between. What is read comes by the copy engine, ``stages`` blocks ahead.
+One warp of a program starts copies by the copy engine, several turns ahead; the others, one or two groups on their
+own, multiply. All the tokens of a program are the second operand of ``wgmma``, in shared memory; the first one are
+weights in registers. A turn unpacks half a block of codes while the product of the half before runs: two are in flight
+but for the waits, each of which names the registers that it frees.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon import jit
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
 __all__ = ["hopper_kernel"]
 
 
-def _text(half: int, kind: str) -> gl.constexpr:
-    """PTX for half the codes of two words: four pairs of numbers, less their zero points, times their scales."""
-    one, magic = ("0x3F803F80", "0x43004300") if kind == "bf16x2" else ("0x3C003C00", "0x64006400")
+def _text(half: int, is_bfloat16: bool) -> gl.constexpr:
+    """PTX for half the codes of two words, as in ``int4_words``: less their zero points, times their scales."""
+    kind, one, magic = ("bf16x2", "0x3F803F80", "0x43004300") if is_bfloat16 else ("f16x2", "0x3C003C00", "0x64006400")
     lines = [
         ".reg .b32 a, t, c, one, nil;",
         f"mov.b32 one, {one};",
@@ -27,28 +27,36 @@ def _text(half: int, kind: str) -> gl.constexpr:
         f"prmt.b32 a, $4, $5, {('0x5410', '0x7632')[half]};",
     ]
     for j in range(4):
-        word = "a"
         if j:
             lines.append(f"shr.u32 c, a, {4 * j};")
-            word = "c"
-        lines.append(f"lop3.b32 t, {word}, 0x000F000F, {magic}, 0xEA;")
+        lines.append(f"lop3.b32 t, {'c' if j else 'a'}, 0x000F000F, {magic}, 0xEA;")
         lines.append(f"fma.rn.{kind} t, t, one, $6;")
         lines.append(f"fma.rn.{kind} ${j}, t, $7, nil;")
     return gl.constexpr("{\n" + "\n".join(lines) + "\n}")
 
 
-_BF16, _F16 = (_text(0, "bf16x2"), _text(1, "bf16x2")), (_text(0, "f16x2"), _text(1, "f16x2"))
-_BF16_0, _BF16_1, _F16_0, _F16_1 = *_BF16, *_F16
+_BF16_LOW, _BF16_HIGH, _F16_LOW, _F16_HIGH = _text(0, True), _text(1, True), _text(0, False), _text(1, False)
 
 
 @constexpr_function
-def _words_layout(tiles, warps):
-    """(tiles, h, g, t, i, e): as the first operand of a product wants its codes."""
-    reg = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [0, 0, 0, 2, 0, 0]]
-    reg += [[tile, 0, 0, 0, 0, 0] for tile in (4, 8, 16) if warps <= tile < tiles]
-    lane = [[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 4, 0, 0, 0]]
-    warp = [[tile, 0, 0, 0, 0, 0] for tile in (1, 2, 4, 8) if tile < warps]
-    return gl.DistributedLinearLayout(reg, lane, warp, [], [tiles, 2, 8, 4, 2, 2])
+def _words_layout(tiles, warps, paired):
+    """(tiles, h, g, t, i, e): where a product's first operand wants its codes.
+
+    ``paired``: (gate or up, tiles / 2, h, g, t, i, e), so that a thread holds both of a pair.
+    """
+    rank = 7 if paired else 6
+    tile, h, g, t, i, e = range(rank - 6, rank)
+
+    def one(dim, size):
+        return [size if at == dim else 0 for at in range(rank)]
+
+    tiles_apart = tiles // 2 if paired else tiles
+    rows = ([one(i, 1)] if paired else []) + [one(tile, n) for n in (1, 2, 4, 8, 16) if n < tiles_apart]
+    many = 2 if warps == 4 else 3
+    registers = [one(e, 1), one(0, 1) if paired else one(i, 1), one(t, 2), *rows[many:]]
+    lanes = [one(h, 1), one(t, 1), one(g, 1), one(g, 2), one(g, 4)]
+    shape = [2, tiles_apart, 2, 8, 4, 2, 2] if paired else [tiles, 2, 8, 4, 2, 2]
+    return gl.DistributedLinearLayout(registers, lanes, rows[:many], [], shape)
 
 
 @constexpr_function
@@ -56,76 +64,171 @@ def _product_layout(warps, tokens):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, tokens, 16])
 
 
-@constexpr_function
-def _store_layout(warps):
-    return gl.BlockedLayout([8, 1], [16, 2], [1, warps], [0, 1])
-
-
-@constexpr_function
-def _pair_layout(warps):
-    return gl.BlockedLayout([4, 1, 2], [32, 1, 1], [1, warps, 1], [2, 0, 1])
-
-
 @jit
-def _read(words, groups, tiles: gl.constexpr, warps: gl.constexpr, dtype: gl.constexpr):
+def _read(words, groups, tiles: gl.constexpr, warps: gl.constexpr, paired: gl.constexpr, dtype: gl.constexpr):
     """A block's words, what to add for their zero points, and their scales."""
-    at: gl.constexpr = _words_layout(tiles, warps)
-    row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(5, at)))
-    p = words.reshape((tiles, 2, 8, 4, 2, 2)).load(at)
-    m = groups.reshape((tiles, 8, 2)).load(row)
+    at: gl.constexpr = _words_layout(tiles, warps, paired)
+    if paired:
+        p = words.reshape((2, tiles // 2, 2, 8, 4, 2, 2)).load(at)
+        m = groups.reshape((2, tiles // 2, 8, 2)).load(gl.SliceLayout(2, gl.SliceLayout(4, gl.SliceLayout(6, at))))
+    else:
+        p = words.reshape((tiles, 2, 8, 4, 2, 2)).load(at)
+        m = groups.reshape((tiles, 8, 2)).load(gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(5, at))))
     offset: gl.constexpr = 128.0 if dtype == gl.bfloat16 else 1024.0
+    h: gl.constexpr = 2 if paired else 1
     n = (-offset - (m & 255).to(gl.float32)).to(dtype)
     s = (m & -256).to(gl.float32, bitcast=True).to(dtype)
-    n = gl.expand_dims(gl.expand_dims(gl.expand_dims(n, 1), 3), 5)
-    s = gl.expand_dims(gl.expand_dims(gl.expand_dims(s, 1), 3), 5)
+    n = gl.expand_dims(gl.expand_dims(gl.expand_dims(n, h), h + 2), h + 4)
+    s = gl.expand_dims(gl.expand_dims(gl.expand_dims(s, h), h + 2), h + 4)
     return p, n, s
 
 
 @jit
 def _unpack(
-    p, n, s, half: gl.constexpr, tiles: gl.constexpr, warps: gl.constexpr, tokens: gl.constexpr, dtype: gl.constexpr
-):
-    """Half a block of weights, (tiles * 16, 64): the first operand."""
+    p, n, s, high: gl.constexpr, tiles: gl.constexpr, warps: gl.constexpr, tokens: gl.constexpr, paired: gl.constexpr,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    """The lower or upper half of a block's inputs, (tiles * 16, 64). ``paired``, rows are [tile, i, gate or up, g]."""
     given = [p, n, s]
+    registers: gl.constexpr = "=r,=r,=r,=r,r,r,r,r"
     if dtype == gl.bfloat16:
         c = gl.inline_asm_elementwise(
-            _BF16_1 if half else _BF16_0, "=r,=r,=r,=r,r,r,r,r", given, (gl.bfloat16,) * 4, True, 2
-        )
+            _BF16_HIGH if high else _BF16_LOW, registers, given, (gl.bfloat16,) * 4, True, 2
+        )  # fmt: skip
     else:
         c = gl.inline_asm_elementwise(
-            _F16_1 if half else _F16_0, "=r,=r,=r,=r,r,r,r,r", given, (gl.float16,) * 4, True, 2
-        )
+            _F16_HIGH if high else _F16_LOW, registers, given, (gl.float16,) * 4, True, 2
+        )  # fmt: skip
     w = gl.join(gl.join(c[0], c[2]), gl.join(c[1], c[3]))  # and j's upper bit, and its lower
-    w = gl.reshape(gl.permute(w, (0, 4, 2, 6, 7, 3, 1, 5)), (tiles * 16, 64))
-    return gl.convert_layout(w, gl.DotOperandLayout(0, _product_layout(warps, tokens), 2), assert_trivial=True)
+    w = gl.permute(w, (1, 5, 0, 3, 7, 8, 4, 2, 6)) if paired else gl.permute(w, (0, 4, 2, 6, 7, 3, 1, 5))
+    operand: gl.constexpr = gl.DotOperandLayout(0, _product_layout(warps, tokens), 2)
+    return gl.convert_layout(gl.reshape(w, (tiles * 16, 64)), operand, assert_trivial=True)
 
 
 @jit
-def _fetch(
-    x_desc, words_desc, groups_desc, ready, x, words, groups, turn, first, turns, tile, token,
-    stages: gl.constexpr, ratio: gl.constexpr, weights: gl.constexpr, activations: gl.constexpr,
+def _produce(
+    x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, tile, token, tiles: gl.constexpr,
+    consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr, chained: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy a turn's weights, its activations or both, if there is such a turn."""
-    total: gl.constexpr = x_desc.block_type.nbytes + words_desc.block_type.nbytes + groups_desc.block_type.nbytes
-    slot = turn % stages
-    there = turn < turns
-    block = first + turn
-    bar = ready.index(slot)
-    if weights:
-        mbarrier.expect(bar, total, pred=there)
-        tma.async_copy_global_to_shared(words_desc, [0, tile, block * 256], bar, words.index(slot), pred=there)
-        tma.async_copy_global_to_shared(
-            groups_desc, [0, tile, block // ratio * 16], bar, groups.index(slot), pred=there
+    """One warp: start to copy what a turn wants, as soon as there is room. The first weights wait for no kernel."""
+    for turn in range(gl.minimum(stages, turns)):
+        _weights(
+            words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, consumers, stages, ratio
         )
-    if activations:
-        tma.async_copy_global_to_shared(x_desc, [token, block * 128], bar, x.index(slot), pred=there)
+    if chained:
+        gdc_wait()
+    for turn in range(turns):
+        slot = turn % stages
+        if turn >= stages:
+            mbarrier.wait(free.index(slot), (turn // stages & 1) ^ 1)
+            _weights(
+                words_desc,
+                groups_desc,
+                x_desc,
+                ready,
+                words,
+                groups,
+                first,
+                turn,
+                tile,
+                tiles,
+                consumers,
+                stages,
+                ratio,
+            )
+        tma.async_copy_global_to_shared(x_desc, [token, (first + turn) * 128], ready.index(slot), x.index(slot))
+
+
+@jit
+def _weights(
+    words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles: gl.constexpr,
+    consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr,
+):  # fmt: skip
+    """Start to copy a turn's codes and scales."""
+    slot, block = turn % stages, first + turn
+    bar = ready.index(slot)
+    part: gl.constexpr = words_desc.block_type.nbytes + groups_desc.block_type.nbytes
+    mbarrier.expect(bar, x_desc.block_type.nbytes + consumers * part)
+    for i in gl.static_range(consumers):
+        at, held = tile + i * tiles, slot * consumers + i
+        tma.async_copy_global_to_shared(words_desc, [0, at, block * 256], bar, words.index(held))
+        tma.async_copy_global_to_shared(groups_desc, [0, at, block // ratio * 16], bar, groups.index(held))
+
+
+@jit
+def _consume(
+    ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr, out_ptr,
+    me: gl.constexpr, consumers: gl.constexpr, stages: gl.constexpr, tiles: gl.constexpr, tokens: gl.constexpr,
+    warps: gl.constexpr, features: gl.constexpr, splits: gl.constexpr, has_bias: gl.constexpr,
+    gated: gl.constexpr, has_residual: gl.constexpr, chained: gl.constexpr,
+):  # fmt: skip
+    """Warps that multiply."""
+    paired: gl.constexpr = gated and tiles == warps
+    dtype: gl.constexpr = x.dtype
+    acc = gl.zeros((tiles * 16, tokens), gl.float32, _product_layout(warps, tokens))
+    mbarrier.wait(ready.index(0), 0)
+    p, n, s = _read(words.index(me), groups.index(me), tiles, warps, paired, dtype)
+    low = _unpack(p, n, s, 0, tiles, warps, tokens, paired, dtype)
+    acc = warpgroup_mma(low, x.index(0).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
+    high = _unpack(p, n, s, 1, tiles, warps, tokens, paired, dtype)
+    acc = warpgroup_mma(high, x.index(0).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
+    acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+    for turn in range(1, turns):
+        slot = turn % stages
+        mbarrier.wait(ready.index(slot), turn // stages & 1)
+        held = slot * consumers + me
+        p, n, s = _read(words.index(held), groups.index(held), tiles, warps, paired, dtype)
+        low = _unpack(p, n, s, 0, tiles, warps, tokens, paired, dtype)
+        acc = warpgroup_mma(low, x.index(slot).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
+        acc, high = warpgroup_mma_wait(1, deps=(acc, high))
+        mbarrier.arrive(free.index((turn - 1) % stages), count=1)
+        high = _unpack(p, n, s, 1, tiles, warps, tokens, paired, dtype)
+        acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    width: gl.constexpr = features // 2 if gated else features
+    kept: gl.constexpr = tiles * 8 if gated else tiles * 16
+    y = acc
+    if gated:
+        if paired:
+            pair = gl.permute(gl.reshape(acc, (tiles // 2, 2, 2, 8, tokens)), (0, 1, 3, 4, 2))
+        else:
+            pair = gl.permute(gl.reshape(acc, (2, kept, tokens)), (1, 2, 0))
+        y, up = gl.split(pair)
+        y, up = gl.reshape(y, (kept, tokens)), gl.reshape(up, (kept, tokens))
+    first_row = (program * consumers + me) * kept
+    row = gl.arange(0, kept, gl.SliceLayout(1, y.type.layout))
+    column = gl.arange(0, tokens, gl.SliceLayout(0, y.type.layout))
+    inside = (first_row + row < width)[:, None] & (token + column < num_tokens)[None, :]
+    if splits > 1:
+        out = out_ptr + (split.to(gl.int64) * num_tokens + token) * features + first_row
+        at = column[None, :] * features + row[:, None]
+        gl.store(out + at, y, mask=inside)
+        if gated:
+            gl.store(out + width + at, up, mask=inside)
+    else:
+        if has_bias:
+            bias = bias_ptr + gl.minimum(first_row + row, width - 1)
+            y += gl.load(bias).to(gl.float32)[:, None]
+            if gated:
+                up += gl.load(bias + width).to(gl.float32)[:, None]
+        if gated:
+            y = y / (1.0 + gl.exp(-y)) * up
+        first = token.to(gl.int64) * width + first_row
+        at = column[None, :] * width + row[:, None]
+        if has_residual:
+            y += gl.load(residual_ptr + first + at, mask=inside, other=0.0).to(gl.float32)
+        gl.store(out_ptr + first + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["num_tokens"])
 def hopper_kernel(
     x_desc,  # (num_tokens, inputs)
-    words_desc,  # (tiles, blocks * 256) int32
-    groups_desc,  # (tiles, groups * 16) int32
+    words_desc,  # (kinds, tiles, blocks * 256) int32: gated, gates and up projections are two kinds
+    groups_desc,  # (kinds, tiles, groups * 16) int32
     bias_ptr,  # (features,)
     residual_ptr,  # (num_tokens, features), half of them where gated
     out_ptr,  # as residual; with splits, (splits, num_tokens, features) float32
@@ -135,174 +238,61 @@ def hopper_kernel(
     group: gl.constexpr,
     tokens: gl.constexpr,
     tiles: gl.constexpr,
+    consumers: gl.constexpr,
+    warps: gl.constexpr,
     splits: gl.constexpr,
     stages: gl.constexpr,
     has_bias: gl.constexpr,
     gated: gl.constexpr,
     has_residual: gl.constexpr,
     chained: gl.constexpr,
-    warps: gl.constexpr,
 ):
-    """Grid: (num_tokens / tokens, features / 16 / tiles, splits). Gated, the first half of the tiles are gates."""
+    """Grid: (num_tokens / tokens, features / 16 / tiles / consumers, splits): ``tiles`` and ``warps`` are a
+    consumer's. Every split has a block."""
     blocks: gl.constexpr = (inputs + 127) // 128
     share: gl.constexpr = (blocks + splits - 1) // splits
-    ratio: gl.constexpr = group // 128
     kinds: gl.constexpr = 2 if gated else 1
-    dtype: gl.constexpr = x_desc.dtype
-    acc_layout: gl.constexpr = _product_layout(warps, tokens)
-    row_program = gl.program_id(1)
-    split = gl.program_id(2)
-    token = gl.program_id(0) * tokens
-    tile = row_program * (tiles // kinds)
+    apart: gl.constexpr = tiles // kinds
+    token, program, split = gl.program_id(0) * tokens, gl.program_id(1), gl.program_id(2)
     first = split * share
     turns = gl.minimum(first + share, blocks) - first
-
     ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
-    x = gl.allocate_shared_memory(dtype, [stages, tokens, 128], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [stages, kinds, tiles // kinds, 256], words_desc.layout)
-    groups = gl.allocate_shared_memory(gl.int32, [stages, kinds, tiles // kinds, 16], groups_desc.layout)
+    free = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    x = gl.allocate_shared_memory(x_desc.dtype, [stages, tokens, 128], x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [stages * consumers, kinds, apart, 256], words_desc.layout)
+    groups = gl.allocate_shared_memory(gl.int32, [stages * consumers, kinds, apart, 16], groups_desc.layout)
     for stage in gl.static_range(stages):
         mbarrier.init(ready.index(stage), count=1)
-    for ahead in gl.static_range(stages - 1):
-        _fetch(
-            x_desc,
-            words_desc,
-            groups_desc,
-            ready,
-            x,
-            words,
-            groups,
-            ahead,
-            first,
-            turns,
-            tile,
-            token,
-            stages,
-            ratio,
-            True,
-            False,
-        )
-    if chained:
-        gdc_wait()
-    for ahead in gl.static_range(stages - 1):
-        _fetch(
-            x_desc,
-            words_desc,
-            groups_desc,
-            ready,
-            x,
-            words,
-            groups,
-            ahead,
-            first,
-            turns,
-            tile,
-            token,
-            stages,
-            ratio,
-            False,
-            True,
-        )
-    acc = gl.zeros((tiles * 16, tokens), gl.float32, acc_layout)
-    # the first block apart: nothing is in flight yet
-    mbarrier.wait(ready.index(0), 0)
-    p, n, s = _read(words.index(0), groups.index(0), tiles, warps, dtype)
-    low = _unpack(p, n, s, 0, tiles, warps, tokens, dtype)
-    acc = warpgroup_mma(low, x.index(0).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
-    _fetch(
-        x_desc,
-        words_desc,
-        groups_desc,
-        ready,
-        x,
-        words,
-        groups,
-        stages - 1,
-        first,
-        turns,
-        tile,
-        token,
-        stages,
-        ratio,
-        True,
-        True,
-    )
-    high = _unpack(p, n, s, 1, tiles, warps, tokens, dtype)
-    acc = warpgroup_mma(high, x.index(0).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
-    acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-    for block in range(1, turns):
-        slot = block % stages
-        mbarrier.wait(ready.index(slot), block // stages & 1)
-        p, n, s = _read(words.index(slot), groups.index(slot), tiles, warps, dtype)
-        low = _unpack(p, n, s, 0, tiles, warps, tokens, dtype)
-        acc = warpgroup_mma(low, x.index(slot).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
-        acc, high = warpgroup_mma_wait(1, deps=(acc, high))
-        debug_barrier()
-        _fetch(
-            x_desc,
-            words_desc,
-            groups_desc,
-            ready,
-            x,
-            words,
-            groups,
-            block + stages - 1,
-            first,
-            turns,
-            tile,
-            token,
-            stages,
-            ratio,
-            True,
-            True,
-        )
-        high = _unpack(p, n, s, 1, tiles, warps, tokens, dtype)
-        acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    debug_barrier()
-    for stage in gl.static_range(stages):
-        mbarrier.invalidate(ready.index(stage))
-    if chained:
-        gdc_launch_dependents()
-    store: gl.constexpr = _store_layout(warps)
-    columns: gl.constexpr = gl.SliceLayout(0, store)
-    rows: gl.constexpr = gl.SliceLayout(1, store)
-    half: gl.constexpr = tiles * 8 if gated else tiles * 16
-    at_token = token + gl.arange(0, tokens, columns)
-    row = row_program * half + gl.arange(0, half, rows)
-    width: gl.constexpr = features // 2 if gated else features
-    inside = (row < width)[:, None] & (at_token < num_tokens)[None, :]
-    if splits == 1:
-        if gated:
-            pair = gl.permute(gl.reshape(acc, (2, half, tokens)), (1, 2, 0))
-            if tiles < 2 * warps:  # gates and their up projections are not one thread's
-                pair = gl.convert_layout(pair, _pair_layout(warps))
-            gate, upper = gl.split(pair)
-            if has_bias:
-                held = gl.arange(0, half, gl.SliceLayout(1, gate.type.layout))
-                held = gl.minimum(row_program * half + held, width - 1)
-                gate += gl.load(bias_ptr + held).to(gl.float32)[:, None]
-                upper += gl.load(bias_ptr + width + held).to(gl.float32)[:, None]
-            y = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * upper, store)
-        else:
-            y = gl.convert_layout(acc, store)
-            if has_bias:
-                y += gl.load(bias_ptr + gl.minimum(row, width - 1)).to(gl.float32)[:, None]
-        at = at_token.to(gl.int64)[None, :] * width + row[:, None]
-        if has_residual:
-            y += gl.load(residual_ptr + at, mask=inside, other=0.0).to(gl.float32)
-        gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+        mbarrier.init(free.index(stage), count=consumers)
+    row = program * consumers * apart
+    # fmt: off
+    if consumers == 1:
+        gl.warp_specialize([
+            (_consume, (
+                ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
+                out_ptr, 0, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
+                chained,
+            )),
+            (_produce, (
+                x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
+                consumers, stages, group // 128, chained,
+            )),
+        ], [1], [24])
     else:
-        y = gl.convert_layout(acc, store)
-        out = out_ptr + split.to(gl.int64) * num_tokens * features
-        every = gl.arange(0, tiles * 16, rows)
-        if gated:
-            each = row_program * half + every % half
-            mine = each < width
-            each = each + every // half * width
-        else:
-            each = row_program * half + every
-            mine = each < features
-        at = at_token.to(gl.int64)[None, :] * features + each[:, None]
-        gl.store(out + at, y, mask=mine[:, None] & (at_token < num_tokens)[None, :])
+        gl.warp_specialize([
+            (_consume, (
+                ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
+                out_ptr, 0, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
+                chained,
+            )),
+            (_consume, (
+                ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
+                out_ptr, 1, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
+                chained,
+            )),
+            (_produce, (
+                x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
+                consumers, stages, group // 128, chained,
+            )),
+        ], [4, 1], [240, 24])
+    # fmt: on

@@ -122,11 +122,15 @@ def hopper(
     tokens: int,
     tiles: int,
     splits: int,
+    consumers: int,
     num_warps: int,
     num_stages: int,
     **tail: Unpack[Tail],
 ) -> None:
-    """As ``wide`` with scaled weights, on Hopper: 4 bits, float16 or bfloat16, and groups of a multiple of 128."""
+    """As ``wide`` with scaled weights, on Hopper: 4 bits, float16 or bfloat16, and groups of a multiple of 128.
+
+    A program's ``consumers``, one or two, have ``num_warps`` (4 or 8; 4 of two) and take ``tiles`` each.
+    """
     num_tokens, features = x.shape[0], weights.features
     bias, residual, options = tail_of(x, bias, **tail)
     kinds = 2 if options["gated"] else 1
@@ -135,7 +139,7 @@ def hopper(
     parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
     words = weights.words.view(kinds, held // kinds, blocks * 256)
     groups = weights.groups.view(kinds, held // kinds, -1)
-    hopper_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(held, tiles), splits)](
+    hopper_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(held, tiles * consumers), splits)](
         TensorDescriptor.from_tensor(x, [tokens, 128], NVMMASharedLayout(128, 16, 2)),
         TensorDescriptor.from_tensor(words, [kinds, tiles // kinds, 256], NVMMASharedLayout(0, 32, 3)),
         TensorDescriptor.from_tensor(groups, [kinds, tiles // kinds, 16], NVMMASharedLayout(0, 32, 3)),
@@ -148,10 +152,12 @@ def hopper(
         group=weights.group_size,
         tokens=tokens,
         tiles=tiles,
+        consumers=consumers,
+        warps=num_warps,
         splits=splits,
         stages=num_stages,
-        warps=num_warps,
         num_warps=num_warps,
+        maxnreg=128 if consumers * num_warps == 4 and tiles * tokens <= 512 else None,  # for a second program
         **options,
     )
     if splits > 1:

@@ -76,12 +76,12 @@ def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int, w
         return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "depth": 1})
     if capability < _HOPPER and tokens > 64:
         return None
-    if whole and capability == _HOPPER and tokens > 64:
-        most = min(tokens, 256)
-        programs = -(-features // 128) * -(-tokens // most)
-        splits = max(1, min(-(-inputs // 512), 132 // programs))
-        stages = 4 if most == 128 else 3
-        return Launch("hopper", {"tokens": most, "tiles": 8, "splits": splits, "num_warps": 8, "num_stages": stages})
+    if whole and capability == _HOPPER and tokens > 32:
+        most, consumers, stages = (64, 1, 4) if tokens <= 64 else (128, 2, 5)
+        programs = -(-features // (64 * consumers)) * -(-tokens // most)
+        splits = max(1, min(inputs // 512, 264 // consumers // programs))
+        options = {"tokens": most, "tiles": 4, "splits": splits, "consumers": consumers, "num_warps": 4}
+        return Launch("hopper", options | {"num_stages": stages})
     if tokens <= 256:
         programs = -(-features // 128) * -(-tokens // 64)
         splits = max(1, min(-(-inputs // 512), round(264 / programs)))
