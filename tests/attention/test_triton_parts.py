@@ -31,10 +31,13 @@ def test_parts_grow_when_there_are_no_more() -> None:
     compare(Split, make_spec(kind="sliding", window=70), [(1, 110), (1, 80), (1, 20)], lse=True)
 
 
-def test_many_requests_of_half_precision() -> None:
-    """The tile for more requests than programs, over a list that each program goes through more than once."""
-    shape = {"dtype": torch.float16, "kv_dtype": torch.float16, "qk_head_dim": 128, "v_head_dim": 128}
-    compare(TritonBackend, make_spec(**shape), [(1, 1), (1, 31), (1, 32), (1, 33), (1, 70), (1, 2), (1, 65), (1, 40)])
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float8_e4m3fn])
+def test_many_requests_of_half_precision(kv_dtype: torch.dtype) -> None:
+    """The tile for steps that fill the GPU, with lengths on either side of it."""
+    shape = {"dtype": torch.float16, "kv_dtype": kv_dtype, "qk_head_dim": 128, "v_head_dim": 128}
+    lengths = [1, 31, 32, 33, 70, 2, 65, 40, 64, 96]
+    compare(TritonBackend, make_spec(**shape), [(1, length) for length in lengths], poison=True)
+    compare(TritonBackend, make_spec(num_heads=8, **shape), [(3, length + 2) for length in lengths], num_decodes=10)
 
 
 def test_neighbours_change_no_bit_of_equal_parts() -> None:
