@@ -209,6 +209,7 @@ def main(wanted: Sequence[str]) -> None:
                 (1, 2048, 2048),
                 (4, 4096, 4096),
                 (1, 2048, 8192),
+                (64, 2048, 2048),
             ):
                 prefill_line(pool, heads, batch, new, context)
 

@@ -25,6 +25,7 @@ from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.verify import Spans
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
+from quire.plugins.attention.triton.hopper import HopperPrefill
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
 from quire.plugins.quant.kernels.fp8_skinny import skinny8
@@ -48,6 +49,17 @@ def attention(dtype: torch.dtype, dim: int, decodes: int = 1, queries: int = 1, 
     backend.plan(problem.batch(CPU))
     out = torch.empty(len(problem.q), spec.num_heads, spec.v_head_dim, dtype=dtype)
     backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))
+
+
+def prompts(dim: int, log_sums: bool = False, **fields: Any) -> None:
+    """Chunks of prompts, by Hopper's own kernel."""
+    shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16}
+    spec = make_spec(**(shape | {"qk_head_dim": dim, "v_head_dim": dim} | fields))
+    problem = Problem.random(spec, [(9, 40), (100, 100)], num_decodes=0)
+    kv = problem.cache(TritonBackend(spec, CPU), CPU)
+    out = torch.empty_like(problem.q)
+    lse = torch.empty(out.shape[:2]) if log_sums else None
+    HopperPrefill(spec, CPU).run(problem.batch(CPU), problem.q, kv, out, lse)
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
@@ -194,12 +206,21 @@ CASES: dict[str, Callable[[], None]] = {
     "group-7": partial(attention, torch.bfloat16, 128, num_heads=28, num_kv_heads=4),
     "multi-query": partial(attention, torch.bfloat16, 128, num_heads=48, num_kv_heads=1),
     "many-decodes": partial(attention, torch.bfloat16, 128, decodes=4, num_heads=16),
+    "more-decodes": partial(attention, torch.bfloat16, 128, decodes=8),
+    "fp8-cache-256": partial(attention, torch.bfloat16, 256, decodes=8, kv_dtype=torch.float8_e4m3fn),
     "verify-3": partial(attention, torch.bfloat16, 128, queries=3, decodes=4, num_heads=16),
-    "verify-5": partial(attention, torch.bfloat16, 128, queries=5),
+    "verify-5": partial(attention, torch.bfloat16, 128, queries=5, decodes=4),
     "verify-9": partial(attention, torch.bfloat16, 128, queries=9, decodes=4),
     "fp8-cache": partial(attention, torch.bfloat16, 128, decodes=4, kv_dtype=torch.float8_e4m3fn),
     "fp8-cache-verify": partial(attention, torch.float16, 128, queries=5, kv_dtype=torch.float8_e5m2),
     "page-1": partial(attention, torch.bfloat16, 128, block_size=1),
+    "hopper-64": partial(prompts, 64),
+    "hopper-128": partial(prompts, 128),
+    "hopper-128-log-sums": partial(prompts, 128, True),
+    "hopper-float16-group-7": partial(
+        prompts, 128, num_heads=28, num_kv_heads=4, dtype=torch.float16, kv_dtype=torch.float16
+    ),
+    "hopper-page-128": partial(prompts, 64, block_size=128),
     "norm": partial(rms_norm, torch.bfloat16, 4096, False),
     "norm-residual": partial(rms_norm, torch.float16, 1024, True),
     "rope": partial(rope_and_cache, torch.bfloat16, 128, 128, False),

@@ -13,11 +13,11 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
 
 LEFT_OUT: dict[int, tuple[str, ...]] = {
-    80: ("float16-*", "fp8-*", "int4-wide-256", "int4-hopper-*"),
-    100: ("float16-*", "int4-hopper-*"),
+    80: ("float16-*", "fp8-*", "int4-wide-256", "*hopper-*"),
+    100: ("float16-*", "*hopper-*"),
 }
 """Capability -> patterns of cases not compiled for it: they use what such a GPU has not, differ from others only in a
-type (``float16-*``), or are launches of a table of Hopper's (``int4-wide-256``)."""
+type (``float16-*``), are launches of a table of Hopper's (``int4-wide-256``) or kernels for it (``*hopper-*``)."""
 
 
 @dataclass(frozen=True)

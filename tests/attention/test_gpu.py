@@ -186,6 +186,50 @@ def test_fp8_cache_of_many_decodes(dtype: torch.dtype, kv_dtype: torch.dtype) ->
     compare(TritonBackend, half(dtype, kv_dtype, softcap=5.0, scale=0.5), [(1, n) for n in lengths], lse=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "block_size"),
+    [(torch.bfloat16, 128, 16), (torch.bfloat16, 64, 128), (torch.float16, 128, 64), (torch.float16, 64, 8)],
+)
+def test_more_tiles_than_multiprocessors(dtype: torch.dtype, dim: int, block_size: int) -> None:
+    """Chunks short and long, with and without tokens before them, and ends in the middle of a block."""
+    spec = half(dtype, qk_head_dim=dim, v_head_dim=dim, num_heads=32, num_kv_heads=8, block_size=block_size)
+    some = [(700, 700), (1, 1), (33, 1500), (129, 129), (300, 1301), (5, 2000)]
+    compare(TritonBackend, spec, some, num_decodes=0, lse=True)
+    compare(TritonBackend, spec, [(60, 333), (250, 257)], num_decodes=0, lse=True, poison=True)
+
+
+def test_prompts_replay_in_a_graph() -> None:
+    """Captured for three prompts and 400 tokens, replayed with fewer of both, many times over."""
+    spec, device = half(torch.bfloat16), torch.device("cuda")
+    problems = [Problem.random(spec, some, num_decodes=0) for some in ([(200, 500), (150, 150), (50, 60)], [(90, 410)])]
+    backend = TritonBackend(spec, device)
+    backend.prepare(AttentionLimits(8, 512, 1024, device))
+    batch = problems[0].batch(device)
+    q, kv = problems[0].q.cuda(), problems[0].cache(backend, device)
+    out = torch.empty_like(q)
+    backend.plan(batch)
+    backend.run(0, q, kv, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.plan(batch)
+        backend.run(0, q, kv, out)
+    for problem in problems * 3:
+        fresh, tokens = problem.batch(device), len(problem.q)
+        batch.query_start_loc.fill_(tokens)
+        batch.query_start_loc[: fresh.num_reqs + 1] = fresh.query_start_loc
+        batch.seq_lens.zero_()
+        batch.seq_lens[: fresh.num_reqs] = fresh.seq_lens
+        batch.block_table[: fresh.num_reqs, : fresh.block_table.shape[1]] = fresh.block_table
+        q[:tokens] = problem.q.cuda()
+        source = problem.cache(backend, device)
+        kv.k[: len(source.k)].copy_(source.k)
+        kv.v[: len(source.v)].copy_(source.v)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(out[:tokens].cpu(), spec, problem)
+
+
 def half(dtype: torch.dtype, kv_dtype: torch.dtype | None = None, **fields) -> AttentionSpec:
     shape = {"num_heads": 8, "num_kv_heads": 2, "qk_head_dim": 128, "v_head_dim": 128, "scale": 128**-0.5}
     return make_spec(dtype=dtype, kv_dtype=kv_dtype or dtype, **(shape | fields))

@@ -18,6 +18,7 @@ from quire.core.contracts.attention import (
     LayerKV,
 )
 from quire.plugins.attention.triton.decode import decode
+from quire.plugins.attention.triton.hopper import HopperPrefill
 from quire.plugins.attention.triton.plan import DecodePlan
 from quire.plugins.attention.triton.prefill import prefill
 
@@ -48,6 +49,7 @@ class TritonBackend(AttentionBackend):
         super().__init__(spec, device, options or self.Options())
         self._batch: AttentionBatch | None = None
         self._plan: DecodePlan | None = None
+        self._hopper = HopperPrefill.on(spec, device)
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device: torch.device) -> list[str]:
@@ -106,7 +108,10 @@ class TritonBackend(AttentionBackend):
         if batch.num_decodes:
             decode(self.spec, batch, self._plan, q, kv, out, lse_out)
         if batch.num_reqs > batch.num_decodes:
-            prefill(self.spec, batch, q, kv, out, lse_out)
+            if self._hopper is None:
+                prefill(self.spec, batch, q, kv, out, lse_out)
+            else:
+                self._hopper.run(batch, q, kv, out, lse_out)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
