@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LAUNCHERS", "dequantized", "hopper", "skinny", "wide"]
 
+_TOKENS, _CODES = NVMMASharedLayout(128, 16, 2), NVMMASharedLayout(0, 32, 3)
+"""How they lie in shared memory. Made once: that takes as long as the rest of a launch."""
+
 
 def skinny(
     x: Tensor,
@@ -140,9 +143,9 @@ def hopper(
     words = weights.words.view(kinds, held // kinds, blocks * 256)
     groups = weights.groups.view(kinds, held // kinds, -1)
     hopper_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(held, tiles * consumers), splits)](
-        TensorDescriptor.from_tensor(x, [tokens, 128], NVMMASharedLayout(128, 16, 2)),
-        TensorDescriptor.from_tensor(words, [kinds, tiles // kinds, 256], NVMMASharedLayout(0, 32, 3)),
-        TensorDescriptor.from_tensor(groups, [kinds, tiles // kinds, 16], NVMMASharedLayout(0, 32, 3)),
+        TensorDescriptor.from_tensor(x, [tokens, 128], _TOKENS),
+        TensorDescriptor.from_tensor(words, [kinds, tiles // kinds, 256], _CODES),
+        TensorDescriptor.from_tensor(groups, [kinds, tiles // kinds, 16], _CODES),
         bias,
         residual,
         parts,
