@@ -79,7 +79,7 @@ def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int, w
     if whole and capability == _HOPPER and tokens > 32:
         most, consumers, stages = (64, 1, 4) if tokens <= 64 else (128, 2, 5)
         programs = -(-features // (64 * consumers)) * -(-tokens // most)
-        splits = max(1, min(inputs // 512, 264 // consumers // programs))
+        splits = max(1, min(4, inputs // 512, 264 // consumers // programs))
         options = {"tokens": most, "tiles": 4, "splits": splits, "consumers": consumers, "num_warps": 4}
         return Launch("hopper", options | {"num_stages": stages})
     if tokens <= 256:
