@@ -19,8 +19,7 @@ def _settle() -> None:
     parser.add_argument("-m", default="")
     words = parser.parse_known_args(sys.argv[1:])[0].m.replace("(", " ").replace(")", " ").split()
     wanted = {word for before, word in zip(["", *words], words, strict=False) if before != "not"}
-    if not wanted & {"aot", "gpu"}:  # these need Triton's compiler
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if wanted & {"aot", "gpu"} else "1")  # these need Triton's compiler
 
 
 _settle()
@@ -29,10 +28,12 @@ settings.register_profile("ci", settings.get_profile("quire"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quire")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that compile kernels in a process that interprets them."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests that compile kernels in a process that interprets them, unless they are what was asked for."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
+    if config.option.markexpr in ("aot", "gpu"):
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set: nothing would be compiled; unset it")
     skip = pytest.mark.skip(reason="needs a process without the interpreter: make aot, or pytest -m aot")
     for item in items:
         if item.get_closest_marker("aot"):

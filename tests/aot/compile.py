@@ -81,6 +81,8 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         plain = parameter.do_not_specialize
+        constant = parameter.is_constexpr or not isinstance(value, triton.language.constexpr)
+        assert constant, f"{kernel.__name__} would be compiled anew for every value of {name}"
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[name], constants[name] = "constexpr", value
             continue

@@ -91,7 +91,7 @@ def skinny_kernel(
     row = rows_of(tile, features, rows, gated)
     token = tl.arange(0, tokens)
     at = tl.arange(0, ways)[:, None] * block + tl.arange(0, block)[None, :]  # (ways, block)
-    x_row = tl.minimum(token, num_tokens - 1) * inputs
+    there = (token < num_tokens)[None, None, :]
     weights = weight_ptr + row.to(tl.int64)[None, :, None] * inputs + at[:, None, :]
     wait_for_previous(chained)
     acc = tl.zeros((ways, rows, tokens), dtype=tl.float32)
@@ -100,11 +100,15 @@ def skinny_kernel(
     for first in tl.range(0, inputs, ways * block, num_stages=stages):
         if whole:
             w = tl.load(weights + first, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + x_row[None, None, :] + at[:, :, None])
+            x = tl.load(x_ptr + first + token[None, None, :] * inputs + at[:, :, None], mask=there, other=0.0)
         else:
             inside = first + at < inputs
             w = tl.load(weights + first, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + x_row[None, None, :] + at[:, :, None], mask=inside[:, :, None], other=0.0)
+            x = tl.load(
+                x_ptr + first + token[None, None, :] * inputs + at[:, :, None],
+                mask=inside[:, :, None] & there,
+                other=0.0,
+            )
         if has_norm:
             wide = x.to(tl.float32)
             squares += wide * wide

@@ -47,7 +47,7 @@ class HopperPrefill:
         requests = batch.num_reqs - batch.num_decodes
         tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
         group = spec.num_heads // spec.num_kv_heads
-        tiles = spec.num_kv_heads * (tokens * group // ROWS + requests)
+        tiles = spec.num_kv_heads * (tokens * group // ROWS.value + requests)
         hopper_kernel[(min(tiles, self._programs),)](
             q,
             page_rows(kv.k),
@@ -89,5 +89,5 @@ def page_rows(cache: Tensor) -> TensorDescriptor:
     blocks, heads, page, dim = cache.shape
     rows = (blocks - 1) * (cache.stride(0) // cache.stride(2)) + heads * page
     layout = NVMMASharedLayout(128, element_bitwidth=16, rank=2)
-    assert page <= KEYS and cache.stride(1) == page * cache.stride(2), "a layout of whole heads"
+    assert page <= KEYS.value and cache.stride(1) == page * cache.stride(2), "a layout of whole heads"
     return TensorDescriptor(cache, [rows, dim], [cache.stride(2), 1], [page, dim], layout)
