@@ -35,7 +35,7 @@ served() {
 }
 
 if wants tests; then
-  python -m pytest -q -m gpu tests/attention tests/ops tests/sample tests/quant tests/spec_decode tests/engine tests/e2e
+  python -m pytest -n "${WORKERS:-8}" -m gpu tests/attention tests/ops tests/sample tests/quant tests/spec_decode tests/engine tests/e2e
 fi
 if wants small; then
   throughput "$small" --workload nano nano-sampled decode-bs1 decode-bs32 decode-bs256 prefill
