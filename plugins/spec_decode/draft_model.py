@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBatch, AttentionSpec, GraphKey
-from quire.core.contracts.model import ForwardContext, Model
+from quire.core.contracts.attention import AttentionBatch, AttentionSpec
+from quire.core.contracts.model import Model
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
-from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs
+from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs, planned, planned_pass
 
 __all__ = ["DraftModel"]
 
@@ -71,7 +71,7 @@ class DraftModel(DeviceProposer):
 
     def observe(self, step: StepTokens) -> None:
         """Prompts, and whatever is in the step beside them."""
-        self._forward(step.input_ids, step.positions, step.slots, step.batch, None)
+        self._model(step.input_ids, step.positions, planned(self._target, step.slots, step.batch))
 
     def catch_up(self, spans: Tensor, known: NDArray[np.int64]) -> None:
         """As a step of prompts."""
@@ -95,7 +95,7 @@ class DraftModel(DeviceProposer):
             num_decodes=0,
         )
         slots = pages * target.block_size + positions % target.block_size
-        self._forward(target.table.token_ids[rows[owner], positions], positions, slots, batch, None)
+        self._model(target.table.token_ids[rows[owner], positions], positions, planned(target, slots, batch))
 
     def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
         """Two tokens a request, then one a pass."""
@@ -117,29 +117,8 @@ class DraftModel(DeviceProposer):
 
     def _pass(self, inputs: PassInputs, blocks: Tensor, queries: int) -> Tensor:
         """``queries`` tokens of each request."""
-        n = len(blocks)
-        batch = AttentionBatch(
-            query_start_loc=self._starts[queries][: n + 1],
-            seq_lens=inputs.lengths,
-            block_table=blocks,
-            num_reqs=n,
-            num_tokens=n * queries,
-            max_query_len=queries,
-            max_seq_len=self._target.max_model_len,
-            num_decodes=n,
-            decode_query_len=queries,
-        )
-        key = GraphKey("decode" if queries == 1 else "verify", n * queries, n, queries)
-        return self._forward(inputs.tokens, inputs.positions, inputs.slots, batch, key)
-
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: AttentionBatch, key: GraphKey | None
-    ) -> Tensor:
-        target = self._target
-        for backend in target.backends:
-            backend.plan(batch, key)
-        context = ForwardContext(target.backends, [slots] * len(target.backends), target.kv, target.group_of)
-        return self._model(tokens, positions, context)
+        context = planned_pass(self._target, inputs, blocks, self._starts[queries], queries)
+        return self._model(inputs.tokens, inputs.positions, context)
 
 
 def _same_tokens(mine: Path, theirs: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBatch, AttentionSpec, GraphKey
+from quire.core.contracts.attention import AttentionSpec
 from quire.core.contracts.model import ForwardContext, Model, Taps
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
@@ -18,7 +18,7 @@ from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
 from quire.plugins.spec_decode.eagle3_weights import fill, fill_randomly, read_tensors
 from quire.plugins.spec_decode.observed import observed
-from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs
+from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs, planned_pass
 
 __all__ = ["Eagle3"]
 
@@ -136,10 +136,8 @@ class Eagle3(DeviceProposer):
 
     def _pass(self, inputs: PassInputs, hidden: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """The head over one token of each request."""
-        n, longest = len(blocks), self._target.max_model_len
-        batch = AttentionBatch(self._starts[: n + 1], inputs.lengths, blocks, n, n, 1, longest, n)
-        self._target.backends[0].plan(batch, GraphKey("decode", n, n, 1))
-        return self._head(inputs.tokens, hidden, inputs.positions, self._context(inputs.slots))
+        context = planned_pass(self._target, inputs, blocks, self._starts, 1)
+        return self._head(inputs.tokens, hidden, inputs.positions, context)
 
     def _context(self, slots: Tensor) -> ForwardContext:
         return ForwardContext(self._target.backends, [slots], self._target.kv, self._target.group_of)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.core.contracts.attention import AttentionBatch, GraphKey
+from quire.core.contracts.model import ForwardContext
 from quire.core.contracts.spec import Target
 
-__all__ = ["PassInputs", "pass_inputs"]
+__all__ = ["PassInputs", "pass_inputs", "planned", "planned_pass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +55,29 @@ def pass_inputs(
     pages = blocks.gather(1, (positions // size).clamp(max=blocks.shape[1] - 1)).long()
     slots = (pages * size + positions % size).flatten()
     return PassInputs(tokens, positions.flatten().clamp(max=longest - 1), slots, length.int(), length)
+
+
+def planned_pass(target: Target, inputs: PassInputs, blocks: Tensor, starts: Tensor, queries: int) -> ForwardContext:
+    """Plan attention over the inputs and say what layers need. ``starts`` (at least n + 1,) int32: multiples of
+    ``queries``."""
+    n = len(blocks)
+    batch = AttentionBatch(
+        query_start_loc=starts[: n + 1],
+        seq_lens=inputs.lengths,
+        block_table=blocks,
+        num_reqs=n,
+        num_tokens=n * queries,
+        max_query_len=queries,
+        max_seq_len=target.max_model_len,
+        num_decodes=n,
+        decode_query_len=queries,
+    )
+    key = GraphKey("decode" if queries == 1 else "verify", n * queries, n, queries)
+    return planned(target, inputs.slots, batch, key)
+
+
+def planned(target: Target, slots: Tensor, batch: AttentionBatch, key: GraphKey | None = None) -> ForwardContext:
+    """Plan attention of the proposer's layers, and say what they need."""
+    for backend in target.backends:
+        backend.plan(batch, key)
+    return ForwardContext(target.backends, [slots] * len(target.backends), target.kv, target.group_of)
