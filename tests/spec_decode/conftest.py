@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from quire import LLM
 from quire.core.testing.tiny_models import make_tiny_model
+from quire.core.worker.model_runner import ModelRunner
 
 from .heads import make_head
 
@@ -36,6 +37,11 @@ PROPOSERS = {
     "failing": {"spec_method": "quire.core.testing.proposers:Failing"},
     "repeater": {"spec_method": "quire.core.testing.proposers:Repeater"},
 }
+
+
+def runner_of(llm: LLM) -> ModelRunner:
+    """What runs the steps of an engine, in this process."""
+    return llm._client.core._executor._worker._runner
 
 
 @pytest.fixture(scope="session")

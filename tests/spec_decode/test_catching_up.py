@@ -9,6 +9,7 @@ import pytest
 from quire import SamplingParams
 from quire.core.worker import reading
 
+from .conftest import runner_of
 from .test_exact import assert_same, prompts_for
 
 
@@ -20,7 +21,7 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
     pace, observed, steps = llm._client.core.scheduler._speculation._pace, [], itertools.count()
-    drafting = llm._client.core._executor._worker._runner.drafting
+    drafting = runner_of(llm).drafting
 
     def choose(rows, available) -> int:
         pace.reads = next(steps) % 20 >= off

@@ -14,6 +14,7 @@ from quire import LLM, SamplingParams
 from quire.core.sample.noise import gumbel
 from quire.core.worker import mixed_graphs
 
+from .conftest import runner_of
 from .heads import ReferenceHead, make_head
 from .test_proposers import refused
 
@@ -25,7 +26,7 @@ class Watched:
     """An engine whose every draft is noted, with the tokens that it was to continue, and how they were drawn."""
 
     def __init__(self, llm: LLM) -> None:
-        runner = llm._client.core._executor._worker._runner
+        runner = runner_of(llm)
         self.noted: list[tuple[list[int], list[int], float, int]] = []
         self._table, self._propose = runner.table, runner.drafting.proposer.propose
         runner.drafting.proposer.propose = self.propose
@@ -50,7 +51,7 @@ def test_drafts_are_those_of_the_reference(models, reference, tmp_path, monkeypa
     )  # fmt: skip
     watched, oracle = Watched(llm), ReferenceHead.of(head, reference)
     if layout == "specforge":  # steps with prompts laid out with padding, as they are captured on a GPU
-        runner = llm._client.core._executor._worker._runner
+        runner = runner_of(llm)
         monkeypatch.setattr(mixed_graphs, "_TOKENS", (8, 16))
         runner.mixed = mixed_graphs.MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 16)
     for temperature in (0, 0, 0.4):
@@ -74,7 +75,7 @@ def test_an_embedding_that_is_the_targets_is_not_held_twice(models, tmp_path) ->
     theirs = load_file(models["MODEL"] / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(head, **{"embed_tokens.weight": theirs})
     llm = LLM(model=str(models["MODEL"]), device="cpu", max_model_len=128, speculative_model=str(head))
-    proposer = llm._client.core._executor._worker._runner.drafting.proposer
+    proposer = runner_of(llm).drafting.proposer
     assert not any(parameter.shape == theirs.shape for parameter in proposer.parameters())
     llm.shutdown()
 

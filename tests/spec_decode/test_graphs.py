@@ -17,6 +17,7 @@ from quire.core.worker.input_builder import Lines
 from quire.core.worker.rehearsal import rehearsal_steps
 from quire.core.worker.request_table import RequestTable
 
+from .conftest import runner_of
 from .test_exact import assert_same, prompts_for
 
 
@@ -58,7 +59,7 @@ class OnDevice(GumbelSampler):
 def captured(engine, request):
     """An engine that drafts in captured steps: with a model, and with a head that reads every step."""
     llm = engine(request.param, max_num_seqs=3)
-    runner = llm._client.core._executor._worker._runner
+    runner = runner_of(llm)
     calls = Calls()
     drawer = runner.drawer
     sampler = OnDevice(llm.config.model.vocab_size, torch.device("cpu"))
@@ -118,7 +119,7 @@ def test_lines_of_a_step() -> None:
 @pytest.mark.parametrize("drafts", [0, 1, 4])
 def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     """However few of them may also verify drafts."""
-    runner = engine("itself", max_num_seqs=3)._client.core._executor._worker._runner
+    runner = runner_of(engine("itself", max_num_seqs=3))
     table = RequestTable(100, 128, runner.block_size, 1, torch.device("cpu"))
     graphs = DecodeGraphs(runner.model, runner.backends, runner.kv, table, runner.block_size, drafts=drafts)
     assert max(size for queries, size in graphs.shapes if queries == 1) == 100
@@ -126,7 +127,7 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
 
 def test_steps_that_verify_are_rehearsed(engine):
     """So that nothing is compiled for them later, also for those that no graph holds."""
-    runner = engine("itself", max_num_seqs=3)._client.core._executor._worker._runner
+    runner = runner_of(engine("itself", max_num_seqs=3))
     steps = list(rehearsal_steps(SchedulerConfig(3, 64), 128, query_lens(4)))
     widths = {1 + int(step.drafts.max()) for step in steps if step.drafts is not None}
     assert widths == {2, 3, 5}
