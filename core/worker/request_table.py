@@ -105,11 +105,11 @@ class RequestTable:
         if not guesses:
             return
         longest = max(len(guess.token_ids) for guess in guesses)
-        packed = [
-            [guess.row, guess.anchor, *guess.token_ids, *[-1] * (longest - len(guess.token_ids))] for guess in guesses
-        ]
-        columns = upload(packed, torch.int64, self.device)
-        rows, anchor, tokens = columns[:, 0], columns[:, 1], columns[:, 2:]
+        columns = np.full((2 + longest, len(guesses)), -1, dtype=np.int64)
+        for i, guess in enumerate(guesses):
+            columns[: 2 + len(guess.token_ids), i] = guess.row, guess.anchor, *guess.token_ids
+        rows, anchor, *_ = packed = upload(columns, torch.int64, self.device)  # kernels take contiguous rows
+        tokens = packed[2:].T
         place = torch.arange(longest, device=self.device)[None, :]
         drawn = self.num_tokens[rows].long() - anchor
         known = self.token_ids[rows[:, None], (anchor[:, None] + place).clamp(max=self.token_ids.shape[1] - 1)]
