@@ -50,6 +50,7 @@ class Problem:
     values: list[Tensor]
     table: Tensor  # (num_reqs, max_blocks) int32
     poison: bool = False
+    k_scale: float = _K_SCALE
 
     @classmethod
     def random(
@@ -124,14 +125,14 @@ class Problem:
             first = 0 if window is None or not self.poison else max(0, length - queries - window + 1)
             position = torch.arange(first, length)
             block, offset = self.table[row].long()[position // size], position % size
-            for cache, x, scale in ((kv.k, self.keys[row], _K_SCALE), (kv.v, self.values[row], _V_SCALE)):
+            for cache, x, scale in ((kv.k, self.keys[row], self.k_scale), (kv.v, self.values[row], _V_SCALE)):
                 some = (x[first:] / scale if small else x[first:]).to(cache.dtype)
                 if small:
                     cache, some = cache.view(torch.uint8), some.view(torch.uint8)
                 cache.transpose(1, 2)[block, offset] = some
         there = layout.view(raw.to(device)[:, layout.bytes_per_block :])
         if small:
-            there.k_scale, there.v_scale = (torch.full((1,), x, device=device) for x in (_K_SCALE, _V_SCALE))
+            there.k_scale, there.v_scale = (torch.full((1,), x, device=device) for x in (self.k_scale, _V_SCALE))
         return there
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "check_decode",
     "check_fp8_cache",
     "check_fp8_cache_of_other_shapes",
+    "check_fp8_cache_with_any_scale",
     "check_fp8_cache_with_large_queries",
     "check_group_sizes",
     "check_half_precision",
@@ -168,6 +169,22 @@ def check_fp8_cache_with_large_queries(cls: type[AttentionBackend]) -> None:
             problem = Problem.random(spec, [(1, 33), (1, 90), (19, 40)])
             problem.q[..., feature] *= factor
             assert_close(attend(cls, spec, problem)[0], expected_attention(spec, problem)[0], spec.dtype)
+
+
+def check_fp8_cache_with_any_scale(cls: type[AttentionBackend]) -> None:
+    """Keys with a scale of 1e-4, 1 or 1e4 lose nothing, beside prompts as beside decodes."""
+    for spec in _fp8_specs(cls):
+        for scale in (1e-4, 1.0, 1e4):
+            factor = scale**0.3  # of queries, so that neither they nor their products with keys are of any one size
+            scaled = dataclasses.replace(spec, scale=spec.scale / (scale * factor))
+            plain = Problem.random(scaled, [(1, 33), (1, 90), (19, 40)])
+            plain.q.mul_(factor)
+            problem = dataclasses.replace(plain, keys=[k / plain.k_scale * scale for k in plain.keys], k_scale=scale)
+            out, sums = attend(cls, scaled, problem, lse=True)
+            expected, expected_sums = expected_attention(scaled, problem)
+            assert_close(out, expected, spec.dtype)
+            assert sums is not None
+            assert_close(sums, expected_sums, spec.dtype)
 
 
 def _fp8_specs(

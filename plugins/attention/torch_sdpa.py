@@ -91,16 +91,17 @@ class TorchSDPABackend(AttentionBackend):
         """Attend piece by piece."""
         for piece in self._pieces:
             # (requests, num_kv_heads, keys, dim)
-            keys = _gather(kv.k, kv.k_scale, piece, self._buffers[0]).to(q.dtype)
-            values = _gather(kv.v, kv.v_scale, piece, self._buffers[1]).to(q.dtype)
-            grouped = _group(q[piece.tokens], piece, self.spec)  # (requests, num_kv_heads, group * queries, dim)
+            keys = _gather(kv.k, kv.k_scale, piece, self._buffers[0]).to(piece.mask.dtype)
+            values = _gather(kv.v, kv.v_scale, piece, self._buffers[1]).to(piece.mask.dtype)
+            # (requests, num_kv_heads, group * queries, dim)
+            grouped = _group(q[piece.tokens].to(piece.mask.dtype), piece, self.spec)
             if self.spec.softcap is None and lse_out is None:
                 attended = F.scaled_dot_product_attention(grouped, keys, values, piece.mask, scale=self.spec.scale)
             else:
                 attended, lse = _attend(grouped, keys, values, piece.mask, self.spec)
                 if lse_out is not None:
                     lse_out[piece.tokens] = _ungroup(lse.unsqueeze(-1), piece, self.spec).squeeze(-1)
-            out[piece.tokens] = _ungroup(attended, piece, self.spec)
+            out[piece.tokens] = _ungroup(attended, piece, self.spec).to(out.dtype)
 
     def _piece(self, batch: AttentionBatch, spans: list[_Span]) -> _Piece:
         """``spans`` have equally many queries each; their keys are padded to the longest."""
@@ -122,11 +123,13 @@ class TorchSDPABackend(AttentionBackend):
         live = mask.any(1)  # (spans, keys): some query sees it
         group = self.spec.num_heads // self.spec.num_kv_heads
         heads_mask = mask.repeat(1, group, 1).unsqueeze(1)  # (requests, 1, group * queries, keys)
+        # Keys of an FP8 cache times its scale may be more than a float16.
+        dtype = torch.float32 if self.spec.kv_dtype in _FP8 else self.spec.dtype
         return _Piece(
             tokens=(starts + torch.arange(queries, device=device)).flatten(),
             blocks=blocks,
             dead=(~live).flatten().nonzero().flatten(),
-            mask=torch.zeros_like(heads_mask, dtype=self.spec.dtype).masked_fill_(~heads_mask, float("-inf")),
+            mask=torch.zeros_like(heads_mask, dtype=dtype).masked_fill_(~heads_mask, float("-inf")),
             shape=(len(spans), queries),
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
 from quire.core.ops.kernels.dependent import can_chain, wait_for_previous
-from quire.plugins.attention.triton.fp8 import QUERIES, converts, features_of, scale_of
+from quire.plugins.attention.triton.fp8 import converts, features_of, queries_for, scale_of
 from quire.plugins.attention.triton.merge import merge_parts
 from quire.plugins.attention.triton.plan import DecodePlan
 from quire.plugins.attention.triton.tile import LN2, finish_rows, scaled
@@ -172,10 +172,7 @@ def decode_kernel(
         q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
         unit = scale  # of products of queries and keys
         if fp8:
-            unit = scale_of(k_scale_ptr, e4m3, fast) * scale
-            if precision != "ieee":
-                q = (q * QUERIES).to(tl.float16)
-                unit = unit / QUERIES
+            q, unit = queries_for(q, scale_of(k_scale_ptr, e4m3, fast) * scale, precision == "ieee")
             q, q_second = tl.split(tl.reshape(q, (columns, dim_pad // 2, 2)))
             q_second = tl.trans(q_second)
         q = tl.trans(q)  # (dim_pad // pair, columns)

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["QUERIES", "converts", "features_of", "scale_of"]
+__all__ = ["converts", "features_of", "queries_for", "scale_of"]
 
-QUERIES = tl.constexpr(0.0625)
-"""What queries are multiplied by before they become float16: exact, and a million is still finite."""
+_QUERIES = tl.constexpr(0.0625)
 
 
 def converts(device: torch.device) -> bool:
@@ -56,3 +55,16 @@ def features_of(words, e4m3: tl.constexpr, fast: tl.constexpr):
 def scale_of(scale_ptr, e4m3: tl.constexpr, fast: tl.constexpr):
     """What features are to be multiplied by: the layer's scale, and what ``features_of`` leaves out."""
     return tl.load(scale_ptr) * (256.0 if e4m3 and not fast else 1.0)
+
+
+@triton.jit
+def queries_for(q, unit, precise: tl.constexpr):
+    """(queries as they meet keys of one byte, ``unit`` of their products).
+
+    Both are float16, which holds every such key; a sixteenth of a query is exact, and of a million still finite. The
+    keys' own scale belongs to the scores, in float32: it may be of any size.
+    """
+    if not precise:
+        q = (q * _QUERIES).to(tl.float16)
+        unit = unit / _QUERIES
+    return q, unit

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
-from quire.plugins.attention.triton.tile import LN2, attend_tile, blocks_of, finish_rows, queries_for
+from quire.plugins.attention.triton.fp8 import queries_for
+from quire.plugins.attention.triton.tile import LN2, attend_tile, blocks_of, finish_rows
 
 __all__ = ["prefill", "prefill_constants", "prefill_kernel"]
 
@@ -146,8 +147,9 @@ def prefill_kernel(
     d = tl.arange(0, dim_pad)
     q_at = (start + token).to(tl.int64) * q_token + head * q_head
     q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0.0)
-
-    q = queries_for(q, k_scale_ptr, fp8, precision == "ieee")
+    unit = scale  # of products of queries and keys
+    if fp8:
+        q, unit = queries_for(q, tl.load(k_scale_ptr) * scale, precision == "ieee")
     first_position = context + row0 // group
     high = tl.minimum(context + (row0 + rows - 1) // group + 1, seq_len)
     low = 0
@@ -168,7 +170,7 @@ def prefill_kernel(
         acc, peak, mass = attend_tile(
             q, acc, peak, mass, position, k_ptr, v_ptr, block, first_key, low, high,
             k_block, k_slot, v_block, v_slot, page, dim, dim_pad, v_dim, v_dim_pad,
-            scale, softcap, window, False, keys, precision,
+            unit, softcap, window, False, keys, precision,
         )  # fmt: skip
         block = following
     for first_key in range(tl.maximum(begin, shared), high, keys):
@@ -176,7 +178,7 @@ def prefill_kernel(
         acc, peak, mass = attend_tile(
             q, acc, peak, mass, position, k_ptr, v_ptr, block, first_key, low, high,
             k_block, k_slot, v_block, v_slot, page, dim, dim_pad, v_dim, v_dim_pad,
-            scale, softcap, window, True, keys, precision,
+            unit, softcap, window, True, keys, precision,
         )  # fmt: skip
         block = following
     result, lse = finish_rows(acc, peak, mass)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "attend_tile", "blocks_of", "finish_rows", "queries_for", "scaled"]
+__all__ = ["LN2", "attend_tile", "blocks_of", "finish_rows", "scaled"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -38,7 +38,7 @@ def attend_tile(
     dim_pad: tl.constexpr,
     v_dim: tl.constexpr,
     v_dim_pad: tl.constexpr,
-    scale: tl.constexpr,
+    scale,
     softcap: tl.constexpr,
     window: tl.constexpr,
     masked: tl.constexpr,
@@ -90,17 +90,6 @@ def blocks_of(table_ptr, first_key, high, page: tl.constexpr, keys: tl.constexpr
     """
     key = first_key + tl.arange(0, keys)
     return tl.load(table_ptr + key // page, mask=key < high, other=0)
-
-
-@triton.jit
-def queries_for(q, k_scale_ptr, fp8: tl.constexpr, precise: tl.constexpr):
-    """Queries as they meet the keys. The keys of an FP8 cache are widened to float16, which holds every one of them and
-    takes one instruction for two; their scale goes to the queries."""
-    if fp8:
-        q = q.to(tl.float32) * tl.load(k_scale_ptr)
-        if not precise:
-            q = q.to(tl.float16)
-    return q
 
 
 @triton.jit
