@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
 from quire.core.testing.attention_problem import TOLERANCE, Problem, compare, expected_attention, make_spec
+from quire.core.testing.checks_attention import check_fp8_cache_with_any_scale
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.attention.triton.backend import TritonBackend
 
@@ -171,6 +172,12 @@ def test_fp8_cache_shapes(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, h
     compare(
         TritonBackend, spec, [(1, 1), (1, 63), (1, 1025), (130, 130), (1, 40)], num_decodes=3, poison=True, lse=True
     )
+
+
+@BACKENDS
+def test_fp8_cache_with_any_scale(backend: type[AttentionBackend]) -> None:
+    """Of prompts and of decodes: what a scale does to scores, float16 cannot hold."""
+    check_fp8_cache_with_any_scale(backend)
 
 
 @HALF
