@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["architecture", "context_length", "read_hf_config"]
+__all__ = ["PlainConfig", "architecture", "context_length", "read_hf_config"]
+
+_SIZES = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
+_EVERY: dict[str, type] = dict.fromkeys((*_SIZES, "num_key_value_heads", "vocab_size"), int)
+_EVERY |= {"hidden_act": str, "rms_norm_eps": float, "tie_word_embeddings": bool}
+_FAMILIES: dict[Any, dict[str, type]] = {
+    "llama": {"attention_bias": bool, "mlp_bias": bool},
+    "mistral": {"sliding_window": NoneType},
+    "qwen2": {"use_sliding_window": bool},
+    "qwen3": {"use_sliding_window": bool, "attention_bias": bool, "head_dim": int},
+}
+_SPECIAL = {"layer_types", "original_max_position_embeddings", "partial_rotary_factor"}
+_LLAMA3 = {"factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"}
+
+
+class PlainConfig(SimpleNamespace):
+    """The fields of a ``config.json`` that leaves nothing to the defaults of its family."""
+
+    def get_text_config(self) -> PlainConfig:
+        """It is of text alone."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return dict(vars(self))
 
 
 def read_hf_config(path: str | Path) -> Any:
-    """The ``transformers.PretrainedConfig`` of the folder ``path``, from v4 and v5 spellings alike.
+    """What the ``transformers.PretrainedConfig`` of the folder ``path`` holds, from v4 and v5 spellings alike: such a
+    one, or a ``PlainConfig`` where the file says everything, as transformers' classes take seconds to import.
 
     A ``model_type`` that transformers does not know gives a plain ``PretrainedConfig`` with the file's fields, so that
     a plugin may bring the model. Raises ``CheckpointError``.
@@ -29,19 +55,43 @@ def read_hf_config(path: str | Path) -> Any:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object; download it again")
     beside = None if "quantization_config" in raw else _quantization_beside(Path(path))
+    config: Any = _plain(raw) or _by_transformers(raw, file)
+    if beside is not None:
+        config.quantization_config = beside
+    return config
+
+
+def _plain(raw: dict[str, Any]) -> PlainConfig | None:
+    """None where transformers has anything to add, or to object to."""
+    fields = {**_EVERY, **_FAMILIES.get(raw.get("model_type"), {"model_type": NoneType})}
+    if raw.keys() & _SPECIAL or not all(type(raw.get(name, ...)) is kind for name, kind in fields.items()):
+        return None
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": raw.get("rope_theta"), **rope}
+    known = rope["rope_type"] == "default" or (rope["rope_type"] == "llama3" and rope.keys() >= _LLAMA3)
+    heads, windowed = raw["num_attention_heads"], raw.get("use_sliding_window")
+    if heads < 1 or raw["hidden_size"] % heads or windowed or not known or type(rope["rope_theta"]) not in (int, float):
+        return None
+    more = {
+        "dtype": raw.get("dtype", raw.get("torch_dtype")),
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        "layer_types": ["full_attention"] * raw["num_hidden_layers"],
+        "rope_parameters": rope,
+        "sliding_window": None,
+    }
+    return PlainConfig(**{**raw, **more})
+
+
+def _by_transformers(raw: dict[str, Any], file: Path) -> Any:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         if raw.get("model_type") in CONFIG_MAPPING:
-            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-        else:
-            config = PretrainedConfig.from_dict(raw)
+            return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
+        return PretrainedConfig.from_dict(raw)
     except Exception as error:
         raise CheckpointError(f"{file} is not a valid configuration: {_line(error)}") from error
-    if beside is not None:
-        config.quantization_config = beside
-    return config
 
 
 def architecture(hf_config: Any) -> str:

@@ -17,10 +17,10 @@ import uvicorn
 
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.async_llm import AsyncLLM
+from quire.core.engine.process import EngineProcess
 from quire.core.errors import ConfigError, PluginError
 from quire.core.log import setup_logging
 from quire.core.version import __version__
-from quire.server.app import create_app, create_metrics_app
 from quire.server.settings import ServerSettings
 from quire.server.state import ServerState
 
@@ -34,8 +34,15 @@ _LAST_WORDS_S = 2
 _WATCH_S = 0.5
 
 
-def serve(args: EngineArgs, settings: ServerSettings, arguments: Any = None, notes: Sequence[str] = ()) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status: 0, or 1 if the engine died.
+def serve(
+    args: EngineArgs,
+    settings: ServerSettings,
+    process: EngineProcess,
+    arguments: Any = None,
+    notes: Sequence[str] = (),
+) -> int:
+    """Serve, with the engine core in ``process``, until SIGTERM or SIGINT; returns the exit status: 0, or 1 if the
+    engine died.
 
     Raises QuireError if the server cannot start.
     """
@@ -45,18 +52,20 @@ def serve(args: EngineArgs, settings: ServerSettings, arguments: Any = None, not
     for note in notes:
         log.warning("%s", note)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(args, settings, arguments))
+        return runner.run(_serve(args, settings, process, arguments))
 
 
-async def _serve(args: EngineArgs, settings: ServerSettings, arguments: Any) -> int:
+async def _serve(args: EngineArgs, settings: ServerSettings, process: EngineProcess, arguments: Any) -> int:
     async with contextlib.AsyncExitStack() as stack:
         signalled = stack.enter_context(_signals())
         sockets = [stack.enter_context(_bind(settings.host, settings.port, "--port"))]
         if settings.prometheus_port is not None:
             sockets.append(stack.enter_context(_bind(settings.host, settings.prometheus_port, "--prometheus-port")))
         more = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
-        engine = AsyncLLM(args, **more)
+        engine = AsyncLLM(args, process=process, **more)
         stack.push_async_callback(engine.shutdown)
+        from quire.server.app import create_app, create_metrics_app  # seconds, while the model is loaded
+
         if not await _started(engine, signalled):
             return 130
         app = create_app(engine, settings, arguments)

@@ -16,6 +16,7 @@ from quire.core.engine.configure import configure
 from quire.core.engine.exporters import Exporters
 from quire.core.engine.input_processor import InputProcessor, Prompt
 from quire.core.engine.output_processor import OutputProcessor, StreamMode
+from quire.core.engine.process import EngineProcess
 from quire.core.engine.ready_line import ready_line
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
@@ -33,21 +34,33 @@ _LONG_TEXT = 16_384  # characters beyond which tokenizing would hold up the even
 
 
 class AsyncLLM:
-    """Construct (resolves the configuration), ``await start()``, then ``generate``; ``await shutdown()`` at the end."""
+    """Construct (resolves the configuration), ``await start()``, then ``generate``; ``await shutdown()`` at the end.
 
-    def __init__(self, args: EngineArgs | None = None, *, log_level: str = "INFO", **kwargs: Any) -> None:
+    The engine core begins to load as soon as its configuration is known. ``process`` is where, if it runs already.
+    """
+
+    def __init__(
+        self,
+        args: EngineArgs | None = None,
+        *,
+        log_level: str = "INFO",
+        process: EngineProcess | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._streams: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
-        self._log_level = log_level
         self._receiver: asyncio.Task[None] | None = None
         self._dead: str | None = None
         args = args or EngineArgs(**kwargs)
-        self._client: ProcessClient | None = ProcessClient(args.device)
+        self._client: ProcessClient | None = ProcessClient(process or EngineProcess(args.device))
         try:
-            self._prepare(args)
+            configured = configure(args)
+            self.config, self.plugins = configured.config, configured.plugins
+            self._client.build(self.config, log_level)
+            self._prepare()
         except BaseException:
             self._client.kill()
             raise
@@ -74,13 +87,13 @@ class AsyncLLM:
         return ready_line(self.config, self._client.capacity)
 
     async def start(self) -> None:
-        """Start the engine core and load the model. Raises a ``QuireError`` with the reason if it cannot."""
+        """Wait until the engine core has loaded the model. Raises a ``QuireError`` with the reason if it cannot."""
         if self._client is None:
             raise EngineDeadError("the engine was shut down; make another")
         try:
-            await self._client.start(self.config, self._log_level)
+            await self._client.ready()
         except BaseException:
-            self._client.shutdown()
+            self._client.kill()
             self._client = None
             raise
         self._receiver = asyncio.create_task(self._receive(), name="quire-outputs")
@@ -162,18 +175,13 @@ class AsyncLLM:
             await asyncio.gather(self._receiver, return_exceptions=True)
             self._receiver = None
         if self._client is not None:
-            self._client.ask_to_stop()
-            await asyncio.to_thread(self._client.wait)
-            self._client.shutdown()
+            await self._client.shutdown()
             self._client = None
             self._die("the engine was shut down")
         self._exporters.close()
 
-    def _prepare(self, args: EngineArgs) -> None:
+    def _prepare(self) -> None:
         """What this process needs of the model: everything but its weights."""
-        configured = configure(args)
-        self.config = configured.config
-        self.plugins = configured.plugins
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
         self._inputs = InputProcessor.of(self.config, self.tokenizer)
         self._exporters = Exporters(self._make_exporters())

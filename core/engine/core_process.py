@@ -1,4 +1,4 @@
-"""The engine core in a process of its own: ``python -m quire.core.engine.core_process FOLDER DEVICE``."""
+"""The engine core in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import contextlib
 import gc
 import logging
 import os
-import signal
-import sys
 from typing import Any
 
 import torch
 import zmq
 
 from quire.core.engine.engine_core import EngineCore
-from quire.core.engine.ipc import Abort, Add, Addresses, Failed, Outputs, Ready, Shutdown, ToCore, Wire, socket
+from quire.core.engine.ipc import Abort, Add, Failed, Outputs, Ready, Shutdown, ToCore, Wire, address, socket
 from quire.core.errors import QuireError
 from quire.core.log import setup_logging
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the front makes the configuration
 
-__all__ = ["CoreProcess", "main"]
+__all__ = ["CoreProcess"]
 
 _log = logging.getLogger("quire.engine")
 _IDLE_MS = 1000
@@ -28,15 +26,16 @@ _IDLE_MS = 1000
 class CoreProcess:
     """Takes in messages between steps. Ends when told to, or when its parent is gone."""
 
-    def __init__(self, addresses: Addresses) -> None:
+    def __init__(self, folder: str, device: str, parent: int) -> None:
         self._context = zmq.Context()
         self._inward = socket(self._context, zmq.PULL)
-        self._inward.bind(addresses.inward)
+        self._inward.bind(address(folder, "in"))
         self._outward = socket(self._context, zmq.PUSH)
         self._outward.setsockopt(zmq.LINGER, 2000)
-        self._outward.connect(addresses.outward)
+        self._outward.connect(address(folder, "out"))
         self._wire = Wire()
-        self._parent = os.getppid()
+        self._parent = parent
+        _warm_up(device)
 
     def run(self) -> int:
         """Build the engine, serve, and return the exit status."""
@@ -103,24 +102,8 @@ def _one_line(error: BaseException) -> str:
     return text if isinstance(error, QuireError) else f"{type(error).__name__}: {text}"
 
 
-def main() -> int:
-    """Entry point. Ctrl-C and SIGTERM reach the whole group; the parent decides when this process stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    process = CoreProcess(Addresses(sys.argv[1]))
-    _warm_up(sys.argv[2])
-    return process.run()
-
-
 def _warm_up(device: str) -> None:
-    """What every start needs, done while the front makes the configuration. What fails here fails again where it can
-    be told."""
+    """What fails here fails again where it can be told."""
     with contextlib.suppress(Exception):
-        from transformers import AutoConfig  # noqa: F401
-
         if device != "cpu" and torch.cuda.is_available():
             torch.zeros(1, device="cuda")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +10,7 @@ import zmq
 from quire.core.config import EngineConfig
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
 
-__all__ = ["Abort", "Add", "Addresses", "Failed", "FromCore", "Ready", "Shutdown", "Start", "ToCore", "Wire"]
+__all__ = ["Abort", "Add", "Failed", "FromCore", "Ready", "Shutdown", "Start", "ToCore", "Wire"]
 
 
 class Start(msgspec.Struct, tag=True):
@@ -69,28 +66,6 @@ class Outputs(msgspec.Struct, tag=True, array_like=True):
 FromCore = Ready | Failed | Outputs
 
 
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Two sockets in a private folder."""
-
-    folder: str
-
-    @classmethod
-    def fresh(cls) -> Addresses:
-        """In a new folder that only this user can enter."""
-        return cls(tempfile.mkdtemp(prefix="quire-"))
-
-    @property
-    def inward(self) -> str:
-        """Front to core."""
-        return f"ipc://{Path(self.folder) / 'in'}"
-
-    @property
-    def outward(self) -> str:
-        """Core to front."""
-        return f"ipc://{Path(self.folder) / 'out'}"
-
-
 class Wire:
     """Encodes and decodes."""
 
@@ -115,6 +90,11 @@ class Wire:
     def decode_from_core(self, data: bytes) -> FromCore:
         """Messages to the front."""
         return self._from_core.decode(data)
+
+
+def address(folder: str, name: str) -> str:
+    """Of a socket: ``in``, from the front to the core, or ``out``."""
+    return f"ipc://{folder}/{name}"
 
 
 def socket(context: Any, kind: int) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.client import InprocClient
 from quire.core.engine.configure import configure
+from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.exporters import Exporters
 from quire.core.engine.input_processor import InputProcessor, Prompt
 from quire.core.engine.output_processor import OutputProcessor
@@ -40,7 +40,7 @@ class LLM:
     def __init__(self, model: str = "quire-tiny", **kwargs: Any) -> None:
         self.config = configure(EngineArgs(model=model, **kwargs)).config
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        self._client = InprocClient(self.config)
+        self._core = EngineCore(self.config)
         self._inputs = InputProcessor.of(self.config, self.tokenizer)
         self._outputs = OutputProcessor(self.tokenizer, Exporters())
         self._ids = itertools.count()
@@ -50,7 +50,7 @@ class LLM:
     @property
     def ready_line(self) -> str:
         """What the engine holds."""
-        return ready_line(self.config, self._client.capacity)
+        return ready_line(self.config, self._core.capacity)
 
     def generate(
         self,
@@ -75,7 +75,8 @@ class LLM:
         ]
         for name, prompt, own, mine in zip(ids, batch, params, requests, strict=True):
             self._outputs.add(name, prompt if isinstance(prompt, str) else None, mine, own, "final")
-            self._client.add(mine)
+            for request in mine:
+                self._core.add(request)
         return self._run(ids, use_tqdm)
 
     def chat(
@@ -95,21 +96,21 @@ class LLM:
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters of the engine."""
-        return self._client.core.stats()
+        return self._core.stats()
 
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
-        self._client.shutdown()
+        self._core.shutdown()
 
     def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
         bar = tqdm(total=len(ids), disable=not use_tqdm, desc="requests", unit="req")
         try:
             while len(finished) < len(ids):
-                outputs = self._client.step()
+                outputs = self._core.step()
                 self.steps.extend(outputs.steps)
                 made = self._outputs.process(outputs)
-                self._client.abort(made.aborts)
+                self._core.abort(made.aborts)
                 if made.errors:
                     raise RequestFailedError(f"request {made.errors[0][0]}: {made.errors[0][1]}")
                 finished.update((output.request_id, output) for output in made.outputs)
@@ -117,7 +118,7 @@ class LLM:
         finally:
             bar.close()
             for name in ids:
-                self._client.abort(self._outputs.remove(name))
+                self._core.abort(self._outputs.remove(name))
         return [finished[name] for name in ids]
 
 

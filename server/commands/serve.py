@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from quire.core.engine.process import EngineProcess
 from quire.server.flags import ENGINE_FLAGS, SERVER_FLAGS, add_flags, add_model, engine_arguments, server_settings
 from quire.server.legacy import add_old_flags, apply_old_flags
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     notes = [*args.notes, *apply_old_flags(args)]
     engine_args, settings = engine_arguments(args), server_settings(args)
-    from quire.server.serving import serve
+    with EngineProcess(engine_args.device) as process:
+        from quire.server.serving import serve  # seconds, while the process does the same
 
-    return serve(engine_args, settings, args, notes)
+        return serve(engine_args, settings, process, args, notes)

@@ -74,7 +74,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
     got: dict[str, list[int]] = {}
     waiting = list(enumerate(prompts))
-    free_before = llm._client.core.scheduler._allocator.num_free()
+    free_before = llm._core.scheduler._allocator.num_free()
     while waiting or len(llm._outputs):
         for _ in range(rng.choice([0, 0, 1, 3])):
             if waiting:
@@ -91,9 +91,10 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
                 name_i = f"{seed}/{i}"
                 requests = llm._inputs.process(name_i, prompt, params)
                 llm._outputs.add(name_i, None, requests, params, "final")
-                llm._client.add(requests)
+                for request in requests:
+                    llm._core.add(request)
                 expected[name_i] = (prompt, params)
-        made = llm._outputs.process(llm._client.step())
+        made = llm._outputs.process(llm._core.step())
         assert not made.errors
         for output in made.outputs:
             prompt, params = expected.pop(output.request_id)
@@ -103,9 +104,9 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
                 assert_follows(reference, prompt, child.token_ids, params, seed=params.seed + child.index)
         if expected and rng.random() < 0.03:
             victim = rng.choice(list(expected))
-            llm._client.abort(llm._outputs.remove(victim))
+            llm._core.abort(llm._outputs.remove(victim))
             expected.pop(victim)
-    while llm._client.core.has_work:
-        llm._client.step()
-    llm._client.core.scheduler._allocator.check_integrity()
-    assert llm._client.core.scheduler._allocator.num_free() == free_before
+    while llm._core.has_work:
+        llm._core.step()
+    llm._core.scheduler._allocator.check_integrity()
+    assert llm._core.scheduler._allocator.num_free() == free_before

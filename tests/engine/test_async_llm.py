@@ -78,7 +78,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
         # the engine process dies: everybody is told
         task = asyncio.create_task(last(engine, [9, 9], LONG))
         await asyncio.sleep(0.1)
-        os.kill(engine._client._process.pid, signal.SIGKILL)
+        os.kill(engine._client._process._child.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await task
         assert engine.is_dead

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from quire.core.errors import CheckpointError
-from quire.core.hf_config import architecture, context_length, read_hf_config
+from quire.core.hf_config import PlainConfig, architecture, context_length, read_hf_config
 
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -18,6 +22,69 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 4096,
 }
+FULL = LLAMA | {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "intermediate_size": 128,
+    "mlp_bias": False,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 512,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+EDITS = {
+    "model_type": st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    "sliding_window": st.sampled_from([None, 16]),
+    "use_sliding_window": st.booleans(),
+    "max_window_layers": st.just(1),
+    "head_dim": st.sampled_from([None, 16, 32]),
+    "num_key_value_heads": st.sampled_from([None, 2]),
+    "attention_bias": st.booleans(),
+    "mlp_bias": st.booleans(),
+    "layer_types": st.just(["full_attention", "sliding_attention", "full_attention"]),
+    "rope_scaling": st.sampled_from(
+        [None, {"type": "linear", "factor": 2.0}, LLAMA3 | {"rope_type": "llama3"}, {"rope_type": "llama3", **LLAMA3}]
+    ),
+    "rope_parameters": st.just({"rope_type": "default", "rope_theta": 1e4}),
+    "partial_rotary_factor": st.just(0.5),
+    "dtype": st.sampled_from(["float16", "float32"]),
+    "quantization_config": st.just({"quant_method": "awq", "bits": 4}),
+}
+READ = (
+    *("architectures", "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size"),
+    *("max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "rms_norm_eps"),
+    *("num_key_value_heads", "quantization_config", "rope_parameters", "tie_word_embeddings", "vocab_size"),
+)
+"""What models and the engine read of a configuration."""
+
+
+@given(st.fixed_dictionaries({}, optional=EDITS), st.sets(st.sampled_from(sorted(FULL.keys() - {"model_type"}))))
+def test_what_is_read_is_what_transformers_reads(tmp_path_factory: pytest.TempPathFactory, edits, dropped) -> None:
+    raw = {key: value for key, value in (FULL | edits).items() if key in edits or key not in dropped}
+    folder = tmp_path_factory.mktemp("config")
+    try:
+        ours = read(folder, raw)
+    except CheckpointError:
+        with pytest.raises(Exception):  # noqa: B017 - whatever transformers says
+            AutoConfig.from_pretrained(folder)
+        return
+    theirs = AutoConfig.from_pretrained(folder)
+    names = [name for name in READ if hasattr(theirs, name)]
+    assert {name: getattr(ours, name, None) for name in names} == {name: getattr(theirs, name) for name in names}
+    assert str(ours.dtype).removeprefix("torch.") == str(theirs.dtype).removeprefix("torch.")
+    if raw["model_type"] == "mistral":
+        assert ours.sliding_window == theirs.sliding_window
+    if raw["model_type"].startswith("qwen"):
+        assert [t == "full_attention" for t in ours.layer_types] == [t == "full_attention" for t in theirs.layer_types]
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-8b-awq", "llama-3.2-1b", "qwen3-0.6b"])
+def test_published_configurations_need_no_import_of_transformers(name: str) -> None:
+    assert isinstance(read_hf_config(MODELS / name), PlainConfig)
 
 
 def test_v4_and_v5_spellings_agree(tmp_path: Path) -> None:

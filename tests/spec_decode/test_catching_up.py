@@ -20,7 +20,7 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     monkeypatch.setattr(reading, "_BUDGET", budget)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
-    pace, observed, steps = llm._client.core.scheduler._speculation._pace, [], itertools.count()
+    pace, observed, steps = llm._core.scheduler._speculation._pace, [], itertools.count()
     drafting = runner_of(llm).drafting
 
     def choose(rows, available) -> int:

@@ -86,7 +86,7 @@ def test_under_pressure(engine, reference, proposer: str, name: str) -> None:
     if name.startswith("tight"):
         assert llm.stats()["num_preemptions_total"] > 0
     assert llm.stats()["spec_decode_num_draft_tokens_total"] > 0
-    llm._client.core.scheduler._allocator.check_integrity()
+    llm._core.scheduler._allocator.check_integrity()
 
 
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
@@ -110,9 +110,10 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
                 )
                 requests = llm._inputs.process(f"{seed}/{i}", prompt, params)
                 llm._outputs.add(f"{seed}/{i}", None, requests, params, "final")
-                llm._client.add(requests)
+                for request in requests:
+                    llm._core.add(request)
                 expected[f"{seed}/{i}"] = (prompt, params)
-        made = llm._outputs.process(llm._client.step())
+        made = llm._outputs.process(llm._core.step())
         assert not made.errors
         for output in made.outputs:
             prompt, params = expected.pop(output.request_id)
@@ -121,11 +122,11 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
             assert_follows(reference, prompt, tokens, params, seed=params.seed)
         if expected and rng.random() < 0.05:
             victim = rng.choice(list(expected))
-            llm._client.abort(llm._outputs.remove(victim))
+            llm._core.abort(llm._outputs.remove(victim))
             expected.pop(victim)
-    while llm._client.core.has_work:
-        llm._client.step()
-    allocator = llm._client.core.scheduler._allocator
+    while llm._core.has_work:
+        llm._core.step()
+    allocator = llm._core.scheduler._allocator
     allocator.check_integrity()
     assert allocator.num_free() == allocator.num_blocks - 1
 

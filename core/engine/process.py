@@ -1,0 +1,65 @@
+"""An engine core's process, seen from both ends: ``python -m quire.core.engine.process FOLDER DEVICE PARENT``.
+
+Imports nothing heavy, so that it can be started before anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+from quire.core.env import child_environment
+
+__all__ = ["EngineProcess", "main"]
+
+
+class EngineProcess:
+    """Runs from construction on: it imports what it needs, and wakes a GPU unless ``device`` is ``cpu``, while its
+    configuration is made. As a context it is gone at the end."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self.folder = tempfile.mkdtemp(prefix="quire-")  # of the sockets: only this user can enter
+        command = [sys.executable, "-m", __name__, self.folder, device, str(os.getpid())]
+        self._child = subprocess.Popen(command, env=child_environment(), stdin=subprocess.DEVNULL)
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    @property
+    def status(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._child.poll()
+
+    def wait(self, seconds: float = 10) -> None:
+        """Wait for its end, and kill it if that does not come. May run in a thread."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, and clear up. Idempotent."""
+        self._child.kill()
+        self._child.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Entry point. Ctrl-C and SIGTERM reach the whole group; the parent decides when this process stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    folder, device, parent = sys.argv[1:]
+    from quire.core.engine.core_process import CoreProcess  # seconds
+
+    return CoreProcess(folder, device, int(parent)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
