@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-__all__ = ["ENGINE_STATS", "RequestStats", "StepStats"]
+__all__ = ["ENGINE_STATS", "TRACED_STEPS", "RequestStats", "StepStats"]
+
+TRACED_STEPS = 4096
+"""How many of the last steps are kept."""
 
 ENGINE_STATS: dict[str, str] = {
     "num_requests_running": "Requests in the running batch",

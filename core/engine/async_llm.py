@@ -24,8 +24,7 @@ from quire.core.messages import RequestOutput
 from quire.core.plugin_options import parse_options
 from quire.core.plugin_target import load_target
 from quire.core.sampling_params import SamplingParams
-from quire.core.stats import StepStats
-from quire.core.trace import TRACED_STEPS
+from quire.core.stats import TRACED_STEPS, StepStats
 
 __all__ = ["AsyncLLM"]
 

@@ -20,8 +20,7 @@ from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
-from quire.core.stats import StepStats
-from quire.core.trace import TRACED_STEPS
+from quire.core.stats import TRACED_STEPS, StepStats
 
 __all__ = ["LLM"]
 
@@ -45,7 +44,7 @@ class LLM:
         self._outputs = OutputProcessor(self.tokenizer, Exporters())
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
-        """The last steps of the engine; ``quire.core.trace.chrome_trace`` makes a picture of them."""
+        """The last steps of the engine; ``quire.server.trace.chrome_trace`` makes a picture of them."""
 
     @property
     def ready_line(self) -> str:

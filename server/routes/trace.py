@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Query
 
-from quire.core.trace import TRACED_STEPS, chrome_trace
+from quire.core.stats import TRACED_STEPS
 from quire.server.state import ServerState
+from quire.server.trace import chrome_trace
 
 __all__ = ["router"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from quire import LLM, SamplingParams
-from quire.core.trace import chrome_trace
+from quire.core.stats import StepStats
+from quire.server.trace import chrome_trace
 
 
 def test_steps_tell_their_shape_and_times(llm: LLM) -> None:
@@ -26,3 +27,14 @@ def test_steps_tell_their_shape_and_times(llm: LLM) -> None:
     named = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
     assert set(named.values()) == {"schedule", "launch", "device", "wait", "commit"}
     assert {e["tid"] for e in slices} == set(named)
+
+
+def test_a_step_that_the_host_saw_late_ends_where_the_next_begins() -> None:
+    first = StepStats(
+        1, 1, 1, 1, start_us=0.0, schedule_us=1.0, launch_us=1.0, ran_us=5.0, wait_us=0.0, end_us=40.0, commit_us=1.0
+    )
+    second = StepStats(
+        2, 1, 0, 9, start_us=3.0, schedule_us=1.0, launch_us=30.0, ran_us=20.0, wait_us=0.0, end_us=42.0, commit_us=1.0
+    )
+    slices = [e for e in chrome_trace([first, second])["traceEvents"] if e.get("cat") == "device"]
+    assert {e["name"]: (e["ts"], e["dur"]) for e in slices} == {"step 1": (17.0, 5.0), "step 2": (22.0, 20.0)}

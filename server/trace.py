@@ -10,10 +10,7 @@ from typing import Any
 
 from quire.core.stats import StepStats
 
-__all__ = ["TRACED_STEPS", "chrome_trace"]
-
-TRACED_STEPS = 4096
-"""How many of the last steps are kept."""
+__all__ = ["chrome_trace"]
 
 _TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "commit": 5}
 
@@ -21,13 +18,17 @@ _TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "commit": 5}
 def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
     """A JSON object to open in ui.perfetto.dev or chrome://tracing: one track a phase, one slice a step.
 
-    The device track is placed by the step's end: a device runs its steps one after the other.
+    A device runs its steps one after the other: one has ended when the next begins, even if the host, busy with a
+    launch, saw it later.
     """
     events: list[dict[str, Any]] = [
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}}
         for name, track in _TRACKS.items()
     ]
-    for step in steps:
+    begun = float("inf")
+    for step in reversed(list(steps)):
+        ended = min(step.end_us, begun)
+        begun = ended - step.ran_us
         shape = {"requests": step.num_reqs, "decodes": step.num_decodes, "tokens": step.num_tokens}
         if step.num_drafts:
             shape |= {"drafts": step.num_drafts, "accepted": step.num_accepted}
@@ -35,7 +36,7 @@ def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
         for phase, start, length in (
             ("schedule", step.start_us, step.schedule_us),
             ("launch", planned, step.launch_us),
-            ("device", step.end_us - step.ran_us, step.ran_us),
+            ("device", begun, step.ran_us),
             ("wait", step.end_us - step.wait_us, step.wait_us),
             ("commit", step.end_us, step.commit_us),
         ):
