@@ -161,6 +161,8 @@ class ModelRunnerOutput:
     """Plugins of the worker switched off during the step, as "kind/name: reason"."""
     num_compiled: int = 0
     """Kernels that had to be compiled to launch the step: none, once the engine is ready."""
+    read_late: bool = False
+    """A proposer read what it had passed over, which ``ran_us`` holds too."""
 
 
 # ---- engine core -> front ----------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class Landing:
         self._store(rows, known - in_flight - 1)
         tried: NDArray[Any] = none if result.num_drafted is None else result.num_drafted
         speculation.landed(rows, tried[drawn], gained - 1)
-        speculation.timed(step, result.ran_us)
+        speculation.timed(step, 0.0 if result.read_late else result.ran_us)
         special = (table.may_stop(tokens) & real).any(1) | (known - in_flight >= table.next_event[rows])
         asked = _asked(len(drew), drawn, result.logprobs) if result.logprobs else {}
         special[list(asked)] = True

@@ -11,8 +11,14 @@ __all__ = ["Pace"]
 
 _SURE = 3
 """Steps that must have been timed before a number of drafts is judged, and that a trial takes."""
+_LAG = 2
+"""Steps after a trial until the last of it has landed."""
 _EVERY = 512
-"""Steps between two trials of what was not chosen."""
+"""Steps between two trials of what was not chosen, at first; twice as many after each in vain."""
+_RARELY = 8192
+"""And at most."""
+_KNOWN = 64
+"""Drafts that must have been verified before their acceptance is known."""
 _MARGIN = 1.02
 """By how much drafts must be faster."""
 _READING = 1.1
@@ -29,20 +35,23 @@ class Pace:
 
     A request's acceptance is a rate: the share of its drafts that were right up to the first wrong one, lately, leaning
     towards that of all requests. The time of a step is what steps of about as many requests took on the device. Numbers
-    of drafts whose time is not known are tried, and now and then the others again, as prompts, lengths and load change.
+    of drafts whose time is not known are tried, but for those that cannot pay, and now and then the others again, as
+    prompts, lengths and load change.
     """
 
     def __init__(self, most: int, num_rows: int, adaptive: bool, on_device: bool = False) -> None:
         self.last = self._most = most
         self.reads = True
-        """Whether drafts are known to pay, or not known not to: a proposer had better read what is computed."""
+        """Whether drafts pay, or what is accepted of them is yet to be learnt: a proposer had better read what is
+        computed. What a number of drafts takes shows without reading."""
         self._adaptive = adaptive
         self._margin = _READING if on_device else _MARGIN
         self._levels = sorted({0, 1, 2, most} - set(range(most + 1, 3)))
         self._right = np.zeros(num_rows + 1)  # by row, and of all
         self._tried = np.zeros(num_rows + 1)
         self._times: dict[tuple[int, int], tuple[float, int]] = {}  # (size, drafts) -> microseconds, how often timed
-        self._steps = 0
+        self._steps = self._turn = 0
+        self._gap = self._due = _EVERY
         self._trial: tuple[int, int] = (0, 0)  # drafts, steps left
 
     def choose(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
@@ -82,28 +91,34 @@ class Pace:
         trial, left = self._trial
         if left and trial in levels:
             self._trial = trial, left - 1
-            return trial
+            return trial if left > _LAG else 0
         rate = np.clip(self._rates(rows), 0.0, 1 - 1e-9)
         speeds: list[float] = []
-        worth: list[int] = []  # levels that may be best, as more drafts never take less time
-        least = 0.0
+        worth: list[int] = []  # levels that may be best
+        times: list[tuple[int, float]] = []
         for level in levels:
             took, count = self._times.get((size, level), (0.0, 0))
             tokens = float(((1 - rate ** (np.minimum(available, level) + 1)) / (1 - rate)).sum())
-            hopeless = bool(least and speeds and tokens / least < speeds[0])
+            hopeless = bool(level and tokens / _least(times, level) < speeds[0] * self._margin)
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self._trial, self.reads = (level, _SURE), True
-                return level
-            least = max(least, took if level else 0.0)
+                self.reads |= self._tried[-1] < _KNOWN
+                return self._try(level)
+            if count:
+                times.append((level, took))
             speeds.append(tokens / took / (self._margin if level else 1.0) if count else 0.0)
-        if self._steps % _EVERY == 0:
-            self._trial = worth[self._steps // _EVERY % len(worth)], _SURE
-            return self._trial[0]
         best = levels[int(np.argmax(speeds))]
-        self.reads = best > 0
-        return best
+        self.reads = best > 0 or self._tried[-1] < _KNOWN
+        if self._steps < self._due:
+            return best
+        self._gap = _EVERY if best else min(2 * self._gap, _RARELY)
+        self._due, self._turn, self.reads = self._steps + self._gap, self._turn + 1, True
+        return self._try(worth[self._turn % len(worth)])
+
+    def _try(self, level: int) -> int:
+        self._trial = level, _SURE + (_LAG if level else 0)
+        return level
 
     def _rates(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         overall = (self._right[-1] + 1.0) / (self._tried[-1] + 2.0)
@@ -114,3 +129,13 @@ class Pace:
 def _size(num_reqs: int) -> int:
     """Steps of about as many requests take about as long: powers of two, and two steps between them."""
     return round(3 * float(np.log2(max(num_reqs, 1))))
+
+
+def _least(times: list[tuple[int, float]], level: int) -> float:
+    """What ``level`` drafts take at least, in microseconds, where fewer take ``times``. Each draft more takes about as
+    long as the one before it, or longer; a first one takes what drafting at all does, too."""
+    if len(times) < 2:
+        return times[0][1]
+    (before, less), (last, more) = times[-2:]
+    slope = (more - less) / (last - before) * (0.8 if before else 0.5)
+    return more + max(0.0, slope) * (level - last)

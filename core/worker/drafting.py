@@ -76,10 +76,12 @@ class Drafting:
         i, group = inputs, self._group
         self.proposer.observe(StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group]))
 
-    def propose(self, step: SchedulerOutput, *, greedy: bool) -> None:
-        """Draft for the rows of the table that drew, and write the drafts behind their tokens."""
+    def propose(self, step: SchedulerOutput, *, greedy: bool) -> bool:
+        """Draft for the rows of the table that drew, and write the drafts behind their tokens. Whether the proposer
+        also made up for what it had passed over."""
         rows, count = step.rows[step.samples], step.propose
-        if self._reading is not None and step.read and (spans := self._reading.due(step)).size:
+        late = self._reading is not None and step.read and (spans := self._reading.due(step)).size > 0
+        if late:
             self._guarded(lambda: self.proposer.catch_up(upload(spans, torch.int64, self._table.device), spans))
         size = next((size for size in self._sizes if size >= len(rows)), len(rows))
         graph = self._graphs.get((size, count, greedy))
@@ -93,8 +95,9 @@ class Drafting:
         else:
             who = upload(padded, torch.int64, self._table.device)
             self._guarded(lambda: self._propose(who, count, greedy))
-        if self._reading is not None and len(late := self._reading.late(rows)):
-            self._table.num_drafts[upload(late, torch.int64, self._table.device)] = 0
+        if self._reading is not None and len(lacking := self._reading.late(rows)):
+            self._table.num_drafts[upload(lacking, torch.int64, self._table.device)] = 0
+        return late
 
     def rehearse(self) -> None:
         """Launch what passes of every size launch; tokens that were not drawn are not read."""

@@ -127,7 +127,7 @@ class ModelRunner:
         if drawn is None:
             return
         if step.propose:
-            drafting.propose(step, greedy=self.drawer.greedy(step.rows[step.samples]))
+            drawn.read_late = drafting.propose(step, greedy=self.drawer.greedy(step.rows[step.samples]))
         drawn.quarantined += drafting.take_faults()
 
     def _apply(self, step: SchedulerOutput) -> None:

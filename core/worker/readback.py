@@ -61,6 +61,7 @@ class Readback:
     def __init__(self, step: SchedulerOutput, drawn: Drawn | None, prompt: _Rows, clock: StepClock) -> None:
         self._step = step
         self._quarantined = drawn.quarantined if drawn else []
+        self._read_late = drawn is not None and drawn.read_late
         self._tokens = download(drawn.tokens) if drawn else None
         self._asked = drawn.logprobs if drawn else None
         self._logprobs = _home_rows(self._asked.columns) if self._asked else None
@@ -98,6 +99,7 @@ class Readback:
             ran_us=self._clock.ran_us(),
             quarantined=self._quarantined,
             num_compiled=self.num_compiled,
+            read_late=self._read_late,
         )
 
     def _by_index(self) -> dict[int, LogprobRows]:

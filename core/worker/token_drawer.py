@@ -45,6 +45,8 @@ class Drawn:
     tokens: Tensor  # (num_drawing,) int32, or (num_drawing, 2 + width) as ``verify`` returns them
     logprobs: DrawnLogprobs | None = None
     quarantined: list[str] = field(default_factory=list)
+    read_late: bool = False
+    """Behind the draw a proposer made up for what it had passed over."""
 
 
 @dataclass(slots=True)

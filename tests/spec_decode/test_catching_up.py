@@ -20,7 +20,8 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     monkeypatch.setattr(reading, "_BUDGET", budget)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
-    pace, observed, steps = llm._core.scheduler._speculation._pace, [], itertools.count()
+    speculation = llm._core.scheduler._speculation
+    pace, observed, steps, times = speculation._pace, [], itertools.count(), []
     drafting = runner_of(llm).drafting
 
     def choose(rows, available) -> int:
@@ -28,6 +29,7 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
         return 4 if pace.reads else 0
 
     monkeypatch.setattr(pace, "choose", choose)
+    monkeypatch.setattr(speculation, "timed", lambda step, took_us: times.append(took_us))
     monkeypatch.setattr(
         drafting, "observe", lambda inputs: observed.append(inputs) or type(drafting).observe(drafting, inputs)
     )
@@ -42,4 +44,5 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
         for name in ("spec_decode_num_accepted_tokens_total", "spec_decode_num_draft_tokens_total")
     )
     assert accepted == drafted > 20
+    assert 0.0 in times and max(times) > 0, "a step that made up for others is not timed"
     assert len(observed) < 20 - off, "prompts that came in a pause were read at once"

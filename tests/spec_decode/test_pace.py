@@ -75,3 +75,48 @@ def test_a_request_whose_drafts_are_wrong_gets_fewer() -> None:
     pace.enter(1)
     assert pace.each(rows)[1] > 1
     assert Pace(3, 8, False).each(rows).tolist() == [3, 3]
+
+
+def trials(pace: Pace, num_reqs: int, cost: dict[int, float], steps: int) -> list[int]:
+    """What it chooses while every step takes what it costs."""
+    rows, chosen = np.arange(num_reqs), []
+    for _ in range(steps):
+        chosen.append(pace.choose(rows, np.full(num_reqs, MOST)))
+        pace.timed(num_reqs, chosen[-1], cost[chosen[-1]])
+    return chosen
+
+
+def known(skill: float, pace: Pace | None = None) -> Pace:
+    """A pace that has seen the proposer's acceptance."""
+    pace, rng = pace or Pace(MOST, 256, True, on_device=True), np.random.default_rng(1)
+    for _ in range(60):
+        right = (rng.random((8, MOST)) < skill).cumprod(1).sum(1)
+        pace.learn(np.arange(8), np.full(8, MOST), right)
+    return pace
+
+
+def test_prompts_are_read_until_acceptance_is_known_and_while_drafts_pay() -> None:
+    new = Pace(MOST, 256, True, on_device=True)
+    trials(new, 4, DEAR, 20)
+    assert new.reads, "nothing was verified yet"
+    pace = known(0.75, new)
+    trials(pace, 256, DEAR, 30)
+    for num_reqs in (128, 64, 32):
+        assert not pace.reads
+        for _ in range(30):
+            trials(pace, num_reqs, DEAR, 1)
+            assert not pace.reads, "how long drafts take shows without reading"
+    trials(pace, 2, CHEAP, 40)
+    assert pace.reads and pace.last == MOST
+
+
+def test_more_drafts_are_not_tried_where_fewer_show_that_they_cannot_pay() -> None:
+    assert set(trials(known(0.75), 256, DEAR, 400)) == {0, 1}
+    assert set(trials(known(0.75), 1, DRAFTED, 400)) == {0, 1, 2, 4}
+
+
+def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
+    chosen = np.array(trials(known(0.75), 256, DEAR, 20_000))
+    starts = np.flatnonzero((chosen[1:] > 0) & (chosen[:-1] == 0))
+    assert 3 <= len(starts) <= 8 and (chosen > 0).mean() < 0.002
+    assert np.diff(starts[1:]).min() > 900
