@@ -136,7 +136,7 @@ class BatchingPolicy(ABC):
 
     def plan(self, view: StepView) -> Grants:
         """Divide the step. The default: every running request in order of admission, decodes before prompts, then
-        the waiting in key order, prompts in chunks, until the budget is spent.
+        the waiting in key order, prompts in chunks, until the budget is spent. See ``default_plan``.
 
         Called again within the step, with what is left, when newcomers found part of their prompt cached; requests
         already served in the step then have ``remaining`` 0. A policy may grant nothing while tokens are in flight,
@@ -148,8 +148,17 @@ class BatchingPolicy(ABC):
         """A request left the engine."""
 
 
+_PROMPTS = 1536
+"""Prompt tokens of a step beside decodes, unless more than twice as many are known of: enough to fill a GPU."""
+
+
 def default_plan(view: StepView) -> Grants:
-    """Decodes first, then running prompts, then the waiting in order, each cut to what is left of the budget."""
+    """Decodes first, then running prompts, then the waiting in order, each cut to what is left of the budget.
+
+    Prompts end, and their first tokens leave, with their step: few share one, so that no prompt waits for one behind
+    it, but half of a long queue does, which costs decodes less. Nor is a prompt cut beside another where it fits a step
+    whole: begun now, it would end no sooner, and the other later.
+    """
     want = view.running.remaining
     num_running, admitted = len(want), min(len(view.waiting), view.free_rows)
     if admitted:
@@ -159,9 +168,15 @@ def default_plan(view: StepView) -> Grants:
         decodes = rows[want[rows] == 1]
         rows = np.concatenate((decodes[decodes < num_running], rows[(want[rows] > 1) | (rows >= num_running)]))
     tokens = want[rows]
-    if np.add.reduce(tokens) > view.budget:
+    decodes, known, budget = np.count_nonzero(tokens == 1), np.add.reduce(tokens), view.budget
+    if decodes and view.chunked:
+        budget = min(budget, decodes + max(_PROMPTS, (known - decodes) // 2))
+    if known > budget:
         whole = tokens
-        tokens = np.clip(view.budget - (tokens.cumsum() - tokens), 0, tokens)
+        tokens = np.clip(budget - (tokens.cumsum() - tokens), 0, tokens)
+        last = np.count_nonzero(tokens) - 1
+        if last > 0 and whole[last - 1] > 1 and tokens[last] < whole[last] <= budget - decodes:
+            tokens[last] = 0
         keep = tokens > 0 if view.chunked else tokens == whole
         rows, tokens = rows[keep], tokens[keep]
     return Grants(rows, tokens)

@@ -1,9 +1,10 @@
 """Steps that hold prompt tokens as CUDA graphs: the model alone, over inputs laid out with padding.
 
-Launching a step from Python takes about 12 ms for 30 layers, whatever its size, in which an H200 computes some 8 TFLOP.
-Steps that compute less than that are replayed. Their inputs are built like any step's and then laid into buffers that
-stay: the decodes, padded to one of a few counts, then the tokens of prompts, padded likewise. Padding belongs to the
-padding block; whatever it computes is dropped.
+Launching a step from Python takes 12 ms for 30 layers, 25 to 45 on a slow host, whatever its size; in 20 ms an H200
+computes some 14 TFLOP. Steps that compute less than that are replayed, and somewhat larger ones where little of them
+would be padding. Their inputs are built like any step's and then laid into buffers that stay: the decodes, padded to
+one of a few counts, then the tokens of prompts, padded likewise. Padding belongs to the padding block; whatever it
+computes is dropped.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from quire.core.worker.request_table import RequestTable
 
 __all__ = ["MixedGraphs"]
 
-_WORTH = 1e13
-"""Operations above which a step is launched sooner than computed."""
+_WORTH = 1.6e13
+"""Operations above which a step may be launched sooner than computed, and padding costs."""
+_MOST = 2.5e13
+"""And above which every host launches sooner."""
 _TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _DECODES = (0, 32)
 """And as many as there may be requests."""
+_LARGE_TOKENS = range(128, 2049, 128)
+_LARGE_DECODES = (32, 96)
+"""Of steps that compute more than ``_WORTH``."""
+_PADDED = 17 / 16
+"""Lines of such a step, padding included, for each that is real: at most."""
 _PROMPTS = 16
 
 
@@ -55,10 +63,14 @@ class MixedGraphs:
         self._backends = backends
         self._kv = kv
         device, rows = table.device, table.num_rows
-        worth = int(_WORTH / 2 / sum(p.numel() for p in model.parameters()))
-        self._tokens = [count for count in _TOKENS if count <= min(max_tokens, worth)]
-        self._decodes = [*(count for count in _DECODES if count < rows), rows]
-        lines, requests = rows + max(self._tokens, default=0), rows + _PROMPTS
+        size = 2 * sum(p.numel() for p in model.parameters())
+        self._worth = int(_WORTH / size)
+        tokens = [count for count in _TOKENS if count <= min(max_tokens, self._worth)]
+        large = [t for t in _LARGE_TOKENS if self._worth < t <= min(max_tokens, _MOST / size)]
+        counts = [(d, t) for t in tokens for d in (*_DECODES, rows) if d <= rows]
+        counts += [(d, t) for t in large for d in (*_LARGE_DECODES, rows) if d <= rows]
+        self._ends = {*tokens[:1], *tokens[-1:], *large[-1:]}
+        lines, requests = rows + max(self._ends, default=0), rows + _PROMPTS
         self._input_ids = torch.zeros(lines, dtype=torch.int32, device=device)
         self._positions = torch.zeros(lines, dtype=torch.int64, device=device)
         self._slots = [torch.zeros(lines, dtype=torch.int64, device=device) for _ in backends]
@@ -67,22 +79,22 @@ class MixedGraphs:
         self._blocks = [blocks.new_zeros(requests, blocks.shape[1]) for blocks in table.block_tables]
         self._count = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._hidden: Tensor | None = None  # (lines, hidden): what graphs write
-        self._shapes = [self._shape(d, t, table.max_model_len) for d in self._decodes for t in self._tokens]
+        self._shapes = [self._shape(d, t, table.max_model_len) for d, t in dict.fromkeys(counts)]
 
     def covers(self, inputs: StepInputs) -> bool:
-        """Whether ``forward`` can serve the step."""
+        """Whether ``forward`` can serve the step, and should."""
         batch = inputs.batches[0]
-        return (
-            bool(self._tokens)
-            and 0 < batch.num_reqs - batch.num_decodes <= _PROMPTS
-            and batch.num_tokens - batch.num_decodes <= self._tokens[-1]
-        )
+        shape = self._holder(batch) if 0 < batch.num_reqs - batch.num_decodes <= _PROMPTS else None
+        if shape is None:
+            return False
+        return shape.tokens <= self._worth or len(shape.positions) <= _PADDED * batch.num_tokens
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Hidden states (num_tokens, hidden), valid until the next call."""
         batch = inputs.batches[0]
         decodes, tokens = batch.num_decodes, batch.num_tokens - batch.num_decodes
-        shape = next(s for s in self._shapes if s.decodes >= decodes and s.tokens >= tokens)
+        shape = self._holder(batch)
+        assert shape is not None, "covers comes first"
         self._lay(inputs, shape)
         if shape.graph is None:
             hidden = self._forward(shape)
@@ -99,7 +111,7 @@ class MixedGraphs:
         """Launch what the shapes launch, once and with nothing at stake: the smallest and largest of each kind, since
         kernels are chosen by the number of lines where there are few of them."""
         for shape in self._shapes:
-            if shape.tokens in (self._tokens[0], self._tokens[-1]):
+            if shape.tokens in self._ends:
                 self._forward(shape)
 
     def capture(self, recorder: Recorder) -> None:
@@ -121,6 +133,11 @@ class MixedGraphs:
             backend.plan(batch, key)
         context = ForwardContext(self._backends, shape.slots, self._kv.layers, self._kv.group_of)
         return self._model(shape.input_ids, shape.positions, context)
+
+    def _holder(self, batch: AttentionBatch) -> _Shape | None:
+        """The smallest shape with room for the step."""
+        decodes, tokens = batch.num_decodes, batch.num_tokens - batch.num_decodes
+        return next((s for s in self._shapes if s.tokens >= tokens and s.decodes >= decodes), None)
 
     def _lay(self, inputs: StepInputs, shape: _Shape) -> None:
         batch = inputs.batches[0]

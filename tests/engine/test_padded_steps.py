@@ -9,6 +9,7 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.core.contracts.executor import KVCapacity
 from quire.core.executor.uniproc import UniprocExecutor
+from quire.core.worker import mixed_graphs
 from quire.core.worker.mixed_graphs import MixedGraphs
 
 
@@ -60,3 +61,9 @@ def test_padding_changes_nothing(tiny: Path, llm: LLM, backend: str, lengths: li
         assert Padded.covered > 1
     finally:
         padded.shutdown()
+
+
+def test_large_steps_are_padded_a_little(tiny: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_WORTH", 0), ("_LARGE_TOKENS", (8, 16, 24)), ("_LARGE_DECODES", (2, 6)), ("_PADDED", 1.5)):
+        monkeypatch.setattr(mixed_graphs, name, value)
+    test_padding_changes_nothing(tiny, llm, "torch_sdpa", [40, 3, 17, 150, 1, 33])
