@@ -71,7 +71,10 @@ class Pace:
         self._right[row] = self._tried[row] = 0.0
 
     def learn(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
-        """Drafts that were verified, and how many of them were accepted."""
+        """Drafts that were verified, and how many of them were accepted. Of none nothing is learnt, and nothing
+        forgotten."""
+        if not len(rows):
+            return
         tried = accepted + (accepted < drafted)
         self._right[rows] = self._right[rows] * _FORGET + accepted
         self._tried[rows] = self._tried[rows] * _FORGET + tried
@@ -137,5 +140,5 @@ def _least(times: list[tuple[int, float]], level: int) -> float:
     if len(times) < 2:
         return times[0][1]
     (before, less), (last, more) = times[-2:]
-    slope = (more - less) / (last - before) * (0.8 if before else 0.5)
+    slope = (more - less) / (last - before) * (0.8 if before else 0.65)
     return more + max(0.0, slope) * (level - last)
