@@ -22,6 +22,14 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
     import triton
     from triton.runtime.jit import JITFunction
 
+    class Ahead(triton.AsyncCompileMode):
+        def submit(self, key: Any, compile_fn: Any, finalize_fn: Any) -> Any:
+            known = key in self.future_kernels
+            kernel = super().submit(key, compile_fn, finalize_fn)
+            if not known:
+                finalize_fn(kernel)  # later launches find it at once, as they do by themselves from Triton 3.7 on
+            return kernel
+
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -29,7 +37,7 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
 
     JITFunction.run = compile_only
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, Ahead(pool):
             rehearse()
     except Exception as error:
         _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)

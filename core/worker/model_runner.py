@@ -13,7 +13,6 @@ from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
-from quire.core.worker.compilation import compile_ahead
 from quire.core.worker.drafting import Drafting
 from quire.core.worker.graphs import DecodeGraphs
 from quire.core.worker.input_builder import Lines, StepInputs, build_inputs
@@ -77,19 +76,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prepare_graphs(self, max_tokens: int) -> None:
-        """Compile what captured steps launch, now that every buffer is where it will stay: decodes, and where backends
-        allow it steps with up to ``max_tokens`` tokens of prompts."""
+        """Launch what captured steps launch, with nothing at stake: decodes, and where backends allow it steps with up
+        to ``max_tokens`` tokens of prompts."""
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler,
             self.most_drafts, self.drawer.forced_acceptance,
             self.drafting.read if self.drafting is not None and self.drafting.proposer.observes_all else None,
         )  # fmt: skip
-        compile_ahead(self.graphs.rehearse)
+        self.graphs.rehearse()
         if self.drafting is not None:
-            compile_ahead(self.drafting.rehearse)
+            self.drafting.rehearse()
         if all("mixed" in backend.graph_support for backend in self.backends):
             self.mixed = MixedGraphs(self.model, self.backends, self.kv, self.table, max_tokens)
-            compile_ahead(self.mixed.rehearse)
+            self.mixed.rehearse()
 
     @torch.inference_mode()
     def capture(self) -> None:

@@ -35,7 +35,8 @@ def rehearsal_steps(
     Nothing here may index with a drawn token, as log-probabilities do: in a rehearsal no token is drawn.
     """
     most = min(config.max_num_batched_tokens, max_model_len - 1)
-    for tokens in sorted({1, 2, 5, 8, 16, 17, 33, 64, 65, 128, 250, 513, 1024, most}):
+    yield largest_step(config, max_model_len)  # and then the others of many tokens: their kernels take longest
+    for tokens in sorted({1, 2, 5, 8, 16, 17, 33, 64, 65, 128, 250, 513, 1024, most}, reverse=True):
         if tokens <= most:
             for params in (_GREEDY, _RANDOM):
                 yield _step(np.array([tokens], dtype=np.int32), params)
@@ -48,7 +49,6 @@ def rehearsal_steps(
                 step.drafts = np.array([queries - 1, 0], dtype=np.int32)
                 yield step
     yield _step(np.array([min(20, most)], dtype=np.int32), _PENALIZED)
-    yield largest_step(config, max_model_len)
 
 
 def _step(share: NDArray[np.int32], params: SamplingParams, num_decodes: int = 0) -> SchedulerOutput:

@@ -71,15 +71,10 @@ class Worker:
             self._runner.drafting = self._drafting(proposer, sampler, table, kv)
         self.capacity = self._make_cache(rows * longest)
         self._watch.lap("KV cache")
-        if self._device.type == "cuda" and not config.enforce_eager:
-            if all("decode" in backend.graph_support for backend in backends):
-                self._runner.prepare_graphs(limits.max_num_batched_tokens)
-                self._watch.lap("kernels")
-                graphs = device_bytes_taken(self._runner.capture)
-                self.capacity = replace(self.capacity, graph_bytes=graphs)
-                self._watch.lap("graphs")
-            else:
-                _log.info("attention backend %s cannot be captured: running eagerly", config.plugin("attention").name)
+        if self._runner.graphs is not None:
+            graphs = device_bytes_taken(self._runner.capture)
+            self.capacity = replace(self.capacity, graph_bytes=graphs)
+            self._watch.lap("graphs")
         if self._device.type == "cuda":
             lock_ahead()
         self._compiled = CompileCounter() if self._device.type == "cuda" else None
@@ -225,12 +220,20 @@ class Worker:
         limits, longest = self._config.scheduler, self._config.model.max_model_len
         queries = query_lens(self._runner.most_drafts)
         self._runner.allocate(1)
+        captured = not self._config.enforce_eager
+        if captured and not all("decode" in backend.graph_support for backend in self._runner.backends):
+            name, captured = self._config.plugin("attention").name, False
+            _log.info("attention backend %s cannot be captured: running eagerly", name)
 
         def rehearse() -> None:
             for step in rehearsal_steps(limits, longest, queries):
                 self._runner.execute(step)
+            if captured:
+                self._runner.prepare_graphs(limits.max_num_batched_tokens)
 
         compile_ahead(rehearse)
+        if captured and self._runner.graphs is None:  # the rehearsal failed
+            self._runner.prepare_graphs(limits.max_num_batched_tokens)
         self._watch.lap("kernels")
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
