@@ -72,14 +72,9 @@ def _plain(raw: dict[str, Any]) -> PlainConfig | None:
     heads, windowed = raw["num_attention_heads"], raw.get("use_sliding_window")
     if heads < 1 or raw["hidden_size"] % heads or windowed or not known or type(rope["rope_theta"]) not in (int, float):
         return None
-    more = {
-        "dtype": raw.get("dtype", raw.get("torch_dtype")),
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "layer_types": ["full_attention"] * raw["num_hidden_layers"],
-        "rope_parameters": rope,
-        "sliding_window": None,
-    }
-    return PlainConfig(**{**raw, **more})
+    own = {"head_dim": raw.get("head_dim") or raw["hidden_size"] // heads, "rope_parameters": rope}
+    whole = {"layer_types": ["full_attention"] * raw["num_hidden_layers"], "sliding_window": None}
+    return PlainConfig(**{**raw, "dtype": raw.get("dtype", raw.get("torch_dtype")), **own, **whole})
 
 
 def _by_transformers(raw: dict[str, Any], file: Path) -> Any:

@@ -39,13 +39,9 @@ class AsyncLLM:
     """
 
     def __init__(
-        self,
-        args: EngineArgs | None = None,
-        *,
-        log_level: str = "INFO",
-        process: EngineProcess | None = None,
+        self, args: EngineArgs | None = None, *, log_level: str = "INFO", process: EngineProcess | None = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._streams: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
