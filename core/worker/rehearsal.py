@@ -35,8 +35,8 @@ def rehearsal_steps(
     Nothing here may index with a drawn token, as log-probabilities do: in a rehearsal no token is drawn.
     """
     most = min(config.max_num_batched_tokens, max_model_len - 1)
-    yield largest_step(config, max_model_len)  # and then the others of many tokens: their kernels take longest
-    for tokens in sorted({1, 2, 5, 8, 16, 17, 33, 64, 65, 128, 250, 513, 1024, most}, reverse=True):
+    yield largest_step(config, max_model_len)  # first, since attention over prompts takes longest to compile
+    for tokens in sorted({1, 2, 5, 8, 16, 17, 33, 64, 65, 128, 250, 513, 1024, most}):
         if tokens <= most:
             for params in (_GREEDY, _RANDOM):
                 yield _step(np.array([tokens], dtype=np.int32), params)
