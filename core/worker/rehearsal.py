@@ -49,6 +49,7 @@ def rehearsal_steps(
                 step.drafts = np.array([queries - 1, 0], dtype=np.int32)
                 yield step
     yield _step(np.array([min(20, most)], dtype=np.int32), _PENALIZED)
+    yield largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long
 
 
 def _step(share: NDArray[np.int32], params: SamplingParams, num_decodes: int = 0) -> SchedulerOutput:
