@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = ["ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader"]
 
-InputFormat = Literal["native", "fp8_token", "fp8_tensor", "int8_token"]
+InputFormat = Literal["native", "fp8_token", "fp8_tensor", "fp8_group", "int8_token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class ActivationFormat:
 
     kind: InputFormat = "native"
     scale: Tensor | None = None
-    """Of ``fp8_tensor``: (1,) float32, from the checkpoint. The others make one for each token, ``max|x|`` over the
-    largest number of the format: 448, or 127."""
+    """Of ``fp8_tensor``: (1,) float32, from the checkpoint. The others make one for each token, or of ``fp8_group`` for
+    each 128 features of a token: ``max|x|`` over the largest number of the format: 448, or 127."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class QuantActivation:
     """An activation that the operation before already quantized."""
 
     values: Tensor  # (num_tokens, features)
-    scale: Tensor  # (num_tokens, 1) or (1,), float32
+    scale: Tensor  # (num_tokens, 1), (1,) or (num_tokens, features / 128), float32
     native: Tensor | None = None
     """The unquantized twin, where somebody needs it."""
     dtype: torch.dtype = torch.bfloat16

@@ -16,6 +16,10 @@ def quantize_activation(x: Tensor, wanted: ActivationFormat) -> Tensor | QuantAc
         return x
     most, dtype = (127.0, torch.int8) if wanted.kind == "int8_token" else (448.0, torch.float8_e4m3fn)
     scale = wanted.scale
+    if wanted.kind == "fp8_group":
+        groups = quantize_activation(x.reshape(-1, 128), ActivationFormat("fp8_token"))
+        assert isinstance(groups, QuantActivation)
+        return QuantActivation(groups.values.view_as(x), groups.scale.view(len(x), -1), dtype=x.dtype)
     if wanted.kind != "fp8_tensor" or scale is None:
         scale = (x.abs().amax(-1, keepdim=True).float() / most).clamp(min=1e-12)
     values = (x.float() / scale).clamp(-most, most)

@@ -137,7 +137,7 @@ def test_skinny(
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("parts", [set(), {"bias", "gated", "residual"}], ids=["plain", "fused"])
 @pytest.mark.parametrize("tokens_first", [False, True], ids=["rows", "tokens"])
-@pytest.mark.parametrize("blocks", [False, True], ids=["by-row", "by-block"])
+@pytest.mark.parametrize("by", ["row", "block", "block-and-group"])
 def test_wide(
     device: str,
     dtype: torch.dtype,
@@ -145,12 +145,12 @@ def test_wide(
     kind: torch.dtype,
     parts: set[str],
     tokens_first: bool,
-    blocks: bool,
+    by: str,
 ) -> None:
     """Against the product of the quantized activations."""
     count = 70 if tokens_first else 19
-    p = Problem(device, dtype, (count, 176, 384), kind, parts, blocks)
-    scale = (torch.rand(count, 1, device=device) + 0.5) / 40
+    p = Problem(device, dtype, (count, 176, 384), kind, parts, by != "row")
+    scale = (torch.rand(3 if by == "block-and-group" else 1, count + 2, device=device).T[:count] + 0.5) / 40
     values = (p.x.float() / 3 * 40).clamp(-127, 127).to(kind)
     x = QuantActivation(values, scale, dtype=dtype)
     options = {"tokens": 64 if tokens_first else 16, "rows": 32 if tokens_first else 64, "block": 128}
@@ -180,6 +180,7 @@ def test_rescale() -> None:
 
 KINDS = [
     pytest.param(ActivationFormat("int8_token"), id="int8"),
+    pytest.param(ActivationFormat("fp8_group"), id="groups", marks=pytest.mark.gpu),
     pytest.param(ActivationFormat("fp8_token"), id="fp8", marks=pytest.mark.gpu),  # interpreted casts do not round
     pytest.param(ActivationFormat("fp8_tensor", torch.tensor([0.02])), id="static", marks=pytest.mark.gpu),
 ]
@@ -202,7 +203,7 @@ def test_producers(wanted: ActivationFormat) -> None:
         wanted = ActivationFormat(wanted.kind, wanted.scale.to(place))
     near = ActivationFormat(wanted.kind, None if wanted.scale is None else wanted.scale.cpu())
     torch.manual_seed(3)
-    x, r, gain = (torch.randn(*s).to(place, dtype) for s in ((5, 200), (5, 200), (200,)))
+    x, r, gain = (torch.randn(*s).to(place, dtype) for s in ((5, 768), (5, 768), (768,)))
     x[1] = 0
     same(fp8_quantize.launch(x, wanted), quantize_activation(x.cpu(), near))
     for residual in (None, r):
@@ -222,13 +223,16 @@ def test_a_native_activation_stays_as_it_is() -> None:
     assert torch.equal(gated_activation("silu", x, native), F.silu(x[:, :32]) * x[:, 32:])
 
 
-@pytest.mark.parametrize("kind", ["fp8_token", "int8_token"])
+@pytest.mark.parametrize("kind", ["fp8_group", "fp8_token", "int8_token"])
 def test_quantized_activations_are_near(kind: Any) -> None:
     """Half a step: of 4 bits relative for e4m3, of the row's largest over 127 for int8."""
-    x = torch.randn(7, 333) * torch.logspace(-3, 3, 7)[:, None]
+    x = torch.randn(7, 384) * torch.logspace(-3, 3, 7)[:, None]
     q = quantize_activation(x, ActivationFormat(kind))
     assert isinstance(q, QuantActivation)
     off = (dequantize_activation(q) - x).abs()
     most = x.abs().amax(-1, keepdim=True)
-    allowed = x.abs() / 16 + most / 448 / 512 if kind == "fp8_token" else most / 127 / 2
+    if kind == "fp8_group":
+        assert q.scale.shape == (7, 3)
+        most = x.view(7, 3, 128).abs().amax(-1).repeat_interleave(128, 1)
+    allowed = x.abs() / 16 + most / 448 / 512 if kind.startswith("fp8") else most / 127 / 2
     assert (off <= allowed * 1.001 + 1e-12).all()

@@ -11,7 +11,7 @@ from quire.core.contracts.quant import ActivationFormat, QuantActivation
 
 __all__ = ["KINDS", "NATIVE", "empty_output", "row_warps", "store_row"]
 
-KINDS = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3}
+KINDS = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3, "fp8_group": 4}
 """As ``store_row`` counts them."""
 NATIVE = ActivationFormat()
 
@@ -23,7 +23,11 @@ def empty_output(x: Tensor, features: int, wanted: ActivationFormat) -> tuple[Te
         return values, values, values
     dtype = torch.int8 if wanted.kind == "int8_token" else torch.float8_e4m3fn
     values, scale = x.new_empty(x.shape[0], features, dtype=dtype), wanted.scale
-    if wanted.kind != "fp8_tensor" or scale is None:
+    if wanted.kind == "fp8_group":  # what libraries take: a group's tokens side by side, in fours
+        rows = -(-x.shape[0] // 4) * 4
+        values = x.new_empty(rows, features, dtype=dtype)[: x.shape[0]]
+        scale = x.new_empty(features // 128, rows, dtype=torch.float32).T[: x.shape[0]]
+    elif wanted.kind != "fp8_tensor" or scale is None:
         scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     return QuantActivation(values, scale, dtype=x.dtype), values, scale
 
@@ -38,7 +42,14 @@ def store_row(y, row, at, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.c
     """Store a whole row, zero where ``at`` is outside, as the format of ``kind`` wants it."""
     if kind:
         y = y.to(tl.float32)
-        if kind == 1:
+        if kind == 4:
+            y = tl.reshape(y, (y.shape[0] // 128, 128))
+            group = tl.arange(0, y.shape[0])
+            scale = tl.maximum(tl.max(tl.abs(y), 1) / 448.0, 1e-12)
+            pitch = (tl.num_programs(0) + 3) // 4 * 4
+            tl.store(scale_ptr + group * pitch + row, scale, mask=group < features // 128)
+            scale = scale[:, None]
+        elif kind == 1:
             scale = tl.load(scale_ptr)
         else:
             scale = tl.maximum(tl.max(tl.abs(y)) / (127.0 if kind == 3 else 448.0), 1e-12)
@@ -47,5 +58,5 @@ def store_row(y, row, at, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.c
         if kind == 3:
             y = (y + 12582912.0) - 12582912.0  # to the nearest whole number, ties to even
         else:
-            y = tl.minimum(tl.maximum(y, -448.0), 448.0)
+            y = tl.reshape(tl.minimum(tl.maximum(y, -448.0), 448.0), at.shape)
     tl.store(out_ptr + row * features + at, y.to(out_ptr.dtype.element_ty), mask=at < features)

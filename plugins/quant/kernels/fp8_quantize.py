@@ -47,7 +47,8 @@ def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
 
 def dequantize_activation(x: QuantActivation) -> Tensor:
     """The numbers that ``x`` stands for, (num_tokens, features) in its unquantized dtype."""
-    return (x.values.float() * x.scale).to(x.dtype)
+    scale = x.scale if x.scale.dim() < 2 else x.scale.repeat_interleave(x.values.shape[1] // x.scale.shape[1], 1)
+    return (x.values.float() * scale).to(x.dtype)
 
 
 @triton.jit

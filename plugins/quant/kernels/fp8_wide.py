@@ -39,7 +39,8 @@ def wide8(
     type; ``block`` divides ``inputs``.
 
     ``scale`` float32, (features,) or (features / 128, inputs / 128), both rounded up; then ``block`` is 128.
-    ``x_scale`` (num_tokens, 1) or (1,) float32. A program takes ``rows`` rows of the weight and ``tokens`` (8 at least;
+    ``x_scale`` float32, (num_tokens, 1) or (1,), or (num_tokens, inputs / 128) of any second stride where scales are by
+    block. A program takes ``rows`` rows of the weight and ``tokens`` (8 at least;
     64 where ``tokens_first``, as the first operand) tokens.
     """
     features, inputs = weight.shape
@@ -54,6 +55,7 @@ def wide8(
         residual,
         out,
         x.shape[0],
+        x_scale.stride(-1),
         features=features,
         inputs=inputs,
         tokens=tokens,
@@ -63,21 +65,23 @@ def wide8(
         stages=num_stages,
         blocks=scale.shape[1] if scale.dim() == 2 else 0,
         one_x_scale=x_scale.numel() == 1,
+        groups=x_scale.dim() == 2 and x_scale.shape[1] > 1,
         num_warps=num_warps,
         **options,
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "x_scale_group"])
 def wide8_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs)
     scale_ptr,  # (features,), or (features / 128, blocks)
-    x_scale_ptr,  # (num_tokens,) or (1,)
+    x_scale_ptr,  # (num_tokens,) or (1,), or (blocks, x_scale_group), a group's tokens side by side
     bias_ptr,  # (features,)
     residual_ptr,  # (num_tokens, features), half of them where gated
     out_ptr,  # as residual
     num_tokens,
+    x_scale_group,
     features: tl.constexpr,
     inputs: tl.constexpr,
     tokens: tl.constexpr,
@@ -87,6 +91,7 @@ def wide8_kernel(
     stages: tl.constexpr,
     blocks: tl.constexpr,
     one_x_scale: tl.constexpr,
+    groups: tl.constexpr,
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
@@ -112,7 +117,11 @@ def wide8_kernel(
         x = tl.load(x_at + first, mask=there, other=0.0)
         if blocks:
             s = tl.load(scale_ptr + row // 128 * blocks + first // 128)
-            acc += (tl.dot(x, w) * s[None, :]) if tokens_first else (tl.dot(w, x) * s[:, None])
+            part = (tl.dot(x, w) * s[None, :]) if tokens_first else (tl.dot(w, x) * s[:, None])
+            if groups:
+                x_s = tl.load(x_scale_ptr + first // 128 * x_scale_group + token, mask=token < num_tokens, other=0.0)
+                part *= x_s[:, None] if tokens_first else x_s[None, :]
+            acc += part
         elif tokens_first:
             acc = tl.dot(x, w, acc, out_dtype=sums)
         else:
@@ -121,7 +130,9 @@ def wide8_kernel(
     y = (tl.trans(acc) if tokens_first else acc).to(tl.float32)
     if not blocks:
         y *= tl.load(scale_ptr + row)[:, None]
-    if one_x_scale:
+    if groups:
+        pass
+    elif one_x_scale:
         y *= tl.load(x_scale_ptr)
     else:
         y *= tl.load(x_scale_ptr + token, mask=token < num_tokens, other=0.0)[None, :]
