@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unittest
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantizationLoader
+from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantizationLoader
 from quire.core.errors import CheckpointError
 from quire.core.plugin_options import parse_options
 
@@ -42,7 +42,7 @@ def check_every_layer_has_a_method(cls: type[QuantizationLoader]) -> None:
         info = _info(kind=kind)
         method = loader.method_for(info)
         assert isinstance(method, LinearMethod), f"{kind}: gave {method!r}"
-        assert method.input_format in ("native", "fp8_token", "fp8_tensor", "int8_token"), method.input_format
+        assert method.input_format in get_args(InputFormat), method.input_format
         for part in range(len(info.part_names)):
             names, may_lack = method.tensor_names(info.only(part)), method.optional_names(info.only(part))
             assert names and len(set(names)) == len(names), f"{kind}: tensor_names {names!r}"

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.contracts.quant import QuantActivation
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops import rms_norm
-from quire.plugins.quant.kernels import fp8, fp8_layer, int8
+from quire.plugins.quant.kernels import fp8, fp8_layer, fp8_quantize, int8
 from quire.plugins.quant.kernels.fp8_layer import Launch, dequantize, launches, rule
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation
 
@@ -71,11 +71,14 @@ def test_a_static_scale() -> None:
 
 
 @pytest.mark.parametrize("scale_shape", [(256,), (2, 3)])
-def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...]) -> None:
+def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     scale, blocks = torch.rand(scale_shape), len(scale_shape) == 2
     assert fp8.input_format(scale, None) == ("native" if blocks else "fp8_token")
     assert fp8.input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
     assert int8.input_format(scale, None) == "int8_token"
+    monkeypatch.setattr(fp8, "_library_takes_blocks", lambda device: True)
+    assert fp8.input_format(scale, None) == ("fp8_group" if blocks else "fp8_token")
+    assert fp8.input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
     assert (
         fp8.input_format(scale, None, weight_only=True) == int8.input_format(scale, None, weight_only=True) == "native"
     )
@@ -161,14 +164,27 @@ def test_any_number_of_tokens(kind: ModuleType, features: int, inputs: int, dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("features", "inputs"), [(768, 512), (336, 1280)])
+@pytest.mark.parametrize(("features", "inputs"), [(768, 512), (336, 1280), (192, 640)])
 def test_blocks(features: int, inputs: int) -> None:
     weight = torch.randn(features, inputs, device="cuda").mul(40).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-features // 128), inputs // 128, device="cuda") + 0.05
     assert fp8.fits(weight, scale, None)
-    for tokens in (1, 5, 16, 33, 128, 300):
+    groups = fp8.input_format(scale, None) == "fp8_group"
+    assert groups == (torch.cuda.get_device_capability() == (9, 0))
+    for tokens in (1, 5, 16, 33, 128, 129, 300, 1025):
         x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+        x[:, ::97] *= 30  # each group has a scale of its own
         assert off(fp8.linear(x, weight, scale), exact(x, weight, scale)) < 0.04, tokens
+        assert off(fp8.linear(x, weight, scale, weight_only=True), exact(x, weight, scale)) < 5e-3, tokens
+        assert (
+            off(fp8.linear(x, weight, scale, None, torch.full((1,), 0.3, device="cuda")), exact(x, weight, scale))
+            < 0.04
+        )
+        if groups:
+            quantized = fp8_quantize.quantize_activation(x, ActivationFormat("fp8_group"))
+            bias = torch.randn(features, device="cuda", dtype=x.dtype)
+            want = exact(dequantize_activation(quantized, torch.float64), weight, scale) + bias.cpu().double()
+            assert off(fp8.linear(quantized, weight, scale, bias), want) < 5e-3, tokens
         fused = fp8.linear(x, weight, scale, activation="silu")
         if fused is not None:
             gate, up = exact(x, weight, scale).chunk(2, -1)
@@ -189,10 +205,11 @@ def test_static_activations() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_replays_give_the_same_bits(kind: ModuleType) -> None:
+@pytest.mark.parametrize(("kind", "blocks"), [(fp8, False), (int8, False), (fp8, True)])
+def test_replays_give_the_same_bits(kind: ModuleType, blocks: bool) -> None:
     """Captured, replayed, and run again beside: sums have one order."""
     weight, scale = kind.quantize(torch.randn(1024, 512, device="cuda"))
+    scale = scale.view(8, 128)[:, :4].contiguous() if blocks else scale
     for tokens in (1, 8, 32, 300):
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
         first = kind.linear(x, weight, scale)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import ScalingType, scaled_mm
 
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
 from quire.plugins.quant.kernels import fp8_quantize
@@ -29,8 +33,10 @@ def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weigh
 
 def input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
     """What the operation before such a layer should emit, where it is not part of the layer's own kernel."""
-    if weight_only or weight_scale.dim() == 2:
+    if weight_only:
         return "native"
+    if weight_scale.dim() == 2:
+        return "fp8_group" if input_scale is None and _library_takes_blocks(weight_scale.device) else "native"
     return "fp8_token" if input_scale is None else "fp8_tensor"
 
 
@@ -49,12 +55,13 @@ def linear(
     """``x`` (num_tokens, inputs) times ``weight`` (features, inputs) e4m3 -> (num_tokens, features).
 
     ``weight_scale`` float32: (features,), or (features / 128, inputs / 128), both rounded up. ``input_scale``: one
-    float32 for all tokens, or None: each token gets its own. A few tokens are not quantized at all, and then a static
-    scale is not used; ``weight_only``: none are. ``norm``, ``activation`` and ``residual`` as in
-    ``LinearMethod.apply_fused``; None only where one of them is given and not offered for so many tokens. On the CPU
+    float32 for all tokens, or None: each token gets its own, or one for each 128 inputs where weights have them by
+    block. A few tokens are not quantized at all, and then a static scale is not used; ``weight_only``: none are.
+    ``norm``, ``activation`` and ``residual`` as in ``LinearMethod.apply_fused``; None only where one of them is given
+    and not offered for so many tokens. On the CPU
     weights are widened and activations stay as they are.
     """
-    return EightBit(_BY_TOKEN, _scaled_mm).linear(
+    return EightBit(_BY_TOKEN, _scaled_mm, _library_takes_blocks(weight.device)).linear(
         x, weight, weight_scale, bias, input_scale, weight_only=weight_only, norm=norm, activation=activation,
         residual=residual,
     )  # fmt: skip
@@ -74,9 +81,36 @@ def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivati
 
 def _scaled_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The library's, with fast accumulation: its sums of 32 products keep 14 bits, less than an activation's 4 lose."""
+    if scale.dim() == 2:
+        out = _scaled_mm_by_block(x, weight, scale).to(x.dtype)
+        return out if bias is None else out.add_(bias)
     x_scale = x.scale if x.scale.numel() > 1 else x.scale.reshape(1, 1).expand(x.values.shape[0], 1).contiguous()
     out = torch._scaled_mm(
         x.values, weight.t(), scale_a=x_scale, scale_b=scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
     )
     out = out.to(x.dtype)
     return out if bias is None else out.add_(bias)
+
+
+def _scaled_mm_by_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
+    """The library's, whose sums of 128 products are scaled and added in float32. It wants whole fours of tokens, and
+    of a row's blocks."""
+    (tokens, inputs), more = x.values.shape, -scale.shape[1] % 4
+    padded = tokens + -tokens % 4
+    return scaled_mm(
+        x.values.as_strided((padded, inputs), (inputs, 1)),
+        weight.t(),
+        x.scale.as_strided((padded, inputs // 128), (1, padded)),
+        ScalingType.BlockWise1x128,
+        (F.pad(scale, (0, more)) if more else scale).t(),
+        ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )[:tokens]
+
+
+@cache
+def _library_takes_blocks(device: torch.device) -> bool:
+    """Whether cuBLAS multiplies 128x128 blocks: on Hopper, from CUDA 12.9 on."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 9)

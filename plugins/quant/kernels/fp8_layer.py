@@ -88,11 +88,12 @@ class EightBit:
     """One kind of 8 bits: how activations are quantized by token, and the library's product.
 
     ``library(x, weight, scale, bias)`` multiplies a quantized ``x`` by ``weight`` (features, inputs), whose ``scale``
-    is (features,), to ``x.dtype``.
+    is (features,) or, where ``blocks`` says so, by 128x128 block, to ``x.dtype``.
     """
 
     by_token: ActivationFormat
     library: Callable[[QuantActivation, Tensor, Tensor, Tensor | None], Tensor]
+    blocks: bool = False
 
     def linear(
         self,
@@ -118,14 +119,14 @@ class EightBit:
         if launch is None or activation not in (None, "silu") or not tokens or not given.is_contiguous():
             if fused:
                 return None
-            if blocks or weight_only:
+            if weight_only or (blocks and not (self.blocks and input_scale is None)):
                 return _widened(x, weight, scale, bias)
-            x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale)
+            x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale, blocks)
             return self.library(x, weight, scale, bias)
         options: dict[str, Any] = dict(launch.options)
         if launch.quantized:
             if not isinstance(x, QuantActivation):
-                x = self.quantize(x, input_scale, norm)
+                x = self.quantize(x, input_scale, blocks, norm)
             values, dtype, norm = x.values, x.dtype, None
             options["x_scale"] = x.scale
         else:
@@ -144,12 +145,15 @@ class EightBit:
         return out
 
     def quantize(
-        self, x: Tensor, input_scale: Tensor | None, norm: tuple[Tensor, float] | None = None
+        self, x: Tensor, input_scale: Tensor | None, blocks: bool, norm: tuple[Tensor, float] | None = None
     ) -> QuantActivation:
-        """``x`` (num_tokens, features), after an RMS norm where one is given, in this kind of 8 bits."""
+        """``x`` (num_tokens, features), after an RMS norm where one is given, in this kind of 8 bits; for weights with
+        scales by block, by groups of as many inputs."""
         wanted = self.by_token
-        if input_scale is not None and wanted.kind == "fp8_token":
+        if wanted.kind == "fp8_token" and input_scale is not None:
             wanted = ActivationFormat("fp8_tensor", input_scale.reshape(1))
+        elif wanted.kind == "fp8_token" and blocks:
+            wanted = ActivationFormat("fp8_group")
         y = quantize_activation(x, wanted) if norm is None else rms_norm_as(wanted, x, *norm)[0]
         assert isinstance(y, QuantActivation)
         return y

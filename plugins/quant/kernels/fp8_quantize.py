@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,10 +46,12 @@ def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
     return out
 
 
-def dequantize_activation(x: QuantActivation) -> Tensor:
-    """The numbers that ``x`` stands for, (num_tokens, features) in its unquantized dtype."""
-    scale = x.scale if x.scale.dim() < 2 else x.scale.repeat_interleave(x.values.shape[1] // x.scale.shape[1], 1)
-    return (x.values.float() * scale).to(x.dtype)
+def dequantize_activation(x: QuantActivation, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers that ``x`` stands for, (num_tokens, features) in ``dtype``, by default that before it was
+    quantized."""
+    scale = x.scale.repeat_interleave(128, 1) if x.scale.dim() == 2 and x.scale.shape[1] > 1 else x.scale
+    wide = torch.promote_types(dtype or x.dtype, torch.float32)
+    return (x.values.to(wide) * scale).to(dtype or x.dtype)
 
 
 @triton.jit
