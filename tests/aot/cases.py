@@ -174,7 +174,7 @@ def eight_bit(
     blocks = options.pop("blocks", 0)
     given: dict[str, Any] = {"scale": torch.empty((features // 128, inputs // 128) if blocks else features)}
     if kernel is wide8:
-        given |= {"x_scale": torch.empty(num_tokens, 1)}
+        given |= {"x_scale": torch.empty(inputs // 128 if blocks else 1, num_tokens).T}
     elif kernel is not skinny8:
         given |= {"norm": (x[0], 1e-5)}
     weight = torch.empty(features, inputs, dtype=kind)
@@ -328,6 +328,7 @@ CASES: dict[str, Callable[[], None]] = {
         eight_bit, wide8, 32, 4096, 4096, FP8, tokens=32, rows=64, block=128, num_warps=4, num_stages=6, blocks=1
     ),
     "fp8-quantized": partial(quantized, "fp8_token"),
+    "fp8-quantized-groups": partial(quantized, "fp8_group"),
     "fp8-quantized-static": partial(quantized, "fp8_tensor"),
     "int8-quantized": partial(quantized, "int8_token"),
     "int8-rescaled": rescaled,

@@ -22,13 +22,12 @@ def empty_output(x: Tensor, features: int, wanted: ActivationFormat) -> tuple[Te
         values = x.new_empty(x.shape[0], features)
         return values, values, values
     dtype = torch.int8 if wanted.kind == "int8_token" else torch.float8_e4m3fn
-    values, scale = x.new_empty(x.shape[0], features, dtype=dtype), wanted.scale
-    if wanted.kind == "fp8_group":  # what libraries take: a group's tokens side by side, in fours
-        rows = -(-x.shape[0] // 4) * 4
-        values = x.new_empty(rows, features, dtype=dtype)[: x.shape[0]]
-        scale = x.new_empty(features // 128, rows, dtype=torch.float32).T[: x.shape[0]]
-    elif wanted.kind != "fp8_tensor" or scale is None:
-        scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    rows, groups, scale = x.shape[0], 1, wanted.scale
+    if wanted.kind == "fp8_group":
+        rows, groups = rows + -rows % 4, features // 128
+    values = x.new_empty(rows, features, dtype=dtype)[: x.shape[0]]
+    if wanted.kind != "fp8_tensor" or scale is None:
+        scale = x.new_empty(groups, rows, dtype=torch.float32).T[: x.shape[0]]
     return QuantActivation(values, scale, dtype=x.dtype), values, scale
 
 
