@@ -84,6 +84,28 @@ def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...], monkeypa
     )
 
 
+@pytest.mark.parametrize(("tokens", "inputs"), [(1, 128), (6, 640), (8, 512)])
+def test_what_the_library_is_given_by_block(tokens: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and strides as cuBLAS documents them; what lies behind the last token does not matter."""
+
+    def library(x: Tensor, weight: Tensor, x_scale: Tensor, _: object, scale: Tensor, *rest: object, **more: object):
+        rows, groups = x.shape[0], x.shape[1] // 128
+        whole = -(-groups // 4) * 4
+        assert rows % 4 == 0 and x.is_contiguous() and weight.t().is_contiguous()
+        assert x_scale.shape == (rows, groups) and x_scale.stride() == (1, rows)
+        assert scale.shape == (whole, 2) and scale.stride() == (1, whole)
+        wide = x.double() * x_scale.double().repeat_interleave(128, 1)
+        return F.linear(wide, dequantize(weight.t(), scale.t()[:, :groups], torch.float64)).to(torch.bfloat16)
+
+    monkeypatch.setattr(fp8, "scaled_mm", library)
+    weight = torch.randn(192, inputs).mul(40).to(torch.float8_e4m3fn)
+    scale, x = torch.rand(2, inputs // 128) + 0.1, torch.randn(tokens, inputs)
+    q = fp8_quantize.launch(x, ActivationFormat("fp8_group"))
+    bias = torch.randn(192)
+    got = fp8._scaled_mm(q, weight, scale, bias)
+    assert off(got, exact(dequantize_activation(q), weight, scale) + bias.double()) < 5e-3
+
+
 # ---- tables
 
 

@@ -39,6 +39,9 @@ _TABLES = {(9, 0): "h200.json"}
 """Compute capability -> table, after the name of the kind."""
 _STEPS = (1, 8, 16, 32, 64, 128)
 """Most tokens of each of the rule's launches."""
+_FEW_UP, _FEW_DOWN = 32, 64
+"""Most tokens for which scales by block leave a launch ahead of the library: of layers with more features than inputs,
+and of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,13 @@ class EightBit:
             return None if fused else _widened(x, weight, scale, bias)
         tokens, blocks = given.shape[0], scale.dim() == 2
         plan = plan_for(weight.device, *weight.shape, weight.dtype)
-        launch = plan.launch(tokens, isinstance(x, QuantActivation), weight_only, blocks)
+        by_block = blocks and self.blocks and input_scale is None and not weight_only
+        few = tokens <= (_FEW_UP if weight.shape[0] > weight.shape[1] else _FEW_DOWN) or not by_block
+        launch = plan.launch(tokens, isinstance(x, QuantActivation), weight_only, blocks) if few else None
         if launch is None or activation not in (None, "silu") or not tokens or not given.is_contiguous():
             if fused:
                 return None
-            if weight_only or (blocks and not (self.blocks and input_scale is None)):
+            if weight_only or (blocks and not by_block):
                 return _widened(x, weight, scale, bias)
             x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale, blocks)
             return self.library(x, weight, scale, bias)
