@@ -18,14 +18,10 @@ def gated_activation(name: str, gate_up: Tensor, wanted: ActivationFormat) -> Te
         from quire.core.ops.kernels import activation
 
         return activation.silu_and_mul(gate_up, wanted)
-    return quantize_activation(silu_and_mul(gate_up), wanted)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return quantize_activation(F.silu(gate) * up, wanted)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``: (num_tokens, 2 * features), gate first -> (num_tokens, features)."""
-    if gate_up.is_cuda:
-        from quire.core.ops.kernels import activation
-
-        return activation.silu_and_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return gated_activation("silu", gate_up, ActivationFormat())  # type: ignore[return-value]

@@ -18,14 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     model's dtype before the weight multiplies it, as Llama's reference does (Zhang and Sennrich, 2019,
     arXiv:1910.07467).
     """
-    if x.is_cuda and x.dim() == 2:
-        from quire.core.ops.kernels import norm
-
-        return norm.rms_norm(x, weight, eps, residual)
-    summed = x if residual is None else x + residual
-    wide = summed.float()
-    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype), summed
+    return rms_norm_as(ActivationFormat(), x, weight, eps, residual)  # type: ignore[return-value]
 
 
 def rms_norm_as(
@@ -36,5 +29,7 @@ def rms_norm_as(
         from quire.core.ops.kernels import norm
 
         return norm.rms_norm(x, weight, eps, residual, wanted)
-    y, summed = rms_norm(x, weight, eps, residual)
-    return quantize_activation(y, wanted), summed
+    summed = x if residual is None else x + residual
+    wide = summed.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return quantize_activation(weight * scaled.to(x.dtype), wanted), summed

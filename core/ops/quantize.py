@@ -15,12 +15,10 @@ def quantize_activation(x: Tensor, wanted: ActivationFormat) -> Tensor | QuantAc
     if wanted.kind == "native":
         return x
     most, dtype = (127.0, torch.int8) if wanted.kind == "int8_token" else (448.0, torch.float8_e4m3fn)
-    scale = wanted.scale
-    if wanted.kind == "fp8_group":
-        groups = quantize_activation(x.reshape(-1, 128), ActivationFormat("fp8_token"))
-        assert isinstance(groups, QuantActivation)
-        return QuantActivation(groups.values.view_as(x), groups.scale.view(len(x), -1), dtype=x.dtype)
+    rows, scale = x.reshape(-1, 128) if wanted.kind == "fp8_group" else x, wanted.scale
     if wanted.kind != "fp8_tensor" or scale is None:
-        scale = (x.abs().amax(-1, keepdim=True).float() / most).clamp(min=1e-12)
-    values = (x.float() / scale).clamp(-most, most)
-    return QuantActivation((values.round() if dtype == torch.int8 else values).to(dtype), scale, dtype=x.dtype)
+        scale = (rows.abs().amax(-1, keepdim=True).float() / most).clamp(min=1e-12)
+    values = (rows.float() / scale).clamp(-most, most)
+    values = (values.round() if dtype == torch.int8 else values).to(dtype).view(x.shape)
+    scale = scale if scale.dim() == 1 else scale.view(len(x), x.shape[1] // rows.shape[1])
+    return QuantActivation(values, scale, dtype=x.dtype)

@@ -47,20 +47,9 @@ def rms_norm(
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    scale_ptr,
-    summed_ptr,
-    x_stride,
-    eps,
-    features: tl.constexpr,
-    has_residual: tl.constexpr,
-    kind: tl.constexpr,
-    block: tl.constexpr,
-    chained: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, summed_ptr, x_stride, eps, features: tl.constexpr,
+    has_residual: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, chained: tl.constexpr,
+):  # fmt: skip
     start_next(chained)
     wait_for_previous(chained)
     row = tl.program_id(0).to(tl.int64)
