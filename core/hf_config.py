@@ -25,7 +25,13 @@ _LLAMA3 = {"factor", "high_freq_factor", "low_freq_factor", "original_max_positi
 
 
 class PlainConfig(SimpleNamespace):
-    """The fields of a ``config.json`` that leaves nothing to the defaults of its family."""
+    """The fields of a ``config.json`` that leaves nothing to the defaults of its family; whatever else is asked of a
+    ``PretrainedConfig`` is answered by transformers."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "quantization_config":
+            raise AttributeError(name)
+        return getattr(_by_transformers(vars(self), Path(self.name_or_path, "config.json")), name)
 
     def get_text_config(self) -> PlainConfig:
         """It is of text alone."""
@@ -55,7 +61,7 @@ def read_hf_config(path: str | Path) -> Any:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object; download it again")
     beside = None if "quantization_config" in raw else _quantization_beside(Path(path))
-    config: Any = _plain(raw) or _by_transformers(raw, file)
+    config: Any = _plain({**raw, "name_or_path": str(path)}) or _by_transformers(raw, file)
     if beside is not None:
         config.quantization_config = beside
     return config

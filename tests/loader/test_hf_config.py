@@ -87,6 +87,14 @@ def test_published_configurations_need_no_import_of_transformers(name: str) -> N
     assert isinstance(read_hf_config(MODELS / name), PlainConfig)
 
 
+def test_whatever_else_is_asked_is_answered_by_transformers() -> None:
+    folder = MODELS / "qwen3-0.6b"
+    config, theirs = read_hf_config(folder), AutoConfig.from_pretrained(folder)
+    assert config.name_or_path == theirs.name_or_path == str(folder)
+    assert config.attention_dropout == theirs.attention_dropout
+    assert getattr(config, "quantization_config", None) is None and not hasattr(config, "no_such_field")
+
+
 def test_v4_and_v5_spellings_agree(tmp_path: Path) -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
     v4 = {"rope_theta": 5e5, "rope_scaling": scaling | {"rope_type": "llama3"}, "torch_dtype": "bfloat16"}
