@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.contracts.spec import StepTokens, Target
+from quire.core.messages import Continuation
 from quire.core.sample import verify as twin
 from quire.core.sample.kernels import verify as kernels
+from quire.core.worker import request_table
+from quire.core.worker.request_table import RequestTable
 from quire.plugins.spec_decode.kernels.observed import observed as launch_observed
 from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs as launch_pass_inputs
 from quire.plugins.spec_decode.observed import observed
@@ -76,6 +79,36 @@ def test_place_drafts(device: str, seed: int, k: int, given_lengths: bool) -> No
     assert torch.equal(mine_drafts.cpu(), num_drafts)
     assert torch.equal(mine.token_ids.cpu(), table.token_ids)
     assert bool((num_drafts >= 0).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_continuations(device: str, seed: int, lengths: list[int]) -> None:
+    """What a proposer on the host expects of several requests, where it agrees with what was drawn since."""
+    chance = torch.Generator().manual_seed(seed)
+    columns, _, _ = table_of(chance)
+    rows = torch.randperm(ROWS - 1, generator=chance)[: len(lengths)].tolist()
+    guesses = []
+    for row, length in zip(rows, lengths, strict=True):
+        drawn = int(torch.randint(0, 3, (), generator=chance))
+        anchor = max(1, int(columns.num_tokens[row]) - drawn)
+        said = columns.token_ids[row, anchor : int(columns.num_tokens[row])].tolist()
+        told = torch.randint(0, 3, (length,), generator=chance).tolist()
+        guesses.append(Continuation(row, anchor, [*said, *told][:length]))
+    found = []
+    for where, place in (("cpu", twin.place_drafts), (device, kernels.place_drafts)):
+        table = RequestTable(ROWS - 1, LENGTH - 1, 4, 1, torch.device(where))
+        table.token_ids.copy_(columns.token_ids)
+        table.num_tokens.copy_(columns.num_tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(request_table, "place_drafts", place)
+            table.set_continuations(guesses, VOCAB)
+        found.append((table.num_drafts.tolist(), table.token_ids.tolist()))
+    assert found[0] == found[1]
+    for guess in guesses:
+        behind = int(columns.num_tokens[guess.row]) - guess.anchor
+        assert found[0][0][guess.row] == max(0, len(guess.token_ids) - behind)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
