@@ -17,8 +17,8 @@ _EVERY = 512
 """Steps between two trials of what was not chosen, at first; twice as many after each in vain."""
 _RARELY = 8192
 """And at most."""
-_KNOWN = 64
-"""Drafts that must have been verified before their acceptance is known."""
+_KNOWN = 3.0
+"""Drafts that must have been verified before their acceptance is known: a trial's, of one request."""
 _MARGIN = 1.02
 """By how much drafts must be faster."""
 _READING = 1.1

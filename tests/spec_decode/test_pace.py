@@ -125,3 +125,9 @@ def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
     starts = np.flatnonzero((chosen[1:] > 0) & (chosen[:-1] == 0))
     assert 3 <= len(starts) <= 8 and (chosen > 0).mean() < 0.002
     assert np.diff(starts[1:]).min() > 900
+
+
+def test_prompts_of_one_request_at_a_time_are_not_read_for_a_proposer_that_is_always_wrong() -> None:
+    pace = Pace(MOST, 256, True, on_device=True)
+    serve(1, 0.0, DRAFTED, 100, pace)
+    assert pace.last == 0 and not pace.reads
