@@ -64,7 +64,7 @@ if wants spec; then
 fi
 if wants http; then
   served "$small" --max-num-batched-tokens 16384
-  served "$large" --max-num-batched-tokens 2048
+  served "$large"
 fi
 if wants soak; then
   quire bench startup "$large" "${engine[@]}" --json
