@@ -33,7 +33,7 @@ _DECODES = (0, 32)
 """And as many as there may be requests."""
 _LARGE_TOKENS = range(128, 2049, 128)
 _LARGE_DECODES = (32, 96)
-"""Of steps that compute more than ``_WORTH``."""
+"""Of steps that compute more than ``_WORTH``; beside more decodes they are launched."""
 _PADDED = 17 / 16
 """Lines of such a step, padding included, for each that is real: at most."""
 _PROMPTS = 16
@@ -68,7 +68,7 @@ class MixedGraphs:
         tokens = [count for count in _TOKENS if count <= min(max_tokens, self._worth)]
         large = [t for t in _LARGE_TOKENS if self._worth < t <= min(max_tokens, _MOST / size)]
         counts = [(d, t) for t in tokens for d in (*_DECODES, rows) if d <= rows]
-        counts += [(d, t) for t in large for d in (*_LARGE_DECODES, rows) if d <= rows]
+        counts += [(min(d, rows), t) for t in large for d in _LARGE_DECODES]
         self._ends = {*tokens[:1], *tokens[-1:], *large[-1:]}
         lines, requests = rows + max(self._ends, default=0), rows + _PROMPTS
         self._input_ids = torch.zeros(lines, dtype=torch.int32, device=device)
