@@ -8,14 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.config import SchedulerConfig
-from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.messages import Continuation, NewRequest, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["largest_step", "rehearsal_steps"]
 
 _GREEDY = SamplingParams(temperature=0, max_tokens=1)
 _RANDOM = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, min_p=0.01, max_tokens=1)
-_PENALIZED = SamplingParams(temperature=1.0, frequency_penalty=0.5, max_tokens=1)
+_PENALIZED = [SamplingParams(temperature=t, frequency_penalty=0.5, max_tokens=1) for t in (0, 1.0)]
+_TOLD = SamplingParams(temperature=0, logprobs=1, prompt_logprobs=1, max_tokens=1)
 
 
 def largest_step(config: SchedulerConfig, max_model_len: int) -> SchedulerOutput:
@@ -32,7 +33,7 @@ def rehearsal_steps(
     """Few and many tokens, prompts alone and beside decodes, greedy and sampled; requests that verify drafts, with so
     many tokens. Rows are used again and again.
 
-    Nothing here may index with a drawn token, as log-probabilities do: in a rehearsal no token is drawn.
+    In a rehearsal no token is drawn: what indexes with one must find it zero.
     """
     most = min(config.max_num_batched_tokens, max_model_len - 1)
     yield largest_step(config, max_model_len)  # first, since attention over prompts takes longest to compile
@@ -47,8 +48,10 @@ def rehearsal_steps(
             for params in (_GREEDY, _RANDOM):
                 step = _step(np.array([queries, 17], dtype=np.int32), params)
                 step.drafts = np.array([queries - 1, 0], dtype=np.int32)
+                step.continuations = [Continuation(0, queries, [0])]
                 yield step
-    yield _step(np.array([min(20, most)], dtype=np.int32), _PENALIZED)
+    for params in (*_PENALIZED, _TOLD):
+        yield _step(np.array([min(20, most)], dtype=np.int32), params)
     yield largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long
 
 

@@ -137,7 +137,7 @@ class TokenDrawer:
         host_rows, spans, table = step.rows[lines.owner], inputs.spans, self.table
         feeds = self.device_sampler is not None and spans.width == 1 and self._untouched(host_rows)
         if feeds and self.device_sampler is not None:
-            tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what a rehearsal draws
             self.device_sampler.draw(logits, inputs.line_rows, table.sampling, tokens, greedy=self.greedy(host_rows))
         else:
             tokens = self._draw_changed(logits, inputs, host_rows, lines.positions)

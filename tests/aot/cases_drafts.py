@@ -8,12 +8,12 @@ from functools import partial
 import torch
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.sample.kernels.verify import place_drafts, verify
+from quire.core.sample.kernels import verify as kernels
 from quire.core.sample.verify import Spans
 from quire.plugins.spec_decode.kernels.observed import observed
 from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs
 
-__all__ = ["DRAFTS"]
+__all__ = ["DRAFTS", "place", "verify"]
 
 _LONGS, _INTS = partial(torch.zeros, dtype=torch.int64), partial(torch.zeros, dtype=torch.int32)
 
@@ -23,13 +23,13 @@ def _table() -> SamplingTable:
     return SamplingTable(_INTS(3, 64), _INTS(3), floats(3), _INTS(3), floats(3), floats(3), _LONGS(3))
 
 
-def _verify(width: int, forced: float | None) -> None:
+def verify(width: int, forced: float | None) -> None:
     spans = Spans(_LONGS(2), _LONGS(2), _LONGS(2), width)
-    verify(_INTS(2 * width), spans, _table(), _INTS(3), _INTS(3), forced)
+    kernels.verify(_INTS(2 * width), spans, _table(), _INTS(3), _INTS(3), forced)
 
 
-def _place(count: int, lengths: bool) -> None:
-    place_drafts(_INTS(2, count), _INTS(2) if lengths else None, _LONGS(2), _table(), _INTS(3), 151936)
+def place(count: int, lengths: bool) -> None:
+    kernels.place_drafts(_INTS(2, count), _INTS(2) if lengths else None, _LONGS(2), _table(), _INTS(3), 151936)
 
 
 def _pass(queries: int, drawn: bool) -> None:
@@ -50,12 +50,12 @@ def _observed(lines: int, requests: int) -> None:
 
 
 DRAFTS: dict[str, Callable[[], None]] = {
-    "verify": partial(_verify, 5, None),
-    "verify-forced": partial(_verify, 4, 0.7),
-    "place": partial(_place, 4, True),
+    "verify": partial(verify, 5, None),
+    "verify-forced": partial(verify, 4, 0.7),
+    "place": partial(place, 4, True),
     "pass-first": partial(_pass, 2, False),
     "pass": partial(_pass, 1, True),
     "observed": partial(_observed, 40, 3),
     "observed-one": partial(_observed, 1, 1),
-    "place-all": partial(_place, 8, False),
+    "place-all": partial(place, 8, False),
 }

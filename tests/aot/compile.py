@@ -74,9 +74,20 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compile one launch. Below 90 there is no dependent launch: ``chained`` is then False, as it is at run time."""
     kernel, args, kwargs = launch
     options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+    if capability < 90 and "chained" in kwargs:
+        kwargs = kwargs | {"chained": False}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, *variant((kernel, args, kwargs)))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _resources(compiled.asm["cubin"])
+    return Compiled(
+        kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["LOCAL"] + usage["STACK"]
+    )
+
+
+def variant(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """What a launch is compiled for: (types, constants, what is known of values). Those that agree share a program."""
+    kernel, args, kwargs = launch
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    if capability < 90 and "chained" in values:
-        values["chained"] = False
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -90,12 +101,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
         if aligned and not plain and not parameter.do_not_specialize_on_alignment:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = _resources(compiled.asm["cubin"])
-    return Compiled(
-        kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["LOCAL"] + usage["STACK"]
-    )
+    return signature, constants, attributes
 
 
 def _type_of(value: Any) -> str:

@@ -10,10 +10,12 @@ import importlib
 import pkgutil
 import re
 from fnmatch import fnmatch
+from functools import partial
 
 import pytest
 from tests.aot.cases import CASES
-from tests.aot.compile import Compiled, compile_launch, launches_of
+from tests.aot.cases_drafts import place, verify
+from tests.aot.compile import Compiled, compile_launch, launches_of, variant
 from tests.aot.targets import LEFT_OUT, SHARED, spill_allowed
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
@@ -47,6 +49,13 @@ def test_compiles_and_fits(capability: int, case: str) -> None:
         assert kernel.shared <= limit, f"{kernel.name} wants {kernel.shared} of {limit} bytes of shared memory"
         spills = f"{kernel.name} spills {kernel.local} bytes a thread, at {kernel.registers} registers"
         assert kernel.local <= allowed, f"{spills}; mend it, or declare it in tests/aot/targets.py with the reason"
+
+
+def test_any_number_of_drafts_is_the_same_program() -> None:
+    """Proposers on the host find as many as they find: none may be the first to be compiled for."""
+    for run, counts in ((partial(verify, forced=None), range(2, 18)), (partial(place, lengths=True), range(1, 51))):
+        first, *others = [variant(launch) for count in counts for launch in launches_of(partial(run, count))]
+        assert others and all(other == first for other in others)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("bfloat16", "float16"))])

@@ -58,5 +58,5 @@ def test_tokens_follow_the_reference(way: str, head: str) -> None:
     if way == "itself":
         assert stats["spec_decode_draft_acceptance_rate"] > 0.95
     assert stats["spec_decode_num_accepted_tokens_total"] > 0
-    assert stats["plugin_quarantines_total"] == 0
+    assert stats["plugin_quarantines_total"] == stats["kernels_compiled_total"] == 0
     llm.shutdown()

@@ -23,7 +23,7 @@ def normalize(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return log_sum, rank
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["chosen_ptr"])
 def normalize_kernel(logits_ptr, chosen_ptr, log_sum_ptr, rank_ptr, stride, vocab: tl.constexpr, chunk: tl.constexpr):
     """Each lane keeps a running maximum and the sum of exponentials below it; they meet once, at the end."""
     line = tl.program_id(0).to(tl.int64)

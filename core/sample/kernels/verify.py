@@ -1,4 +1,5 @@
-"""Verification and placing of drafts: one small program a request, nothing that the host would have to know."""
+"""Verification and placing of drafts: one small program a request, the same for any number of drafts, and nothing that
+the host would have to know."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def verify(
     t, forced = table, forced_acceptance is not None
     verify_kernel[(n,)](
         drawn, spans.rows, spans.first, spans.drafts, t.token_ids, t.num_tokens, num_computed, num_drafts, t.seed, out,
-        t.token_ids.stride(0), len(num_drafts) - 1, float(forced_acceptance or 0.0),
-        width=width, block=triton.next_power_of_2(width), forced=forced, fast=not triton.knobs.runtime.interpret,
+        t.token_ids.stride(0), len(num_drafts) - 1, float(forced_acceptance or 0.0), width,
+        block=max(32, triton.next_power_of_2(width)), forced=forced, fast=not triton.knobs.runtime.interpret,
         num_warps=1,
     )  # fmt: skip
     return out
@@ -43,19 +44,19 @@ def place_drafts(
     ids = table.token_ids
     place_kernel[(n,)](
         tokens, tokens if lengths is None else lengths, rows, ids, table.num_tokens, num_drafts,
-        *tokens.stride(), ids.stride(0), len(num_drafts) - 1, ids.shape[1], vocab_size,
-        k=k, block=triton.next_power_of_2(k), has_lengths=lengths is not None, num_warps=1,
+        *tokens.stride(), ids.stride(0), len(num_drafts) - 1, ids.shape[1], vocab_size, k,
+        block=max(64, triton.next_power_of_2(k)), has_lengths=lengths is not None, num_warps=1,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["token_stride", "padding_row"],
+    do_not_specialize=["token_stride", "padding_row", "width"],
     do_not_specialize_on_alignment=["drawn_ptr", "rows_ptr", "first_ptr", "drafts_ptr"],
 )
 def verify_kernel(
     drawn_ptr, rows_ptr, first_ptr, drafts_ptr, token_ids_ptr, num_tokens_ptr, computed_ptr, num_drafts_ptr, seed_ptr,
-    out_ptr, token_stride, padding_row, acceptance,
-    width: tl.constexpr, block: tl.constexpr, forced: tl.constexpr, fast: tl.constexpr,
+    out_ptr, token_stride, padding_row, acceptance, width,
+    block: tl.constexpr, forced: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
     """Accept up to the first draft that is not what was drawn, append, and say so in (n, 2 + width)."""
     request = tl.program_id(0)
@@ -89,11 +90,11 @@ def verify_kernel(
         tl.store(result + 2 + place, tokens, mask=place < width)
 
 
-@triton.jit(do_not_specialize=["token_stride", "padding_row", "room", "vocab"])
+@triton.jit(do_not_specialize=["stride", "stride_k", "token_stride", "padding_row", "room", "vocab", "k"])
 def place_kernel(
     tokens_ptr, lengths_ptr, rows_ptr, token_ids_ptr, num_tokens_ptr, num_drafts_ptr,
-    stride, stride_k, token_stride, padding_row, room, vocab,
-    k: tl.constexpr, block: tl.constexpr, has_lengths: tl.constexpr,
+    stride, stride_k, token_stride, padding_row, room, vocab, k,
+    block: tl.constexpr, has_lengths: tl.constexpr,
 ):  # fmt: skip
     """Write a request's drafts up to the first that is no token."""
     request = tl.program_id(0)
