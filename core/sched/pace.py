@@ -95,7 +95,7 @@ class Pace:
         if left and trial in levels:
             self._trial = trial, left - 1
             return trial if left > _LAG else 0
-        rate = np.clip(self._rates(rows), 0.0, 1 - 1e-9)
+        rate, unknown = np.clip(self._rates(rows), 0.0, 1 - 1e-9), bool(self._tried[-1] < _KNOWN)
         speeds: list[float] = []
         worth: list[int] = []  # levels that may be best
         times: list[tuple[int, float]] = []
@@ -106,13 +106,13 @@ class Pace:
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self.reads |= self._tried[-1] < _KNOWN
+                self.reads |= unknown
                 return self._try(level)
             if count:
                 times.append((level, took))
             speeds.append(tokens / took / (self._margin if level else 1.0) if count else 0.0)
         best = levels[int(np.argmax(speeds))]
-        self.reads = best > 0 or self._tried[-1] < _KNOWN
+        self.reads = best > 0 or unknown
         if self._steps < self._due:
             return best
         self._gap = _EVERY if best else min(2 * self._gap, _RARELY)

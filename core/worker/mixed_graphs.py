@@ -85,9 +85,7 @@ class MixedGraphs:
         """Whether ``forward`` can serve the step, and should."""
         batch = inputs.batches[0]
         shape = self._holder(batch) if 0 < batch.num_reqs - batch.num_decodes <= _PROMPTS else None
-        if shape is None:
-            return False
-        return shape.tokens <= self._worth or len(shape.positions) <= _PADDED * batch.num_tokens
+        return shape is not None and (shape.tokens <= self._worth or len(shape.positions) <= _PADDED * batch.num_tokens)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Hidden states (num_tokens, hidden), valid until the next call."""

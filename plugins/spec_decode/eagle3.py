@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionSpec
-from quire.core.contracts.model import ForwardContext, Model, Taps
+from quire.core.contracts.model import Model, Taps
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
 from quire.core.errors import CheckpointError, ConfigError
@@ -18,7 +18,7 @@ from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
 from quire.plugins.spec_decode.eagle3_weights import fill, fill_randomly, read_tensors
 from quire.plugins.spec_decode.observed import observed
-from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs, planned_pass
+from quire.plugins.spec_decode.pass_inputs import PassInputs, context_of, pass_inputs, planned_pass
 
 __all__ = ["Eagle3"]
 
@@ -105,7 +105,7 @@ class Eagle3(DeviceProposer):
         """Keys and values of every token, with whatever was drawn after it; and each request's state at its last."""
         hidden = self._head.fc(self._taps.states[: len(step.positions)])  # (num_tokens, hidden)
         following, last = observed(step, self._target.table)
-        self._head.write(following, hidden, step.positions, self._context(step.slots))
+        self._head.write(following, hidden, step.positions, context_of(self._target, step.slots))
         self._states[step.rows] = hidden[last]
 
     def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
@@ -138,9 +138,6 @@ class Eagle3(DeviceProposer):
         """The head over one token of each request."""
         context = planned_pass(self._target, inputs, blocks, self._starts, 1)
         return self._head(inputs.tokens, hidden, inputs.positions, context)
-
-    def _context(self, slots: Tensor) -> ForwardContext:
-        return ForwardContext(self._target.backends, [slots], self._target.kv, self._target.group_of)
 
 
 def _embedding(target: Model) -> VocabEmbedding | None:

@@ -11,7 +11,7 @@ from quire.core.contracts.attention import AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext
 from quire.core.contracts.spec import Target
 
-__all__ = ["PassInputs", "pass_inputs", "planned", "planned_pass"]
+__all__ = ["PassInputs", "context_of", "pass_inputs", "planned", "planned_pass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +80,9 @@ def planned(target: Target, slots: Tensor, batch: AttentionBatch, key: GraphKey 
     """Plan attention of the proposer's layers, and say what they need."""
     for backend in target.backends:
         backend.plan(batch, key)
+    return context_of(target, slots)
+
+
+def context_of(target: Target, slots: Tensor) -> ForwardContext:
+    """What the proposer's layers need of a step whose tokens go to ``slots``."""
     return ForwardContext(target.backends, [slots] * len(target.backends), target.kv, target.group_of)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
+from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, AttentionSpec, LayerKV
 from quire.core.testing.attention_problem import TOLERANCE, Problem, compare, expected_attention, make_spec
 from quire.core.testing.checks_attention import check_fp8_cache_with_any_scale
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
@@ -131,24 +131,13 @@ def test_decode_replays_in_a_graph(queries: int) -> None:
     batch = first.batch(device)
     batch.max_seq_len = 4096
     q, kv = first.q.cuda(), first.cache(backend, device)
-    out = torch.empty_like(q)
-    backend.plan(batch)
-    backend.run(0, q, kv, out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.plan(batch)
-        backend.run(0, q, kv, out)
+    out, graph = recorded(backend, batch, q, kv)
     for problem in (second, first):
         fresh = problem.batch(device)
         batch.seq_lens.copy_(fresh.seq_lens)
         batch.block_table.copy_(fresh.block_table)
         q.copy_(problem.q)
-        source = problem.cache(backend, device)
-        kv.k[: len(source.k)].copy_(source.k)
-        kv.v[: len(source.v)].copy_(source.v)
-        graph.replay()
-        torch.cuda.synchronize()
+        replay(graph, backend, kv, problem)
         check(out.cpu(), spec, problem)
 
 
@@ -213,14 +202,7 @@ def test_prompts_replay_in_a_graph() -> None:
     backend.prepare(AttentionLimits(8, 512, 1024, device))
     batch = problems[0].batch(device)
     q, kv = problems[0].q.cuda(), problems[0].cache(backend, device)
-    out = torch.empty_like(q)
-    backend.plan(batch)
-    backend.run(0, q, kv, out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.plan(batch)
-        backend.run(0, q, kv, out)
+    out, graph = recorded(backend, batch, q, kv)
     for problem in problems * 3:
         fresh, tokens = problem.batch(device), len(problem.q)
         batch.query_start_loc.fill_(tokens)
@@ -229,12 +211,32 @@ def test_prompts_replay_in_a_graph() -> None:
         batch.seq_lens[: fresh.num_reqs] = fresh.seq_lens
         batch.block_table[: fresh.num_reqs, : fresh.block_table.shape[1]] = fresh.block_table
         q[:tokens] = problem.q.cuda()
-        source = problem.cache(backend, device)
-        kv.k[: len(source.k)].copy_(source.k)
-        kv.v[: len(source.v)].copy_(source.v)
-        graph.replay()
-        torch.cuda.synchronize()
+        replay(graph, backend, kv, problem)
         check(out[:tokens].cpu(), spec, problem)
+
+
+def recorded(
+    backend: TritonBackend, batch: AttentionBatch, q: torch.Tensor, kv: LayerKV
+) -> tuple[torch.Tensor, torch.cuda.CUDAGraph]:
+    """What a step writes, and its graph: run once, then captured."""
+    out = torch.empty_like(q)
+    backend.plan(batch)
+    backend.run(0, q, kv, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.plan(batch)
+        backend.run(0, q, kv, out)
+    return out, graph
+
+
+def replay(graph: torch.cuda.CUDAGraph, backend: TritonBackend, kv: LayerKV, problem: Problem) -> None:
+    """With the keys and values of another problem in place of those it was captured with."""
+    source = problem.cache(backend, kv.k.device)
+    kv.k[: len(source.k)].copy_(source.k)
+    kv.v[: len(source.v)].copy_(source.v)
+    graph.replay()
+    torch.cuda.synchronize()
 
 
 def half(dtype: torch.dtype, kv_dtype: torch.dtype | None = None, **fields) -> AttentionSpec:

@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from quire.plugins.attention.triton.tile import LN2, LOG2E
+
 __all__ = ["KEYS", "ROWS", "hopper_kernel"]
 
 ROWS = gl.constexpr(128)
 KEYS = gl.constexpr(128)
 STAGES = gl.constexpr(2)
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit(do_not_specialize=["num_decodes", "num_reqs", "table_row", "tiles"])

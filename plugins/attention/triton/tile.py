@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "attend_tile", "blocks_of", "finish_rows", "scaled"]
+__all__ = ["LN2", "LOG2E", "attend_tile", "blocks_of", "finish_rows", "scaled"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

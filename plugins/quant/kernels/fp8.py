@@ -58,8 +58,7 @@ def linear(
     float32 for all tokens, or None: each token gets its own, or one for each 128 inputs where weights have them by
     block. A few tokens are not quantized at all, and then a static scale is not used; ``weight_only``: none are.
     ``norm``, ``activation`` and ``residual`` as in ``LinearMethod.apply_fused``; None only where one of them is given
-    and not offered for so many tokens. On the CPU
-    weights are widened and activations stay as they are.
+    and not offered for so many tokens. On the CPU weights are widened and activations stay as they are.
     """
     return EightBit(_BY_TOKEN, _scaled_mm, _library_takes_blocks(weight.device)).linear(
         x, weight, weight_scale, bias, input_scale, weight_only=weight_only, norm=norm, activation=activation,
@@ -80,21 +79,22 @@ def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivati
 
 
 def _scaled_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The library's, with fast accumulation: its sums of 32 products keep 14 bits, less than an activation's 4 lose."""
-    if scale.dim() == 2:
-        out = _scaled_mm_by_block(x, weight, scale).to(x.dtype)
-        return out if bias is None else out.add_(bias)
-    x_scale = x.scale if x.scale.numel() > 1 else x.scale.reshape(1, 1).expand(x.values.shape[0], 1).contiguous()
-    out = torch._scaled_mm(
-        x.values, weight.t(), scale_a=x_scale, scale_b=scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    out = out.to(x.dtype)
+    """The library's."""
+    out = (_scaled_mm_by_block if scale.dim() == 2 else _scaled_mm_by_row)(x, weight, scale).to(x.dtype)
     return out if bias is None else out.add_(bias)
 
 
+def _scaled_mm_by_row(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
+    """With fast accumulation: its sums of 32 products keep 14 bits, less than an activation's 4 lose."""
+    x_scale = x.scale if x.scale.numel() > 1 else x.scale.reshape(1, 1).expand(x.values.shape[0], 1).contiguous()
+    return torch._scaled_mm(
+        x.values, weight.t(), scale_a=x_scale, scale_b=scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
 def _scaled_mm_by_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
-    """The library's, whose sums of 128 products are scaled and added in float32. It wants whole fours of tokens, and
-    of a row's blocks."""
+    """Sums of 128 products are scaled and added in float32. The library wants whole fours of tokens, and of a row's
+    blocks."""
     (tokens, inputs), more = x.values.shape, -scale.shape[1] % 4
     padded = tokens + -tokens % 4
     return scaled_mm(

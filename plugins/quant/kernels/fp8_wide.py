@@ -130,11 +130,9 @@ def wide8_kernel(
     y = (tl.trans(acc) if tokens_first else acc).to(tl.float32)
     if not blocks:
         y *= tl.load(scale_ptr + row)[:, None]
-    if groups:
-        pass
-    elif one_x_scale:
+    if one_x_scale:
         y *= tl.load(x_scale_ptr)
-    else:
+    elif not groups:
         y *= tl.load(x_scale_ptr + token, mask=token < num_tokens, other=0.0)[None, :]
     if has_bias:
         y += tl.load(bias_ptr + row).to(tl.float32)[:, None]

@@ -122,20 +122,9 @@ def _produce(
         if turn >= stages:
             mbarrier.wait(free.index(slot), (turn // stages & 1) ^ 1)
             _weights(
-                words_desc,
-                groups_desc,
-                x_desc,
-                ready,
-                words,
-                groups,
-                first,
-                turn,
-                tile,
-                tiles,
-                consumers,
-                stages,
+                words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, consumers, stages,
                 ratio,
-            )
+            )  # fmt: skip
         tma.async_copy_global_to_shared(x_desc, [token, (first + turn) * 128], ready.index(slot), x.index(slot))
 
 
