@@ -38,3 +38,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("aot"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def waiting_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launching a step raises where it would wait for the GPU: steps under way would end before the next begins."""
+    import torch
+
+    from quire.core.worker.worker import Worker
+
+    launch = Worker.execute
+
+    def strict(self: Worker, step: object) -> object:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(self, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Worker, "execute", strict)

@@ -64,7 +64,7 @@ def verify(
     end = (base[:, 0] + count).int()
     table.num_tokens[rows] = end
     num_computed[rows] = end - 1
-    num_drafts[rows] = 0
+    num_drafts.index_fill_(0, rows, 0)
     return torch.cat((count[:, None].int(), offered[:, None].int(), tokens.int()), 1)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
 from quire.core.messages import NewRequest
+from quire.core.ops.pinned import upload
 
 __all__ = ["CyclicGrammar"]
 
@@ -35,8 +36,8 @@ class CyclicGrammar(LogitsProcessor):
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
         """Mask each line by the token before it, which may be a draft."""
-        lines = torch.tensor([i for i, row in enumerate(batch.rows) if row in self._rows], device=logits.device)
-        rows = torch.tensor(batch.rows, device=logits.device)[lines]
+        lines = upload([i for i, row in enumerate(batch.rows) if row in self._rows], torch.int64, logits.device)
+        rows = upload(batch.rows, torch.int64, logits.device)[lines]
         before = batch.token_ids[rows, batch.num_tokens[lines].long() - 1]
         allowed = self._classes[None, :] == (before[:, None] + 1) % _CLASSES
         logits[lines] = logits[lines].masked_fill(~allowed, float("-inf"))

@@ -14,7 +14,8 @@ _log = logging.getLogger("quire.worker")
 
 
 def compile_ahead(rehearse: Callable[[], None]) -> None:
-    """Run ``rehearse`` with Triton kernels compiled instead of launched, many at a time; all are when this returns.
+    """Run ``rehearse`` with Triton kernels compiled and loaded instead of launched, many at a time; all are when this
+    returns. Triton 3.6 compiles a launcher for each, too, which takes half a second.
 
     ``rehearse`` sees outputs that were never written, so it must not index with them. If it fails, a warning says so
     and kernels are compiled as they come: slower, and still right.
@@ -24,8 +25,12 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
 
     class Ahead(triton.AsyncCompileMode):
         def submit(self, key: Any, compile_fn: Any, finalize_fn: Any) -> Any:
+            def make() -> Any:
+                made = compile_fn()
+                return made.run and made  # ``run`` is there once it is loaded
+
             known = key in self.future_kernels
-            kernel = super().submit(key, compile_fn, finalize_fn)
+            kernel = super().submit(key, make, finalize_fn)
             if not known:
                 finalize_fn(kernel)  # later launches find it at once, as they do by themselves from Triton 3.7 on
             return kernel

@@ -14,11 +14,11 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.spec import DeviceProposer, StepTokens
 from quire.core.messages import SchedulerOutput
+from quire.core.ops.pinned import upload
 from quire.core.sample.verify import place_drafts
 from quire.core.worker.graphs import query_lens, verified_sizes
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.memory import KVCache
-from quire.core.worker.pinned import upload
 from quire.core.worker.reading import Reading
 from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
@@ -96,7 +96,7 @@ class Drafting:
             who = upload(padded, torch.int64, self._table.device)
             self._guarded(lambda: self._propose(who, count, greedy))
         if self._reading is not None and len(lacking := self._reading.late(rows)):
-            self._table.num_drafts[upload(lacking, torch.int64, self._table.device)] = 0
+            self._table.num_drafts.index_fill_(0, upload(lacking, torch.int64, self._table.device), 0)
         return late
 
     def rehearse(self) -> None:

@@ -16,10 +16,10 @@ from quire.core.contracts.attention import AttentionBackend, AttentionBatch, Gra
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import SchedulerOutput
+from quire.core.ops.pinned import upload
 from quire.core.sample.verify import Spans, verify
 from quire.core.worker.input_builder import Lines, StepInputs
 from quire.core.worker.memory import KVCache
-from quire.core.worker.pinned import upload
 from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
 

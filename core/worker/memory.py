@@ -10,6 +10,7 @@ from quire.core.config import CacheConfig
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, KVLayout, LayerKV
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
+from quire.core.ops.pinned import upload
 
 __all__ = ["KVCache", "blocks_in", "check_fits", "device_bytes_taken", "group_layers"]
 
@@ -64,7 +65,7 @@ class KVCache:
         for g, raw in enumerate(self._raw):
             pairs = [(s, d) for group, s, d in copies if group == (g if follows is None else follows)]
             if pairs:
-                index = torch.tensor(pairs, device=self.device)
+                index = upload(pairs, torch.int64, self.device)
                 raw[index[:, 1]] = raw[index[:, 0]]
 
 

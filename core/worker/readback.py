@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
-from quire.core.worker.pinned import download
+from quire.core.ops.pinned import download
 from quire.core.worker.token_drawer import Drawn
 
 __all__ = ["Readback", "StepClock"]

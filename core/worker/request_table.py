@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.messages import BlockDiff, Continuation, NewRequest
+from quire.core.ops.pinned import upload
 from quire.core.sample.verify import place_drafts
-from quire.core.worker.pinned import upload
 
 __all__ = ["RequestTable"]
 
@@ -75,7 +75,7 @@ class RequestTable:
         ]
         rows, seeds, *counts = upload(whole, torch.int64, self.device)
         for table in self.block_tables:
-            table[rows] = 0  # what a draft reaches beyond its own blocks is the padding block
+            table.index_fill_(0, rows, 0)  # what a draft reaches beyond its own blocks is the padding block
         self.seed[rows] = seeds
         self._counts[:, rows] = torch.stack(counts).int()
         wishes = [

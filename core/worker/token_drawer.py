@@ -15,6 +15,7 @@ from torch import Tensor
 from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.ops.pinned import upload
 from quire.core.sample.logprobs import gather_logprobs
 from quire.core.sample.penalties import penalize
 from quire.core.sample.verify import verify
@@ -160,7 +161,7 @@ class TokenDrawer:
         if not len(asked):
             return None
         if len(asked) < len(wanted):
-            some = torch.from_numpy(asked).to(logits.device, non_blocking=True)
+            some = upload(asked, torch.int64, logits.device)
             logits, tokens = logits[some], tokens[some]
         columns = gather_logprobs(logits, tokens, int(wanted.max()))
         return DrawnLogprobs(lines.owner[asked], wanted[asked] + 1, columns)
@@ -196,7 +197,7 @@ class TokenDrawer:
             return
         t = self.table
         columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
-        penalize(logits, torch.from_numpy(lines).to(logits.device), rows, lens, longest, *columns)
+        penalize(logits, upload(lines, torch.int64, logits.device), rows, lens, longest, *columns)
 
     def _process(
         self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]

@@ -26,6 +26,7 @@ from quire.core.hf_config import read_hf_config
 from quire.core.layers.builder import LayerBuilder
 from quire.core.loader import load_model
 from quire.core.messages import SchedulerOutput
+from quire.core.ops.pinned import lock_ahead
 from quire.core.plugin_options import parse_options
 from quire.core.plugin_target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
@@ -33,7 +34,6 @@ from quire.core.worker.drafting import Drafting
 from quire.core.worker.graphs import most_lines, query_lens
 from quire.core.worker.memory import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
-from quire.core.worker.pinned import lock_ahead
 from quire.core.worker.readback import Readback
 from quire.core.worker.rehearsal import largest_step, rehearsal_steps
 from quire.core.worker.request_table import RequestTable

@@ -8,6 +8,7 @@ from torch import Tensor
 from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import NewRequest
+from quire.core.ops.pinned import upload
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["LogitBias"]
@@ -35,8 +36,8 @@ class LogitBias(LogitsProcessor):
         if not bias:
             return False
         self._rows[request.row] = (
-            torch.tensor(list(bias), device=self.device),
-            torch.tensor(list(bias.values()), dtype=torch.float32, device=self.device),
+            upload(list(bias), torch.int64, self.device),
+            upload(list(bias.values()), torch.float32, self.device),
         )
         return True
 

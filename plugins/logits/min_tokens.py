@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
 from quire.core.messages import NewRequest
+from quire.core.ops.pinned import upload
 
 __all__ = ["MinTokens"]
 
@@ -25,7 +26,7 @@ class MinTokens(LogitsProcessor):
             return False
         self._rows[request.row] = (
             request.prompt_len + request.params.min_tokens,
-            torch.tensor(stops, device=self.device),
+            upload(stops, torch.int64, self.device),
         )
         return True
 
@@ -40,7 +41,7 @@ class MinTokens(LogitsProcessor):
                 continue
             shortest, stops = self._rows[row]
             if position < shortest:  # an upper bound: certainly too short
-                logits[line, stops] = float("-inf")
+                logits[line].index_fill_(0, stops, float("-inf"))
             else:
                 early = batch.num_tokens[line] < shortest
                 logits[line, stops] = logits[line, stops].masked_fill(early, float("-inf"))

@@ -25,7 +25,7 @@ def prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.5)])
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_tokens_follow_the_reference(dtype: str, tolerance: float, eager: bool) -> None:
+def test_tokens_follow_the_reference(dtype: str, tolerance: float, eager: bool, waiting_forbidden: None) -> None:
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
     llm = LLM(
         model=str(MODEL),
@@ -54,3 +54,27 @@ def test_graphs_change_nothing() -> None:
         answers.append([llm.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompts(6)])
         llm.shutdown()
     assert answers[0] == answers[1]
+
+
+def test_whatever_is_asked_no_launch_waits_for_the_device(waiting_forbidden: None) -> None:
+    """What entering, sharing and leaving requests bring is queued behind the steps under way."""
+    llm = LLM(model=str(MODEL), gpu_memory_utilization=0.3, max_num_seqs=8, max_num_batched_tokens=256)
+    wishes = [
+        {},
+        {"temperature": 0},
+        {"temperature": 0.5, "top_k": 20, "min_p": 0.1, "seed": 5},
+        {"n": 3},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        {"min_tokens": 5, "stop_token_ids": [7], "logit_bias": {8: 3.0}},
+    ]
+    batch = [prompt for prompt in prompts(4) for _ in wishes]
+    asked = [SamplingParams(max_tokens=20, **wish) for _ in range(4) for wish in wishes]
+    for _ in range(2):  # the second time prompts are cached
+        for output, params in zip(llm.generate(batch, asked), asked, strict=True):
+            assert len(output.outputs) == params.n
+            assert all(choice.token_ids for choice in output.outputs)
+    stats = llm.stats()
+    assert stats["prefix_cache_hits_total"] > 0
+    assert stats["plugin_quarantines_total"] == stats["kernels_compiled_total"] == 0
+    llm.shutdown()

@@ -39,7 +39,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_follow_the_reference(way: str, head: str) -> None:
+def test_tokens_follow_the_reference(way: str, head: str, waiting_forbidden: None) -> None:
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
     sizes = {"gpu_memory_utilization": 0.3, "max_num_seqs": 24, "max_num_batched_tokens": 256}
     wishes = WAYS[way] | ({"speculative_model": head} if way.startswith("eagle3") else {})

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, operands_of, rows_of
 
 __all__ = ["gemv", "gemv_long"]
 
@@ -40,25 +40,10 @@ def gemv(
     At most ``tokens`` of them. A program takes ``rows`` rows of the weight at a time, ``turns`` times.
     """
     features, inputs = weight.shape
-    bias, residual, options = tail_of(x, bias, **tail)
+    tensors, options = operands_of(x, weight, bias, out, norm, **tail)
+    vectors = triton.next_power_of_2(triton.cdiv(inputs, 8))
     gemv_kernel[(triton.cdiv(features, rows * turns),)](
-        x,
-        weight,
-        bias,
-        x if norm is None else norm[0],
-        residual,
-        out,
-        x.shape[0],
-        0.0 if norm is None else norm[1],
-        features=features,
-        inputs=inputs,
-        vectors=triton.next_power_of_2(triton.cdiv(inputs, 8)),
-        tokens=tokens,
-        rows=rows,
-        turns=turns,
-        has_norm=norm is not None,
-        num_warps=num_warps,
-        **options,
+        *tensors, x.shape[0], vectors=vectors, tokens=tokens, rows=rows, turns=turns, num_warps=num_warps, **options
     )
 
 
@@ -75,23 +60,9 @@ def gemv_long(
     **tail: Unpack[Tail],
 ) -> None:
     """As ``gemv``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time."""
-    features, inputs = weight.shape
-    bias, residual, options = tail_of(x, bias, **tail)
-    gemv_long_kernel[(triton.cdiv(features, rows),)](
-        x,
-        weight,
-        bias,
-        x if norm is None else norm[0],
-        residual,
-        out,
-        0.0 if norm is None else norm[1],
-        features=features,
-        inputs=inputs,
-        rows=rows,
-        block=block,
-        has_norm=norm is not None,
-        num_warps=num_warps,
-        **options,
+    tensors, options = operands_of(x, weight, bias, out, norm, **tail)
+    gemv_long_kernel[(triton.cdiv(weight.shape[0], rows),)](
+        *tensors, rows=rows, block=block, num_warps=num_warps, **options
     )
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tail", "finish", "rows_of", "tail_of"]
+__all__ = ["Tail", "finish", "operands_of", "rows_of", "tail_of"]
 
 
 class Tail(TypedDict):
@@ -33,6 +33,17 @@ def tail_of(stand_in: Tensor, bias: Tensor | None, **tail: Unpack[Tail]) -> tupl
         "launch_pdl": chained,
     }
     return stand_in if bias is None else bias, stand_in if residual is None else residual, options
+
+
+def operands_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, norm: tuple[Tensor, float] | None, **tail: Unpack[Tail]
+) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    """A kernel's tensors in their order, for one that norms its input itself, and what it takes by name."""
+    bias, residual, options = tail_of(x, bias, **tail)
+    gain, eps = (x, 0.0) if norm is None else norm
+    features, inputs = weight.shape
+    shape = {"eps": eps, "has_norm": norm is not None, "features": features, "inputs": inputs}
+    return (x, weight, bias, gain, residual, out), shape | options
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, operands_of, rows_of
 
 __all__ = ["skinny"]
 
@@ -38,25 +38,15 @@ def skinny(
     At most ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight; it has ``ways`` warps, each
     with ``block`` inputs at a time.
     """
-    features, inputs = weight.shape
-    bias, residual, options = tail_of(x, bias, **tail)
-    skinny_kernel[(triton.cdiv(features, rows),)](
-        x,
-        weight,
-        bias,
-        x if norm is None else norm[0],
-        residual,
-        out,
+    tensors, options = operands_of(x, weight, bias, out, norm, **tail)
+    skinny_kernel[(triton.cdiv(weight.shape[0], rows),)](
+        *tensors,
         x.shape[0],
-        0.0 if norm is None else norm[1],
-        features=features,
-        inputs=inputs,
         tokens=tokens,
         rows=rows,
         block=block,
         ways=ways,
         stages=num_stages,
-        has_norm=norm is not None,
         num_warps=ways,
         **options,
     )
