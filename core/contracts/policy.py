@@ -168,7 +168,7 @@ def default_plan(view: StepView) -> Grants:
         decodes = rows[want[rows] == 1]
         rows = np.concatenate((decodes[decodes < num_running], rows[(want[rows] > 1) | (rows >= num_running)]))
     tokens = want[rows]
-    decodes, known, budget = np.count_nonzero(tokens == 1), np.add.reduce(tokens), view.budget
+    decodes, known, budget = np.count_nonzero(want[:num_running] == 1), np.add.reduce(tokens), view.budget
     if decodes and view.chunked:
         budget = min(budget, decodes + max(_PROMPTS, (known - decodes) // 2))
     if known > budget:

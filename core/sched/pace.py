@@ -106,7 +106,7 @@ class Pace:
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self.reads |= unknown
+                self.reads = unknown
                 return self._try(level)
             if count:
                 times.append((level, took))
