@@ -9,22 +9,30 @@ from numpy.typing import NDArray
 
 __all__ = ["Pace"]
 
-_SURE = 3
-"""Steps that must have been timed before a number of drafts is judged, and that a trial takes."""
+_SURE = 2
+"""Steps that must have been timed before a number of drafts is judged. A trial takes one more: its first step only
+drafts."""
 _LAG = 2
 """Steps after a trial until the last of it has landed."""
-_EVERY = 512
-"""Steps between two trials of what was not chosen, at first; twice as many after each in vain."""
+_SOON = 64
+"""Steps until the first trial of what was not chosen."""
+_EVERY = 2048
+"""And between two, at first; twice as many after each in vain."""
 _RARELY = 8192
 """And at most."""
 _KNOWN = 3.0
 """Drafts that must have been verified before their acceptance is known: a trial's, of one request."""
+_FEW = 8
+"""So many requests' prompts may be read to learn it."""
 _MARGIN = 1.02
 """By how much drafts must be faster."""
-_READING = 1.1
-"""The same where a proposer on the device reads prompts too: many requests at once gain little from drafts, and what
-reading costs is not in the time of their steps."""
+_READING = 1.05
+"""The same where a proposer on the device reads prompts too, which is not in the time of steps."""
+_BEGINNING = 0.15 / 64
+"""And more for each request, up to 64, to begin: what they have not read until then must be read first."""
 _PRIOR = 4.0
+_HOPE = 0.75
+"""Acceptance of a proposer that nobody knows yet."""
 _FORGET = 0.98
 _UNLIKELY = 0.02
 """Drafts that would all be accepted more rarely than this are not worth a request's blocks."""
@@ -45,13 +53,14 @@ class Pace:
         """Whether drafts pay, or what is accepted of them is yet to be learnt: a proposer had better read what is
         computed. What a number of drafts takes shows without reading."""
         self._adaptive = adaptive
-        self._margin = _READING if on_device else _MARGIN
+        self._on_device = on_device
         self._levels = sorted({0, 1, 2, most} - set(range(most + 1, 3)))
         self._right = np.zeros(num_rows + 1)  # by row, and of all
         self._tried = np.zeros(num_rows + 1)
         self._times: dict[tuple[int, int], tuple[float, int]] = {}  # (size, drafts) -> microseconds, how often timed
+        self._pays = False
         self._steps = self._turn = 0
-        self._gap = self._due = _EVERY
+        self._gap, self._due = _EVERY // 2, _SOON
         self._trial: tuple[int, int] = (0, 0)  # drafts, steps left
 
     def choose(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
@@ -75,17 +84,20 @@ class Pace:
         forgotten."""
         if not len(rows):
             return
-        tried = accepted + (accepted < drafted)
+        tried, unknown = accepted + (accepted < drafted), self._tried[-1] < _KNOWN
         self._right[rows] = self._right[rows] * _FORGET + accepted
         self._tried[rows] = self._tried[rows] * _FORGET + tried
         self._right[-1] = self._right[-1] * _FORGET + accepted.sum()
         self._tried[-1] = self._tried[-1] * _FORGET + tried.sum()
+        if unknown and self._tried[-1] >= _KNOWN:
+            self._due = self._steps + _EVERY
 
     def timed(self, num_reqs: int, drafts: int, took_us: float) -> None:
         """A step of nothing but decodes, with up to so many drafts for each, took so long."""
         key = _size(num_reqs), next((level for level in self._levels if level >= drafts), self._most)
         before, count = self._times.get(key, (took_us, 0))
-        lately = before + 0.2 * (min(took_us, 2 * before) - before)
+        weight = 0.2 if took_us < before else 0.05  # steps are held up rather than hurried
+        lately = before + weight * (min(took_us, 2 * before) - before)
         self._times[key] = (lately if count >= _SURE else min(before, took_us)), count + 1
 
     def _best(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
@@ -95,36 +107,46 @@ class Pace:
         if left and trial in levels:
             self._trial = trial, left - 1
             return trial if left > _LAG else 0
-        rate, unknown = np.clip(self._rates(rows), 0.0, 1 - 1e-9), bool(self._tried[-1] < _KNOWN)
+        rate, margin = np.clip(self._rates(rows), 0.0, 1 - 1e-9), self._margin(len(rows))
+        unknown = self._tried[-1] < _KNOWN and len(rows) <= _FEW
         speeds: list[float] = []
         worth: list[int] = []  # levels that may be best
         times: list[tuple[int, float]] = []
         for level in levels:
             took, count = self._times.get((size, level), (0.0, 0))
-            tokens = float(((1 - rate ** (np.minimum(available, level) + 1)) / (1 - rate)).sum())
-            hopeless = bool(level and tokens / _least(times, level) < speeds[0] * self._margin)
+            lines = np.minimum(available, level) + 1
+            tokens = float(((1 - rate**lines) / (1 - rate)).sum())
+            hope = float(lines.sum()) / took if count >= _SURE else tokens / (_least(times, level) if times else 1.0)
+            hopeless = bool(level and hope < speeds[0] * margin)
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self.reads = unknown
+                self.reads = bool(unknown)
                 return self._try(level)
             if count:
                 times.append((level, took))
-            speeds.append(tokens / took / (self._margin if level else 1.0) if count else 0.0)
+            speeds.append(tokens / took / (margin if level else 1.0) if count else 0.0)
         best = levels[int(np.argmax(speeds))]
-        self.reads = best > 0 or unknown
+        self._pays = best > 0
+        self.reads = self._pays or bool(unknown)
         if self._steps < self._due:
             return best
         self._gap = _EVERY if best else min(2 * self._gap, _RARELY)
         self._due, self._turn, self.reads = self._steps + self._gap, self._turn + 1, True
         return self._try(worth[self._turn % len(worth)])
 
+    def _margin(self, num_reqs: int) -> float:
+        """How much faster drafts must be."""
+        if not self._on_device:
+            return _MARGIN
+        return _READING + (0.0 if self._pays else _BEGINNING * min(num_reqs, 64))
+
     def _try(self, level: int) -> int:
         self._trial = level, _SURE + (_LAG if level else 0)
         return level
 
     def _rates(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        overall = (self._right[-1] + 1.0) / (self._tried[-1] + 2.0)
+        overall = (self._right[-1] + _PRIOR * _HOPE) / (self._tried[-1] + _PRIOR)
         rates: NDArray[np.float64] = (self._right[rows] + _PRIOR * overall) / (self._tried[rows] + _PRIOR)
         return rates
 

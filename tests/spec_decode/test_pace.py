@@ -120,11 +120,12 @@ def test_more_drafts_are_not_tried_where_fewer_show_that_they_cannot_pay() -> No
 
 def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
     pace = known(0.75)
-    chosen = np.array(trials(pace, 256, DEAR, 20_000))
+    chosen = np.array(trials(pace, 256, {0: 100.0, 1: 155.0, 2: 210.0, 4: 330.0}, 20_000))
     assert not pace.reads, "what was learnt of the proposer is kept"
     starts = np.flatnonzero((chosen[1:] > 0) & (chosen[:-1] == 0))
     assert 3 <= len(starts) <= 8 and (chosen > 0).mean() < 0.002
     assert np.diff(starts[1:]).min() > 900
+    assert set(trials(pace, 64, DEAR, 5_000)[10:]) == {0}, "even if all drafts were right"
 
 
 def test_prompts_of_one_request_at_a_time_are_not_read_for_a_proposer_that_is_always_wrong() -> None:
