@@ -116,11 +116,7 @@ class Pace:
             took, count = self._times.get((size, level), (0.0, 0))
             lines = np.minimum(available, level) + 1
             tokens = float(((1 - rate**lines) / (1 - rate)).sum())
-            hope = (
-                float(lines.sum()) / took
-                if count >= _SURE
-                else tokens / (_least(times, level, len(rows)) if times else 1.0)
-            )
+            hope = float(lines.sum()) / took if count >= _SURE else tokens / _least(times, level, len(rows))
             hopeless = bool(level and hope < speeds[0] * margin)
             if not hopeless:
                 worth.append(level)
@@ -164,7 +160,7 @@ def _least(times: list[tuple[int, float]], level: int, num_reqs: int) -> float:
     """What ``level`` drafts take at least, in microseconds, where fewer take ``times``. Each draft more takes about as
     long as the one before it, or longer; a first one of few requests takes what drafting at all does, too."""
     if len(times) < 2:
-        return times[0][1]
+        return times[0][1] if times else 1.0
     (before, less), (last, more) = times[-2:]
     slope = (more - less) / (last - before) * (0.8 if before else 0.65 + 0.35 * min(num_reqs, 64) / 64)
     return more + max(0.0, slope) * (level - last)
