@@ -15,12 +15,14 @@ _log = logging.getLogger("quire.worker")
 
 def compile_ahead(rehearse: Callable[[], None]) -> None:
     """Run ``rehearse`` with Triton kernels compiled and loaded instead of launched, many at a time; all are when this
-    returns. Triton 3.6 compiles a launcher for each, too, which takes half a second.
+    returns. Triton 3.6 compiles a launcher for each, too, which takes half a second. Of kernels that tune themselves
+    (``triton.autotune``) every variant is compiled, and none chosen.
 
     ``rehearse`` sees outputs that were never written, so it must not index with them. If it fails, a warning says so
     and kernels are compiled as they come: slower, and still right.
     """
     import triton
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     class Ahead(triton.AsyncCompileMode):
@@ -35,19 +37,26 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
                 finalize_fn(kernel)  # later launches find it at once, as they do by themselves from Triton 3.7 on
             return kernel
 
-    launch = JITFunction.run
+    launch, tune = JITFunction.run, Autotuner.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return launch(self, *args, grid=grid, warmup=True, **kwargs)
 
-    JITFunction.run = compile_only
+    def compile_all(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            if config.pre_hook is not None:
+                config.pre_hook({**self.nargs, **kwargs, **config.all_kwargs()})
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    JITFunction.run, Autotuner.run = compile_only, compile_all
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, Ahead(pool):
             rehearse()
     except Exception as error:
         _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)
     finally:
-        JITFunction.run = launch
+        JITFunction.run, Autotuner.run = launch, tune
 
 
 class CompileCounter:

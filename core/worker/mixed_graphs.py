@@ -113,11 +113,13 @@ class MixedGraphs:
             if shape.tokens in self._ends:
                 self._forward(shape)
 
-    def capture(self, recorder: Recorder) -> None:
-        """Record every shape, the largest first so that the others fit into its memory."""
+    def capture(self, recorder: Recorder, launch_first: bool = False) -> None:
+        """Record every shape, the largest first so that the others fit into its memory. ``launch_first``, for kernels
+        that tune themselves or make something when they are first launched."""
         for shape in sorted(self._shapes, key=lambda s: -len(s.positions)):
-            if self._hidden is None:
-                self._hidden = torch.empty_like(self._forward(shape))  # loads what most launch
+            if self._hidden is None or launch_first:
+                hidden = self._forward(shape)
+                self._hidden = torch.empty_like(hidden) if self._hidden is None else self._hidden
             shape.graph, _ = recorder.record(partial(self._write, shape))
 
     def _write(self, shape: _Shape) -> None:

@@ -91,11 +91,11 @@ class ModelRunner:
             self.mixed.rehearse()
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Record the steps that ``prepare_graphs`` prepared."""
+    def capture(self, launch_first: bool = False) -> None:
+        """Record the steps that ``prepare_graphs`` prepared; ``launch_first``: launch every one before."""
         recorder = Recorder()
         if self.mixed is not None:
-            self.mixed.capture(recorder)
+            self.mixed.capture(recorder, launch_first)
         if self.graphs is not None:
             self.graphs.capture(recorder)
         if self.drafting is not None:

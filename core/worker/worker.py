@@ -72,7 +72,8 @@ class Worker:
         self.capacity = self._make_cache(rows * longest)
         self._watch.lap("KV cache")
         if self._runner.graphs is not None:
-            graphs = device_bytes_taken(self._runner.capture)
+            foreign = any(not choice.target.startswith("quire.") for choice in config.plugins.values())
+            graphs = device_bytes_taken(partial(self._runner.capture, launch_first=foreign))
             self.capacity = replace(self.capacity, graph_bytes=graphs)
             self._watch.lap("graphs")
         if self._device.type == "cuda":
