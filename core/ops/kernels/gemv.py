@@ -40,11 +40,12 @@ def gemv(
     At most ``tokens`` of them. A program takes ``rows`` rows of the weight at a time, ``turns`` times.
     """
     features, inputs = weight.shape
-    tensors, options = operands_of(x, weight, bias, out, norm, **tail)
+    operands, options = operands_of(x, weight, bias, out, norm, **tail)
     vectors = triton.next_power_of_2(triton.cdiv(inputs, 8))
     gemv_kernel[(triton.cdiv(features, rows * turns),)](
-        *tensors, x.shape[0], vectors=vectors, tokens=tokens, rows=rows, turns=turns, num_warps=num_warps, **options
-    )
+        x, weight, *operands, x.shape[0],
+        vectors=vectors, tokens=tokens, rows=rows, turns=turns, num_warps=num_warps, **options,
+    )  # fmt: skip
 
 
 def gemv_long(
@@ -60,9 +61,9 @@ def gemv_long(
     **tail: Unpack[Tail],
 ) -> None:
     """As ``gemv``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time."""
-    tensors, options = operands_of(x, weight, bias, out, norm, **tail)
+    operands, options = operands_of(x, weight, bias, out, norm, **tail)
     gemv_long_kernel[(triton.cdiv(weight.shape[0], rows),)](
-        *tensors, rows=rows, block=block, num_warps=num_warps, **options
+        x, weight, *operands, rows=rows, block=block, num_warps=num_warps, **options
     )
 
 

@@ -38,12 +38,13 @@ def tail_of(stand_in: Tensor, bias: Tensor | None, **tail: Unpack[Tail]) -> tupl
 def operands_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, norm: tuple[Tensor, float] | None, **tail: Unpack[Tail]
 ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-    """A kernel's tensors in their order, for one that norms its input itself, and what it takes by name."""
+    """What a kernel that norms its input itself takes behind ``x`` and its weights: bias, norm, residual and ``out``,
+    or ``x`` for what there is not; and what it takes by name. ``weight`` (features, inputs)."""
     bias, residual, options = tail_of(x, bias, **tail)
     gain, eps = (x, 0.0) if norm is None else norm
     features, inputs = weight.shape
     shape = {"eps": eps, "has_norm": norm is not None, "features": features, "inputs": inputs}
-    return (x, weight, bias, gain, residual, out), shape | options
+    return (bias, gain, residual, out), shape | options
 
 
 @triton.jit

@@ -38,18 +38,11 @@ def skinny(
     At most ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight; it has ``ways`` warps, each
     with ``block`` inputs at a time.
     """
-    tensors, options = operands_of(x, weight, bias, out, norm, **tail)
+    operands, options = operands_of(x, weight, bias, out, norm, **tail)
     skinny_kernel[(triton.cdiv(weight.shape[0], rows),)](
-        *tensors,
-        x.shape[0],
-        tokens=tokens,
-        rows=rows,
-        block=block,
-        ways=ways,
-        stages=num_stages,
-        num_warps=ways,
-        **options,
-    )
+        x, weight, *operands, x.shape[0],
+        tokens=tokens, rows=rows, block=block, ways=ways, stages=num_stages, num_warps=ways, **options,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import Tail, finish, rows_of, tail_of
+from quire.core.ops.kernels.linear_tail import Tail, finish, operands_of, rows_of
 
 __all__ = ["gemv8", "gemv8_long"]
 
@@ -40,25 +40,18 @@ def gemv8(
     ``turns`` times. ``inputs`` is a multiple of 16.
     """
     features, inputs = weight.shape
-    bias, residual, options = tail_of(x, bias, **tail)
+    operands, options = operands_of(x, weight, bias, out, norm, **tail)
     gemv8_kernel[(triton.cdiv(features, rows * turns),)](
         x,
         weight.view(torch.int32),
         scale,
-        bias,
-        x if norm is None else norm[0],
-        residual,
-        out,
+        *operands,
         x.shape[0],
-        0.0 if norm is None else norm[1],
-        features=features,
-        inputs=inputs,
         vectors=triton.next_power_of_2(inputs // 16),
         tokens=tokens,
         rows=rows,
         turns=turns,
         whole=weight.dtype == torch.int8,
-        has_norm=norm is not None,
         num_warps=num_warps,
         **options,
     )
@@ -81,23 +74,15 @@ def gemv8_long(
 
     ``scale`` is (features,), or (features / 128, inputs / 128), both rounded up.
     """
-    features, inputs = weight.shape
-    bias, residual, options = tail_of(x, bias, **tail)
-    gemv8_long_kernel[(triton.cdiv(features, rows),)](
+    operands, options = operands_of(x, weight, bias, out, norm, **tail)
+    gemv8_long_kernel[(triton.cdiv(weight.shape[0], rows),)](
         x,
         weight,
         scale,
-        bias,
-        x if norm is None else norm[0],
-        residual,
-        out,
-        0.0 if norm is None else norm[1],
-        features=features,
-        inputs=inputs,
+        *operands,
         rows=rows,
         block=block,
         blocks=scale.shape[1] if scale.dim() == 2 else 0,
-        has_norm=norm is not None,
         num_warps=num_warps,
         **options,
     )
