@@ -11,7 +11,7 @@ import zmq.asyncio
 
 from quire.core import errors
 from quire.core.config import EngineConfig
-from quire.core.engine.ipc import Abort, Add, Failed, FromCore, Outputs, Ready, Shutdown, Start, Wire, socket
+from quire.core.engine.ipc import Abort, Add, Failed, FromCore, Outputs, Ready, Shutdown, Start, Wire, address, socket
 from quire.core.engine.process import EngineProcess
 from quire.core.errors import EngineDeadError
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
@@ -29,9 +29,9 @@ class ProcessClient:
         self._wire = Wire()
         self._context = zmq.asyncio.Context()
         self._inward = socket(zmq.Context(self._context), zmq.PUSH)
-        self._inward.connect(f"ipc://{process.folder}/in")  # a connecting end queues before its peer is there
+        self._inward.connect(address(process.folder, "in"))  # a connecting end queues before its peer is there
         self._outward = socket(self._context, zmq.PULL)
-        self._outward.bind(f"ipc://{process.folder}/out")
+        self._outward.bind(address(process.folder, "out"))
 
     def build(self, config: EngineConfig, log_level: str = "INFO") -> None:
         """Let the engine be built; ``ready`` tells how that went."""

@@ -12,7 +12,7 @@ import torch
 import zmq
 
 from quire.core.engine.engine_core import EngineCore
-from quire.core.engine.ipc import Abort, Add, Failed, Outputs, Ready, Shutdown, ToCore, Wire, socket
+from quire.core.engine.ipc import Abort, Add, Failed, Outputs, Ready, Shutdown, ToCore, Wire, address, socket
 from quire.core.errors import QuireError
 from quire.core.log import setup_logging
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the front makes the configuration
@@ -29,10 +29,10 @@ class CoreProcess:
     def __init__(self, folder: str, device: str, parent: int) -> None:
         self._context = zmq.Context()
         self._inward = socket(self._context, zmq.PULL)
-        self._inward.bind(f"ipc://{folder}/in")
+        self._inward.bind(address(folder, "in"))
         self._outward = socket(self._context, zmq.PUSH)
         self._outward.setsockopt(zmq.LINGER, 2000)
-        self._outward.connect(f"ipc://{folder}/out")
+        self._outward.connect(address(folder, "out"))
         self._wire = Wire()
         self._parent = parent
         _warm_up(device)

@@ -92,6 +92,11 @@ class Wire:
         return self._from_core.decode(data)
 
 
+def address(folder: str, name: str) -> str:
+    """Of a socket: ``in``, from the front to the core, or ``out``."""
+    return f"ipc://{folder}/{name}"
+
+
 def socket(context: Any, kind: int) -> Any:
     """A socket that never blocks a process's end."""
     made = context.socket(kind)
