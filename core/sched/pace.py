@@ -28,8 +28,10 @@ _MARGIN = 1.02
 """By how much drafts must be faster."""
 _READING = 1.05
 """The same where a proposer on the device reads prompts too, which is not in the time of steps."""
-_BEGINNING = 0.15 / 64
-"""And more for each request, up to 64, to begin: what they have not read until then must be read first."""
+_BEGINNING = 0.15
+"""And more to begin, the more requests: what has not been read until then must be read first."""
+_MANY = 64
+"""Requests from which on there are many."""
 _PRIOR = 4.0
 _HOPE = 0.75
 """Acceptance of a proposer that nobody knows yet."""
@@ -60,7 +62,7 @@ class Pace:
         self._times: dict[tuple[int, int], tuple[float, int]] = {}  # (size, drafts) -> microseconds, how often timed
         self._pays = False
         self._steps = self._turn = 0
-        self._gap, self._due = _EVERY // 2, _SOON
+        self._gap, self._due = _EVERY // 2, _SOON  # the gap is doubled before it counts
         self._trial: tuple[int, int] = (0, 0)  # drafts, steps left
 
     def choose(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
@@ -108,7 +110,7 @@ class Pace:
             self._trial = trial, left - 1
             return trial if left > _LAG else 0
         rate, margin = np.clip(self._rates(rows), 0.0, 1 - 1e-9), self._margin(len(rows))
-        unknown = self._tried[-1] < _KNOWN and len(rows) <= _FEW
+        unknown = bool(self._tried[-1] < _KNOWN) and len(rows) <= _FEW
         speeds: list[float] = []
         worth: list[int] = []  # levels that may be best
         times: list[tuple[int, float]] = []
@@ -116,19 +118,19 @@ class Pace:
             took, count = self._times.get((size, level), (0.0, 0))
             lines = np.minimum(available, level) + 1
             tokens = float(((1 - rate**lines) / (1 - rate)).sum())
-            hope = float(lines.sum()) / took if count >= _SURE else tokens / _least(times, level, len(rows))
+            hope = lines.sum() / took if count >= _SURE else level and tokens / _least(times, level, len(rows))
             hopeless = bool(level and hope < speeds[0] * margin)
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self.reads = bool(unknown)
+                self.reads = unknown
                 return self._try(level)
             if count:
                 times.append((level, took))
             speeds.append(tokens / took / (margin if level else 1.0) if count else 0.0)
         best = levels[int(np.argmax(speeds))]
         self._pays = best > 0
-        self.reads = self._pays or bool(unknown)
+        self.reads = self._pays or unknown
         if self._steps < self._due:
             return best
         self._gap = _EVERY if best else min(2 * self._gap, _RARELY)
@@ -139,7 +141,7 @@ class Pace:
         """How much faster drafts must be."""
         if not self._on_device:
             return _MARGIN
-        return _READING + (0.0 if self._pays else _BEGINNING * min(num_reqs, 64))
+        return _READING + (0.0 if self._pays else _BEGINNING * min(num_reqs, _MANY) / _MANY)
 
     def _try(self, level: int) -> int:
         self._trial = level, _SURE + (_LAG if level else 0)
@@ -160,7 +162,7 @@ def _least(times: list[tuple[int, float]], level: int, num_reqs: int) -> float:
     """What ``level`` drafts take at least, in microseconds, where fewer take ``times``. Each draft more takes about as
     long as the one before it, or longer; a first one of few requests takes what drafting at all does, too."""
     if len(times) < 2:
-        return times[0][1] if times else 1.0
+        return times[0][1]
     (before, less), (last, more) = times[-2:]
-    slope = (more - less) / (last - before) * (0.8 if before else 0.65 + 0.35 * min(num_reqs, 64) / 64)
+    slope = (more - less) / (last - before) * (0.8 if before else 0.65 + 0.35 * min(num_reqs, _MANY) / _MANY)
     return more + max(0.0, slope) * (level - last)
