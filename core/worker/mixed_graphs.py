@@ -119,7 +119,8 @@ class MixedGraphs:
         for shape in sorted(self._shapes, key=lambda s: -len(s.positions)):
             if self._hidden is None or launch_first:
                 hidden = self._forward(shape)
-                self._hidden = torch.empty_like(hidden) if self._hidden is None else self._hidden
+                if self._hidden is None:
+                    self._hidden = torch.empty_like(hidden)
             shape.graph, _ = recorder.record(partial(self._write, shape))
 
     def _write(self, shape: _Shape) -> None:
