@@ -16,11 +16,11 @@ import torch
 
 from quire.core.contracts.attention import AttentionBatch, AttentionLimits
 from quire.core.contracts.model import Model
-from quire.core.contracts.spec import DraftSource, StepTokens, Target
-from quire.core.hf_config import read_hf_config
+from quire.core.contracts.spec_decode import DraftSource, StepTokens, Target
 from quire.core.layers.builder import LayerBuilder
+from quire.core.loading.hf_config import read_hf_config
 from quire.core.sample.sampler import GumbelSampler
-from quire.core.worker.memory import KVCache
+from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.quant.none import Unquantized

@@ -29,13 +29,13 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops.kernels.activation import silu_and_mul
-from quire.core.ops.kernels.norm import rms_norm
+from quire.core.ops.kernels.activation_kernel import silu_and_mul
+from quire.core.ops.kernels.norm_kernel import rms_norm
 from quire.plugins.quant.kernels import fp8, int8
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
+from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
 from quire.plugins.quant.kernels.fp8_quantize import quantize_activation
-from quire.plugins.quant.kernels.fp8_skinny import skinny8
-from quire.plugins.quant.kernels.fp8_wide import wide8
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MORE = (512, 2048)

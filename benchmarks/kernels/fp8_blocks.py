@@ -20,9 +20,9 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.plugins.quant.kernels import fp8
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
 from quire.plugins.quant.kernels.fp8_layer import dequantize, plan_for
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, launch
-from quire.plugins.quant.kernels.fp8_wide import wide8
 
 GROUP = ActivationFormat("fp8_group")
 TOKENS = (32, 64, 128, 256, 512, 2048, 8192)

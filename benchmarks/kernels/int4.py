@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent))
 from linear import Layer, layers, measure
 
-from quire.core.ops.kernels.norm import rms_norm
+from quire.core.ops.kernels.norm_kernel import rms_norm
 from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, reference
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
 

@@ -28,11 +28,11 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from quire.core.ops.kernels.activation import silu_and_mul
+from quire.core.ops.kernels.activation_kernel import silu_and_mul
+from quire.core.ops.kernels.gemm_medium_m import wide
+from quire.core.ops.kernels.gemm_small_m import skinny
 from quire.core.ops.kernels.gemv import gemv, gemv_long
-from quire.core.ops.kernels.norm import rms_norm
-from quire.core.ops.kernels.skinny import skinny
-from quire.core.ops.kernels.wide import wide
+from quire.core.ops.kernels.norm_kernel import rms_norm
 
 MODELS = Path(__file__).parents[1] / "models"
 KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny, "wide": wide}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingBatch, SamplingTable
 from quire.core.sample.filters import apply_filters
-from quire.core.sample.kernels.penalties import penalize
+from quire.core.sample.kernels.penalties_kernel import penalize
 from quire.core.sample.noise import gumbel
 from quire.core.sample.penalties import apply_penalties
 from quire.core.sample.sampler import GumbelSampler

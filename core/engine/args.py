@@ -11,7 +11,7 @@ __all__ = ["EngineArgs"]
 
 @dataclass(kw_only=True)
 class EngineArgs:
-    """Every setting of an engine, unresolved. ``quire.core.engine.configure.create_config`` resolves them.
+    """Every setting of an engine, unresolved. ``quire.core.engine.config_builder.create_config`` resolves them.
 
     Field names are the command line's flags with underscores; ``LLM(**kwargs)`` and ``AsyncLLM`` take the same names.
     """

@@ -12,7 +12,7 @@ from typing import Any
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import ProcessClient
-from quire.core.engine.configure import configure
+from quire.core.engine.config_builder import configure
 from quire.core.engine.exporters import Exporters
 from quire.core.engine.input_processor import InputProcessor, Prompt
 from quire.core.engine.output_processor import OutputProcessor, StreamMode
@@ -21,8 +21,8 @@ from quire.core.engine.ready_line import ready_line
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
-from quire.core.plugin_options import parse_options
-from quire.core.plugin_target import load_target
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import TRACED_STEPS, StepStats
 

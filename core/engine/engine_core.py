@@ -13,7 +13,7 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, Pending
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
-from quire.core.contracts.spec import HostProposer
+from quire.core.contracts.spec_decode import HostProposer
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -22,8 +22,8 @@ from quire.core.messages import (
     ModelRunnerOutput,
     SchedulerOutput,
 )
-from quire.core.plugin_options import parse_options
-from quire.core.plugin_target import load_target
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import StepStats
 
@@ -174,7 +174,7 @@ class EngineCore:
         if spec is None:
             return None
         choice = self.config.plugin("spec_decode")
-        cls = load_target(choice.target, "quire.core.contracts.spec:SpeculativeProposer")
+        cls = load_target(choice.target, "quire.core.contracts.spec_decode:SpeculativeProposer")
         return cls(spec.num_tokens, parse_options(cls, choice.options)) if issubclass(cls, HostProposer) else None
 
     def _policy(self, kind: str) -> BatchingPolicy:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import msgspec
 
 from quire.core.config import EngineConfig
-from quire.core.contracts.logits import LogitsProcessor
+from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineCoreRequest
-from quire.core.plugin_target import load_target
+from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["InputProcessor", "Prompt"]

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.configure import configure
+from quire.core.engine.config_builder import configure
 from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.exporters import Exporters
 from quire.core.engine.input_processor import InputProcessor, Prompt
@@ -44,7 +44,7 @@ class LLM:
         self._outputs = OutputProcessor(self.tokenizer, Exporters())
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
-        """The last steps of the engine; ``quire.server.trace.chrome_trace`` makes a picture of them."""
+        """The last steps of the engine; ``quire.server.http.trace.chrome_trace`` makes a picture of them."""
 
     @property
     def ready_line(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from quire.core.config import PluginChoice, SpeculationConfig
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
-from quire.core.plugin_manager import PluginManager
+from quire.core.plugin.manager import PluginManager
 
 __all__ = ["MOST_DRAFTS", "configure_speculation", "with_speculative_config"]
 
@@ -85,8 +85,8 @@ def configure_speculation(
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= most:
         raise ConfigError(f"num_speculative_tokens must be between 1 and {most}, got {count!r}")
 
-    from quire.core.hf_config import architecture, context_length, read_hf_config
-    from quire.core.hub import resolve_model
+    from quire.core.loading.hf_config import architecture, context_length, read_hf_config
+    from quire.core.loading.hub import resolve_model
 
     path = None if model is None else resolve_model(model, download_dir=args.download_dir, head=True)
     draft_config = None if path is None else read_hf_config(path)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.quant import LayerInfo, QuantizationLoader
-from quire.core.distributed import Parallel
 from quire.core.errors import ConfigError
 from quire.core.layers.attention import AttentionShape
 from quire.core.layers.embedding import LMHead, VocabEmbedding, shard_rows
 from quire.core.layers.linear import Linear
 from quire.core.layers.norm import RMSNorm
+from quire.core.layers.parallel import Parallel
 from quire.core.layers.rotary import rope_table
 
 __all__ = ["LayerBuilder"]

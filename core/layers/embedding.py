@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.distributed import Parallel
 from quire.core.layers.checkpoint import CheckpointLayer, Fill, expect_shape
 from quire.core.layers.linear import Linear
+from quire.core.layers.parallel import Parallel
 from quire.core.ops.linear import SmallBatch, small_linear
 
 __all__ = ["LMHead", "VocabEmbedding", "shard_rows"]

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from quire.core import ops
 from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
-from quire.core.distributed import Parallel
 from quire.core.layers.checkpoint import CheckpointLayer, Fill
 from quire.core.layers.norm import RMSNorm
+from quire.core.layers.parallel import Parallel
 from quire.core.ops.norm import rms_norm_as
 
 __all__ = ["Linear"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import CheckpointError
-from quire.core.hf_config import context_length
+from quire.core.loading.hf_config import context_length
 
 __all__ = ["rope_table", "supported_rope_types"]
 

@@ -15,7 +15,7 @@ def gated_activation(name: str, gate_up: Tensor, wanted: ActivationFormat) -> Te
     """The gated activation called ``name``, as a kernel of its own, in the format ``wanted``."""
     assert name == "silu"
     if gate_up.is_cuda:
-        from quire.core.ops.kernels import activation
+        from quire.core.ops.kernels import activation_kernel as activation
 
         return activation.silu_and_mul(gate_up, wanted)
     gate, up = gate_up.chunk(2, dim=-1)

@@ -38,6 +38,6 @@ def small_linear(
     kernel before still runs, where ``device`` can."""
     if device.type != "cuda":
         return None
-    from quire.core.ops.kernels.linear import SmallLinear
+    from quire.core.ops.kernels.linear_kernel import SmallLinear
 
     return SmallLinear(device, features, inputs, dtype, chained)

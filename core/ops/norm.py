@@ -26,7 +26,7 @@ def rms_norm_as(
 ) -> tuple[Tensor | QuantActivation, Tensor]:
     """``rms_norm`` with ``y`` in the format ``wanted``: rounded to the model's dtype, then quantized."""
     if x.is_cuda and x.dim() == 2:
-        from quire.core.ops.kernels import norm
+        from quire.core.ops.kernels import norm_kernel as norm
 
         return norm.rms_norm(x, weight, eps, residual, wanted)
     summed = x if residual is None else x + residual

@@ -32,7 +32,7 @@ def rope_and_cache(
     the backend will.
     """
     if q.is_cuda:
-        from quire.core.ops.kernels import rope
+        from quire.core.ops.kernels import rope_kernel as rope
 
         return rope.rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps)
     if q_norm is not None and k_norm is not None:

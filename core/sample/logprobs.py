@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.sample.kernels.logprobs import normalize
+from quire.core.sample.kernels.logprobs_kernel import normalize
 
 __all__ = ["gather_logprobs"]
 

@@ -26,7 +26,7 @@ def penalize(
     request table's columns: ``token_ids`` (rows, length) and ``prompt_len`` (rows,) int32, penalties (rows,) float32.
     """
     if logits.is_cuda:
-        from quire.core.sample.kernels import penalties
+        from quire.core.sample.kernels import penalties_kernel as penalties
 
         columns = (token_ids, prompt_len, repetition, frequency, presence)
         penalties.penalize(logits, lines, rows, num_tokens, longest, *columns)

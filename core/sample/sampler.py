@@ -35,8 +35,8 @@ class GumbelSampler(Sampler):
 
     def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:
         """One launch where all are greedy, three otherwise."""
-        from quire.core.sample.kernels.argmax import argmax
-        from quire.core.sample.kernels.draw import Columns, draw
+        from quire.core.sample.kernels.argmax_kernel import argmax
+        from quire.core.sample.kernels.launch_sample import Columns, draw
 
         work = self._workspace(logits)
         if greedy:
@@ -59,8 +59,8 @@ class GumbelSampler(Sampler):
         return torch.where(random[:, None], logits + noise, logits).argmax(-1).int()
 
     def _sample_by_kernels(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        from quire.core.sample.kernels.argmax import argmax
-        from quire.core.sample.kernels.draw import Columns, draw
+        from quire.core.sample.kernels.argmax_kernel import argmax
+        from quire.core.sample.kernels.launch_sample import Columns, draw
 
         tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         b = batch

@@ -43,7 +43,7 @@ def verify(
     ``forced_acceptance`` chance decides, and an accepted draft stands as it is.
     """
     if drawn.is_cuda:
-        from quire.core.sample.kernels import verify as kernels
+        from quire.core.sample.kernels import verify_kernel as kernels
 
         return kernels.verify(drawn, spans, table, num_computed, num_drafts, forced_acceptance)
     rows, width = spans.rows, spans.width
@@ -75,7 +75,7 @@ def place_drafts(
     ``lengths`` (n,) int32 may end it before, and none goes beyond the table. The last row, which is padding, gets
     none."""
     if tokens.is_cuda:
-        from quire.core.sample.kernels import verify as kernels
+        from quire.core.sample.kernels import verify_kernel as kernels
 
         kernels.place_drafts(tokens, lengths, rows, table, num_drafts, vocab_size)
         return

@@ -11,7 +11,7 @@ import numpy as np
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
-from quire.core.contracts.spec import HostProposer
+from quire.core.contracts.spec_decode import HostProposer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -22,17 +22,17 @@ from quire.core.messages import (
     SchedulerOutput,
 )
 from quire.core.request import Request, RequestStatus
-from quire.core.sched.budget import Budget
-from quire.core.sched.draft import Draft
-from quire.core.sched.families import Families
-from quire.core.sched.guard import PolicyGuard
-from quire.core.sched.landing import Flight, Landing
+from quire.core.sched.batch_builder import Realiser
+from quire.core.sched.draft_length import Pace
+from quire.core.sched.fork_group import Families
 from quire.core.sched.limits import RequestLimits
-from quire.core.sched.pace import Pace
-from quire.core.sched.queues import FRONT, WaitingQueue
-from quire.core.sched.realiser import Realiser
+from quire.core.sched.output_updater import Flight, Landing
+from quire.core.sched.policy_guard import PolicyGuard
+from quire.core.sched.running_batch import RunningTable
+from quire.core.sched.scheduled_batch import Draft
 from quire.core.sched.speculation import Speculation
-from quire.core.sched.table import RunningTable
+from quire.core.sched.token_budget import Budget
+from quire.core.sched.waiting_queue import FRONT, WaitingQueue
 
 __all__ = ["Scheduler"]
 

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.config import SpeculationConfig
-from quire.core.contracts.spec import HostProposer
+from quire.core.contracts.spec_decode import HostProposer
 from quire.core.messages import Continuation, SchedulerOutput
 from quire.core.request import Request
-from quire.core.sched.table import RunningTable
+from quire.core.sched.running_batch import RunningTable
 
 if TYPE_CHECKING:
-    from quire.core.sched.pace import Pace
+    from quire.core.sched.draft_length import Pace
 
 __all__ = ["Speculation"]
 

@@ -8,9 +8,9 @@ import inspect
 import unittest
 
 from quire.core.errors import PluginError
-from quire.core.plugin_options import options_of, parse_options
-from quire.core.plugin_target import load_target
-from quire.core.registry import KINDS
+from quire.core.plugin.options import options_of, parse_options
+from quire.core.plugin.registry import KINDS
+from quire.core.plugin.target import load_target
 from quire.core.testing.conformance import kind_of
 
 __all__ = [

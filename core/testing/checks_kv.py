@@ -9,8 +9,8 @@ from typing import Any
 from quire.core.config import SchedulerConfig
 from quire.core.contracts.kv import KVAllocator, KVGroup
 from quire.core.messages import EngineCoreRequest
-from quire.core.plugin_manager import PluginManager
-from quire.core.plugin_options import parse_options
+from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.options import parse_options
 from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
 from quire.core.testing.simulated_engine import SimulatedEngine

@@ -7,9 +7,9 @@ import unittest
 import torch
 from torch import Tensor
 
-from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.messages import NewRequest
-from quire.core.plugin_options import parse_options
+from quire.core.plugin.options import parse_options
 from quire.core.sampling_params import SamplingParams
 
 __all__ = [

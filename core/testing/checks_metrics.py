@@ -6,7 +6,7 @@ import time
 import unittest
 
 from quire.core.contracts.metrics import MetricsExporter
-from quire.core.plugin_options import parse_options
+from quire.core.plugin.options import parse_options
 from quire.core.stats import ENGINE_STATS, RequestStats
 
 __all__ = [

@@ -11,9 +11,9 @@ import numpy as np
 from quire.core.config import SchedulerConfig
 from quire.core.contracts.kv import KVAllocator, KVGroup
 from quire.core.contracts.policy import BatchingPolicy, Columns, Reject, RequestInfo, StepView, Usage
-from quire.core.plugin_manager import PluginManager
-from quire.core.plugin_options import parse_options
-from quire.core.sched.guard import checked
+from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.options import parse_options
+from quire.core.sched.policy_guard import checked
 from quire.core.testing.simulated_engine import SimulatedEngine
 
 __all__ = [

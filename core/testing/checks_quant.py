@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantizationLoader
 from quire.core.errors import CheckpointError
-from quire.core.plugin_options import parse_options
+from quire.core.plugin.options import parse_options
 
 __all__ = [
     "check_a_wrong_shape_is_refused_by_name",

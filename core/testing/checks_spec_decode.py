@@ -6,9 +6,9 @@ import unittest
 
 import torch
 
-from quire.core.contracts.spec import DeviceProposer, DraftTokens, HostProposer, SpeculativeProposer
+from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens, HostProposer, SpeculativeProposer
 from quire.core.messages import EngineCoreRequest
-from quire.core.plugin_options import parse_options
+from quire.core.plugin.options import parse_options
 from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
 

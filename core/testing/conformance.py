@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quire.core.discovery import describe
 from quire.core.errors import PluginError
-from quire.core.plugin_target import load_target
-from quire.core.registry import KINDS, Kind
+from quire.core.plugin.discovery import describe
+from quire.core.plugin.registry import KINDS, Kind
+from quire.core.plugin.target import load_target
 
 __all__ = ["CheckResult", "checks_for", "kind_of", "parametrize_with_checks", "run_checks"]
 

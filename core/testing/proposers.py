@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.contracts.spec import DeviceProposer, DraftTokens, HostProposer, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens, HostProposer, Target
 from quire.core.request import Request
 
 __all__ = ["Adversary", "Failing", "HostAdversary", "Oracle", "Repeater"]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
-from quire.core.contracts.spec import HostProposer
+from quire.core.contracts.spec_decode import HostProposer
 from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
-from quire.core.testing.marking_worker import MarkingWorker, expected_tokens
+from quire.core.testing.fake_kv_worker import MarkingWorker, expected_tokens
 
 __all__ = ["SimulatedEngine"]
 

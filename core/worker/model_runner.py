@@ -13,15 +13,15 @@ from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput
 from quire.core.sample.logprobs import gather_logprobs
-from quire.core.worker.drafting import Drafting
-from quire.core.worker.graphs import DecodeGraphs
+from quire.core.worker.cuda_graphs.capture import Recorder
+from quire.core.worker.cuda_graphs.decode import DecodeGraphs
+from quire.core.worker.cuda_graphs.prefill import MixedGraphs
+from quire.core.worker.draft_runner import Drafting
 from quire.core.worker.input_builder import Lines, StepInputs, build_inputs
-from quire.core.worker.memory import KVCache
-from quire.core.worker.mixed_graphs import MixedGraphs
+from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.readback import Readback, StepClock
-from quire.core.worker.recorder import Recorder
 from quire.core.worker.request_table import RequestTable
-from quire.core.worker.token_drawer import Drawn, TokenDrawer
+from quire.core.worker.sampling import Drawn, TokenDrawer
 
 __all__ = ["ModelRunner"]
 

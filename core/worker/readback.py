@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
 from quire.core.ops.pinned import download
-from quire.core.worker.token_drawer import Drawn
+from quire.core.worker.sampling import Drawn
 
 __all__ = ["Readback", "StepClock"]
 

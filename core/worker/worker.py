@@ -15,30 +15,30 @@ import torch
 from quire.core.config import EngineConfig, PluginChoice
 from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
 from quire.core.contracts.executor import KVCapacity
-from quire.core.contracts.logits import LogitsProcessor
+from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.contracts.sampler import Sampler
-from quire.core.contracts.spec import DeviceProposer, DraftSource, SpeculativeProposer, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, Target
 from quire.core.env import num_threads
 from quire.core.errors import ConfigError
-from quire.core.hf_config import read_hf_config
 from quire.core.layers.builder import LayerBuilder
-from quire.core.loader import load_model
+from quire.core.loading.hf_config import read_hf_config
+from quire.core.loading.loader import load_model
 from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import lock_ahead
-from quire.core.plugin_options import parse_options
-from quire.core.plugin_target import load_target
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target
 from quire.core.worker.compilation import CompileCounter, compile_ahead
-from quire.core.worker.drafting import Drafting
-from quire.core.worker.graphs import most_lines, query_lens
-from quire.core.worker.memory import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
+from quire.core.worker.cuda_graphs.decode import most_lines, query_lens
+from quire.core.worker.draft_runner import Drafting
+from quire.core.worker.kv_cache import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.readback import Readback
-from quire.core.worker.rehearsal import largest_step, rehearsal_steps
 from quire.core.worker.request_table import RequestTable
+from quire.core.worker.sampling import TokenDrawer
 from quire.core.worker.stopwatch import Stopwatch
-from quire.core.worker.token_drawer import TokenDrawer
+from quire.core.worker.warmup import largest_step, rehearsal_steps
 
 __all__ = ["Worker"]
 

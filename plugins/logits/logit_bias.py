@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.contracts.logits import LogitsBatch, LogitsProcessor
+from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import NewRequest
 from quire.core.ops.pinned import upload

@@ -15,7 +15,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec
 from quire.core.contracts.model import Model
 from quire.core.contracts.sampler import SamplingBatch
-from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
 from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs, planned, planned_pass
 
 __all__ = ["DraftModel"]

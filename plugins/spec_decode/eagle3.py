@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionSpec
 from quire.core.contracts.model import Model, Taps
 from quire.core.contracts.sampler import SamplingBatch
-from quire.core.contracts.spec import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig

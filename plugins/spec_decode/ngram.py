@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.core.contracts.spec import HostProposer
+from quire.core.contracts.spec_decode import HostProposer
 from quire.core.request import Request
 
 __all__ = ["NgramProposer"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.contracts.spec import StepTokens
+from quire.core.contracts.spec_decode import StepTokens
 
 __all__ = ["observed"]
 

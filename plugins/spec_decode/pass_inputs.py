@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext
-from quire.core.contracts.spec import Target
+from quire.core.contracts.spec_decode import Target
 
 __all__ = ["PassInputs", "context_of", "pass_inputs", "planned", "planned_pass"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.errors import ConfigError
-from quire.core.hf_config import read_hf_config
+from quire.core.loading.hf_config import read_hf_config
 
 __all__ = [
     "CEILINGS",

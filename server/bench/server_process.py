@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError
-from quire.server.flags import ENGINE_FLAGS, option_flags
+from quire.server.cli.flags import ENGINE_FLAGS, option_flags
 
 __all__ = ["ServerProcess", "gpu_bytes", "serve_words"]
 

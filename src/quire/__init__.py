@@ -10,8 +10,8 @@ from quire.core.version import __version__
 if TYPE_CHECKING:
     from quire.core.engine.async_llm import AsyncLLM
     from quire.core.engine.llm import LLM
-    from quire.core.hookspecs import hookimpl
     from quire.core.messages import CompletionOutput, RequestOutput
+    from quire.core.plugin.hookspecs import hookimpl
     from quire.core.sampling_params import SamplingParams
 
 __all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "hookimpl"]
@@ -22,7 +22,7 @@ _HOMES = {
     "CompletionOutput": "quire.core.messages",
     "RequestOutput": "quire.core.messages",
     "SamplingParams": "quire.core.sampling_params",
-    "hookimpl": "quire.core.hookspecs",
+    "hookimpl": "quire.core.plugin.hookspecs",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from quire.server.cli import main
+from quire.server.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

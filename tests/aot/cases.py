@@ -12,24 +12,27 @@ from tests.aot.cases_drafts import DRAFTS
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.ops.kernels import activation, decode_inputs, norm, rope
+from quire.core.ops.kernels import activation_kernel as activation
+from quire.core.ops.kernels import decode_inputs_kernel as decode_inputs
+from quire.core.ops.kernels import norm_kernel as norm
+from quire.core.ops.kernels import rope_kernel as rope
+from quire.core.ops.kernels.gemm_medium_m import wide
+from quire.core.ops.kernels.gemm_small_m import skinny
 from quire.core.ops.kernels.gemv import gemv, gemv_long
-from quire.core.ops.kernels.skinny import skinny
-from quire.core.ops.kernels.wide import wide
-from quire.core.sample.kernels import verify
-from quire.core.sample.kernels.argmax import argmax
-from quire.core.sample.kernels.draw import Columns, draw
-from quire.core.sample.kernels.logprobs import normalize
-from quire.core.sample.kernels.penalties import penalize
+from quire.core.sample.kernels import verify_kernel as verify
+from quire.core.sample.kernels.argmax_kernel import argmax
+from quire.core.sample.kernels.launch_sample import Columns, draw
+from quire.core.sample.kernels.logprobs_kernel import normalize
+from quire.core.sample.kernels.penalties_kernel import penalize
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.verify import Spans
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
-from quire.plugins.attention.triton.hopper import HopperPrefill
+from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
 from quire.plugins.quant.kernels import fp8_quantize
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
+from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
-from quire.plugins.quant.kernels.fp8_skinny import skinny8
-from quire.plugins.quant.kernels.fp8_wide import wide8
 from quire.plugins.quant.kernels.int4 import IntWeights
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
 from quire.plugins.quant.kernels.int8 import rescale

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.sample.kernels import verify as kernels
+from quire.core.sample.kernels import verify_kernel as kernels
 from quire.core.sample.verify import Spans
 from quire.plugins.spec_decode.kernels.observed import observed
 from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs

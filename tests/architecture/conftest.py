@@ -34,7 +34,7 @@ class Source:
 
     @cached_property
     def module(self) -> str:
-        """Its import name: ``core/sched/queues.py`` is ``quire.core.sched.queues``."""
+        """Its import name: ``core/sched/waiting_queue.py`` is ``quire.core.sched.waiting_queue``."""
         parts = self.path.removesuffix(".py").removesuffix("/__init__").split("/")
         return ".".join(parts[1:] if parts[0] == "src" else ["quire", *parts])
 

@@ -16,8 +16,8 @@ SNAPSHOT = Path(__file__).with_name("api_snapshot.json")
 
 def current():
     """The API as it is: hooks, contracts with their members, and the dataclasses that cross them."""
-    from quire.core import hookspecs
-    from quire.core.registry import KINDS
+    from quire.core.plugin import hookspecs
+    from quire.core.plugin.registry import KINDS
 
     hooks = {}
     for name, function in vars(hookspecs).items():
@@ -106,7 +106,7 @@ def test_the_snapshot_is_complete():
 
 
 def test_every_hook_says_when_it_is_called_and_what_none_means():
-    from quire.core import hookspecs
+    from quire.core.plugin import hookspecs
 
     for name in current()["hooks"]:
         text = inspect.getdoc(getattr(hookspecs, name)) or ""

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from quire.server.flags import ENGINE_FLAGS, SERVER_FLAGS
+from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS
 
 HOME = "core/env.py"
 CONVENTIONS = {"PYTHONPATH"}

@@ -12,12 +12,12 @@ FOR_PLUGINS = (
     "quire.core.config",
     "quire.core.contracts",
     "quire.core.errors",
-    "quire.core.hookspecs",
+    "quire.core.plugin.hookspecs",
     "quire.core.layers",
     "quire.core.log",
     "quire.core.messages",
     "quire.core.ops",
-    "quire.core.registry",
+    "quire.core.plugin.registry",
     "quire.core.request",
     "quire.core.sampling_params",
     "quire.core.stats",
@@ -29,7 +29,7 @@ _BUNDLED = re.compile(r"quire\.(plugins|server)\b[\w.]*(:\w+)?")
 
 
 def violations(source):
-    """Every import that breaks the layering, and every bundled module that core names outside ``core/builtin.py``."""
+    """Every import that breaks the layering, and every bundled module that core names outside ``builtin.py``."""
     found = []
     for node, name in source.imports():
         top, _, rest = name.partition(".")
@@ -54,10 +54,12 @@ def _open_to_plugins(name):
 
 
 def _named(source):
-    if source.room != "core" or source.path == "core/builtin.py":
+    if source.room != "core" or source.path == "core/plugin/builtin.py":
         return []
     texts = [n for n in ast.walk(source.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return [source.at(n, f"names {n.value}; only core/builtin.py may") for n in texts if _BUNDLED.fullmatch(n.value)]
+    return [
+        source.at(n, f"names {n.value}; only core/plugin/builtin.py may") for n in texts if _BUNDLED.fullmatch(n.value)
+    ]
 
 
 def test_the_tree_keeps_its_layers(everything):
@@ -89,7 +91,7 @@ def test_a_breach_is_seen(source, path, text):
     ("path", "text"),
     [
         ("core/a.py", "from quire.core.request import Request"),
-        ("core/builtin.py", "TARGET = 'quire.plugins.kv.paged:PagedAllocator'"),
+        ("core/plugin/builtin.py", "TARGET = 'quire.plugins.kv.paged:PagedAllocator'"),
         ("server/a.py", "from quire.core.engine.async_llm import AsyncLLM"),
         ("plugins/kv/a.py", "from quire.core.contracts.kv import KVAllocator\nfrom quire.plugins.kv.pool import SINK"),
         ("plugins/kv/a.py", "from quire import SamplingParams\nfrom .pool import SINK\nimport torch"),

@@ -16,7 +16,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
 print(json.dumps(sorted(name for name in {heavy!r} if name in sys.modules)))
 """
 COMMAND = """
-    from quire.server.cli import main
+    from quire.server.cli.main import main
     try:
         main({words!r})
     except SystemExit:
@@ -53,7 +53,7 @@ def test_a_listing_command_is_light(words, root):
 
 
 def test_import_quire_is_light(root):
-    assert imported_by("import quire, quire.core.registry, quire.core.builtin", root) == []
+    assert imported_by("import quire, quire.core.plugin.registry, quire.core.plugin.builtin", root) == []
 
 
 def test_a_heavy_import_is_seen(root):

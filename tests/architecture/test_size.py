@@ -12,7 +12,7 @@ LIMIT = 400
 CORE = 9_700
 """Lines of code, without blanks, comments and docstrings: docs/decisions/0004-how-large-the-core-is.md, and what
 0005-speculation.md and 0007-quantized-checkpoints.md added."""
-BESIDE_THE_ENGINE = ("core/testing/", "core/evaluation/")
+BESIDE_THE_ENGINE = ("core/testing/", "server/evaluation/")
 """The kit that plugin authors run, and the judge of models: in core, and no part of the step."""
 
 

@@ -7,7 +7,7 @@ import torch
 
 from quire.core.contracts.attention import KVLayout
 from quire.core.testing.attention_problem import make_spec
-from quire.plugins.attention.triton.hopper import HopperPrefill, page_rows
+from quire.plugins.attention.triton.hopper_prefill import HopperPrefill, page_rows
 
 BFLOAT16 = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "qk_head_dim": 128, "v_head_dim": 128}
 

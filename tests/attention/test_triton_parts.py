@@ -10,7 +10,7 @@ import torch
 from quire.core.contracts.attention import AttentionLimits, KVLayout
 from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
-from quire.plugins.attention.triton.plan import DecodePlan
+from quire.plugins.attention.triton.decode_work_list import DecodePlan
 
 pytestmark = pytest.mark.skipif(
     bool(TritonBackend.unsupported(make_spec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))),

@@ -78,7 +78,8 @@ def _serve_command(root: Path) -> list[str]:
     """``make serve`` in this environment, installing nothing; where Quire is not installed, what it would run."""
     if (Path(sys.prefix) / "bin" / "quire").exists():
         return ["make", "-s", "-o", f"{sys.prefix}/.installed", "serve", f"VENV={sys.prefix}", "PORT=0"]
-    code = f"import sys; sys.path.insert(0, {str(root / 'src')!r}); from quire.server.cli import main; sys.exit(main())"
+    code = f"import sys; sys.path.insert(0, {str(root / 'src')!r}); from quire.server.cli.main import main; "
+    code += "sys.exit(main())"
     return [sys.executable, "-c", code, "serve", "quire-tiny", "--host", "127.0.0.1", "--port", "0"]
 
 

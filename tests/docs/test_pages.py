@@ -10,7 +10,7 @@ import subprocess
 import httpx
 import pytest
 
-from quire.server.cli import _parsers
+from quire.server.cli.main import _parsers
 
 
 def shell_lines(blocks):

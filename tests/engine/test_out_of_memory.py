@@ -9,8 +9,8 @@ import torch
 
 from quire import LLM, SamplingParams
 from quire.core.contracts.executor import Pending
-from quire.core.executor.uniproc import UniprocExecutor
 from quire.core.messages import SchedulerOutput
+from quire.core.worker.uniproc_executor import UniprocExecutor
 
 PARAMS = SamplingParams(temperature=0.7, seed=5, max_tokens=10, ignore_eos=True)
 

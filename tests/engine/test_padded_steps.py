@@ -8,9 +8,9 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.core.contracts.executor import KVCapacity
-from quire.core.executor.uniproc import UniprocExecutor
-from quire.core.worker import mixed_graphs
-from quire.core.worker.mixed_graphs import MixedGraphs
+from quire.core.worker.cuda_graphs import prefill as mixed_graphs
+from quire.core.worker.cuda_graphs.prefill import MixedGraphs
+from quire.core.worker.uniproc_executor import UniprocExecutor
 
 
 class Padded(UniprocExecutor):

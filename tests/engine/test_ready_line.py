@@ -3,7 +3,7 @@
 from quire.core.contracts.executor import KVCapacity
 from quire.core.contracts.kv import KVGroup
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.configure import configure
+from quire.core.engine.config_builder import configure
 from quire.core.engine.ready_line import ready_line
 
 

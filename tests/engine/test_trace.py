@@ -6,7 +6,7 @@ import json
 
 from quire import LLM, SamplingParams
 from quire.core.stats import StepStats
-from quire.server.trace import chrome_trace
+from quire.server.http.trace import chrome_trace
 
 
 def test_steps_tell_their_shape_and_times(llm: LLM) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from quire.core.env import child_environment
-from quire.server.cli import _parsers, main
-from quire.server.flags import ENGINE_FLAGS, option_flags
-from quire.server.legacy import OLD_FLAGS
+from quire.server.cli.flags import ENGINE_FLAGS, option_flags
+from quire.server.cli.legacy_flags import OLD_FLAGS
+from quire.server.cli.main import _parsers, main
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEY = "a-key"

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from quire import LLM
 from quire.core.errors import ConfigError
-from quire.core.evaluation import Failure, Question, Report, SkillScore
-from quire.core.evaluation.comparison import Comparison, pair
-from quire.core.evaluation.paired import PairedScore, bootstrap
-from quire.core.evaluation.text import cut, held_out_text, score
 from quire.core.testing.tiny_models import make_tiny_model
-from quire.server.cli import main
+from quire.server.cli.main import main
+from quire.server.evaluation import Failure, Question, Report, SkillScore
+from quire.server.evaluation.comparison import Comparison, pair
+from quire.server.evaluation.paired import PairedScore, bootstrap
+from quire.server.evaluation.text import cut, held_out_text, score
 
 COUNTS = st.integers(0, 400)
 
@@ -87,7 +87,9 @@ def test_distributions_are_those_of_transformers(two, tmp_path):
 
     found, expected = [], []
     for refers, path in enumerate(two):
-        llm = LLM(path, device="cpu", logits_processors=["quire.core.evaluation.recorder:Recorder"], max_num_seqs=3)
+        llm = LLM(
+            path, device="cpu", logits_processors=["quire.server.evaluation.logprob_recorder:Recorder"], max_num_seqs=3
+        )
         windows = cut(llm.tokenizer.encode(held_out_text()[:4000]), 4 * 128, 2048)
         vocab_size = llm.config.model.vocab_size
         found.append(score(llm.generate, windows, tmp_path, vocab_size, refers=bool(refers)))

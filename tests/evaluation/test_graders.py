@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from quire.core.evaluation import GRADERS, available_skills, grade, load_questions, text_of_message
+from quire.server.evaluation import GRADERS, available_skills, grade, load_questions, text_of_message
 
 WORD = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
 WORDS = st.lists(WORD, min_size=2, max_size=7)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.core.errors import ConfigError
-from quire.core.evaluation import Question, Report, SkillScore, evaluate, load_questions
-from quire.core.evaluation.report import wilson
+from quire.server.evaluation import Question, Report, SkillScore, evaluate, load_questions
+from quire.server.evaluation.report import wilson
 
 
 def question(name, answer, skill="s"):

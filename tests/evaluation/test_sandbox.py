@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from quire.core.evaluation import grade
-from quire.core.evaluation.sandbox import passes
+from quire.server.evaluation import grade
+from quire.server.evaluation.sandbox import passes
 
 CASES = [[[2], 4], [[-3], -6]]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from quire.core.errors import CheckpointError
-from quire.core.hf_config import PlainConfig, architecture, context_length, read_hf_config
+from quire.core.loading.hf_config import PlainConfig, architecture, context_length, read_hf_config
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LLAMA = {

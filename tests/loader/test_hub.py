@@ -13,13 +13,13 @@ import pytest
 from tests.loader.hub_server import Hub, Repository, serve
 
 from quire.core.errors import CheckpointError
-from quire.core.hub import resolve_model
+from quire.core.loading.hub import resolve_model
 from quire.core.testing.tiny_models import make_tiny_model
 
 ASK = """
 import json, sys
 from quire.core.errors import CheckpointError
-from quire.core.hub import resolve_model
+from quire.core.loading.hub import resolve_model
 for call in json.loads(sys.argv[1]):
     try:
         print(json.dumps({"path": str(resolve_model(**call))}))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.models.paged import CLASSES, PagedRunner, load
 from torch import Tensor
 
-from quire.core.distributed import Parallel
 from quire.core.errors import CheckpointError, ConfigError
-from quire.core.hf_config import read_hf_config
-from quire.core.loader import load_model
+from quire.core.layers.parallel import Parallel
+from quire.core.loading.hf_config import read_hf_config
+from quire.core.loading.loader import load_model
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.plugins.quant.none import Unquantized
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, LayerKV
 from quire.core.contracts.model import ForwardContext, Model
-from quire.core.distributed import Parallel
-from quire.core.hf_config import architecture, read_hf_config
-from quire.core.loader import load_model
-from quire.core.models import llama, mistral, qwen2, qwen3
+from quire.core.layers.parallel import Parallel
+from quire.core.loading.hf_config import architecture, read_hf_config
+from quire.core.loading.loader import load_model
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
+from quire.plugins.models import llama, mistral, qwen2, qwen3
 from quire.plugins.quant.none import Unquantized
 
 CLASSES = {

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.core.contracts.quant import LayerInfo, LinearMethod
-from quire.core.distributed import Parallel
 from quire.core.layers import Linear, RMSNorm
+from quire.core.layers.parallel import Parallel
 from quire.plugins.quant.none import UnquantizedLinear
 
 CPU = torch.device("cpu")

@@ -7,7 +7,10 @@ import torch
 
 from quire.core.contracts.attention import AttentionSpec, KVLayout, LayerKV
 from quire.core.ops import rms_norm, rope_and_cache, silu_and_mul, write_kv
-from quire.core.ops.kernels import activation, decode_inputs, norm, rope
+from quire.core.ops.kernels import activation_kernel as activation
+from quire.core.ops.kernels import decode_inputs_kernel as decode_inputs
+from quire.core.ops.kernels import norm_kernel as norm
+from quire.core.ops.kernels import rope_kernel as rope
 
 PLACES = [
     pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quire.core.ops.kernels import linear
+from quire.core.ops.kernels import linear_kernel as linear
 
 TABLES = sorted((Path(linear.__file__).parent / "tables").glob("*.json"))
 OF_THE_LAYER = ("x", "weight", "bias", "out", "norm", "tail")

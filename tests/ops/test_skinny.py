@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from quire.core.ops.kernels.gemm_medium_m import wide
+from quire.core.ops.kernels.gemm_small_m import skinny
 from quire.core.ops.kernels.gemv import gemv, gemv_long
-from quire.core.ops.kernels.skinny import skinny
-from quire.core.ops.kernels.wide import wide
 
 PLACES = [
     pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),

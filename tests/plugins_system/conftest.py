@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 POLICY = """
-from quire.core.hookspecs import hookimpl
+from quire.core.plugin.hookspecs import hookimpl
 from quire.core.contracts.policy import BatchingPolicy
 
 @hookimpl

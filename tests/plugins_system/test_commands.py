@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from quire.core.registry import KINDS
+from quire.core.plugin.registry import KINDS
 
 SRC = Path(__file__).parents[2] / "src"
 WITNESS = """
 import sys
-from quire.server.cli import main
+from quire.server.cli.main import main
 status = main(sys.argv[1:])
 heavy = sorted({"torch", "fastapi", "transformers", "numpy", "triton"} & sys.modules.keys())
 sys.exit(f"imported {heavy}" if heavy else status)
@@ -67,7 +67,7 @@ def test_a_wrong_name_is_one_line_and_status_2(quire, subject, reason):
 def test_options_are_read_from_the_source(tmp_path, distribution, quire):
     source = """
     from dataclasses import dataclass
-    from quire.core.hookspecs import hookimpl
+    from quire.core.plugin.hookspecs import hookimpl
 
     @hookimpl
     def quire_register_policy(register):

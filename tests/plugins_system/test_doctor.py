@@ -10,7 +10,7 @@ GOOD = "quire-good"
 def _policies(*calls):
     body = "\n".join(f"    register({call})" for call in calls)
     return (
-        "from quire.core.hookspecs import hookimpl\n\nclass NotAPolicy:\n    pass\n\n"
+        "from quire.core.plugin.hookspecs import hookimpl\n\nclass NotAPolicy:\n    pass\n\n"
         f"@hookimpl\ndef quire_register_policy(register):\n{body}\n"
     )
 
@@ -30,7 +30,7 @@ BROKEN = {
     "quire-notext": (_policies('"x3", NotAPolicy, "s"'), "is not of the form 'module:Class'; write it as a string"),
     "quire-unmarked": ("def quire_register_policy(register): pass", "is not marked; decorate it with @quire.hookimpl"),
     "quire-unhooked": (
-        "from quire.core.hookspecs import hookimpl\n@hookimpl\ndef quire_register_polcy(register): pass",
+        "from quire.core.plugin.hookspecs import hookimpl\n@hookimpl\ndef quire_register_polcy(register): pass",
         "quire_register_polcy",
     ),
     "quire-empty": ("", "its entry point defines no hooks"),
@@ -141,7 +141,7 @@ def test_without_third_parties_all_is_well(quire):
 
 
 def test_a_gpu_without_a_compiler_is_told(monkeypatch):
-    from quire.server.commands import plugins_report
+    from quire.server.cli import plugins_report
 
     host = {"device": "cuda", "c_compiler": None, "python_headers": None}
     monkeypatch.setattr(plugins_report, "_host", lambda: host)

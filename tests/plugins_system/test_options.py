@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from quire.core.errors import PluginError
-from quire.core.plugin_options import parse_options, split_pairs
+from quire.core.plugin.options import parse_options, split_pairs
 
 
 class Colour(enum.Enum):

@@ -1,7 +1,7 @@
 import pytest
 
 from quire.core.errors import PluginError
-from quire.core.registry import KINDS, Kind, Registrar, Registration, Registry, did_you_mean
+from quire.core.plugin.registry import KINDS, Kind, Registrar, Registration, Registry, did_you_mean
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_an_unknown_kind_is_refused_with_the_closest():
 
 
 def test_every_kind_has_a_hook_and_a_flag_of_its_own():
-    from quire.core import hookspecs
+    from quire.core.plugin import hookspecs
 
     for kind in KINDS.values():
         assert hasattr(hookspecs, f"quire_register_{kind.key}")

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from quire.core.errors import PluginError
-from quire.core.plugin_manager import PluginManager, load_target
+from quire.core.plugin.manager import PluginManager, load_target
 
 TRAP = "raise RuntimeError('nobody may import this')"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.configure import configure
+from quire.core.engine.config_builder import configure
 from quire.core.errors import PluginError
 
 

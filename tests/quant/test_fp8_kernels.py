@@ -11,15 +11,16 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops import gated_activation, rms_norm
-from quire.core.ops.kernels import activation, norm
+from quire.core.ops.kernels import activation_kernel as activation
+from quire.core.ops.kernels import norm_kernel as norm
 from quire.core.ops.norm import rms_norm_as
 from quire.core.ops.quantize import quantize_activation
 from quire.plugins.quant.kernels import fp8_quantize
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
+from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
 from quire.plugins.quant.kernels.fp8_layer import dequantize
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation
-from quire.plugins.quant.kernels.fp8_skinny import skinny8
-from quire.plugins.quant.kernels.fp8_wide import wide8
 from quire.plugins.quant.kernels.int8 import rescale
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.sample.filters import apply_filters
-from quire.core.sample.kernels.argmax import argmax
-from quire.core.sample.kernels.draw import Columns, draw
-from quire.core.sample.kernels.logprobs import normalize
-from quire.core.sample.kernels.penalties import penalize
+from quire.core.sample.kernels.argmax_kernel import argmax
+from quire.core.sample.kernels.launch_sample import Columns, draw
+from quire.core.sample.kernels.logprobs_kernel import normalize
+from quire.core.sample.kernels.penalties_kernel import penalize
 from quire.core.sample.kernels.workspace import Tiles, Workspace
 from quire.core.sample.noise import gumbel
 from quire.core.sample.penalties import apply_penalties

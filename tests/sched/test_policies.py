@@ -4,7 +4,7 @@ import pytest
 
 from quire.core.contracts.policy import RequestInfo
 from quire.core.errors import PluginError
-from quire.core.plugin_options import parse_options
+from quire.core.plugin.options import parse_options
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.plugins.sched.priority import PriorityPolicy
 from quire.plugins.sched.sjf import SJFPolicy

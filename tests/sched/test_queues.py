@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from quire.core.messages import EngineCoreRequest
 from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
-from quire.core.sched.queues import WaitingQueue
+from quire.core.sched.waiting_queue import WaitingQueue
 
 FRONT = 4
 

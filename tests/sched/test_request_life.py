@@ -5,7 +5,7 @@ import pytest
 
 from quire.core.contracts.policy import Grants, default_plan
 from quire.core.stats import ENGINE_STATS
-from quire.core.testing.marking_worker import expected_tokens
+from quire.core.testing.fake_kv_worker import expected_tokens
 from quire.plugins.sched.fcfs import FCFSPolicy
 
 # ---- how requests end

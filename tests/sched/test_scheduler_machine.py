@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from quire.core.config import SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVGroup
-from quire.core.contracts.spec import HostProposer
-from quire.core.testing.marking_worker import expected_tokens
+from quire.core.contracts.spec_decode import HostProposer
+from quire.core.testing.fake_kv_worker import expected_tokens
 from quire.core.testing.simulated_engine import SimulatedEngine
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy

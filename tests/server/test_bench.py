@@ -11,7 +11,7 @@ from quire.core.errors import ConfigError
 from quire.server.bench.datasets import read_texts
 from quire.server.bench.report import percentiles
 from quire.server.bench.workloads import make_workload
-from quire.server.cli import main
+from quire.server.cli.main import main
 
 from .conftest import RunningServer
 

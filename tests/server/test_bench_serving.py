@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.server.cli import main
+from quire.server.cli.main import main
 
 from .conftest import RunningServer
 

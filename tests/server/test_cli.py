@@ -14,12 +14,11 @@ import pytest
 from quire.core.engine.args import EngineArgs
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError
-from quire.core.registry import KINDS
+from quire.core.plugin.registry import KINDS
 from quire.core.version import __version__
-from quire.server import cli
-from quire.server.cli import main
-from quire.server.commands import serve
-from quire.server.flags import (
+from quire.server.cli import main as cli
+from quire.server.cli import serve
+from quire.server.cli.flags import (
     ENGINE_FLAGS,
     SERVER_FLAGS,
     Flag,
@@ -28,8 +27,9 @@ from quire.server.flags import (
     option_flags,
     server_settings,
 )
-from quire.server.legacy import OLD_FLAGS, apply_old_flags, normalize
-from quire.server.settings import ServerSettings
+from quire.server.cli.legacy_flags import OLD_FLAGS, apply_old_flags, normalize
+from quire.server.cli.main import main
+from quire.server.http.settings import ServerSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -194,7 +194,7 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["serve", "--help"], ["bench", "serve", "--help"]])
 def test_the_command_line_is_light(words: list[str]) -> None:
     code = (
-        "import sys; from quire.server.cli import main\n"
+        "import sys; from quire.server.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print('HEAVY', [m for m in ('torch', 'fastapi', 'transformers', 'numpy') if m in sys.modules])"
     )

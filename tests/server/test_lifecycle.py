@@ -19,10 +19,10 @@ import openai
 import pytest
 
 from quire.core.env import child_environment
-from quire.server.cli import main
-from quire.server.serving import _drain
-from quire.server.settings import ServerSettings
-from quire.server.state import ServerState
+from quire.server.cli.main import main
+from quire.server.http.serving import _drain
+from quire.server.http.settings import ServerSettings
+from quire.server.http.state import ServerState
 
 from .conftest import RunningServer, until
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from quire.server import cli
-from quire.server.cli import main
-from quire.server.commands import serve
-from quire.server.flags import engine_arguments
+from quire.server.cli import main as cli
+from quire.server.cli import serve
+from quire.server.cli.flags import engine_arguments
+from quire.server.cli.main import main
 
 from .conftest import start_server
 
@@ -65,7 +65,7 @@ def greeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_engines_life(greeting: str, tiny_model: str, tmp_path: Path) -> None:
     script = """if True:
         from quire.core.engine.args import EngineArgs
-        from quire.core.engine.configure import configure
+        from quire.core.engine.config_builder import configure
         for plugins in ((), ("quire-greeting",)):
             configure(EngineArgs(model=MODEL, plugins=plugins, device="cpu", max_num_seqs=7))
         print("serving")

@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ConfigError
-from quire.core.hub import resolve_model
+from quire.core.loading.hub import resolve_model
 from quire.core.testing.tiny_models import make_tiny_model
-from quire.server.cli import main
-from quire.server.commands.quantize_calibration import samples
-from quire.server.commands.quantize_recipes import RECIPES
+from quire.server.cli.main import main
+from quire.server.quantize.calibration import samples
+from quire.server.quantize.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,7 +175,7 @@ def test_the_real_tool_and_the_comparison(method, tool, more, tmp_path, capfd):
 
 def test_the_tools_start_without_quire():
     """They may run in an environment that has no Quire, under an interpreter that has no PYTHONPATH."""
-    script = ROOT / "server" / "commands" / "quantize_tools.py"
+    script = ROOT / "server" / "quantize" / "tools.py"
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(script)], input="{}", capture_output=True, text=True, timeout=60, check=False
     )
@@ -183,7 +183,7 @@ def test_the_tools_start_without_quire():
 
 
 def test_the_documentation_lists_every_flag():
-    from quire.server.cli import _parsers
+    from quire.server.cli.main import _parsers
 
     _, subparsers = _parsers()
     text = (ROOT / "docs" / "cli.md").read_text().partition("## `quire quantize`")[2]

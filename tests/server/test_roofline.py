@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quire.core.errors import ConfigError
-from quire.core.hf_config import read_hf_config
+from quire.core.loading.hf_config import read_hf_config
 from quire.server.bench.roofline import (
     CEILINGS,
     Ceilings,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from quire import SamplingParams
-from quire.core.worker import reading
+from quire.core.worker import draft_prefill as reading
 
 from .conftest import runner_of
 from .test_exact import assert_same, prompts_for

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quire import LLM, SamplingParams
 from quire.core.sample.noise import gumbel
-from quire.core.worker import mixed_graphs
+from quire.core.worker.cuda_graphs import prefill as mixed_graphs
 
 from .conftest import runner_of
 from .heads import ReferenceHead, make_head

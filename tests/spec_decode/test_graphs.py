@@ -12,10 +12,10 @@ from quire import SamplingParams
 from quire.core.config import SchedulerConfig
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.sampler import GumbelSampler
-from quire.core.worker.graphs import DecodeGraphs, query_lens
+from quire.core.worker.cuda_graphs.decode import DecodeGraphs, query_lens
 from quire.core.worker.input_builder import Lines
-from quire.core.worker.rehearsal import rehearsal_steps
 from quire.core.worker.request_table import RequestTable
+from quire.core.worker.warmup import rehearsal_steps
 
 from .conftest import runner_of
 from .test_exact import assert_same, prompts_for

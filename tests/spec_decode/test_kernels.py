@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.contracts.spec import StepTokens, Target
+from quire.core.contracts.spec_decode import StepTokens, Target
 from quire.core.messages import Continuation
 from quire.core.sample import verify as twin
-from quire.core.sample.kernels import verify as kernels
+from quire.core.sample.kernels import verify_kernel as kernels
 from quire.core.worker import request_table
 from quire.core.worker.request_table import RequestTable
 from quire.plugins.spec_decode.kernels.observed import observed as launch_observed

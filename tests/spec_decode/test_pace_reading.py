@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quire.core.sched.pace import Pace
+from quire.core.sched.draft_length import Pace
 
 MOST = 4
 REQUESTS = [1, 8, 16, 32, 64, 128, 256]

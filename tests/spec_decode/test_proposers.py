@@ -151,7 +151,7 @@ def test_bad_settings_are_refused(models, arguments: dict, text: str) -> None:
 
 def test_nothing_is_drafted_where_nothing_is_asked(models) -> None:
     from quire.core.engine.args import EngineArgs
-    from quire.core.engine.configure import configure
+    from quire.core.engine.config_builder import configure
 
     for wish in ({}, {"spec_method": "none"}, {"num_speculative_tokens": 0, "speculative_model": "x"}):
         assert configure(EngineArgs(model=str(models["MODEL"]), **wish)).config.speculation is None

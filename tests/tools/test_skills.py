@@ -14,7 +14,7 @@ from tools.train_tiny.mixture import SKILLS, held_out_examples, training_example
 from tools.train_tiny.skills import wordplay
 from tools.train_tiny.skills.fact_table import FACTS
 
-from quire.core.evaluation import available_skills, grade, load_questions
+from quire.server.evaluation import available_skills, grade, load_questions
 
 COUNT = 400
 
@@ -183,7 +183,7 @@ def test_nothing_held_out_is_trained_on(long):
 
 
 def raw_held_out():
-    from quire.core.evaluation import questions
+    from quire.server.evaluation import questions
 
     for path in sorted(questions._FOLDER.glob("*.jsonl")):
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())

@@ -95,6 +95,6 @@ def test_a_dialogue_with_everything():
 
 
 def test_a_tokenizer_is_trained_the_same_twice():
-    documents = [path.read_text() for path in sorted((ROOT / "core").glob("*.py"))]
+    documents = [path.read_text() for path in sorted((ROOT / "core").rglob("*.py"))[:40]]
     first, second = (train_tokenizer(documents, dialogues=300, seed=1).to_str() for _ in range(2))
     assert first == second

@@ -19,7 +19,7 @@ from tools.train_tiny.model import Shape, TinyLlama
 from tools.train_tiny.train import Recipe, train
 
 from quire import LLM, SamplingParams
-from quire.core.evaluation import Report, SkillScore
+from quire.server.evaluation import Report, SkillScore
 
 from .conftest import ROOT
 
@@ -82,7 +82,7 @@ def test_the_command_from_text_to_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "_SHARD", 40)
     recipe = command.RECIPES["quire-tiny-draft"][1]
     monkeypatch.setattr(command, "RECIPES", {"quire-tiny-draft": (SMALL, recipe)})
-    words = ["--stdlib", str(ROOT / "core" / "evaluation"), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path)]
+    words = ["--stdlib", str(ROOT / "server" / "evaluation"), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path)]
     words += ["--steps", "2", "--tokens-per-step", "2048", "--dialogues", "1", "--long-dialogues", "1"]
     words += ["--workers", "1", "--device", "cpu", "--no-compile"]
     monkeypatch.setattr(sys, "argv", ["train_tiny", *words])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tools.train_tiny.model import Shape
 
-from quire.core.evaluation import Report
+from quire.server.evaluation import Report
 
 _CARD = """---
 license: apache-2.0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quire.core.evaluation import MAX_NEW_TOKENS, Report, evaluate
+from quire.server.evaluation import MAX_NEW_TOKENS, Report, evaluate
 
 
 def evaluate_folder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.noise import exp, gumbel
+from quire.core.sample.kernels.noise_kernel import exp, gumbel
 
 __all__ = ["best_of_chunk", "count_from", "masses"]
 

@@ -18,8 +18,8 @@ from quire.core.contracts.attention import (
     LayerKV,
 )
 from quire.plugins.attention.triton.decode import decode
-from quire.plugins.attention.triton.hopper import HopperPrefill
-from quire.plugins.attention.triton.plan import DecodePlan
+from quire.plugins.attention.triton.decode_work_list import DecodePlan
+from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
 from quire.plugins.attention.triton.prefill import prefill
 
 __all__ = ["TritonBackend"]

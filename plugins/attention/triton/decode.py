@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
-from quire.core.ops.kernels.dependent import can_chain, wait_for_previous
+from quire.core.ops.kernels.pdl import can_chain, wait_for_previous
+from quire.plugins.attention.triton.decode_work_list import DecodePlan
 from quire.plugins.attention.triton.fp8 import converts, features_of, queries_for, scale_of
 from quire.plugins.attention.triton.merge import merge_parts
-from quire.plugins.attention.triton.plan import DecodePlan
 from quire.plugins.attention.triton.tile import LN2, finish_rows, scaled
 
 __all__ = ["decode", "decode_constants", "decode_kernel"]

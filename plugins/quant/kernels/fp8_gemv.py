@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.dependent import start_next, wait_for_previous
-from quire.core.ops.kernels.linear_tail import Tail, finish, operands_of, rows_of
+from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
+from quire.core.ops.kernels.pdl import start_next, wait_for_previous
 
 __all__ = ["gemv8", "gemv8_long"]
 

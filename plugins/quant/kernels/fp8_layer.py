@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops.kernels.dependent import can_chain
+from quire.core.ops.kernels.pdl import can_chain
 from quire.core.ops.norm import rms_norm, rms_norm_as
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
+from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
-from quire.plugins.quant.kernels.fp8_skinny import skinny8
-from quire.plugins.quant.kernels.fp8_wide import wide8
 
 __all__ = ["EightBit", "Launch", "Plan", "dequantize", "plan_for", "rule"]
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
-from quire.core.ops.kernels.quantize import KINDS, empty_output, row_warps, store_row
+from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.quantize_kernel import KINDS, empty_output, row_warps, store_row
 from quire.core.ops.quantize import quantize_activation as twin
 
 __all__ = ["dequantize_activation", "quantize_activation"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.ops.kernels.dependent import can_chain
+from quire.core.ops.kernels.pdl import can_chain
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
 from quire.plugins.quant.kernels.int4_table import launch_for
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quire.core.ops.kernels.dependent import can_chain
-from quire.core.ops.kernels.linear_tail import Tail, tail_of
+from quire.core.ops.kernels.linear_epilogue import Tail, tail_of
+from quire.core.ops.kernels.pdl import can_chain
+from quire.plugins.quant.kernels.int4_gemm_medium_m import combine_kernel, dequantize_kernel, wide_kernel
+from quire.plugins.quant.kernels.int4_gemm_small_m import skinny_kernel
 from quire.plugins.quant.kernels.int4_hopper import hopper_kernel
-from quire.plugins.quant.kernels.int4_skinny import skinny_kernel
-from quire.plugins.quant.kernels.int4_wide import combine_kernel, dequantize_kernel, wide_kernel
 
 if TYPE_CHECKING:
     from quire.plugins.quant.kernels.int4 import IntWeights

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
-from quire.core.ops.kernels.dependent import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
 

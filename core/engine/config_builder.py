@@ -1,0 +1,223 @@
+"""From what the user asked to the configuration everything is built from: names resolved, limits checked."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from quire.core.config import CacheConfig, EngineConfig, ModelConfig, PluginChoice, SchedulerConfig
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.speculative import configure_speculation, with_speculative_config
+from quire.core.errors import ConfigError
+from quire.core.plugin.manager import PluginManager, Resolution
+from quire.core.plugin.options import parse_options
+
+__all__ = ["Configured", "configure"]
+
+_log = logging.getLogger("quire.config")
+_DTYPES = {
+    "half": "float16",
+    "float16": "float16",
+    "float": "float32",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+}
+_KV_DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")}
+_KV_DTYPES |= {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+_MANY = ("logits_processor", "metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """The outcome: a final configuration, and the plugin manager of this process for hooks that come later."""
+
+    config: EngineConfig
+    plugins: PluginManager
+
+
+def configure(args: EngineArgs) -> Configured:
+    """Resolve ``args``. Nothing heavy is loaded yet. Raises a ``QuireError`` that says what to mend."""
+    _refuse_unsupported(args)
+    args, speculative = with_speculative_config(args)
+    plugins = PluginManager(args.plugins)
+    context: dict[str, Any] = {"device": args.device}
+    early = _resolve_many(plugins, args, context)  # names first: a typo should not wait for a download
+
+    from quire.core.loading.hf_config import architecture, context_length, read_hf_config
+    from quire.core.loading.hub import resolve_model
+
+    path = resolve_model(args.model, revision=args.revision, download_dir=args.download_dir)
+    hf_config = read_hf_config(path)
+    device = _device(args.device)
+    context.update(device=device, hf_config=hf_config, architectures=[architecture(hf_config)])
+    choices = {**early, **_resolve_one_each(plugins, args, context, architecture(hf_config))}
+    _check_options(plugins, choices)
+    limit = context_length(hf_config)
+    max_model_len = args.max_model_len or limit
+    if args.max_model_len is not None and not 0 < args.max_model_len <= limit:
+        raise ConfigError(
+            f"max_model_len {args.max_model_len} is outside what {args.model} was made for; give 1 to {limit}"
+        )
+    speculation, drafting = configure_speculation(args, speculative, plugins, context, max_model_len)
+    choices.update(drafting)
+    _check_options(plugins, drafting)
+    tokenizer = resolve_model(args.tokenizer) if args.tokenizer else path
+    model = ModelConfig(
+        model=args.model,
+        path=str(path),
+        tokenizer_path=str(tokenizer),
+        dtype=_dtype(args.dtype, device, hf_config),
+        device=device,
+        max_model_len=max_model_len,
+        vocab_size=int(hf_config.get_text_config().vocab_size),
+        architecture=architecture(hf_config),
+        load_format=_one_of("load_format", args.load_format, ("auto", "safetensors", "dummy")),
+        seed=args.seed,
+        served_names=tuple(args.served_model_name) or (args.model,),
+    )
+    config = EngineConfig(
+        model=model,
+        cache=_cache(args),
+        scheduler=_scheduler(args, device, max_model_len),
+        plugins=choices,
+        enforce_eager=args.enforce_eager,
+        cpu_threads=args.cpu_threads,
+        speculation=speculation,
+        extra={"chat_template": args.chat_template},
+    )
+    if args.plugins:
+        plugins.broadcast("quire_configure", config=config)
+        atexit.register(plugins.broadcast, "quire_unconfigure")
+    return Configured(config, plugins)
+
+
+def _refuse_unsupported(args: EngineArgs) -> None:
+    if args.trust_remote_code:
+        raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size} is not supported yet; leave it at 1")
+    if args.kv_cache_dtype not in _KV_DTYPES:
+        raise ConfigError(f"kv_cache_dtype {args.kv_cache_dtype!r} is unknown; choose {', '.join(_KV_DTYPES)}")
+    if args.cpu_threads is not None and args.cpu_threads < 1:
+        raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
+    unknown = set(args.plugin_options) - {
+        "attention", "kv", "policy", "quant", "sampler", "executor", "metrics", "logits_processor", "model",
+        "spec_decode",
+    }  # fmt: skip
+    if unknown:
+        raise ConfigError(f"plugin_options names {sorted(unknown)[0]!r}, which is not a kind of plugin")
+
+
+def _resolve_many(plugins: PluginManager, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:
+    """The kinds whose choice does not depend on the model."""
+    found: dict[str, PluginChoice] = {}
+    for kind, names in (("logits_processor", args.logits_processors), ("metrics", args.metrics)):
+        for i, resolution in enumerate(plugins.resolve_all(kind, names, context)):
+            found[f"{kind}:{i:03d}"] = _choice(resolution, args)
+    for kind, name in (
+        ("kv", args.kv_allocator),
+        ("policy", args.scheduling_policy),
+        ("sampler", args.sampler),
+        ("executor", args.executor),
+    ):
+        found[kind] = _choice(plugins.resolve(kind, name, context), args)
+    fallback = plugins.resolve("policy", "fcfs", context, announce=False)
+    found["policy_fallback"] = PluginChoice("policy", fallback.name, fallback.target)
+    for kind, name in (("attention", args.attention_backend), ("quant", args.quantization)):
+        if name != "auto":
+            plugins.resolve(kind, name, context, announce=False)
+    return found
+
+
+def _resolve_one_each(
+    plugins: PluginManager, args: EngineArgs, context: dict[str, Any], architecture: str
+) -> dict[str, PluginChoice]:
+    """The kinds whose choice needs the model or the device."""
+    return {
+        "attention": _choice(plugins.resolve("attention", args.attention_backend, context), args),
+        "quant": _choice(plugins.resolve("quant", args.quantization, context), args),
+        "model": _choice(plugins.resolve("model", architecture, context), args),
+    }
+
+
+def _choice(resolution: Resolution, args: EngineArgs) -> PluginChoice:
+    return PluginChoice(
+        resolution.kind, resolution.name, resolution.target, dict(args.plugin_options.get(resolution.kind, {}))
+    )
+
+
+def _check_options(plugins: PluginManager, choices: dict[str, PluginChoice]) -> None:
+    """Import every chosen class and parse its options, before a weight is read."""
+    for key, choice in choices.items():
+        if key.split(":")[0] in _MANY and not choice.options:
+            continue
+        cls = plugins.load(choice.kind, choice.target)
+        parse_options(cls, choice.options)
+
+
+def _device(wanted: str) -> Any:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(f"device {wanted!r} is not known; choose auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    return wanted
+
+
+def _dtype(wanted: str, device: str, hf_config: Any) -> str:
+    if wanted == "auto":
+        if device == "cpu":
+            return "float32"
+        own = str(getattr(hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+        return own if own in ("float16", "bfloat16") else "bfloat16"
+    if wanted not in _DTYPES:
+        raise ConfigError(f"dtype {wanted!r} is not known; choose auto, {', '.join(_DTYPES)}")
+    return _DTYPES[wanted]
+
+
+def _cache(args: EngineArgs) -> CacheConfig:
+    if args.block_size < 1:
+        raise ConfigError(f"block_size must be at least 1, got {args.block_size}")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {args.gpu_memory_utilization}")
+    if args.num_gpu_blocks_override is not None and args.num_gpu_blocks_override < 2:
+        raise ConfigError(f"num_gpu_blocks_override must be at least 2, got {args.num_gpu_blocks_override}")
+    return CacheConfig(
+        block_size=args.block_size,
+        num_blocks=args.num_gpu_blocks_override,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        dtype=_KV_DTYPES[args.kv_cache_dtype],
+        prefix_caching=args.enable_prefix_caching,
+    )
+
+
+def _scheduler(args: EngineArgs, device: str, max_model_len: int) -> SchedulerConfig:
+    tokens = args.max_num_batched_tokens
+    if tokens is None:
+        tokens = max(2048 if device == "cpu" else 8192, args.max_num_seqs)
+        if not args.enable_chunked_prefill:
+            tokens = max(tokens, max_model_len)
+    if args.max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs must be at least 1, got {args.max_num_seqs}")
+    if tokens < args.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens {tokens} is less than max_num_seqs {args.max_num_seqs}; each running request "
+            f"needs a token a step: raise the one or lower the other"
+        )
+    if not args.enable_chunked_prefill and tokens < max_model_len:
+        raise ConfigError(
+            f"without chunked prefill a step must hold the longest prompt: max_num_batched_tokens {tokens} is less "
+            f"than max_model_len {max_model_len}; raise it, or leave chunked prefill on"
+        )
+    return SchedulerConfig(args.max_num_seqs, tokens, args.enable_chunked_prefill, args.max_num_queued_requests)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise ConfigError(f"{name} {value!r} is not known; choose {', '.join(allowed)}")
+    return value

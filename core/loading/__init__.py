@@ -1,0 +1,1 @@
+"""Checkpoints: their folder or hub name, their ``config.json``, their weights."""

@@ -1,0 +1,100 @@
+"""From a model's name to a local folder: an embedded model, a folder, or a download from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from quire.core.errors import CheckpointError
+
+__all__ = ["EMBEDDED", "resolve_model"]
+
+EMBEDDED = ("quire-tiny", "quire-tiny-draft")
+"""Models that come with the package, in ``core/assets``."""
+
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+_PICKLED = "pytorch_model.bin"
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+
+
+def resolve_model(
+    name: str, *, revision: str | None = None, download_dir: str | Path | None = None, head: bool = False
+) -> Path:
+    """The local folder of model ``name``.
+
+    An embedded name is its folder in the package. A path is itself. Anything else is a repository on the hub, fetched
+    into ``download_dir`` or the hub's own cache, at ``revision``. The hub's variables hold: ``HF_TOKEN``,
+    ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME``. Only safetensors, configuration and tokenizer files are fetched,
+    never pickles or code; of a drafting ``head`` without safetensors also ``pytorch_model.bin``, which is read for its
+    tensors alone. Raises ``CheckpointError``, one line that says what to do.
+    """
+    if name in EMBEDDED:
+        return _embedded(name)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise CheckpointError(f"model {name!r} is a file; give the folder that holds config.json and *.safetensors")
+    if _looks_like_path(name):
+        raise CheckpointError(
+            f"model folder {name!r} does not exist; give a folder, a name on the Hugging Face hub, or 'quire-tiny'"
+        )
+    return _download(name, revision, download_dir, head)
+
+
+def _embedded(name: str) -> Path:
+    path = _ASSETS / name
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"the embedded model {name!r} is not in this installation; install quire again")
+    return path
+
+
+def _looks_like_path(name: str) -> bool:
+    return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _download(name: str, revision: str | None, download_dir: str | Path | None, head: bool) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    cache = None if download_dir is None else str(Path(download_dir).expanduser())
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_WANTED))
+        if head and not any(folder.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_PICKLED)
+    except errors.HFValidationError:
+        raise CheckpointError(
+            f"model {name!r} is neither a folder nor a valid name on the hub (owner/name){_did_you_mean(name)}"
+        ) from None
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"model {name!r} is gated; accept its terms on the hub, then set HF_TOKEN to a token that may read it"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"model {name!r} is neither a folder nor a repository on the hub, or it is private: check the name, or set "
+            f"HF_TOKEN{_did_you_mean(name)}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"model {name!r} has no revision {revision!r}; check --revision") from None
+    except errors.LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"model {name!r}{at} is not in the cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
+            f"set); go online, or give a local folder{_did_you_mean(name)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"model {name!r}{at} could not be downloaded ({reason}); try again") from None
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"repository {name!r}{at} has no config.json; it is not a model in Hugging Face layout")
+    if not any(folder.glob("*.safetensors")) and not (head and (folder / _PICKLED).is_file()):
+        raise CheckpointError(
+            f"repository {name!r}{at} has no safetensors; pickled weights (*.bin, *.pt) can run code when loaded and "
+            f"are refused; convert the model, or choose a revision that has safetensors"
+        )
+    return folder
+
+
+def _did_you_mean(name: str) -> str:
+    close = difflib.get_close_matches(name, EMBEDDED, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,165 @@
+"""From a model folder to a model: safetensors streamed tensor by tensor, so that no second copy is ever held."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from quire.core.contracts.model import Model
+from quire.core.contracts.quant import QuantizationLoader
+from quire.core.errors import CheckpointError, ConfigError
+from quire.core.layers.builder import LayerBuilder
+from quire.core.layers.checkpoint import optional_names
+from quire.core.layers.parallel import Parallel
+
+__all__ = ["load_model", "weight_files"]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def load_model(
+    model_class: type[Model],
+    hf_config: Any,
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+    block_size: int,
+    quant: QuantizationLoader,
+    load_format: str = "auto",
+    seed: int = 0,
+    parallel: Parallel = Parallel(0, 1),
+    progress: bool = True,
+    max_positions: int | None = None,
+) -> Model:
+    """Build ``model_class`` for this rank and fill it from ``path``.
+
+    ``load_format`` is ``auto`` (safetensors), ``safetensors``, or ``dummy``: random weights from ``seed``, no files
+    read. ``max_positions`` bounds the rotary tables; None: the whole context of ``hf_config``. ``progress`` draws a bar
+    on stderr where that is a terminal. Raises ``CheckpointError``, one line naming the file or tensor.
+    """
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise ConfigError(f"load_format {load_format!r} is unknown; choose auto, safetensors or dummy")
+    if reasons := quant.unsupported(quant.quant_config, device):
+        raise CheckpointError(
+            f"quantization {type(quant).__name__!r} cannot load {str(path)!r}: {'; '.join(reasons)}; choose another "
+            f"with --quantization"
+        )
+    builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions)
+    with torch.inference_mode(False), torch.no_grad():
+        model = model_class(hf_config, builder)
+        if load_format == "dummy":
+            _randomize(model, seed, device)
+        else:
+            _stream(model, weight_files(Path(path)), progress)
+        for _ in model.finish_loading():
+            pass
+    return model.eval()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, by its index or by name. Raises ``CheckpointError`` if none or some
+    are missing; pickles are never read."""
+    index = path / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{index} is not a valid index; download it again") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{_INDEX} names {_few(missing)}, missing from {str(path)!r}; download the model again"
+            )
+        return [path / name for name in names]
+    single = path / "model.safetensors"
+    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles:
+        raise CheckpointError(
+            f"{str(path)!r} has only pickled weights ({_few([p.name for p in pickles])}), which can run code when "
+            f"loaded and are refused; save the model again as safetensors"
+        )
+    raise CheckpointError(f"{str(path)!r} has no *.safetensors file; give a whole model folder or --load-format dummy")
+
+
+def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
+    fills = model.checkpoint_map()
+    may_lack = optional_names(model)
+    waiting, unexpected = set(fills), []
+    size = sum(file.stat().st_size for file in files)
+    shown = progress and sys.stderr.isatty()
+    with tqdm(
+        total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", disable=not shown
+    ) as bar:
+        for name, tensor in _tensors(files):
+            if name in waiting:
+                fills[name](tensor)
+                waiting.discard(name)
+            elif name not in fills and not model.ignored(name):
+                unexpected.append(name)
+            bar.update(tensor.nbytes)
+    where = str(files[0].parent)
+    if missing := [name for name in fills if name in waiting and name not in may_lack]:
+        wanted = len(fills) - len(waiting & may_lack)
+        raise CheckpointError(
+            f"{where!r} lacks {len(missing)} of {wanted} tensors: {_few(missing)}; download the model again, or "
+            f"mend its config.json{_hint(unexpected)}"
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{where!r} has {len(unexpected)} tensors that this architecture does not use: {_few(sorted(unexpected))}; "
+            f"its config.json names another model, or another quantization"
+        )
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for name in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file ({reason}); download it again"
+            ) from None
+
+
+@torch.no_grad()
+def _randomize(model: Model, seed: int, device: torch.device) -> None:
+    """Variance 1 / fan-in for matrices, so activations keep their scale; vectors stay as made (norms 1, biases 0)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            continue
+        if not parameter.is_floating_point():
+            parameter.random_(generator=generator)
+            continue
+        bound = math.sqrt(3.0 / parameter.shape[-1])
+        if parameter.dtype.itemsize >= 2:
+            parameter.uniform_(-bound, bound, generator=generator)
+        else:
+            wide = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            parameter.copy_(wide.uniform_(-bound, bound, generator=generator))
+
+
+def _hint(unexpected: Sequence[str]) -> str:
+    return f" (it has {len(unexpected)} unknown ones: {_few(sorted(unexpected))})" if unexpected else ""
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,56 @@
+"""The gated activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.quantize_kernel import KINDS, NATIVE, empty_output, row_warps, store_row
+
+__all__ = ["silu_and_mul"]
+
+_BLOCK = 1024
+
+
+def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
+    """As ``quire.core.ops.silu_and_mul`` and ``gated_activation``. ``gate_up`` (num_tokens, 2 * features), dense."""
+    rows, width = gate_up.shape
+    out, values, scale = empty_output(gate_up, width // 2, wanted)
+    kind = KINDS[wanted.kind]
+    block = triton.next_power_of_2(width // 2) if kind else _BLOCK  # a quantized row is one program's
+    grid = (rows, triton.cdiv(width // 2, block))
+    chained = can_chain(gate_up.device)
+    _silu_and_mul_kernel[grid](
+        gate_up,
+        values,
+        scale,
+        features=width // 2,
+        kind=kind,
+        block=block,
+        chained=chained,
+        num_warps=row_warps(block),
+        launch_pdl=chained,
+    )
+    return out
+
+
+@triton.jit
+def _silu_and_mul_kernel(
+    gate_up_ptr, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    chained: tl.constexpr,
+):  # fmt: skip
+    start_next(chained)
+    wait_for_previous(chained)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    inside = at < features
+    gate = tl.load(gate_up_ptr + row * 2 * features + at, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + row * 2 * features + features + at, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    store_row(silu * up, row, at, out_ptr, scale_ptr, features, kind)

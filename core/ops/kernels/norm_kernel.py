@@ -1,0 +1,65 @@
+"""RMS normalisation with the residual addition, one program a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.quantize_kernel import KINDS, NATIVE, empty_output, row_warps, store_row
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, wanted: ActivationFormat = NATIVE
+) -> tuple[Any, Tensor]:
+    """As ``quire.core.ops.rms_norm`` and ``rms_norm_as``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
+    rows, features = x.shape
+    out, values, scale = empty_output(x, features, wanted)
+    summed = x if residual is None else torch.empty_like(x)
+    block = triton.next_power_of_2(features)
+    chained = can_chain(x.device)
+    _rms_norm_kernel[(rows,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        values,
+        scale,
+        summed,
+        x.stride(0),
+        eps,
+        features=features,
+        has_residual=residual is not None,
+        kind=KINDS[wanted.kind],
+        block=block,
+        chained=chained,
+        num_warps=row_warps(block),
+        launch_pdl=chained,
+    )
+    return out, summed
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, summed_ptr, x_stride, eps, features: tl.constexpr,
+    has_residual: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, chained: tl.constexpr,
+):  # fmt: skip
+    start_next(chained)
+    wait_for_previous(chained)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    inside = at < features
+    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0)
+    if has_residual:
+        x = x + tl.load(residual_ptr + row * features + at, mask=inside, other=0.0)
+        tl.store(summed_ptr + row * features + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide) / features + eps)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    store_row(weight * (wide * inverse).to(x.dtype), row, at, out_ptr, scale_ptr, features, kind)

@@ -1,0 +1,1 @@
+"""Hooks, discovery, names and options: how a plugin is found, chosen and loaded."""

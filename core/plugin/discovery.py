@@ -1,0 +1,230 @@
+"""Find third-party plugins among the installed distributions, and import one without letting it hurt the process.
+
+Scanning reads metadata only. Everything that can be refused without an import is refused here: another API version,
+a misspelt group, a ``Requires-Dist: quire`` that this version does not satisfy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from quire.core.errors import PluginError
+from quire.core.plugin import hookspecs
+from quire.core.plugin.hookspecs import GROUP, PROJECT
+from quire.core.plugin.registry import KINDS, Registrar, Registration, canonical
+from quire.core.version import __version__
+
+__all__ = ["PluginEntry", "collect", "import_entry", "module_file", "scan"]
+
+
+@dataclass(frozen=True, slots=True)
+class PluginEntry:
+    """One entry point of one installed distribution. ``refusal`` says why it may not be imported, and the remedy."""
+
+    dist: str
+    version: str
+    group: str
+    name: str
+    value: str
+    location: str
+    requires_quire: str | None = None
+    refusal: str | None = None
+
+    @property
+    def file(self) -> str | None:
+        """The file of the entry point's module, found without importing it."""
+        return module_file(self.value.partition(":")[0])
+
+
+def scan() -> list[PluginEntry]:
+    """Every entry point on ``sys.path`` in a group of ours or one that resembles it, by distribution. Imports none."""
+    found: list[PluginEntry] = []
+    seen: set[str] = set()
+    for dist in importlib.metadata.distributions():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = dist.read_text("entry_points.txt") or ""
+            if not _HEADER.search(text):
+                continue
+            name = (dist.metadata["Name"] if dist.metadata is not None else None) or _folder_name(dist)
+            if canonical(name) in seen or canonical(name) == PROJECT:
+                continue
+            seen.add(canonical(name))
+            found.extend(_entries(dist, name, text))
+    return sorted(found, key=lambda e: (canonical(e.dist), e.group, e.name))
+
+
+def import_entry(entry: PluginEntry, limit: float | None = None) -> Any:
+    """Import what ``entry`` points at. Whatever it raises, including SystemExit, becomes a one-line PluginError.
+
+    With ``limit`` (seconds) the import runs in a thread that is given up on when the time is over. What it prints to
+    standard output goes to standard error.
+    """
+    if entry.refusal:
+        raise PluginError(entry.refusal)
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(_load(entry.value))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may raise anything at all, SystemExit included
+            outcome.append(PluginError(f"{_where(entry)} cannot be imported: {describe(error)}; mend or uninstall it"))
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if limit is None:
+            run()
+        else:
+            thread = threading.Thread(target=run, daemon=True, name=f"import {entry.value}")
+            thread.start()
+            thread.join(limit)
+    if not outcome:
+        raise PluginError(
+            f"{_where(entry)} took more than {limit:g} s to import; name it as {entry.dist}/NAME to wait for it, "
+            "or move its heavy imports into the target module"
+        )
+    if isinstance(outcome[0], PluginError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def collect(plugin: Any, dist: str = PROJECT, version: str = "", file: str | None = None) -> list[Registration]:
+    """What ``plugin`` registers, of every kind. PluginError if it has hooks we don't know or its hooks raise."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    registrations: list[Registration] = []
+    try:
+        manager.register(plugin)
+        manager.check_pending()
+        for kind in KINDS:
+            registrar = Registrar(kind, dist, version, file)
+            getattr(manager.hook, f"quire_register_{kind}")(register=registrar)
+            registrations.extend(registrar.registrations)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise PluginError(f"{dist} {version}: {describe(error)}; mend or uninstall it") from error
+    return registrations
+
+
+def module_file(module: str) -> str | None:
+    """Where ``module`` lives, without importing it or any of its parents. None if it cannot be found."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if not rest:
+        return spec.origin
+    for folder in spec.submodule_search_locations or ():
+        path = Path(folder, *rest)
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                return str(candidate)
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """An exception on one line, with what it was when its text alone would not say."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PluginError):
+        return text
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code!r})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_HEADER = re.compile(r"^\s*\[\s*quire(v?\d+|[^a-z0-9\]][^\]]*)?\]", re.MULTILINE | re.IGNORECASE)
+_OURS = re.compile(r"quire(v?\d+|[^a-z0-9].*)?", re.IGNORECASE)
+_VERSIONED = re.compile(r"quire\.v(\d+)")
+
+
+def _entries(dist: importlib.metadata.Distribution, name: str, text: str) -> Iterator[PluginEntry]:
+    version = (dist.metadata["Version"] if dist.metadata is not None else None) or "?"
+    location = str(dist.locate_file(""))
+    wanted = _requires_quire(dist)
+    try:
+        points = [p for p in dist.entry_points if _OURS.fullmatch(p.group)]
+    except Exception as error:
+        header = _HEADER.search(text)
+        group = header.group().strip()[1:-1] if header else GROUP
+        damaged = f"{name} {version}: entry_points.txt cannot be read: {describe(error)}; reinstall it"
+        yield PluginEntry(name, version, group, "?", "?", location, wanted, damaged)
+        return
+    for point in points:
+        entry = PluginEntry(name, version, point.group, point.name, point.value, location, wanted)
+        yield replace(entry, refusal=_refusal(entry))
+
+
+def _refusal(entry: PluginEntry) -> str | None:
+    """Why this entry point may not be imported, judged by metadata alone."""
+    versioned = _VERSIONED.fullmatch(entry.group)
+    who = f"{entry.dist} {entry.version}"
+    wants = f" (it requires quire {entry.requires_quire})" if entry.requires_quire else ""
+    if not versioned:
+        return f"{who}: entry-point group {entry.group!r} is read by nobody; rename it to {GROUP!r}"
+    if entry.group != GROUP:
+        remedy = f"install a release of {entry.dist} for {GROUP}, or a quire that speaks {entry.group}"
+        return f"{who}: written for plugin API {entry.group}{wants}, this is quire {__version__} with {GROUP}; {remedy}"
+    if entry.requires_quire and not _satisfied(entry.requires_quire):
+        remedy = f"install a release of {entry.dist} for this version, or another quire"
+        return f"{who}: requires quire {entry.requires_quire}, this is quire {__version__}; {remedy}"
+    if not _VALUE.fullmatch(entry.value):
+        return (
+            f"{who}: entry point {entry.name} = {entry.value!r} is not a module or module:object; correct the spelling"
+        )
+    return None
+
+
+_VALUE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\s*:\s*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?")
+
+
+def _requires_quire(dist: importlib.metadata.Distribution) -> str | None:
+    """The range of Quire versions that ``dist`` declares, as written; None if it declares none."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for line in dist.requires or ():
+        with contextlib.suppress(InvalidRequirement):
+            requirement = Requirement(line)
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if canonical(requirement.name) == PROJECT and applies:
+                return str(requirement.specifier) or None
+    return None
+
+
+def _satisfied(specifier: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(__version__, prereleases=True)
+
+
+def _load(value: str) -> Any:
+    module, _, attribute = (part.strip() for part in value.partition(":"))
+    found = importlib.import_module(module)
+    for name in filter(None, attribute.split(".")):
+        found = getattr(found, name)
+    return found
+
+
+def _folder_name(dist: importlib.metadata.Distribution) -> str:
+    """The name in the metadata folder's own name, for a distribution whose METADATA is missing or damaged."""
+    path = getattr(dist, "_path", None)
+    return Path(str(path)).name.split("-")[0] if path is not None else "unknown"
+
+
+def _where(entry: PluginEntry) -> str:
+    return f"{entry.dist} {entry.version} ({entry.name} = {entry.value})"

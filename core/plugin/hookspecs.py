@@ -1,0 +1,137 @@
+"""Every hook of Quire, on one page. Hooks run when a process starts, never inside a step.
+
+A plugin is a module (or an object) that defines some of these functions, marked with ``quire.hookimpl``, and an entry
+point in the group ``quire.v1`` that names it. A hook may declare fewer arguments than listed here. Minor versions only
+add hooks and arguments; the major is in the name of the group.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from quire.core.plugin.registry import Choice, Registrar
+
+__all__ = ["API_MAJOR", "GROUP", "PROJECT", "hookimpl", "hookspec"]
+
+PROJECT = "quire"
+API_MAJOR = 1
+GROUP = f"{PROJECT}.v{API_MAJOR}"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+# ---- Registration. Called once per process: for bundled plugins at start, for others only when a name is not bundled
+# ---- or ``--plugin`` names their distribution. For each implementation, call ``register(name, "module:Class", summary,
+# ---- requires=(), aliases=())``, and import nothing heavy. Each returns None, and the result is ignored.
+
+
+@hookspec
+def quire_register_attention(register: Registrar) -> None:
+    """Name attention backends: subclasses of ``quire.core.contracts.attention.AttentionBackend``."""
+
+
+@hookspec
+def quire_register_kv(register: Registrar) -> None:
+    """Name KV allocators: subclasses of ``quire.core.contracts.kv.KVAllocator``."""
+
+
+@hookspec
+def quire_register_policy(register: Registrar) -> None:
+    """Name batching policies: subclasses of ``quire.core.contracts.policy.BatchingPolicy``."""
+
+
+@hookspec
+def quire_register_quant(register: Registrar) -> None:
+    """Name quantization loaders: subclasses of ``quire.core.contracts.quant.QuantizationLoader``."""
+
+
+@hookspec
+def quire_register_model(register: Registrar) -> None:
+    """Name models by the architecture in ``config.json``: subclasses of ``quire.core.contracts.model.Model``."""
+
+
+@hookspec
+def quire_register_sampler(register: Registrar) -> None:
+    """Name samplers: subclasses of ``quire.core.contracts.sampler.Sampler``."""
+
+
+@hookspec
+def quire_register_logits_processor(register: Registrar) -> None:
+    """Name logits processors: subclasses of ``quire.core.contracts.logits_processor.LogitsProcessor``."""
+
+
+@hookspec
+def quire_register_spec_decode(register: Registrar) -> None:
+    """Name speculative proposers: subclasses of ``HostProposer`` or ``DeviceProposer`` of
+    ``quire.core.contracts.spec_decode``.
+    """
+
+
+@hookspec
+def quire_register_executor(register: Registrar) -> None:
+    """Name executors: subclasses of ``quire.core.contracts.executor.Executor``."""
+
+
+@hookspec
+def quire_register_metrics(register: Registrar) -> None:
+    """Name metrics exporters: subclasses of ``quire.core.contracts.metrics.MetricsExporter``."""
+
+
+# ---- Decisions. Asked of the plugins named by ``--plugin``, the last named first, then of the bundled ones.
+
+
+@hookspec(firstresult=True)
+def quire_detect_quantization(hf_config: Mapping[str, Any]) -> str | None:
+    """Return the name of the quantization loader that reads this checkpoint, given its ``config.json`` as a mapping.
+
+    Called once per model when ``--quantization`` is ``auto``. None means: not a scheme of mine. If every plugin says
+    None, ``quire_choose_default("quant", ...)`` decides.
+    """
+
+
+@hookspec(firstresult=True)
+def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | str | None:
+    """Return what ``auto`` means for ``kind``: a name, or a ``Choice`` that also says why and why not the others.
+
+    Called once per kind when its name is ``auto``. ``config`` holds what is known then: ``device`` ("cuda", "cpu"),
+    for models ``architectures``, for quantization ``hf_config``; any key may be missing. None means: no opinion.
+    """
+
+
+# ---- Lifecycle and the front doors. Called only for the bundled plugins and those named by ``--plugin``.
+
+
+@hookspec
+def quire_add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add command-line arguments to ``quire serve``. Called before the command line is parsed. None is ignored."""
+
+
+@hookspec
+def quire_register_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add a command of one's own: ``subparsers.add_parser(...)``, then ``set_defaults(run=function)``.
+
+    ``function`` takes the parsed arguments and returns the exit status. Called before parsing. None is ignored.
+    """
+
+
+@hookspec
+def quire_extend_app(app: Any) -> None:
+    """Add routes or middleware to the FastAPI application. Called once, after ours, before serving. None is ignored."""
+
+
+@hookspec
+def quire_configure(config: Any) -> None:
+    """Take note of the final, frozen engine configuration. Called once, before the first component is built.
+
+    Raise ``quire.core.errors.PluginError`` to refuse it. None is ignored.
+    """
+
+
+@hookspec
+def quire_unconfigure() -> None:
+    """Release what ``quire_configure`` took. Called once, when the process ends. None is ignored."""

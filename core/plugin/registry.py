@@ -1,0 +1,239 @@
+"""Kinds of plugins, registrations, and the table in which every name is looked up. Imports no implementation."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from quire.core.errors import PluginError
+from quire.core.plugin.hookspecs import API_MAJOR, PROJECT
+
+__all__ = [
+    "KINDS",
+    "Choice",
+    "Kind",
+    "Registrar",
+    "Registration",
+    "Registry",
+    "Requirement",
+    "canonical",
+    "did_you_mean",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of plugin. ``contract`` is "module:Class"; ``always`` names those that are on without asking."""
+
+    key: str
+    title: str
+    flag: str
+    contract: str
+    aliases: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
+
+    @property
+    def option_flag(self) -> str:
+        """The flag that passes ``key=value`` to the chosen implementation."""
+        return f"{self.flag.removesuffix('-method')}-option"
+
+    @staticmethod
+    def named(text: str) -> Kind:
+        """The kind called ``text``: its key, its title or its flag without dashes. PluginError if there is none."""
+        wanted = fold(text.lstrip("-"))
+        for kind in KINDS.values():
+            if wanted in {
+                fold(n.lstrip("-")) for n in (kind.key, kind.title.replace(" ", "-"), kind.flag, *kind.aliases)
+            }:
+                return kind
+        raise PluginError(f"{text!r} is not a kind of plugin; {did_you_mean(text, KINDS)}")
+
+
+_CONTRACTS = "quire.core.contracts"
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        kind.key: kind
+        for kind in (
+            Kind("attention", "attention backend", "--attention-backend", f"{_CONTRACTS}.attention:AttentionBackend"),
+            Kind("kv", "KV allocator", "--kv-allocator", f"{_CONTRACTS}.kv:KVAllocator"),
+            Kind(
+                "policy",
+                "scheduling policy",
+                "--scheduling-policy",
+                f"{_CONTRACTS}.policy:BatchingPolicy",
+                aliases=("--scheduler", "batching-policy"),
+            ),
+            Kind("quant", "quantization", "--quantization", f"{_CONTRACTS}.quant:QuantizationLoader"),
+            Kind("model", "model", "--model-architecture", f"{_CONTRACTS}.model:Model"),
+            Kind("sampler", "sampler", "--sampler", f"{_CONTRACTS}.sampler:Sampler"),
+            Kind(
+                "logits_processor",
+                "logits processor",
+                "--logits-processor",
+                f"{_CONTRACTS}.logits_processor:LogitsProcessor",
+                always=("min_tokens", "logit_bias"),
+            ),
+            Kind(
+                "spec_decode", "speculative proposer", "--spec-method", f"{_CONTRACTS}.spec_decode:SpeculativeProposer"
+            ),
+            Kind("executor", "executor", "--executor", f"{_CONTRACTS}.executor:Executor"),
+            Kind("metrics", "metrics exporter", "--metrics", f"{_CONTRACTS}.metrics:MetricsExporter"),
+        )
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """A top-level module that must be importable before the target is, and the command that provides it."""
+
+    module: str
+    install: str
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One implementation by name. ``dist`` is "quire" for bundled ones; ``file`` is where the plugin was found."""
+
+    kind: str
+    name: str
+    target: str
+    summary: str
+    requires: tuple[Requirement, ...] = ()
+    aliases: tuple[str, ...] = ()
+    api_version: int = API_MAJOR
+    dist: str = PROJECT
+    version: str = ""
+    file: str | None = None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it comes with Quire itself."""
+        return self.dist == PROJECT
+
+    @property
+    def qualified(self) -> str:
+        """``dist/name``: the name that can clash with nothing."""
+        return f"{self.dist}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What ``auto`` means: a name, why, and for each other name why not."""
+
+    name: str
+    why: str = ""
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+
+class Registrar:
+    """The ``register`` that a plugin's hook is called with; it notes who registers and refuses malformed calls."""
+
+    def __init__(self, kind: str, dist: str = PROJECT, version: str = "", file: str | None = None) -> None:
+        self._kind, self._dist, self._version, self._file = kind, dist, version, file
+        self.registrations: list[Registration] = []
+
+    def __call__(
+        self,
+        name: str,
+        target: str,
+        summary: str,
+        *,
+        requires: Sequence[str | Requirement] = (),
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Name the class ``target`` ("module:Class"). ``requires``: top-level modules. PluginError if malformed."""
+        for each in (name, *aliases):
+            if not isinstance(each, str) or not _NAME.fullmatch(each) or fold(each) == "auto":
+                raise PluginError(f"{each!r} cannot be a name; use letters, digits, '_', '-' and '.', and not 'auto'")
+        taken = {fold(n): r.name for r in self.registrations for n in (r.name, *r.aliases)}
+        twice = next((n for n in (name, *aliases) if fold(n) in taken), None)
+        if twice is not None:
+            raise PluginError(f"{name}: {twice!r} is registered already, by {taken[fold(twice)]}; choose another name")
+        if not isinstance(target, str) or not _TARGET.fullmatch(target):
+            raise PluginError(f"{name}: target {target!r} is not of the form 'module:Class'; write it as a string")
+        if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
+            raise PluginError(f"{name}: summary {summary!r} must be one line that says what it is")
+        needs = tuple(r if isinstance(r, Requirement) else Requirement(r, f"pip install {r}") for r in requires)
+        self.registrations.append(
+            Registration(
+                self._kind,
+                name,
+                target,
+                summary,
+                needs,
+                tuple(aliases),
+                dist=self._dist,
+                version=self._version,
+                file=self._file,
+            )
+        )
+
+
+class Registry:
+    """All registrations of one process. Bundled ones are added first and keep their names whatever comes later."""
+
+    def __init__(self) -> None:
+        self._all: list[Registration] = []
+
+    def add(self, registrations: Iterable[Registration]) -> None:
+        """Add what one plugin registered."""
+        self._all.extend(r for r in registrations if r not in self._all)
+
+    def of(self, kind: str) -> list[Registration]:
+        """Every registration of ``kind``, bundled first, in the order they were made."""
+        return [r for r in self._all if r.kind == kind]
+
+    def find(self, kind: str, name: str) -> list[Registration]:
+        """Who answers to ``name``, by name or alias: a bundled one alone, else every third party that claims it."""
+        wanted = fold(name)
+        found = [r for r in self.of(kind) if wanted in _folded(r)]
+        return [r for r in found if r.bundled][:1] or found
+
+    def find_in(self, kind: str, dist: str, name: str) -> Registration | None:
+        """The implementation that ``dist`` calls ``name``."""
+        wanted = fold(name)
+        mine = [r for r in self.of(kind) if canonical(r.dist) == canonical(dist)]
+        return next((r for r in mine if wanted in _folded(r)), None)
+
+    def clash(self, registration: Registration) -> Registration | None:
+        """Another distribution's registration that keeps this one from its plain name, if any."""
+        if registration.bundled:
+            return None
+        others = self.find(registration.kind, registration.name)
+        return next((r for r in others if canonical(r.dist) != canonical(registration.dist)), None)
+
+    def spelling(self, registration: Registration) -> str:
+        """The name to write on the command line: the plain one, or ``dist/name`` where it clashes."""
+        return registration.qualified if self.clash(registration) else registration.name
+
+
+def fold(name: str) -> str:
+    """The form in which names are compared: case, '-' and '_' make no difference."""
+    return name.replace("-", "_").lower()
+
+
+def canonical(dist: str) -> str:
+    """The name of a distribution as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", dist).lower()
+
+
+def did_you_mean(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """The remedy for an unknown name: the closest of ``known`` and ``also`` (aliases), or else all of ``known``."""
+    names = list(dict.fromkeys(known))
+    by_fold = {fold(n): n for n in (*also, *names)}
+    close = difflib.get_close_matches(fold(name), list(by_fold), n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(by_fold[c] for c in close) + "?"
+    return "choose from " + ", ".join(names) if names else "there are none"
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def _folded(registration: Registration) -> set[str]:
+    return {fold(n) for n in (registration.name, *registration.aliases)}

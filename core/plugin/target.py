@@ -1,0 +1,63 @@
+"""Import the class behind "module:Class" and hold it to its contract. Scans nothing: all that workers need."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from quire.core.errors import PluginError
+from quire.core.plugin.discovery import describe
+from quire.core.plugin.registry import Registration, did_you_mean
+
+if TYPE_CHECKING:
+    from quire.core.plugin.manager import Resolution
+
+__all__ = ["load_target", "missing_requirement"]
+
+
+def load_target(target: str, contract: type | str | None = None) -> type:
+    """Import "module:Class" and check that it keeps its contract. Scans nothing: this is what worker processes call.
+
+    ``contract`` is the class it must derive from, or its "module:Class". Raises PluginError on one line.
+    """
+    module, _, path = target.partition(":")
+    if not module or not path:
+        raise PluginError(f"{target!r} is not of the form module:Class; write for example my_package.policy:MyPolicy")
+    try:
+        found: Any = importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise PluginError(f"{target}: cannot be imported: {describe(error)}; mend it or choose another") from error
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            classes = [n for n, value in vars(found).items() if inspect.isclass(value) and not n.startswith("_")]
+            raise PluginError(f"{target}: {module} has no {part!r}; {did_you_mean(part, classes)}") from None
+    if not inspect.isclass(found):
+        raise PluginError(f"{target}: is a {type(found).__name__}, not a class; name the class itself")
+    if contract is not None:
+        _check_contract(target, found, load_target(contract) if isinstance(contract, str) else contract)
+    return found
+
+
+def missing_requirement(plugin: Resolution | Registration) -> str | None:
+    """The first module that ``plugin`` requires and that is not installed, as a reason and remedy. Imports nothing."""
+    for need in plugin.requires:
+        if importlib.util.find_spec(need.module.partition(".")[0]) is None:
+            return f"needs the module {need.module!r}, which is not installed; {need.install}"
+    return None
+
+
+def _check_contract(target: str, found: type, contract: type) -> None:
+    name = f"{contract.__module__}.{contract.__qualname__}"
+    if not issubclass(found, contract):
+        raise PluginError(
+            f"{target}: is not a subclass of {name}; derive it from that class, or name it under its own kind"
+        )
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(f"{target}: does not implement {', '.join(missing)} of {name}; write them")

@@ -1,0 +1,143 @@
+"""A random draw: three launches for any mix of greedy and random rows, no synchronisation, a grid known beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from quire.core.sample.kernels.sample_resolve import settle_kernel
+from quire.core.sample.kernels.sample_scan import scan_kernel
+from quire.core.sample.kernels.sample_topk_candidates import shortlist_kernel
+from quire.core.sample.kernels.workspace import Workspace
+
+__all__ = ["Columns", "draw"]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Parameters on the device, by row of the request table or by line of the logits."""
+
+    temperature: Tensor  # (rows,) float32
+    top_k: Tensor  # (rows,) int32
+    top_p: Tensor  # (rows,) float32
+    min_p: Tensor  # (rows,) float32
+    seed: Tensor  # (rows,) int64
+    position: Tensor  # (rows,) int32 or int64
+
+
+def draw(
+    logits: Tensor,
+    columns: Columns,
+    work: Workspace,
+    out: Tensor,
+    rows: Tensor | None = None,
+    token_ids: Tensor | None = None,
+) -> None:
+    """``logits`` (n, vocab), rows dense, bf16, f16 or f32 -> ``out`` (n,) int32, as ``GumbelSampler.sample``.
+
+    With ``rows`` (n,) int64 and ``token_ids`` (rows, length) the columns are the request table's, ``position`` being
+    its ``num_tokens``, and each token is appended to its row, but for the table's last row, which stands for padding.
+    """
+    n, vocab = logits.shape
+    tiles, splits = work.tiles, work.splits
+    feed = rows is not None and token_ids is not None
+    c = columns
+    line_rows = rows if rows is not None else out
+    table = token_ids if token_ids is not None else out
+    token_stride = table.stride(0)
+    padding_row = len(c.temperature) - 1
+    fast = not triton.knobs.runtime.interpret
+    scan_kernel[(splits, n)](
+        logits,
+        line_rows,
+        c.temperature,
+        c.top_k,
+        c.seed,
+        c.position,
+        work.chunk_best,
+        work.chunk_logit,
+        work.chunk_token,
+        work.chunk_max,
+        work.chunk_sum,
+        work.group_max,
+        logits.stride(0),
+        padding_row,
+        vocab=vocab,
+        splits=splits,
+        groups=tiles.groups,
+        width=tiles.width,
+        tile=min(tiles.tile, tiles.chunk),
+        feed=feed,
+        fast=fast,
+        num_warps=8,
+    )
+    shortlist_kernel[(n,)](
+        logits,
+        line_rows,
+        c.temperature,
+        c.top_k,
+        c.top_p,
+        c.min_p,
+        c.seed,
+        c.position,
+        work.group_max,
+        work.group_list,
+        work.list_logit,
+        work.list_token,
+        work.list_above,
+        out,
+        table,
+        c.position,
+        logits.stride(0),
+        token_stride,
+        padding_row,
+        vocab=vocab,
+        splits=splits,
+        groups=tiles.groups,
+        width=tiles.width,
+        num_groups_block=triton.next_power_of_2(work.num_groups),
+        capacity=tiles.shortlist,
+        most_k=tiles.most_k,
+        tile=min(tiles.tile, tiles.chunk),
+        block=min(128, tiles.shortlist),
+        others=min(32, tiles.shortlist),
+        feed=feed,
+        fast=fast,
+        num_warps=4,
+    )
+    settle_kernel[(tiles.parts, n)](
+        logits,
+        line_rows,
+        c.temperature,
+        c.top_k,
+        c.top_p,
+        c.min_p,
+        c.seed,
+        c.position,
+        work.chunk_best,
+        work.chunk_logit,
+        work.chunk_token,
+        work.chunk_max,
+        work.chunk_sum,
+        work.part_above,
+        work.part_higher,
+        work.part_kept,
+        work.counter,
+        out,
+        table,
+        c.position,
+        logits.stride(0),
+        token_stride,
+        padding_row,
+        vocab=vocab,
+        splits=splits,
+        splits_block=triton.next_power_of_2(splits),
+        chunk=tiles.chunk,
+        tile=min(tiles.tile, tiles.chunk),
+        parts=tiles.parts,
+        feed=feed,
+        fast=fast,
+        num_warps=8,
+    )

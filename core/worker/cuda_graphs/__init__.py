@@ -1,0 +1,1 @@
+"""Steps captured as CUDA graphs: how one is captured, those of decodes, those with prompts."""

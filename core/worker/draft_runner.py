@@ -1,0 +1,153 @@
+"""The proposer on the device: fed with what steps compute, asked for drafts behind them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.attention import AttentionBatch
+from quire.core.contracts.spec_decode import DeviceProposer, StepTokens
+from quire.core.messages import SchedulerOutput
+from quire.core.ops.pinned import upload
+from quire.core.sample.verify import place_drafts
+from quire.core.worker.cuda_graphs.capture import Recorder
+from quire.core.worker.cuda_graphs.decode import query_lens, verified_sizes
+from quire.core.worker.draft_prefill import Reading
+from quire.core.worker.input_builder import StepInputs
+from quire.core.worker.kv_cache import KVCache
+from quire.core.worker.request_table import RequestTable
+
+__all__ = ["Drafting"]
+
+_log = logging.getLogger("quire.worker")
+
+
+class Drafting:
+    """Calls a ``DeviceProposer`` and keeps the engine safe from it: drafts are checked on the device, and a proposer
+    that raises is switched off."""
+
+    def __init__(
+        self, name: str, proposer: DeviceProposer, table: RequestTable, vocab_size: int, kv: KVCache, group: int
+    ) -> None:
+        self.proposer = proposer
+        self.kv = kv
+        """The cache of the proposer's layers, under the block ids of ``group``."""
+        self._name = name
+        self._table = table
+        self._vocab_size = vocab_size
+        self._group = group
+        self._off = False
+        self._reading = Reading(table.num_rows) if proposer.catches_up else None
+        self._faults: list[str] = []
+        self._sizes = verified_sizes(table.num_rows)
+        most = self._sizes[-1] if self._sizes else 1
+        self._rows = torch.full((most,), table.padding_row, dtype=torch.int64, device=table.device)
+        self._last: NDArray[np.int64] | None = None  # what of these is on the device
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """As the target's cache does."""
+        self.kv.copy_blocks(copies, follows=self._group)
+
+    def follow(self, step: SchedulerOutput, inputs: StepInputs | None) -> None:
+        """A step was computed; ``inputs`` where it may hold prompts."""
+        drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
+        prompts = step.num_decodes + drafts < len(step.rows)
+        if self._reading is not None:
+            self._reading.enter(step)
+            if not (step.read if prompts else step.propose):
+                self._reading.passed(step)
+                return
+        if inputs is not None and (prompts or self.proposer.observes_all):
+            self.observe(inputs)
+
+    def observe(self, inputs: StepInputs) -> None:
+        """A step was computed that holds prompt tokens, or any if the proposer wants them all."""
+        self._guarded(lambda: self.read(inputs))
+
+    def read(self, inputs: StepInputs) -> None:
+        """``observe`` without its guard, to be captured."""
+        i, group = inputs, self._group
+        self.proposer.observe(StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group]))
+
+    def propose(self, step: SchedulerOutput, *, greedy: bool) -> bool:
+        """Draft for the rows of the table that drew, and write the drafts behind their tokens. Whether the proposer
+        also made up for what it had passed over."""
+        rows, count = step.rows[step.samples], step.propose
+        late = self._reading is not None and step.read and (spans := self._reading.due(step)).size > 0
+        if late:
+            self._guarded(lambda: self.proposer.catch_up(upload(spans, torch.int64, self._table.device), spans))
+        size = next((size for size in self._sizes if size >= len(rows)), len(rows))
+        graph = self._graphs.get((size, count, greedy))
+        padded = np.full(size if graph else len(rows), self._table.padding_row, np.int64)
+        padded[: len(rows)] = rows
+        if graph is not None and not self._off:
+            if self._last is None or not np.array_equal(padded, self._last):
+                self._rows[:size] = upload(padded, torch.int64, self._table.device)
+                self._last = padded
+            graph.replay()
+        else:
+            who = upload(padded, torch.int64, self._table.device)
+            self._guarded(lambda: self._propose(who, count, greedy))
+        if self._reading is not None and len(lacking := self._reading.late(rows)):
+            self._table.num_drafts.index_fill_(0, upload(lacking, torch.int64, self._table.device), 0)
+        return late
+
+    def rehearse(self) -> None:
+        """Launch what passes of every size launch; tokens that were not drawn are not read."""
+        for size in self._sizes:
+            rows = self._rows[:size]
+            self._propose(rows, 1, False)
+            self._propose(rows, 1, True)
+            if self.proposer.attention_specs():
+                self.proposer.observe(self._decodes(size))
+
+    def capture(self, recorder: Recorder) -> None:
+        """Record proposals of every size and count."""
+        if not self.proposer.capturable:
+            return
+        for size in reversed(self._sizes):
+            for count in query_lens(self.proposer.num_tokens):
+                for greedy in (True, False):
+                    work = partial(self._propose, self._rows[:size], count - 1, greedy)
+                    work()  # compiles and warms up
+                    self._graphs[size, count - 1, greedy] = recorder.record(work)[0]
+
+    def _propose(self, rows: Tensor, count: int, greedy: bool) -> None:
+        drafts = self.proposer.propose(rows, count, greedy=greedy)
+        if drafts.tokens.ndim != 2 or drafts.tokens.shape[0] != len(rows) or drafts.tokens.is_floating_point():
+            raise ValueError(f"propose returned drafts {tuple(drafts.tokens.shape)} of {drafts.tokens.dtype}")
+        tokens, table = drafts.tokens[:, :count], self._table
+        place_drafts(tokens, drafts.lengths, rows, table.sampling, table.num_drafts, self._vocab_size)
+
+    def _decodes(self, size: int) -> StepTokens:
+        """A step of ``size`` padding requests with a token each."""
+        none = torch.zeros(size, dtype=torch.int64, device=self._table.device)
+        one, start = none.int() + 1, torch.arange(size + 1, dtype=torch.int32, device=none.device)
+        blocks = self._table.block_tables[self._group][self._rows[:size]]
+        batch = AttentionBatch(start, one, blocks, size, size, 1, 1, size)
+        return StepTokens(none.int(), none, none, self._rows[:size], batch)
+
+    def take_faults(self) -> list[str]:
+        """Why the proposer was switched off, once."""
+        faults, self._faults = self._faults, []
+        return faults
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        if self._off:
+            return
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = f"spec_decode/{self._name}: {type(error).__name__}: {error}"
+            _log.error("switched off %s", reason, exc_info=error)
+            self._off = True
+            self._faults.append(reason)

@@ -1,0 +1,223 @@
+"""From logits to tokens: log-probabilities, penalties, logits processors, sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
+from quire.core.contracts.sampler import Sampler, SamplingBatch
+from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.ops.pinned import upload
+from quire.core.sample.logprobs import gather_logprobs
+from quire.core.sample.penalties import penalize
+from quire.core.sample.verify import verify
+from quire.core.worker.input_builder import Lines, StepInputs
+from quire.core.worker.request_table import RequestTable
+
+__all__ = ["Drawn", "DrawnLogprobs", "TokenDrawer"]
+
+_log = logging.getLogger("quire.worker")
+
+
+@dataclass(slots=True)
+class DrawnLogprobs:
+    """Log-probabilities of those tokens of a step for which somebody asked."""
+
+    index: NDArray[np.int64]
+    """Into the step; as often as the request has lines."""
+    widths: NDArray[np.int32]
+    """Columns that each asked for: 1 + k."""
+    columns: tuple[Tensor, Tensor, Tensor]
+    """As ``gather_logprobs`` gives them, for the largest k."""
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Device tensors of a step's draw."""
+
+    tokens: Tensor  # (num_drawing,) int32, or (num_drawing, 2 + width) as ``verify`` returns them
+    logprobs: DrawnLogprobs | None = None
+    quarantined: list[str] = field(default_factory=list)
+    read_late: bool = False
+    """Behind the draw a proposer made up for what it had passed over."""
+
+
+@dataclass(slots=True)
+class _Active:
+    name: str
+    processor: LogitsProcessor
+    rows: set[int] = field(default_factory=set)
+
+
+class TokenDrawer:
+    """Knows, on the host and by row, what each request wants, so that a step pays only for what somebody asked."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        processors: Sequence[tuple[str, LogitsProcessor]],
+        table: RequestTable,
+        num_rows: int,
+        forced_acceptance: float | None = None,
+        most_lines: int = 0,
+    ) -> None:
+        self.table = table
+        self.forced_acceptance = forced_acceptance
+        self._sampler = sampler
+        self.device_sampler = sampler if sampler.prepare(most_lines or table.num_rows) else None
+        """The sampler, where it can draw from the table by itself."""
+        self._processors = [_Active(name, processor) for name, processor in processors]
+        self._random = np.zeros(num_rows, dtype=bool)
+        self._top_k = np.zeros(num_rows, dtype=bool)
+        self._top_p = np.zeros(num_rows, dtype=bool)
+        self._min_p = np.zeros(num_rows, dtype=bool)
+        self._penalized = np.zeros(num_rows, dtype=bool)
+        self._logprobs = np.full(num_rows, -1, dtype=np.int32)
+        self._quarantined: list[str] = []
+
+    def add(self, request: NewRequest) -> None:
+        """A request enters its row."""
+        params, row = request.params, request.row
+        self._random[row] = not params.greedy
+        self._top_k[row] = params.top_k > 0 and not params.greedy
+        self._top_p[row] = params.top_p < 1 and not params.greedy
+        self._min_p[row] = params.min_p > 0 and not params.greedy
+        neutral = (1.0, 0.0, 0.0)
+        asked = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._penalized[row] = asked != neutral
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        for active in list(self._processors):
+            active.rows.discard(row)
+            if active.processor.argmax_invariant and params.greedy:
+                continue
+            try:
+                if active.processor.add(request):
+                    active.rows.add(row)
+            except Exception as error:
+                self._quarantine(active, error)
+
+    def remove(self, row: int) -> None:
+        """The row's request left."""
+        for active in list(self._processors):
+            if row in active.rows:
+                active.rows.discard(row)
+                try:
+                    active.processor.remove(row)
+                except Exception as error:
+                    self._quarantine(active, error)
+
+    def variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
+        """What these rows want of a captured sampler; None where they want more than one can do."""
+        if (self._logprobs[rows] >= 0).any() or not self._untouched(rows):
+            return None
+        if not self._random[rows].any():
+            return "greedy"
+        return None if self.device_sampler is None else "random"
+
+    def greedy(self, rows: NDArray[np.int32]) -> bool:
+        """Whether none of these rows has a temperature."""
+        return not self._random[rows].any()
+
+    def _untouched(self, rows: NDArray[np.int32]) -> bool:
+        """Whether nothing changes the logits of these rows."""
+        if self._penalized[rows].any():
+            return False
+        return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
+
+    def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: Lines) -> Drawn:
+        """``logits`` (num_lines, vocab) in the model's dtype. Feeds the tokens, of drafts those accepted, back into the
+        table."""
+        host_rows, spans, table = step.rows[lines.owner], inputs.spans, self.table
+        feeds = self.device_sampler is not None and spans.width == 1 and self._untouched(host_rows)
+        if feeds and self.device_sampler is not None:
+            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what a rehearsal draws
+            self.device_sampler.draw(logits, inputs.line_rows, table.sampling, tokens, greedy=self.greedy(host_rows))
+        else:
+            tokens = self._draw_changed(logits, inputs, host_rows, lines.positions)
+        drawn = Drawn(tokens, quarantined=self._quarantined)
+        self._quarantined = []
+        drawn.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
+        if spans.width > 1:
+            drawn.tokens = verify(
+                tokens, spans, table.sampling, table.num_computed, table.num_drafts, self.forced_acceptance
+            )
+        elif not feeds:
+            table.append(spans.rows, tokens)
+        return drawn
+
+    def _gather_logprobs(
+        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], lines: Lines
+    ) -> DrawnLogprobs | None:
+        wanted = self._logprobs[host_rows]
+        asked = np.flatnonzero(wanted >= 0)
+        if not len(asked):
+            return None
+        if len(asked) < len(wanted):
+            some = upload(asked, torch.int64, logits.device)
+            logits, tokens = logits[some], tokens[some]
+        columns = gather_logprobs(logits, tokens, int(wanted.max()))
+        return DrawnLogprobs(lines.owner[asked], wanted[asked] + 1, columns)
+
+    def _draw_changed(
+        self, raw: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> Tensor:
+        """By ``Sampler.sample``, after penalties and processors."""
+        rows, lens = inputs.line_rows, inputs.line_lens
+        logits = raw.to(torch.float32, copy=True)
+        self._penalize(logits, rows, lens, host_rows, int(positions.max()))
+        self._process(logits, lens, host_rows, positions)
+        return self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
+
+    def _sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
+        table = self.table
+        return SamplingBatch(
+            temperature=table.temperature[rows],
+            top_k=table.top_k[rows],
+            top_p=table.top_p[rows],
+            min_p=table.min_p[rows],
+            seed=table.seed[rows],
+            position=lens.long(),
+            any_random=bool(self._random[host_rows].any()),
+            any_top_k=bool(self._top_k[host_rows].any()),
+            any_top_p=bool(self._top_p[host_rows].any()),
+            any_min_p=bool(self._min_p[host_rows].any()),
+        )
+
+    def _penalize(self, logits: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], longest: int) -> None:
+        lines = np.flatnonzero(self._penalized[host_rows])
+        if not len(lines):
+            return
+        t = self.table
+        columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
+        penalize(logits, upload(lines, torch.int64, logits.device), rows, lens, longest, *columns)
+
+    def _process(
+        self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> None:
+        if not any(active.rows for active in self._processors):
+            return
+        rows = host_rows.tolist()
+        batch = LogitsBatch(rows, positions.tolist(), self.table.token_ids, lens)
+        for active in list(self._processors):
+            if active.rows.isdisjoint(rows):
+                continue
+            before = logits.clone()
+            try:
+                active.processor.apply(logits, batch)
+            except Exception as error:
+                logits.copy_(before)
+                self._quarantine(active, error)
+
+    def _quarantine(self, active: _Active, error: Exception) -> None:
+        reason = f"logits_processor/{active.name}: {type(error).__name__}: {error}"
+        _log.error("switched off %s", reason, exc_info=error)
+        self._processors.remove(active)
+        self._quarantined.append(reason)

@@ -1,0 +1,28 @@
+"""Mistral (Jiang et al., 2023, arXiv:2310.06825): Llama with a sliding window and no biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.core.layers import AttentionShape
+from quire.plugins.models.llama import LlamaForCausalLM, head_dim
+
+__all__ = ["MistralForCausalLM"]
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Every layer sees ``sliding_window`` tokens, or all where it is null."""
+
+    def attention_shape(self, config: Any, layer: int) -> AttentionShape:
+        """The same in every layer."""
+        return AttentionShape(
+            hidden=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            window=config.sliding_window,
+        )
+
+    def mlp_bias(self, config: Any) -> bool:
+        """None."""
+        return False

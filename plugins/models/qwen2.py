@@ -1,0 +1,34 @@
+"""Qwen2 and Qwen2.5, dense (Yang et al., 2024, arXiv:2407.10671): Llama with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.core.layers import AttentionShape
+from quire.plugins.models.llama import LlamaForCausalLM, head_dim
+
+__all__ = ["Qwen2ForCausalLM", "layer_window"]
+
+
+class Qwen2ForCausalLM(LlamaForCausalLM):
+    """Layers that ``layer_types`` calls ``sliding_attention`` see ``sliding_window`` tokens."""
+
+    def attention_shape(self, config: Any, layer: int) -> AttentionShape:
+        """Biased projections in, none out."""
+        return AttentionShape(
+            hidden=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            qkv_bias=True,
+            window=layer_window(config, layer),
+        )
+
+    def mlp_bias(self, config: Any) -> bool:
+        """None."""
+        return False
+
+
+def layer_window(config: Any, layer: int) -> int | None:
+    """The window of ``layer``: transformers writes ``layer_types`` from ``use_sliding_window`` where it is absent."""
+    return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None

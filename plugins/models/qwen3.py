@@ -1,0 +1,32 @@
+"""Qwen3, dense (Yang et al., 2025, arXiv:2505.09388): each head's queries and keys are normed before rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.core.layers import AttentionShape
+from quire.plugins.models.llama import LlamaForCausalLM, head_dim
+from quire.plugins.models.qwen2 import layer_window
+
+__all__ = ["Qwen3ForCausalLM"]
+
+
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    """Llama's frame with Qwen2's windows and query and key norms."""
+
+    def attention_shape(self, config: Any, layer: int) -> AttentionShape:
+        """With ``attention_bias`` every projection has one."""
+        return AttentionShape(
+            hidden=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            window=layer_window(config, layer),
+            qk_norm_eps=config.rms_norm_eps,
+        )
+
+    def mlp_bias(self, config: Any) -> bool:
+        """None."""
+        return False

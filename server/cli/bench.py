@@ -1,0 +1,198 @@
+"""``quire bench``: what the engine, a server and the machine itself reach."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from quire.core.errors import ConfigError
+from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, real, whole
+from quire.server.cli.legacy_flags import add_old_flags, apply_old_flags
+
+__all__ = ["add_parser", "run"]
+
+_WORKLOADS = "nano, decode-bsN, decode-bsNxINPUTxOUTPUT, prefill, prefill-NxINPUT, latency-long; each with -sampled"
+_COUNTS = ("num_prompts", "repeat", "compare_batch_size", "batch_size", "input_len", "output_len", "num_iters")
+_CHAT = "/v1/chat/completions"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its benchmarks."""
+    about = "Measure. Workloads are defined draw for draw in benchmarks/README.md."
+    parser = subparsers.add_parser("bench", help="measure engine, server and machine", description=about)
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark", required=True)
+    for name, (add, text) in _BENCHMARKS.items():
+        made = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(run=run)
+        add(made)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark that was asked for."""
+    for name in _COUNTS:
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    module = importlib.import_module(f"quire.server.bench.{args.benchmark}")
+    for note in [*args.notes, *apply_old_flags(args)]:
+        print(note)
+    own = args.benchmark in ("serve", "ceilings")
+    return int(module.run(args) if own else module.run(engine_arguments(args), args))
+
+
+def _throughput(parser: argparse.ArgumentParser) -> None:
+    mine = parser.add_argument_group("benchmark")
+    mine.add_argument(
+        "--workload", nargs="+", metavar="NAME", help=f"one or more, in one engine: {_WORKLOADS} (default: nano)"
+    )
+    _dataset(mine)
+    mine.add_argument(
+        "--num-prompts", type=whole, metavar="N", help="only the first N requests (default: all; 16 on a CPU)"
+    )
+    mine.add_argument("--input-len", type=whole, metavar="N", help="instead of a workload: random prompts of N tokens")
+    mine.add_argument(
+        "--output-len", type=whole, metavar="N", help="with --input-len or --dataset: tokens of an answer"
+    )
+    mine.add_argument("--scale", type=real, default=1.0, metavar="X", help="multiply prompt and answer lengths by X")
+    mine.add_argument("--temperature", type=real, metavar="T", help="(default: 0, and 0.8 where a name has -sampled)")
+    mine.add_argument("--top-p", type=real, metavar="P", help="(default: 1, and 0.95 where a name has -sampled)")
+    mine.add_argument("--repeat", type=whole, default=1, metavar="N", help="runs; the median is reported (default: 1)")
+    mine.add_argument(
+        "--compare",
+        choices=("auto", "transformers", "none"),
+        default="auto",
+        help="beside what (default: transformers on a CPU, nothing on a GPU)",
+    )
+    mine.add_argument(
+        "--no-compare", dest="compare", action="store_const", const="none", help="the same as --compare none"
+    )
+    mine.add_argument(
+        "--compare-batch-size", type=whole, default=8, metavar="N", help="batch of transformers.generate (default: 8)"
+    )
+    _ceilings_file(mine)
+    _engine(parser, mine)
+
+
+def _latency(parser: argparse.ArgumentParser) -> None:
+    mine = parser.add_argument_group("benchmark")
+    mine.add_argument("--batch-size", type=whole, default=1, metavar="N", help="prompts at once (default: 1)")
+    mine.add_argument("--input-len", type=whole, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    mine.add_argument("--output-len", type=whole, default=128, metavar="N", help="tokens of an answer (default: 128)")
+    mine.add_argument("--num-iters-warmup", type=whole, default=2, metavar="N", help="runs not counted (default: 2)")
+    mine.add_argument("--num-iters", type=whole, default=10, metavar="N", help="runs (default: 10)")
+    _ceilings_file(mine)
+    _engine(parser, mine)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
+    parser.add_argument("--model", metavar="NAME", help="model name to ask for (default: the first that is served)")
+    parser.add_argument("--num-prompts", type=whole, default=64, metavar="N", help="requests (default: 64)")
+    parser.add_argument(
+        "--request-rate",
+        type=_rate,
+        nargs="+",
+        default=[0.0],
+        metavar="R",
+        help="requests/s, Poisson; several: one run each (default: all at once, also inf)",
+    )
+    parser.add_argument("--max-concurrency", type=whole, metavar="N", help="requests at once (default: no limit)")
+    parser.add_argument("--plot", metavar="FILE", help="draw latency against load as a PNG; needs quire[plot]")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each rate instead of the table")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of prompts and gaps (default: 0)")
+    _requests(parser, 1024, 128, 0.0)
+
+
+def _soak(parser: argparse.ArgumentParser) -> None:
+    mine = parser.add_argument_group("benchmark")
+    mine.add_argument("--base-url", metavar="URL", help="a running server (default: start one with the flags below)")
+    mine.add_argument("--duration", type=real, default=480.0, metavar="SECONDS", help="(default: 480)")
+    mine.add_argument(
+        "--overload", type=real, default=2.0, metavar="X", help="times what it bears, measured first (default: 2)"
+    )
+    mine.add_argument("--request-rate", type=real, default=0.0, metavar="R", help="requests/s instead of --overload")
+    mine.add_argument("--num-prompts", type=whole, metavar="N", help="requests that find out what it bears")
+    mine.add_argument("--max-concurrency", type=whole, metavar="N", help="of these at once (default: --max-num-seqs)")
+    mine.add_argument("--minute", type=real, default=60.0, metavar="SECONDS", help="report so often (default: 60)")
+    _requests(mine, 512, 128, 0.5)
+    _engine(parser, mine)
+
+
+def _startup(parser: argparse.ArgumentParser) -> None:
+    mine = parser.add_argument_group("benchmark")
+    mine.add_argument("--repeat", type=whole, default=1, metavar="N", help="warm starts (default: 1)")
+    _engine(parser, mine)
+
+
+def _ceilings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
+    parser.add_argument("--cpu-threads", type=whole, metavar="N", help="as the engine's (default: all cores but one)")
+    parser.add_argument("--out", metavar="FILE", help="where to keep them (default: ~/.cache/quire/ceilings.json)")
+    parser.add_argument("--json", action="store_true", help="one JSON line after the readable ones")
+
+
+_BENCHMARKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "throughput": (_throughput, "tokens per second, offline"),
+    "latency": (_latency, "time of one batch, repeated"),
+    "serve": (_serve, "load on a running server"),
+    "soak": (_soak, "more load than a server bears, for minutes"),
+    "startup": (_startup, "from an empty process to an answer"),
+    "ceilings": (_ceilings, "what memory and matrix units reach"),
+}
+
+
+def _requests(group: Any, input_len: int, output_len: int, spread: float) -> None:
+    """What is asked of a server. Spellings of the guides are accepted too."""
+    group.add_argument("--api-key", metavar="KEY", help="key of the server, if it asks for one")
+    group.add_argument(
+        "--endpoint", choices=("/v1/completions", _CHAT), default="/v1/completions", help="(default: %(default)s)"
+    )
+    for name, default, what in (("input", input_len, "a prompt"), ("output", output_len, "an answer")):
+        group.add_argument(
+            f"--{name}-len",
+            f"--random-{name}-len",
+            type=whole,
+            default=default,
+            metavar="N",
+            help=f"tokens of {what} (default: {default})",
+        )
+    group.add_argument(
+        "--random-range-ratio",
+        type=real,
+        default=spread,
+        metavar="X",
+        help=f"lengths vary by this share up and down (default: {spread:g})",
+    )
+    _dataset(group)
+    group.add_argument("--temperature", type=real, default=0.0, metavar="T", help="(default: 0)")
+    group.add_argument(
+        "--vocab-size", type=whole, default=4096, metavar="N", help="draw token ids below N (default: 4096)"
+    )
+
+
+def _dataset(group: Any) -> None:
+    group.add_argument(
+        "--dataset",
+        "--dataset-path",
+        metavar="FILE",
+        help="prompts from a file: ShareGPT's .json, .jsonl with prompt and completion, or a text line each",
+    )
+
+
+def _ceilings_file(group: Any) -> None:
+    group.add_argument("--ceilings", metavar="FILE", help="for the floor: a file of quire bench ceilings --out")
+
+
+def _engine(parser: argparse.ArgumentParser, mine: Any) -> None:
+    mine.add_argument("--json", action="store_true", help="a JSON line for each result after the readable ones")
+    add_model(parser)
+    add_flags(parser, ENGINE_FLAGS)
+    add_old_flags(parser)
+
+
+def _rate(text: str) -> float:
+    """Requests a second; ``inf``, as the guides write it, is all at once."""
+    value = real(text)
+    return 0.0 if math.isinf(value) else value

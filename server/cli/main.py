@@ -1,0 +1,133 @@
+"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire quantize``, ``quire trace``,
+``quire plugins``.
+
+Nothing here imports torch or fastapi; a command does so when it runs. A user's error is one line on stderr,
+``quire: error: ...``, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from quire.core.errors import QuireError
+from quire.core.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "serve": "quire.server.cli.serve",
+    "bench": "quire.server.cli.bench",
+    "eval": "quire.server.evaluation.command",
+    "quantize": "quire.server.quantize.command",
+    "trace": "quire.server.cli.trace",
+    "plugins": "quire.server.cli.plugins",
+}
+"""The module of each command, with ``add_parser(subparsers)`` and ``run(args) -> int``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser, subparsers = _parsers()
+        _extend(given, subparsers)
+        args = _parse(parser, given)
+        if getattr(args, "run", None) is None:
+            parser.print_help()
+            return 0
+        return int(args.run(args) or 0)
+    except QuireError as error:
+        print(f"quire: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the closest known flag."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Formatter)
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error on one line and exit with status 2."""
+        text = " ".join(message.split()).removeprefix("argument ")
+        print(f"quire: error: {text}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+    def flags(self) -> list[str]:
+        """Every flag that ``--help`` shows."""
+        return [name for a in self._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
+
+    def booleans(self) -> frozenset[str]:
+        """The flags that may be negated with ``--no-``."""
+        found = [a for a in self._actions if isinstance(a, argparse.BooleanOptionalAction)]
+        return frozenset(name for a in found for name in a.option_strings if not name.startswith("--no-"))
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=118)
+
+
+def _parsers() -> tuple[Parser, Any]:
+    parser = Parser(prog="quire", description="An LLM serving engine in which every part is a plugin.")
+    parser.add_argument("--version", action="version", version=f"quire {__version__}")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        metavar="DIST",
+        dest="plugins_before",
+        help="turn on a distribution's hooks; may repeat",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=Parser)
+    for module in COMMANDS.values():
+        importlib.import_module(module).add_parser(subparsers)
+    return parser, subparsers
+
+
+def _extend(given: Sequence[str], subparsers: Any) -> None:
+    """Let the distributions named by ``--plugin`` add arguments to ``serve``, and commands of their own."""
+    named = [given[i + 1] for i, word in enumerate(given[:-1]) if word == "--plugin"]
+    named += [word.partition("=")[2] for word in given if word.startswith("--plugin=")]
+    if not named:
+        return
+    from quire.core.plugin.manager import PluginManager
+
+    plugins = PluginManager(enabled=named)
+    plugins.broadcast("quire_add_arguments", parser=subparsers.choices["serve"])
+    plugins.broadcast("quire_register_commands", subparsers=subparsers)
+
+
+def _parse(parser: Parser, given: list[str]) -> argparse.Namespace:
+    from quire.server.cli.legacy_flags import normalize
+
+    chosen = _chosen(parser, given)
+    words, notes = normalize(given, chosen.booleans())
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        close = difflib.get_close_matches(flag, chosen.flags(), n=1)
+        chosen.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+    args.notes = notes
+    return args
+
+
+def _chosen(parser: Parser, given: Sequence[str]) -> Parser:
+    """The parser of the command, or of the command's command, that the line names."""
+    for word in given:
+        branches = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not branches:
+            break
+        found = branches[0].get(word)
+        parser = found if isinstance(found, Parser) else parser
+    return parser

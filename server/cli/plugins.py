@@ -1,0 +1,166 @@
+"""``quire plugins``: what is installed, what is active and why, what is wrong and how to mend it. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from typing import Any
+
+from quire.core.errors import QuireError
+from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.registry import KINDS
+from quire.server.cli.plugins_report import doctor_report, explain_report, list_report, split_subject
+
+__all__ = ["add_parser", "main", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Mount ``plugins`` and its four commands; the parsed arguments carry ``run``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser("plugins", help="list, explain and check plugins")
+    parser.set_defaults(run=run)
+    commands = parser.add_subparsers(dest="plugins_command", required=True, metavar="{list,doctor,explain,check}")
+    listing = commands.add_parser("list", help="what is installed, from where, what is active and why")
+    listing.add_argument("kind", nargs="?", help=f"one kind alone: {', '.join(KINDS)}")
+    doctor = commands.add_parser("doctor", help="try every plugin; exit 1 and name those that are broken")
+    doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds a plugin may take (default: 30)")
+    explain = commands.add_parser("explain", help="all there is to know of one plugin")
+    check = commands.add_parser("check", help="run the conformance checks of its kind on one plugin")
+    for command in (explain, check):
+        command.add_argument("subject", metavar="KIND/NAME", help="for example policy/fcfs, attention/auto")
+    for command in (listing, explain):
+        command.add_argument("--device", choices=("cpu", "cuda"), help="as if on this device (default: this machine's)")
+    for command in (listing, doctor, explain, check):
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+    for command in (listing, explain, check):
+        command.add_argument("--plugin", action="append", default=[], metavar="DIST", help="turn a distribution on")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command. Returns 0, or 1 if the doctor or a check found something. PluginError: a wrong name."""
+    manager = PluginManager(getattr(args, "plugin", ()))
+    if args.plugins_command == "list":
+        return _print(args, list_report(manager, args.device, args.kind), _list_text)
+    if args.plugins_command == "explain":
+        return _print(args, explain_report(manager, args.subject, args.device), _explain_text)
+    if args.plugins_command == "doctor":
+        report = doctor_report(manager, args.timeout)
+        return _print(args, report, _doctor_text) or (1 if report["problems"] else 0)
+    report = _check(manager, args.subject)
+    return _print(args, report, _check_text) or (1 if report["failed"] else 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``python -m quire.server.cli.plugins list``: the same command on its own."""
+    parser = argparse.ArgumentParser(prog="quire")
+    add_parser(parser.add_subparsers(required=True))
+    try:
+        return run(parser.parse_args(["plugins", *(sys.argv[1:] if argv is None else argv)]))
+    except QuireError as error:
+        print(f"quire: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(manager: PluginManager, subject: str) -> dict[str, Any]:
+    """Load the class and run its kind's checks; this one command imports what it checks."""
+    from quire.core.testing.conformance import run_checks
+
+    kind, name = split_subject(subject)
+    resolution = manager.resolve(kind, name)
+    results = run_checks(manager.load(resolution), kind)
+    return {
+        "subject": subject,
+        "target": resolution.target,
+        "results": [{"check": r.name, "outcome": r.outcome, "reason": r.reason} for r in results],
+        "failed": sum(r.outcome == "failed" for r in results),
+    }
+
+
+def _print(args: argparse.Namespace, report: dict[str, Any], text: Any) -> int:
+    print(json.dumps(report, indent=2, default=str) if args.json else text(report))
+    return 0
+
+
+def _list_text(report: dict[str, Any]) -> str:
+    lines = []
+    for key, kind in KINDS.items():
+        plugins = [p for p in report["plugins"] if p["kind"] == key]
+        if not plugins:
+            continue
+        lines.append(f"{key}: {kind.title} ({'by the checkpoint' if key == 'model' else kind.flag})")
+        for p in plugins:
+            mark = "*" if p["active"] else " "
+            origin = f"{p['dist']} {p['version']}"
+            lines.append(f"  {mark} {p['spelling']:<22} {origin:<18} {p['summary']}")
+            if p["active"] or p["dist"] != "quire":
+                lines.append(f"      {p['why']}" + ("" if p["dist"] == "quire" else f"; from {p['file']}"))
+    if report["refused"]:
+        lines.append("refused (quire plugins doctor says more):")
+        lines.extend(f"  ! {r['refusal']}" for r in report["refused"])
+    lines.append(f"* active by default on this device ({report['device']})")
+    return "\n".join(lines)
+
+
+def _explain_text(report: dict[str, Any]) -> str:
+    rows = [("is", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
+    if "dist" in report:
+        status = "active by default" if report["active"] else "not active by default"
+        options = report["options"]
+        rows += [
+            ("kind", f"{report['title']}, contract {report['contract']}"),
+            ("from", f"{report['dist']} {report['version']} ({report['file']})"),
+            ("use", report["flag"] if report["kind"] != "model" else "by the checkpoint's architecture"),
+            ("also", ", ".join(report["aliases"])),
+            ("options", "\n".join(f"{report['option_flag']} {o}" for o in options or ()) or None),
+            ("status", f"{status}: {report['why']}"),
+            ("missing", report["missing"]),
+        ]
+        rows += [(f"not {name}", reason) for name, reason in report["rejected"].items()]
+    else:
+        rows += [("file", report["file"]), ("status", report["why"])]
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+    lines = [f"{report['kind']}/{report.get('spelling', report['name'])}"]
+    for label, value in rows:
+        for i, part in enumerate(str(value).splitlines() if value else ()):
+            lead = f"  {label if i == 0 else '':<16} "
+            lines.extend(textwrap.wrap(part, width, initial_indent=lead, subsequent_indent=" " * len(lead)))
+    return "\n".join(lines)
+
+
+def _doctor_text(report: dict[str, Any]) -> str:
+    host = report["host"]
+    lines = [f"quire {report['version']}, plugin API {report['api']}"]
+    if host["device"] == "cuda":
+        lines.append(f"CUDA GPU found; C compiler: {host['c_compiler']}; Python headers: {host['python_headers']}")
+    else:
+        lines.append("no CUDA GPU found; Triton's compiler is not needed")
+    for entry in report["third_party"]:
+        offers = ", ".join(entry["plugins"]) or "nothing"
+        took = "" if entry["import_s"] is None else f", imported in {entry['import_s']:.2f} s"
+        lines.append(f"{entry['dist']} {entry['version']} ({entry['name']} = {entry['value']}): offers {offers}{took}")
+    lines.extend(f"! {p['problem']}" for p in report["problems"])
+    count = len(report["problems"])
+    lines.append("all is well" if not count else f"{count} problem{'s' if count > 1 else ''}")
+    return "\n".join(lines)
+
+
+def _check_text(report: dict[str, Any]) -> str:
+    lines = [f"{report['subject']} ({report['target']})"]
+    for r in report["results"]:
+        lines.append(f"  {r['outcome']:<8} {r['check']}" + (f": {r['reason']}" if r["reason"] else ""))
+    lines.append(f"{report['failed']} of {len(report['results'])} checks failed")
+    return "\n".join(lines)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600 seconds")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What ``quire plugins`` says, as plain data: the list, the explanation of one plugin, the doctor's findings."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quire.core.errors import PluginError
+from quire.core.plugin.discovery import PluginEntry, module_file
+from quire.core.plugin.hookspecs import GROUP
+from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager, Resolution
+from quire.core.plugin.registry import KINDS, Kind, Registration
+from quire.core.plugin.target import missing_requirement
+from quire.core.version import __version__
+from quire.server.cli.plugins_probe import probe
+from quire.server.cli.plugins_source import options_in_source
+
+__all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
+
+
+def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
+    """Every plugin by kind, whether it is active when nothing is asked for, and why; and what was refused."""
+    _look(manager)
+    kinds = [Kind.named(kind).key] if kind else list(KINDS)
+    context = {"device": device or _host()["device"]}
+    return {
+        "version": __version__,
+        "api": GROUP,
+        "device": context["device"],
+        "plugins": [entry for key in kinds for entry in _of_kind(manager, key, context)],
+        "refused": [_refusal(entry, reason) for entry, reason in manager.refused.items()],
+    }
+
+
+def explain_report(manager: PluginManager, subject: str, device: str | None = None) -> dict[str, Any]:
+    """All there is to know of one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
+    kind, name = split_subject(subject)
+    if name.lower() != "auto" and ":" not in name and not manager.registry.find(kind, name):
+        _look(manager)
+    context = {"device": device or _host()["device"]}
+    resolution = manager.resolve(kind, name, context)
+    registrations = [r for r in manager.registry.of(kind) if (r.dist, r.name) == (resolution.dist, resolution.name)]
+    if not registrations:
+        module = resolution.target.partition(":")[0]
+        return {"kind": kind, "name": name, "target": name, "file": module_file(module), "why": resolution.why}
+    registration = registrations[0]
+    report = _describe(manager, registration, _active(manager, kind, context))
+    if name.lower() == "auto":
+        report["why"] = resolution.why
+    module = registration.target.partition(":")[0]
+    return report | {
+        "title": KINDS[kind].title,
+        "contract": KINDS[kind].contract,
+        "flag": f"{KINDS[kind].flag} {report['spelling']}",
+        "target_file": module_file(module),
+        "options": options_in_source(registration.target),
+        "option_flag": KINDS[kind].option_flag,
+        "missing": missing_requirement(registration),
+        "rejected": dict(resolution.rejected),
+    }
+
+
+def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
+    """Try everything that is installed. ``problems`` is empty if all is well; each names who, why, and the remedy."""
+    problems: list[dict[str, str]] = []
+    for registration in (r for key in KINDS for r in manager.registry.of(key) if r.bundled):
+        if module_file(registration.target.partition(":")[0]) is None:
+            reason = (
+                f"quire: {registration.kind}/{registration.name}: {registration.target} is missing; reinstall quire"
+            )
+            problems.append({"dist": "quire", "problem": reason})
+    probes = probe(manager.entries, limit, targets=True)
+    for found in probes:
+        manager.adopt(found.entry, found.registrations)
+        problems.extend({"dist": found.entry.dist, "problem": text} for text in found.problems)
+    for found in probes:
+        for registration in found.registrations:
+            problems.extend({"dist": registration.dist, "problem": text} for text in _clashes(manager, registration))
+    host = _host()
+    problems.extend({"dist": "this machine", "problem": text} for text in _host_problems(host))
+    checked = [
+        asdict(p.entry) | {"file": p.entry.file, "import_s": p.import_s, "plugins": [_name(r) for r in p.registrations]}
+        for p in probes
+    ]
+    return {"version": __version__, "api": GROUP, "host": host, "third_party": checked, "problems": problems}
+
+
+def split_subject(subject: str) -> tuple[str, str]:
+    """``"policy/fcfs"`` -> ``("policy", "fcfs")``; the name may itself be ``dist/name`` or ``module:Class``."""
+    kind, slash, name = subject.partition("/")
+    if not slash or not name:
+        raise PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs")
+    return Kind.named(kind).key, name
+
+
+def _look(manager: PluginManager) -> None:
+    """Ask third parties what they offer, each in a process of its own, without importing them here."""
+    entries = manager.unseen()
+    for found in probe(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
+        fatal = found.problems[0] if found.problems and not found.registrations else None
+        manager.adopt(found.entry, found.registrations, fatal)
+
+
+def _active(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[Resolution]:
+    """What runs when nothing is asked for. None for models: the checkpoint decides."""
+    if KINDS[kind].always:
+        return manager.resolve_all(kind)
+    return [] if kind == "model" else [manager.resolve(kind, "auto", context)]
+
+
+def _of_kind(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[dict[str, Any]]:
+    active = _active(manager, kind, context)
+    return [_describe(manager, r, active) for r in manager.registry.of(kind)]
+
+
+def _describe(manager: PluginManager, registration: Registration, active: list[Resolution]) -> dict[str, Any]:
+    chosen = next((a for a in active if (a.dist, a.name) == (registration.dist, registration.name)), None)
+    if chosen is not None:
+        why = chosen.why
+    elif registration.kind == "model":
+        why = "chosen by the checkpoint's architecture"
+    elif active and (registration.bundled or len(active) > 1):
+        why = dict(active[0].rejected).get(registration.name, "only when named")
+    else:
+        why = "only when named"
+    return asdict(registration) | {
+        "spelling": manager.registry.spelling(registration),
+        "active": chosen is not None,
+        "why": why,
+    }
+
+
+def _clashes(manager: PluginManager, registration: Registration) -> list[str]:
+    """Names and aliases of a third party that another distribution keeps or claims too."""
+    registry, texts = manager.registry, []
+    for name in (registration.name, *registration.aliases):
+        others = [r.dist for r in registry.find(registration.kind, name) if r.dist != registration.dist]
+        if others:
+            texts.append(
+                f"{registration.dist} {registration.version}: {registration.kind}/{name} is a name of {others[0]}; "
+                f"it answers to {registration.qualified} alone; rename it"
+            )
+    return texts
+
+
+def _refusal(entry: PluginEntry, reason: str) -> dict[str, Any]:
+    return asdict(entry) | {"file": entry.file, "refusal": reason}
+
+
+def _name(registration: Registration) -> str:
+    return f"{registration.kind}/{registration.name}"
+
+
+def _host() -> dict[str, Any]:
+    """What Triton needs of this machine, found without importing torch."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    cuda = (gpus.is_dir() and any(gpus.iterdir())) or any(Path("/dev").glob("nvidia[0-9]*"))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return {
+        "device": "cuda" if cuda else "cpu",
+        "c_compiler": shutil.which("gcc") or shutil.which("clang"),
+        "python_headers": str(headers) if headers.is_file() else None,
+    }
+
+
+def _host_problems(host: dict[str, Any]) -> list[str]:
+    if host["device"] != "cuda":
+        return []
+    problems = []
+    if host["c_compiler"] is None:
+        problems.append("there is a CUDA GPU but no C compiler, which Triton needs; apt install gcc")
+    if host["python_headers"] is None:
+        where = sysconfig.get_paths()["include"]
+        problems.append(f"there is a CUDA GPU but no Python.h in {where}, which Triton needs; apt install python3-dev")
+    return problems

@@ -1,0 +1,35 @@
+"""``quire serve``: load a model and answer HTTP requests."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from quire.core.engine.process import EngineProcess
+from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, add_flags, add_model, engine_arguments, server_settings
+from quire.server.cli.legacy_flags import add_old_flags, apply_old_flags
+
+__all__ = ["add_parser", "run"]
+
+_ABOUT = "Serve a model over HTTP, with the API of OpenAI."
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "serve", help="serve a model over HTTP", description=_ABOUT, usage="quire serve [MODEL] [options]"
+    )
+    add_model(parser)
+    add_flags(parser, (*SERVER_FLAGS, *ENGINE_FLAGS))
+    add_old_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal ends it."""
+    notes = [*args.notes, *apply_old_flags(args)]
+    engine_args, settings = engine_arguments(args), server_settings(args)
+    with EngineProcess(engine_args.device) as process:
+        from quire.server.http.serving import serve  # seconds, while the process does the same
+
+        return serve(engine_args, settings, process, args, notes)

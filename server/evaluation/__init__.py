@@ -1,0 +1,26 @@
+"""Exact-match evaluation over the held-out questions that ship with Quire, of one chat model or two beside each other.
+
+What looks at distributions is in modules that import torch: ``recorder``, ``text`` and ``comparison``.
+"""
+
+from __future__ import annotations
+
+from quire.server.evaluation.evaluate import MAX_NEW_TOKENS, Generate, evaluate
+from quire.server.evaluation.graders import GRADERS, grade, text_of_message
+from quire.server.evaluation.questions import Question, available_skills, load_questions
+from quire.server.evaluation.report import Failure, Report, SkillScore
+
+__all__ = [
+    "GRADERS",
+    "MAX_NEW_TOKENS",
+    "Failure",
+    "Generate",
+    "Question",
+    "Report",
+    "SkillScore",
+    "available_skills",
+    "evaluate",
+    "grade",
+    "load_questions",
+    "text_of_message",
+]

@@ -1,0 +1,52 @@
+"""The engine that ``quire eval`` asks when it asks no server."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from quire.core.engine.args import EngineArgs
+
+if TYPE_CHECKING:
+    from quire import LLM, SamplingParams
+    from quire.core.messages import RequestOutput
+
+__all__ = ["answers", "engine", "generate"]
+
+
+@contextlib.contextmanager
+def engine(args: EngineArgs, *processors: str) -> Iterator[LLM]:
+    """An engine in this process with more logits processors, and its memory back afterwards."""
+    from quire import LLM
+
+    args = replace(args, logits_processors=[*args.logits_processors, *processors])
+    llm = LLM(**{each.name: getattr(args, each.name) for each in fields(args)})
+    try:
+        yield llm
+    finally:
+        llm.shutdown()
+        del llm
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def answers(llm: LLM, conversations: Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> list[str]:
+    """The assistant's text for each conversation, in order."""
+    from quire import SamplingParams
+    from quire.server.evaluation import MAX_NEW_TOKENS
+
+    prompts = [llm.tokenizer.chat(messages, tools=tools) for messages, tools in conversations]
+    params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
+    return [each.outputs[0].text for each in generate(llm, prompts, [params] * len(prompts))]
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    """Complete them, with a progress bar where somebody looks."""
+    return llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())

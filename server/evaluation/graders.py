@@ -1,0 +1,101 @@
+"""Judges of an answer, by name. Each takes the text and what the question says is right, and returns a verdict."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from quire.server.evaluation.sandbox import passes
+
+__all__ = [
+    "GRADERS",
+    "Grader",
+    "exact",
+    "grade",
+    "json_object",
+    "number",
+    "python_function",
+    "text_of_message",
+    "tool_call",
+]
+
+Grader = Callable[[str, Any], bool]
+
+_INTEGER = re.compile(r"(?<![\w.])-?\d+(?![\w.]*\d)")
+_FENCED = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+def _unfenced(text: str) -> str:
+    found = _FENCED.match(text.strip())
+    return found.group(1) if found else text.strip()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def exact(text: str, answer: str) -> bool:
+    """Accept the answer itself, whatever the white space around it."""
+    return text.strip() == answer
+
+
+def number(text: str, answer: int) -> bool:
+    """Accept a text whose last integer is the answer: "605", "347 + 258 = 605"."""
+    found = _INTEGER.findall(text)
+    return bool(found) and len(found[-1]) < 1000 and int(found[-1]) == answer
+
+
+def json_object(text: str, answer: dict[str, Any]) -> bool:
+    """Accept exactly this JSON value, bare or in one code fence, with its keys in any order."""
+    try:
+        return _canonical(json.loads(_unfenced(text))) == _canonical(answer)
+    except (ValueError, RecursionError):
+        return False
+
+
+def tool_call(text: str, answer: list[dict[str, Any]]) -> bool:
+    """Accept exactly these calls in this order, and no text beside them."""
+    calls = []
+    for body in _CALL.findall(text):
+        try:
+            call = json.loads(body)
+            arguments = call["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            calls.append({"name": call["name"], "arguments": arguments})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
+    return not _CALL.sub("", text).strip() and _canonical(calls) == _canonical(answer)
+
+
+def python_function(text: str, answer: dict[str, Any]) -> bool:
+    """Accept a function that returns what it should for every case, run in a process of its own."""
+    return passes(_unfenced(text), answer["function"], answer["cases"])
+
+
+GRADERS: Mapping[str, Grader] = MappingProxyType(
+    {"exact": exact, "number": number, "json": json_object, "tool_call": tool_call, "python": python_function}
+)
+
+
+def grade(grader: str, text: str, answer: Any) -> bool:
+    """Judge ``text`` with the grader named."""
+    if grader not in GRADERS:
+        raise ValueError(f"unknown grader {grader!r}; there are: {', '.join(GRADERS)}")
+    return GRADERS[grader](text, answer)
+
+
+def text_of_message(message: Mapping[str, Any]) -> str:
+    """Write an OpenAI assistant message as the text that the graders read, its parsed tool calls included."""
+    parts = [message.get("content") or ""]
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function["arguments"]
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        parts.append(
+            f'<tool_call>\n{{"name": {json.dumps(function["name"])}, "arguments": {arguments or "{}"}}}\n</tool_call>'
+        )
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,63 @@
+"""The FastAPI application."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.middleware import Middleware
+
+from quire.core.version import __version__
+from quire.server.http.errors import add_error_handlers
+from quire.server.http.middleware import Gate
+from quire.server.http.protocol.chat import ChatBody
+from quire.server.http.protocol.common import schemas
+from quire.server.http.protocol.completion import CompletionBody
+from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
+from quire.server.http.routes import chat, completions, health, metrics, models, tokens, trace
+from quire.server.http.settings import ServerSettings
+from quire.server.http.state import ServerState
+
+if TYPE_CHECKING:
+    from quire.core.engine.async_llm import AsyncLLM
+
+__all__ = ["create_app", "create_metrics_app"]
+
+
+def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, arguments: Any = None) -> FastAPI:
+    """An application over a started engine. ``app.state.server`` is its ``ServerState``."""
+    settings = settings or ServerSettings()
+    state = ServerState(engine, settings, arguments)
+    app = FastAPI(
+        title="Quire",
+        version=__version__,
+        root_path=settings.root_path,
+        middleware=[Middleware(Gate, state=state)],
+    )
+    app.state.server = state
+    for module in (chat, completions, models, tokens, health, metrics, trace):
+        app.include_router(module.router(state))
+    add_error_handlers(app)
+    _describe_bodies(app)
+    return app
+
+
+def create_metrics_app(state: ServerState) -> FastAPI:
+    """An application that serves only ``/metrics``, for ``--prometheus-port``."""
+    app = FastAPI(title="Quire metrics", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(metrics.router(state))
+    add_error_handlers(app)
+    return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the request bodies, which routes read themselves, to the OpenAPI document."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        known = document.setdefault("components", {}).setdefault("schemas", {})
+        known.update(schemas([ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,101 @@
+"""The gate every HTTP request passes, as plain ASGI: request id, key, body size, draining, and the count in flight."""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quire.server.http.errors import ApiError, UnavailableError, error_response
+from quire.server.http.state import ServerState
+
+__all__ = ["Gate", "request_id"]
+
+_LONGEST_ID = 128
+
+
+class Gate:
+    """Let a request through to ``app``, or answer it here.
+
+    Streams pass untouched: only the first message of a response is looked at.
+    """
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app = app
+        self._state = state
+        self._keys = [key.encode() for key in state.settings.api_key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        identity = _identity(headers)
+        scope.setdefault("state", {})["request_id"] = identity
+
+        started = False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = identity
+            await send(message)
+
+        work = scope["path"].startswith("/v1/")
+        self._state.enter(work)
+        try:
+            self._admit(scope, headers, work)
+            await self._app(scope, self._limited(receive), answer)
+        except Exception as error:
+            response = error_response(error)
+            if not started:
+                await response(scope, receive, answer)
+        finally:
+            self._state.leave(work)
+
+    def _admit(self, scope: Scope, headers: Headers, work: bool) -> None:
+        if work and self._keys and not self._authorized(headers.get("authorization", "")):
+            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._state.settings.max_request_bytes:
+            raise self._too_large()
+        if work and scope["method"] == "POST" and self._state.draining:
+            raise UnavailableError("the server is shutting down; send the request to another")
+
+    def _authorized(self, header: str) -> bool:
+        scheme, _, key = header.partition(" ")
+        given = key.strip().encode(errors="replace")
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _limited(self, receive: Receive) -> Receive:
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message: Any = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._state.settings.max_request_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> ApiError:
+        limit = self._state.settings.max_request_bytes
+        return ApiError(413, f"the body is larger than {limit} bytes; send less, or raise --max-request-bytes")
+
+
+def request_id(scope: Scope) -> str:
+    """The identity that the gate gave a request: the client's ``X-Request-Id``, or a fresh one."""
+    return str(scope["state"]["request_id"])
+
+
+def _identity(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")[:_LONGEST_ID]
+    return given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex

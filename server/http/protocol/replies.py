@@ -1,0 +1,126 @@
+"""The pieces of answers that chat and plain completions share: usage, log-probabilities, identities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quire.core.messages import CompletionOutput, RequestOutput, TokenLogprob
+from quire.server.http.errors import ApiError
+
+if TYPE_CHECKING:
+    from quire.core.engine.async_llm import AsyncLLM
+
+__all__ = ["Usage", "chat_logprobs", "check_finished", "completion_logprobs", "created_now", "prompt_logprobs", "score"]
+
+_LOWEST = -9999.0
+"""What stands for minus infinity, which JSON cannot say."""
+
+
+class Usage:
+    """Tokens of one answer, counted as outputs pass by. Each prompt is counted once, whatever ``n``."""
+
+    def __init__(self) -> None:
+        self.prompt = self.completion = self.cached = 0
+        self._seen: set[int] = set()
+
+    def add(self, prompt_index: int, output: RequestOutput) -> None:
+        """Count one output, whose token ids are new ones."""
+        if prompt_index not in self._seen:
+            self._seen.add(prompt_index)
+            self.prompt += len(output.prompt_token_ids)
+            self.cached += output.num_cached_tokens
+        for choice in output.outputs:
+            self.completion += len(choice.token_ids)
+
+    def as_json(self) -> dict[str, Any]:
+        """The ``usage`` object."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+def created_now() -> int:
+    """The ``created`` field."""
+    return int(time.time())
+
+
+def check_finished(choices: Iterable[CompletionOutput]) -> None:
+    """Raise ApiError if the engine gave up on one of them."""
+    if any(choice.finish_reason == "error" for choice in choices):
+        raise ApiError(500, "the engine failed on this request; the server's log says more", code="engine_error")
+
+
+def score(choice: CompletionOutput) -> float:
+    """Mean log-probability per token: what ``best_of`` compares."""
+    rows = choice.logprobs or ()
+    return sum(row.logprobs[0] for row in rows) / max(1, len(rows))
+
+
+def chat_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, top: int) -> dict[str, Any] | None:
+    """``logprobs`` of a chat choice."""
+    if rows is None:
+        return None
+    return {"content": [_chat_position(engine, row, top) for row in rows], "refusal": None}
+
+
+def completion_logprobs(
+    engine: AsyncLLM, rows: Sequence[TokenLogprob | None], offset: int, first: int | None = None
+) -> dict[str, Any]:
+    """``logprobs`` of a plain choice, whose text begins at ``offset``. ``first`` is the token of a row that is None."""
+    tokens: list[str] = []
+    values: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for row in rows:
+        token = row.token_ids[0] if row is not None else first
+        text = engine.token_text(token) if token is not None else ""
+        tokens.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        values.append(None if row is None else _finite(row.logprobs[0]))
+        top.append(None if row is None else _named(engine, row))
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def prompt_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob | None] | None) -> list[dict[str, Any] | None] | None:
+    """``prompt_logprobs`` by position: token id -> its log-probability, rank and text."""
+    if rows is None:
+        return None
+    return [None if row is None else _ranked(engine, row) for row in rows]
+
+
+def _chat_position(engine: AsyncLLM, row: TokenLogprob, top: int) -> dict[str, Any]:
+    best = zip(row.token_ids[1 : 1 + top], row.logprobs[1 : 1 + top], strict=True)
+    chosen = _chat_token(engine, row.token_ids[0], row.logprobs[0])
+    return {**chosen, "top_logprobs": [_chat_token(engine, token, value) for token, value in best]}
+
+
+def _chat_token(engine: AsyncLLM, token: int, value: float) -> dict[str, Any]:
+    return {"token": engine.token_text(token), "logprob": _finite(value), "bytes": list(engine.token_bytes(token))}
+
+
+def _named(engine: AsyncLLM, row: TokenLogprob) -> dict[str, float]:
+    """Best first; the chosen token is always there. Of tokens with the same text the likeliest counts."""
+    named: dict[str, float] = {}
+    for token, value in [*zip(row.token_ids[1:], row.logprobs[1:], strict=True), (row.token_ids[0], row.logprobs[0])]:
+        named.setdefault(engine.token_text(token), _finite(value))
+    return named
+
+
+def _ranked(engine: AsyncLLM, row: TokenLogprob) -> dict[str, Any]:
+    ranks = [row.rank, *range(1, len(row.token_ids))]
+    found: dict[str, Any] = {}
+    for token, value, rank in zip(row.token_ids, row.logprobs, ranks, strict=True):
+        found.setdefault(
+            str(token), {"logprob": _finite(value), "rank": rank, "decoded_token": engine.token_text(token)}
+        )
+    return found
+
+
+def _finite(value: float) -> float:
+    return value if value > _LOWEST else _LOWEST

@@ -1,0 +1,55 @@
+"""``/health``, ``/ready``, ``/ping``, ``/version`` and ``/load``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from quire.core.version import __version__
+from quire.server.http.errors import UnavailableError
+from quire.server.http.state import ServerState
+
+__all__ = ["router"]
+
+
+def router(state: ServerState) -> APIRouter:
+    """The routes. 503 when requests should go elsewhere: not loaded yet, draining, or the engine is dead."""
+    routes = APIRouter()
+
+    def check() -> dict[str, str]:
+        if state.draining:
+            raise UnavailableError("the server is shutting down")
+        state.check_alive()
+        if not state.engine.is_ready:
+            raise UnavailableError("the model is loading")
+        return {"status": "ok"}
+
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether requests can be served."""
+        return check()
+
+    @routes.get("/ready")
+    async def ready() -> dict[str, str]:
+        """The same, under the name that orchestrators ask for."""
+        return check()
+
+    @routes.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> dict[str, str]:
+        """The same, under the name that SageMaker asks for."""
+        return check()
+
+    @routes.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of Quire."""
+        return {"version": __version__}
+
+    @routes.get("/load")
+    async def load() -> dict[str, Any]:
+        """What a load balancer wants to know."""
+        stats = state.engine.stats()
+        figures = {name: stats.get(name, 0) for name in ("num_requests_running", "num_requests_waiting")}
+        return {"server_load": state.in_flight, **figures, "kv_cache_usage_perc": stats.get("kv_cache_usage_perc", 0.0)}
+
+    return routes

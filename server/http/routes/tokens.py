@@ -1,0 +1,49 @@
+"""``/tokenize`` and ``/detokenize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from quire.server.http.errors import ApiError
+from quire.server.http.protocol.common import read_body, schema_of
+from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
+from quire.server.http.state import ServerState
+
+__all__ = ["router"]
+
+
+def router(state: ServerState) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        """The token ids of a text, or of messages."""
+        body = await read_body(request, TokenizeBody, state)
+        state.check_model(body.model)
+        if (body.prompt is None) == (not body.messages):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        size = len(await request.body())
+        if body.prompt is not None:
+            tokens = await state.tokenizing(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
+        else:
+            tokens = await state.tokenizing(size, state.engine.chat_prompt, **body.template_arguments())
+        texts = [state.engine.token_text(token) for token in tokens] if body.return_token_strs else None
+        limit = state.engine.config.model.max_model_len
+        return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}
+
+    @routes.post("/detokenize", openapi_extra=schema_of(DetokenizeBody))
+    async def detokenize(request: Request) -> dict[str, str]:
+        """The text of token ids."""
+        body = await read_body(request, DetokenizeBody, state)
+        state.check_model(body.model)
+        size = state.engine.config.model.vocab_size
+        bad = next((token for token in body.tokens if not 0 <= token < size), None)
+        if bad is not None:
+            raise ApiError(400, f"tokens: {bad} is not a token id; they are below {size}", param="tokens")
+        size = len(await request.body())
+        return {"prompt": await state.tokenizing(size, state.engine.detokenize, body.tokens)}
+
+    return routes

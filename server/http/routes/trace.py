@@ -1,0 +1,27 @@
+"""``/trace``: the engine's last steps."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from fastapi import APIRouter, Query
+
+from quire.core.stats import TRACED_STEPS
+from quire.server.http.state import ServerState
+from quire.server.http.trace import chrome_trace
+
+__all__ = ["router"]
+
+
+def router(state: ServerState) -> APIRouter:
+    """The route. Steps are always traced; asking costs nothing until now."""
+    routes = APIRouter()
+
+    @routes.get("/trace")
+    async def trace(steps: int = Query(TRACED_STEPS, ge=1, le=TRACED_STEPS)) -> dict[str, Any]:
+        """The last ``steps`` steps, for ui.perfetto.dev."""
+        kept = state.engine.steps
+        return chrome_trace(islice(kept, max(len(kept) - steps, 0), None))
+
+    return routes

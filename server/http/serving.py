@@ -1,0 +1,237 @@
+"""Run the server: bind, load, announce, answer, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import uvicorn
+
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.async_llm import AsyncLLM
+from quire.core.engine.process import EngineProcess
+from quire.core.errors import ConfigError, PluginError
+from quire.core.log import setup_logging
+from quire.core.version import __version__
+from quire.server.http.settings import ServerSettings
+from quire.server.http.state import ServerState
+
+__all__ = ["serve"]
+
+log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 75
+"""Longer than the 60 s for which nginx keeps an idle connection: it is never we who close it under a request."""
+_LAST_WORDS_S = 2
+_WATCH_S = 0.5
+
+
+def serve(
+    args: EngineArgs,
+    settings: ServerSettings,
+    process: EngineProcess,
+    arguments: Any = None,
+    notes: Sequence[str] = (),
+) -> int:
+    """Serve, with the engine core in ``process``, until SIGTERM or SIGINT; returns the exit status: 0, or 1 if the
+    engine died.
+
+    Raises QuireError if the server cannot start.
+    """
+    setup_logging(settings.log_level.upper() if settings.log_level else None)
+    if not args.disable_log_requests:
+        _log_requests()
+    for note in notes:
+        log.warning("%s", note)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(args, settings, process, arguments))
+
+
+async def _serve(args: EngineArgs, settings: ServerSettings, process: EngineProcess, arguments: Any) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        signalled = stack.enter_context(_signals())
+        sockets = [stack.enter_context(_bind(settings.host, settings.port, "--port"))]
+        if settings.prometheus_port is not None:
+            sockets.append(stack.enter_context(_bind(settings.host, settings.prometheus_port, "--prometheus-port")))
+        more = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
+        engine = AsyncLLM(args, process=process, **more)
+        stack.push_async_callback(engine.shutdown)
+        from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
+
+        if not await _started(engine, signalled):
+            return 130
+        app = create_app(engine, settings, arguments)
+        engine.plugins.broadcast("quire_extend_app", app=app)
+        state: ServerState = app.state.server
+        servers = [_Server(_config(app, args))]
+        if settings.prometheus_port is not None:
+            servers.append(_Server(_config(create_metrics_app(state), args)))
+        gc.collect()
+        gc.freeze()
+        return await _run(servers, sockets, state, signalled)
+
+
+async def _run(
+    servers: Sequence[_Server], sockets: Sequence[socket.socket], state: ServerState, signalled: asyncio.Queue[int]
+) -> int:
+    running = [asyncio.ensure_future(s.serve(sockets=[each])) for s, each in zip(servers, sockets, strict=True)]
+    stop = asyncio.ensure_future(signalled.get())
+    try:
+        while not all(server.started for server in servers) and not any(task.done() for task in running):
+            await asyncio.sleep(0.005)
+        if not any(task.done() for task in running):
+            _announce(state, sockets)
+        while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
+            await asyncio.wait({stop, *running}, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done() and not state.engine.is_dead:
+            await _drain(state, signalled)
+    finally:
+        stop.cancel()
+        for server in servers:
+            server.should_exit = True
+        results = await asyncio.gather(*running, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    if state.engine.is_dead:
+        log.error("the engine stopped by itself; the server ends")
+        return 1
+    return 0
+
+
+async def _drain(state: ServerState, signalled: asyncio.Queue[int]) -> None:
+    """Let requests in flight finish. A second signal, or the time limit, ends the wait."""
+    state.draining = True
+    limit = state.settings.shutdown_timeout
+    if state.in_flight:
+        log.info("draining: %d requests in flight get up to %g s; signal again to stop now", state.in_flight, limit)
+    idle = asyncio.ensure_future(state.wait_idle(limit))
+    again = asyncio.ensure_future(signalled.get())
+    await asyncio.wait({idle, again}, return_when=asyncio.FIRST_COMPLETED)
+    if state.in_flight:
+        log.warning("%d requests are cut off", state.in_flight)
+    idle.cancel()
+    again.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, with the signals left to us, and a failed start an error of ours."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, once the start-up handlers of plugins have run."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            raise PluginError("a plugin's start-up handler failed, as the log shows; leave out its --plugin") from None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+def _config(app: Any, args: EngineArgs) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="auto",
+        log_config=None,
+        access_log=not args.disable_log_requests,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+        server_header=False,
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Queue[int]]:
+    """SIGTERM and SIGINT arrive in a queue."""
+    queue: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    caught = (signal.SIGTERM, signal.SIGINT)
+    for number in caught:
+        loop.add_signal_handler(number, queue.put_nowait, int(number))
+    try:
+        yield queue
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)
+
+
+async def _started(engine: AsyncLLM, signalled: asyncio.Queue[int]) -> bool:
+    """Start the engine; False if a signal came first."""
+    start = asyncio.ensure_future(engine.start())
+    stop = asyncio.ensure_future(signalled.get())
+    await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not start.done():
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        return False
+    start.result()
+    return True
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+    """A bound socket that does not listen yet: clients are refused, not kept waiting, until the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror or error}; give an address of this machine") from None
+    found = socket.socket(family, kind, protocol)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"{flag} {port}: {host} port {port} cannot be used: {error.strerror}; choose another"
+        ) from None
+    found.setblocking(False)
+    return found
+
+
+def _announce(state: ServerState, sockets: Sequence[socket.socket]) -> None:
+    """The ready line, and a request to paste."""
+    shown, near = _addresses(sockets[0])
+    print(f"Quire {__version__} ready on {shown} - {state.engine.ready_line}")
+    for other in sockets[1:]:
+        print(f"Metrics also on {_addresses(other)[0]}/metrics")
+    key = " -H 'Authorization: Bearer KEY'" if state.settings.api_key else ""
+    talk = [{"role": "user", "content": "What is paged attention?"}]
+    body = json.dumps({"model": state.model_names[0], "messages": talk}).replace("'", "'\\''")
+    print(f"Try: curl {near}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    sys.stdout.flush()
+
+
+def _addresses(bound: socket.socket) -> tuple[str, str]:
+    """Where it listens, as given, and as a client on this machine would write it."""
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
+    return f"http://{shown}:{port}", f"http://{near}:{port}"
+
+
+def _log_requests() -> None:
+    """A line per request, where our own lines go."""
+    access = logging.getLogger("uvicorn.access")
+    access.handlers = logging.getLogger("quire").handlers
+    access.setLevel(logging.INFO)
+    access.propagate = False
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

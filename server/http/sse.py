@@ -1,0 +1,118 @@
+"""Server-sent events: the response that writes them, and the chunks of the API as prebuilt bytes.
+
+A streamed token costs one ``msgspec`` encoding of its text between two constant pieces; no object is built for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from quire.core.messages import CompletionOutput
+from quire.server.http.errors import ClientGoneError
+
+__all__ = ["DONE", "ChunkWriter", "EventStream", "event", "speaks", "unless_gone"]
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+encode = msgspec.json.Encoder().encode
+
+
+def event(value: Any) -> bytes:
+    """One event with a JSON value."""
+    return b"data: %b\n\n" % encode(value)
+
+
+def speaks(choice: CompletionOutput) -> bool:
+    """Whether a chunk of text is due: one for every step that drew a token, even if its text still waits for the rest
+    of a character or for a stop string, since clients time tokens by their chunks."""
+    return bool(choice.text or choice.logprobs or (choice.token_ids and choice.finish_reason is None))
+
+
+class EventStream(Response):
+    """Send events as they come. When the client leaves, the generator is closed at once, wherever it waits."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the response."""
+        with contextlib.suppress(ClientGoneError):
+            await unless_gone(receive, self._pump(send))
+
+    async def _pump(self, send: Send) -> None:
+        async with contextlib.aclosing(self._events):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``; cancel it and raise ClientGoneError if the client disconnects first.
+
+    To be called once the request's body is read: then the next thing to be received is the disconnection.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+class ChunkWriter:
+    """Builds the chunks of one streamed answer around constant head and tail.
+
+    ``kind`` is ``chat.completion.chunk`` or ``text_completion``. With ``usage``, chunks carry ``"usage": null``, as the
+    API has it when the last one will bring the usage.
+    """
+
+    def __init__(self, identity: str, kind: str, created: int, model: str, usage: bool) -> None:
+        self._fields = {"id": identity, "object": kind, "created": created, "model": model}
+        self._head = b"data: %b" % encode(self._fields)[:-1] + b',"choices":[{"index":'
+        self._tail = b'}],"usage":null}\n\n' if usage else b"}]}\n\n"
+        chat = kind.startswith("chat")
+        self._before = b',"delta":{"content":' if chat else b',"text":'
+        self._after = b"}" if chat else b""
+
+    def text(self, index: int, text: str, logprobs: Any = None) -> bytes:
+        """New text of one choice."""
+        extra = b"null" if logprobs is None else encode(logprobs)
+        middle = b'%d%b%b%b,"logprobs":%b,"finish_reason":null' % (
+            index,
+            self._before,
+            encode(text),
+            self._after,
+            extra,
+        )
+        return self._head + middle + self._tail
+
+    def choice(self, index: int, **fields: Any) -> bytes:
+        """Any other chunk of one choice: its role, its end."""
+        return self._head + b"%d," % index + encode(fields)[1:-1] + self._tail
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """The last chunk of an answer that was asked for its usage."""
+        return event({**self._fields, "choices": [], "usage": usage})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

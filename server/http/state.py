@@ -1,0 +1,93 @@
+"""What the routes share: the engine, the settings, and whether we are draining. One per application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from quire.core.errors import EngineDeadError
+from quire.server.http.errors import ModelNotFoundError
+from quire.server.http.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from quire.core.engine.async_llm import AsyncLLM
+
+__all__ = ["ServerState"]
+
+T = TypeVar("T")
+
+_MOST_NAMES = 64
+_LONG_BYTES = 16_384
+
+log = logging.getLogger(__name__)
+
+
+class ServerState:
+    """Shared by the routes of one application; lives in its event loop."""
+
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings, arguments: Any = None) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.arguments = arguments
+        """The parsed command line, for plugins that added flags; None when there was none."""
+        self.draining = False
+        self.in_flight = 0
+        """Requests to ``/v1`` that are being answered."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._unknown_fields: set[str] = set()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names by which requests call the model, the first of which answers carry."""
+        model = self.engine.config.model
+        return model.served_names or (model.model,)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with. Raises ModelNotFoundError if ``name`` is not served; None means the first."""
+        names = self.model_names
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise ModelNotFoundError(name, names)
+        return name
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError if no request can be served any more."""
+        if self.engine.is_dead:
+            raise EngineDeadError("the engine stopped; see its log and restart the server")
+
+    async def tokenizing(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What ``work`` returns, run in a thread if it reads so many bytes that it would hold up everybody else."""
+        if size < _LONG_BYTES:
+            return work(*args, **kwargs)
+        return await asyncio.to_thread(work, *args, **kwargs)
+
+    def enter(self, work: bool) -> None:
+        """A request begins; only ``work``, requests to ``/v1``, is counted."""
+        self.in_flight += work
+        if work:
+            self._idle.clear()
+
+    def leave(self, work: bool) -> None:
+        """A request ends."""
+        self.in_flight -= work
+        if self.in_flight == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Wait until no request is in flight. False if ``timeout`` seconds passed first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def note_unknown_fields(self, names: list[str], where: str) -> None:
+        """Log fields of a request that mean nothing to us, each once."""
+        for name in names:
+            if name not in self._unknown_fields and len(self._unknown_fields) < _MOST_NAMES:
+                self._unknown_fields.add(name)
+                log.warning("%s: the field %.64r is unknown and was ignored (said once)", where, name)

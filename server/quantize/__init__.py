@@ -1,0 +1,1 @@
+"""``quire quantize``: checkpoints made by outside tools, and compared with the original."""

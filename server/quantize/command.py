@@ -1,0 +1,189 @@
+"""``quire quantize``: a smaller checkpoint by one of the real tools, and what it lost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from quire.core.errors import CheckpointError, ConfigError
+from quire.server.cli.flags import real, whole
+from quire.server.quantize.recipes import METHODS, TOOLS, Recipe, environment, find_recipe, interpreter
+
+__all__ = ["add_parser", "run"]
+
+_ABOUT = """Quantize MODEL with a tool made for it, write the checkpoint to DIR, and compare the two as quire eval
+--compare does. Exit status 1 if the quantized model loses more than --max-loss."""
+
+_SAMPLES, _LENGTH, _GROUP = 128, 512, 128
+
+#: Files that belong to a model and that quantization does not touch.
+_BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its flags."""
+    parser = subparsers.add_parser("quantize", help="make a quantized checkpoint, and measure it", description=_ABOUT)
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of the model")
+    parser.add_argument("--method", required=True, metavar="|".join(METHODS), help="how")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the checkpoint")
+    how = parser.add_argument_group("how")
+    how.add_argument("--tool", metavar="|".join(TOOLS), help="who quantizes (default: the method's first)")
+    how.add_argument("--scheme", metavar="NAME", help="variant of the method (default: its first)")
+    how.add_argument("--group-size", type=whole, metavar="N", help=f"weights that share a scale (default: {_GROUP})")
+    how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run (default: auto)")
+    how.add_argument("--python", metavar="PATH", help="interpreter of the environment that has the tool")
+    data = parser.add_argument_group("calibration")
+    data.add_argument("--calibration", type=Path, metavar="FILE", help="text, or .jsonl of texts or conversations")
+    data.add_argument("--samples", type=whole, metavar="N", help=f"at most this many (default: {_SAMPLES})")
+    data.add_argument("--sequence-length", type=whole, metavar="N", help=f"tokens of each (default: {_LENGTH})")
+    after = parser.add_argument_group("afterwards")
+    after.add_argument("--no-eval", action="store_true", help="do not compare the two")
+    after.add_argument("--limit", type=whole, metavar="N", help="questions of each skill (default: all)")
+    after.add_argument("--max-loss", type=real, metavar="POINTS", help="exit status 1 if it loses more exact match")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, quantize, compare."""
+    for note in args.notes:
+        print(note, file=sys.stderr)
+    recipe = find_recipe(args.method, args.tool, args.scheme)
+    scheme = args.scheme or recipe.schemes[0]
+    _check(args, recipe, scheme)
+    python = interpreter(recipe, args.python)
+    length = 0 if scheme in recipe.uncalibrated else args.sequence_length or _LENGTH
+    folder = _model(args.model, recipe, args.group_size or _GROUP, length)
+    samples: list[list[int]] = []
+    if length:
+        from quire.core.engine.tokenizer import Tokenizer
+        from quire.server.quantize.calibration import samples as read
+
+        samples = read(Tokenizer(str(folder)), args.calibration, args.samples or _SAMPLES, length)
+    told = f"{args.model}: {recipe.method} ({scheme}) by {recipe.tool}"
+    if samples:
+        told += f", watching {len(samples)} samples of {len(samples[0])} tokens"
+    print(told, file=sys.stderr)
+    job = {
+        "tool": recipe.tool,
+        "scheme": scheme,
+        "model": str(folder),
+        "samples": samples,
+        "group_size": args.group_size or _GROUP,
+        "device": args.device,
+    }
+    started = time.perf_counter()
+    version = _quantize(job, python, args.python is not None, folder, args.out)
+    before, now = _bytes(folder), _bytes(args.out)
+    print(
+        f"{args.out}: {now / 1e6:,.1f} MB of weights, {now / before:.0%} of the {before / 1e6:,.1f} MB before; "
+        f"{recipe.tool} {version}, {time.perf_counter() - started:.0f} s; try it with quire serve {args.out}"
+    )
+    return 0 if args.no_eval else _compare(args)
+
+
+def _check(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
+    out: Path = args.out
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is not empty; give a new folder, or empty this one")
+    for name, least in (("samples", 1), ("sequence_length", 16), ("limit", 1), ("max_loss", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.group_size is not None:
+        if not recipe.grouped:
+            raise ConfigError(f"--group-size is for awq and gptq; {args.method} has no groups: leave it out")
+        if args.group_size != -1 and args.group_size < 8:
+            raise ConfigError(f"--group-size must be -1 (a whole column) or at least 8, got {args.group_size}")
+    if scheme in recipe.uncalibrated:
+        for name in ("calibration", "samples", "sequence_length"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}: {args.method} {scheme} needs no text; leave it out")
+    if args.no_eval and (args.limit is not None or args.max_loss is not None):
+        raise ConfigError("--limit and --max-loss are for the comparison; leave out --no-eval")
+
+
+def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
+    """The model's folder. Refuses one that is quantized, or that does not fit groups or samples."""
+    from quire.core.loading.hf_config import architecture, context_length, read_hf_config
+    from quire.core.loading.hub import resolve_model
+
+    folder = resolve_model(name)
+    config = read_hf_config(folder)
+    architecture(config)
+    if already := getattr(config, "quantization_config", None):
+        raise CheckpointError(f"model {name!r} is quantized already ({already.get('quant_method', '?')}); give another")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"model {name!r} has no safetensors; convert it first")
+    if length > (context := context_length(config)):
+        raise ConfigError(
+            f"samples of {length} tokens are longer than the context of {name}, {context}; give a smaller "
+            f"--sequence-length"
+        )
+    if recipe.grouped and group_size != -1:
+        for field in ("hidden_size", "intermediate_size"):
+            width = getattr(config.get_text_config(), field, None)
+            if isinstance(width, int) and width % group_size:
+                raise ConfigError(
+                    f"{field} {width} of {name} does not divide into groups of {group_size}; "
+                    f"choose another --group-size"
+                )
+    return folder
+
+
+def _quantize(job: dict[str, Any], python: str, elsewhere: bool, model: Path, out: Path) -> str:
+    """Let the tool work beside ``out`` and move what it made there when it is whole. Returns the tool's version."""
+    script = Path(__file__).with_name("tools.py")
+    env = environment(elsewhere=elsewhere)
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=parent)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot write there ({error}); give another folder") from None
+    with work:
+        made, result = Path(work.name) / "model", Path(work.name) / "result.json"
+        command = [python, "-P", "-W", "ignore", str(script)]
+        text = json.dumps({**job, "out": str(made), "result": str(result)})
+        done = subprocess.run(command, input=text, text=True, stdout=2, env=env, check=False)
+        outcome = json.loads(result.read_text("utf-8")) if result.is_file() else {}
+        if "version" not in outcome:
+            reason = outcome.get("error") or f"it ended with status {done.returncode}"
+            raise ConfigError(f"{job['tool']} could not quantize {model}: {reason}; what it printed is above")
+        for name in _BESIDE:
+            if (model / name).is_file():
+                shutil.copyfile(model / name, made / name)
+        for path in made.iterdir():
+            path.chmod(0o644)
+        if out.is_dir():
+            out.rmdir()
+        made.rename(out)
+    return str(outcome["version"])
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from quire.core.engine.args import EngineArgs
+    from quire.server.evaluation import load_questions
+    from quire.server.evaluation.command import MAX_LOSS, NUM_TOKENS
+    from quire.server.evaluation.compare_command import Side, compare
+    from quire.server.evaluation.text import held_out_text
+
+    sides = [Side(name, EngineArgs(model=name, device=args.device)) for name in (args.model, str(args.out))]
+    allowed = MAX_LOSS if args.max_loss is None else args.max_loss
+    found = compare(sides, load_questions(None, args.limit), held_out_text(), NUM_TOKENS, allowed)
+    print(found.table())
+    return int(args.max_loss is not None and not found.within)
