@@ -93,7 +93,7 @@ def measure(running: int, waiting: int, steps: int, churn: bool) -> tuple[list[f
 
 def draw(step: SchedulerOutput, rng: np.random.Generator) -> ModelRunnerOutput:
     tokens = rng.integers(0, 1000, (len(step.rows), 1), dtype=np.int32)
-    return ModelRunnerOutput(step.step, tokens, step.samples.astype(np.int32))
+    return ModelRunnerOutput(step.step, tokens, step.sampling_mask.astype(np.int32))
 
 
 if __name__ == "__main__":

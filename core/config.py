@@ -74,9 +74,9 @@ class SchedulerConfig:
 class SpeculationConfig:
     """Speculative decoding. Who proposes is the plugin of kind ``spec_decode``."""
 
-    num_tokens: int
+    num_speculative_tokens: int
     """The most drafts that a step verifies for a request."""
-    draft_path: str | None = None
+    draft_model_path: str | None = None
     """Folder of the draft model or head."""
     adaptive: bool = True
     """Draft fewer tokens, or none, where that is faster."""

@@ -21,11 +21,11 @@ from quire.core.stats import StepStats
 __all__ = [
     "BlockDiff",
     "CompletionOutput",
-    "Continuation",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
     "FinishReason",
+    "HostDraft",
     "LogprobRows",
     "ModelRunnerOutput",
     "NewRequest",
@@ -70,7 +70,7 @@ class NewRequest:
     token_ids: list[int]
     """Every token known so far: the prompt, then what was generated before a preemption."""
     prompt_len: int
-    num_computed: int
+    num_computed_tokens: int
     """Tokens whose KV is already in the cache (prefix hit or fork)."""
     params: SamplingParams
     seed: int
@@ -90,12 +90,12 @@ class BlockDiff:
 
 
 @dataclass(slots=True)
-class Continuation:
-    """Tokens that may follow the first ``anchor`` tokens of a row. Some of those positions may have been drawn since:
-    the worker drops the continuation where it does not agree with them."""
+class HostDraft:
+    """Tokens that may follow the first ``base_len`` tokens of a row. Some of those positions may have been drawn since:
+    the worker drops them where it does not agree with them."""
 
     row: int
-    anchor: int
+    base_len: int
     token_ids: list[int]
 
 
@@ -103,31 +103,33 @@ class Continuation:
 class SchedulerOutput:
     """One step, as differences to the step before.
 
-    The worker applies, in this order: ``freed_rows``, ``new_requests``, ``block_diffs``, ``copies``; then runs
-    ``num_tokens[i]`` tokens of row ``rows[i]`` from its first uncomputed position. Grants of one token to
+    The worker applies, in this order: ``freed_rows``, ``new_requests``, ``block_diffs``, ``block_copies``; then runs
+    ``num_scheduled_tokens[i]`` tokens of row ``rows[i]`` from its first uncomputed position. Grants of one token to
     requests that decode come first (``num_decodes`` of them), then those with drafts.
     """
 
     step: int
     rows: NDArray[np.int32]  # (num_reqs,)
-    num_tokens: NDArray[np.int32]  # (num_reqs,)
-    samples: NDArray[np.bool_]  # (num_reqs,) the grant reaches the last known token, so a new one is drawn
+    num_scheduled_tokens: NDArray[np.int32]  # (num_reqs,)
+    sampling_mask: NDArray[np.bool_]  # (num_reqs,) the grant reaches the last known token, so a new one is drawn
     num_decodes: int
-    total_tokens: int
+    total_num_scheduled_tokens: int
     max_seq_len: int
     """Upper bound of the context length of any request in the step, its new tokens included."""
-    reached: NDArray[np.int32]  # (num_reqs,) upper bound of each request's context length; exact without drafts
+    max_seq_lens: NDArray[np.int32]  # (num_reqs,) upper bound of each request's context length; exact without drafts
     new_requests: list[NewRequest] = field(default_factory=list)
     block_diffs: list[BlockDiff] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    block_copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, source block, destination block), to be copied before the model runs."""
     freed_rows: list[int] = field(default_factory=list)
-    drafts: NDArray[np.int32] | None = None  # (num_reqs,) how many of the granted tokens are drafts; None: nowhere any
-    continuations: list[Continuation] = field(default_factory=list)
-    """Applied after ``copies``: what a proposer on the host expects to follow."""
-    propose: int = 0
+    num_draft_tokens: NDArray[np.int32] | None = (
+        None  # (num_reqs,) how many of the granted tokens are drafts; None: nowhere any
+    )
+    host_drafts: list[HostDraft] = field(default_factory=list)
+    """Applied after ``block_copies``: what a proposer on the host expects to follow."""
+    num_tokens_to_propose: int = 0
     """Tokens that a proposer on the device drafts after the step for each request that drew."""
-    read: bool = True
+    run_draft_prefill: bool = True
     """Whether a proposer is to read the prompts of the step, and what it has passed over before."""
 
 
@@ -148,21 +150,21 @@ class ModelRunnerOutput:
     """What a step drew, aligned with ``SchedulerOutput.rows``."""
 
     step: int
-    tokens: NDArray[np.int32]  # (num_reqs, 1 + k) accepted tokens, left-aligned
-    num_sampled: NDArray[np.int32]  # (num_reqs,) how many of them are real; 0 where nothing was drawn
-    num_drafted: NDArray[np.int32] | None = None  # (num_reqs,) drafts that were verified; None: nowhere any
+    sampled_token_ids: NDArray[np.int32]  # (num_reqs, 1 + k) accepted tokens, left-aligned
+    num_sampled_tokens: NDArray[np.int32]  # (num_reqs,) how many of them are real; 0 where nothing was drawn
+    num_verified_drafts: NDArray[np.int32] | None = None  # (num_reqs,) drafts that were verified; None: nowhere any
     logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     """By index into the step, only for requests that asked."""
     prompt_logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     """Positions of the granted chunk whose next token is a prompt token; column 0 is that token."""
-    ran_us: float = 0.0
+    device_us: float = 0.0
     """Time on the device, microseconds; see ``StepStats``."""
     quarantined: list[str] = field(default_factory=list)
     """Plugins of the worker switched off during the step, as "kind/name: reason"."""
-    num_compiled: int = 0
+    num_compiled_kernels: int = 0
     """Kernels that had to be compiled to launch the step: none, once the engine is ready."""
-    read_late: bool = False
-    """A proposer read what it had passed over, which ``ran_us`` holds too."""
+    ran_draft_backfill: bool = False
+    """A proposer read what it had passed over, which ``device_us`` holds too."""
 
 
 # ---- engine core -> front ----------------------------------------------------------------------------------------
@@ -199,28 +201,28 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     """Requests of which there is more to say: a first token, an end, log-probabilities."""
     request_ids: list[str] = []
     """The other requests, none of them twice or in ``outputs``."""
-    new_tokens: list[int] = []
+    new_token_ids: list[int] = []
     """Their tokens, one request's after another's."""
-    num_tokens: list[int] = []
+    num_new_tokens: list[int] = []
     """How many tokens each gained; empty: one each."""
     stats: dict[str, float] | None = None
     """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
     steps: list[StepStats] = []
     """The steps committed since the last message."""
 
-    def gained(self) -> Iterator[tuple[str, list[int]]]:
+    def iter_new_tokens(self) -> Iterator[tuple[str, list[int]]]:
         """The columns as (request, its tokens)."""
-        if not self.num_tokens:
-            yield from zip(self.request_ids, ([token] for token in self.new_tokens), strict=True)
+        if not self.num_new_tokens:
+            yield from zip(self.request_ids, ([token] for token in self.new_token_ids), strict=True)
             return
         end = 0
-        for request_id, count in zip(self.request_ids, self.num_tokens, strict=True):
+        for request_id, count in zip(self.request_ids, self.num_new_tokens, strict=True):
             end += count
-            yield request_id, self.new_tokens[end - count : end]
+            yield request_id, self.new_token_ids[end - count : end]
 
-    def each(self) -> list[EngineCoreOutput]:
+    def expand_outputs(self) -> list[EngineCoreOutput]:
         """An object for every request, for who looks at few of them."""
-        return [*self.outputs, *(EngineCoreOutput(*pair) for pair in self.gained())]
+        return [*self.outputs, *(EngineCoreOutput(*pair) for pair in self.iter_new_tokens())]
 
 
 # ---- front -> user -----------------------------------------------------------------------------------------------

@@ -32,23 +32,23 @@ class Request:
         "block_hashes",
         "cache_salt",
         "finish_reason",
-        "first_grant_ns",
+        "first_scheduled_ns",
         "max_total_tokens",
         "num_cached_tokens",
-        "num_in_flight",
+        "num_in_flight_tokens",
         "num_preemptions",
         "params",
         "parent_id",
         "priority",
         "prompt_len",
         "prompt_logprobs",
-        "rank",
+        "queue_key",
         "request_id",
         "row",
         "seed",
         "status",
-        "stop_ids",
         "stop_reason",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -62,7 +62,7 @@ class Request:
         self.max_total_tokens = min(limit, max_model_len)
         """Length at which the request ends with ``length``."""
         eos = () if params.ignore_eos else message.eos_token_ids
-        self.stop_ids: frozenset[int] = frozenset((*eos, *params.stop_token_ids))
+        self.stop_token_ids: frozenset[int] = frozenset((*eos, *params.stop_token_ids))
         self.arrival_ns = message.arrival_ns
         self.priority = message.priority
         self.cache_salt = message.cache_salt
@@ -71,13 +71,13 @@ class Request:
         self.status = RequestStatus.WAITING
         self.row = -1
         """Row in the worker's request table while running, else -1."""
-        self.num_in_flight = 0
+        self.num_in_flight_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.first_grant_ns = 0
+        self.first_scheduled_ns = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.rank: tuple[Any, ...] = ()
+        self.queue_key: tuple[Any, ...] = ()
         """Place in the queue: the policy's key, then the number of arrival. Kept through a preemption."""
         self.prompt_logprobs: list[TokenLogprob] | None = None
         """Gathered chunk by chunk, sent with the first token."""

@@ -51,13 +51,13 @@ class StepStats(msgspec.Struct, array_like=True):
     """Planning."""
     launch_us: float
     """From the plan to the last kernel queued; on a CPU, to handing the step over."""
-    ran_us: float
+    device_us: float
     """On the device: between the step's first and last kernel, or on a CPU the time it took."""
     wait_us: float
     """The host stood still for the step's tokens. Near zero where the host is the slower one."""
     end_us: float
     """When its tokens were known to the host."""
-    commit_us: float
+    update_us: float
     """Booking the tokens."""
     num_drafts: int = 0
     """Drafted tokens verified."""

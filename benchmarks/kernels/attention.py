@@ -57,7 +57,9 @@ class Pool:
         backend = make(spec, device)
         limit = max(4096, max(lengths))
         most_tokens = max(256, sum(queries))
-        backend.prepare(AttentionLimits(max(256, len(lengths)), most_tokens, limit, device, decode_query_len))
+        backend.allocate_workspaces(
+            AttentionLimits(max(256, len(lengths)), most_tokens, limit, device, decode_query_len)
+        )
         size = backend.kv_layout().bytes_per_block
         layers = min(max(8, -(-(256 << 20) // (blocks * size))), len(self._raw) // (blocks * size), 256)
         rows = self._raw[: blocks * layers * size].view(blocks, layers * size)
@@ -88,7 +90,7 @@ class Pool:
         q, out = qkv[:, :heads], torch.empty(sum(queries), heads, dim, dtype=torch.bfloat16, device=device)
 
         def run() -> None:
-            backend.plan(batch)
+            backend.prepare_metadata(batch)
             for layer, kv in enumerate(kvs):
                 backend.run(layer, q, kv, out)
 

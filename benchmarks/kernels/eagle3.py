@@ -16,7 +16,7 @@ import torch
 
 from quire.core.contracts.attention import AttentionBatch, AttentionLimits
 from quire.core.contracts.model import Model
-from quire.core.contracts.spec_decode import DraftSource, StepTokens, Target
+from quire.core.contracts.spec_decode import DraftSource, StepTokens, TargetState
 from quire.core.layers.builder import LayerBuilder
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.sample.sampler import GumbelSampler
@@ -33,7 +33,7 @@ LENGTH, MOST, BLOCK, DRAFTS = 1000, 64, 16, 4
 class Embedding(Model):
     """All that a head needs of its target."""
 
-    tappable = True
+    supports_aux_hidden_states = True
 
     def __init__(self, config, builder) -> None:
         super().__init__()
@@ -65,7 +65,9 @@ def main() -> None:
             line = [f"{n:3} requests"]
             for queries in (1, 1 + DRAFTS):
                 step = tokens(proposer, rows, queries)
-                line.append(f"observe {queries}: {time(lambda step=step: proposer.observe(step), args.cpu):7.1f} us")
+                line.append(
+                    f"observe {queries}: {time(lambda step=step: proposer.observe_step(step), args.cpu):7.1f} us"
+                )
             for count in (1, DRAFTS):
                 for greedy in (True, False):
                     work = lambda n=rows, c=count, g=greedy: proposer.propose(n, c, greedy=g)  # noqa: E731
@@ -81,19 +83,21 @@ def build(config, head, device: torch.device) -> Eagle3:
     builder = LayerBuilder(dtype, device, dtype, BLOCK, Unquantized({}), max_positions=4096)
     proposer = Eagle3(DRAFTS)
     target = Embedding(config, builder)
-    proposer.load(DraftSource(Path("dummy"), target, config, lambda _: builder, lambda: target, "dummy", head, 1024))
+    proposer.load_weights(
+        DraftSource(Path("dummy"), target, config, lambda _: builder, lambda: target, "dummy", head, 1024)
+    )
     table = RequestTable(MOST, 4096, BLOCK, 1, device, DRAFTS)
     backend_class = TorchSDPABackend
     if device.type == "cuda":
         from quire.plugins.attention.triton.backend import TritonBackend as backend_class  # type: ignore[assignment]
     (spec,) = proposer.attention_specs()
     backend = backend_class(spec, device)
-    backend.prepare(AttentionLimits(MOST, 1024, 4096, device, 1 + DRAFTS))
+    backend.allocate_workspaces(AttentionLimits(MOST, 1024, 4096, device, 1 + DRAFTS))
     kv, blocks = KVCache([backend], [0], device), -(-(LENGTH + 16) // BLOCK)
     sampler = GumbelSampler(config.vocab_size, device)
-    sampler.prepare(MOST * (1 + DRAFTS))
+    sampler.prepare_graph_sampling(MOST * (1 + DRAFTS))
     columns = (table.sampling, table.num_computed, table.block_tables[0])
-    proposer.prepare(Target(sampler, *columns, kv.layers, [backend], [0], BLOCK, 4096, MOST))
+    proposer.attach_target(TargetState(sampler, *columns, kv.layers, [backend], [0], BLOCK, 4096, MOST))
     kv.allocate(1 + MOST * blocks)
     table.num_tokens[:MOST], table.num_computed[:MOST] = LENGTH, LENGTH - 1
     table.temperature[:MOST], table.top_p[:MOST] = 0.8, 1.0
@@ -151,7 +155,7 @@ def profile(proposer: Eagle3, table: SimpleNamespace) -> None:
     for name, work in {
         "greedy": lambda: proposer.propose(rows, 1, greedy=True),
         "random": lambda: proposer.propose(rows, 1),
-        "observe": lambda: proposer.observe(step),
+        "observe": lambda: proposer.observe_step(step),
     }.items():
         work()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:

@@ -44,7 +44,7 @@ def main() -> None:
         for spread in (0.7, 3.0):
             sets = [(torch.randn(rows, vocab, device=CUDA) * spread).bfloat16() for _ in range(6)]
             sampler = GumbelSampler(vocab, CUDA)
-            sampler.prepare(rows)
+            sampler.prepare_graph_sampling(rows)
             for name, wish in WISHES.items():
                 report(rows, vocab, spread, name, wish, sets, sampler)
     for rows in (32, 256):
@@ -64,7 +64,7 @@ def report(
     lines, tokens = torch.arange(rows, device=CUDA), torch.zeros(rows, dtype=torch.int32, device=CUDA)
 
     def draw(turn: int) -> None:
-        sampler.draw(sets[turn % len(sets)], lines, table, tokens, greedy=wish[0] == 0)
+        sampler.sample_from_table(sets[turn % len(sets)], lines, table, tokens, greedy=wish[0] == 0)
 
     us = replay_us(draw)
     table.num_tokens.fill_(100)

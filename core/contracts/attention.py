@@ -1,7 +1,7 @@
 """Attention backend: how queries meet the paged KV cache.
 
 One instance serves one group of layers with the same KV geometry. Life: ``unsupported`` -> constructed ->
-``kv_layout`` -> ``prepare`` once -> per step ``plan`` once, then ``run`` once a layer.
+``kv_layout`` -> ``allocate_workspaces`` once -> per step ``prepare_metadata`` once, then ``run`` once a layer.
 """
 
 from __future__ import annotations
@@ -131,12 +131,14 @@ class AttentionBatch:
 class AttentionBackend(ABC):
     """Reads K and V of any request through its block table and attends causally.
 
-    Promised to a backend: ``plan`` comes before the ``run`` calls of its step, K and V of the step's tokens are
+    Promised to a backend: ``prepare_metadata`` comes before the ``run`` calls of its step, K and V of the step's
+    tokens are
     already written (unless ``writes_kv``), the ``num_decodes`` requests come first, and ``seq_lens`` counts the
     step's own tokens; its tensors stay as they are until the step's last ``run``.
 
     Promised by a backend: slots that belong to no token of a request, or lie before its window, may hold anything,
-    NaN included, and change nothing. It never allocates in ``plan`` or ``run`` for a captured shape, and reads no
+    NaN included, and change nothing. It never allocates in ``prepare_metadata`` or ``run`` for a captured shape,
+    and reads no
     device tensor on the host unless its ``graph_support`` is empty.
     """
 
@@ -160,11 +162,11 @@ class AttentionBackend(ABC):
         """The memory layout this backend reads fastest."""
         return KVLayout(self.spec)
 
-    def prepare(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
+    def allocate_workspaces(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
         """Allocate every workspace and compile every variant. Called once, before the first step."""
 
     @abstractmethod
-    def plan(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
+    def prepare_metadata(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
         """Take in a step. Called once a step; with a ``key`` it writes only into prepared buffers."""
 
     @abstractmethod

@@ -10,10 +10,10 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.kv import KVGroup
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput
 
-__all__ = ["Executor", "KVCapacity", "Pending"]
+__all__ = ["Executor", "KVCapacity", "StepFuture"]
 
 
-class Pending(Protocol):
+class StepFuture(Protocol):
     """A step under way."""
 
     def result(self) -> ModelRunnerOutput:
@@ -51,7 +51,7 @@ class Executor(ABC):
         """Start workers, load the model, profile memory, allocate the KV cache, capture graphs."""
 
     @abstractmethod
-    def execute(self, step: SchedulerOutput) -> Pending:
+    def execute_step(self, step: SchedulerOutput) -> StepFuture:
         """Launch a step and return at once."""
 
     @abstractmethod

@@ -92,7 +92,13 @@ class KVAllocator(ABC):
 
     @abstractmethod
     def allocate(
-        self, request: Request, num_tokens: int, *, computed: int, match: PrefixMatch | None = None, reserve: int = 0
+        self,
+        request: Request,
+        num_tokens: int,
+        *,
+        num_computed_tokens: int,
+        prefix_match: PrefixMatch | None = None,
+        num_reserved_blocks: int = 0,
     ) -> Allocation | None:
         """Make room so that the request's first ``num_tokens`` tokens have slots, written from ``computed`` on.
 
@@ -102,17 +108,17 @@ class KVAllocator(ABC):
         """
 
     @abstractmethod
-    def commit(self, request: Request, num_tokens: int) -> None:
+    def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
         """KV of the first ``num_tokens`` tokens is (or will be, in stream order) written and their ids are known:
         blocks now full become findable."""
 
     @abstractmethod
-    def fork(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
+    def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Start ``child`` with references to the parent's blocks of the first ``num_tokens`` tokens. ``None``: the
         parent no longer holds all that the child must read (a window moved on), nothing changed."""
 
     @abstractmethod
-    def trim(self, request: Request, group: int, before: int) -> None:
+    def free_out_of_window_blocks(self, request: Request, group: int, before: int) -> None:
         """Tokens before position ``before`` will not be read again in this group: their blocks may be given up."""
 
     @abstractmethod
@@ -124,7 +130,7 @@ class KVAllocator(ABC):
         """Blocks the request references, over all groups."""
 
     @abstractmethod
-    def num_free(self) -> int:
+    def num_free_blocks(self) -> int:
         """Blocks that can be handed out now in the scarcest group."""
 
     @abstractmethod

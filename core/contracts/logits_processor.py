@@ -38,7 +38,8 @@ class LogitsProcessor(ABC):
     What it does to a line depends on the request and on the ``num_tokens`` tokens before it alone: lines of drafts may
     turn out never to have been.
 
-    A processor that raises in ``add`` or ``apply`` is quarantined: it is skipped from then on, and a metric says so.
+    A processor that raises in ``add_row`` or ``apply`` is quarantined: it is skipped from then on, and a metric
+    says so.
     """
 
     argmax_invariant: bool = False
@@ -49,17 +50,17 @@ class LogitsProcessor(ABC):
         self.device = device
 
     @classmethod
-    def validate(cls, params: SamplingParams, vocab_size: int) -> None:
+    def validate_params(cls, params: SamplingParams, vocab_size: int) -> None:
         """Raise ``InvalidRequestError`` for parameters this processor cannot honour. Runs in the front process."""
 
     @abstractmethod
-    def add(self, request: NewRequest) -> bool:
+    def add_row(self, request: NewRequest) -> bool:
         """A request enters row ``request.row``. Returns whether this processor has anything to do for it."""
 
     @abstractmethod
-    def remove(self, row: int) -> None:
-        """The row's request left (finished, aborted or preempted). Only for rows whose ``add`` returned True."""
+    def remove_row(self, row: int) -> None:
+        """The row's request left (finished, aborted or preempted). Only for rows whose ``add_row`` returned True."""
 
     @abstractmethod
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Change ``logits`` (n, vocab) float32 in place. Called only when some line's ``add`` returned True."""
+        """Change ``logits`` (n, vocab) float32 in place. Called only when some line's ``add_row`` returned True."""

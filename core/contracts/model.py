@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, LayerKV
 
-__all__ = ["ForwardContext", "Model", "Taps"]
+__all__ = ["AuxHiddenStates", "ForwardContext", "Model"]
 
 
 @dataclass(slots=True)
@@ -29,20 +29,20 @@ class ForwardContext:
 
 
 @dataclass(slots=True)
-class Taps:
+class AuxHiddenStates:
     """Hidden states of some layers that every forward pass leaves in a buffer that stays, for a proposer."""
 
     layers: tuple[int, ...]
     """The residual stream before each of these layers."""
     states: Tensor  # (most tokens, len(layers) * hidden): the step's tokens first, layers side by side
 
-    def keep(self, layer: int, x: Tensor, residual: Tensor | None) -> None:
+    def capture_layer(self, layer: int, x: Tensor, residual: Tensor | None) -> None:
         """The stream before ``layer`` is ``x + residual``, both (num_tokens, hidden), or ``x``."""
         for wanted, part in zip(self.layers, self.states[: len(x)].chunk(len(self.layers), 1), strict=True):
             if wanted == layer:
                 torch.add(x, 0 if residual is None else residual, out=part)
 
-    def close_up(self, first: int, start: int, count: int) -> None:
+    def move_tokens(self, first: int, start: int, count: int) -> None:
         """Move ``count`` tokens from ``start`` on to right behind the ``first``."""
         self.states[first : first + count] = self.states[start : start + count].clone()
 
@@ -53,9 +53,9 @@ class Model(nn.Module, ABC):
     and quantization. A family is a page: layers, forward, and names.
     """
 
-    tappable: bool = False
+    supports_aux_hidden_states: bool = False
     """Whether ``forward`` fills ``taps``."""
-    taps: Taps | None = None
+    aux_hidden_states: AuxHiddenStates | None = None
     """Set by a proposer before the first step, and filled in every forward pass."""
 
     @abstractmethod
@@ -75,10 +75,10 @@ class Model(nn.Module, ABC):
         """Checkpoint tensor name -> what copies it into place. The loader calls each exactly once, streaming, and
         reports what is missing or left over."""
 
-    def ignored(self, name: str) -> bool:
+    def is_ignored_tensor(self, name: str) -> bool:
         """Whether a checkpoint tensor may be passed over (a tied ``lm_head.weight``, ``rotary_emb.inv_freq``)."""
         return False
 
-    def finish_loading(self) -> Iterator[str]:
+    def process_weights_after_loading(self) -> Iterator[str]:
         """Repack weights after loading, yielding the names of the layers done, for the progress bar."""
         yield from ()

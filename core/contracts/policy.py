@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BatchingPolicy", "Columns", "Grants", "Reject", "RequestInfo", "StepView", "Usage", "default_plan"]
+__all__ = ["BatchingPolicy", "Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage", "default_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +48,19 @@ class Usage:
     run_ns: int
 
 
-class Columns:
+class RequestColumns:
     """Requests as parallel, read-only columns; all int64 of one length.
 
-    A column is made when it is first read, so a policy pays for those it uses. Valid until ``plan`` returns.
-    Simulators and tests make theirs with ``Columns(computed=..., remaining=..., ...)``.
+    A column is made when it is first read, so a policy pays for those it uses. Valid until ``schedule`` returns.
+    Simulators and tests make theirs with ``RequestColumns(num_computed_tokens=..., num_remaining_tokens=..., ...)``.
     """
 
-    computed: NDArray[np.int64]
-    """Tokens whose KV is computed or in flight: an upper bound (equal to ``computed_min`` without drafts)."""
-    computed_min: NDArray[np.int64]
-    remaining: NDArray[np.int64]
+    num_computed_tokens: NDArray[np.int64]
+    """Tokens whose KV is computed or in flight: an upper bound (equal to ``min_computed_tokens`` without drafts)."""
+    min_computed_tokens: NDArray[np.int64]
+    num_remaining_tokens: NDArray[np.int64]
     """Known tokens still to compute; 1 for a decoding request, 0 for one that waits for its last tokens to land."""
-    in_flight: NDArray[np.int64]
+    num_in_flight_tokens: NDArray[np.int64]
     """Tokens drawn on the device and not read back."""
     prompt_len: NDArray[np.int64]
     output_len: NDArray[np.int64]
@@ -68,13 +68,13 @@ class Columns:
     max_tokens: NDArray[np.int64]
     priority: NDArray[np.int64]
     arrival_ns: NDArray[np.int64]
-    blocks_held: NDArray[np.int64]
+    num_held_blocks: NDArray[np.int64]
     """What evicting it would free in each group, at most."""
-    blocks_needed: NDArray[np.int64]
+    num_needed_blocks: NDArray[np.int64]
     """What computing all its remaining tokens would take in each group, at most."""
 
     def __init__(self, **columns: NDArray[np.int64]) -> None:
-        unknown = columns.keys() - Columns.__annotations__.keys()
+        unknown = columns.keys() - RequestColumns.__annotations__.keys()
         if unknown:
             raise TypeError(f"no such column: {', '.join(sorted(unknown))}")
         for name, column in columns.items():
@@ -82,7 +82,7 @@ class Columns:
             setattr(self, name, column)
 
     def __len__(self) -> int:
-        return len(self.remaining)
+        return len(self.num_remaining_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +90,31 @@ class StepView:
     """The engine at one instant. Requests are numbered: running ones 0 .. R-1, then the waiting window R .. R+W-1."""
 
     now_ns: int
-    budget: int
+    token_budget: int
     """Tokens this step may compute."""
-    free_rows: int
-    free_blocks: int
+    num_free_rows: int
+    num_free_blocks: int
     block_size: int
-    running: Columns
+    running: RequestColumns
     """In order of admission."""
-    waiting: Columns
+    waiting: RequestColumns
     """The best of the queue in key order: at most 512, fewer when few rows are free, none when no row is."""
-    chunked: bool = True
-    """Whether a prompt may be granted in parts; if not, a grant below ``remaining`` is dropped."""
+    chunked_prefill: bool = True
+    """Whether a prompt may be granted in parts; if not, a grant below ``num_remaining_tokens`` is dropped."""
 
 
 @dataclass(slots=True)
 class Grants:
-    """A plan, in order of service: request ``rows[i]`` (numbered as in the view) may compute ``tokens[i]`` tokens.
+    """A plan, in order of service: request ``request_indices[i]`` (numbered as in the view) may compute
+    ``num_scheduled_tokens[i]`` tokens.
 
     ``victims`` are running requests in the order in which they are preempted when blocks run out; by default the
     youngest first. The core checks everything: grants beyond the budget, the remaining tokens or the free rows are
     cut, and a request that no longer fits waits.
     """
 
-    rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
+    request_indices: NDArray[np.int64]
+    num_scheduled_tokens: NDArray[np.int64]
     victims: NDArray[np.int64] | None = None
 
 
@@ -134,17 +135,18 @@ class BatchingPolicy(ABC):
         A tuple of numbers or strings, of the same length and types for every request; NaN is refused.
         """
 
-    def plan(self, view: StepView) -> Grants:
+    def schedule(self, view: StepView) -> Grants:
         """Divide the step. The default: every running request in order of admission, decodes before prompts, then
         the waiting in key order, prompts in chunks, until the budget is spent. See ``default_plan``.
 
         Called again within the step, with what is left, when newcomers found part of their prompt cached; requests
-        already served in the step then have ``remaining`` 0. A policy may grant nothing while tokens are in flight,
+        already served in the step then have ``num_remaining_tokens`` 0. A policy may grant nothing while tokens
+        are in flight,
         but not when the engine stands idle.
         """
         return default_plan(view)
 
-    def finished(self, request: RequestInfo, usage: Usage) -> None:
+    def request_finished(self, request: RequestInfo, usage: Usage) -> None:
         """A request left the engine."""
 
 
@@ -159,17 +161,17 @@ def default_plan(view: StepView) -> Grants:
     it, but half of a long queue does, which costs decodes less. Nor is a prompt cut beside another where it fits a step
     whole: begun now, it would end no sooner, and the other later.
     """
-    want = view.running.remaining
-    num_running, admitted = len(want), min(len(view.waiting), view.free_rows)
+    want = view.running.num_remaining_tokens
+    num_running, admitted = len(want), min(len(view.waiting), view.num_free_rows)
     if admitted:
-        want = np.concatenate((want, view.waiting.remaining[:admitted]))
+        want = np.concatenate((want, view.waiting.num_remaining_tokens[:admitted]))
     rows = want.nonzero()[0]
     if np.count_nonzero(want[:num_running] > 1):
         decodes = rows[want[rows] == 1]
         rows = np.concatenate((decodes[decodes < num_running], rows[(want[rows] > 1) | (rows >= num_running)]))
     tokens = want[rows]
-    decodes, known, budget = np.count_nonzero(want[:num_running] == 1), np.add.reduce(tokens), view.budget
-    if decodes and view.chunked:
+    decodes, known, budget = np.count_nonzero(want[:num_running] == 1), np.add.reduce(tokens), view.token_budget
+    if decodes and view.chunked_prefill:
         budget = min(budget, decodes + max(_PROMPTS, (known - decodes) // 2))
     if known > budget:
         whole = tokens
@@ -177,6 +179,6 @@ def default_plan(view: StepView) -> Grants:
         last = np.count_nonzero(tokens) - 1
         if last > 0 and whole[last - 1] > 1 and tokens[last] < whole[last] <= budget - decodes:
             tokens[last] = 0
-        keep = tokens > 0 if view.chunked else tokens == whole
+        keep = tokens > 0 if view.chunked_prefill else tokens == whole
         rows, tokens = rows[keep], tokens[keep]
     return Grants(rows, tokens)

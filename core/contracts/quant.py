@@ -62,7 +62,7 @@ class LayerInfo:
         """(first, number) of the checkpoint's input features that belong to ``rank``."""
         return (rank * self.in_features, self.in_features) if self.shard == "row" else (0, self.in_features)
 
-    def only(self, part: int) -> LayerInfo:
+    def select_part(self, part: int) -> LayerInfo:
         """``part`` as a layer of its own."""
         name, size, total = self.part_names[part], self.part_sizes[part], self.part_totals[part]
         return replace(self, name=name, out_features=size, part_names=(name,), part_sizes=(size,), part_totals=(total,))
@@ -93,11 +93,14 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
-        """Register the parameters a checkpoint fills, with their final shapes on this rank; or wait for ``load``, and
-        register in ``process_weights`` what ``load`` was never called for (``--load-format dummy``)."""
+        """Register the parameters a checkpoint fills, with their final shapes on this rank; or wait for
+        ``load_tensor``, and
+        register in ``process_weights_after_loading`` what ``load_tensor`` was never called for (``--load-format
+        dummy``)."""
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
-        """Suffixes of the tensors a checkpoint holds for a part; ``load`` is called once for each. ``info`` has that
+        """Suffixes of the tensors a checkpoint holds for a part; ``load_tensor`` is called once for each. ``info``
+        has that
         part alone."""
         return ("weight", "bias") if info.bias else ("weight",)
 
@@ -106,13 +109,13 @@ class LinearMethod(ABC):
         return ()
 
     @abstractmethod
-    def load(
+    def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
     ) -> None:
         """Copy one checkpoint tensor (``weight``, ``bias``, ``qweight`` ...) of part ``part`` into place, taking this
         rank's shard. Raises ``CheckpointError`` naming the tensor if its shape is wrong."""
 
-    def process_weights(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack after everything is loaded."""
 
     @abstractmethod
@@ -152,10 +155,10 @@ class QuantizationLoader(ABC):
         """Reasons why this checkpoint cannot be loaded on ``device``; empty means it can."""
 
     @classmethod
-    def example(cls) -> Mapping[str, Any]:
+    def example_config(cls) -> Mapping[str, Any]:
         """A ``quantization_config`` that it reads, for the conformance checks; of a plain checkpoint where it can."""
         return {}
 
     @abstractmethod
-    def method_for(self, info: LayerInfo) -> LinearMethod:
+    def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """The method for one layer."""

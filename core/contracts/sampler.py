@@ -31,7 +31,7 @@ class SamplingBatch:
     any_min_p: bool
 
     @classmethod
-    def of(cls, table: SamplingTable, rows: Tensor, position: Tensor, any_random: bool) -> SamplingBatch:
+    def from_table(cls, table: SamplingTable, rows: Tensor, position: Tensor, any_random: bool) -> SamplingBatch:
         """For lines of the ``rows`` (n,) int64 of ``table``, of which nothing more is known on the host: zeros where
         nobody has a temperature."""
         if not any_random:
@@ -61,7 +61,8 @@ class Sampler(ABC):
     The noise depends on (seed, position, token) alone, so a request draws the same tokens whatever runs beside it,
     and drafts are verified by drawing again.
 
-    ``sample`` is all that a sampler needs. One that can also ``draw`` from the request table itself is captured in CUDA
+    ``sample`` is all that a sampler needs. One that can also ``sample_from_table``, from the request table itself
+    is captured in CUDA
     graphs, so that a step with random requests is two replays; others run eagerly between the model and the next step.
     """
 
@@ -74,13 +75,16 @@ class Sampler(ABC):
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """``logits`` (n, vocab) float32, penalties and processors applied, may be overwritten. Returns (n,) int32."""
 
-    def prepare(self, max_rows: int) -> bool:
-        """Allocate what ``draw`` needs for ``max_rows`` rows and say whether the engine may call it. Called once.
+    def prepare_graph_sampling(self, max_rows: int) -> bool:
+        """Allocate what ``sample_from_table`` needs for ``max_rows`` rows and say whether the engine may call it.
+        Called once.
 
         If it may, ``sample`` too is captured, to verify drafts: it then takes logits of any type and leaves them."""
         return False
 
-    def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:
+    def sample_from_table(
+        self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool
+    ) -> None:
         """Write the drawn token of each row into ``tokens`` (n,) int32 and append it to the row in ``table``.
 
         ``logits`` (n, vocab) in the model's dtype, not to be changed; ``rows`` (n,) int64 on the device. The padding

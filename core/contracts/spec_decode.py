@@ -31,7 +31,7 @@ __all__ = [
     "HostProposer",
     "SpeculativeProposer",
     "StepTokens",
-    "Target",
+    "TargetState",
 ]
 
 
@@ -56,8 +56,8 @@ class SpeculativeProposer(ABC):
         return []
 
     @abstractmethod
-    def propose(self, who: Any, count: int) -> Any:
-        """See ``HostProposer`` and ``DeviceProposer``."""
+    def propose(self, *args: Any, **kwargs: Any) -> Any:
+        """Draft tokens: see ``HostProposer.propose`` and ``DeviceProposer.propose``."""
 
 
 class HostProposer(SpeculativeProposer):
@@ -70,12 +70,12 @@ class HostProposer(SpeculativeProposer):
     placement = "host"
 
     @abstractmethod
-    def propose(self, who: Request, count: int) -> Sequence[int]:
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Up to ``count`` tokens that may follow ``who.token_ids``, which only ever grows. Called for every
         decoding request in every step: some microseconds are all it may take. Tokens of one request may serve another
         only if their ``cache_salt`` is the same."""
 
-    def forget(self, who: Request) -> None:
+    def request_finished(self, request: Request) -> None:
         """The request has ended."""
 
 
@@ -88,24 +88,24 @@ class DraftSource:
     target: Model
     target_config: Any
     """The target's ``config.json``."""
-    builder: Callable[[Any], LayerBuilder]
+    make_builder: Callable[[Any], LayerBuilder]
     """Makes layers for this rank in the target's precision, quantized as the given ``config.json`` says."""
     load_model: Callable[[], Model]
     """Loads ``path`` as a model of its own, of any architecture and quantization that can be served."""
     load_format: str
     config: Any
     """``path``'s ``config.json``; None without a path."""
-    most_tokens: int
-    """Of a forward pass of the target, padding included: so many lines ``Taps`` must have."""
+    max_num_tokens: int
+    """Of a forward pass of the target, padding included: so many lines ``AuxHiddenStates`` must have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetState:
     """The engine as a device proposer sees it. Tensors are by row of the request table, and stay where they are."""
 
     sampler: Sampler
     table: SamplingTable
-    num_computed: Tensor  # (rows,) int32: tokens whose KV the target has; when proposing, ``num_tokens - 1``
+    num_computed_tokens: Tensor  # (rows,) int32: tokens whose KV the target has; when proposing, ``num_tokens - 1``
     block_table: Tensor  # (rows, max_blocks) int32, of the group of layers that keeps every token
     kv: list[LayerKV]
     """One for each of the proposer's layers, under the target's block ids."""
@@ -120,7 +120,7 @@ class Target:
     @property
     def padding_row(self) -> int:
         """The row that stands for padding: its tokens are written to block 0, and nobody reads its drafts."""
-        return len(self.num_computed) - 1
+        return len(self.num_computed_tokens) - 1
 
 
 @dataclass(slots=True)
@@ -146,20 +146,21 @@ class DraftTokens:
 class DeviceProposer(SpeculativeProposer):
     """Works on the device, right behind the sampler: its tensors are exact, and it reads none of them on the host.
 
-    Life: constructed -> ``load`` -> ``attention_specs`` -> ``prepare`` once -> per step ``observe`` if the step
+    Life: constructed -> ``load_weights`` -> ``attention_specs`` -> ``attach_target`` once -> per step
+    ``observe_step`` if the step
     computed prompt tokens, then ``propose`` if anybody drew. ``capturable``: ``propose`` may be captured in a CUDA
-    graph, with padding rows at the end of ``who``.
+    graph, with padding rows at the end of ``rows``.
     """
 
     placement = "device"
     capturable: bool = False
-    catches_up: bool = False
-    """Whether ``catch_up`` can read tokens later: nothing need be observed then while nothing is drafted."""
-    observes_all: bool = False
-    """Whether ``observe`` is called for every step, maybe in a CUDA graph: for one that reads hidden states of the
-    target, which its ``load`` makes ``Model.taps`` for."""
+    supports_backfill: bool = False
+    """Whether ``backfill`` can read tokens later: nothing need be observed then while nothing is drafted."""
+    observes_every_step: bool = False
+    """Whether ``observe_step`` is called for every step, maybe in a CUDA graph: for one that reads hidden states of the
+    target, which its ``load_weights`` makes ``Model.aux_hidden_states`` for."""
 
-    def load(self, source: DraftSource) -> None:
+    def load_weights(self, source: DraftSource) -> None:
         """Load weights. Raises a ``QuireError`` that says what is wrong with them."""
 
     def parameters(self) -> Iterable[Tensor]:
@@ -170,17 +171,18 @@ class DeviceProposer(SpeculativeProposer):
         """One per layer that keeps keys and values. Every layer sees the whole context."""
         return []
 
-    def prepare(self, target: Target) -> None:
+    def attach_target(self, target: TargetState) -> None:
         """The engine stands, the KV cache is allocated."""
 
-    def observe(self, step: StepTokens) -> None:
+    def observe_step(self, step: StepTokens) -> None:
         """A step computed these tokens, prompts among them. What was drawn since lies behind them in the table."""
 
-    def catch_up(self, spans: Tensor, known: NDArray[np.int64]) -> None:
+    def backfill(self, spans: Tensor, host_spans: NDArray[np.int64]) -> None:
         """Read tokens that were computed while nothing was drafted. ``spans`` (3, n) int64: rows, the first token of
         each and the one behind its last; ``known`` is the same on the host."""
 
     @abstractmethod
-    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
-        """``count`` drafts for each of the rows ``who`` (n,) int64: what may follow its first ``num_tokens`` tokens.
+    def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
+        """``num_tokens`` drafts for each of the ``rows`` (n,) int64: what may follow the tokens that the table has
+        of it.
         ``greedy``: nobody has a temperature."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from quire.core.config import EngineConfig
-from quire.core.contracts.executor import Executor, Pending
+from quire.core.contracts.executor import Executor, StepFuture
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
@@ -113,12 +113,16 @@ class EngineCore:
 
     def _launch(self, step: SchedulerOutput, start: int) -> None:
         planned = time.perf_counter_ns()
-        pending: Pending
+        pending: StepFuture
         try:
-            pending = self._executor.execute(step)
+            pending = self._executor.execute_step(step)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and self.scheduler.retract(step):
-                _log.warning("step %d of %d tokens did not fit: retrying in smaller ones", step.step, step.total_tokens)
+                _log.warning(
+                    "step %d of %d tokens did not fit: retrying in smaller ones",
+                    step.step,
+                    step.total_num_scheduled_tokens,
+                )
                 return
             pending = _Failed(error)
         self._under_way.append(_UnderWay(step, pending, start, planned, time.perf_counter_ns()))
@@ -134,7 +138,7 @@ class EngineCore:
         self._quarantines += len(result.quarantined)
         if any(reason.startswith("spec_decode/") for reason in result.quarantined):
             self.scheduler.stop_drafting()
-        self._compiled += result.num_compiled
+        self._compiled += result.num_compiled_kernels
         known = time.perf_counter_ns()
         outputs = self.scheduler.commit(step, result)
         self._traced.append(under_way.stats(result, waited, known, time.perf_counter_ns()))
@@ -175,7 +179,11 @@ class EngineCore:
             return None
         choice = self.config.plugin("spec_decode")
         cls = load_target(choice.target, "quire.core.contracts.spec_decode:SpeculativeProposer")
-        return cls(spec.num_tokens, parse_options(cls, choice.options)) if issubclass(cls, HostProposer) else None
+        return (
+            cls(spec.num_speculative_tokens, parse_options(cls, choice.options))
+            if issubclass(cls, HostProposer)
+            else None
+        )
 
     def _policy(self, kind: str) -> BatchingPolicy:
         choice = self.config.plugin(kind)
@@ -188,7 +196,7 @@ class _UnderWay:
     """A launched step, and when what happened to it; nanoseconds."""
 
     step: SchedulerOutput
-    pending: Pending
+    pending: StepFuture
     start: int
     planned: int
     launched: int
@@ -198,16 +206,16 @@ class _UnderWay:
             step=self.step.step,
             num_reqs=len(self.step.rows),
             num_decodes=self.step.num_decodes,
-            num_tokens=self.step.total_tokens,
+            num_tokens=self.step.total_num_scheduled_tokens,
             start_us=self.start / 1e3,
             schedule_us=(self.planned - self.start) / 1e3,
             launch_us=(self.launched - self.planned) / 1e3,
-            ran_us=result.ran_us,
+            device_us=result.device_us,
             wait_us=(known - waited) / 1e3,
             end_us=known / 1e3,
-            commit_us=(booked - known) / 1e3,
-            num_drafts=0 if result.num_drafted is None else int(result.num_drafted.sum()),
-            num_accepted=int(result.num_sampled.sum() - self.step.samples.sum()),
+            update_us=(booked - known) / 1e3,
+            num_drafts=0 if result.num_verified_drafts is None else int(result.num_verified_drafts.sum()),
+            num_accepted=int(result.num_sampled_tokens.sum() - self.step.sampling_mask.sum()),
         )
 
 

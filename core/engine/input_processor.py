@@ -117,7 +117,7 @@ class InputProcessor:
                     f"stop_token_ids names {token}; ids go from 0 to {self.vocab_size - 1}", "stop_token_ids"
                 )
         for processor in self._processors:
-            processor.validate(params, self.vocab_size)
+            processor.validate_params(params, self.vocab_size)
 
 
 def _wrap(seed: int) -> int:

@@ -132,7 +132,7 @@ class OutputProcessor:
             state = self._owner.get(output.request_id)
             if state is not None and not state.children[output.request_id].done:
                 self._take(state, state.children[output.request_id], output, made, now)
-        for request_id, tokens in outputs.gained():
+        for request_id, tokens in outputs.iter_new_tokens():
             state = self._owner.get(request_id)
             if state is None:
                 continue

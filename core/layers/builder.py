@@ -117,7 +117,7 @@ class LayerBuilder:
             dtype=self.dtype,
             bias=bias,
         )
-        method = self.quant.method_for(info)
+        method = self.quant.get_linear_method(info)
         layer = Linear(info, method, self.parallel)
         method.create_weights(layer, info, self.device)
         return layer

@@ -83,7 +83,7 @@ class Linear(CheckpointLayer):
         return {
             f"{part_name}.{tensor_name}": self._fill(part, tensor_name)
             for part, part_name in enumerate(self.info.part_names)
-            for tensor_name in self.method.tensor_names(self.info.only(part))
+            for tensor_name in self.method.tensor_names(self.info.select_part(part))
         }
 
     def optional(self) -> set[str]:
@@ -91,16 +91,16 @@ class Linear(CheckpointLayer):
         return {
             f"{part_name}.{tensor_name}"
             for part, part_name in enumerate(self.info.part_names)
-            for tensor_name in self.method.optional_names(self.info.only(part))
+            for tensor_name in self.method.optional_names(self.info.select_part(part))
         }
 
     def finish(self) -> None:
         """Let the method repack."""
-        self.method.process_weights(self)
+        self.method.process_weights_after_loading(self)
 
     def _fill(self, part: int, tensor_name: str) -> Fill:
         def fill(tensor: Tensor) -> None:
             rank, size = self.parallel.rank, self.parallel.size
-            self.method.load(self, self.info, part, tensor_name, tensor, rank, size)
+            self.method.load_tensor(self, self.info, part, tensor_name, tensor, rank, size)
 
         return fill

@@ -62,7 +62,7 @@ def load_model(
             _randomize(model, seed, device)
         else:
             _stream(model, weight_files(Path(path)), progress)
-        for _ in model.finish_loading():
+        for _ in model.process_weights_after_loading():
             pass
     return model.eval()
 
@@ -108,7 +108,7 @@ def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
             if name in waiting:
                 fills[name](tensor)
                 waiting.discard(name)
-            elif name not in fills and not model.ignored(name):
+            elif name not in fills and not model.is_ignored_tensor(name):
                 unexpected.append(name)
             bar.update(tensor.nbytes)
     where = str(files[0].parent)

@@ -24,7 +24,7 @@ class GumbelSampler(Sampler):
         super().__init__(vocab_size, device, options)
         self._work: Any = None  # Workspace: triton is imported on a GPU alone
 
-    def prepare(self, max_rows: int) -> bool:
+    def prepare_graph_sampling(self, max_rows: int) -> bool:
         """On a GPU: yes."""
         if self.device.type != "cuda":
             return False
@@ -33,7 +33,9 @@ class GumbelSampler(Sampler):
         self._work = Workspace(max_rows, self.vocab_size, self.device)
         return True
 
-    def draw(self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool) -> None:
+    def sample_from_table(
+        self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool
+    ) -> None:
         """One launch where all are greedy, three otherwise."""
         from quire.core.sample.kernels.argmax_kernel import argmax
         from quire.core.sample.kernels.launch_sample import Columns, draw

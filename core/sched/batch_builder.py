@@ -74,11 +74,11 @@ class Realiser:
             request = window[index]
             if draft.blocked:
                 break
-            if self._refused.still(request, self._allocator.num_free(), len(self._table)):
+            if self._refused.still(request, self._allocator.num_free_blocks(), len(self._table)):
                 draft.blocked = True
             elif not self._admit(draft, request, tokens):
                 draft.blocked = True
-                self._refused = _Refusal(request, self._allocator.num_free())
+                self._refused = _Refusal(request, self._allocator.num_free_blocks())
 
     def output(self, draft: Draft, step: int) -> SchedulerOutput:
         """Close the draft: apply its grants to the table, and describe the step to the worker."""
@@ -100,22 +100,22 @@ class Realiser:
         output = SchedulerOutput(
             step=step,
             rows=rows.astype(np.int32),
-            num_tokens=tokens.astype(np.int32),
-            samples=samples,
+            num_scheduled_tokens=tokens.astype(np.int32),
+            sampling_mask=samples,
             num_decodes=num_decodes,
-            total_tokens=int(np.add.reduce(tokens)),
+            total_num_scheduled_tokens=int(np.add.reduce(tokens)),
             max_seq_len=int(np.maximum.reduce(reached)),
-            reached=reached.astype(np.int32),
+            max_seq_lens=reached.astype(np.int32),
             new_requests=draft.new_requests,
             block_diffs=draft.diffs,
-            copies=[copy[1:] for copy in draft.copies],
+            block_copies=[copy[1:] for copy in draft.copies],
             freed_rows=table.take_left(),
         )
         if self._speculation is not None:
             if drafts.any():
-                output.drafts = drafts.astype(np.int32)
-                output.continuations = self._speculation.continuations(rows, drafts)
-            output.propose, output.read = self._speculation.launched(rows, samples, drafts)
+                output.num_draft_tokens = drafts.astype(np.int32)
+                output.host_drafts = self._speculation.continuations(rows, drafts)
+            output.num_tokens_to_propose, output.run_draft_prefill = self._speculation.launched(rows, samples, drafts)
         return output
 
     def _serve(self, draft: Draft, rows: NDArray[np.int64], tokens: NDArray[np.int64], victims: list[int]) -> None:
@@ -138,7 +138,7 @@ class Realiser:
         if len(short):
             needy, size = rows[short], self._allocator.block_size
             needs = -(-reached[short] // size) * size
-            if self._allocator.num_free() > self._roomy:
+            if self._allocator.num_free_blocks() > self._roomy:
                 needs += np.minimum(_AHEAD * size, np.maximum(table.limit[needy] - needs + size - 1, 0) // size * size)
             columns = (needy, table.requests[needy], computed[short], needs)
             for row, request, start, need in zip(*(column.tolist() for column in columns), strict=True):
@@ -156,7 +156,7 @@ class Realiser:
     def _extend(self, draft: Draft, row: int, request: Request, computed: int, need: int, victims: list[int]) -> bool:
         """Give a running request blocks for ``need`` tokens. False if somebody had to go for it."""
         undisturbed = True
-        while (allocation := self._allocator.allocate(request, need, computed=computed)) is None:
+        while (allocation := self._allocator.allocate(request, need, num_computed_tokens=computed)) is None:
             undisturbed = False
             victim = self._victim(victims)
             self._preempt(self._table.request(victim))
@@ -194,7 +194,9 @@ class Realiser:
         need = max(need, min(need + self._ahead, request.max_total_tokens - 1))
         rest = max(-(-total // size) - -(-need // size), 0)
         reserve = self._watermark + draft.owed + rest if len(table) else 0
-        allocation = allocator.allocate(request, need, computed=computed, match=match, reserve=reserve)
+        allocation = allocator.allocate(
+            request, need, num_computed_tokens=computed, prefix_match=match, num_reserved_blocks=reserve
+        )
         if allocation is None:
             allocator.free(request)
             return False
@@ -207,8 +209,8 @@ class Realiser:
         if forked is not None:
             draft.record(row, forked)
         draft.record(row, allocation)
-        if not request.first_grant_ns:
-            request.first_grant_ns = self._clock()
+        if not request.first_scheduled_ns:
+            request.first_scheduled_ns = self._clock()
             request.num_cached_tokens = computed
         if request.prompt_logprobs is not None and request.num_output_tokens == 0:
             request.prompt_logprobs = []
@@ -230,7 +232,7 @@ class Realiser:
         same = parent.cache_salt == request.cache_salt and parent.token_ids[: parent.prompt_len] == request.token_ids
         if not same or request.prompt_len == 1:
             return None
-        return self._allocator.fork(parent, request, request.prompt_len - 1)
+        return self._allocator.fork_blocks(parent, request, request.prompt_len - 1)
 
     def _owed(self) -> int:
         table, size = self._table, self._allocator.block_size
@@ -245,7 +247,7 @@ class Realiser:
         following = NEVER
         for group, window in self._windows:
             before = max(computed - window + 1, 0)
-            self._allocator.trim(table.request(row), group, before)
+            self._allocator.free_out_of_window_blocks(table.request(row), group, before)
             following = min(following, (before // size + 1) * size + window - 1)
         table.next_trim[row] = following
 

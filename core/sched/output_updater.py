@@ -78,9 +78,9 @@ class Landing:
         if self._speculation is not None:
             return self._land_drafts(flight, result, here, self._speculation, outputs)
         self._store(rows if all_here else rows[here], flight.reached if all_here else flight.reached[here])
-        tokens, drawn = result.tokens[:, 0], None
+        tokens, drawn = result.sampled_token_ids[:, 0], None
         if not all_here or step.num_decodes != len(rows):
-            drawn = (here & step.samples).nonzero()[0]
+            drawn = (here & step.sampling_mask).nonzero()[0]
             rows, tokens = rows[drawn], tokens[drawn]
         in_flight = table.in_flight[rows] - 1
         table.in_flight[rows] = in_flight
@@ -105,12 +105,12 @@ class Landing:
         """``land`` where steps may verify drafts: requests gain several tokens, and what was granted for drafts that
         turned out wrong is taken back."""
         table, step = self._table, flight.step
-        prompts = (here & ~step.samples).nonzero()[0]
+        prompts = (here & ~step.sampling_mask).nonzero()[0]
         self._store(step.rows[prompts], flight.reached[prompts])
-        drawn = (here & step.samples).nonzero()[0]
-        rows, gained = step.rows[drawn], result.num_sampled[drawn].astype(np.int64)
+        drawn = (here & step.sampling_mask).nonzero()[0]
+        rows, gained = step.rows[drawn], result.num_sampled_tokens[drawn].astype(np.int64)
         none: NDArray[Any] = np.zeros(len(step.rows), np.int64)
-        drafts = (none if step.drafts is None else step.drafts)[drawn].astype(np.int64)
+        drafts = (none if step.num_draft_tokens is None else step.num_draft_tokens)[drawn].astype(np.int64)
         vain = drafts + 1 - gained
         in_flight = table.in_flight[rows] - drafts - 1
         table.in_flight[rows] = in_flight
@@ -118,7 +118,7 @@ class Landing:
         table.computed[rows] -= vain
         known = table.known[rows] - vain
         table.known[rows] = known
-        tokens = result.tokens[drawn]
+        tokens = result.sampled_token_ids[drawn]
         real = np.arange(tokens.shape[1]) < gained[:, None]
         counts = gained.tolist()
         drew = [line[:count] for line, count in zip(tokens.tolist(), counts, strict=True)]
@@ -126,9 +126,9 @@ class Landing:
         ids = table.ids[rows].tolist()
         self.num_generated += int(gained.sum())
         self._store(rows, known - in_flight - 1)
-        tried: NDArray[Any] = none if result.num_drafted is None else result.num_drafted
+        tried: NDArray[Any] = none if result.num_verified_drafts is None else result.num_verified_drafts
         speculation.landed(rows, tried[drawn], gained - 1)
-        speculation.timed(step, 0.0 if result.read_late else result.ran_us)
+        speculation.timed(step, 0.0 if result.ran_draft_backfill else result.device_us)
         special = (table.may_stop(tokens) & real).any(1) | (known - in_flight >= table.next_event[rows])
         asked = _asked(len(drew), drawn, result.logprobs) if result.logprobs else {}
         special[list(asked)] = True
@@ -142,19 +142,21 @@ class Landing:
     def _land_away(self, flight: Flight, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> list[EngineCoreOutput]:
         """Tokens of requests preempted since: they count, though the request now waits."""
         outputs = []
-        for i in (~here & flight.step.samples).nonzero()[0].tolist():
+        for i in (~here & flight.step.sampling_mask).nonzero()[0].tolist():
             request: Request = flight.requests[i]
             if request.status is RequestStatus.FINISHED:
                 continue
-            tokens = result.tokens[i, : result.num_sampled[i]].tolist()
-            request.num_in_flight -= 1 if flight.step.drafts is None else 1 + int(flight.step.drafts[i])
+            tokens = result.sampled_token_ids[i, : result.num_sampled_tokens[i]].tolist()
+            request.num_in_flight_tokens -= (
+                1 if flight.step.num_draft_tokens is None else 1 + int(flight.step.num_draft_tokens[i])
+            )
             request.token_ids += tokens
             self.num_generated += len(tokens)
             output = EngineCoreOutput(request.request_id, tokens)
             if i in result.logprobs:
                 output.logprobs = _positions(result.logprobs[i])
             self._look(request, output)
-            if output.finish_reason is None and request.num_in_flight == 0:
+            if output.finish_reason is None and request.num_in_flight_tokens == 0:
                 self._landed(request)
             outputs.append(output)
         return outputs
@@ -174,11 +176,11 @@ class Landing:
         before = request.num_output_tokens - len(new)
         if not before:
             output.num_cached_tokens = request.num_cached_tokens
-            output.queue_ns = max(request.first_grant_ns - request.arrival_ns, 0)
+            output.queue_ns = max(request.first_scheduled_ns - request.arrival_ns, 0)
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
             self.num_prompt_tokens += request.prompt_len
         for length, token in enumerate(new, before + 1):
-            if token in request.stop_ids and length >= request.params.min_tokens:
+            if token in request.stop_token_ids and length >= request.params.min_tokens:
                 output.finish_reason = "stop"
                 output.stop_reason = token if token in request.params.stop_token_ids else None
             elif request.prompt_len + length >= request.max_total_tokens:
@@ -203,7 +205,7 @@ class Landing:
         if len(due):
             rows, reached = rows[due], reached[due]
             for request, num_tokens in zip(table.requests[rows].tolist(), reached.tolist(), strict=True):
-                self._allocator.commit(request, num_tokens)
+                self._allocator.cache_full_blocks(request, num_tokens)
             stride = np.where(reached < table.prompt_len[rows], 1, _BATCH) * self._allocator.block_size
             table.next_store[rows] = reached // stride * stride + stride
 
@@ -211,7 +213,7 @@ class Landing:
         """Keep log-probabilities of the prompt until its first token is out."""
         for i, rows in result.prompt_logprobs.items():
             request: Request = flight.requests[i]
-            if request.prompt_logprobs is not None and (here[i] or flight.step.samples[i]):
+            if request.prompt_logprobs is not None and (here[i] or flight.step.sampling_mask[i]):
                 request.prompt_logprobs += _positions(rows)
 
 

@@ -81,12 +81,12 @@ class PolicyGuard:
     def plan(self, view: StepView) -> Plan:
         """A plan that is safe to carry out."""
         while True:
-            if type(self.policy).plan is BatchingPolicy.plan:
+            if type(self.policy).schedule is BatchingPolicy.schedule:
                 own = default_plan(view)
-                return Plan(own.rows, own.tokens, [])
+                return Plan(own.request_indices, own.num_scheduled_tokens, [])
             began = perf_counter()
             try:
-                grants = self.policy.plan(view)
+                grants = self.policy.schedule(view)
                 took = perf_counter() - began
                 result = checked(grants, view)
             except Exception as error:
@@ -118,14 +118,14 @@ class PolicyGuard:
     def finished(self, info: RequestInfo, usage: Usage) -> None:
         """Tell the policy that a request left."""
         try:
-            self.policy.finished(info, usage)
+            self.policy.request_finished(info, usage)
         except Exception as error:
             self._quarantine(f"finished raised {error!r}")
 
     @property
     def listens(self) -> bool:
         """Whether the policy wants to hear of finished requests at all."""
-        return type(self.policy).finished is not BatchingPolicy.finished
+        return type(self.policy).request_finished is not BatchingPolicy.request_finished
 
     @property
     def _on_fallback(self) -> bool:
@@ -157,39 +157,41 @@ class PolicyGuard:
 def checked(grants: object, view: StepView) -> Plan | str:
     """The plan, cut to what is possible, or what is wrong with it."""
     if not isinstance(grants, Grants):
-        return f"plan returned {type(grants).__name__}, not Grants"
+        return f"schedule returned {type(grants).__name__}, not Grants"
     num_running, num_waiting = len(view.running), len(view.waiting)
-    for name in ("rows", "tokens"):
+    for name in ("request_indices", "num_scheduled_tokens"):
         column = getattr(grants, name)
         if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
             return f"Grants.{name} is {column!r}, not a one-dimensional array of integers"
-    rows = grants.rows.astype(np.int64, copy=False)
-    tokens = grants.tokens.astype(np.int64, copy=False)
+    rows = grants.request_indices.astype(np.int64, copy=False)
+    tokens = grants.num_scheduled_tokens.astype(np.int64, copy=False)
     if len(rows) != len(tokens):
-        return f"Grants has {len(rows)} rows and {len(tokens)} tokens"
+        return f"Grants has {len(rows)} request_indices and {len(tokens)} num_scheduled_tokens"
     if not len(rows):
         return Plan(rows, tokens, [])
     low, high = np.minimum.reduce(rows), np.maximum.reduce(rows)
     if low < 0 or high >= num_running + num_waiting:
-        return f"Grants.rows must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
+        return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
     if np.count_nonzero(np.bincount(rows)) < len(rows):
-        return f"Grants.rows names request {np.bincount(rows).argmax()} twice"
+        return f"Grants.request_indices names request {np.bincount(rows).argmax()} twice"
     if np.minimum.reduce(tokens) < 0:
-        return f"Grants.tokens must not be negative, got {tokens.min()}"
+        return f"Grants.num_scheduled_tokens must not be negative, got {tokens.min()}"
     victims = _victims(grants.victims, num_running)
     if isinstance(victims, str):
         return victims
     remaining = (
-        np.concatenate((view.running.remaining, view.waiting.remaining)) if num_waiting else view.running.remaining
+        np.concatenate((view.running.num_remaining_tokens, view.waiting.num_remaining_tokens))
+        if num_waiting
+        else view.running.num_remaining_tokens
     )
     want = remaining[rows]
     tokens = np.minimum(tokens, want)
     if num_waiting:
         newcomer = rows >= num_running
-        tokens = np.where(newcomer & (np.cumsum(newcomer & (tokens > 0)) > view.free_rows), 0, tokens)
-    if np.add.reduce(tokens) > view.budget:
-        tokens = np.clip(view.budget - (tokens.cumsum() - tokens), 0, tokens)
-    if not view.chunked:
+        tokens = np.where(newcomer & (np.cumsum(newcomer & (tokens > 0)) > view.num_free_rows), 0, tokens)
+    if np.add.reduce(tokens) > view.token_budget:
+        tokens = np.clip(view.token_budget - (tokens.cumsum() - tokens), 0, tokens)
+    if not view.chunked_prefill:
         tokens = np.where(tokens == want, tokens, 0)
     keep = tokens > 0
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy import Columns
+from quire.core.contracts.policy import RequestColumns
 from quire.core.request import Request
 
 __all__ = ["VIEW_FIELDS", "TableColumns", "describe"]
@@ -21,9 +21,9 @@ def describe(request: Request, computed: int, capacity: int) -> tuple[int, ...]:
     computed and known may be too high, because drafts are in flight."""
     return (
         computed,
-        len(request.token_ids) + request.num_in_flight,
+        len(request.token_ids) + request.num_in_flight_tokens,
         request.max_total_tokens - 1,
-        request.num_in_flight,
+        request.num_in_flight_tokens,
         request.prompt_len,
         request.max_total_tokens - request.prompt_len,
         request.priority,
@@ -33,7 +33,7 @@ def describe(request: Request, computed: int, capacity: int) -> tuple[int, ...]:
     )
 
 
-class TableColumns(Columns):
+class TableColumns(RequestColumns):
     """Columns of the requests at ``index`` in a (VIEW_FIELDS, any) table, gathered as they are asked for."""
 
     def __init__(self, table: NDArray[np.int64], index: NDArray[np.int64], block_size: int) -> None:
@@ -46,24 +46,27 @@ class TableColumns(Columns):
 
     def serve(self, served: NDArray[np.bool_]) -> None:
         """Nothing remains of these in this step."""
-        self.remaining = np.where(served, 0, self.remaining)
-        self.remaining.flags.writeable = False
+        self.num_remaining_tokens = np.where(served, 0, self.num_remaining_tokens)
+        self.num_remaining_tokens.flags.writeable = False
 
     def __getattr__(self, name: str) -> NDArray[np.int64]:
         """Only columns that were not asked for before come here."""
         if name in _STORED:
             column = self._table[_STORED[name]].take(self._index)
-        elif name == "remaining":
-            column = np.minimum(self._table[1].take(self._index), self._table[2].take(self._index)) - self.computed
-        elif name == "computed_min":
-            column = self.computed - self._table[9].take(self._index)
+        elif name == "num_remaining_tokens":
+            column = (
+                np.minimum(self._table[1].take(self._index), self._table[2].take(self._index))
+                - self.num_computed_tokens
+            )
+        elif name == "min_computed_tokens":
+            column = self.num_computed_tokens - self._table[9].take(self._index)
         elif name == "output_len":
             column = self._table[1].take(self._index) - self.prompt_len
-        elif name == "blocks_held":
+        elif name == "num_held_blocks":
             column = self._table[8].take(self._index) // self._block_size
-        elif name == "blocks_needed":
-            reached = self.computed + self.remaining
-            column = np.maximum(-(-reached // self._block_size) - self.blocks_held, 0)
+        elif name == "num_needed_blocks":
+            reached = self.num_computed_tokens + self.num_remaining_tokens
+            column = np.maximum(-(-reached // self._block_size) - self.num_held_blocks, 0)
         else:
             raise AttributeError(name)
         column.flags.writeable = False
@@ -72,8 +75,8 @@ class TableColumns(Columns):
 
 
 _STORED = {
-    "computed": 0,
-    "in_flight": 3,
+    "num_computed_tokens": 0,
+    "num_in_flight_tokens": 3,
     "prompt_len": 4,
     "max_tokens": 5,
     "priority": 6,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy import Columns
+from quire.core.contracts.policy import RequestColumns
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.request_columns import VIEW_FIELDS, TableColumns, describe
 
@@ -70,7 +70,7 @@ class RunningTable:
         self.next_event[row] = min(request.prompt_len + 1, request.max_total_tokens)
         self.stamps[row] = self._stamp
         self.requests[row], self.ids[row], self.tokens[row] = request, request.request_id, request.token_ids
-        self._count_stops(request.stop_ids, 1)
+        self._count_stops(request.stop_token_ids, 1)
         self.order = np.append(self.order, row)
         request.row, request.status = row, RequestStatus.RUNNING
         return row
@@ -78,8 +78,8 @@ class RunningTable:
     def leave(self, request: Request) -> None:
         """Take the row back; it is announced by the next ``take_left``."""
         row = request.row
-        request.num_in_flight = int(self.in_flight[row])
-        self._count_stops(request.stop_ids, -1)
+        request.num_in_flight_tokens = int(self.in_flight[row])
+        self._count_stops(request.stop_token_ids, -1)
         self.stamps[row] = 0
         self.requests[row] = self.ids[row] = self.tokens[row] = None
         self.order = self.order[self.order != row]
@@ -96,7 +96,7 @@ class RunningTable:
         """The first multiple of the block size above ``num_tokens``."""
         return (num_tokens // self._block_size + 1) * self._block_size
 
-    def view(self, served: NDArray[np.int64]) -> Columns:
+    def view(self, served: NDArray[np.int64]) -> RequestColumns:
         """A view for the policy, in order of admission. The rows ``served`` have nothing remaining."""
         columns = TableColumns(self._data, self.order, self._block_size)
         if len(served):

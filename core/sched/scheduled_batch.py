@@ -56,10 +56,10 @@ class Draft:
                 request_id=request.request_id,
                 token_ids=list(request.token_ids),
                 prompt_len=request.prompt_len,
-                num_computed=computed,
+                num_computed_tokens=computed,
                 params=request.params,
                 seed=request.seed,
-                stop_token_ids=request.stop_ids,
+                stop_token_ids=request.stop_token_ids,
             )
         )
 

@@ -58,7 +58,7 @@ class Scheduler:
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
     ) -> None:
-        most_drafts = 0 if speculation is None else speculation.num_tokens
+        most_drafts = 0 if speculation is None else speculation.num_speculative_tokens
         self._limits = RequestLimits(config, allocator, max_model_len, most_drafts)
         self._config = config
         self._allocator = allocator
@@ -76,7 +76,7 @@ class Scheduler:
         self._guard = PolicyGuard(policy, fallback, self._rekey)
         self._speculation: Speculation | None = None
         if speculation is not None:
-            pace = Pace(speculation.num_tokens, config.max_num_seqs, speculation.adaptive, proposer is None)
+            pace = Pace(speculation.num_speculative_tokens, config.max_num_seqs, speculation.adaptive, proposer is None)
             self._speculation = Speculation(speculation, self._table, pace, proposer)
         self._landing = Landing(self._table, allocator, self._finish, self._queue.unpark, self._speculation)
         self._realiser = Realiser(
@@ -99,7 +99,7 @@ class Scheduler:
         if message.request_id in self._requests:
             raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
         request = self._limits.admit(message, self.num_waiting)
-        request.rank = (self._guard.key(_info(request)), self._arrivals)
+        request.queue_key = (self._guard.key(_info(request)), self._arrivals)
         self._arrivals += 1
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = []
@@ -153,11 +153,11 @@ class Scheduler:
         """The newest step in flight did not fit into the device's memory and left no trace there. Its requests go back
         to the queue, to be computed again in smaller steps, and keep every token. False, and nothing changes, if steps
         cannot get smaller."""
-        if not self._budget.shrink(step.total_tokens):
+        if not self._budget.shrink(step.total_num_scheduled_tokens):
             return False
         flight = self._flights.pop()
         assert flight.step is step, f"step {step.step} is not the newest in flight, {flight.step.step} is"
-        drawn = step.samples.astype(np.int64) + (0 if step.drafts is None else step.drafts)
+        drawn = step.sampling_mask.astype(np.int64) + (0 if step.num_draft_tokens is None else step.num_draft_tokens)
         self._table.in_flight[step.rows] -= drawn
         for request in flight.requests:
             self._preempt(request)
@@ -232,13 +232,13 @@ class Scheduler:
         running = self._table.view(served=draft.taken())
         return StepView(
             now_ns=self._clock(),
-            budget=draft.budget_left - draft.promised,
-            free_rows=self._table.num_free,
-            free_blocks=self._allocator.num_free(),
+            token_budget=draft.budget_left - draft.promised,
+            num_free_rows=self._table.num_free,
+            num_free_blocks=self._allocator.num_free_blocks(),
             block_size=self._allocator.block_size,
             running=running,
             waiting=self._queue.view(shown),
-            chunked=self._config.chunked_prefill,
+            chunked_prefill=self._config.chunked_prefill,
         )
 
     def _launch(self, draft: Draft) -> SchedulerOutput:
@@ -247,7 +247,7 @@ class Scheduler:
         flight = Flight.of(step, self._table)
         self._flights.append(flight)
         if self._families:
-            for request in flight.requests[step.samples]:
+            for request in flight.requests[step.sampling_mask]:
                 self._release_children(request)
         return step
 
@@ -264,7 +264,7 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._preemptions += 1
-        if request.num_in_flight:
+        if request.num_in_flight_tokens:
             self._queue.park(request)
         else:
             self._queue.add(request)
@@ -288,12 +288,12 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         """Give up row and blocks; what has landed stays findable."""
         landed = min(int(self._table.landed[request.row]), request.num_tokens)
-        self._allocator.commit(request, landed)
+        self._allocator.cache_full_blocks(request, landed)
         self._allocator.free(request)
         self._table.leave(request)
 
     def _usage(self, request: Request) -> Usage:
-        granted = request.first_grant_ns
+        granted = request.first_scheduled_ns
         return Usage(
             num_prompt_tokens=request.prompt_len,
             num_cached_tokens=request.num_cached_tokens,
@@ -312,7 +312,7 @@ class Scheduler:
     def _rekey(self) -> None:
         """Another policy: rank everybody anew, those running too, who may come back."""
         for request in self._requests.values():
-            request.rank = (self._guard.key(_info(request)), request.rank[1])
+            request.queue_key = (self._guard.key(_info(request)), request.queue_key[1])
         self._queue.resort()
 
 

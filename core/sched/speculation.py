@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quire.core.config import SpeculationConfig
 from quire.core.contracts.spec_decode import HostProposer
-from quire.core.messages import Continuation, SchedulerOutput
+from quire.core.messages import HostDraft, SchedulerOutput
 from quire.core.request import Request
 from quire.core.sched.running_batch import RunningTable
 
@@ -33,8 +33,8 @@ class Speculation:
     def __init__(
         self, config: SpeculationConfig, table: RunningTable, pace: Pace, host: HostProposer | None = None
     ) -> None:
-        self.most = config.num_tokens
-        self.ahead = 0 if host is not None else config.num_tokens
+        self.most = config.num_speculative_tokens
+        self.ahead = 0 if host is not None else config.num_speculative_tokens
         """Slots beyond its grant that a proposer's own keys and values may take."""
         self.num_quarantines = 0
         self._table = table
@@ -86,14 +86,13 @@ class Speculation:
         table.drafts[drew] = count
         return count, self._pace.reads
 
-    def continuations(self, rows: NDArray[np.int64], drafts: NDArray[np.int64]) -> list[Continuation]:
+    def continuations(self, rows: NDArray[np.int64], drafts: NDArray[np.int64]) -> list[HostDraft]:
         """What the host expects of the rows that verify drafts."""
         if self._host is None:
             return []
         table = self._table
         return [
-            Continuation(row, table.request(row).num_tokens, self._continuations[row])
-            for row in rows[drafts > 0].tolist()
+            HostDraft(row, table.request(row).num_tokens, self._continuations[row]) for row in rows[drafts > 0].tolist()
         ]
 
     def entered(self, row: int) -> None:
@@ -103,9 +102,16 @@ class Speculation:
     def timed(self, step: SchedulerOutput, took_us: float) -> None:
         """A step has landed. It tells what a number of drafts costs if it did nothing else than decode, and verified as
         many as it proposed."""
-        drafts = 0 if step.drafts is None else int(step.drafts.max())
-        alone = step.total_tokens == len(step.rows) + (0 if step.drafts is None else int(step.drafts.sum()))
-        if took_us and alone and step.samples.all() and (self._host is not None or drafts == step.propose):
+        drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
+        alone = step.total_num_scheduled_tokens == len(step.rows) + (
+            0 if step.num_draft_tokens is None else int(step.num_draft_tokens.sum())
+        )
+        if (
+            took_us
+            and alone
+            and step.sampling_mask.all()
+            and (self._host is not None or drafts == step.num_tokens_to_propose)
+        ):
             self._pace.timed(len(step.rows), drafts, took_us)
 
     def landed(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
@@ -122,7 +128,7 @@ class Speculation:
         """The request has ended."""
         if self._host is not None and not self._off:
             try:
-                self._host.forget(request)
+                self._host.request_finished(request)
             except Exception as error:
                 self._quarantine(error)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quire.core.contracts.policy import Columns
+from quire.core.contracts.policy import RequestColumns
 from quire.core.request import Request
 from quire.core.sched.request_columns import VIEW_FIELDS, TableColumns, describe
 
@@ -54,7 +54,7 @@ class WaitingQueue:
 
     def add(self, request: Request) -> None:
         """Queue a request at its ``rank``, which no other may have."""
-        rank, last = request.rank, self._size - 1
+        rank, last = request.queue_key, self._size - 1
         if len(self._front) > last and rank > self._front[last]:
             self._push(rank, request)
             return
@@ -72,7 +72,7 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it is."""
-        rank = request.rank
+        rank = request.queue_key
         if self._parked.pop(request.request_id, None) is not None:
             return
         if self._heaped.pop(rank, None) is not None:
@@ -88,7 +88,7 @@ class WaitingQueue:
         by_slot: list[Any] = self._by_slot
         return [by_slot[slot] for slot in self._slots[:limit]]
 
-    def view(self, limit: int) -> Columns:
+    def view(self, limit: int) -> RequestColumns:
         """``window(limit)`` as columns."""
         return TableColumns(self._data, np.array(self._slots[:limit], np.int64), self._block_size)
 

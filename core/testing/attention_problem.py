@@ -176,7 +176,7 @@ def attend(
     """(out, log-sum-exp or None) of a new backend, on the CPU."""
     device = needed_device(cls, spec)
     backend = prepared(cls, spec, device, problem.decode_query_len)
-    backend.plan(problem.batch(device))
+    backend.prepare_metadata(problem.batch(device))
     return run_problem(backend, 0, problem, device, lse)
 
 
@@ -225,7 +225,7 @@ def prepared(
 ) -> AttentionBackend:
     """A new backend, ready for its first step."""
     backend = cls(spec, device)
-    backend.prepare(AttentionLimits(64, _LIMIT, _LIMIT, device, decode_query_len))
+    backend.allocate_workspaces(AttentionLimits(64, _LIMIT, _LIMIT, device, decode_query_len))
     return backend
 
 

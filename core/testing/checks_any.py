@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import unittest
+from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.options import options_of, parse_options
@@ -32,7 +33,11 @@ def check_nothing_abstract_is_left(cls: type) -> None:
 def check_signatures_accept_the_engines_calls(cls: type) -> None:
     """Each method that the contract declares can be called with the contract's own arguments."""
     contract = load_target(KINDS[kind_of(cls)].contract)
-    for name, declared in vars(contract).items():
+    declarations: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):  # the most derived class of the contract's module has the last word
+        if issubclass(base, contract) and base.__module__ == contract.__module__:
+            declarations |= vars(base)
+    for name, declared in declarations.items():
         function = inspect.unwrap(getattr(declared, "__func__", declared))
         if name.startswith("_") or not inspect.isfunction(function):
             continue

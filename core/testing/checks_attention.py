@@ -220,7 +220,7 @@ def check_one_plan_serves_every_layer_and_the_next_replaces_it(cls: type[Attenti
     backend = prepared(cls, spec, device)
     for seed, requests in enumerate(([(1, 30), (4, 12)], [(8, 24)], [(1, 2), (1, 3)])):
         problems = [Problem.random(spec, requests, seed=seed * 7 + layer) for layer in range(2)]
-        backend.plan(problems[0].batch(device))
+        backend.prepare_metadata(problems[0].batch(device))
         for layer, problem in enumerate(problems):
             assert_close(
                 run_problem(backend, layer, problem, device)[0], expected_attention(spec, problem)[0], spec.dtype

@@ -37,7 +37,7 @@ def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
     allocator = _make(cls, groups=(KVGroup(1), KVGroup(2)))
     seen: list[set[int]] = [set(), set()]
     for i in range(3):
-        allocation = allocator.allocate(_request(f"r{i}", [i] * 9), 9, computed=0)
+        allocation = allocator.allocate(_request(f"r{i}", [i] * 9), 9, num_computed_tokens=0)
         assert allocation is not None, "refused although blocks are free"
         for group, blocks in enumerate(allocation.new_blocks):
             assert allocation.starts[group] == 0, "a first allocation starts at 0"
@@ -51,16 +51,16 @@ def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
 def check_everything_comes_back(cls: type[KVAllocator]) -> None:
     """Freeing returns every block, and freeing twice does no harm."""
     allocator = _make(cls)
-    before = allocator.num_free()
+    before = allocator.num_free_blocks()
     requests = [_request(f"r{i}", range(i, i + 10)) for i in range(3)]
     for request in requests:
-        allocator.allocate(request, 10, computed=0)
-        allocator.commit(request, 10)
+        allocator.allocate(request, 10, num_computed_tokens=0)
+        allocator.cache_full_blocks(request, 10)
         assert allocator.num_held(request) == 3, f"holds {allocator.num_held(request)} blocks, not 3"
     for request in [*requests, *requests]:
         allocator.free(request)
         assert allocator.num_held(request) == 0
-    assert allocator.num_free() == before, f"{before} blocks were free, now {allocator.num_free()}"
+    assert allocator.num_free_blocks() == before, f"{before} blocks were free, now {allocator.num_free_blocks()}"
     allocator.check_integrity()
 
 
@@ -68,20 +68,24 @@ def check_a_refusal_changes_nothing(cls: type[KVAllocator]) -> None:
     """``allocate`` that returns None leaves counts and holdings as they were."""
     allocator = _make(cls, num_blocks=8)
     first, second = _request("first", range(16)), _request("second", range(100, 140))
-    assert allocator.allocate(first, 16, computed=0) is not None
-    free, held = allocator.num_free(), allocator.num_held(first)
-    assert allocator.allocate(second, 40, computed=0) is None, "granted more blocks than there are"
-    assert allocator.allocate(first, 60, computed=16) is None, "granted more blocks than there are"
-    assert (allocator.num_free(), allocator.num_held(first), allocator.num_held(second)) == (free, held, 0)
+    assert allocator.allocate(first, 16, num_computed_tokens=0) is not None
+    free, held = allocator.num_free_blocks(), allocator.num_held(first)
+    assert allocator.allocate(second, 40, num_computed_tokens=0) is None, "granted more blocks than there are"
+    assert allocator.allocate(first, 60, num_computed_tokens=16) is None, "granted more blocks than there are"
+    assert (allocator.num_free_blocks(), allocator.num_held(first), allocator.num_held(second)) == (free, held, 0)
     allocator.check_integrity()
 
 
 def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
     """``reserve`` blocks remain free, or the request is refused."""
     allocator = _make(cls, num_blocks=8)
-    assert allocator.allocate(_request("a", range(16)), 16, computed=0, reserve=4) is None, "the reserve was spent"
-    assert allocator.allocate(_request("b", range(16)), 16, computed=0, reserve=3) is not None, "3 would have been left"
-    assert allocator.num_free() == 3
+    assert allocator.allocate(_request("a", range(16)), 16, num_computed_tokens=0, num_reserved_blocks=4) is None, (
+        "the reserve was spent"
+    )
+    assert allocator.allocate(_request("b", range(16)), 16, num_computed_tokens=0, num_reserved_blocks=3) is not None, (
+        "3 would have been left"
+    )
+    assert allocator.num_free_blocks() == 3
 
 
 def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
@@ -95,11 +99,11 @@ def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
         assert match.num_tokens == 8, f"8 tokens in full blocks were committed, {match.num_tokens} are found"
         assert [list(found) for found in match.blocks] == [held[:2] for held in blocks], "other blocks are found"
         allocator.free(first)
-    free = allocator.num_free()
-    allocation = allocator.allocate(again, 10, computed=8, match=match)
+    free = allocator.num_free_blocks()
+    allocation = allocator.allocate(again, 10, num_computed_tokens=8, prefix_match=match)
     assert allocation is not None and not allocation.copies
     assert [b[:2] for b in allocation.new_blocks] == [h[:2] for h in blocks], "the matched blocks head the table"
-    assert allocator.num_free() == free - 3, "matched blocks are in use"
+    assert allocator.num_free_blocks() == free - 3, "matched blocks are in use"
     other = _request("other", [9, *range(1, 10)])
     assert allocator.match_prefix(other).num_tokens == 0, "a block was found although the tokens before it differ"
     allocator.check_integrity()
@@ -127,38 +131,38 @@ def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) 
     """After ``fork``, whoever writes into the shared block first gets a copy; the other then owns the original."""
     for writer_is_parent in (False, True):
         allocator = _make(cls)
-        before = allocator.num_free()
+        before = allocator.num_free_blocks()
         parent, child = _request("parent", range(6)), _request("child", range(6))
-        allocator.allocate(parent, 6, computed=0)
-        forked = allocator.fork(parent, child, 6)
-        assert forked is not None and allocator.num_free() == before - 2, "a fork takes no new blocks"
+        allocator.allocate(parent, 6, num_computed_tokens=0)
+        forked = allocator.fork_blocks(parent, child, 6)
+        assert forked is not None and allocator.num_free_blocks() == before - 2, "a fork takes no new blocks"
         writer, other = (parent, child) if writer_is_parent else (child, parent)
-        allocation = allocator.allocate(writer, 7, computed=6)
+        allocation = allocator.allocate(writer, 7, num_computed_tokens=6)
         assert allocation is not None and len(allocation.copies) == 1, "a shared block would be written"
         ((group, source, destination),) = allocation.copies
         assert (group, source) == (0, forked.new_blocks[0][1])
         assert allocation.starts == [1] and allocation.new_blocks == [[destination]], "the table must name the copy"
-        second = allocator.allocate(other, 7, computed=6)
+        second = allocator.allocate(other, 7, num_computed_tokens=6)
         assert second is not None and not second.copies, "the original is shared no more"
         allocator.check_integrity()
         allocator.free(parent)
         allocator.free(child)
-        assert allocator.num_free() == before
+        assert allocator.num_free_blocks() == before
 
 
 def check_trimmed_blocks_come_back(cls: type[KVAllocator]) -> None:
     """Whole blocks before the position are given up in that group, and only there."""
     allocator = _make(cls, groups=(KVGroup(1), KVGroup(1, window=4)))
-    before = allocator.num_free()
+    before = allocator.num_free_blocks()
     request = _request("r", range(20))
-    allocator.allocate(request, 20, computed=0)
-    allocator.trim(request, 1, 11)
+    allocator.allocate(request, 20, num_computed_tokens=0)
+    allocator.free_out_of_window_blocks(request, 1, 11)
     assert allocator.num_held(request) == 8, f"5 + 3 blocks should be left, not {allocator.num_held(request)}"
-    allocator.trim(request, 1, 11)
-    assert allocator.allocate(request, 24, computed=20) is not None
+    allocator.free_out_of_window_blocks(request, 1, 11)
+    assert allocator.allocate(request, 24, num_computed_tokens=20) is not None
     allocator.check_integrity()
     allocator.free(request)
-    assert allocator.num_free() == before
+    assert allocator.num_free_blocks() == before
 
 
 def check_held_blocks_outlive_their_request(cls: type[KVAllocator]) -> None:
@@ -168,12 +172,12 @@ def check_held_blocks_outlive_their_request(cls: type[KVAllocator]) -> None:
     (blocks,) = _fill(allocator, request)
     allocator.hold(0, blocks)
     allocator.free(request)
-    assert allocator.num_free() == 5, "held blocks are counted as free"
-    taken = allocator.allocate(_request("other", range(50, 70)), 20, computed=0)
+    assert allocator.num_free_blocks() == 5, "held blocks are counted as free"
+    taken = allocator.allocate(_request("other", range(50, 70)), 20, num_computed_tokens=0)
     assert taken is not None and not set(taken.new_blocks[0]) & set(blocks), "a held block was handed out"
     allocator.check_integrity()
     allocator.release(0, blocks)
-    assert allocator.num_free() == 2
+    assert allocator.num_free_blocks() == 2
 
 
 def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
@@ -182,7 +186,7 @@ def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
     for seed, groups in enumerate(((KVGroup(1),), (KVGroup(1), KVGroup(1, window=6)), (KVGroup(1, window=5),))):
         rng = random.Random(seed)
         allocator = _make(cls, groups=groups, num_blocks=24)
-        before = allocator.num_free()
+        before = allocator.num_free_blocks()
         engine = SimulatedEngine(allocator, policy(), policy(), config=SchedulerConfig(6, 16), max_model_len=60)
         for i in range(24):
             prompt = [1] * rng.randrange(12) + [rng.randrange(3) for _ in range(rng.randrange(1, 8))]
@@ -195,7 +199,7 @@ def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
                 engine.abort(f"r{i}")
         engine.run()
         allocator.check_integrity()
-        assert allocator.num_free() == before, f"{before - allocator.num_free()} blocks were lost"
+        assert allocator.num_free_blocks() == before, f"{before - allocator.num_free_blocks()} blocks were lost"
 
 
 def _make(cls: type[KVAllocator], *, groups: tuple[KVGroup, ...] = (KVGroup(1),), num_blocks: int = 32) -> KVAllocator:
@@ -218,7 +222,7 @@ def _request(request_id: str, tokens: Any, *, salt: str | None = None, **params:
 
 def _fill(allocator: KVAllocator, request: Request) -> list[list[int]]:
     """Allocate and commit all of a request's tokens; its table."""
-    allocation = allocator.allocate(request, request.num_tokens, computed=0)
+    allocation = allocator.allocate(request, request.num_tokens, num_computed_tokens=0)
     assert allocation is not None, "refused although blocks are free"
-    allocator.commit(request, request.num_tokens)
+    allocator.cache_full_blocks(request, request.num_tokens)
     return allocation.new_blocks

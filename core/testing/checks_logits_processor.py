@@ -26,12 +26,12 @@ _VOCAB = 32
 
 def check_plain_parameters_are_valid(cls: type[LogitsProcessor]) -> None:
     """``validate`` has nothing against a request that asks for nothing."""
-    cls.validate(SamplingParams(), _VOCAB)
+    cls.validate_params(SamplingParams(), _VOCAB)
 
 
 def check_add_says_whether_there_is_work(cls: type[LogitsProcessor]) -> None:
     """``add`` returns a bool, also for a request that asks for nothing."""
-    answer = _make(cls).add(_request(0, SamplingParams()))
+    answer = _make(cls).add_row(_request(0, SamplingParams()))
     assert isinstance(answer, bool), f"add returned {answer!r}, not True or False"
 
 
@@ -48,7 +48,7 @@ def check_only_its_own_rows_change(cls: type[LogitsProcessor]) -> None:
     """A line whose request has no work is left as it was, wherever it stands in the batch."""
     for lines in ([0, 1], [1, 0], [1]):
         processor = _with_work(cls)
-        if processor.add(_request(1, SamplingParams())):
+        if processor.add_row(_request(1, SamplingParams())):
             raise unittest.SkipTest("works on every request")
         logits = _logits(len(lines))
         before = logits.clone()
@@ -60,9 +60,9 @@ def check_only_its_own_rows_change(cls: type[LogitsProcessor]) -> None:
 def check_remove_forgets(cls: type[LogitsProcessor]) -> None:
     """After ``remove``, the row can be given to a request without work and is left alone."""
     processor = _with_work(cls)
-    processor.add(_request(1, _WORK))
-    processor.remove(0)
-    if processor.add(_request(0, SamplingParams())):
+    processor.add_row(_request(1, _WORK))
+    processor.remove_row(0)
+    if processor.add_row(_request(0, SamplingParams())):
         raise unittest.SkipTest("works on every request")
     logits = _logits(2)
     before = logits.clone()
@@ -92,7 +92,7 @@ def _make(cls: type[LogitsProcessor]) -> LogitsProcessor:
 def _with_work(cls: type[LogitsProcessor]) -> LogitsProcessor:
     """A processor with a request in row 0 that it works on. Skips where it has none for the sample request."""
     processor = _make(cls)
-    if not processor.add(_request(0, _WORK)):
+    if not processor.add_row(_request(0, _WORK)):
         raise unittest.SkipTest("has nothing to do for min_tokens and logit_bias")
     return processor
 

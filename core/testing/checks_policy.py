@@ -10,7 +10,7 @@ import numpy as np
 
 from quire.core.config import SchedulerConfig
 from quire.core.contracts.kv import KVAllocator, KVGroup
-from quire.core.contracts.policy import BatchingPolicy, Columns, Reject, RequestInfo, StepView, Usage
+from quire.core.contracts.policy import BatchingPolicy, Reject, RequestColumns, RequestInfo, StepView, Usage
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
 from quire.core.sched.policy_guard import checked
@@ -48,7 +48,7 @@ def check_plans_are_sound(cls: type[BatchingPolicy]) -> None:
     """Plans name requests of the view, each once, with no negative grant, and leave the view as it is."""
     policy = _make(cls)
     for seed in range(100):
-        result = checked(policy.plan(_view(seed)), _view(seed))
+        result = checked(policy.schedule(_view(seed)), _view(seed))
         assert not isinstance(result, str), f"view {seed}: {result}"
 
 
@@ -56,8 +56,10 @@ def check_plans_are_deterministic(cls: type[BatchingPolicy]) -> None:
     """Two instances that see the same views make the same plans."""
     one, two = _make(cls), _make(cls)
     for seed in range(50):
-        mine, other = one.plan(_view(seed)), two.plan(_view(seed))
-        same = np.array_equal(mine.rows, other.rows) and np.array_equal(mine.tokens, other.tokens)
+        mine, other = one.schedule(_view(seed)), two.schedule(_view(seed))
+        same = np.array_equal(mine.request_indices, other.request_indices) and np.array_equal(
+            mine.num_scheduled_tokens, other.num_scheduled_tokens
+        )
         assert same, f"view {seed}: two instances disagree"
 
 
@@ -66,7 +68,9 @@ def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
     policy = _make(cls)
     for seed in range(50):
         view = _view(seed, idle=True)
-        assert int(np.sum(policy.plan(view).tokens)) > 0, f"view {seed}: nothing was granted to an idle engine"
+        assert int(np.sum(policy.schedule(view).num_scheduled_tokens)) > 0, (
+            f"view {seed}: nothing was granted to an idle engine"
+        )
 
 
 def check_plans_are_quick(cls: type[BatchingPolicy]) -> None:
@@ -76,7 +80,7 @@ def check_plans_are_quick(cls: type[BatchingPolicy]) -> None:
     for seed in range(5):
         view = _view(seed, num_running=256, num_waiting=512)
         began = perf_counter()
-        policy.plan(view)
+        policy.schedule(view)
         took.append(perf_counter() - began)
     assert min(took) < 0.025, f"a plan took {min(took) * 1e3:.0f} ms"
 
@@ -97,7 +101,7 @@ def check_it_hears_of_finished_requests(cls: type[BatchingPolicy]) -> None:
     """``finished`` may be called for any request, also one that never ran."""
     policy = _make(cls)
     for tokens in (0, 5):
-        policy.finished(RequestInfo("r", 0, 10, 5, 0), Usage(10, 0, tokens, 0, tokens * 1000))
+        policy.request_finished(RequestInfo("r", 0, 10, 5, 0), Usage(10, 0, tokens, 0, tokens * 1000))
 
 
 def _make(cls: type[BatchingPolicy]) -> BatchingPolicy:
@@ -120,7 +124,7 @@ def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bo
     engine.run()
     assert len(engine.finished) == 30, "a request was lost"
     assert engine.scheduler.stats()["policy_quarantines_total"] == 0, "the policy was quarantined; see the log"
-    assert allocator.num_free() == num_blocks - 1
+    assert allocator.num_free_blocks() == num_blocks - 1
 
 
 def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_waiting: int | None = None) -> StepView:
@@ -130,16 +134,16 @@ def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_
     free_rows = int(rng.integers(1, 9)) if waiting else int(rng.integers(0, 9))
     return StepView(
         now_ns=10**18 + seed,
-        budget=int(rng.integers(1, 65)) if num_running is None else 8192,
-        free_rows=free_rows,
-        free_blocks=int(rng.integers(8, 200)),
+        token_budget=int(rng.integers(1, 65)) if num_running is None else 8192,
+        num_free_rows=free_rows,
+        num_free_blocks=int(rng.integers(8, 200)),
         block_size=16,
         running=_columns(rng, running, True, idle),
         waiting=_columns(rng, waiting, False, idle),
     )
 
 
-def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) -> Columns:
+def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) -> RequestColumns:
     prompt_len = rng.integers(1, 60, count)
     decoding = rng.random(count) < 0.7 if running else np.zeros(count, bool)
     output_len = np.where(decoding, rng.integers(1, 20, count), 0)
@@ -148,16 +152,16 @@ def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) ->
         computed[:] = 0
     landing = decoding & (rng.random(count) < (0.0 if idle else 0.2))
     remaining = np.where(landing, 0, prompt_len + output_len - computed)
-    return Columns(
-        computed=computed,
-        computed_min=computed.copy(),
-        remaining=remaining,
-        in_flight=np.where(decoding & (not idle), 1, 0),
+    return RequestColumns(
+        num_computed_tokens=computed,
+        min_computed_tokens=computed.copy(),
+        num_remaining_tokens=remaining,
+        num_in_flight_tokens=np.where(decoding & (not idle), 1, 0),
         prompt_len=prompt_len,
         output_len=output_len,
         max_tokens=output_len + rng.integers(1, 20, count),
         priority=rng.integers(-2, 3, count),
         arrival_ns=10**18 - rng.integers(0, 10**9, count),
-        blocks_held=-(-computed // 16),
-        blocks_needed=-(-(computed + remaining) // 16) - -(-computed // 16),
+        num_held_blocks=-(-computed // 16),
+        num_needed_blocks=-(-(computed + remaining) // 16) - -(-computed // 16),
     )

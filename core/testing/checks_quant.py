@@ -40,11 +40,11 @@ def check_every_layer_has_a_method(cls: type[QuantizationLoader]) -> None:
     loader = _example(cls)
     for kind in ("linear", "lm_head"):
         info = _info(kind=kind)
-        method = loader.method_for(info)
+        method = loader.get_linear_method(info)
         assert isinstance(method, LinearMethod), f"{kind}: gave {method!r}"
         assert method.input_format in get_args(InputFormat), method.input_format
         for part in range(len(info.part_names)):
-            names, may_lack = method.tensor_names(info.only(part)), method.optional_names(info.only(part))
+            names, may_lack = method.tensor_names(info.select_part(part)), method.optional_names(info.select_part(part))
             assert names and len(set(names)) == len(names), f"{kind}: tensor_names {names!r}"
             assert set(may_lack) < set(names), f"{kind}: optional_names {may_lack!r} are not some of {names!r}"
 
@@ -52,12 +52,12 @@ def check_every_layer_has_a_method(cls: type[QuantizationLoader]) -> None:
 def check_random_weights_multiply(cls: type[QuantizationLoader]) -> None:
     """Where nothing is loaded (``--load-format dummy``) the layer multiplies all the same, by finite weights."""
     info, layer = _info(), nn.Module()
-    method = _example(cls).method_for(info)
+    method = _example(cls).get_linear_method(info)
     method.create_weights(layer, info, _CPU)
     for parameter in layer.parameters():
         if parameter.is_floating_point():
             parameter.data.fill_(0.01)
-    method.process_weights(layer)
+    method.process_weights_after_loading(layer)
     assert any(True for _ in layer.parameters()), "the layer has no parameters, whose memory could be counted"
     if method.input_format == "native":
         x = _input()
@@ -97,11 +97,11 @@ def check_shards_make_up_the_whole(cls: type[QuantizationLoader]) -> None:
 def check_a_wrong_shape_is_refused_by_name(cls: type[QuantizationLoader]) -> None:
     """A tensor that does not fit raises CheckpointError with the name of the tensor."""
     info, layer = _info(), nn.Module()
-    method = _example(cls).method_for(info)
+    method = _example(cls).get_linear_method(info)
     method.create_weights(layer, info, _CPU)
-    for name in method.tensor_names(info.only(1)):
+    for name in method.tensor_names(info.select_part(1)):
         try:
-            method.load(layer, info, 1, name, torch.zeros(7, 9), 0, 1)
+            method.load_tensor(layer, info, 1, name, torch.zeros(7, 9), 0, 1)
         except CheckpointError as error:
             assert f"part1.{name}" in str(error), f"does not name the tensor part1.{name}: {error}"
         else:
@@ -110,7 +110,7 @@ def check_a_wrong_shape_is_refused_by_name(cls: type[QuantizationLoader]) -> Non
 
 def _example(cls: type[QuantizationLoader]) -> QuantizationLoader:
     """A loader of what it says that it reads."""
-    config = cls.example()
+    config = cls.example_config()
     reasons = cls.unsupported(config, _CPU)
     assert not reasons, f"example() gives {config!r}, of which unsupported() says: {reasons[0]}"
     return cls(config, parse_options(cls, {}))
@@ -153,13 +153,13 @@ def _apply(
 ) -> Tensor:
     """Load ``parts`` as this rank would, and multiply."""
     info, layer = _info(shard, world_size), nn.Module()
-    method = _loader(cls).method_for(info)
+    method = _loader(cls).get_linear_method(info)
     if method.input_format != "native":
         raise unittest.SkipTest(f"takes {method.input_format} inputs")
     method.create_weights(layer, info, _CPU)
     for i, part in enumerate(parts):
-        method.load(layer, info, i, "weight", part, rank, world_size)
-    method.process_weights(layer)
+        method.load_tensor(layer, info, i, "weight", part, rank, world_size)
+    method.process_weights_after_loading(layer)
     return method.apply(layer, x)
 
 

@@ -49,16 +49,16 @@ def check_the_tokens_of_a_request_are_left_alone(cls: type[SpeculativeProposer])
 def check_forgotten_requests_may_come_again(cls: type[SpeculativeProposer]) -> None:
     """``forget`` may be called for any request, and its name may be used again."""
     proposer = _on_host(cls)
-    proposer.forget(_request("never seen", 4))
+    proposer.request_finished(_request("never seen", 4))
     for length in (30, 5):
         request = _request("again", length)
         proposer.propose(request, 2)
-        proposer.forget(request)
+        proposer.request_finished(request)
 
 
 def check_a_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer]) -> None:
     """(n, count) integers for n rows, without a model where it needs none."""
-    if not issubclass(cls, DeviceProposer) or cls.needs_model or cls.prepare is not DeviceProposer.prepare:
+    if not issubclass(cls, DeviceProposer) or cls.needs_model or cls.attach_target is not DeviceProposer.attach_target:
         raise unittest.SkipTest("is no device proposer, or needs an engine around it")
     proposer = cls(4, parse_options(cls, {}))
     for n, count in ((1, 1), (5, 4)):

@@ -46,8 +46,10 @@ class MarkingWorker:
         self._next_step += 1
         self._apply(step)
         self._check_shape(step)
-        grants = list(zip(step.rows.tolist(), step.num_tokens.tolist(), step.samples.tolist(), strict=True))
-        drafts = [0] * len(grants) if step.drafts is None else step.drafts.tolist()
+        grants = list(
+            zip(step.rows.tolist(), step.num_scheduled_tokens.tolist(), step.sampling_mask.tolist(), strict=True)
+        )
+        drafts = [0] * len(grants) if step.num_draft_tokens is None else step.num_draft_tokens.tolist()
         written: list[set[int]] = [set() for _ in self._groups]
         for (row, count, _), drafted in zip(grants, drafts, strict=True):
             assert drafted == 0 or count == 1 + drafted, "drafts come beside one token"
@@ -57,13 +59,13 @@ class MarkingWorker:
             step.step,
             np.zeros((len(grants), 1 + max(drafts)), np.int32),
             np.zeros(len(grants), np.int32),
-            num_drafted=None if step.drafts is None else step.drafts.copy(),
+            num_verified_drafts=None if step.num_draft_tokens is None else step.num_draft_tokens.copy(),
         )
         for index, (row, count, samples) in enumerate(grants):
-            assert self._rows[row].computed <= step.reached[index], "reached is no upper bound"
+            assert self._rows[row].computed <= step.max_seq_lens[index], "reached is no upper bound"
             self._attend(self._rows[row], step.max_seq_len)
             self._draw(self._rows[row], index, count, samples, drafts[index], result)
-            self._rows[row].guess = self._propose(self._rows[row], step.propose) if samples else []
+            self._rows[row].guess = self._propose(self._rows[row], step.num_tokens_to_propose) if samples else []
         return result
 
     def _apply(self, step: SchedulerOutput) -> None:
@@ -71,17 +73,17 @@ class MarkingWorker:
             assert self._rows.pop(row, None) is not None, f"row {row} was freed, but nobody has it"
         for new in step.new_requests:
             assert new.row not in self._rows, f"row {new.row} is given to {new.request_id}, but was not freed"
-            self._rows[new.row] = _Row(new, list(new.token_ids), new.num_computed, [{} for _ in self._groups])
+            self._rows[new.row] = _Row(new, list(new.token_ids), new.num_computed_tokens, [{} for _ in self._groups])
         for diff in step.block_diffs:
             table = self._rows[diff.row].blocks[diff.group]
             for i, block in enumerate(diff.block_ids):
                 assert 0 <= block < self._num_blocks, f"block {block} does not exist"
                 table[diff.start + i] = block
-        for guess in step.continuations:
+        for guess in step.host_drafts:
             mine = self._rows[guess.row]
-            drawn = mine.tokens[guess.anchor :]
+            drawn = mine.tokens[guess.base_len :]
             mine.guess = guess.token_ids[len(drawn) :] if guess.token_ids[: len(drawn)] == drawn else []
-        for group, source, destination in step.copies:
+        for group, source, destination in step.block_copies:
             size, slots = self._block_size, self._slots[group]
             for offset in range(size):
                 if source * size + offset in slots:
@@ -90,14 +92,16 @@ class MarkingWorker:
     def _check_shape(self, step: SchedulerOutput) -> None:
         assert len(step.rows) > 0, "an empty step"
         assert len(set(step.rows.tolist())) == len(step.rows), "a row is granted twice"
-        assert int(step.num_tokens.sum()) == step.total_tokens
-        first = step.num_tokens[: step.num_decodes]
-        assert (first == 1).all() and step.samples[: step.num_decodes].all(), "decodes do not come first"
-        rest = (step.num_tokens == 1) & step.samples
+        assert int(step.num_scheduled_tokens.sum()) == step.total_num_scheduled_tokens
+        first = step.num_scheduled_tokens[: step.num_decodes]
+        assert (first == 1).all() and step.sampling_mask[: step.num_decodes].all(), "decodes do not come first"
+        rest = (step.num_scheduled_tokens == 1) & step.sampling_mask
         assert not rest[step.num_decodes :].any(), "a decode comes after the prompts"
-        if step.drafts is not None:
-            drafted = step.drafts[step.num_decodes :] > 0
-            assert not step.drafts[: step.num_decodes].any() and (np.diff(drafted.astype(int)) <= 0).all(), "order"
+        if step.num_draft_tokens is not None:
+            drafted = step.num_draft_tokens[step.num_decodes :] > 0
+            assert not step.num_draft_tokens[: step.num_decodes].any() and (np.diff(drafted.astype(int)) <= 0).all(), (
+                "order"
+            )
 
     def _write(self, row: _Row, count: int, written: list[set[int]]) -> None:
         assert count > 0, f"{row.new.request_id}: an empty grant"
@@ -140,8 +144,8 @@ class MarkingWorker:
         while not drawn or (len(drawn) <= drafted and drawn[-1] == offered[len(drawn) - 1]):
             drawn.append(_next_token(new.seed, row.tokens[:known] + drawn, self._vocab_size))
         row.rewind(known, drawn)
-        result.tokens[index, : len(drawn)] = drawn
-        result.num_sampled[index] = len(drawn)
+        result.sampled_token_ids[index, : len(drawn)] = drawn
+        result.num_sampled_tokens[index] = len(drawn)
         if params.logprobs is not None:
             result.logprobs[index] = _rows(drawn + [0] * (1 + drafted - len(drawn)))
 

@@ -23,14 +23,14 @@ class CyclicGrammar(LogitsProcessor):
         self._rows: set[int] = set()
         self._classes = torch.arange(vocab_size, device=device) % _CLASSES
 
-    def add(self, request: NewRequest) -> bool:
+    def add_row(self, request: NewRequest) -> bool:
         """Whether the request asked for it."""
         wanted = bool((request.params.extra_args or {}).get("cyclic"))
         if wanted:
             self._rows.add(request.row)
         return wanted
 
-    def remove(self, row: int) -> None:
+    def remove_row(self, row: int) -> None:
         """Forget the row."""
         self._rows.discard(row)
 

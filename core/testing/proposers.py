@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens, HostProposer, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens, HostProposer, TargetState
 from quire.core.request import Request
 
 __all__ = ["Adversary", "Failing", "HostAdversary", "Oracle", "Repeater"]
@@ -27,49 +27,49 @@ class Adversary(DeviceProposer):
         """``random``, ``outside`` (ids that no token has), ``long`` (more than asked for) or ``short``."""
         vocab: int = 64
 
-    def prepare(self, target: Target) -> None:
+    def attach_target(self, target: TargetState) -> None:
         """Remember the table."""
         self._target = target
         self._chance = torch.Generator().manual_seed(0)
 
-    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
+    def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
         """Nonsense."""
         kind, vocab = self.options.kind, self.options.vocab
-        width = count + 3 if kind == "long" else count
+        width = num_tokens + 3 if kind == "long" else num_tokens
         low, high = (-(2**31), 2**31 - 1) if kind == "outside" else (0, vocab)
-        tokens = torch.randint(low, high, (len(who), width), generator=self._chance, dtype=torch.int64).int()
+        tokens = torch.randint(low, high, (len(rows), width), generator=self._chance, dtype=torch.int64).int()
         lengths = None
         if kind == "short":
-            lengths = torch.randint(-2, count + 1, (len(who),), generator=self._chance).int()
-        return DraftTokens(tokens.to(who.device), lengths)
+            lengths = torch.randint(-2, num_tokens + 1, (len(rows),), generator=self._chance).int()
+        return DraftTokens(tokens.to(rows.device), lengths)
 
 
 class Failing(Adversary):
     """Drafts a few times, then raises."""
 
-    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
+    def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
         """Raise at the third call."""
         self._calls = getattr(self, "_calls", 0) + 1
         if self._calls > 2:
             raise RuntimeError("out of ideas")
-        return super().propose(who, count, greedy=greedy)
+        return super().propose(rows, num_tokens, greedy=greedy)
 
 
 class Repeater(HostProposer):
     """Expects the last token to repeat, for ever."""
 
-    def propose(self, who: Request, count: int) -> Sequence[int]:
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """The last token, ``count`` times."""
-        return [who.token_ids[-1]] * count
+        return [request.token_ids[-1]] * num_tokens
 
 
 class HostAdversary(HostProposer):
     """Right, wrong, too long, too short and out of range by turns."""
 
-    def propose(self, who: Request, count: int) -> Sequence[int]:
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """By the request's length."""
-        last = who.token_ids[-1]
-        return ([], [-5, 2**40], [last] * 3, list(range(count + 9)), [last, -1, last])[who.num_tokens % 5]
+        last = request.token_ids[-1]
+        return ([], [-5, 2**40], [last] * 3, list(range(num_tokens + 9)), [last, -1, last])[request.num_tokens % 5]
 
 
 class Oracle(HostProposer):
@@ -82,12 +82,14 @@ class Oracle(HostProposer):
         answers: Path = Path("answers.json")
         skill: float = 1.0
 
-    def propose(self, who: Request, count: int) -> Sequence[int]:
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """The answer's next tokens."""
         if not hasattr(self, "_answers"):
             self._answers = json.loads(self.options.answers.read_text())
-        answer = self._answers[",".join(map(str, who.token_ids[: who.prompt_len]))]
-        made = who.num_output_tokens
+        answer = self._answers[",".join(map(str, request.token_ids[: request.prompt_len]))]
+        made = request.num_output_tokens
         chance = torch.Generator().manual_seed(made)
-        right = (torch.rand(count, generator=chance) < self.options.skill).tolist()
-        return [token if good else token + 1 for token, good in zip(answer[made : made + count], right, strict=False)]
+        right = (torch.rand(num_tokens, generator=chance) < self.options.skill).tolist()
+        return [
+            token if good else token + 1 for token, good in zip(answer[made : made + num_tokens], right, strict=False)
+        ]

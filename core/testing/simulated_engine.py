@@ -105,13 +105,13 @@ class SimulatedEngine:
 
     def land(self) -> list[EngineCoreOutput]:
         """Commit the oldest step in flight."""
-        outputs = self.scheduler.commit(*self.flights.popleft()).each()
+        outputs = self.scheduler.commit(*self.flights.popleft()).expand_outputs()
         self._judge(outputs)
         return outputs
 
     def drop(self) -> list[EngineCoreOutput]:
         """As if the oldest step in flight had failed."""
-        outputs = self.scheduler.drop(self.flights.popleft()[0], "the worker failed").each()
+        outputs = self.scheduler.drop(self.flights.popleft()[0], "the worker failed").expand_outputs()
         self._judge(outputs)
         return outputs
 

@@ -27,13 +27,13 @@ class Reading:
 
     def passed(self, step: SchedulerOutput) -> None:
         """Nobody read the step."""
-        drafts = 0 if step.drafts is None else step.drafts
-        first, known = step.reached - step.num_tokens - drafts, self._first[step.rows]
+        drafts = 0 if step.num_draft_tokens is None else step.num_draft_tokens
+        first, known = step.max_seq_lens - step.num_scheduled_tokens - drafts, self._first[step.rows]
         self._first[step.rows] = np.where(known < 0, first, known)
 
     def due(self, step: SchedulerOutput) -> _Ints:
         """What to read now of the requests that drew: spans (3, n) of row, first and last + 1 token."""
-        rows, reached = step.rows[step.samples], step.reached[step.samples]
+        rows, reached = step.rows[step.sampling_mask], step.max_seq_lens[step.sampling_mask]
         late = self._first[rows] >= 0
         rows, missing = rows[late], (reached - self._first[rows])[late]
         part = np.clip(_BUDGET - (missing.cumsum() - missing), 0, missing)

@@ -43,7 +43,7 @@ class Drafting:
         self._vocab_size = vocab_size
         self._group = group
         self._off = False
-        self._reading = Reading(table.num_rows) if proposer.catches_up else None
+        self._reading = Reading(table.num_rows) if proposer.supports_backfill else None
         self._faults: list[str] = []
         self._sizes = verified_sizes(table.num_rows)
         most = self._sizes[-1] if self._sizes else 1
@@ -57,14 +57,14 @@ class Drafting:
 
     def follow(self, step: SchedulerOutput, inputs: StepInputs | None) -> None:
         """A step was computed; ``inputs`` where it may hold prompts."""
-        drafts = 0 if step.drafts is None else int(np.count_nonzero(step.drafts))
+        drafts = 0 if step.num_draft_tokens is None else int(np.count_nonzero(step.num_draft_tokens))
         prompts = step.num_decodes + drafts < len(step.rows)
         if self._reading is not None:
             self._reading.enter(step)
-            if not (step.read if prompts else step.propose):
+            if not (step.run_draft_prefill if prompts else step.num_tokens_to_propose):
                 self._reading.passed(step)
                 return
-        if inputs is not None and (prompts or self.proposer.observes_all):
+        if inputs is not None and (prompts or self.proposer.observes_every_step):
             self.observe(inputs)
 
     def observe(self, inputs: StepInputs) -> None:
@@ -74,15 +74,17 @@ class Drafting:
     def read(self, inputs: StepInputs) -> None:
         """``observe`` without its guard, to be captured."""
         i, group = inputs, self._group
-        self.proposer.observe(StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group]))
+        self.proposer.observe_step(
+            StepTokens(i.input_ids, i.positions, i.slot_mapping[group], i.rows, i.batches[group])
+        )
 
     def propose(self, step: SchedulerOutput, *, greedy: bool) -> bool:
         """Draft for the rows of the table that drew, and write the drafts behind their tokens. Whether the proposer
         also made up for what it had passed over."""
-        rows, count = step.rows[step.samples], step.propose
-        late = self._reading is not None and step.read and (spans := self._reading.due(step)).size > 0
+        rows, count = step.rows[step.sampling_mask], step.num_tokens_to_propose
+        late = self._reading is not None and step.run_draft_prefill and (spans := self._reading.due(step)).size > 0
         if late:
-            self._guarded(lambda: self.proposer.catch_up(upload(spans, torch.int64, self._table.device), spans))
+            self._guarded(lambda: self.proposer.backfill(upload(spans, torch.int64, self._table.device), spans))
         size = next((size for size in self._sizes if size >= len(rows)), len(rows))
         graph = self._graphs.get((size, count, greedy))
         padded = np.full(size if graph else len(rows), self._table.padding_row, np.int64)
@@ -106,7 +108,7 @@ class Drafting:
             self._propose(rows, 1, False)
             self._propose(rows, 1, True)
             if self.proposer.attention_specs():
-                self.proposer.observe(self._decodes(size))
+                self.proposer.observe_step(self._decodes(size))
 
     def capture(self, recorder: Recorder) -> None:
         """Record proposals of every size and count."""

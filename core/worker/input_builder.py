@@ -31,14 +31,18 @@ class Lines:
     @classmethod
     def of(cls, step: SchedulerOutput) -> Lines:
         """In the order of the requests."""
-        drawing = np.flatnonzero(step.samples)
-        drafts = np.zeros(len(drawing), np.int64) if step.drafts is None else step.drafts[drawing].astype(np.int64)
+        drawing = np.flatnonzero(step.sampling_mask)
+        drafts = (
+            np.zeros(len(drawing), np.int64)
+            if step.num_draft_tokens is None
+            else step.num_draft_tokens[drawing].astype(np.int64)
+        )
         count = drafts + 1
         first = count.cumsum() - count
         owner = np.repeat(drawing, count)
         behind = np.arange(len(owner)) - np.repeat(first + count, count)  # -count .. -1 within each request
-        token = step.num_tokens.cumsum()[owner] + behind
-        return cls(owner, step.reached[owner] + behind + 1, token, first, drafts)
+        token = step.num_scheduled_tokens.cumsum()[owner] + behind
+        return cls(owner, step.max_seq_lens[owner] + behind + 1, token, first, drafts)
 
 
 @dataclass(slots=True)
@@ -62,9 +66,9 @@ class StepInputs:
 def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block_size: int) -> StepInputs:
     """Expand the grants of ``step`` and advance ``table.num_computed`` past them."""
     device = table.device
-    num_reqs, total = len(step.rows), step.total_tokens
+    num_reqs, total = len(step.rows), step.total_num_scheduled_tokens
     drawing = lines.owner[lines.first]
-    columns = (step.rows, step.num_tokens, lines.owner, lines.token, drawing, lines.first, lines.drafts)
+    columns = (step.rows, step.num_scheduled_tokens, lines.owner, lines.token, drawing, lines.first, lines.drafts)
     packed = upload(np.concatenate(columns, dtype=np.int64), torch.int64, device)
     rows, grants, owners, logits_index, drawers, first, drafts = packed.split([len(column) for column in columns])
     start = torch.zeros(num_reqs + 1, dtype=torch.int64, device=device)
@@ -77,7 +81,7 @@ def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block
     table.num_computed[rows] = seq_lens
     start32 = start.int()
     width = -(-step.max_seq_len // block_size)
-    max_query_len = int(step.num_tokens.max())
+    max_query_len = int(step.num_scheduled_tokens.max())
     slots, batches = [], []
     for blocks in table.block_tables:
         block = blocks[token_row, positions // block_size].long()

@@ -81,7 +81,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler,
             self.most_drafts, self.drawer.forced_acceptance,
-            self.drafting.read if self.drafting is not None and self.drafting.proposer.observes_all else None,
+            self.drafting.read if self.drafting is not None and self.drafting.proposer.observes_every_step else None,
         )  # fmt: skip
         self.graphs.rehearse()
         if self.drafting is not None:
@@ -125,8 +125,8 @@ class ModelRunner:
         drafting.follow(step, inputs)
         if drawn is None:
             return
-        if step.propose:
-            drawn.read_late = drafting.propose(step, greedy=self.drawer.greedy(step.rows[step.samples]))
+        if step.num_tokens_to_propose:
+            drawn.read_late = drafting.propose(step, greedy=self.drawer.greedy(step.rows[step.sampling_mask]))
         drawn.quarantined += drafting.take_faults()
 
     def _apply(self, step: SchedulerOutput) -> None:
@@ -141,11 +141,11 @@ class ModelRunner:
             self.drawer.add(request)
         if step.block_diffs:
             self.table.set_blocks(step.block_diffs)
-        if step.copies:
-            self.kv.copy_blocks(step.copies)
+        if step.block_copies:
+            self.kv.copy_blocks(step.block_copies)
             if self.drafting is not None:
-                self.drafting.copy_blocks(step.copies)
-        self.table.set_continuations(step.continuations, self._vocab_size)
+                self.drafting.copy_blocks(step.block_copies)
+        self.table.set_continuations(step.host_drafts, self._vocab_size)
 
     def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepClock) -> Readback:
         graphs.forward(step)
@@ -163,7 +163,7 @@ class ModelRunner:
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         for backend, batch in zip(self.backends, inputs.batches, strict=True):
-            backend.plan(batch)
+            backend.prepare_metadata(batch)
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv.layers, self.kv.group_of)
         return self.model(inputs.input_ids, inputs.positions, context)
 
@@ -172,12 +172,12 @@ class ModelRunner:
         asked = np.flatnonzero(self._prompt_logprobs[step.rows] >= 0)
         if not len(asked):
             return {}
-        starts: NDArray[np.int64] = np.concatenate(([0], np.cumsum(step.num_tokens)))
+        starts: NDArray[np.int64] = np.concatenate(([0], np.cumsum(step.num_scheduled_tokens)))
         found = {}
         for i in asked:
             row = step.rows[i]
-            first = step.reached[i] - step.num_tokens[i]
-            count = int(min(step.num_tokens[i], self._prompt_len[row] - 1 - first))
+            first = step.max_seq_lens[i] - step.num_scheduled_tokens[i]
+            count = int(min(step.num_scheduled_tokens[i], self._prompt_len[row] - 1 - first))
             if count <= 0:
                 continue
             target = self.table.token_ids[row, first + 1 : first + 1 + count]

@@ -82,24 +82,24 @@ class Readback:
         num_reqs = len(step.rows)
         home = np.empty(0, np.int32) if self._tokens is None else self._tokens.numpy()
         tokens = np.zeros((num_reqs, 1 if home.ndim == 1 else home.shape[1] - 2), dtype=np.int32)
-        num_sampled, num_drafted = step.samples.astype(np.int32), None
+        num_sampled, num_drafted = step.sampling_mask.astype(np.int32), None
         if home.ndim == 2:  # as ``verify`` packs them
             num_drafted = np.zeros(num_reqs, np.int32)
-            num_sampled[step.samples], num_drafted[step.samples] = home[:, 0], home[:, 1]
-            tokens[step.samples] = home[:, 2:]
+            num_sampled[step.sampling_mask], num_drafted[step.sampling_mask] = home[:, 0], home[:, 1]
+            tokens[step.sampling_mask] = home[:, 2:]
         elif self._tokens is not None:
-            tokens[step.samples, 0] = home
+            tokens[step.sampling_mask, 0] = home
         return ModelRunnerOutput(
             step=step.step,
-            tokens=tokens,
-            num_sampled=num_sampled,
-            num_drafted=num_drafted,
+            sampled_token_ids=tokens,
+            num_sampled_tokens=num_sampled,
+            num_verified_drafts=num_drafted,
             logprobs=self._by_index(),
             prompt_logprobs={i: _as_rows(rows) for i, rows in self._prompt.items()},
-            ran_us=self._clock.ran_us(),
+            device_us=self._clock.ran_us(),
             quarantined=self._quarantined,
-            num_compiled=self.num_compiled,
-            read_late=self._read_late,
+            num_compiled_kernels=self.num_compiled,
+            ran_draft_backfill=self._read_late,
         )
 
     def _by_index(self) -> dict[int, LogprobRows]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.messages import BlockDiff, Continuation, NewRequest
+from quire.core.messages import BlockDiff, HostDraft, NewRequest
 from quire.core.ops.pinned import upload
 from quire.core.sample.verify import place_drafts
 
@@ -68,7 +68,7 @@ class RequestTable:
             [r.row for r in requests],
             [r.seed for r in requests],
             lengths,
-            [r.num_computed for r in requests],
+            [r.num_computed_tokens for r in requests],
             [r.prompt_len for r in requests],
             [p.top_k for p in params],
             [0 for _ in requests],
@@ -100,14 +100,14 @@ class RequestTable:
             packed = upload([rows, places, ids], torch.int64, self.device)
             table[packed[0], packed[1]] = packed[2].int()
 
-    def set_continuations(self, guesses: Sequence[Continuation], vocab_size: int) -> None:
+    def set_continuations(self, guesses: Sequence[HostDraft], vocab_size: int) -> None:
         """Make drafts of what the host expects, where it agrees with what was drawn since."""
         if not guesses:
             return
         longest = max(len(guess.token_ids) for guess in guesses)
         columns = np.full((2 + longest, len(guesses)), -1, dtype=np.int64)
         for i, guess in enumerate(guesses):
-            columns[: 2 + len(guess.token_ids), i] = guess.row, guess.anchor, *guess.token_ids
+            columns[: 2 + len(guess.token_ids), i] = guess.row, guess.base_len, *guess.token_ids
         rows, anchor, *_ = packed = upload(columns, torch.int64, self.device)  # kernels take contiguous rows
         tokens = packed[2:].T
         place = torch.arange(longest, device=self.device)[None, :]

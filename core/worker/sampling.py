@@ -72,7 +72,7 @@ class TokenDrawer:
         self.table = table
         self.forced_acceptance = forced_acceptance
         self._sampler = sampler
-        self.device_sampler = sampler if sampler.prepare(most_lines or table.num_rows) else None
+        self.device_sampler = sampler if sampler.prepare_graph_sampling(most_lines or table.num_rows) else None
         """The sampler, where it can draw from the table by itself."""
         self._processors = [_Active(name, processor) for name, processor in processors]
         self._random = np.zeros(num_rows, dtype=bool)
@@ -99,7 +99,7 @@ class TokenDrawer:
             if active.processor.argmax_invariant and params.greedy:
                 continue
             try:
-                if active.processor.add(request):
+                if active.processor.add_row(request):
                     active.rows.add(row)
             except Exception as error:
                 self._quarantine(active, error)
@@ -110,7 +110,7 @@ class TokenDrawer:
             if row in active.rows:
                 active.rows.discard(row)
                 try:
-                    active.processor.remove(row)
+                    active.processor.remove_row(row)
                 except Exception as error:
                     self._quarantine(active, error)
 
@@ -139,7 +139,9 @@ class TokenDrawer:
         feeds = self.device_sampler is not None and spans.width == 1 and self._untouched(host_rows)
         if feeds and self.device_sampler is not None:
             tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what a rehearsal draws
-            self.device_sampler.draw(logits, inputs.line_rows, table.sampling, tokens, greedy=self.greedy(host_rows))
+            self.device_sampler.sample_from_table(
+                logits, inputs.line_rows, table.sampling, tokens, greedy=self.greedy(host_rows)
+            )
         else:
             tokens = self._draw_changed(logits, inputs, host_rows, lines.positions)
         drawn = Drawn(tokens, quarantined=self._quarantined)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from quire.core.config import EngineConfig
-from quire.core.contracts.executor import Executor, KVCapacity, Pending
+from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput
 from quire.core.worker.worker import Worker
 
@@ -31,7 +31,7 @@ class UniprocExecutor(Executor):
             self._worker = Worker(self.config)
         return self._worker.capacity
 
-    def execute(self, step: SchedulerOutput) -> Pending:
+    def execute_step(self, step: SchedulerOutput) -> StepFuture:
         """Launch a step and return at once."""
         assert self._worker is not None
         if self._thread is None:

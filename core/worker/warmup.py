@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.config import SchedulerConfig
-from quire.core.messages import Continuation, NewRequest, SchedulerOutput
+from quire.core.messages import HostDraft, NewRequest, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["largest_step", "rehearsal_steps"]
@@ -47,8 +47,8 @@ def rehearsal_steps(
         if config.max_num_seqs > 1 and queries + 17 <= most:
             for params in (_GREEDY, _RANDOM):
                 step = _step(np.array([queries, 17], dtype=np.int32), params)
-                step.drafts = np.array([queries - 1, 0], dtype=np.int32)
-                step.continuations = [Continuation(0, queries, [0])]
+                step.num_draft_tokens = np.array([queries - 1, 0], dtype=np.int32)
+                step.host_drafts = [HostDraft(0, queries, [0])]
                 yield step
     for params in (*_PENALIZED, _TOLD):
         yield _step(np.array([min(20, most)], dtype=np.int32), params)
@@ -60,11 +60,11 @@ def _step(share: NDArray[np.int32], params: SamplingParams, num_decodes: int = 0
     return SchedulerOutput(
         step=-1,
         rows=np.arange(len(share), dtype=np.int32),
-        num_tokens=share,
-        samples=np.ones(len(share), dtype=bool),
+        num_scheduled_tokens=share,
+        sampling_mask=np.ones(len(share), dtype=bool),
         num_decodes=num_decodes,
-        total_tokens=int(share.sum()),
+        total_num_scheduled_tokens=int(share.sum()),
         max_seq_len=int(share.max()),
-        reached=share,
+        max_seq_lens=share,
         new_requests=[NewRequest(row, "", [0] * int(n), int(n), 0, params, seed=row) for row, n in enumerate(share)],
     )

@@ -19,7 +19,7 @@ from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.contracts.sampler import Sampler
-from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, TargetState
 from quire.core.env import num_threads
 from quire.core.errors import ConfigError
 from quire.core.layers.builder import LayerBuilder
@@ -61,7 +61,11 @@ class Worker:
         backends, group_of = self._attention(model.attention_specs())
         kv = KVCache(backends, group_of, self._device)
         limits, block_size, spec = config.scheduler, config.cache.block_size, config.speculation
-        rows, longest, ahead = limits.max_num_seqs, config.model.max_model_len, 0 if spec is None else spec.num_tokens
+        rows, longest, ahead = (
+            limits.max_num_seqs,
+            config.model.max_model_len,
+            0 if spec is None else spec.num_speculative_tokens,
+        )
         table = RequestTable(rows, longest, block_size, len(backends), self._device, ahead)
         sampler = self._sampler()
         forced = None if spec is None else spec.forced_acceptance
@@ -134,8 +138,8 @@ class Worker:
         cls = _load(choice, SpeculativeProposer)
         if not issubclass(cls, DeviceProposer):
             return None
-        proposer = cls(spec.num_tokens, _options(cls, choice))
-        path, mine, limits = spec.draft_path, self._config.model, self._config.scheduler
+        proposer = cls(spec.num_speculative_tokens, _options(cls, choice))
+        path, mine, limits = spec.draft_model_path, self._config.model, self._config.scheduler
         dtype, block_size = getattr(torch, mine.dtype), self._config.cache.block_size
 
         def make_builder(hf_config: Any) -> LayerBuilder:
@@ -144,9 +148,9 @@ class Worker:
 
         load_model = partial(self._load, str(path), "draft_model", "draft_quant")
         config, folder = read_hf_config(Path(mine.path)), None if path is None else Path(path)
-        most = limits.max_num_batched_tokens + most_lines(limits.max_num_seqs, spec.num_tokens)
+        most = limits.max_num_batched_tokens + most_lines(limits.max_num_seqs, spec.num_speculative_tokens)
         own = None if folder is None else read_hf_config(folder)
-        proposer.load(DraftSource(folder, model, config, make_builder, load_model, mine.load_format, own, most))
+        proposer.load_weights(DraftSource(folder, model, config, make_builder, load_model, mine.load_format, own, most))
         return proposer
 
     def _drafting(self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, kv: KVCache) -> Drafting:
@@ -161,7 +165,7 @@ class Worker:
         own = KVCache(backends, group_of, self._device)
         sizes = (config.cache.block_size, config.model.max_model_len, config.scheduler.max_num_seqs)
         columns = (table.sampling, table.num_computed, table.block_tables[follows])
-        proposer.prepare(Target(sampler, *columns, own.layers, backends, group_of, *sizes))
+        proposer.attach_target(TargetState(sampler, *columns, own.layers, backends, group_of, *sizes))
         name = config.plugin("spec_decode").name
         return Drafting(name, proposer, table, config.model.vocab_size, own, follows)
 
@@ -175,7 +179,7 @@ class Worker:
                     f"attention backend {choice.name!r} cannot run this model on {self._device.type}: "
                     f"{'; '.join(reasons)}; choose another with --attention-backend"
                 )
-        ahead = 0 if self._config.speculation is None else self._config.speculation.num_tokens
+        ahead = 0 if self._config.speculation is None else self._config.speculation.num_speculative_tokens
         limits = AttentionLimits(
             self._config.scheduler.max_num_seqs,
             self._config.scheduler.max_num_batched_tokens,
@@ -186,7 +190,7 @@ class Worker:
         options = _options(backend_class, choice)
         backends = [backend_class(spec, self._device, options) for spec in specs]
         for backend in backends:
-            backend.prepare(limits)
+            backend.allocate_workspaces(limits)
         return backends, group_of
 
     def _sampler(self) -> Sampler:

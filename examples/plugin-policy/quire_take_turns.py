@@ -32,5 +32,5 @@ class TakeTurns(BatchingPolicy):
         self.present[request.cache_salt] += 1
         return turn, request.arrival_ns
 
-    def finished(self, request: RequestInfo, usage: Usage) -> None:
+    def request_finished(self, request: RequestInfo, usage: Usage) -> None:
         self.present[request.cache_salt] -= 1

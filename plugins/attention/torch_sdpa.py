@@ -52,7 +52,7 @@ class TorchSDPABackend(AttentionBackend):
         """Slots outermost: a gathered request is a contiguous (tokens, heads, dim)."""
         return KVLayout(self.spec, "slot")
 
-    def plan(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
+    def prepare_metadata(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
         """Make the gather indices and masks that every layer of the step shares."""
         starts = batch.query_start_loc[: batch.num_reqs + 1].tolist()
         lengths = batch.seq_lens[: batch.num_reqs].tolist()

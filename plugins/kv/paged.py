@@ -52,27 +52,35 @@ class PagedAllocator(KVAllocator):
         return PrefixMatch(length * self.block_size, tuple(self._matched(g, hashes, length) for g in self._indices))
 
     def allocate(
-        self, request: Request, num_tokens: int, *, computed: int, match: PrefixMatch | None = None, reserve: int = 0
+        self,
+        request: Request,
+        num_tokens: int,
+        *,
+        num_computed_tokens: int,
+        prefix_match: PrefixMatch | None = None,
+        num_reserved_blocks: int = 0,
     ) -> Allocation | None:
         """Count first, so that a refusal changes nothing; then take, copy what is shared, and append."""
         size = self.block_size
         table = self._tables.get(request.request_id)
-        if table is not None and computed >= len(table.blocks[0]) * size:
-            return self._append(table, -(-num_tokens // size), reserve)
+        if table is not None and num_computed_tokens >= len(table.blocks[0]) * size:
+            return self._append(table, -(-num_tokens // size), num_reserved_blocks)
         fresh = table is None
         if table is None:
-            table = _Table([list(blocks) for blocks in match.blocks] if match else [[] for _ in self.groups])
-        need, first = -(-num_tokens // size), computed // size
+            table = _Table(
+                [list(blocks) for blocks in prefix_match.blocks] if prefix_match else [[] for _ in self.groups]
+            )
+        need, first = -(-num_tokens // size), num_computed_tokens // size
         shared: list[list[int]] = []  # per group, indices of blocks to be written that others can read
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
             refs = pool.refs
             indices = [i for i in range(first, len(blocks)) if refs[blocks[i]] > 1]
             claimed = sum(block != SINK and refs[block] == 0 for block in blocks) if fresh else 0
-            if max(need - len(blocks), 0) + len(indices) + claimed + reserve > pool.num_free:
+            if max(need - len(blocks), 0) + len(indices) + claimed + num_reserved_blocks > pool.num_free:
                 return None
             shared.append(indices)
         if fresh:
-            self._open(request, table, match)
+            self._open(request, table, prefix_match)
         starts, new_blocks, copies = [], [], []
         for g, (pool, blocks, indices) in enumerate(zip(self._pools, table.blocks, shared, strict=True)):
             start = 0 if fresh else indices[0] if indices else len(blocks)
@@ -90,7 +98,7 @@ class PagedAllocator(KVAllocator):
             new_blocks.append(blocks[start:])
         return Allocation(starts, new_blocks, copies)
 
-    def commit(self, request: Request, num_tokens: int) -> None:
+    def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
         """Index the blocks that have become full since the last call."""
         table = self._tables.get(request.request_id)
         if table is None or not self.prefix_caching:
@@ -103,7 +111,7 @@ class PagedAllocator(KVAllocator):
                     pool.store(blocks[i], hashes[i])
         table.num_stored = max(table.num_stored, full)
 
-    def fork(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
+    def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Share whole tables; whoever writes first into the last block copies it (see ``allocate``)."""
         source = self._tables[parent.request_id]
         count = -(-num_tokens // self.block_size)
@@ -118,7 +126,7 @@ class PagedAllocator(KVAllocator):
         self._tables[child.request_id] = table
         return Allocation([0] * len(self.groups), [list(blocks) for blocks in table.blocks])
 
-    def trim(self, request: Request, group: int, before: int) -> None:
+    def free_out_of_window_blocks(self, request: Request, group: int, before: int) -> None:
         """Give up whole blocks; their entries become the sink."""
         table = self._tables[request.request_id]
         blocks, start = table.blocks[group], table.num_trimmed[group]
@@ -140,7 +148,7 @@ class PagedAllocator(KVAllocator):
         table = self._tables.get(request.request_id)
         return sum(block != SINK for block in chain.from_iterable(table.blocks)) if table else 0
 
-    def num_free(self) -> int:
+    def num_free_blocks(self) -> int:
         """Of the scarcest group."""
         return min(pool.num_free for pool in self._pools)
 

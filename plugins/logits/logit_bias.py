@@ -22,7 +22,7 @@ class LogitBias(LogitsProcessor):
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def validate(cls, params: SamplingParams, vocab_size: int) -> None:
+    def validate_params(cls, params: SamplingParams, vocab_size: int) -> None:
         """Tokens must be in the vocabulary."""
         for token in params.logit_bias or {}:
             if not 0 <= token < vocab_size:
@@ -30,7 +30,7 @@ class LogitBias(LogitsProcessor):
                     f"logit_bias names token {token}; the vocabulary has tokens 0 to {vocab_size - 1}", "logit_bias"
                 )
 
-    def add(self, request: NewRequest) -> bool:
+    def add_row(self, request: NewRequest) -> bool:
         """Upload the request's biases."""
         bias = request.params.logit_bias
         if not bias:
@@ -41,7 +41,7 @@ class LogitBias(LogitsProcessor):
         )
         return True
 
-    def remove(self, row: int) -> None:
+    def remove_row(self, row: int) -> None:
         """Forget the row."""
         del self._rows[row]
 

@@ -19,7 +19,7 @@ class MinTokens(LogitsProcessor):
         super().__init__(vocab_size, device, options)
         self._rows: dict[int, tuple[int, Tensor]] = {}
 
-    def add(self, request: NewRequest) -> bool:
+    def add_row(self, request: NewRequest) -> bool:
         """Remember the position from which the request may end."""
         stops = [t for t in request.stop_token_ids if t < self.vocab_size]
         if request.params.min_tokens <= 0 or not stops:
@@ -30,7 +30,7 @@ class MinTokens(LogitsProcessor):
         )
         return True
 
-    def remove(self, row: int) -> None:
+    def remove_row(self, row: int) -> None:
         """Forget the row."""
         del self._rows[row]
 

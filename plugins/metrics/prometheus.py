@@ -25,9 +25,9 @@ _STEP = (1e-5, 2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.0
 _PHASES = {
     "schedule": "Planning a step",
     "launch": "Queueing a step's kernels",
-    "ran": "A step on the device",
+    "device": "A step on the device",
     "wait": "The host waiting for a step's tokens",
-    "commit": "Booking a step's tokens",
+    "update": "Taking in a step's tokens",
 }
 _OLD_NAMES = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
 _BY_POSITION = {

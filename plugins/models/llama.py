@@ -24,7 +24,7 @@ __all__ = ["DecoderLayer", "LlamaForCausalLM"]
 class LlamaForCausalLM(Model):
     """Embed, a stack of pre-norm layers, norm, head. Families of this shape change ``attention_shape`` alone."""
 
-    tappable = True
+    supports_aux_hidden_states = True
 
     def __init__(self, config: Any, builder: LayerBuilder) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class LlamaForCausalLM(Model):
         x = self.embed_tokens(input_ids)
         residual: Tensor | None = None
         for at, layer in enumerate(self.layers):
-            if self.taps is not None:
-                self.taps.keep(at, x, residual)
+            if self.aux_hidden_states is not None:
+                self.aux_hidden_states.capture_layer(at, x, residual)
             x, residual = layer(x, residual, positions, context)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
 
@@ -75,11 +75,11 @@ class LlamaForCausalLM(Model):
         """Layers know their own names."""
         return checkpoint_map(self)
 
-    def ignored(self, name: str) -> bool:
+    def is_ignored_tensor(self, name: str) -> bool:
         """Old checkpoints store rotary frequencies; some store a tied head."""
         return name.endswith("rotary_emb.inv_freq") or (self.lm_head.tied and name == "lm_head.weight")
 
-    def finish_loading(self) -> Iterator[str]:
+    def process_weights_after_loading(self) -> Iterator[str]:
         """Every layer repacks as its method likes."""
         return finish_loading(self)
 

@@ -128,7 +128,7 @@ class AssembledLinear(LinearMethod):
         optional = tuple(name for name, stored in self.stored(info, 0).items() if stored.optional)
         return optional if info.bias else (*optional, "bias")
 
-    def load(
+    def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
     ) -> None:
         """Check and keep one tensor; with the layer's last, assemble it."""
@@ -144,7 +144,7 @@ class AssembledLinear(LinearMethod):
         if whole:
             self._assemble(layer)
 
-    def process_weights(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Assemble what lacks only optional tensors; random weights where nothing was loaded."""
         if self._ready:
             return

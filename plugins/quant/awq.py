@@ -39,7 +39,7 @@ class AWQ(LayerwiseLoader):
         return found
 
     @classmethod
-    def example(cls) -> Mapping[str, Any]:
+    def example_config(cls) -> Mapping[str, Any]:
         """Four bits in groups of 32."""
         return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 

@@ -60,7 +60,7 @@ class CompressedTensors(LayerwiseLoader):
         return found
 
     @classmethod
-    def example(cls) -> _Args:
+    def example_config(cls) -> _Args:
         """W4A16 in groups of 32."""
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
         group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}

@@ -61,8 +61,8 @@ class Fp8(LayerwiseLoader):
         static = config.get("activation_scheme") == "static"
         return ScaledFormat(_FP8, "tensor", "static" if static else "dynamic")
 
-    def method_for(self, info: LayerInfo) -> LinearMethod:
+    def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """Compressed-tensors has a loader of its own."""
         if self.quant_config.get("quant_method") == "compressed-tensors":
-            return CompressedTensors(self.quant_config).method_for(info)
-        return super().method_for(info)
+            return CompressedTensors(self.quant_config).get_linear_method(info)
+        return super().get_linear_method(info)

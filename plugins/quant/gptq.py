@@ -45,7 +45,7 @@ class GPTQ(LayerwiseLoader):
         return found
 
     @classmethod
-    def example(cls) -> Mapping[str, Any]:
+    def example_config(cls) -> Mapping[str, Any]:
         """Four bits in groups of 32."""
         return {"quant_method": "gptq", "bits": 4, "group_size": 32}
 

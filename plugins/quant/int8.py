@@ -32,8 +32,8 @@ class Int8(LayerwiseLoader):
         """The same for all layers but the head."""
         return None if kind == "lm_head" else ScaledFormat(torch.int8, "none")
 
-    def method_for(self, info: LayerInfo) -> LinearMethod:
+    def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """Compressed-tensors has a loader of its own."""
         if self.quant_config.get("quant_method") == "compressed-tensors":
-            return CompressedTensors(self.quant_config).method_for(info)
-        return super().method_for(info)
+            return CompressedTensors(self.quant_config).get_linear_method(info)
+        return super().get_linear_method(info)

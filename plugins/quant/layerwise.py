@@ -44,7 +44,7 @@ class LayerwiseLoader(QuantizationLoader):
     def scheme(self, name: str, kind: str) -> Scheme:
         """How the projection ``name`` (``model.layers.0.self_attn.q_proj``) of ``kind`` is stored."""
 
-    def method_for(self, info: LayerInfo) -> LinearMethod:
+    def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """One product where the parts are of one scheme, else one for each."""
         try:
             schemes = [self.scheme(name, info.kind) for name in info.part_names]

@@ -24,7 +24,7 @@ class MixedLinear(LinearMethod):
         for part, method in enumerate(self.methods):
             module = nn.Module()
             layer.add_module(f"part{part}", module)
-            method.create_weights(module, info.only(part), device)
+            method.create_weights(module, info.select_part(part), device)
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Of the part's method."""
@@ -34,17 +34,17 @@ class MixedLinear(LinearMethod):
         """Of the part's method."""
         return self._of[info.name].optional_names(info)
 
-    def load(
+    def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
     ) -> None:
         """Hand it to the part."""
         module = layer.get_submodule(f"part{part}")
-        self.methods[part].load(module, info.only(part), 0, tensor_name, tensor, rank, world_size)
+        self.methods[part].load_tensor(module, info.select_part(part), 0, tensor_name, tensor, rank, world_size)
 
-    def process_weights(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         """As each part's method does."""
         for part, method in enumerate(self.methods):
-            method.process_weights(layer.get_submodule(f"part{part}"))
+            method.process_weights_after_loading(layer.get_submodule(f"part{part}"))
 
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """The parts' products side by side; each adds its own bias."""

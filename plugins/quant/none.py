@@ -39,7 +39,7 @@ class Unquantized(QuantizationLoader):
         method = quant_config.get("quant_method")
         return [f"the checkpoint is quantized with {method!r}"] if method else []
 
-    def method_for(self, info: LayerInfo) -> LinearMethod:
+    def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """The same for every layer."""
         return UnquantizedLinear(self.options.small_batch, self.options.dependent_launch)
 
@@ -64,7 +64,7 @@ class UnquantizedLinear(LinearMethod):
             bias = torch.zeros(info.out_features, dtype=info.dtype, device=device)
             layer.bias = nn.Parameter(bias, requires_grad=False)
 
-    def load(
+    def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
     ) -> None:
         """Copy this rank's rows (column) or columns (row) of one part's weight or bias."""

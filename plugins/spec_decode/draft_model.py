@@ -15,7 +15,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec
 from quire.core.contracts.model import Model
 from quire.core.contracts.sampler import SamplingBatch
-from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, TargetState
 from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs, planned, planned_pass
 
 __all__ = ["DraftModel"]
@@ -30,12 +30,12 @@ class DraftModel(DeviceProposer):
     """
 
     needs_model = serves_model = True
-    capturable = catches_up = True
+    capturable = supports_backfill = True
 
     def __init__(self, num_tokens: int, options: Any = None) -> None:
         super().__init__(num_tokens, options)
         self._model: Model
-        self._target: Target
+        self._target: TargetState
 
     @classmethod
     def unsupported(cls, target_config: Any, draft_config: Any, draft_path: Path | None) -> list[str]:
@@ -50,7 +50,7 @@ class DraftModel(DeviceProposer):
             return [f"the tokens of {draft_path.name!r} are not those of the target, though as many"]
         return []
 
-    def load(self, source: DraftSource) -> None:
+    def load_weights(self, source: DraftSource) -> None:
         """The whole folder, as a model of its own."""
         self._model = source.load_model()
 
@@ -62,28 +62,28 @@ class DraftModel(DeviceProposer):
         """The model's."""
         return self._model.attention_specs()
 
-    def prepare(self, target: Target) -> None:
+    def attach_target(self, target: TargetState) -> None:
         """Buffers that captured passes share."""
         self._target = target
-        device = target.num_computed.device
+        device = target.num_computed_tokens.device
         starts = torch.arange(0, target.max_num_reqs + 1, dtype=torch.int32, device=device)
         self._starts = {1: starts, 2: 2 * starts}
 
-    def observe(self, step: StepTokens) -> None:
+    def observe_step(self, step: StepTokens) -> None:
         """Prompts, and whatever is in the step beside them."""
         self._model(step.input_ids, step.positions, planned(self._target, step.slots, step.batch))
 
-    def catch_up(self, spans: Tensor, known: NDArray[np.int64]) -> None:
+    def backfill(self, spans: Tensor, host_spans: NDArray[np.int64]) -> None:
         """As a step of prompts."""
         target, (rows, first, last) = self._target, spans.unbind()
-        counts = known[2] - known[1]
+        counts = host_spans[2] - host_spans[1]
         total, device = int(counts.sum()), rows.device
         start = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
         torch.cumsum(last - first, 0, out=start[1:])
         owner = torch.repeat_interleave(torch.arange(len(rows), device=device), last - first, output_size=total)
         positions = (first - start[:-1])[owner] + torch.arange(total, device=device)
         pages = target.block_table[rows[owner], positions // target.block_size].long()
-        longest = int(known[2].max())
+        longest = int(host_spans[2].max())
         batch = AttentionBatch(
             query_start_loc=start.int(),
             seq_lens=last.int(),
@@ -97,21 +97,21 @@ class DraftModel(DeviceProposer):
         slots = pages * target.block_size + positions % target.block_size
         self._model(target.table.token_ids[rows[owner], positions], positions, planned(target, slots, batch))
 
-    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
-        """Two tokens a request, then one a pass."""
+    def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
+        """Two tokens a row, then one a pass."""
         target = self._target
-        blocks = target.block_table[who]
-        inputs = pass_inputs(target, who, blocks, ahead=0, queries=2)
-        sampling = SamplingBatch.of(target.table, who, inputs.next, not greedy)
+        blocks = target.block_table[rows]
+        inputs = pass_inputs(target, rows, blocks, ahead=0, queries=2)
+        sampling = SamplingBatch.from_table(target.table, rows, inputs.next, not greedy)
         hidden = self._pass(inputs, blocks, 2)[1::2].contiguous()
         drafts = []
         while True:
             logits = self._model.compute_logits(hidden)
             drawn = target.sampler.sample(logits if logits.is_cuda else logits.float(), sampling)
             drafts.append(drawn)
-            if len(drafts) == count:
+            if len(drafts) == num_tokens:
                 return DraftTokens(torch.stack(drafts, 1))
-            inputs = pass_inputs(target, who, blocks, ahead=len(drafts), queries=1, drawn=drawn)
+            inputs = pass_inputs(target, rows, blocks, ahead=len(drafts), queries=1, drawn=drawn)
             sampling.position = inputs.next
             hidden = self._pass(inputs, blocks, 1)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionSpec
-from quire.core.contracts.model import Model, Taps
+from quire.core.contracts.model import AuxHiddenStates, Model
 from quire.core.contracts.sampler import SamplingBatch
-from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, Target
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, TargetState
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
@@ -32,14 +32,14 @@ class Eagle3(DeviceProposer):
     """
 
     needs_model = True
-    capturable = observes_all = True
+    capturable = observes_every_step = True
 
     def __init__(self, num_tokens: int, options: Any = None) -> None:
         super().__init__(num_tokens, options)
         self._config: HeadConfig
-        self._taps: Taps
+        self._taps: AuxHiddenStates
         self._head: Eagle3Head
-        self._target: Target
+        self._target: TargetState
 
     @classmethod
     def unsupported(cls, target_config: Any, draft_config: Any, draft_path: Path | None) -> list[str]:
@@ -56,16 +56,16 @@ class Eagle3(DeviceProposer):
             reasons = [str(error)]
         return [f"{draft_path.name!r} {reason}" for reason in reasons]
 
-    def load(self, source: DraftSource) -> None:
+    def load_weights(self, source: DraftSource) -> None:
         """The head, with the target's embedding unless it has one of its own that differs."""
         assert source.path is not None
-        if not (model := source.target).tappable:
+        if not (model := source.target).supports_aux_hidden_states:
             raise ConfigError(f"{type(model).__name__} hands out no hidden states; choose another --spec-method")
         target = source.target_config.get_text_config()
         self._config = config = HeadConfig.read(source.config, target)
         dummy = source.load_format == "dummy"
         tensors = {} if dummy else read_tensors(source.path)
-        builder, theirs = source.builder(source.config), _embedding(model)
+        builder, theirs = source.make_builder(source.config), _embedding(model)
         own = tensors.get("embed_tokens.weight")
         if own is not None and (theirs is None or not _same(own, theirs.weight)):
             theirs = None
@@ -81,8 +81,8 @@ class Eagle3(DeviceProposer):
             else:
                 fill(self._head, config, tensors, str(source.path))
         width = len(config.taps) * config.target_hidden
-        states = torch.zeros(source.most_tokens, width, dtype=builder.dtype, device=builder.device)
-        model.taps = self._taps = Taps(config.taps, states)
+        states = torch.zeros(source.max_num_tokens, width, dtype=builder.dtype, device=builder.device)
+        model.aux_hidden_states = self._taps = AuxHiddenStates(config.taps, states)
 
     def parameters(self) -> Iterable[Tensor]:
         """The head's own."""
@@ -92,32 +92,32 @@ class Eagle3(DeviceProposer):
         """One layer."""
         return [self._head.spec]
 
-    def prepare(self, target: Target) -> None:
+    def attach_target(self, target: TargetState) -> None:
         """Buffers that captured passes share."""
         if any(backend.writes_kv for backend in target.backends):
             raise ConfigError("spec_method 'eagle3' writes keys and values itself; choose another --attention-backend")
         self._target = target
-        device, hidden = target.num_computed.device, self._config.layer.hidden_size
+        device, hidden = target.num_computed_tokens.device, self._config.layer.hidden_size
         self._starts = torch.arange(target.max_num_reqs + 2, dtype=torch.int32, device=device)
-        self._states = torch.zeros(len(target.num_computed), hidden, dtype=self._head.spec.dtype, device=device)
+        self._states = torch.zeros(len(target.num_computed_tokens), hidden, dtype=self._head.spec.dtype, device=device)
 
-    def observe(self, step: StepTokens) -> None:
+    def observe_step(self, step: StepTokens) -> None:
         """Keys and values of every token, with whatever was drawn after it; and each request's state at its last."""
         hidden = self._head.fc(self._taps.states[: len(step.positions)])  # (num_tokens, hidden)
         following, last = observed(step, self._target.table)
         self._head.write(following, hidden, step.positions, context_of(self._target, step.slots))
         self._states[step.rows] = hidden[last]
 
-    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
+    def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
         """One token a pass: from the state of the last token but one and the token after it, then from those drawn."""
         target = self._target
-        table, blocks, hidden = target.table, target.block_table[who], self._states[who]
-        tokens = table.token_ids[who, table.num_tokens[who].long().clamp(min=2) - 1]
+        table, blocks, hidden = target.table, target.block_table[rows], self._states[rows]
+        tokens = table.token_ids[rows, table.num_tokens[rows].long().clamp(min=2) - 1]
         drafts: list[Tensor] = []
-        for ahead in range(count):
-            inputs = pass_inputs(target, who, blocks, ahead=ahead - 1, queries=1, drawn=tokens)
+        for ahead in range(num_tokens):
+            inputs = pass_inputs(target, rows, blocks, ahead=ahead - 1, queries=1, drawn=tokens)
             if not drafts:
-                sampling = SamplingBatch.of(table, who, inputs.next, not greedy)
+                sampling = SamplingBatch.from_table(table, rows, inputs.next, not greedy)
             sampling.position = inputs.next + 1
             normed, hidden = self._pass(inputs, hidden, blocks)
             tokens = self._draw(normed, sampling, greedy)

@@ -39,23 +39,23 @@ class NgramProposer(HostProposer):
         self._sizes = range(self.options.prompt_lookup_max, self.options.prompt_lookup_min - 1, -1)
         self._known: dict[str, _Index] = {}
 
-    def propose(self, who: Request, count: int) -> Sequence[int]:
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Look up, longest first. Where the earlier occurrence is near the end its continuation repeats itself."""
-        index = self._known.setdefault(who.request_id, _Index())
-        tokens = who.token_ids
+        index = self._known.setdefault(request.request_id, _Index())
+        tokens = request.token_ids
         index.extend(tokens, self._sizes)
         for size in self._sizes:
             if len(tokens) > size and (end := index.before.get(tuple(tokens[-size:]))) is not None:
-                found = tokens[end : end + count]
+                found = tokens[end : end + num_tokens]
                 period = len(tokens) - end
-                while len(found) < count:
+                while len(found) < num_tokens:
                     found.append(found[-period])
                 return found
         return ()
 
-    def forget(self, who: Request) -> None:
+    def request_finished(self, request: Request) -> None:
         """Drop its index."""
-        self._known.pop(who.request_id, None)
+        self._known.pop(request.request_id, None)
 
 
 class _Index:

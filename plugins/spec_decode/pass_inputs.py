@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext
-from quire.core.contracts.spec_decode import Target
+from quire.core.contracts.spec_decode import TargetState
 
 __all__ = ["PassInputs", "context_of", "pass_inputs", "planned", "planned_pass"]
 
@@ -26,7 +26,7 @@ class PassInputs:
 
 
 def pass_inputs(
-    target: Target, rows: Tensor, blocks: Tensor, *, ahead: int, queries: int, drawn: Tensor | None = None
+    target: TargetState, rows: Tensor, blocks: Tensor, *, ahead: int, queries: int, drawn: Tensor | None = None
 ) -> PassInputs:
     """The last ``queries`` of the tokens of ``rows`` (n,) int64, with ``ahead`` drafts behind those in the table.
 
@@ -57,7 +57,9 @@ def pass_inputs(
     return PassInputs(tokens, positions.flatten().clamp(max=longest - 1), slots, length.int(), length)
 
 
-def planned_pass(target: Target, inputs: PassInputs, blocks: Tensor, starts: Tensor, queries: int) -> ForwardContext:
+def planned_pass(
+    target: TargetState, inputs: PassInputs, blocks: Tensor, starts: Tensor, queries: int
+) -> ForwardContext:
     """Plan attention over the inputs and say what layers need. ``starts`` (at least n + 1,) int32: multiples of
     ``queries``."""
     n = len(blocks)
@@ -76,13 +78,13 @@ def planned_pass(target: Target, inputs: PassInputs, blocks: Tensor, starts: Ten
     return planned(target, inputs.slots, batch, key)
 
 
-def planned(target: Target, slots: Tensor, batch: AttentionBatch, key: GraphKey | None = None) -> ForwardContext:
+def planned(target: TargetState, slots: Tensor, batch: AttentionBatch, key: GraphKey | None = None) -> ForwardContext:
     """Plan attention of the proposer's layers, and say what they need."""
     for backend in target.backends:
-        backend.plan(batch, key)
+        backend.prepare_metadata(batch, key)
     return context_of(target, slots)
 
 
-def context_of(target: Target, slots: Tensor) -> ForwardContext:
+def context_of(target: TargetState, slots: Tensor) -> ForwardContext:
     """What the proposer's layers need of a step whose tokens go to ``slots``."""
     return ForwardContext(target.backends, [slots] * len(target.backends), target.kv, target.group_of)

@@ -46,17 +46,17 @@ class SuffixProposer(HostProposer):
         self._shared: OrderedDict[str | None, _Automaton] = OrderedDict()
         self._cursors: dict[str, _Cursor] = {}
 
-    def propose(self, who: Request, count: int) -> Sequence[int]:
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Take in what is new, and follow the suffix."""
-        cursor = self._cursors.get(who.request_id)
+        cursor = self._cursors.get(request.request_id)
         if cursor is None:
-            cursor = self._cursors[who.request_id] = _Cursor(self._automaton(who.cache_salt), who.token_ids)
+            cursor = self._cursors[request.request_id] = _Cursor(self._automaton(request.cache_salt), request.token_ids)
         cursor.advance(_AT_ONCE)
-        return cursor.follow(count, self.options.min_match)
+        return cursor.follow(num_tokens, self.options.min_match)
 
-    def forget(self, who: Request) -> None:
+    def request_finished(self, request: Request) -> None:
         """Its text stays in the index."""
-        self._cursors.pop(who.request_id, None)
+        self._cursors.pop(request.request_id, None)
 
     def _automaton(self, salt: str | None) -> _Automaton:
         found = self._shared.get(salt)

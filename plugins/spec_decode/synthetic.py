@@ -15,7 +15,7 @@ class SyntheticProposer(DeviceProposer):
 
     capturable = True
 
-    def propose(self, who: Tensor, count: int, *, greedy: bool = False) -> DraftTokens:
+    def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
         """Token 1, 2, 3 ..."""
-        tokens = torch.arange(1, count + 1, dtype=torch.int32, device=who.device)
-        return DraftTokens(tokens.expand(len(who), count))
+        tokens = torch.arange(1, num_tokens + 1, dtype=torch.int32, device=rows.device)
+        return DraftTokens(tokens.expand(len(rows), num_tokens))

@@ -56,7 +56,7 @@ class Recorder(LogitsProcessor):
         self._tasks: dict[int, _Task] = {}
         self._open: dict[str, NDArray[Any]] = {}
 
-    def add(self, request: NewRequest) -> bool:
+    def add_row(self, request: NewRequest) -> bool:
         """Remember the text of the row."""
         asked = (request.params.extra_args or {}).get(ARGUMENT)
         if asked is None:
@@ -71,7 +71,7 @@ class Recorder(LogitsProcessor):
         )
         return True
 
-    def remove(self, row: int) -> None:
+    def remove_row(self, row: int) -> None:
         """Forget the row."""
         del self._tasks[row]
 

@@ -12,7 +12,7 @@ from quire.core.stats import StepStats
 
 __all__ = ["chrome_trace"]
 
-_TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "commit": 5}
+_TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "update": 5}
 
 
 def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
     begun = float("inf")
     for step in reversed(list(steps)):
         ended = min(step.end_us, begun)
-        begun = ended - step.ran_us
+        begun = ended - step.device_us
         shape = {"requests": step.num_reqs, "decodes": step.num_decodes, "tokens": step.num_tokens}
         if step.num_drafts:
             shape |= {"drafts": step.num_drafts, "accepted": step.num_accepted}
@@ -36,9 +36,9 @@ def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
         for phase, start, length in (
             ("schedule", step.start_us, step.schedule_us),
             ("launch", planned, step.launch_us),
-            ("device", begun, step.ran_us),
+            ("device", begun, step.device_us),
             ("wait", step.end_us - step.wait_us, step.wait_us),
-            ("commit", step.end_us, step.commit_us),
+            ("update", step.end_us, step.update_us),
         ):
             events.append(
                 {

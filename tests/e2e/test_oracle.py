@@ -74,7 +74,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
     got: dict[str, list[int]] = {}
     waiting = list(enumerate(prompts))
-    free_before = llm._core.scheduler._allocator.num_free()
+    free_before = llm._core.scheduler._allocator.num_free_blocks()
     while waiting or len(llm._outputs):
         for _ in range(rng.choice([0, 0, 1, 3])):
             if waiting:
@@ -109,4 +109,4 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
     while llm._core.has_work:
         llm._core.step()
     llm._core.scheduler._allocator.check_integrity()
-    assert llm._core.scheduler._allocator.num_free() == free_before
+    assert llm._core.scheduler._allocator.num_free_blocks() == free_before

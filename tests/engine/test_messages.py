@@ -20,7 +20,7 @@ def test_columns_are_what_each_gained(gained: list[list[int]], special: list[lis
     )
     message = wire.decode_from_core(wire.encode(Outputs(made)))
     assert isinstance(message, Outputs)
-    each = message.value.each()
+    each = message.value.expand_outputs()
     assert [o.new_token_ids for o in each] == [*special, *gained]
     assert [o.request_id for o in each if o.finish_reason is None] == [str(i) for i in range(len(gained))]
     assert [o.finish_reason for o in each] == ["length"] * len(special) + [None] * len(gained)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
-from quire.core.contracts.executor import Pending
+from quire.core.contracts.executor import StepFuture
 from quire.core.messages import SchedulerOutput
 from quire.core.worker.uniproc_executor import UniprocExecutor
 
@@ -20,19 +20,19 @@ class SmallMemory(UniprocExecutor):
 
     most = 24
 
-    def execute(self, step: SchedulerOutput) -> Pending:
-        if step.total_tokens > self.most:
+    def execute_step(self, step: SchedulerOutput) -> StepFuture:
+        if step.total_num_scheduled_tokens > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory (forced)")
-        return super().execute(step)
+        return super().execute_step(step)
 
 
 class NoMemory(SmallMemory):
     """Always out of memory once a request of more than 40 tokens is there."""
 
-    def execute(self, step: SchedulerOutput) -> Pending:
+    def execute_step(self, step: SchedulerOutput) -> StepFuture:
         if step.max_seq_len > 40:
             raise torch.OutOfMemoryError("CUDA out of memory (forced)")
-        return super().execute(step)
+        return super().execute_step(step)
 
 
 def test_steps_shrink_and_everybody_is_served(tiny: Path, llm: LLM) -> None:

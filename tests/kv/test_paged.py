@@ -19,8 +19,8 @@ def request(request_id, tokens):
 def serve(allocator, made):
     """Allocate, commit and free; the blocks it had in group 0."""
     match = allocator.match_prefix(made)
-    allocation = allocator.allocate(made, made.num_tokens, computed=match.num_tokens, match=match)
-    allocator.commit(made, made.num_tokens)
+    allocation = allocator.allocate(made, made.num_tokens, num_computed_tokens=match.num_tokens, prefix_match=match)
+    allocator.cache_full_blocks(made, made.num_tokens)
     allocator.free(made)
     return allocation.new_blocks[0]
 
@@ -45,10 +45,10 @@ def test_two_who_compute_the_same_keep_their_own_blocks():
     allocator = make()
     a, b = request("a", range(8)), request("b", range(8))
     for made in (a, b):
-        allocator.allocate(made, 8, computed=0)
+        allocator.allocate(made, 8, num_computed_tokens=0)
     for made in (a, b):
-        allocator.commit(made, 8)
-    assert allocator.stats().num_cached == 2 and allocator.num_free() == 11
+        allocator.cache_full_blocks(made, 8)
+    assert allocator.stats().num_cached == 2 and allocator.num_free_blocks() == 11
     allocator.free(a)
     assert allocator.match_prefix(request("c", range(9))).num_tokens == 8
     allocator.free(b)
@@ -58,9 +58,9 @@ def test_two_who_compute_the_same_keep_their_own_blocks():
 def test_a_window_needs_only_its_own_blocks():
     allocator = make((KVGroup(1), KVGroup(1, window=5)))
     first = request("first", range(16))
-    allocator.allocate(first, 16, computed=0)
-    allocator.commit(first, 16)
-    allocator.trim(first, 1, 12)
+    allocator.allocate(first, 16, num_computed_tokens=0)
+    allocator.cache_full_blocks(first, 16)
+    allocator.free_out_of_window_blocks(first, 1, 12)
     match = allocator.match_prefix(request("same", range(17)))
     assert match.num_tokens == 16
     assert match.blocks[1][:3] == (0, 0, 0) and match.blocks[1][3] != 0
@@ -70,8 +70,8 @@ def test_a_window_needs_only_its_own_blocks():
 def test_all_groups_find_the_same_number_of_tokens():
     allocator = make((KVGroup(1, window=5), KVGroup(1)), num_blocks=9)
     first = request("first", range(16))
-    allocator.allocate(first, 16, computed=0)
-    allocator.commit(first, 16)
+    allocator.allocate(first, 16, num_computed_tokens=0)
+    allocator.cache_full_blocks(first, 16)
     allocator._pools[0].forget(allocator._tables["first"].blocks[0][3])
     assert allocator.match_prefix(request("same", range(17))).num_tokens == 12
     allocator._pools[1].forget(allocator._tables["first"].blocks[1][1])
@@ -82,9 +82,9 @@ def test_all_groups_find_the_same_number_of_tokens():
 def test_a_fork_past_the_window_is_refused():
     allocator = make((KVGroup(1, window=4),))
     parent, child = request("parent", range(30)), request("child", range(10))
-    allocator.allocate(parent, 30, computed=0)
-    allocator.trim(parent, 0, 27)
-    assert allocator.fork(parent, child, 9) is None
+    allocator.allocate(parent, 30, num_computed_tokens=0)
+    allocator.free_out_of_window_blocks(parent, 0, 27)
+    assert allocator.fork_blocks(parent, child, 9) is None
     assert allocator.num_held(child) == 0
     allocator.check_integrity()
 

@@ -35,12 +35,12 @@ class PagedMachine(RuleBasedStateMachine):
         assert self.picture() == before
         assert match.num_tokens < len(tokens) and match.num_tokens % self.size == 0
         allocation = self.allocator.allocate(
-            request, len(tokens), computed=match.num_tokens, match=match, reserve=reserve
+            request, len(tokens), num_computed_tokens=match.num_tokens, prefix_match=match, num_reserved_blocks=reserve
         )
         if allocation is None:
             assert self.picture() == before
             return multiple()
-        assert self.allocator.num_free() >= reserve
+        assert self.allocator.num_free_blocks() >= reserve
         self.tables[request] = [{} for _ in self.groups]
         self.trimmed[request] = [self.first_read(group, match.num_tokens) for group in self.groups]
         self.apply(request, allocation)
@@ -52,7 +52,7 @@ class PagedMachine(RuleBasedStateMachine):
         computed = self.computed[request]
         before = self.picture()
         request.token_ids += tokens
-        allocation = self.allocator.allocate(request, computed + len(tokens), computed=computed)
+        allocation = self.allocator.allocate(request, computed + len(tokens), num_computed_tokens=computed)
         if allocation is None:
             assert self.picture() == before
             del request.token_ids[computed:]
@@ -62,7 +62,7 @@ class PagedMachine(RuleBasedStateMachine):
 
     @rule(request=requests, late=st.integers(0, 4))
     def commit(self, request, late):
-        self.allocator.commit(request, max(self.computed[request] - late, 0))
+        self.allocator.cache_full_blocks(request, max(self.computed[request] - late, 0))
 
     @rule(target=requests, parent=requests, late=st.integers(0, 2))
     def fork(self, parent, late):
@@ -71,7 +71,7 @@ class PagedMachine(RuleBasedStateMachine):
             return multiple()
         child = self.request(parent.token_ids[:length])
         before = self.picture()
-        allocation = self.allocator.fork(parent, child, length)
+        allocation = self.allocator.fork_blocks(parent, child, length)
         if allocation is None:
             assert self.picture() == before
             assert any(group.window is not None for group in self.groups)
@@ -90,7 +90,7 @@ class PagedMachine(RuleBasedStateMachine):
         for index, group in enumerate(self.groups):
             if group.window is not None:
                 before = self.first_read(group, self.computed[request])
-                self.allocator.trim(request, index, before)
+                self.allocator.free_out_of_window_blocks(request, index, before)
                 self.trimmed[request][index] = max(self.trimmed[request][index], before)
 
     @rule(request=consumes(requests))
@@ -134,7 +134,7 @@ class PagedMachine(RuleBasedStateMachine):
                 self.allocator.free(request)
             while self.held:
                 self.release()
-            assert self.allocator.num_free() == self.blocks - 1
+            assert self.allocator.num_free_blocks() == self.blocks - 1
             self.allocator.check_integrity()
 
     def request(self, tokens):

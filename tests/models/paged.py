@@ -69,7 +69,7 @@ class PagedRunner:
         self.size = specs[0].block_size
         self.backends = [backend(spec, self.device) for spec in groups]
         for made in self.backends:
-            made.prepare(AttentionLimits(num_seqs, num_seqs * max_len, max_len, self.device))
+            made.allocate_workspaces(AttentionLimits(num_seqs, num_seqs * max_len, max_len, self.device))
         self.group_of = [groups.index(spec) for spec in specs]
         width = -(-max_len // self.size)
         generator = torch.Generator().manual_seed(seed)
@@ -108,7 +108,7 @@ class PagedRunner:
                 max_seq_len=max(self.computed[i] + n for i, n in zip(order, lens, strict=True)),
                 num_decodes=sum(n == 1 for n in lens),
             )
-            backend.plan(batch)
+            backend.prepare_metadata(batch)
         context = ForwardContext(self.backends, slots, self.kv, self.group_of)
         logits = self.model.compute_logits(self.model(ids, positions, context))
         for i, n in zip(order, lens, strict=True):

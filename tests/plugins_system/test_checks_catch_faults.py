@@ -60,7 +60,7 @@ class BiasForAll(LogitBias):
 
 
 class NeverForgets(LogitBias):
-    def remove(self, row):
+    def remove_row(self, row):
         pass
 
 
@@ -93,33 +93,33 @@ class Optimist(Dense):
 
 
 class HalfTheWeight(Dense):
-    def method_for(self, info):
+    def get_linear_method(self, info):
         return _Half()
 
 
 class _Half(DenseLinear):
-    def process_weights(self, layer):
+    def process_weights_after_loading(self, layer):
         layer.weight.mul_(0.5)
 
 
 class Divides(Dense):
-    def method_for(self, info):
+    def get_linear_method(self, info):
         return _ByZero()
 
 
 class _ByZero(DenseLinear):
-    def process_weights(self, layer):
+    def process_weights_after_loading(self, layer):
         layer.weight.div_(0.0)
 
 
 class IgnoresTheRank(Dense):
-    def method_for(self, info):
+    def get_linear_method(self, info):
         return _FirstShard()
 
 
 class _FirstShard(DenseLinear):
-    def load(self, layer, info, part, tensor_name, tensor, rank, world_size):
-        super().load(layer, info, part, tensor_name, tensor, 0, world_size)
+    def load_tensor(self, layer, info, part, tensor_name, tensor, rank, world_size):
+        super().load_tensor(layer, info, part, tensor_name, tensor, 0, world_size)
 
 
 @pytest.mark.parametrize(

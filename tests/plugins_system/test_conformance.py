@@ -15,7 +15,7 @@ class Patient(BatchingPolicy):
 class Undocumented(Patient):
     shared = {}
 
-    def finished(self, request):
+    def request_finished(self, request):
         pass
 
 

@@ -13,10 +13,10 @@ from tests.models.paged import CLASSES, PagedRunner
 from torch import Tensor
 
 from quire.core.contracts.model import Model
-from quire.core.distributed import Parallel
-from quire.core.hf_config import architecture, read_hf_config
-from quire.core.loader import load_model
-from quire.core.plugin_manager import PluginManager
+from quire.core.layers.parallel import Parallel
+from quire.core.loading.hf_config import architecture, read_hf_config
+from quire.core.loading.loader import load_model
+from quire.core.plugin.manager import PluginManager
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())

@@ -40,14 +40,14 @@ def test_activations_beside_blocks_are_quantized_only_where_the_checkpoint_says_
     """However many tokens there are, and by what comes before the layer."""
     weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "float-quantized"}
-    method = CompressedTensors({"config_groups": {"group_0": group}}).method_for(INFO)
+    method = CompressedTensors({"config_groups": {"group_0": group}}).get_linear_method(INFO)
     layer, generator = torch.nn.Module(), torch.Generator().manual_seed(0)
     weight = torch.randn(256, 640, generator=generator).mul(60).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 5, generator=generator) + 0.1
     method.create_weights(layer, INFO, torch.device("cuda"))
-    method.load(layer, INFO, 0, "weight", weight.cuda(), 0, 1)
-    method.load(layer, INFO, 0, "weight_scale", scale.cuda(), 0, 1)
-    method.process_weights(layer)
+    method.load_tensor(layer, INFO, 0, "weight", weight.cuda(), 0, 1)
+    method.load_tensor(layer, INFO, 0, "weight_scale", scale.cuda(), 0, 1)
+    method.process_weights_after_loading(layer)
     hopper = torch.cuda.get_device_capability() == (9, 0)
     assert method.input_format == ("fp8_group" if inputs and hopper else "native")
     for tokens in (1, 24, 300):

@@ -4,18 +4,18 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.core.contracts.policy import Columns, StepView, default_plan
+from quire.core.contracts.policy import RequestColumns, StepView, default_plan
 
 
 def view(running, waiting, budget, *, rows=256, chunked=True):
     """A step in which these numbers of tokens remain, running and waiting."""
-    running, waiting = (Columns(remaining=np.array(each, np.int64)) for each in (running, waiting))
+    running, waiting = (RequestColumns(num_remaining_tokens=np.array(each, np.int64)) for each in (running, waiting))
     return StepView(0, budget, rows, 10_000, 16, running, waiting, chunked)
 
 
 def granted(*args, **options):
     plan = default_plan(view(*args, **options))
-    return dict(zip(plan.rows.tolist(), plan.tokens.tolist(), strict=True))
+    return dict(zip(plan.request_indices.tolist(), plan.num_scheduled_tokens.tolist(), strict=True))
 
 
 def test_a_prompt_does_not_wait_for_those_behind_it():

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from quire.core.contracts.policy import Columns, Grants, Reject, default_plan
+from quire.core.contracts.policy import Grants, Reject, RequestColumns, default_plan
 from quire.core.errors import QueueFullError
 from quire.plugins.sched.fcfs import FCFSPolicy
 
@@ -22,7 +22,7 @@ class After(FCFSPolicy):
         self.harm = harm
         self.calls = 0
 
-    def plan(self, view):
+    def schedule(self, view):
         self.calls += 1
         return self.harm(view) if self.calls > 3 else default_plan(view)
 
@@ -36,7 +36,7 @@ def exits(view):
 
 
 def writes_into_the_view(view):
-    view.running.remaining[:] = 0
+    view.running.num_remaining_tokens[:] = 0
 
 
 HARMS = {
@@ -70,7 +70,7 @@ def test_a_policy_whose_plans_are_nonsense_is_replaced(make_engine, caplog, harm
     assert engine.scheduler.stats()["policy_quarantines_total"] == 1
     (record,) = [r for r in caplog.records if r.name == "quire.sched"]
     assert "After is quarantined" in record.getMessage() and "FCFSPolicy takes over" in record.getMessage()
-    assert engine.allocator.num_free() == 29
+    assert engine.allocator.num_free_blocks() == 29
 
 
 def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
@@ -93,9 +93,9 @@ def test_one_slow_plan_is_forgiven(make_engine):
 def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
 
     class Waiting(FCFSPolicy):
-        def plan(self, view):
+        def schedule(self, view):
             nothing = np.empty(0, np.int64)
-            return Grants(nothing, nothing) if view.running.in_flight.any() else default_plan(view)
+            return Grants(nothing, nothing) if view.running.num_in_flight_tokens.any() else default_plan(view)
 
     engine = make_engine(Waiting())
     for i in range(4):
@@ -106,7 +106,7 @@ def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
 
 def test_excess_is_cut_not_punished(make_engine):
     class Greedy(FCFSPolicy):
-        def plan(self, view):
+        def schedule(self, view):
             rows = np.arange(len(view.running) + len(view.waiting))
             return Grants(rows, np.full(len(rows), 10**6))
 
@@ -115,7 +115,7 @@ def test_excess_is_cut_not_punished(make_engine):
         engine.add(f"r{i}", [i] * 9, max_tokens=9)
     for _ in range(20):
         step = engine.launch()
-        assert step is None or (step.total_tokens <= 7 and len(step.rows) <= 3)
+        assert step is None or (step.total_num_scheduled_tokens <= 7 and len(step.rows) <= 3)
         while engine.flights:
             engine.land()
     engine.run()
@@ -166,7 +166,7 @@ def test_finished_is_told_and_may_fail(make_engine):
             super().__init__()
             self.fails, self.heard = fails, {}
 
-        def finished(self, request, usage):
+        def request_finished(self, request, usage):
             self.heard[request.request_id] = usage
             if self.fails:
                 raise RuntimeError("a bug")
@@ -189,4 +189,4 @@ def test_finished_is_told_and_may_fail(make_engine):
 
 def test_columns_refuse_unknown_names():
     with pytest.raises(TypeError, match="no such column: speed"):
-        Columns(speed=np.zeros(1, np.int64))
+        RequestColumns(speed=np.zeros(1, np.int64))

@@ -16,7 +16,7 @@ FRONT = 4
 def make_request(number, key=0):
     message = EngineCoreRequest(f"r{number}", list(range(1 + number % 7)), SamplingParams(), number, priority=key)
     request = Request(message, 64)
-    request.rank = ((key,), number)
+    request.queue_key = ((key,), number)
     return request
 
 
@@ -62,13 +62,13 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def resort(self):
         for request in self.ready + self.parked:
-            (key,), number = request.rank
-            request.rank = ((-key,), number)
+            (key,), number = request.queue_key
+            request.queue_key = ((-key,), number)
         self.queue.resort()
 
     @invariant()
     def is_a_sorted_list(self):
-        best = sorted(self.ready, key=lambda request: request.rank)[:FRONT]
+        best = sorted(self.ready, key=lambda request: request.queue_key)[:FRONT]
         assert self.queue.window(FRONT) == best
         assert self.queue.window(2) == best[:2]
         assert self.queue.num_ready == len(self.ready)
@@ -76,7 +76,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert set(self.queue) == {*self.ready, *self.parked}
         view = self.queue.view(FRONT)
         assert view.prompt_len.tolist() == [request.prompt_len for request in best]
-        assert view.remaining.tolist() == [request.num_tokens for request in best]
+        assert view.num_remaining_tokens.tolist() == [request.num_tokens for request in best]
         assert view.priority.tolist() == [request.priority for request in best]
 
 
@@ -99,8 +99,8 @@ def test_columns_are_read_only_and_made_on_demand():
     queue = WaitingQueue(block_size=4)
     queue.add(make_request(5))
     view = queue.view(10)
-    assert len(view) == 1 and "computed" not in vars(view)
+    assert len(view) == 1 and "num_computed_tokens" not in vars(view)
     for name in type(view).__mro__[1].__annotations__:
         column = getattr(view, name)
         assert column.dtype == np.int64 and len(column) == 1 and not column.flags.writeable, name
-    assert view.blocks_needed.tolist() == [2] and view.blocks_held.tolist() == [0]
+    assert view.num_needed_blocks.tolist() == [2] and view.num_held_blocks.tolist() == [0]

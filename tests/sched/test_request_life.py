@@ -49,7 +49,7 @@ def test_abort_at_any_moment_returns_everything(make_engine):
             engine.abort("a")
             assert engine.allocator._tables.keys() <= {"b"}
         engine.run()
-        assert engine.finished["b"] == "length" and engine.allocator.num_free() == 19
+        assert engine.finished["b"] == "length" and engine.allocator.num_free_blocks() == 19
     assert not engine.scheduler.abort("a")
 
 
@@ -67,7 +67,7 @@ def test_a_failed_step_ends_its_own_requests_only(make_engine):
     assert engine.allocator.stats().num_cached == 0, "what a failed step wrote must not be found"
     engine.run()
     assert engine.finished == {"r0": "error", "r1": "error", "r2": "length"}
-    assert engine.allocator.num_free() == 63
+    assert engine.allocator.num_free_blocks() == 63
 
 
 # ---- preemption
@@ -110,9 +110,9 @@ def test_blocks_ahead_never_pass_the_end(make_engine):
 
 def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
     class OldestFirst(FCFSPolicy):
-        def plan(self, view):
+        def schedule(self, view):
             grants = default_plan(view)
-            return Grants(grants.rows, grants.tokens, np.arange(len(view.running)))
+            return Grants(grants.request_indices, grants.num_scheduled_tokens, np.arange(len(view.running)))
 
     engine = make_engine(OldestFirst(), num_blocks=11, watermark=0.0)
     for i in range(3):
@@ -129,7 +129,9 @@ def test_newcomers_leave_room_for_those_who_run(make_engine):
     engine.launch()
     engine.add("short", [2] * 8, max_tokens=2)
     step = engine.launch()
-    assert step.num_tokens.tolist() == [28], "the long prompt needs 15 blocks and 4 are the watermark: 2 do not fit"
+    assert step.num_scheduled_tokens.tolist() == [28], (
+        "the long prompt needs 15 blocks and 4 are the watermark: 2 do not fit"
+    )
     engine.run()
     assert engine.scheduler.stats()["num_preemptions_total"] == 0
 
@@ -159,8 +161,8 @@ def test_children_share_the_prompt_of_their_parent(make_engine):
         engine.add(f"r{i}", [1] * 30, max_tokens=6, parent="r0" if i else None)
     first, second = engine.launch(), engine.launch()
     assert (len(first.rows), len(second.rows)) == (1, 4)
-    assert second.num_tokens.tolist() == [1] * 4 and len(second.copies) == 3
-    assert engine.allocator.num_free() == 39 - 8 - 3
+    assert second.num_scheduled_tokens.tolist() == [1] * 4 and len(second.block_copies) == 3
+    assert engine.allocator.num_free_blocks() == 39 - 8 - 3
     engine.run()
     assert len({tuple(tokens) for tokens in engine.received.values()}) == 4
 
@@ -195,7 +197,7 @@ def test_a_stranger_is_no_parent(make_engine):
     engine.add("other salt", [1] * 20, max_tokens=4, parent="parent", salt="mine")
     engine.add("gone", [1] * 20, max_tokens=4, parent="nobody")
     step = engine.launch()
-    assert [new.num_computed for new in step.new_requests] == [0, 0, 0]
+    assert [new.num_computed_tokens for new in step.new_requests] == [0, 0, 0]
     engine.run()
 
 

@@ -35,8 +35,8 @@ def test_planning_never_waits_for_a_token(make_engine):
     steps = []
     while (step := engine.launch()) is not None:
         steps.append(step)
-    assert [step.total_tokens for step in steps] == [3] + [1] * 19
-    assert all(step.samples.all() for step in steps)
+    assert [step.total_num_scheduled_tokens for step in steps] == [3] + [1] * 19
+    assert all(step.sampling_mask.all() for step in steps)
     while engine.flights:
         engine.land()
     assert engine.finished == {"r": "length"} and len(engine.received["r"]) == 20
@@ -50,7 +50,7 @@ def test_prompts_go_in_chunks_after_the_decodes(make_engine):
     shapes = []
     for _ in range(4):
         step = engine.launch()
-        shapes.append((step.num_tokens.tolist(), step.samples.tolist(), step.num_decodes))
+        shapes.append((step.num_scheduled_tokens.tolist(), step.sampling_mask.tolist(), step.num_decodes))
         engine.land()
     assert shapes == [
         ([1, 9], [True, False], 1),
@@ -64,7 +64,11 @@ def test_without_chunks_a_prompt_goes_whole_or_waits(make_engine):
     engine = make_engine(budget=64, chunked=False, max_model_len=64, num_blocks=200)
     for i, size in enumerate((40, 30, 20)):
         engine.add(f"r{i}", [i] * size, max_tokens=4)
-    assert [step.num_tokens.tolist()[step.num_decodes :] for step in launch_all(engine)][:3] == [[40], [30, 20], []]
+    assert [step.num_scheduled_tokens.tolist()[step.num_decodes :] for step in launch_all(engine)][:3] == [
+        [40],
+        [30, 20],
+        [],
+    ]
 
 
 def test_without_chunks_the_budget_must_hold_the_longest_prompt():
@@ -100,7 +104,10 @@ def test_cached_prefixes_give_budget_back_within_the_step(make_engine):
     for i in range(4):
         engine.add(f"r{i}", [1] * 17, max_tokens=1)
     step = engine.launch()
-    assert step.num_tokens.tolist() == [1] * 4 and [new.num_computed for new in step.new_requests] == [16] * 4
+    assert (
+        step.num_scheduled_tokens.tolist() == [1] * 4
+        and [new.num_computed_tokens for new in step.new_requests] == [16] * 4
+    )
 
 
 def test_generated_tokens_are_found_when_their_request_has_ended(make_engine):

@@ -34,9 +34,9 @@ prompts = st.one_of(
 class Prophet(HostProposer):
     """Knows what comes, and is wrong about every third token."""
 
-    def propose(self, who, count):
-        right = expected_tokens(who.seed, who.token_ids, count, VOCAB)
-        return [token + ((who.num_tokens + i) % 3 == 0) for i, token in enumerate(right)]
+    def propose(self, request, num_tokens):
+        right = expected_tokens(request.seed, request.token_ids, num_tokens, VOCAB)
+        return [token + ((request.num_tokens + i) % 3 == 0) for i, token in enumerate(right)]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         engine.run(limit=200 + 40 * MAX_MODEL_LEN * max(self.count, 1))
         self.sound()
         assert engine.finished.keys() == engine.received.keys()
-        assert engine.allocator.num_free() == self.num_blocks - 1
+        assert engine.allocator.num_free_blocks() == self.num_blocks - 1
         assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
         assert engine.scheduler.stats()["policy_quarantines_total"] == 0
         engine.allocator.reset_prefix_cache()

@@ -128,7 +128,7 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
         llm._core.step()
     allocator = llm._core.scheduler._allocator
     allocator.check_integrity()
-    assert allocator.num_free() == allocator.num_blocks - 1
+    assert allocator.num_free_blocks() == allocator.num_blocks - 1
 
 
 def test_a_model_that_drafts_for_itself_is_always_right(engine) -> None:

@@ -50,7 +50,7 @@ class Calls:
 class OnDevice(GumbelSampler):
     """Draws from the table by kernels, as on a GPU."""
 
-    def prepare(self, max_rows: int) -> bool:
+    def prepare_graph_sampling(self, max_rows: int) -> bool:
         self._work = Workspace(max_rows, self.vocab_size, self.device)
         return True
 
@@ -63,14 +63,14 @@ def captured(engine, request):
     calls = Calls()
     drawer = runner.drawer
     sampler = OnDevice(llm.config.model.vocab_size, torch.device("cpu"))
-    sampler.prepare(64)
+    sampler.prepare_graph_sampling(64)
     drawer.device_sampler = sampler
     with torch.inference_mode():
         for backend in runner.backends:
             backend.graph_support = frozenset({"decode", "verify"})
         runner.graphs = DecodeGraphs(
             runner.model, runner.backends, runner.kv, runner.table, runner.block_size, sampler, runner.most_drafts,
-            read=runner.drafting.read if runner.drafting.proposer.observes_all else None,
+            read=runner.drafting.read if runner.drafting.proposer.observes_every_step else None,
         )  # fmt: skip
         runner.graphs.capture(calls)
         runner.drafting.capture(calls)
@@ -107,7 +107,7 @@ def test_lines_of_a_step() -> None:
     ints = torch.tensor
     step = SchedulerOutput(
         0, ints([4, 1, 7]).numpy(), ints([3, 5, 1]).int().numpy(), ints([True, False, True]).numpy(), 0, 9, 20,
-        ints([20, 9, 6]).int().numpy(), drafts=ints([2, 0, 0]).int().numpy(),
+        ints([20, 9, 6]).int().numpy(), num_draft_tokens=ints([2, 0, 0]).int().numpy(),
     )  # fmt: skip
     lines = Lines.of(step)
     assert lines.owner.tolist() == [0, 0, 0, 2]
@@ -129,8 +129,8 @@ def test_steps_that_verify_are_rehearsed(engine):
     """So that nothing is compiled for them later, also for those that no graph holds."""
     runner = runner_of(engine("itself", max_num_seqs=3))
     steps = list(rehearsal_steps(SchedulerConfig(3, 64), 128, query_lens(4)))
-    widths = {1 + int(step.drafts.max()) for step in steps if step.drafts is not None}
+    widths = {1 + int(step.num_draft_tokens.max()) for step in steps if step.num_draft_tokens is not None}
     assert widths == {2, 3, 5}
     for step in steps:
         result = runner.execute(step).result()
-        assert (result.num_sampled >= 1).all()
+        assert (result.num_sampled_tokens >= 1).all()

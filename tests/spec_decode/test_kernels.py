@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.contracts.spec_decode import StepTokens, Target
-from quire.core.messages import Continuation
+from quire.core.contracts.spec_decode import StepTokens, TargetState
+from quire.core.messages import HostDraft
 from quire.core.sample import verify as twin
 from quire.core.sample.kernels import verify_kernel as kernels
 from quire.core.worker import request_table
@@ -95,7 +95,7 @@ def test_continuations(device: str, seed: int, lengths: list[int]) -> None:
         anchor = max(1, int(columns.num_tokens[row]) - drawn)
         said = columns.token_ids[row, anchor : int(columns.num_tokens[row])].tolist()
         told = torch.randint(0, 3, (length,), generator=chance).tolist()
-        guesses.append(Continuation(row, anchor, [*said, *told][:length]))
+        guesses.append(HostDraft(row, anchor, [*said, *told][:length]))
     found = []
     for where, place in (("cpu", twin.place_drafts), (device, kernels.place_drafts)):
         table = RequestTable(ROWS - 1, LENGTH - 1, 4, 1, torch.device(where))
@@ -107,7 +107,7 @@ def test_continuations(device: str, seed: int, lengths: list[int]) -> None:
         found.append((table.num_drafts.tolist(), table.token_ids.tolist()))
     assert found[0] == found[1]
     for guess in guesses:
-        behind = int(columns.num_tokens[guess.row]) - guess.anchor
+        behind = int(columns.num_tokens[guess.row]) - guess.base_len
         assert found[0][0][guess.row] == max(0, len(guess.token_ids) - behind)
 
 
@@ -122,7 +122,7 @@ def test_pass_inputs(device: str, seed: int, ahead: int, count: int) -> None:
     rows = torch.randperm(ROWS, generator=chance)[:count]
     blocks = torch.randint(0, 99, (count, 4), generator=chance, dtype=torch.int32)  # 16 of 40 places
     queries, drawn = (1, torch.randint(0, VOCAB, (count,), generator=chance, dtype=torch.int32)) if ahead else (2, None)
-    target = Target(None, table, computed, blocks, [], [], [], 4, LENGTH - 10, count)
+    target = TargetState(None, table, computed, blocks, [], [], [], 4, LENGTH - 10, count)
     expected = pass_inputs(target, rows, blocks, ahead=ahead, queries=queries, drawn=drawn)
     mine = moved(table, device)
     sizes = (count * queries, count * queries, count * queries, count, count)

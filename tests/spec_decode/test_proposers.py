@@ -30,7 +30,7 @@ def test_ngram_proposes_what_followed() -> None:
     assert list(proposer.propose(one, 2)) == []
     one.token_ids += [7, 8]
     assert proposer.propose(one, 5) == [7, 8, 7, 8, 7]  # what repeats goes on
-    proposer.forget(one)
+    proposer.request_finished(one)
     assert not proposer._known
 
 
@@ -44,7 +44,7 @@ def test_suffixes_are_shared_within_a_salt_alone() -> None:
     proposer = SuffixProposer(4)
     first = request([11, 12, 13, 14, 15, 16], "a", "mine")
     assert list(proposer.propose(first, 4)) == []
-    proposer.forget(first)
+    proposer.request_finished(first)
     assert list(proposer.propose(request([3, 12, 13], "b", "mine"), 2)) == [14, 15]
     assert list(proposer.propose(request([3, 12, 13], "c", "yours"), 2)) == []
     assert list(proposer.propose(request([3, 12, 13], "d"), 2)) == []
@@ -157,7 +157,7 @@ def test_nothing_is_drafted_where_nothing_is_asked(models) -> None:
         assert configure(EngineArgs(model=str(models["MODEL"]), **wish)).config.speculation is None
     given = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 3}
     config = configure(EngineArgs(model=str(models["MODEL"]), speculative_config=json.dumps(given))).config
-    assert config.speculation is not None and config.speculation.num_tokens == 6
+    assert config.speculation is not None and config.speculation.num_speculative_tokens == 6
     assert config.plugin("spec_decode").options == {"prompt_lookup_max": "3"}
     old = configure(EngineArgs(model=str(models["MODEL"]), speculative_model="[ngram]")).config
     assert old.plugin("spec_decode").name == "ngram"

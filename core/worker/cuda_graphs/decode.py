@@ -113,13 +113,13 @@ class DecodeGraphs:
 
     def covers(self, step: SchedulerOutput) -> bool:
         """Whether ``forward`` can serve the step."""
-        if not self._captured or not step.samples.all():
+        if not self._captured or not step.sampling_mask.all():
             return False
-        if step.drafts is None:
+        if step.num_draft_tokens is None:
             return step.num_decodes == len(step.rows)
         queries = max(self._sizes)
-        alone = step.total_tokens == len(step.rows) + int(step.drafts.sum())
-        return alone and step.drafts.max() < queries and len(step.rows) <= self._sizes[queries][-1]
+        alone = step.total_num_scheduled_tokens == len(step.rows) + int(step.num_draft_tokens.sum())
+        return alone and step.num_draft_tokens.max() < queries and len(step.rows) <= self._sizes[queries][-1]
 
     def rehearse(self) -> None:
         """Launch what every size launches, once and with nothing at stake."""
@@ -142,8 +142,8 @@ class DecodeGraphs:
         padded = np.zeros((2, size), dtype=np.int64)
         padded[0, count:] = self._table.padding_row
         padded[0, :count] = step.rows
-        if step.drafts is not None:
-            padded[1, :count] = step.drafts
+        if step.num_draft_tokens is not None:
+            padded[1, :count] = step.num_draft_tokens
         if self._last is None or not np.array_equal(self._last, padded):
             self._rows[:, :size] = upload(padded, torch.int64, self._rows.device)
             self._last = padded
@@ -184,7 +184,7 @@ class DecodeGraphs:
         return inputs, logits
 
     def _shape(self, step: SchedulerOutput) -> tuple[int, int]:
-        drafts = 0 if step.drafts is None else int(step.drafts.max())
+        drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
         queries = next(queries for queries in sorted(self._sizes) if queries > drafts)
         return queries, next(size for size in self._sizes[queries] if size >= len(step.rows))
 
@@ -231,7 +231,7 @@ class DecodeGraphs:
                 self._block_size, table.max_model_len, advance=group == last and queries == 1,
             )  # fmt: skip
             key = GraphKey("decode" if queries == 1 else "verify", batch.num_tokens, batch.num_reqs, queries)
-            self._backends[group].plan(batch, key)
+            self._backends[group].prepare_metadata(batch, key)
         if queries > 1:
             inputs.line_rows.view(-1, queries).copy_(inputs.rows[:, None])
             torch.add(inputs.positions, 1, out=inputs.line_lens)
@@ -244,12 +244,12 @@ class DecodeGraphs:
             if self._sampler is None:
                 tokens = logits.argmax(-1).int()
             else:
-                batch = SamplingBatch.of(table.sampling, inputs.line_rows, inputs.line_lens.long(), not greedy)
+                batch = SamplingBatch.from_table(table.sampling, inputs.line_rows, inputs.line_lens.long(), not greedy)
                 tokens = self._sampler.sample(logits, batch)
             return verify(tokens, spans, table.sampling, table.num_computed, table.num_drafts, self._forced)
         tokens = self._tokens[: len(logits)]
         if self._sampler is not None:
-            self._sampler.draw(logits, inputs.rows, table.sampling, tokens, greedy=greedy)
+            self._sampler.sample_from_table(logits, inputs.rows, table.sampling, tokens, greedy=greedy)
             return tokens
         tokens.copy_(logits.argmax(-1))
         table.append(inputs.rows, tokens)

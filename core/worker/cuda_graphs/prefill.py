@@ -101,8 +101,8 @@ class MixedGraphs:
             shape.graph.replay()
             assert self._hidden is not None
             hidden = self._hidden
-        if self._model.taps is not None:
-            self._model.taps.close_up(decodes, shape.decodes, tokens)
+        if self._model.aux_hidden_states is not None:
+            self._model.aux_hidden_states.move_tokens(decodes, shape.decodes, tokens)
         prompts = hidden[shape.decodes : shape.decodes + tokens]
         return prompts if decodes == 0 else torch.cat((hidden[:decodes], prompts))
 
@@ -130,7 +130,7 @@ class MixedGraphs:
     def _forward(self, shape: _Shape) -> Tensor:
         key = GraphKey("mixed", len(shape.positions), shape.decodes + _PROMPTS, shape.tokens)
         for backend, batch in zip(self._backends, shape.batches, strict=True):
-            backend.plan(batch, key)
+            backend.prepare_metadata(batch, key)
         context = ForwardContext(self._backends, shape.slots, self._kv.layers, self._kv.group_of)
         return self._model(shape.input_ids, shape.positions, context)
 

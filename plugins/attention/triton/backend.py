@@ -80,11 +80,11 @@ class TritonBackend(AttentionBackend):
             reasons.append(f"heads of {max(spec.qk_head_dim, spec.v_head_dim)} features (256 at most)")
         return reasons
 
-    def prepare(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
+    def allocate_workspaces(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
         """Allocate the list of parts and what they are written to."""
         self._plan = DecodePlan(self.spec, limits, self.options.split)
 
-    def plan(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
+    def prepare_metadata(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
         """Keep the step's tensors: the kernels read them as they are. One launch where requests decode."""
         self._batch = batch
         if batch.num_decodes:
