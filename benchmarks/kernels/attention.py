@@ -56,10 +56,7 @@ class Pool:
         blocks = sum(pages) + 1
         backend = make(spec, device)
         limit = max(4096, max(lengths))
-        most_tokens = max(256, sum(queries))
-        backend.allocate_workspaces(
-            AttentionLimits(max(256, len(lengths)), most_tokens, limit, device, decode_query_len)
-        )
+        backend.allocate_workspaces(AttentionLimits(max(256, len(lengths)), limit, device, decode_query_len))
         size = backend.kv_layout().bytes_per_block
         layers = min(max(8, -(-(256 << 20) // (blocks * size))), len(self._raw) // (blocks * size), 256)
         rows = self._raw[: blocks * layers * size].view(blocks, layers * size)

@@ -92,7 +92,7 @@ def build(config, head, device: torch.device) -> Eagle3:
         from quire.plugins.attention.triton.backend import TritonBackend as backend_class  # type: ignore[assignment]
     (spec,) = proposer.attention_specs()
     backend = backend_class(spec, device)
-    backend.allocate_workspaces(AttentionLimits(MOST, 1024, 4096, device, 1 + DRAFTS))
+    backend.allocate_workspaces(AttentionLimits(MOST, 4096, device, 1 + DRAFTS))
     kv, blocks = KVCache([backend], [0], device), -(-(LENGTH + 16) // BLOCK)
     sampler = GumbelSampler(config.vocab_size, device)
     sampler.prepare_graph_sampling(MOST * (1 + DRAFTS))

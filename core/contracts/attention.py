@@ -7,7 +7,6 @@ One instance serves one group of layers with the same KV geometry. Life: ``unsup
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,13 +39,12 @@ class AttentionSpec:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     block_size: int
-    kind: Literal["full", "sliding", "chunked", "mla", "state"] = "full"
+    kind: Literal["full", "sliding"] = "full"
     causal: bool = True
     window: int | None = None
     """A query at position ``p`` sees keys ``p - window + 1 .. p``."""
     softcap: float | None = None
     sinks: bool = False
-    kv_shared_with: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,6 @@ class GraphKey:
     kind: GraphKind
     num_tokens: int
     num_reqs: int
-    query_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,6 @@ class AttentionLimits:
     """The largest step there will ever be; workspaces are sized for it."""
 
     max_num_reqs: int
-    max_num_tokens: int
     max_model_len: int
     device: torch.device
     max_decode_query_len: int = 1
@@ -144,7 +140,6 @@ class AttentionBackend(ABC):
 
     graph_support: frozenset[GraphKind] = frozenset()
     """Kinds of step that may be captured in a CUDA graph. Empty: eager only."""
-    needs_host_lengths: bool = False
     writes_kv: bool = False
     """False: the fused RoPE operation writes K and V through ``kv_layout``'s strides."""
 
@@ -162,7 +157,7 @@ class AttentionBackend(ABC):
         """The memory layout this backend reads fastest."""
         return KVLayout(self.spec)
 
-    def allocate_workspaces(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
+    def allocate_workspaces(self, limits: AttentionLimits) -> None:
         """Allocate every workspace and compile every variant. Called once, before the first step."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,6 @@ __all__ = [
 class SpeculativeProposer(ABC):
     """Derive from ``HostProposer`` or ``DeviceProposer``. One that raises is switched off, and requests go on."""
 
-    placement: Literal["host", "device"]
     needs_model: bool = False
     """Whether ``--speculative-model`` must name a folder."""
     serves_model: bool = False
@@ -66,8 +65,6 @@ class HostProposer(SpeculativeProposer):
     What it returns is anchored at the end of the tokens it was shown. By the time it is used the device has drawn more;
     the core drops continuations that those contradict and shortens the others.
     """
-
-    placement = "host"
 
     @abstractmethod
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
@@ -152,7 +149,6 @@ class DeviceProposer(SpeculativeProposer):
     graph, with padding rows at the end of ``rows``.
     """
 
-    placement = "device"
     capturable: bool = False
     supports_backfill: bool = False
     """Whether ``backfill`` can read tokens later: nothing need be observed then while nothing is drafted."""

@@ -225,7 +225,7 @@ def prepared(
 ) -> AttentionBackend:
     """A new backend, ready for its first step."""
     backend = cls(spec, device)
-    backend.allocate_workspaces(AttentionLimits(64, _LIMIT, _LIMIT, device, decode_query_len))
+    backend.allocate_workspaces(AttentionLimits(64, _LIMIT, device, decode_query_len))
     return backend
 
 

@@ -15,13 +15,13 @@ from quire.core.sampling_params import SamplingParams
 __all__ = [
     "check_a_device_proposer_drafts_for_every_row",
     "check_forgotten_requests_may_come_again",
-    "check_it_is_placed_on_the_host_or_on_the_device",
     "check_no_more_than_asked_for",
+    "check_proposer_derives_from_host_or_device_proposer",
     "check_the_tokens_of_a_request_are_left_alone",
 ]
 
 
-def check_it_is_placed_on_the_host_or_on_the_device(cls: type[SpeculativeProposer]) -> None:
+def check_proposer_derives_from_host_or_device_proposer(cls: type[SpeculativeProposer]) -> None:
     """It derives from ``HostProposer`` or ``DeviceProposer``."""
     assert issubclass(cls, HostProposer | DeviceProposer), "derive it from HostProposer or DeviceProposer"
 
@@ -69,7 +69,7 @@ def check_a_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer])
 
 def _on_host(cls: type[SpeculativeProposer]) -> HostProposer:
     if not issubclass(cls, HostProposer):
-        raise unittest.SkipTest("is not placed on the host")
+        raise unittest.SkipTest("is not a HostProposer")
     return cls(4, parse_options(cls, {}))
 
 

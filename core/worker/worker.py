@@ -182,7 +182,6 @@ class Worker:
         ahead = 0 if self._config.speculation is None else self._config.speculation.num_speculative_tokens
         limits = AttentionLimits(
             self._config.scheduler.max_num_seqs,
-            self._config.scheduler.max_num_batched_tokens,
             self._config.model.max_model_len + ahead,
             self._device,
             1 + ahead,

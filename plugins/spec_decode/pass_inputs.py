@@ -74,7 +74,7 @@ def planned_pass(
         num_decodes=n,
         decode_query_len=queries,
     )
-    key = GraphKey("decode" if queries == 1 else "verify", n * queries, n, queries)
+    key = GraphKey("decode" if queries == 1 else "verify", n * queries, n)
     return planned(target, inputs.slots, batch, key)
 
 

@@ -48,7 +48,7 @@ def attention(dtype: torch.dtype, dim: int, decodes: int = 1, queries: int = 1, 
     spec = make_spec(**(shape | {"v_head_dim": dim} | fields))
     problem = Problem.random(spec, [(queries, 600)] * decodes + [(9, 40)], num_decodes=decodes)
     backend = TritonBackend(spec, CPU)
-    backend.allocate_workspaces(AttentionLimits(8, 1024, 8192, CPU, queries))
+    backend.allocate_workspaces(AttentionLimits(8, 8192, CPU, queries))
     backend.prepare_metadata(problem.batch(CPU))
     out = torch.empty(len(problem.q), spec.num_heads, spec.v_head_dim, dtype=dtype)
     backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))

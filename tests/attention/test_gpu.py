@@ -127,7 +127,7 @@ def test_decode_replays_in_a_graph(queries: int) -> None:
     first = Problem.random(spec, [(queries, n) for n in (100, 2000, 7)], num_decodes=3, seed=1)
     second = Problem.random(spec, [(queries, n) for n in (1990, 5, 600)], num_decodes=3, seed=2, table_seed=5)
     backend = TritonBackend(spec, device)
-    backend.allocate_workspaces(AttentionLimits(8, 64, 4096, device, queries))
+    backend.allocate_workspaces(AttentionLimits(8, 4096, device, queries))
     batch = first.batch(device)
     batch.max_seq_len = 4096
     q, kv = first.q.cuda(), first.cache(backend, device)
@@ -199,7 +199,7 @@ def test_prompts_replay_in_a_graph() -> None:
     spec, device = half(torch.bfloat16), torch.device("cuda")
     problems = [Problem.random(spec, some, num_decodes=0) for some in ([(200, 500), (150, 150), (50, 60)], [(90, 410)])]
     backend = TritonBackend(spec, device)
-    backend.allocate_workspaces(AttentionLimits(8, 512, 1024, device))
+    backend.allocate_workspaces(AttentionLimits(8, 1024, device))
     batch = problems[0].batch(device)
     q, kv = problems[0].q.cuda(), problems[0].cache(backend, device)
     out, graph = recorded(backend, batch, q, kv)
@@ -248,7 +248,7 @@ def steps(spec: AttentionSpec, problems: list[Problem], limit: int = 8192, split
     """Outputs of the Triton backend, on the CPU."""
     device = torch.device("cuda")
     backend = TritonBackend(spec, device, TritonBackend.Options(split=split))
-    backend.allocate_workspaces(AttentionLimits(64, 8192, limit, device))
+    backend.allocate_workspaces(AttentionLimits(64, limit, device))
     outs = []
     for problem in problems:
         q = problem.q.to(device)

@@ -65,7 +65,7 @@ def test_parts_cover_each_request_once(lengths: list[int], window: int | None, s
     """The list holds every key that is seen, a request's in order, long ones first, and fits its room."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = make_spec(window=window, kind="sliding" if window else "full")
-    plan = DecodePlan(spec, AttentionLimits(64, 64, 8192, device), split)
+    plan = DecodePlan(spec, AttentionLimits(64, 8192, device), split)
     plan.write(Problem.random(spec, [(1, length) for length in lengths]).batch(device))
     items = plan.items[: int(plan.count)].tolist()
     for request, length in enumerate(lengths):

@@ -69,7 +69,7 @@ class PagedRunner:
         self.size = specs[0].block_size
         self.backends = [backend(spec, self.device) for spec in groups]
         for made in self.backends:
-            made.allocate_workspaces(AttentionLimits(num_seqs, num_seqs * max_len, max_len, self.device))
+            made.allocate_workspaces(AttentionLimits(num_seqs, max_len, self.device))
         self.group_of = [groups.index(spec) for spec in specs]
         width = -(-max_len // self.size)
         generator = torch.Generator().manual_seed(seed)

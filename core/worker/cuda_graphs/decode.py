@@ -230,7 +230,7 @@ class DecodeGraphs:
                 inputs.input_ids, inputs.positions, inputs.seq_lens, inputs.slot_mapping[group], batch.block_table,
                 self._block_size, table.max_model_len, advance=group == last and queries == 1,
             )  # fmt: skip
-            key = GraphKey("decode" if queries == 1 else "verify", batch.num_tokens, batch.num_reqs, queries)
+            key = GraphKey("decode" if queries == 1 else "verify", batch.num_tokens, batch.num_reqs)
             self._backends[group].prepare_metadata(batch, key)
         if queries > 1:
             inputs.line_rows.view(-1, queries).copy_(inputs.rows[:, None])

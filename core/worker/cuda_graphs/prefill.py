@@ -128,7 +128,7 @@ class MixedGraphs:
         self._hidden[: len(shape.positions)].copy_(self._forward(shape))
 
     def _forward(self, shape: _Shape) -> Tensor:
-        key = GraphKey("mixed", len(shape.positions), shape.decodes + _PROMPTS, shape.tokens)
+        key = GraphKey("mixed", len(shape.positions), shape.decodes + _PROMPTS)
         for backend, batch in zip(self._backends, shape.batches, strict=True):
             backend.prepare_metadata(batch, key)
         context = ForwardContext(self._backends, shape.slots, self._kv.layers, self._kv.group_of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +79,7 @@ class TritonBackend(AttentionBackend):
             reasons.append(f"heads of {max(spec.qk_head_dim, spec.v_head_dim)} features (256 at most)")
         return reasons
 
-    def allocate_workspaces(self, limits: AttentionLimits, graph_keys: Sequence[GraphKey] = ()) -> None:
+    def allocate_workspaces(self, limits: AttentionLimits) -> None:
         """Allocate the list of parts and what they are written to."""
         self._plan = DecodePlan(self.spec, limits, self.options.split)
 
