@@ -24,7 +24,7 @@ from quire.server.http.serving import _drain
 from quire.server.http.settings import ServerSettings
 from quire.server.http.state import ServerState
 
-from .conftest import RunningServer, until
+from ..conftest import RunningServer, until
 
 TEXT = "/v1/completions"
 LONG = {"prompt": "go on", "max_tokens": 1000, "temperature": 0, "ignore_eos": True}

@@ -21,7 +21,7 @@ from quire.server.cli.main import main
 from quire.server.quantize.calibration import samples
 from quire.server.quantize.recipes import RECIPES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.version import __version__
 
-from .conftest import RunningServer, until
+from ..conftest import RunningServer, until
 
 TEXT = "/v1/completions"
 LONG = {"prompt": "go on", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}

@@ -13,7 +13,7 @@ from quire.server.bench.report import percentiles
 from quire.server.bench.workloads import make_workload
 from quire.server.cli.main import main
 
-from .conftest import RunningServer
+from ..conftest import RunningServer
 
 
 def test_nano_is_draw_for_draw_what_others_ran() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from quire.server.cli.main import main
 
-from .conftest import RunningServer
+from ..conftest import RunningServer
 
 SMALL = ["--input-len", "20", "--output-len", "6", "--vocab-size", "256"]
 

@@ -16,7 +16,7 @@ from quire.server.cli import serve
 from quire.server.cli.flags import engine_arguments
 from quire.server.cli.main import main
 
-from .conftest import start_server
+from ..conftest import start_server
 
 PLUGIN = """
 import quire

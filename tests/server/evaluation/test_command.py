@@ -19,7 +19,7 @@ from quire.server.cli.flags import ENGINE_FLAGS, option_flags
 from quire.server.cli.legacy_flags import OLD_FLAGS
 from quire.server.cli.main import _parsers, main
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 KEY = "a-key"
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .conftest import RunningServer, check_error
+from ..conftest import RunningServer, check_error
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 

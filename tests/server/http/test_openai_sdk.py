@@ -6,7 +6,7 @@ import openai
 import pytest
 from tokenizers import pre_tokenizers
 
-from .conftest import RunningServer
+from ..conftest import RunningServer
 
 TALK = [{"role": "user", "content": "Say something."}]
 

@@ -20,7 +20,7 @@ from quire.server.bench.roofline import (
 from quire.server.bench.workloads import make_workload
 
 CARD = CEILINGS["NVIDIA H200"]
-MODELS = Path(__file__).resolve().parents[2] / "benchmarks" / "models"
+MODELS = Path(__file__).resolve().parents[3] / "benchmarks" / "models"
 
 
 def shape(name: str) -> ModelShape:

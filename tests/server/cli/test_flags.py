@@ -31,7 +31,7 @@ from quire.server.cli.legacy_flags import OLD_FLAGS, apply_old_flags, normalize
 from quire.server.cli.main import main
 from quire.server.http.settings import ServerSettings
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def parsed(*words: str) -> argparse.Namespace:
