@@ -98,7 +98,7 @@ class Case:
     def launch(self, kernel: str, options: Options, weight: Tensor) -> Tensor:
         """The whole layer."""
         given = {name: self.given[name] for name in ("x", "norm", "gated", "residual", "out")}
-        given |= {"weight": weight, "bias": None, "scale": self.scale, "chained": True}
+        given |= {"weight": weight, "bias": None, "scale": self.scale, "enable_pdl": True}
         options = dict(options)
         if kernel == "wide8":
             x = self.quantized()

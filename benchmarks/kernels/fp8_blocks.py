@@ -33,7 +33,7 @@ def ours(x: QuantActivation, scale: Tensor, weight: Tensor) -> Tensor:
     found = plan_for(weight.device, *weight.shape, weight.dtype).launch(len(x.values), True, False, True)
     assert found is not None and found.quantized
     out = torch.empty(len(x.values), len(weight), dtype=x.dtype, device=weight.device)
-    wide8(x.values, weight, None, out, scale=scale, x_scale=x.scale, chained=True, **found.options)
+    wide8(x.values, weight, None, out, scale=scale, x_scale=x.scale, enable_pdl=True, **found.options)
     return out
 
 

@@ -102,7 +102,7 @@ def launch(tensors: Options, kernel: str, options: Options, weights: IntWeights)
     norm = given.pop("norm")
     if norm is not None:
         given["x"] = rms_norm(given["x"], *norm, None)[0]
-    LAUNCHERS[kernel](weights=weights, bias=None, chained=True, **given, **options)
+    LAUNCHERS[kernel](weights=weights, bias=None, enable_pdl=True, **given, **options)
 
 
 def compile_one(layer: Layer, tokens: int, group: int, bits: int, kernel: str, options: Options) -> str | None:

@@ -5,7 +5,7 @@
 Every candidate is compiled in a pool of processes, checked against float64, then timed as replays of a CUDA graph that
 goes through several copies of the weights, so that they come from memory and not from the L2 cache. Microseconds a
 call. ``library`` is the GEMM alone, ``apart`` the GEMM with the norm or activation beside it as kernels of their own;
-``chained`` kernels start while the one before still runs. The table keeps the layers that it has and this run has not.
+``enable_pdl`` kernels start while the one before still runs. The table keeps the layers that this run has not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def layers(model: str) -> list[Layer]:
     ]
 
 
-def candidates(layer: Layer, tokens: int, chained: bool) -> Iterator[tuple[str, Options]]:
+def candidates(layer: Layer, tokens: int, enable_pdl: bool) -> Iterator[tuple[str, Options]]:
     """Launches worth timing."""
     padded = triton.next_power_of_2(layer.inputs)
     for warps in (2, 4, 8, 16):
@@ -185,7 +185,7 @@ def apart(layer: Layer, tensors: Options, weight: Tensor) -> Tensor:
     return silu_and_mul(y) if tensors["gated"] else y
 
 
-def sweep(layer: Layer, compiled: set[str], chained: tuple[bool, ...]) -> Iterator[dict[str, Any]]:
+def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Iterator[dict[str, Any]]:
     """Time one layer for every number of tokens."""
     copies = max(2, min(40, (1 << 29) // (layer.features * layer.inputs)))
     weights = [
@@ -199,9 +199,9 @@ def sweep(layer: Layer, compiled: set[str], chained: tuple[bool, ...]) -> Iterat
         library = measure(partial(F.linear, tensors["x"]), weights)
         separate = measure(partial(apart, layer, tensors), weights)
         found = []
-        for chain in chained:
-            for kernel, options in candidates(layer, tokens, chain):
-                options = options | {"chained": chain}
+        for pdl in enable_pdl:
+            for kernel, options in candidates(layer, tokens, pdl):
+                options = options | {"enable_pdl": pdl}
                 if repr((layer, tokens, kernel, options)) not in compiled:
                     continue
                 tensors["out"].fill_(float("nan"))
@@ -213,15 +213,15 @@ def sweep(layer: Layer, compiled: set[str], chained: tuple[bool, ...]) -> Iterat
                 time_us = measure(partial(launch, layer, tokens, kernel, options, tensors), weights)
                 found.append({"kernel": kernel, **options, "us": round(time_us, 2)})
         found.sort(key=lambda entry: entry["us"])
-        for chain in chained:
-            best = [entry for entry in found if entry["chained"] == chain][:3]
+        for pdl in enable_pdl:
+            best = [entry for entry in found if entry["enable_pdl"] == pdl][:3]
             text = "  ".join(
                 f"{b['us']:.2f} {b['kernel'][::5]}" + "/".join(str(v) for k, v in b.items() if k not in _HIDDEN)
                 for b in best
             )
             print(
                 f"{layer.name:8}{layer.features:7}x{layer.inputs:<6} M={tokens:<3} floor {floor:6.2f}  library "
-                f"{library:6.2f}  apart {separate:6.2f}  {'chained' if chain else 'alone  '} {text}",
+                f"{library:6.2f}  apart {separate:6.2f}  {'pdl' if pdl else '   '} {text}",
                 flush=True,
             )
         yield {
@@ -242,12 +242,12 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     for key in {f"{row['features']}x{row['inputs']}" for row in rows}:
         table["layers"][key] = {}
     for row in rows:
-        usable = [entry for entry in row["found"] if entry["chained"]]
+        usable = [entry for entry in row["found"] if entry["enable_pdl"]]
         best = min(usable, key=lambda entry: entry["us"], default=None)
         if best is not None and best["us"] > WORTH * row["apart_us"]:
             best = None
         if best is not None:
-            best = {k: v for k, v in best.items() if k != "chained"} | {"apart_us": row["apart_us"]}
+            best = {k: v for k, v in best.items() if k != "enable_pdl"} | {"apart_us": row["apart_us"]}
         table["layers"][f"{row['features']}x{row['inputs']}"][str(row["tokens"])] = best
     lines = []
     for key, entries in sorted(table["layers"].items()):
@@ -257,25 +257,25 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
-_HIDDEN = ("us", "kernel", "chained", "tokens")
+_HIDDEN = ("us", "kernel", "enable_pdl", "tokens")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "qwen3-0.6b"])
-    parser.add_argument("--chained", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--pdl", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--raw", type=Path, help="write every time here")
     parser.add_argument("--table", type=Path, help="add the fastest of each layer to this table")
     options = parser.parse_args()
     shapes = list({layer: None for model in options.models for layer in layers(model)})
-    chained = tuple(bool(c) for c in options.chained)
+    enable_pdl = tuple(bool(c) for c in options.pdl)
     start = time.time()
     jobs = [
-        (layer, tokens, kernel, config | {"chained": chain})
+        (layer, tokens, kernel, config | {"enable_pdl": pdl})
         for layer in shapes
         for tokens in TOKENS
-        for chain in chained
-        for kernel, config in candidates(layer, tokens, chain)
+        for pdl in enable_pdl
+        for kernel, config in candidates(layer, tokens, pdl)
     ]
     unique = {repr(job): job for job in jobs}
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
@@ -286,7 +286,7 @@ def main() -> None:
     print(
         f"compiled {len(unique)} kernels in {time.time() - start:.0f} s; {len(failed)} failed", failed[:3], flush=True
     )
-    rows = [row for layer in shapes for row in sweep(layer, compiled, chained)]
+    rows = [row for layer in shapes for row in sweep(layer, compiled, enable_pdl)]
     if options.raw:
         options.raw.write_text(json.dumps(rows))
     if options.table:

@@ -32,12 +32,12 @@ class SmallBatch(Protocol):
 
 
 def small_linear(
-    device: torch.device, features: int, inputs: int, dtype: torch.dtype, chained: bool = True
+    device: torch.device, features: int, inputs: int, dtype: torch.dtype, enable_pdl: bool = True
 ) -> SmallBatch | None:
-    """The kernels for a layer of this shape, or None where ``device`` has none. With ``chained`` they start while the
-    kernel before still runs, where ``device`` can."""
+    """The kernels for a layer of this shape, or None where ``device`` has none. ``enable_pdl``: they start while the
+    kernel before still runs (programmatic dependent launch), where ``device`` can."""
     if device.type != "cuda":
         return None
     from quire.core.ops.kernels.linear_kernel import SmallLinear
 
-    return SmallLinear(device, features, inputs, dtype, chained)
+    return SmallLinear(device, features, inputs, dtype, enable_pdl)

@@ -26,8 +26,8 @@ class Unquantized(QuantizationLoader):
 
         small_batch: bool = True
         """Kernels of our own where a table says that they beat the library's for a few tokens; false: the library's."""
-        dependent_launch: bool = True
-        """Let those kernels start while the one before still runs, on GPUs that can (Hopper and later)."""
+        enable_pdl: bool = True
+        """Launch those kernels with programmatic dependent launch (PDL), on GPUs that have it (Hopper and later)."""
 
     def __init__(self, quant_config: Mapping[str, Any], options: Options | None = None) -> None:
         super().__init__(quant_config, options)
@@ -41,15 +41,15 @@ class Unquantized(QuantizationLoader):
 
     def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """The same for every layer."""
-        return UnquantizedLinear(self.options.small_batch, self.options.dependent_launch)
+        return UnquantizedLinear(self.options.small_batch, self.options.enable_pdl)
 
 
 class UnquantizedLinear(LinearMethod):
     """``weight`` (out_features, in_features), the fused parts one above the other, and ``bias`` (out_features,)."""
 
-    def __init__(self, small_batch: bool = True, dependent_launch: bool = True) -> None:
+    def __init__(self, small_batch: bool = True, enable_pdl: bool = True) -> None:
         self._small_batch = small_batch
-        self._dependent_launch = dependent_launch
+        self._enable_pdl = enable_pdl
         self._small: SmallBatch | None = None
 
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class UnquantizedLinear(LinearMethod):
         make = torch.zeros if info.kind == "lm_head" else torch.empty
         if self._small_batch:
             shape = info.out_features, info.in_features
-            self._small = small_linear(device, *shape, info.dtype, chained=self._dependent_launch)
+            self._small = small_linear(device, *shape, info.dtype, enable_pdl=self._enable_pdl)
         weight = make(info.out_features, info.in_features, dtype=info.dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if info.bias:

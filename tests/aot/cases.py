@@ -127,7 +127,7 @@ def random(dtype: torch.dtype, vocab: int, table: bool) -> None:
 
 
 def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: int, **options: int) -> None:
-    """With everything before (but in ``wide``) and after the layer in the same kernel, as a link of a chain."""
+    """With everything before (but in ``wide``) and after the layer in the same kernel, with PDL."""
     x, weight = (
         torch.empty(num_tokens, inputs, dtype=torch.bfloat16),
         torch.empty(features, inputs, dtype=torch.bfloat16),
@@ -141,7 +141,7 @@ def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: 
         norm=None if kernel is wide else (x[0], 1e-5),
         gated=True,
         residual=out,
-        chained=True,
+        enable_pdl=True,
         **options,
     )
 
@@ -158,7 +158,7 @@ def int4(
     weights = IntWeights(words, groups, features, inputs, group, bits)
     x, out = torch.empty(num_tokens, inputs, dtype=dtype), torch.empty(num_tokens, features // 2, dtype=dtype)
     given = {"bias": torch.empty(features, dtype=dtype), "residual": out, "gated": True}
-    LAUNCHERS[kernel](x, weights, out=out, chained=True, **given, **options)
+    LAUNCHERS[kernel](x, weights, out=out, enable_pdl=True, **given, **options)
 
 
 def int4_dequantize(bits: int) -> None:
@@ -182,7 +182,7 @@ def eight_bit(
         given |= {"norm": (x[0], 1e-5)}
     weight = torch.empty(features, inputs, dtype=kind)
     x = x.to(kind) if kernel is wide8 else x
-    kernel(x, weight, out[0], out, gated=True, residual=out, chained=True, **given, **options)
+    kernel(x, weight, out[0], out, gated=True, residual=out, enable_pdl=True, **given, **options)
 
 
 def quantized(kind: Any) -> None:

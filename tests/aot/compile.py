@@ -71,11 +71,11 @@ def launches_of(run: Callable[[], Any]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compile one launch. Below 90 there is no dependent launch: ``chained`` is then False, as it is at run time."""
+    """Compile one launch. Below 90 there is no PDL: ``enable_pdl`` is then False, as it is at run time."""
     kernel, args, kwargs = launch
     options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
-    if capability < 90 and "chained" in kwargs:
-        kwargs = kwargs | {"chained": False}
+    if capability < 90 and "enable_pdl" in kwargs:
+        kwargs = kwargs | {"enable_pdl": False}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, *variant((kernel, args, kwargs)))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resources(compiled.asm["cubin"])

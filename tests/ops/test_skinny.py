@@ -69,7 +69,7 @@ def test_gemv(
     device: str, dtype: torch.dtype, tolerance: float, parts: set[str], tokens: int, features: int, inputs: int
 ) -> None:
     problem = Problem(device, dtype, tokens, features, inputs, parts)
-    options = {"tokens": tokens, "rows": 4, "turns": 3, "num_warps": 1, "chained": False}
+    options = {"tokens": tokens, "rows": 4, "turns": 3, "num_warps": 1, "enable_pdl": False}
     gemv(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)
 
@@ -78,7 +78,7 @@ def test_gemv(
 @pytest.mark.parametrize("parts", FUSIONS)
 def test_gemv_long(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
     problem = Problem(device, dtype, 1, 36, 200, parts)
-    options = {"rows": 8, "block": 64, "num_warps": 1, "chained": False}
+    options = {"rows": 8, "block": 64, "num_warps": 1, "enable_pdl": False}
     gemv_long(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)
 
@@ -90,7 +90,7 @@ def test_skinny(
     device: str, dtype: torch.dtype, tolerance: float, parts: set[str], tokens: int, features: int, inputs: int
 ) -> None:
     problem = Problem(device, dtype, tokens, features, inputs, parts)
-    options = {"tokens": 16, "rows": 16, "block": 32, "ways": 2, "num_stages": 2, "chained": False}
+    options = {"tokens": 16, "rows": 16, "block": 32, "ways": 2, "num_stages": 2, "enable_pdl": False}
     skinny(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)
 
@@ -99,6 +99,6 @@ def test_skinny(
 @pytest.mark.parametrize("parts", [set(), {"bias", "gated", "residual"}], ids=["plain", "residual"])
 def test_wide(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
     problem = Problem(device, dtype, 19, 72, 200, parts)
-    options = {"tokens": 32, "rows": 64, "block": 64, "num_warps": 4, "num_stages": 2, "chained": False}
+    options = {"tokens": 32, "rows": 64, "block": 64, "num_warps": 4, "num_stages": 2, "enable_pdl": False}
     wide(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)

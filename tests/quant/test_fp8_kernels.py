@@ -64,7 +64,7 @@ class Problem:
         self.out = torch.full((tokens, width), float("nan"), device=device, dtype=dtype)
 
     def given(self) -> dict[str, Any]:
-        return {"scale": self.scale, "gated": self.gated, "residual": self.residual, "chained": False}
+        return {"scale": self.scale, "gated": self.gated, "residual": self.residual, "enable_pdl": False}
 
     def check(self, tolerance: float, x: Tensor | None = None) -> None:
         """``x``: what a kernel that multiplies quantized activations was given."""

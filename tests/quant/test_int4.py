@@ -125,7 +125,7 @@ def test_kernels(
     weights = packed(features, inputs, group, bits, zeros, device)
     given = operands(weights, tokens, parts, dtype)
     out = torch.full((tokens, features // 2 if gated else features), float("nan"), dtype=dtype, device=device)
-    LAUNCHERS[kernel](weights=weights, out=out, gated=gated, chained=False, **given, **options)
+    LAUNCHERS[kernel](weights=weights, out=out, gated=gated, enable_pdl=False, **given, **options)
     check(out, reference(weights=weights, activation="silu" if gated else None, **given), tolerance)
 
 
@@ -139,7 +139,7 @@ def test_groups(
     weights = packed(features, inputs, group, bits, zeros, device)
     given = operands(weights, tokens, set(), dtype)
     out = torch.full((tokens, features), float("nan"), dtype=dtype, device=device)
-    LAUNCHERS[kernel](weights=weights, out=out, chained=False, **given, **options)
+    LAUNCHERS[kernel](weights=weights, out=out, enable_pdl=False, **given, **options)
     check(out, reference(weights=weights, **given), tolerance)
 
 
@@ -186,7 +186,7 @@ def test_hopper(options: tuple[int, ...], parts: set[str], dtype: torch.dtype) -
         outs = [torch.full_like(expected, float("nan"), dtype=dtype) for _ in range(8)]
         for out in outs:
             LAUNCHERS["hopper"](
-                weights=weights, out=out, gated="gated" in parts, chained=True, **given,
+                weights=weights, out=out, gated="gated" in parts, enable_pdl=True, **given,
                 **dict(zip(names, options, strict=True)),
             )  # fmt: skip
         check(outs[0], expected, 7e-3 if dtype == torch.bfloat16 else 1e-3)

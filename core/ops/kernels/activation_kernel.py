@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
-from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.core.ops.kernels.quantize_kernel import KINDS, NATIVE, empty_output, row_warps, store_row
 
 __all__ = ["silu_and_mul"]
@@ -24,7 +24,7 @@ def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
     kind = KINDS[wanted.kind]
     block = triton.next_power_of_2(width // 2) if kind else _BLOCK  # a quantized row is one program's
     grid = (rows, triton.cdiv(width // 2, block))
-    chained = can_chain(gate_up.device)
+    enable_pdl = supports_pdl(gate_up.device)
     _silu_and_mul_kernel[grid](
         gate_up,
         values,
@@ -32,9 +32,9 @@ def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
         features=width // 2,
         kind=kind,
         block=block,
-        chained=chained,
+        enable_pdl=enable_pdl,
         num_warps=row_warps(block),
-        launch_pdl=chained,
+        launch_pdl=enable_pdl,
     )
     return out
 
@@ -42,10 +42,10 @@ def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
 @triton.jit
 def _silu_and_mul_kernel(
     gate_up_ptr, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):  # fmt: skip
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < features

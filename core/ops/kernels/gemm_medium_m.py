@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, finish, rows_of, tail_of
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["wide"]
 
@@ -75,7 +75,7 @@ def wide_kernel(
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows,)."""
     tile = tl.program_id(0)
@@ -84,7 +84,7 @@ def wide_kernel(
     at = tl.arange(0, block)
     x_row = tl.minimum(token, num_tokens - 1) * inputs
     weights = weight_ptr + row.to(tl.int64)[:, None] * inputs + at[None, :]
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     acc = tl.zeros((rows, tokens), dtype=tl.float32)
     whole: tl.constexpr = inputs % block == 0
     for first in tl.range(0, inputs, block, num_stages=stages):
@@ -96,7 +96,7 @@ def wide_kernel(
             w = tl.load(weights + first, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptr + first + x_row[None, :] + at[:, None], mask=inside[:, None], other=0.0)
         acc = tl.dot(w, x, acc)
-    start_next(chained)
+    pdl_launch_dependents(enable_pdl)
     if has_bias:
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     finish(acc, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)

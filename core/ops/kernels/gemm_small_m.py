@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["skinny"]
 
@@ -66,7 +66,7 @@ def skinny_kernel(
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
     are summed beside the products."""
@@ -76,7 +76,7 @@ def skinny_kernel(
     at = tl.arange(0, ways)[:, None] * block + tl.arange(0, block)[None, :]  # (ways, block)
     there = (token < num_tokens)[None, None, :]
     weights = weight_ptr + row.to(tl.int64)[None, :, None] * inputs + at[:, None, :]
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     acc = tl.zeros((ways, rows, tokens), dtype=tl.float32)
     squares = tl.zeros((ways, block, tokens), dtype=tl.float32)
     whole: tl.constexpr = inputs % (ways * block) == 0
@@ -98,7 +98,7 @@ def skinny_kernel(
             g = tl.load(norm_ptr + first + at, mask=first + at < inputs, other=0.0).to(tl.float32)
             x = (wide * g[:, :, None]).to(x.dtype)
         acc = tl.dot(w, x, acc)
-    start_next(chained)
+    pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if has_norm:
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]

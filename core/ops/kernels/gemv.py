@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["gemv", "gemv_long"]
 
@@ -87,7 +87,7 @@ def gemv_kernel(
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows / turns,). The next turn's weights are on their way while one is multiplied."""
     first = tl.program_id(0) * turns
@@ -98,8 +98,8 @@ def gemv_kernel(
     w = tl.load(weights + row * inputs, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
     if has_norm:
         g = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     xs = ()
     for token in tl.static_range(tokens):
         x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs
@@ -142,7 +142,7 @@ def gemv_long_kernel(
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
     are summed beside the products."""
@@ -150,8 +150,8 @@ def gemv_long_kernel(
     at = tl.arange(0, block // _VECTOR)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
     weights = weight_ptr + row.to(tl.int64)[:, None, None] * inputs + at[None, :, :]
     w = tl.load(weights, mask=(at < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     acc = tl.zeros((rows, block // _VECTOR), dtype=tl.float32)
     squares = tl.zeros((block // _VECTOR,), dtype=tl.float32)
     for first in tl.static_range(0, inputs, block):

@@ -18,19 +18,19 @@ class Tail(TypedDict):
     """The rows are gates and their up projections: store ``silu(gate) * up``."""
     residual: NotRequired[Tensor | None]
     """(num_tokens, features), half of them where gated: added last."""
-    chained: bool
-    """Start while the kernel before still runs; see ``dependent``."""
+    enable_pdl: bool
+    """Programmatic dependent launch: start while the kernel before still runs; see ``pdl``."""
 
 
 def tail_of(stand_in: Tensor, bias: Tensor | None, **tail: Unpack[Tail]) -> tuple[Tensor, Tensor, dict[str, bool]]:
     """A kernel's arguments for its tail: bias and residual, or ``stand_in`` for what there is not, and the options."""
-    residual, chained = tail.get("residual"), tail["chained"]
+    residual, enable_pdl = tail.get("residual"), tail["enable_pdl"]
     options = {
         "has_bias": bias is not None,
         "gated": tail.get("gated", False),
         "has_residual": residual is not None,
-        "chained": chained,
-        "launch_pdl": chained,
+        "enable_pdl": enable_pdl,
+        "launch_pdl": enable_pdl,
     }
     return stand_in if bias is None else bias, stand_in if residual is None else residual, options
 

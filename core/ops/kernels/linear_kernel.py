@@ -21,7 +21,7 @@ from quire.core.ops.kernels.gemm_medium_m import wide
 from quire.core.ops.kernels.gemm_small_m import skinny
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.ops.kernels.norm_kernel import rms_norm
-from quire.core.ops.kernels.pdl import can_chain
+from quire.core.ops.kernels.pdl import supports_pdl
 
 __all__ = ["Launch", "SmallLinear", "launches", "rule"]
 
@@ -46,9 +46,9 @@ class SmallLinear:
     """The kernels of one layer. It holds no weights, only what to launch."""
 
     def __init__(
-        self, device: torch.device, features: int, inputs: int, dtype: torch.dtype, chained: bool = True
+        self, device: torch.device, features: int, inputs: int, dtype: torch.dtype, enable_pdl: bool = True
     ) -> None:
-        self._chained = chained and can_chain(device)
+        self._enable_pdl = enable_pdl and supports_pdl(device)
         self._steps = launches(device, features, inputs) if dtype in (torch.bfloat16, torch.float16) else []
 
     def __call__(
@@ -74,7 +74,15 @@ class SmallLinear:
         features = weight.shape[0]
         out = x.new_empty(x.shape[0], features // 2 if gated else features)
         _KERNELS[launch.kernel](
-            x, weight, bias, out, norm=norm, gated=gated, residual=residual, chained=self._chained, **launch.options
+            x,
+            weight,
+            bias,
+            out,
+            norm=norm,
+            gated=gated,
+            residual=residual,
+            enable_pdl=self._enable_pdl,
+            **launch.options,
         )
         return out
 

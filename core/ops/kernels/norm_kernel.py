@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
-from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.core.ops.kernels.quantize_kernel import KINDS, NATIVE, empty_output, row_warps, store_row
 
 __all__ = ["rms_norm"]
@@ -24,7 +24,7 @@ def rms_norm(
     out, values, scale = empty_output(x, features, wanted)
     summed = x if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(features)
-    chained = can_chain(x.device)
+    enable_pdl = supports_pdl(x.device)
     _rms_norm_kernel[(rows,)](
         x,
         x if residual is None else residual,
@@ -38,9 +38,9 @@ def rms_norm(
         has_residual=residual is not None,
         kind=KINDS[wanted.kind],
         block=block,
-        chained=chained,
+        enable_pdl=enable_pdl,
         num_warps=row_warps(block),
-        launch_pdl=chained,
+        launch_pdl=enable_pdl,
     )
     return out, summed
 
@@ -48,10 +48,10 @@ def rms_norm(
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, summed_ptr, x_stride, eps, features: tl.constexpr,
-    has_residual: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, chained: tl.constexpr,
+    has_residual: tl.constexpr, kind: tl.constexpr, block: tl.constexpr, enable_pdl: tl.constexpr,
 ):  # fmt: skip
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     inside = at < features

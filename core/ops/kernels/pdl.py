@@ -1,7 +1,8 @@
-"""Programmatic dependent launch (Hopper and later): a kernel starts while the one before it still runs.
+"""Programmatic dependent launch (PDL, Hopper and later): a kernel starts while the one before it still runs.
 
-Every kernel of such a chain waits before it touches what a kernel before it wrote, or writes what one before it may
-still read. Weights never change, so their loads may come before the wait.
+Every kernel launched so must call ``pdl_wait`` before it reads what an earlier kernel wrote, or writes what an earlier
+kernel may still read. Weights never change, so their loads may come before the wait. (CUDA C++ Programming Guide,
+"Programmatic Dependent Launch and Synchronization".)
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["can_chain", "start_next", "wait_for_previous"]
+__all__ = ["pdl_launch_dependents", "pdl_wait", "supports_pdl"]
 
 
-def can_chain(device: torch.device) -> bool:
+def supports_pdl(device: torch.device) -> bool:
     """Whether kernels on ``device`` may be launched with ``launch_pdl``."""
     if device.type != "cuda" or triton.knobs.runtime.interpret or torch.version.cuda is None:
         return False
@@ -22,14 +23,14 @@ def can_chain(device: torch.device) -> bool:
 
 
 @triton.jit
-def start_next(chained: tl.constexpr):
-    """Let the next kernel start as soon as every program of this one has come here."""
-    if chained:
+def pdl_launch_dependents(enable_pdl: tl.constexpr):
+    """Let the next kernel start once every program of this one has come here (``griddepcontrol.launch_dependents``)."""
+    if enable_pdl:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_previous(chained: tl.constexpr):
-    """Wait until the kernels before have finished and their writes are seen."""
-    if chained:
+def pdl_wait(enable_pdl: tl.constexpr):
+    """Wait until the kernels before have finished and their writes are visible (``griddepcontrol.wait``)."""
+    if enable_pdl:
         gdc_wait()

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import LayerKV
-from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 
 __all__ = ["rope_and_cache"]
 
@@ -38,7 +38,7 @@ def rope_and_cache(
     most = torch.finfo(cache_k.dtype).max if cache_k.dtype.itemsize == 1 else 0.0
     scales = (kv.k_scale, kv.v_scale) if kv is not None and most else (positions, positions)
     query_groups = triton.cdiv(num_heads, _HEADS)
-    chained = can_chain(q.device)
+    enable_pdl = supports_pdl(q.device)
     _rope_kernel[(num_tokens, query_groups + triton.cdiv(num_kv_heads, _HEADS))](
         q,
         k,
@@ -70,9 +70,9 @@ def rope_and_cache(
         has_norm=q_norm is not None,
         has_cache=kv is not None,
         most=most,
-        chained=chained,
+        enable_pdl=enable_pdl,
         num_warps=4,
-        launch_pdl=chained,
+        launch_pdl=enable_pdl,
     )
     return q, k
 
@@ -114,10 +114,10 @@ def _rope_kernel(
     has_norm: tl.constexpr,
     has_cache: tl.constexpr,
     most: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     position = tl.load(position_ptr + token)

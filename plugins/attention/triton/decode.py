@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
-from quire.core.ops.kernels.pdl import can_chain, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_wait, supports_pdl
 from quire.plugins.attention.triton.decode_work_list import DecodePlan
 from quire.plugins.attention.triton.fp8 import converts, features_of, queries_for, scale_of
 from quire.plugins.attention.triton.merge import merge_parts
@@ -34,7 +34,7 @@ def decode(
     lse_out: Tensor | None,
 ) -> None:
     """Attend for the first ``num_decodes`` requests, whose parts are listed in ``plan``."""
-    fp8, chained = kv.k.dtype.itemsize == 1, can_chain(q.device)
+    fp8, enable_pdl = kv.k.dtype.itemsize == 1, supports_pdl(q.device)
     k, v = (kv.k.view(torch.int16), kv.v.view(torch.int16)) if fp8 else (kv.k, kv.v)
     decode_kernel[(plan.grid(batch),)](
         q,
@@ -67,8 +67,8 @@ def decode(
         **decode_constants(spec, plan.tile.keys, batch.decode_query_len),
         num_warps=plan.tile.warps,
         num_stages=plan.tile.stages,
-        chained=chained,
-        launch_pdl=chained,
+        enable_pdl=enable_pdl,
+        launch_pdl=enable_pdl,
     )
 
 
@@ -145,7 +145,7 @@ def decode_kernel(
     columns: tl.constexpr,
     merge_rows: tl.constexpr,
     precision: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (programs,). An item is one KV head of a part. Program i does item i, and as a rule no other: the GPU
     starts programs in order as others end, so that long requests come first. The next tile's blocks are read while
@@ -158,7 +158,7 @@ def decode_kernel(
     word = tl.arange(0, dim_pad // pair)
     v_word = tl.arange(0, v_dim_pad // pair)
     keep = real[:, None] & (e < v_dim)[None, :]
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     item = tl.program_id(0)
     request, low, high, packed = _item(items_ptr + item // kv_heads * 4)  # the list has room for every program
     total = tl.load(count_ptr) * kv_heads

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, finish, rows_of, tail_of
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["wide8"]
 
@@ -95,7 +95,7 @@ def wide8_kernel(
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (num_tokens / tokens, features / rows): programs that share weights run at the same time."""
     tile = tl.program_id(1)
@@ -109,7 +109,7 @@ def wide8_kernel(
     else:
         x_at, w_at = x_ptr + x_row[None, :] + at[:, None], weight_ptr + w_row[:, None] + at[None, :]
         there = (token < num_tokens)[None, :] & (at >= 0)[:, None]
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     sums: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 and not blocks else tl.float32
     acc = tl.zeros((tokens, rows) if tokens_first else (rows, tokens), dtype=sums)
     for first in tl.range(0, inputs, block, num_stages=stages):
@@ -126,7 +126,7 @@ def wide8_kernel(
             acc = tl.dot(x, w, acc, out_dtype=sums)
         else:
             acc = tl.dot(w, x, acc, out_dtype=sums)
-    start_next(chained)
+    pdl_launch_dependents(enable_pdl)
     y = (tl.trans(acc) if tokens_first else acc).to(tl.float32)
     if not blocks:
         y *= tl.load(scale_ptr + row)[:, None]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, finish, rows_of, tail_of
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["skinny8"]
 
@@ -84,7 +84,7 @@ def skinny8_kernel(
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows,)."""
     tile = tl.program_id(0)
@@ -95,7 +95,7 @@ def skinny8_kernel(
     weights = weight_ptr + row.to(tl.int64)[None, :, None] * inputs + at[:, None, :]
     x_at = x_ptr + token[None, None, :] * inputs + at[:, :, None]
     there = (token < num_tokens)[None, None, :]
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     acc = tl.zeros((ways, rows, tokens), dtype=tl.float32)
     whole: tl.constexpr = inputs % (ways * block) == 0
     for first in tl.range(0, inputs, ways * block, num_stages=stages):
@@ -113,7 +113,7 @@ def skinny8_kernel(
             acc += tl.dot(w, x) * s[:, :, None]
         else:
             acc = tl.dot(w, x, acc)
-    start_next(chained)
+    pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if not blocks:
         y *= tl.load(scale_ptr + row)[:, None]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["gemv8", "gemv8_long"]
 
@@ -119,7 +119,7 @@ def gemv8_kernel(
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows / turns,). The next turn's weights are on their way while one is multiplied."""
     first = tl.program_id(0) * turns
@@ -133,8 +133,8 @@ def gemv8_kernel(
     inside = at < inputs
     if has_norm:
         g = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     xs = ()
     for token in tl.static_range(tokens):
         x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs
@@ -181,7 +181,7 @@ def gemv8_long_kernel(
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
     are summed beside the products."""
@@ -189,8 +189,8 @@ def gemv8_long_kernel(
     at = tl.arange(0, block // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     weights = weight_ptr + row.to(tl.int64)[:, None, None] * inputs + at[None, :, :]
     w = tl.load(weights, mask=(at < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     acc = tl.zeros((rows, block // 16), dtype=tl.float32)
     squares = tl.zeros((block // 16,), dtype=tl.float32)
     for first in tl.static_range(0, inputs, block):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops.kernels.pdl import can_chain
+from quire.core.ops.kernels.pdl import supports_pdl
 from quire.core.ops.norm import rms_norm, rms_norm_as
 from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
 from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
@@ -67,7 +67,7 @@ class Plan:
 
     def __init__(self, device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> None:
         self.steps = launches(device, features, inputs, dtype)
-        self.chained = can_chain(device)
+        self.enable_pdl = supports_pdl(device)
 
     def launch(self, tokens: int, quantized: bool, native: bool, blocks: bool) -> Launch | None:
         """The best for ``tokens``, or None: the library. ``quantized``: the activations are already; ``native``: they
@@ -145,7 +145,15 @@ class EightBit:
         features = weight.shape[0] // 2 if gated else weight.shape[0]
         out = torch.empty(tokens, features, dtype=dtype, device=weight.device)
         _KERNELS[launch.kernel](
-            values, weight, bias, out, scale=scale, gated=gated, residual=residual, chained=plan.chained, **options
+            values,
+            weight,
+            bias,
+            out,
+            scale=scale,
+            gated=gated,
+            residual=residual,
+            enable_pdl=plan.enable_pdl,
+            **options,
         )
         return out
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.core.ops.kernels.quantize_kernel import KINDS, empty_output, row_warps, store_row
 from quire.core.ops.quantize import quantize_activation as twin
 
@@ -29,7 +29,7 @@ def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
     rows, features = x.shape
     out, values, scale = empty_output(x, features, wanted)
     block = triton.next_power_of_2(features)
-    chained = can_chain(x.device)
+    enable_pdl = supports_pdl(x.device)
     _quantize_kernel[(rows,)](
         x,
         values,
@@ -38,9 +38,9 @@ def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
         features=features,
         kind=KINDS[wanted.kind],
         block=block,
-        chained=chained,
+        enable_pdl=enable_pdl,
         num_warps=row_warps(block),
-        launch_pdl=chained,
+        launch_pdl=enable_pdl,
     )
     assert isinstance(out, QuantActivation)
     return out
@@ -57,10 +57,10 @@ def dequantize_activation(x: QuantActivation, dtype: torch.dtype | None = None) 
 @triton.jit
 def _quantize_kernel(
     x_ptr, out_ptr, scale_ptr, x_stride, features: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):  # fmt: skip
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     x = tl.load(x_ptr + row * x_stride + at, mask=at < features, other=0.0)

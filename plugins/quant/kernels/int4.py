@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.ops.kernels.pdl import can_chain
+from quire.core.ops.kernels.pdl import supports_pdl
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
 from quire.plugins.quant.kernels.int4_table import launch_for
 
@@ -99,7 +99,7 @@ def linear(
         out,
         gated=gated,
         residual=residual,
-        chained=can_chain(x.device),
+        enable_pdl=supports_pdl(x.device),
         **launch.options,
     )
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 from quire.plugins.quant.kernels.int4_words import finish, load_groups, rows_of, scales_of, tiles_of, unpack
 
 __all__ = ["combine_kernel", "dequantize_kernel", "wide_kernel"]
@@ -38,7 +38,7 @@ def wide_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     native: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / 16 / tiles, num_tokens / tokens, splits).
 
@@ -57,7 +57,7 @@ def wide_kernel(
     words = words_ptr + tile[None, :, None, None] * (blocks * 256) + half + tl.arange(0, 128)[None, None, None, :]
     at = tl.arange(0, span)
     x_row = tl.minimum(token, num_tokens - 1).to(tl.int64) * inputs
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     acc = tl.zeros((tiles * 16, tokens), dtype=tl.float32)
     for block in tl.range(split * share, tl.minimum(split * share + share, blocks), num_stages=stages):
         p = tl.load(words + block * 256)
@@ -75,7 +75,7 @@ def wide_kernel(
         else:
             scale = tl.reshape(scales_of(groups[0], tiles, 1, gated), (tiles * 16, 1))
             acc += tl.dot(w, x, input_precision="ieee") * scale
-    start_next(chained)
+    pdl_launch_dependents(enable_pdl)
     if splits == 1:
         if has_bias:
             row, _ = rows_of(program, features, tiles, gated)
@@ -100,15 +100,15 @@ def combine_kernel(
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (width / block, num_tokens). Splits are added in order."""
     width: tl.constexpr = features // 2 if gated else features
     token = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < width
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     y = _added(parts_ptr, bias_ptr, token, num_tokens, at, inside, features, splits, has_bias)
     if gated:
         up = _added(parts_ptr, bias_ptr, token, num_tokens, at + width, inside, features, splits, has_bias)
@@ -142,7 +142,7 @@ def dequantize_kernel(
     bits: tl.constexpr,
     ways: tl.constexpr,
     native: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / 16, blocks / ways)."""
     span: tl.constexpr = 512 // bits
@@ -154,8 +154,8 @@ def dequantize_kernel(
     at = (tile[None, :, None, None] * blocks + held[:, None, None, None]) * 256
     p = tl.load(words_ptr + at + half + tl.arange(0, 128)[None, None, None, :], eviction_policy="evict_first")
     groups = load_groups(groups_ptr, tile, held, inputs, group, span)
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     w = unpack(p, groups, bits, False, True, native, out_ptr.dtype.element_ty)
     row = tl.program_id(0) * 16 + tl.arange(0, 16)[None, :, None]
     k = block[:, None, None] * span + tl.arange(0, span)[None, None, :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.ops.kernels.pdl import start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 from quire.plugins.quant.kernels.int4_words import finish, load_groups, rows_of, scales_of, tiles_of, unpack
 
 __all__ = ["skinny_kernel"]
@@ -38,7 +38,7 @@ def skinny_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     native: tl.constexpr,
-    chained: tl.constexpr,
+    enable_pdl: tl.constexpr,
 ):
     """Grid: (features / 16 / tiles,). A turn is ``depth`` blocks of inputs for each of ``ways`` warps."""
     span: tl.constexpr = 512 // bits
@@ -50,7 +50,7 @@ def skinny_kernel(
     half = tl.arange(0, 2)[None, None, :, None] * 128
     words = words_ptr + tile[None, :, None, None] * (blocks * 256) + half + tl.arange(0, 128)[None, None, None, :]
     acc = tl.zeros((ways, tiles * 16, tokens), dtype=tl.float32)
-    wait_for_previous(chained)
+    pdl_wait(enable_pdl)
     for first in tl.range(0, blocks, ways * depth, num_stages=stages):
         ps, ms, xs = (), (), ()
         for turn in tl.static_range(depth):
@@ -64,7 +64,7 @@ def skinny_kernel(
             xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
         for turn in tl.static_range(depth):
             acc = _multiply(ps[turn], ms[turn], xs[turn], acc, group, bits, gated, native)
-    start_next(chained)
+    pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)
     if has_bias:
         row, _ = rows_of(program, features, tiles, gated)

@@ -108,14 +108,14 @@ def _unpack(
 @jit
 def _produce(
     x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, tile, token, tiles: gl.constexpr,
-    consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr, chained: gl.constexpr,
+    consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr, enable_pdl: gl.constexpr,
 ):  # fmt: skip
     """One warp: start to copy what a turn wants, as soon as there is room. The first weights wait for no kernel."""
     for turn in range(gl.minimum(stages, turns)):
         _weights(
             words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, consumers, stages, ratio
         )
-    if chained:
+    if enable_pdl:
         gdc_wait()
     for turn in range(turns):
         slot = turn % stages
@@ -149,7 +149,7 @@ def _consume(
     ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr, out_ptr,
     me: gl.constexpr, consumers: gl.constexpr, stages: gl.constexpr, tiles: gl.constexpr, tokens: gl.constexpr,
     warps: gl.constexpr, features: gl.constexpr, splits: gl.constexpr, has_bias: gl.constexpr,
-    gated: gl.constexpr, has_residual: gl.constexpr, chained: gl.constexpr,
+    gated: gl.constexpr, has_residual: gl.constexpr, enable_pdl: gl.constexpr,
 ):  # fmt: skip
     """Warps that multiply."""
     paired: gl.constexpr = gated and tiles == warps
@@ -175,7 +175,7 @@ def _consume(
         acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    if chained:
+    if enable_pdl:
         gdc_wait()
         gdc_launch_dependents()
     width: gl.constexpr = features // 2 if gated else features
@@ -234,7 +234,7 @@ def hopper_kernel(
     has_bias: gl.constexpr,
     gated: gl.constexpr,
     has_residual: gl.constexpr,
-    chained: gl.constexpr,
+    enable_pdl: gl.constexpr,
 ):
     """Grid: (num_tokens / tokens, features / 16 / tiles / consumers, splits): ``tiles`` and ``warps`` are a
     consumer's. Every split has a block."""
@@ -260,11 +260,11 @@ def hopper_kernel(
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
                 out_ptr, 0, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
-                chained,
+                enable_pdl,
             )),
             (_produce, (
                 x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
-                consumers, stages, group // 128, chained,
+                consumers, stages, group // 128, enable_pdl,
             )),
         ], [1], [24])
     else:
@@ -272,16 +272,16 @@ def hopper_kernel(
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
                 out_ptr, 0, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
-                chained,
+                enable_pdl,
             )),
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
                 out_ptr, 1, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
-                chained,
+                enable_pdl,
             )),
             (_produce, (
                 x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
-                consumers, stages, group // 128, chained,
+                consumers, stages, group // 128, enable_pdl,
             )),
         ], [4, 1], [240, 24])
     # fmt: on

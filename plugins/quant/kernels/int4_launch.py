@@ -12,7 +12,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quire.core.ops.kernels.linear_epilogue import Tail, tail_of
-from quire.core.ops.kernels.pdl import can_chain
+from quire.core.ops.kernels.pdl import supports_pdl
 from quire.plugins.quant.kernels.int4_gemm_medium_m import combine_kernel, dequantize_kernel, wide_kernel
 from quire.plugins.quant.kernels.int4_gemm_small_m import skinny_kernel
 from quire.plugins.quant.kernels.int4_hopper import hopper_kernel
@@ -42,7 +42,7 @@ def skinny(
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense; ``gated`` is SiLU.
 
     At most ``tokens`` (8 at least) of them. A program takes ``tiles`` times 16 rows (gated, half of them are gates);
-    its ``ways`` warps share out the inputs, each taking ``depth`` blocks of them at a time. ``chained``: start while
+    its ``ways`` warps share out the inputs, each taking ``depth`` blocks of them at a time. ``enable_pdl``: start while
     the kernel before still runs, where the device can.
     """
     bias, residual, options = tail_of(x, bias, **tail)
@@ -188,7 +188,7 @@ def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tenso
     """The weights (features, inputs) in ``dtype``."""
     out = torch.empty(weights.features, weights.inputs, dtype=dtype, device=weights.words.device)
     tiles, blocks = weights.words.shape[:2]
-    chained = can_chain(out.device)
+    enable_pdl = supports_pdl(out.device)
     dequantize_kernel[(tiles, triton.cdiv(blocks, ways))](
         weights.words,
         weights.groups,
@@ -199,9 +199,9 @@ def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tenso
         bits=weights.bits,
         ways=ways,
         native=_native(dtype),
-        chained=chained,
+        enable_pdl=enable_pdl,
         num_warps=ways,
-        launch_pdl=chained,
+        launch_pdl=enable_pdl,
     )
     return out
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
-from quire.core.ops.kernels.pdl import can_chain, start_next, wait_for_previous
+from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
 
@@ -84,7 +84,7 @@ def rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, d
     """``sums`` (num_tokens, features) int32 times ``x_scale`` (num_tokens, 1) and ``scale`` (features,), and bias."""
     rows, features = sums.shape
     out = torch.empty(rows, features, dtype=dtype, device=sums.device)
-    chained = can_chain(sums.device)
+    enable_pdl = supports_pdl(sums.device)
     _rescale_kernel[(rows, triton.cdiv(features, _BLOCK))](
         sums,
         x_scale,
@@ -94,9 +94,9 @@ def rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, d
         features=features,
         block=_BLOCK,
         has_bias=bias is not None,
-        chained=chained,
+        enable_pdl=enable_pdl,
         num_warps=4,
-        launch_pdl=chained,
+        launch_pdl=enable_pdl,
     )
     return out
 
@@ -104,10 +104,10 @@ def rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, d
 @triton.jit
 def _rescale_kernel(
     sums_ptr, x_scale_ptr, scale_ptr, bias_ptr, out_ptr, features: tl.constexpr, block: tl.constexpr,
-    has_bias: tl.constexpr, chained: tl.constexpr,
+    has_bias: tl.constexpr, enable_pdl: tl.constexpr,
 ):  # fmt: skip
-    start_next(chained)
-    wait_for_previous(chained)
+    pdl_launch_dependents(enable_pdl)
+    pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < features
