@@ -18,15 +18,15 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingBatch, SamplingTable
 from quire.core.sample.filters import apply_filters
-from quire.core.sample.kernels.penalties_kernel import penalize
+from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.noise import gumbel
-from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.penalties import apply_penalties_torch
 from quire.core.sample.sampler import GumbelSampler
 
 READ = 4.29e12
 """Bytes a second, H200."""
 SHAPES = [(1, 151936), (32, 151936), (256, 151936), (256, 128256)]
-WISHES: dict[str, tuple[float, int, float, float]] = {  # temperature, top_k, top_p, min_p
+PARAMS: dict[str, tuple[float, int, float, float]] = {  # temperature, top_k, top_p, min_p
     "greedy": (0.0, 0, 1.0, 0.0),
     "T 0.8": (0.8, 0, 1.0, 0.0),
     "T 0.8, top_p 0.95": (0.8, 0, 0.95, 0.0),
@@ -45,7 +45,7 @@ def main() -> None:
             sets = [(torch.randn(rows, vocab, device=CUDA) * spread).bfloat16() for _ in range(6)]
             sampler = GumbelSampler(vocab, CUDA)
             sampler.prepare_graph_sampling(rows)
-            for name, wish in WISHES.items():
+            for name, wish in PARAMS.items():
                 report(rows, vocab, spread, name, wish, sets, sampler)
     for rows in (32, 256):
         report_penalties(rows, 151936, 1000)
@@ -73,10 +73,10 @@ def report(
         table.temperature[:rows], table.top_k[:rows], table.top_p[:rows], table.min_p[:rows], table.seed[:rows],
         position, wish[0] > 0, wish[1] > 0, wish[2] < 1, wish[3] > 0,
     )  # fmt: skip
-    expected = torch_draw(sets[0], batch)
+    expected = torch_sample(sets[0], batch)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    torch_draw(sets[0], batch)
+    torch_sample(sets[0], batch)
     end.record()
     end.synchronize()
     draw(0)
@@ -89,7 +89,7 @@ def report(
     )
 
 
-def torch_draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+def torch_sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if not batch.any_random:
         return logits.argmax(-1)
     x = apply_filters(logits.float() / batch.temperature[:, None], batch)
@@ -101,8 +101,8 @@ def report_penalties(rows: int, vocab: int, length: int) -> None:
     table = torch.randint(0, vocab, (rows, length), dtype=torch.int32, device=CUDA)
     lines, lens = torch.arange(rows, device=CUDA), torch.full((rows,), length, dtype=torch.int32, device=CUDA)
     prompt_len, strengths = lens // 2, [torch.rand(rows, device=CUDA) + 0.5 for _ in range(3)]
-    ours = replay_us(lambda _: penalize(logits, lines, lines, lens, length, table, prompt_len, *strengths), 5)
-    theirs = replay_us(lambda _: apply_penalties(logits, table, lens, prompt_len, *strengths), 5)
+    ours = replay_us(lambda _: launch_penalties(logits, lines, lines, lens, length, table, prompt_len, *strengths), 5)
+    theirs = replay_us(lambda _: apply_penalties_torch(logits, table, lens, prompt_len, *strengths), 5)
     print(f"penalties, {rows} rows of {length} tokens: {ours:.1f} us, torch {theirs:.1f} us")
 
 

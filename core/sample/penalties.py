@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_penalties", "penalize"]
+__all__ = ["apply_penalties", "apply_penalties_torch"]
 
 
-def penalize(
+def apply_penalties(
     logits: Tensor,
     lines: Tensor,
     rows: Tensor,
@@ -29,15 +29,15 @@ def penalize(
         from quire.core.sample.kernels import penalties_kernel as penalties
 
         columns = (token_ids, prompt_len, repetition, frequency, presence)
-        penalties.penalize(logits, lines, rows, num_tokens, longest, *columns)
+        penalties.launch_penalties(logits, lines, rows, num_tokens, longest, *columns)
         return
     mine, some = rows[lines], logits[lines]
     of_lines = (column[mine] for column in (prompt_len, repetition, frequency, presence))
-    apply_penalties(some, token_ids[mine, :longest], num_tokens[lines], *of_lines)
+    apply_penalties_torch(some, token_ids[mine, :longest], num_tokens[lines], *of_lines)
     logits[lines] = some
 
 
-def apply_penalties(
+def apply_penalties_torch(
     logits: Tensor,
     tokens: Tensor,
     num_tokens: Tensor,

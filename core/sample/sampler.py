@@ -22,7 +22,7 @@ class GumbelSampler(Sampler):
 
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
         super().__init__(vocab_size, device, options)
-        self._work: Any = None  # Workspace: triton is imported on a GPU alone
+        self._workspace: Any = None  # Workspace: triton is imported on a GPU alone
 
     def prepare_graph_sampling(self, max_rows: int) -> bool:
         """On a GPU: yes."""
@@ -30,28 +30,28 @@ class GumbelSampler(Sampler):
             return False
         from quire.core.sample.kernels.workspace import Workspace
 
-        self._work = Workspace(max_rows, self.vocab_size, self.device)
+        self._workspace = Workspace(max_rows, self.vocab_size, self.device)
         return True
 
     def sample_from_table(
         self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool
     ) -> None:
         """One launch where all are greedy, three otherwise."""
-        from quire.core.sample.kernels.argmax_kernel import argmax
-        from quire.core.sample.kernels.launch_sample import Columns, draw
+        from quire.core.sample.kernels.argmax_kernel import launch_argmax
+        from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
 
-        work = self._workspace(logits)
+        work = self._workspace_for(logits)
         if greedy:
-            argmax(logits, work, tokens, rows, table.token_ids, table.num_tokens)
+            launch_argmax(logits, work, tokens, rows, table.token_ids, table.num_tokens)
             return
         t = table
-        columns = Columns(t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.num_tokens)
-        draw(logits, columns, work, tokens, rows, table.token_ids)
+        columns = SamplingColumns(t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.num_tokens)
+        launch_sample(logits, columns, work, tokens, rows, table.token_ids)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """``logits`` (n, vocab) float32 -> (n,) int32."""
         if logits.device.type == "cuda":
-            return self._sample_by_kernels(logits, batch)
+            return self._sample_with_kernels(logits, batch)
         if not batch.any_random:
             return logits.argmax(-1).int()
         random = batch.temperature > 0
@@ -60,27 +60,27 @@ class GumbelSampler(Sampler):
         noise = gumbel(batch.seed, batch.position, logits.shape[-1])
         return torch.where(random[:, None], logits + noise, logits).argmax(-1).int()
 
-    def _sample_by_kernels(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        from quire.core.sample.kernels.argmax_kernel import argmax
-        from quire.core.sample.kernels.launch_sample import Columns, draw
+    def _sample_with_kernels(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        from quire.core.sample.kernels.argmax_kernel import launch_argmax
+        from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
 
         tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         b = batch
         if b.any_random:
-            columns = Columns(b.temperature, b.top_k, b.top_p, b.min_p, b.seed, b.position)
-            draw(logits, columns, self._workspace(logits), tokens)
+            columns = SamplingColumns(b.temperature, b.top_k, b.top_p, b.min_p, b.seed, b.position)
+            launch_sample(logits, columns, self._workspace_for(logits), tokens)
         else:
-            argmax(logits, self._workspace(logits), tokens)
+            launch_argmax(logits, self._workspace_for(logits), tokens)
         return tokens
 
-    def _workspace(self, logits: Tensor) -> Any:
+    def _workspace_for(self, logits: Tensor) -> Any:
         """The prepared workspace, or one of its own for logits that do not fit it, which no captured graph knows."""
         from quire.core.sample.kernels.workspace import Workspace
 
         n, vocab = logits.shape
-        work = self._work
+        work = self._workspace
         if work is None or n > work.max_rows or vocab != work.vocab_size:
             work = Workspace(n, vocab, logits.device)
-            if self._work is None:
-                self._work = work
+            if self._workspace is None:
+                self._workspace = work
         return work

@@ -14,25 +14,25 @@ from torch import Tensor
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.sample.noise import philox
 
-__all__ = ["Spans", "place_drafts", "verify"]
+__all__ = ["DraftSpans", "place_drafts", "verify_drafts"]
 
 _FORCED = 0x5EED
 """Separates the noise of forced acceptance from that of sampling."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class DraftSpans:
     """Requests that draw, each with a line of logits for its next token and one for every draft granted to it."""
 
     rows: Tensor  # (n,) int64, of the request table
-    first: Tensor  # (n,) int64: its first line
-    drafts: Tensor  # (n,) int64: lines beyond the first
-    width: int
+    start: Tensor  # (n,) int64: its first line
+    num_drafts: Tensor  # (n,) int64: lines beyond the first
+    max_len: int
     """The most lines of any, on the host."""
 
 
-def verify(
-    drawn: Tensor, spans: Spans, table: SamplingTable, num_computed: Tensor, num_drafts: Tensor,
+def verify_drafts(
+    sampled: Tensor, spans: DraftSpans, table: SamplingTable, num_computed: Tensor, num_drafts: Tensor,
     forced_acceptance: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Append to each row its accepted drafts and the token drawn after them; a row has at most ``width`` new tokens.
@@ -42,23 +42,23 @@ def verify(
     Returns (n, 2 + width) int32: how many tokens were appended, how many drafts were verified, the tokens. With
     ``forced_acceptance`` chance decides, and an accepted draft stands as it is.
     """
-    if drawn.is_cuda:
+    if sampled.is_cuda:
         from quire.core.sample.kernels import verify_kernel as kernels
 
-        return kernels.verify(drawn, spans, table, num_computed, num_drafts, forced_acceptance)
-    rows, width = spans.rows, spans.width
-    place = torch.arange(width, device=drawn.device)[None, :]  # (1, width)
+        return kernels.launch_verify_drafts(sampled, spans, table, num_computed, num_drafts, forced_acceptance)
+    rows, max_len = spans.rows, spans.max_len
+    place = torch.arange(max_len, device=sampled.device)[None, :]  # (1, width)
     base = table.num_tokens[rows].long()[:, None]  # (n, 1)
-    tokens = drawn[(spans.first[:, None] + place).clamp(max=len(drawn) - 1)]  # (n, width)
-    offered = torch.minimum(spans.drafts, num_drafts[rows].long())
+    tokens = sampled[(spans.start[:, None] + place).clamp(max=len(sampled) - 1)]  # (n, width)
+    offered = torch.minimum(spans.num_drafts, num_drafts[rows].long())
     before = table.token_ids[rows[:, None], base + place]
-    right = before == tokens
+    accepted = before == tokens
     if forced_acceptance is not None:
         bits = philox((base + place).expand_as(tokens), torch.full_like(base, _FORCED), table.seed[rows][:, None])
-        right = bits < int(forced_acceptance * 2**32)
-        tokens = torch.where(right & (place < offered[:, None]), before, tokens)
-    right &= place < offered[:, None]
-    count = 1 + right.int().cumprod(1)[:, : width - 1].sum(1) if width > 1 else torch.ones_like(rows)
+        accepted = bits < int(forced_acceptance * 2**32)
+        tokens = torch.where(accepted & (place < offered[:, None]), before, tokens)
+    accepted &= place < offered[:, None]
+    count = 1 + accepted.int().cumprod(1)[:, : max_len - 1].sum(1) if max_len > 1 else torch.ones_like(rows)
     after = torch.where(place < count[:, None], tokens, before)
     table.token_ids[rows[:, None], base + place] = after
     end = (base[:, 0] + count).int()
@@ -77,7 +77,7 @@ def place_drafts(
     if tokens.is_cuda:
         from quire.core.sample.kernels import verify_kernel as kernels
 
-        kernels.place_drafts(tokens, lengths, rows, table, num_drafts, vocab_size)
+        kernels.launch_place_drafts(tokens, lengths, rows, table, num_drafts, vocab_size)
         return
     k = tokens.shape[1]
     place = torch.arange(k, device=tokens.device)[None, :]
@@ -88,6 +88,6 @@ def place_drafts(
     base = table.num_tokens[rows].long()
     count = torch.minimum(count, table.token_ids.shape[1] - base)
     count = torch.where(rows == len(num_drafts) - 1, 0, count)
-    request, at = (place < count[:, None]).nonzero(as_tuple=True)
-    table.token_ids[rows[request], base[request] + at] = tokens[request, at].int()
+    request, offset = (place < count[:, None]).nonzero(as_tuple=True)
+    table.token_ids[rows[request], base[request] + offset] = tokens[request, offset].int()
     num_drafts[rows] = count.int()

@@ -13,12 +13,12 @@ from quire.core.plugin.options import parse_options
 from quire.core.sampling_params import SamplingParams
 
 __all__ = [
-    "check_add_says_whether_there_is_work",
+    "check_add_row_says_whether_there_is_work",
     "check_apply_changes_in_place",
-    "check_argmax_invariant_is_true_to_its_word",
+    "check_argmax_invariant_keeps_the_argmax",
     "check_only_its_own_rows_change",
     "check_plain_parameters_are_valid",
-    "check_remove_forgets",
+    "check_remove_row_forgets",
 ]
 
 _VOCAB = 32
@@ -29,7 +29,7 @@ def check_plain_parameters_are_valid(cls: type[LogitsProcessor]) -> None:
     cls.validate_params(SamplingParams(), _VOCAB)
 
 
-def check_add_says_whether_there_is_work(cls: type[LogitsProcessor]) -> None:
+def check_add_row_says_whether_there_is_work(cls: type[LogitsProcessor]) -> None:
     """``add`` returns a bool, also for a request that asks for nothing."""
     answer = _make(cls).add_row(_request(0, SamplingParams()))
     assert isinstance(answer, bool), f"add returned {answer!r}, not True or False"
@@ -57,7 +57,7 @@ def check_only_its_own_rows_change(cls: type[LogitsProcessor]) -> None:
         assert torch.equal(logits[line], before[line]), f"rows {lines}: the line of row 1 changed"
 
 
-def check_remove_forgets(cls: type[LogitsProcessor]) -> None:
+def check_remove_row_forgets(cls: type[LogitsProcessor]) -> None:
     """After ``remove``, the row can be given to a request without work and is left alone."""
     processor = _with_work(cls)
     processor.add_row(_request(1, _WORK))
@@ -70,7 +70,7 @@ def check_remove_forgets(cls: type[LogitsProcessor]) -> None:
     assert torch.equal(logits[0], before[0]), "the row still changes after remove"
 
 
-def check_argmax_invariant_is_true_to_its_word(cls: type[LogitsProcessor]) -> None:
+def check_argmax_invariant_keeps_the_argmax(cls: type[LogitsProcessor]) -> None:
     """A processor that declares itself ``argmax_invariant`` never changes which token is the largest."""
     if not cls.argmax_invariant:
         raise unittest.SkipTest("declares that it may change the argmax")

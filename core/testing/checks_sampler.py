@@ -11,10 +11,10 @@ from quire.core.contracts.sampler import Sampler, SamplingBatch
 
 __all__ = [
     "check_a_row_does_not_depend_on_its_neighbours",
-    "check_draws_follow_the_distribution",
     "check_position_and_seed_matter",
     "check_result_is_one_int32_per_row",
-    "check_same_seed_and_position_draw_the_same_token",
+    "check_same_seed_and_position_sample_the_same_token",
+    "check_samples_follow_the_distribution",
     "check_temperature_zero_is_the_argmax",
     "check_top_k_top_p_and_min_p_restrict",
 ]
@@ -37,7 +37,7 @@ def check_temperature_zero_is_the_argmax(cls: type[Sampler]) -> None:
     assert torch.equal(tokens[::2].long(), logits[::2].argmax(-1)), "a greedy row is not the argmax"
 
 
-def check_same_seed_and_position_draw_the_same_token(cls: type[Sampler]) -> None:
+def check_same_seed_and_position_sample_the_same_token(cls: type[Sampler]) -> None:
     """Drawing twice gives the same tokens: there is no hidden generator."""
     sampler, logits = cls(64, _CPU), _logits(8, 64)
     first = sampler.sample(logits.clone(), _batch(8))
@@ -66,7 +66,7 @@ def check_position_and_seed_matter(cls: type[Sampler]) -> None:
     assert by_seed.unique().numel() > 16, "the seed hardly changes the noise"
 
 
-def check_draws_follow_the_distribution(cls: type[Sampler]) -> None:
+def check_samples_follow_the_distribution(cls: type[Sampler]) -> None:
     """Frequencies over 8,192 positions are the softmax's within 0.03, at two temperatures."""
     row, n = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0, 0.2, 1.5, -3.0]), 8192
     for heat in (1.0, 0.5):

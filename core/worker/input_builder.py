@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import upload
-from quire.core.sample.verify import Spans
+from quire.core.sample.verify import DraftSpans
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["Lines", "StepInputs", "build_inputs"]
@@ -31,15 +31,15 @@ class Lines:
     @classmethod
     def of(cls, step: SchedulerOutput) -> Lines:
         """In the order of the requests."""
-        drawing = np.flatnonzero(step.sampling_mask)
+        sampling_requests = np.flatnonzero(step.sampling_mask)
         drafts = (
-            np.zeros(len(drawing), np.int64)
+            np.zeros(len(sampling_requests), np.int64)
             if step.num_draft_tokens is None
-            else step.num_draft_tokens[drawing].astype(np.int64)
+            else step.num_draft_tokens[sampling_requests].astype(np.int64)
         )
         count = drafts + 1
         first = count.cumsum() - count
-        owner = np.repeat(drawing, count)
+        owner = np.repeat(sampling_requests, count)
         behind = np.arange(len(owner)) - np.repeat(first + count, count)  # -count .. -1 within each request
         token = step.num_scheduled_tokens.cumsum()[owner] + behind
         return cls(owner, step.max_seq_lens[owner] + behind + 1, token, first, drafts)
@@ -59,7 +59,7 @@ class StepInputs:
     line_rows: Tensor  # (num_lines,) int64: row of the request table, for each line of logits
     line_lens: Tensor  # (num_lines,) int32: tokens before the drawn one, which is also its position
     logits_index: Tensor  # (num_lines,) int64: token whose hidden state predicts the drawn one
-    spans: Spans
+    spans: DraftSpans
     """The lines by request."""
 
 
@@ -67,10 +67,18 @@ def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block
     """Expand the grants of ``step`` and advance ``table.num_computed`` past them."""
     device = table.device
     num_reqs, total = len(step.rows), step.total_num_scheduled_tokens
-    drawing = lines.owner[lines.first]
-    columns = (step.rows, step.num_scheduled_tokens, lines.owner, lines.token, drawing, lines.first, lines.drafts)
+    sampling_requests = lines.owner[lines.first]
+    columns = (
+        step.rows,
+        step.num_scheduled_tokens,
+        lines.owner,
+        lines.token,
+        sampling_requests,
+        lines.first,
+        lines.drafts,
+    )
     packed = upload(np.concatenate(columns, dtype=np.int64), torch.int64, device)
-    rows, grants, owners, logits_index, drawers, first, drafts = packed.split([len(column) for column in columns])
+    rows, grants, owners, logits_index, sampling, first, drafts = packed.split([len(column) for column in columns])
     start = torch.zeros(num_reqs + 1, dtype=torch.int64, device=device)
     torch.cumsum(grants, 0, out=start[1:])
     computed = table.num_computed[rows].long()
@@ -109,5 +117,5 @@ def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block
         line_rows=rows[owners],
         line_lens=positions[logits_index].int() + 1,
         logits_index=logits_index,
-        spans=Spans(rows[drawers], first, drafts, 1 + int(lines.drafts.max(initial=0))),
+        spans=DraftSpans(rows[sampling], first, drafts, 1 + int(lines.drafts.max(initial=0))),
     )

@@ -21,7 +21,7 @@ from quire.core.worker.input_builder import Lines, StepInputs, build_inputs
 from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.readback import Readback, StepClock
 from quire.core.worker.request_table import RequestTable
-from quire.core.worker.sampling import Drawn, TokenDrawer
+from quire.core.worker.sampling import SampledTokens, SamplingRunner
 
 __all__ = ["ModelRunner"]
 
@@ -37,7 +37,7 @@ class ModelRunner:
         backends: Sequence[AttentionBackend],
         kv: KVCache,
         table: RequestTable,
-        drawer: TokenDrawer,
+        sampling_runner: SamplingRunner,
         block_size: int,
         vocab_size: int,
         most_drafts: int = 0,
@@ -46,7 +46,7 @@ class ModelRunner:
         self.backends = list(backends)
         self.kv = kv
         self.table = table
-        self.drawer = drawer
+        self.sampling_runner = sampling_runner
         self.block_size = block_size
         rows = table.num_rows
         self.drafting: Drafting | None = None
@@ -79,8 +79,8 @@ class ModelRunner:
         """Launch what captured steps launch, with nothing at stake: decodes, and where backends allow it steps with up
         to ``max_tokens`` tokens of prompts."""
         self.graphs = DecodeGraphs(
-            self.model, self.backends, self.kv, self.table, self.block_size, self.drawer.device_sampler,
-            self.most_drafts, self.drawer.forced_acceptance,
+            self.model, self.backends, self.kv, self.table, self.block_size, self.sampling_runner.device_sampler,
+            self.most_drafts, self.sampling_runner.forced_acceptance,
             self.drafting.read if self.drafting is not None and self.drafting.proposer.observes_every_step else None,
         )  # fmt: skip
         self.graphs.rehearse()
@@ -113,32 +113,36 @@ class ModelRunner:
         mixed = self.mixed if self.mixed is not None and self.mixed.covers(inputs) else None
         hidden = self._forward(inputs) if mixed is None else mixed.forward(inputs)
         prompt = self._prompt_lines(step, hidden)
-        drawn: Drawn | None = None
+        sampled: SampledTokens | None = None
         if len(lines.owner):
             logits = self.model.compute_logits(hidden[inputs.logits_index])
-            drawn = self.drawer.draw(logits, step, inputs, lines)
+            sampled = self.sampling_runner.sample_tokens(logits, step, inputs, lines)
         if self.drafting is not None:
-            self._draft(self.drafting, step, inputs, drawn)
-        return Readback(step, drawn, prompt, clock)
+            self._draft(self.drafting, step, inputs, sampled)
+        return Readback(step, sampled, prompt, clock)
 
-    def _draft(self, drafting: Drafting, step: SchedulerOutput, inputs: StepInputs | None, drawn: Drawn | None) -> None:
+    def _draft(
+        self, drafting: Drafting, step: SchedulerOutput, inputs: StepInputs | None, sampled: SampledTokens | None
+    ) -> None:
         drafting.follow(step, inputs)
-        if drawn is None:
+        if sampled is None:
             return
         if step.num_tokens_to_propose:
-            drawn.read_late = drafting.propose(step, greedy=self.drawer.greedy(step.rows[step.sampling_mask]))
-        drawn.quarantined += drafting.take_faults()
+            sampled.ran_draft_backfill = drafting.propose(
+                step, greedy=self.sampling_runner.all_greedy(step.rows[step.sampling_mask])
+            )
+        sampled.quarantined += drafting.take_faults()
 
     def _apply(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
-            self.drawer.remove(row)
+            self.sampling_runner.remove_row(row)
         self.table.add(step.new_requests)
         for request in step.new_requests:
             row = request.row
             self._prompt_len[row] = request.prompt_len
             wanted = request.params.prompt_logprobs
             self._prompt_logprobs[row] = -1 if wanted is None else wanted
-            self.drawer.add(request)
+            self.sampling_runner.add_row(request)
         if step.block_diffs:
             self.table.set_blocks(step.block_diffs)
         if step.block_copies:
@@ -149,17 +153,17 @@ class ModelRunner:
 
     def _replay(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepClock) -> Readback:
         graphs.forward(step)
-        variant = self.drawer.variant(step.rows)
+        variant = self.sampling_runner.graph_variant(step.rows)
         if variant is not None:
-            drawn = Drawn(graphs.draw(step, variant))
+            sampled = SampledTokens(graphs.sample_tokens(step, variant))
         else:
             lines = Lines.of(step)
-            inputs, logits = graphs.drawable(step, lines)
-            drawn = self.drawer.draw(logits, step, inputs, lines)
+            inputs, logits = graphs.unpadded_logits(step, lines)
+            sampled = self.sampling_runner.sample_tokens(logits, step, inputs, lines)
         if self.drafting is not None:
             graphs.observe(step)
-            self._draft(self.drafting, step, None, drawn)
-        return Readback(step, drawn, {}, clock)
+            self._draft(self.drafting, step, None, sampled)
+        return Readback(step, sampled, {}, clock)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         for backend, batch in zip(self.backends, inputs.batches, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
 from quire.core.ops.pinned import download
-from quire.core.worker.sampling import Drawn
+from quire.core.worker.sampling import SampledTokens
 
 __all__ = ["Readback", "StepClock"]
 
@@ -58,13 +58,13 @@ class Readback:
     On a GPU the copies land in pinned memory and an event marks them; later steps are queued behind without waiting.
     """
 
-    def __init__(self, step: SchedulerOutput, drawn: Drawn | None, prompt: _Rows, clock: StepClock) -> None:
+    def __init__(self, step: SchedulerOutput, sampled: SampledTokens | None, prompt: _Rows, clock: StepClock) -> None:
         self._step = step
-        self._quarantined = drawn.quarantined if drawn else []
-        self._read_late = drawn is not None and drawn.read_late
-        self._tokens = download(drawn.tokens) if drawn else None
-        self._asked = drawn.logprobs if drawn else None
-        self._logprobs = _home_rows(self._asked.columns) if self._asked else None
+        self._quarantined = sampled.quarantined if sampled else []
+        self._read_late = sampled is not None and sampled.ran_draft_backfill
+        self._tokens = download(sampled.token_ids) if sampled else None
+        self._asked = sampled.logprobs if sampled else None
+        self._logprobs = _home_rows(self._asked.tensors) if self._asked else None
         self._prompt = {i: _home_rows(rows) for i, rows in prompt.items()}
         self.num_compiled = 0
         """Kernels that had to be compiled to launch the step."""
@@ -106,7 +106,7 @@ class Readback:
         if self._asked is None or self._logprobs is None:
             return {}
         ids, values, ranks = (column.numpy() for column in self._logprobs)
-        index, widths = self._asked.index, self._asked.widths
+        index, widths = self._asked.request_indices, self._asked.num_columns
         starts = np.flatnonzero(np.diff(index, prepend=-1)).tolist()  # a request's lines are neighbours
         return {
             int(index[start]): LogprobRows(

@@ -48,8 +48,8 @@ class RequestTable:
         self.num_tokens, self.num_computed, self.prompt_len, self.top_k, self.num_drafts = self._counts
         max_blocks = -(-(max_model_len + lookahead) // block_size)
         self.block_tables = [column(torch.int32, max_blocks) for _ in range(num_groups)]
-        self._wishes = torch.zeros(6, num_rows + 1, dtype=torch.float32, device=device)
-        self.temperature, self.top_p, self.min_p, self.repetition, self.frequency, self.presence = self._wishes
+        self._float_params = torch.zeros(6, num_rows + 1, dtype=torch.float32, device=device)
+        self.temperature, self.top_p, self.min_p, self.repetition, self.frequency, self.presence = self._float_params
         self.seed = column(torch.int64)
         self.sampling = SamplingTable(
             self.token_ids, self.num_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed
@@ -78,7 +78,7 @@ class RequestTable:
             table.index_fill_(0, rows, 0)  # what a draft reaches beyond its own blocks is the padding block
         self.seed[rows] = seeds
         self._counts[:, rows] = torch.stack(counts).int()
-        wishes = [
+        float_params = [
             [p.temperature for p in params],
             [p.top_p for p in params],
             [p.min_p for p in params],
@@ -86,7 +86,7 @@ class RequestTable:
             [p.frequency_penalty for p in params],
             [p.presence_penalty for p in params],
         ]
-        self._wishes[:, rows] = upload(wishes, torch.float32, self.device)
+        self._float_params[:, rows] = upload(float_params, torch.float32, self.device)
 
     def set_blocks(self, diffs: Sequence[BlockDiff]) -> None:
         """Apply changes of block tables: one scatter a group."""
@@ -111,11 +111,11 @@ class RequestTable:
         rows, anchor, *_ = packed = upload(columns, torch.int64, self.device)  # kernels take contiguous rows
         tokens = packed[2:].T
         place = torch.arange(longest, device=self.device)[None, :]
-        drawn = self.num_tokens[rows].long() - anchor
+        num_sampled = self.num_tokens[rows].long() - anchor
         known = self.token_ids[rows[:, None], (anchor[:, None] + place).clamp(max=self.token_ids.shape[1] - 1)]
-        agrees = ((known == tokens) | (place >= drawn[:, None])).all(1)
-        tokens = tokens.gather(1, (place + drawn[:, None]).clamp(max=longest - 1))
-        lengths = torch.where(agrees, longest - drawn, 0).clamp(min=0)
+        agrees = ((known == tokens) | (place >= num_sampled[:, None])).all(1)
+        tokens = tokens.gather(1, (place + num_sampled[:, None]).clamp(max=longest - 1))
+        lengths = torch.where(agrees, longest - num_sampled, 0).clamp(min=0)
         place_drafts(tokens, lengths, rows, self.sampling, self.num_drafts, vocab_size)
 
     def append(self, rows: Tensor, tokens: Tensor) -> None:

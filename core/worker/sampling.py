@@ -17,47 +17,47 @@ from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.ops.pinned import upload
 from quire.core.sample.logprobs import gather_logprobs
-from quire.core.sample.penalties import penalize
-from quire.core.sample.verify import verify
+from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.verify import verify_drafts
 from quire.core.worker.input_builder import Lines, StepInputs
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["Drawn", "DrawnLogprobs", "TokenDrawer"]
+__all__ = ["SampledLogprobs", "SampledTokens", "SamplingRunner"]
 
 _log = logging.getLogger("quire.worker")
 
 
 @dataclass(slots=True)
-class DrawnLogprobs:
+class SampledLogprobs:
     """Log-probabilities of those tokens of a step for which somebody asked."""
 
-    index: NDArray[np.int64]
+    request_indices: NDArray[np.int64]
     """Into the step; as often as the request has lines."""
-    widths: NDArray[np.int32]
+    num_columns: NDArray[np.int32]
     """Columns that each asked for: 1 + k."""
-    columns: tuple[Tensor, Tensor, Tensor]
+    tensors: tuple[Tensor, Tensor, Tensor]
     """As ``gather_logprobs`` gives them, for the largest k."""
 
 
 @dataclass(slots=True)
-class Drawn:
+class SampledTokens:
     """Device tensors of a step's draw."""
 
-    tokens: Tensor  # (num_drawing,) int32, or (num_drawing, 2 + width) as ``verify`` returns them
-    logprobs: DrawnLogprobs | None = None
+    token_ids: Tensor  # (num_drawing,) int32, or (num_drawing, 2 + width) as ``verify`` returns them
+    logprobs: SampledLogprobs | None = None
     quarantined: list[str] = field(default_factory=list)
-    read_late: bool = False
+    ran_draft_backfill: bool = False
     """Behind the draw a proposer made up for what it had passed over."""
 
 
 @dataclass(slots=True)
-class _Active:
+class _ActiveProcessor:
     name: str
     processor: LogitsProcessor
     rows: set[int] = field(default_factory=set)
 
 
-class TokenDrawer:
+class SamplingRunner:
     """Knows, on the host and by row, what each request wants, so that a step pays only for what somebody asked."""
 
     def __init__(
@@ -67,33 +67,33 @@ class TokenDrawer:
         table: RequestTable,
         num_rows: int,
         forced_acceptance: float | None = None,
-        most_lines: int = 0,
+        max_logits_rows: int = 0,
     ) -> None:
         self.table = table
         self.forced_acceptance = forced_acceptance
         self._sampler = sampler
-        self.device_sampler = sampler if sampler.prepare_graph_sampling(most_lines or table.num_rows) else None
+        self.device_sampler = sampler if sampler.prepare_graph_sampling(max_logits_rows or table.num_rows) else None
         """The sampler, where it can draw from the table by itself."""
-        self._processors = [_Active(name, processor) for name, processor in processors]
-        self._random = np.zeros(num_rows, dtype=bool)
-        self._top_k = np.zeros(num_rows, dtype=bool)
-        self._top_p = np.zeros(num_rows, dtype=bool)
-        self._min_p = np.zeros(num_rows, dtype=bool)
-        self._penalized = np.zeros(num_rows, dtype=bool)
-        self._logprobs = np.full(num_rows, -1, dtype=np.int32)
+        self._processors = [_ActiveProcessor(name, processor) for name, processor in processors]
+        self._is_random = np.zeros(num_rows, dtype=bool)
+        self._has_top_k = np.zeros(num_rows, dtype=bool)
+        self._has_top_p = np.zeros(num_rows, dtype=bool)
+        self._has_min_p = np.zeros(num_rows, dtype=bool)
+        self._has_penalties = np.zeros(num_rows, dtype=bool)
+        self._num_logprobs = np.full(num_rows, -1, dtype=np.int32)
         self._quarantined: list[str] = []
 
-    def add(self, request: NewRequest) -> None:
+    def add_row(self, request: NewRequest) -> None:
         """A request enters its row."""
         params, row = request.params, request.row
-        self._random[row] = not params.greedy
-        self._top_k[row] = params.top_k > 0 and not params.greedy
-        self._top_p[row] = params.top_p < 1 and not params.greedy
-        self._min_p[row] = params.min_p > 0 and not params.greedy
+        self._is_random[row] = not params.greedy
+        self._has_top_k[row] = params.top_k > 0 and not params.greedy
+        self._has_top_p[row] = params.top_p < 1 and not params.greedy
+        self._has_min_p[row] = params.min_p > 0 and not params.greedy
         neutral = (1.0, 0.0, 0.0)
-        asked = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        self._penalized[row] = asked != neutral
-        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._has_penalties[row] = penalties != neutral
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         for active in list(self._processors):
             active.rows.discard(row)
             if active.processor.argmax_invariant and params.greedy:
@@ -104,7 +104,7 @@ class TokenDrawer:
             except Exception as error:
                 self._quarantine(active, error)
 
-    def remove(self, row: int) -> None:
+    def remove_row(self, row: int) -> None:
         """The row's request left."""
         for active in list(self._processors):
             if row in active.rows:
@@ -114,71 +114,71 @@ class TokenDrawer:
                 except Exception as error:
                     self._quarantine(active, error)
 
-    def variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
+    def graph_variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
         """What these rows want of a captured sampler; None where they want more than one can do."""
-        if (self._logprobs[rows] >= 0).any() or not self._untouched(rows):
+        if (self._num_logprobs[rows] >= 0).any() or not self._leaves_logits_unchanged(rows):
             return None
-        if not self._random[rows].any():
+        if not self._is_random[rows].any():
             return "greedy"
         return None if self.device_sampler is None else "random"
 
-    def greedy(self, rows: NDArray[np.int32]) -> bool:
+    def all_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether none of these rows has a temperature."""
-        return not self._random[rows].any()
+        return not self._is_random[rows].any()
 
-    def _untouched(self, rows: NDArray[np.int32]) -> bool:
+    def _leaves_logits_unchanged(self, rows: NDArray[np.int32]) -> bool:
         """Whether nothing changes the logits of these rows."""
-        if self._penalized[rows].any():
+        if self._has_penalties[rows].any():
             return False
         return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
 
-    def draw(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: Lines) -> Drawn:
+    def sample_tokens(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: Lines) -> SampledTokens:
         """``logits`` (num_lines, vocab) in the model's dtype. Feeds the tokens, of drafts those accepted, back into the
         table."""
         host_rows, spans, table = step.rows[lines.owner], inputs.spans, self.table
-        feeds = self.device_sampler is not None and spans.width == 1 and self._untouched(host_rows)
-        if feeds and self.device_sampler is not None:
+        from_table = self.device_sampler is not None and spans.max_len == 1 and self._leaves_logits_unchanged(host_rows)
+        if from_table and self.device_sampler is not None:
             tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what a rehearsal draws
             self.device_sampler.sample_from_table(
-                logits, inputs.line_rows, table.sampling, tokens, greedy=self.greedy(host_rows)
+                logits, inputs.line_rows, table.sampling, tokens, greedy=self.all_greedy(host_rows)
             )
         else:
-            tokens = self._draw_changed(logits, inputs, host_rows, lines.positions)
-        drawn = Drawn(tokens, quarantined=self._quarantined)
+            tokens = self._sample_changed_logits(logits, inputs, host_rows, lines.positions)
+        sampled = SampledTokens(tokens, quarantined=self._quarantined)
         self._quarantined = []
-        drawn.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
-        if spans.width > 1:
-            drawn.tokens = verify(
+        sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
+        if spans.max_len > 1:
+            sampled.token_ids = verify_drafts(
                 tokens, spans, table.sampling, table.num_computed, table.num_drafts, self.forced_acceptance
             )
-        elif not feeds:
+        elif not from_table:
             table.append(spans.rows, tokens)
-        return drawn
+        return sampled
 
     def _gather_logprobs(
         self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], lines: Lines
-    ) -> DrawnLogprobs | None:
-        wanted = self._logprobs[host_rows]
-        asked = np.flatnonzero(wanted >= 0)
-        if not len(asked):
+    ) -> SampledLogprobs | None:
+        num_logprobs = self._num_logprobs[host_rows]
+        requested = np.flatnonzero(num_logprobs >= 0)
+        if not len(requested):
             return None
-        if len(asked) < len(wanted):
-            some = upload(asked, torch.int64, logits.device)
-            logits, tokens = logits[some], tokens[some]
-        columns = gather_logprobs(logits, tokens, int(wanted.max()))
-        return DrawnLogprobs(lines.owner[asked], wanted[asked] + 1, columns)
+        if len(requested) < len(num_logprobs):
+            logits_rows = upload(requested, torch.int64, logits.device)
+            logits, tokens = logits[logits_rows], tokens[logits_rows]
+        tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
+        return SampledLogprobs(lines.owner[requested], num_logprobs[requested] + 1, tensors)
 
-    def _draw_changed(
+    def _sample_changed_logits(
         self, raw: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
     ) -> Tensor:
         """By ``Sampler.sample``, after penalties and processors."""
         rows, lens = inputs.line_rows, inputs.line_lens
         logits = raw.to(torch.float32, copy=True)
-        self._penalize(logits, rows, lens, host_rows, int(positions.max()))
-        self._process(logits, lens, host_rows, positions)
-        return self._sampler.sample(logits, self._sampling_batch(rows, lens, host_rows))
+        self._apply_penalties(logits, rows, lens, host_rows, int(positions.max()))
+        self._apply_processors(logits, lens, host_rows, positions)
+        return self._sampler.sample(logits, self._make_sampling_batch(rows, lens, host_rows))
 
-    def _sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
+    def _make_sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table
         return SamplingBatch(
             temperature=table.temperature[rows],
@@ -187,21 +187,23 @@ class TokenDrawer:
             min_p=table.min_p[rows],
             seed=table.seed[rows],
             position=lens.long(),
-            any_random=bool(self._random[host_rows].any()),
-            any_top_k=bool(self._top_k[host_rows].any()),
-            any_top_p=bool(self._top_p[host_rows].any()),
-            any_min_p=bool(self._min_p[host_rows].any()),
+            any_random=bool(self._is_random[host_rows].any()),
+            any_top_k=bool(self._has_top_k[host_rows].any()),
+            any_top_p=bool(self._has_top_p[host_rows].any()),
+            any_min_p=bool(self._has_min_p[host_rows].any()),
         )
 
-    def _penalize(self, logits: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], longest: int) -> None:
-        lines = np.flatnonzero(self._penalized[host_rows])
-        if not len(lines):
+    def _apply_penalties(
+        self, logits: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], max_num_tokens: int
+    ) -> None:
+        logits_rows = np.flatnonzero(self._has_penalties[host_rows])
+        if not len(logits_rows):
             return
         t = self.table
         columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
-        penalize(logits, upload(lines, torch.int64, logits.device), rows, lens, longest, *columns)
+        apply_penalties(logits, upload(logits_rows, torch.int64, logits.device), rows, lens, max_num_tokens, *columns)
 
-    def _process(
+    def _apply_processors(
         self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
     ) -> None:
         if not any(active.rows for active in self._processors):
@@ -218,7 +220,7 @@ class TokenDrawer:
                 logits.copy_(before)
                 self._quarantine(active, error)
 
-    def _quarantine(self, active: _Active, error: Exception) -> None:
+    def _quarantine(self, active: _ActiveProcessor, error: Exception) -> None:
         reason = f"logits_processor/{active.name}: {type(error).__name__}: {error}"
         _log.error("switched off %s", reason, exc_info=error)
         self._processors.remove(active)

@@ -36,7 +36,7 @@ from quire.core.worker.kv_cache import KVCache, blocks_in, check_fits, device_by
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.readback import Readback
 from quire.core.worker.request_table import RequestTable
-from quire.core.worker.sampling import TokenDrawer
+from quire.core.worker.sampling import SamplingRunner
 from quire.core.worker.stopwatch import Stopwatch
 from quire.core.worker.warmup import largest_step, rehearsal_steps
 
@@ -69,8 +69,10 @@ class Worker:
         table = RequestTable(rows, longest, block_size, len(backends), self._device, ahead)
         sampler = self._sampler()
         forced = None if spec is None else spec.forced_acceptance
-        drawer = TokenDrawer(sampler, self._processors(), table, rows, forced, most_lines(rows, ahead))
-        self._runner = ModelRunner(model, backends, kv, table, drawer, block_size, config.model.vocab_size, ahead)
+        sampling_runner = SamplingRunner(sampler, self._processors(), table, rows, forced, most_lines(rows, ahead))
+        self._runner = ModelRunner(
+            model, backends, kv, table, sampling_runner, block_size, config.model.vocab_size, ahead
+        )
         if proposer is not None:
             self._runner.drafting = self._drafting(proposer, sampler, table, kv)
         self.capacity = self._make_cache(rows * longest)

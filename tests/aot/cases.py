@@ -20,12 +20,12 @@ from quire.core.ops.kernels.gemm_medium_m import wide
 from quire.core.ops.kernels.gemm_small_m import skinny
 from quire.core.ops.kernels.gemv import gemv, gemv_long
 from quire.core.sample.kernels import verify_kernel as verify
-from quire.core.sample.kernels.argmax_kernel import argmax
-from quire.core.sample.kernels.launch_sample import Columns, draw
-from quire.core.sample.kernels.logprobs_kernel import normalize
-from quire.core.sample.kernels.penalties_kernel import penalize
+from quire.core.sample.kernels.argmax_kernel import launch_argmax
+from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
+from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
+from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.kernels.workspace import Workspace
-from quire.core.sample.verify import Spans
+from quire.core.sample.verify import DraftSpans
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
@@ -102,28 +102,28 @@ def step_inputs(queries: int) -> None:
 def drafts(forced: float | None, lengths: bool) -> None:
     ints, longs = partial(torch.zeros, dtype=torch.int32), partial(torch.zeros, dtype=torch.int64)
     table = SamplingTable(ints(8, 64), ints(8), torch.zeros(8), ints(8), torch.zeros(8), torch.zeros(8), longs(8))
-    spans = Spans(longs(4), longs(4), longs(4), 5)
-    verify.verify(ints(20), spans, table, ints(8), ints(8), forced)
-    verify.place_drafts(ints(4, 4), ints(4) if lengths else None, longs(4), table, ints(8), 32000)
+    spans = DraftSpans(longs(4), longs(4), longs(4), 5)
+    verify.launch_verify_drafts(ints(20), spans, table, ints(8), ints(8), forced)
+    verify.launch_place_drafts(ints(4, 4), ints(4) if lengths else None, longs(4), table, ints(8), 32000)
 
 
 def greedy(dtype: torch.dtype, vocab: int) -> None:
     ints = partial(torch.zeros, dtype=torch.int32)
     rows = torch.arange(2)
-    argmax(torch.zeros(2, vocab, dtype=dtype), Workspace(2, vocab, CPU), ints(2), rows, ints(3, 64), ints(3))
+    launch_argmax(torch.zeros(2, vocab, dtype=dtype), Workspace(2, vocab, CPU), ints(2), rows, ints(3, 64), ints(3))
 
 
 def penalties() -> None:
     ints, longs = partial(torch.zeros, dtype=torch.int32), partial(torch.zeros, dtype=torch.int64)
     strengths = [torch.zeros(8) for _ in range(3)]
-    penalize(torch.zeros(4, 151936), longs(2), longs(4), ints(4), 64, ints(8, 64), ints(8), *strengths)
+    launch_penalties(torch.zeros(4, 151936), longs(2), longs(4), ints(4), 64, ints(8, 64), ints(8), *strengths)
 
 
 def random(dtype: torch.dtype, vocab: int, table: bool) -> None:
     ints, floats = partial(torch.zeros, dtype=torch.int32), torch.zeros
-    columns = Columns(floats(3), ints(3), floats(3), floats(3), torch.zeros(3, dtype=torch.int64), ints(3))
+    columns = SamplingColumns(floats(3), ints(3), floats(3), floats(3), torch.zeros(3, dtype=torch.int64), ints(3))
     fed = (torch.arange(2), ints(3, 64)) if table else ()
-    draw(torch.zeros(2, vocab, dtype=dtype), columns, Workspace(2, vocab, CPU), ints(2), *fed)
+    launch_sample(torch.zeros(2, vocab, dtype=dtype), columns, Workspace(2, vocab, CPU), ints(2), *fed)
 
 
 def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: int, **options: int) -> None:
@@ -294,7 +294,9 @@ CASES: dict[str, Callable[[], None]] = {
     "greedy": partial(greedy, torch.bfloat16, 151936),
     "greedy-float32": partial(greedy, torch.float32, 50257),
     "penalties": penalties,
-    "logprobs": lambda: normalize(torch.zeros(2, 151936, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)),
+    "logprobs": lambda: launch_logsumexp_and_rank(
+        torch.zeros(2, 151936, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    ),
     "random": partial(random, torch.bfloat16, 151936, True),
     "random-float32": partial(random, torch.float32, 128256, False),
     "fp8-gemv": partial(eight_bit, gemv8, 1, 6144, 4096, FP8, tokens=1, rows=2, turns=6, num_warps=8),

@@ -9,7 +9,7 @@ import torch
 
 from quire.core.contracts.sampler import SamplingTable
 from quire.core.sample.kernels import verify_kernel as kernels
-from quire.core.sample.verify import Spans
+from quire.core.sample.verify import DraftSpans
 from quire.plugins.spec_decode.kernels.observed import observed
 from quire.plugins.spec_decode.kernels.pass_inputs import pass_inputs
 
@@ -24,12 +24,12 @@ def _table() -> SamplingTable:
 
 
 def verify(width: int, forced: float | None) -> None:
-    spans = Spans(_LONGS(2), _LONGS(2), _LONGS(2), width)
-    kernels.verify(_INTS(2 * width), spans, _table(), _INTS(3), _INTS(3), forced)
+    spans = DraftSpans(_LONGS(2), _LONGS(2), _LONGS(2), width)
+    kernels.launch_verify_drafts(_INTS(2 * width), spans, _table(), _INTS(3), _INTS(3), forced)
 
 
 def place(count: int, lengths: bool) -> None:
-    kernels.place_drafts(_INTS(2, count), _INTS(2) if lengths else None, _LONGS(2), _table(), _INTS(3), 151936)
+    kernels.launch_place_drafts(_INTS(2, count), _INTS(2) if lengths else None, _LONGS(2), _table(), _INTS(3), 151936)
 
 
 def _pass(queries: int, drawn: bool) -> None:

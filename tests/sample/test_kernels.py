@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.sample.filters import apply_filters
-from quire.core.sample.kernels.argmax_kernel import argmax
-from quire.core.sample.kernels.launch_sample import Columns, draw
-from quire.core.sample.kernels.logprobs_kernel import normalize
-from quire.core.sample.kernels.penalties_kernel import penalize
+from quire.core.sample.kernels.argmax_kernel import launch_argmax
+from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
+from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
+from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.kernels.workspace import Tiles, Workspace
 from quire.core.sample.noise import gumbel
-from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.penalties import apply_penalties_torch
 from quire.core.sample.sampler import GumbelSampler
 
 CPU = torch.device("cpu")
-TINY = Tiles(groups=2, width=8, tile=8, parts=2, shortlist=32, most_k=12)
+TINY = Tiles(groups_per_chunk=2, group_size=8, tile_size=8, num_parts=2, max_candidates=32, max_topk=12)
 VOCAB = 61  # of four chunks of 16
 WISHES = [
     {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
@@ -39,13 +39,13 @@ WISHES = [
 ]
 
 
-def columns_of(wishes: list[dict], seed: int, device: str) -> Columns:
+def columns_of(wishes: list[dict], seed: int, device: str) -> SamplingColumns:
     def column(name: str, default: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([wish.get(name, default) for wish in wishes], dtype=dtype, device=device)
 
     gen = torch.Generator().manual_seed(seed)
     n = len(wishes)
-    return Columns(
+    return SamplingColumns(
         column("temperature", 1.0, torch.float32),
         column("top_k", 0, torch.int32),
         column("top_p", 1.0, torch.float32),
@@ -55,7 +55,7 @@ def columns_of(wishes: list[dict], seed: int, device: str) -> Columns:
     )
 
 
-def gaps(logits: torch.Tensor, columns: Columns, tokens: torch.Tensor) -> torch.Tensor:
+def gaps(logits: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor) -> torch.Tensor:
     """By how much each token falls short of the best allowed one (noised), in float64; infinite where not allowed.
 
     The filters get a little slack, so that a token on their edge counts by its noise alone.
@@ -76,7 +76,7 @@ def gaps(logits: torch.Tensor, columns: Columns, tokens: torch.Tensor) -> torch.
     return torch.minimum(*short)
 
 
-def torch_twin(logits: torch.Tensor, c: Columns) -> torch.Tensor:
+def torch_twin(logits: torch.Tensor, c: SamplingColumns) -> torch.Tensor:
     batch = SamplingBatch(
         c.temperature, c.top_k, c.top_p, c.min_p, c.seed, c.position.long(), True, True, True, True
     )  # fmt: skip
@@ -105,7 +105,7 @@ def test_draw_is_the_torch_code(
     wish = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     columns = columns_of([wish, {"temperature": 0.9, "top_p": 0.8}], seed, "cpu")
     out = torch.full((2,), -1, dtype=torch.int32)
-    draw(logits, columns, Workspace(2, VOCAB, CPU, TINY), out)
+    launch_sample(logits, columns, Workspace(2, VOCAB, CPU, TINY), out)
     twin = torch_twin(logits, columns)
     assert torch.equal(out, twin) or gaps(logits, columns, out).max() < 1e-5
 
@@ -116,18 +116,18 @@ def test_masked_logits_are_never_drawn(wish: dict) -> None:
     logits[0, [3, 40, 58]] = torch.tensor([0.0, 0.5, 0.2])
     for seed in range(3):
         columns, out = columns_of([wish], seed, "cpu"), torch.full((1,), -1, dtype=torch.int32)
-        draw(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
+        launch_sample(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
         assert out.item() == torch_twin(logits, columns).item()
 
 
 def test_a_crowd_of_equals_overflows_the_list() -> None:
     logits = torch.zeros(1, VOCAB)
     columns, out = columns_of([{"top_k": 2, "top_p": 0.5}], 5, "cpu"), torch.full((1,), -1, dtype=torch.int32)
-    draw(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
+    launch_sample(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
     assert out.item() == torch_twin(logits, columns).item()
 
 
-def table_of(device: str) -> tuple[Columns, torch.Tensor, torch.Tensor]:
+def table_of(device: str) -> tuple[SamplingColumns, torch.Tensor, torch.Tensor]:
     """Columns of a table of four rows and padding, its tokens, and lines that stand in rows 2, 0, padding, padding."""
     columns = columns_of([{}, {"top_k": 4}, {"top_p": 0.9}, {}, {"temperature": 0.0}], 1, device)
     columns.position.copy_(torch.tensor([3, 4, 5, 6, 0]))
@@ -143,14 +143,14 @@ def test_tokens_are_appended_to_their_rows(device: str, greedy: bool) -> None:
     if greedy:
         expected = logits.argmax(-1)
     else:
-        mine = Columns(*(getattr(columns, name)[rows] for name in Columns.__slots__))
+        mine = SamplingColumns(*(getattr(columns, name)[rows] for name in SamplingColumns.__slots__))
         expected = torch_twin(logits, mine)
     out = torch.full((4,), -1, dtype=torch.int32, device=device)
     work = Workspace(4, VOCAB, torch.device(device), TINY)
     if greedy:
-        argmax(logits, work, out, rows, table, columns.position)
+        launch_argmax(logits, work, out, rows, table, columns.position)
     else:
-        draw(logits, columns, work, out, rows, table)
+        launch_sample(logits, columns, work, out, rows, table)
     assert out[:2].tolist() == expected[:2].tolist()
     assert columns.position.tolist() == [4, 4, 6, 6, 0]
     assert (table[2, 5].item(), table[0, 3].item()) == (out[0].item(), out[1].item())
@@ -166,7 +166,7 @@ def test_greedy_takes_the_first_of_equals_and_stays_in_the_vocabulary(device: st
     logits[2] = float("-inf")
     logits[3] = float("nan")
     out = torch.full((4,), -1, dtype=torch.int32, device=device)
-    argmax(logits, Workspace(4, VOCAB, torch.device(device), TINY), out)
+    launch_argmax(logits, Workspace(4, VOCAB, torch.device(device), TINY), out)
     assert out[:3].tolist() == [17, 60, 0]
     assert 0 <= out[3].item() < VOCAB
 
@@ -184,11 +184,11 @@ def test_penalties_are_the_torch_code(device: str, vocab: int, length: int) -> N
     logits = torch.randn(4, vocab, generator=gen) * 3
     expected = logits.clone()
     some, mine = expected[lines], rows[lines]
-    apply_penalties(some, table[mine], lens[lines], prompt[mine], *(column[mine] for column in columns))
+    apply_penalties_torch(some, table[mine], lens[lines], prompt[mine], *(column[mine] for column in columns))
     expected[lines] = some
     got = logits.to(device)
     moved = [t.to(device) for t in (table, prompt, *columns)]
-    penalize(got, lines.to(device), rows.to(device), lens.to(device), length, *moved)
+    launch_penalties(got, lines.to(device), rows.to(device), lens.to(device), length, *moved)
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_greedy_on_a_gpu(dtype: torch.dtype, vocab: int) -> None:
     for n in (1, 7, 256):
         logits = torch.randn(n, vocab, device="cuda").to(dtype)
         out = torch.full((n,), -1, dtype=torch.int32, device="cuda")
-        argmax(logits, Workspace(n, vocab, logits.device), out)
+        launch_argmax(logits, Workspace(n, vocab, logits.device), out)
         first = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
         assert torch.equal(out.long(), first)
 
@@ -214,14 +214,14 @@ def test_draw_at_full_size(n: int, spread: float) -> None:
     columns = columns_of([WISHES[(i + int(spread)) % len(WISHES)] for i in range(n)], n, "cuda")
     out = torch.full((n,), -1, dtype=torch.int32, device="cuda")
     work = Workspace(n, vocab, logits.device)
-    draw(logits, columns, work, out)
+    launch_sample(logits, columns, work, out)
     step = 32
     for i in range(0, n, step):
-        part = Columns(*(getattr(columns, name)[i : i + step] for name in Columns.__slots__))
+        part = SamplingColumns(*(getattr(columns, name)[i : i + step] for name in SamplingColumns.__slots__))
         assert gaps(logits[i : i + step], part, out[i : i + step]).max() < 1e-4
         # a row draws the same whatever stands beside it, to the bit
         alone = torch.full_like(out[i : i + step], -1)
-        draw(logits[i : i + step], part, work, alone)
+        launch_sample(logits[i : i + step], part, work, alone)
         assert torch.equal(alone, out[i : i + step])
 
 
@@ -231,10 +231,10 @@ def test_draw_survives_capture() -> None:
     logits = torch.randn(n, vocab, device="cuda").bfloat16() * 2
     columns = columns_of([WISHES[i % len(WISHES)] for i in range(n)], 3, "cuda")
     work, out = Workspace(n, vocab, logits.device), torch.zeros(n, dtype=torch.int32, device="cuda")
-    draw(logits, columns, work, out)
+    launch_sample(logits, columns, work, out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        draw(logits, columns, work, out)
+        launch_sample(logits, columns, work, out)
     for turn in range(5):
         logits.copy_(torch.randn(n, vocab, device="cuda") * (turn + 1))
         columns.position.add_(1)
@@ -254,7 +254,7 @@ def test_draws_follow_the_distribution_on_a_gpu(wish: dict) -> None:
     )  # fmt: skip
     sampler = GumbelSampler(vocab, torch.device("cuda"))
     tokens = sampler.sample(logits.cuda().expand(draws, -1).clone(), batch)
-    one = Columns(*(getattr(columns, name)[:1].cpu() for name in Columns.__slots__))
+    one = SamplingColumns(*(getattr(columns, name)[:1].cpu() for name in SamplingColumns.__slots__))
     filters = SamplingBatch(one.temperature, one.top_k, one.top_p, one.min_p, one.seed, one.position, *[True] * 4)
     expected = apply_filters(logits / one.temperature[:, None], filters).softmax(-1)[0].double() * draws
     counts = torch.bincount(tokens.cpu().long(), minlength=vocab).double()
@@ -280,7 +280,7 @@ def test_normalizing_is_float64(device: str, dtype: torch.dtype, vocab: int) -> 
     logits[1] = -100.0
     chosen = torch.randint(vocab, (7,), generator=gen, dtype=torch.int32).to(device)
     chosen[2] = logits[2].argmax()
-    log_sum, rank = normalize(logits, chosen)
+    log_sum, rank = launch_logsumexp_and_rank(logits, chosen)
     exact = logits.double()
     torch.testing.assert_close(log_sum.double(), exact.logsumexp(-1), atol=1e-5, rtol=1e-6)
     own = exact.gather(1, chosen.long()[:, None])

@@ -14,7 +14,7 @@ from transformers import (
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.sample.filters import apply_filters
 from quire.core.sample.logprobs import gather_logprobs
-from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.penalties import apply_penalties_torch
 from quire.core.sample.sampler import GumbelSampler
 
 VOCAB = 24
@@ -68,14 +68,14 @@ def test_repetition_penalty_is_transformers(seed: int, factor: float, prompt: in
     expected = RepetitionPenaltyLogitsProcessor(factor)(tokens, logits.clone())
     ours, zero = logits.clone(), torch.zeros(2)
     full, plen = torch.full((2,), 8), torch.full((2,), prompt)
-    apply_penalties(ours, tokens, full, plen, torch.full((2,), factor), zero, zero)
+    apply_penalties_torch(ours, tokens, full, plen, torch.full((2,), factor), zero, zero)
     torch.testing.assert_close(ours, expected)
 
 
 def test_frequency_and_presence_count_generated_tokens_alone() -> None:
     tokens = torch.tensor([[1, 2, 2, 3, 3, 3, 9, 9]])
     logits = torch.zeros(1, VOCAB)
-    apply_penalties(
+    apply_penalties_torch(
         logits,
         tokens,
         torch.tensor([6]),

@@ -51,7 +51,7 @@ class OnDevice(GumbelSampler):
     """Draws from the table by kernels, as on a GPU."""
 
     def prepare_graph_sampling(self, max_rows: int) -> bool:
-        self._work = Workspace(max_rows, self.vocab_size, self.device)
+        self._workspace = Workspace(max_rows, self.vocab_size, self.device)
         return True
 
 
@@ -61,10 +61,10 @@ def captured(engine, request):
     llm = engine(request.param, max_num_seqs=3)
     runner = runner_of(llm)
     calls = Calls()
-    drawer = runner.drawer
+    sampling_runner = runner.sampling_runner
     sampler = OnDevice(llm.config.model.vocab_size, torch.device("cpu"))
     sampler.prepare_graph_sampling(64)
-    drawer.device_sampler = sampler
+    sampling_runner.device_sampler = sampler
     with torch.inference_mode():
         for backend in runner.backends:
             backend.graph_support = frozenset({"decode", "verify"})

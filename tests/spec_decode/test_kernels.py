@@ -46,12 +46,12 @@ def test_verify(device: str, seed: int, forced: float | None, count: int) -> Non
     table, computed, num_drafts = table_of(chance)
     rows = torch.randperm(ROWS - 1, generator=chance)[:count]
     drafts = torch.randint(0, 5, (count,), generator=chance)
-    spans = twin.Spans(rows, (drafts + 1).cumsum(0) - drafts - 1, drafts, int(drafts.max()) + 1)
+    spans = twin.DraftSpans(rows, (drafts + 1).cumsum(0) - drafts - 1, drafts, int(drafts.max()) + 1)
     drawn = torch.randint(0, 3, (int((drafts + 1).sum()),), generator=chance, dtype=torch.int32)
     mine, mine_computed, mine_drafts = moved(table, device), computed.clone().to(device), num_drafts.clone().to(device)
-    expected = twin.verify(drawn, spans, table, computed, num_drafts, forced)
-    moved_spans = twin.Spans(rows.to(device), spans.first.to(device), drafts.to(device), spans.width)
-    got = kernels.verify(drawn.to(device), moved_spans, mine, mine_computed, mine_drafts, forced).cpu()
+    expected = twin.verify_drafts(drawn, spans, table, computed, num_drafts, forced)
+    moved_spans = twin.DraftSpans(rows.to(device), spans.start.to(device), drafts.to(device), spans.max_len)
+    got = kernels.launch_verify_drafts(drawn.to(device), moved_spans, mine, mine_computed, mine_drafts, forced).cpu()
     for i in range(count):
         assert got[i, :2].tolist() == expected[i, :2].tolist()
         assert got[i, 2 : 2 + got[i, 0]].tolist() == expected[i, 2 : 2 + got[i, 0]].tolist()
@@ -75,7 +75,7 @@ def test_place_drafts(device: str, seed: int, k: int, given_lengths: bool) -> No
     mine_drafts[-1] = 0
     twin.place_drafts(tokens, lengths, rows, table, num_drafts, VOCAB)
     there = None if lengths is None else lengths.to(device)
-    kernels.place_drafts(tokens.to(device), there, rows.to(device), mine, mine_drafts, VOCAB)
+    kernels.launch_place_drafts(tokens.to(device), there, rows.to(device), mine, mine_drafts, VOCAB)
     assert torch.equal(mine_drafts.cpu(), num_drafts)
     assert torch.equal(mine.token_ids.cpu(), table.token_ids)
     assert bool((num_drafts >= 0).all())
@@ -97,7 +97,7 @@ def test_continuations(device: str, seed: int, lengths: list[int]) -> None:
         told = torch.randint(0, 3, (length,), generator=chance).tolist()
         guesses.append(HostDraft(row, anchor, [*said, *told][:length]))
     found = []
-    for where, place in (("cpu", twin.place_drafts), (device, kernels.place_drafts)):
+    for where, place in (("cpu", twin.place_drafts), (device, kernels.launch_place_drafts)):
         table = RequestTable(ROWS - 1, LENGTH - 1, 4, 1, torch.device(where))
         table.token_ids.copy_(columns.token_ids)
         table.num_tokens.copy_(columns.num_tokens)

@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.sample.kernels.token_feedback import emit
+from quire.core.sample.kernels.token_feedback import store_sampled_token
 from quire.core.sample.kernels.workspace import Workspace
 
-__all__ = ["argmax"]
+__all__ = ["launch_argmax"]
 
 
-def argmax(
+def launch_argmax(
     logits: Tensor,
     work: Workspace,
     out: Tensor,
@@ -27,7 +27,7 @@ def argmax(
     """
     n, vocab = logits.shape
     feed = rows is not None and token_ids is not None and num_tokens is not None
-    chunk = 2 * work.tiles.chunk
+    chunk = 2 * work.tiles.chunk_size
     splits = triton.cdiv(vocab, chunk)
     argmax_kernel[(splits, n)](
         logits,
@@ -91,5 +91,5 @@ def argmax_kernel(
             bests = tl.load(best_ptr + start, mask=inside, other=float("-inf"), cache_modifier=".cg")
             tokens = tl.load(token_ptr + start, mask=inside, other=vocab, cache_modifier=".cg")
             token = tl.min(tl.where(bests == tl.max(bests, axis=0), tokens, vocab), axis=0)
-            emit(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
+            store_sampled_token(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
             tl.store(counter_ptr + line, 0)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
-from quire.core.sample.kernels.sample_resolve import settle_kernel
-from quire.core.sample.kernels.sample_scan import scan_kernel
-from quire.core.sample.kernels.sample_topk_candidates import shortlist_kernel
+from quire.core.sample.kernels.sample_resolve import sample_resolve_kernel
+from quire.core.sample.kernels.sample_scan import sample_scan_kernel
+from quire.core.sample.kernels.sample_topk_candidates import sample_topk_candidates_kernel
 from quire.core.sample.kernels.workspace import Workspace
 
-__all__ = ["Columns", "draw"]
+__all__ = ["SamplingColumns", "launch_sample"]
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class SamplingColumns:
     """Parameters on the device, by row of the request table or by line of the logits."""
 
     temperature: Tensor  # (rows,) float32
@@ -27,9 +27,9 @@ class Columns:
     position: Tensor  # (rows,) int32 or int64
 
 
-def draw(
+def launch_sample(
     logits: Tensor,
-    columns: Columns,
+    columns: SamplingColumns,
     work: Workspace,
     out: Tensor,
     rows: Tensor | None = None,
@@ -41,7 +41,7 @@ def draw(
     its ``num_tokens``, and each token is appended to its row, but for the table's last row, which stands for padding.
     """
     n, vocab = logits.shape
-    tiles, splits = work.tiles, work.splits
+    tiles, splits = work.tiles, work.num_chunks
     feed = rows is not None and token_ids is not None
     c = columns
     line_rows = rows if rows is not None else out
@@ -49,7 +49,7 @@ def draw(
     token_stride = table.stride(0)
     padding_row = len(c.temperature) - 1
     fast = not triton.knobs.runtime.interpret
-    scan_kernel[(splits, n)](
+    sample_scan_kernel[(splits, n)](
         logits,
         line_rows,
         c.temperature,
@@ -66,14 +66,14 @@ def draw(
         padding_row,
         vocab=vocab,
         splits=splits,
-        groups=tiles.groups,
-        width=tiles.width,
-        tile=min(tiles.tile, tiles.chunk),
+        groups=tiles.groups_per_chunk,
+        width=tiles.group_size,
+        tile=min(tiles.tile_size, tiles.chunk_size),
         feed=feed,
         fast=fast,
         num_warps=8,
     )
-    shortlist_kernel[(n,)](
+    sample_topk_candidates_kernel[(n,)](
         logits,
         line_rows,
         c.temperature,
@@ -95,19 +95,19 @@ def draw(
         padding_row,
         vocab=vocab,
         splits=splits,
-        groups=tiles.groups,
-        width=tiles.width,
+        groups=tiles.groups_per_chunk,
+        width=tiles.group_size,
         num_groups_block=triton.next_power_of_2(work.num_groups),
-        capacity=tiles.shortlist,
-        most_k=tiles.most_k,
-        tile=min(tiles.tile, tiles.chunk),
-        block=min(128, tiles.shortlist),
-        others=min(32, tiles.shortlist),
+        capacity=tiles.max_candidates,
+        most_k=tiles.max_topk,
+        tile=min(tiles.tile_size, tiles.chunk_size),
+        block=min(128, tiles.max_candidates),
+        others=min(32, tiles.max_candidates),
         feed=feed,
         fast=fast,
         num_warps=4,
     )
-    settle_kernel[(tiles.parts, n)](
+    sample_resolve_kernel[(tiles.num_parts, n)](
         logits,
         line_rows,
         c.temperature,
@@ -134,9 +134,9 @@ def draw(
         vocab=vocab,
         splits=splits,
         splits_block=triton.next_power_of_2(splits),
-        chunk=tiles.chunk,
-        tile=min(tiles.tile, tiles.chunk),
-        parts=tiles.parts,
+        chunk=tiles.chunk_size,
+        tile=min(tiles.tile_size, tiles.chunk_size),
+        parts=tiles.num_parts,
         feed=feed,
         fast=fast,
         num_warps=8,

@@ -7,24 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["normalize"]
+__all__ = ["launch_logsumexp_and_rank"]
 
 
-def normalize(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def launch_logsumexp_and_rank(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """``logits`` (n, vocab), rows dense, bf16, f16 or f32, ``chosen`` (n,) token ids -> the logarithm of each row's
     sum of exponentials (n,) float32, and each chosen token's rank (n,) int32: 1 + how many logits are higher."""
     n, vocab = logits.shape
     log_sum = torch.empty(n, dtype=torch.float32, device=logits.device)
     rank = torch.empty(n, dtype=torch.int32, device=logits.device)
     if n:
-        normalize_kernel[(n,)](
+        logsumexp_and_rank_kernel[(n,)](
             logits, chosen, log_sum, rank, logits.stride(0), vocab=vocab, chunk=4096, num_warps=8
         )  # fmt: skip
     return log_sum, rank
 
 
 @triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["chosen_ptr"])
-def normalize_kernel(logits_ptr, chosen_ptr, log_sum_ptr, rank_ptr, stride, vocab: tl.constexpr, chunk: tl.constexpr):
+def logsumexp_and_rank_kernel(
+    logits_ptr, chosen_ptr, log_sum_ptr, rank_ptr, stride, vocab: tl.constexpr, chunk: tl.constexpr
+):
     """Each lane keeps a running maximum and the sum of exponentials below it; they meet once, at the end."""
     line = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + line * stride

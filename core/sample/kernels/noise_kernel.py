@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["exp", "gumbel", "log", "philox"]
+__all__ = ["device_exp", "device_gumbel", "device_log", "device_philox"]
 
 _ROUND_A = tl.constexpr(0xD2511F53)
 _ROUND_B = tl.constexpr(0xCD9E8D57)
@@ -36,7 +36,7 @@ def _product(x, y: tl.constexpr, fast: tl.constexpr):
 
 
 @triton.jit
-def philox(seed, position, token, fast: tl.constexpr):
+def device_philox(seed, position, token, fast: tl.constexpr):
     """First word of Philox-4x32-10: ``seed`` int64 and ``position`` scalars, ``token`` a tensor. Returns uint32."""
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -57,7 +57,7 @@ def philox(seed, position, token, fast: tl.constexpr):
 
 
 @triton.jit
-def exp(x, fast: tl.constexpr):
+def device_exp(x, fast: tl.constexpr):
     """Exponential of float32; ``fast`` is two instructions, within 2**-21 of it, and 0 below 2**-126."""
     if fast:
         return tl.inline_asm_elementwise(
@@ -68,7 +68,7 @@ def exp(x, fast: tl.constexpr):
 
 
 @triton.jit
-def log(x, fast: tl.constexpr):
+def device_log(x, fast: tl.constexpr):
     """Natural logarithm of positive normal float32; ``fast`` is two instructions, with an absolute error of 2e-7."""
     if fast:
         two = tl.inline_asm_elementwise(
@@ -80,10 +80,10 @@ def log(x, fast: tl.constexpr):
 
 
 @triton.jit
-def gumbel(seed, position, token, fast: tl.constexpr):
+def device_gumbel(seed, position, token, fast: tl.constexpr):
     """``-log(-log(1 - u))``, float32, as ``quire.core.sample.noise.gumbel``; within 1e-5 of it where ``fast``."""
-    u = philox(seed, position, token, fast).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    u = device_philox(seed, position, token, fast).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     u = tl.minimum(u, 0.99999994)  # 1 - 2**-24
     series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)))
-    exponential = tl.where(u < 0.03125, series, -log(1.0 - u, fast))
-    return -log(exponential, fast)
+    exponential = tl.where(u < 0.03125, series, -device_log(1.0 - u, fast))
+    return -device_log(exponential, fast)

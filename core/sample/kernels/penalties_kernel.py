@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["penalize"]
+__all__ = ["launch_penalties"]
 
 _BLOCK = 512
 _PROMPT = tl.constexpr(1 << 30)
 
 
-def penalize(
+def launch_penalties(
     logits: Tensor,
     lines: Tensor,
     rows: Tensor,
@@ -36,7 +36,7 @@ def penalize(
     grid = (triton.cdiv(longest, _BLOCK), len(lines))
     shared = (counts, lines, rows, num_tokens, token_ids, prompt_len, token_ids.stride(0))
     count_tokens_kernel[grid](*shared, vocab=vocab, block=_BLOCK, num_warps=4)
-    penalize_kernel[grid](
+    penalties_kernel[grid](
         *shared, logits, repetition, frequency, presence, logits.stride(0), vocab=vocab, block=_BLOCK, num_warps=4
     )
 
@@ -74,7 +74,7 @@ def count_tokens_kernel(
 
 
 @triton.jit(do_not_specialize=["token_stride", "stride"])
-def penalize_kernel(
+def penalties_kernel(
     counts_ptr, lines_ptr, rows_ptr, num_tokens_ptr, token_ids_ptr, prompt_len_ptr, token_stride,
     logits_ptr, repetition_ptr, frequency_ptr, presence_ptr, stride,
     vocab: tl.constexpr, block: tl.constexpr,

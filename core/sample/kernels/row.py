@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.noise_kernel import exp, gumbel
+from quire.core.sample.kernels.noise_kernel import device_exp, device_gumbel
 
-__all__ = ["best_of_chunk", "count_from", "masses"]
+__all__ = ["best_noised_of_chunk", "count_at_least", "sum_masses"]
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def load_chunk(logits_ptr, index, scale, vocab: tl.constexpr, chunk: tl.constexp
 
 
 @triton.jit
-def count_from(logits_ptr, scale, lowest, vocab: tl.constexpr, chunk: tl.constexpr, splits: tl.constexpr):
+def count_at_least(logits_ptr, scale, lowest, vocab: tl.constexpr, chunk: tl.constexpr, splits: tl.constexpr):
     """How many tokens have ``lowest`` or more."""
     counts = tl.zeros((chunk,), dtype=tl.int32)
     for index in range(splits):
@@ -28,7 +28,7 @@ def count_from(logits_ptr, scale, lowest, vocab: tl.constexpr, chunk: tl.constex
 
 
 @triton.jit
-def masses(
+def sum_masses(
     logits_ptr, scale, lowest, pivot, second, largest, first, last,
     vocab: tl.constexpr, chunk: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def masses(
     kept = tl.zeros((chunk,), dtype=tl.float32)
     for index in range(first, last):
         _, x = load_chunk(logits_ptr, index, scale, vocab, chunk)
-        weight = exp(x - largest, fast)
+        weight = device_exp(x - largest, fast)
         above += tl.where(x > pivot, weight, 0.0)
         higher += tl.where(x > second, weight, 0.0)
         kept += tl.where(x >= lowest, weight, 0.0)
@@ -46,7 +46,7 @@ def masses(
 
 
 @triton.jit
-def best_of_chunk(
+def best_noised_of_chunk(
     logits_ptr, index, scale, lowest, pivot, seed, position, best, logit, token,
     vocab: tl.constexpr, chunk: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def best_of_chunk(
     at, x = load_chunk(logits_ptr, index, scale, vocab, chunk)
     allowed = (x > pivot) & (x >= lowest)
     if tl.max(allowed.to(tl.int32), axis=0) > 0:
-        noised = tl.where(allowed, x + gumbel(seed, position, at, fast), float("-inf"))
+        noised = tl.where(allowed, x + device_gumbel(seed, position, at, fast), float("-inf"))
         top = tl.max(noised, axis=0)
         found = tl.min(tl.where(noised == top, at, vocab), axis=0)
         if (top > best) | ((top == best) & (found < token)):

@@ -23,14 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.row import best_of_chunk, masses
-from quire.core.sample.kernels.token_feedback import emit
+from quire.core.sample.kernels.row import best_noised_of_chunk, sum_masses
+from quire.core.sample.kernels.token_feedback import store_sampled_token
 
-__all__ = ["settle_kernel"]
+__all__ = ["sample_resolve_kernel"]
 
 
 @triton.jit(do_not_specialize=["padding_row"])
-def settle_kernel(
+def sample_resolve_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,
@@ -83,7 +83,7 @@ def settle_kernel(
             best = tl.max(bests, axis=0)
             token = tl.min(tl.where(bests == best, tokens, vocab), axis=0)
             if temperature <= 0.0:
-                emit(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
+                store_sampled_token(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
             else:
                 scale = 1.0 / temperature
                 logits = tl.load(chunk_logit_ptr + start + place, mask=inside, other=float("-inf"))
@@ -93,14 +93,14 @@ def settle_kernel(
                 min_p = tl.load(min_p_ptr + row)
                 lowest = tl.where(min_p > 0.0, largest + tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
                 row_ptr = logits_ptr + line * stride
-                _, next_logit, next_token = _best_known(bests, logits, tokens, lowest, logit, vocab)
+                _, next_logit, next_token = _best_chunk_pick(bests, logits, tokens, lowest, logit, vocab)
                 above = tl.full((), 0.0, tl.float32)
                 higher = tl.full((), 0.0, tl.float32)
                 enough = tl.full((), float("inf"), tl.float32)
                 mine = part == 0
                 if not alone:
                     each: tl.constexpr = (splits + parts - 1) // parts
-                    mass, more, kept = masses(
+                    mass, more, kept = sum_masses(
                         row_ptr, scale, lowest, logit, next_logit, largest, part * each,
                         tl.minimum(part * each + each, splits), vocab, chunk, fast,
                     )  # fmt: skip
@@ -128,15 +128,17 @@ def settle_kernel(
                             if token == next_token:
                                 above = higher
                             else:
-                                above, _, _ = masses(
+                                above, _, _ = sum_masses(
                                     row_ptr, scale, lowest, logit, logit, largest, 0, splits, vocab, chunk, fast
                                 )
                         again = (token < vocab) & (above >= enough) & (above > 0.0)
-                    emit(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
+                    store_sampled_token(
+                        token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed
+                    )
 
 
 @triton.jit
-def _best_known(bests, logits, tokens, lowest, pivot, vocab: tl.constexpr):
+def _best_chunk_pick(bests, logits, tokens, lowest, pivot, vocab: tl.constexpr):
     """Of the chunks' picks those with x > pivot and x >= lowest: the best one's noised value, logit and id."""
     known = (logits > pivot) & (logits >= lowest)
     best = tl.max(tl.where(known, bests, float("-inf")), axis=0)
@@ -150,7 +152,7 @@ def _next_pick(
     vocab: tl.constexpr, splits_block: tl.constexpr, chunk: tl.constexpr, tile: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
     """The best noised token of the row with x > pivot and x >= lowest: its logit and id."""
-    best, logit, token = _best_known(bests, logits, tokens, lowest, pivot, vocab)
+    best, logit, token = _best_chunk_pick(bests, logits, tokens, lowest, pivot, vocab)
     known = (logits > pivot) & (logits >= lowest)
     bounds = tl.where(known, float("-inf"), bests)
     bound = tl.max(bounds, axis=0)
@@ -159,7 +161,7 @@ def _next_pick(
         index = tl.min(tl.where(bounds == bound, place, splits_block), axis=0)
         pieces: tl.constexpr = chunk // tile
         for piece in range(pieces):
-            best, logit, token = best_of_chunk(
+            best, logit, token = best_noised_of_chunk(
                 row_ptr, index * pieces + piece, scale, lowest, pivot, seed, position, best, logit, token,
                 vocab, tile, fast,
             )  # fmt: skip

@@ -12,13 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.noise_kernel import exp, gumbel
+from quire.core.sample.kernels.noise_kernel import device_exp, device_gumbel
 
-__all__ = ["scan_kernel"]
+__all__ = ["sample_scan_kernel"]
 
 
 @triton.jit(do_not_specialize=["padding_row"])
-def scan_kernel(
+def sample_scan_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,
@@ -68,7 +68,7 @@ def scan_kernel(
             if top_k > 0:
                 tl.store(group_max_ptr + place * groups + tl.arange(0, groups), peaks)
             else:
-                best, token, total = _noised(
+                best, token, total = _noised_max(
                     row_ptr, first, scale, tl.maximum(largest, -1e30), tl.load(seed_ptr + row),
                     tl.load(position_ptr + row), vocab, groups * width, tile, fast,
                 )  # fmt: skip
@@ -80,7 +80,7 @@ def scan_kernel(
 
 
 @triton.jit
-def _noised(
+def _noised_max(
     row_ptr, first, scale, reference, seed, position,
     vocab: tl.constexpr, chunk: tl.constexpr, tile: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
@@ -91,8 +91,8 @@ def _noised(
     for start in range(0, chunk, tile):
         at = first + start + tl.arange(0, tile)
         x = tl.load(row_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * scale
-        sums += exp(x - reference, fast)
-        noised = x + gumbel(seed, position, at, fast)
+        sums += device_exp(x - reference, fast)
+        noised = x + device_gumbel(seed, position, at, fast)
         better = noised > bests
         tokens = tl.where(better, at, tokens)
         bests = tl.where(better, noised, bests)

@@ -14,15 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.noise_kernel import exp, gumbel
-from quire.core.sample.kernels.row import best_of_chunk, count_from, masses
-from quire.core.sample.kernels.token_feedback import emit
+from quire.core.sample.kernels.noise_kernel import device_exp, device_gumbel
+from quire.core.sample.kernels.row import best_noised_of_chunk, count_at_least, sum_masses
+from quire.core.sample.kernels.token_feedback import store_sampled_token
 
-__all__ = ["shortlist_kernel"]
+__all__ = ["sample_topk_candidates_kernel"]
 
 
 @triton.jit(do_not_specialize=["padding_row"])
-def shortlist_kernel(
+def sample_topk_candidates_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,
@@ -76,8 +76,8 @@ def shortlist_kernel(
             lowest = tl.where(min_p > 0.0, largest + tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
             count = tl.full((), capacity + 1, tl.int32)
             if top_k <= most_k:
-                bound = tl.maximum(_bound(peaks, top_k, largest), lowest)
-                count = _gather(
+                bound = tl.maximum(_find_group_bound(peaks, top_k, largest), lowest)
+                count = _gather_candidates(
                     row_ptr, scale, bound, peaks, group_list_ptr + line * num_groups, list_logit_ptr + line * capacity,
                     list_token_ptr + line * capacity, vocab, groups, width, num_groups_block, capacity,
                 )  # fmt: skip
@@ -86,13 +86,13 @@ def shortlist_kernel(
             position = tl.load(position_ptr + row)
             token = tl.full((), vocab, tl.int32)
             if count <= capacity:
-                token = _draw(
+                token = _sample_candidates(
                     list_logit_ptr + line * capacity, list_token_ptr + line * capacity,
                     list_above_ptr + line * capacity, count, top_k, top_p, seed, position, largest,
                     vocab, capacity, block, others, fast,
                 )  # fmt: skip
             else:
-                token = _draw_slowly(
+                token = _sample_whole_row(
                     row_ptr,
                     scale,
                     lowest,
@@ -106,11 +106,11 @@ def shortlist_kernel(
                     (vocab + tile - 1) // tile,
                     fast,
                 )
-            emit(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
+            store_sampled_token(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
 
 
 @triton.jit
-def _bound(peaks, top_k, largest):
+def _find_group_bound(peaks, top_k, largest):
     """A value that ``top_k`` of ``peaks`` reach and few more do, or minus infinity."""
     low = tl.min(tl.where(peaks > float("-inf"), peaks, largest), axis=0)
     high = largest
@@ -129,7 +129,7 @@ def _bound(peaks, top_k, largest):
 
 
 @triton.jit
-def _gather(
+def _gather_candidates(
     row_ptr, scale, bound, peaks, group_list_ptr, list_logit_ptr, list_token_ptr,
     vocab: tl.constexpr, groups: tl.constexpr, width: tl.constexpr, num_groups_block: tl.constexpr,
     capacity: tl.constexpr,
@@ -159,21 +159,21 @@ def _gather(
 
 
 @triton.jit
-def _key(x):
+def _sortable_key(x):
     """An int64 that orders as the float32 does."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @triton.jit
-def _value(key):
+def _float_of_key(key):
     """The float32 of a scalar ``_key``."""
     bits = key.to(tl.int32)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _draw(
+def _sample_candidates(
     list_logit_ptr, list_token_ptr, list_above_ptr, count, top_k, top_p, seed, position, largest,
     vocab: tl.constexpr, capacity: tl.constexpr, block: tl.constexpr, others: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
@@ -190,11 +190,11 @@ def _draw(
             y = tl.load(list_logit_ptr + other, mask=other < count, other=float("-inf"))
             higher = y[None, :] > x[:, None]
             rank += tl.sum(higher.to(tl.int32), axis=1)
-            above += tl.sum(tl.where(higher, exp(y - largest, fast)[None, :], 0.0), axis=1)
+            above += tl.sum(tl.where(higher, device_exp(y - largest, fast)[None, :], 0.0), axis=1)
         tl.store(list_above_ptr + at, above, mask=at < count)
         inside = (at < count) & (rank < top_k)
         least = tl.minimum(least, tl.min(tl.where(inside, x, float("inf")), axis=0))
-        total += tl.sum(tl.where(inside, exp(x - largest, fast), 0.0), axis=0)
+        total += tl.sum(tl.where(inside, device_exp(x - largest, fast), 0.0), axis=0)
     tl.debug_barrier()
     at = tl.arange(0, capacity)
     x = tl.load(list_logit_ptr + at, mask=at < count, other=float("-inf"))
@@ -202,29 +202,29 @@ def _draw(
     tokens = tl.load(list_token_ptr + at, mask=at < count, other=vocab)
     enough = tl.where(top_p < 1.0, top_p * total, float("inf"))
     allowed = (at < count) & (x >= least) & ((above < enough) | (above <= 0.0))
-    noised = tl.where(allowed, x + gumbel(seed, position, tokens, fast), float("-inf"))
+    noised = tl.where(allowed, x + device_gumbel(seed, position, tokens, fast), float("-inf"))
     best = tl.max(noised, axis=0)
     return tl.min(tl.where(allowed & (noised == best), tokens, vocab), axis=0)
 
 
 @triton.jit
-def _draw_slowly(
+def _sample_whole_row(
     row_ptr, scale, lowest, top_k, top_p, seed, position, largest,
     vocab: tl.constexpr, chunk: tl.constexpr, splits: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
     """As ``_draw``, reading the row each time."""
     floor = tl.maximum(lowest, -3e38)
-    high = _key(largest)
-    low = tl.minimum(_key(floor), high)
-    found = count_from(row_ptr, scale, _value(low), vocab, chunk, splits)
+    high = _sortable_key(largest)
+    low = tl.minimum(_sortable_key(floor), high)
+    found = count_at_least(row_ptr, scale, _float_of_key(low), vocab, chunk, splits)
     while (low < high) & (found > top_k):
         middle = (low + high + 1) // 2
-        reach = count_from(row_ptr, scale, _value(middle), vocab, chunk, splits)
+        reach = count_at_least(row_ptr, scale, _float_of_key(middle), vocab, chunk, splits)
         enough = reach >= top_k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
         found = tl.where(enough, reach, found)
-    lowest = _value(low)
+    lowest = _float_of_key(low)
     pivot = tl.full((), float("-inf"), tl.float32)
     token = tl.full((), vocab, tl.int32)
     again = tl.full((), 1, tl.int32)
@@ -233,11 +233,11 @@ def _draw_slowly(
         logit = tl.full((), float("-inf"), tl.float32)
         token = tl.full((), vocab, tl.int32)
         for index in range(splits):
-            best, logit, token = best_of_chunk(
+            best, logit, token = best_noised_of_chunk(
                 row_ptr, index, scale, lowest, pivot, seed, position, best, logit, token, vocab, chunk, fast
             )
         pivot = logit
-        above, _, kept = masses(row_ptr, scale, lowest, pivot, pivot, largest, 0, splits, vocab, chunk, fast)
+        above, _, kept = sum_masses(row_ptr, scale, lowest, pivot, pivot, largest, 0, splits, vocab, chunk, fast)
         out = (token < vocab) & (top_p < 1.0) & (above >= top_p * kept) & (above > 0.0)
         again = out.to(tl.int32)
     return token

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["emit"]
+__all__ = ["store_sampled_token"]
 
 
 @triton.jit
-def emit(
+def store_sampled_token(
     token,
     line,
     row,

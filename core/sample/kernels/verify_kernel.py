@@ -11,38 +11,38 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.sample.kernels.noise_kernel import philox
+from quire.core.sample.kernels.noise_kernel import device_philox
 
 if TYPE_CHECKING:
-    from quire.core.sample.verify import Spans
+    from quire.core.sample.verify import DraftSpans
 
-__all__ = ["place_drafts", "verify"]
+__all__ = ["launch_place_drafts", "launch_verify_drafts"]
 
 
-def verify(
-    drawn: Tensor, spans: Spans, table: SamplingTable, num_computed: Tensor, num_drafts: Tensor,
+def launch_verify_drafts(
+    sampled: Tensor, spans: DraftSpans, table: SamplingTable, num_computed: Tensor, num_drafts: Tensor,
     forced_acceptance: float | None,
 ) -> Tensor:  # fmt: skip
     """As ``quire.core.sample.verify.verify``; the table's last row, which is padding, is left alone."""
-    n, width = len(spans.rows), spans.width
-    out = torch.empty(n, 2 + width, dtype=torch.int32, device=drawn.device)
+    n, width = len(spans.rows), spans.max_len
+    out = torch.empty(n, 2 + width, dtype=torch.int32, device=sampled.device)
     t, forced = table, forced_acceptance is not None
-    verify_kernel[(n,)](
-        drawn, spans.rows, spans.first, spans.drafts, t.token_ids, t.num_tokens, num_computed, num_drafts, t.seed, out,
-        t.token_ids.stride(0), len(num_drafts) - 1, float(forced_acceptance or 0.0), width,
+    verify_drafts_kernel[(n,)](
+        sampled, spans.rows, spans.start, spans.num_drafts, t.token_ids, t.num_tokens, num_computed, num_drafts, t.seed,
+        out, t.token_ids.stride(0), len(num_drafts) - 1, float(forced_acceptance or 0.0), width,
         block=max(32, triton.next_power_of_2(width)), forced=forced, fast=not triton.knobs.runtime.interpret,
         num_warps=1,
     )  # fmt: skip
     return out
 
 
-def place_drafts(
+def launch_place_drafts(
     tokens: Tensor, lengths: Tensor | None, rows: Tensor, table: SamplingTable, num_drafts: Tensor, vocab_size: int
 ) -> None:
     """As ``quire.core.sample.verify.place_drafts``."""
     n, k = tokens.shape
     ids = table.token_ids
-    place_kernel[(n,)](
+    place_drafts_kernel[(n,)](
         tokens, tokens if lengths is None else lengths, rows, ids, table.num_tokens, num_drafts,
         *tokens.stride(), ids.stride(0), len(num_drafts) - 1, ids.shape[1], vocab_size, k,
         block=max(64, triton.next_power_of_2(k)), has_lengths=lengths is not None, num_warps=1,
@@ -53,7 +53,7 @@ def place_drafts(
     do_not_specialize=["token_stride", "padding_row", "width"],
     do_not_specialize_on_alignment=["drawn_ptr", "rows_ptr", "first_ptr", "drafts_ptr"],
 )
-def verify_kernel(
+def verify_drafts_kernel(
     drawn_ptr, rows_ptr, first_ptr, drafts_ptr, token_ids_ptr, num_tokens_ptr, computed_ptr, num_drafts_ptr, seed_ptr,
     out_ptr, token_stride, padding_row, acceptance, width,
     block: tl.constexpr, forced: tl.constexpr, fast: tl.constexpr,
@@ -73,7 +73,9 @@ def verify_kernel(
         before = tl.load(at, mask=mine, other=-2)
         if forced:
             zero = tl.full((), 0x5EED, tl.int32)
-            share = philox(tl.load(seed_ptr + row), zero, base + place, fast).to(tl.float32) * 2.3283064365386963e-10
+            share = (
+                device_philox(tl.load(seed_ptr + row), zero, base + place, fast).to(tl.float32) * 2.3283064365386963e-10
+            )
             right = share < acceptance
             tokens = tl.where(right & (place < offered), before, tokens)
         else:
@@ -91,7 +93,7 @@ def verify_kernel(
 
 
 @triton.jit(do_not_specialize=["stride", "stride_k", "token_stride", "padding_row", "room", "vocab", "k"])
-def place_kernel(
+def place_drafts_kernel(
     tokens_ptr, lengths_ptr, rows_ptr, token_ids_ptr, num_tokens_ptr, num_drafts_ptr,
     stride, stride_k, token_stride, padding_row, room, vocab, k,
     block: tl.constexpr, has_lengths: tl.constexpr,

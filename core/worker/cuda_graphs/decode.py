@@ -17,7 +17,7 @@ from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import upload
-from quire.core.sample.verify import Spans, verify
+from quire.core.sample.verify import DraftSpans, verify_drafts
 from quire.core.worker.cuda_graphs.capture import Recorder
 from quire.core.worker.input_builder import Lines, StepInputs
 from quire.core.worker.kv_cache import KVCache
@@ -56,7 +56,7 @@ class _Captured:
     inputs: StepInputs
     logits: Tensor  # (size * queries, vocab)
     model: torch.cuda.CUDAGraph
-    draws: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]]  # by variant: the graph, and what it writes
+    sampling: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]]  # by variant: the graph, and what it writes
     read: torch.cuda.CUDAGraph | None
 
 
@@ -131,9 +131,9 @@ class DecodeGraphs:
         for shape in self.shapes:
             inputs, logits = self._once(shape)  # loads what it launches
             model, logits = recorder.record(partial(self._forward, inputs))
-            draws = {v: recorder.record(partial(self._draw, v, inputs, logits)) for v in self._variants}
+            sampling = {v: recorder.record(partial(self._sample, v, inputs, logits)) for v in self._variants}
             read = None if self._read is None else recorder.record(partial(self._read, inputs))[0]
-            self._captured[shape] = _Captured(inputs, logits, model, draws, read)
+            self._captured[shape] = _Captured(inputs, logits, model, sampling, read)
 
     def forward(self, step: SchedulerOutput) -> None:
         """Run the model for a step."""
@@ -149,10 +149,10 @@ class DecodeGraphs:
             self._last = padded
         self._captured[queries, size].model.replay()
 
-    def draw(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
+    def sample_tokens(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
         """Draw for every request and feed it back, until the next step: its token (num_reqs,) int32, or what ``verify``
         returns where drafts are verified."""
-        graph, tokens = self._captured[self._shape(step)].draws[variant]
+        graph, tokens = self._captured[self._shape(step)].sampling[variant]
         graph.replay()
         return tokens[: len(step.rows)]
 
@@ -161,7 +161,7 @@ class DecodeGraphs:
         if (graph := self._captured[self._shape(step)].read) is not None:
             graph.replay()
 
-    def drawable(self, step: SchedulerOutput, lines: Lines) -> tuple[StepInputs, Tensor]:
+    def unpadded_logits(self, step: SchedulerOutput, lines: Lines) -> tuple[StepInputs, Tensor]:
         """The step's inputs and logits without padding, for who draws by other means."""
         queries, size = self._shape(step)
         captured = self._captured[queries, size]
@@ -169,7 +169,7 @@ class DecodeGraphs:
         place = np.arange(len(lines.owner)) - np.repeat(lines.first, lines.drafts + 1)
         packed = np.concatenate((lines.owner * queries + place, lines.first, lines.drafts))
         index, first, drafts = upload(packed, torch.int64, self._rows.device).split([len(place), count, count])
-        spans = Spans(inputs.rows[:count], first, drafts, 1 + int(lines.drafts.max(initial=0)))
+        spans = DraftSpans(inputs.rows[:count], first, drafts, 1 + int(lines.drafts.max(initial=0)))
         inputs = replace(inputs, line_rows=inputs.line_rows[index], line_lens=inputs.line_lens[index], spans=spans)
         return inputs, captured.logits[index]
 
@@ -178,7 +178,7 @@ class DecodeGraphs:
         inputs = self._static_inputs(*shape)
         logits = self._forward(inputs)
         for variant in self._variants:
-            self._draw(variant, inputs, logits)
+            self._sample(variant, inputs, logits)
         if self._read is not None:
             self._read(inputs)
         return inputs, logits
@@ -217,16 +217,16 @@ class DecodeGraphs:
             line_rows=rows if queries == 1 else self._line_rows[:lines],
             line_lens=self._seq_lens[:size] if queries == 1 else self._line_lens[:lines],
             logits_index=self._index[:lines],
-            spans=Spans(rows, self._index[:size] * queries, drafts, queries),
+            spans=DraftSpans(rows, self._index[:size] * queries, drafts, queries),
         )
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         from quire.core.ops.kernels.decode_inputs_kernel import decode_inputs
 
-        table, last, queries = self._table, len(inputs.batches) - 1, inputs.spans.width
+        table, last, queries = self._table, len(inputs.batches) - 1, inputs.spans.max_len
         for group, batch in enumerate(inputs.batches):
             decode_inputs(
-                inputs.rows, inputs.spans.drafts, table.token_ids, table.num_computed, table.block_tables[group],
+                inputs.rows, inputs.spans.num_drafts, table.token_ids, table.num_computed, table.block_tables[group],
                 inputs.input_ids, inputs.positions, inputs.seq_lens, inputs.slot_mapping[group], batch.block_table,
                 self._block_size, table.max_model_len, advance=group == last and queries == 1,
             )  # fmt: skip
@@ -238,15 +238,15 @@ class DecodeGraphs:
         context = ForwardContext(self._backends, inputs.slot_mapping, self._kv.layers, self._kv.group_of)
         return self._model.compute_logits(self._model(inputs.input_ids, inputs.positions, context))
 
-    def _draw(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
+    def _sample(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
         table, greedy, spans = self._table, variant == "greedy", inputs.spans
-        if spans.width > 1:
+        if spans.max_len > 1:
             if self._sampler is None:
                 tokens = logits.argmax(-1).int()
             else:
                 batch = SamplingBatch.from_table(table.sampling, inputs.line_rows, inputs.line_lens.long(), not greedy)
                 tokens = self._sampler.sample(logits, batch)
-            return verify(tokens, spans, table.sampling, table.num_computed, table.num_drafts, self._forced)
+            return verify_drafts(tokens, spans, table.sampling, table.num_computed, table.num_drafts, self._forced)
         tokens = self._tokens[: len(logits)]
         if self._sampler is not None:
             self._sampler.sample_from_table(logits, inputs.rows, table.sampling, tokens, greedy=greedy)
