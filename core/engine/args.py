@@ -1,66 +1,201 @@
-"""Engine arguments: what users set, by the names of the command line, and the configuration they become."""
+"""Engine arguments: every setting of an engine as users give it, and the one place where each is defined."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-__all__ = ["EngineArgs"]
+from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig
+from quire.core.engine.setting import section_default, setting
+
+__all__ = ["DTYPES", "KV_CACHE_DTYPES", "EngineArgs"]
+
+DTYPES: Mapping[str, str] = MappingProxyType(
+    {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
+)
+"""Spellings of ``dtype`` beside ``auto``, and the torch dtype that each means."""
+
+KV_CACHE_DTYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "auto": "auto",
+        "fp8": "float8_e4m3fn",
+        "fp8_e4m3": "float8_e4m3fn",
+        "fp8_e5m2": "float8_e5m2",
+        "bfloat16": "bfloat16",
+        "float16": "float16",
+        "float32": "float32",
+    }
+)
+"""Spellings of ``kv_cache_dtype``, and the torch dtype that each means; ``auto`` is the model's."""
 
 
 @dataclass(kw_only=True)
 class EngineArgs:
-    """Every setting of an engine, unresolved. ``quire.core.engine.config_builder.create_config`` resolves them.
+    """Every setting of an engine, unresolved. ``quire.core.engine.config_builder.configure`` resolves them.
 
-    Field names are the command line's flags with underscores; ``LLM(**kwargs)`` and ``AsyncLLM`` take the same names.
+    Flags of the command line, keyword arguments of ``LLM`` and ``AsyncLLM`` and the tables of docs/cli.md are derived
+    from these fields; defaults that belong to a section of the configuration are read from it.
     """
 
-    model: str = "quire-tiny"
-    tokenizer: str | None = None
-    revision: str | None = None
-    download_dir: str | None = None
-    chat_template: str | None = None
-    served_model_name: Sequence[str] = ()
-    dtype: str = "auto"
-    """``auto`` is the checkpoint's on a GPU and float32 on a CPU."""
-    device: str = "auto"
-    cpu_threads: int | None = None
-    """Threads for the model on a CPU; None: ``OMP_NUM_THREADS``, or all cores but one."""
-    load_format: str = "auto"
-    seed: int = 0
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
-    max_num_queued_requests: int | None = None
-    enable_chunked_prefill: bool = True
-    block_size: int = 16
-    num_gpu_blocks_override: int | None = None
-    """Blocks of the KV cache; None: as many as memory allows."""
-    gpu_memory_utilization: float = 0.9
-    kv_cache_dtype: str = "auto"
-    enable_prefix_caching: bool = True
-    tensor_parallel_size: int = 1
-    trust_remote_code: bool = False
-    enforce_eager: bool = False
-    attention_backend: str = "auto"
-    kv_allocator: str = "auto"
-    scheduling_policy: str = "auto"
-    quantization: str = "auto"
-    sampler: str = "auto"
-    logits_processors: Sequence[str] = ()
-    """In addition to the bundled ones."""
-    spec_method: str = "auto"
-    """Who drafts tokens; ``auto``: ``speculative_model``, if it is given, else nobody."""
-    speculative_model: str | None = None
-    num_speculative_tokens: int | None = None
-    speculative_draft_tensor_parallel_size: int | None = None
-    speculative_config: str | Mapping[str, Any] | None = None
-    """The same and more in one JSON object, as in vLLM."""
-    executor: str = "auto"
-    metrics: Sequence[str] = ("auto",)
-    plugins: Sequence[str] = ()
-    """Distributions whose hooks are turned on (``--plugin``)."""
+    # model
+    model: str = setting(
+        "quire-tiny", group="model", help="folder or Hugging Face name of the model; the same as MODEL", metavar="MODEL"
+    )
+    served_model_name: Sequence[str] = setting(
+        (), group="model", help="name(s) by which requests call the model", metavar="NAME", several_words=True
+    )
+    tokenizer: str | None = setting(
+        None, group="model", help="folder or name of the tokenizer, if not the model's", metavar="NAME"
+    )
+    chat_template: str | None = setting(
+        None, group="model", help="file with the Jinja chat template, or the template itself", metavar="FILE"
+    )
+    revision: str | None = setting(None, group="model", help="branch, tag or commit on the Hugging Face hub")
+    download_dir: str | None = setting(
+        None, group="model", help="where downloads are kept, if not the Hugging Face cache", metavar="DIR"
+    )
+    load_format: str = setting(
+        section_default(ModelConfig, "load_format"),
+        group="model",
+        help="dummy: random weights",
+        choices=("auto", "safetensors", "dummy"),
+    )
+    dtype: str = setting(
+        "auto",
+        group="model",
+        help="precision of weights and activations; auto: the checkpoint's on a GPU, float32 on a CPU",
+        choices=("auto", *DTYPES),
+    )
+    quantization: str = setting(
+        "auto",
+        group="model",
+        help="quantization loader; auto reads the checkpoint",
+        metavar="NAME",
+        aliases=("-q",),
+        plugin_kind="quant",
+    )
+    seed: int = setting(
+        section_default(ModelConfig, "seed"), group="model", help="seed of the engine's own random choices", metavar="N"
+    )
+    trust_remote_code: bool = setting(
+        False, group="model", help="refused: Quire never runs code that comes with a model"
+    )
+
+    # device
+    device: str = setting("auto", group="device", help="where to run", choices=("auto", "cpu", "cuda"))
+    cpu_threads: int | None = setting(
+        None,
+        group="device",
+        help="threads of a model on a CPU; default: OMP_NUM_THREADS, else all cores but one",
+        metavar="N",
+    )
+    gpu_memory_utilization: float = setting(
+        section_default(CacheConfig, "gpu_memory_utilization"),
+        group="device",
+        help="share of the GPU's memory to use",
+        metavar="SHARE",
+    )
+    tensor_parallel_size: int = setting(
+        1, group="device", help="GPUs to split the model over", metavar="N", aliases=("-tp",)
+    )
+    enforce_eager: bool = setting(False, group="device", help="no CUDA graphs")
+    executor: str = setting(
+        "auto", group="device", help="executor: how workers are run", metavar="NAME", plugin_kind="executor"
+    )
+    attention_backend: str = setting(
+        "auto", group="device", help="attention backend: the kernels of attention", metavar="NAME",
+        plugin_kind="attention",
+    )  # fmt: skip
+
+    # limits
+    max_model_len: int | None = setting(
+        None, group="limits", help="longest prompt plus answer, in tokens; default: the model's own", metavar="N"
+    )
+    max_num_seqs: int = setting(
+        section_default(SchedulerConfig, "max_num_seqs"), group="limits", help="most requests in one step", metavar="N"
+    )
+    max_num_batched_tokens: int | None = setting(
+        None, group="limits", help="most tokens in one step; default: chosen for the device", metavar="N"
+    )
+    max_num_queued_requests: int | None = setting(
+        None, group="limits", help="queue length beyond which requests get 429", metavar="N"
+    )
+    enable_chunked_prefill: bool = setting(
+        section_default(SchedulerConfig, "chunked_prefill"),
+        group="limits",
+        help="spread long prompts over several steps",
+    )
+    scheduling_policy: str = setting(
+        "auto",
+        group="limits",
+        help="scheduling policy: which requests run next",
+        metavar="NAME",
+        plugin_kind="policy",
+    )
+
+    # cache
+    enable_prefix_caching: bool = setting(
+        section_default(CacheConfig, "prefix_caching"),
+        group="cache",
+        help="share the KV cache of equal prompt prefixes",
+    )
+    block_size: int = setting(
+        section_default(CacheConfig, "block_size"), group="cache", help="tokens per KV block", metavar="N"
+    )
+    kv_cache_dtype: str = setting(
+        section_default(CacheConfig, "dtype"),
+        group="cache",
+        help="precision of the KV cache; fp8 (e4m3) and fp8_e5m2 take half the memory of 16 bits, so twice the tokens "
+        "fit",
+        choices=tuple(KV_CACHE_DTYPES),
+    )
+    num_gpu_blocks_override: int | None = setting(
+        None, group="cache", help="KV blocks, whatever the memory; default: as many as fit", metavar="N"
+    )
+    kv_allocator: str = setting("auto", group="cache", help="allocator of KV blocks", metavar="NAME", plugin_kind="kv")
+
+    # speculation
+    spec_method: str = setting(
+        "auto",
+        group="speculation",
+        help="how tokens are drafted; auto: by the draft model or head, if one is given",
+        metavar="NAME",
+        plugin_kind="spec_decode",
+    )
+    speculative_model: str | None = setting(
+        None, group="speculation", help="folder or name of the draft model or head", metavar="MODEL"
+    )
+    num_speculative_tokens: int | None = setting(
+        None, group="speculation", help="most draft tokens for a request in a step; default: 4", metavar="N"
+    )
+    speculative_draft_tensor_parallel_size: int | None = setting(
+        None, group="speculation", help="GPUs to split the draft model over", metavar="N"
+    )
+    speculative_config: str | Mapping[str, Any] | None = setting(
+        None, group="speculation", help="these and more as one JSON object, as in vLLM", metavar="JSON"
+    )
+
+    # plugins
+    sampler: str = setting(
+        "auto", group="plugins", help="sampler: how tokens are sampled", metavar="NAME", plugin_kind="sampler"
+    )
+    logits_processors: Sequence[str] = setting(
+        (),
+        group="plugins",
+        help="logits processor in addition to the bundled ones; may repeat",
+        metavar="NAME",
+        plugin_kind="logits_processor",
+    )
+    metrics: Sequence[str] = setting(
+        ("auto",), group="plugins", help="metrics exporter; may repeat", metavar="NAME", plugin_kind="metrics"
+    )
+    plugins: Sequence[str] = setting(
+        (), group="plugins", help="turn on a distribution's hooks; may repeat", metavar="DIST", flag="--plugin"
+    )
     plugin_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By kind: the ``key=value`` pairs of ``--<kind>-option``."""
-    disable_log_requests: bool = True
+    """By kind of plugin: the ``key=value`` pairs of the option flags, such as ``--sampler-option``."""
+
+    # logging
+    disable_log_requests: bool = setting(True, group="logging", help="no line per request in the log")

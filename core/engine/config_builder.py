@@ -8,25 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.core.config import CacheConfig, EngineConfig, ModelConfig, PluginChoice, SchedulerConfig
-from quire.core.engine.args import EngineArgs
+from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
+from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import configure_speculation, with_speculative_config
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager, Resolution
 from quire.core.plugin.options import parse_options
+from quire.core.plugin.registry import KINDS
 
 __all__ = ["Configured", "configure"]
 
 _log = logging.getLogger("quire.config")
-_DTYPES = {
-    "half": "float16",
-    "float16": "float16",
-    "float": "float32",
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-}
-_KV_DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")}
-_KV_DTYPES |= {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _MANY = ("logits_processor", "metrics")
+_GPU_BATCHED_TOKENS = section_default(SchedulerConfig, "max_num_batched_tokens")
+_CPU_BATCHED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +68,7 @@ def configure(args: EngineArgs) -> Configured:
         max_model_len=max_model_len,
         vocab_size=int(hf_config.get_text_config().vocab_size),
         architecture=architecture(hf_config),
-        load_format=_one_of("load_format", args.load_format, ("auto", "safetensors", "dummy")),
+        load_format=args.load_format,  # type: ignore[arg-type]  # one of its choices, as checked
         seed=args.seed,
         served_names=tuple(args.served_model_name) or (args.model,),
     )
@@ -98,14 +93,13 @@ def _refuse_unsupported(args: EngineArgs) -> None:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
     if args.tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size} is not supported yet; leave it at 1")
-    if args.kv_cache_dtype not in _KV_DTYPES:
-        raise ConfigError(f"kv_cache_dtype {args.kv_cache_dtype!r} is unknown; choose {', '.join(_KV_DTYPES)}")
+    for setting in settings_of(EngineArgs):
+        value = getattr(args, setting.name)
+        if setting.choices and value not in setting.choices:
+            raise ConfigError(f"{setting.name} {value!r} is not known; choose {', '.join(setting.choices)}")
     if args.cpu_threads is not None and args.cpu_threads < 1:
         raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
-    unknown = set(args.plugin_options) - {
-        "attention", "kv", "policy", "quant", "sampler", "executor", "metrics", "logits_processor", "model",
-        "spec_decode",
-    }  # fmt: skip
+    unknown = set(args.plugin_options) - set(KINDS)
     if unknown:
         raise ConfigError(f"plugin_options names {sorted(unknown)[0]!r}, which is not a kind of plugin")
 
@@ -162,8 +156,6 @@ def _device(wanted: str) -> Any:
 
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted not in ("cpu", "cuda"):
-        raise ConfigError(f"device {wanted!r} is not known; choose auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
     return wanted
@@ -175,9 +167,7 @@ def _dtype(wanted: str, device: str, hf_config: Any) -> str:
             return "float32"
         own = str(getattr(hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
         return own if own in ("float16", "bfloat16") else "bfloat16"
-    if wanted not in _DTYPES:
-        raise ConfigError(f"dtype {wanted!r} is not known; choose auto, {', '.join(_DTYPES)}")
-    return _DTYPES[wanted]
+    return DTYPES[wanted]
 
 
 def _cache(args: EngineArgs) -> CacheConfig:
@@ -191,7 +181,7 @@ def _cache(args: EngineArgs) -> CacheConfig:
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
         gpu_memory_utilization=args.gpu_memory_utilization,
-        dtype=_KV_DTYPES[args.kv_cache_dtype],
+        dtype=KV_CACHE_DTYPES[args.kv_cache_dtype],
         prefix_caching=args.enable_prefix_caching,
     )
 
@@ -199,7 +189,7 @@ def _cache(args: EngineArgs) -> CacheConfig:
 def _scheduler(args: EngineArgs, device: str, max_model_len: int) -> SchedulerConfig:
     tokens = args.max_num_batched_tokens
     if tokens is None:
-        tokens = max(2048 if device == "cpu" else 8192, args.max_num_seqs)
+        tokens = max(_CPU_BATCHED_TOKENS if device == "cpu" else _GPU_BATCHED_TOKENS, args.max_num_seqs)
         if not args.enable_chunked_prefill:
             tokens = max(tokens, max_model_len)
     if args.max_num_seqs < 1:
@@ -215,9 +205,3 @@ def _scheduler(args: EngineArgs, device: str, max_model_len: int) -> SchedulerCo
             f"than max_model_len {max_model_len}; raise it, or leave chunked prefill on"
         )
     return SchedulerConfig(args.max_num_seqs, tokens, args.enable_chunked_prefill, args.max_num_queued_requests)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise ConfigError(f"{name} {value!r} is not known; choose {', '.join(allowed)}")
-    return value

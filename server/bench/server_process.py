@@ -94,16 +94,16 @@ class ServerProcess:
 def serve_words(args: argparse.Namespace) -> list[str]:
     """The words for ``quire serve`` that say of the engine what ``args`` say."""
     words: list[str] = [args.model_argument] if getattr(args, "model_argument", None) else []
-    for flag in ENGINE_FLAGS:
-        value = getattr(args, flag.dest, None)
+    for setting in ENGINE_FLAGS:
+        value = getattr(args, setting.name, None)
         if isinstance(value, bool):
-            words.append(flag.name if value else f"--no-{flag.name.removeprefix('--')}")
-        elif isinstance(value, list) and flag.kind == "list":
-            words += [flag.name, *value]
+            words.append(setting.flag if value else f"--no-{setting.flag.removeprefix('--')}")
+        elif isinstance(value, list) and setting.value_type == "list":
+            words += [setting.flag, *value]
         elif isinstance(value, list):
-            words += [word for each in value for word in (flag.name, each)]
+            words += [word for each in value for word in (setting.flag, each)]
         elif value is not None:
-            words += [flag.name, str(value)]
+            words += [setting.flag, str(value)]
     for name, kind in option_flags().items():
         words += [word for pair in getattr(args, f"option_{kind}", None) or () for word in (name, pair)]
     return words

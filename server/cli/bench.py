@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from quire.core.errors import ConfigError
-from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, real, whole
-from quire.server.cli.legacy_flags import add_old_flags, apply_old_flags
+from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, parse_float, parse_int
+from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
 
 __all__ = ["add_parser", "run"]
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     module = importlib.import_module(f"quire.server.bench.{args.benchmark}")
-    for note in [*args.notes, *apply_old_flags(args)]:
+    for note in [*args.flag_warnings, *apply_vllm_flags(args)]:
         print(note)
     own = args.benchmark in ("serve", "ceilings")
     return int(module.run(args) if own else module.run(engine_arguments(args), args))
@@ -49,16 +49,24 @@ def _throughput(parser: argparse.ArgumentParser) -> None:
     )
     _dataset(mine)
     mine.add_argument(
-        "--num-prompts", type=whole, metavar="N", help="only the first N requests (default: all; 16 on a CPU)"
+        "--num-prompts", type=parse_int, metavar="N", help="only the first N requests (default: all; 16 on a CPU)"
     )
-    mine.add_argument("--input-len", type=whole, metavar="N", help="instead of a workload: random prompts of N tokens")
     mine.add_argument(
-        "--output-len", type=whole, metavar="N", help="with --input-len or --dataset: tokens of an answer"
+        "--input-len", type=parse_int, metavar="N", help="instead of a workload: random prompts of N tokens"
     )
-    mine.add_argument("--scale", type=real, default=1.0, metavar="X", help="multiply prompt and answer lengths by X")
-    mine.add_argument("--temperature", type=real, metavar="T", help="(default: 0, and 0.8 where a name has -sampled)")
-    mine.add_argument("--top-p", type=real, metavar="P", help="(default: 1, and 0.95 where a name has -sampled)")
-    mine.add_argument("--repeat", type=whole, default=1, metavar="N", help="runs; the median is reported (default: 1)")
+    mine.add_argument(
+        "--output-len", type=parse_int, metavar="N", help="with --input-len or --dataset: tokens of an answer"
+    )
+    mine.add_argument(
+        "--scale", type=parse_float, default=1.0, metavar="X", help="multiply prompt and answer lengths by X"
+    )
+    mine.add_argument(
+        "--temperature", type=parse_float, metavar="T", help="(default: 0, and 0.8 where a name has -sampled)"
+    )
+    mine.add_argument("--top-p", type=parse_float, metavar="P", help="(default: 1, and 0.95 where a name has -sampled)")
+    mine.add_argument(
+        "--repeat", type=parse_int, default=1, metavar="N", help="runs; the median is reported (default: 1)"
+    )
     mine.add_argument(
         "--compare",
         choices=("auto", "transformers", "none"),
@@ -69,7 +77,11 @@ def _throughput(parser: argparse.ArgumentParser) -> None:
         "--no-compare", dest="compare", action="store_const", const="none", help="the same as --compare none"
     )
     mine.add_argument(
-        "--compare-batch-size", type=whole, default=8, metavar="N", help="batch of transformers.generate (default: 8)"
+        "--compare-batch-size",
+        type=parse_int,
+        default=8,
+        metavar="N",
+        help="batch of transformers.generate (default: 8)",
     )
     _ceilings_file(mine)
     _engine(parser, mine)
@@ -77,11 +89,15 @@ def _throughput(parser: argparse.ArgumentParser) -> None:
 
 def _latency(parser: argparse.ArgumentParser) -> None:
     mine = parser.add_argument_group("benchmark")
-    mine.add_argument("--batch-size", type=whole, default=1, metavar="N", help="prompts at once (default: 1)")
-    mine.add_argument("--input-len", type=whole, default=32, metavar="N", help="tokens of a prompt (default: 32)")
-    mine.add_argument("--output-len", type=whole, default=128, metavar="N", help="tokens of an answer (default: 128)")
-    mine.add_argument("--num-iters-warmup", type=whole, default=2, metavar="N", help="runs not counted (default: 2)")
-    mine.add_argument("--num-iters", type=whole, default=10, metavar="N", help="runs (default: 10)")
+    mine.add_argument("--batch-size", type=parse_int, default=1, metavar="N", help="prompts at once (default: 1)")
+    mine.add_argument("--input-len", type=parse_int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    mine.add_argument(
+        "--output-len", type=parse_int, default=128, metavar="N", help="tokens of an answer (default: 128)"
+    )
+    mine.add_argument(
+        "--num-iters-warmup", type=parse_int, default=2, metavar="N", help="runs not counted (default: 2)"
+    )
+    mine.add_argument("--num-iters", type=parse_int, default=10, metavar="N", help="runs (default: 10)")
     _ceilings_file(mine)
     _engine(parser, mine)
 
@@ -89,7 +105,7 @@ def _latency(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
     parser.add_argument("--model", metavar="NAME", help="model name to ask for (default: the first that is served)")
-    parser.add_argument("--num-prompts", type=whole, default=64, metavar="N", help="requests (default: 64)")
+    parser.add_argument("--num-prompts", type=parse_int, default=64, metavar="N", help="requests (default: 64)")
     parser.add_argument(
         "--request-rate",
         type=_rate,
@@ -98,37 +114,49 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="requests/s, Poisson; several: one run each (default: all at once, also inf)",
     )
-    parser.add_argument("--max-concurrency", type=whole, metavar="N", help="requests at once (default: no limit)")
+    parser.add_argument("--max-concurrency", type=parse_int, metavar="N", help="requests at once (default: no limit)")
     parser.add_argument("--plot", metavar="FILE", help="draw latency against load as a PNG; needs quire[plot]")
     parser.add_argument("--json", action="store_true", help="a JSON line for each rate instead of the table")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of prompts and gaps (default: 0)")
+    parser.add_argument("--seed", type=parse_int, default=0, metavar="N", help="of prompts and gaps (default: 0)")
     _requests(parser, 1024, 128, 0.0)
 
 
 def _soak(parser: argparse.ArgumentParser) -> None:
     mine = parser.add_argument_group("benchmark")
     mine.add_argument("--base-url", metavar="URL", help="a running server (default: start one with the flags below)")
-    mine.add_argument("--duration", type=real, default=480.0, metavar="SECONDS", help="(default: 480)")
+    mine.add_argument("--duration", type=parse_float, default=480.0, metavar="SECONDS", help="(default: 480)")
     mine.add_argument(
-        "--overload", type=real, default=2.0, metavar="X", help="times what it bears, measured first (default: 2)"
+        "--overload",
+        type=parse_float,
+        default=2.0,
+        metavar="X",
+        help="times what it bears, measured first (default: 2)",
     )
-    mine.add_argument("--request-rate", type=real, default=0.0, metavar="R", help="requests/s instead of --overload")
-    mine.add_argument("--num-prompts", type=whole, metavar="N", help="requests that find out what it bears")
-    mine.add_argument("--max-concurrency", type=whole, metavar="N", help="of these at once (default: --max-num-seqs)")
-    mine.add_argument("--minute", type=real, default=60.0, metavar="SECONDS", help="report so often (default: 60)")
+    mine.add_argument(
+        "--request-rate", type=parse_float, default=0.0, metavar="R", help="requests/s instead of --overload"
+    )
+    mine.add_argument("--num-prompts", type=parse_int, metavar="N", help="requests that find out what it bears")
+    mine.add_argument(
+        "--max-concurrency", type=parse_int, metavar="N", help="of these at once (default: --max-num-seqs)"
+    )
+    mine.add_argument(
+        "--minute", type=parse_float, default=60.0, metavar="SECONDS", help="report so often (default: 60)"
+    )
     _requests(mine, 512, 128, 0.5)
     _engine(parser, mine)
 
 
 def _startup(parser: argparse.ArgumentParser) -> None:
     mine = parser.add_argument_group("benchmark")
-    mine.add_argument("--repeat", type=whole, default=1, metavar="N", help="warm starts (default: 1)")
+    mine.add_argument("--repeat", type=parse_int, default=1, metavar="N", help="warm starts (default: 1)")
     _engine(parser, mine)
 
 
 def _ceilings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
-    parser.add_argument("--cpu-threads", type=whole, metavar="N", help="as the engine's (default: all cores but one)")
+    parser.add_argument(
+        "--cpu-threads", type=parse_int, metavar="N", help="as the engine's (default: all cores but one)"
+    )
     parser.add_argument("--out", metavar="FILE", help="where to keep them (default: ~/.cache/quire/ceilings.json)")
     parser.add_argument("--json", action="store_true", help="one JSON line after the readable ones")
 
@@ -153,22 +181,22 @@ def _requests(group: Any, input_len: int, output_len: int, spread: float) -> Non
         group.add_argument(
             f"--{name}-len",
             f"--random-{name}-len",
-            type=whole,
+            type=parse_int,
             default=default,
             metavar="N",
             help=f"tokens of {what} (default: {default})",
         )
     group.add_argument(
         "--random-range-ratio",
-        type=real,
+        type=parse_float,
         default=spread,
         metavar="X",
         help=f"lengths vary by this share up and down (default: {spread:g})",
     )
     _dataset(group)
-    group.add_argument("--temperature", type=real, default=0.0, metavar="T", help="(default: 0)")
+    group.add_argument("--temperature", type=parse_float, default=0.0, metavar="T", help="(default: 0)")
     group.add_argument(
-        "--vocab-size", type=whole, default=4096, metavar="N", help="draw token ids below N (default: 4096)"
+        "--vocab-size", type=parse_int, default=4096, metavar="N", help="draw token ids below N (default: 4096)"
     )
 
 
@@ -189,10 +217,10 @@ def _engine(parser: argparse.ArgumentParser, mine: Any) -> None:
     mine.add_argument("--json", action="store_true", help="a JSON line for each result after the readable ones")
     add_model(parser)
     add_flags(parser, ENGINE_FLAGS)
-    add_old_flags(parser)
+    add_vllm_flags(parser)
 
 
 def _rate(text: str) -> float:
     """Requests a second; ``inf``, as the guides write it, is all at once."""
-    value = real(text)
+    value = parse_float(text)
     return 0.0 if math.isinf(value) else value

@@ -109,16 +109,16 @@ def _extend(given: Sequence[str], subparsers: Any) -> None:
 
 
 def _parse(parser: Parser, given: list[str]) -> argparse.Namespace:
-    from quire.server.cli.legacy_flags import normalize
+    from quire.server.cli.vllm_flags import normalize_spelling
 
     chosen = _chosen(parser, given)
-    words, notes = normalize(given, chosen.booleans())
+    words, flag_warnings = normalize_spelling(given, chosen.booleans())
     args, unknown = parser.parse_known_args(words)
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         close = difflib.get_close_matches(flag, chosen.flags(), n=1)
         chosen.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
-    args.notes = notes
+    args.flag_warnings = flag_warnings
     return args
 
 

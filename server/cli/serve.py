@@ -7,7 +7,7 @@ from typing import Any
 
 from quire.core.engine.process import EngineProcess
 from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, add_flags, add_model, engine_arguments, server_settings
-from quire.server.cli.legacy_flags import add_old_flags, apply_old_flags
+from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
 
 __all__ = ["add_parser", "run"]
 
@@ -21,15 +21,15 @@ def add_parser(subparsers: Any) -> None:
     )
     add_model(parser)
     add_flags(parser, (*SERVER_FLAGS, *ENGINE_FLAGS))
-    add_old_flags(parser)
+    add_vllm_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
-    notes = [*args.notes, *apply_old_flags(args)]
+    flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args)]
     engine_args, settings = engine_arguments(args), server_settings(args)
     with EngineProcess(engine_args.device) as process:
         from quire.server.http.serving import serve  # seconds, while the process does the same
 
-        return serve(engine_args, settings, process, args, notes)
+        return serve(engine_args, settings, process, args, flag_warnings)

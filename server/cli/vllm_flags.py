@@ -1,4 +1,5 @@
-"""Spellings from older guides: accepted and mapped, harmless and noted, or refused with what is supported now."""
+"""vLLM's flags and spellings that Quire does not have: mapped to its own, ignored with a line, or refused with the
+reason."""
 
 from __future__ import annotations
 
@@ -8,21 +9,22 @@ from dataclasses import dataclass
 
 from quire.core.errors import ConfigError
 
-__all__ = ["OLD_FLAGS", "OldFlag", "add_old_flags", "apply_old_flags", "normalize"]
+__all__ = ["VLLM_FLAGS", "VllmFlag", "add_vllm_flags", "apply_vllm_flags", "normalize_spelling"]
 
 
 @dataclass(frozen=True, slots=True)
-class OldFlag:
-    """A flag that Quire understands but does not document as its own.
+class VllmFlag:
+    """A flag of vLLM's that Quire understands and that is not its own.
 
-    ``says`` is logged once, or is the reason of the refusal. Values in ``harmless`` are let through all the same.
+    ``message`` is logged once, or is the reason of the refusal. A refused flag is accepted with ``accepted_values``,
+    which ask for what Quire does.
     """
 
     name: str
-    says: str
+    message: str
     refused: bool = False
     takes_value: bool = False
-    harmless: tuple[str, ...] = ()
+    accepted_values: tuple[str, ...] = ()
     sets: tuple[str, object] | None = None
 
 
@@ -31,94 +33,94 @@ _TOOLS = "tool calls are not parsed yet; tools are passed to the chat template a
 _GUIDED = "structured output is not supported yet; leave it out"
 _REASONING = "reasoning is not parsed yet; the answer comes as text"
 _RAY = "Ray is not supported yet; the engine runs in one process"
-_ALWAYS = "no longer needed: "
+_NOT_NEEDED = "no longer needed: "
 
-OLD_FLAGS: tuple[OldFlag, ...] = (
-    OldFlag("--enable-log-requests", "now --no-disable-log-requests", sets=("disable_log_requests", False)),
-    OldFlag("--enable-prometheus", _ALWAYS + "metrics are always served at /metrics"),
-    OldFlag("--swap-space", _ALWAYS + "preempted requests are recomputed, not swapped", takes_value=True),
-    OldFlag("--disable-log-stats", _ALWAYS + "see /metrics"),
-    OldFlag("--use-v2-block-manager", _ALWAYS + "there is one block manager"),
-    OldFlag("--num-scheduler-steps", _ALWAYS + "scheduling is always ahead of the device", takes_value=True),
-    OldFlag("--async-scheduling", _ALWAYS + "scheduling is always asynchronous"),
-    OldFlag("--max-seq-len-to-capture", _ALWAYS + "graphs do not depend on the context length", takes_value=True),
-    OldFlag("--disable-frontend-multiprocessing", _ALWAYS + "the engine core has a process of its own"),
-    OldFlag(
-        "--distributed-executor-backend", _RAY, refused=True, takes_value=True, harmless=("mp", "uni", "auto")
+VLLM_FLAGS: tuple[VllmFlag, ...] = (
+    VllmFlag("--enable-log-requests", "now --no-disable-log-requests", sets=("disable_log_requests", False)),
+    VllmFlag("--enable-prometheus", _NOT_NEEDED + "metrics are always served at /metrics"),
+    VllmFlag("--swap-space", _NOT_NEEDED + "preempted requests are recomputed, not swapped", takes_value=True),
+    VllmFlag("--disable-log-stats", _NOT_NEEDED + "see /metrics"),
+    VllmFlag("--use-v2-block-manager", _NOT_NEEDED + "there is one block manager"),
+    VllmFlag("--num-scheduler-steps", _NOT_NEEDED + "scheduling is always ahead of the device", takes_value=True),
+    VllmFlag("--async-scheduling", _NOT_NEEDED + "scheduling is always asynchronous"),
+    VllmFlag("--max-seq-len-to-capture", _NOT_NEEDED + "graphs do not depend on the context length", takes_value=True),
+    VllmFlag("--disable-frontend-multiprocessing", _NOT_NEEDED + "the engine core has a process of its own"),
+    VllmFlag(
+        "--distributed-executor-backend", _RAY, refused=True, takes_value=True, accepted_values=("mp", "uni", "auto")
     ),
-    OldFlag("--worker-use-ray", _RAY, refused=True),
-    OldFlag(
+    VllmFlag("--worker-use-ray", _RAY, refused=True),
+    VllmFlag(
         "--pipeline-parallel-size", "pipeline parallelism is not supported yet; 1 is the only size", refused=True,
-        takes_value=True, harmless=("1",),
+        takes_value=True, accepted_values=("1",),
     ),
-    OldFlag("--enable-lora", _LORA, refused=True),
-    OldFlag("--lora-modules", _LORA, refused=True, takes_value=True),
-    OldFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),
-    OldFlag("--max-loras", _LORA, refused=True, takes_value=True),
-    OldFlag("--enable-auto-tool-choice", _TOOLS, refused=True),
-    OldFlag("--tool-call-parser", _TOOLS, refused=True, takes_value=True),
-    OldFlag("--reasoning-parser", _REASONING, refused=True, takes_value=True),
-    OldFlag("--guided-decoding-backend", _GUIDED, refused=True, takes_value=True),
+    VllmFlag("--enable-lora", _LORA, refused=True),
+    VllmFlag("--lora-modules", _LORA, refused=True, takes_value=True),
+    VllmFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),
+    VllmFlag("--max-loras", _LORA, refused=True, takes_value=True),
+    VllmFlag("--enable-auto-tool-choice", _TOOLS, refused=True),
+    VllmFlag("--tool-call-parser", _TOOLS, refused=True, takes_value=True),
+    VllmFlag("--reasoning-parser", _REASONING, refused=True, takes_value=True),
+    VllmFlag("--guided-decoding-backend", _GUIDED, refused=True, takes_value=True),
 )  # fmt: skip
 
 
-def add_old_flags(parser: argparse.ArgumentParser) -> None:
+def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     """Let the parser understand them, without showing them in ``--help``."""
-    for old in OLD_FLAGS:
-        if old.takes_value:
-            count: int | str = "+" if old.refused and not old.harmless else 1
-            parser.add_argument(old.name, dest=_dest(old), nargs=count, help=argparse.SUPPRESS)
+    for flag in VLLM_FLAGS:
+        if flag.takes_value:
+            count: int | str = "+" if flag.refused and not flag.accepted_values else 1
+            parser.add_argument(flag.name, dest=_dest(flag), nargs=count, help=argparse.SUPPRESS)
         else:
-            parser.add_argument(old.name, dest=_dest(old), action="store_true", default=None, help=argparse.SUPPRESS)
+            parser.add_argument(flag.name, dest=_dest(flag), action="store_true", default=None, help=argparse.SUPPRESS)
 
 
-def apply_old_flags(args: argparse.Namespace) -> list[str]:
-    """Map what was given onto today's flags, in ``args``; returns the lines to log. ConfigError for a refused one."""
-    notes = []
-    for old in OLD_FLAGS:
-        value = getattr(args, _dest(old), None)
+def apply_vllm_flags(args: argparse.Namespace) -> list[str]:
+    """Set in ``args`` what vLLM's flags mean here; returns the lines to log. ConfigError for a refused one."""
+    flag_warnings = []
+    for flag in VLLM_FLAGS:
+        value = getattr(args, _dest(flag), None)
         if value is None:
             continue
-        shown = old.name if value is True else f"{old.name} {' '.join(value)}"
-        if old.harmless and value is not True and set(value) <= set(old.harmless):
-            notes.append(f"{shown}: {_ALWAYS}it is the default")
+        shown = flag.name if value is True else f"{flag.name} {' '.join(value)}"
+        if flag.accepted_values and value is not True and set(value) <= set(flag.accepted_values):
+            flag_warnings.append(f"{shown}: {_NOT_NEEDED}it is the default")
             continue
-        if old.refused:
-            raise ConfigError(f"{shown}: {old.says}")
-        if old.sets is not None and getattr(args, old.sets[0], None) is None:
-            setattr(args, *old.sets)
-        notes.append(f"{shown}: {old.says}")
-    return notes
+        if flag.refused:
+            raise ConfigError(f"{shown}: {flag.message}")
+        if flag.sets is not None and getattr(args, flag.sets[0], None) is None:
+            setattr(args, *flag.sets)
+        flag_warnings.append(f"{shown}: {flag.message}")
+    return flag_warnings
 
 
-def normalize(argv: Sequence[str], booleans: frozenset[str]) -> tuple[list[str], list[str]]:
+def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[list[str], list[str]]:
     """Rewrite ``--some_flag`` as ``--some-flag``, and ``--flag=False`` of a boolean flag as ``--no-flag``.
 
     Returns the new command line and the lines to log.
     """
     result: list[str] = []
-    notes: list[str] = []
+    flag_warnings: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            return [*result, word, *rest], notes
+            return [*result, word, *rest], flag_warnings
         if not word.startswith("--"):
             result.append(word)
             continue
         name, equals, value = word.partition("=")
         dashed = name.replace("_", "-")
         if dashed != name:
-            notes.append(f"{name}: now written {dashed}")
+            flag_warnings.append(f"{name}: now written {dashed}")
         if dashed in booleans and not equals and rest and rest[0].lower() in ("true", "false"):
             equals, value = "=", rest.pop(0)
         if dashed in booleans and equals:
             plain = _without_value(dashed, value)
-            notes.append(f"{name} {value}: now written {plain}")
+            flag_warnings.append(f"{name} {value}: now written {plain}")
             result.append(plain)
         else:
             result.append(dashed + equals + value)
-    return result, notes
+    return result, flag_warnings
 
 
 def _without_value(name: str, value: str) -> str:
@@ -129,5 +131,5 @@ def _without_value(name: str, value: str) -> str:
     raise ConfigError(f"{name}: {value!r} is neither true nor false; write {name} or --no-{name[2:]}")
 
 
-def _dest(old: OldFlag) -> str:
-    return "old_" + old.name[2:].replace("-", "_")
+def _dest(flag: VllmFlag) -> str:
+    return "vllm_" + flag.name[2:].replace("-", "_")

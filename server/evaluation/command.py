@@ -12,8 +12,8 @@ from typing import Any
 
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
-from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, real, whole
-from quire.server.cli.legacy_flags import add_old_flags, apply_old_flags
+from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, parse_float, parse_int
+from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
 from quire.server.evaluation.engine import answers, engine
 
 __all__ = ["MAX_LOSS", "NUM_TOKENS", "add_parser", "run"]
@@ -34,15 +34,17 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
     mine = parser.add_argument_group("evaluation")
     mine.add_argument("--skills", metavar="NAMES", help="only these, separated by commas (default: every skill)")
-    mine.add_argument("--limit", type=whole, metavar="N", help="the first N questions of each skill (default: all)")
+    mine.add_argument("--limit", type=parse_int, metavar="N", help="the first N questions of each skill (default: all)")
     mine.add_argument("--json", action="store_true", help="the report as JSON, with every wrong answer")
-    mine.add_argument("--failures", type=whole, default=0, metavar="N", help="show N wrong answers (default: 0)")
-    mine.add_argument("--min-exact-match", type=real, metavar="X", help="from 0 to 1: exit status 1 below it")
+    mine.add_argument("--failures", type=parse_int, default=0, metavar="N", help="show N wrong answers (default: 0)")
+    mine.add_argument("--min-exact-match", type=parse_float, metavar="X", help="from 0 to 1: exit status 1 below it")
     http = parser.add_argument_group("over HTTP")
     http.add_argument("--url", metavar="URL", help="ask a running server, such as http://127.0.0.1:8000")
     http.add_argument("--served-model", metavar="NAME", help="the model to ask for (default: the first it serves)")
     http.add_argument("--api-key", metavar="KEY", help="key of the server, if it asks for one")
-    http.add_argument("--max-concurrency", type=whole, default=64, metavar="N", help="requests at once (default: 64)")
+    http.add_argument(
+        "--max-concurrency", type=parse_int, default=64, metavar="N", help="requests at once (default: 64)"
+    )
     two = parser.add_argument_group("two models")
     two.add_argument(
         "--compare",
@@ -53,17 +55,17 @@ def add_parser(subparsers: Any) -> None:
     )
     two.add_argument(
         "--max-loss",
-        type=real,
+        type=parse_float,
         metavar="POINTS",
         help=f"points of exact match that B may lose; exit status 1 above it (default: {MAX_LOSS:g}, and no status)",
     )
     two.add_argument("--text", type=Path, metavar="FILE", help="text for the distributions (default: one of Quire's)")
     two.add_argument(
-        "--tokens", type=whole, metavar="N", help=f"how many of its tokens to score (default: {NUM_TOKENS})"
+        "--tokens", type=parse_int, metavar="N", help=f"how many of its tokens to score (default: {NUM_TOKENS})"
     )
     add_model(parser)
     add_flags(parser, ENGINE_FLAGS)
-    add_old_flags(parser)
+    add_vllm_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from quire.server.evaluation import available_skills, evaluate, load_questions
 
     _check(args)
-    for note in [*args.notes, *apply_old_flags(args)]:
+    for note in [*args.flag_warnings, *apply_vllm_flags(args)]:
         print(note, file=sys.stderr)
     skills = None if args.skills is None else [name.strip() for name in args.skills.split(",") if name.strip()]
     if skills == []:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError, InvalidRequestError
 from quire.server.cli.flags import ENGINE_FLAGS, add_flags, engine_arguments
-from quire.server.cli.legacy_flags import normalize
+from quire.server.cli.vllm_flags import normalize_spelling
 from quire.server.evaluation.engine import answers, engine, generate
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def side(text: str, common: argparse.Namespace) -> Side:
     parser = _Parser(text)
     add_flags(parser, ENGINE_FLAGS)
     settings = found["settings"].split(",") if found["settings"] else []
-    words, _ = normalize([f"--{setting.strip()}" for setting in settings], parser.booleans())
+    words, _ = normalize_spelling([f"--{setting.strip()}" for setting in settings], parser.booleans())
     own = vars(parser.parse_args(words))
     for name, value in own.items():
         if value is not None:

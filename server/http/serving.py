@@ -39,7 +39,7 @@ def serve(
     settings: ServerSettings,
     process: EngineProcess,
     arguments: Any = None,
-    notes: Sequence[str] = (),
+    flag_warnings: Sequence[str] = (),
 ) -> int:
     """Serve, with the engine core in ``process``, until SIGTERM or SIGINT; returns the exit status: 0, or 1 if the
     engine died.
@@ -49,8 +49,8 @@ def serve(
     setup_logging(settings.log_level.upper() if settings.log_level else None)
     if not args.disable_log_requests:
         _log_requests()
-    for note in notes:
-        log.warning("%s", note)
+    for warning in flag_warnings:
+        log.warning("%s", warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(args, settings, process, arguments))
 

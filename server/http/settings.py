@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quire.core.engine.setting import setting
+
 __all__ = ["ServerSettings"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSettings:
-    """Field names are the command line's flags with underscores."""
+    """Every setting of the HTTP server; the flags of ``quire serve`` are derived from these fields."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 takes a free one; the ready line says which."""
-    api_key: tuple[str, ...] = ()
-    """Keys accepted on ``/v1/*``; empty: no key is asked for."""
-    root_path: str = ""
-    shutdown_timeout: float = 30.0
-    """Seconds that requests in flight get to finish after SIGTERM."""
-    max_request_bytes: int = 16 * 1024 * 1024
-    prometheus_port: int | None = None
-    """A second port that serves only ``/metrics``."""
-    log_level: str | None = None
+    host: str = setting("127.0.0.1", group="server", help="address to listen on; 0.0.0.0: every network")
+    port: int = setting(8000, group="server", help="port to listen on; 0: any free one, which the ready line names")
+    api_key: tuple[str, ...] = setting(
+        (), group="server", help="key that clients of /v1 must send; may repeat; default: none", metavar="KEY"
+    )
+    root_path: str = setting("", group="server", help="path under which a proxy publishes the server", metavar="PATH")
+    shutdown_timeout: float = setting(
+        30.0, group="server", help="seconds for requests in flight after SIGTERM", metavar="SECONDS"
+    )
+    max_request_bytes: int = setting(
+        16 * 1024 * 1024, group="server", help="largest request body; a larger one gets 413", metavar="BYTES"
+    )
+    prometheus_port: int | None = setting(
+        None, group="server", help="second port that serves only /metrics", metavar="PORT"
+    )
+    log_level: str | None = setting(
+        None,
+        group="logging",
+        help="how much to log; also QUIRE_LOG_LEVEL",
+        choices=("debug", "info", "warning", "error"),
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import CheckpointError, ConfigError
-from quire.server.cli.flags import real, whole
+from quire.server.cli.flags import parse_float, parse_int
 from quire.server.quantize.recipes import METHODS, TOOLS, Recipe, environment, find_recipe, interpreter
 
 __all__ = ["add_parser", "run"]
@@ -40,22 +40,26 @@ def add_parser(subparsers: Any) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--tool", metavar="|".join(TOOLS), help="who quantizes (default: the method's first)")
     how.add_argument("--scheme", metavar="NAME", help="variant of the method (default: its first)")
-    how.add_argument("--group-size", type=whole, metavar="N", help=f"weights that share a scale (default: {_GROUP})")
+    how.add_argument(
+        "--group-size", type=parse_int, metavar="N", help=f"weights that share a scale (default: {_GROUP})"
+    )
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run (default: auto)")
     how.add_argument("--python", metavar="PATH", help="interpreter of the environment that has the tool")
     data = parser.add_argument_group("calibration")
     data.add_argument("--calibration", type=Path, metavar="FILE", help="text, or .jsonl of texts or conversations")
-    data.add_argument("--samples", type=whole, metavar="N", help=f"at most this many (default: {_SAMPLES})")
-    data.add_argument("--sequence-length", type=whole, metavar="N", help=f"tokens of each (default: {_LENGTH})")
+    data.add_argument("--samples", type=parse_int, metavar="N", help=f"at most this many (default: {_SAMPLES})")
+    data.add_argument("--sequence-length", type=parse_int, metavar="N", help=f"tokens of each (default: {_LENGTH})")
     after = parser.add_argument_group("afterwards")
     after.add_argument("--no-eval", action="store_true", help="do not compare the two")
-    after.add_argument("--limit", type=whole, metavar="N", help="questions of each skill (default: all)")
-    after.add_argument("--max-loss", type=real, metavar="POINTS", help="exit status 1 if it loses more exact match")
+    after.add_argument("--limit", type=parse_int, metavar="N", help="questions of each skill (default: all)")
+    after.add_argument(
+        "--max-loss", type=parse_float, metavar="POINTS", help="exit status 1 if it loses more exact match"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, quantize, compare."""
-    for note in args.notes:
+    for note in args.flag_warnings:
         print(note, file=sys.stderr)
     recipe = find_recipe(args.method, args.tool, args.scheme)
     scheme = args.scheme or recipe.schemes[0]

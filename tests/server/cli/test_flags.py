@@ -12,23 +12,16 @@ from pathlib import Path
 import pytest
 
 from quire.core.engine.args import EngineArgs
+from quire.core.engine.setting import Setting
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError
 from quire.core.plugin.registry import KINDS
 from quire.core.version import __version__
 from quire.server.cli import main as cli
 from quire.server.cli import serve
-from quire.server.cli.flags import (
-    ENGINE_FLAGS,
-    SERVER_FLAGS,
-    Flag,
-    default_of,
-    engine_arguments,
-    option_flags,
-    server_settings,
-)
-from quire.server.cli.legacy_flags import OLD_FLAGS, apply_old_flags, normalize
+from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, engine_arguments, option_flags, server_settings
 from quire.server.cli.main import main
+from quire.server.cli.vllm_flags import VLLM_FLAGS, apply_vllm_flags, normalize_spelling
 from quire.server.http.settings import ServerSettings
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -39,7 +32,7 @@ def parsed(*words: str) -> argparse.Namespace:
     seen: list[argparse.Namespace] = []
 
     def note(args: argparse.Namespace) -> int:
-        args.notes = [*args.notes, *apply_old_flags(args)]
+        args.flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args)]
         seen.append(args)
         return 0
 
@@ -52,15 +45,15 @@ def parsed(*words: str) -> argparse.Namespace:
 
 def test_every_field_has_a_flag_and_every_flag_a_field() -> None:
     engine = {f.name for f in dataclasses.fields(EngineArgs)} - {"plugin_options"}
-    assert {flag.dest for flag in ENGINE_FLAGS} == engine
-    assert {flag.dest for flag in SERVER_FLAGS} == {f.name for f in dataclasses.fields(ServerSettings)}
-    names = [name for flag in (*ENGINE_FLAGS, *SERVER_FLAGS) for name in (flag.name, *flag.aliases)]
-    names += [old.name for old in OLD_FLAGS] + list(option_flags())
+    assert {flag.name for flag in ENGINE_FLAGS} == engine
+    assert {flag.name for flag in SERVER_FLAGS} == {f.name for f in dataclasses.fields(ServerSettings)}
+    names = [name for flag in (*ENGINE_FLAGS, *SERVER_FLAGS) for name in (flag.flag, *flag.aliases)]
+    names += [old.name for old in VLLM_FLAGS] + list(option_flags())
     assert len(names) == len(set(names))
 
 
 def test_every_kind_of_plugin_has_its_flag() -> None:
-    names = {name for flag in ENGINE_FLAGS for name in (flag.name, *flag.aliases)}
+    names = {name for flag in ENGINE_FLAGS for name in (flag.flag, *flag.aliases)}
     for kind in KINDS.values():
         if kind.key != "model":  # chosen by the checkpoint
             assert kind.flag in names and kind.option_flag in option_flags()
@@ -70,11 +63,11 @@ def test_every_kind_of_plugin_has_its_flag() -> None:
 def test_nothing_given_is_the_defaults() -> None:
     args = parsed()
     assert engine_arguments(args) == EngineArgs() and server_settings(args) == ServerSettings()
-    assert args.notes == []
+    assert args.flag_warnings == []
 
 
-@pytest.mark.parametrize("flag", [*ENGINE_FLAGS, *SERVER_FLAGS], ids=lambda f: f.name)
-def test_each_flag_sets_its_field(flag: Flag) -> None:
+@pytest.mark.parametrize("flag", [*ENGINE_FLAGS, *SERVER_FLAGS], ids=lambda f: f.flag)
+def test_each_flag_sets_its_field(flag: Setting) -> None:
     word, value = {
         "text": (flag.choices[-1] if flag.choices else "some",) * 2,
         "int": ("7", 7),
@@ -82,14 +75,14 @@ def test_each_flag_sets_its_field(flag: Flag) -> None:
         "bool": (None, True),
         "append": ("one", ["one"]),
         "list": ("one", ["one"]),
-    }[flag.kind]
-    for name in (flag.name, *flag.aliases):
+    }[flag.value_type]
+    for name in (flag.flag, *flag.aliases):
         args = parsed(name, *([word] if word else []))
         owner = engine_arguments(args) if flag in ENGINE_FLAGS else server_settings(args)
-        found = getattr(owner, flag.dest)
+        found = getattr(owner, flag.name)
         assert (list(found) if isinstance(found, tuple) else found) == value
-    if flag.kind == "bool":
-        assert getattr(engine_arguments(parsed(f"--no-{flag.name[2:]}")), flag.dest) is False
+    if flag.value_type == "bool":
+        assert getattr(engine_arguments(parsed(f"--no-{flag.flag[2:]}")), flag.name) is False
 
 
 def test_the_model_may_be_given_either_way() -> None:
@@ -113,35 +106,38 @@ def test_plugin_options() -> None:
         parsed(*words)
 
 
-def test_old_spellings_are_mapped_and_said() -> None:
+def test_vllm_spellings_are_mapped_and_logged() -> None:
     args = parsed("m", "--max_model_len", "64", "--enable-chunked-prefill=False", "--enable-prefix-caching", "true",
                   "--enable-log-requests", "--swap-space", "4", "--enable-prometheus")  # fmt: skip
     engine = engine_arguments(args)
     assert engine.model == "m" and engine.max_model_len == 64
     assert not engine.enable_chunked_prefill and engine.enable_prefix_caching and not engine.disable_log_requests
-    text = "\n".join(args.notes)
+    text = "\n".join(args.flag_warnings)
     assert "--max_model_len: now written --max-model-len" in text
     assert "--enable-chunked-prefill False: now written --no-enable-chunked-prefill" in text
     assert "--enable-log-requests: now --no-disable-log-requests" in text
-    assert len(args.notes) == 6
+    assert len(args.flag_warnings) == 6
 
 
 def test_what_follows_two_dashes_is_left_alone() -> None:
-    assert normalize(["--a_b", "--", "--c_d"], frozenset()) == (["--a-b", "--", "--c_d"], ["--a_b: now written --a-b"])
+    assert normalize_spelling(["--a_b", "--", "--c_d"], frozenset()) == (
+        ["--a-b", "--", "--c_d"],
+        ["--a_b: now written --a-b"],
+    )
     with pytest.raises(ConfigError, match="neither true nor false"):
-        normalize(["--x=maybe"], frozenset({"--x"}))
+        normalize_spelling(["--x=maybe"], frozenset({"--x"}))
 
 
-@pytest.mark.parametrize("old", OLD_FLAGS, ids=lambda old: old.name)
-def test_each_old_flag_is_mapped_or_refused(old: object, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("old", VLLM_FLAGS, ids=lambda old: old.name)
+def test_each_vllm_flag_is_mapped_or_refused(old: object, capsys: pytest.CaptureFixture[str]) -> None:
     words = [old.name, *(["some"] if old.takes_value else [])]
     if old.refused:
         assert main(["serve", "m", *words]) == 2
         assert capsys.readouterr().err.startswith(f"quire: error: {' '.join(words)}: ")
-        for value in old.harmless:
-            assert parsed(old.name, value).notes
+        for value in old.accepted_values:
+            assert parsed(old.name, value).flag_warnings
     else:
-        assert len(parsed("m", *words).notes) == 1
+        assert len(parsed("m", *words).flag_warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,15 +217,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"quire {__version__}\n"
 
 
-def row(flag: Flag) -> str:
+def row(flag: Setting) -> str:
     """The line of docs/cli.md about one flag."""
-    default = default_of(flag)
+    default = flag.default
     if isinstance(default, (tuple, list)):
         default = ", ".join(default)
     if isinstance(default, bool):
         default = "on" if default else "off"
     shown = "" if default in (None, "") else f"`{default}`"
-    names = ", ".join(f"`{name}`" for name in (flag.name, *flag.aliases))
+    names = ", ".join(f"`{name}`" for name in (flag.flag, *flag.aliases))
     return f"| {names} | {shown} | {flag.help} |"
 
 
@@ -237,7 +233,7 @@ def test_the_documentation_lists_every_flag() -> None:
     text = (DOCS / "cli.md").read_text()
     missing = [row(flag) for flag in (*SERVER_FLAGS, *ENGINE_FLAGS) if row(flag) not in text]
     assert not missing, "docs/cli.md lacks:\n" + "\n".join(missing)
-    for name in (*option_flags(), *(old.name for old in OLD_FLAGS)):
+    for name in (*option_flags(), *(old.name for old in VLLM_FLAGS)):
         assert f"`{name}" in text, f"docs/cli.md lacks {name}"
 
 
