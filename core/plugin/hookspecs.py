@@ -1,8 +1,8 @@
 """Every hook of Quire, on one page. Hooks run when a process starts, never inside a step.
 
-A plugin is a module (or an object) that defines some of these functions, marked with ``quire.hookimpl``, and an entry
-point in the group ``quire.v1`` that names it. A hook may declare fewer arguments than listed here. Minor versions only
-add hooks and arguments; the major is in the name of the group.
+A plugin is a module (or an object) that defines some of these functions, marked with ``quire.sdk.hookimpl``, and an
+entry point in the group ``quire.v1`` that names it. A hook may declare fewer arguments than listed here. Minor versions
+only add hooks and arguments; the major is in the name of the group.
 """
 
 from __future__ import annotations
@@ -32,54 +32,52 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def quire_register_attention(register: Registrar) -> None:
-    """Name attention backends: subclasses of ``quire.core.contracts.attention.AttentionBackend``."""
+    """Name attention backends: subclasses of ``quire.sdk.AttentionBackend``."""
 
 
 @hookspec
 def quire_register_kv(register: Registrar) -> None:
-    """Name KV allocators: subclasses of ``quire.core.contracts.kv.KVAllocator``."""
+    """Name KV allocators: subclasses of ``quire.sdk.KVAllocator``."""
 
 
 @hookspec
 def quire_register_policy(register: Registrar) -> None:
-    """Name batching policies: subclasses of ``quire.core.contracts.policy.BatchingPolicy``."""
+    """Name batching policies: subclasses of ``quire.sdk.BatchingPolicy``."""
 
 
 @hookspec
 def quire_register_quant(register: Registrar) -> None:
-    """Name quantization loaders: subclasses of ``quire.core.contracts.quant.QuantizationLoader``."""
+    """Name quantization loaders: subclasses of ``quire.sdk.QuantizationLoader``."""
 
 
 @hookspec
 def quire_register_model(register: Registrar) -> None:
-    """Name models by the architecture in ``config.json``: subclasses of ``quire.core.contracts.model.Model``."""
+    """Name models by the architecture in ``config.json``: subclasses of ``quire.sdk.Model``."""
 
 
 @hookspec
 def quire_register_sampler(register: Registrar) -> None:
-    """Name samplers: subclasses of ``quire.core.contracts.sampler.Sampler``."""
+    """Name samplers: subclasses of ``quire.sdk.Sampler``."""
 
 
 @hookspec
 def quire_register_logits_processor(register: Registrar) -> None:
-    """Name logits processors: subclasses of ``quire.core.contracts.logits_processor.LogitsProcessor``."""
+    """Name logits processors: subclasses of ``quire.sdk.LogitsProcessor``."""
 
 
 @hookspec
 def quire_register_spec_decode(register: Registrar) -> None:
-    """Name speculative proposers: subclasses of ``HostProposer`` or ``DeviceProposer`` of
-    ``quire.core.contracts.spec_decode``.
-    """
+    """Name speculative proposers: subclasses of ``quire.sdk.HostProposer`` or ``quire.sdk.DeviceProposer``."""
 
 
 @hookspec
 def quire_register_executor(register: Registrar) -> None:
-    """Name executors: subclasses of ``quire.core.contracts.executor.Executor``."""
+    """Name executors: subclasses of ``quire.sdk.Executor``."""
 
 
 @hookspec
 def quire_register_metrics(register: Registrar) -> None:
-    """Name metrics exporters: subclasses of ``quire.core.contracts.metrics.MetricsExporter``."""
+    """Name metrics exporters: subclasses of ``quire.sdk.MetricsExporter``."""
 
 
 # ---- Decisions. Asked of the plugins named by ``--plugin``, the last named first, then of the bundled ones.
@@ -128,7 +126,7 @@ def quire_extend_app(app: Any) -> None:
 def quire_configure(config: Any) -> None:
     """Take note of the final, frozen engine configuration. Called once, before the first component is built.
 
-    Raise ``quire.core.errors.PluginError`` to refuse it. None is ignored.
+    Raise ``quire.sdk.PluginError`` to refuse it. None is ignored.
     """
 
 

@@ -40,6 +40,11 @@ class Kind:
         """The flag that passes ``key=value`` to the chosen implementation."""
         return f"{self.flag.removesuffix('-method')}-option"
 
+    @property
+    def contract_name(self) -> str:
+        """The contract as its author imports it."""
+        return f"quire.sdk.{self.contract.partition(':')[2]}"
+
     @staticmethod
     def named(text: str) -> Kind:
         """The kind called ``text``: its key, its title or its flag without dashes. PluginError if there is none."""

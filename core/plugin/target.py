@@ -53,7 +53,8 @@ def missing_requirement(plugin: Resolution | Registration) -> str | None:
 
 
 def _check_contract(target: str, found: type, contract: type) -> None:
-    name = f"{contract.__module__}.{contract.__qualname__}"
+    module = "quire.sdk" if contract.__module__.startswith("quire.core.contracts.") else contract.__module__
+    name = f"{module}.{contract.__qualname__}"
     if not issubclass(found, contract):
         raise PluginError(
             f"{target}: is not a subclass of {name}; derive it from that class, or name it under its own kind"

@@ -76,7 +76,7 @@ def kind_of(cls: type) -> str:
     for kind in KINDS.values():
         if kind.contract.partition(":")[0] in modules and issubclass(cls, load_target(kind.contract)):
             return kind.key
-    raise PluginError(f"{cls.__qualname__} derives from no contract; derive it from one of quire.core.contracts")
+    raise PluginError(f"{cls.__qualname__} derives from no contract; derive it from one of quire.sdk")
 
 
 def _checks_in(name: str) -> list[Check]:

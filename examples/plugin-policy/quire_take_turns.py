@@ -3,8 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from quire import hookimpl
-from quire.core.contracts.policy import BatchingPolicy, RequestInfo, Usage
+from quire.sdk import BatchingPolicy, RequestInfo, Usage, hookimpl
 
 
 @hookimpl

@@ -53,7 +53,7 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
     module = registration.target.partition(":")[0]
     return report | {
         "title": KINDS[kind].title,
-        "contract": KINDS[kind].contract,
+        "contract": KINDS[kind].contract_name,
         "flag": f"{KINDS[kind].flag} {report['spelling']}",
         "target_file": module_file(module),
         "options": options_in_source(registration.target),

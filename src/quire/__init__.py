@@ -1,4 +1,7 @@
-"""Quire: an LLM serving engine in which every part is a plugin."""
+"""Quire: an LLM serving engine with an OpenAI-compatible API, in which every component is a plugin.
+
+Plugins are written against ``quire.sdk`` and tested with ``quire.testing``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plugin API may only grow: every hook signature and contract member is kept in ``api_snapshot.json``.
+"""The plugin API may only grow: ``api_snapshot.json`` keeps every hook signature, contract member and public name.
 
 ``python tests/architecture/test_api_snapshot.py`` adds what is new to the snapshot. It refuses to remove or change
 anything: that is a new major version of the plugin API. (Until 0.1 is released, delete the file first and run it.)
@@ -12,10 +12,17 @@ import sys
 from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("api_snapshot.json")
+FACES = (
+    "quire",
+    "quire.sdk",
+    *(f"quire.sdk.{part}" for part in ("contracts", "errors", "hooks", "options")),
+    "quire.testing",
+)
+"""The modules that users and authors import."""
 
 
 def current():
-    """The API as it is: hooks, contracts with their members, and the dataclasses that cross them."""
+    """The API as it is: hooks, contracts with their members, the dataclasses that cross them, and public names."""
     from quire.core.plugin import hookspecs
     from quire.core.plugin.registry import KINDS
 
@@ -39,7 +46,8 @@ def current():
                 contracts[where] = _members(value)
             elif dataclasses.is_dataclass(value):
                 types[where] = {f.name: _optional(f) for f in dataclasses.fields(value)}
-    return {"hooks": hooks, "contracts": contracts, "types": types}
+    faces = {name: sorted(importlib.import_module(name).__all__) for name in FACES}
+    return {"hooks": hooks, "contracts": contracts, "types": types, "names": faces}
 
 
 def _members(cls):
@@ -90,6 +98,8 @@ def breaks(old, new):
             found += [f"{where}.{m} was {t!r}, is {now.get(m)!r}" for m, t in members.items() if now.get(m) != t]
             added = {m: t for m, t in now.items() if m not in members}
             found += [f"{where}.{m} is new and must have a default" for m, t in added.items() if _demands(t)]
+    for module, names in old["names"].items():
+        found += [f"{module}.{name} is gone" for name in names if name not in new["names"].get(module, ())]
     return found
 
 
@@ -120,19 +130,22 @@ def test_the_comparison_finds_what_breaks():
         "hooks": {"a": {"arguments": ["x"], "firstresult": False}, "b": {"arguments": [], "firstresult": True}},
         "contracts": {"m:C": {"f": "abstract (self)", "g": "(self, x)"}},
         "types": {"m:T": {"n": "required"}},
+        "names": {"m": ["a"]},
     }
     grown = {
         "hooks": {**old["hooks"], "a": {"arguments": ["x", "y"], "firstresult": False}, "c": {}},
         "contracts": {"m:C": {**old["contracts"]["m:C"], "h": "(self)"}, "m:D": {"f": "abstract (self)"}},
         "types": {"m:T": {"n": "required", "k": "optional"}},
+        "names": {"m": ["a", "b"], "n": ["c"]},
     }
     assert breaks(old, grown) == []
     broken = {
         "hooks": {"a": {"arguments": ["y"], "firstresult": False}},
         "contracts": {"m:C": {"f": "abstract (self, more)", "h": "abstract (self)"}},
         "types": {"m:T": {"n": "required", "k": "required"}},
+        "names": {"m": ["b"]},
     }
-    assert len(breaks(old, broken)) == 6
+    assert len(breaks(old, broken)) == 7
 
 
 if __name__ == "__main__":

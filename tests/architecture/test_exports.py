@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 
-import quire
-
 
 def violations(source):
     """A public module without ``__all__``, or one that promises a name it does not have."""
@@ -63,11 +61,6 @@ def _statements(tree):
 def test_core_modules_say_what_they_offer(product):
     found = [line for source in product if source.room == "core" for line in violations(source)]
     assert not found, "\n".join(found)
-
-
-def test_the_public_face_keeps_its_promises():
-    for name in quire.__all__:
-        assert getattr(quire, name) is not None
 
 
 def test_a_false_promise_is_seen(source):

@@ -56,5 +56,17 @@ def test_import_quire_is_light(root):
     assert imported_by("import quire, quire.core.plugin.registry, quire.core.plugin.builtin", root) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import quire.sdk, quire.sdk.contracts, quire.testing",
+        "from quire.sdk import BatchingPolicy, MetricsExporter, PluginError, hookimpl, parse_options",
+        "from quire.testing import parametrize_with_checks, run_checks",
+    ],
+)
+def test_the_sdk_loads_what_is_used(line, root):
+    assert imported_by(line, root) == []
+
+
 def test_a_heavy_import_is_seen(root):
     assert "tokenizers" in imported_by("import tokenizers", root)

@@ -37,13 +37,13 @@ def main() -> int:
 
 
 def check_contents(wheel: Path) -> None:
-    """Every file of the three rooms is in the wheel, under its import name, and nothing else is."""
+    """Every file of the three folders and of ``src`` is in the wheel, under its import name, and nothing else is."""
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     listed = subprocess.run(
-        ["git", "ls-files", "core", "plugins", "server"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["git", "ls-files", "core", "plugins", "server", "src"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    expected = {f"quire/{name}" for name in listed.stdout.splitlines()}
-    expected |= {"quire/__init__.py", "quire/__main__.py", "quire/py.typed"}
+    files = (name for name in listed.stdout.splitlines() if not (ROOT / name).is_symlink())
+    expected = {name.removeprefix("src/") if name.startswith("src/") else f"quire/{name}" for name in files}
     missing, stray = sorted(expected - inside), sorted(n for n in inside if not n.startswith("quire/"))
     if missing or stray:
         raise SystemExit(f"{wheel.name}: missing {missing}, and stray {stray}")

@@ -49,12 +49,18 @@ def dist(copy: Path) -> Path:
 
 
 def expected(copy: Path) -> set[str]:
+    """Every file of the three folders and of ``src/quire``, by its name in the wheel. The links are not followed."""
     files = (path for room in ROOMS for path in (copy / room).rglob("*") if path.is_file())
+    package = copy / "src" / "quire"
+    own = (path for name in package.iterdir() if not name.is_symlink() for path in (name, *name.rglob("*")))
     return {f"quire/{path.relative_to(copy).as_posix()}" for path in files} | {
-        "quire/__init__.py",
-        "quire/__main__.py",
-        "quire/py.typed",
+        f"quire/{path.relative_to(package).as_posix()}" for path in own if path.is_file()
     }
+
+
+def test_the_wheel_holds_the_faces_of_the_package(copy):
+    faces = {"__init__.py", "__main__.py", "py.typed", "testing.py", "sdk/__init__.py", "sdk/contracts.py"}
+    assert {f"quire/{name}" for name in faces} <= expected(copy)
 
 
 def test_the_wheel_holds_the_rooms_and_nothing_else(copy, dist):

@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 POLICY = """
-from quire.core.plugin.hookspecs import hookimpl
-from quire.core.contracts.policy import BatchingPolicy
+from quire.sdk import BatchingPolicy, hookimpl
 
 @hookimpl
 def quire_register_policy(register):

@@ -67,7 +67,7 @@ def test_a_wrong_name_is_one_line_and_status_2(quire, subject, reason):
 def test_options_are_read_from_the_source(tmp_path, distribution, quire):
     source = """
     from dataclasses import dataclass
-    from quire.core.plugin.hookspecs import hookimpl
+    from quire.sdk import hookimpl
 
     @hookimpl
     def quire_register_policy(register):

@@ -1,8 +1,7 @@
 import pytest
 
-from quire.core.contracts.policy import BatchingPolicy
-from quire.core.errors import PluginError
 from quire.core.testing.conformance import checks_for, kind_of, parametrize_with_checks, run_checks
+from quire.sdk import BatchingPolicy, PluginError
 
 
 class Patient(BatchingPolicy):

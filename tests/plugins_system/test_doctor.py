@@ -10,7 +10,7 @@ GOOD = "quire-good"
 def _policies(*calls):
     body = "\n".join(f"    register({call})" for call in calls)
     return (
-        "from quire.core.plugin.hookspecs import hookimpl\n\nclass NotAPolicy:\n    pass\n\n"
+        "from quire.sdk import hookimpl\n\nclass NotAPolicy:\n    pass\n\n"
         f"@hookimpl\ndef quire_register_policy(register):\n{body}\n"
     )
 
@@ -24,13 +24,13 @@ BROKEN = {
     "quire-nowhere": (_policies('"x1", "quire_nowere:X", "s"'), "No module named 'quire_nowere'"),
     "quire-contract": (
         _policies('"x2", "quire_contract:NotAPolicy", "s"'),
-        "is not a subclass of quire.core",
+        "is not a subclass of quire.sdk",
     ),
     "quire-oddname": (_policies('"no spaces", "a:B", "s"'), "'no spaces' cannot be a name; use letters"),
     "quire-notext": (_policies('"x3", NotAPolicy, "s"'), "is not of the form 'module:Class'; write it as a string"),
     "quire-unmarked": ("def quire_register_policy(register): pass", "is not marked; decorate it with @quire.hookimpl"),
     "quire-unhooked": (
-        "from quire.core.plugin.hookspecs import hookimpl\n@hookimpl\ndef quire_register_polcy(register): pass",
+        "from quire.sdk import hookimpl\n@hookimpl\ndef quire_register_polcy(register): pass",
         "quire_register_polcy",
     ),
     "quire-empty": ("", "its entry point defines no hooks"),

@@ -82,7 +82,7 @@ def test_an_extra_that_needs_another_version_does_not_count(install):
 
 def test_discovery_is_not_activation(install):
     source = """
-    from quire.core.plugin.hookspecs import hookimpl
+    from quire.sdk import hookimpl
     from quire.core.plugin.registry import Choice
 
     @hookimpl
@@ -112,7 +112,7 @@ def test_discovery_is_not_activation(install):
 
 def test_a_plugin_adds_arguments_and_commands_only_when_turned_on(install):
     source = """
-    from quire.core.plugin.hookspecs import hookimpl
+    from quire.sdk import hookimpl
 
     @hookimpl
     def quire_add_arguments(parser):
@@ -135,7 +135,7 @@ def test_a_plugin_adds_arguments_and_commands_only_when_turned_on(install):
 
 def test_a_hook_that_raises_is_named(install):
     source = """
-    from quire.core.plugin.hookspecs import hookimpl
+    from quire.sdk import hookimpl
 
     @hookimpl
     def quire_choose_default(kind):

@@ -1,7 +1,7 @@
 from quire_take_turns import TakeTurns
 
-from quire.core.contracts.policy import RequestInfo
-from quire.core.testing.conformance import parametrize_with_checks
+from quire.sdk import RequestInfo
+from quire.testing import parametrize_with_checks
 
 
 @parametrize_with_checks(TakeTurns)

@@ -1,0 +1,144 @@
+"""The contracts, one a kind of plugin, and what crosses them. Each is imported at its first use.
+
+``NAMES_OF_MODULE`` says which name lives where: the docstrings there are the reference.
+"""
+# ruff: noqa: F403, F405 - the stars are for type checkers, and __all__ is checked by a test
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quire.core.config import *
+    from quire.core.contracts.attention import *
+    from quire.core.contracts.executor import *
+    from quire.core.contracts.kv import *
+    from quire.core.contracts.logits_processor import *
+    from quire.core.contracts.metrics import *
+    from quire.core.contracts.model import *
+    from quire.core.contracts.policy import *
+    from quire.core.contracts.quant import *
+    from quire.core.contracts.sampler import *
+    from quire.core.contracts.spec_decode import *
+    from quire.core.messages import (
+        EngineCoreRequest,
+        HostDraft,
+        LogprobRows,
+        ModelRunnerOutput,
+        NewRequest,
+        SchedulerOutput,
+    )
+    from quire.core.request import Request
+    from quire.core.sampling_params import SamplingParams
+    from quire.core.stats import ENGINE_STATS, RequestStats, StepStats
+
+__all__ = [
+    "ENGINE_STATS",
+    "ActivationFormat",
+    "Allocation",
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionLimits",
+    "AttentionSpec",
+    "AuxHiddenStates",
+    "BatchingPolicy",
+    "CacheConfig",
+    "DeviceProposer",
+    "DraftSource",
+    "DraftTokens",
+    "EngineConfig",
+    "EngineCoreRequest",
+    "Executor",
+    "ForwardContext",
+    "Grants",
+    "GraphKey",
+    "GraphKind",
+    "HostDraft",
+    "HostProposer",
+    "InputFormat",
+    "KVAllocator",
+    "KVCapacity",
+    "KVEvent",
+    "KVGroup",
+    "KVLayout",
+    "KVStats",
+    "LayerInfo",
+    "LayerKV",
+    "LinearMethod",
+    "LogitsBatch",
+    "LogitsProcessor",
+    "LogprobRows",
+    "MetricsExporter",
+    "Model",
+    "ModelConfig",
+    "ModelRunnerOutput",
+    "NewRequest",
+    "PluginChoice",
+    "PrefixMatch",
+    "QuantActivation",
+    "QuantizationLoader",
+    "Reject",
+    "Request",
+    "RequestColumns",
+    "RequestInfo",
+    "RequestStats",
+    "Sampler",
+    "SamplingBatch",
+    "SamplingParams",
+    "SamplingTable",
+    "SchedulerConfig",
+    "SchedulerOutput",
+    "SpeculationConfig",
+    "SpeculativeProposer",
+    "StepFuture",
+    "StepStats",
+    "StepTokens",
+    "StepView",
+    "TargetState",
+    "Usage",
+    "default_plan",
+]
+
+NAMES_OF_MODULE = {
+    "quire.core.contracts.attention": (
+        "AttentionBackend", "AttentionBatch", "AttentionLimits", "AttentionSpec", "GraphKey", "GraphKind",
+        "KVLayout", "LayerKV",
+    ),
+    "quire.core.contracts.kv": ("Allocation", "KVAllocator", "KVEvent", "KVGroup", "KVStats", "PrefixMatch"),
+    "quire.core.contracts.policy": (
+        "BatchingPolicy", "Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage", "default_plan",
+    ),
+    "quire.core.contracts.quant": (
+        "ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader",
+    ),
+    "quire.core.contracts.model": ("AuxHiddenStates", "ForwardContext", "Model"),
+    "quire.core.contracts.sampler": ("Sampler", "SamplingBatch", "SamplingTable"),
+    "quire.core.contracts.logits_processor": ("LogitsBatch", "LogitsProcessor"),
+    "quire.core.contracts.spec_decode": (
+        "DeviceProposer", "DraftSource", "DraftTokens", "HostProposer", "SpeculativeProposer", "StepTokens",
+        "TargetState",
+    ),
+    "quire.core.contracts.executor": ("Executor", "KVCapacity", "StepFuture"),
+    "quire.core.contracts.metrics": ("MetricsExporter",),
+    "quire.core.config": (
+        "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig",
+    ),
+    "quire.core.messages": (
+        "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest", "SchedulerOutput",
+    ),
+    "quire.core.request": ("Request",),
+    "quire.core.sampling_params": ("SamplingParams",),
+    "quire.core.stats": ("ENGINE_STATS", "RequestStats", "StepStats"),
+}  # fmt: skip
+_MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF_NAME:
+        return getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    raise AttributeError(f"module 'quire.sdk.contracts' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,25 @@
+"""The errors that a plugin raises for its user, and those that it may meet."""
+
+from __future__ import annotations
+
+from quire.core.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    PluginError,
+    QueueFullError,
+    QuireError,
+    RequestFailedError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EngineDeadError",
+    "InvalidRequestError",
+    "PluginError",
+    "QueueFullError",
+    "QuireError",
+    "RequestFailedError",
+]
