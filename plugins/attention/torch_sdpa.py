@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, GraphKey, KVLayout, LayerKV
+from quire.sdk import AttentionBackend, AttentionBatch, AttentionSpec, GraphKey, KVLayout, LayerKV
 
 __all__ = ["TorchSDPABackend"]
 

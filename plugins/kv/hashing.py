@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-from quire.core.request import Request
+from quire.sdk import Request
 
 __all__ = ["hash_chain"]
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from quire.core.contracts.kv import Allocation, KVAllocator, KVEvent, KVGroup, KVStats, PrefixMatch
-from quire.core.request import Request
 from quire.plugins.kv.hashing import hash_chain
 from quire.plugins.kv.pool import SINK, BlockPool
+from quire.sdk import Allocation, KVAllocator, KVEvent, KVGroup, KVStats, PrefixMatch, Request
 
 __all__ = ["PagedAllocator"]
 

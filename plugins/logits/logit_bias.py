@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
-from quire.core.errors import InvalidRequestError
-from quire.core.messages import NewRequest
 from quire.core.ops.pinned import upload
-from quire.core.sampling_params import SamplingParams
+from quire.sdk import InvalidRequestError, LogitsBatch, LogitsProcessor, NewRequest, SamplingParams
 
 __all__ = ["LogitBias"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
-from quire.core.messages import NewRequest
 from quire.core.ops.pinned import upload
+from quire.sdk import LogitsBatch, LogitsProcessor, NewRequest
 
 __all__ = ["MinTokens"]
 

@@ -10,8 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from quire.core.contracts.metrics import MetricsExporter
-from quire.core.stats import ENGINE_STATS, RequestStats, StepStats
+from quire.sdk import ENGINE_STATS, MetricsExporter, RequestStats, StepStats
 
 __all__ = ["PrometheusExporter"]
 

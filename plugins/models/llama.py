@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quire.core.contracts.attention import AttentionSpec
-from quire.core.contracts.model import ForwardContext, Model
 from quire.core.layers import (
     Attention,
     AttentionShape,
@@ -17,6 +15,7 @@ from quire.core.layers import (
     checkpoint_map,
     finish_loading,
 )
+from quire.sdk import AttentionSpec, ForwardContext, Model
 
 __all__ = ["DecoderLayer", "LlamaForCausalLM"]
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation
-from quire.core.errors import CheckpointError
 from quire.core.layers.checkpoint import expect_shape
 from quire.plugins.quant.none import UnquantizedLinear
+from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantActivation
 
 __all__ = ["AssembledLinear", "Shard", "Stored"]
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import LayerInfo, QuantActivation
-from quire.core.errors import CheckpointError
 from quire.plugins.quant.assembled import AssembledLinear, Shard, Stored
 from quire.plugins.quant.grouped_weights import GroupedWeights
+from quire.sdk import CheckpointError, LayerInfo, QuantActivation
 
 __all__ = ["FLOATS", "GroupedFormat", "GroupedLinear"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from quire.core.contracts.quant import LayerInfo, LinearMethod
 from quire.plugins.quant.compressed_tensors import CompressedTensors
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme
 from quire.plugins.quant.scaled import ScaledFormat
+from quire.sdk import LayerInfo, LinearMethod
 
 __all__ = ["Int8"]
 

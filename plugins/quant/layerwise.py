@@ -9,12 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantizationLoader
-from quire.core.errors import CheckpointError
 from quire.plugins.quant.grouped import GroupedFormat, GroupedLinear
 from quire.plugins.quant.mixed import MixedLinear
 from quire.plugins.quant.none import UnquantizedLinear
 from quire.plugins.quant.scaled import Fp8Linear, Int8Linear, ScaledFormat
+from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantizationLoader
 
 __all__ = ["LayerwiseLoader", "Scheme", "group_size_is_wrong", "is_block", "named", "whole_number"]
 

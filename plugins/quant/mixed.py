@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation
+from quire.sdk import LayerInfo, LinearMethod, QuantActivation
 
 __all__ = ["MixedLinear"]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
 from quire.core.layers.checkpoint import expect_shape
 from quire.core.ops.linear import SmallBatch, small_linear
+from quire.sdk import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
 
 __all__ = ["Unquantized", "UnquantizedLinear"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import LayerInfo, QuantActivation
 from quire.plugins.quant.assembled import AssembledLinear, Shard, Stored
+from quire.sdk import LayerInfo, QuantActivation
 
 __all__ = ["Fp8Linear", "Int8Linear", "ScaledFormat", "ScaledLinear"]
 

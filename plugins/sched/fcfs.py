@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quire.core.contracts.policy import BatchingPolicy, RequestInfo
+from quire.sdk import BatchingPolicy, RequestInfo
 
 __all__ = ["FCFSPolicy"]
 

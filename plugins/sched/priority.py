@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quire.core.contracts.policy import BatchingPolicy, RequestInfo
+from quire.sdk import BatchingPolicy, RequestInfo
 
 __all__ = ["PriorityPolicy"]
 

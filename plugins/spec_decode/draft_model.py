@@ -12,11 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBatch, AttentionSpec
-from quire.core.contracts.model import Model
-from quire.core.contracts.sampler import SamplingBatch
-from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, TargetState
 from quire.plugins.spec_decode.pass_inputs import PassInputs, pass_inputs, planned, planned_pass
+from quire.sdk import (
+    AttentionBatch,
+    AttentionSpec,
+    DeviceProposer,
+    DraftSource,
+    DraftTokens,
+    Model,
+    SamplingBatch,
+    StepTokens,
+    TargetState,
+)
 
 __all__ = ["DraftModel"]
 

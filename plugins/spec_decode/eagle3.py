@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionSpec
-from quire.core.contracts.model import AuxHiddenStates, Model
-from quire.core.contracts.sampler import SamplingBatch
-from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, DraftTokens, StepTokens, TargetState
-from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
 from quire.plugins.spec_decode.eagle3_weights import fill, fill_randomly, read_tensors
 from quire.plugins.spec_decode.observed import observed
 from quire.plugins.spec_decode.pass_inputs import PassInputs, context_of, pass_inputs, planned_pass
+from quire.sdk import (
+    AttentionSpec,
+    AuxHiddenStates,
+    CheckpointError,
+    ConfigError,
+    DeviceProposer,
+    DraftSource,
+    DraftTokens,
+    Model,
+    SamplingBatch,
+    StepTokens,
+    TargetState,
+)
 
 __all__ = ["Eagle3"]
 

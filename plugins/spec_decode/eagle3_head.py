@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.contracts.attention import AttentionSpec
-from quire.core.contracts.model import ForwardContext
-from quire.core.errors import CheckpointError
 from quire.core.layers import GatedMLP, LayerBuilder
 from quire.core.layers.embedding import VocabEmbedding
+from quire.sdk import AttentionSpec, CheckpointError, ForwardContext
 
 __all__ = ["Eagle3Head", "HeadConfig"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.errors import CheckpointError
 from quire.core.layers import checkpoint_map, finish_loading
 from quire.core.layers.checkpoint import expect_shape
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
+from quire.sdk import CheckpointError
 
 __all__ = ["fill", "fill_randomly", "read_tensors"]
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.core.contracts.spec_decode import HostProposer
-from quire.core.request import Request
+from quire.sdk import HostProposer, Request
 
 __all__ = ["NgramProposer"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.contracts.sampler import SamplingTable
-from quire.core.contracts.spec_decode import StepTokens
+from quire.sdk import SamplingTable, StepTokens
 
 __all__ = ["observed"]
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBatch, GraphKey
-from quire.core.contracts.model import ForwardContext
-from quire.core.contracts.spec_decode import TargetState
+from quire.sdk import AttentionBatch, ForwardContext, GraphKey, TargetState
 
 __all__ = ["PassInputs", "context_of", "pass_inputs", "planned", "planned_pass"]
 

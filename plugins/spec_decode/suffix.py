@@ -10,8 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quire.core.contracts.spec_decode import HostProposer
-from quire.core.request import Request
+from quire.sdk import HostProposer, Request
 
 __all__ = ["SuffixProposer"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens
+from quire.sdk import DeviceProposer, DraftTokens
 
 __all__ = ["SyntheticProposer"]
 

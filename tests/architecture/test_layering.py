@@ -1,4 +1,4 @@
-"""Who may import whom: core neither plugins nor server, server only core, plugins only what a stranger's plugin may."""
+"""Who may import whom: core neither plugins nor server, server only core, plugins only what any plugin may."""
 
 from __future__ import annotations
 
@@ -7,23 +7,8 @@ import re
 
 import pytest
 
-FOR_PLUGINS = (
-    "quire",
-    "quire.core.config",
-    "quire.core.contracts",
-    "quire.core.errors",
-    "quire.core.plugin.hookspecs",
-    "quire.core.layers",
-    "quire.core.log",
-    "quire.core.messages",
-    "quire.core.ops",
-    "quire.core.plugin.registry",
-    "quire.core.request",
-    "quire.core.sampling_params",
-    "quire.core.stats",
-    "quire.core.version",
-)
-"""What a plugin may import of Quire: the contracts, what crosses them, and the building blocks of models."""
+FOR_PLUGINS = ("quire.core.layers", "quire.core.ops", "quire.sdk")
+"""What a bundled plugin may import of Quire beside its top-level names: what an author may, and the building blocks."""
 
 _BUNDLED = re.compile(r"quire\.(plugins|server)\b[\w.]*(:\w+)?")
 
@@ -46,11 +31,9 @@ def violations(source):
 
 
 def _open_to_plugins(name):
-    if name.startswith("quire.plugins."):
+    if name.startswith("quire.plugins.") or any(f"{name}.".startswith(f"{allowed}.") for allowed in FOR_PLUGINS):
         return True
-    public = [allowed for allowed in FOR_PLUGINS if allowed != "quire"]
-    inside = any(name == allowed or name.startswith(f"{allowed}.") for allowed in public)
-    return inside or name == "quire" or (name.startswith("quire.") and name.count(".") == 1 and name != "quire.core")
+    return name == "quire" or (name.count(".") == 1 and name != "quire.core")
 
 
 def _named(source):
@@ -79,6 +62,7 @@ def test_the_tree_keeps_its_layers(everything):
         ("plugins/kv/a.py", "from quire.server import cli"),
         ("plugins/kv/a.py", "from quire.core.engine.engine_core import EngineCore"),
         ("plugins/kv/a.py", "from quire.core import builtin"),
+        ("plugins/kv/a.py", "from quire.core.contracts.kv import KVAllocator"),
         ("tests/a.py", "from core.request import Request"),
         ("tools/a.py", "import server"),
     ],
@@ -93,7 +77,7 @@ def test_a_breach_is_seen(source, path, text):
         ("core/a.py", "from quire.core.request import Request"),
         ("core/plugin/builtin.py", "TARGET = 'quire.plugins.kv.paged:PagedAllocator'"),
         ("server/a.py", "from quire.core.engine.async_llm import AsyncLLM"),
-        ("plugins/kv/a.py", "from quire.core.contracts.kv import KVAllocator\nfrom quire.plugins.kv.pool import SINK"),
+        ("plugins/kv/a.py", "from quire.sdk import KVAllocator\nfrom quire.plugins.kv.pool import SINK"),
         ("plugins/kv/a.py", "from quire import SamplingParams\nfrom .pool import SINK\nimport torch"),
     ],
 )

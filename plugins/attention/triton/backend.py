@@ -8,7 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from quire.core.contracts.attention import (
+from quire.plugins.attention.triton.decode import decode
+from quire.plugins.attention.triton.decode_work_list import DecodePlan
+from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
+from quire.plugins.attention.triton.prefill import prefill
+from quire.sdk import (
     AttentionBackend,
     AttentionBatch,
     AttentionLimits,
@@ -16,10 +20,6 @@ from quire.core.contracts.attention import (
     GraphKey,
     LayerKV,
 )
-from quire.plugins.attention.triton.decode import decode
-from quire.plugins.attention.triton.decode_work_list import DecodePlan
-from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
-from quire.plugins.attention.triton.prefill import prefill
 
 __all__ = ["TritonBackend"]
 

@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
 from quire.core.ops.kernels.pdl import pdl_wait, supports_pdl
 from quire.plugins.attention.triton.decode_work_list import DecodePlan
 from quire.plugins.attention.triton.fp8 import converts, features_of, queries_for, scale_of
 from quire.plugins.attention.triton.merge import merge_parts
 from quire.plugins.attention.triton.tile import LN2, finish_rows, scaled
+from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
 
 __all__ = ["decode", "decode_constants", "decode_kernel"]
 

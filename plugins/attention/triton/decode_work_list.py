@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.core.contracts.attention import AttentionBatch, AttentionLimits, AttentionSpec
 from quire.plugins.attention.triton.tuning import decode_tile, processors_of
+from quire.sdk import AttentionBatch, AttentionLimits, AttentionSpec
 
 __all__ = ["DecodePlan", "plan_kernel"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
 from quire.plugins.attention.triton.hopper_prefill_kernel import KEYS, ROWS, hopper_kernel
+from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
 
 __all__ = ["HopperPrefill", "page_rows"]
 

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.contracts.attention import AttentionBatch, AttentionSpec, LayerKV
 from quire.plugins.attention.triton.fp8 import queries_for
 from quire.plugins.attention.triton.tile import LN2, attend_tile, blocks_of, finish_rows
+from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
 
 __all__ = ["prefill", "prefill_constants", "prefill_kernel"]
 

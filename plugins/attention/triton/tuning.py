@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from quire.core.contracts.attention import AttentionSpec
+from quire.sdk import AttentionSpec
 
 __all__ = ["DecodeTile", "decode_tile", "processors_of"]
 

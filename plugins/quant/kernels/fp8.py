@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
+from quire.sdk import ActivationFormat, InputFormat, QuantActivation
 
 __all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
 

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.pdl import supports_pdl
 from quire.core.ops.norm import rms_norm, rms_norm_as
 from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
 from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
 from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
+from quire.sdk import ActivationFormat, QuantActivation
 
 __all__ = ["EightBit", "Launch", "Plan", "dequantize", "plan_for", "rule"]
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.core.ops.kernels.quantize_kernel import KINDS, empty_output, row_warps, store_row
 from quire.core.ops.quantize import quantize_activation as twin
+from quire.sdk import ActivationFormat, QuantActivation
 
 __all__ = ["dequantize_activation", "quantize_activation"]
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, InputFormat, QuantActivation
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
+from quire.sdk import ActivationFormat, InputFormat, QuantActivation
 
 __all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
 
