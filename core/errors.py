@@ -11,6 +11,7 @@ __all__ = [
     "QueueFullError",
     "QuireError",
     "RequestFailedError",
+    "UnsupportedError",
 ]
 
 
@@ -36,6 +37,10 @@ class InvalidRequestError(QuireError, ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnsupportedError(InvalidRequestError):
+    """A request for something that Quire knows and cannot do yet."""
 
 
 class QueueFullError(InvalidRequestError):

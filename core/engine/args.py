@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig
 from quire.core.engine.setting import section_default, setting
+from quire.core.errors import ConfigError
+from quire.core.plugin.registry import did_you_mean
 
 __all__ = ["DTYPES", "KV_CACHE_DTYPES", "EngineArgs"]
 
@@ -199,3 +201,12 @@ class EngineArgs:
 
     # logging
     disable_log_requests: bool = setting(True, group="logging", help="no line per request in the log")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
+        """From the keyword arguments of ``LLM`` or ``AsyncLLM``. ConfigError for a name that is not a setting."""
+        names = [each.name for each in fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                raise ConfigError(f"{name!r} is not a setting of the engine; {did_you_mean(name, names)}")
+        return cls(**kwargs)

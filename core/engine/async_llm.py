@@ -49,7 +49,7 @@ class AsyncLLM:
         self._stats: dict[str, float] = {}
         self._receiver: asyncio.Task[None] | None = None
         self._dead: str | None = None
-        args = args or EngineArgs(**kwargs)
+        args = args or EngineArgs.from_kwargs(**kwargs)
         self._client: ProcessClient | None = ProcessClient(process or EngineProcess(args.device))
         try:
             configured = configure(args)
@@ -143,9 +143,9 @@ class AsyncLLM:
         """The latest gauges and counters of the engine core, by the names of ``quire.core.stats.ENGINE_STATS``."""
         return dict(self._stats)
 
-    def chat_prompt(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Messages to token ids, by the model's chat template. See ``Tokenizer.chat``."""
-        return self.tokenizer.chat(messages, **options)
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Messages to token ids, by the model's chat template; see ``Tokenizer.apply_chat_template``."""
+        return self.tokenizer.apply_chat_template(messages, **options)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids."""

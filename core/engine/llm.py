@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -37,7 +37,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "quire-tiny", **kwargs: Any) -> None:
-        self.config = configure(EngineArgs(model=model, **kwargs)).config
+        self.config = configure(EngineArgs.from_kwargs(model=model, **kwargs)).config
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
         self._core = EngineCore(self.config)
         self._inputs = InputProcessor.of(self.config, self.tokenizer)
@@ -80,17 +80,34 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = False,
-        **template_options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a batch of them."""
-        single = bool(messages) and isinstance(messages[0], dict)
-        talks: Any = [messages] if single else messages
-        prompts = [self.tokenizer.chat(talk, tools=tools, **template_options) for talk in talks]
+        """Answer one conversation, or a batch of them, in the form of ``/v1/chat/completions``.
+
+        ``chat_template`` replaces the model's; ``chat_template_kwargs`` are variables of the template's own, such as
+        ``enable_thinking``. Raises ``InvalidRequestError``, with the place in the messages, for what cannot be served.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [
+            self.tokenizer.apply_chat_template(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stats(self) -> dict[str, float]:

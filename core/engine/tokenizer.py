@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from quire.core.engine.chat import template_variables
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
 
 __all__ = ["Tokenizer"]
@@ -81,33 +82,36 @@ class Tokenizer:
                 found.extend(value if isinstance(value, list) else [value])
         return list(dict.fromkeys(token for token in found if isinstance(token, int)))
 
-    def chat(
+    def apply_chat_template(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template: str | None = None,
-        **variables: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Render messages with the chat template and tokenize. ``InvalidRequestError`` if there is no template or it
-        refuses the messages."""
+        """Normalize messages, render them with the chat template and tokenize; see ``chat.template_variables``.
+
+        ``InvalidRequestError`` if there is no template or it refuses the messages.
+        """
         template = chat_template or self._template
         if not template:
             raise InvalidRequestError(
                 "this model has no chat template; start the server with --chat-template FILE or use /v1/completions",
                 "messages",
             )
+        variables = template_variables(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         try:
             text = self._hf.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **variables,
+                variables.pop("messages"), chat_template=template, tokenize=False, **variables
             )
         except Exception as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error

@@ -91,7 +91,7 @@ def compare(
 
 def _readable(llm: LLM, question: Question, max_model_len: int) -> bool:
     try:
-        return len(llm.tokenizer.chat(question.messages, tools=question.tools)) < max_model_len
+        return len(llm.tokenizer.apply_chat_template(question.messages, tools=question.tools)) < max_model_len
     except InvalidRequestError:
         return False
 

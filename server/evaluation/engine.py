@@ -42,7 +42,7 @@ def answers(llm: LLM, conversations: Sequence[tuple[list[dict[str, Any]], list[d
     from quire import SamplingParams
     from quire.server.evaluation import MAX_NEW_TOKENS
 
-    prompts = [llm.tokenizer.chat(messages, tools=tools) for messages, tools in conversations]
+    prompts = [llm.tokenizer.apply_chat_template(messages, tools=tools) for messages, tools in conversations]
     params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
     return [each.outputs[0].text for each in generate(llm, prompts, [params] * len(prompts))]
 

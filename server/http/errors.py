@@ -13,7 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
+from quire.core.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    QuireError,
+    RequestFailedError,
+    UnsupportedError,
+)
 
 __all__ = [
     "ApiError",
@@ -138,7 +145,8 @@ def _known(error: Exception) -> ApiError | None:
     if isinstance(error, QueueFullError):
         return ApiError(429, _line(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, InvalidRequestError):
-        return ApiError(400, _line(error), param=error.param, code="invalid_value")
+        code = "unsupported" if isinstance(error, UnsupportedError) else "invalid_value"
+        return ApiError(400, _line(error), param=error.param, code=code)
     if isinstance(error, EngineDeadError):
         return UnavailableError(_line(error))
     if isinstance(error, RequestFailedError):

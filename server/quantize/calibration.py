@@ -62,7 +62,9 @@ def _of_file(tokenizer: Tokenizer, file: Path) -> Iterator[list[int]]:
             if "text" in record:
                 yield tokenizer.encode(record["text"])
             else:
-                yield tokenizer.chat(record["messages"], tools=record.get("tools"), add_generation_prompt=False)
+                yield tokenizer.apply_chat_template(
+                    record["messages"], tools=record.get("tools"), add_generation_prompt=False
+                )
         except (ValueError, TypeError, KeyError) as error:
             reason = str(error) if isinstance(error, InvalidRequestError) else "it has neither text nor messages"
             raise ConfigError(f"--calibration {file}, line {number}: {' '.join(reason.split())[:300]}") from None
@@ -80,7 +82,7 @@ def _of_python(tokenizer: Tokenizer) -> Iterator[list[int]]:
             {"role": "assistant", "content": topic.strip()[:2000]},
         ]
         try:
-            yield tokenizer.chat(chat, add_generation_prompt=False)
+            yield tokenizer.apply_chat_template(chat, add_generation_prompt=False)
         except InvalidRequestError:  # no chat model
             yield tokenizer.encode(topic)
         yield tokenizer.encode(next(sources, ""))

@@ -99,7 +99,7 @@ def test_quire_answers_as_transformers_does(name):
     try:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=96))
         for (text, tools, answer), prompt, tokens, output in zip(ASKED, prompts, expected, outputs, strict=True):
-            assert llm.tokenizer.chat([{"role": "user", "content": text}], tools=tools) == prompt
+            assert llm.tokenizer.apply_chat_template([{"role": "user", "content": text}], tools=tools) == prompt
             end = {tokenizer.eos_token_id, tokenizer.pad_token_id}
             assert [t for t in output.outputs[0].token_ids if t not in end] == [t for t in tokens if t not in end]
             assert output.outputs[0].finish_reason == "stop"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import Field
@@ -15,30 +14,11 @@ __all__ = ["ChatBody", "Conversation", "Message"]
 
 
 class Message(Body):
-    """One turn. Whatever else it holds reaches the chat template."""
+    """One turn, as ``quire.core.engine.chat`` normalizes it. Whatever else it holds reaches the chat template."""
 
     role: str = Field(min_length=1)
     content: str | list[dict[str, Any]] | None = None
     tool_calls: list[dict[str, Any]] | None = None
-
-    def for_template(self, place: str) -> dict[str, Any]:
-        """As chat templates expect it: the content one string, the arguments of tool calls decoded."""
-        message = self.model_dump(exclude_none=True)
-        message["content"] = self._text(place)
-        if self.tool_calls is not None:
-            message["tool_calls"] = [_decoded(call) for call in self.tool_calls]
-        return message
-
-    def _text(self, place: str) -> str:
-        if isinstance(self.content, list):
-            texts = []
-            for i, part in enumerate(self.content):
-                if part.get("type") not in ("text", "input_text") or not isinstance(part.get("text"), str):
-                    where = f"{place}.content[{i}]"
-                    raise unsupported(where, f"only text parts are supported, got {part.get('type')!r:.40}")
-                texts.append(part["text"])
-            return "\n".join(texts)
-        return self.content or ""
 
 
 class Conversation(Body):
@@ -52,23 +32,16 @@ class Conversation(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def template_arguments(self) -> dict[str, Any]:
-        """The arguments of ``AsyncLLM.chat_prompt``."""
+        """The arguments of ``AsyncLLM.apply_chat_template``."""
         if self.chat_template is not None:
             raise unsupported("chat_template", "templates in requests are not run; start with --chat-template FILE")
-        if (
-            self.continue_final_message
-            and self.add_generation_prompt
-            and "add_generation_prompt" in self.model_fields_set
-        ):
-            message = "continue_final_message: cannot go with add_generation_prompt=true"
-            raise ApiError(400, message, param="continue_final_message")
-        more = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name not in _RESERVED}
+        explicit = "add_generation_prompt" in self.model_fields_set
         return {
-            **more,
-            "messages": [m.for_template(f"messages[{i}]") for i, m in enumerate(self.messages)],
-            "tools": self.tools or None,
-            "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
+            "messages": [message.model_dump(exclude_none=True) for message in self.messages],
+            "tools": self.tools,
+            "add_generation_prompt": self.add_generation_prompt if explicit else None,
             "continue_final_message": self.continue_final_message,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
 
@@ -101,16 +74,3 @@ class ChatBody(GenerationBody, Conversation):
                 raise ApiError(400, message, param="top_logprobs")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self.sampling_params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
-
-
-_RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
-
-
-def _decoded(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        try:
-            return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-        except ValueError:
-            return call
-    return call

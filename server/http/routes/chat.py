@@ -33,7 +33,7 @@ def router(state: ServerState) -> APIRouter:
         model = state.check_model(body.model)
         params = body.params()
         size = len(await request.body())
-        prompt = await state.tokenizing(size, state.engine.chat_prompt, **body.template_arguments())
+        prompt = await state.tokenizing(size, state.engine.apply_chat_template, **body.template_arguments())
         identity = f"chatcmpl-{request_id(request.scope)}"
         if body.stream:
             writer = ChunkWriter(identity, "chat.completion.chunk", created_now(), model, body.wants_usage)

@@ -29,7 +29,7 @@ def router(state: ServerState) -> APIRouter:
         if body.prompt is not None:
             tokens = await state.tokenizing(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
         else:
-            tokens = await state.tokenizing(size, state.engine.chat_prompt, **body.template_arguments())
+            tokens = await state.tokenizing(size, state.engine.apply_chat_template, **body.template_arguments())
         texts = [state.engine.token_text(token) for token in tokens] if body.return_token_strs else None
         limit = state.engine.config.model.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}

@@ -1,0 +1,87 @@
+"""Conversations on their way to a chat template: the one place where HTTP and ``LLM.chat`` have them normalized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quire.core.errors import InvalidRequestError, UnsupportedError
+
+__all__ = ["normalize_messages", "template_variables"]
+
+_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+"""What the caller of a template passes by itself; ``chat_template_kwargs`` cannot replace it."""
+_TEXT_PARTS = ("text", "input_text")
+
+
+def template_variables(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The arguments of transformers' ``apply_chat_template``, apart from the template.
+
+    ``add_generation_prompt``: None means yes, unless ``continue_final_message``. ``chat_template_kwargs`` are variables
+    of the template's own, such as ``enable_thinking``. Raises ``InvalidRequestError`` with the place in the messages.
+    """
+    if continue_final_message and add_generation_prompt:
+        message = "continue_final_message: cannot go with add_generation_prompt=true"
+        raise InvalidRequestError(message, "continue_final_message")
+    variables = {name: value for name, value in (chat_template_kwargs or {}).items() if name not in _ARGUMENTS}
+    return {
+        **variables,
+        "messages": normalize_messages(messages),
+        "tools": list(tools) if tools else None,
+        "add_generation_prompt": add_generation_prompt is not False and not continue_final_message,
+        "continue_final_message": continue_final_message,
+    }
+
+
+def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of the OpenAI API as chat templates expect them.
+
+    The content becomes one string, its text parts joined by newlines, and the arguments of tool calls, which the API
+    sends as JSON text, become objects. Fields that are None are left out; other fields reach the template unchanged.
+    """
+    return [_normalize_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _normalize_message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
+        raise InvalidRequestError(f"{place}: must be a mapping with a role, got {message!r:.100}", place)
+    normalized = {name: value for name, value in message.items() if value is not None}
+    normalized["content"] = _join_text(message.get("content"), f"{place}.content")
+    if (calls := message.get("tool_calls")) is not None:
+        if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+            raise InvalidRequestError(f"{place}.tool_calls: must be a list of objects", f"{place}.tool_calls")
+        normalized["tool_calls"] = [_decode_arguments(call) for call in calls]
+    return normalized
+
+
+def _join_text(content: Any, place: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence):
+        raise InvalidRequestError(f"{place}: must be a string or a list of parts, got {content!r:.100}", place)
+    texts: list[str] = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            where = f"{place}[{i}]"
+            raise UnsupportedError(f"{where}: only text parts are supported, got {kind!r:.40}", where)
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+        try:
+            return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+        except ValueError:
+            return dict(call)  # some models write arguments that are not JSON; the template sees their text
+    return dict(call)

@@ -1,0 +1,101 @@
+"""Conversations are normalized the same way for ``LLM.chat`` and over HTTP; what cannot be served is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.chat import normalize_messages, template_variables
+from quire.core.engine.llm import LLM
+from quire.core.errors import ConfigError, InvalidRequestError, UnsupportedError
+from quire.core.sampling_params import SamplingParams
+from quire.server.http.protocol.chat import ChatBody
+
+CALL = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
+BROKEN = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"zone": '}}
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}<{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}>{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}{{ mood }}"
+)
+
+
+def test_contents_become_one_string_and_arguments_objects() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "input_text", "text": "two"}]
+    messages = [
+        {"role": "user", "content": parts, "name": "ada"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None},
+        {"role": "assistant", "tool_calls": [BROKEN]},
+    ]
+    user, assistant, broken = normalize_messages(messages)
+    assert user == {"role": "user", "content": "one\ntwo", "name": "ada"}
+    assert assistant["content"] == "" and "refusal" not in assistant
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"zone": "UTC"}
+    assert broken["tool_calls"] == [BROKEN]
+    assert messages[1]["tool_calls"] == [CALL], "the caller's messages are left as they are"
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        ({"content": "no role"}, "messages[1]"),
+        ("a string", "messages[1]"),
+        ({"role": "user", "content": 3}, "messages[1].content"),
+        ({"role": "assistant", "tool_calls": "now"}, "messages[1].tool_calls"),
+    ],
+)
+def test_malformed_messages_are_refused_with_their_place(message: object, place: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        normalize_messages([{"role": "user", "content": "fine"}, message])  # type: ignore[list-item]
+    assert caught.value.param == place and not isinstance(caught.value, UnsupportedError)
+
+
+def test_parts_that_are_not_text_are_unsupported() -> None:
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    with pytest.raises(UnsupportedError, match="only text parts are supported, got 'image_url'") as caught:
+        normalize_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, image]}])
+    assert caught.value.param == "messages[0].content[1]"
+
+
+def test_the_generation_prompt_gives_way_to_a_continued_message() -> None:
+    messages = [{"role": "user", "content": "a"}]
+    assert template_variables(messages)["add_generation_prompt"] is True
+    assert template_variables(messages, continue_final_message=True)["add_generation_prompt"] is False
+    with pytest.raises(InvalidRequestError, match="cannot go with add_generation_prompt=true"):
+        template_variables(messages, continue_final_message=True, add_generation_prompt=True)
+    assert template_variables(messages, chat_template_kwargs={"tools": [1], "mood": "calm"}) == {
+        "messages": messages,
+        "tools": None,
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "mood": "calm",
+    }
+
+
+def test_offline_and_http_make_the_same_prompt(tmp_path: Path) -> None:
+    template = tmp_path / "plain.jinja"
+    template.write_text(TEMPLATE)
+    llm = LLM(
+        model="quire-tiny", device="cpu", max_model_len=256, num_gpu_blocks_override=64, chat_template=str(template)
+    )
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    ]
+    variables = {"mood": "calm"}
+    [output] = llm.chat(messages, SamplingParams(max_tokens=1), chat_template_kwargs=variables)
+    body = ChatBody.model_validate({"messages": messages, "chat_template_kwargs": variables})
+    assert output.prompt_token_ids == llm.tokenizer.apply_chat_template(**body.template_arguments())
+    assert llm.tokenizer.decode(output.prompt_token_ids) == "[user]a\nb[assistant]<now zone=UTC>[assistant]calm"
+    with pytest.raises(TypeError, match="mood"):
+        llm.chat(messages, mood="calm")  # type: ignore[call-arg]
+    llm.shutdown()
+
+
+def test_a_keyword_that_is_not_a_setting_is_refused_with_the_closest() -> None:
+    with pytest.raises(ConfigError, match=r"'max_modl_len' is not a setting of the engine; did you mean max_model_len"):
+        EngineArgs.from_kwargs(max_modl_len=3)
+    with pytest.raises(ConfigError, match="'swap_space' is not a setting"):
+        LLM(model="quire-tiny", swap_space=4)
