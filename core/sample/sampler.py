@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import Sampler, SamplingBatch, SamplingTable
 from quire.core.sample.filters import apply_filters
+from quire.core.sample.inputs import SamplingColumns
 from quire.core.sample.noise import gumbel
 
 __all__ = ["GumbelSampler"]
@@ -38,7 +39,7 @@ class GumbelSampler(Sampler):
     ) -> None:
         """One launch where all are greedy, three otherwise."""
         from quire.core.sample.kernels.argmax_kernel import launch_argmax
-        from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
+        from quire.core.sample.kernels.launch_sample import launch_sample
 
         work = self._workspace_for(logits)
         if greedy:
@@ -62,7 +63,7 @@ class GumbelSampler(Sampler):
 
     def _sample_with_kernels(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         from quire.core.sample.kernels.argmax_kernel import launch_argmax
-        from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
+        from quire.core.sample.kernels.launch_sample import launch_sample
 
         tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         b = batch

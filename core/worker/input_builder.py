@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import upload
-from quire.core.sample.verify import DraftSpans
+from quire.core.sample.inputs import DraftSpans
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["Lines", "StepInputs", "build_inputs"]

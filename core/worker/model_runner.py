@@ -80,7 +80,7 @@ class ModelRunner:
         to ``max_tokens`` tokens of prompts."""
         self.graphs = DecodeGraphs(
             self.model, self.backends, self.kv, self.table, self.block_size, self.sampling_runner.device_sampler,
-            self.most_drafts, self.sampling_runner.forced_acceptance,
+            self.most_drafts, self.sampling_runner.draft_verifier,
             self.drafting.read if self.drafting is not None and self.drafting.proposer.observes_every_step else None,
         )  # fmt: skip
         self.graphs.rehearse()

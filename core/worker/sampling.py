@@ -18,7 +18,7 @@ from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.ops.pinned import upload
 from quire.core.sample.logprobs import gather_logprobs
 from quire.core.sample.penalties import apply_penalties
-from quire.core.sample.verify import verify_drafts
+from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.worker.input_builder import Lines, StepInputs
 from quire.core.worker.request_table import RequestTable
 
@@ -65,16 +65,16 @@ class SamplingRunner:
         sampler: Sampler,
         processors: Sequence[tuple[str, LogitsProcessor]],
         table: RequestTable,
-        num_rows: int,
-        forced_acceptance: float | None = None,
         max_logits_rows: int = 0,
+        draft_verifier: DraftVerifier = verify_drafts,
     ) -> None:
         self.table = table
-        self.forced_acceptance = forced_acceptance
+        self.draft_verifier = draft_verifier
         self._sampler = sampler
         self.device_sampler = sampler if sampler.prepare_graph_sampling(max_logits_rows or table.num_rows) else None
         """The sampler, where it can draw from the table by itself."""
         self._processors = [_ActiveProcessor(name, processor) for name, processor in processors]
+        num_rows = table.num_rows
         self._is_random = np.zeros(num_rows, dtype=bool)
         self._has_top_k = np.zeros(num_rows, dtype=bool)
         self._has_top_p = np.zeros(num_rows, dtype=bool)
@@ -148,9 +148,7 @@ class SamplingRunner:
         self._quarantined = []
         sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
         if spans.max_len > 1:
-            sampled.token_ids = verify_drafts(
-                tokens, spans, table.sampling, table.num_computed, table.num_drafts, self.forced_acceptance
-            )
+            sampled.token_ids = self.draft_verifier(tokens, spans, table.sampling, table.num_computed, table.num_drafts)
         elif not from_table:
             table.append(spans.rows, tokens)
         return sampled

@@ -29,6 +29,8 @@ from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import lock_ahead
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
+from quire.core.sample.forced_acceptance import ForcedAcceptance
+from quire.core.sample.verify import verify_drafts
 from quire.core.worker.compilation import CompileCounter, compile_ahead
 from quire.core.worker.cuda_graphs.decode import most_lines, query_lens
 from quire.core.worker.draft_runner import Drafting
@@ -69,7 +71,8 @@ class Worker:
         table = RequestTable(rows, longest, block_size, len(backends), self._device, ahead)
         sampler = self._sampler()
         forced = None if spec is None else spec.forced_acceptance
-        sampling_runner = SamplingRunner(sampler, self._processors(), table, rows, forced, most_lines(rows, ahead))
+        verifier = verify_drafts if forced is None else ForcedAcceptance(forced)
+        sampling_runner = SamplingRunner(sampler, self._processors(), table, most_lines(rows, ahead), verifier)
         self._runner = ModelRunner(
             model, backends, kv, table, sampling_runner, block_size, config.model.vocab_size, ahead
         )

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from tests.aot.cases_drafts import DRAFTS
+from tests.aot.cases_sampling import SAMPLING
 
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.contracts.quant import ActivationFormat
-from quire.core.contracts.sampler import SamplingTable
 from quire.core.ops.kernels import activation_kernel as activation
 from quire.core.ops.kernels import decode_inputs_kernel as decode_inputs
 from quire.core.ops.kernels import norm_kernel as norm
@@ -19,13 +19,6 @@ from quire.core.ops.kernels import rope_kernel as rope
 from quire.core.ops.kernels.gemm_medium_m import wide
 from quire.core.ops.kernels.gemm_small_m import skinny
 from quire.core.ops.kernels.gemv import gemv, gemv_long
-from quire.core.sample.kernels import verify_kernel as verify
-from quire.core.sample.kernels.argmax_kernel import launch_argmax
-from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
-from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
-from quire.core.sample.kernels.penalties_kernel import launch_penalties
-from quire.core.sample.kernels.workspace import Workspace
-from quire.core.sample.verify import DraftSpans
 from quire.core.testing.attention_problem import Problem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
@@ -97,33 +90,6 @@ def step_inputs(queries: int) -> None:
         longs(4), longs(4), ints(8, 64), ints(8), ints(8, 5), ints(4 * queries), longs(4 * queries), ints(4),
         longs(4 * queries), ints(4, 5), 16, 64, queries == 1,
     )  # fmt: skip
-
-
-def drafts(forced: float | None, lengths: bool) -> None:
-    ints, longs = partial(torch.zeros, dtype=torch.int32), partial(torch.zeros, dtype=torch.int64)
-    table = SamplingTable(ints(8, 64), ints(8), torch.zeros(8), ints(8), torch.zeros(8), torch.zeros(8), longs(8))
-    spans = DraftSpans(longs(4), longs(4), longs(4), 5)
-    verify.launch_verify_drafts(ints(20), spans, table, ints(8), ints(8), forced)
-    verify.launch_place_drafts(ints(4, 4), ints(4) if lengths else None, longs(4), table, ints(8), 32000)
-
-
-def greedy(dtype: torch.dtype, vocab: int) -> None:
-    ints = partial(torch.zeros, dtype=torch.int32)
-    rows = torch.arange(2)
-    launch_argmax(torch.zeros(2, vocab, dtype=dtype), Workspace(2, vocab, CPU), ints(2), rows, ints(3, 64), ints(3))
-
-
-def penalties() -> None:
-    ints, longs = partial(torch.zeros, dtype=torch.int32), partial(torch.zeros, dtype=torch.int64)
-    strengths = [torch.zeros(8) for _ in range(3)]
-    launch_penalties(torch.zeros(4, 151936), longs(2), longs(4), ints(4), 64, ints(8, 64), ints(8), *strengths)
-
-
-def random(dtype: torch.dtype, vocab: int, table: bool) -> None:
-    ints, floats = partial(torch.zeros, dtype=torch.int32), torch.zeros
-    columns = SamplingColumns(floats(3), ints(3), floats(3), floats(3), torch.zeros(3, dtype=torch.int64), ints(3))
-    fed = (torch.arange(2), ints(3, 64)) if table else ()
-    launch_sample(torch.zeros(2, vocab, dtype=dtype), columns, Workspace(2, vocab, CPU), ints(2), *fed)
 
 
 def linear(kernel: Callable[..., None], num_tokens: int, features: int, inputs: int, **options: int) -> None:
@@ -233,8 +199,6 @@ CASES: dict[str, Callable[[], None]] = {
     "silu": partial(silu, torch.bfloat16),
     "decode-inputs": partial(step_inputs, 1),
     "verify-inputs": partial(step_inputs, 5),
-    "drafts": partial(drafts, None, False),
-    "drafts-forced": partial(drafts, 0.75, True),
     "gemv": partial(linear, gemv, 1, 28672, 4096, tokens=1, rows=4, turns=28, num_warps=8),
     "gemv-2": partial(linear, gemv, 2, 6144, 1024, tokens=2, rows=2, turns=3, num_warps=4),
     "gemv-long": partial(linear, gemv_long, 1, 4096, 14336, rows=4, block=1024, num_warps=4),
@@ -291,14 +255,6 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "int4-dequantize": partial(int4_dequantize, 4),
     "int8-dequantize": partial(int4_dequantize, 8),
-    "greedy": partial(greedy, torch.bfloat16, 151936),
-    "greedy-float32": partial(greedy, torch.float32, 50257),
-    "penalties": penalties,
-    "logprobs": lambda: launch_logsumexp_and_rank(
-        torch.zeros(2, 151936, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
-    ),
-    "random": partial(random, torch.bfloat16, 151936, True),
-    "random-float32": partial(random, torch.float32, 128256, False),
     "fp8-gemv": partial(eight_bit, gemv8, 1, 6144, 4096, FP8, tokens=1, rows=2, turns=6, num_warps=8),
     "int8-gemv": partial(eight_bit, gemv8, 2, 6144, 4096, INT8, tokens=2, rows=2, turns=6, num_warps=8),
     "fp8-gemv-long": partial(eight_bit, gemv8_long, 1, 4096, 14336, FP8, rows=4, block=1024, num_warps=2),
@@ -338,4 +294,5 @@ CASES: dict[str, Callable[[], None]] = {
     "int8-quantized": partial(quantized, "int8_token"),
     "int8-rescaled": rescaled,
     **DRAFTS,
+    **SAMPLING,
 }

@@ -48,7 +48,7 @@ EXCEPTIONS: tuple[Except, ...] = (
     ),
     Except("prefill_kernel", 16, _FLOAT32, case="float32-*"),
     Except("decode_kernel", 16, _ELSEWHERE, capabilities=(80,)),
-    Except("sample_topk_candidates_kernel", 160, _FLOAT32, case="random-float32", triton="3.6.*"),
+    Except("sample_topk_candidates_kernel", 160, _FLOAT32, case="sample-random-float32", triton="3.6.*"),
     Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-*", capabilities=(100,)),
     Except("sample_resolve_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
     Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-groups-of-32", capabilities=(100,)),

@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 from tests.aot.cases import CASES
-from tests.aot.cases_drafts import place, verify
+from tests.aot.cases_sampling import place_drafts, verify_drafts
 from tests.aot.compile import Compiled, compile_launch, launches_of, variant
 from tests.aot.targets import LEFT_OUT, SHARED, spill_allowed
 from triton.compiler.errors import CompilationError
@@ -53,7 +53,7 @@ def test_compiles_and_fits(capability: int, case: str) -> None:
 
 def test_any_number_of_drafts_is_the_same_program() -> None:
     """Proposers on the host find as many as they find: none may be the first to be compiled for."""
-    for run, counts in ((partial(verify, forced=None), range(2, 18)), (partial(place, lengths=True), range(1, 51))):
+    for run, counts in ((verify_drafts, range(2, 18)), (partial(place_drafts, lengths=True), range(1, 51))):
         first, *others = [variant(launch) for count in counts for launch in launches_of(partial(run, count))]
         assert others and all(other == first for other in others)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from quire.core.contracts.sampler import SamplingBatch
 from quire.core.sample.filters import apply_filters
+from quire.core.sample.inputs import SamplingColumns
 from quire.core.sample.kernels.argmax_kernel import launch_argmax
-from quire.core.sample.kernels.launch_sample import SamplingColumns, launch_sample
+from quire.core.sample.kernels.launch_sample import launch_sample
 from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
 from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.kernels.workspace import Tiles, Workspace
@@ -143,7 +144,7 @@ def test_tokens_are_appended_to_their_rows(device: str, greedy: bool) -> None:
     if greedy:
         expected = logits.argmax(-1)
     else:
-        mine = SamplingColumns(*(getattr(columns, name)[rows] for name in SamplingColumns.__slots__))
+        mine = SamplingColumns(*(getattr(columns, name)[rows] for name in SamplingColumns._fields))
         expected = torch_twin(logits, mine)
     out = torch.full((4,), -1, dtype=torch.int32, device=device)
     work = Workspace(4, VOCAB, torch.device(device), TINY)
@@ -217,7 +218,7 @@ def test_draw_at_full_size(n: int, spread: float) -> None:
     launch_sample(logits, columns, work, out)
     step = 32
     for i in range(0, n, step):
-        part = SamplingColumns(*(getattr(columns, name)[i : i + step] for name in SamplingColumns.__slots__))
+        part = SamplingColumns(*(getattr(columns, name)[i : i + step] for name in SamplingColumns._fields))
         assert gaps(logits[i : i + step], part, out[i : i + step]).max() < 1e-4
         # a row draws the same whatever stands beside it, to the bit
         alone = torch.full_like(out[i : i + step], -1)
@@ -254,7 +255,7 @@ def test_draws_follow_the_distribution_on_a_gpu(wish: dict) -> None:
     )  # fmt: skip
     sampler = GumbelSampler(vocab, torch.device("cuda"))
     tokens = sampler.sample(logits.cuda().expand(draws, -1).clone(), batch)
-    one = SamplingColumns(*(getattr(columns, name)[:1].cpu() for name in SamplingColumns.__slots__))
+    one = SamplingColumns(*(getattr(columns, name)[:1].cpu() for name in SamplingColumns._fields))
     filters = SamplingBatch(one.temperature, one.top_k, one.top_p, one.min_p, one.seed, one.position, *[True] * 4)
     expected = apply_filters(logits / one.temperature[:, None], filters).softmax(-1)[0].double() * draws
     counts = torch.bincount(tokens.cpu().long(), minlength=vocab).double()

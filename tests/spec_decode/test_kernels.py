@@ -40,49 +40,6 @@ def moved(table: SamplingTable, device: str) -> SamplingTable:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @settings(max_examples=12)
-@given(seed=st.integers(0, 2**31), forced=st.sampled_from([None, 0.0, 0.6, 1.0]), count=st.integers(1, 5))
-def test_verify(device: str, seed: int, forced: float | None, count: int) -> None:
-    chance = torch.Generator().manual_seed(seed)
-    table, computed, num_drafts = table_of(chance)
-    rows = torch.randperm(ROWS - 1, generator=chance)[:count]
-    drafts = torch.randint(0, 5, (count,), generator=chance)
-    spans = twin.DraftSpans(rows, (drafts + 1).cumsum(0) - drafts - 1, drafts, int(drafts.max()) + 1)
-    drawn = torch.randint(0, 3, (int((drafts + 1).sum()),), generator=chance, dtype=torch.int32)
-    mine, mine_computed, mine_drafts = moved(table, device), computed.clone().to(device), num_drafts.clone().to(device)
-    expected = twin.verify_drafts(drawn, spans, table, computed, num_drafts, forced)
-    moved_spans = twin.DraftSpans(rows.to(device), spans.start.to(device), drafts.to(device), spans.max_len)
-    got = kernels.launch_verify_drafts(drawn.to(device), moved_spans, mine, mine_computed, mine_drafts, forced).cpu()
-    for i in range(count):
-        assert got[i, :2].tolist() == expected[i, :2].tolist()
-        assert got[i, 2 : 2 + got[i, 0]].tolist() == expected[i, 2 : 2 + got[i, 0]].tolist()
-    assert torch.equal(mine.num_tokens.cpu(), table.num_tokens)
-    assert torch.equal(mine.token_ids.cpu(), table.token_ids)
-    assert torch.equal(mine_computed.cpu(), computed) and torch.equal(mine_drafts.cpu(), num_drafts)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@settings(max_examples=12)
-@given(seed=st.integers(0, 2**31), k=st.integers(1, 6), given_lengths=st.booleans())
-def test_place_drafts(device: str, seed: int, k: int, given_lengths: bool) -> None:
-    chance = torch.Generator().manual_seed(seed)
-    table, _, num_drafts = table_of(chance)
-    table.num_tokens[0] = LENGTH - 2  # room for two
-    rows = torch.randperm(ROWS, generator=chance)[:4]
-    tokens = torch.randint(-2, VOCAB + 3, (4, k), generator=chance, dtype=torch.int32)
-    lengths = torch.randint(-2, k + 3, (4,), generator=chance, dtype=torch.int32) if given_lengths else None
-    mine, mine_drafts = moved(table, device), num_drafts.clone().to(device)
-    table.token_ids[-1], num_drafts[-1] = mine.token_ids[-1].cpu(), 0
-    mine_drafts[-1] = 0
-    twin.place_drafts(tokens, lengths, rows, table, num_drafts, VOCAB)
-    there = None if lengths is None else lengths.to(device)
-    kernels.launch_place_drafts(tokens.to(device), there, rows.to(device), mine, mine_drafts, VOCAB)
-    assert torch.equal(mine_drafts.cpu(), num_drafts)
-    assert torch.equal(mine.token_ids.cpu(), table.token_ids)
-    assert bool((num_drafts >= 0).all())
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@settings(max_examples=12)
 @given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_continuations(device: str, seed: int, lengths: list[int]) -> None:
     """What a proposer on the host expects of several requests, where it agrees with what was drawn since."""

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 from torch import Tensor
 
+from quire.core.sample.inputs import SamplingColumns
 from quire.core.sample.kernels.sample_resolve import sample_resolve_kernel
 from quire.core.sample.kernels.sample_scan import sample_scan_kernel
 from quire.core.sample.kernels.sample_topk_candidates import sample_topk_candidates_kernel
 from quire.core.sample.kernels.workspace import Workspace
 
-__all__ = ["SamplingColumns", "launch_sample"]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingColumns:
-    """Parameters on the device, by row of the request table or by line of the logits."""
-
-    temperature: Tensor  # (rows,) float32
-    top_k: Tensor  # (rows,) int32
-    top_p: Tensor  # (rows,) float32
-    min_p: Tensor  # (rows,) float32
-    seed: Tensor  # (rows,) int64
-    position: Tensor  # (rows,) int32 or int64
+__all__ = ["launch_sample"]
 
 
 def launch_sample(

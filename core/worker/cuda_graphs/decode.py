@@ -17,7 +17,8 @@ from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import upload
-from quire.core.sample.verify import DraftSpans, verify_drafts
+from quire.core.sample.inputs import DraftSpans
+from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.worker.cuda_graphs.capture import Recorder
 from quire.core.worker.input_builder import Lines, StepInputs
 from quire.core.worker.kv_cache import KVCache
@@ -72,7 +73,7 @@ class DecodeGraphs:
 
     def __init__(
         self, model: Model, backends: list[AttentionBackend], kv: KVCache, table: RequestTable, block_size: int,
-        sampler: Sampler | None = None, drafts: int = 0, forced_acceptance: float | None = None,
+        sampler: Sampler | None = None, drafts: int = 0, draft_verifier: DraftVerifier = verify_drafts,
         read: Callable[[StepInputs], None] | None = None,
     ) -> None:  # fmt: skip
         self._read = read  # a proposer that observes every step
@@ -82,7 +83,7 @@ class DecodeGraphs:
         self._table = table
         self._block_size = block_size
         self._sampler = sampler
-        self._forced = forced_acceptance
+        self._draft_verifier = draft_verifier
         self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
         sizes = graph_sizes(table.num_rows)
         verify = all("verify" in backend.graph_support for backend in backends)
@@ -246,7 +247,7 @@ class DecodeGraphs:
             else:
                 batch = SamplingBatch.from_table(table.sampling, inputs.line_rows, inputs.line_lens.long(), not greedy)
                 tokens = self._sampler.sample(logits, batch)
-            return verify_drafts(tokens, spans, table.sampling, table.num_computed, table.num_drafts, self._forced)
+            return self._draft_verifier(tokens, spans, table.sampling, table.num_computed, table.num_drafts)
         tokens = self._tokens[: len(logits)]
         if self._sampler is not None:
             self._sampler.sample_from_table(logits, inputs.rows, table.sampling, tokens, greedy=greedy)
