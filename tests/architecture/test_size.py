@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
-PAGE = 250
 LIMIT = 400
 
 
@@ -12,6 +9,3 @@ def test_no_file_is_longer_than_the_limit(everything):
     counted = [source for source in everything if source.room in ("core", "plugins", "server", "tests", "tools")]
     too_long = [f"{source.path}: {source.lines} lines" for source in counted if source.lines > LIMIT]
     assert not too_long, f"over {LIMIT} lines; split them by what they are about:\n" + "\n".join(too_long)
-    long = [f"{source.path} ({source.lines})" for source in counted if source.lines > PAGE]
-    if long:
-        warnings.warn(f"over a page of {PAGE} lines: {', '.join(long)}", stacklevel=1)
