@@ -40,7 +40,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def pages(root: Path) -> list[Path]:
     """Every page for users."""
-    return [root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]
+    return [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(scope="session")
