@@ -16,12 +16,13 @@ ARGS ?=
 WORKERS ?= 2
 TESTS ?=
 OLDEST_TRITON := 3.6.0
+OLDEST_TESTS := tests/docs tests/packaging/test_metadata.py tests/plugins_system tests/loader
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test architecture aot aotold lint format types wheel bench check clean
+.PHONY: help serve install dev test coverage architecture aot aotold oldest lint format types wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -36,7 +37,12 @@ dev: $(VENV)/.installed-dev ## what tests, lint and types need
 test: dev ## the default test suite (no GPU needed); TESTS=path for a part of it
 	$(PYTEST) -n $(WORKERS) $(TESTS)
 
-architecture: dev ## the rules of the house alone
+coverage: dev ## the same, and the share of the code's lines that it ran
+	$(PYTEST) -n $(WORKERS) --cov --cov-report= $(TESTS)
+	@$(BIN)/coverage report
+	@echo "coverage: $$($(BIN)/coverage report --format=total) % of lines"
+
+architecture: dev ## the tests of layering, names and file sizes alone
 	$(PYTEST) tests/architecture
 
 aot: dev ## compile every Triton kernel for sm_90, sm_80 and sm_100, without a GPU
@@ -45,6 +51,9 @@ aot: dev ## compile every Triton kernel for sm_90, sm_80 and sm_100, without a G
 aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Triton that Quire takes
 	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $<) $(PYTEST) -n $(WORKERS) -m aot -k sm_90 $(TESTS)
 
+oldest: $(VENV)/oldest/.installed ## some tests with the oldest version of each dependency that pyproject.toml takes
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) $(OLDEST_TESTS)
+
 lint: dev ## ruff: rules and format
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status
 
@@ -52,7 +61,7 @@ format: dev ## rewrite to the format that lint wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: dev ## mypy
+types: dev ## mypy, strict
 	$(BIN)/mypy
 
 wheel: dev ## sdist and wheel into dist/
@@ -65,7 +74,7 @@ bench: install ## tokens per second of MODEL, beside transformers where it runs
 check: lint types test aot ## everything but the wheel
 
 clean: ## remove what make made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 
 # ---- the virtual environment: a stamp per install, so that a second make is instant -------------------------------
 
@@ -83,6 +92,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/triton-$(OLDEST_TRITON): $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --target $@ triton==$(OLDEST_TRITON)
+
+# torch and triton stay those of the environment: a second torch would be gigabytes, and `aotold` has the oldest Triton.
+$(VENV)/oldest/.installed: $(VENV)/.installed-dev
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --target $(@D) \
+	  $$($(BIN)/python tools/oldest_dependencies.py --except torch triton setuptools)
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'

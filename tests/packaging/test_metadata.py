@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -48,6 +50,14 @@ def test_the_pins_lie_within_the_ranges(project):
     pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert {name for name, _ in pins} == {"torch", "triton"}
     assert all(ranges[name].specifier.contains(version) for name, version in pins)
+
+
+def test_every_dependency_has_a_lower_bound_that_can_be_installed(project):
+    words = [sys.executable, "tools/oldest_dependencies.py", "--except", "torch", "Triton"]
+    printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    names = {Requirement(pin).name for pin in printed}
+    assert names == {Requirement(each).name for each in project["project"]["dependencies"]} - {"torch", "triton"}
+    assert all(Requirement(pin).specifier.contains(pin.partition("==")[2]) for pin in printed)
 
 
 def test_every_entry_point_leads_somewhere(project):
