@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -225,7 +226,7 @@ class _Failed:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def result(self):
+    def result(self) -> NoReturn:
         raise self._error
 
     def done(self) -> bool:
