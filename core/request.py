@@ -67,7 +67,7 @@ class Request:
         self.priority = message.priority
         self.cache_salt = message.cache_salt
         self.parent_id = message.parent_id
-        self.seed = params.seed if params.seed is not None else _fresh_seed(message)
+        self.seed = params.seed if params.seed is not None else _derive_seed(message)
         self.status = RequestStatus.WAITING
         self.row = -1
         """Row in the worker's request table while running, else -1."""
@@ -108,7 +108,7 @@ class Request:
         return f"Request({self.request_id!r}, {self.status.value}, {self.num_tokens} tokens, row {self.row})"
 
 
-def _fresh_seed(message: EngineCoreRequest) -> int:
+def _derive_seed(message: EngineCoreRequest) -> int:
     """A seed for a caller who gave none: spread over 63 bits, distinct for every request."""
     digest = hashlib.blake2b(f"{message.request_id}/{message.arrival_ns}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

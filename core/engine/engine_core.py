@@ -62,7 +62,7 @@ class EngineCore:
     def add(self, message: EngineCoreRequest) -> None:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""
         try:
-            self.scheduler.add(message)
+            self.scheduler.add_request(message)
         except InvalidRequestError as error:
             kind = "full" if isinstance(error, QueueFullError) else "invalid"
             self._rejected.append(
@@ -72,12 +72,12 @@ class EngineCore:
     def abort(self, request_ids: list[str]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
         for request_id in request_ids:
-            self.scheduler.abort(request_id)
+            self.scheduler.abort_request(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._under_way or self._rejected or self.scheduler.has_unfinished)
+        return bool(self._under_way or self._rejected or self.scheduler.has_unfinished_requests)
 
     def step(self) -> EngineCoreOutputs:
         """Launch what can be launched, then wait for the oldest step under way. May return no outputs."""
@@ -118,7 +118,7 @@ class EngineCore:
         try:
             pending = self._executor.execute_step(step)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and self.scheduler.retract(step):
+            if isinstance(error, torch.OutOfMemoryError) and self.scheduler.retract_step(step):
                 _log.warning(
                     "step %d of %d tokens did not fit: retrying in smaller ones",
                     step.step,
@@ -135,13 +135,13 @@ class EngineCore:
             result = under_way.pending.result()
         except Exception as error:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
-            return self.scheduler.drop(step, f"{type(error).__name__}: {error}")
+            return self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
         self._quarantines += len(result.quarantined)
         if any(reason.startswith("spec_decode/") for reason in result.quarantined):
-            self.scheduler.stop_drafting()
+            self.scheduler.disable_speculation()
         self._compiled += result.num_compiled_kernels
         known = time.perf_counter_ns()
-        outputs = self.scheduler.commit(step, result)
+        outputs = self.scheduler.update_from_output(step, result)
         self._traced.append(under_way.stats(result, waited, known, time.perf_counter_ns()))
         return outputs
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Pace"]
+__all__ = ["DraftLengthTuner"]
 
 _SURE = 2
 """Steps that must have been timed before a number of drafts is judged. A trial takes one more: its first step only
@@ -40,7 +40,7 @@ _UNLIKELY = 0.02
 """Drafts that would all be accepted more rarely than this are not worth a request's blocks."""
 
 
-class Pace:
+class DraftLengthTuner:
     """Chooses among no drafts, 1, 2 and ``most``, by tokens per time. Not ``adaptive``: always ``most``.
 
     A request's acceptance is a rate: the share of its drafts that were right up to the first wrong one, lately, leaning
@@ -50,8 +50,8 @@ class Pace:
     """
 
     def __init__(self, most: int, num_rows: int, adaptive: bool, on_device: bool = False) -> None:
-        self.last = self._most = most
-        self.reads = True
+        self.last_length = self._most = most
+        self.run_draft_prefill = True
         """Whether drafts pay, or what is accepted of them is yet to be learnt: a proposer had better read what is
         computed. What a number of drafts takes shows without reading."""
         self._adaptive = adaptive
@@ -65,23 +65,23 @@ class Pace:
         self._gap, self._due = _EVERY // 2, _SOON  # the gap is doubled before it counts
         self._trial: tuple[int, int] = (0, 0)  # drafts, steps left
 
-    def choose(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
+    def choose_length(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
         """The most drafts a request of a step of decoding ``rows`` should have, where so many are ``available``."""
-        self.last = self._best(rows, available) if self._adaptive else self._most
-        return self.last
+        self.last_length = self._best(rows, available) if self._adaptive else self._most
+        return self.last_length
 
-    def each(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def limit_per_request(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The most drafts by request."""
         if not self._adaptive:
             return np.full(len(rows), self._most, np.int64)
         rate = np.clip(self._rates(rows), 1e-3, 1 - 1e-9)
         return np.clip(np.log(_UNLIKELY) / np.log(rate), 1, self._most).astype(np.int64)
 
-    def enter(self, row: int) -> None:
+    def reset_row(self, row: int) -> None:
         """Another request has the row."""
         self._right[row] = self._tried[row] = 0.0
 
-    def learn(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
+    def record_acceptance(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
         """Drafts that were verified, and how many of them were accepted. Of none nothing is learnt, and nothing
         forgotten."""
         if not len(rows):
@@ -94,7 +94,7 @@ class Pace:
         if unknown and self._tried[-1] >= _KNOWN:
             self._due = self._steps + _EVERY
 
-    def timed(self, num_reqs: int, drafts: int, took_us: float) -> None:
+    def record_step_time(self, num_reqs: int, drafts: int, took_us: float) -> None:
         """A step of nothing but decodes, with up to so many drafts for each, took so long."""
         key = _size(num_reqs), next((level for level in self._levels if level >= drafts), self._most)
         before, count = self._times.get(key, (took_us, 0))
@@ -123,18 +123,18 @@ class Pace:
             if not hopeless:
                 worth.append(level)
             if count < _SURE and not hopeless:
-                self.reads = unknown
+                self.run_draft_prefill = unknown
                 return self._try(level)
             if count:
                 times.append((level, took))
             speeds.append(tokens / took / (margin if level else 1.0) if count else 0.0)
         best = levels[int(np.argmax(speeds))]
         self._pays = best > 0
-        self.reads = self._pays or unknown
+        self.run_draft_prefill = self._pays or unknown
         if self._steps < self._due:
             return best
         self._gap = _EVERY if best else min(2 * self._gap, _RARELY)
-        self._due, self._turn, self.reads = self._steps + self._gap, self._turn + 1, True
+        self._due, self._turn, self.run_draft_prefill = self._steps + self._gap, self._turn + 1, True
         return self._try(worth[self._turn % len(worth)])
 
     def _margin(self, num_reqs: int) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from quire.core.request import Request
 
-__all__ = ["Families"]
+__all__ = ["ForkGroups"]
 
 
-class Families:
+class ForkGroups:
     """Who waits for whom. Truthy while anybody does."""
 
     def __init__(self) -> None:
@@ -16,15 +16,15 @@ class Families:
     def __bool__(self) -> bool:
         return bool(self._children)
 
-    def hold(self, child: Request) -> None:
+    def add_child(self, child: Request) -> None:
         """The child waits for its ``parent_id``."""
         self._children.setdefault(child.parent_id or "", []).append(child)
 
-    def release(self, parent: Request) -> list[Request]:
+    def pop_children(self, parent: Request) -> list[Request]:
         """Those who waited for ``parent``, in order of arrival. They wait no more."""
         return self._children.pop(parent.request_id, [])
 
-    def leave(self, request: Request) -> None:
+    def remove_child(self, request: Request) -> None:
         """The request waits no more, if it did."""
         siblings = self._children.get(request.parent_id or "", [])
         if request in siblings:

@@ -18,7 +18,7 @@ class RequestLimits:
     """
 
     def __init__(
-        self, config: SchedulerConfig, allocator: KVAllocator, max_model_len: int, most_drafts: int = 0
+        self, config: SchedulerConfig, allocator: KVAllocator, max_model_len: int, num_speculative_tokens: int = 0
     ) -> None:
         if not config.chunked_prefill and config.max_num_batched_tokens < max_model_len:
             raise ConfigError(
@@ -30,10 +30,10 @@ class RequestLimits:
         self._block_size = allocator.block_size
         self._num_blocks = allocator.num_blocks - 1
         windows = [group.window or max_model_len for group in allocator.groups]
-        in_flight = config.max_num_batched_tokens + 4 * most_drafts
+        in_flight = config.max_num_batched_tokens + 4 * num_speculative_tokens
         self._longest_span = max(windows) + in_flight + allocator.block_size
 
-    def admit(self, message: EngineCoreRequest, num_queued: int) -> Request:
+    def validate_request(self, message: EngineCoreRequest, num_queued: int) -> Request:
         """The request, or ``InvalidRequestError`` with the numbers that forbid it."""
         size, limit = len(message.prompt_token_ids), self._max_model_len
         if size == 0:

@@ -23,17 +23,17 @@ from quire.core.contracts.policy import (
 )
 from quire.core.errors import QueueFullError
 
-__all__ = ["Plan", "PolicyGuard", "checked"]
+__all__ = ["CheckedPlan", "PolicyGuard", "check_grants"]
 
 logger = logging.getLogger("quire.sched")
 
 
 @dataclass(slots=True)
-class Plan:
+class CheckedPlan:
     """Checked grants: positive, within the budget and what remains, no request twice."""
 
-    rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
+    request_indices: NDArray[np.int64]
+    num_scheduled_tokens: NDArray[np.int64]
     victims: list[int]
 
 
@@ -51,19 +51,19 @@ class PolicyGuard:
         on_quarantine: Callable[[], None],
         *,
         time_limit_s: float = 0.05,
-        strikes: int = 3,
-        patience: int = 8,
+        max_slow_plans: int = 3,
+        max_empty_plans: int = 8,
     ) -> None:
         self.policy = policy
         self.num_quarantines = 0
         self._fallback = fallback
         self._on_quarantine = on_quarantine
         self._time_limit_s = time_limit_s
-        self._strikes, self._slow = strikes, 0
-        self._patience, self._barren = patience, 0
+        self._max_slow_plans, self._num_slow_plans = max_slow_plans, 0
+        self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
         self._key_types: tuple[type, ...] | None = None
 
-    def key(self, info: RequestInfo) -> tuple[Any, ...]:
+    def admission_key(self, info: RequestInfo) -> tuple[Any, ...]:
         """The admission key; raises ``QueueFullError`` if the policy rejects the request."""
         while True:
             try:
@@ -78,44 +78,43 @@ class PolicyGuard:
                 return key
             self._quarantine(fault)
 
-    def plan(self, view: StepView) -> Plan:
+    def schedule(self, view: StepView) -> CheckedPlan:
         """A plan that is safe to carry out."""
         while True:
             if type(self.policy).schedule is BatchingPolicy.schedule:
                 own = default_plan(view)
-                return Plan(own.request_indices, own.num_scheduled_tokens, [])
+                return CheckedPlan(own.request_indices, own.num_scheduled_tokens, [])
             began = perf_counter()
             try:
                 grants = self.policy.schedule(view)
                 took = perf_counter() - began
-                result = checked(grants, view)
+                result = check_grants(grants, view)
             except Exception as error:
                 result = f"plan raised {error!r}"
-            if isinstance(result, Plan):
-                self._slow = self._slow + 1 if took > self._time_limit_s else 0
-                if self._slow < self._strikes or self._on_fallback:
+            if isinstance(result, CheckedPlan):
+                self._num_slow_plans = self._num_slow_plans + 1 if took > self._time_limit_s else 0
+                if self._num_slow_plans < self._max_slow_plans or self._on_fallback:
                     return result
-                result = (
-                    f"plan took {took * 1e3:.0f} ms, over {self._time_limit_s * 1e3:.0f}, {self._slow} times running"
-                )
+                limit = self._time_limit_s
+                result = f"plan took {took * 1e3:.0f} ms, over {limit * 1e3:.0f}, {self._num_slow_plans} times running"
             self._quarantine(result)
 
-    def barren(self) -> bool:
+    def note_empty_plan(self) -> bool:
         """The engine is idle, could run something, and the plan came to nothing. Whether to ask again."""
-        self._barren += 1
-        if self._barren < self._patience:
+        self._num_empty_plans += 1
+        if self._num_empty_plans < self._max_empty_plans:
             return True
-        self._barren = 0
+        self._num_empty_plans = 0
         if self._on_fallback:
             return False
-        self._quarantine(f"it granted nothing {self._patience} times while the engine stood idle")
+        self._quarantine(f"it granted nothing {self._max_empty_plans} times while the engine stood idle")
         return True
 
-    def fruitful(self) -> None:
+    def note_progress(self) -> None:
         """A plan led to a step."""
-        self._barren = 0
+        self._num_empty_plans = 0
 
-    def finished(self, info: RequestInfo, usage: Usage) -> None:
+    def request_finished(self, info: RequestInfo, usage: Usage) -> None:
         """Tell the policy that a request left."""
         try:
             self.policy.request_finished(info, usage)
@@ -123,7 +122,7 @@ class PolicyGuard:
             self._quarantine(f"finished raised {error!r}")
 
     @property
-    def listens(self) -> bool:
+    def wants_finished_requests(self) -> bool:
         """Whether the policy wants to hear of finished requests at all."""
         return type(self.policy).request_finished is not BatchingPolicy.request_finished
 
@@ -154,7 +153,7 @@ class PolicyGuard:
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
 
 
-def checked(grants: object, view: StepView) -> Plan | str:
+def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
     """The plan, cut to what is possible, or what is wrong with it."""
     if not isinstance(grants, Grants):
         return f"schedule returned {type(grants).__name__}, not Grants"
@@ -168,7 +167,7 @@ def checked(grants: object, view: StepView) -> Plan | str:
     if len(rows) != len(tokens):
         return f"Grants has {len(rows)} request_indices and {len(tokens)} num_scheduled_tokens"
     if not len(rows):
-        return Plan(rows, tokens, [])
+        return CheckedPlan(rows, tokens, [])
     low, high = np.minimum.reduce(rows), np.maximum.reduce(rows)
     if low < 0 or high >= num_running + num_waiting:
         return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
@@ -195,7 +194,9 @@ def checked(grants: object, view: StepView) -> Plan | str:
         tokens = np.where(tokens == want, tokens, 0)
     keep = tokens > 0
     return (
-        Plan(rows, tokens, victims) if np.count_nonzero(keep) == len(keep) else Plan(rows[keep], tokens[keep], victims)
+        CheckedPlan(rows, tokens, victims)
+        if np.count_nonzero(keep) == len(keep)
+        else CheckedPlan(rows[keep], tokens[keep], victims)
     )
 
 

@@ -44,7 +44,7 @@ class TableColumns(RequestColumns):
     def __len__(self) -> int:
         return len(self._index)
 
-    def serve(self, served: NDArray[np.bool_]) -> None:
+    def clear_remaining(self, served: NDArray[np.bool_]) -> None:
         """Nothing remains of these in this step."""
         self.num_remaining_tokens = np.where(served, 0, self.num_remaining_tokens)
         self.num_remaining_tokens.flags.writeable = False

@@ -190,14 +190,14 @@ def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
         engine = SimulatedEngine(allocator, policy(), policy(), config=SchedulerConfig(6, 16), max_model_len=60)
         for i in range(24):
             prompt = [1] * rng.randrange(12) + [rng.randrange(3) for _ in range(rng.randrange(1, 8))]
-            engine.add(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), eos=[3])
-            engine.add(f"r{i}b", prompt, max_tokens=rng.randrange(1, 24), parent=f"r{i}")
+            engine.add_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), eos=[3])
+            engine.add_request(f"r{i}b", prompt, max_tokens=rng.randrange(1, 24), parent=f"r{i}")
             for _ in range(rng.randrange(6)):
-                engine.turn()
+                engine.run_step()
                 allocator.check_integrity()
             if rng.random() < 0.2 and f"r{i}" not in engine.finished:
-                engine.abort(f"r{i}")
-        engine.run()
+                engine.abort_request(f"r{i}")
+        engine.run_until_finished()
         allocator.check_integrity()
         assert allocator.num_free_blocks() == before, f"{before - allocator.num_free_blocks()} blocks were lost"
 

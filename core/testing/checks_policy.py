@@ -13,7 +13,7 @@ from quire.core.contracts.kv import KVAllocator, KVGroup
 from quire.core.contracts.policy import BatchingPolicy, Reject, RequestColumns, RequestInfo, StepView, Usage
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
-from quire.core.sched.policy_guard import checked
+from quire.core.sched.policy_guard import check_grants
 from quire.core.testing.simulated_engine import SimulatedEngine
 
 __all__ = [
@@ -48,7 +48,7 @@ def check_plans_are_sound(cls: type[BatchingPolicy]) -> None:
     """Plans name requests of the view, each once, with no negative grant, and leave the view as it is."""
     policy = _make(cls)
     for seed in range(100):
-        result = checked(policy.schedule(_view(seed)), _view(seed))
+        result = check_grants(policy.schedule(_view(seed)), _view(seed))
         assert not isinstance(result, str), f"view {seed}: {result}"
 
 
@@ -118,10 +118,10 @@ def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bo
     engine = SimulatedEngine(allocator, _make(cls), fallback(), config=config, max_model_len=80)
     for i in range(30):
         prompt = [rng.randrange(4) for _ in range(rng.randrange(1, 50))]
-        engine.add(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), priority=rng.randrange(-2, 3))
+        engine.add_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), priority=rng.randrange(-2, 3))
         for _ in range(rng.randrange(4)):
-            engine.turn()
-    engine.run()
+            engine.run_step()
+    engine.run_until_finished()
     assert len(engine.finished) == 30, "a request was lost"
     assert engine.scheduler.stats()["policy_quarantines_total"] == 0, "the policy was quarantined; see the log"
     assert allocator.num_free_blocks() == num_blocks - 1

@@ -34,7 +34,7 @@ class SimulatedEngine:
         watermark: float = 0.01,
         max_model_len: int = 64,
         vocab_size: int = 50,
-        depth: int = 2,
+        max_in_flight: int = 2,
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
         skill: float = 0.5,
@@ -48,7 +48,7 @@ class SimulatedEngine:
             policy,
             fallback=fallback,
             max_model_len=max_model_len,
-            clock=lambda: self._turns * 1_000_000,
+            clock=lambda: self._num_turns * 1_000_000,
             speculation=speculation,
             proposer=proposer,
         )
@@ -57,14 +57,14 @@ class SimulatedEngine:
         self.finished: dict[str, str] = {}
         """Request -> how it ended."""
         self.outputs: list[EngineCoreOutput] = []
-        self.flights: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._expected: dict[str, list[int]] = {}
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._depth = depth
-        self._turns = 0
+        self._max_in_flight = max_in_flight
+        self._num_turns = 0
 
-    def add(
+    def add_request(
         self,
         request_id: str,
         prompt: Sequence[int],
@@ -78,65 +78,65 @@ class SimulatedEngine:
         """Queue a request. ``params`` are those of ``SamplingParams``."""
         params.setdefault("seed", len(self._expected))
         sampling = SamplingParams(**params)  # type: ignore[arg-type]
-        self.scheduler.add(
+        self.scheduler.add_request(
             EngineCoreRequest(
-                request_id, list(prompt), sampling, self._turns * 1_000_000, list(eos), priority, salt, parent
+                request_id, list(prompt), sampling, self._num_turns * 1_000_000, list(eos), priority, salt, parent
             )
         )
         self._expected[request_id] = self._expect(prompt, sampling, eos)
         self.received[request_id] = []
 
-    def abort(self, request_id: str) -> None:
+    def abort_request(self, request_id: str) -> None:
         """End a request now."""
-        assert self.scheduler.abort(request_id)
+        assert self.scheduler.abort_request(request_id)
         self.finished[request_id] = "abort"
 
-    def launch(self) -> SchedulerOutput | None:
+    def launch_step(self) -> SchedulerOutput | None:
         """Plan a step and send it to the worker, unless as many are in flight as may be."""
-        self._turns += 1
-        if len(self.flights) >= self._depth:
+        self._num_turns += 1
+        if len(self.in_flight) >= self._max_in_flight:
             return None
         step = self.scheduler.schedule()
         if step is not None:
-            self.flights.append((step, self.worker.execute(step)))
-        elif not self.flights:
-            assert not self.scheduler.has_unfinished, "nothing is in flight, and nothing is scheduled"
+            self.in_flight.append((step, self.worker.execute(step)))
+        elif not self.in_flight:
+            assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step
 
-    def land(self) -> list[EngineCoreOutput]:
+    def finish_step(self) -> list[EngineCoreOutput]:
         """Commit the oldest step in flight."""
-        outputs = self.scheduler.commit(*self.flights.popleft()).expand_outputs()
-        self._judge(outputs)
+        outputs = self.scheduler.update_from_output(*self.in_flight.popleft()).expand_outputs()
+        self._check_outputs(outputs)
         return outputs
 
-    def drop(self) -> list[EngineCoreOutput]:
+    def fail_step(self) -> list[EngineCoreOutput]:
         """As if the oldest step in flight had failed."""
-        outputs = self.scheduler.drop(self.flights.popleft()[0], "the worker failed").expand_outputs()
-        self._judge(outputs)
+        outputs = self.scheduler.fail_step(self.in_flight.popleft()[0], "the worker failed").expand_outputs()
+        self._check_outputs(outputs)
         return outputs
 
-    def retract(self) -> bool:
+    def retract_step(self) -> bool:
         """As if the step launched last had run out of memory. Whether it is retried in smaller steps."""
-        retried = self.scheduler.retract(self.flights[-1][0])
+        retried = self.scheduler.retract_step(self.in_flight[-1][0])
         if retried:
-            self.flights.pop()
+            self.in_flight.pop()
         return retried
 
-    def turn(self) -> None:
+    def run_step(self) -> None:
         """What the engine core does: launch, then read back the step before."""
-        launched = self.launch()
-        if self.flights and (launched is None or len(self.flights) == self._depth):
-            self.land()
+        launched = self.launch_step()
+        if self.in_flight and (launched is None or len(self.in_flight) == self._max_in_flight):
+            self.finish_step()
 
-    def run(self, limit: int = 20_000) -> None:
+    def run_until_finished(self, limit: int = 20_000) -> None:
         """Serve until all requests have ended. ``AssertionError`` if that takes more than ``limit`` turns."""
         for _ in range(limit):
-            if not self.scheduler.has_unfinished and not self.flights:
+            if not self.scheduler.has_unfinished_requests and not self.in_flight:
                 return
-            self.turn()
+            self.run_step()
         raise AssertionError(f"requests are unfinished after {limit} turns: no progress")
 
-    def _judge(self, outputs: list[EngineCoreOutput]) -> None:
+    def _check_outputs(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:
             request_id = output.request_id
             assert request_id not in self.finished, f"{request_id} receives something after its end"

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from quire.plugins.kv.hashing import hash_chain
-from quire.plugins.kv.pool import SINK, BlockPool
+from quire.plugins.kv.pool import NULL_BLOCK, BlockPool
 from quire.sdk import Allocation, KVAllocator, KVEvent, KVGroup, KVStats, PrefixMatch, Request
 
 __all__ = ["PagedAllocator"]
@@ -33,7 +33,7 @@ class PagedAllocator(KVAllocator):
     ) -> None:
         super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
-        self._tables: dict[str, _Table] = {}
+        self._tables: dict[str, _BlockTable] = {}
         self._held: list[Counter[int]] = [Counter() for _ in self.groups]
         self._queries = self._hits = 0
 
@@ -45,10 +45,12 @@ class PagedAllocator(KVAllocator):
         length = len(hashes)
         for group, pool in zip(self.groups, self._pools, strict=True):
             if group.window is None:
-                found = pool.by_hash
+                found = pool.cached_blocks
                 length = next((i for i in range(length) if hashes[i] not in found), length)
         length = self._fit_windows(hashes, length)
-        return PrefixMatch(length * self.block_size, tuple(self._matched(g, hashes, length) for g in self._indices))
+        return PrefixMatch(
+            length * self.block_size, tuple(self._matched_blocks(g, hashes, length) for g in self._indices)
+        )
 
     def allocate(
         self,
@@ -63,36 +65,36 @@ class PagedAllocator(KVAllocator):
         size = self.block_size
         table = self._tables.get(request.request_id)
         if table is not None and num_computed_tokens >= len(table.blocks[0]) * size:
-            return self._append(table, -(-num_tokens // size), num_reserved_blocks)
+            return self._append_blocks(table, -(-num_tokens // size), num_reserved_blocks)
         fresh = table is None
         if table is None:
-            table = _Table(
+            table = _BlockTable(
                 [list(blocks) for blocks in prefix_match.blocks] if prefix_match else [[] for _ in self.groups]
             )
         need, first = -(-num_tokens // size), num_computed_tokens // size
         shared: list[list[int]] = []  # per group, indices of blocks to be written that others can read
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
-            refs = pool.refs
+            refs = pool.ref_counts
             indices = [i for i in range(first, len(blocks)) if refs[blocks[i]] > 1]
-            claimed = sum(block != SINK and refs[block] == 0 for block in blocks) if fresh else 0
+            claimed = sum(block != NULL_BLOCK and refs[block] == 0 for block in blocks) if fresh else 0
             if max(need - len(blocks), 0) + len(indices) + claimed + num_reserved_blocks > pool.num_free:
                 return None
             shared.append(indices)
         if fresh:
-            self._open(request, table, prefix_match)
+            self._open_table(request, table, prefix_match)
         starts, new_blocks, copies = [], [], []
         for g, (pool, blocks, indices) in enumerate(zip(self._pools, table.blocks, shared, strict=True)):
             start = 0 if fresh else indices[0] if indices else len(blocks)
             for block in blocks[first:]:
-                if pool.refs[block] == 1:
-                    pool.forget(block)
+                if pool.ref_counts[block] == 1:
+                    pool.evict_block(block)
             for i in indices:
-                (copy,) = pool.take(1)
+                (copy,) = pool.allocate_blocks(1)
                 copies.append((g, blocks[i], copy))
-                pool.give((blocks[i],))
+                pool.drop_references((blocks[i],))
                 blocks[i] = copy
             if need > len(blocks):
-                blocks += pool.take(need - len(blocks))
+                blocks += pool.allocate_blocks(need - len(blocks))
             starts.append(start)
             new_blocks.append(blocks[start:])
         return Allocation(starts, new_blocks, copies)
@@ -105,47 +107,47 @@ class PagedAllocator(KVAllocator):
         full = num_tokens // self.block_size
         hashes = hash_chain(request, self.block_size, full)
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
-            for i in range(table.num_stored, full):
-                if blocks[i] != SINK:
-                    pool.store(blocks[i], hashes[i])
-        table.num_stored = max(table.num_stored, full)
+            for i in range(table.num_cached, full):
+                if blocks[i] != NULL_BLOCK:
+                    pool.insert_cached(blocks[i], hashes[i])
+        table.num_cached = max(table.num_cached, full)
 
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Share whole tables; whoever writes first into the last block copies it (see ``allocate``)."""
         source = self._tables[parent.request_id]
         count = -(-num_tokens // self.block_size)
         for group, blocks in zip(self.groups, source.blocks, strict=True):
-            if group.window is not None and SINK in blocks[self._window_start(group.window, num_tokens) : count]:
+            if group.window is not None and NULL_BLOCK in blocks[self._window_start(group.window, num_tokens) : count]:
                 return None
-        table = _Table([blocks[:count] for blocks in source.blocks])
-        table.num_stored = min(source.num_stored, num_tokens // self.block_size)
-        table.num_trimmed = list(source.num_trimmed)
+        table = _BlockTable([blocks[:count] for blocks in source.blocks])
+        table.num_cached = min(source.num_cached, num_tokens // self.block_size)
+        table.num_out_of_window = list(source.num_out_of_window)
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
-            pool.claim(blocks)
+            pool.add_references(blocks)
         self._tables[child.request_id] = table
         return Allocation([0] * len(self.groups), [list(blocks) for blocks in table.blocks])
 
     def free_out_of_window_blocks(self, request: Request, group: int, before: int) -> None:
         """Give up whole blocks; their entries become the sink."""
         table = self._tables[request.request_id]
-        blocks, start = table.blocks[group], table.num_trimmed[group]
+        blocks, start = table.blocks[group], table.num_out_of_window[group]
         end = min(before // self.block_size, len(blocks))
         if end > start:
-            self._pools[group].give(reversed(blocks[start:end]))
-            blocks[start:end] = [SINK] * (end - start)
-            table.num_trimmed[group] = end
+            self._pools[group].drop_references(reversed(blocks[start:end]))
+            blocks[start:end] = [NULL_BLOCK] * (end - start)
+            table.num_out_of_window[group] = end
 
     def free(self, request: Request) -> None:
         """Give up the last block first, so that a chain is forgotten from its tail."""
         table = self._tables.pop(request.request_id, None)
         if table is not None:
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
-                pool.give(reversed(blocks))
+                pool.drop_references(reversed(blocks))
 
     def num_held(self, request: Request) -> int:
         """Entries that are not the sink."""
         table = self._tables.get(request.request_id)
-        return sum(block != SINK for block in chain.from_iterable(table.blocks)) if table else 0
+        return sum(block != NULL_BLOCK for block in chain.from_iterable(table.blocks)) if table else 0
 
     def num_free_blocks(self) -> int:
         """Of the scarcest group."""
@@ -153,14 +155,14 @@ class PagedAllocator(KVAllocator):
 
     def hold(self, group: int, blocks: Sequence[int]) -> None:
         """Add references that no table explains."""
-        self._pools[group].claim(blocks)
-        self._held[group].update(block for block in blocks if block != SINK)
+        self._pools[group].add_references(blocks)
+        self._held[group].update(block for block in blocks if block != NULL_BLOCK)
 
     def release(self, group: int, blocks: Sequence[int]) -> None:
         """Drop them again."""
-        self._held[group].subtract(block for block in blocks if block != SINK)
+        self._held[group].subtract(block for block in blocks if block != NULL_BLOCK)
         self._held[group] = +self._held[group]
-        self._pools[group].give(reversed(blocks))
+        self._pools[group].drop_references(reversed(blocks))
 
     def reset_prefix_cache(self) -> int:
         """Blocks in use stay findable."""
@@ -179,7 +181,7 @@ class PagedAllocator(KVAllocator):
         return KVStats(
             num_blocks=(self.num_blocks - 1) * len(self.groups),
             num_free=sum(pool.num_free for pool in self._pools),
-            num_cached=sum(len(pool.by_hash) for pool in self._pools),
+            num_cached=sum(len(pool.cached_blocks) for pool in self._pools),
             prefix_queries=self._queries,
             prefix_hits=self._hits,
         )
@@ -187,24 +189,24 @@ class PagedAllocator(KVAllocator):
     def check_integrity(self) -> None:
         """Recount references from the tables, and compare with counts, free list and hash index."""
         for g, pool in enumerate(self._pools):
-            refs = Counter(block for table in self._tables.values() for block in table.blocks[g] if block != SINK)
+            refs = Counter(block for table in self._tables.values() for block in table.blocks[g] if block != NULL_BLOCK)
             refs.update(self._held[g])
-            assert refs[SINK] == 0 and pool.refs[SINK] == 0, f"group {g}: the sink was handed out"
+            assert refs[NULL_BLOCK] == 0 and pool.ref_counts[NULL_BLOCK] == 0, f"group {g}: the sink was handed out"
             for block in range(1, self.num_blocks):
-                counted = pool.refs[block]
+                counted = pool.ref_counts[block]
                 assert counted == refs[block], f"group {g}, block {block}: {counted} references, {refs[block]} holders"
-            free = pool.free_list()
+            free = pool.list_free_blocks()
             assert len(free) == pool.num_free, f"group {g}: {len(free)} blocks in the free list, not {pool.num_free}"
             expected = {block for block in range(1, self.num_blocks) if refs[block] == 0}
             assert set(free) == expected, f"group {g}: free and unreferenced differ: {set(free) ^ expected}"
-            index = {h: b for b, h in enumerate(pool.hashes) if h is not None}
-            assert index == pool.by_hash, f"group {g}: the hash index and the blocks disagree"
+            index = {h: b for b, h in enumerate(pool.block_hashes) if h is not None}
+            assert index == pool.cached_blocks, f"group {g}: the hash index and the blocks disagree"
 
     @property
     def _indices(self) -> range:
         return range(len(self.groups))
 
-    def _append(self, table: _Table, need: int, reserve: int) -> Allocation | None:
+    def _append_blocks(self, table: _BlockTable, need: int, reserve: int) -> Allocation | None:
         """``allocate`` where nothing held will be written: the common case, a decoding request's next block."""
         starts, new_blocks = [], []
         extra = need - len(table.blocks[0])
@@ -213,20 +215,20 @@ class PagedAllocator(KVAllocator):
                 return None
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
             starts.append(len(blocks))
-            new = pool.take(extra)
+            new = pool.allocate_blocks(extra)
             blocks += new
             new_blocks.append(new)
         return Allocation(starts, new_blocks)
 
-    def _open(self, request: Request, table: _Table, match: PrefixMatch | None) -> None:
+    def _open_table(self, request: Request, table: _BlockTable, match: PrefixMatch | None) -> None:
         """Register a request's first table and take its matched blocks."""
         self._tables[request.request_id] = table
         if match is not None:
-            table.num_stored = match.num_tokens // self.block_size
+            table.num_cached = match.num_tokens // self.block_size
             self._queries += len(request.token_ids)
             self._hits += match.num_tokens
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
-                pool.claim(blocks)
+                pool.add_references(blocks)
 
     def _window_start(self, window: int, num_tokens: int) -> int:
         """The first block that the token at position ``num_tokens`` reads."""
@@ -235,7 +237,7 @@ class PagedAllocator(KVAllocator):
     def _fit_windows(self, hashes: list[bytes], length: int) -> int:
         """The longest prefix, in blocks, whose last window is cached in every group that has one."""
         pairs = zip(self.groups, self._pools, strict=True)
-        windowed = [(group.window, pool.by_hash) for group, pool in pairs if group.window is not None]
+        windowed = [(group.window, pool.cached_blocks) for group, pool in pairs if group.window is not None]
         settled = False
         while not settled:
             settled = True
@@ -246,19 +248,19 @@ class PagedAllocator(KVAllocator):
                     length, settled = missing, False
         return length
 
-    def _matched(self, group: int, hashes: list[bytes], length: int) -> tuple[int, ...]:
-        found, window = self._pools[group].by_hash, self.groups[group].window
+    def _matched_blocks(self, group: int, hashes: list[bytes], length: int) -> tuple[int, ...]:
+        found, window = self._pools[group].cached_blocks, self.groups[group].window
         start = 0 if window is None else min(self._window_start(window, length * self.block_size), length)
-        return (SINK,) * start + tuple(found[hashes[i]] for i in range(start, length))
+        return (NULL_BLOCK,) * start + tuple(found[hashes[i]] for i in range(start, length))
 
 
-class _Table:
+class _BlockTable:
     """What one request holds: a list of blocks per group."""
 
-    __slots__ = ("blocks", "num_stored", "num_trimmed")
+    __slots__ = ("blocks", "num_cached", "num_out_of_window")
 
     def __init__(self, blocks: list[list[int]]) -> None:
         self.blocks = blocks
-        self.num_stored = 0
+        self.num_cached = 0
         """Blocks from the start that ``commit`` has seen."""
-        self.num_trimmed = [0] * len(blocks)
+        self.num_out_of_window = [0] * len(blocks)

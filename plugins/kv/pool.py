@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 __all__ = ["BlockPool"]
 
-SINK = 0
+NULL_BLOCK = 0
 """Block 0 takes the writes of padding. It is never handed out, and serves as the head of the free list."""
 
 
@@ -18,69 +18,71 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.refs = [0] * num_blocks
-        self.hashes: list[bytes | None] = [None] * num_blocks
-        self.by_hash: dict[bytes, int] = {}
+        self.ref_counts = [0] * num_blocks
+        self.block_hashes: list[bytes | None] = [None] * num_blocks
+        self.cached_blocks: dict[bytes, int] = {}
         self.num_free = num_blocks - 1
         self.changes: list[tuple[bool, int, bytes]] | None = None
         """(stored, block, hash), oldest first; None while nobody collects them."""
-        self._next = [*range(1, num_blocks), SINK]
+        self._next = [*range(1, num_blocks), NULL_BLOCK]
         self._prev = [num_blocks - 1, *range(num_blocks - 1)]
 
-    def take(self, count: int) -> list[int]:
+    def allocate_blocks(self, count: int) -> list[int]:
         """``count`` blocks, each with one reference; there must be that many free ones."""
         taken = []
         for _ in range(count):
-            block = self._next[SINK]
+            block = self._next[NULL_BLOCK]
             self._unlink(block)
-            self.forget(block)
-            self.refs[block] = 1
+            self.evict_block(block)
+            self.ref_counts[block] = 1
             taken.append(block)
         return taken
 
-    def claim(self, blocks: Iterable[int]) -> None:
+    def add_references(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block (the sink aside), taking it off the free list if nobody held it."""
         for block in blocks:
-            if block != SINK:
-                if self.refs[block] == 0:
+            if block != NULL_BLOCK:
+                if self.ref_counts[block] == 0:
                     self._unlink(block)
-                self.refs[block] += 1
+                self.ref_counts[block] += 1
 
-    def give(self, blocks: Iterable[int]) -> None:
+    def drop_references(self, blocks: Iterable[int]) -> None:
         """Drop a reference of each block. Those that nobody holds any more are free: the first named goes first."""
         for block in blocks:
-            if block != SINK:
-                self.refs[block] -= 1
-                if self.refs[block] == 0:
+            if block != NULL_BLOCK:
+                self.ref_counts[block] -= 1
+                if self.ref_counts[block] == 0:
                     self._link(block)
 
-    def store(self, block: int, block_hash: bytes) -> None:
+    def insert_cached(self, block: int, block_hash: bytes) -> None:
         """Make a full block findable, unless it is already or another block with the same content is."""
-        if self.hashes[block] is None and block_hash not in self.by_hash:
-            self.hashes[block] = block_hash
-            self.by_hash[block_hash] = block
+        if self.block_hashes[block] is None and block_hash not in self.cached_blocks:
+            self.block_hashes[block] = block_hash
+            self.cached_blocks[block_hash] = block
             if self.changes is not None:
                 self.changes.append((True, block, block_hash))
 
-    def forget(self, block: int) -> bool:
+    def evict_block(self, block: int) -> bool:
         """Make a block unfindable; whether it was findable."""
-        block_hash = self.hashes[block]
+        block_hash = self.block_hashes[block]
         if block_hash is None:
             return False
-        self.hashes[block] = None
-        del self.by_hash[block_hash]
+        self.block_hashes[block] = None
+        del self.cached_blocks[block_hash]
         if self.changes is not None:
             self.changes.append((False, block, block_hash))
         return True
 
     def forget_free(self) -> int:
         """Make every findable block that nobody holds unfindable; how many."""
-        return sum(self.forget(block) for block in list(self.by_hash.values()) if self.refs[block] == 0)
+        return sum(
+            self.evict_block(block) for block in list(self.cached_blocks.values()) if self.ref_counts[block] == 0
+        )
 
-    def free_list(self) -> list[int]:
+    def list_free_blocks(self) -> list[int]:
         """The free blocks in the order in which they will be taken."""
-        order, block = [], self._next[SINK]
-        while block != SINK:
+        order, block = [], self._next[NULL_BLOCK]
+        while block != NULL_BLOCK:
             order.append(block)
             assert len(order) < len(self._next), "the free list has a cycle"
             assert self._prev[self._next[block]] == block, f"the free list is torn at block {block}"
@@ -95,10 +97,10 @@ class BlockPool:
 
     def _link(self, block: int) -> None:
         """Blocks without content go to the front, the others to the back."""
-        if self.hashes[block] is None:
-            before, after = SINK, self._next[SINK]
+        if self.block_hashes[block] is None:
+            before, after = NULL_BLOCK, self._next[NULL_BLOCK]
         else:
-            before, after = self._prev[SINK], SINK
+            before, after = self._prev[NULL_BLOCK], NULL_BLOCK
         self._next[before] = self._prev[after] = block
         self._prev[block], self._next[block] = before, after
         self.num_free += 1

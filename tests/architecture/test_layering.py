@@ -77,8 +77,8 @@ def test_a_breach_is_seen(source, path, text):
         ("core/a.py", "from quire.core.request import Request"),
         ("core/plugin/builtin.py", "TARGET = 'quire.plugins.kv.paged:PagedAllocator'"),
         ("server/a.py", "from quire.core.engine.async_llm import AsyncLLM"),
-        ("plugins/kv/a.py", "from quire.sdk import KVAllocator\nfrom quire.plugins.kv.pool import SINK"),
-        ("plugins/kv/a.py", "from quire import SamplingParams\nfrom .pool import SINK\nimport torch"),
+        ("plugins/kv/a.py", "from quire.sdk import KVAllocator\nfrom quire.plugins.kv.pool import NULL_BLOCK"),
+        ("plugins/kv/a.py", "from quire import SamplingParams\nfrom .pool import NULL_BLOCK\nimport torch"),
     ],
 )
 def test_what_is_allowed_passes(source, path, text):

@@ -72,9 +72,9 @@ def test_all_groups_find_the_same_number_of_tokens():
     first = request("first", range(16))
     allocator.allocate(first, 16, num_computed_tokens=0)
     allocator.cache_full_blocks(first, 16)
-    allocator._pools[0].forget(allocator._tables["first"].blocks[0][3])
+    allocator._pools[0].evict_block(allocator._tables["first"].blocks[0][3])
     assert allocator.match_prefix(request("same", range(17))).num_tokens == 12
-    allocator._pools[1].forget(allocator._tables["first"].blocks[1][1])
+    allocator._pools[1].evict_block(allocator._tables["first"].blocks[1][1])
     match = allocator.match_prefix(request("same", range(17)))
     assert match.num_tokens == 4 and [len(blocks) for blocks in match.blocks] == [1, 1]
 
@@ -129,9 +129,9 @@ def test_the_chain_covers_everything_before():
 
 def test_the_free_list_is_a_queue():
     pool = BlockPool(5)
-    assert pool.free_list() == [1, 2, 3, 4]
-    blocks = pool.take(3)
-    pool.store(2, b"two")
-    pool.give(blocks)
-    assert pool.free_list() == [3, 1, 4, 2] and pool.num_free == 4
-    assert pool.take(4) == [3, 1, 4, 2] and pool.by_hash == {}
+    assert pool.list_free_blocks() == [1, 2, 3, 4]
+    blocks = pool.allocate_blocks(3)
+    pool.insert_cached(2, b"two")
+    pool.drop_references(blocks)
+    assert pool.list_free_blocks() == [3, 1, 4, 2] and pool.num_free == 4
+    assert pool.allocate_blocks(4) == [3, 1, 4, 2] and pool.cached_blocks == {}

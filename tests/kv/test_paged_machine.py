@@ -102,7 +102,7 @@ class PagedMachine(RuleBasedStateMachine):
     @rule(request=requests)
     def hold(self, request):
         blocks = sorted({*self.tables[request][0].values()} - {0})
-        live = [block for block in blocks if self.allocator._pools[0].refs[block]]
+        live = [block for block in blocks if self.allocator._pools[0].ref_counts[block]]
         contents = {slot: text for slot, text in self.slots[0].items() if slot // self.size in live}
         self.allocator.hold(0, live)
         self.held.append((live, contents))
@@ -143,7 +143,7 @@ class PagedMachine(RuleBasedStateMachine):
 
     def picture(self):
         pools = self.allocator._pools
-        return [(list(p.refs), list(p.hashes), p.free_list(), p.num_free) for p in pools]
+        return [(list(p.ref_counts), list(p.block_hashes), p.list_free_blocks(), p.num_free) for p in pools]
 
     def first_read(self, group, computed):
         return 0 if group.window is None else max(computed - group.window + 1, 0)

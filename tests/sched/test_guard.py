@@ -64,8 +64,8 @@ HARMS = {
 def test_a_policy_whose_plans_are_nonsense_is_replaced(make_engine, caplog, harm):
     engine = make_engine(After(harm), num_blocks=30, rows=4, budget=10)
     for i in range(12):
-        engine.add(f"r{i}", [i] * (1 + 2 * i), max_tokens=12)
-    engine.run()
+        engine.add_request(f"r{i}", [i] * (1 + 2 * i), max_tokens=12)
+    engine.run_until_finished()
     assert set(engine.finished.values()) == {"length"} and len(engine.finished) == 12
     assert engine.scheduler.stats()["policy_quarantines_total"] == 1
     (record,) = [r for r in caplog.records if r.name == "quire.sched"]
@@ -76,8 +76,8 @@ def test_a_policy_whose_plans_are_nonsense_is_replaced(make_engine, caplog, harm
 def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
     slow = After(lambda view: time.sleep(0.06) or default_plan(view))
     engine = make_engine(slow)
-    engine.add("r", [1, 2, 3], max_tokens=20)
-    engine.run()
+    engine.add_request("r", [1, 2, 3], max_tokens=20)
+    engine.run_until_finished()
     assert slow.calls == 6
     assert "over 50, 3 times running" in caplog.text and engine.finished == {"r": "length"}
 
@@ -85,8 +85,8 @@ def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
 def test_one_slow_plan_is_forgiven(make_engine):
     slow = After(lambda view: (time.sleep(0.06) if slow.calls % 3 == 0 else None) or default_plan(view))
     engine = make_engine(slow)
-    engine.add("r", [1, 2, 3], max_tokens=12)
-    engine.run()
+    engine.add_request("r", [1, 2, 3], max_tokens=12)
+    engine.run_until_finished()
     assert engine.scheduler.stats()["policy_quarantines_total"] == 0
 
 
@@ -99,8 +99,8 @@ def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
 
     engine = make_engine(Waiting())
     for i in range(4):
-        engine.add(f"r{i}", [1, 2, 3], max_tokens=8)
-    engine.run()
+        engine.add_request(f"r{i}", [1, 2, 3], max_tokens=8)
+    engine.run_until_finished()
     assert engine.scheduler.stats()["policy_quarantines_total"] == 0
 
 
@@ -112,13 +112,13 @@ def test_excess_is_cut_not_punished(make_engine):
 
     engine = make_engine(Greedy(), rows=3, budget=7, num_blocks=30)
     for i in range(9):
-        engine.add(f"r{i}", [i] * 9, max_tokens=9)
+        engine.add_request(f"r{i}", [i] * 9, max_tokens=9)
     for _ in range(20):
-        step = engine.launch()
+        step = engine.launch_step()
         assert step is None or (step.total_num_scheduled_tokens <= 7 and len(step.rows) <= 3)
-        while engine.flights:
-            engine.land()
-    engine.run()
+        while engine.in_flight:
+            engine.finish_step()
+    engine.run_until_finished()
     assert engine.scheduler.stats()["policy_quarantines_total"] == 0
 
 
@@ -142,20 +142,20 @@ class BadKeys(FCFSPolicy):
 def test_a_policy_whose_keys_are_nonsense_is_replaced(make_engine, last):
     engine = make_engine(BadKeys([(3.5,), (2,), (1,), last]), rows=1)
     for i in range(6):
-        engine.add(f"r{i}", [1, 2], max_tokens=2)
-    assert [request.request_id for request in engine.scheduler._queue.window(9)] == [f"r{i}" for i in range(6)]
-    engine.run()
+        engine.add_request(f"r{i}", [1, 2], max_tokens=2)
+    assert [request.request_id for request in engine.scheduler._waiting.peek_requests(9)] == [f"r{i}" for i in range(6)]
+    engine.run_until_finished()
     assert list(engine.finished) == [f"r{i}" for i in range(6)]
     assert engine.scheduler.stats()["policy_quarantines_total"] == 1
 
 
 def test_a_rejection_is_an_answer_not_a_fault(make_engine):
     engine = make_engine(BadKeys([(1,), Reject("the tenant is over its quota"), (2,)]))
-    engine.add("a", [1], max_tokens=1)
+    engine.add_request("a", [1], max_tokens=1)
     with pytest.raises(QueueFullError, match="over its quota"):
-        engine.add("b", [1], max_tokens=1)
-    engine.add("c", [1], max_tokens=1)
-    engine.run()
+        engine.add_request("b", [1], max_tokens=1)
+    engine.add_request("c", [1], max_tokens=1)
+    engine.run_until_finished()
     assert list(engine.finished) == ["a", "c"]
     assert engine.scheduler.stats()["policy_quarantines_total"] == 0
 
@@ -174,10 +174,10 @@ def test_finished_is_told_and_may_fail(make_engine):
     for fails in (False, True):
         policy = Accountant(fails)
         engine = make_engine(policy)
-        engine.add("a", [1] * 9, max_tokens=5)
-        engine.run()
-        engine.add("b", [1] * 9, max_tokens=5)
-        engine.run()
+        engine.add_request("a", [1] * 9, max_tokens=5)
+        engine.run_until_finished()
+        engine.add_request("b", [1] * 9, max_tokens=5)
+        engine.run_until_finished()
         assert engine.scheduler.stats()["policy_quarantines_total"] == fails
         assert list(policy.heard) == (["a"] if fails else ["a", "b"])
         usage = policy.heard["a"]

@@ -14,8 +14,8 @@ def order(make_engine, policy, arrivals):
     """Serve one at a time; ``arrivals``: (name, prompt length, priority), all there before the first step."""
     engine = make_engine(policy, rows=1, budget=64)
     for name, size, priority in arrivals:
-        engine.add(name, [1] * size, max_tokens=1, priority=priority)
-    engine.run()
+        engine.add_request(name, [1] * size, max_tokens=1, priority=priority)
+    engine.run_until_finished()
     return list(engine.finished)
 
 

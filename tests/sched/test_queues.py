@@ -23,7 +23,7 @@ def make_request(number, key=0):
 class QueueMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.queue = WaitingQueue(block_size=4, front=FRONT)
+        self.queue = WaitingQueue(block_size=4, max_visible=FRONT)
         self.ready, self.parked = [], []
         self.count = 0
 
@@ -32,19 +32,19 @@ class QueueMachine(RuleBasedStateMachine):
         request = make_request(self.count, key)
         self.count += 1
         if parked:
-            self.queue.park(request)
+            self.queue.park_request(request)
             self.parked.append(request)
         else:
-            self.queue.add(request)
+            self.queue.add_request(request)
             self.ready.append(request)
 
     @rule(data=st.data(), back=st.booleans())
     @precondition(lambda self: self.ready)
     def leave(self, data, back):
         request = data.draw(st.sampled_from(self.ready))
-        self.queue.remove(request)
+        self.queue.remove_request(request)
         if back:  # as after a preemption: with the rank it had
-            self.queue.add(request)
+            self.queue.add_request(request)
         else:
             self.ready.remove(request)
 
@@ -54,27 +54,27 @@ class QueueMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.parked))
         self.parked.remove(request)
         if stays:
-            self.queue.unpark(request)
+            self.queue.unpark_request(request)
             self.ready.append(request)
         else:
-            self.queue.remove(request)
+            self.queue.remove_request(request)
 
     @rule()
     def resort(self):
         for request in self.ready + self.parked:
             (key,), number = request.queue_key
             request.queue_key = ((-key,), number)
-        self.queue.resort()
+        self.queue.reorder_requests()
 
     @invariant()
     def is_a_sorted_list(self):
         best = sorted(self.ready, key=lambda request: request.queue_key)[:FRONT]
-        assert self.queue.window(FRONT) == best
-        assert self.queue.window(2) == best[:2]
+        assert self.queue.peek_requests(FRONT) == best
+        assert self.queue.peek_requests(2) == best[:2]
         assert self.queue.num_ready == len(self.ready)
         assert len(self.queue) == len(self.ready) + len(self.parked)
         assert set(self.queue) == {*self.ready, *self.parked}
-        view = self.queue.view(FRONT)
+        view = self.queue.view_columns(FRONT)
         assert view.prompt_len.tolist() == [request.prompt_len for request in best]
         assert view.num_remaining_tokens.tolist() == [request.num_tokens for request in best]
         assert view.priority.tolist() == [request.priority for request in best]
@@ -85,20 +85,20 @@ TestQueue.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_removed_requests_do_not_pile_up():
-    queue = WaitingQueue(block_size=4, front=FRONT)
+    queue = WaitingQueue(block_size=4, max_visible=FRONT)
     requests = [make_request(number) for number in range(5000)]
     for request in requests:
-        queue.add(request)
+        queue.add_request(request)
     for request in requests[10:4990]:
-        queue.remove(request)
+        queue.remove_request(request)
     assert len(queue._heap) < 200
-    assert queue.window(FRONT) == requests[:FRONT]
+    assert queue.peek_requests(FRONT) == requests[:FRONT]
 
 
 def test_columns_are_read_only_and_made_on_demand():
     queue = WaitingQueue(block_size=4)
-    queue.add(make_request(5))
-    view = queue.view(10)
+    queue.add_request(make_request(5))
+    view = queue.view_columns(10)
     assert len(view) == 1 and "num_computed_tokens" not in vars(view)
     for name in type(view).__mro__[1].__annotations__:
         column = getattr(view, name)

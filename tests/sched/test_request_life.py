@@ -14,11 +14,11 @@ from quire.plugins.sched.fcfs import FCFSPolicy
 def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
     drawn = expected_tokens(0, [1, 2], 8, 50)
     engine = make_engine()
-    engine.add("eos", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]])
-    engine.add("stop", [1, 2], max_tokens=8, seed=0, stop_token_ids=[drawn[3]])
-    engine.add("ignored", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], ignore_eos=True)
-    engine.add("later", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], min_tokens=5)
-    engine.run()
+    engine.add_request("eos", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]])
+    engine.add_request("stop", [1, 2], max_tokens=8, seed=0, stop_token_ids=[drawn[3]])
+    engine.add_request("ignored", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], ignore_eos=True)
+    engine.add_request("later", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], min_tokens=5)
+    engine.run_until_finished()
     ends = {o.request_id: (o.finish_reason, o.stop_reason) for o in engine.outputs if o.finish_reason}
     assert ends == {
         "eos": ("stop", None),
@@ -32,40 +32,40 @@ def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
 @pytest.mark.parametrize("stops", [[2**40], [-5], [2**20 + 3], list(range(100, 4000))])
 def test_odd_stop_tokens_hurt_nobody(make_engine, stops):
     engine = make_engine(vocab_size=2**20 + 5)
-    engine.add("r", [1], max_tokens=4, stop_token_ids=stops)
-    engine.add("s", [1], max_tokens=4)
-    engine.run()
+    engine.add_request("r", [1], max_tokens=4, stop_token_ids=stops)
+    engine.add_request("s", [1], max_tokens=4)
+    engine.run_until_finished()
     assert len(engine.finished) == 2
 
 
 def test_abort_at_any_moment_returns_everything(make_engine):
     for moment in range(12):
         engine = make_engine(budget=6, num_blocks=20)
-        engine.add("a", [1] * 10, max_tokens=6)
-        engine.add("b", [2] * 10, max_tokens=6)
+        engine.add_request("a", [1] * 10, max_tokens=6)
+        engine.add_request("b", [2] * 10, max_tokens=6)
         for _ in range(moment):
-            engine.turn()
+            engine.run_step()
         if "a" not in engine.finished:
-            engine.abort("a")
+            engine.abort_request("a")
             assert engine.allocator._tables.keys() <= {"b"}
-        engine.run()
+        engine.run_until_finished()
         assert engine.finished["b"] == "length" and engine.allocator.num_free_blocks() == 19
-    assert not engine.scheduler.abort("a")
+    assert not engine.scheduler.abort_request("a")
 
 
 def test_a_failed_step_ends_its_own_requests_only(make_engine):
     engine = make_engine(rows=2)
     for i in range(3):
-        engine.add(f"r{i}", [i] * 9, max_tokens=3)
-    engine.launch()
-    engine.launch()
-    ended = engine.drop()
+        engine.add_request(f"r{i}", [i] * 9, max_tokens=3)
+    engine.launch_step()
+    engine.launch_step()
+    ended = engine.fail_step()
     assert [(o.request_id, o.finish_reason, o.error) for o in ended] == [
         ("r0", "error", "the worker failed"),
         ("r1", "error", "the worker failed"),
     ]
     assert engine.allocator.stats().num_cached == 0, "what a failed step wrote must not be found"
-    engine.run()
+    engine.run_until_finished()
     assert engine.finished == {"r0": "error", "r1": "error", "r2": "length"}
     assert engine.allocator.num_free_blocks() == 63
 
@@ -76,8 +76,8 @@ def test_a_failed_step_ends_its_own_requests_only(make_engine):
 def test_the_youngest_is_preempted_and_loses_nothing(make_engine):
     engine = make_engine(num_blocks=11, watermark=0.0)
     for i in range(3):
-        engine.add(f"r{i}", [i] * 8, max_tokens=17)
-    engine.run()
+        engine.add_request(f"r{i}", [i] * 8, max_tokens=17)
+    engine.run_until_finished()
     assert engine.scheduler.stats()["num_preemptions_total"] > 0
     assert list(engine.finished) == ["r0", "r1", "r2"]
 
@@ -85,24 +85,24 @@ def test_the_youngest_is_preempted_and_loses_nothing(make_engine):
 def test_nobody_is_admitted_in_a_step_that_preempts(make_engine):
     engine = make_engine(num_blocks=11, watermark=0.0)
     for i in range(4):
-        engine.add(f"r{i}", [i] * 8, max_tokens=17)
+        engine.add_request(f"r{i}", [i] * 8, max_tokens=17)
     preempted = 0
-    while engine.scheduler.has_unfinished:
-        step = engine.launch()
+    while engine.scheduler.has_unfinished_requests:
+        step = engine.launch_step()
         now = engine.scheduler.stats()["num_preemptions_total"]
         assert now == preempted or step.new_requests == []
         preempted = now
-        while engine.flights:
-            engine.land()
+        while engine.in_flight:
+            engine.finish_step()
     assert preempted > 0
 
 
 def test_blocks_ahead_never_pass_the_end(make_engine):
     engine = make_engine(rows=2, num_blocks=64)
-    engine.add("r", [1] * 5, max_tokens=12)
+    engine.add_request("r", [1] * 5, max_tokens=12)
     held = []
-    while engine.scheduler.has_unfinished:
-        engine.turn()
+    while engine.scheduler.has_unfinished_requests:
+        engine.run_step()
         held += [engine.allocator.stats().num_blocks - engine.allocator.stats().num_free]
     assert max(held) == 4, "16 tokens are ever computed"
     assert 3 not in held, "many blocks are free, so decoding gets several at a time"
@@ -116,40 +116,40 @@ def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
 
     engine = make_engine(OldestFirst(), num_blocks=11, watermark=0.0)
     for i in range(3):
-        engine.add(f"r{i}", [i] * 8, max_tokens=17)
+        engine.add_request(f"r{i}", [i] * 8, max_tokens=17)
     while engine.scheduler.stats()["num_preemptions_total"] == 0:
-        engine.turn()
-    assert [entry.request_id for entry in engine.scheduler._queue] == ["r1"]
-    engine.run()
+        engine.run_step()
+    assert [entry.request_id for entry in engine.scheduler._waiting] == ["r1"]
+    engine.run_until_finished()
 
 
 def test_newcomers_leave_room_for_those_who_run(make_engine):
     engine = make_engine(num_blocks=21, watermark=0.2, budget=32)
-    engine.add("long", [1] * 60, max_tokens=2, seed=1)
-    engine.launch()
-    engine.add("short", [2] * 8, max_tokens=2)
-    step = engine.launch()
+    engine.add_request("long", [1] * 60, max_tokens=2, seed=1)
+    engine.launch_step()
+    engine.add_request("short", [2] * 8, max_tokens=2)
+    step = engine.launch_step()
     assert step.num_scheduled_tokens.tolist() == [28], (
         "the long prompt needs 15 blocks and 4 are the watermark: 2 do not fit"
     )
-    engine.run()
+    engine.run_until_finished()
     assert engine.scheduler.stats()["num_preemptions_total"] == 0
 
 
 def test_a_newcomer_without_blocks_is_not_tried_in_every_step(make_engine, monkeypatch):
     engine = make_engine(num_blocks=21, watermark=0.0)
-    engine.add("long", [1] * 32, max_tokens=32, seed=1)
-    engine.launch()
-    engine.add("wide", [2] * 60, max_tokens=1)
+    engine.add_request("long", [1] * 32, max_tokens=32, seed=1)
+    engine.launch_step()
+    engine.add_request("wide", [2] * 60, max_tokens=1)
     tries = []
     match = engine.allocator.match_prefix
     monkeypatch.setattr(engine.allocator, "match_prefix", lambda made: tries.append(made) or match(made))
     while "long" not in engine.finished:
-        engine.turn()
+        engine.run_step()
     assert 2 <= len(tries) <= 6
-    engine.turn()
+    engine.run_step()
     assert engine.scheduler.num_running == 1, "the blocks are free again: no further delay"
-    engine.run()
+    engine.run_until_finished()
 
 
 # ---- families
@@ -158,12 +158,12 @@ def test_a_newcomer_without_blocks_is_not_tried_in_every_step(make_engine, monke
 def test_children_share_the_prompt_of_their_parent(make_engine):
     engine = make_engine(budget=64, num_blocks=40)
     for i in range(4):
-        engine.add(f"r{i}", [1] * 30, max_tokens=6, parent="r0" if i else None)
-    first, second = engine.launch(), engine.launch()
+        engine.add_request(f"r{i}", [1] * 30, max_tokens=6, parent="r0" if i else None)
+    first, second = engine.launch_step(), engine.launch_step()
     assert (len(first.rows), len(second.rows)) == (1, 4)
     assert second.num_scheduled_tokens.tolist() == [1] * 4 and len(second.block_copies) == 3
     assert engine.allocator.num_free_blocks() == 39 - 8 - 3
-    engine.run()
+    engine.run_until_finished()
     assert len({tuple(tokens) for tokens in engine.received.values()}) == 4
 
 
@@ -171,34 +171,34 @@ def test_children_outlive_their_parent(make_engine):
     for moment in range(4):
         engine = make_engine(budget=10, num_blocks=40)
         for i in range(3):
-            engine.add(f"r{i}", [1] * 30, max_tokens=6, parent="r0" if i else None)
+            engine.add_request(f"r{i}", [1] * 30, max_tokens=6, parent="r0" if i else None)
         for _ in range(moment):
-            engine.turn()
-        engine.abort("r0")
-        engine.run()
+            engine.run_step()
+        engine.abort_request("r0")
+        engine.run_until_finished()
         assert engine.finished == {"r0": "abort", "r1": "length", "r2": "length"}
 
 
 def test_a_child_may_leave_before_its_parent_has_come_far(make_engine):
     engine = make_engine(budget=10)
-    engine.add("parent", [1] * 30, max_tokens=2)
-    engine.add("child", [1] * 30, max_tokens=2, parent="parent")
-    engine.launch()
-    engine.abort("child")
-    engine.run()
-    assert not engine.scheduler._families and engine.scheduler.num_waiting == 0
+    engine.add_request("parent", [1] * 30, max_tokens=2)
+    engine.add_request("child", [1] * 30, max_tokens=2, parent="parent")
+    engine.launch_step()
+    engine.abort_request("child")
+    engine.run_until_finished()
+    assert not engine.scheduler._fork_groups and engine.scheduler.num_waiting == 0
 
 
 def test_a_stranger_is_no_parent(make_engine):
     engine = make_engine(budget=64)
-    engine.add("parent", [1] * 20, max_tokens=4)
-    engine.launch()
-    engine.add("other prompt", [2] * 20, max_tokens=4, parent="parent")
-    engine.add("other salt", [1] * 20, max_tokens=4, parent="parent", salt="mine")
-    engine.add("gone", [1] * 20, max_tokens=4, parent="nobody")
-    step = engine.launch()
+    engine.add_request("parent", [1] * 20, max_tokens=4)
+    engine.launch_step()
+    engine.add_request("other prompt", [2] * 20, max_tokens=4, parent="parent")
+    engine.add_request("other salt", [1] * 20, max_tokens=4, parent="parent", salt="mine")
+    engine.add_request("gone", [1] * 20, max_tokens=4, parent="nobody")
+    step = engine.launch_step()
     assert [new.num_computed_tokens for new in step.new_requests] == [0, 0, 0]
-    engine.run()
+    engine.run_until_finished()
 
 
 # ---- what is sent
@@ -207,9 +207,9 @@ def test_a_stranger_is_no_parent(make_engine):
 def test_logprobs_are_sent_with_their_tokens(make_engine):
     engine = make_engine(budget=5)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    engine.add("r", prompt, max_tokens=3, logprobs=0, prompt_logprobs=0)
-    engine.add("s", [1], max_tokens=3)
-    engine.run()
+    engine.add_request("r", prompt, max_tokens=3, logprobs=0, prompt_logprobs=0)
+    engine.add_request("s", [1], max_tokens=3)
+    engine.run_until_finished()
     mine = [output for output in engine.outputs if output.request_id == "r"]
     assert [output.logprobs[0].token_ids for output in mine] == [[token] for token in engine.received["r"]]
     assert [position.token_ids[0] for position in mine[0].prompt_logprobs] == prompt[1:]
@@ -220,20 +220,20 @@ def test_logprobs_are_sent_with_their_tokens(make_engine):
 def test_prompt_logprobs_survive_preemption(make_engine):
     engine = make_engine(num_blocks=17, budget=4, watermark=0.0)
     prompt = list(range(20))
-    engine.add("old", [1] * 30, max_tokens=30)
+    engine.add_request("old", [1] * 30, max_tokens=30)
     for _ in range(9):
-        engine.turn()
-    engine.add("r", prompt, max_tokens=5, prompt_logprobs=0)
-    engine.run()
+        engine.run_step()
+    engine.add_request("r", prompt, max_tokens=5, prompt_logprobs=0)
+    engine.run_until_finished()
     (sent,) = [o.prompt_logprobs for o in engine.outputs if o.request_id == "r" and o.prompt_logprobs is not None]
     assert [position.token_ids[0] for position in sent] == prompt[1:]
 
 
 def test_the_first_output_tells_of_cache_and_queue(make_engine):
     engine = make_engine(rows=1)
-    engine.add("a", [1] * 9, max_tokens=2)
-    engine.add("b", [1] * 9, max_tokens=2)
-    engine.run()
+    engine.add_request("a", [1] * 9, max_tokens=2)
+    engine.add_request("b", [1] * 9, max_tokens=2)
+    engine.run_until_finished()
     first = {o.request_id: o for o in reversed(engine.outputs)}
     assert first["a"].num_cached_tokens == 0 and first["b"].num_cached_tokens == 8
     assert first["b"].queue_ns > first["a"].queue_ns
@@ -241,13 +241,13 @@ def test_the_first_output_tells_of_cache_and_queue(make_engine):
 
 def test_stats_have_the_promised_names(make_engine):
     engine = make_engine()
-    engine.add("a", [1] * 9, max_tokens=4)
-    engine.add("b", [1] * 9, max_tokens=4)
-    engine.launch()
+    engine.add_request("a", [1] * 9, max_tokens=4)
+    engine.add_request("b", [1] * 9, max_tokens=4)
+    engine.launch_step()
     stats = engine.scheduler.stats()
     assert stats.keys() <= ENGINE_STATS.keys()
     assert stats["num_requests_running"] == 2 and 0 < stats["kv_cache_usage_perc"] < 1
-    engine.run()
+    engine.run_until_finished()
     stats = engine.scheduler.stats()
     assert stats["prompt_tokens_total"] == 18 and stats["generation_tokens_total"] == 8
     assert stats["kv_cache_usage_perc"] == 0

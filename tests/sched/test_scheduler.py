@@ -16,13 +16,13 @@ def launch_all(engine, most=100):
     """Launch steps until none can run, and land them as they come; the steps."""
     steps = []
     for _ in range(most):
-        step = engine.launch()
+        step = engine.launch_step()
         if step is not None:
             steps.append(step)
-        if not engine.flights:
+        if not engine.in_flight:
             break
-        if step is None or len(engine.flights) == 2:
-            engine.land()
+        if step is None or len(engine.in_flight) == 2:
+            engine.finish_step()
     return steps
 
 
@@ -30,28 +30,28 @@ def launch_all(engine, most=100):
 
 
 def test_planning_never_waits_for_a_token(make_engine):
-    engine = make_engine(depth=50)
-    engine.add("r", [1, 2, 3], max_tokens=20)
+    engine = make_engine(max_in_flight=50)
+    engine.add_request("r", [1, 2, 3], max_tokens=20)
     steps = []
-    while (step := engine.launch()) is not None:
+    while (step := engine.launch_step()) is not None:
         steps.append(step)
     assert [step.total_num_scheduled_tokens for step in steps] == [3] + [1] * 19
     assert all(step.sampling_mask.all() for step in steps)
-    while engine.flights:
-        engine.land()
+    while engine.in_flight:
+        engine.finish_step()
     assert engine.finished == {"r": "length"} and len(engine.received["r"]) == 20
 
 
 def test_prompts_go_in_chunks_after_the_decodes(make_engine):
     engine = make_engine(budget=10)
-    engine.add("a", [1] * 4, max_tokens=20)
-    engine.launch()
-    engine.add("b", [2] * 25, max_tokens=20)
+    engine.add_request("a", [1] * 4, max_tokens=20)
+    engine.launch_step()
+    engine.add_request("b", [2] * 25, max_tokens=20)
     shapes = []
     for _ in range(4):
-        step = engine.launch()
+        step = engine.launch_step()
         shapes.append((step.num_scheduled_tokens.tolist(), step.sampling_mask.tolist(), step.num_decodes))
-        engine.land()
+        engine.finish_step()
     assert shapes == [
         ([1, 9], [True, False], 1),
         ([1, 9], [True, False], 1),
@@ -63,7 +63,7 @@ def test_prompts_go_in_chunks_after_the_decodes(make_engine):
 def test_without_chunks_a_prompt_goes_whole_or_waits(make_engine):
     engine = make_engine(budget=64, chunked=False, max_model_len=64, num_blocks=200)
     for i, size in enumerate((40, 30, 20)):
-        engine.add(f"r{i}", [i] * size, max_tokens=4)
+        engine.add_request(f"r{i}", [i] * size, max_tokens=4)
     assert [step.num_scheduled_tokens.tolist()[step.num_decodes :] for step in launch_all(engine)][:3] == [
         [40],
         [30, 20],
@@ -79,7 +79,7 @@ def test_without_chunks_the_budget_must_hold_the_longest_prompt():
 def test_rows_are_stable_and_announced_when_freed(make_engine):
     engine = make_engine(rows=2)
     for i in range(4):
-        engine.add(f"r{i}", [i], max_tokens=2 + i)
+        engine.add_request(f"r{i}", [i], max_tokens=2 + i)
     seen = []
     for step in launch_all(engine):
         seen.append((step.freed_rows, [(new.row, new.request_id) for new in step.new_requests]))
@@ -93,17 +93,17 @@ def test_rows_are_stable_and_announced_when_freed(make_engine):
 
 def test_max_seq_len_counts_the_new_tokens(make_engine):
     engine = make_engine()
-    engine.add("r", [1] * 5, max_tokens=3)
+    engine.add_request("r", [1] * 5, max_tokens=3)
     assert [step.max_seq_len for step in launch_all(engine)] == [5, 6, 7]
 
 
 def test_cached_prefixes_give_budget_back_within_the_step(make_engine):
     engine = make_engine(budget=20, rows=8, num_blocks=100)
-    engine.add("first", [1] * 17, max_tokens=1)
-    engine.run()
+    engine.add_request("first", [1] * 17, max_tokens=1)
+    engine.run_until_finished()
     for i in range(4):
-        engine.add(f"r{i}", [1] * 17, max_tokens=1)
-    step = engine.launch()
+        engine.add_request(f"r{i}", [1] * 17, max_tokens=1)
+    step = engine.launch_step()
     assert (
         step.num_scheduled_tokens.tolist() == [1] * 4
         and [new.num_computed_tokens for new in step.new_requests] == [16] * 4
@@ -112,10 +112,10 @@ def test_cached_prefixes_give_budget_back_within_the_step(make_engine):
 
 def test_generated_tokens_are_found_when_their_request_has_ended(make_engine):
     engine = make_engine(budget=64, max_model_len=64)
-    engine.add("r", [1, 2, 3], max_tokens=10)
-    engine.run()
-    engine.add("next", [1, 2, 3, *engine.received["r"], 5], max_tokens=1)
-    engine.run()
+    engine.add_request("r", [1, 2, 3], max_tokens=10)
+    engine.run_until_finished()
+    engine.add_request("next", [1, 2, 3, *engine.received["r"], 5], max_tokens=1)
+    engine.run_until_finished()
     assert engine.outputs[-1].num_cached_tokens == 12
 
 
@@ -140,30 +140,30 @@ def request(request_id, prompt, **params):
 )
 def test_a_prompt_that_cannot_be_served_is_refused(prompt, message):
     with pytest.raises(InvalidRequestError, match=message) as caught:
-        make_scheduler().add(request("r", prompt))
+        make_scheduler().add_request(request("r", prompt))
     assert not isinstance(caught.value, QueueFullError)
 
 
 def test_a_request_that_can_never_fit_is_refused():
     scheduler = make_scheduler(num_blocks=9)
-    scheduler.add(request("fits", [1] * 20, max_tokens=13))
+    scheduler.add_request(request("fits", [1] * 20, max_tokens=13))
     with pytest.raises(InvalidRequestError, match=r"34 tokens.*9 KV blocks of 4.*has 8.*lower max_tokens"):
-        scheduler.add(request("does not", [1] * 20, max_tokens=14))
+        scheduler.add_request(request("does not", [1] * 20, max_tokens=14))
     assert scheduler.num_waiting == 1
 
 
 def test_a_window_needs_fewer_blocks():
     scheduler = make_scheduler(SchedulerConfig(4, 8), num_blocks=9, groups=(KVGroup(1, window=8),))
-    scheduler.add(request("r", [1] * 20, max_tokens=40))
+    scheduler.add_request(request("r", [1] * 20, max_tokens=40))
 
 
 def test_a_known_id_and_a_full_queue_are_refused():
     scheduler = make_scheduler(SchedulerConfig(4, 64, max_queued=2))
-    scheduler.add(request("r", [1]))
+    scheduler.add_request(request("r", [1]))
     with pytest.raises(InvalidRequestError, match="'r' is already in use"):
-        scheduler.add(request("r", [1]))
-    scheduler.add(request("s", [1]))
+        scheduler.add_request(request("r", [1]))
+    scheduler.add_request(request("s", [1]))
     with pytest.raises(QueueFullError, match="2 requests are queued and max_queued=2; try again later"):
-        scheduler.add(request("t", [1]))
+        scheduler.add_request(request("t", [1]))
     scheduler.schedule()
-    scheduler.add(request("t", [1]))
+    scheduler.add_request(request("t", [1]))

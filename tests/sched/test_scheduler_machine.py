@@ -66,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark=watermark,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB,
-            depth=depth,
+            max_in_flight=depth,
             speculation=SpeculationConfig(drafts, adaptive=drafts == 5) if drafts else None,
             proposer=Prophet(drafts) if on_host else None,
             skill=skill,
@@ -78,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
-        engine.run(limit=200 + 40 * MAX_MODEL_LEN * max(self.count, 1))
+        engine.run_until_finished(limit=200 + 40 * MAX_MODEL_LEN * max(self.count, 1))
         self.sound()
         assert engine.finished.keys() == engine.received.keys()
         assert engine.allocator.num_free_blocks() == self.num_blocks - 1
@@ -105,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def arrive(self, prompt, family, max_tokens, min_tokens, stops, **wishes):
         first = f"r{self.count}"
         for member in range(family):
-            self.engine.add(
+            self.engine.add_request(
                 f"r{self.count}",
                 prompt,
                 parent=first if member else None,
@@ -119,51 +119,51 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.alive)
     def abort(self, data):
-        self.engine.abort(data.draw(st.sampled_from(self.alive)))
+        self.engine.abort_request(data.draw(st.sampled_from(self.alive)))
 
     @rule()
     def launch(self):
-        self.engine.launch()
+        self.engine.launch_step()
 
     @rule()
     def run_out_of_memory(self):
-        if self.engine.launch() is not None:
-            self.engine.retract()
+        if self.engine.launch_step() is not None:
+            self.engine.retract_step()
 
     @rule()
-    @precondition(lambda self: self.engine.flights)
+    @precondition(lambda self: self.engine.in_flight)
     def land(self):
-        self.engine.land()
+        self.engine.finish_step()
 
     @rule()
-    @precondition(lambda self: self.engine.flights)
+    @precondition(lambda self: self.engine.in_flight)
     def fail(self):
-        self.engine.drop()
+        self.engine.fail_step()
 
     @rule(turns=st.integers(1, 12))
     def serve(self, turns):
         for _ in range(turns):
-            self.engine.turn()
+            self.engine.run_step()
 
     @invariant()
     def sound(self):
         """Counts are exact, and what a running request will write is its own and nobody can find it."""
         if not hasattr(self, "engine"):
             return
-        allocator, table = self.engine.allocator, self.engine.scheduler._table
+        allocator, table = self.engine.allocator, self.engine.scheduler._running
         allocator.check_integrity()
         for group, pool in enumerate(allocator._pools):
             writable = Counter()
-            for row in table.order.tolist():
-                blocks = allocator._tables[table.ids[row]].blocks[group]
-                computed = int(table.computed[row] - table.slack[row])
+            for row in table.rows.tolist():
+                blocks = allocator._tables[table.request_ids[row]].blocks[group]
+                computed = int(table.num_computed_tokens[row] - table.max_overcount[row])
                 for block in blocks[computed // allocator.block_size :]:
                     writable[block] += 1
-                    assert pool.refs[block] == 1, f"block {block} is writable and shared"
-                    assert pool.hashes[block] is None, f"block {block} is writable and findable"
+                    assert pool.ref_counts[block] == 1, f"block {block} is writable and shared"
+                    assert pool.block_hashes[block] is None, f"block {block} is writable and findable"
             assert not writable or max(writable.values()) == 1, "a block is writable by two"
-        running = [table.request(row) for row in table.order.tolist()]
-        assert [request.row for request in running] == table.order.tolist()
+        running = [table.get_request(row) for row in table.rows.tolist()]
+        assert [request.row for request in running] == table.rows.tolist()
         held = {request.request_id for request in running}
         assert allocator._tables.keys() == held, "somebody holds blocks without running"
         assert len(held) + self.engine.scheduler.num_waiting == len(self.alive), "a request was lost"

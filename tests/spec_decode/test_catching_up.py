@@ -21,15 +21,15 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
     speculation = llm._core.scheduler._speculation
-    pace, observed, steps, times = speculation._pace, [], itertools.count(), []
+    pace, observed, steps, times = speculation._tuner, [], itertools.count(), []
     drafting = runner_of(llm).drafting
 
     def choose(rows, available) -> int:
-        pace.reads = next(steps) % 20 >= off
-        return 4 if pace.reads else 0
+        pace.run_draft_prefill = next(steps) % 20 >= off
+        return 4 if pace.run_draft_prefill else 0
 
-    monkeypatch.setattr(pace, "choose", choose)
-    monkeypatch.setattr(speculation, "timed", lambda step, took_us: times.append(took_us))
+    monkeypatch.setattr(pace, "choose_length", choose)
+    monkeypatch.setattr(speculation, "record_step_time", lambda step, took_us: times.append(took_us))
     monkeypatch.setattr(
         drafting, "observe", lambda inputs: observed.append(inputs) or type(drafting).observe(drafting, inputs)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quire.core.sched.draft_length import Pace
+from quire.core.sched.draft_length import DraftLengthTuner
 
 MOST = 4
 REQUESTS = [1, 8, 16, 32, 64, 128, 256]
@@ -20,7 +20,7 @@ def step_ms(num_reqs: int, drafts: float) -> float:
     return plain * (1 + drafts * float(np.interp(num_reqs, REQUESTS, PER_DRAFT)))
 
 
-def speedup(pace: Pace, num_reqs: int, skill: float, rng: np.random.Generator) -> float:
+def speedup(pace: DraftLengthTuner, num_reqs: int, skill: float, rng: np.random.Generator) -> float:
     """Of a batch of prompts of 128 tokens that are answered with 256, over no drafts."""
     prompt, answer, rows = 128, 256, np.arange(num_reqs)
     plain = took = num_reqs * prompt * PROMPT_MS
@@ -29,20 +29,20 @@ def speedup(pace: Pace, num_reqs: int, skill: float, rng: np.random.Generator) -
     for first in range(0, num_reqs, STEP_TOKENS // prompt):
         some = rows[first : first + STEP_TOKENS // prompt]
         for row in some:
-            pace.enter(row)
-        pace.choose(some, np.full(len(some), MOST))
-        took += pace.reads * len(some) * prompt * READ_MS
-        unread[some] = 0 if pace.reads else prompt
+            pace.reset_row(row)
+        pace.choose_length(some, np.full(len(some), MOST))
+        took += pace.run_draft_prefill * len(some) * prompt * READ_MS
+        unread[some] = 0 if pace.run_draft_prefill else prompt
     left, ready, drafted = np.full(num_reqs, answer - 1), 0, np.zeros(num_reqs, np.int64)
     while (left > 0).any():
         alive = rows[left > 0]
-        count = pace.choose(alive, np.full(len(alive), MOST))
+        count = pace.choose_length(alive, np.full(len(alive), MOST))
         right = (rng.random((len(alive), MOST)) < skill).cumprod(1)
-        verified = np.minimum(drafted[alive], pace.each(alive))
+        verified = np.minimum(drafted[alive], pace.limit_per_request(alive))
         accepted = (right * (np.arange(MOST) < verified[:, None])).sum(1).astype(np.int64)
-        pace.learn(alive[verified > 0], verified[verified > 0], accepted[verified > 0])
+        pace.record_acceptance(alive[verified > 0], verified[verified > 0], accepted[verified > 0])
         before = unread.sum()
-        if count and pace.reads:
+        if count and pace.run_draft_prefill:
             queue = unread[alive].cumsum() - unread[alive]
             unread[alive] -= np.clip(LATE_TOKENS - queue, 0, unread[alive])
         late = before - unread.sum()
@@ -52,7 +52,7 @@ def speedup(pace: Pace, num_reqs: int, skill: float, rng: np.random.Generator) -
         drafted[alive] = np.where(unread[alive] > 0, 0, count)
         ran = (step_ms(len(alive), count) + step_ms(len(alive), ready)) / 2 * rng.uniform(0.99, 1.05)
         if count == ready and not late:
-            pace.timed(len(alive), count, ran * 1e3)
+            pace.record_step_time(len(alive), count, ran * 1e3)
         took += ran / 1.02 + late * LATE_MS
         left[alive] -= 1 + accepted
         ready = count
@@ -63,7 +63,7 @@ def speedup(pace: Pace, num_reqs: int, skill: float, rng: np.random.Generator) -
 @pytest.mark.parametrize("skill", [0.3, 0.75, 0.9])
 def test_never_slower(num_reqs: int, skill: float) -> None:
     """The first of batches pays for what is learnt: a few steps, of a server's first seconds."""
-    pace, rng = Pace(MOST, 256, True, on_device=True), np.random.default_rng(num_reqs)
+    pace, rng = DraftLengthTuner(MOST, 256, True, on_device=True), np.random.default_rng(num_reqs)
     first, *later = (speedup(pace, num_reqs, skill, rng) for _ in range(4))
     assert first > 0.9 and min(later) > 0.98
     if num_reqs == 256:
@@ -72,6 +72,6 @@ def test_never_slower(num_reqs: int, skill: float) -> None:
 
 @pytest.mark.parametrize(("num_reqs", "skill", "least"), [(1, 0.75, 1.4), (8, 0.75, 1.2), (64, 0.75, 1.08)])
 def test_faster_where_it_pays(num_reqs: int, skill: float, least: float) -> None:
-    pace, rng = Pace(MOST, 256, True, on_device=True), np.random.default_rng(0)
+    pace, rng = DraftLengthTuner(MOST, 256, True, on_device=True), np.random.default_rng(0)
     _, *later = (speedup(pace, num_reqs, skill, rng) for _ in range(3))
     assert min(later) > least
