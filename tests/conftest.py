@@ -47,7 +47,7 @@ def waiting_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from quire.core.worker.worker import Worker
 
-    launch = Worker.execute
+    launch = Worker.execute_step
 
     def strict(self: Worker, step: object) -> object:
         torch.cuda.set_sync_debug_mode("error")
@@ -56,4 +56,4 @@ def waiting_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Worker, "execute", strict)
+    monkeypatch.setattr(Worker, "execute_step", strict)

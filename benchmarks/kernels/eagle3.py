@@ -37,7 +37,7 @@ class Embedding(Model):
 
     def __init__(self, config, builder) -> None:
         super().__init__()
-        self.embed_tokens = builder.embedding("embed", config.vocab_size, config.hidden_size)
+        self.embed_tokens = builder.make_embedding("embed", config.vocab_size, config.hidden_size)
 
     attention_specs = forward = compute_logits = checkpoint_map = None  # type: ignore[assignment]
 
@@ -96,10 +96,10 @@ def build(config, head, device: torch.device) -> Eagle3:
     kv, blocks = KVCache([backend], [0], device), -(-(LENGTH + 16) // BLOCK)
     sampler = GumbelSampler(config.vocab_size, device)
     sampler.prepare_graph_sampling(MOST * (1 + DRAFTS))
-    columns = (table.sampling, table.num_computed, table.block_tables[0])
+    columns = (table.sampling, table.num_computed_tokens, table.block_tables[0])
     proposer.attach_target(TargetState(sampler, *columns, kv.layers, [backend], [0], BLOCK, 4096, MOST))
     kv.allocate(1 + MOST * blocks)
-    table.num_tokens[:MOST], table.num_computed[:MOST] = LENGTH, LENGTH - 1
+    table.num_tokens[:MOST], table.num_computed_tokens[:MOST] = LENGTH, LENGTH - 1
     table.temperature[:MOST], table.top_p[:MOST] = 0.8, 1.0
     table.token_ids.random_(0, config.vocab_size)
     for row in range(MOST):

@@ -32,8 +32,8 @@ class LogitsBatch:
 
 class LogitsProcessor(ABC):
     """Keeps state per row. Called between two graphs, so it may run any tensor code, but never reads the device, nor
-    waits for it: ``quire.core.ops.pinned.upload`` brings values there, and ``index_fill_`` writes a number where an
-    assignment through an index (``x[rows] = 0``) waits for the step under way.
+    waits for it: ``quire.core.ops.pinned.copy_to_device`` brings values there, and ``index_fill_`` writes a number
+    where an assignment through an index (``x[rows] = 0``) waits for the step under way.
 
     What it does to a line depends on the request and on the ``num_tokens`` tokens before it alone: lines of drafts may
     turn out never to have been.

@@ -40,16 +40,16 @@ def configure(args: EngineArgs) -> Configured:
     context: dict[str, Any] = {"device": args.device}
     early = _resolve_many(plugins, args, context)  # names first: a typo should not wait for a download
 
-    from quire.core.loading.hf_config import architecture, context_length, read_hf_config
+    from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
 
     path = resolve_model(args.model, revision=args.revision, download_dir=args.download_dir)
     hf_config = read_hf_config(path)
     device = _device(args.device)
-    context.update(device=device, hf_config=hf_config, architectures=[architecture(hf_config)])
-    choices = {**early, **_resolve_one_each(plugins, args, context, architecture(hf_config))}
+    context.update(device=device, hf_config=hf_config, architectures=[get_architecture(hf_config)])
+    choices = {**early, **_resolve_one_each(plugins, args, context, get_architecture(hf_config))}
     _check_options(plugins, choices)
-    limit = context_length(hf_config)
+    limit = get_context_length(hf_config)
     max_model_len = args.max_model_len or limit
     if args.max_model_len is not None and not 0 < args.max_model_len <= limit:
         raise ConfigError(
@@ -67,7 +67,7 @@ def configure(args: EngineArgs) -> Configured:
         device=device,
         max_model_len=max_model_len,
         vocab_size=int(hf_config.get_text_config().vocab_size),
-        architecture=architecture(hf_config),
+        architecture=get_architecture(hf_config),
         load_format=args.load_format,  # type: ignore[arg-type]  # one of its choices, as checked
         seed=args.seed,
         served_names=tuple(args.served_model_name) or (args.model,),

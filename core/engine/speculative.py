@@ -85,10 +85,10 @@ def configure_speculation(
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= most:
         raise ConfigError(f"num_speculative_tokens must be between 1 and {most}, got {count!r}")
 
-    from quire.core.loading.hf_config import architecture, context_length, read_hf_config
+    from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
 
-    path = None if model is None else resolve_model(model, download_dir=args.download_dir, head=True)
+    path = None if model is None else resolve_model(model, download_dir=args.download_dir, draft_head=True)
     draft_config = None if path is None else read_hf_config(path)
     resolution = plugins.resolve("spec_decode", method, dict(context, draft_config=draft_config))
     options = dict(args.plugin_options.get("spec_decode", {}))
@@ -98,7 +98,7 @@ def configure_speculation(
     if not cls.needs_model and path is not None:
         raise ConfigError(f"spec_method {resolution.name!r} needs no model; leave out --speculative-model {model}")
     reasons = list(cls.unsupported(context["hf_config"], draft_config, path))
-    if cls.serves_model and (longest := context_length(draft_config)) < max_model_len:
+    if cls.serves_model and (longest := get_context_length(draft_config)) < max_model_len:
         reasons.append(
             f"the draft was made for {longest} tokens of context, and max_model_len is {max_model_len}; set "
             f"--max-model-len {longest} or less"
@@ -107,8 +107,8 @@ def configure_speculation(
         raise ConfigError(f"spec_method {resolution.name!r} cannot draft for this model: {'; '.join(reasons)}")
     choices = {"spec_decode": PluginChoice("spec_decode", resolution.name, resolution.target, options)}
     if draft_config is not None:
-        own_context = dict(context, hf_config=draft_config, architectures=[architecture(draft_config)])
-        for kind, name in (("quant", "auto"), ("model", architecture(draft_config))):
+        own_context = dict(context, hf_config=draft_config, architectures=[get_architecture(draft_config)])
+        for kind, name in (("quant", "auto"), ("model", get_architecture(draft_config))):
             if kind == "model" and not cls.serves_model:
                 continue
             found = plugins.resolve(kind, name, own_context, announce=False)

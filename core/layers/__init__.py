@@ -2,7 +2,7 @@
 
 from quire.core.layers.attention import Attention, AttentionShape
 from quire.core.layers.builder import LayerBuilder
-from quire.core.layers.checkpoint import CheckpointLayer, checkpoint_map, finish_loading
+from quire.core.layers.checkpoint import CheckpointLayer, checkpoint_map, process_weights_after_loading
 from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.mlp import GatedMLP
@@ -19,5 +19,5 @@ __all__ = [
     "RMSNorm",
     "VocabEmbedding",
     "checkpoint_map",
-    "finish_loading",
+    "process_weights_after_loading",
 ]

@@ -45,12 +45,14 @@ class Attention(nn.Module):
         self.layer = layer
         self.cos_sin = cos_sin  # (max_positions, rotary_dim) float32, shared by the layers
         self.head_dim = shape.head_dim
-        self.num_heads, self.num_kv_heads = builder.heads(shape.num_heads, shape.num_kv_heads)
-        self.qkv_proj = builder.qkv(name, shape)
-        self.o_proj = builder.row(f"{name}.o_proj", shape.num_heads * shape.head_dim, shape.hidden, shape.out_bias)
+        self.num_heads, self.num_kv_heads = builder.count_local_heads(shape.num_heads, shape.num_kv_heads)
+        self.qkv_proj = builder.make_qkv_parallel_linear(name, shape)
+        self.o_proj = builder.make_row_parallel_linear(
+            f"{name}.o_proj", shape.num_heads * shape.head_dim, shape.hidden, shape.out_bias
+        )
         eps = shape.qk_norm_eps
-        self.q_norm = None if eps is None else builder.norm(f"{name}.q_norm", shape.head_dim, eps)
-        self.k_norm = None if eps is None else builder.norm(f"{name}.k_norm", shape.head_dim, eps)
+        self.q_norm = None if eps is None else builder.make_rms_norm(f"{name}.q_norm", shape.head_dim, eps)
+        self.k_norm = None if eps is None else builder.make_rms_norm(f"{name}.k_norm", shape.head_dim, eps)
         self.kv_scales = KVScales(name, builder.device)
         self.spec = AttentionSpec(
             num_heads=self.num_heads,
@@ -69,9 +71,10 @@ class Attention(nn.Module):
     def forward(
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None, positions: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
-        """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it; see ``Linear.onto``."""
+        """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in
+        ``Linear.forward_add_residual``."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        qkv, stream = self.qkv_proj.after_norm(norm, x, residual)
+        qkv, stream = self.qkv_proj.forward_after_norm(norm, x, residual)
         assert isinstance(qkv, Tensor), "only an activation is emitted quantized"
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
         q = q.unflatten(1, (self.num_heads, self.head_dim))  # (num_tokens, num_heads, head_dim)
@@ -98,4 +101,4 @@ class Attention(nn.Module):
             backend.run(self.layer, q, kv, out, k=k, v=v)
         else:
             backend.run(self.layer, q, kv, out)
-        return self.o_proj.onto(out.flatten(1), stream)
+        return self.o_proj.forward_add_residual(out.flatten(1), stream)

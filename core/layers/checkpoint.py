@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["CheckpointLayer", "Fill", "checkpoint_map", "expect_shape", "finish_loading", "optional_names"]
+__all__ = [
+    "CheckpointLayer",
+    "WeightLoader",
+    "checkpoint_map",
+    "expect_shape",
+    "optional_names",
+    "process_weights_after_loading",
+]
 
-Fill = Callable[[Tensor], None]
+WeightLoader = Callable[[Tensor], None]
 
 
 class CheckpointLayer(nn.Module, ABC):
@@ -21,31 +28,31 @@ class CheckpointLayer(nn.Module, ABC):
     """Of the module, e.g. ``model.layers.0.self_attn.qkv_proj``."""
 
     @abstractmethod
-    def checkpoint(self) -> dict[str, Fill]:
+    def weight_loaders(self) -> dict[str, WeightLoader]:
         """Checkpoint tensor name -> what copies that tensor, whole, into this rank's parameters."""
 
-    def optional(self) -> set[str]:
+    def optional_tensors(self) -> set[str]:
         """Names in ``checkpoint()`` that a checkpoint may lack."""
         return set()
 
-    def finish(self) -> None:
+    def process_weights_after_loading(self) -> None:
         """Repack what was loaded. Called once, after every tensor of the model is in place."""
 
 
-def checkpoint_map(model: nn.Module) -> dict[str, Fill]:
+def checkpoint_map(model: nn.Module) -> dict[str, WeightLoader]:
     """The maps of every layer of ``model``, in order of construction."""
-    return {name: fill for layer in _layers(model) for name, fill in layer.checkpoint().items()}
+    return {name: fill for layer in _layers(model) for name, fill in layer.weight_loaders().items()}
 
 
 def optional_names(model: nn.Module) -> set[str]:
     """Tensors of ``model`` that a checkpoint may lack."""
-    return {name for layer in _layers(model) for name in layer.optional()}
+    return {name for layer in _layers(model) for name in layer.optional_tensors()}
 
 
-def finish_loading(model: nn.Module) -> Iterator[str]:
+def process_weights_after_loading(model: nn.Module) -> Iterator[str]:
     """Finish every layer of ``model``, yielding the names of those done."""
     for layer in _layers(model):
-        layer.finish()
+        layer.process_weights_after_loading()
         yield layer.name
 
 

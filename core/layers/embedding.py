@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.layers.checkpoint import CheckpointLayer, Fill, expect_shape
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, expect_shape
 from quire.core.layers.linear import Linear
-from quire.core.layers.parallel import Parallel
+from quire.core.layers.parallel import TensorParallel
 from quire.core.ops.linear import SmallBatch, small_linear
 
-__all__ = ["LMHead", "VocabEmbedding", "shard_rows"]
+__all__ = ["LMHead", "VocabEmbedding", "compute_rows_per_rank"]
 
 
-def shard_rows(vocab_size: int, parallel: Parallel) -> int:
+def compute_rows_per_rank(vocab_size: int, parallel: TensorParallel) -> int:
     """Rows of the vocabulary on each rank, the last rank's padded."""
     return -(-vocab_size // parallel.size)
 
@@ -24,51 +24,61 @@ class VocabEmbedding(CheckpointLayer):
     """Token ids -> hidden states; with several ranks each holds a range of tokens and the ranks sum."""
 
     def __init__(
-        self, name: str, vocab_size: int, hidden: int, parallel: Parallel, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        vocab_size: int,
+        hidden: int,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.name = name
         self.vocab_size = vocab_size
         self.parallel = parallel
-        rows = shard_rows(vocab_size, parallel)
-        self.first = parallel.rank * rows
+        rows = compute_rows_per_rank(vocab_size, parallel)
+        self.vocab_start_index = parallel.rank * rows
         weight = torch.zeros(rows, hidden, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)  # (rows, hidden)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(num_tokens,) int -> (num_tokens, hidden)."""
         whole = self.parallel.size == 1
-        return self.parallel.all_reduce(ops.embedding(ids, self.weight, self.first, whole))
+        return self.parallel.all_reduce(ops.embedding(ids, self.weight, self.vocab_start_index, whole))
 
-    def checkpoint(self) -> dict[str, Fill]:
+    def weight_loaders(self) -> dict[str, WeightLoader]:
         """The whole table, of which this rank keeps its rows."""
-        return {f"{self.name}.weight": self._fill}
+        return {f"{self.name}.weight": self._load_weight}
 
-    def _fill(self, tensor: Tensor) -> None:
+    def _load_weight(self, tensor: Tensor) -> None:
         expect_shape(f"{self.name}.weight", tensor, (self.vocab_size, self.weight.shape[1]))
-        mine = tensor[self.first : self.first + self.weight.shape[0]]
+        mine = tensor[self.vocab_start_index : self.vocab_start_index + self.weight.shape[0]]
         self.weight[: len(mine)].copy_(mine)
 
 
 class LMHead(nn.Module):
     """Hidden states -> logits over the whole vocabulary, by a linear layer of its own or the embedding's weights."""
 
-    def __init__(self, vocab_size: int, parallel: Parallel, source: Linear | VocabEmbedding) -> None:
+    def __init__(self, vocab_size: int, parallel: TensorParallel, source: Linear | VocabEmbedding) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.parallel = parallel
         self.tied = isinstance(source, VocabEmbedding)
-        self.source = source
-        self.small: SmallBatch | None = None
+        self.weight_source = source
+        self.small_batch_linear: SmallBatch | None = None
         if isinstance(source, VocabEmbedding):
             rows, inputs = source.weight.shape
-            self.small = small_linear(source.weight.device, rows, inputs, source.weight.dtype)
+            self.small_batch_linear = small_linear(source.weight.device, rows, inputs, source.weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""
-        if isinstance(self.source, VocabEmbedding):
-            logits = self.small(hidden, self.source.weight) if self.small is not None else None
-            logits = F.linear(hidden, self.source.weight) if logits is None else logits
+        if isinstance(self.weight_source, VocabEmbedding):
+            logits = (
+                self.small_batch_linear(hidden, self.weight_source.weight)
+                if self.small_batch_linear is not None
+                else None
+            )
+            logits = F.linear(hidden, self.weight_source.weight) if logits is None else logits
         else:
-            logits = self.source(hidden)
+            logits = self.weight_source(hidden)
         return self.parallel.all_gather(logits)[:, : self.vocab_size]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import CheckpointError
-from quire.core.layers.checkpoint import CheckpointLayer, Fill
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 
 __all__ = ["KVScales"]
 
-_SPELLINGS = {
+_SCALE_SUFFIXES = {
     "k_scale": "k",
     "v_scale": "v",
     "kv_scale": "kv",
@@ -37,15 +37,18 @@ class KVScales(CheckpointLayer):
         self.register_buffer("k_scale", torch.ones(1, device=device), persistent=False)
         self.register_buffer("v_scale", torch.ones(1, device=device), persistent=False)
 
-    def checkpoint(self) -> dict[str, Fill]:
+    def weight_loaders(self) -> dict[str, WeightLoader]:
         """Every spelling."""
-        return {f"{self.name}.{end}": partial(self._fill, f"{self.name}.{end}", of) for end, of in _SPELLINGS.items()}
+        return {
+            f"{self.name}.{end}": partial(self._load_scale, f"{self.name}.{end}", of)
+            for end, of in _SCALE_SUFFIXES.items()
+        }
 
-    def optional(self) -> set[str]:
+    def optional_tensors(self) -> set[str]:
         """All of them."""
-        return set(self.checkpoint())
+        return set(self.weight_loaders())
 
-    def _fill(self, name: str, of: str, tensor: Tensor) -> None:
+    def _load_scale(self, name: str, of: str, tensor: Tensor) -> None:
         if tensor.numel() != 1 or not 0 < float(tensor) < math.inf:
             raise CheckpointError(f"tensor {name!r} is {tensor.tolist()} where one positive scale is right")
         for each in of:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from quire.core import ops
 from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
-from quire.core.layers.checkpoint import CheckpointLayer, Fill
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 from quire.core.layers.norm import RMSNorm
-from quire.core.layers.parallel import Parallel
+from quire.core.layers.parallel import TensorParallel
 from quire.core.ops.norm import rms_norm_as
 
 __all__ = ["Linear"]
@@ -21,7 +21,7 @@ class Linear(CheckpointLayer):
     of the input features and sums over the ranks. The method owns the weights: this class never looks at them.
     """
 
-    def __init__(self, info: LayerInfo, method: LinearMethod, parallel: Parallel) -> None:
+    def __init__(self, info: LayerInfo, method: LinearMethod, parallel: TensorParallel) -> None:
         super().__init__()
         self.name = info.name
         self.info = info
@@ -41,13 +41,13 @@ class Linear(CheckpointLayer):
         """What the operation before the layer should emit."""
         return ActivationFormat(self.method.input_format, self.method.input_scale(self))
 
-    def after_norm(
+    def forward_after_norm(
         self,
         norm: RMSNorm,
         x: Tensor,
         residual: Tensor | None,
         activation: str | None = None,
-        reader: Linear | None = None,
+        consumer: Linear | None = None,
     ) -> tuple[Tensor | QuantActivation, Tensor]:
         """``(activation(self(norm(s))), s)`` of the residual stream ``s = x + residual`` (``x`` where that is None).
 
@@ -65,11 +65,11 @@ class Linear(CheckpointLayer):
         if out is None:
             out = self(y)
             if activation is not None:
-                wanted = ActivationFormat() if reader is None else reader.input_format
+                wanted = ActivationFormat() if consumer is None else consumer.input_format
                 return ops.gated_activation(activation, out, wanted), stream
         return out, stream
 
-    def onto(self, x: Tensor | QuantActivation, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward_add_residual(self, x: Tensor | QuantActivation, stream: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add the layer's result to the residual stream: ``(sum, None)``, or ``(result, stream)``, not yet added,
         where the method leaves the addition to the norm that follows."""
         if self.info.shard != "row" or self.parallel.size == 1:
@@ -78,15 +78,15 @@ class Linear(CheckpointLayer):
                 return out, None
         return self(x), stream
 
-    def checkpoint(self) -> dict[str, Fill]:
+    def weight_loaders(self) -> dict[str, WeightLoader]:
         """One entry per part and tensor of the method."""
         return {
-            f"{part_name}.{tensor_name}": self._fill(part, tensor_name)
+            f"{part_name}.{tensor_name}": self._make_weight_loader(part, tensor_name)
             for part, part_name in enumerate(self.info.part_names)
             for tensor_name in self.method.tensor_names(self.info.select_part(part))
         }
 
-    def optional(self) -> set[str]:
+    def optional_tensors(self) -> set[str]:
         """As the method says."""
         return {
             f"{part_name}.{tensor_name}"
@@ -94,11 +94,11 @@ class Linear(CheckpointLayer):
             for tensor_name in self.method.optional_names(self.info.select_part(part))
         }
 
-    def finish(self) -> None:
+    def process_weights_after_loading(self) -> None:
         """Let the method repack."""
         self.method.process_weights_after_loading(self)
 
-    def _fill(self, part: int, tensor_name: str) -> Fill:
+    def _make_weight_loader(self, part: int, tensor_name: str) -> WeightLoader:
         def fill(tensor: Tensor) -> None:
             rank, size = self.parallel.rank, self.parallel.size
             self.method.load_tensor(self, self.info, part, tensor_name, tensor, rank, size)

@@ -27,10 +27,11 @@ class GatedMLP(nn.Module):
                 f"hidden_act {activation!r} in config.json is not supported by this architecture; only 'silu' is"
             )
         parts = {f"{name}.gate_proj": intermediate, f"{name}.up_proj": intermediate}
-        self.gate_up_proj = builder.column(f"{name}.gate_up_proj", hidden, parts, bias)
-        self.down_proj = builder.row(f"{name}.down_proj", intermediate, hidden, bias)
+        self.gate_up_proj = builder.make_column_parallel_linear(f"{name}.gate_up_proj", hidden, parts, bias)
+        self.down_proj = builder.make_row_parallel_linear(f"{name}.down_proj", intermediate, hidden, bias)
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it; see ``Linear.onto``."""
-        y, stream = self.gate_up_proj.after_norm(norm, x, residual, activation="silu", reader=self.down_proj)
-        return self.down_proj.onto(y, stream)
+        """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in
+        ``Linear.forward_add_residual``."""
+        y, stream = self.gate_up_proj.forward_after_norm(norm, x, residual, activation="silu", consumer=self.down_proj)
+        return self.down_proj.forward_add_residual(y, stream)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.layers.checkpoint import CheckpointLayer, Fill, expect_shape
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, expect_shape
 
 __all__ = ["RMSNorm"]
 
@@ -31,10 +31,10 @@ class RMSNorm(CheckpointLayer):
         y, summed = ops.rms_norm(x, self.weight, self.eps, residual)
         return y if residual is None else (y, summed)
 
-    def checkpoint(self) -> dict[str, Fill]:
+    def weight_loaders(self) -> dict[str, WeightLoader]:
         """The weight."""
-        return {f"{self.name}.weight": self._fill}
+        return {f"{self.name}.weight": self._load_weight}
 
-    def _fill(self, tensor: Tensor) -> None:
+    def _load_weight(self, tensor: Tensor) -> None:
         expect_shape(f"{self.name}.weight", tensor, self.weight.shape)
         self.weight.copy_(tensor)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from quire.core.errors import ConfigError
 
-__all__ = ["Parallel"]
+__all__ = ["TensorParallel"]
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """This rank's place among the ranks that share every layer. ``Parallel(0, 1)`` is a model that is whole."""
+class TensorParallel:
+    """This rank's place among the ranks that share every layer. ``TensorParallel(0, 1)`` is a model that is whole."""
 
     rank: int = 0
     size: int = 1
@@ -37,7 +37,7 @@ class Parallel:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
-    def share(self, total: int, what: str) -> int:
+    def divide_evenly(self, total: int, what: str) -> int:
         """``total`` divided by the ranks. ``what`` names it in the error."""
         if total % self.size:
             raise ConfigError(

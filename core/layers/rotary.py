@@ -15,30 +15,30 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import CheckpointError
-from quire.core.loading.hf_config import context_length
+from quire.core.loading.hf_config import get_context_length
 
-__all__ = ["rope_table", "supported_rope_types"]
+__all__ = ["make_rope_table", "supported_rope_types"]
 
 _Parameters = Mapping[str, Any]
 _Frequencies = tuple[Tensor, float]
 """(rotary_dim / 2,) float32 inverse frequencies, and the factor on cosines and sines."""
 
 
-def rope_table(hf_config: Any, head_dim: int, max_positions: int | None, device: torch.device) -> Tensor:
+def make_rope_table(hf_config: Any, head_dim: int, max_positions: int | None, device: torch.device) -> Tensor:
     """(max_positions, rotary_dim) float32. ``max_positions`` None: the context that the configuration allows.
 
     Raises ``CheckpointError`` for a variant these families do not have.
     """
     parameters = dict(hf_config.rope_parameters)
     kind = parameters.get("rope_type", "default")
-    rows = max_positions or context_length(hf_config)
+    rows = max_positions or get_context_length(hf_config)
     positions = torch.arange(rows, dtype=torch.float32, device=device)
-    dim = int(head_dim * _partial(parameters, kind))
+    dim = int(head_dim * _get_rotary_fraction(parameters, kind))
     if kind == "dynamic":
-        inv_freq, factor = _dynamic(parameters, dim, positions, hf_config.max_position_embeddings)
+        inv_freq, factor = _compute_dynamic_ntk(parameters, dim, positions, hf_config.max_position_embeddings)
         angles = positions[:, None] * inv_freq
-    elif kind in _VARIANTS:
-        inv_freq, factor = _VARIANTS[kind](parameters, dim, hf_config.max_position_embeddings)
+    elif kind in _ROPE_VARIANTS:
+        inv_freq, factor = _ROPE_VARIANTS[kind](parameters, dim, hf_config.max_position_embeddings)
         angles = positions[:, None] * inv_freq.to(device)  # (rows, rotary_dim / 2)
     else:
         known = ", ".join(supported_rope_types())
@@ -48,29 +48,29 @@ def rope_table(hf_config: Any, head_dim: int, max_positions: int | None, device:
 
 def supported_rope_types() -> list[str]:
     """The names ``rope_type`` may have."""
-    return sorted([*_VARIANTS, "dynamic"])
+    return sorted([*_ROPE_VARIANTS, "dynamic"])
 
 
-def _partial(parameters: _Parameters, kind: str) -> float:
+def _get_rotary_fraction(parameters: _Parameters, kind: str) -> float:
     """transformers' plain rotary embedding of these families always turns the whole head."""
     return 1.0 if kind == "default" else float(parameters.get("partial_rotary_factor") or 1.0)
 
 
-def _inverse(base: float, dim: int) -> Tensor:
+def _compute_inv_freq(base: float, dim: int) -> Tensor:
     return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
-def _default(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
+def _compute_default(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
     """Su et al., 2021, arXiv:2104.09864."""
-    return _inverse(parameters["rope_theta"], dim), 1.0
+    return _compute_inv_freq(parameters["rope_theta"], dim), 1.0
 
 
-def _linear(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
+def _compute_linear(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
     """Position interpolation: Chen et al., 2023, arXiv:2306.15595."""
-    return _inverse(parameters["rope_theta"], dim) / parameters["factor"], 1.0
+    return _compute_inv_freq(parameters["rope_theta"], dim) / parameters["factor"], 1.0
 
 
-def _dynamic(parameters: _Parameters, dim: int, positions: Tensor, max_position: int) -> _Frequencies:
+def _compute_dynamic_ntk(parameters: _Parameters, dim: int, positions: Tensor, max_position: int) -> _Frequencies:
     """Dynamic NTK: past the trained length the base grows with the length. Returns (rows, dim / 2) frequencies.
 
     Here a position's frequencies come from its own index, as transformers computes them when it decodes one token at
@@ -84,27 +84,30 @@ def _dynamic(parameters: _Parameters, dim: int, positions: Tensor, max_position:
     return 1.0 / (base[:, None].float() ** exponent), 1.0
 
 
-def _yarn(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
+def _compute_yarn(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
     """YaRN: Peng et al., 2023, arXiv:2309.00071; ``mscale`` as DeepSeek added it."""
     base, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
     factor = parameters["factor"] or max_position / original
 
-    def turning(rotations: float) -> float:
+    def find_correction_dim(rotations: float) -> float:
         """The dimension that makes this many turns over the trained length."""
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = turning(parameters.get("beta_fast") or 32), turning(parameters.get("beta_slow") or 1)
+    low, high = (
+        find_correction_dim(parameters.get("beta_fast") or 32),
+        find_correction_dim(parameters.get("beta_slow") or 1),
+    )
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    inv_freq = _inverse(base, dim)
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), _yarn_attention(parameters, factor)
+    inv_freq = _compute_inv_freq(base, dim)
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), _compute_yarn_attention_factor(parameters, factor)
 
 
-def _yarn_attention(parameters: _Parameters, factor: float) -> float:
+def _compute_yarn_attention_factor(parameters: _Parameters, factor: float) -> float:
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
@@ -114,9 +117,9 @@ def _yarn_attention(parameters: _Parameters, factor: float) -> float:
     return mscale(some) / mscale(all_dim) if some and all_dim else mscale(1.0)
 
 
-def _llama3(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
+def _compute_llama3(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
-    inv_freq = _inverse(parameters["rope_theta"], dim)
+    inv_freq = _compute_inv_freq(parameters["rope_theta"], dim)
     factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     wavelength = 2 * math.pi / inv_freq
@@ -130,9 +133,9 @@ def _llama3(parameters: _Parameters, dim: int, max_position: int) -> _Frequencie
     return inv_freq, 1.0
 
 
-_VARIANTS: dict[str, Callable[[_Parameters, int, int], _Frequencies]] = {
-    "default": _default,
-    "linear": _linear,
-    "yarn": _yarn,
-    "llama3": _llama3,
+_ROPE_VARIANTS: dict[str, Callable[[_Parameters, int, int], _Frequencies]] = {
+    "default": _compute_default,
+    "linear": _compute_linear,
+    "yarn": _compute_yarn,
+    "llama3": _compute_llama3,
 }

@@ -9,19 +9,25 @@ from typing import Any
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["PlainConfig", "architecture", "context_length", "read_hf_config"]
+__all__ = ["PlainConfig", "get_architecture", "get_context_length", "read_hf_config"]
 
-_SIZES = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
-_EVERY: dict[str, type] = dict.fromkeys((*_SIZES, "num_key_value_heads", "vocab_size"), int)
-_EVERY |= {"hidden_act": str, "rms_norm_eps": float, "tie_word_embeddings": bool}
-_FAMILIES: dict[Any, dict[str, type]] = {
+_SIZE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+)
+_COMMON_FIELDS: dict[str, type] = dict.fromkeys((*_SIZE_FIELDS, "num_key_value_heads", "vocab_size"), int)
+_COMMON_FIELDS |= {"hidden_act": str, "rms_norm_eps": float, "tie_word_embeddings": bool}
+_FAMILY_FIELDS: dict[Any, dict[str, type]] = {
     "llama": {"attention_bias": bool, "mlp_bias": bool},
     "mistral": {"sliding_window": NoneType},
     "qwen2": {"use_sliding_window": bool},
     "qwen3": {"use_sliding_window": bool, "attention_bias": bool, "head_dim": int},
 }
-_SPECIAL = {"layer_types", "original_max_position_embeddings", "partial_rotary_factor"}
-_LLAMA3 = {"factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"}
+_TRANSFORMERS_ONLY_FIELDS = {"layer_types", "original_max_position_embeddings", "partial_rotary_factor"}
+_LLAMA3_ROPE_FIELDS = {"factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"}
 
 
 class PlainConfig(SimpleNamespace):
@@ -31,7 +37,7 @@ class PlainConfig(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "quantization_config":
             raise AttributeError(name)
-        return getattr(_by_transformers(vars(self), Path(self.name_or_path, "config.json")), name)
+        return getattr(_load_with_transformers(vars(self), Path(self.name_or_path, "config.json")), name)
 
     def get_text_config(self) -> PlainConfig:
         """It is of text alone."""
@@ -57,24 +63,26 @@ def read_hf_config(path: str | Path) -> Any:
             f"model folder {str(path)!r} has no config.json; give a folder in Hugging Face layout"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({_line(error)}); download it again") from None
+        raise CheckpointError(f"{file} cannot be read ({_format_error(error)}); download it again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object; download it again")
-    beside = None if "quantization_config" in raw else _quantization_beside(Path(path))
-    config: Any = _plain({**raw, "name_or_path": str(path)}) or _by_transformers(raw, file)
+    beside = None if "quantization_config" in raw else _read_quantization_file(Path(path))
+    config: Any = _parse_plain_config({**raw, "name_or_path": str(path)}) or _load_with_transformers(raw, file)
     if beside is not None:
         config.quantization_config = beside
     return config
 
 
-def _plain(raw: dict[str, Any]) -> PlainConfig | None:
+def _parse_plain_config(raw: dict[str, Any]) -> PlainConfig | None:
     """None where transformers has anything to add, or to object to."""
-    fields = {**_EVERY, **_FAMILIES.get(raw.get("model_type"), {"model_type": NoneType})}
-    if raw.keys() & _SPECIAL or not all(type(raw.get(name, ...)) is kind for name, kind in fields.items()):
+    fields = {**_COMMON_FIELDS, **_FAMILY_FIELDS.get(raw.get("model_type"), {"model_type": NoneType})}
+    if raw.keys() & _TRANSFORMERS_ONLY_FIELDS or not all(
+        type(raw.get(name, ...)) is kind for name, kind in fields.items()
+    ):
         return None
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": raw.get("rope_theta"), **rope}
-    known = rope["rope_type"] == "default" or (rope["rope_type"] == "llama3" and rope.keys() >= _LLAMA3)
+    known = rope["rope_type"] == "default" or (rope["rope_type"] == "llama3" and rope.keys() >= _LLAMA3_ROPE_FIELDS)
     heads, windowed = raw["num_attention_heads"], raw.get("use_sliding_window")
     if heads < 1 or raw["hidden_size"] % heads or windowed or not known or type(rope["rope_theta"]) not in (int, float):
         return None
@@ -83,7 +91,7 @@ def _plain(raw: dict[str, Any]) -> PlainConfig | None:
     return PlainConfig(**{**raw, "dtype": raw.get("dtype", raw.get("torch_dtype")), **own, **whole})
 
 
-def _by_transformers(raw: dict[str, Any], file: Path) -> Any:
+def _load_with_transformers(raw: dict[str, Any], file: Path) -> Any:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -92,10 +100,10 @@ def _by_transformers(raw: dict[str, Any], file: Path) -> Any:
             return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
         return PretrainedConfig.from_dict(raw)
     except Exception as error:
-        raise CheckpointError(f"{file} is not a valid configuration: {_line(error)}") from error
+        raise CheckpointError(f"{file} is not a valid configuration: {_format_error(error)}") from error
 
 
-def architecture(hf_config: Any) -> str:
+def get_architecture(hf_config: Any) -> str:
     """The model class that ``config.json`` names, e.g. ``LlamaForCausalLM``. Raises ``CheckpointError``."""
     names = getattr(hf_config, "architectures", None) or []
     if not names:
@@ -105,7 +113,7 @@ def architecture(hf_config: Any) -> str:
     return str(names[0])
 
 
-def context_length(hf_config: Any) -> int:
+def get_context_length(hf_config: Any) -> int:
     """Tokens of context, counting what the rope scaling adds to the trained length.
 
     ``linear`` and ``dynamic`` multiply ``max_position_embeddings``; ``yarn`` multiplies the original length, unless
@@ -124,7 +132,7 @@ def context_length(hf_config: Any) -> int:
     return trained
 
 
-def _quantization_beside(path: Path) -> dict[str, Any] | None:
+def _read_quantization_file(path: Path) -> dict[str, Any] | None:
     """What older tools wrote into a file of its own in place of config.json's ``quantization_config``."""
     for name, method in (("quantize_config", "gptq"), ("quant_config", "awq"), ("hf_quant_config", "modelopt")):
         file = path / f"{name}.json"
@@ -132,9 +140,9 @@ def _quantization_beside(path: Path) -> dict[str, Any] | None:
             try:
                 return {"quant_method": method, **json.loads(file.read_text("utf-8"))}
             except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{file} cannot be read ({_line(error)}); download it again") from None
+                raise CheckpointError(f"{file} cannot be read ({_format_error(error)}); download it again") from None
     return None
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

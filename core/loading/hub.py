@@ -7,18 +7,18 @@ from pathlib import Path
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["EMBEDDED", "resolve_model"]
+__all__ = ["BUNDLED_MODELS", "resolve_model"]
 
-EMBEDDED = ("quire-tiny", "quire-tiny-draft")
+BUNDLED_MODELS = ("quire-tiny", "quire-tiny-draft")
 """Models that come with the package, in ``core/assets``."""
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-_PICKLED = "pytorch_model.bin"
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_PICKLED_WEIGHTS = "pytorch_model.bin"
+_DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
 
 def resolve_model(
-    name: str, *, revision: str | None = None, download_dir: str | Path | None = None, head: bool = False
+    name: str, *, revision: str | None = None, download_dir: str | Path | None = None, draft_head: bool = False
 ) -> Path:
     """The local folder of model ``name``.
 
@@ -28,8 +28,8 @@ def resolve_model(
     never pickles or code; of a drafting ``head`` without safetensors also ``pytorch_model.bin``, which is read for its
     tensors alone. Raises ``CheckpointError``, one line that says what to do.
     """
-    if name in EMBEDDED:
-        return _embedded(name)
+    if name in BUNDLED_MODELS:
+        return _find_bundled_model(name)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
@@ -39,10 +39,10 @@ def resolve_model(
         raise CheckpointError(
             f"model folder {name!r} does not exist; give a folder, a name on the Hugging Face hub, or 'quire-tiny'"
         )
-    return _download(name, revision, download_dir, head)
+    return _download_model(name, revision, download_dir, draft_head)
 
 
-def _embedded(name: str) -> Path:
+def _find_bundled_model(name: str) -> Path:
     path = _ASSETS / name
     if not (path / "config.json").is_file():
         raise CheckpointError(f"the embedded model {name!r} is not in this installation; install quire again")
@@ -53,18 +53,18 @@ def _looks_like_path(name: str) -> bool:
     return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _download(name: str, revision: str | None, download_dir: str | Path | None, head: bool) -> Path:
+def _download_model(name: str, revision: str | None, download_dir: str | Path | None, head: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     cache = None if download_dir is None else str(Path(download_dir).expanduser())
     at = f" at revision {revision!r}" if revision else ""
     try:
-        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_DOWNLOAD_PATTERNS))
         if head and not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_PICKLED)
+            snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_PICKLED_WEIGHTS)
     except errors.HFValidationError:
         raise CheckpointError(
-            f"model {name!r} is neither a folder nor a valid name on the hub (owner/name){_did_you_mean(name)}"
+            f"model {name!r} is neither a folder nor a valid name on the hub (owner/name){_suggest_name(name)}"
         ) from None
     except errors.GatedRepoError:
         raise CheckpointError(
@@ -73,21 +73,21 @@ def _download(name: str, revision: str | None, download_dir: str | Path | None, 
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
             f"model {name!r} is neither a folder nor a repository on the hub, or it is private: check the name, or set "
-            f"HF_TOKEN{_did_you_mean(name)}"
+            f"HF_TOKEN{_suggest_name(name)}"
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"model {name!r} has no revision {revision!r}; check --revision") from None
     except errors.LocalEntryNotFoundError:
         raise CheckpointError(
             f"model {name!r}{at} is not in the cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
-            f"set); go online, or give a local folder{_did_you_mean(name)}"
+            f"set); go online, or give a local folder{_suggest_name(name)}"
         ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"model {name!r}{at} could not be downloaded ({reason}); try again") from None
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"repository {name!r}{at} has no config.json; it is not a model in Hugging Face layout")
-    if not any(folder.glob("*.safetensors")) and not (head and (folder / _PICKLED).is_file()):
+    if not any(folder.glob("*.safetensors")) and not (head and (folder / _PICKLED_WEIGHTS).is_file()):
         raise CheckpointError(
             f"repository {name!r}{at} has no safetensors; pickled weights (*.bin, *.pt) can run code when loaded and "
             f"are refused; convert the model, or choose a revision that has safetensors"
@@ -95,6 +95,6 @@ def _download(name: str, revision: str | None, download_dir: str | Path | None, 
     return folder
 
 
-def _did_you_mean(name: str) -> str:
-    close = difflib.get_close_matches(name, EMBEDDED, n=1)
+def _suggest_name(name: str) -> str:
+    close = difflib.get_close_matches(name, BUNDLED_MODELS, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

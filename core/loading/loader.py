@@ -19,9 +19,9 @@ from quire.core.contracts.quant import QuantizationLoader
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.checkpoint import optional_names
-from quire.core.layers.parallel import Parallel
+from quire.core.layers.parallel import TensorParallel
 
-__all__ = ["load_model", "weight_files"]
+__all__ = ["find_weight_files", "load_model"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -38,7 +38,7 @@ def load_model(
     quant: QuantizationLoader,
     load_format: str = "auto",
     seed: int = 0,
-    parallel: Parallel = Parallel(0, 1),
+    parallel: TensorParallel = TensorParallel(0, 1),
     progress: bool = True,
     max_positions: int | None = None,
 ) -> Model:
@@ -59,15 +59,15 @@ def load_model(
     with torch.inference_mode(False), torch.no_grad():
         model = model_class(hf_config, builder)
         if load_format == "dummy":
-            _randomize(model, seed, device)
+            _fill_random_weights(model, seed, device)
         else:
-            _stream(model, weight_files(Path(path)), progress)
+            _stream_weights(model, find_weight_files(Path(path)), progress)
         for _ in model.process_weights_after_loading():
             pass
     return model.eval()
 
 
-def weight_files(path: Path) -> list[Path]:
+def find_weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model folder, by its index or by name. Raises ``CheckpointError`` if none or some
     are missing; pickles are never read."""
     index = path / _INDEX
@@ -79,7 +79,7 @@ def weight_files(path: Path) -> list[Path]:
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{_INDEX} names {_few(missing)}, missing from {str(path)!r}; download the model again"
+                f"{_INDEX} names {_format_names(missing)}, missing from {str(path)!r}; download the model again"
             )
         return [path / name for name in names]
     single = path / "model.safetensors"
@@ -89,13 +89,13 @@ def weight_files(path: Path) -> list[Path]:
     pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if pickles:
         raise CheckpointError(
-            f"{str(path)!r} has only pickled weights ({_few([p.name for p in pickles])}), which can run code when "
-            f"loaded and are refused; save the model again as safetensors"
+            f"{str(path)!r} has only pickled weights ({_format_names([p.name for p in pickles])}), which can run code "
+            f"when loaded and are refused; save the model again as safetensors"
         )
     raise CheckpointError(f"{str(path)!r} has no *.safetensors file; give a whole model folder or --load-format dummy")
 
 
-def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
+def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None:
     fills = model.checkpoint_map()
     may_lack = optional_names(model)
     waiting, unexpected = set(fills), []
@@ -104,7 +104,7 @@ def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
     with tqdm(
         total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", disable=not shown
     ) as bar:
-        for name, tensor in _tensors(files):
+        for name, tensor in _iter_tensors(files):
             if name in waiting:
                 fills[name](tensor)
                 waiting.discard(name)
@@ -115,17 +115,17 @@ def _stream(model: Model, files: Sequence[Path], progress: bool) -> None:
     if missing := [name for name in fills if name in waiting and name not in may_lack]:
         wanted = len(fills) - len(waiting & may_lack)
         raise CheckpointError(
-            f"{where!r} lacks {len(missing)} of {wanted} tensors: {_few(missing)}; download the model again, or "
-            f"mend its config.json{_hint(unexpected)}"
+            f"{where!r} lacks {len(missing)} of {wanted} tensors: {_format_names(missing)}; download the model again, "
+            f"or mend its config.json{_format_unexpected(unexpected)}"
         )
     if unexpected:
         raise CheckpointError(
-            f"{where!r} has {len(unexpected)} tensors that this architecture does not use: {_few(sorted(unexpected))}; "
-            f"its config.json names another model, or another quantization"
+            f"{where!r} has {len(unexpected)} tensors that this architecture does not use: "
+            f"{_format_names(sorted(unexpected))}; its config.json names another model, or another quantization"
         )
 
 
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+def _iter_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
@@ -139,7 +139,7 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _randomize(model: Model, seed: int, device: torch.device) -> None:
+def _fill_random_weights(model: Model, seed: int, device: torch.device) -> None:
     """Variance 1 / fan-in for matrices, so activations keep their scale; vectors stay as made (norms 1, biases 0)."""
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
@@ -156,10 +156,10 @@ def _randomize(model: Model, seed: int, device: torch.device) -> None:
             parameter.copy_(wide.uniform_(-bound, bound, generator=generator))
 
 
-def _hint(unexpected: Sequence[str]) -> str:
-    return f" (it has {len(unexpected)} unknown ones: {_few(sorted(unexpected))})" if unexpected else ""
+def _format_unexpected(unexpected: Sequence[str]) -> str:
+    return f" (it has {len(unexpected)} unknown ones: {_format_names(sorted(unexpected))})" if unexpected else ""
 
 
-def _few(names: Sequence[str], most: int = 3) -> str:
+def _format_names(names: Sequence[str], most: int = 3) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

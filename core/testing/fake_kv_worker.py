@@ -11,12 +11,12 @@ import numpy as np
 from quire.core.contracts.kv import KVGroup
 from quire.core.messages import LogprobRows, ModelRunnerOutput, NewRequest, SchedulerOutput
 
-__all__ = ["MarkingWorker", "expected_tokens"]
+__all__ = ["FakeKVWorker", "compute_expected_tokens"]
 
 _FIRST = 1
 
 
-class MarkingWorker:
+class FakeKVWorker:
     """Executes steps in the order in which they are given, as a device does.
 
     The key and value of a position are a mark: a hash of all tokens up to it and of the salt. Every step checks that
@@ -28,10 +28,10 @@ class MarkingWorker:
     """
 
     def __init__(
-        self, groups: Sequence[KVGroup], num_blocks: int, block_size: int, vocab_size: int, skill: float = 0.5
+        self, groups: Sequence[KVGroup], num_blocks: int, block_size: int, vocab_size: int, draft_accuracy: float = 0.5
     ) -> None:
-        self._skill = skill
-        self._chance = random.Random(0)
+        self._draft_accuracy = draft_accuracy
+        self._rng = random.Random(0)
         self._groups = tuple(groups)
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -40,12 +40,12 @@ class MarkingWorker:
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # slot -> mark
         self._next_step = 0
 
-    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+    def execute_step(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Apply the differences, compute the grants, draw."""
         assert step.step == self._next_step, f"step {step.step} came instead of {self._next_step}"
         self._next_step += 1
-        self._apply(step)
-        self._check_shape(step)
+        self._update_states(step)
+        self._check_step(step)
         grants = list(
             zip(step.rows.tolist(), step.num_scheduled_tokens.tolist(), step.sampling_mask.tolist(), strict=True)
         )
@@ -53,8 +53,8 @@ class MarkingWorker:
         written: list[set[int]] = [set() for _ in self._groups]
         for (row, count, _), drafted in zip(grants, drafts, strict=True):
             assert drafted == 0 or count == 1 + drafted, "drafts come beside one token"
-            self._rows[row].offer(drafted)
-            self._write(self._rows[row], count, written)
+            self._rows[row].append_drafts(drafted)
+            self._write_kv(self._rows[row], count, written)
         result = ModelRunnerOutput(
             step.step,
             np.zeros((len(grants), 1 + max(drafts)), np.int32),
@@ -62,13 +62,15 @@ class MarkingWorker:
             num_verified_drafts=None if step.num_draft_tokens is None else step.num_draft_tokens.copy(),
         )
         for index, (row, count, samples) in enumerate(grants):
-            assert self._rows[row].computed <= step.max_seq_lens[index], "reached is no upper bound"
-            self._attend(self._rows[row], step.max_seq_len)
-            self._draw(self._rows[row], index, count, samples, drafts[index], result)
-            self._rows[row].guess = self._propose(self._rows[row], step.num_tokens_to_propose) if samples else []
+            assert self._rows[row].num_computed_tokens <= step.max_seq_lens[index], "reached is no upper bound"
+            self._check_kv_reads(self._rows[row], step.max_seq_len)
+            self._sample_tokens(self._rows[row], index, count, samples, drafts[index], result)
+            self._rows[row].host_draft = (
+                self._propose_drafts(self._rows[row], step.num_tokens_to_propose) if samples else []
+            )
         return result
 
-    def _apply(self, step: SchedulerOutput) -> None:
+    def _update_states(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
             assert self._rows.pop(row, None) is not None, f"row {row} was freed, but nobody has it"
         for new in step.new_requests:
@@ -82,14 +84,14 @@ class MarkingWorker:
         for guess in step.host_drafts:
             mine = self._rows[guess.row]
             drawn = mine.tokens[guess.base_len :]
-            mine.guess = guess.token_ids[len(drawn) :] if guess.token_ids[: len(drawn)] == drawn else []
+            mine.host_draft = guess.token_ids[len(drawn) :] if guess.token_ids[: len(drawn)] == drawn else []
         for group, source, destination in step.block_copies:
             size, slots = self._block_size, self._slots[group]
             for offset in range(size):
                 if source * size + offset in slots:
                     slots[destination * size + offset] = slots[source * size + offset]
 
-    def _check_shape(self, step: SchedulerOutput) -> None:
+    def _check_step(self, step: SchedulerOutput) -> None:
         assert len(step.rows) > 0, "an empty step"
         assert len(set(step.rows.tolist())) == len(step.rows), "a row is granted twice"
         assert int(step.num_scheduled_tokens.sum()) == step.total_num_scheduled_tokens
@@ -103,25 +105,25 @@ class MarkingWorker:
                 "order"
             )
 
-    def _write(self, row: _Row, count: int, written: list[set[int]]) -> None:
+    def _write_kv(self, row: _Row, count: int, written: list[set[int]]) -> None:
         assert count > 0, f"{row.new.request_id}: an empty grant"
-        assert row.computed + count <= len(row.tokens), f"{row.new.request_id}: granted tokens nobody knows"
-        row.extend_marks(row.computed + count)
+        assert row.num_computed_tokens + count <= len(row.tokens), f"{row.new.request_id}: granted tokens nobody knows"
+        row.extend_marks(row.num_computed_tokens + count)
         for group, table in enumerate(row.blocks):
-            for position in range(row.computed, row.computed + count):
+            for position in range(row.num_computed_tokens, row.num_computed_tokens + count):
                 block = table[position // self._block_size]
                 assert block != 0, f"{row.new.request_id} would write position {position} into the sink"
                 slot = block * self._block_size + position % self._block_size
                 assert slot not in written[group], f"two requests write block {block} in one step"
                 written[group].add(slot)
                 self._slots[group][slot] = row.marks[position]
-        row.computed += count
+        row.num_computed_tokens += count
 
-    def _attend(self, row: _Row, max_seq_len: int) -> None:
-        assert row.computed <= max_seq_len, f"{row.new.request_id} is longer than max_seq_len={max_seq_len}"
+    def _check_kv_reads(self, row: _Row, max_seq_len: int) -> None:
+        assert row.num_computed_tokens <= max_seq_len, f"{row.new.request_id} is longer than max_seq_len={max_seq_len}"
         for group, (spec, table) in enumerate(zip(self._groups, row.blocks, strict=True)):
-            first = 0 if spec.window is None else max(row.computed - spec.window, 0)
-            for position in range(first, row.computed):
+            first = 0 if spec.window is None else max(row.num_computed_tokens - spec.window, 0)
+            for position in range(first, row.num_computed_tokens):
                 slot = table[position // self._block_size] * self._block_size + position % self._block_size
                 found = self._slots[group].get(slot)
                 assert found == row.marks[position], (
@@ -129,36 +131,40 @@ class MarkingWorker:
                     f"block {slot // self._block_size}"
                 )
 
-    def _draw(self, row: _Row, index: int, count: int, samples: bool, drafted: int, result: ModelRunnerOutput) -> None:
+    def _sample_tokens(
+        self, row: _Row, index: int, count: int, samples: bool, drafted: int, result: ModelRunnerOutput
+    ) -> None:
         params, new = row.new.params, row.new
-        assert samples == (row.computed == len(row.tokens)), f"{new.request_id}: samples={samples} is wrong"
+        assert samples == (row.num_computed_tokens == len(row.tokens)), f"{new.request_id}: samples={samples} is wrong"
         assert len(row.tokens) <= new.prompt_len + (params.max_tokens or len(row.tokens)), "drafts beyond the end"
         if params.prompt_logprobs is not None:
-            targets = row.tokens[row.computed - count + 1 : min(row.computed + 1, new.prompt_len)]
+            targets = row.tokens[row.num_computed_tokens - count + 1 : min(row.num_computed_tokens + 1, new.prompt_len)]
             if targets:
-                result.prompt_logprobs[index] = _rows(targets)
+                result.prompt_logprobs[index] = _make_logprob_rows(targets)
         if not samples:
             return
         known = len(row.tokens) - drafted
         offered, drawn = row.tokens[known:], list[int]()
         while not drawn or (len(drawn) <= drafted and drawn[-1] == offered[len(drawn) - 1]):
-            drawn.append(_next_token(new.seed, row.tokens[:known] + drawn, self._vocab_size))
-        row.rewind(known, drawn)
+            drawn.append(_compute_next_token(new.seed, row.tokens[:known] + drawn, self._vocab_size))
+        row.replace_drafts(known, drawn)
         result.sampled_token_ids[index, : len(drawn)] = drawn
         result.num_sampled_tokens[index] = len(drawn)
         if params.logprobs is not None:
-            result.logprobs[index] = _rows(drawn + [0] * (1 + drafted - len(drawn)))
+            result.logprobs[index] = _make_logprob_rows(drawn + [0] * (1 + drafted - len(drawn)))
 
-    def _propose(self, row: _Row, count: int) -> list[int]:
-        right = expected_tokens(row.new.seed, row.tokens, count, self._vocab_size)
-        return [token if self._chance.random() < self._skill else (token + 1) % self._vocab_size for token in right]
+    def _propose_drafts(self, row: _Row, count: int) -> list[int]:
+        right = compute_expected_tokens(row.new.seed, row.tokens, count, self._vocab_size)
+        return [
+            token if self._rng.random() < self._draft_accuracy else (token + 1) % self._vocab_size for token in right
+        ]
 
 
-def expected_tokens(seed: int, prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
+def compute_expected_tokens(seed: int, prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
     """What a request draws if nothing goes wrong: ``count`` tokens, stops not considered."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(_next_token(seed, tokens, vocab_size))
+        tokens.append(_compute_next_token(seed, tokens, vocab_size))
     return tokens[len(prompt) :]
 
 
@@ -166,32 +172,34 @@ def expected_tokens(seed: int, prompt: Sequence[int], count: int, vocab_size: in
 class _Row:
     new: NewRequest
     tokens: list[int]
-    computed: int
+    num_computed_tokens: int
     blocks: list[dict[int, int]]
     marks: list[int] = field(default_factory=list)
-    guess: list[int] = field(default_factory=list)
+    host_draft: list[int] = field(default_factory=list)
 
-    def offer(self, count: int) -> None:
+    def append_drafts(self, count: int) -> None:
         """Take ``count`` drafts for known, with nonsense where there are too few."""
         if count:
-            assert self.computed == len(self.tokens) - 1, f"{self.new.request_id} verifies drafts in its prompt"
-            self.tokens += (self.guess + [0] * count)[:count]
+            assert self.num_computed_tokens == len(self.tokens) - 1, (
+                f"{self.new.request_id} verifies drafts in its prompt"
+            )
+            self.tokens += (self.host_draft + [0] * count)[:count]
 
-    def rewind(self, known: int, drawn: list[int]) -> None:
+    def replace_drafts(self, known: int, drawn: list[int]) -> None:
         """Replace the drafts by what was drawn: all but its last token are computed."""
         self.tokens[known:] = drawn
-        self.computed = len(self.tokens) - 1
-        del self.marks[self.computed :]
+        self.num_computed_tokens = len(self.tokens) - 1
+        del self.marks[self.num_computed_tokens :]
 
     def extend_marks(self, length: int) -> None:
         for token in self.tokens[len(self.marks) : length]:
             self.marks.append(hash((self.marks[-1] if self.marks else _FIRST, token)))
 
 
-def _next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
+def _compute_next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
     return hash((seed, len(tokens), *tokens[-3:])) % vocab_size
 
 
-def _rows(tokens: list[int]) -> LogprobRows:
+def _make_logprob_rows(tokens: list[int]) -> LogprobRows:
     ids = np.array(tokens, np.int32)[:, None]
     return LogprobRows(ids, -ids.astype(np.float32), np.ones(len(tokens), np.int32))

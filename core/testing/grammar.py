@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.messages import NewRequest
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 
 __all__ = ["CyclicGrammar"]
 
@@ -36,8 +36,8 @@ class CyclicGrammar(LogitsProcessor):
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
         """Mask each line by the token before it, which may be a draft."""
-        lines = upload([i for i, row in enumerate(batch.rows) if row in self._rows], torch.int64, logits.device)
-        rows = upload(batch.rows, torch.int64, logits.device)[lines]
+        lines = copy_to_device([i for i, row in enumerate(batch.rows) if row in self._rows], torch.int64, logits.device)
+        rows = copy_to_device(batch.rows, torch.int64, logits.device)[lines]
         before = batch.token_ids[rows, batch.num_tokens[lines].long() - 1]
         allowed = self._classes[None, :] == (before[:, None] + 1) % _CLASSES
         logits[lines] = logits[lines].masked_fill(~allowed, float("-inf"))

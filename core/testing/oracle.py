@@ -16,10 +16,10 @@ from quire.core.sample.filters import apply_filters
 from quire.core.sample.noise import gumbel
 from quire.core.sampling_params import SamplingParams
 
-__all__ = ["assert_follows", "worst_gap"]
+__all__ = ["assert_matches_reference", "compute_worst_gap"]
 
 
-def worst_gap(
+def compute_worst_gap(
     reference: Any, prompt: Sequence[int], tokens: Sequence[int], params: SamplingParams, seed: int = 0
 ) -> float:
     """The largest amount by which a chosen token falls short of the reference's best, in scaled logits.
@@ -49,7 +49,7 @@ def worst_gap(
     return float(gaps.max()) if len(tokens) else 0.0
 
 
-def assert_follows(
+def assert_matches_reference(
     reference: Any,
     prompt: Sequence[int],
     tokens: Sequence[int],
@@ -58,5 +58,5 @@ def assert_follows(
     tolerance: float = 1e-3,
 ) -> None:
     """Raise ``AssertionError`` unless ``tokens`` is what ``reference`` draws after ``prompt``, by the oracle rule."""
-    gap = worst_gap(reference, prompt, tokens, params, seed)
+    gap = compute_worst_gap(reference, prompt, tokens, params, seed)
     assert gap <= tolerance, f"a chosen token is {gap:.4g} below the reference's best (tolerance {tolerance:g})"

@@ -1,4 +1,4 @@
-"""An engine without a model: a scheduler and a marking worker, with two steps in flight, judged at every turn."""
+"""An engine without a model: a scheduler and a ``FakeKVWorker``, with two steps in flight, judged at every turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quire.core.contracts.spec_decode import HostProposer
 from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
-from quire.core.testing.fake_kv_worker import MarkingWorker, expected_tokens
+from quire.core.testing.fake_kv_worker import FakeKVWorker, compute_expected_tokens
 
 __all__ = ["SimulatedEngine"]
 
@@ -52,7 +52,7 @@ class SimulatedEngine:
             speculation=speculation,
             proposer=proposer,
         )
-        self.worker = MarkingWorker(allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, skill)
+        self.worker = FakeKVWorker(allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, skill)
         self.received: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
         """Request -> how it ended."""
@@ -98,7 +98,7 @@ class SimulatedEngine:
             return None
         step = self.scheduler.schedule()
         if step is not None:
-            self.in_flight.append((step, self.worker.execute(step)))
+            self.in_flight.append((step, self.worker.execute_step(step)))
         elif not self.in_flight:
             assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step
@@ -155,7 +155,7 @@ class SimulatedEngine:
         room = self._max_model_len - len(prompt)
         count = room if params.max_tokens is None else min(params.max_tokens, room)
         seed = params.seed or 0
-        tokens = expected_tokens(seed, prompt, count, self._vocab_size)
+        tokens = compute_expected_tokens(seed, prompt, count, self._vocab_size)
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
         for i, token in enumerate(tokens):
             if token in stops and i + 1 >= params.min_tokens:

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-__all__ = ["CompileCounter", "compile_ahead"]
+__all__ = ["CompileCounter", "precompile_kernels"]
 
 _log = logging.getLogger("quire.worker")
 
 
-def compile_ahead(rehearse: Callable[[], None]) -> None:
-    """Run ``rehearse`` with Triton kernels compiled and loaded instead of launched, many at a time; all are when this
+def precompile_kernels(run_warmup: Callable[[], None]) -> None:
+    """Run ``run_warmup`` with Triton kernels compiled and loaded instead of launched, many at a time; all are when this
     returns. Triton 3.6 compiles a launcher for each, too, which takes half a second. Of kernels that tune themselves
     (``triton.autotune``) every variant is compiled, and none chosen.
 
-    ``rehearse`` sees outputs that were never written, so it must not index with them. If it fails, a warning says so
+    ``run_warmup`` sees outputs that were never written, so it must not index with them. If it fails, a warning says so
     and kernels are compiled as they come: slower, and still right.
     """
     import triton
@@ -52,7 +52,7 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
     JITFunction.run, Autotuner.run = compile_only, compile_all
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, Ahead(pool):
-            rehearse()
+            run_warmup()
     except Exception as error:
         _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)
     finally:
@@ -66,10 +66,10 @@ class CompileCounter:
         import triton
 
         self.count = 0
-        self._before = triton.knobs.runtime.jit_post_compile_hook
+        self._previous_hook = triton.knobs.runtime.jit_post_compile_hook
         triton.knobs.runtime.jit_post_compile_hook = self._hook
 
-    def take(self) -> int:
+    def take_count(self) -> int:
         """How many since the last call."""
         count, self.count = self.count, 0
         return count
@@ -77,4 +77,4 @@ class CompileCounter:
     def _hook(self, **info: Any) -> Any:
         self.count += 1
         _log.warning("the kernel %s was compiled under traffic", getattr(info.get("fn"), "name", "?"))
-        return self._before(**info) if self._before is not None else None
+        return self._previous_hook(**info) if self._previous_hook is not None else None

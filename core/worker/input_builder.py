@@ -11,25 +11,27 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.messages import SchedulerOutput
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.inputs import DraftSpans
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["Lines", "StepInputs", "build_inputs"]
+__all__ = ["LogitsIndices", "StepInputs", "build_inputs"]
 
 
 @dataclass(slots=True)
-class Lines:
+class LogitsIndices:
     """The lines of logits of a step, on the host: one for each request that draws, and one more for each draft."""
 
-    owner: NDArray[np.int64]  # (num_lines,) index into the step's requests
-    positions: NDArray[np.int64]  # (num_lines,) upper bound of where the drawn token goes; exact without drafts
-    token: NDArray[np.int64]  # (num_lines,) token of the step whose hidden state predicts the drawn one
-    first: NDArray[np.int64]  # (num_drawing,) first line of each request that draws
-    drafts: NDArray[np.int64]  # (num_drawing,)
+    request_indices: NDArray[np.int64]  # (num_lines,) index into the step's requests
+    max_sample_positions: NDArray[
+        np.int64
+    ]  # (num_lines,) upper bound of where the drawn token goes; exact without drafts
+    token_indices: NDArray[np.int64]  # (num_lines,) token of the step whose hidden state predicts the drawn one
+    starts: NDArray[np.int64]  # (num_drawing,) first line of each request that draws
+    num_drafts: NDArray[np.int64]  # (num_drawing,)
 
     @classmethod
-    def of(cls, step: SchedulerOutput) -> Lines:
+    def from_step(cls, step: SchedulerOutput) -> LogitsIndices:
         """In the order of the requests."""
         sampling_requests = np.flatnonzero(step.sampling_mask)
         drafts = (
@@ -56,37 +58,39 @@ class StepInputs:
     query_start_loc: Tensor  # (num_reqs + 1,) int32
     slot_mapping: list[Tensor]  # by group: (num_tokens,) int64
     batches: list[AttentionBatch]  # by group
-    line_rows: Tensor  # (num_lines,) int64: row of the request table, for each line of logits
-    line_lens: Tensor  # (num_lines,) int32: tokens before the drawn one, which is also its position
-    logits_index: Tensor  # (num_lines,) int64: token whose hidden state predicts the drawn one
-    spans: DraftSpans
+    logits_table_rows: Tensor  # (num_lines,) int64: row of the request table, for each line of logits
+    logits_positions: Tensor  # (num_lines,) int32: tokens before the drawn one, which is also its position
+    logits_indices: Tensor  # (num_lines,) int64: token whose hidden state predicts the drawn one
+    draft_spans: DraftSpans
     """The lines by request."""
 
 
-def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block_size: int) -> StepInputs:
-    """Expand the grants of ``step`` and advance ``table.num_computed`` past them."""
+def build_inputs(
+    step: SchedulerOutput, logits_indices: LogitsIndices, table: RequestTable, block_size: int
+) -> StepInputs:
+    """Expand the grants of ``step`` and advance ``table.num_computed_tokens`` past them."""
     device = table.device
     num_reqs, total = len(step.rows), step.total_num_scheduled_tokens
-    sampling_requests = lines.owner[lines.first]
+    sampling_requests = logits_indices.request_indices[logits_indices.starts]
     columns = (
         step.rows,
         step.num_scheduled_tokens,
-        lines.owner,
-        lines.token,
+        logits_indices.request_indices,
+        logits_indices.token_indices,
         sampling_requests,
-        lines.first,
-        lines.drafts,
+        logits_indices.starts,
+        logits_indices.num_drafts,
     )
-    packed = upload(np.concatenate(columns, dtype=np.int64), torch.int64, device)
+    packed = copy_to_device(np.concatenate(columns, dtype=np.int64), torch.int64, device)
     rows, grants, owners, logits_index, sampling, first, drafts = packed.split([len(column) for column in columns])
     start = torch.zeros(num_reqs + 1, dtype=torch.int64, device=device)
     torch.cumsum(grants, 0, out=start[1:])
-    computed = table.num_computed[rows].long()
+    computed = table.num_computed_tokens[rows].long()
     owner = torch.repeat_interleave(torch.arange(num_reqs, device=device), grants, output_size=total)
     positions = computed[owner] + torch.arange(total, device=device) - start[owner]
     token_row = rows[owner]
     seq_lens = (computed + grants).int()
-    table.num_computed[rows] = seq_lens
+    table.num_computed_tokens[rows] = seq_lens
     start32 = start.int()
     width = -(-step.max_seq_len // block_size)
     max_query_len = int(step.num_scheduled_tokens.max())
@@ -114,8 +118,8 @@ def build_inputs(step: SchedulerOutput, lines: Lines, table: RequestTable, block
         query_start_loc=start32,
         slot_mapping=slots,
         batches=batches,
-        line_rows=rows[owners],
-        line_lens=positions[logits_index].int() + 1,
-        logits_index=logits_index,
-        spans=DraftSpans(rows[sampling], first, drafts, 1 + int(lines.drafts.max(initial=0))),
+        logits_table_rows=rows[owners],
+        logits_positions=positions[logits_index].int() + 1,
+        logits_indices=logits_index,
+        draft_spans=DraftSpans(rows[sampling], first, drafts, 1 + int(logits_indices.num_drafts.max(initial=0))),
     )

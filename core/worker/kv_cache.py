@@ -10,9 +10,9 @@ from quire.core.config import CacheConfig
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, KVLayout, LayerKV
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 
-__all__ = ["KVCache", "blocks_in", "check_fits", "device_bytes_taken", "group_layers"]
+__all__ = ["KVCache", "compute_num_blocks", "group_layers", "measure_device_bytes", "validate_max_model_len"]
 
 
 def group_layers(specs: Sequence[AttentionSpec]) -> tuple[list[AttentionSpec], list[int]]:
@@ -29,7 +29,7 @@ class KVCache:
         self.layouts: list[KVLayout] = [backend.kv_layout() for backend in backends]
         self.device = device
         self.layers: list[LayerKV] = []
-        self._raw: list[torch.Tensor] = []
+        self._group_pools: list[torch.Tensor] = []
 
     @property
     def groups(self) -> tuple[KVGroup, ...]:
@@ -44,39 +44,39 @@ class KVCache:
     def allocate(self, num_blocks: int) -> None:
         """Make the pool: ``num_blocks`` blocks in each group. Replaces the pool before it."""
         self.layers.clear()
-        self._raw = []
+        self._group_pools = []
         if not self.layouts:
             return
         pool = torch.zeros(num_blocks * self.bytes_per_block, dtype=torch.uint8, device=self.device)
         at = 0
         for g, layout in enumerate(self.layouts):
             width = self.group_of.count(g) * layout.bytes_per_block
-            self._raw.append(pool[at : at + num_blocks * width].view(num_blocks, width))
+            self._group_pools.append(pool[at : at + num_blocks * width].view(num_blocks, width))
             at += num_blocks * width
         seen = [0] * len(self.layouts)
         for g in self.group_of:
             size = self.layouts[g].bytes_per_block
-            self.layers.append(self.layouts[g].view(self._raw[g][:, seen[g] * size : (seen[g] + 1) * size]))
+            self.layers.append(self.layouts[g].view(self._group_pools[g][:, seen[g] * size : (seen[g] + 1) * size]))
             seen[g] += 1
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]], follows: int | None = None) -> None:
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]], target_group: int | None = None) -> None:
         """Copy whole blocks, all layers at once: (group, source, destination). A cache whose layers all ``follow`` one
         group of another cache lives under that group's block ids."""
-        for g, raw in enumerate(self._raw):
-            pairs = [(s, d) for group, s, d in copies if group == (g if follows is None else follows)]
+        for g, raw in enumerate(self._group_pools):
+            pairs = [(s, d) for group, s, d in copies if group == (g if target_group is None else target_group)]
             if pairs:
-                index = upload(pairs, torch.int64, self.device)
+                index = copy_to_device(pairs, torch.int64, self.device)
                 raw[index[:, 1]] = raw[index[:, 0]]
 
 
-def blocks_in(num_bytes: int, bytes_per_block: int, config: CacheConfig, most_tokens: int) -> int:
+def compute_num_blocks(num_bytes: int, bytes_per_block: int, config: CacheConfig, max_tokens: int) -> int:
     """Blocks per group that ``num_bytes`` hold, the sink included; no more than ``most_tokens`` tokens need."""
     if config.num_blocks is not None:
         return config.num_blocks
-    return min(num_bytes // bytes_per_block, -(-most_tokens // config.block_size) + 1)
+    return min(num_bytes // bytes_per_block, -(-max_tokens // config.block_size) + 1)
 
 
-def device_bytes_taken(work: Callable[[], None]) -> int:
+def measure_device_bytes(work: Callable[[], None]) -> int:
     """Run ``work``; the bytes of the GPU that it keeps, also those that the driver takes and torch does not know of."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -87,7 +87,7 @@ def device_bytes_taken(work: Callable[[], None]) -> int:
     return max(before - torch.cuda.mem_get_info()[0], 0)
 
 
-def check_fits(num_blocks: int, block_size: int, max_model_len: int) -> None:
+def validate_max_model_len(num_blocks: int, block_size: int, max_model_len: int) -> None:
     """Refuse a context that the pool cannot hold, naming the largest that fits."""
     tokens = (num_blocks - 1) * block_size
     if tokens < max_model_len:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
-from quire.core.ops.pinned import download
+from quire.core.ops.pinned import copy_to_host
 from quire.core.worker.sampling import SampledTokens
 
-__all__ = ["Readback", "StepClock"]
+__all__ = ["Readback", "StepTimer"]
 
 _Rows = dict[int, tuple[Tensor, Tensor, Tensor]]
 
 
-class StepClock:
+class StepTimer:
     """Times a step where it runs: between two events on a GPU, by the host's clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -29,23 +29,23 @@ class StepClock:
         else:
             self._start = time.perf_counter_ns()
 
-    def stop(self) -> None:
+    def record_end(self) -> None:
         """Everything the step does is queued (or, on a CPU, done)."""
         if self._events is not None:
             self._events[1].record()
         else:
             self._end = time.perf_counter_ns()
 
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether the step has run."""
         return self._events is None or self._events[1].query()
 
-    def wait(self) -> None:
+    def wait_until_done(self) -> None:
         """Until it has."""
         if self._events is not None:
             self._events[1].synchronize()
 
-    def ran_us(self) -> float:
+    def device_us(self) -> float:
         """How long it took. Only after ``wait``."""
         if self._events is not None:
             return self._events[0].elapsed_time(self._events[1]) * 1e3
@@ -58,26 +58,26 @@ class Readback:
     On a GPU the copies land in pinned memory and an event marks them; later steps are queued behind without waiting.
     """
 
-    def __init__(self, step: SchedulerOutput, sampled: SampledTokens | None, prompt: _Rows, clock: StepClock) -> None:
+    def __init__(self, step: SchedulerOutput, sampled: SampledTokens | None, prompt: _Rows, clock: StepTimer) -> None:
         self._step = step
         self._quarantined = sampled.quarantined if sampled else []
-        self._read_late = sampled is not None and sampled.ran_draft_backfill
-        self._tokens = download(sampled.token_ids) if sampled else None
-        self._asked = sampled.logprobs if sampled else None
-        self._logprobs = _home_rows(self._asked.tensors) if self._asked else None
-        self._prompt = {i: _home_rows(rows) for i, rows in prompt.items()}
-        self.num_compiled = 0
+        self._ran_draft_backfill = sampled is not None and sampled.ran_draft_backfill
+        self._tokens = copy_to_host(sampled.token_ids) if sampled else None
+        self._requested_logprobs = sampled.logprobs if sampled else None
+        self._logprobs = _download_columns(self._requested_logprobs.tensors) if self._requested_logprobs else None
+        self._prompt = {i: _download_columns(rows) for i, rows in prompt.items()}
+        self.num_compiled_kernels = 0
         """Kernels that had to be compiled to launch the step."""
-        self._clock = clock
-        clock.stop()
+        self._timer = clock
+        clock.record_end()
 
     def done(self) -> bool:
         """Whether ``result`` would return at once."""
-        return self._clock.done()
+        return self._timer.is_done()
 
     def result(self) -> ModelRunnerOutput:
         """The step's tokens, once they are here."""
-        self._clock.wait()
+        self._timer.wait_until_done()
         step = self._step
         num_reqs = len(step.rows)
         home = np.empty(0, np.int32) if self._tokens is None else self._tokens.numpy()
@@ -94,19 +94,19 @@ class Readback:
             sampled_token_ids=tokens,
             num_sampled_tokens=num_sampled,
             num_verified_drafts=num_drafted,
-            logprobs=self._by_index(),
-            prompt_logprobs={i: _as_rows(rows) for i, rows in self._prompt.items()},
-            device_us=self._clock.ran_us(),
+            logprobs=self._split_logprobs(),
+            prompt_logprobs={i: _to_logprob_rows(rows) for i, rows in self._prompt.items()},
+            device_us=self._timer.device_us(),
             quarantined=self._quarantined,
-            num_compiled_kernels=self.num_compiled,
-            ran_draft_backfill=self._read_late,
+            num_compiled_kernels=self.num_compiled_kernels,
+            ran_draft_backfill=self._ran_draft_backfill,
         )
 
-    def _by_index(self) -> dict[int, LogprobRows]:
-        if self._asked is None or self._logprobs is None:
+    def _split_logprobs(self) -> dict[int, LogprobRows]:
+        if self._requested_logprobs is None or self._logprobs is None:
             return {}
         ids, values, ranks = (column.numpy() for column in self._logprobs)
-        index, widths = self._asked.request_indices, self._asked.num_columns
+        index, widths = self._requested_logprobs.request_indices, self._requested_logprobs.num_columns
         starts = np.flatnonzero(np.diff(index, prepend=-1)).tolist()  # a request's lines are neighbours
         return {
             int(index[start]): LogprobRows(
@@ -116,11 +116,11 @@ class Readback:
         }
 
 
-def _home_rows(rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _download_columns(rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     ids, values, ranks = rows
-    return download(ids), download(values), download(ranks)
+    return copy_to_host(ids), copy_to_host(values), copy_to_host(ranks)
 
 
-def _as_rows(rows: tuple[Tensor, Tensor, Tensor]) -> LogprobRows:
+def _to_logprob_rows(rows: tuple[Tensor, Tensor, Tensor]) -> LogprobRows:
     ids, values, ranks = rows
     return LogprobRows(ids.numpy(), values.numpy(), ranks.numpy())

@@ -15,11 +15,11 @@ from torch import Tensor
 from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.logprobs import gather_logprobs
 from quire.core.sample.penalties import apply_penalties
 from quire.core.sample.verify import DraftVerifier, verify_drafts
-from quire.core.worker.input_builder import Lines, StepInputs
+from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["SampledLogprobs", "SampledTokens", "SamplingRunner"]
@@ -132,45 +132,49 @@ class SamplingRunner:
             return False
         return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
 
-    def sample_tokens(self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: Lines) -> SampledTokens:
+    def sample_tokens(
+        self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: LogitsIndices
+    ) -> SampledTokens:
         """``logits`` (num_lines, vocab) in the model's dtype. Feeds the tokens, of drafts those accepted, back into the
         table."""
-        host_rows, spans, table = step.rows[lines.owner], inputs.spans, self.table
+        host_rows, spans, table = step.rows[lines.request_indices], inputs.draft_spans, self.table
         from_table = self.device_sampler is not None and spans.max_len == 1 and self._leaves_logits_unchanged(host_rows)
         if from_table and self.device_sampler is not None:
-            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what a rehearsal draws
+            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what the warm-up samples
             self.device_sampler.sample_from_table(
-                logits, inputs.line_rows, table.sampling, tokens, greedy=self.all_greedy(host_rows)
+                logits, inputs.logits_table_rows, table.sampling, tokens, greedy=self.all_greedy(host_rows)
             )
         else:
-            tokens = self._sample_changed_logits(logits, inputs, host_rows, lines.positions)
+            tokens = self._sample_changed_logits(logits, inputs, host_rows, lines.max_sample_positions)
         sampled = SampledTokens(tokens, quarantined=self._quarantined)
         self._quarantined = []
         sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
         if spans.max_len > 1:
-            sampled.token_ids = self.draft_verifier(tokens, spans, table.sampling, table.num_computed, table.num_drafts)
+            sampled.token_ids = self.draft_verifier(
+                tokens, spans, table.sampling, table.num_computed_tokens, table.num_drafts
+            )
         elif not from_table:
-            table.append(spans.rows, tokens)
+            table.append_tokens(spans.rows, tokens)
         return sampled
 
     def _gather_logprobs(
-        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], lines: Lines
+        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], lines: LogitsIndices
     ) -> SampledLogprobs | None:
         num_logprobs = self._num_logprobs[host_rows]
         requested = np.flatnonzero(num_logprobs >= 0)
         if not len(requested):
             return None
         if len(requested) < len(num_logprobs):
-            logits_rows = upload(requested, torch.int64, logits.device)
+            logits_rows = copy_to_device(requested, torch.int64, logits.device)
             logits, tokens = logits[logits_rows], tokens[logits_rows]
         tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
-        return SampledLogprobs(lines.owner[requested], num_logprobs[requested] + 1, tensors)
+        return SampledLogprobs(lines.request_indices[requested], num_logprobs[requested] + 1, tensors)
 
     def _sample_changed_logits(
         self, raw: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
     ) -> Tensor:
         """By ``Sampler.sample``, after penalties and processors."""
-        rows, lens = inputs.line_rows, inputs.line_lens
+        rows, lens = inputs.logits_table_rows, inputs.logits_positions
         logits = raw.to(torch.float32, copy=True)
         self._apply_penalties(logits, rows, lens, host_rows, int(positions.max()))
         self._apply_processors(logits, lens, host_rows, positions)
@@ -198,8 +202,10 @@ class SamplingRunner:
         if not len(logits_rows):
             return
         t = self.table
-        columns = (t.token_ids, t.prompt_len, t.repetition, t.frequency, t.presence)
-        apply_penalties(logits, upload(logits_rows, torch.int64, logits.device), rows, lens, max_num_tokens, *columns)
+        columns = (t.token_ids, t.prompt_len, t.repetition_penalty, t.frequency_penalty, t.presence_penalty)
+        apply_penalties(
+            logits, copy_to_device(logits_rows, torch.int64, logits.device), rows, lens, max_num_tokens, *columns
+        )
 
     def _apply_processors(
         self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["Stopwatch"]
+__all__ = ["StartupTimer"]
 
 
-class Stopwatch:
+class StartupTimer:
     """Seconds by phase, from construction on."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.phase_seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
-    def lap(self, phase: str) -> None:
+    def end_phase(self, phase: str) -> None:
         """What was done since the last call was ``phase``."""
         now = time.monotonic()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def __str__(self) -> str:
-        return ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
+        return ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phase_seconds.items())

@@ -35,8 +35,8 @@ class UniprocExecutor(Executor):
         """Launch a step and return at once."""
         assert self._worker is not None
         if self._thread is None:
-            return self._worker.execute(step)
-        return _Threaded(self._thread.submit(self._run, step))
+            return self._worker.execute_step(step)
+        return _ThreadedStep(self._thread.submit(self._execute_and_wait, step))
 
     def shutdown(self) -> None:
         """Finish the steps under way and drop the worker."""
@@ -45,12 +45,12 @@ class UniprocExecutor(Executor):
         self._thread = None
         self._worker = None
 
-    def _run(self, step: SchedulerOutput) -> ModelRunnerOutput:
+    def _execute_and_wait(self, step: SchedulerOutput) -> ModelRunnerOutput:
         assert self._worker is not None
-        return self._worker.execute(step).result()
+        return self._worker.execute_step(step).result()
 
 
-class _Threaded:
+class _ThreadedStep:
     """A step in the worker thread."""
 
     def __init__(self, future: Future[ModelRunnerOutput]) -> None:

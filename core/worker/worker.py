@@ -26,21 +26,27 @@ from quire.core.layers.builder import LayerBuilder
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.messages import SchedulerOutput
-from quire.core.ops.pinned import lock_ahead
+from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sample.forced_acceptance import ForcedAcceptance
 from quire.core.sample.verify import verify_drafts
-from quire.core.worker.compilation import CompileCounter, compile_ahead
-from quire.core.worker.cuda_graphs.decode import most_lines, query_lens
-from quire.core.worker.draft_runner import Drafting
-from quire.core.worker.kv_cache import KVCache, blocks_in, check_fits, device_bytes_taken, group_layers
+from quire.core.worker.compilation import CompileCounter, precompile_kernels
+from quire.core.worker.cuda_graphs.decode import choose_verify_query_lens, compute_max_captured_tokens
+from quire.core.worker.draft_runner import DraftRunner
+from quire.core.worker.kv_cache import (
+    KVCache,
+    compute_num_blocks,
+    group_layers,
+    measure_device_bytes,
+    validate_max_model_len,
+)
 from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.readback import Readback
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SamplingRunner
-from quire.core.worker.stopwatch import Stopwatch
-from quire.core.worker.warmup import largest_step, rehearsal_steps
+from quire.core.worker.stopwatch import StartupTimer
+from quire.core.worker.warmup import make_largest_step, make_warmup_steps
 
 __all__ = ["Worker"]
 
@@ -48,18 +54,18 @@ _log = logging.getLogger("quire.worker")
 
 
 class Worker:
-    """Built in one go: afterwards ``capacity`` is final and ``execute`` may be called."""
+    """Built in one go: afterwards ``capacity`` is final and ``execute_step`` may be called."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._device = torch.device(config.model.device)
-        self._watch = Stopwatch()
+        self._watch = StartupTimer()
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the engine and the front: beside them, more is slower
             torch.set_num_threads(config.cpu_threads or num_threads() or max(1, (os.cpu_count() or 2) - 1))
         model = self._load(config.model.path, "model", "quant")
         proposer = self._proposer(model)
-        self._watch.lap("weights")
+        self._watch.end_phase("weights")
         backends, group_of = self._attention(model.attention_specs())
         kv = KVCache(backends, group_of, self._device)
         limits, block_size, spec = config.scheduler, config.cache.block_size, config.speculation
@@ -72,21 +78,23 @@ class Worker:
         sampler = self._sampler()
         forced = None if spec is None else spec.forced_acceptance
         verifier = verify_drafts if forced is None else ForcedAcceptance(forced)
-        sampling_runner = SamplingRunner(sampler, self._processors(), table, most_lines(rows, ahead), verifier)
+        sampling_runner = SamplingRunner(
+            sampler, self._processors(), table, compute_max_captured_tokens(rows, ahead), verifier
+        )
         self._runner = ModelRunner(
             model, backends, kv, table, sampling_runner, block_size, config.model.vocab_size, ahead
         )
         if proposer is not None:
-            self._runner.drafting = self._drafting(proposer, sampler, table, kv)
+            self._runner.draft_runner = self._drafting(proposer, sampler, table, kv)
         self.capacity = self._make_cache(rows * longest)
-        self._watch.lap("KV cache")
-        if self._runner.graphs is not None:
+        self._watch.end_phase("KV cache")
+        if self._runner.decode_graphs is not None:
             foreign = any(not choice.target.startswith("quire.") for choice in config.plugins.values())
-            graphs = device_bytes_taken(partial(self._runner.capture, launch_first=foreign))
+            graphs = measure_device_bytes(partial(self._runner.capture_graphs, launch_first=foreign))
             self.capacity = replace(self.capacity, graph_bytes=graphs)
-            self._watch.lap("graphs")
+            self._watch.end_phase("graphs")
         if self._device.type == "cuda":
-            lock_ahead()
+            reserve_pinned_memory()
         self._compiled = CompileCounter() if self._device.type == "cuda" else None
         _log.info("started: %s", self._watch)
 
@@ -96,20 +104,20 @@ class Worker:
         weights = sum(p.numel() * p.itemsize for p in runner.parameters())
         activations = self._profile() if self._device.type == "cuda" else 0
         spare = self._kv_bytes(weights, activations)
-        num_blocks = blocks_in(spare, runner.bytes_per_block, config.cache, most_tokens)
-        check_fits(num_blocks, config.cache.block_size, config.model.max_model_len)
-        runner.allocate(num_blocks)
-        return KVCapacity(runner.kv.groups, num_blocks, runner.bytes_per_block, weights, activations)
+        num_blocks = compute_num_blocks(spare, runner.bytes_per_block, config.cache, most_tokens)
+        validate_max_model_len(num_blocks, config.cache.block_size, config.model.max_model_len)
+        runner.allocate_kv_cache(num_blocks)
+        return KVCapacity(runner.kv_cache.groups, num_blocks, runner.bytes_per_block, weights, activations)
 
-    def execute(self, step: SchedulerOutput) -> Readback:
+    def execute_step(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
         try:
-            under_way = self._runner.execute(step)
+            under_way = self._runner.execute_step(step)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise
         if self._compiled is not None:
-            under_way.num_compiled = self._compiled.take()
+            under_way.num_compiled_kernels = self._compiled.take_count()
         return under_way
 
     def _load(self, path: str, model_key: str, quant_key: str) -> Model:
@@ -153,12 +161,14 @@ class Worker:
 
         load_model = partial(self._load, str(path), "draft_model", "draft_quant")
         config, folder = read_hf_config(Path(mine.path)), None if path is None else Path(path)
-        most = limits.max_num_batched_tokens + most_lines(limits.max_num_seqs, spec.num_speculative_tokens)
+        most = limits.max_num_batched_tokens + compute_max_captured_tokens(
+            limits.max_num_seqs, spec.num_speculative_tokens
+        )
         own = None if folder is None else read_hf_config(folder)
         proposer.load_weights(DraftSource(folder, model, config, make_builder, load_model, mine.load_format, own, most))
         return proposer
 
-    def _drafting(self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, kv: KVCache) -> Drafting:
+    def _drafting(self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, kv: KVCache) -> DraftRunner:
         """The proposer's own layers live under the block ids of the group of layers that keeps every token."""
         config = self._config
         whole = [g for g, group in enumerate(kv.groups) if group.window is None]
@@ -169,10 +179,10 @@ class Worker:
         backends, group_of = self._attention(specs)
         own = KVCache(backends, group_of, self._device)
         sizes = (config.cache.block_size, config.model.max_model_len, config.scheduler.max_num_seqs)
-        columns = (table.sampling, table.num_computed, table.block_tables[follows])
+        columns = (table.sampling, table.num_computed_tokens, table.block_tables[follows])
         proposer.attach_target(TargetState(sampler, *columns, own.layers, backends, group_of, *sizes))
         name = config.plugin("spec_decode").name
-        return Drafting(name, proposer, table, config.model.vocab_size, own, follows)
+        return DraftRunner(name, proposer, table, config.model.vocab_size, own, follows)
 
     def _attention(self, layers: Sequence[AttentionSpec]) -> tuple[list[AttentionBackend], list[int]]:
         choice = self._config.plugin("attention")
@@ -227,31 +237,31 @@ class Worker:
         """Compile what steps need, then measure the bytes that the largest takes beside weights and cache. All tokens
         go to the padding block."""
         limits, longest = self._config.scheduler, self._config.model.max_model_len
-        queries = query_lens(self._runner.most_drafts)
-        self._runner.allocate(1)
+        queries = choose_verify_query_lens(self._runner.max_draft_tokens)
+        self._runner.allocate_kv_cache(1)
         captured = not self._config.enforce_eager
         if captured and not all("decode" in backend.graph_support for backend in self._runner.backends):
             name, captured = self._config.plugin("attention").name, False
             _log.info("attention backend %s cannot be captured: running eagerly", name)
 
-        def rehearse() -> None:
-            for step in rehearsal_steps(limits, longest, queries):
-                self._runner.execute(step)
+        def run_warmup() -> None:
+            for step in make_warmup_steps(limits, longest, queries):
+                self._runner.execute_step(step)
             if captured:
-                self._runner.prepare_graphs(limits.max_num_batched_tokens)
+                self._runner.warm_up_graphs(limits.max_num_batched_tokens)
 
-        compile_ahead(rehearse)
-        if captured and self._runner.graphs is None:  # the rehearsal failed
-            self._runner.prepare_graphs(limits.max_num_batched_tokens)
-        self._watch.lap("kernels")
+        precompile_kernels(run_warmup)
+        if captured and self._runner.decode_graphs is None:  # the warm-up failed
+            self._runner.warm_up_graphs(limits.max_num_batched_tokens)
+        self._watch.end_phase("kernels")
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        self._runner.execute(largest_step(limits, longest)).result()
+        self._runner.execute_step(make_largest_step(limits, longest)).result()
         peak = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
-        self._watch.lap("profile")
+        self._watch.end_phase("profile")
         return peak
 
 

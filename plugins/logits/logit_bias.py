@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 from quire.sdk import InvalidRequestError, LogitsBatch, LogitsProcessor, NewRequest, SamplingParams
 
 __all__ = ["LogitBias"]
@@ -33,8 +33,8 @@ class LogitBias(LogitsProcessor):
         if not bias:
             return False
         self._rows[request.row] = (
-            upload(list(bias), torch.int64, self.device),
-            upload(list(bias.values()), torch.float32, self.device),
+            copy_to_device(list(bias), torch.int64, self.device),
+            copy_to_device(list(bias.values()), torch.float32, self.device),
         )
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 from quire.sdk import LogitsBatch, LogitsProcessor, NewRequest
 
 __all__ = ["MinTokens"]
@@ -25,7 +25,7 @@ class MinTokens(LogitsProcessor):
             return False
         self._rows[request.row] = (
             request.prompt_len + request.params.min_tokens,
-            upload(stops, torch.int64, self.device),
+            copy_to_device(stops, torch.int64, self.device),
         )
         return True
 

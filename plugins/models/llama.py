@@ -13,7 +13,7 @@ from quire.core.layers import (
     GatedMLP,
     LayerBuilder,
     checkpoint_map,
-    finish_loading,
+    process_weights_after_loading,
 )
 from quire.sdk import AttentionSpec, ForwardContext, Model
 
@@ -28,14 +28,14 @@ class LlamaForCausalLM(Model):
     def __init__(self, config: Any, builder: LayerBuilder) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = builder.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.embed_tokens = builder.make_embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, builder, layer, self.attention_shape(config, layer), self.mlp_bias(config))
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = builder.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = builder.make_rms_norm("model.norm", config.hidden_size, config.rms_norm_eps)
         tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = builder.lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
+        self.lm_head = builder.make_lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
 
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """What attention looks like in ``layer``."""
@@ -80,7 +80,7 @@ class LlamaForCausalLM(Model):
 
     def process_weights_after_loading(self) -> Iterator[str]:
         """Every layer repacks as its method likes."""
-        return finish_loading(self)
+        return process_weights_after_loading(self)
 
 
 class DecoderLayer(nn.Module):
@@ -89,10 +89,12 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Any, builder: LayerBuilder, layer: int, shape: AttentionShape, mlp_bias: bool) -> None:
         super().__init__()
         name, eps = f"model.layers.{layer}", config.rms_norm_eps
-        self.input_layernorm = builder.norm(f"{name}.input_layernorm", config.hidden_size, eps)
-        cos_sin = builder.rope(config, shape.head_dim)
+        self.input_layernorm = builder.make_rms_norm(f"{name}.input_layernorm", config.hidden_size, eps)
+        cos_sin = builder.make_rope_table(config, shape.head_dim)
         self.self_attn = Attention(builder, f"{name}.self_attn", layer, shape, cos_sin)
-        self.post_attention_layernorm = builder.norm(f"{name}.post_attention_layernorm", config.hidden_size, eps)
+        self.post_attention_layernorm = builder.make_rms_norm(
+            f"{name}.post_attention_layernorm", config.hidden_size, eps
+        )
         self.mlp = GatedMLP(
             builder, f"{name}.mlp", config.hidden_size, config.intermediate_size, config.hidden_act, mlp_bias
         )

@@ -97,26 +97,28 @@ class Eagle3Head(nn.Module):
         super().__init__()
         c, name = config.layer, "layers.0"
         hidden, eps, self.head_dim = c.hidden_size, c.rms_norm_eps, _head_dim(c)
-        self.num_heads, self.num_kv_heads = builder.heads(c.num_attention_heads, c.num_key_value_heads)
+        self.num_heads, self.num_kv_heads = builder.count_local_heads(c.num_attention_heads, c.num_key_value_heads)
         self.norm_before_residual = config.norm_before_residual
-        own = builder.embedding("embed_tokens", config.vocab_size, hidden) if embedding is None else None
+        own = builder.make_embedding("embed_tokens", config.vocab_size, hidden) if embedding is None else None
         self.embed_tokens = own
         self._embedding = (embedding or own,)  # in a tuple: the target's is no module of the head
-        self.fc = builder.column("fc", len(config.taps) * config.target_hidden, {"fc": hidden})
-        self.input_layernorm = builder.norm(f"{name}.input_layernorm", hidden, eps)
-        self.hidden_norm = builder.norm(f"{name}.hidden_norm", hidden, eps)
+        self.fc = builder.make_column_parallel_linear("fc", len(config.taps) * config.target_hidden, {"fc": hidden})
+        self.input_layernorm = builder.make_rms_norm(f"{name}.input_layernorm", hidden, eps)
+        self.hidden_norm = builder.make_rms_norm(f"{name}.hidden_norm", hidden, eps)
         at, bias = f"{name}.self_attn", bool(getattr(c, "attention_bias", False))
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = builder.column(f"{at}.q_proj", 2 * hidden, {f"{at}.q_proj": q}, bias)
-        self.kv_proj = builder.column(f"{at}.kv_proj", 2 * hidden, {f"{at}.k_proj": kv, f"{at}.v_proj": kv}, bias)
-        self.o_proj = builder.row(f"{at}.o_proj", q, hidden, bias)
-        self.post_attention_layernorm = builder.norm(f"{name}.post_attention_layernorm", hidden, eps)
+        self.q_proj = builder.make_column_parallel_linear(f"{at}.q_proj", 2 * hidden, {f"{at}.q_proj": q}, bias)
+        self.kv_proj = builder.make_column_parallel_linear(
+            f"{at}.kv_proj", 2 * hidden, {f"{at}.k_proj": kv, f"{at}.v_proj": kv}, bias
+        )
+        self.o_proj = builder.make_row_parallel_linear(f"{at}.o_proj", q, hidden, bias)
+        self.post_attention_layernorm = builder.make_rms_norm(f"{name}.post_attention_layernorm", hidden, eps)
         self.mlp = GatedMLP(
             builder, f"{name}.mlp", hidden, c.intermediate_size, c.hidden_act, bool(getattr(c, "mlp_bias", False))
         )
-        self.norm = builder.norm("norm", hidden, eps)
-        self.lm_head = builder.lm_head("lm_head", config.draft_vocab_size, hidden)
-        self.cos_sin = builder.rope(c, self.head_dim)
+        self.norm = builder.make_rms_norm("norm", hidden, eps)
+        self.lm_head = builder.make_lm_head("lm_head", config.draft_vocab_size, hidden)
+        self.cos_sin = builder.make_rope_table(c, self.head_dim)
         self.target_ids = torch.arange(config.draft_vocab_size, device=builder.device)  # of each draft token
         self.spec = AttentionSpec(
             num_heads=self.num_heads,
@@ -145,7 +147,7 @@ class Eagle3Head(nn.Module):
         q, _ = ops.rope_and_cache(q, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
         out = torch.empty_like(q)
         context.backends[0].run(0, q, context.kv[0], out)
-        x, residual = self.o_proj.onto(out.flatten(1), stream)
+        x, residual = self.o_proj.forward_add_residual(out.flatten(1), stream)
         x, residual = self.mlp(self.post_attention_layernorm, x, residual)
         return (self.norm(x), x) if residual is None else self.norm(x, residual)
 

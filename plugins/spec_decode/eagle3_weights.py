@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.layers import checkpoint_map, finish_loading
+from quire.core.layers import checkpoint_map, process_weights_after_loading
 from quire.core.layers.checkpoint import expect_shape
 from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
 from quire.sdk import CheckpointError
@@ -56,7 +56,7 @@ def fill(head: Eagle3Head, config: HeadConfig, tensors: Mapping[str, Tensor], wh
         for name, into in fills.items():
             into(tensors[name])
         head.target_ids.copy_(_target_ids(config, tensors, where))
-        for _ in finish_loading(head):
+        for _ in process_weights_after_loading(head):
             pass
 
 
@@ -68,7 +68,7 @@ def fill_randomly(head: Eagle3Head, seed: int) -> None:
                 chance = torch.Generator(parameter.device).manual_seed(seed)
                 bound, wide = (3.0 / parameter.shape[1]) ** 0.5, torch.empty_like(parameter, dtype=torch.bfloat16)
                 parameter.copy_(wide.uniform_(-bound, bound, generator=chance))
-        for _ in finish_loading(head):
+        for _ in process_weights_after_loading(head):
             pass
 
 

@@ -119,17 +119,17 @@ def _check(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
 
 def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
     """The model's folder. Refuses one that is quantized, or that does not fit groups or samples."""
-    from quire.core.loading.hf_config import architecture, context_length, read_hf_config
+    from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
 
     folder = resolve_model(name)
     config = read_hf_config(folder)
-    architecture(config)
+    get_architecture(config)
     if already := getattr(config, "quantization_config", None):
         raise CheckpointError(f"model {name!r} is quantized already ({already.get('quant_method', '?')}); give another")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"model {name!r} has no safetensors; convert it first")
-    if length > (context := context_length(config)):
+    if length > (context := get_context_length(config)):
         raise ConfigError(
             f"samples of {length} tokens are longer than the context of {name}, {context}; give a smaller "
             f"--sequence-length"

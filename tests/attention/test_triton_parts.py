@@ -106,7 +106,7 @@ def test_a_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("order", ["head", "slot"])
 def test_one_block_lies_as_many_do(order: str) -> None:
-    """Kernels are compiled for strides, and a rehearsal has a cache of one block."""
+    """Kernels are compiled for strides, and the warm-up has a cache of one block."""
     layout = KVLayout(make_spec(), order)
     one, many = (
         layout.view(torch.zeros(blocks, 3 * layout.bytes_per_block, dtype=torch.uint8)[:, : layout.bytes_per_block])

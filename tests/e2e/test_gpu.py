@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams
-from quire.core.testing.oracle import worst_gap
+from quire.core.testing.oracle import compute_worst_gap
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +42,7 @@ def test_tokens_follow_the_reference(dtype: str, tolerance: float, eager: bool, 
             tokens = output.outputs[0].token_ids
             assert len(tokens) == 48
             if params is GREEDY or dtype == "float32":
-                assert worst_gap(reference, prompt, tokens, params, seed=3) <= tolerance
+                assert compute_worst_gap(reference, prompt, tokens, params, seed=3) <= tolerance
     llm.shutdown()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams
-from quire.core.testing.oracle import assert_follows
+from quire.core.testing.oracle import assert_matches_reference
 from quire.core.testing.tiny_models import make_tiny_model
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -60,7 +60,7 @@ def test_greedy_equals_transformers(family, name: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
         assert len(output.outputs[0].token_ids) == 20
-        assert_follows(reference, prompt, output.outputs[0].token_ids, params)
+        assert_matches_reference(reference, prompt, output.outputs[0].token_ids, params)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -101,7 +101,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
             for child in output.outputs:
                 got[f"{output.request_id}#{child.index}"] = child.token_ids
                 assert len(child.token_ids) == params.max_tokens
-                assert_follows(reference, prompt, child.token_ids, params, seed=params.seed + child.index)
+                assert_matches_reference(reference, prompt, child.token_ids, params, seed=params.seed + child.index)
         if expected and rng.random() < 0.03:
             victim = rng.choice(list(expected))
             llm._core.abort(llm._outputs.remove(victim))

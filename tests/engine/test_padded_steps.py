@@ -9,7 +9,7 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.core.contracts.executor import KVCapacity
 from quire.core.worker.cuda_graphs import prefill as mixed_graphs
-from quire.core.worker.cuda_graphs.prefill import MixedGraphs
+from quire.core.worker.cuda_graphs.prefill import PrefillGraphs
 from quire.core.worker.uniproc_executor import UniprocExecutor
 
 
@@ -22,14 +22,14 @@ class Padded(UniprocExecutor):
         capacity = super().start()
         assert self._worker is not None
         runner = self._worker._runner
-        runner.mixed = mixed = MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 64)
-        forward = mixed.forward
+        runner.prefill_graphs = mixed = PrefillGraphs(runner.model, runner.backends, runner.kv_cache, runner.table, 64)
+        forward = mixed.run_model
 
         def counted(inputs):
             Padded.covered += 1
             return forward(inputs)
 
-        mixed.forward = counted  # type: ignore[method-assign]
+        mixed.run_model = counted  # type: ignore[method-assign]
         return capacity
 
 
@@ -64,6 +64,11 @@ def test_padding_changes_nothing(tiny: Path, llm: LLM, backend: str, lengths: li
 
 
 def test_large_steps_are_padded_a_little(tiny: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_WORTH", 0), ("_LARGE_TOKENS", (8, 16, 24)), ("_LARGE_DECODES", (2, 6)), ("_PADDED", 1.5)):
+    for name, value in (
+        ("_EAGER_ABOVE_FLOP", 0),
+        ("_LARGE_PROMPT_TOKENS", (8, 16, 24)),
+        ("_LARGE_DECODES", (2, 6)),
+        ("_MAX_PADDING", 1.5),
+    ):
         monkeypatch.setattr(mixed_graphs, name, value)
     test_padding_changes_nothing(tiny, llm, "torch_sdpa", [40, 3, 17, 150, 1, 33])

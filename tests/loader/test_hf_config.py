@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from quire.core.errors import CheckpointError
-from quire.core.loading.hf_config import PlainConfig, architecture, context_length, read_hf_config
+from quire.core.loading.hf_config import PlainConfig, get_architecture, get_context_length, read_hf_config
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LLAMA = {
@@ -102,7 +102,7 @@ def test_v4_and_v5_spellings_agree(tmp_path: Path) -> None:
     old, new = read(tmp_path, LLAMA | v4), read(tmp_path, LLAMA | v5)
     assert dict(old.rope_parameters) == dict(new.rope_parameters)
     assert old.dtype == new.dtype == torch.bfloat16
-    assert architecture(old) == "LlamaForCausalLM"
+    assert get_architecture(old) == "LlamaForCausalLM"
 
 
 def test_older_type_key(tmp_path: Path) -> None:
@@ -132,14 +132,14 @@ def test_older_type_key(tmp_path: Path) -> None:
     ],
 )
 def test_context_length(rope: dict | None, expected: int, tmp_path: Path) -> None:
-    assert context_length(read(tmp_path, LLAMA | {"rope_scaling": rope})) == expected
+    assert get_context_length(read(tmp_path, LLAMA | {"rope_scaling": rope})) == expected
 
 
 def test_a_family_that_transformers_does_not_know(tmp_path: Path) -> None:
     """Left to plugins; code in the folder is not run."""
     raw = {"model_type": "brandnew", "architectures": ["BrandNewLM"], "auto_map": {"AutoConfig": "evil.Config"}}
     (tmp_path / "evil.py").write_text("raise SystemExit")
-    assert architecture(read(tmp_path, raw)) == "BrandNewLM"
+    assert get_architecture(read(tmp_path, raw)) == "BrandNewLM"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_broken_configurations(text: str | None, reason: str, tmp_path: Path) ->
 
 def test_no_architecture(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names no architecture"):
-        architecture(read(tmp_path, {"model_type": "llama"}))
+        get_architecture(read(tmp_path, {"model_type": "llama"}))
 
 
 def read(folder: Path, raw: dict):

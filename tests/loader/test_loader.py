@@ -14,7 +14,7 @@ from tests.models.paged import CLASSES, PagedRunner, load
 from torch import Tensor
 
 from quire.core.errors import CheckpointError, ConfigError
-from quire.core.layers.parallel import Parallel
+from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.testing.tiny_models import make_tiny_model
@@ -189,7 +189,7 @@ def test_ranks_together_equal_one(family: str, size: int, overrides: dict, tmp_p
 
 def test_ranks_that_do_not_divide(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="3 ranks cannot share evenly"):
-        load(tiny, parallel=Parallel(0, 3))
+        load(tiny, parallel=TensorParallel(0, 3))
 
 
 @dataclass
@@ -199,7 +199,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class ThreadRank(Parallel):
+class ThreadRank(TensorParallel):
     """Exchanges through a list instead of a process group."""
 
     room: Room = field(default_factory=lambda: Room(threading.Barrier(1), [None]))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, LayerKV
 from quire.core.contracts.model import ForwardContext, Model
-from quire.core.layers.parallel import Parallel
-from quire.core.loading.hf_config import architecture, read_hf_config
+from quire.core.layers.parallel import TensorParallel
+from quire.core.loading.hf_config import get_architecture, read_hf_config
 from quire.core.loading.loader import load_model
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.models import llama, mistral, qwen2, qwen3
@@ -31,13 +31,13 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     block_size: int = 16,
-    parallel: Parallel = Parallel(),
+    parallel: TensorParallel = TensorParallel(),
     load_format: str = "auto",
     seed: int = 0,
 ) -> Model:
     config = read_hf_config(path)
     return load_model(
-        CLASSES[architecture(config)],
+        CLASSES[get_architecture(config)],
         config,
         path,
         dtype=dtype,

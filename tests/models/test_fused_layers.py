@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quire.core.contracts.quant import LayerInfo, LinearMethod
 from quire.core.layers import Linear, RMSNorm
-from quire.core.layers.parallel import Parallel
+from quire.core.layers.parallel import TensorParallel
 from quire.plugins.quant.none import UnquantizedLinear
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def linear(method: LinearMethod, features: int, inputs: int, shard: str) -> Line
     info = LayerInfo(
         "layer", "linear", inputs, features, ("layer",), (features,), (features,), inputs, shard, torch.float32, True
     )  # type: ignore[arg-type]
-    layer = Linear(info, method, Parallel())
+    layer = Linear(info, method, TensorParallel())
     method.create_weights(layer, info, CPU)
     torch.manual_seed(features)
     for parameter in layer.parameters():
@@ -73,8 +73,8 @@ def test_any_offer_gives_the_same_stream(names: str, pending: bool) -> None:
     for method in (Fused(set()), Fused(offers)):
         up = linear(method, 2 * HIDDEN, HIDDEN, "column")
         down = linear(method, HIDDEN, HIDDEN, "row")
-        y, stream = up.after_norm(norm, x, residual, activation="silu")
-        y, rest = down.onto(y, stream)
+        y, stream = up.forward_after_norm(norm, x, residual, activation="silu")
+        y, rest = down.forward_add_residual(y, stream)
         results.append(y if rest is None else y + rest)
     torch.testing.assert_close(results[0], results[1])
     expected = (

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from quire.core import ops
 from quire.core.contracts.attention import KVLayout
-from quire.core.layers.rotary import rope_table
+from quire.core.layers.rotary import make_rope_table
 from quire.core.testing.attention_problem import make_spec
 from quire.core.testing.tiny_models import ROPES
 
@@ -36,7 +36,7 @@ def test_rope_is_transformers(rope: str) -> None:
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(1), positions[None])
     q, k = torch.randn(6, 4, 64), torch.randn(6, 2, 64)
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    table = rope_table(config, 64, 40_000, CPU)
+    table = make_rope_table(config, 64, 40_000, CPU)
     for x, want in zip((q, k), expected, strict=True):
         torch.testing.assert_close(ops.apply_rope(x, table[positions]), want[0].transpose(0, 1), atol=2e-3, rtol=0)
         near = ops.apply_rope(x, table[positions])[:4]

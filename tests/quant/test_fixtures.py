@@ -13,8 +13,8 @@ from tests.models.paged import CLASSES, PagedRunner
 from torch import Tensor
 
 from quire.core.contracts.model import Model
-from quire.core.layers.parallel import Parallel
-from quire.core.loading.hf_config import architecture, read_hf_config
+from quire.core.layers.parallel import TensorParallel
+from quire.core.loading.hf_config import get_architecture, read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.plugin.manager import PluginManager
 
@@ -25,7 +25,7 @@ NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 def load(
     path: Path,
     dtype: torch.dtype = torch.float32,
-    parallel: Parallel = Parallel(),
+    parallel: TensorParallel = TensorParallel(),
     name: str = "auto",
     load_format: str = "auto",
     device: str = "cpu",
@@ -37,7 +37,7 @@ def load(
     choice = plugins.resolve("quant", name, {"hf_config": config, "device": device}, announce=False)
     loader = plugins.load("quant", choice.target)
     return load_model(
-        CLASSES[architecture(config)],
+        CLASSES[get_architecture(config)],
         config,
         path,
         dtype=dtype,

@@ -5,14 +5,14 @@ import pytest
 
 from quire.core.contracts.policy import Grants, default_plan
 from quire.core.stats import ENGINE_STATS
-from quire.core.testing.fake_kv_worker import expected_tokens
+from quire.core.testing.fake_kv_worker import compute_expected_tokens
 from quire.plugins.sched.fcfs import FCFSPolicy
 
 # ---- how requests end
 
 
 def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
-    drawn = expected_tokens(0, [1, 2], 8, 50)
+    drawn = compute_expected_tokens(0, [1, 2], 8, 50)
     engine = make_engine()
     engine.add_request("eos", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]])
     engine.add_request("stop", [1, 2], max_tokens=8, seed=0, stop_token_ids=[drawn[3]])

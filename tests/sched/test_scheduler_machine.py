@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.core.config import SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVGroup
 from quire.core.contracts.spec_decode import HostProposer
-from quire.core.testing.fake_kv_worker import expected_tokens
+from quire.core.testing.fake_kv_worker import compute_expected_tokens
 from quire.core.testing.simulated_engine import SimulatedEngine
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -35,7 +35,7 @@ class Prophet(HostProposer):
     """Knows what comes, and is wrong about every third token."""
 
     def propose(self, request, num_tokens):
-        right = expected_tokens(request.seed, request.token_ids, num_tokens, VOCAB)
+        right = compute_expected_tokens(request.seed, request.token_ids, num_tokens, VOCAB)
         return [token + ((request.num_tokens + i) % 3 == 0) for i, token in enumerate(right)]
 
 

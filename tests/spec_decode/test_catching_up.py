@@ -17,12 +17,12 @@ from .test_exact import assert_same, prompts_for
 @pytest.mark.parametrize("off", [1, 9])
 def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, off: int) -> None:
     """The target drafts for itself, so a draft is wrong only if the proposer has not read what it should have."""
-    monkeypatch.setattr(reading, "_BUDGET", budget)
+    monkeypatch.setattr(reading, "_BACKFILL_TOKENS_PER_STEP", budget)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
     speculation = llm._core.scheduler._speculation
     pace, observed, steps, times = speculation._tuner, [], itertools.count(), []
-    drafting = runner_of(llm).drafting
+    drafting = runner_of(llm).draft_runner
 
     def choose(rows, available) -> int:
         pace.run_draft_prefill = next(steps) % 20 >= off
@@ -31,7 +31,9 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     monkeypatch.setattr(pace, "choose_length", choose)
     monkeypatch.setattr(speculation, "record_step_time", lambda step, took_us: times.append(took_us))
     monkeypatch.setattr(
-        drafting, "observe", lambda inputs: observed.append(inputs) or type(drafting).observe(drafting, inputs)
+        drafting,
+        "run_draft_prefill",
+        lambda inputs: observed.append(inputs) or type(drafting).run_draft_prefill(drafting, inputs),
     )
     params = SamplingParams(temperature=0.9, seed=1, max_tokens=60, ignore_eos=True)
     before = llm.stats()

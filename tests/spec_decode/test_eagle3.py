@@ -28,8 +28,8 @@ class Watched:
     def __init__(self, llm: LLM) -> None:
         runner = runner_of(llm)
         self.noted: list[tuple[list[int], list[int], float, int]] = []
-        self._table, self._propose = runner.table, runner.drafting.proposer.propose
-        runner.drafting.proposer.propose = self.propose
+        self._table, self._propose = runner.table, runner.draft_runner.proposer.propose
+        runner.draft_runner.proposer.propose = self.propose
 
     def propose(self, who, count, *, greedy=False):
         drafts, table = self._propose(who, count, greedy=greedy), self._table
@@ -52,8 +52,10 @@ def test_drafts_are_those_of_the_reference(models, reference, tmp_path, monkeypa
     watched, oracle = Watched(llm), ReferenceHead.of(head, reference)
     if layout == "specforge":  # steps with prompts laid out with padding, as they are captured on a GPU
         runner = runner_of(llm)
-        monkeypatch.setattr(mixed_graphs, "_TOKENS", (8, 16))
-        runner.mixed = mixed_graphs.MixedGraphs(runner.model, runner.backends, runner.kv, runner.table, 16)
+        monkeypatch.setattr(mixed_graphs, "_PROMPT_TOKENS", (8, 16))
+        runner.prefill_graphs = mixed_graphs.PrefillGraphs(
+            runner.model, runner.backends, runner.kv_cache, runner.table, 16
+        )
     for temperature in (0, 0, 0.4):
         wish = {"temperature": temperature, "max_tokens": 22, "ignore_eos": True}
         llm.generate(PROMPTS, [SamplingParams(**wish, seed=i) for i in range(len(PROMPTS))])
@@ -75,7 +77,7 @@ def test_an_embedding_that_is_the_targets_is_not_held_twice(models, tmp_path) ->
     theirs = load_file(models["MODEL"] / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(head, **{"embed_tokens.weight": theirs})
     llm = LLM(model=str(models["MODEL"]), device="cpu", max_model_len=128, speculative_model=str(head))
-    proposer = runner_of(llm).drafting.proposer
+    proposer = runner_of(llm).draft_runner.proposer
     assert not any(parameter.shape == theirs.shape for parameter in proposer.parameters())
     llm.shutdown()
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire import SamplingParams
-from quire.core.testing.oracle import assert_follows
+from quire.core.testing.oracle import assert_matches_reference
 
 from .conftest import PROPOSERS
 
@@ -82,7 +82,7 @@ def test_under_pressure(engine, reference, proposer: str, name: str) -> None:
     for _ in range(2):
         for prompt, wish, output in zip(prompts, params, llm.generate(prompts, params), strict=True):
             assert len(output.outputs[0].token_ids) == wish.max_tokens
-            assert_follows(reference, prompt, output.outputs[0].token_ids, wish, seed=wish.seed)
+            assert_matches_reference(reference, prompt, output.outputs[0].token_ids, wish, seed=wish.seed)
     if name.startswith("tight"):
         assert llm.stats()["num_preemptions_total"] > 0
     assert llm.stats()["spec_decode_num_draft_tokens_total"] > 0
@@ -119,7 +119,7 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
             prompt, params = expected.pop(output.request_id)
             tokens = output.outputs[0].token_ids
             assert len(tokens) == params.max_tokens
-            assert_follows(reference, prompt, tokens, params, seed=params.seed)
+            assert_matches_reference(reference, prompt, tokens, params, seed=params.seed)
         if expected and rng.random() < 0.05:
             victim = rng.choice(list(expected))
             llm._core.abort(llm._outputs.remove(victim))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams
-from quire.core.testing.oracle import worst_gap
+from quire.core.testing.oracle import compute_worst_gap
 
 from .heads import make_head
 
@@ -53,7 +53,7 @@ def test_tokens_follow_the_reference(way: str, head: str, waiting_forbidden: Non
         for prompt, output in zip(BATCH, llm.generate(BATCH, params), strict=True):
             tokens = output.outputs[0].token_ids
             assert len(tokens) == params.max_tokens
-            assert worst_gap(reference, prompt, tokens, params, seed=3) <= 2e-3
+            assert compute_worst_gap(reference, prompt, tokens, params, seed=3) <= 2e-3
     stats = llm.stats()
     if way == "itself":
         assert stats["spec_decode_draft_acceptance_rate"] > 0.95

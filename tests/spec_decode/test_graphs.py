@@ -12,10 +12,10 @@ from quire import SamplingParams
 from quire.core.config import SchedulerConfig
 from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.sampler import GumbelSampler
-from quire.core.worker.cuda_graphs.decode import DecodeGraphs, query_lens
-from quire.core.worker.input_builder import Lines
+from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_query_lens
+from quire.core.worker.input_builder import LogitsIndices
 from quire.core.worker.request_table import RequestTable
-from quire.core.worker.warmup import rehearsal_steps
+from quire.core.worker.warmup import make_warmup_steps
 
 from .conftest import runner_of
 from .test_exact import assert_same, prompts_for
@@ -41,9 +41,9 @@ class Calls:
     def __init__(self) -> None:
         self.graphs: list[Replayed] = []
 
-    def record(self, work):
-        made = work()
-        self.graphs.append(Replayed(work, made))
+    def capture_graph(self, launch):
+        made = launch()
+        self.graphs.append(Replayed(launch, made))
         return self.graphs[-1], made
 
 
@@ -68,12 +68,20 @@ def captured(engine, request):
     with torch.inference_mode():
         for backend in runner.backends:
             backend.graph_support = frozenset({"decode", "verify"})
-        runner.graphs = DecodeGraphs(
-            runner.model, runner.backends, runner.kv, runner.table, runner.block_size, sampler, runner.most_drafts,
-            read=runner.drafting.read if runner.drafting.proposer.observes_every_step else None,
-        )  # fmt: skip
-        runner.graphs.capture(calls)
-        runner.drafting.capture(calls)
+        runner.decode_graphs = DecodeGraphs(
+            runner.model,
+            runner.backends,
+            runner.kv_cache,
+            runner.table,
+            runner.block_size,
+            sampler,
+            runner.max_draft_tokens,
+            launch_draft_prefill=runner.draft_runner.launch_draft_prefill
+            if runner.draft_runner.proposer.observes_every_step
+            else None,
+        )
+        runner.decode_graphs.capture_graphs(calls)
+        runner.draft_runner.capture_graphs(calls)
     return llm, calls
 
 
@@ -106,14 +114,21 @@ def test_lines_of_a_step() -> None:
 
     ints = torch.tensor
     step = SchedulerOutput(
-        0, ints([4, 1, 7]).numpy(), ints([3, 5, 1]).int().numpy(), ints([True, False, True]).numpy(), 0, 9, 20,
-        ints([20, 9, 6]).int().numpy(), num_draft_tokens=ints([2, 0, 0]).int().numpy(),
-    )  # fmt: skip
-    lines = Lines.of(step)
-    assert lines.owner.tolist() == [0, 0, 0, 2]
-    assert lines.token.tolist() == [0, 1, 2, 8]
-    assert lines.positions.tolist() == [18, 19, 20, 6]
-    assert lines.first.tolist() == [0, 3] and lines.drafts.tolist() == [2, 0]
+        0,
+        ints([4, 1, 7]).numpy(),
+        ints([3, 5, 1]).int().numpy(),
+        ints([True, False, True]).numpy(),
+        0,
+        9,
+        20,
+        ints([20, 9, 6]).int().numpy(),
+        num_draft_tokens=ints([2, 0, 0]).int().numpy(),
+    )
+    lines = LogitsIndices.from_step(step)
+    assert lines.request_indices.tolist() == [0, 0, 0, 2]
+    assert lines.token_indices.tolist() == [0, 1, 2, 8]
+    assert lines.max_sample_positions.tolist() == [18, 19, 20, 6]
+    assert lines.starts.tolist() == [0, 3] and lines.num_drafts.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 4])
@@ -121,16 +136,18 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     """However few of them may also verify drafts."""
     runner = runner_of(engine("itself", max_num_seqs=3))
     table = RequestTable(100, 128, runner.block_size, 1, torch.device("cpu"))
-    graphs = DecodeGraphs(runner.model, runner.backends, runner.kv, table, runner.block_size, drafts=drafts)
+    graphs = DecodeGraphs(
+        runner.model, runner.backends, runner.kv_cache, table, runner.block_size, num_draft_tokens=drafts
+    )
     assert max(size for queries, size in graphs.shapes if queries == 1) == 100
 
 
-def test_steps_that_verify_are_rehearsed(engine):
+def test_steps_that_verify_are_warmed_up(engine):
     """So that nothing is compiled for them later, also for those that no graph holds."""
     runner = runner_of(engine("itself", max_num_seqs=3))
-    steps = list(rehearsal_steps(SchedulerConfig(3, 64), 128, query_lens(4)))
+    steps = list(make_warmup_steps(SchedulerConfig(3, 64), 128, choose_verify_query_lens(4)))
     widths = {1 + int(step.num_draft_tokens.max()) for step in steps if step.num_draft_tokens is not None}
     assert widths == {2, 3, 5}
     for step in steps:
-        result = runner.execute(step).result()
+        result = runner.execute_step(step).result()
         assert (result.num_sampled_tokens >= 1).all()

@@ -60,7 +60,7 @@ def test_continuations(device: str, seed: int, lengths: list[int]) -> None:
         table.num_tokens.copy_(columns.num_tokens)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(request_table, "place_drafts", place)
-            table.set_continuations(guesses, VOCAB)
+            table.place_host_drafts(guesses, VOCAB)
         found.append((table.num_drafts.tolist(), table.token_ids.tolist()))
     assert found[0] == found[1]
     for guess in guesses:

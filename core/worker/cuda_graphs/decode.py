@@ -16,54 +16,54 @@ from quire.core.contracts.attention import AttentionBackend, AttentionBatch, Gra
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import SchedulerOutput
-from quire.core.ops.pinned import upload
+from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.inputs import DraftSpans
 from quire.core.sample.verify import DraftVerifier, verify_drafts
-from quire.core.worker.cuda_graphs.capture import Recorder
-from quire.core.worker.input_builder import Lines, StepInputs
+from quire.core.worker.cuda_graphs.capture import GraphCapturer
+from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["DecodeGraphs", "most_lines", "query_lens", "verified_sizes"]
+__all__ = ["DecodeGraphs", "choose_verify_capture_sizes", "choose_verify_query_lens", "compute_max_captured_tokens"]
 
-_VERIFIED = 256
+_MAX_VERIFY_REQS = 256
 """Most requests of a captured step that verifies drafts."""
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
+def choose_capture_sizes(max_num_seqs: int) -> list[int]:
     """Padded batch sizes: fine steps where launches dominate, steps of 8 and 16 above."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
-def verified_sizes(max_num_seqs: int) -> list[int]:
+def choose_verify_capture_sizes(max_num_seqs: int) -> list[int]:
     """Those of steps that verify drafts: fewer above 64 requests."""
-    sizes = [size for size in graph_sizes(max_num_seqs) if size <= 64 or not size % 64 or size == max_num_seqs]
-    return [size for size in sizes if size <= _VERIFIED]
+    sizes = [size for size in choose_capture_sizes(max_num_seqs) if size <= 64 or not size % 64 or size == max_num_seqs]
+    return [size for size in sizes if size <= _MAX_VERIFY_REQS]
 
 
-def most_lines(max_num_seqs: int, drafts: int) -> int:
+def compute_max_captured_tokens(max_num_seqs: int, num_draft_tokens: int) -> int:
     """Tokens of the largest captured step."""
-    return max(max_num_seqs, verified_sizes(max_num_seqs)[-1] * (1 + drafts))
+    return max(max_num_seqs, choose_verify_capture_sizes(max_num_seqs)[-1] * (1 + num_draft_tokens))
 
 
-def query_lens(drafts: int) -> list[int]:
-    """Queries of a request in steps that verify up to ``drafts`` drafts: one more than 1, 2 and all."""
-    return sorted({1 + count for count in (1, 2, drafts) if 0 < count <= drafts})
+def choose_verify_query_lens(num_draft_tokens: int) -> list[int]:
+    """Queries of a request in steps that verify up to ``num_draft_tokens`` drafts: one more than 1, 2 and all."""
+    return sorted({1 + count for count in (1, 2, num_draft_tokens) if 0 < count <= num_draft_tokens})
 
 
 @dataclass(slots=True)
-class _Captured:
+class _CapturedStep:
     inputs: StepInputs
     logits: Tensor  # (size * queries, vocab)
-    model: torch.cuda.CUDAGraph
+    model_graph: torch.cuda.CUDAGraph
     sampling: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]]  # by variant: the graph, and what it writes
-    read: torch.cuda.CUDAGraph | None
+    draft_prefill_graph: torch.cuda.CUDAGraph | None
 
 
 class DecodeGraphs:
-    """Every step in which each request has one token, and up to ``drafts`` to verify, runs as a replay of the smallest
-    captured size that holds it.
+    """Every step in which each request has one token, and up to ``num_draft_tokens`` to verify, runs as a replay of the
+    smallest captured size that holds it.
 
     Padding requests point at the table's last row, which owns the padding block alone; padding tokens of a request that
     has fewer drafts than others write there too. There are two variants of sampling, both writing the same tokens:
@@ -72,126 +72,147 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Model, backends: list[AttentionBackend], kv: KVCache, table: RequestTable, block_size: int,
-        sampler: Sampler | None = None, drafts: int = 0, draft_verifier: DraftVerifier = verify_drafts,
-        read: Callable[[StepInputs], None] | None = None,
-    ) -> None:  # fmt: skip
-        self._read = read  # a proposer that observes every step
+        self,
+        model: Model,
+        backends: list[AttentionBackend],
+        kv_cache: KVCache,
+        table: RequestTable,
+        block_size: int,
+        sampler: Sampler | None = None,
+        num_draft_tokens: int = 0,
+        draft_verifier: DraftVerifier = verify_drafts,
+        launch_draft_prefill: Callable[[StepInputs], None] | None = None,
+    ) -> None:
+        self._launch_draft_prefill = launch_draft_prefill  # a proposer that observes every step
         self._model = model
         self._backends = backends
-        self._kv = kv
+        self._kv_cache = kv_cache
         self._table = table
         self._block_size = block_size
         self._sampler = sampler
         self._draft_verifier = draft_verifier
         self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
-        sizes = graph_sizes(table.num_rows)
+        sizes = choose_capture_sizes(table.num_rows)
         verify = all("verify" in backend.graph_support for backend in backends)
-        self._sizes = {1: sizes} | {
-            queries: verified_sizes(table.num_rows) for queries in (query_lens(drafts) if verify else ())
+        self._capture_sizes = {1: sizes} | {
+            queries: choose_verify_capture_sizes(table.num_rows)
+            for queries in (choose_verify_query_lens(num_draft_tokens) if verify else ())
         }
-        most, lines = sizes[-1], max(sizes[-1] * queries for queries, sizes in self._sizes.items())
+        most, lines = sizes[-1], max(sizes[-1] * queries for queries, sizes in self._capture_sizes.items())
         device = table.device
-        self._rows = torch.full((2, most), table.padding_row, dtype=torch.int64, device=device)
-        self._rows[1] = 0  # drafts
-        self._tokens = torch.zeros(most, dtype=torch.int32, device=device)
-        self._index = torch.arange(lines + 1, device=device)
+        self._rows_and_drafts = torch.full((2, most), table.padding_row, dtype=torch.int64, device=device)
+        self._rows_and_drafts[1] = 0  # drafts
+        self._sampled_token_ids = torch.zeros(most, dtype=torch.int32, device=device)
+        self._arange = torch.arange(lines + 1, device=device)
         self._input_ids = torch.zeros(lines, dtype=torch.int32, device=device)
         self._positions = torch.zeros(lines, dtype=torch.int64, device=device)
-        self._line_rows = torch.zeros(lines, dtype=torch.int64, device=device)
-        self._line_lens = torch.zeros(lines, dtype=torch.int32, device=device)
+        self._logits_table_rows = torch.zeros(lines, dtype=torch.int64, device=device)
+        self._logits_positions = torch.zeros(lines, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros(most, dtype=torch.int32, device=device)
-        self._slots = [torch.zeros(lines, dtype=torch.int64, device=device) for _ in backends]
-        self._blocks = [torch.zeros_like(blocks[:most]) for blocks in table.block_tables]
-        self._captured: dict[tuple[int, int], _Captured] = {}
-        self._last: NDArray[np.int64] | None = None
+        self._slot_mapping = [torch.zeros(lines, dtype=torch.int64, device=device) for _ in backends]
+        self._block_tables = [torch.zeros_like(blocks[:most]) for blocks in table.block_tables]
+        self._captured: dict[tuple[int, int], _CapturedStep] = {}
+        self._uploaded_rows: NDArray[np.int64] | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(queries, size) of every graph, the largest first."""
-        pairs = [(queries, size) for queries, sizes in self._sizes.items() for size in sizes]
+        pairs = [(queries, size) for queries, sizes in self._capture_sizes.items() for size in sizes]
         return sorted(pairs, key=lambda shape: -shape[0] * shape[1])
 
-    def covers(self, step: SchedulerOutput) -> bool:
-        """Whether ``forward`` can serve the step."""
+    def can_run_step(self, step: SchedulerOutput) -> bool:
+        """Whether ``run_model`` can serve the step."""
         if not self._captured or not step.sampling_mask.all():
             return False
         if step.num_draft_tokens is None:
             return step.num_decodes == len(step.rows)
-        queries = max(self._sizes)
+        queries = max(self._capture_sizes)
         alone = step.total_num_scheduled_tokens == len(step.rows) + int(step.num_draft_tokens.sum())
-        return alone and step.num_draft_tokens.max() < queries and len(step.rows) <= self._sizes[queries][-1]
+        return alone and step.num_draft_tokens.max() < queries and len(step.rows) <= self._capture_sizes[queries][-1]
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Launch what every size launches, once and with nothing at stake."""
         for shape in self.shapes:
-            self._once(shape)
+            self._launch_step(shape)
 
-    def capture(self, recorder: Recorder) -> None:
+    def capture_graphs(self, recorder: GraphCapturer) -> None:
         """Record every size, the largest first so that the others fit into its memory."""
         for shape in self.shapes:
-            inputs, logits = self._once(shape)  # loads what it launches
-            model, logits = recorder.record(partial(self._forward, inputs))
-            sampling = {v: recorder.record(partial(self._sample, v, inputs, logits)) for v in self._variants}
-            read = None if self._read is None else recorder.record(partial(self._read, inputs))[0]
-            self._captured[shape] = _Captured(inputs, logits, model, sampling, read)
+            inputs, logits = self._launch_step(shape)  # loads what it launches
+            model, logits = recorder.capture_graph(partial(self._launch_model, inputs))
+            sampling = {
+                v: recorder.capture_graph(partial(self._launch_sampling, v, inputs, logits)) for v in self._variants
+            }
+            read = (
+                None
+                if self._launch_draft_prefill is None
+                else recorder.capture_graph(partial(self._launch_draft_prefill, inputs))[0]
+            )
+            self._captured[shape] = _CapturedStep(inputs, logits, model, sampling, read)
 
-    def forward(self, step: SchedulerOutput) -> None:
+    def run_model(self, step: SchedulerOutput) -> None:
         """Run the model for a step."""
-        queries, size = self._shape(step)
+        queries, size = self._find_shape(step)
         count = len(step.rows)
         padded = np.zeros((2, size), dtype=np.int64)
         padded[0, count:] = self._table.padding_row
         padded[0, :count] = step.rows
         if step.num_draft_tokens is not None:
             padded[1, :count] = step.num_draft_tokens
-        if self._last is None or not np.array_equal(self._last, padded):
-            self._rows[:, :size] = upload(padded, torch.int64, self._rows.device)
-            self._last = padded
-        self._captured[queries, size].model.replay()
+        if self._uploaded_rows is None or not np.array_equal(self._uploaded_rows, padded):
+            self._rows_and_drafts[:, :size] = copy_to_device(padded, torch.int64, self._rows_and_drafts.device)
+            self._uploaded_rows = padded
+        self._captured[queries, size].model_graph.replay()
 
     def sample_tokens(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
         """Draw for every request and feed it back, until the next step: its token (num_reqs,) int32, or what ``verify``
         returns where drafts are verified."""
-        graph, tokens = self._captured[self._shape(step)].sampling[variant]
+        graph, tokens = self._captured[self._find_shape(step)].sampling[variant]
         graph.replay()
         return tokens[: len(step.rows)]
 
-    def observe(self, step: SchedulerOutput) -> None:
+    def run_draft_prefill(self, step: SchedulerOutput) -> None:
         """Show the step, now that its tokens are drawn, to a proposer that observes every one."""
-        if (graph := self._captured[self._shape(step)].read) is not None:
+        if (graph := self._captured[self._find_shape(step)].draft_prefill_graph) is not None:
             graph.replay()
 
-    def unpadded_logits(self, step: SchedulerOutput, lines: Lines) -> tuple[StepInputs, Tensor]:
+    def gather_logits(self, step: SchedulerOutput, lines: LogitsIndices) -> tuple[StepInputs, Tensor]:
         """The step's inputs and logits without padding, for who draws by other means."""
-        queries, size = self._shape(step)
+        queries, size = self._find_shape(step)
         captured = self._captured[queries, size]
         inputs, count = captured.inputs, len(step.rows)
-        place = np.arange(len(lines.owner)) - np.repeat(lines.first, lines.drafts + 1)
-        packed = np.concatenate((lines.owner * queries + place, lines.first, lines.drafts))
-        index, first, drafts = upload(packed, torch.int64, self._rows.device).split([len(place), count, count])
-        spans = DraftSpans(inputs.rows[:count], first, drafts, 1 + int(lines.drafts.max(initial=0)))
-        inputs = replace(inputs, line_rows=inputs.line_rows[index], line_lens=inputs.line_lens[index], spans=spans)
+        place = np.arange(len(lines.request_indices)) - np.repeat(lines.starts, lines.num_drafts + 1)
+        packed = np.concatenate((lines.request_indices * queries + place, lines.starts, lines.num_drafts))
+        index, first, drafts = copy_to_device(packed, torch.int64, self._rows_and_drafts.device).split(
+            [len(place), count, count]
+        )
+        spans = DraftSpans(inputs.rows[:count], first, drafts, 1 + int(lines.num_drafts.max(initial=0)))
+        inputs = replace(
+            inputs,
+            logits_table_rows=inputs.logits_table_rows[index],
+            logits_positions=inputs.logits_positions[index],
+            draft_spans=spans,
+        )
         return inputs, captured.logits[index]
 
-    def _once(self, shape: tuple[int, int]) -> tuple[StepInputs, Tensor]:
+    def _launch_step(self, shape: tuple[int, int]) -> tuple[StepInputs, Tensor]:
         """All that a step of this shape launches."""
-        inputs = self._static_inputs(*shape)
-        logits = self._forward(inputs)
+        inputs = self._make_static_inputs(*shape)
+        logits = self._launch_model(inputs)
         for variant in self._variants:
-            self._sample(variant, inputs, logits)
-        if self._read is not None:
-            self._read(inputs)
+            self._launch_sampling(variant, inputs, logits)
+        if self._launch_draft_prefill is not None:
+            self._launch_draft_prefill(inputs)
         return inputs, logits
 
-    def _shape(self, step: SchedulerOutput) -> tuple[int, int]:
+    def _find_shape(self, step: SchedulerOutput) -> tuple[int, int]:
         drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
-        queries = next(queries for queries in sorted(self._sizes) if queries > drafts)
-        return queries, next(size for size in self._sizes[queries] if size >= len(step.rows))
+        queries = next(queries for queries in sorted(self._capture_sizes) if queries > drafts)
+        return queries, next(size for size in self._capture_sizes[queries] if size >= len(step.rows))
 
-    def _static_inputs(self, queries: int, size: int) -> StepInputs:
+    def _make_static_inputs(self, queries: int, size: int) -> StepInputs:
         lines = size * queries
-        start = (self._index[: size + 1] * queries).int()
+        start = (self._arange[: size + 1] * queries).int()
         batches = [
             AttentionBatch(
                 query_start_loc=start,
@@ -204,55 +225,67 @@ class DecodeGraphs:
                 num_decodes=size,
                 decode_query_len=queries,
             )
-            for blocks in self._blocks
+            for blocks in self._block_tables
         ]
-        rows, drafts = self._rows[:, :size]
+        rows, drafts = self._rows_and_drafts[:, :size]
         return StepInputs(
             rows=rows,
             input_ids=self._input_ids[:lines],
             positions=self._positions[:lines],
             seq_lens=self._seq_lens[:size],
             query_start_loc=start,
-            slot_mapping=[slots[:lines] for slots in self._slots],
+            slot_mapping=[slots[:lines] for slots in self._slot_mapping],
             batches=batches,
-            line_rows=rows if queries == 1 else self._line_rows[:lines],
-            line_lens=self._seq_lens[:size] if queries == 1 else self._line_lens[:lines],
-            logits_index=self._index[:lines],
-            spans=DraftSpans(rows, self._index[:size] * queries, drafts, queries),
+            logits_table_rows=rows if queries == 1 else self._logits_table_rows[:lines],
+            logits_positions=self._seq_lens[:size] if queries == 1 else self._logits_positions[:lines],
+            logits_indices=self._arange[:lines],
+            draft_spans=DraftSpans(rows, self._arange[:size] * queries, drafts, queries),
         )
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
+    def _launch_model(self, inputs: StepInputs) -> Tensor:
         from quire.core.ops.kernels.decode_inputs_kernel import decode_inputs
 
-        table, last, queries = self._table, len(inputs.batches) - 1, inputs.spans.max_len
+        table, last, queries = self._table, len(inputs.batches) - 1, inputs.draft_spans.max_len
         for group, batch in enumerate(inputs.batches):
             decode_inputs(
-                inputs.rows, inputs.spans.num_drafts, table.token_ids, table.num_computed, table.block_tables[group],
-                inputs.input_ids, inputs.positions, inputs.seq_lens, inputs.slot_mapping[group], batch.block_table,
-                self._block_size, table.max_model_len, advance=group == last and queries == 1,
-            )  # fmt: skip
+                inputs.rows,
+                inputs.draft_spans.num_drafts,
+                table.token_ids,
+                table.num_computed_tokens,
+                table.block_tables[group],
+                inputs.input_ids,
+                inputs.positions,
+                inputs.seq_lens,
+                inputs.slot_mapping[group],
+                batch.block_table,
+                self._block_size,
+                table.max_model_len,
+                advance=group == last and queries == 1,
+            )
             key = GraphKey("decode" if queries == 1 else "verify", batch.num_tokens, batch.num_reqs)
             self._backends[group].prepare_metadata(batch, key)
         if queries > 1:
-            inputs.line_rows.view(-1, queries).copy_(inputs.rows[:, None])
-            torch.add(inputs.positions, 1, out=inputs.line_lens)
-        context = ForwardContext(self._backends, inputs.slot_mapping, self._kv.layers, self._kv.group_of)
+            inputs.logits_table_rows.view(-1, queries).copy_(inputs.rows[:, None])
+            torch.add(inputs.positions, 1, out=inputs.logits_positions)
+        context = ForwardContext(self._backends, inputs.slot_mapping, self._kv_cache.layers, self._kv_cache.group_of)
         return self._model.compute_logits(self._model(inputs.input_ids, inputs.positions, context))
 
-    def _sample(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
-        table, greedy, spans = self._table, variant == "greedy", inputs.spans
+    def _launch_sampling(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
+        table, greedy, spans = self._table, variant == "greedy", inputs.draft_spans
         if spans.max_len > 1:
             if self._sampler is None:
                 tokens = logits.argmax(-1).int()
             else:
-                batch = SamplingBatch.from_table(table.sampling, inputs.line_rows, inputs.line_lens.long(), not greedy)
+                batch = SamplingBatch.from_table(
+                    table.sampling, inputs.logits_table_rows, inputs.logits_positions.long(), not greedy
+                )
                 tokens = self._sampler.sample(logits, batch)
-            return self._draft_verifier(tokens, spans, table.sampling, table.num_computed, table.num_drafts)
-        tokens = self._tokens[: len(logits)]
+            return self._draft_verifier(tokens, spans, table.sampling, table.num_computed_tokens, table.num_drafts)
+        tokens = self._sampled_token_ids[: len(logits)]
         if self._sampler is not None:
             self._sampler.sample_from_table(logits, inputs.rows, table.sampling, tokens, greedy=greedy)
             return tokens
         tokens.copy_(logits.argmax(-1))
-        table.append(inputs.rows, tokens)
+        table.append_tokens(inputs.rows, tokens)
         table.num_tokens[table.padding_row :].zero_()
         return tokens
