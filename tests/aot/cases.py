@@ -55,7 +55,7 @@ def prompts(dim: int, log_sums: bool = False, **fields: Any) -> None:
     kv = problem.cache(TritonBackend(spec, CPU), CPU)
     out = torch.empty_like(problem.q)
     lse = torch.empty(out.shape[:2]) if log_sums else None
-    HopperPrefill(spec, CPU).run(problem.batch(CPU), problem.q, kv, out, lse)
+    HopperPrefill(spec, CPU, num_sms=132).launch(problem.batch(CPU), problem.q, kv, out, lse)
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:

@@ -39,15 +39,15 @@ _FLOAT32 = "a few bytes in a precision that nobody serves on a GPU"
 _OLDEST = "a few bytes, and only with the oldest Triton"
 
 EXCEPTIONS: tuple[Except, ...] = (
-    Except("prefill_kernel", 320, _ELSEWHERE, capabilities=(80,)),
+    Except("_prefill_kernel", 320, _ELSEWHERE, capabilities=(80,)),
     Except(
-        "prefill_kernel",
+        "_prefill_kernel",
         112,
         "queries of 256 features in registers, beside an FP8 cache; no tile without spills has been timed",
         case="fp8-cache-256",
     ),
-    Except("prefill_kernel", 16, _FLOAT32, case="float32-*"),
-    Except("decode_kernel", 16, _ELSEWHERE, capabilities=(80,)),
+    Except("_prefill_kernel", 16, _FLOAT32, case="float32-*"),
+    Except("_paged_decode_kernel", 16, _ELSEWHERE, capabilities=(80,)),
     Except("sample_topk_candidates_kernel", 160, _FLOAT32, case="sample-random-float32", triton="3.6.*"),
     Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-*", capabilities=(100,)),
     Except("sample_resolve_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),

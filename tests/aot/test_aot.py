@@ -61,19 +61,19 @@ def test_any_number_of_drafts_is_the_same_program() -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("bfloat16", "float16"))])
 def test_prefill_multiplies_with_wgmma(case: str) -> None:
     """sm_90: Hopper's own matrix instruction, not the one it inherits."""
-    (prefill,) = [kernel for kernel in compiled(case, 90) if kernel.name == "prefill_kernel"]
+    (prefill,) = [kernel for kernel in compiled(case, 90) if kernel.name == "_prefill_kernel"]
     assert "wgmma.mma_async" in prefill.ptx and "mma.sync" not in prefill.ptx
 
 
 def test_decode_multiplies_on_tensor_cores() -> None:
-    (decode,) = [kernel for kernel in compiled("bfloat16-128", 90) if kernel.name == "decode_kernel"]
+    (decode,) = [kernel for kernel in compiled("bfloat16-128", 90) if kernel.name == "_paged_decode_kernel"]
     assert "mma.sync" in decode.ptx and "cp.async" in decode.ptx
 
 
 @pytest.mark.parametrize("case", ["fp8-cache", "fp8-cache-verify"])
 def test_decode_reads_fp8_keys_by_words(case: str) -> None:
     """sm_90: 16 bytes at a time into shared memory, and whole matrices from there, never single bytes."""
-    (decode,) = [kernel for kernel in compiled(case, 90) if kernel.name == "decode_kernel"]
+    (decode,) = [kernel for kernel in compiled(case, 90) if kernel.name == "_paged_decode_kernel"]
     assert "cp.async.cg" in decode.ptx and "cp.async.ca" not in decode.ptx
     assert not re.search(r"ld\.shared\S*\.[bus]8\b", decode.ptx)
 

@@ -105,7 +105,7 @@ def test_a_request_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None
     spec = half(dtype)
     for requests in ([(1, 777), (1, 20), (1, 3000)], [(37, 400), (200, 200)]):
         together = Problem.random(spec, requests)
-        outs = steps(spec, [together], split=256)[0].split([queries for queries, _ in requests])
+        outs = steps(spec, [together], fixed_split_size=256)[0].split([queries for queries, _ in requests])
         for i, (queries, _) in enumerate(requests):
             start = sum(count for count, _ in requests[:i])
             alone = Problem(
@@ -117,7 +117,7 @@ def test_a_request_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None
                 values=[together.values[i]],
                 table=together.table[i : i + 1],
             )
-            assert torch.equal(steps(spec, [alone], split=256)[0], outs[i])
+            assert torch.equal(steps(spec, [alone], fixed_split_size=256)[0], outs[i])
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -244,10 +244,12 @@ def half(dtype: torch.dtype, kv_dtype: torch.dtype | None = None, **fields) -> A
     return make_spec(dtype=dtype, kv_dtype=kv_dtype or dtype, **(shape | fields))
 
 
-def steps(spec: AttentionSpec, problems: list[Problem], limit: int = 8192, split: int = 0) -> list[torch.Tensor]:
+def steps(
+    spec: AttentionSpec, problems: list[Problem], limit: int = 8192, fixed_split_size: int = 0
+) -> list[torch.Tensor]:
     """Outputs of the Triton backend, on the CPU."""
     device = torch.device("cuda")
-    backend = TritonBackend(spec, device, TritonBackend.Options(split=split))
+    backend = TritonBackend(spec, device, TritonBackend.Options(fixed_split_size=fixed_split_size))
     backend.allocate_workspaces(AttentionLimits(64, limit, device))
     outs = []
     for problem in problems:

@@ -7,7 +7,7 @@ import torch
 
 from quire.core.contracts.attention import KVLayout
 from quire.core.testing.attention_problem import make_spec
-from quire.plugins.attention.triton.hopper_prefill import HopperPrefill, page_rows
+from quire.plugins.attention.triton.hopper_prefill import HopperPrefill, make_page_descriptor
 
 BFLOAT16 = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "qk_head_dim": 128, "v_head_dim": 128}
 
@@ -28,11 +28,11 @@ BFLOAT16 = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "qk_head_dim": 
     ],
 )
 def test_knows_what_it_can_do(changed: dict, known: bool) -> None:
-    assert HopperPrefill.knows(make_spec(**(BFLOAT16 | changed))) is known
+    assert HopperPrefill.supports(make_spec(**(BFLOAT16 | changed))) is known
 
 
 def test_other_devices_take_the_general_kernel() -> None:
-    assert HopperPrefill.on(make_spec(**BFLOAT16), torch.device("cpu")) is None
+    assert HopperPrefill.create_if_supported(make_spec(**BFLOAT16), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
@@ -43,7 +43,7 @@ def test_every_page_lies_within_the_rows(part: str) -> None:
     size = layout.bytes_per_block
     pool = torch.arange(5 * 3 * size // 2, dtype=torch.int32).to(torch.bfloat16).view(torch.uint8).view(5, 3 * size)
     cache = getattr(layout.view(pool[:, size : 2 * size]), part)
-    rows = page_rows(cache)
+    rows = make_page_descriptor(cache)
     assert rows.base.data_ptr() == cache.data_ptr() and rows.block_shape == [16, 128]
     slots = cache.as_strided(rows.shape, rows.strides)
     for block in range(5):

@@ -10,7 +10,7 @@ import torch
 from quire.core.contracts.attention import AttentionLimits, KVLayout
 from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
-from quire.plugins.attention.triton.decode_work_list import DecodePlan
+from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 
 pytestmark = pytest.mark.skipif(
     bool(TritonBackend.unsupported(make_spec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))),
@@ -22,7 +22,7 @@ class Split(TritonBackend):
     """Parts of 16 keys, at most 32 of them."""
 
     def __init__(self, spec, device, options=None) -> None:
-        super().__init__(spec, device, TritonBackend.Options(split=16))
+        super().__init__(spec, device, TritonBackend.Options(fixed_split_size=16))
 
 
 def test_parts_grow_when_there_are_no_more() -> None:
@@ -65,9 +65,9 @@ def test_parts_cover_each_request_once(lengths: list[int], window: int | None, s
     """The list holds every key that is seen, a request's in order, long ones first, and fits its room."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = make_spec(window=window, kind="sliding" if window else "full")
-    plan = DecodePlan(spec, AttentionLimits(64, 8192, device), split)
-    plan.write(Problem.random(spec, [(1, length) for length in lengths]).batch(device))
-    items = plan.items[: int(plan.count)].tolist()
+    work_list = DecodeWorkList(spec, AttentionLimits(64, 8192, device), split)
+    work_list.build(Problem.random(spec, [(1, length) for length in lengths]).batch(device))
+    items = work_list.entries[: int(work_list.num_entries)].tolist()
     for request, length in enumerate(lengths):
         mine = [item for item in items if item[0] == request]
         begin = max(0, length - (window or length))
@@ -80,9 +80,9 @@ def test_parts_cover_each_request_once(lengths: list[int], window: int | None, s
     assert sum(a != b for a, b in itertools.pairwise(order)) == len(lengths) - 1
 
 
-def test_a_split_is_a_multiple_of_16() -> None:
+def test_fixed_split_size_is_a_multiple_of_16() -> None:
     with pytest.raises(ValueError, match="multiple of 16, got 24"):
-        TritonBackend.Options(split=24)
+        TritonBackend.Options(fixed_split_size=24)
 
 
 def test_refusals_name_the_reason() -> None:

@@ -1,4 +1,8 @@
-"""The Triton backend: one kernel for prompts, one for decoding, over any block table."""
+"""The Triton attention backend: split-KV decode and FlashAttention prefill over any block table.
+
+A step launches ``decode_work_list`` once, and in each layer ``decode`` for its first ``num_decodes`` requests and
+``prefill`` (``hopper_prefill`` where that applies) for the others.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from quire.plugins.attention.triton.decode import decode
-from quire.plugins.attention.triton.decode_work_list import DecodePlan
+from quire.plugins.attention.triton.decode import launch_paged_decode
+from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
-from quire.plugins.attention.triton.prefill import prefill
+from quire.plugins.attention.triton.prefill import launch_prefill
 from quire.sdk import (
     AttentionBackend,
     AttentionBatch,
@@ -36,19 +40,19 @@ class TritonBackend(AttentionBackend):
     class Options:
         """Options of the backend."""
 
-        split: int = 0
-        """Keys in a part of a decoding request; 0 chooses for each step. A fixed size makes a request's result the
+        fixed_split_size: int = 0
+        """Keys in each split of a decoding request; 0 chooses for each step. A fixed size makes a request's result the
         same bits whatever else is in the step."""
 
         def __post_init__(self) -> None:
-            if self.split < 0 or self.split % 16:
-                raise ValueError(f"split is a number of keys, a multiple of 16, got {self.split}")
+            if self.fixed_split_size < 0 or self.fixed_split_size % 16:
+                raise ValueError(f"fixed_split_size is a number of keys, a multiple of 16, got {self.fixed_split_size}")
 
     def __init__(self, spec: AttentionSpec, device: torch.device, options: Options | None = None) -> None:
         super().__init__(spec, device, options or self.Options())
         self._batch: AttentionBatch | None = None
-        self._plan: DecodePlan | None = None
-        self._hopper = HopperPrefill.on(spec, device)
+        self._work_list: DecodeWorkList | None = None
+        self._hopper_prefill = HopperPrefill.create_if_supported(spec, device)
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device: torch.device) -> list[str]:
@@ -80,15 +84,16 @@ class TritonBackend(AttentionBackend):
         return reasons
 
     def allocate_workspaces(self, limits: AttentionLimits) -> None:
-        """Allocate the list of parts and what they are written to."""
-        self._plan = DecodePlan(self.spec, limits, self.options.split)
+        """Allocate the work list of decodes and the partial results of split requests."""
+        self._work_list = DecodeWorkList(self.spec, limits, self.options.fixed_split_size)
 
     def prepare_metadata(self, batch: AttentionBatch, key: GraphKey | None = None) -> None:
-        """Keep the step's tensors: the kernels read them as they are. One launch where requests decode."""
+        """Keep the step's tensors, which the kernels read as they are, and build the work list: one launch where
+        requests decode."""
         self._batch = batch
         if batch.num_decodes:
-            assert self._plan is not None, "prepare comes first"
-            self._plan.write(batch)
+            assert self._work_list is not None, "allocate_workspaces comes first"
+            self._work_list.build(batch)
 
     def run(
         self,
@@ -103,14 +108,14 @@ class TritonBackend(AttentionBackend):
     ) -> None:
         """One launch for the decodes, one for the others."""
         batch = self._batch
-        assert batch is not None and self._plan is not None, "plan comes first"
+        assert batch is not None and self._work_list is not None, "prepare_metadata comes first"
         if batch.num_decodes:
-            decode(self.spec, batch, self._plan, q, kv, out, lse_out)
+            launch_paged_decode(self.spec, batch, self._work_list, q, kv, out, lse_out)
         if batch.num_reqs > batch.num_decodes:
-            if self._hopper is None:
-                prefill(self.spec, batch, q, kv, out, lse_out)
+            if self._hopper_prefill is None:
+                launch_prefill(self.spec, batch, q, kv, out, lse_out)
             else:
-                self._hopper.run(batch, q, kv, out, lse_out)
+                self._hopper_prefill.launch(batch, q, kv, out, lse_out)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

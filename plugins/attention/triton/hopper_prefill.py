@@ -1,4 +1,4 @@
-"""Attention of prompts on Hopper: ``prefill`` for what its kernel of its own can do, with less waiting."""
+"""Launches the Hopper prefill kernel, in place of ``prefill`` for the specs that it supports."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quire.plugins.attention.triton.hopper_prefill_kernel import KEYS, ROWS, hopper_kernel
+from quire.plugins.attention.triton.hopper_prefill_kernel import BLOCK_N, hopper_prefill_kernel
+from quire.plugins.attention.triton.hopper_tile_scheduler import BLOCK_M
+from quire.plugins.attention.triton.tuning import count_sms
 from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
 
-__all__ = ["HopperPrefill", "page_rows"]
+__all__ = ["HopperPrefill", "make_page_descriptor"]
 
 
 class HopperPrefill:
-    """Prompts of one group of layers on a GPU of capability 9.0."""
+    """Prefill of one group of layers on a GPU of compute capability 9.0."""
 
-    def __init__(self, spec: AttentionSpec, device: torch.device, programs: int = 132) -> None:
+    def __init__(self, spec: AttentionSpec, device: torch.device, num_sms: int) -> None:
         self._spec = spec
-        self._programs = programs
-        self._drawn = torch.zeros(1, dtype=torch.int32, device=device)
+        self._num_sms = num_sms
+        self._tile_counter = torch.zeros(1, dtype=torch.int32, device=device)
 
     @classmethod
-    def on(cls, spec: AttentionSpec, device: torch.device) -> HopperPrefill | None:
-        """None where ``spec`` or the GPU wants the general kernel."""
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not cls.knows(spec):
+    def create_if_supported(cls, spec: AttentionSpec, device: torch.device) -> HopperPrefill | None:
+        """None where ``spec`` or the GPU needs the general kernel."""
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not cls.supports(spec):
             return None
-        return cls(spec, device, torch.cuda.get_device_properties(device).multi_processor_count)
+        return cls(spec, device, count_sms(device))
 
     @staticmethod
-    def knows(spec: AttentionSpec) -> bool:
-        """Plain causal attention in 16 bits, heads of 64 or 128 features, pages of 8 to 128 tokens."""
+    def supports(spec: AttentionSpec) -> bool:
+        """Full causal attention in 16 bits, ``head_dim`` 64 or 128, blocks of 8 to 128 tokens, no soft-cap."""
         return (
             spec.dtype in (torch.bfloat16, torch.float16)
             and spec.kv_dtype == spec.dtype
@@ -41,53 +43,54 @@ class HopperPrefill:
             and spec.softcap is None
         )
 
-    def run(self, batch: AttentionBatch, q: Tensor, kv: LayerKV, out: Tensor, lse_out: Tensor | None) -> None:
+    def launch(self, batch: AttentionBatch, q: Tensor, kv: LayerKV, out: Tensor, lse_out: Tensor | None) -> None:
         """Attend for the requests after the decodes. Tensors as in ``AttentionBackend.run``."""
         spec = self._spec
-        requests = batch.num_reqs - batch.num_decodes
-        tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
-        group = spec.num_heads // spec.num_kv_heads
-        tiles = spec.num_kv_heads * (tokens * group // ROWS.value + requests)
-        hopper_kernel[(min(tiles, self._programs),)](
+        num_reqs = batch.num_reqs - batch.num_decodes
+        num_tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
+        group_size = spec.num_heads // spec.num_kv_heads
+        num_tiles = spec.num_kv_heads * (num_tokens * group_size // BLOCK_M.value + num_reqs)
+        hopper_prefill_kernel[(min(num_tiles, self._num_sms),)](
             q,
-            page_rows(kv.k),
-            page_rows(kv.v),
+            make_page_descriptor(kv.k),
+            make_page_descriptor(kv.v),
             out,
             out if lse_out is None else lse_out,
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,
-            self._drawn,
+            self._tile_counter,
             batch.num_decodes,
             batch.num_reqs,
             batch.block_table.stride(0),
-            tiles,
+            num_tiles,
             kv.k.stride(0) // kv.k.stride(2),
             kv.k.stride(1) // kv.k.stride(2),
             kv.v.stride(0) // kv.v.stride(2),
             kv.v.stride(1) // kv.v.stride(2),
-            q_token=q.stride(0),
-            q_head=q.stride(1),
-            out_token=out.stride(0),
-            out_head=out.stride(1),
+            q_stride_token=q.stride(0),
+            q_stride_head=q.stride(1),
+            out_stride_token=out.stride(0),
+            out_stride_head=out.stride(1),
             has_lse=lse_out is not None,
-            heads=spec.num_heads,
-            group=group,
-            page=spec.block_size,
-            dim=spec.qk_head_dim,
-            scale=spec.scale,
+            num_heads=spec.num_heads,
+            group_size=group_size,
+            block_size=spec.block_size,
+            head_dim=spec.qk_head_dim,
+            softmax_scale=spec.scale,
             num_warps=4,
-            maxnreg=168,  # of 384 threads; they are dealt out anew inside
+            maxnreg=168,  # of 384 threads; setmaxnreg deals them out anew inside
         )
 
 
-def page_rows(cache: Tensor) -> TensorDescriptor:
-    """Every slot of a cache of heads (num_blocks, kv_heads, page, dim) as a row (dim,), to be copied a page at a time.
+def make_page_descriptor(cache: Tensor) -> TensorDescriptor:
+    """A TMA descriptor of one layer's K or V (num_blocks, num_kv_heads, block_size, head_dim), as a matrix with a slot
+    in each row, of which a box is one page of one head.
 
-    Rows lie ``stride(2)`` apart; those between the heads of one layer are other layers'.
+    Rows lie ``stride(2)`` apart; those between the pages of one layer are other layers'.
     """
-    blocks, heads, page, dim = cache.shape
-    rows = (blocks - 1) * (cache.stride(0) // cache.stride(2)) + heads * page
+    num_blocks, num_heads, block_size, head_dim = cache.shape
+    num_rows = (num_blocks - 1) * (cache.stride(0) // cache.stride(2)) + num_heads * block_size
     layout = NVMMASharedLayout(128, element_bitwidth=16, rank=2)
-    assert page <= KEYS.value and cache.stride(1) == page * cache.stride(2), "a layout of whole heads"
-    return TensorDescriptor(cache, [rows, dim], [cache.stride(2), 1], [page, dim], layout)
+    assert block_size <= BLOCK_N.value and cache.stride(1) == block_size * cache.stride(2), "a head-major layout"
+    return TensorDescriptor(cache, [num_rows, head_dim], [cache.stride(2), 1], [block_size, head_dim], layout)

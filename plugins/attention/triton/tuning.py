@@ -1,4 +1,7 @@
-"""Tile shapes measured on Hopper, by head dimension and type, with fallbacks for the rest."""
+"""Tile shapes of the decode kernel: measured on Hopper by head dimension and element size, with fallbacks for the rest.
+
+Which table serves a step depends on how full it makes the GPU, counted in work items (a KV head of a request) per SM.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,27 @@ import triton
 
 from quire.sdk import AttentionSpec
 
-__all__ = ["DecodeTile", "decode_tile", "processors_of"]
+__all__ = ["DecodeTile", "choose_decode_tile", "count_sms"]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
-    """How one program of the decode kernel works, and how many run at a time on a multiprocessor."""
+    """How one program of the decode kernel works, and how many programs run on an SM at a time."""
 
-    keys: int
-    warps: int
-    stages: int
-    programs: int
+    block_n: int
+    """Keys per tile."""
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
 
 
-_FEW = {
+_SMALL_BATCH = {
     64: DecodeTile(64, 4, 3, 4),
     128: DecodeTile(64, 4, 3, 4),
     256: DecodeTile(32, 4, 3, 2),
 }
-_MANY = {
+"""head_dim -> tile, for steps that do not fill the GPU: wide tiles keep enough bytes in flight on each SM."""
+_LARGE_BATCH = {
     (64, 1): DecodeTile(32, 1, 3, 8),
     (128, 1): DecodeTile(32, 1, 3, 8),
     (256, 1): DecodeTile(32, 1, 3, 3),
@@ -35,14 +40,14 @@ _MANY = {
     (128, 2): DecodeTile(32, 1, 3, 6),
     (256, 2): DecodeTile(32, 2, 3, 3),
 }
-"""(dim, bytes of a key's feature): for steps that fill the GPU. Nothing passes between the warps of a program that has
-one."""
-_ONE_ROUND = {(128, 2): DecodeTile(32, 1, 2, 8)}
-"""Where that many programs take all of such a step at once."""
-_MANY_TO_VERIFY = DecodeTile(32, 2, 3, 6)
-"""Up to 32 queries and heads of a group at a time, up to 128 features."""
-_WIDE = DecodeTile(32, 4, 3, 2)
-"""More of them."""
+"""(head_dim, bytes of a key's element) -> tile, for steps that fill the GPU. A program of a single warp exchanges
+nothing between warps."""
+_SINGLE_WAVE = {(128, 2): DecodeTile(32, 1, 2, 8)}
+"""Where ``programs_per_sm`` programs on every SM hold all work items of such a step at once."""
+_LARGE_BATCH_VERIFY = DecodeTile(32, 2, 3, 6)
+"""Up to 32 packed query rows (queries * GQA group), up to 128 elements a head."""
+_MANY_QUERY_ROWS = DecodeTile(32, 4, 3, 2)
+"""More than 32 packed query rows."""
 _FLOAT32 = {
     64: DecodeTile(32, 4, 2, 4),
     128: DecodeTile(32, 8, 2, 2),
@@ -50,23 +55,25 @@ _FLOAT32 = {
 }
 
 
-def decode_tile(spec: AttentionSpec, requests: int, queries: int, processors: int) -> DecodeTile:
-    """The tile for a step of so many requests with ``queries`` each, on so many multiprocessors."""
-    dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
+def choose_decode_tile(spec: AttentionSpec, num_reqs: int, query_len: int, num_sms: int) -> DecodeTile:
+    """The tile for a step of ``num_reqs`` decodes with ``query_len`` queries each, on ``num_sms`` SMs."""
+    head_dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
     if spec.dtype == torch.float32:
-        return _FLOAT32[dim]
-    columns, size = queries * spec.num_heads // spec.num_kv_heads, spec.kv_dtype.itemsize
-    if columns > 32:
-        return _WIDE
-    items = requests * spec.num_kv_heads / processors
-    if items < (4.5 if size == 1 else 3.5) or (columns > 8 and dim > 128):
-        return _FEW[dim]
-    if columns > 8:
-        return _MANY_TO_VERIFY
-    many, once = _MANY[dim, size], _ONE_ROUND.get((dim, size))
-    return once if once is not None and items <= once.programs else many
+        return _FLOAT32[head_dim]
+    query_rows, itemsize = query_len * spec.num_heads // spec.num_kv_heads, spec.kv_dtype.itemsize
+    if query_rows > 32:
+        return _MANY_QUERY_ROWS
+    items_per_sm = num_reqs * spec.num_kv_heads / num_sms
+    if items_per_sm < (4.5 if itemsize == 1 else 3.5) or (query_rows > 8 and head_dim > 128):
+        return _SMALL_BATCH[head_dim]
+    if query_rows > 8:
+        return _LARGE_BATCH_VERIFY
+    single_wave = _SINGLE_WAVE.get((head_dim, itemsize))
+    if single_wave is not None and items_per_sm <= single_wave.programs_per_sm:
+        return single_wave
+    return _LARGE_BATCH[head_dim, itemsize]
 
 
-def processors_of(device: torch.device) -> int:
-    """Multiprocessors of ``device``; a few where the interpreter stands in for one."""
+def count_sms(device: torch.device) -> int:
+    """SMs of ``device``; 4 where the interpreter stands in for a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
