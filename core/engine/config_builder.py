@@ -12,9 +12,10 @@ from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import configure_speculation, with_speculative_config
 from quire.core.errors import ConfigError
-from quire.core.plugin.manager import PluginManager, Resolution
+from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.registry import KINDS
+from quire.core.plugin.target import Resolution
 
 __all__ = ["Configured", "configure"]
 

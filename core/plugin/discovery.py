@@ -22,8 +22,7 @@ import pluggy
 
 from quire.core.errors import PluginError
 from quire.core.plugin import hookspecs
-from quire.core.plugin.hookspecs import GROUP, PROJECT
-from quire.core.plugin.registry import KINDS, Registrar, Registration, canonical
+from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, canonical
 from quire.core.version import __version__
 
 __all__ = ["PluginEntry", "collect", "import_entry", "module_file", "scan"]

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
-if TYPE_CHECKING:
-    from quire.core.plugin.registry import Choice, Registrar
+from quire.core.plugin.registry import PROJECT, Choice, Registrar
 
-__all__ = ["API_MAJOR", "GROUP", "PROJECT", "hookimpl", "hookspec"]
-
-PROJECT = "quire"
-API_MAJOR = 1
-GROUP = f"{PROJECT}.v{API_MAJOR}"
+__all__ = ["hookimpl", "hookspec"]
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pluggy
@@ -16,36 +15,17 @@ import pluggy
 from quire.core.errors import PluginError
 from quire.core.plugin import builtin, hookspecs
 from quire.core.plugin.discovery import PluginEntry, collect, describe, import_entry, scan
-from quire.core.plugin.hookspecs import PROJECT
-from quire.core.plugin.registry import KINDS, Choice, Kind, Registration, Registry, Requirement, canonical, did_you_mean
-from quire.core.plugin.target import load_target, missing_requirement
+from quire.core.plugin.registry import KINDS, PROJECT, Choice, Kind, Registration, Registry, canonical, did_you_mean
+from quire.core.plugin.target import Resolution, load_target, missing_requirement
 from quire.core.version import __version__
 
-__all__ = ["IMPORT_LIMIT_S", "PluginManager", "Resolution", "load_target"]
+__all__ = ["IMPORT_LIMIT_S", "PluginManager"]
 
 IMPORT_LIMIT_S = 10.0
 """Seconds that a third-party entry point nobody named may take to import before it is passed over."""
 
 log = logging.getLogger(__name__)
 _BY_CLASS = "named by its class"
-
-
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """What a name stands for. ``target`` ("module:Class") is all that a worker process needs; see ``load_target``."""
-
-    kind: str
-    name: str
-    target: str
-    dist: str | None
-    why: str
-    rejected: tuple[tuple[str, str], ...] = ()
-    requires: tuple[Requirement, ...] = ()
-
-    def __str__(self) -> str:
-        """One line for the log: the choice, why, and why not the others."""
-        others = "; ".join(f"not {name}: {reason}" for name, reason in self.rejected)
-        return f"{KINDS[self.kind].title}: {self.name} ({self.why}{'; ' + others if others else ''})"
 
 
 class PluginManager:
@@ -223,9 +203,8 @@ class PluginManager:
             choice, who = self._ask("quire_choose_default", kind=kind, config=context)
         if choice is None:
             title, flag = KINDS[kind].title, KINDS[kind].flag
-            raise PluginError(
-                f"{title} 'auto': nothing to choose by; name one with {flag}: {', '.join(self.names(kind))}"
-            )
+            remedy = f"name one with {flag}" if flag else "the checkpoint's config.json must name one"
+            raise PluginError(f"{title} 'auto': nothing to choose by; {remedy}: {', '.join(self.names(kind))}")
         if isinstance(choice, str):
             choice = Choice(choice)
         registration = self._find(kind, choice.name)

@@ -1,4 +1,4 @@
-"""Kinds of plugins, registrations, and the table in which every name is looked up. Imports no implementation."""
+"""The table of kinds, registrations, and the registry in which names are looked up. Imports no implementation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from quire.core.errors import PluginError
-from quire.core.plugin.hookspecs import API_MAJOR, PROJECT
 
 __all__ = [
+    "API_MAJOR",
+    "GROUP",
     "KINDS",
+    "PROJECT",
     "Choice",
     "Kind",
     "Registrar",
@@ -24,71 +26,74 @@ __all__ = [
 ]
 
 
+PROJECT = "quire"
+"""The distribution that the bundled plugins come from."""
+API_MAJOR = 1
+"""Major version of the plugin API."""
+GROUP = f"{PROJECT}.v{API_MAJOR}"
+"""The entry-point group in which a distribution names its plugins."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of plugin. ``contract`` is "module:Class"; ``always`` names those that are on without asking."""
+    """One kind of plugin, and everything that is named after it."""
 
     key: str
+    """In the hook ``quire_register_<key>``, in ``KIND/NAME``, and the contract's module in ``quire.core.contracts``."""
     title: str
-    flag: str
-    contract: str
+    folder: str
+    """Where the bundled ones live."""
+    contract_class: str
+    flag: str | None
+    """The flag that chooses an implementation; None: the checkpoint chooses."""
     aliases: tuple[str, ...] = ()
+    """Other names of the kind; those with dashes in front are flags too."""
     always: tuple[str, ...] = ()
+    """Implementations that are on without being chosen."""
 
     @property
-    def option_flag(self) -> str:
-        """The flag that passes ``key=value`` to the chosen implementation."""
-        return f"{self.flag.removesuffix('-method')}-option"
+    def contract(self) -> str:
+        """The contract as "module:Class"."""
+        return f"quire.core.contracts.{self.key}:{self.contract_class}"
 
     @property
     def contract_name(self) -> str:
         """The contract as its author imports it."""
-        return f"quire.sdk.{self.contract.partition(':')[2]}"
+        return f"quire.sdk.{self.contract_class}"
+
+    @property
+    def option_flag(self) -> str | None:
+        """The flag that passes ``key=value`` to the chosen implementation, such as ``--sampler-option``."""
+        return None if self.flag is None else f"{self.flag.removesuffix('-method')}-option"
 
     @staticmethod
     def named(text: str) -> Kind:
-        """The kind called ``text``: its key, its title or its flag without dashes. PluginError if there is none."""
+        """The kind called ``text``: its key, title, flag or an alias, dashes aside. PluginError if there is none."""
         wanted = fold(text.lstrip("-"))
         for kind in KINDS.values():
-            if wanted in {
-                fold(n.lstrip("-")) for n in (kind.key, kind.title.replace(" ", "-"), kind.flag, *kind.aliases)
-            }:
+            names = (kind.key, kind.title.replace(" ", "-"), kind.flag or kind.key, *kind.aliases)
+            if wanted in {fold(name.lstrip("-")) for name in names}:
                 return kind
         raise PluginError(f"{text!r} is not a kind of plugin; {did_you_mean(text, KINDS)}")
 
 
-_CONTRACTS = "quire.core.contracts"
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        kind.key: kind
-        for kind in (
-            Kind("attention", "attention backend", "--attention-backend", f"{_CONTRACTS}.attention:AttentionBackend"),
-            Kind("kv", "KV allocator", "--kv-allocator", f"{_CONTRACTS}.kv:KVAllocator"),
-            Kind(
-                "policy",
-                "scheduling policy",
-                "--scheduling-policy",
-                f"{_CONTRACTS}.policy:BatchingPolicy",
-                aliases=("--scheduler", "batching-policy"),
-            ),
-            Kind("quant", "quantization", "--quantization", f"{_CONTRACTS}.quant:QuantizationLoader"),
-            Kind("model", "model", "--model-architecture", f"{_CONTRACTS}.model:Model"),
-            Kind("sampler", "sampler", "--sampler", f"{_CONTRACTS}.sampler:Sampler"),
-            Kind(
-                "logits_processor",
-                "logits processor",
-                "--logits-processor",
-                f"{_CONTRACTS}.logits_processor:LogitsProcessor",
-                always=("min_tokens", "logit_bias"),
-            ),
-            Kind(
-                "spec_decode", "speculative proposer", "--spec-method", f"{_CONTRACTS}.spec_decode:SpeculativeProposer"
-            ),
-            Kind("executor", "executor", "--executor", f"{_CONTRACTS}.executor:Executor"),
-            Kind("metrics", "metrics exporter", "--metrics", f"{_CONTRACTS}.metrics:MetricsExporter"),
-        )
-    }
-)
+_TABLE = (
+    # key                    title                folder                 contract               flag
+    Kind("attention",        "attention backend", "plugins/attention",   "AttentionBackend",    "--attention-backend"),
+    Kind("kv",               "KV allocator",      "plugins/kv",          "KVAllocator",         "--kv-allocator"),
+    Kind("policy",           "scheduling policy", "plugins/sched",       "BatchingPolicy",      "--scheduling-policy",
+         aliases=("--scheduler", "batching-policy")),
+    Kind("quant",            "quantization",      "plugins/quant",       "QuantizationLoader",  "--quantization"),
+    Kind("model",            "model",             "plugins/models",      "Model",               None),
+    Kind("sampler",          "sampler",           "core/sample",         "Sampler",             "--sampler"),
+    Kind("logits_processor", "logits processor",  "plugins/logits",      "LogitsProcessor",     "--logits-processor",
+         always=("min_tokens", "logit_bias")),
+    Kind("spec_decode",      "draft proposer",    "plugins/spec_decode", "SpeculativeProposer", "--spec-method"),
+    Kind("executor",         "executor",          "core/worker",         "Executor",            "--executor"),
+    Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics"),
+)  # fmt: skip
+KINDS: Mapping[str, Kind] = MappingProxyType({kind.key: kind for kind in _TABLE})
+"""Every kind by its key: the one place where kind, folder, contract and flag meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,6 @@ class Registration:
     summary: str
     requires: tuple[Requirement, ...] = ()
     aliases: tuple[str, ...] = ()
-    api_version: int = API_MAJOR
     dist: str = PROJECT
     version: str = ""
     file: str | None = None

@@ -1,20 +1,36 @@
-"""Import the class behind "module:Class" and hold it to its contract. Scans nothing: all that workers need."""
+"""What a name resolves to, and the class behind its "module:Class", held to its contract. All that workers need."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import describe
-from quire.core.plugin.registry import Registration, did_you_mean
+from quire.core.plugin.registry import KINDS, Registration, Requirement, did_you_mean
 
-if TYPE_CHECKING:
-    from quire.core.plugin.manager import Resolution
+__all__ = ["Resolution", "load_target", "missing_requirement"]
 
-__all__ = ["load_target", "missing_requirement"]
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a name stands for. ``target`` ("module:Class") is all that a worker process needs; see ``load_target``."""
+
+    kind: str
+    name: str
+    target: str
+    dist: str | None
+    why: str
+    rejected: tuple[tuple[str, str], ...] = ()
+    requires: tuple[Requirement, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for the log: the choice, why, and why not the others."""
+        others = "; ".join(f"not {name}: {reason}" for name, reason in self.rejected)
+        return f"{KINDS[self.kind].title}: {self.name} ({self.why}{'; ' + others if others else ''})"
 
 
 def load_target(target: str, contract: type | str | None = None) -> type:

@@ -34,7 +34,7 @@ SERVER_FLAGS: tuple[Setting, ...] = settings_of(ServerSettings)
 def option_flags() -> dict[str, str]:
     """The ``--<kind>-option`` flags, each with the kind of plugin that it configures."""
     chosen_by_flag = {setting.plugin_kind for setting in ENGINE_FLAGS}
-    return {kind.option_flag: kind.key for kind in KINDS.values() if kind.key in chosen_by_flag}
+    return {kind.option_flag: kind.key for kind in KINDS.values() if kind.option_flag and kind.key in chosen_by_flag}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -90,7 +90,7 @@ def _list_text(report: dict[str, Any]) -> str:
         plugins = [p for p in report["plugins"] if p["kind"] == key]
         if not plugins:
             continue
-        lines.append(f"{key}: {kind.title} ({'by the checkpoint' if key == 'model' else kind.flag})")
+        lines.append(f"{key}: {kind.title} ({kind.flag or 'by the checkpoint'})")
         for p in plugins:
             mark = "*" if p["active"] else " "
             origin = f"{p['dist']} {p['version']}"
@@ -112,7 +112,7 @@ def _explain_text(report: dict[str, Any]) -> str:
         rows += [
             ("kind", f"{report['title']}, contract {report['contract']}"),
             ("from", f"{report['dist']} {report['version']} ({report['file']})"),
-            ("use", report["flag"] if report["kind"] != "model" else "by the checkpoint's architecture"),
+            ("use", report["flag"] or "by the checkpoint's architecture"),
             ("also", ", ".join(report["aliases"])),
             ("options", "\n".join(f"{report['option_flag']} {o}" for o in options or ()) or None),
             ("status", f"{status}: {report['why']}"),

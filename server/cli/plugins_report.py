@@ -10,10 +10,9 @@ from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import PluginEntry, module_file
-from quire.core.plugin.hookspecs import GROUP
-from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager, Resolution
-from quire.core.plugin.registry import KINDS, Kind, Registration
-from quire.core.plugin.target import missing_requirement
+from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
+from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration
+from quire.core.plugin.target import Resolution, missing_requirement
 from quire.core.version import __version__
 from quire.server.cli.plugins_probe import probe
 from quire.server.cli.plugins_source import options_in_source
@@ -51,10 +50,11 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
     if name.lower() == "auto":
         report["why"] = resolution.why
     module = registration.target.partition(":")[0]
+    flag = KINDS[kind].flag
     return report | {
         "title": KINDS[kind].title,
         "contract": KINDS[kind].contract_name,
-        "flag": f"{KINDS[kind].flag} {report['spelling']}",
+        "flag": flag and f"{flag} {report['spelling']}",
         "target_file": module_file(module),
         "options": options_in_source(registration.target),
         "option_flag": KINDS[kind].option_flag,

@@ -1,8 +1,9 @@
 import pytest
 
 from quire.core.plugin.discovery import module_file
-from quire.core.plugin.manager import PluginManager, load_target
+from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import KINDS
+from quire.core.plugin.target import load_target
 from quire.core.testing.conformance import checks_for, kind_of, run_checks
 
 BUNDLED = [r for kind in KINDS for r in PluginManager().registry.of(kind)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quire.core.plugin.manager import load_target
+from quire.core.plugin.target import load_target
 from quire.core.testing.conformance import run_checks
 
 Gumbel = load_target("quire.core.sample.sampler:GumbelSampler")

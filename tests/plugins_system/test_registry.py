@@ -2,6 +2,7 @@ import pytest
 
 from quire.core.errors import PluginError
 from quire.core.plugin.registry import KINDS, Kind, Registrar, Registration, Registry, did_you_mean
+from quire.core.plugin.target import load_target
 
 
 @pytest.mark.parametrize(
@@ -25,11 +26,17 @@ def test_an_unknown_kind_is_refused_with_the_closest():
         Kind.named("polcy")
 
 
-def test_every_kind_has_a_hook_and_a_flag_of_its_own():
-    from quire.core.plugin import hookspecs
+def test_the_table_of_kinds_is_true():
+    from quire.core.plugin import builtin, hookspecs
+    from quire.core.plugin.discovery import collect, module_file
 
+    bundled = collect(builtin)
     for kind in KINDS.values():
         assert hasattr(hookspecs, f"quire_register_{kind.key}")
+        assert load_target(kind.contract).__name__ == kind.contract_name.removeprefix("quire.sdk.")
+        files = [module_file(r.target.partition(":")[0]) for r in bundled if r.kind == kind.key]
+        assert files and all(f"/{kind.folder}/" in file for file in files)
+        assert (kind.flag is None) == (kind.option_flag is None) == (kind.key == "model")
     assert len({k.flag for k in KINDS.values()}) == len(KINDS)
 
 

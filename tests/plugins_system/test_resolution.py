@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from quire.core.errors import PluginError
-from quire.core.plugin.manager import PluginManager, load_target
+from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.target import load_target
 
 TRAP = "raise RuntimeError('nobody may import this')"
 
