@@ -55,7 +55,7 @@ def measure(running: int, waiting: int, steps: int, churn: bool) -> tuple[list[f
     rng = np.random.default_rng(0)
     max_model_len = 4096
     blocks = 1 + (running + 8) * max_model_len // BLOCK
-    allocator = PagedAllocator([KVGroup(1)], blocks, BLOCK)
+    allocator = PagedAllocator([KVGroup()], blocks, BLOCK)
     scheduler = Scheduler(
         SchedulerConfig(running, 8192),
         CacheConfig(BLOCK, blocks),

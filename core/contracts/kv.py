@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 
 from quire.core.request import Request
 
-__all__ = ["Allocation", "KVAllocator", "KVEvent", "KVGroup", "KVStats", "PrefixMatch"]
+__all__ = ["Allocation", "KVAllocator", "KVGroup", "KVStats", "PrefixMatch"]
 
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
     """A group of layers with the same KV geometry. Each group has block tables and block ids of its own."""
 
-    num_layers: int
     window: int | None = None
-    """Sliding window in tokens: blocks wholly before it may be trimmed."""
+    """Sliding window in tokens: blocks wholly before it may be freed. None: every layer reads the whole context."""
 
 
 @dataclass(slots=True)
@@ -37,16 +36,6 @@ class Allocation:
     new_blocks: list[list[int]]
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, source, destination): a shared block that will be written was replaced by a private copy."""
-
-
-@dataclass(frozen=True, slots=True)
-class KVEvent:
-    """A block became findable (``stored``) or was forgotten. For KV-aware routers."""
-
-    stored: bool
-    group: int
-    block_id: int
-    block_hash: bytes
 
 
 @dataclass(slots=True)
@@ -126,28 +115,8 @@ class KVAllocator(ABC):
         """Give up every block of the request. Findable blocks stay cached until they are needed. Idempotent."""
 
     @abstractmethod
-    def num_held(self, request: Request) -> int:
-        """Blocks the request references, over all groups."""
-
-    @abstractmethod
     def num_free_blocks(self) -> int:
         """Blocks that can be handed out now in the scarcest group."""
-
-    @abstractmethod
-    def hold(self, group: int, blocks: Sequence[int]) -> None:
-        """Add a reference to each block, so that it outlives its requests (a transfer in flight)."""
-
-    @abstractmethod
-    def release(self, group: int, blocks: Sequence[int]) -> None:
-        """Give back what ``hold`` took."""
-
-    @abstractmethod
-    def reset_prefix_cache(self) -> int:
-        """Forget every cached block that nobody holds; returns how many."""
-
-    @abstractmethod
-    def events(self) -> list[KVEvent]:
-        """Changes since the last call; the first call starts the recording."""
 
     @abstractmethod
     def stats(self) -> KVStats:

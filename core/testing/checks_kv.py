@@ -21,7 +21,6 @@ __all__ = [
     "check_an_engine_serves_on_it",
     "check_blocks_belong_to_one_request",
     "check_everything_comes_back",
-    "check_held_blocks_outlive_their_request",
     "check_prefixes_are_found",
     "check_prefixes_are_kept_apart_by_salt",
     "check_the_last_token_is_never_matched",
@@ -34,7 +33,7 @@ _BLOCK = 4
 
 def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
     """Blocks are numbered 1 .. num_blocks - 1 and handed to one request at a time; block 0 to nobody."""
-    allocator = _make(cls, groups=(KVGroup(1), KVGroup(2)))
+    allocator = _make(cls, groups=(KVGroup(), KVGroup()))
     seen: list[set[int]] = [set(), set()]
     for i in range(3):
         allocation = allocator.allocate(_request(f"r{i}", [i] * 9), 9, num_computed_tokens=0)
@@ -56,24 +55,30 @@ def check_everything_comes_back(cls: type[KVAllocator]) -> None:
     for request in requests:
         allocator.allocate(request, 10, num_computed_tokens=0)
         allocator.cache_full_blocks(request, 10)
-        assert allocator.num_held(request) == 3, f"holds {allocator.num_held(request)} blocks, not 3"
+    taken = before - allocator.num_free_blocks()
+    assert taken == 9, f"3 requests of 10 tokens take 3 blocks of 4 each, not {taken} together"
     for request in [*requests, *requests]:
         allocator.free(request)
-        assert allocator.num_held(request) == 0
     assert allocator.num_free_blocks() == before, f"{before} blocks were free, now {allocator.num_free_blocks()}"
     allocator.check_integrity()
 
 
 def check_a_refusal_changes_nothing(cls: type[KVAllocator]) -> None:
-    """``allocate`` that returns None leaves counts and holdings as they were."""
+    """``allocate`` that returns None leaves the pool and what every request references as they were."""
     allocator = _make(cls, num_blocks=8)
     first, second = _request("first", range(16)), _request("second", range(100, 140))
     assert allocator.allocate(first, 16, num_computed_tokens=0) is not None
-    free, held = allocator.num_free_blocks(), allocator.num_held(first)
-    assert allocator.allocate(second, 40, num_computed_tokens=0) is None, "granted more blocks than there are"
-    assert allocator.allocate(first, 60, num_computed_tokens=16) is None, "granted more blocks than there are"
-    assert (allocator.num_free_blocks(), allocator.num_held(first), allocator.num_held(second)) == (free, held, 0)
-    allocator.check_integrity()
+    free = allocator.num_free_blocks()
+    for request, num_tokens, computed in ((second, 40, 0), (first, 60, 16)):
+        assert allocator.allocate(request, num_tokens, num_computed_tokens=computed) is None, (
+            "granted more blocks than there are"
+        )
+        assert allocator.num_free_blocks() == free, "a refusal took or freed blocks"
+        allocator.check_integrity()
+    allocator.free(second)
+    assert allocator.num_free_blocks() == free, "the refused request referenced blocks"
+    allocator.free(first)
+    assert allocator.num_free_blocks() == 7, "the request that was refused more lost a block"
 
 
 def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
@@ -90,7 +95,7 @@ def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
 
 def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
     """Committed blocks are found by a request with the same tokens, in every group, also after their owner left."""
-    allocator = _caching(cls, groups=(KVGroup(1), KVGroup(1)))
+    allocator = _caching(cls, groups=(KVGroup(), KVGroup()))
     first = _request("first", range(10))
     blocks = _fill(allocator, first)
     again = _request("again", [*range(8), 50, 51])
@@ -152,12 +157,13 @@ def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) 
 
 def check_trimmed_blocks_come_back(cls: type[KVAllocator]) -> None:
     """Whole blocks before the position are given up in that group, and only there."""
-    allocator = _make(cls, groups=(KVGroup(1), KVGroup(1, window=4)))
-    before = allocator.num_free_blocks()
+    allocator = _make(cls, groups=(KVGroup(), KVGroup(window=4)))
+    before, pool = allocator.num_free_blocks(), allocator.stats().num_free
     request = _request("r", range(20))
     allocator.allocate(request, 20, num_computed_tokens=0)
     allocator.free_out_of_window_blocks(request, 1, 11)
-    assert allocator.num_held(request) == 8, f"5 + 3 blocks should be left, not {allocator.num_held(request)}"
+    left = pool - allocator.stats().num_free
+    assert left == 8, f"5 + 3 blocks should be left, not {left}"
     allocator.free_out_of_window_blocks(request, 1, 11)
     assert allocator.allocate(request, 24, num_computed_tokens=20) is not None
     allocator.check_integrity()
@@ -165,25 +171,10 @@ def check_trimmed_blocks_come_back(cls: type[KVAllocator]) -> None:
     assert allocator.num_free_blocks() == before
 
 
-def check_held_blocks_outlive_their_request(cls: type[KVAllocator]) -> None:
-    """Blocks that are held are not handed out until they are released."""
-    allocator = _make(cls, num_blocks=8)
-    request = _request("r", range(8))
-    (blocks,) = _fill(allocator, request)
-    allocator.hold(0, blocks)
-    allocator.free(request)
-    assert allocator.num_free_blocks() == 5, "held blocks are counted as free"
-    taken = allocator.allocate(_request("other", range(50, 70)), 20, num_computed_tokens=0)
-    assert taken is not None and not set(taken.new_blocks[0]) & set(blocks), "a held block was handed out"
-    allocator.check_integrity()
-    allocator.release(0, blocks)
-    assert allocator.num_free_blocks() == 2
-
-
 def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
     """Random traffic on a small pool, with forks, aborts and preemptions: every key is where it must be."""
     policy = PluginManager().load("policy", "fcfs")
-    for seed, groups in enumerate(((KVGroup(1),), (KVGroup(1), KVGroup(1, window=6)), (KVGroup(1, window=5),))):
+    for seed, groups in enumerate(((KVGroup(),), (KVGroup(), KVGroup(window=6)), (KVGroup(window=5),))):
         rng = random.Random(seed)
         allocator = _make(cls, groups=groups, num_blocks=24)
         before = allocator.num_free_blocks()
@@ -202,7 +193,7 @@ def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
         assert allocator.num_free_blocks() == before, f"{before - allocator.num_free_blocks()} blocks were lost"
 
 
-def _make(cls: type[KVAllocator], *, groups: tuple[KVGroup, ...] = (KVGroup(1),), num_blocks: int = 32) -> KVAllocator:
+def _make(cls: type[KVAllocator], *, groups: tuple[KVGroup, ...] = (KVGroup(),), num_blocks: int = 32) -> KVAllocator:
     return cls(groups, num_blocks, _BLOCK, prefix_caching=True, options=parse_options(cls, {}))
 
 

@@ -112,7 +112,7 @@ def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bo
     plugins = PluginManager()
     allocator_class: Any = plugins.load("kv", "paged")
     fallback: Any = plugins.load("policy", "fcfs")
-    allocator: KVAllocator = allocator_class((KVGroup(1),), num_blocks, 4)
+    allocator: KVAllocator = allocator_class((KVGroup(),), num_blocks, 4)
     rng = random.Random(seed)
     config = SchedulerConfig(5, 20 if chunked else 80, chunked_prefill=chunked)
     engine = SimulatedEngine(allocator, _make(cls), fallback(), config=config, max_model_len=80)

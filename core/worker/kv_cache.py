@@ -34,7 +34,7 @@ class KVCache:
     @property
     def groups(self) -> tuple[KVGroup, ...]:
         """What the allocator is told."""
-        return tuple(KVGroup(self.group_of.count(g), layout.spec.window) for g, layout in enumerate(self.layouts))
+        return tuple(KVGroup(layout.spec.window) for layout in self.layouts)
 
     @property
     def bytes_per_block(self) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 from quire.plugins.kv.hashing import hash_chain
 from quire.plugins.kv.pool import NULL_BLOCK, BlockPool
-from quire.sdk import Allocation, KVAllocator, KVEvent, KVGroup, KVStats, PrefixMatch, Request
+from quire.sdk import Allocation, KVAllocator, KVGroup, KVStats, PrefixMatch, Request
 
 __all__ = ["PagedAllocator"]
 
@@ -34,7 +33,6 @@ class PagedAllocator(KVAllocator):
         super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
         self._tables: dict[str, _BlockTable] = {}
-        self._held: list[Counter[int]] = [Counter() for _ in self.groups]
         self._queries = self._hits = 0
 
     def match_prefix(self, request: Request) -> PrefixMatch:
@@ -144,37 +142,9 @@ class PagedAllocator(KVAllocator):
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
                 pool.drop_references(reversed(blocks))
 
-    def num_held(self, request: Request) -> int:
-        """Entries that are not the sink."""
-        table = self._tables.get(request.request_id)
-        return sum(block != NULL_BLOCK for block in chain.from_iterable(table.blocks)) if table else 0
-
     def num_free_blocks(self) -> int:
         """Of the scarcest group."""
         return min(pool.num_free for pool in self._pools)
-
-    def hold(self, group: int, blocks: Sequence[int]) -> None:
-        """Add references that no table explains."""
-        self._pools[group].add_references(blocks)
-        self._held[group].update(block for block in blocks if block != NULL_BLOCK)
-
-    def release(self, group: int, blocks: Sequence[int]) -> None:
-        """Drop them again."""
-        self._held[group].subtract(block for block in blocks if block != NULL_BLOCK)
-        self._held[group] = +self._held[group]
-        self._pools[group].drop_references(reversed(blocks))
-
-    def reset_prefix_cache(self) -> int:
-        """Blocks in use stay findable."""
-        return sum(pool.forget_free() for pool in self._pools)
-
-    def events(self) -> list[KVEvent]:
-        """Recording starts with the first call, so that nothing piles up when nobody listens."""
-        events = []
-        for g, pool in enumerate(self._pools):
-            events += [KVEvent(stored, g, block, block_hash) for stored, block, block_hash in pool.changes or ()]
-            pool.changes = []
-        return events
 
     def stats(self) -> KVStats:
         """Sums over the groups."""
@@ -190,7 +160,6 @@ class PagedAllocator(KVAllocator):
         """Recount references from the tables, and compare with counts, free list and hash index."""
         for g, pool in enumerate(self._pools):
             refs = Counter(block for table in self._tables.values() for block in table.blocks[g] if block != NULL_BLOCK)
-            refs.update(self._held[g])
             assert refs[NULL_BLOCK] == 0 and pool.ref_counts[NULL_BLOCK] == 0, f"group {g}: the sink was handed out"
             for block in range(1, self.num_blocks):
                 counted = pool.ref_counts[block]

@@ -22,8 +22,6 @@ class BlockPool:
         self.block_hashes: list[bytes | None] = [None] * num_blocks
         self.cached_blocks: dict[bytes, int] = {}
         self.num_free = num_blocks - 1
-        self.changes: list[tuple[bool, int, bytes]] | None = None
-        """(stored, block, hash), oldest first; None while nobody collects them."""
         self._next = [*range(1, num_blocks), NULL_BLOCK]
         self._prev = [num_blocks - 1, *range(num_blocks - 1)]
 
@@ -59,8 +57,6 @@ class BlockPool:
         if self.block_hashes[block] is None and block_hash not in self.cached_blocks:
             self.block_hashes[block] = block_hash
             self.cached_blocks[block_hash] = block
-            if self.changes is not None:
-                self.changes.append((True, block, block_hash))
 
     def evict_block(self, block: int) -> bool:
         """Make a block unfindable; whether it was findable."""
@@ -69,15 +65,7 @@ class BlockPool:
             return False
         self.block_hashes[block] = None
         del self.cached_blocks[block_hash]
-        if self.changes is not None:
-            self.changes.append((False, block, block_hash))
         return True
-
-    def forget_free(self) -> int:
-        """Make every findable block that nobody holds unfindable; how many."""
-        return sum(
-            self.evict_block(block) for block in list(self.cached_blocks.values()) if self.ref_counts[block] == 0
-        )
 
     def list_free_blocks(self) -> list[int]:
         """The free blocks in the order in which they will be taken."""

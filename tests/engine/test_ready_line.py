@@ -9,7 +9,7 @@ from quire.core.engine.ready_line import ready_line
 
 def test_everything_is_named() -> None:
     config = configure(EngineArgs(max_model_len=1000)).config
-    capacity = KVCapacity((KVGroup(1),), 1001, 1 << 20, 3 << 30, 5 << 20, 7 << 20)
+    capacity = KVCapacity((KVGroup(),), 1001, 1 << 20, 3 << 30, 5 << 20, 7 << 20)
     line = ready_line(config, capacity)
     assert "weights 3.00 GiB, activations 5.0 MiB, graphs 7.0 MiB, KV cache 1001.0 MiB = 16,000 tokens" in line
     assert line.endswith("16.0 requests of 1,000 tokens at once")

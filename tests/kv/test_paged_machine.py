@@ -10,7 +10,7 @@ from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
 from quire.plugins.kv.paged import PagedAllocator
 
-GROUPS = [(KVGroup(1),), (KVGroup(1), KVGroup(1, window=5)), (KVGroup(1, window=3),)]
+GROUPS = [(KVGroup(),), (KVGroup(), KVGroup(window=5)), (KVGroup(window=3),)]
 
 
 class PagedMachine(RuleBasedStateMachine):
@@ -24,7 +24,7 @@ class PagedMachine(RuleBasedStateMachine):
         self.allocator = PagedAllocator(groups, blocks, size)
         self.size, self.blocks, self.groups = size, blocks, groups
         self.slots = [{} for _ in groups]
-        self.tables, self.computed, self.trimmed, self.held = {}, {}, {}, []
+        self.tables, self.computed, self.trimmed = {}, {}, {}
         self.count = 0
 
     @rule(target=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), reserve=st.integers(0, 3))
@@ -99,24 +99,6 @@ class PagedMachine(RuleBasedStateMachine):
         self.allocator.free(request)
         del self.tables[request], self.computed[request], self.trimmed[request]
 
-    @rule(request=requests)
-    def hold(self, request):
-        blocks = sorted({*self.tables[request][0].values()} - {0})
-        live = [block for block in blocks if self.allocator._pools[0].ref_counts[block]]
-        contents = {slot: text for slot, text in self.slots[0].items() if slot // self.size in live}
-        self.allocator.hold(0, live)
-        self.held.append((live, contents))
-
-    @rule()
-    def release(self):
-        if self.held:
-            blocks, _ = self.held.pop()
-            self.allocator.release(0, blocks)
-
-    @rule()
-    def reset(self):
-        self.allocator.reset_prefix_cache()
-
     @invariant()
     def sound(self):
         if not hasattr(self, "allocator"):
@@ -132,8 +114,6 @@ class PagedMachine(RuleBasedStateMachine):
         if hasattr(self, "allocator"):
             for request in self.tables:
                 self.allocator.free(request)
-            while self.held:
-                self.release()
             assert self.allocator.num_free_blocks() == self.blocks - 1
             self.allocator.check_integrity()
 
@@ -157,11 +137,10 @@ class PagedMachine(RuleBasedStateMachine):
                 self.slots[group][destination * self.size + offset] = text
 
     def write(self, request, start, end):
-        held = {block for blocks, _ in self.held for block in blocks}
         for index, table in enumerate(self.tables[request]):
             for position in range(start, end):
                 block = table[position // self.size]
-                assert block != 0 and (index != 0 or block not in held), "a block was written that is not its own"
+                assert block != 0, "the null block was written"
                 self.slots[index][block * self.size + position % self.size] = tuple(request.token_ids[: position + 1])
         self.computed[request] = end
 

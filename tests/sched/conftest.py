@@ -14,7 +14,7 @@ def make_engine():
     def make(
         policy=None,
         *,
-        groups=(KVGroup(1),),
+        groups=(KVGroup(),),
         num_blocks=64,
         block_size=4,
         prefix_caching=True,

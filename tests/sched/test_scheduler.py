@@ -122,7 +122,7 @@ def test_generated_tokens_are_found_when_their_request_has_ended(make_engine):
 # ---- what add() refuses
 
 
-def make_scheduler(config=None, *, max_model_len=64, num_blocks=64, groups=(KVGroup(1),)):
+def make_scheduler(config=None, *, max_model_len=64, num_blocks=64, groups=(KVGroup(),)):
     engine_config = config or SchedulerConfig(4, 64)
     allocator = PagedAllocator(groups, num_blocks, 4)
     return Scheduler(
@@ -153,7 +153,7 @@ def test_a_request_that_can_never_fit_is_refused():
 
 
 def test_a_window_needs_fewer_blocks():
-    scheduler = make_scheduler(SchedulerConfig(4, 8), num_blocks=9, groups=(KVGroup(1, window=8),))
+    scheduler = make_scheduler(SchedulerConfig(4, 8), num_blocks=9, groups=(KVGroup(window=8),))
     scheduler.add_request(request("r", [1] * 20, max_tokens=40))
 
 
