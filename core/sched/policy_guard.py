@@ -19,9 +19,9 @@ from quire.core.contracts.policy import (
     RequestInfo,
     StepView,
     Usage,
-    default_plan,
 )
 from quire.core.errors import QueueFullError
+from quire.core.sched.default_policy_plan import make_default_plan
 
 __all__ = ["CheckedPlan", "PolicyGuard", "check_grants"]
 
@@ -82,8 +82,8 @@ class PolicyGuard:
         """A plan that is safe to carry out."""
         while True:
             if type(self.policy).schedule is BatchingPolicy.schedule:
-                own = default_plan(view)
-                return CheckedPlan(own.request_indices, own.num_scheduled_tokens, [])
+                grants = make_default_plan(view)
+                return CheckedPlan(grants.request_indices, grants.num_scheduled_tokens, [])
             began = perf_counter()
             try:
                 grants = self.policy.schedule(view)

@@ -105,7 +105,7 @@ def test_unknown_names_are_one_line_with_the_closest(kind, name, message):
     [
         ("no_such_module_x:Y", "cannot be imported: ModuleNotFoundError"),
         ("quire.core.contracts.policy:Batchingpolicy", "did you mean BatchingPolicy"),
-        ("quire.core.contracts.policy:default_plan", "is a function, not a class"),
+        ("quire.core.sched.default_policy_plan:make_default_plan", "is a function, not a class"),
         ("quire.core.contracts.policy:RequestInfo", "is not a subclass of quire.sdk.BatchingPolicy"),
         ("quire.core.contracts.policy:BatchingPolicy", "does not implement admission_key"),
         ("policy", "is not of the form module:Class"),

@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from quire.core.contracts.policy import Grants, Reject, RequestColumns, default_plan
+from quire.core.contracts.policy import Grants, Reject, RequestColumns
 from quire.core.errors import QueueFullError
+from quire.core.sched.default_policy_plan import make_default_plan
 from quire.plugins.sched.fcfs import FCFSPolicy
 
 
@@ -24,7 +25,7 @@ class After(FCFSPolicy):
 
     def schedule(self, view):
         self.calls += 1
-        return self.harm(view) if self.calls > 3 else default_plan(view)
+        return self.harm(view) if self.calls > 3 else make_default_plan(view)
 
 
 def raises(view):
@@ -74,7 +75,7 @@ def test_a_policy_whose_plans_are_nonsense_is_replaced(make_engine, caplog, harm
 
 
 def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
-    slow = After(lambda view: time.sleep(0.06) or default_plan(view))
+    slow = After(lambda view: time.sleep(0.06) or make_default_plan(view))
     engine = make_engine(slow)
     engine.add_request("r", [1, 2, 3], max_tokens=20)
     engine.run_until_finished()
@@ -83,7 +84,7 @@ def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
 
 
 def test_one_slow_plan_is_forgiven(make_engine):
-    slow = After(lambda view: (time.sleep(0.06) if slow.calls % 3 == 0 else None) or default_plan(view))
+    slow = After(lambda view: (time.sleep(0.06) if slow.calls % 3 == 0 else None) or make_default_plan(view))
     engine = make_engine(slow)
     engine.add_request("r", [1, 2, 3], max_tokens=12)
     engine.run_until_finished()
@@ -95,7 +96,7 @@ def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
     class Waiting(FCFSPolicy):
         def schedule(self, view):
             nothing = np.empty(0, np.int64)
-            return Grants(nothing, nothing) if view.running.num_in_flight_tokens.any() else default_plan(view)
+            return Grants(nothing, nothing) if view.running.num_in_flight_tokens.any() else make_default_plan(view)
 
     engine = make_engine(Waiting())
     for i in range(4):

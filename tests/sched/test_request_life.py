@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from quire.core.contracts.policy import Grants, default_plan
+from quire.core.contracts.policy import Grants
+from quire.core.sched.default_policy_plan import make_default_plan
 from quire.core.stats import ENGINE_STATS
 from quire.core.testing.fake_kv_worker import compute_expected_tokens
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -111,7 +112,7 @@ def test_blocks_ahead_never_pass_the_end(make_engine):
 def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
     class OldestFirst(FCFSPolicy):
         def schedule(self, view):
-            grants = default_plan(view)
+            grants = make_default_plan(view)
             return Grants(grants.request_indices, grants.num_scheduled_tokens, np.arange(len(view.running)))
 
     engine = make_engine(OldestFirst(), num_blocks=11, watermark=0.0)

@@ -59,7 +59,6 @@ __all__ = [
     "InputFormat",
     "KVAllocator",
     "KVCapacity",
-    "KVEvent",
     "KVGroup",
     "KVLayout",
     "KVStats",
@@ -97,7 +96,6 @@ __all__ = [
     "StepView",
     "TargetState",
     "Usage",
-    "default_plan",
 ]
 
 NAMES_OF_MODULE = {
@@ -105,9 +103,9 @@ NAMES_OF_MODULE = {
         "AttentionBackend", "AttentionBatch", "AttentionLimits", "AttentionSpec", "GraphKey", "GraphKind",
         "KVLayout", "LayerKV",
     ),
-    "quire.core.contracts.kv": ("Allocation", "KVAllocator", "KVEvent", "KVGroup", "KVStats", "PrefixMatch"),
+    "quire.core.contracts.kv": ("Allocation", "KVAllocator", "KVGroup", "KVStats", "PrefixMatch"),
     "quire.core.contracts.policy": (
-        "BatchingPolicy", "Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage", "default_plan",
+        "BatchingPolicy", "Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage",
     ),
     "quire.core.contracts.quant": (
         "ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader",

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.core.contracts.policy import RequestColumns, StepView, default_plan
+from quire.core.contracts.policy import RequestColumns, StepView
+from quire.core.sched.default_policy_plan import MIN_PREFILL_TOKENS, make_default_plan
 
 
 def view(running, waiting, budget, *, rows=256, chunked=True):
@@ -14,7 +15,7 @@ def view(running, waiting, budget, *, rows=256, chunked=True):
 
 
 def granted(*args, **options):
-    plan = default_plan(view(*args, **options))
+    plan = make_default_plan(view(*args, **options))
     return dict(zip(plan.request_indices.tolist(), plan.num_scheduled_tokens.tolist(), strict=True))
 
 
@@ -62,14 +63,14 @@ def test_any_step(running, waiting, budget, rows):
     cut = [row for row, got in plan.items() if got < want[row]]
     assert len(cut) <= 1, "at most the last is cut"
     if decodes:
-        assert sum(plan[row] for row in plan if want[row] > 1) <= max(1536, sum(want) // 2)
+        assert sum(plan[row] for row in plan if want[row] > 1) <= max(MIN_PREFILL_TOKENS, sum(want) // 2)
 
 
 @given(st.lists(tokens, min_size=1, max_size=12), st.integers(1, 8), st.integers(16, 4000))
 def test_every_prompt_ends(prompts, decodes, budget):
     """Beside decodes that never end, and soon."""
     left, steps = list(prompts), 0
-    room = min(budget - decodes, 1536)
+    room = min(budget - decodes, MIN_PREFILL_TOKENS)
     while any(left):
         plan = granted([1] * decodes + left, [], budget)
         for row, got in plan.items():

@@ -1,0 +1,52 @@
+"""The plan of a policy that chooses nothing but the order of the queue."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quire.core.contracts.policy_view import Grants, StepView
+
+__all__ = ["MIN_PREFILL_TOKENS", "make_default_plan"]
+
+MIN_PREFILL_TOKENS = 1536
+"""Prompt tokens that a step with decodes may compute, unless half of the prompt tokens that remain are more. Enough to
+fill a GPU, and one of the sizes for which prompt steps are CUDA graphs: a larger step would only delay the first tokens
+of the prompts and the decodes in it. ``docs/performance.md`` has the time to first token with and without it."""
+
+
+def make_default_plan(view: StepView) -> Grants:
+    """Decodes first, then running prompts, then waiting requests in key order, each cut to what the budget leaves.
+
+    A prompt's first token leaves with the step that computes the prompt's last token. So few prompts share a step with
+    decodes: no prompt waits for the ones behind it (``MIN_PREFILL_TOKENS``). Of a long queue, half is computed at once,
+    which costs the decodes less than many steps would. A prompt is not cut beside another prompt if a step of its own
+    would hold it whole: begun now, it would end no sooner, and the prompt before it later.
+    """
+    # Tokens that each request asks for: the running ones, then as many of the waiting ones as have a row.
+    wanted = view.running.num_remaining_tokens
+    num_running, num_admitted = len(wanted), min(len(view.waiting), view.num_free_rows)
+    if num_admitted:
+        wanted = np.concatenate((wanted, view.waiting.num_remaining_tokens[:num_admitted]))
+    indices = wanted.nonzero()[0]  # 0: its last tokens are in flight, or it is already served in this step
+    if np.count_nonzero(wanted[:num_running] > 1):  # a running prompt: decodes must be moved before it
+        decodes = indices[wanted[indices] == 1]
+        # A waiting request with one token keeps its place in the queue.
+        prompts = indices[(wanted[indices] > 1) | (indices >= num_running)]
+        indices = np.concatenate((decodes[decodes < num_running], prompts))
+    tokens = wanted[indices]
+
+    num_decodes, num_wanted = np.count_nonzero(wanted[:num_running] == 1), np.add.reduce(tokens)
+    budget = view.token_budget
+    if num_decodes and view.chunked_prefill:
+        budget = min(budget, num_decodes + max(MIN_PREFILL_TOKENS, (num_wanted - num_decodes) // 2))
+    if num_wanted > budget:
+        uncut = tokens
+        # What the requests before each one leave of the budget: the last that gets anything may be cut.
+        tokens = np.clip(budget - (tokens.cumsum() - tokens), 0, tokens)
+        last = np.count_nonzero(tokens) - 1
+        # Drop that last, cut one if a prompt stands before it and a later step can hold it whole beside the decodes.
+        if last > 0 and uncut[last - 1] > 1 and tokens[last] < uncut[last] <= budget - num_decodes:
+            tokens[last] = 0
+        keep = tokens > 0 if view.chunked_prefill else tokens == uncut
+        indices, tokens = indices[keep], tokens[keep]
+    return Grants(indices, tokens)
