@@ -156,7 +156,7 @@ def test_tokens_are_appended_to_their_rows(device: str, greedy: bool) -> None:
     assert columns.position.tolist() == [4, 4, 6, 6, 0]
     assert (table[2, 5].item(), table[0, 3].item()) == (out[0].item(), out[1].item())
     assert (table >= 0).sum().item() == 2
-    assert not work.counter.any()
+    assert not work.parts.num_arrived.any()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,7 +10,6 @@ import torch
 
 from quire import SamplingParams
 from quire.core.config import SchedulerConfig
-from quire.core.sample.kernels.workspace import Workspace
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_query_lens
 from quire.core.worker.input_builder import LogitsIndices
@@ -48,10 +47,10 @@ class Calls:
 
 
 class OnDevice(GumbelSampler):
-    """Draws from the table by kernels, as on a GPU."""
+    """Samples from the table with kernels, as on a GPU."""
 
     def prepare_graph_sampling(self, max_rows: int) -> bool:
-        self._workspace = Workspace(max_rows, self.vocab_size, self.device)
+        self.allocate_workspace(max_rows)
         return True
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.sample.kernels.token_feedback import store_sampled_token
+from quire.core.sample.kernels.sample_row import store_sampled_token
 from quire.core.sample.kernels.workspace import Workspace
 
 __all__ = ["launch_argmax"]
@@ -14,7 +14,7 @@ __all__ = ["launch_argmax"]
 
 def launch_argmax(
     logits: Tensor,
-    work: Workspace,
+    workspace: Workspace,
     out: Tensor,
     rows: Tensor | None = None,
     token_ids: Tensor | None = None,
@@ -25,28 +25,21 @@ def launch_argmax(
     With ``rows`` (n,) int64, ``token_ids`` (rows, length) and ``num_tokens`` (rows,) int32 each token is appended to
     its row of the request table, but for the table's last row, which stands for padding and is skipped.
     """
-    n, vocab = logits.shape
-    feed = rows is not None and token_ids is not None and num_tokens is not None
-    chunk = 2 * work.tiles.chunk_size
-    splits = triton.cdiv(vocab, chunk)
-    argmax_kernel[(splits, n)](
+    append = rows is not None and token_ids is not None and num_tokens is not None
+    argmax_kernel[(workspace.num_argmax_chunks, len(logits))](
         logits,
-        rows if feed else out,
-        token_ids if feed else out,
-        num_tokens if feed else out,
-        work.chunk_best,
-        work.chunk_token,
-        work.counter,
+        rows if append else out,
+        token_ids if append else out,
+        num_tokens if append else out,
+        workspace.chunks.noised,
+        workspace.chunks.token,
+        workspace.parts.num_arrived,
         out,
         logits.stride(0),
         token_ids.stride(0) if token_ids is not None else 0,
         len(num_tokens) - 1 if num_tokens is not None else 0,
-        vocab=vocab,
-        splits=splits,
-        splits_block=triton.next_power_of_2(splits),
-        chunk=chunk,
-        feed=feed,
-        num_warps=8,
+        append=append,
+        **workspace.argmax_constants,
     )
 
 
@@ -56,40 +49,47 @@ def argmax_kernel(
     rows_ptr,
     token_ids_ptr,
     num_tokens_ptr,
-    best_ptr,
-    token_ptr,
-    counter_ptr,
+    chunk_logit_ptr,
+    chunk_token_ptr,
+    num_arrived_ptr,
     out_ptr,
     stride,
     token_stride,
     padding_row,
-    vocab: tl.constexpr,
-    splits: tl.constexpr,
-    splits_block: tl.constexpr,
-    chunk: tl.constexpr,
-    feed: tl.constexpr,
+    vocab_size: tl.constexpr,
+    num_chunks: tl.constexpr,
+    num_chunks_block: tl.constexpr,
+    chunk_size: tl.constexpr,
+    append: tl.constexpr,
 ):
-    """A program takes a chunk of a row; the one that arrives last merges the row's chunks."""
-    split = tl.program_id(0)
-    line = tl.program_id(1).to(tl.int64)
-    row = line
-    if feed:
-        row = tl.load(rows_ptr + line)
-    if not feed or row != padding_row:
-        at = split * chunk + tl.arange(0, chunk)
-        x = tl.load(logits_ptr + line * stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+    """Grid (num_chunks, n). A program takes a chunk of a row; the one that arrives last merges the row's chunks."""
+    chunk = tl.program_id(0)
+    logits_row = tl.program_id(1).to(tl.int64)
+    row = logits_row
+    if append:
+        row = tl.load(rows_ptr + logits_row)
+    if not append or row != padding_row:
+        tokens = chunk * chunk_size + tl.arange(0, chunk_size)
+        row_ptr = logits_ptr + logits_row * stride
+        x = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
         best = tl.max(x, axis=0)
-        token = tl.min(tl.where(x == best, at, vocab), axis=0)
-        tl.store(best_ptr + line * splits + split, best)
-        tl.store(token_ptr + line * splits + split, token)
+        # The smallest id of equals, as torch.argmax. All NaN leaves vocab_size, which the end clamps.
+        token = tl.min(tl.where(x == best, tokens, vocab_size), axis=0)
+        tl.store(chunk_logit_ptr + logits_row * num_chunks + chunk, best)
+        tl.store(chunk_token_ptr + logits_row * num_chunks + chunk, token)
+        # The barrier orders the stores of all threads before the one atomic that publishes them (release), and the last
+        # to arrive acquires those of the other programs. Which one that is changes nothing: maxima are exact.
         tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr + line, 1, sem="acq_rel")
-        if arrived == splits - 1:
-            place = tl.arange(0, splits_block)
-            inside = place < splits
-            start = line * splits + place
-            bests = tl.load(best_ptr + start, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            tokens = tl.load(token_ptr + start, mask=inside, other=vocab, cache_modifier=".cg")
-            token = tl.min(tl.where(bests == tl.max(bests, axis=0), tokens, vocab), axis=0)
-            store_sampled_token(token, line, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab, feed)
-            tl.store(counter_ptr + line, 0)
+        num_arrived = tl.atomic_add(num_arrived_ptr + logits_row, 1, sem="acq_rel")
+        if num_arrived == num_chunks - 1:
+            chunks = tl.arange(0, num_chunks_block)
+            inside = chunks < num_chunks
+            start = logits_row * num_chunks + chunks
+            # .cg reads the L2 cache: another SM's results may not be in this one's L1.
+            bests = tl.load(chunk_logit_ptr + start, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            best_tokens = tl.load(chunk_token_ptr + start, mask=inside, other=vocab_size, cache_modifier=".cg")
+            token = tl.min(tl.where(bests == tl.max(bests, axis=0), best_tokens, vocab_size), axis=0)
+            store_sampled_token(
+                token, logits_row, row, out_ptr, token_ids_ptr, num_tokens_ptr, token_stride, vocab_size, append
+            )
+            tl.store(num_arrived_ptr + logits_row, 0)  # ready for the next launch, without one to clear it

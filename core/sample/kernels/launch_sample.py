@@ -1,4 +1,12 @@
-"""A random draw: three launches for any mix of greedy and random rows, no synchronisation, a grid known beforehand."""
+"""Random sampling: three launches for any mix of greedy and random rows, without a synchronization.
+
+``sample_scan`` reads every row once, ``sample_topk_candidates`` finishes the rows with a top-k, and ``sample_resolve``
+those without. Each kernel reads on the device what a row asks for and leaves the rows of the other alone, so grids and
+launches do not depend on the parameters: a CUDA graph holds them. None of them sorts: as in FlashInfer's sorting-free
+sampling, a token is picked first and then checked against top-p and min-p, and picked anew from what is left if it is
+refused. Unlike there, a pick is the argmax of logits plus Gumbel noise, which makes the result the one that sorting and
+masking would give; ``sample_resolve`` has the argument.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +25,7 @@ __all__ = ["launch_sample"]
 def launch_sample(
     logits: Tensor,
     columns: SamplingColumns,
-    work: Workspace,
+    workspace: Workspace,
     out: Tensor,
     rows: Tensor | None = None,
     token_ids: Tensor | None = None,
@@ -27,104 +35,16 @@ def launch_sample(
     With ``rows`` (n,) int64 and ``token_ids`` (rows, length) the columns are the request table's, ``position`` being
     its ``num_tokens``, and each token is appended to its row, but for the table's last row, which stands for padding.
     """
-    n, vocab = logits.shape
-    tiles, splits = work.tiles, work.num_chunks
-    feed = rows is not None and token_ids is not None
-    c = columns
-    line_rows = rows if rows is not None else out
-    table = token_ids if token_ids is not None else out
-    token_stride = table.stride(0)
-    padding_row = len(c.temperature) - 1
-    fast = not triton.knobs.runtime.interpret
-    sample_scan_kernel[(splits, n)](
-        logits,
-        line_rows,
-        c.temperature,
-        c.top_k,
-        c.seed,
-        c.position,
-        work.chunk_best,
-        work.chunk_logit,
-        work.chunk_token,
-        work.chunk_max,
-        work.chunk_sum,
-        work.group_max,
-        logits.stride(0),
-        padding_row,
-        vocab=vocab,
-        splits=splits,
-        groups=tiles.groups_per_chunk,
-        width=tiles.group_size,
-        tile=min(tiles.tile_size, tiles.chunk_size),
-        feed=feed,
-        fast=fast,
-        num_warps=8,
-    )
+    n, w = len(logits), workspace
+    # Triton has no null pointers: where nothing is appended, ``out`` stands for what the kernels then do not follow.
+    rows, token_ids, append = (out, out, False) if rows is None or token_ids is None else (rows, token_ids, True)
+    parameters = (logits, rows, *columns)
+    strides = (logits.stride(0), token_ids.stride(0), len(columns.temperature) - 1)  # the last row is padding
+    modes = {"append": append, "fast": not triton.knobs.runtime.interpret}  # the interpreter runs no inline PTX
+    sample_scan_kernel[(w.num_chunks, n)](*parameters, *w.chunks, w.group_max, *strides, **w.scan_constants, **modes)
     sample_topk_candidates_kernel[(n,)](
-        logits,
-        line_rows,
-        c.temperature,
-        c.top_k,
-        c.top_p,
-        c.min_p,
-        c.seed,
-        c.position,
-        work.group_max,
-        work.group_list,
-        work.list_logit,
-        work.list_token,
-        work.list_above,
-        out,
-        table,
-        c.position,
-        logits.stride(0),
-        token_stride,
-        padding_row,
-        vocab=vocab,
-        splits=splits,
-        groups=tiles.groups_per_chunk,
-        width=tiles.group_size,
-        num_groups_block=triton.next_power_of_2(work.num_groups),
-        capacity=tiles.max_candidates,
-        most_k=tiles.max_topk,
-        tile=min(tiles.tile_size, tiles.chunk_size),
-        block=min(128, tiles.max_candidates),
-        others=min(32, tiles.max_candidates),
-        feed=feed,
-        fast=fast,
-        num_warps=4,
+        *parameters, w.group_max, *w.candidates, out, token_ids, *strides, **w.topk_constants, **modes
     )
-    sample_resolve_kernel[(tiles.num_parts, n)](
-        logits,
-        line_rows,
-        c.temperature,
-        c.top_k,
-        c.top_p,
-        c.min_p,
-        c.seed,
-        c.position,
-        work.chunk_best,
-        work.chunk_logit,
-        work.chunk_token,
-        work.chunk_max,
-        work.chunk_sum,
-        work.part_above,
-        work.part_higher,
-        work.part_kept,
-        work.counter,
-        out,
-        table,
-        c.position,
-        logits.stride(0),
-        token_stride,
-        padding_row,
-        vocab=vocab,
-        splits=splits,
-        splits_block=triton.next_power_of_2(splits),
-        chunk=tiles.chunk_size,
-        tile=min(tiles.tile_size, tiles.chunk_size),
-        parts=tiles.num_parts,
-        feed=feed,
-        fast=fast,
-        num_warps=8,
+    sample_resolve_kernel[(w.num_parts, n)](
+        *parameters, *w.chunks, *w.parts, out, token_ids, *strides, **w.resolve_constants, **modes
     )

@@ -1,9 +1,9 @@
-"""First pass of a random draw: every row is read once.
+"""First pass of random sampling: every row is read once.
 
 What a chunk of a row leaves behind depends on what the row asks for, read on the device:
 
 - greedy: its best token;
-- top-k of at most ``most_k``: the best logit of each group. No noise: few tokens will need any;
+- top-k: the best logit of each group. No noise: few tokens will need any;
 - anything else: the best noised token with its logit, the largest logit, the sum of exponentials.
 """
 
@@ -23,78 +23,88 @@ def sample_scan_kernel(
     rows_ptr,
     temperature_ptr,
     top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
     seed_ptr,
     position_ptr,
-    chunk_best_ptr,
+    chunk_noised_ptr,
     chunk_logit_ptr,
     chunk_token_ptr,
     chunk_max_ptr,
     chunk_sum_ptr,
     group_max_ptr,
     stride,
+    token_stride,
     padding_row,
-    vocab: tl.constexpr,
-    splits: tl.constexpr,
-    groups: tl.constexpr,
-    width: tl.constexpr,
-    tile: tl.constexpr,
-    feed: tl.constexpr,
+    vocab_size: tl.constexpr,
+    num_chunks: tl.constexpr,
+    tile_size: tl.constexpr,
+    groups_per_chunk: tl.constexpr,
+    group_size: tl.constexpr,
+    append: tl.constexpr,
     fast: tl.constexpr,
 ):
-    """Grid (splits, n): a program takes one chunk of one row."""
-    split = tl.program_id(0)
-    line = tl.program_id(1).to(tl.int64)
-    row = line
-    if feed:
-        row = tl.load(rows_ptr + line)
-    if not feed or row != padding_row:
+    """Grid (num_chunks, n): a program takes one chunk of one row."""
+    chunk = tl.program_id(0)
+    logits_row = tl.program_id(1).to(tl.int64)  # times the stride it exceeds 32 bits
+    row = logits_row
+    if append:
+        row = tl.load(rows_ptr + logits_row)
+    if not append or row != padding_row:
         temperature = tl.load(temperature_ptr + row)
         top_k = tl.load(top_k_ptr + row)
-        group = tl.arange(0, groups)[:, None]
-        first = split * (groups * width)
-        at = first + group * width + tl.arange(0, width)[None, :]
-        row_ptr = logits_ptr + line * stride
-        x = tl.load(row_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        place = line * splits + split
+        group = tl.arange(0, groups_per_chunk)[:, None]
+        first = chunk * (groups_per_chunk * group_size)
+        tokens = first + group * group_size + tl.arange(0, group_size)[None, :]
+        row_ptr = logits_ptr + logits_row * stride
+        x = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+        result = logits_row * num_chunks + chunk
         if temperature <= 0.0:
             best = tl.max(x)
-            tl.store(chunk_best_ptr + place, best)
-            tl.store(chunk_token_ptr + place, tl.min(tl.where(x == best, at, vocab)))
+            tl.store(chunk_noised_ptr + result, best)
+            tl.store(chunk_token_ptr + result, tl.min(tl.where(x == best, tokens, vocab_size)))
         else:
-            scale = 1.0 / temperature
-            peaks = tl.max(x, axis=1) * scale
-            largest = tl.max(peaks, axis=0)
-            tl.store(chunk_max_ptr + place, largest)
+            inv_temperature = 1.0 / temperature
+            group_max = tl.max(x, axis=1) * inv_temperature  # scaling keeps the order: one product a group
+            max_logit = tl.max(group_max, axis=0)
+            tl.store(chunk_max_ptr + result, max_logit)
             if top_k > 0:
-                tl.store(group_max_ptr + place * groups + tl.arange(0, groups), peaks)
+                tl.store(group_max_ptr + result * groups_per_chunk + tl.arange(0, groups_per_chunk), group_max)
             else:
+                # A chunk that is masked whole has no maximum to subtract; -1e30 keeps inf - inf, a NaN, out of the sum.
                 best, token, total = _noised_max(
-                    row_ptr, first, scale, tl.maximum(largest, -1e30), tl.load(seed_ptr + row),
-                    tl.load(position_ptr + row), vocab, groups * width, tile, fast,
+                    row_ptr, first, inv_temperature, tl.maximum(max_logit, -1e30), tl.load(seed_ptr + row),
+                    tl.load(position_ptr + row), vocab_size, groups_per_chunk * group_size, tile_size, fast,
                 )  # fmt: skip
-                tl.store(chunk_best_ptr + place, best)
-                tl.store(chunk_token_ptr + place, token)
-                logit = tl.load(row_ptr + tl.minimum(token, vocab - 1)).to(tl.float32) * scale
-                tl.store(chunk_logit_ptr + place, logit)
-                tl.store(chunk_sum_ptr + place, total)
+                tl.store(chunk_noised_ptr + result, best)
+                tl.store(chunk_token_ptr + result, token)
+                logit = tl.load(row_ptr + tl.minimum(token, vocab_size - 1)).to(tl.float32) * inv_temperature
+                tl.store(chunk_logit_ptr + result, logit)
+                tl.store(chunk_sum_ptr + result, total)
 
 
 @triton.jit
 def _noised_max(
-    row_ptr, first, scale, reference, seed, position,
-    vocab: tl.constexpr, chunk: tl.constexpr, tile: tl.constexpr, fast: tl.constexpr,
+    row_ptr, first, inv_temperature, reference, seed, position,
+    vocab_size: tl.constexpr, chunk_size: tl.constexpr, tile_size: tl.constexpr, fast: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk: the best noised value, its token, and the sum of exp(x - reference)."""
-    bests = tl.full((tile,), float("-inf"), tl.float32)
-    tokens = tl.full((tile,), vocab, tl.int32)
-    sums = tl.zeros((tile,), tl.float32)
-    for start in range(0, chunk, tile):
-        at = first + start + tl.arange(0, tile)
-        x = tl.load(row_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * scale
+    """Of a chunk: the best noised value, its token, and the sum of exp(x - reference).
+
+    The chunk is read again, from the L1 cache, in tiles that leave registers for the noise. Each lane keeps the best of
+    its own column; they meet once, at the end.
+    """
+    bests = tl.full((tile_size,), float("-inf"), tl.float32)
+    best_tokens = tl.full((tile_size,), vocab_size, tl.int32)
+    sums = tl.zeros((tile_size,), tl.float32)
+    for start in range(0, chunk_size, tile_size):
+        tokens = first + start + tl.arange(0, tile_size)
+        x = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32) * inv_temperature
         sums += device_exp(x - reference, fast)
-        noised = x + device_gumbel(seed, position, at, fast)
+        # Gumbel-max: the argmax of x + noise is distributed as the softmax of x. The noise is a function of (seed,
+        # position, token), so neither the batch, nor the tiling, nor a second look changes it.
+        noised = x + device_gumbel(seed, position, tokens, fast)
         better = noised > bests
-        tokens = tl.where(better, at, tokens)
+        best_tokens = tl.where(better, tokens, best_tokens)
         bests = tl.where(better, noised, bests)
     best = tl.max(bests, axis=0)
-    return best, tl.min(tl.where(bests == best, tokens, vocab), axis=0), tl.sum(sums, axis=0)
+    return best, tl.min(tl.where(bests == best, best_tokens, vocab_size), axis=0), tl.sum(sums, axis=0)
