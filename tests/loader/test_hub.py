@@ -66,7 +66,7 @@ def test_download_cache_and_offline(hub: Hub, files: dict[str, bytes], tmp_path:
 
 def test_a_drafting_head_may_be_pickled(hub: Hub, tmp_path: Path) -> None:
     """It has tensors of a known kind alone, so it is read without running anything; a whole model is refused."""
-    calls = [{"name": name, "head": True} for name in ("acme/pickled", "acme/tiny", "acme/empty")]
+    calls = [{"name": name, "draft_head": True} for name in ("acme/pickled", "acme/tiny", "acme/empty")]
     pickled, whole, empty = ask(hub.url, tmp_path, calls)
     assert (Path(pickled["path"]) / "pytorch_model.bin").read_bytes() == b"pickle"
     assert not (Path(whole["path"]) / "pytorch_model.bin").exists()
