@@ -52,7 +52,7 @@ aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Tr
 	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $<) $(PYTEST) -n $(WORKERS) -m aot -k sm_90 $(TESTS)
 
 oldest: $(VENV)/oldest/.installed ## some tests with the oldest version of each dependency that pyproject.toml takes
-	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) $(OLDEST_TESTS)
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) -W default $(OLDEST_TESTS)
 
 lint: dev ## ruff: rules and format
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status

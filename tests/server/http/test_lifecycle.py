@@ -117,13 +117,16 @@ def test_a_server_whose_engine_dies_ends(start: Callable[..., RunningServer]) ->
 def test_an_end_during_the_first_imports_leaves_no_process(number: int, status: int, tiny_model: str) -> None:
     """The engine's process is there before anything heavy is imported."""
     command = [sys.executable, "-m", "quire", "serve", tiny_model, "--port", "0"]
-    process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
-    until(lambda: bool(_children(process.pid)))
-    [engine] = _children(process.pid)
-    process.send_signal(number)
-    assert process.wait(10) == status
-    until(lambda: not Path(f"/proc/{engine}").exists() or " Z " in Path(f"/proc/{engine}/stat").read_text(), 30)
-    assert number == signal.SIGKILL or "Traceback" not in process.communicate()[1]
+    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until(lambda: bool(_children(process.pid)))
+            [engine] = _children(process.pid)
+            process.send_signal(number)
+            assert process.wait(10) == status
+            until(lambda: not Path(f"/proc/{engine}").exists() or " Z " in Path(f"/proc/{engine}/stat").read_text(), 30)
+            assert number == signal.SIGKILL or "Traceback" not in process.communicate()[1]
+        finally:
+            process.kill()
 
 
 def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal() -> None:
