@@ -29,20 +29,23 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops.kernels.activation_kernel import silu_and_mul
-from quire.core.ops.kernels.norm_kernel import rms_norm
+from quire.core.ops.kernels.activation_kernel import launch_silu_and_mul
+from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 from quire.plugins.quant.kernels import fp8, int8
-from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
-from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
-from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
+from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
+from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.fp8_quantize import quantize_activation
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MORE = (512, 2048)
 """Tokens at which only the library is timed."""
 KERNELS: dict[str, Callable[..., None]] = {
-    "gemv8": gemv8, "gemv8_long": gemv8_long, "skinny8": skinny8, "wide8": wide8
-}  # fmt: skip
+    "gemv": launch_fp8_gemv,
+    "gemv_k_loop": launch_fp8_gemv_k_loop,
+    "gemm_small_m": launch_fp8_gemm_small_m,
+    "gemm_medium_m": launch_fp8_gemm_medium_m,
+}
 KINDS = {"fp8": (fp8, torch.float8_e4m3fn), "int8": (int8, torch.int8)}
 Options = dict[str, Any]
 
@@ -51,16 +54,16 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
     """Launches worth timing."""
     if tokens == 1:
         for rows, turns, warps in [(2, 6, 8), (2, 3, 8), (2, 4, 4), (2, 28, 4)]:
-            yield "gemv8", {"tokens": tokens, "rows": rows, "turns": turns, "num_warps": warps}
+            yield "gemv", {"block_m": tokens, "block_n": rows, "tiles_per_program": turns, "num_warps": warps}
         for rows, block, warps in [
             (4, 1024, 1), (4, 1024, 2), (8, 1024, 2), (2, 2048, 4), (4, 2048, 4), (4, 2048, 2), (8, 512, 1)
         ]:  # fmt: skip
             for apart in (False, True)[: 2 if "norm" in layer.fused else 1]:
-                yield "gemv8_long", {"rows": rows, "block": block, "num_warps": warps, "norm_apart": apart}
+                yield "gemv_k_loop", {"block_n": rows, "block_k": block, "num_warps": warps, "separate_norm": apart}
     if tokens <= 16:
         for rows, block, stages in [(16, 128, 4), (16, 128, 6), (16, 256, 3), (16, 256, 4), (32, 128, 4)]:
-            options = {"tokens": max(8, tokens), "rows": rows, "block": block, "ways": 4, "num_stages": stages}
-            yield "skinny8", options | {"norm_apart": "norm" in layer.fused}
+            options = {"block_m": max(8, tokens), "block_n": rows, "block_k": block, "slice_k": 4, "num_stages": stages}
+            yield "gemm_small_m", options | {"separate_norm": "norm" in layer.fused}
     shapes = [(64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 4, 6), (64, 256, 4, 8), (64, 128, 4, 6), (128, 128, 8, 5)]
     swapped = [(32, 256, 4, 6), (32, 256, 4, 4), (64, 128, 4, 6), (64, 128, 4, 4), (16, 512, 4, 4), (128, 128, 8, 4)]
     for first, found in ((False, shapes), (True, swapped)):
@@ -69,8 +72,8 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
                 if (tile == 128 and tokens < 128) or (tile < tokens < 128):
                     continue
                 tile = tile if first or tokens >= 64 else max(8, tokens)
-                options = {"tokens": tile, "rows": rows, "block": block, "num_warps": warps, "num_stages": stages}
-                yield "wide8", options | {"tokens_first": first}
+                options = {"block_m": tile, "block_n": rows, "block_k": block, "num_warps": warps, "num_stages": stages}
+                yield "gemm_medium_m", options | {"x_is_lhs": first}
 
 
 class Case:
@@ -91,7 +94,7 @@ class Case:
     def quantized(self) -> QuantActivation:
         """The norm, where there is one, and the quantization, in one kernel."""
         x, norm = self.given["x"], self.given["norm"]
-        out = quantize_activation(x, self.wanted) if norm is None else rms_norm(x, *norm, None, self.wanted)[0]
+        out = quantize_activation(x, self.wanted) if norm is None else launch_rms_norm(x, *norm, None, self.wanted)[0]
         assert isinstance(out, QuantActivation)
         return out
 
@@ -100,25 +103,25 @@ class Case:
         given = {name: self.given[name] for name in ("x", "norm", "gated", "residual", "out")}
         given |= {"weight": weight, "bias": None, "scale": self.scale, "enable_pdl": True}
         options = dict(options)
-        if kernel == "wide8":
+        if kernel == "gemm_medium_m":
             x = self.quantized()
             given |= {"x": x.values, "x_scale": x.scale}
-        elif options.pop("norm_apart", False):
-            given |= {"x": rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
-        if not kernel.startswith("gemv8"):
+        elif options.pop("separate_norm", False):
+            given |= {"x": launch_rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
+        if not kernel.startswith("gemv"):
             del given["norm"]
         KERNELS[kernel](**given, **options)
         return self.given["out"]
 
     def product(self, x: QuantActivation, weight: Tensor) -> Tensor:
         """The library's."""
-        library = fp8._scaled_mm if self.module is fp8 else int8._int_mm
+        library = fp8.multiply_by_library if self.module is fp8 else int8.multiply_by_library
         return library(x, weight, self.scale, None)
 
     def library(self, weight: Tensor) -> Tensor | QuantActivation:
         """The layer by the library; the gate is followed by its activation quantized for the next layer."""
         y = self.product(self.quantized(), weight)
-        return silu_and_mul(y, self.wanted) if self.given["gated"] else y
+        return launch_silu_and_mul(y, self.wanted) if self.given["gated"] else y
 
     def exact(self, weight: Tensor) -> Tensor:
         """In float64, activations as they are."""
@@ -163,7 +166,7 @@ def sweep(layer: Layer, kind: str, compiled: set[str]) -> Iterator[dict[str, Any
             except OutOfResources:
                 continue
             error = ((got.double() - expected).norm() / expected.norm()).item()
-            if not error < (5e-2 if kernel == "wide8" else 5e-3):
+            if not error < (5e-2 if kernel == "gemm_medium_m" else 5e-3):
                 print("WRONG", layer.name, tokens, kernel, options, error)
                 continue
             time_us = measure(partial(case.launch, kernel, options), weights)
@@ -176,7 +179,7 @@ def sweep(layer: Layer, kind: str, compiled: set[str]) -> Iterator[dict[str, Any
             f"library {library:6.2f} ({alone:6.2f}) {text}",
             flush=True,
         )
-        yield {"layer": layer, "tokens": tokens, "library_us": round(library, 2), "found": found}
+        yield {"layer": layer, "block_m": tokens, "library_us": round(library, 2), "found": found}
 
 
 def named(entry: Options) -> str:
@@ -192,8 +195,8 @@ def beside(kind: str, hidden: int = 4096, mid: int = 14336) -> None:
         xs = [make(tokens, 2 * mid) for _ in range(max(2, min(16, (1 << 28) // (tokens * 4 * mid))))]
         calls: dict[str, Callable[[Tensor], object]] = {}
         for wanted in formats:
-            calls[f"norm {wanted.kind}"] = lambda x, w=wanted: rms_norm(x[:, :hidden], gain, 1e-5, None, w)
-            calls[f"silu {wanted.kind}"] = lambda x, w=wanted: silu_and_mul(x, w)
+            calls[f"norm {wanted.kind}"] = lambda x, w=wanted: launch_rms_norm(x[:, :hidden], gain, 1e-5, None, w)
+            calls[f"silu {wanted.kind}"] = lambda x, w=wanted: launch_silu_and_mul(x, w)
         for width in (hidden, mid):
             calls[f"quantize {width}"] = lambda x, w=width: quantize_activation(x[:, :w], formats[1])
         print(f"M={tokens}", "  ".join(f"{name} {measure(call, xs):.2f}" for name, call in calls.items()), flush=True)
@@ -211,10 +214,10 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
             continue
         best: list[tuple[float, Options | None]] = [(row["library_us"], None)]
         for quantized in (False, True):
-            usable = [entry for entry in row["found"] if (entry["kernel"] == "wide8") == quantized]
+            usable = [entry for entry in row["found"] if (entry["kernel"] == "gemm_medium_m") == quantized]
             best += [(entry["us"], entry) for entry in usable[:1]]
         if row["tokens"] == 1:
-            best = [(time_us if e is None or e["kernel"] == "wide8" else 0.0, e) for time_us, e in best]
+            best = [(time_us if e is None or e["kernel"] == "gemm_medium_m" else 0.0, e) for time_us, e in best]
         ordered = [entry for _, entry in sorted(best, key=lambda pair: pair[0])]
         key = f"{row['layer'].features}x{row['layer'].inputs}"
         table["layers"].setdefault(key, {})[str(row["tokens"])] = ordered
@@ -237,7 +240,7 @@ def chain(kind: str, count: int = 10) -> None:
 
         def layer(weight: dict[str, Tensor], x: Tensor = x) -> None:
             def linear(name: str, x: Tensor, **beside: Any) -> Tensor:
-                return module.linear(x, weight[name], cases[name].scale, **beside)
+                return module.apply_linear(x, weight[name], cases[name].scale, **beside)
 
             linear("qkv", x, norm=(gain, 1e-5))
             stream = linear("o", x, residual=x)

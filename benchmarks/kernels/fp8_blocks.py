@@ -20,9 +20,9 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.plugins.quant.kernels import fp8
-from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
-from quire.plugins.quant.kernels.fp8_layer import dequantize, plan_for
-from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, launch
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
+from quire.plugins.quant.kernels.fp8_layer import dequantize_weight, get_gemm_plan
+from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, launch_quantize_activation
 
 GROUP = ActivationFormat("fp8_group")
 TOKENS = (32, 64, 128, 256, 512, 2048, 8192)
@@ -30,16 +30,18 @@ TOKENS = (32, 64, 128, 256, 512, 2048, 8192)
 
 def ours(x: QuantActivation, scale: Tensor, weight: Tensor) -> Tensor:
     """By the kernel of the table."""
-    found = plan_for(weight.device, *weight.shape, weight.dtype).launch(len(x.values), True, False, True)
+    found = get_gemm_plan(weight.device, *weight.shape, weight.dtype).select_launch(len(x.values), True, False, True)
     assert found is not None and found.quantized
     out = torch.empty(len(x.values), len(weight), dtype=x.dtype, device=weight.device)
-    wide8(x.values, weight, None, out, scale=scale, x_scale=x.scale, enable_pdl=True, **found.options)
+    launch_fp8_gemm_medium_m(
+        x.values, weight, None, out, scale=scale, x_scale=x.scale, enable_pdl=True, **found.options
+    )
     return out
 
 
 def by_block(scale: Tensor, x: QuantActivation, weight: Tensor) -> Tensor:
     """By the library."""
-    return fp8._scaled_mm(x, weight, scale, None)
+    return fp8.multiply_by_library(x, weight, scale, None)
 
 
 def sweep(layer: Layer) -> None:
@@ -51,20 +53,20 @@ def sweep(layer: Layer) -> None:
     row = torch.rand(features, device="cuda") / 60 / inputs**0.5
     for tokens in TOKENS:
         x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-        q, by_token = launch(x, GROUP), fp8.quantize_activation(x)
+        q, by_token = launch_quantize_activation(x, GROUP), fp8.quantize_activation(x)
         runs: dict[str, Callable[[Tensor], Tensor]] = {
             "library": partial(by_block, scale, q),
-            "+quantize": lambda w, x=x: by_block(scale, launch(x, GROUP), w),
+            "+quantize": lambda w, x=x: by_block(scale, launch_quantize_activation(x, GROUP), w),
         }
         if tokens <= 128:
             runs["ours"] = partial(ours, q, scale)
         if tokens <= 512:
-            want = dequantize_activation(q, torch.float64) @ dequantize(weights[0], scale, torch.float64).T
+            want = dequantize_activation(q, torch.float64) @ dequantize_weight(weights[0], scale, torch.float64).T
             for name, run in runs.items():
                 error = ((run(weights[0]).double() - want).norm() / want.norm()).item()
                 assert error < 5e-3, (layer.name, tokens, name, error)
         times = {name: measure(run, weights) for name, run in runs.items()}
-        times["by row"] = measure(lambda w, x=by_token: fp8._scaled_mm(x, w, row, None), weights)
+        times["by row"] = measure(lambda w, x=by_token: fp8.multiply_by_library(x, w, row, None), weights)
         times["bf16"] = measure(partial(F.linear, x), plain)
         floor = max(2 * tokens * features * inputs / 1280e6, (features + tokens) * inputs / 4.29e6)
         text = "  ".join(f"{name} {us:.1f}" for name, us in times.items())

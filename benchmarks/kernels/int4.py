@@ -30,8 +30,8 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent))
 from linear import Layer, layers, measure
 
-from quire.core.ops.kernels.norm_kernel import rms_norm
-from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, reference
+from quire.core.ops.kernels.norm_kernel import launch_rms_norm
+from quire.plugins.quant.kernels.int4 import IntWeights, dequantize_weights, reference_linear
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
 
 TOKENS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
@@ -45,10 +45,10 @@ def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Op
     least = 2 if "gated" in layer.fused else 1
     if tokens <= 32:
         for tiles, ways, stages in _SKINNY:
-            options = {"tokens": max(8, tokens), "tiles": tiles, "ways": ways, "num_stages": stages}
+            options = {"block_m": max(8, tokens), "tiles": tiles, "slice_k": ways, "num_stages": stages}
             for depth in (1, 2, 4) if tokens <= 8 else (1, 2):
                 if tiles >= least and layer.inputs >= 128 * ways * depth * stages:
-                    yield "skinny", options | {"depth": depth}
+                    yield "gemm_small_m", options | {"unroll_k": depth}
     if whole and 64 <= tokens <= 1024:
         for tile, consumers, warps, tiles, stages in _HOPPER:
             turns = -(-tokens // tile)
@@ -57,16 +57,19 @@ def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Op
             programs = -(-layer.features // (16 * tiles * consumers)) * turns
             for splits in sorted({1, 2, 4, *(max(1, 132 * k // programs) for k in (1, 2))}):
                 if layer.inputs >= 512 * splits and (splits == 1 or programs * splits <= 600):
-                    options = {"tokens": tile, "tiles": tiles, "splits": splits, "consumers": consumers}
-                    yield "hopper", options | {"num_warps": warps, "num_stages": stages}
+                    options = {"block_m": tile, "tiles": tiles, "split_k": splits, "num_consumers": consumers}
+                    yield "gemm_hopper", options | {"num_warps": warps, "num_stages": stages}
     if 8 <= tokens <= 256:
         for tiles, warps, stages in [(4, 4, 4), (8, 8, 3), (8, 8, 4)]:
             for tile in sorted({min(tokens, 64), min(tokens, 128), min(tokens, 256)}):
                 programs = -(-layer.features // (16 * tiles)) * -(-tokens // tile)
                 for splits in sorted({max(1, round(132 * k / programs)) for k in (1, 2, 3)}):
-                    options = {"tokens": tile, "tiles": tiles, "splits": splits}
+                    options = {"block_m": tile, "tiles": tiles, "split_k": splits}
                     for scaled in (0, 1) if tile in (64, 128) else (int(tile > 64),):
-                        yield "wide", options | {"scaled": scaled, "num_warps": warps, "num_stages": stages}
+                        yield (
+                            "gemm_medium_m",
+                            options | {"scale_weights": scaled, "num_warps": warps, "num_stages": stages},
+                        )
 
 
 _SKINNY = [(1, 4, 3), (1, 4, 4), (2, 1, 3), (2, 2, 3), (2, 4, 3), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)]
@@ -101,7 +104,7 @@ def launch(tensors: Options, kernel: str, options: Options, weights: IntWeights)
     given = dict(tensors)
     norm = given.pop("norm")
     if norm is not None:
-        given["x"] = rms_norm(given["x"], *norm, None)[0]
+        given["x"] = launch_rms_norm(given["x"], *norm, None)[0]
     LAUNCHERS[kernel](weights=weights, bias=None, enable_pdl=True, **given, **options)
 
 
@@ -125,8 +128,8 @@ def compile_one(layer: Layer, tokens: int, group: int, bits: int, kernel: str, o
 def library(tensors: Options, weights: IntWeights) -> Tensor:
     """Weights written out, then the library's GEMM; the norm before it, and nothing after it."""
     x = tensors["x"]
-    x = x if tensors["norm"] is None else rms_norm(x, *tensors["norm"], None)[0]
-    return F.linear(x, dequantize(weights, x.dtype))
+    x = x if tensors["norm"] is None else launch_rms_norm(x, *tensors["norm"], None)[0]
+    return F.linear(x, dequantize_weights(weights, x.dtype))
 
 
 def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set[str]) -> Iterator[Options]:
@@ -134,12 +137,12 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
     size = layer.features * layer.inputs
     copies = max(2, min(40, (1 << 30) // size))
     weights = [random_weights(layer, group, bits, "cuda") for _ in range(copies)]
-    plain = [dequantize(w, torch.bfloat16) for w in weights[: max(2, (1 << 29) // size)]]
+    plain = [dequantize_weights(w, torch.bfloat16) for w in weights[: max(2, (1 << 29) // size)]]
     floor = size * (bits + 32 / group) / 8 / 4.29e6
     for tokens in numbers:
         tensors = layer.tensors(tokens, "cuda")
         told = {name: tensors[name] for name in ("x", "norm", "residual")}
-        expected = reference(weights=weights[0], activation="silu" if tensors["gated"] else None, **told)
+        expected = reference_linear(weights=weights[0], activation="silu" if tensors["gated"] else None, **told)
         bf16_us = measure(partial(F.linear, tensors["x"]), plain)
         library_us = measure(partial(library, tensors), weights[:8])
         found = []
@@ -170,7 +173,7 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
         )
         yield {
             "layer": f"{layer.features}x{layer.inputs}",
-            "tokens": tokens,
+            "block_m": tokens,
             "bf16_us": round(bf16_us, 2),
             "library_us": round(library_us, 2),
             "found": found,

@@ -28,14 +28,19 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from quire.core.ops.kernels.activation_kernel import silu_and_mul
-from quire.core.ops.kernels.gemm_medium_m import wide
-from quire.core.ops.kernels.gemm_small_m import skinny
-from quire.core.ops.kernels.gemv import gemv, gemv_long
-from quire.core.ops.kernels.norm_kernel import rms_norm
+from quire.core.ops.kernels.activation_kernel import launch_silu_and_mul
+from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
+from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
+from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
+from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 
 MODELS = Path(__file__).parents[1] / "models"
-KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny, "wide": wide}
+KERNELS: dict[str, Callable[..., None]] = {
+    "gemv": launch_gemv,
+    "gemv_k_loop": launch_gemv_k_loop,
+    "gemm_small_m": launch_gemm_small_m,
+    "gemm_medium_m": launch_gemm_medium_m,
+}
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 WORTH = 0.985
 """A kernel is taken where it needs at most this share of the time that the library needs."""
@@ -92,28 +97,34 @@ def candidates(layer: Layer, tokens: int, enable_pdl: bool) -> Iterator[tuple[st
                 turns = -(-layer.features // (rows * 132 * programs))
                 if turns not in seen and programs * warps <= 64:
                     seen.add(turns)
-                    yield "gemv", {"tokens": tokens, "rows": rows, "turns": turns, "num_warps": warps}
+                    yield "gemv", {"block_m": tokens, "block_n": rows, "tiles_per_program": turns, "num_warps": warps}
     if tokens == 1:
         for rows, block, warps in [(2, 1024, 4), (4, 512, 2), (4, 1024, 4), (4, 1024, 2), (2, 2048, 4), (4, 2048, 8)]:
             if 2 <= layer.inputs // block <= 16:
-                yield "gemv_long", {"rows": rows, "block": block, "num_warps": warps}
+                yield "gemv_k_loop", {"block_n": rows, "block_k": block, "num_warps": warps}
     if tokens == 1:
         return
-    apart = {"norm_apart": True} if "norm" in layer.fused else {}
+    apart = {"separate_norm": True} if "norm" in layer.fused else {}
     if tokens >= 8:
         for rows, block, warps, stages in [(64, 128, 4, 4), (64, 64, 4, 6), (32, 128, 4, 4), (128, 64, 4, 4)]:
-            options = {"tokens": tokens, "rows": rows, "block": block, "num_warps": warps, "num_stages": stages}
-            yield "wide", options | apart
+            options = {"block_m": tokens, "block_n": rows, "block_k": block, "num_warps": warps, "num_stages": stages}
+            yield "gemm_medium_m", options | apart
     if tokens > 32:
         return
     shapes = [(16, 64, 4, 4), (16, 128, 4, 3), (16, 64, 4, 6), (16, 64, 8, 3), (32, 64, 4, 4), (32, 64, 4, 3)]
     for rows, block, ways, stages in shapes:
         if layer.inputs >= ways * block * (stages - 1):
-            options = {"tokens": max(8, tokens), "rows": rows, "block": block, "ways": ways, "num_stages": stages}
+            options = {
+                "block_m": max(8, tokens),
+                "block_n": rows,
+                "block_k": block,
+                "slice_k": ways,
+                "num_stages": stages,
+            }
             if not apart or tokens <= 8:
-                yield "skinny", options
+                yield "gemm_small_m", options
             if apart:
-                yield "skinny", options | apart
+                yield "gemm_small_m", options | apart
 
 
 def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str | None:
@@ -138,8 +149,8 @@ def launch(layer: Layer, tokens: int, kernel: str, options: Options, tensors: Op
     weight = weight.expand(layer.features, layer.inputs) if weight.dim() == 1 else weight
     given = dict(tensors)
     options = dict(options)
-    if options.pop("norm_apart", False):
-        given |= {"x": rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
+    if options.pop("separate_norm", False):
+        given |= {"x": launch_rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
     KERNELS[kernel](weight=weight, bias=None, **given, **options)
 
 
@@ -180,9 +191,9 @@ def apart(layer: Layer, tensors: Options, weight: Tensor) -> Tensor:
     """The layer with its neighbours as kernels of their own, as where nothing is fused."""
     x = tensors["x"]
     if tensors["norm"] is not None:
-        x = rms_norm(x, *tensors["norm"], x)[0]
+        x = launch_rms_norm(x, *tensors["norm"], x)[0]
     y = F.linear(x, weight)
-    return silu_and_mul(y) if tensors["gated"] else y
+    return launch_silu_and_mul(y) if tensors["gated"] else y
 
 
 def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Iterator[dict[str, Any]]:
@@ -227,9 +238,9 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
         yield {
             "features": layer.features,
             "inputs": layer.inputs,
-            "tokens": tokens,
+            "block_m": tokens,
             "library_us": round(library, 2),
-            "apart_us": round(separate, 2),
+            "unfused_us": round(separate, 2),
             "found": found,
         }
 
@@ -244,10 +255,10 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         usable = [entry for entry in row["found"] if entry["enable_pdl"]]
         best = min(usable, key=lambda entry: entry["us"], default=None)
-        if best is not None and best["us"] > WORTH * row["apart_us"]:
+        if best is not None and best["us"] > WORTH * row["unfused_us"]:
             best = None
         if best is not None:
-            best = {k: v for k, v in best.items() if k != "enable_pdl"} | {"apart_us": row["apart_us"]}
+            best = {k: v for k, v in best.items() if k != "enable_pdl"} | {"unfused_us": row["unfused_us"]}
         table["layers"][f"{row['features']}x{row['inputs']}"][str(row["tokens"])] = best
     lines = []
     for key, entries in sorted(table["layers"].items()):

@@ -10,7 +10,7 @@ from quire.core import ops
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, expect_shape
 from quire.core.layers.linear import Linear
 from quire.core.layers.parallel import TensorParallel
-from quire.core.ops.linear import SmallBatch, small_linear
+from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 
 __all__ = ["LMHead", "VocabEmbedding", "compute_rows_per_rank"]
 
@@ -65,10 +65,10 @@ class LMHead(nn.Module):
         self.parallel = parallel
         self.tied = isinstance(source, VocabEmbedding)
         self.weight_source = source
-        self.small_batch_linear: SmallBatch | None = None
+        self.small_batch_linear: SmallBatchGemm | None = None
         if isinstance(source, VocabEmbedding):
             rows, inputs = source.weight.shape
-            self.small_batch_linear = small_linear(source.weight.device, rows, inputs, source.weight.dtype)
+            self.small_batch_linear = get_small_batch_gemm(source.weight.device, rows, inputs, source.weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""

@@ -9,7 +9,7 @@ from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 from quire.core.layers.norm import RMSNorm
 from quire.core.layers.parallel import TensorParallel
-from quire.core.ops.norm import rms_norm_as
+from quire.core.ops.norm import rms_norm_quantized
 
 __all__ = ["Linear"]
 
@@ -60,7 +60,7 @@ class Linear(CheckpointLayer):
             out = self.method.apply_fused(self, x, bias, norm=gains, activation=activation)
             if out is not None:
                 return out, x
-        y, stream = rms_norm_as(self.input_format, x, norm.weight, norm.eps, residual)
+        y, stream = rms_norm_quantized(self.input_format, x, norm.weight, norm.eps, residual)
         out = None if activation is None else self.method.apply_fused(self, y, bias, activation=activation)
         if out is None:
             out = self(y)

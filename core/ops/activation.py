@@ -11,15 +11,15 @@ from quire.core.ops.quantize import quantize_activation
 __all__ = ["gated_activation", "silu_and_mul"]
 
 
-def gated_activation(name: str, gate_up: Tensor, wanted: ActivationFormat) -> Tensor | QuantActivation:
+def gated_activation(name: str, gate_up: Tensor, output_format: ActivationFormat) -> Tensor | QuantActivation:
     """The gated activation called ``name``, as a kernel of its own, in the format ``wanted``."""
     assert name == "silu"
     if gate_up.is_cuda:
         from quire.core.ops.kernels import activation_kernel as activation
 
-        return activation.silu_and_mul(gate_up, wanted)
+        return activation.launch_silu_and_mul(gate_up, output_format)
     gate, up = gate_up.chunk(2, dim=-1)
-    return quantize_activation(F.silu(gate) * up, wanted)
+    return quantize_activation(F.silu(gate) * up, output_format)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

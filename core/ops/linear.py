@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["SmallBatch", "small_linear"]
+__all__ = ["SmallBatchGemm", "get_small_batch_gemm"]
 
 
-class SmallBatch(Protocol):
+class SmallBatchGemm(Protocol):
     """``x`` (num_tokens, inputs) times ``weight`` (features, inputs), with its neighbours; None: not faster here.
 
     ``norm`` is the weight (inputs,) and epsilon of an RMS norm before the layer; ``gated``: the halves of the result
@@ -31,13 +31,13 @@ class SmallBatch(Protocol):
         ...
 
 
-def small_linear(
+def get_small_batch_gemm(
     device: torch.device, features: int, inputs: int, dtype: torch.dtype, enable_pdl: bool = True
-) -> SmallBatch | None:
+) -> SmallBatchGemm | None:
     """The kernels for a layer of this shape, or None where ``device`` has none. ``enable_pdl``: they start while the
     kernel before still runs (programmatic dependent launch), where ``device`` can."""
     if device.type != "cuda":
         return None
-    from quire.core.ops.kernels.linear_kernel import SmallLinear
+    from quire.core.ops.kernels.linear_kernel import TritonSmallBatchGemm
 
-    return SmallLinear(device, features, inputs, dtype, enable_pdl)
+    return TritonSmallBatchGemm(device, features, inputs, dtype, enable_pdl)

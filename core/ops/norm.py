@@ -8,7 +8,7 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.quantize import quantize_activation
 
-__all__ = ["rms_norm", "rms_norm_as"]
+__all__ = ["rms_norm", "rms_norm_quantized"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -18,18 +18,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     model's dtype before the weight multiplies it, as Llama's reference does (Zhang and Sennrich, 2019,
     arXiv:1910.07467).
     """
-    return rms_norm_as(ActivationFormat(), x, weight, eps, residual)  # type: ignore[return-value]
+    return rms_norm_quantized(ActivationFormat(), x, weight, eps, residual)  # type: ignore[return-value]
 
 
-def rms_norm_as(
-    wanted: ActivationFormat, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+def rms_norm_quantized(
+    output_format: ActivationFormat, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor | QuantActivation, Tensor]:
     """``rms_norm`` with ``y`` in the format ``wanted``: rounded to the model's dtype, then quantized."""
     if x.is_cuda and x.dim() == 2:
         from quire.core.ops.kernels import norm_kernel as norm
 
-        return norm.rms_norm(x, weight, eps, residual, wanted)
+        return norm.launch_rms_norm(x, weight, eps, residual, output_format)
     summed = x if residual is None else x + residual
     wide = summed.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return quantize_activation(weight * scaled.to(x.dtype), wanted), summed
+    return quantize_activation(weight * scaled.to(x.dtype), output_format), summed

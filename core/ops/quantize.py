@@ -10,13 +10,13 @@ from quire.core.contracts.quant import ActivationFormat, QuantActivation
 __all__ = ["quantize_activation"]
 
 
-def quantize_activation(x: Tensor, wanted: ActivationFormat) -> Tensor | QuantActivation:
+def quantize_activation(x: Tensor, output_format: ActivationFormat) -> Tensor | QuantActivation:
     """``x`` (num_tokens, features) in the format ``wanted``: rounded to the nearest, ties to even, and saturated."""
-    if wanted.kind == "native":
+    if output_format.kind == "native":
         return x
-    most, dtype = (127.0, torch.int8) if wanted.kind == "int8_token" else (448.0, torch.float8_e4m3fn)
-    rows, scale = x.reshape(-1, 128) if wanted.kind == "fp8_group" else x, wanted.scale
-    if wanted.kind != "fp8_tensor" or scale is None:
+    most, dtype = (127.0, torch.int8) if output_format.kind == "int8_token" else (448.0, torch.float8_e4m3fn)
+    rows, scale = x.reshape(-1, 128) if output_format.kind == "fp8_group" else x, output_format.scale
+    if output_format.kind != "fp8_tensor" or scale is None:
         scale = (rows.abs().amax(-1, keepdim=True).float() / most).clamp(min=1e-12)
     values = (rows.float() / scale).clamp(-most, most)
     values = (values.round() if dtype == torch.int8 else values).to(dtype).view(x.shape)

@@ -34,7 +34,7 @@ def rope_and_cache(
     if q.is_cuda:
         from quire.core.ops.kernels import rope_kernel as rope
 
-        return rope.rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps)
+        return rope.launch_rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps)[0], rms_norm(k, k_norm, eps)[0]
     table = cos_sin[positions]  # (num_tokens, rotary_dim) float32

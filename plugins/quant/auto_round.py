@@ -10,7 +10,7 @@ import torch
 
 from quire.plugins.quant.awq import GemmFormat
 from quire.plugins.quant.gptq import BITS, GPTQFormat
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, group_size_is_wrong
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
 
 __all__ = ["AutoRound"]
 
@@ -21,9 +21,9 @@ class AutoRound(LayerwiseLoader):
     """Reads ``quant_method: auto-round``; ``extra_config`` has what differs in some layers."""
 
     @classmethod
-    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods, packings and data types, and quantized activations."""
-        if reasons := cls.another_method(quant_config, "auto-round", "intel/auto-round"):
+        if reasons := cls.check_quant_method(quant_config, "auto-round", "intel/auto-round"):
             return reasons
         found, packing = [], quant_config.get("packing_format")
         if packing not in _PACKINGS:
@@ -34,7 +34,7 @@ class AutoRound(LayerwiseLoader):
                 found.append(f"auto-round {kind!r} weights, or quantized activations, are not supported; int ones are")
             if bits not in BITS and bits < 16:
                 found.append(f"auto-round with {bits!r} bits is not supported; only 2, 3, 4 and 8 are")
-            if group_size_is_wrong(size):
+            if is_invalid_group_size(size):
                 found.append(f"auto-round group size {size!r} is not supported; it must be -1 or positive")
         return found
 
@@ -43,7 +43,7 @@ class AutoRound(LayerwiseLoader):
         """Four bits in groups of 32."""
         return {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
 
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """What ``extra_config`` says of ``name`` over what is said of all; the head only where it is named."""
         config, extra = self.quant_config, self.quant_config.get("extra_config") or {}
         override = extra.get(name) or next((extra[key] for key in extra if re.fullmatch(key, name)), None)

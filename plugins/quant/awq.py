@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.plugins.quant.assembled import Stored
+from quire.plugins.quant.deferred_linear import StoredTensor
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import GroupedWeights
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, group_size_is_wrong
-from quire.plugins.quant.packing import AWQ_ORDER, unpack
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.plugins.quant.packing import AWQ_ORDER, unpack_codes
 
 __all__ = ["AWQ", "GemmFormat", "GemvFastFormat", "GemvFormat"]
 
@@ -22,17 +22,17 @@ class AWQ(LayerwiseLoader):
     """Reads ``quant_method: awq`` in each of its packings; the head is never quantized."""
 
     @classmethod
-    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods, other bits, and packings made for one kernel."""
-        if reasons := cls.another_method(quant_config, "awq"):
+        if reasons := cls.check_quant_method(quant_config, "awq"):
             return reasons
         found = []
-        bits, version = _bits(quant_config), _version(quant_config)
+        bits, version = _get_bits(quant_config), _get_version(quant_config)
         if bits != 4:
             found.append(f"AWQ with {bits!r} bits is not supported; only 4 bits are")
         if version not in _FORMATS:
             found.append(f"AWQ packing {version!r} is not supported; only {', '.join(_FORMATS)} are")
-        if group_size_is_wrong(size := _group_size(quant_config)):
+        if is_invalid_group_size(size := _get_group_size(quant_config)):
             found.append(f"AWQ group size {size!r} is not supported; it must be -1 or positive")
         elif version.startswith("gemv") and size not in (-1, 32, 64) and size < 128:
             found.append(f"AWQ packing {version!r} has no group size {size}; only 32, 64, 128 and larger")
@@ -43,12 +43,12 @@ class AWQ(LayerwiseLoader):
         """Four bits in groups of 32."""
         return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """One format for all layers but the head and those that ``modules_to_not_convert`` has a part of in it."""
         skipped = self.quant_config.get("modules_to_not_convert") or ()
         if kind == "lm_head" or any(part in name for part in skipped):
             return None
-        return _FORMATS[_version(self.quant_config)](4, int(_group_size(self.quant_config)))
+        return _FORMATS[_get_version(self.quant_config)](4, int(_get_group_size(self.quant_config)))
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,26 @@ class GemmFormat(GroupedFormat):
     """``qweight`` int32 (in, out / 8) with eight columns a word, out of order; ``qzeros`` alike, by group."""
 
     @property
-    def even(self) -> tuple[int, int]:
+    def size_multiples(self) -> tuple[int, int]:
         """Whole words and whole groups."""
         return 8, max(1, self.group_size)
 
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """Three tensors."""
-        groups = self.groups(inputs)
+        groups = self.count_groups(inputs)
         return {
-            "qweight": Stored((inputs, outputs // 8), (torch.int32,)),
-            "qzeros": Stored((groups, outputs // 8), (torch.int32,)),
-            "scales": Stored((groups, outputs), FLOATS),
+            "qweight": StoredTensor((inputs, outputs // 8), (torch.int32,)),
+            "qzeros": StoredTensor((groups, outputs // 8), (torch.int32,)),
+            "scales": StoredTensor((groups, outputs), FLOATS),
         }
 
-    def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
+    def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """Put columns in order, and outputs first."""
         codes, zeros = (
-            unpack(tensors[name], 4).unflatten(1, (-1, 8))[:, :, AWQ_ORDER].flatten(1).T.contiguous()
+            unpack_codes(tensors[name], 4).unflatten(1, (-1, 8))[:, :, AWQ_ORDER].flatten(1).T.contiguous()
             for name in ("qweight", "qzeros")
         )
-        return GroupedWeights.of(codes, tensors["scales"].T.contiguous(), zeros, 4)
+        return GroupedWeights.from_codes(codes, tensors["scales"].T.contiguous(), zeros, 4)
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,28 @@ class GemvFormat(GroupedFormat):
     """``qweight`` int32 (out, in / 8) in order; scales and zeros (out, groups), padded to what the kernel reads."""
 
     @property
-    def even(self) -> tuple[int, int]:
+    def size_multiples(self) -> tuple[int, int]:
         """Whole words and whole groups."""
         return 1, max(8, self.group_size)
 
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """Three tensors."""
-        words = self.zero_words(inputs)
+        words = self.count_zero_words(inputs)
         return {
-            "qweight": Stored((outputs, inputs // 8), (torch.int32,)),
-            "qzeros": Stored((outputs, words), (torch.int32,)),
-            "scales": Stored((outputs, words * 8), FLOATS),
+            "qweight": StoredTensor((outputs, inputs // 8), (torch.int32,)),
+            "qzeros": StoredTensor((outputs, words), (torch.int32,)),
+            "scales": StoredTensor((outputs, words * 8), FLOATS),
         }
 
-    def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
+    def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """Leave out the padding."""
-        groups = self.groups(inputs)
-        zeros = unpack(tensors["qzeros"], 4, groups)
-        return GroupedWeights.of(unpack(tensors["qweight"], 4), tensors["scales"][:, :groups].contiguous(), zeros, 4)
+        groups = self.count_groups(inputs)
+        zeros = unpack_codes(tensors["qzeros"], 4, groups)
+        return GroupedWeights.from_codes(
+            unpack_codes(tensors["qweight"], 4), tensors["scales"][:, :groups].contiguous(), zeros, 4
+        )
 
-    def zero_words(self, inputs: int) -> int:
+    def count_zero_words(self, inputs: int) -> int:
         """Words of zero points in a row: padded to whole words, and to 2 or 4 of them where groups are smaller."""
         size = inputs if self.group_size == -1 else self.group_size
         multiple = {32: 4, 64: 2}.get(size, 1)
@@ -118,41 +120,41 @@ class GemvFastFormat(GemvFormat):
     """
 
     @property
-    def even(self) -> tuple[int, int]:
+    def size_multiples(self) -> tuple[int, int]:
         """Whole tiles and whole groups."""
         return 4, max(64, self.group_size)
 
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """Three tensors."""
-        groups = self.zero_words(inputs) * 8
+        groups = self.count_zero_words(inputs) * 8
         return {
-            "qweight": Stored((outputs // 4, inputs), (torch.int16,)),
-            "qzeros": Stored((groups, outputs), FLOATS),
-            "scales": Stored((groups, outputs), FLOATS),
+            "qweight": StoredTensor((outputs // 4, inputs), (torch.int16,)),
+            "qzeros": StoredTensor((groups, outputs), FLOATS),
+            "scales": StoredTensor((groups, outputs), FLOATS),
         }
 
-    def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
+    def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """Undo the interleaving, then the two shuffles; a zero point is the nearest whole number."""
-        nibbles = unpack(tensors["qweight"], 4)  # (out / 4, in * 4): of a word, four neighbours in one row
+        nibbles = unpack_codes(tensors["qweight"], 4)  # (out / 4, in * 4): of a word, four neighbours in one row
         rows = nibbles.view(outputs // 4, inputs // 64, 4, 64).transpose(1, 2).reshape(outputs, inputs)
         pairs_last = rows.view(outputs, inputs // 32, 4, 2, 4).transpose(3, 4)  # 0 2 4 6 1 3 5 7 -> in order
         codes = pairs_last.reshape(outputs, inputs // 32, 4, 4, 2).transpose(2, 3).reshape(outputs, inputs)
-        groups = self.groups(inputs)
+        groups = self.count_groups(inputs)
         scales, offsets = (tensors[name].T[:, :groups].contiguous() for name in ("scales", "qzeros"))
         zeros = torch.where(scales == 0, 0.0, -offsets.float() / scales.float()).round().clamp(0, 15)
-        return GroupedWeights.of(codes.contiguous(), scales, zeros.to(torch.uint8), 4)
+        return GroupedWeights.from_codes(codes.contiguous(), scales, zeros.to(torch.uint8), 4)
 
 
 _FORMATS: Mapping[str, type[GroupedFormat]] = {"gemm": GemmFormat, "gemv": GemvFormat, "gemv_fast": GemvFastFormat}
 
 
-def _bits(config: Mapping[str, Any]) -> Any:
+def _get_bits(config: Mapping[str, Any]) -> Any:
     return config.get("bits", config.get("w_bit", 4))
 
 
-def _group_size(config: Mapping[str, Any]) -> Any:
+def _get_group_size(config: Mapping[str, Any]) -> Any:
     return config.get("group_size", config.get("q_group_size", 128))
 
 
-def _version(config: Mapping[str, Any]) -> str:
+def _get_version(config: Mapping[str, Any]) -> str:
     return str(config.get("version") or "gemm").lower()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.plugins.quant.assembled import Stored
+from quire.plugins.quant.deferred_linear import StoredTensor
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
-from quire.plugins.quant.grouped_weights import GroupedWeights, grouped_by
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, group_size_is_wrong, is_block
-from quire.plugins.quant.packing import unpack
+from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, is_invalid_group_size
+from quire.plugins.quant.packing import unpack_codes
 from quire.plugins.quant.scaled import ScaledFormat
 
 __all__ = ["CompressedTensors", "PackedFormat"]
@@ -28,9 +28,9 @@ class CompressedTensors(LayerwiseLoader):
     weights of 2 to 8 bits (W4A16)."""
 
     @classmethod
-    def objections(cls, quant_config: _Args, device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: _Args, device: torch.device) -> list[str]:
         """Other methods, sparsity, rotations, and schemes that have no layer here."""
-        if reasons := cls.another_method(quant_config, "compressed-tensors"):
+        if reasons := cls.check_quant_method(quant_config, "compressed-tensors"):
             return reasons
         found = []
         sparse = (quant_config.get("sparsity_config") or {}).get("format") or "dense"
@@ -43,17 +43,17 @@ class CompressedTensors(LayerwiseLoader):
             return [*found, "its quantization_config has no config_groups"]
         for name, group in groups.items():
             try:
-                _scheme(quant_config, group)
+                _parse_scheme(quant_config, group)
             except _UnsupportedError as error:
                 found.append(f"{name}: {error}")
         return found
 
     @classmethod
-    def only(cls, dtype: torch.dtype, quant_config: _Args, device: torch.device) -> list[str]:
+    def find_unsupported_for(cls, dtype: torch.dtype, quant_config: _Args, device: torch.device) -> list[str]:
         """``unsupported``, and groups whose weights are not of ``dtype``."""
         found = cls.unsupported(quant_config, device)
         if not found and any(
-            not isinstance(scheme := _scheme(quant_config, group), ScaledFormat) or scheme.dtype != dtype
+            not isinstance(scheme := _parse_scheme(quant_config, group), ScaledFormat) or scheme.dtype != dtype
             for group in quant_config["config_groups"].values()
         ):
             found.append("the checkpoint has weights of another kind: leave out --quantization")
@@ -66,15 +66,15 @@ class CompressedTensors(LayerwiseLoader):
         group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
         return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
 
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """That of the group with the narrowest target: the name itself, then an expression, then all linear layers."""
-        if _matches(name, self.quant_config.get("ignore")):
+        if _rank_match(name, self.quant_config.get("ignore")):
             return None
         best = None
         for group in self.quant_config["config_groups"].values():
-            if (found := _matches(name, group.get("targets"))) and (best is None or found > best[0]):
+            if (found := _rank_match(name, group.get("targets"))) and (best is None or found > best[0]):
                 best = found, group
-        return None if best is None else _scheme(self.quant_config, best[1])
+        return None if best is None else _parse_scheme(self.quant_config, best[1])
 
 
 @dataclass(frozen=True)
@@ -85,35 +85,37 @@ class PackedFormat(GroupedFormat):
     permuted: bool = False
     """Whether ``weight_g_idx`` says which group an input is of."""
 
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """And the weight's shape before it was packed."""
-        groups = self.groups(inputs)
+        groups = self.count_groups(inputs)
         found = {
-            "weight_packed": Stored((outputs, -(-inputs * self.bits // 32)), (torch.int32,)),
-            "weight_scale": Stored((outputs, groups), FLOATS),
-            "weight_shape": Stored((2,), (torch.int64, torch.int32), equal=(outputs, inputs)),
+            "weight_packed": StoredTensor((outputs, -(-inputs * self.bits // 32)), (torch.int32,)),
+            "weight_scale": StoredTensor((outputs, groups), FLOATS),
+            "weight_shape": StoredTensor((2,), (torch.int64, torch.int32), expected_values=(outputs, inputs)),
         }
         if not self.symmetric:
-            found["weight_zero_point"] = Stored((-(-outputs * self.bits // 32), groups), (torch.int32,))
+            found["weight_zero_point"] = StoredTensor((-(-outputs * self.bits // 32), groups), (torch.int32,))
         if self.permuted:
-            found["weight_g_idx"] = Stored((inputs,), (torch.int32, torch.int64), below=groups, optional=True)
+            found["weight_g_idx"] = StoredTensor(
+                (inputs,), (torch.int32, torch.int64), upper_bound=groups, optional=True
+            )
         return found
 
-    def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
+    def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """Rows stay rows."""
-        codes, scales = unpack(tensors["weight_packed"], self.bits, inputs), tensors["weight_scale"]
+        codes, scales = unpack_codes(tensors["weight_packed"], self.bits, inputs), tensors["weight_scale"]
         zeros = None
         if not self.symmetric:
-            zeros = unpack(tensors["weight_zero_point"].T.contiguous(), self.bits, outputs).T.contiguous()
+            zeros = unpack_codes(tensors["weight_zero_point"].T.contiguous(), self.bits, outputs).T.contiguous()
         size = inputs if self.group_size == -1 else self.group_size
-        return grouped_by(tensors.get("weight_g_idx"), codes, scales, zeros, self.bits, size)
+        return group_by_index(tensors.get("weight_g_idx"), codes, scales, zeros, self.bits, size)
 
 
 class _UnsupportedError(ValueError):
     """Why a group of layers has no scheme here."""
 
 
-def _scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
+def _parse_scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
     """The scheme of a config group; ``_UnsupportedError`` if there is none."""
     if not isinstance(group, Mapping):
         raise _UnsupportedError(f"the scheme {group!r} is not written out")
@@ -123,7 +125,7 @@ def _scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
         raise _UnsupportedError("layers whose activations alone are quantized are not supported")
     if group.get("output_activations"):
         raise _UnsupportedError("quantized output activations are not supported")
-    bits, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), _strategy(weights)
+    bits, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), _get_strategy(weights)
     what = f"{bits}-bit {kind} weights by {strategy}"
     if weights.get("dynamic"):
         raise _UnsupportedError(f"{what} quantized dynamically are not supported")
@@ -131,14 +133,16 @@ def _scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
         if bits not in range(2, 9) or strategy not in ("group", "channel"):
             raise _UnsupportedError(f"{what} are not supported; {_SUPPORTED}")
         size = weights["group_size"] if strategy == "group" else -1
-        if group_size_is_wrong(size):
+        if is_invalid_group_size(size):
             raise _UnsupportedError(f"{what} in groups of {size!r} are not supported")
         permuted = weights.get("actorder") in ("group", "dynamic")
         return PackedFormat(int(bits), int(size), symmetric=bool(weights.get("symmetric", True)), permuted=permuted)
     plain = form in ("int-quantized", "float-quantized", "naive-quantized")
     if not plain or bits != 8 or kind not in ("int", "float") or not weights.get("symmetric", True):
         sort = "symmetric" if weights.get("symmetric", True) else "asymmetric"
-        raise _UnsupportedError(f"{sort} {what} in format {form!r}{_with(inputs)} are not supported; {_SUPPORTED}")
+        raise _UnsupportedError(
+            f"{sort} {what} in format {form!r}{_describe_inputs(inputs)} are not supported; {_SUPPORTED}"
+        )
     if strategy not in (("tensor", "channel", "block") if kind == "float" else ("tensor", "channel")):
         raise _UnsupportedError(f"{what} are not supported; {_SUPPORTED}")
     block = weights.get("block_structure") or (128, 128)
@@ -147,43 +151,43 @@ def _scheme(config: _Args, group: Any) -> GroupedFormat | ScaledFormat:
     return ScaledFormat(
         torch.float8_e4m3fn if kind == "float" else torch.int8,
         strategy,  # type: ignore[arg-type]
-        _inputs(what, kind, inputs),
+        _parse_inputs(what, kind, inputs),
         block=(int(block[0]), int(block[1])),
     )
 
 
-def _inputs(what: str, kind: str, inputs: _Args | None) -> Any:
+def _parse_inputs(what: str, kind: str, inputs: _Args | None) -> Any:
     """How activations are quantized."""
     if not inputs:
         return "native"
     usual = inputs.get("num_bits", 8) == 8 and inputs.get("type", "int") == kind and inputs.get("symmetric", True)
-    strategy = _strategy(inputs)
+    strategy = _get_strategy(inputs)
     if usual and inputs.get("dynamic") is True and strategy in ("token", "tensor", "group"):
         return "dynamic"
     if usual and not inputs.get("dynamic") and strategy == "tensor":
         return "static"
     raise _UnsupportedError(
-        f"{what}{_with(inputs)} are not supported; symmetric 8-bit {kind} ones by token, or with one scale, are"
+        f"{what}{_describe_inputs(inputs)} are not supported; symmetric 8-bit {kind} ones by token, or with one scale, "
+        f"are"
     )
 
 
-def _with(inputs: _Args | None) -> str:
+def _describe_inputs(inputs: _Args | None) -> str:
     if not inputs:
         return ""
     sort = "symmetric" if inputs.get("symmetric", True) else "asymmetric"
-    return (
-        f" with {sort} {inputs.get('num_bits', 8)}-bit {inputs.get('type', 'int')} activations by {_strategy(inputs)}"
-    )
+    bits, kind = inputs.get("num_bits", 8), inputs.get("type", "int")
+    return f" with {sort} {bits}-bit {kind} activations by {_get_strategy(inputs)}"
 
 
-def _strategy(args: _Args) -> str:
+def _get_strategy(args: _Args) -> str:
     """As written, or as the group size implies."""
     size = args.get("group_size")
     implied = "tensor" if size is None else "channel" if size == -1 else "group"
     return str(args.get("strategy") or implied)
 
 
-def _matches(name: str, targets: Any) -> int:
+def _rank_match(name: str, targets: Any) -> int:
     """How narrowly one of ``targets`` hits the layer ``name``: 3 by name, 2 by expression, 1 by class, 0 not at all."""
     best = 0
     for target in targets or ():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quire.plugins.quant.compressed_tensors import CompressedTensors
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, named
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, matches_name
 from quire.plugins.quant.scaled import ScaledFormat
 from quire.sdk import LayerInfo, LinearMethod
 
@@ -24,14 +24,14 @@ class Fp8(LayerwiseLoader):
     """
 
     @classmethod
-    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods and formats."""
         method = quant_config.get("quant_method")
         if method is None:
             return []
         if method == "compressed-tensors":
-            return CompressedTensors.only(_FP8, quant_config, device)
-        if reasons := cls.another_method(quant_config, "fp8", "fbgemm_fp8"):
+            return CompressedTensors.find_unsupported_for(_FP8, quant_config, device)
+        if reasons := cls.check_quant_method(quant_config, "fp8", "fbgemm_fp8"):
             return reasons
         found = []
         activations, block = quant_config.get("activation_scheme", "dynamic"), quant_config.get("weight_block_size")
@@ -46,11 +46,11 @@ class Fp8(LayerwiseLoader):
             )
         return found
 
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """As ``quantization_config`` says, but for the head and the layers that it names as not converted."""
         config = self.quant_config
         skipped = (*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ()))
-        if kind == "lm_head" or named(name, skipped):
+        if kind == "lm_head" or matches_name(name, skipped):
             return None
         if not config:
             return ScaledFormat(_FP8, "none")

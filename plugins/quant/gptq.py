@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.plugins.quant.assembled import Stored
+from quire.plugins.quant.deferred_linear import StoredTensor
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
-from quire.plugins.quant.grouped_weights import GroupedWeights, grouped_by
-from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, group_size_is_wrong
-from quire.plugins.quant.packing import unpack
+from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index
+from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.plugins.quant.packing import unpack_codes
 
 __all__ = ["BITS", "GPTQ", "GPTQFormat"]
 
@@ -27,11 +27,11 @@ class GPTQ(LayerwiseLoader):
     overrides (``dynamic``)."""
 
     @classmethod
-    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods, bits, and packings made for one kernel."""
-        if reasons := cls.another_method(quant_config, "gptq"):
+        if reasons := cls.check_quant_method(quant_config, "gptq"):
             return reasons
-        found, form = [], _format_name(quant_config)
+        found, form = [], _get_format(quant_config)
         if form not in _FORMATS:
             found.append(f"GPTQ format {form!r} is not supported; only {' and '.join(_FORMATS)} are")
         if (words := quant_config.get("pack_dtype") or "int32") != "int32":
@@ -40,7 +40,7 @@ class GPTQ(LayerwiseLoader):
             if config.get("bits", 4) not in BITS:
                 found.append(f"GPTQ with {config['bits']!r} bits is not supported; only 2, 3, 4 and 8 are")
             size = config.get("group_size", 128)
-            if group_size_is_wrong(size):
+            if is_invalid_group_size(size):
                 found.append(f"GPTQ group size {size!r} is not supported; it must be -1 or positive")
         return found
 
@@ -49,11 +49,11 @@ class GPTQ(LayerwiseLoader):
         """Four bits in groups of 32."""
         return {"quant_method": "gptq", "bits": 4, "group_size": 32}
 
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """The format of most layers, unless ``dynamic`` has another for ``name`` or leaves it out; the head where
         ``lm_head`` is true."""
         config = self.quant_config
-        inside = [part for block in config.get("modules_in_block_to_quantize") or () for part in _flat(block)]
+        inside = [part for block in config.get("modules_in_block_to_quantize") or () for part in _flatten_block(block)]
         if kind == "lm_head":
             if not config.get("lm_head"):
                 return None
@@ -69,8 +69,8 @@ class GPTQ(LayerwiseLoader):
             int(config.get("bits", 4)),
             int(config.get("group_size", 128)),
             symmetric=bool(config.get("sym", True)),
-            old_zeros=_format_name(self.quant_config) == "gptq",
-            words_borrow=_made_by_gptqmodel(self.quant_config),
+            old_zeros=_get_format(self.quant_config) == "gptq",
+            words_borrow=_is_from_gptqmodel(self.quant_config),
         )
 
 
@@ -85,50 +85,50 @@ class GPTQFormat(GroupedFormat):
     """One was subtracted from words of packed zero points, not from each: it may have borrowed from the next."""
 
     @property
-    def even(self) -> tuple[int, int]:
+    def size_multiples(self) -> tuple[int, int]:
         """Whole words."""
         whole = 32 if self.bits == 3 else 32 // self.bits
         return whole, whole
 
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """``g_idx`` where it is not simply in order."""
-        groups = self.groups(inputs)
+        groups = self.count_groups(inputs)
         return {
-            "qweight": Stored((inputs * self.bits // 32, outputs), (torch.int32,)),
-            "qzeros": Stored((groups, outputs * self.bits // 32), (torch.int32,)),
-            "scales": Stored((groups, outputs), FLOATS),
-            "g_idx": Stored((inputs,), (torch.int32, torch.int64), optional=True, below=groups),
+            "qweight": StoredTensor((inputs * self.bits // 32, outputs), (torch.int32,)),
+            "qzeros": StoredTensor((groups, outputs * self.bits // 32), (torch.int32,)),
+            "scales": StoredTensor((groups, outputs), FLOATS),
+            "g_idx": StoredTensor((inputs,), (torch.int32, torch.int64), optional=True, upper_bound=groups),
         }
 
-    def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
+    def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """Outputs first, and inputs sorted by group."""
-        codes = unpack(tensors["qweight"].T.contiguous(), self.bits)
-        zeros, scales = self._zeros(tensors["qzeros"]).T.contiguous(), tensors["scales"].T.contiguous()
+        codes = unpack_codes(tensors["qweight"].T.contiguous(), self.bits)
+        zeros, scales = self._unpack_zeros(tensors["qzeros"]).T.contiguous(), tensors["scales"].T.contiguous()
         size = inputs if self.group_size == -1 else self.group_size
-        return grouped_by(tensors.get("g_idx"), codes, scales, zeros, self.bits, size)
+        return group_by_index(tensors.get("g_idx"), codes, scales, zeros, self.bits, size)
 
-    def _zeros(self, words: Tensor) -> Tensor:
+    def _unpack_zeros(self, words: Tensor) -> Tensor:
         """(groups, out) uint8."""
         if not self.old_zeros:
-            return unpack(words, self.bits)
+            return unpack_codes(words, self.bits)
         if self.words_borrow and 32 % self.bits == 0:
             ones = sum(1 << at for at in range(0, 32, self.bits))
             words = ((words.long() & 0xFFFFFFFF) + ones).to(torch.int32)
-            return unpack(words, self.bits)
-        return (unpack(words, self.bits) + 1) & ((1 << self.bits) - 1)
+            return unpack_codes(words, self.bits)
+        return (unpack_codes(words, self.bits) + 1) & ((1 << self.bits) - 1)
 
 
-def _format_name(config: Mapping[str, Any]) -> str:
+def _get_format(config: Mapping[str, Any]) -> str:
     if config.get("is_marlin_format"):
         return "marlin"
     return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
 
 
-def _made_by_gptqmodel(config: Mapping[str, Any]) -> bool:
+def _is_from_gptqmodel(config: Mapping[str, Any]) -> bool:
     meta = config.get("meta") or {}
     makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
     return any(str(maker).startswith("gptqmodel") for maker in ([makers] if isinstance(makers, str) else makers or ()))
 
 
-def _flat(block: Any) -> list[str]:
+def _flatten_block(block: Any) -> list[str]:
     return [block] if isinstance(block, str) else [str(part) for part in block]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.plugins.quant.assembled import AssembledLinear, Shard, Stored
+from quire.plugins.quant.deferred_linear import DeferredLinear, Shard, StoredTensor
 from quire.plugins.quant.grouped_weights import GroupedWeights
 from quire.sdk import CheckpointError, LayerInfo, QuantActivation
 
@@ -36,24 +36,24 @@ class GroupedFormat(ABC):
     """Without zero points: all are ``2 ** (bits - 1)``."""
 
     @property
-    def even(self) -> tuple[int, int]:
+    def size_multiples(self) -> tuple[int, int]:
         """What the outputs and the inputs of a layer must be multiples of."""
         return 1, 1
 
-    def groups(self, inputs: int) -> int:
+    def count_groups(self, inputs: int) -> int:
         """Scales of a row; the last may be of fewer inputs."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
 
     @abstractmethod
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """The tensors of a whole (outputs, inputs) weight, by suffix."""
 
     @abstractmethod
-    def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
+    def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """The canonical form, on the tensors' device."""
 
 
-class GroupedLinear(AssembledLinear):
+class GroupedLinear(DeferredLinear):
     """Multiplies by weights in some ``GroupedFormat``.
 
     On a GPU, ``kernels.int4`` repacks them (``pack`` gives None for what it has no kernel for) and multiplies.
@@ -62,24 +62,24 @@ class GroupedLinear(AssembledLinear):
     def __init__(self, form: GroupedFormat) -> None:
         super().__init__()
         self.form = form
-        self._kernel: Any = None
+        self._kernels: Any = None
         self._packed: Any = None
         self._perm: Tensor | None = None
 
-    def stored(self, info: LayerInfo, part: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, info: LayerInfo, part: int) -> Mapping[str, StoredTensor]:
         """As the format says. Raises ``CheckpointError`` for sizes that it cannot have."""
         outputs, inputs = info.part_totals[part], info.in_total
-        if outputs % self.form.even[0] or inputs % self.form.even[1]:
+        if outputs % self.form.size_multiples[0] or inputs % self.form.size_multiples[1]:
             raise CheckpointError(
                 f"layer {info.part_names[part]!r} has {outputs} outputs and {inputs} inputs, which "
                 f"{type(self.form).__name__} cannot pack; config.json is not of this model"
             )
-        return self.form.stored(info.part_totals[part], info.in_total)
+        return self.form.get_stored_tensors(info.part_totals[part], info.in_total)
 
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
         """Read each part, take this rank's share, and pack the whole."""
-        read = (self.form.read(tensors, *shard.of).shard(shard) for tensors, shard in parts)
-        self._register(layer, info, GroupedWeights.cat(list(read)))
+        read = (self.form.unpack_tensors(tensors, *shard.whole_shape).take_shard(shard) for tensors, shard in parts)
+        self._register(layer, info, GroupedWeights.concatenate(list(read)))
 
     def assemble_dummy(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """Random codes; scales that keep an activation's size."""
@@ -115,12 +115,12 @@ class GroupedLinear(AssembledLinear):
             if norm is not None:
                 return None
             x = x.index_select(1, self._perm)
-        return self._kernel.linear(x, self._packed, bias, norm=norm, activation=activation, residual=residual)
+        return self._kernels.apply_linear(x, self._packed, bias, norm=norm, activation=activation, residual=residual)
 
     def _register(self, layer: nn.Module, info: LayerInfo, weights: GroupedWeights) -> None:
         self._packed = self._pack(weights)
         if self._packed is None:
-            self.register_wide(layer, info, weights.dense())
+            self.register_dense_weight(layer, info, weights.dequantize_weights())
             return
         self._perm = weights.perm
         for name, value in vars(self._packed).items():  # parameters, so that the memory they take is counted
@@ -130,5 +130,7 @@ class GroupedLinear(AssembledLinear):
     def _pack(self, weights: GroupedWeights) -> Any:
         if weights.codes.device.type != "cuda":
             return None
-        self._kernel = import_module("quire.plugins.quant.kernels.int4")
-        return self._kernel.pack(weights.codes, weights.scales, weights.zeros, weights.group_size, weights.bits)
+        self._kernels = import_module("quire.plugins.quant.kernels.int4")
+        return self._kernels.pack_weights(
+            weights.codes, weights.scales, weights.zeros, weights.group_size, weights.bits
+        )

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quire.plugins.quant.assembled import Shard
+from quire.plugins.quant.deferred_linear import Shard
 
-__all__ = ["GroupedWeights", "grouped_by"]
+__all__ = ["GroupedWeights", "group_by_index"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,48 +35,48 @@ class GroupedWeights:
         """Inputs that share a scale."""
         return self.codes.shape[1] // self.scales.shape[1]
 
-    def dense(self) -> Tensor:
+    def dequantize_weights(self) -> Tensor:
         """The weights (out, in) in float32, inputs as they come."""
-        weight = _widen(self.codes, self.scales, self.zeros, 1 << (self.bits - 1))
+        weight = _dequantize_codes(self.codes, self.scales, self.zeros, 1 << (self.bits - 1))
         if self.perm is None:
             return weight
         inputs_first = torch.empty_like(weight)
         inputs_first[:, self.perm.long()] = weight
         return inputs_first
 
-    def regrouped(self, group_size: int) -> GroupedWeights:
+    def split_groups(self, group_size: int) -> GroupedWeights:
         """The same weights in smaller groups."""
         times = self.group_size // group_size
         zeros = None if self.zeros is None else self.zeros.repeat_interleave(times, dim=1)
         return replace(self, scales=self.scales.repeat_interleave(times, dim=1), zeros=zeros)
 
-    def unpermuted(self) -> GroupedWeights:
+    def undo_permutation(self) -> GroupedWeights:
         """The same weights with inputs as they come, which leaves no groups where they were permuted."""
         if self.perm is None:
             return self
-        single, inverse = self.regrouped(1), torch.argsort(self.perm)
+        single, inverse = self.split_groups(1), torch.argsort(self.perm)
         zeros = None if single.zeros is None else single.zeros[:, inverse]
         return replace(self, codes=self.codes[:, inverse], scales=single.scales[:, inverse], zeros=zeros, perm=None)
 
-    def shard(self, shard: Shard) -> GroupedWeights:
+    def take_shard(self, shard: Shard) -> GroupedWeights:
         """This rank's rows and columns, and rows of zeros where a vocabulary is padded."""
-        mine = self._columns(shard.first_column, shard.num_columns)
+        mine = self._take_columns(shard.first_column, shard.num_columns)
         rows = slice(shard.first_row, shard.first_row + shard.num_rows)
         pad = shard.rows - shard.num_rows
         return replace(
             mine,
-            codes=_padded(mine.codes[rows], pad),
-            scales=_padded(mine.scales[rows], pad),
-            zeros=None if mine.zeros is None else _padded(mine.zeros[rows], pad),
+            codes=_pad_rows(mine.codes[rows], pad),
+            scales=_pad_rows(mine.scales[rows], pad),
+            zeros=None if mine.zeros is None else _pad_rows(mine.zeros[rows], pad),
         )
 
-    def _columns(self, first: int, count: int) -> GroupedWeights:
+    def _take_columns(self, first: int, count: int) -> GroupedWeights:
         if count == self.codes.shape[1]:
             return self
-        whole = self.unpermuted()
+        whole = self.undo_permutation()
         if whole.scales.shape[1] > 1:  # else every rank's inputs are one group, as the whole's are
             size = math.gcd(whole.group_size, first, count)
-            whole = whole.regrouped(size)
+            whole = whole.split_groups(size)
             groups = slice(first // size, (first + count) // size)
         else:
             groups = slice(0, 1)
@@ -84,7 +84,9 @@ class GroupedWeights:
         return replace(whole, codes=whole.codes[:, first : first + count], scales=whole.scales[:, groups], zeros=zeros)
 
     @classmethod
-    def of(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int = -1) -> GroupedWeights:
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int = -1
+    ) -> GroupedWeights:
         """From codes (out, in) of 2 to 8 ``bits``, carried in 4 or 8; scales and zeros (out, groups), for groups
         of ``group_size`` inputs, -1: of even size. Smaller groups where the last is not full."""
         inputs, groups = codes.shape[1], scales.shape[1]
@@ -102,14 +104,14 @@ class GroupedWeights:
         return cls(codes, scales, zeros, carried)
 
     @staticmethod
-    def cat(parts: Sequence[GroupedWeights]) -> GroupedWeights:
+    def concatenate(parts: Sequence[GroupedWeights]) -> GroupedWeights:
         """Parts of one bit width, one above the other. Smaller groups or none where theirs differ, and no permutation
         where that differs."""
         first = parts[0]
-        if any(not _same(first.perm, part.perm) for part in parts):
-            parts = [part.unpermuted() for part in parts]
+        if any(not _are_equal(first.perm, part.perm) for part in parts):
+            parts = [part.undo_permutation() for part in parts]
         size = math.gcd(*(part.group_size for part in parts))
-        parts = [part.regrouped(size) for part in parts]
+        parts = [part.split_groups(size) for part in parts]
         zeros = None
         if any(part.zeros is not None for part in parts):
             middle = 1 << (first.bits - 1)
@@ -129,7 +131,7 @@ class GroupedWeights:
         )
 
 
-def grouped_by(
+def group_by_index(
     group_of: Tensor | None, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
 ) -> GroupedWeights:
     """Weights whose input ``i`` is of group ``group_of[i]`` (in,), None: in order; codes (out, in), scales and zeros
@@ -138,16 +140,16 @@ def grouped_by(
     inputs = codes.shape[1]
     in_order = torch.arange(inputs, device=codes.device) // group_size
     if group_of is None or torch.equal(group_of.long(), in_order):
-        return GroupedWeights.of(codes, scales, zeros, bits, group_size)
+        return GroupedWeights.from_codes(codes, scales, zeros, bits, group_size)
     group_of = group_of.long()
     perm = torch.argsort(group_of, stable=True)
     if torch.equal(group_of[perm], in_order) and inputs % group_size == 0:
-        sorted_ = GroupedWeights.of(codes[:, perm], scales, zeros, bits, group_size)
+        sorted_ = GroupedWeights.from_codes(codes[:, perm], scales, zeros, bits, group_size)
         return replace(sorted_, perm=perm.to(torch.int32))
-    return GroupedWeights.of(codes, scales[:, group_of], None if zeros is None else zeros[:, group_of], bits, 1)
+    return GroupedWeights.from_codes(codes, scales[:, group_of], None if zeros is None else zeros[:, group_of], bits, 1)
 
 
-def _widen(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:
+def _dequantize_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:
     """``(codes - zeros) * scales`` in float32; ``middle`` is the zero point where ``zeros`` is None."""
     out, groups = scales.shape
     wide = codes.float().view(out, groups, -1)
@@ -155,9 +157,9 @@ def _widen(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> 
     return wide.mul_(scales.float()[..., None]).view(out, -1)
 
 
-def _padded(tensor: Tensor, rows: int) -> Tensor:
+def _pad_rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor if rows == 0 else torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])])
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)

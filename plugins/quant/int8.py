@@ -19,16 +19,16 @@ class Int8(LayerwiseLoader):
     """Every row gets a scale at load, every token one when it comes; the head stays as it is."""
 
     @classmethod
-    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """Other methods."""
         method = quant_config.get("quant_method")
         if method is None:
             return []
         if method == "compressed-tensors":
-            return CompressedTensors.only(torch.int8, quant_config, device)
-        return cls.another_method(quant_config, "int8")
+            return CompressedTensors.find_unsupported_for(torch.int8, quant_config, device)
+        return cls.check_quant_method(quant_config, "int8")
 
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """The same for all layers but the head."""
         return None if kind == "lm_head" else ScaledFormat(torch.int8, "none")
 

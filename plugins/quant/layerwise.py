@@ -15,7 +15,7 @@ from quire.plugins.quant.none import UnquantizedLinear
 from quire.plugins.quant.scaled import Fp8Linear, Int8Linear, ScaledFormat
 from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantizationLoader
 
-__all__ = ["LayerwiseLoader", "Scheme", "group_size_is_wrong", "is_block", "named", "whole_number"]
+__all__ = ["LayerwiseLoader", "Scheme", "is_block", "is_integer", "is_invalid_group_size", "matches_name"]
 
 _MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError, re.error)
 
@@ -28,35 +28,35 @@ class LayerwiseLoader(QuantizationLoader):
 
     @classmethod
     @abstractmethod
-    def objections(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
+    def find_unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """``unsupported``, of a well-formed configuration; of others it may raise what it likes of ``_MALFORMED``."""
 
     @classmethod
     def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
         """What ``objections`` says; or what it stumbled over."""
         try:
-            return cls.objections(quant_config, device)
+            return cls.find_unsupported(quant_config, device)
         except _MALFORMED as error:
-            return [f"its quantization_config is malformed: {_line(error)}"]
+            return [f"its quantization_config is malformed: {_format_error(error)}"]
 
     @abstractmethod
-    def scheme(self, name: str, kind: str) -> Scheme:
+    def get_scheme(self, name: str, kind: str) -> Scheme:
         """How the projection ``name`` (``model.layers.0.self_attn.q_proj``) of ``kind`` is stored."""
 
     def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """One product where the parts are of one scheme, else one for each."""
         try:
-            schemes = [self.scheme(name, info.kind) for name in info.part_names]
+            schemes = [self.get_scheme(name, info.kind) for name in info.part_names]
         except _MALFORMED as error:
             raise CheckpointError(
-                f"quantization_config in config.json is malformed for {info.part_names[0]!r}: {_line(error)}"
+                f"quantization_config in config.json is malformed for {info.part_names[0]!r}: {_format_error(error)}"
             ) from None
         if all(scheme == schemes[0] for scheme in schemes):
-            return _method(schemes[0])
-        return MixedLinear(info.part_names, [_method(scheme) for scheme in schemes])
+            return _make_method(schemes[0])
+        return MixedLinear(info.part_names, [_make_method(scheme) for scheme in schemes])
 
     @staticmethod
-    def another_method(quant_config: Mapping[str, Any], *mine: str) -> list[str]:
+    def check_quant_method(quant_config: Mapping[str, Any], *mine: str) -> list[str]:
         """Why a checkpoint whose ``quant_method`` is none of ``mine`` cannot be read."""
         method = quant_config.get("quant_method")
         if method in mine:
@@ -66,7 +66,7 @@ class LayerwiseLoader(QuantizationLoader):
         return [f"the checkpoint is quantized with {method!r}, not {mine[0]}: leave out --quantization"]
 
 
-def named(name: str, patterns: Iterable[str] | None) -> bool:
+def matches_name(name: str, patterns: Iterable[str] | None) -> bool:
     """Whether a layer's ``name`` is one of ``patterns``, or has it as a part between dots; ``re:`` begins a regular
     expression, matched from the start."""
     for pattern in patterns or ():
@@ -75,26 +75,26 @@ def named(name: str, patterns: Iterable[str] | None) -> bool:
     return False
 
 
-def group_size_is_wrong(value: Any) -> bool:
+def is_invalid_group_size(value: Any) -> bool:
     """Whether a value of config.json is neither -1 nor a positive integer."""
-    return not whole_number(value) or (value < 1 and value != -1)
+    return not is_integer(value) or (value < 1 and value != -1)
 
 
-def whole_number(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether a value of config.json is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_block(value: Any) -> bool:
     """Whether a value of config.json is two positive integers."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(whole_number(n) and n > 0 for n in value)
+    return isinstance(value, list | tuple) and len(value) == 2 and all(is_integer(n) and n > 0 for n in value)
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _method(scheme: Scheme) -> LinearMethod:
+def _make_method(scheme: Scheme) -> LinearMethod:
     if scheme is None:
         return UnquantizedLinear()
     if isinstance(scheme, GroupedFormat):

@@ -17,7 +17,7 @@ class MixedLinear(LinearMethod):
 
     def __init__(self, names: Sequence[str], methods: Sequence[LinearMethod]) -> None:
         self.methods = tuple(methods)
-        self._of = dict(zip(names, methods, strict=True))
+        self._methods_by_name = dict(zip(names, methods, strict=True))
 
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """As each part's method does."""
@@ -28,11 +28,11 @@ class MixedLinear(LinearMethod):
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Of the part's method."""
-        return self._of[info.name].tensor_names(info)
+        return self._methods_by_name[info.name].tensor_names(info)
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Of the part's method."""
-        return self._of[info.name].optional_names(info)
+        return self._methods_by_name[info.name].optional_names(info)
 
     def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.core.layers.checkpoint import expect_shape
-from quire.core.ops.linear import SmallBatch, small_linear
+from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 from quire.sdk import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
 
 __all__ = ["Unquantized", "UnquantizedLinear"]
@@ -24,7 +24,7 @@ class Unquantized(QuantizationLoader):
     class Options:
         """Options of the loader."""
 
-        small_batch: bool = True
+        small_batch_gemm: bool = True
         """Kernels of our own where a table says that they beat the library's for a few tokens; false: the library's."""
         enable_pdl: bool = True
         """Launch those kernels with programmatic dependent launch (PDL), on GPUs that have it (Hopper and later)."""
@@ -41,23 +41,23 @@ class Unquantized(QuantizationLoader):
 
     def get_linear_method(self, info: LayerInfo) -> LinearMethod:
         """The same for every layer."""
-        return UnquantizedLinear(self.options.small_batch, self.options.enable_pdl)
+        return UnquantizedLinear(self.options.small_batch_gemm, self.options.enable_pdl)
 
 
 class UnquantizedLinear(LinearMethod):
     """``weight`` (out_features, in_features), the fused parts one above the other, and ``bias`` (out_features,)."""
 
-    def __init__(self, small_batch: bool = True, enable_pdl: bool = True) -> None:
-        self._small_batch = small_batch
+    def __init__(self, small_batch_gemm: bool = True, enable_pdl: bool = True) -> None:
+        self._use_small_batch_gemm = small_batch_gemm
         self._enable_pdl = enable_pdl
-        self._small: SmallBatch | None = None
+        self._small_batch_gemm: SmallBatchGemm | None = None
 
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
         """The head's rows start at zero: where a sharded vocabulary is padded, no tensor fills them."""
         make = torch.zeros if info.kind == "lm_head" else torch.empty
-        if self._small_batch:
+        if self._use_small_batch_gemm:
             shape = info.out_features, info.in_features
-            self._small = small_linear(device, *shape, info.dtype, enable_pdl=self._enable_pdl)
+            self._small_batch_gemm = get_small_batch_gemm(device, *shape, info.dtype, enable_pdl=self._enable_pdl)
         weight = make(info.out_features, info.in_features, dtype=info.dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if info.bias:
@@ -96,7 +96,7 @@ class UnquantizedLinear(LinearMethod):
     ) -> Tensor | None:
         """For few tokens, where a table says that one kernel is faster."""
         assert isinstance(x, Tensor), "input_format is native"
-        if self._small is None or activation not in (None, "silu"):
+        if self._small_batch_gemm is None or activation not in (None, "silu"):
             return None
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        return self._small(x, weight, bias, norm=norm, gated=activation is not None, residual=residual)
+        return self._small_batch_gemm(x, weight, bias, norm=norm, gated=activation is not None, residual=residual)

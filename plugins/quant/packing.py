@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["AWQ_ORDER", "unpack"]
+__all__ = ["AWQ_ORDER", "unpack_codes"]
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ's GEMM packing keeps each of eight columns: nibble ``AWQ_ORDER[i]`` of a word is column ``i``."""
 
 
-def unpack(words: Tensor, bits: int, count: int | None = None) -> Tensor:
+def unpack_codes(words: Tensor, bits: int, count: int | None = None) -> Tensor:
     """``words`` (rows, n) int32 or int16 -> (rows, count) uint8; None: all that the words hold.
 
     A row is a stream of bits, the lowest of the first word first, and codes of ``bits`` bits (8 at most) follow one

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quire.plugins.quant.assembled import AssembledLinear, Shard, Stored
+from quire.plugins.quant.deferred_linear import DeferredLinear, Shard, StoredTensor
 from quire.sdk import LayerInfo, QuantActivation
 
 __all__ = ["Fp8Linear", "Int8Linear", "ScaledFormat", "ScaledLinear"]
@@ -35,39 +35,42 @@ class ScaledFormat:
     block: tuple[int, int] = (BLOCK, BLOCK)
     """Rows and columns of a block."""
 
-    def stored(self, outputs: int, inputs: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """The tensors of a whole (outputs, inputs) weight, by suffix."""
         if self.strategy == "none":
-            return {"weight": Stored((outputs, inputs), _FLOATS)}
+            return {"weight": StoredTensor((outputs, inputs), _FLOATS)}
         rows, columns = self.block
         shape = {
             "tensor": None,
             "channel": (outputs, 1),
             "block": (-(-outputs // rows), -(-inputs // columns)),
         }[self.strategy]
-        found = {"weight": Stored((outputs, inputs), (self.dtype,)), self.scale_name: Stored(shape, _SCALES)}
+        found = {
+            "weight": StoredTensor((outputs, inputs), (self.dtype,)),
+            self.scale_name: StoredTensor(shape, _SCALES),
+        }
         if self.inputs == "static":
-            found["input_scale"] = Stored(None, _FLOATS)
+            found["input_scale"] = StoredTensor(None, _FLOATS)
         return found
 
 
-class ScaledLinear(AssembledLinear):
+class ScaledLinear(DeferredLinear):
     """Multiplies by ``weight`` (out, in) of the format's dtype with ``weight_scale`` float32: (out,), to which a scale
     for a whole tensor is expanded, so that fused parts keep their own; or (ceil(out / 128), ceil(in / 128)).
 
     ``input_scale`` (1,) float32 is the largest of the fused parts', or None: activations are quantized by token.
     """
 
-    largest: float
+    max_value: float
     """The largest value that weights take."""
 
     def __init__(self, form: ScaledFormat) -> None:
         super().__init__()
         self.form = form
-        self._kernel: Any = None
+        self._kernels: Any = None
 
     @abstractmethod
-    def kernel(self) -> Any:
+    def get_kernels(self) -> Any:
         """The module of kernels, with ``fits``, ``input_format`` (of the same) and ``linear``.
 
         ``fits(weight, weight_scale, input_scale, weight_only=False) -> bool``: whether ``linear`` takes these, as said
@@ -80,18 +83,18 @@ class ScaledLinear(AssembledLinear):
         """Of static activations."""
         return getattr(layer, "input_scale", None)
 
-    def stored(self, info: LayerInfo, part: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, info: LayerInfo, part: int) -> Mapping[str, StoredTensor]:
         """As the format says."""
-        return self.form.stored(info.part_totals[part], info.in_total)
+        return self.form.get_stored_tensors(info.part_totals[part], info.in_total)
 
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
         """Take this rank's share of each part."""
-        read = [self._read(tensors, shard) for tensors, shard in parts]
+        read = [self._read_part(tensors, shard) for tensors, shard in parts]
         weight = torch.cat([weight for weight, _ in read])
         scales = [scale for _, scale in read]
         if any(scale is None for scale in scales):
-            wide = [self._wide_part(tensors, shard) for tensors, shard in parts]
-            self.register_wide(layer, info, torch.cat(wide))
+            wide = [self._dequantize_part(tensors, shard) for tensors, shard in parts]
+            self.register_dense_weight(layer, info, torch.cat(wide))
             return
         found = [tensors["input_scale"].float().reshape(()) for tensors, _ in parts if "input_scale" in tensors]
         input_scale = torch.stack(found).max().reshape(1) if found else None
@@ -117,7 +120,7 @@ class ScaledLinear(AssembledLinear):
         residual: Tensor | None = None,
     ) -> Tensor | None:
         """By the kernels."""
-        return self._kernel.linear(
+        return self._kernels.apply_linear(
             x,
             layer.weight,
             layer.weight_scale,
@@ -132,57 +135,57 @@ class ScaledLinear(AssembledLinear):
     def _register(
         self, layer: nn.Module, info: LayerInfo, weight: Tensor, scale: Tensor, input_scale: Tensor | None
     ) -> None:
-        kernel = self.kernel() if weight.device.type == "cuda" else None
+        kernel = self.get_kernels() if weight.device.type == "cuda" else None
         native = self.form.inputs == "native"
-        if kernel is None or not kernel.fits(weight, scale, input_scale, weight_only=native):
-            self.register_wide(layer, info, weight.float() * _spread(scale, weight, (BLOCK, BLOCK)))
+        if kernel is None or not kernel.can_implement(weight, scale, input_scale, weight_only=native):
+            self.register_dense_weight(layer, info, weight.float() * _expand_scale(scale, weight, (BLOCK, BLOCK)))
             return
-        self._kernel = kernel
-        self.input_format = kernel.input_format(scale, input_scale, weight_only=native)
+        self._kernels = kernel
+        self.input_format = kernel.get_input_format(scale, input_scale, weight_only=native)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
         if input_scale is not None:
             layer.input_scale = nn.Parameter(input_scale, requires_grad=False)
 
-    def _read(self, tensors: Mapping[str, Tensor], shard: Shard) -> tuple[Tensor, Tensor | None]:
+    def _read_part(self, tensors: Mapping[str, Tensor], shard: Shard) -> tuple[Tensor, Tensor | None]:
         """This rank's weight, and its scales: None where its blocks are cut or are not the kernels'."""
         whole, rows = tensors["weight"], slice(shard.first_row, shard.first_row + shard.num_rows)
         columns = slice(shard.first_column, shard.first_column + shard.num_columns)
         if self.form.strategy == "none":
-            scale = whole.float().abs().amax(dim=1).clamp(min=1e-12) / self.largest
-            whole = self.quantized(whole.float() / scale[:, None])
-            return _padded(whole[rows, columns], shard), _padded(scale[rows], shard)
-        weight, scale = _padded(whole[rows, columns], shard), tensors[self.form.scale_name].float()
+            scale = whole.float().abs().amax(dim=1).clamp(min=1e-12) / self.max_value
+            whole = self.quantize_weight(whole.float() / scale[:, None])
+            return _pad_rows(whole[rows, columns], shard), _pad_rows(scale[rows], shard)
+        weight, scale = _pad_rows(whole[rows, columns], shard), tensors[self.form.scale_name].float()
         if self.form.strategy != "block":
-            return weight, _padded(scale.reshape(-1).expand(len(whole))[rows], shard)
+            return weight, _pad_rows(scale.reshape(-1).expand(len(whole))[rows], shard)
         edges = shard.first_row, shard.rows, shard.first_column, shard.num_columns
         if self.form.block != (BLOCK, BLOCK) or any(edge % BLOCK for edge in edges):
             return weight, None
         across = slice(shard.first_column // BLOCK, (shard.first_column + shard.num_columns) // BLOCK)
         return weight, scale[shard.first_row // BLOCK : (shard.first_row + shard.num_rows) // BLOCK, across]
 
-    def _wide_part(self, tensors: Mapping[str, Tensor], shard: Shard) -> Tensor:
-        whole = tensors["weight"].float() * _spread(
+    def _dequantize_part(self, tensors: Mapping[str, Tensor], shard: Shard) -> Tensor:
+        whole = tensors["weight"].float() * _expand_scale(
             tensors[self.form.scale_name].float(), tensors["weight"], self.form.block
         )
         rows = slice(shard.first_row, shard.first_row + shard.num_rows)
-        return _padded(whole[rows, shard.first_column : shard.first_column + shard.num_columns], shard)
+        return _pad_rows(whole[rows, shard.first_column : shard.first_column + shard.num_columns], shard)
 
     @abstractmethod
-    def quantized(self, numbers: Tensor) -> Tensor:
+    def quantize_weight(self, numbers: Tensor) -> Tensor:
         """``numbers`` (float32, within ``largest``) rounded to the format's dtype."""
 
 
 class Fp8Linear(ScaledLinear):
     """FP8 e4m3."""
 
-    largest = 448.0
+    max_value = 448.0
 
-    def kernel(self) -> Any:
+    def get_kernels(self) -> Any:
         """Of FP8."""
         return import_module("quire.plugins.quant.kernels.fp8")
 
-    def quantized(self, numbers: Tensor) -> Tensor:
+    def quantize_weight(self, numbers: Tensor) -> Tensor:
         """To the nearest."""
         return numbers.to(torch.float8_e4m3fn)
 
@@ -190,18 +193,18 @@ class Fp8Linear(ScaledLinear):
 class Int8Linear(ScaledLinear):
     """INT8, its zero points zero."""
 
-    largest = 127.0
+    max_value = 127.0
 
-    def kernel(self) -> Any:
+    def get_kernels(self) -> Any:
         """Of INT8."""
         return import_module("quire.plugins.quant.kernels.int8")
 
-    def quantized(self, numbers: Tensor) -> Tensor:
+    def quantize_weight(self, numbers: Tensor) -> Tensor:
         """To the nearest, ties to even."""
         return numbers.round().to(torch.int8)
 
 
-def _spread(scale: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
+def _expand_scale(scale: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
     """Scales (out,) or by block, to be multiplied with ``weight`` (out, in)."""
     if scale.ndim == 1:
         return scale[:, None]
@@ -209,7 +212,7 @@ def _spread(scale: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
     return scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
 
 
-def _padded(tensor: Tensor, shard: Shard) -> Tensor:
+def _pad_rows(tensor: Tensor, shard: Shard) -> Tensor:
     pad = shard.rows - shard.num_rows
     if pad == 0:
         return tensor

@@ -13,11 +13,11 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
 
 LEFT_OUT: dict[int, tuple[str, ...]] = {
-    80: ("float16-*", "fp8-*", "int4-wide-256", "*hopper-*"),
+    80: ("float16-*", "fp8-*", "int4-medium-m-256", "*hopper-*"),
     100: ("float16-*", "*hopper-*"),
 }
 """Capability -> patterns of cases not compiled for it: they use what such a GPU has not, differ from others only in a
-type (``float16-*``), are launches of a table of Hopper's (``int4-wide-256``) or kernels for it (``*hopper-*``)."""
+type (``float16-*``), are launches of a table of Hopper's (``int4-medium-m-256``) or kernels for it (``*hopper-*``)."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ EXCEPTIONS: tuple[Except, ...] = (
     Except("_prefill_kernel", 16, _FLOAT32, case="float32-*"),
     Except("_paged_decode_kernel", 16, _ELSEWHERE, capabilities=(80,)),
     Except("sample_topk_candidates_kernel", 160, _FLOAT32, case="sample-random-float32", triton="3.6.*"),
-    Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-*", capabilities=(100,)),
+    Except("int4_gemm_medium_m_kernel", 8, _ELSEWHERE, case="int4-medium-m-*", capabilities=(100,)),
     Except("sample_resolve_kernel", 40, _OLDEST, capabilities=(80,), triton="3.6.*"),
-    Except("wide_kernel", 8, _ELSEWHERE, case="int4-wide-groups-of-32", capabilities=(100,)),
-    Except("skinny_kernel", 8, _OLDEST, case="int4-*", triton="3.6.*"),
-    Except("hopper_kernel", 112, "past its loop, with gates, a bias and a residual at once", case="int4-hopper-*"),
+    Except("int4_gemm_medium_m_kernel", 8, _ELSEWHERE, case="int4-medium-m-groups-of-32", capabilities=(100,)),
+    Except("int4_gemm_small_m_kernel", 8, _OLDEST, case="int4-*", triton="3.6.*"),
+    Except(
+        "int4_gemm_hopper_kernel", 112, "past its loop, with gates, a bias and a residual at once", case="int4-hopper-*"
+    ),
 )
 
 

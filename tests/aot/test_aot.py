@@ -78,19 +78,19 @@ def test_decode_reads_fp8_keys_by_words(case: str) -> None:
     assert not re.search(r"ld\.shared\S*\.[bus]8\b", decode.ptx)
 
 
-@pytest.mark.parametrize("case", ["fp8-wide", "int8-wide", "fp8-wide-tokens"])
+@pytest.mark.parametrize("case", ["fp8-medium-m", "int8-medium-m", "fp8-medium-m-x-lhs"])
 def test_eight_bits_are_multiplied_as_such(case: str) -> None:
-    (wide,) = compiled(case, 90)
-    assert "wgmma.mma_async" in wide.ptx and (".s8.s8" if "int8" in case else ".e4m3.e4m3") in wide.ptx
+    (gemm,) = compiled(case, 90)
+    assert "wgmma.mma_async" in gemm.ptx and (".s8.s8" if "int8" in case else ".e4m3.e4m3") in gemm.ptx
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("int4-wide")])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("int4-medium-m")])
 def test_no_product_runs_on_into_the_next_turn(case: str) -> None:
     """sm_90: Triton 3.6 lets it where nothing else touches the sum; then the next turn's weights overwrite those that
     ``wgmma`` still reads."""
-    wide = compiled(case, 90)[0]
-    left = re.findall(r"wgmma.wait_group.sync.aligned (\d+)", wide.ptx)
-    assert "wgmma.mma_async" in wide.ptx and left and set(left) == {"0"}
+    gemm = compiled(case, 90)[0]
+    left = re.findall(r"wgmma.wait_group.sync.aligned (\d+)", gemm.ptx)
+    assert "wgmma.mma_async" in gemm.ptx and left and set(left) == {"0"}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("int4-hopper")])

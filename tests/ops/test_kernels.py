@@ -34,7 +34,7 @@ def test_rms_norm(device: str, dtype: torch.dtype, tolerance: float, features: i
     weight = torch.rand(features) + 0.5
     moved = [t.to(device, dtype) for t in (x, r, weight)]
     exact = [t.cpu().double() for t in moved]
-    out, summed = norm.rms_norm(moved[0], moved[2], 1e-5, moved[1] if residual else None)
+    out, summed = norm.launch_rms_norm(moved[0], moved[2], 1e-5, moved[1] if residual else None)
     whole = exact[0] + exact[1] if residual else exact[0]
     close(out, exact[2] * whole * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + 1e-5), tolerance)
     close(summed, whole, tolerance)
@@ -45,7 +45,7 @@ def test_rms_norm(device: str, dtype: torch.dtype, tolerance: float, features: i
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 def test_silu_and_mul(device: str, dtype: torch.dtype, tolerance: float) -> None:
     gate_up = (torch.randn(3, 2 * 1100) * 4).to(device, dtype)
-    close(activation.silu_and_mul(gate_up), silu_and_mul(gate_up.cpu().double()), tolerance)
+    close(activation.launch_silu_and_mul(gate_up), silu_and_mul(gate_up.cpu().double()), tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -79,7 +79,7 @@ def test_rope_and_cache(
     q_norm, k_norm = weights
     expected = rope_and_cache(*parts(qkv), positions, cos_sin, theirs, slots, q_norm=q_norm, k_norm=k_norm, eps=1e-6)
     moved = [None if w is None else w.to(device) for w in weights]
-    got = rope.rope_and_cache(
+    got = rope.launch_rope_and_cache(
         *parts(qkv.to(device, copy=True)),
         positions.to(device),
         cos_sin.to(device),
@@ -106,7 +106,7 @@ def test_an_fp8_cache_is_scaled_and_never_overflows(device: str, kv_dtype: torch
     kv.k_scale, kv.v_scale = (torch.tensor([x], device=device) for x in (0.25, 0.5))
     positions, slots = torch.zeros(5, dtype=torch.int64, device=device), torch.tensor([16, 3, 40, 17, 9], device=device)
     no_turn = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), -1).to(device)
-    rope.rope_and_cache(k.clone(), k.clone(), v, positions, no_turn, kv, slots, None, None, 1e-6)
+    rope.launch_rope_and_cache(k.clone(), k.clone(), v, positions, no_turn, kv, slots, None, None, 1e-6)
     twin = layout.view(torch.zeros(3, layout.bytes_per_block, dtype=torch.uint8, device=device))
     twin.k_scale, twin.v_scale = kv.k_scale, kv.v_scale
     write_kv(k, v, twin, slots)
@@ -129,7 +129,7 @@ def test_decode_inputs(device: str) -> None:
     positions, slots = (torch.full((5,), -1, dtype=torch.int64, device=device) for _ in range(2))
     blocks = torch.zeros(5, 4, dtype=torch.int32, device=device)
     none = torch.zeros_like(rows)
-    decode_inputs.decode_inputs(
+    decode_inputs.launch_decode_inputs(
         rows, none, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, 60, advance=True
     )
     assert ids.tolist() == [3 * 64 + 31, 17, 5 * 64, 5 * 64, 5 * 64]
@@ -154,7 +154,7 @@ def test_inputs_of_drafts(device: str) -> None:
     lens = torch.full((3,), -1, dtype=torch.int32, device=device)
     positions, slots = (torch.full((9,), -1, dtype=torch.int64, device=device) for _ in range(2))
     blocks = torch.zeros(3, 4, dtype=torch.int32, device=device)
-    decode_inputs.decode_inputs(
+    decode_inputs.launch_decode_inputs(
         rows, drafts, token_ids, computed, table, ids, positions, lens, slots, blocks, 16, 32, advance=False
     )
     assert ids.tolist() == [192 + 30, 192 + 31, 192 + 32, 15, 16, 0, 256, 0, 0]

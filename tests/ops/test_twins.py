@@ -66,7 +66,7 @@ def test_kv_goes_to_its_slots_in_either_layout(order: str) -> None:
 
 def test_embedding_shards_sum_to_the_whole() -> None:
     weight, ids = torch.randn(10, 6), torch.tensor([0, 4, 5, 9, 3], dtype=torch.int32)
-    shards = [ops.embedding(ids, weight[first : first + 5], first, whole=False) for first in (0, 5)]
+    shards = [ops.embedding(ids, weight[first : first + 5], first, is_whole=False) for first in (0, 5)]
     assert torch.equal(sum(shards), ops.embedding(ids, weight))
 
 

@@ -13,15 +13,15 @@ from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops import gated_activation, rms_norm
 from quire.core.ops.kernels import activation_kernel as activation
 from quire.core.ops.kernels import norm_kernel as norm
-from quire.core.ops.norm import rms_norm_as
+from quire.core.ops.norm import rms_norm_quantized
 from quire.core.ops.quantize import quantize_activation
 from quire.plugins.quant.kernels import fp8_quantize
-from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
-from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
-from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
-from quire.plugins.quant.kernels.fp8_layer import dequantize
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
+from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
+from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
+from quire.plugins.quant.kernels.fp8_layer import dequantize_weight
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation
-from quire.plugins.quant.kernels.int8 import rescale
+from quire.plugins.quant.kernels.int8 import launch_rescale
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 PLACES = [
@@ -71,7 +71,7 @@ class Problem:
         x = self.x.cpu().double() if x is None else x.cpu().double()
         if self.norm is not None:
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * self.norm[0].cpu().double()
-        weight = dequantize(self.weight.cpu(), self.scale.cpu(), torch.float64)
+        weight = dequantize_weight(self.weight.cpu(), self.scale.cpu(), torch.float64)
         y = F.linear(x, weight, None if self.bias is None else self.bias.cpu().double())
         if self.gated:
             gate, up = y.chunk(2, -1)
@@ -90,8 +90,8 @@ def test_gemv(
     device: str, dtype: torch.dtype, tolerance: float, kind: torch.dtype, parts: set[str], shape: tuple[int, int, int]
 ) -> None:
     p = Problem(device, dtype, shape, kind, parts)
-    options = {"tokens": shape[0], "rows": 4, "turns": 3, "num_warps": 1}
-    gemv8(p.x, p.weight, p.bias, p.out, norm=p.norm, **p.given(), **options)
+    options = {"block_m": shape[0], "block_n": 4, "tiles_per_program": 3, "num_warps": 1}
+    launch_fp8_gemv(p.x, p.weight, p.bias, p.out, norm=p.norm, **p.given(), **options)
     p.check(tolerance)
 
 
@@ -99,7 +99,7 @@ def test_gemv(
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("parts", FUSIONS)
 @pytest.mark.parametrize(("blocks", "features", "inputs"), [(False, 36, 208), (True, 160, 384)])
-def test_gemv_long(
+def test_gemv_k_loop(
     device: str,
     dtype: torch.dtype,
     tolerance: float,
@@ -110,7 +110,7 @@ def test_gemv_long(
     inputs: int,
 ) -> None:
     p = Problem(device, dtype, (1, features, inputs), kind, parts, blocks)
-    gemv8_long(p.x, p.weight, p.bias, p.out, norm=p.norm, **p.given(), rows=8, block=256, num_warps=1)
+    launch_fp8_gemv_k_loop(p.x, p.weight, p.bias, p.out, norm=p.norm, **p.given(), block_n=8, block_k=256, num_warps=1)
     p.check(tolerance)
 
 
@@ -118,7 +118,7 @@ def test_gemv_long(
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("parts", [set(), {"bias", "gated", "residual"}], ids=["plain", "fused"])
 @pytest.mark.parametrize(("blocks", "features", "inputs"), [(False, 40, 208), (True, 144, 384)])
-def test_skinny(
+def test_gemm_small_m(
     device: str,
     dtype: torch.dtype,
     tolerance: float,
@@ -129,51 +129,51 @@ def test_skinny(
     inputs: int,
 ) -> None:
     p = Problem(device, dtype, (5, features, inputs), kind, parts, blocks)
-    options = {"tokens": 8, "rows": 16, "block": 128 if blocks else 32, "ways": 2, "num_stages": 2}
-    skinny8(p.x, p.weight, p.bias, p.out, **p.given(), **options)
+    options = {"block_m": 8, "block_n": 16, "block_k": 128 if blocks else 32, "slice_k": 2, "num_stages": 2}
+    launch_fp8_gemm_small_m(p.x, p.weight, p.bias, p.out, **p.given(), **options)
     p.check(tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("parts", [set(), {"bias", "gated", "residual"}], ids=["plain", "fused"])
-@pytest.mark.parametrize("tokens_first", [False, True], ids=["rows", "tokens"])
+@pytest.mark.parametrize("x_is_lhs", [False, True], ids=["rows", "tokens"])
 @pytest.mark.parametrize("by", ["row", "block", "block-and-group"])
-def test_wide(
+def test_gemm_medium_m(
     device: str,
     dtype: torch.dtype,
     tolerance: float,
     kind: torch.dtype,
     parts: set[str],
-    tokens_first: bool,
+    x_is_lhs: bool,
     by: str,
 ) -> None:
     """Against the product of the quantized activations."""
-    count = 70 if tokens_first else 19
+    count = 70 if x_is_lhs else 19
     p = Problem(device, dtype, (count, 176, 384), kind, parts, by != "row")
     scale = (torch.rand(3 if by == "block-and-group" else 1, count + 2, device=device).T[:count] + 0.5) / 40
     values = (p.x.float() / 3 * 40).clamp(-127, 127).to(kind)
     x = QuantActivation(values, scale, dtype=dtype)
-    options = {"tokens": 64 if tokens_first else 16, "rows": 32 if tokens_first else 64, "block": 128}
-    options |= {"num_warps": 4, "num_stages": 3, "tokens_first": tokens_first}
-    wide8(values, p.weight, p.bias, p.out, x_scale=scale, **p.given(), **options)
+    options = {"block_m": 64 if x_is_lhs else 16, "block_n": 32 if x_is_lhs else 64, "block_k": 128}
+    options |= {"num_warps": 4, "num_stages": 3, "x_is_lhs": x_is_lhs}
+    launch_fp8_gemm_medium_m(values, p.weight, p.bias, p.out, x_scale=scale, **p.given(), **options)
     p.check(tolerance + (2e-3 if kind == FP8 and device == "cuda" else 0), dequantize_activation(x).double())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_wide_by_one_scale(device: str) -> None:
+def test_gemm_medium_m_by_one_scale(device: str) -> None:
     p = Problem(device, torch.float32, (3, 64, 128), INT8, set())
     scale = torch.tensor([0.02], device=device)
     values = torch.randint(-100, 100, (3, 128)).to(INT8).to(device)
-    options = {"tokens": 8, "rows": 64, "block": 64, "num_warps": 4, "num_stages": 2}
-    wide8(values, p.weight, None, p.out, x_scale=scale, **p.given(), **options)
+    options = {"block_m": 8, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
+    launch_fp8_gemm_medium_m(values, p.weight, None, p.out, x_scale=scale, **p.given(), **options)
     p.check(1e-5, values.double() * scale.double())
 
 
 def test_rescale() -> None:
     sums = torch.randint(-9999, 9999, (3, 40), dtype=torch.int32)
     x_scale, scale, bias = torch.rand(3, 1), torch.rand(40), torch.rand(40)
-    got = rescale(sums, x_scale, scale, bias, torch.float32)
+    got = launch_rescale(sums, x_scale, scale, bias, torch.float32)
     torch.testing.assert_close(got, sums * x_scale * scale + bias)
 
 
@@ -206,20 +206,20 @@ def test_producers(wanted: ActivationFormat) -> None:
     torch.manual_seed(3)
     x, r, gain = (torch.randn(*s).to(place, dtype) for s in ((5, 768), (5, 768), (768,)))
     x[1] = 0
-    same(fp8_quantize.launch(x, wanted), quantize_activation(x.cpu(), near))
+    same(fp8_quantize.launch_quantize_activation(x, wanted), quantize_activation(x.cpu(), near))
     for residual in (None, r):
-        got, stream = norm.rms_norm(x, gain, EPS, residual, wanted)
-        twin, summed = rms_norm_as(near, x.cpu(), gain.cpu(), EPS, None if residual is None else r.cpu())
+        got, stream = norm.launch_rms_norm(x, gain, EPS, residual, wanted)
+        twin, summed = rms_norm_quantized(near, x.cpu(), gain.cpu(), EPS, None if residual is None else r.cpu())
         same(got, twin)
         assert torch.equal(stream.cpu(), summed)
-    same(activation.silu_and_mul(x, wanted), gated_activation("silu", x.cpu(), near))
+    same(activation.launch_silu_and_mul(x, wanted), gated_activation("silu", x.cpu(), near))
 
 
 def test_a_native_activation_stays_as_it_is() -> None:
     x, gain = torch.randn(3, 64), torch.rand(64)
     native = ActivationFormat()
     assert quantize_activation(x, native) is x
-    y, _ = rms_norm_as(native, x, gain, EPS)
+    y, _ = rms_norm_quantized(native, x, gain, EPS)
     assert isinstance(y, Tensor) and torch.equal(y, rms_norm(x, gain, EPS)[0])
     assert torch.equal(gated_activation("silu", x, native), F.silu(x[:, :32]) * x[:, 32:])
 

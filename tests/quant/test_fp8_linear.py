@@ -15,16 +15,16 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops import rms_norm
 from quire.plugins.quant.kernels import fp8, fp8_layer, fp8_quantize, int8
-from quire.plugins.quant.kernels.fp8_layer import Launch, dequantize, launches, rule
+from quire.plugins.quant.kernels.fp8_layer import Launch, choose_launch, dequantize_weight, get_launches
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation
 
 TABLES = sorted((Path(fp8_layer.__file__).parent / "tables").glob("*8_*.json"))
 KINDS = [pytest.param(fp8, id="fp8"), pytest.param(int8, id="int8")]
-OTHERS = ("x", "weight", "bias", "out", "scale", "x_scale", "norm", "tail", "tokens_first")
+OTHERS = ("x", "weight", "bias", "out", "scale", "x_scale", "norm", "epilogue", "x_is_lhs")
 
 
 def exact(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return F.linear(x.cpu().double(), dequantize(weight.cpu(), scale.cpu(), torch.float64))
+    return F.linear(x.cpu().double(), dequantize_weight(weight.cpu(), scale.cpu(), torch.float64))
 
 
 def off(got: Tensor, expected: Tensor) -> float:
@@ -42,9 +42,9 @@ def test_weights_quantized_at_load(kind: ModuleType) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 960, generator=generator) * torch.logspace(-4, 2, 24)[:, None]
     weight[3] = 0
-    values, scale = kind.quantize(weight)
+    values, scale = kind.quantize_weight(weight)
     assert scale.shape == (24,) and scale.dtype == torch.float32
-    back = dequantize(values, scale, torch.float32)
+    back = dequantize_weight(values, scale, torch.float32)
     rows = [i for i in range(24) if i != 3]
     assert (((back - weight).norm(dim=1) / weight.norm(dim=1))[rows] < 0.03).all()
     torch.testing.assert_close(back.abs().amax(1), weight.abs().amax(1), rtol=1e-4, atol=0)
@@ -53,15 +53,15 @@ def test_weights_quantized_at_load(kind: ModuleType) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [False, True])
 def test_on_a_cpu_weights_are_widened(kind: ModuleType, blocks: bool) -> None:
-    weight, scale = kind.quantize(torch.randn(200, 300))
+    weight, scale = kind.quantize_weight(torch.randn(200, 300))
     scale = torch.rand(2, 3) + 0.1 if blocks else scale
     x, bias = torch.randn(5, 300), torch.randn(200)
-    assert off(kind.linear(x, weight, scale, bias), exact(x, weight, scale) + bias.double()) < 1e-6
+    assert off(kind.apply_linear(x, weight, scale, bias), exact(x, weight, scale) + bias.double()) < 1e-6
     quantized = kind.quantize_activation(x)
-    got = kind.linear(quantized, weight, scale)
+    got = kind.apply_linear(quantized, weight, scale)
     assert off(got, exact(dequantize_activation(quantized), weight, scale)) < 1e-6
-    assert kind.linear(x, weight, scale, activation="silu") is None
-    assert not kind.fits(weight, scale, None)
+    assert kind.apply_linear(x, weight, scale, activation="silu") is None
+    assert not kind.can_implement(weight, scale, None)
 
 
 def test_a_static_scale() -> None:
@@ -73,14 +73,16 @@ def test_a_static_scale() -> None:
 @pytest.mark.parametrize("scale_shape", [(256,), (2, 3)])
 def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     scale, blocks = torch.rand(scale_shape), len(scale_shape) == 2
-    assert fp8.input_format(scale, None) == ("native" if blocks else "fp8_token")
-    assert fp8.input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
-    assert int8.input_format(scale, None) == "int8_token"
-    monkeypatch.setattr(fp8, "_library_takes_blocks", lambda device: True)
-    assert fp8.input_format(scale, None) == ("fp8_group" if blocks else "fp8_token")
-    assert fp8.input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
+    assert fp8.get_input_format(scale, None) == ("native" if blocks else "fp8_token")
+    assert fp8.get_input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
+    assert int8.get_input_format(scale, None) == "int8_token"
+    monkeypatch.setattr(fp8, "_library_has_block_scales", lambda device: True)
+    assert fp8.get_input_format(scale, None) == ("fp8_group" if blocks else "fp8_token")
+    assert fp8.get_input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
     assert (
-        fp8.input_format(scale, None, weight_only=True) == int8.input_format(scale, None, weight_only=True) == "native"
+        fp8.get_input_format(scale, None, weight_only=True)
+        == int8.get_input_format(scale, None, weight_only=True)
+        == "native"
     )
 
 
@@ -95,14 +97,14 @@ def test_what_the_library_is_given_by_block(tokens: int, inputs: int, monkeypatc
         assert x_scale.shape == (rows, groups) and x_scale.stride() == (1, rows)
         assert scale.shape == (whole, 2) and scale.stride() == (1, whole)
         wide = x.double() * x_scale.double().repeat_interleave(128, 1)
-        return F.linear(wide, dequantize(weight.t(), scale.t()[:, :groups], torch.float64)).to(torch.bfloat16)
+        return F.linear(wide, dequantize_weight(weight.t(), scale.t()[:, :groups], torch.float64)).to(torch.bfloat16)
 
     monkeypatch.setattr(fp8, "scaled_mm", library)
     weight = torch.randn(192, inputs).mul(40).to(torch.float8_e4m3fn)
     scale, x = torch.rand(2, inputs // 128) + 0.1, torch.randn(tokens, inputs)
-    q = fp8_quantize.launch(x, ActivationFormat("fp8_group"))
+    q = fp8_quantize.launch_quantize_activation(x, ActivationFormat("fp8_group"))
     bias = torch.randn(192)
-    got = fp8._scaled_mm(q, weight, scale, bias)
+    got = fp8.multiply_by_library(q, weight, scale, bias)
     assert off(got, exact(dequantize_activation(q), weight, scale) + bias.double()) < 5e-3
 
 
@@ -112,12 +114,12 @@ def test_what_the_library_is_given_by_block(tokens: int, inputs: int, monkeypatc
 def check(launch: Launch, most: int, inputs: int) -> None:
     kernel = fp8_layer._KERNELS[launch.kernel]
     wanted = set(inspect.signature(kernel).parameters) - set(OTHERS)
-    assert set(launch.options) - {"tokens_first"} == wanted, launch
-    if launch.kernel == "wide8":
-        assert inputs % launch.options["block"] == 0, launch
+    assert set(launch.options) - {"x_is_lhs"} == wanted, launch
+    if launch.kernel == "gemm_medium_m":
+        assert inputs % launch.options["block_k"] == 0, launch
     else:
-        assert launch.options.get("tokens", 1) >= most, launch
-    for name in ("tokens", "rows", "block", "ways", "num_warps"):
+        assert launch.options.get("block_m", 1) >= most, launch
+    for name in ("block_m", "block_n", "block_k", "slice_k", "num_warps"):
         value = launch.options.get(name, 1)
         assert value & (value - 1) == 0, f"{name} is no power of two in {launch}"
 
@@ -128,7 +130,7 @@ def test_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.int8 if path.stem.startswith("int8") else torch.float8_e4m3fn
     for name in json.loads(path.read_text())["layers"]:
         features, inputs = map(int, name.split("x"))
-        steps = launches(torch.device("cuda"), features, inputs, dtype)
+        steps = get_launches(torch.device("cuda"), features, inputs, dtype)
         assert [most for most, _ in steps] == sorted({most for most, _ in steps})
         for most, found in steps:
             assert any(launch is None or launch.quantized for launch in found)
@@ -143,13 +145,13 @@ def test_layers_that_no_table_names(
     features: int, inputs: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    steps = launches(torch.device("cuda"), features, inputs, torch.float8_e4m3fn)
+    steps = get_launches(torch.device("cuda"), features, inputs, torch.float8_e4m3fn)
     assert steps
     for most, found in steps:
         for launch in found:
             if launch is not None:
                 check(launch, most, inputs)
-    assert rule(features, inputs, 1, quantized=True).quantized
+    assert choose_launch(features, inputs, 1, quantized=True).quantized
 
 
 # ---- on a GPU
@@ -164,20 +166,23 @@ SHAPES = [(768, 512), (96, 160), (6144, 4096)]
 def test_any_number_of_tokens(kind: ModuleType, features: int, inputs: int, dtype: torch.dtype) -> None:
     """Near float64 on the activations as they are, as near as 8 bits allow; few tokens to the dtype's rounding."""
     torch.manual_seed(features)
-    weight, scale = kind.quantize(torch.randn(features, inputs, device="cuda"))
-    assert kind.fits(weight, scale, None)
+    weight, scale = kind.quantize_weight(torch.randn(features, inputs, device="cuda"))
+    assert kind.can_implement(weight, scale, None)
     bias, gain = (torch.randn(n, device="cuda", dtype=dtype) for n in (features, inputs))
     for tokens in (1, 2, 3, 8, 9, 16, 17, 64, 65, 128, 200, 300):
         x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
-        error = off(kind.linear(x, weight, scale, bias), exact(x, weight, scale) + bias.cpu().double())
+        error = off(kind.apply_linear(x, weight, scale, bias), exact(x, weight, scale) + bias.cpu().double())
         assert error < 0.04, (tokens, error)
-        native = kind.linear(x, weight, scale, bias, weight_only=True)
+        native = kind.apply_linear(x, weight, scale, bias, weight_only=True)
         assert off(native, exact(x, weight, scale) + bias.cpu().double()) < 5e-3, tokens
         quantized = kind.quantize_activation(x)
-        assert off(kind.linear(quantized, weight, scale), exact(dequantize_activation(quantized), weight, scale)) < 2e-2
+        assert (
+            off(kind.apply_linear(quantized, weight, scale), exact(dequantize_activation(quantized), weight, scale))
+            < 2e-2
+        )
         width = features // 2
         residual = torch.randn(tokens, width, device="cuda", dtype=dtype)
-        fused = kind.linear(x, weight, scale, norm=(gain, 1e-5), activation="silu", residual=residual)
+        fused = kind.apply_linear(x, weight, scale, norm=(gain, 1e-5), activation="silu", residual=residual)
         if fused is None:
             assert tokens > 128
             continue
@@ -190,24 +195,24 @@ def test_any_number_of_tokens(kind: ModuleType, features: int, inputs: int, dtyp
 def test_blocks(features: int, inputs: int) -> None:
     weight = torch.randn(features, inputs, device="cuda").mul(40).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-features // 128), inputs // 128, device="cuda") + 0.05
-    assert fp8.fits(weight, scale, None)
-    groups = fp8.input_format(scale, None) == "fp8_group"
+    assert fp8.can_implement(weight, scale, None)
+    groups = fp8.get_input_format(scale, None) == "fp8_group"
     assert groups == (torch.cuda.get_device_capability() == (9, 0))
     for tokens in (1, 5, 16, 33, 128, 129, 300, 1025):
         x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
         x[:, ::97] *= 30  # each group has a scale of its own
-        assert off(fp8.linear(x, weight, scale), exact(x, weight, scale)) < 0.04, tokens
-        assert off(fp8.linear(x, weight, scale, weight_only=True), exact(x, weight, scale)) < 5e-3, tokens
+        assert off(fp8.apply_linear(x, weight, scale), exact(x, weight, scale)) < 0.04, tokens
+        assert off(fp8.apply_linear(x, weight, scale, weight_only=True), exact(x, weight, scale)) < 5e-3, tokens
         assert (
-            off(fp8.linear(x, weight, scale, None, torch.full((1,), 0.3, device="cuda")), exact(x, weight, scale))
+            off(fp8.apply_linear(x, weight, scale, None, torch.full((1,), 0.3, device="cuda")), exact(x, weight, scale))
             < 0.04
         )
         if groups:
             quantized = fp8_quantize.quantize_activation(x, ActivationFormat("fp8_group"))
             bias = torch.randn(features, device="cuda", dtype=x.dtype)
             want = exact(dequantize_activation(quantized, torch.float64), weight, scale) + bias.cpu().double()
-            assert off(fp8.linear(quantized, weight, scale, bias), want) < 5e-3, tokens
-        fused = fp8.linear(x, weight, scale, activation="silu")
+            assert off(fp8.apply_linear(quantized, weight, scale, bias), want) < 5e-3, tokens
+        fused = fp8.apply_linear(x, weight, scale, activation="silu")
         if fused is not None:
             gate, up = exact(x, weight, scale).chunk(2, -1)
             assert off(fused, F.silu(gate) * up) < 0.06, tokens
@@ -215,29 +220,31 @@ def test_blocks(features: int, inputs: int) -> None:
 
 @pytest.mark.gpu
 def test_static_activations() -> None:
-    weight, scale = fp8.quantize(torch.randn(512, 512, device="cuda"))
+    weight, scale = fp8.quantize_weight(torch.randn(512, 512, device="cuda"))
     static = torch.tensor([0.01], device="cuda")
     for tokens in (1, 32, 300):
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
-        got = fp8.linear(x, weight, scale, None, static)
+        got = fp8.apply_linear(x, weight, scale, None, static)
         assert off(got, exact(x, weight, scale)) < 0.04
         q = fp8.quantize_activation(x, static)
         assert isinstance(q, QuantActivation)
-        assert off(fp8.linear(q, weight, scale, None, static), exact(dequantize_activation(q), weight, scale)) < 2e-2
+        assert (
+            off(fp8.apply_linear(q, weight, scale, None, static), exact(dequantize_activation(q), weight, scale)) < 2e-2
+        )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kind", "blocks"), [(fp8, False), (int8, False), (fp8, True)])
 def test_replays_give_the_same_bits(kind: ModuleType, blocks: bool) -> None:
     """Captured, replayed, and run again beside: sums have one order."""
-    weight, scale = kind.quantize(torch.randn(1024, 512, device="cuda"))
+    weight, scale = kind.quantize_weight(torch.randn(1024, 512, device="cuda"))
     scale = scale.view(8, 128)[:, :4].contiguous() if blocks else scale
     for tokens in (1, 8, 32, 300):
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
-        first = kind.linear(x, weight, scale)
+        first = kind.apply_linear(x, weight, scale)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = kind.linear(x, weight, scale)
+            out = kind.apply_linear(x, weight, scale)
         for _ in range(3):
             graph.replay()
             assert torch.equal(out, first)

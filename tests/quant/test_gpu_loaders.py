@@ -11,9 +11,9 @@ from tests.quant.test_fixtures import FIXTURES, NAMES, load
 
 from quire.core.contracts.quant import LayerInfo
 from quire.core.layers.linear import Linear
-from quire.plugins.quant.assembled import AssembledLinear
 from quire.plugins.quant.compressed_tensors import CompressedTensors
-from quire.plugins.quant.kernels.fp8_layer import dequantize
+from quire.plugins.quant.deferred_linear import DeferredLinear
+from quire.plugins.quant.kernels.fp8_layer import dequantize_weight
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +30,7 @@ def test_the_logits_are_those_of_the_tools_own_weights(name: str, tokens: int) -
     got, want = torch.cat(steps).float().cpu(), expected["logits"]
     off = ((got - want).norm() / want.norm()).item()
     methods = [layer.method for layer in model.modules() if isinstance(layer, Linear)]
-    wide = sum(isinstance(m, AssembledLinear) and m._wide is not None for m in methods)
+    wide = sum(isinstance(m, DeferredLinear) and m._dense_method is not None for m in methods)
     print(f"{name} by {tokens}: off {off:.4f}, {wide} of {len(methods)} layers wide")
     assert off < (0.1 if "8-" in name or "w8a8" in name or "fp8" in name else 0.05)
 
@@ -52,7 +52,7 @@ def test_activations_beside_blocks_are_quantized_only_where_the_checkpoint_says_
     assert method.input_format == ("fp8_group" if inputs and hopper else "native")
     for tokens in (1, 24, 300):
         x = torch.randn(tokens, 640, generator=generator).to(torch.bfloat16)
-        want = F.linear(x.double(), dequantize(weight, scale, torch.float64))
+        want = F.linear(x.double(), dequantize_weight(weight, scale, torch.float64))
         off = ((method.apply(layer, x.cuda()).cpu().double() - want).norm() / want.norm()).item()
         assert off < (0.04 if inputs else 0.005), tokens
         if inputs and hopper and tokens == 300:

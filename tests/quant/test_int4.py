@@ -9,26 +9,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.plugins.quant.kernels.int4 import IntWeights, dequantize, linear, pack, reference
-from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
+from quire.plugins.quant.kernels.int4 import (
+    IntWeights,
+    apply_linear,
+    dequantize_weights,
+    pack_weights,
+    reference_linear,
+)
+from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, launch_dequantize_int4
 
 PLACES = [
     pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),
     pytest.param("cuda", torch.bfloat16, 7e-3, id="gpu", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float16, 1e-3, id="gpu-f16", marks=pytest.mark.gpu),
 ]
-SKINNY = {"tiles": 2, "ways": 2}
+SMALL_M = {"tiles": 2, "slice_k": 2}
 KERNELS = [
-    pytest.param("skinny", {"tokens": 8, "num_stages": 2, "depth": 2, **SKINNY}, 1, id="skinny-deep"),
-    pytest.param("skinny", {"tokens": 8, "num_stages": 2, "depth": 1, **SKINNY}, 3, id="skinny-8"),
+    pytest.param("gemm_small_m", {"block_m": 8, "num_stages": 2, "unroll_k": 2, **SMALL_M}, 1, id="small-m-unrolled"),
+    pytest.param("gemm_small_m", {"block_m": 8, "num_stages": 2, "unroll_k": 1, **SMALL_M}, 3, id="small-m"),
     pytest.param(
-        "wide", {"tokens": 16, "tiles": 4, "splits": 1, "scaled": 0, "num_warps": 4, "num_stages": 2}, 19, id="wide"
+        "gemm_medium_m",
+        {"block_m": 16, "tiles": 4, "split_k": 1, "scale_weights": 0, "num_warps": 4, "num_stages": 2},
+        19,
+        id="medium-m",
     ),
     pytest.param(
-        "wide",
-        {"tokens": 16, "tiles": 4, "splits": 2, "scaled": 1, "num_warps": 4, "num_stages": 2},
+        "gemm_medium_m",
+        {"block_m": 16, "tiles": 4, "split_k": 2, "scale_weights": 1, "num_warps": 4, "num_stages": 2},
         7,
-        id="wide-split",
+        id="medium-m-split",
     ),
 ]
 FUSIONS = [
@@ -63,7 +72,7 @@ def dense(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
 
 
 def packed(features: int, inputs: int, group: int, bits: int, zeros: bool, device: str) -> IntWeights:
-    weights = pack(*quantized(features, inputs, group, bits, zeros, device), group, bits)
+    weights = pack_weights(*quantized(features, inputs, group, bits, zeros, device), group, bits)
     assert weights is not None
     return weights
 
@@ -96,20 +105,20 @@ def test_nothing_is_lost_in_packing(data: st.DataObject) -> None:
     inputs = data.draw(st.integers(1, 90)) if group == -1 else group * data.draw(st.integers(1, 3))
     features, zeros = data.draw(st.integers(1, 50)), data.draw(st.booleans())
     parts = quantized(features, inputs, group, bits, zeros, "cpu")
-    weights = pack(*parts, group, bits)
+    weights = pack_weights(*parts, group, bits)
     assert weights is not None
-    assert torch.equal(dequantize(weights, torch.float64), dense(*parts, bits))
+    assert torch.equal(dequantize_weights(weights, torch.float64), dense(*parts, bits))
 
 
 @pytest.mark.parametrize(("group", "bits"), [(16, 4), (96, 4), (48, 8), (128, 3)])
 def test_groups_without_a_kernel(group: int, bits: int) -> None:
     codes, scales = torch.zeros(16, 384, dtype=torch.uint8), torch.zeros(16, 384 // group)
-    assert pack(codes, scales, None, group, bits) is None
+    assert pack_weights(codes, scales, None, group, bits) is None
 
 
 def test_scales_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(16, 3\), not \(16, 2\)"):
-        pack(torch.zeros(16, 256, dtype=torch.uint8), torch.zeros(16, 3), None, 128)
+        pack_weights(torch.zeros(16, 256, dtype=torch.uint8), torch.zeros(16, 3), None, 128)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -126,7 +135,7 @@ def test_kernels(
     given = operands(weights, tokens, parts, dtype)
     out = torch.full((tokens, features // 2 if gated else features), float("nan"), dtype=dtype, device=device)
     LAUNCHERS[kernel](weights=weights, out=out, gated=gated, enable_pdl=False, **given, **options)
-    check(out, reference(weights=weights, activation="silu" if gated else None, **given), tolerance)
+    check(out, reference_linear(weights=weights, activation="silu" if gated else None, **given), tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -140,7 +149,7 @@ def test_groups(
     given = operands(weights, tokens, set(), dtype)
     out = torch.full((tokens, features), float("nan"), dtype=dtype, device=device)
     LAUNCHERS[kernel](weights=weights, out=out, enable_pdl=False, **given, **options)
-    check(out, reference(weights=weights, **given), tolerance)
+    check(out, reference_linear(weights=weights, **given), tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -149,20 +158,24 @@ def test_dequantize(
     device: str, dtype: torch.dtype, tolerance: float, features: int, inputs: int, group: int, bits: int, zeros: bool
 ) -> None:
     weights = packed(features, inputs, group, bits, zeros, device)
-    check(dequantized(weights, dtype, ways=2), dequantize(weights, torch.float64), tolerance)
+    check(
+        launch_dequantize_int4(weights, dtype, blocks_per_program=2),
+        dequantize_weights(weights, torch.float64),
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_linear_on_the_cpu(tokens: int) -> None:
     weights = packed(96, 192, 64, 4, True, "cpu")
     given = operands(weights, tokens, {"bias"}, torch.float32)
-    out = linear(given["x"], weights, given["bias"])
+    out = apply_linear(given["x"], weights, given["bias"])
     assert out is not None
-    check(out, reference(given["x"], weights, given["bias"]), 1e-6)
-    assert linear(given["x"], weights, residual=out) is None
+    check(out, reference_linear(given["x"], weights, given["bias"]), 1e-6)
+    assert apply_linear(given["x"], weights, residual=out) is None
 
 
-HOPPER = [  # tokens of a program, tiles, splits, consumers, warps, stages
+HOPPER = [  # block_m, tiles, split_k, num_consumers, warps, stages
     pytest.param((128, 8, 1, 2, 4, 4), id="128-tokens"),
     pytest.param((256, 4, 3, 2, 4, 3), id="256-tokens-split"),
     pytest.param((256, 8, 2, 1, 8, 3), id="8-warps-split"),
@@ -179,13 +192,13 @@ def test_hopper(options: tuple[int, ...], parts: set[str], dtype: torch.dtype) -
     """Many times over: products are in flight while the next weights are unpacked."""
     features, inputs, group = [(1056, 1280, 128), (544, 2048, 256), (416, 2688, 128)][(options[0] + len(parts)) % 3]
     weights = packed(features, inputs, group, 4, True, "cuda")
-    names = ("tokens", "tiles", "splits", "consumers", "num_warps", "num_stages")
+    names = ("block_m", "tiles", "split_k", "num_consumers", "num_warps", "num_stages")
     for tokens in (1, 100, 128, 300):
         given = operands(weights, tokens, parts, dtype)
-        expected = reference(weights=weights, activation="silu" if "gated" in parts else None, **given)
+        expected = reference_linear(weights=weights, activation="silu" if "gated" in parts else None, **given)
         outs = [torch.full_like(expected, float("nan"), dtype=dtype) for _ in range(8)]
         for out in outs:
-            LAUNCHERS["hopper"](
+            LAUNCHERS["gemm_hopper"](
                 weights=weights, out=out, gated="gated" in parts, enable_pdl=True, **given,
                 **dict(zip(names, options, strict=True)),
             )  # fmt: skip
@@ -213,13 +226,13 @@ def test_any_number_of_tokens(
     weights = packed(features, inputs, group, bits, zeros, "cuda")
     for tokens in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 257, 300, 700):
         given = operands(weights, tokens, {"bias"} if activation else {"residual"}, dtype)
-        out = linear(weights=weights, activation=activation, **given)
+        out = apply_linear(weights=weights, activation=activation, **given)
         if out is None:
             given["residual"], activation_now = None, None
-            out = linear(weights=weights, **given)
+            out = apply_linear(weights=weights, **given)
             assert out is not None
         else:
             activation_now = activation
-        check(out, reference(weights=weights, activation=activation_now, **given), 8e-3)
-        again = linear(weights=weights, activation=activation_now, **given)
+        check(out, reference_linear(weights=weights, activation=activation_now, **given), 8e-3)
+        again = apply_linear(weights=weights, activation=activation_now, **given)
         assert again is not None and torch.equal(out, again)

@@ -12,7 +12,7 @@ from quire.plugins.quant.awq import GemmFormat, GemvFastFormat, GemvFormat
 from quire.plugins.quant.compressed_tensors import PackedFormat
 from quire.plugins.quant.gptq import GPTQFormat
 from quire.plugins.quant.grouped import GroupedFormat
-from quire.plugins.quant.packing import unpack
+from quire.plugins.quant.packing import unpack_codes
 
 SEEDS = st.integers(0, 2**31)
 quick = settings(max_examples=25, deadline=None)
@@ -42,10 +42,10 @@ def dense(q: Tensor, z: Tensor, s: Tensor, group: Tensor) -> Tensor:
 
 
 def read(form: GroupedFormat, tensors: dict[str, Tensor], outputs: int, inputs: int) -> Tensor:
-    for name, stored in form.stored(outputs, inputs).items():
+    for name, stored in form.get_stored_tensors(outputs, inputs).items():
         if name in tensors:
             stored.check(name, tensors[name])
-    return form.read(tensors, outputs, inputs).dense()
+    return form.unpack_tensors(tensors, outputs, inputs).dequantize_weights()
 
 
 @quick
@@ -54,14 +54,14 @@ def test_unpack_undoes_compressed_tensors_packing(seed: int, bits: int, rows: in
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     want = codes(seed, rows, count, bits=bits)
     packed = helpers.pack_to_int32((want - (1 << (bits - 1))).to(torch.int8), bits)
-    assert torch.equal(unpack(packed, bits, count).long(), want)
+    assert torch.equal(unpack_codes(packed, bits, count).long(), want)
 
 
 @quick
 @given(SEEDS, st.sampled_from([2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 4), st.sampled_from([16, 32]))
 def test_unpack_reads_a_stream_of_bits(seed: int, bits: int, rows: int, words: int, width: int) -> None:
     want = codes(seed, rows, words * 32, bits=bits)
-    assert torch.equal(unpack(stream(want, bits, width), bits).long(), want)
+    assert torch.equal(unpack_codes(stream(want, bits, width), bits).long(), want)
 
 
 @quick
@@ -134,7 +134,7 @@ def test_awq_weights_are_those_of_its_layouts(seed: int, size: int) -> None:
     got = read(GemmFormat(4, size), gemm, outputs, inputs)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
-    padded = GemvFormat(4, size).zero_words(inputs) * 8
+    padded = GemvFormat(4, size).count_zero_words(inputs) * 8
     rows = torch.zeros(outputs, padded, dtype=torch.long)
     rows[:, :groups] = z
     wide = torch.zeros(outputs, padded, dtype=torch.float16)

@@ -10,18 +10,24 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
-from quire.core.ops.kernels.quantize_kernel import KINDS, NATIVE, empty_output, row_warps, store_row
+from quire.core.ops.kernels.quantize_kernel import (
+    FORMAT_CODES,
+    NATIVE_FORMAT,
+    allocate_output,
+    get_num_warps,
+    quantize_and_store_row,
+)
 
-__all__ = ["silu_and_mul"]
+__all__ = ["launch_silu_and_mul"]
 
 _BLOCK = 1024
 
 
-def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
+def launch_silu_and_mul(gate_up: Tensor, output_format: ActivationFormat = NATIVE_FORMAT) -> Any:
     """As ``quire.core.ops.silu_and_mul`` and ``gated_activation``. ``gate_up`` (num_tokens, 2 * features), dense."""
     rows, width = gate_up.shape
-    out, values, scale = empty_output(gate_up, width // 2, wanted)
-    kind = KINDS[wanted.kind]
+    out, values, scale = allocate_output(gate_up, width // 2, output_format)
+    kind = FORMAT_CODES[output_format.kind]
     block = triton.next_power_of_2(width // 2) if kind else _BLOCK  # a quantized row is one program's
     grid = (rows, triton.cdiv(width // 2, block))
     enable_pdl = supports_pdl(gate_up.device)
@@ -33,7 +39,7 @@ def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
         kind=kind,
         block=block,
         enable_pdl=enable_pdl,
-        num_warps=row_warps(block),
+        num_warps=get_num_warps(block),
         launch_pdl=enable_pdl,
     )
     return out
@@ -41,9 +47,14 @@ def silu_and_mul(gate_up: Tensor, wanted: ActivationFormat = NATIVE) -> Any:
 
 @triton.jit
 def _silu_and_mul_kernel(
-    gate_up_ptr, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    gate_up_ptr,
+    out_ptr,
+    scale_ptr,
+    features: tl.constexpr,
+    kind: tl.constexpr,
+    block: tl.constexpr,
     enable_pdl: tl.constexpr,
-):  # fmt: skip
+):
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
@@ -53,4 +64,4 @@ def _silu_and_mul_kernel(
     up = tl.load(gate_up_ptr + row * 2 * features + features + at, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    store_row(silu * up, row, at, out_ptr, scale_ptr, features, kind)
+    quantize_and_store_row(silu * up, row, at, out_ptr, scale_ptr, features, kind)

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["decode_inputs"]
+__all__ = ["launch_decode_inputs"]
 
 _BLOCK = 256
 
 
-def decode_inputs(
+def launch_decode_inputs(
     rows: Tensor,
     drafts: Tensor,
     token_ids: Tensor,
@@ -37,19 +37,53 @@ def decode_inputs(
     n = len(rows)
     queries = len(input_ids) // n
     _decode_inputs_kernel[(n,)](
-        rows, drafts, token_ids, num_computed, block_table, input_ids, positions, seq_lens, slots, batch_blocks,
-        token_ids.stride(0), block_table.stride(0), batch_blocks.stride(0), len(num_computed) - 1, max_model_len - 1,
-        block_size=block_size, advance=advance, block=_BLOCK, queries=queries,
-        width=triton.next_power_of_2(queries), num_warps=1,
-    )  # fmt: skip
+        rows,
+        drafts,
+        token_ids,
+        num_computed,
+        block_table,
+        input_ids,
+        positions,
+        seq_lens,
+        slots,
+        batch_blocks,
+        token_ids.stride(0),
+        block_table.stride(0),
+        batch_blocks.stride(0),
+        len(num_computed) - 1,
+        max_model_len - 1,
+        block_size=block_size,
+        advance=advance,
+        block=_BLOCK,
+        queries=queries,
+        width=triton.next_power_of_2(queries),
+        num_warps=1,
+    )
 
 
 @triton.jit
 def _decode_inputs_kernel(
-    rows_ptr, drafts_ptr, token_ptr, computed_ptr, table_ptr, input_ptr, position_ptr, seq_len_ptr, slot_ptr, batch_ptr,
-    token_stride, table_stride, batch_stride, padding_row, last_position,
-    block_size: tl.constexpr, advance: tl.constexpr, block: tl.constexpr, queries: tl.constexpr, width: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    drafts_ptr,
+    token_ptr,
+    computed_ptr,
+    table_ptr,
+    input_ptr,
+    position_ptr,
+    seq_len_ptr,
+    slot_ptr,
+    batch_ptr,
+    token_stride,
+    table_stride,
+    batch_stride,
+    padding_row,
+    last_position,
+    block_size: tl.constexpr,
+    advance: tl.constexpr,
+    block: tl.constexpr,
+    queries: tl.constexpr,
+    width: tl.constexpr,
+):
     request = tl.program_id(0)
     row = tl.load(rows_ptr + request)
     real = row != padding_row

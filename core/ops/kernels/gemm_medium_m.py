@@ -1,7 +1,13 @@
-"""Tens of tokens times a weight matrix: tiles of many rows, on the tensor cores, the weights as the tall operand.
+"""Linear layers of tens of tokens in bfloat16 or float16: one tile of the tensor cores' product a program.
 
-As ``skinny``, but all the warps of a program work on one product, over the inputs in order. Each program reads every
-token once for more rows, which pays where the tokens are no longer small beside the weights.
+Algorithm: ``out[m, n] = epilogue(sum over k of x[m, k] * weight[n, k])``, M the tokens, N the output features and K
+the inputs. The weight is the first, tall operand (the product is transposed, "swap AB"), since M is small beside N.
+All the warps of a program work on one product over K in order, so the order of every sum is fixed by the shapes.
+
+Shapes: ``x`` (M, K), ``weight`` (N, K), ``out`` (M, N), or (M, N / 2) where gated; M at most ``block_m``.
+Grid: ``(N / block_n,)``; every program reads every token once.
+Shared memory: ``stages`` tiles of the weight, (block_n, block_k), and of the tokens, (block_k, block_m).
+Registers: the accumulator, (block_n, block_m) float32.
 """
 
 from __future__ import annotations
@@ -12,35 +18,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Tail, finish, rows_of, tail_of
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_epilogue, store_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
-__all__ = ["wide"]
+__all__ = ["launch_gemm_medium_m"]
 
 
-def wide(
+def launch_gemm_medium_m(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    tokens: int,
-    rows: int,
-    block: int,
+    block_m: int,
+    block_n: int,
+    block_k: int,
     num_warps: int,
     num_stages: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallBatchGemm``.
 
-    At most ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight, ``block`` inputs at a time.
-    There is no norm.
+    At most ``block_m`` (8 at least) tokens. A norm is never part of the kernel: launches say ``separate_norm``.
     """
-    assert norm is None, "its launches say norm_apart"
+    assert norm is None, "launches of this kernel say separate_norm"
     features, inputs = weight.shape
-    bias, residual, options = tail_of(x, bias, **tail)
-    wide_kernel[(triton.cdiv(features, rows),)](
+    bias, residual, options = pack_epilogue(x, bias, **epilogue)
+    gemm_medium_m_kernel[(triton.cdiv(features, block_n),)](
         x,
         weight,
         bias,
@@ -49,9 +54,9 @@ def wide(
         x.shape[0],
         features=features,
         inputs=inputs,
-        tokens=tokens,
-        rows=rows,
-        block=block,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
         stages=num_stages,
         num_warps=num_warps,
         **options,
@@ -59,7 +64,7 @@ def wide(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def wide_kernel(
+def gemm_medium_m_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs)
     bias_ptr,  # (features,)
@@ -68,35 +73,35 @@ def wide_kernel(
     num_tokens,
     features: tl.constexpr,
     inputs: tl.constexpr,
-    tokens: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
     stages: tl.constexpr,
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (features / rows,)."""
+    """Grid: (features / block_n,)."""
     tile = tl.program_id(0)
-    row = rows_of(tile, features, rows, gated)
-    token = tl.arange(0, tokens)
-    at = tl.arange(0, block)
-    x_row = tl.minimum(token, num_tokens - 1) * inputs
-    weights = weight_ptr + row.to(tl.int64)[:, None] * inputs + at[None, :]
+    offs_n = get_rows(tile, features, block_n, gated)
+    offs_m = tl.arange(0, block_m)
+    offs_k = tl.arange(0, block_k)
+    x_row = tl.minimum(offs_m, num_tokens - 1) * inputs
+    weights = weight_ptr + offs_n.to(tl.int64)[:, None] * inputs + offs_k[None, :]
     pdl_wait(enable_pdl)
-    acc = tl.zeros((rows, tokens), dtype=tl.float32)
-    whole: tl.constexpr = inputs % block == 0
-    for first in tl.range(0, inputs, block, num_stages=stages):
-        if whole:
-            w = tl.load(weights + first, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + x_row[None, :] + at[:, None])
+    acc = tl.zeros((block_n, block_m), dtype=tl.float32)
+    even_k: tl.constexpr = inputs % block_k == 0
+    for k in tl.range(0, inputs, block_k, num_stages=stages):
+        if even_k:
+            w = tl.load(weights + k, eviction_policy="evict_first")
+            x = tl.load(x_ptr + k + x_row[None, :] + offs_k[:, None])
         else:
-            inside = first + at < inputs
-            w = tl.load(weights + first, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + x_row[None, :] + at[:, None], mask=inside[:, None], other=0.0)
+            mask_k = k + offs_k < inputs
+            w = tl.load(weights + k, mask=mask_k[None, :], other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + k + x_row[None, :] + offs_k[:, None], mask=mask_k[:, None], other=0.0)
         acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)
     if has_bias:
-        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    finish(acc, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)
+        acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+    store_output(acc, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

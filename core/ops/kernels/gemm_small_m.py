@@ -1,8 +1,15 @@
-"""A few tokens times a weight matrix on the tensor cores: each weight is read once, whatever the number of tokens.
+"""Linear layers of a few tokens in bfloat16 or float16 on the tensor cores: each weight is read once, for all tokens.
 
-A program takes some rows of the weight and all the tokens. Its warps share out the inputs, each with a product of its
-own, and the products are added at the end: split-K without a second kernel and without atomics. So the order of every
-sum depends on the layer's shape and on the padded number of tokens alone.
+Algorithm: ``out[m, n] = epilogue(sum over k of x[m, k] * weight[n, k])``, M the tokens, N the output features and K
+the inputs. K is split among the ``slice_k`` warps of a program, each with a product of its own, and the products are
+added at the end (CUTLASS's sliced K), without a second kernel and without atomics. So the order of every sum depends
+on the layer's shape and on ``block_m`` alone. An RMS norm before the layer may be folded in: with ``s = 1 /
+sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``, and the squares are summed beside the products.
+
+Shapes: ``x`` (M, K), ``weight`` (N, K), ``out`` (M, N), or (M, N / 2) where gated; M at most ``block_m``.
+Grid: ``(N / block_n,)``.
+Shared memory: ``stages`` tiles of each warp: the weight's (block_n, block_k) and the tokens' (block_k, block_m).
+Registers: an accumulator (block_n, block_m) float32 in each warp.
 """
 
 from __future__ import annotations
@@ -13,40 +20,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_operands, store_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
-__all__ = ["skinny"]
+__all__ = ["launch_gemm_small_m"]
 
 
-def skinny(
+def launch_gemm_small_m(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    tokens: int,
-    rows: int,
-    block: int,
-    ways: int,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    slice_k: int,
     num_stages: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallBatchGemm``.
 
-    At most ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight; it has ``ways`` warps, each
-    with ``block`` inputs at a time.
+    At most ``block_m`` (8 at least) tokens. A program has ``slice_k`` warps, each with ``block_k`` inputs at a time.
     """
-    operands, options = operands_of(x, weight, bias, out, norm, **tail)
-    skinny_kernel[(triton.cdiv(weight.shape[0], rows),)](
-        x, weight, *operands, x.shape[0],
-        tokens=tokens, rows=rows, block=block, ways=ways, stages=num_stages, num_warps=ways, **options,
-    )  # fmt: skip
+    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    gemm_small_m_kernel[(triton.cdiv(weight.shape[0], block_n),)](
+        x,
+        weight,
+        *operands,
+        x.shape[0],
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        slice_k=slice_k,
+        stages=num_stages,
+        num_warps=slice_k,
+        **options,
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def skinny_kernel(
+def gemm_small_m_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs)
     bias_ptr,  # (features,)
@@ -57,10 +72,10 @@ def skinny_kernel(
     eps,
     features: tl.constexpr,
     inputs: tl.constexpr,
-    tokens: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
-    ways: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    slice_k: tl.constexpr,
     stages: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
@@ -68,40 +83,39 @@ def skinny_kernel(
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
-    are summed beside the products."""
+    """Grid: (features / block_n,)."""
     tile = tl.program_id(0)
-    row = rows_of(tile, features, rows, gated)
-    token = tl.arange(0, tokens)
-    at = tl.arange(0, ways)[:, None] * block + tl.arange(0, block)[None, :]  # (ways, block)
-    there = (token < num_tokens)[None, None, :]
-    weights = weight_ptr + row.to(tl.int64)[None, :, None] * inputs + at[:, None, :]
+    offs_n = get_rows(tile, features, block_n, gated)
+    offs_m = tl.arange(0, block_m)
+    offs_k = tl.arange(0, slice_k)[:, None] * block_k + tl.arange(0, block_k)[None, :]  # (slice_k, block_k)
+    mask_m = (offs_m < num_tokens)[None, None, :]
+    weights = weight_ptr + offs_n.to(tl.int64)[None, :, None] * inputs + offs_k[:, None, :]
     pdl_wait(enable_pdl)
-    acc = tl.zeros((ways, rows, tokens), dtype=tl.float32)
-    squares = tl.zeros((ways, block, tokens), dtype=tl.float32)
-    whole: tl.constexpr = inputs % (ways * block) == 0
-    for first in tl.range(0, inputs, ways * block, num_stages=stages):
-        if whole:
-            w = tl.load(weights + first, eviction_policy="evict_first")
-            x = tl.load(x_ptr + first + token[None, None, :] * inputs + at[:, :, None], mask=there, other=0.0)
+    acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
+    squares = tl.zeros((slice_k, block_k, block_m), dtype=tl.float32)
+    even_k: tl.constexpr = inputs % (slice_k * block_k) == 0
+    for k in tl.range(0, inputs, slice_k * block_k, num_stages=stages):
+        if even_k:
+            w = tl.load(weights + k, eviction_policy="evict_first")
+            x = tl.load(x_ptr + k + offs_m[None, None, :] * inputs + offs_k[:, :, None], mask=mask_m, other=0.0)
         else:
-            inside = first + at < inputs
-            w = tl.load(weights + first, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
+            mask_k = k + offs_k < inputs
+            w = tl.load(weights + k, mask=mask_k[:, None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(
-                x_ptr + first + token[None, None, :] * inputs + at[:, :, None],
-                mask=inside[:, :, None] & there,
+                x_ptr + k + offs_m[None, None, :] * inputs + offs_k[:, :, None],
+                mask=mask_k[:, :, None] & mask_m,
                 other=0.0,
             )
         if has_norm:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            g = tl.load(norm_ptr + first + at, mask=first + at < inputs, other=0.0).to(tl.float32)
-            x = (wide * g[:, :, None]).to(x.dtype)
+            x_f32 = x.to(tl.float32)
+            squares += x_f32 * x_f32
+            g = tl.load(norm_ptr + k + offs_k, mask=k + offs_k < inputs, other=0.0).to(tl.float32)
+            x = (x_f32 * g[:, :, None]).to(x.dtype)
         acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if has_norm:
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]
     if has_bias:
-        y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    finish(y, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)
+        y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+    store_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

@@ -1,9 +1,15 @@
-"""Very few tokens times a weight matrix: every program takes whole rows, so nothing is split and nothing added twice.
+"""Linear layers of one or two tokens in bfloat16 or float16, without tensor cores: a program takes whole rows of N.
 
-Weights go from memory to registers in 16-byte loads and are multiplied in float32 by the tokens, which every program
-keeps in registers (``gemv_kernel``); where rows are too long for that, one token is read in blocks beside the weights
-(``gemv_long_kernel``). The norm before the layer is computed by every program for itself. The order of every sum
-depends on the layer's shape alone.
+Algorithm: ``out[m, n] = epilogue(sum over k of x[m, k] * weight[n, k])`` in float32. Nothing is split among programs
+and nothing is added twice, so the order of every sum depends on the layer's shape alone. Weights go from memory to
+registers in 16-byte loads, those of the next tile while one is multiplied. The RMS norm before the layer is computed
+by every program for itself.
+- ``gemv_kernel`` keeps the tokens in registers and loops over ``tiles_per_program`` tiles of ``block_n`` rows.
+- ``gemv_k_loop_kernel`` is for rows too long for that: one token, one tile of rows, a loop over K in ``block_k``.
+
+Shapes: ``x`` (M, K), ``weight`` (N, K), ``out`` (M, N), or (M, N / 2) where gated.
+Grid: ``(N / block_n / tiles_per_program,)`` and ``(N / block_n,)``.
+Registers: a tile of weights and the next one; ``gemv_kernel`` also all tokens. Shared memory: the reductions alone.
 """
 
 from __future__ import annotations
@@ -14,56 +20,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_operands, store_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
-__all__ = ["gemv", "gemv_long"]
+__all__ = ["launch_gemv", "launch_gemv_k_loop"]
 
 _VECTOR = tl.constexpr(8)
 
 
-def gemv(
+def launch_gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    tokens: int,
-    rows: int,
-    turns: int,
+    block_m: int,
+    block_n: int,
+    tiles_per_program: int,
     num_warps: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallLinear``.
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight``, dense; see ``SmallBatchGemm``.
 
-    At most ``tokens`` of them. A program takes ``rows`` rows of the weight at a time, ``turns`` times.
+    At most ``block_m`` tokens. A program takes ``tiles_per_program`` tiles of ``block_n`` rows, one after the other.
     """
     features, inputs = weight.shape
-    operands, options = operands_of(x, weight, bias, out, norm, **tail)
+    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
     vectors = triton.next_power_of_2(triton.cdiv(inputs, 8))
-    gemv_kernel[(triton.cdiv(features, rows * turns),)](
-        x, weight, *operands, x.shape[0],
-        vectors=vectors, tokens=tokens, rows=rows, turns=turns, num_warps=num_warps, **options,
-    )  # fmt: skip
+    gemv_kernel[(triton.cdiv(features, block_n * tiles_per_program),)](
+        x,
+        weight,
+        *operands,
+        x.shape[0],
+        vectors=vectors,
+        block_m=block_m,
+        block_n=block_n,
+        tiles_per_program=tiles_per_program,
+        num_warps=num_warps,
+        **options,
+    )
 
 
-def gemv_long(
+def launch_gemv_k_loop(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
-    rows: int,
-    block: int,
+    block_n: int,
+    block_k: int,
     num_warps: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """As ``gemv``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time."""
-    operands, options = operands_of(x, weight, bias, out, norm, **tail)
-    gemv_long_kernel[(triton.cdiv(weight.shape[0], rows),)](
-        x, weight, *operands, rows=rows, block=block, num_warps=num_warps, **options
+    """As ``launch_gemv``, for one token; a program takes ``block_n`` rows, ``block_k`` inputs at a time."""
+    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    gemv_k_loop_kernel[(triton.cdiv(weight.shape[0], block_n),)](
+        x, weight, *operands, block_n=block_n, block_k=block_k, num_warps=num_warps, **options
     )
 
 
@@ -80,53 +94,61 @@ def gemv_kernel(
     features: tl.constexpr,
     inputs: tl.constexpr,
     vectors: tl.constexpr,
-    tokens: tl.constexpr,
-    rows: tl.constexpr,
-    turns: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    tiles_per_program: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (features / rows / turns,). The next turn's weights are on their way while one is multiplied."""
-    first = tl.program_id(0) * turns
-    at = tl.arange(0, vectors)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
-    inside = at < inputs
-    weights = weight_ptr + at[None, :, :]
-    row = rows_of(first, features, rows, gated).to(tl.int64)[:, None, None]
-    w = tl.load(weights + row * inputs, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
+    """Grid: (features / block_n / tiles_per_program,)."""
+    first = tl.program_id(0) * tiles_per_program
+    offs_k = tl.arange(0, vectors)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
+    mask_k = offs_k < inputs
+    weights = weight_ptr + offs_k[None, :, :]
+    offs_n = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
+    w = tl.load(weights + offs_n * inputs, mask=mask_k[None, :, :], other=0.0, eviction_policy="evict_first")
     if has_norm:
-        g = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     xs = ()
-    for token in tl.static_range(tokens):
+    for token in tl.static_range(block_m):
         x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs
-        x = tl.load(x_row + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_row + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if has_norm:
             scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1)) / inputs + eps)
             x = x * scale * g
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
-    for turn in range(turns):
+    for turn in range(tiles_per_program):
         tile = first + turn
-        row = rows_of(tile + 1, features, rows, gated).to(tl.int64)[:, None, None]
-        wanted = inside[None, :, :] & (turn + 1 < turns)
-        ahead = tl.load(weights + row * inputs, mask=wanted, other=0.0, eviction_policy="evict_first")
-        wide = w.to(tl.float32)
-        for token in tl.static_range(tokens):
-            y = tl.sum(tl.sum(wide * xs[token][None, :, :], axis=2), axis=1)
+        offs_n = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
+        next_mask = mask_k[None, :, :] & (turn + 1 < tiles_per_program)
+        w_next = tl.load(weights + offs_n * inputs, mask=next_mask, other=0.0, eviction_policy="evict_first")
+        w_f32 = w.to(tl.float32)
+        for token in tl.static_range(block_m):
+            y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1)
             if has_bias:
-                y += tl.load(bias_ptr + rows_of(tile, features, rows, gated)).to(tl.float32)
-            finish(
-                y[:, None], tile, token + tl.zeros((1,), dtype=tl.int32), num_tokens, residual_ptr, out_ptr, features,
-                rows, gated, has_residual,
-            )  # fmt: skip
-        w = ahead
+                y += tl.load(bias_ptr + get_rows(tile, features, block_n, gated)).to(tl.float32)
+            store_output(
+                y[:, None],
+                tile,
+                token + tl.zeros((1,), dtype=tl.int32),
+                num_tokens,
+                residual_ptr,
+                out_ptr,
+                features,
+                block_n,
+                gated,
+                has_residual,
+            )
+        w = w_next
 
 
 @triton.jit
-def gemv_long_kernel(
+def gemv_k_loop_kernel(
     x_ptr,  # (inputs,)
     weight_ptr,  # (features, inputs)
     bias_ptr,  # (features,)
@@ -136,42 +158,49 @@ def gemv_long_kernel(
     eps,
     features: tl.constexpr,
     inputs: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
-    are summed beside the products."""
-    row = rows_of(tl.program_id(0), features, rows, gated)
-    at = tl.arange(0, block // _VECTOR)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
-    weights = weight_ptr + row.to(tl.int64)[:, None, None] * inputs + at[None, :, :]
-    w = tl.load(weights, mask=(at < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
+    """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
+    offs_n = get_rows(tl.program_id(0), features, block_n, gated)
+    offs_k = tl.arange(0, block_k // _VECTOR)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
+    weights = weight_ptr + offs_n.to(tl.int64)[:, None, None] * inputs + offs_k[None, :, :]
+    w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    acc = tl.zeros((rows, block // _VECTOR), dtype=tl.float32)
-    squares = tl.zeros((block // _VECTOR,), dtype=tl.float32)
-    for first in tl.static_range(0, inputs, block):
-        inside = first + at < inputs
-        x = tl.load(x_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
-        ahead = w
-        if first + block < inputs:
-            wanted = (first + block + at < inputs)[None, :, :]
-            ahead = tl.load(weights + (first + block), mask=wanted, other=0.0, eviction_policy="evict_first")
+    acc = tl.zeros((block_n, block_k // _VECTOR), dtype=tl.float32)
+    squares = tl.zeros((block_k // _VECTOR,), dtype=tl.float32)
+    for first in tl.static_range(0, inputs, block_k):
+        mask_k = first + offs_k < inputs
+        x = tl.load(x_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        w_next = w
+        if first + block_k < inputs:
+            next_mask = (first + block_k + offs_k < inputs)[None, :, :]
+            w_next = tl.load(weights + (first + block_k), mask=next_mask, other=0.0, eviction_policy="evict_first")
         if has_norm:
             squares += tl.sum(x * x, axis=1)
-            x *= tl.load(norm_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+            x *= tl.load(norm_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
-        w = ahead
+        w = w_next
     y = tl.sum(acc, axis=1)
     if has_norm:
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:
-        y += tl.load(bias_ptr + row).to(tl.float32)
-    finish(
-        y[:, None], tl.program_id(0), tl.zeros((1,), dtype=tl.int32), 1, residual_ptr, out_ptr, features, rows, gated,
+        y += tl.load(bias_ptr + offs_n).to(tl.float32)
+    store_output(
+        y[:, None],
+        tl.program_id(0),
+        tl.zeros((1,), dtype=tl.int32),
+        1,
+        residual_ptr,
+        out_ptr,
+        features,
+        block_n,
+        gated,
         has_residual,
-    )  # fmt: skip
+    )

@@ -17,15 +17,20 @@ import torch
 import triton
 from torch import Tensor
 
-from quire.core.ops.kernels.gemm_medium_m import wide
-from quire.core.ops.kernels.gemm_small_m import skinny
-from quire.core.ops.kernels.gemv import gemv, gemv_long
-from quire.core.ops.kernels.norm_kernel import rms_norm
+from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
+from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
+from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
+from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 from quire.core.ops.kernels.pdl import supports_pdl
 
-__all__ = ["Launch", "SmallLinear", "launches", "rule"]
+__all__ = ["Launch", "TritonSmallBatchGemm", "choose_launch", "get_launches"]
 
-_KERNELS: dict[str, Callable[..., None]] = {"gemv": gemv, "gemv_long": gemv_long, "skinny": skinny, "wide": wide}
+_KERNELS: dict[str, Callable[..., None]] = {
+    "gemv": launch_gemv,
+    "gemv_k_loop": launch_gemv_k_loop,
+    "gemm_small_m": launch_gemm_small_m,
+    "gemm_medium_m": launch_gemm_medium_m,
+}
 _TABLES = {(9, 0): "h200.json"}
 """Compute capability -> table."""
 _STEPS = (1, 8, 16, 32)
@@ -38,18 +43,18 @@ class Launch:
 
     kernel: str
     options: Mapping[str, int]
-    norm_apart: bool = False
+    separate_norm: bool = False
     """The norm before the layer is faster as a kernel of its own."""
 
 
-class SmallLinear:
+class TritonSmallBatchGemm:
     """The kernels of one layer. It holds no weights, only what to launch."""
 
     def __init__(
         self, device: torch.device, features: int, inputs: int, dtype: torch.dtype, enable_pdl: bool = True
     ) -> None:
         self._enable_pdl = enable_pdl and supports_pdl(device)
-        self._steps = launches(device, features, inputs) if dtype in (torch.bfloat16, torch.float16) else []
+        self._steps = get_launches(device, features, inputs) if dtype in (torch.bfloat16, torch.float16) else []
 
     def __call__(
         self,
@@ -69,8 +74,10 @@ class SmallLinear:
         launch = next((launch for most, launch in self._steps if x.shape[0] <= most), None)
         if launch is None or not x.is_contiguous() or not x.shape[0]:
             return None
-        if norm is not None and (launch.norm_apart or (launch.kernel == "skinny" and x.dtype == torch.float16)):
-            x, norm = rms_norm(x, *norm, None)[0], None  # float16 would not hold x * g
+        if norm is not None and (
+            launch.separate_norm or (launch.kernel == "gemm_small_m" and x.dtype == torch.float16)
+        ):
+            x, norm = launch_rms_norm(x, *norm, None)[0], None  # float16 would not hold x * g
         features = weight.shape[0]
         out = x.new_empty(x.shape[0], features // 2 if gated else features)
         _KERNELS[launch.kernel](
@@ -87,7 +94,7 @@ class SmallLinear:
         return out
 
 
-def launches(device: torch.device, features: int, inputs: int) -> list[tuple[int, Launch | None]]:
+def get_launches(device: torch.device, features: int, inputs: int) -> list[tuple[int, Launch | None]]:
     """(most tokens, launch), ascending; None is the library."""
     if device.type != "cuda" or inputs % 16 or features % 16:
         return []
@@ -96,25 +103,25 @@ def launches(device: torch.device, features: int, inputs: int) -> list[tuple[int
         return []
     measured = _read(name).get(f"{features}x{inputs}")
     if measured is None:
-        return [(most, rule(features, inputs, most)) for most in _STEPS]
+        return [(most, choose_launch(features, inputs, most)) for most in _STEPS]
     return [(int(most), None if entry is None else _launch(entry)) for most, entry in measured.items()]
 
 
-def rule(features: int, inputs: int, tokens: int) -> Launch | None:
+def choose_launch(features: int, inputs: int, tokens: int) -> Launch | None:
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens == 1:
         if inputs > 8192:
-            return Launch("gemv_long", {"rows": 4, "block": 1024, "num_warps": 4})
+            return Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 4})
         warps = min(16, max(2, triton.next_power_of_2(inputs) // 512))
         turns = triton.cdiv(features, 2 * 132 * 8)
-        return Launch("gemv", {"tokens": 1, "rows": 2, "turns": turns, "num_warps": warps})
+        return Launch("gemv", {"block_m": 1, "block_n": 2, "tiles_per_program": turns, "num_warps": warps})
     if features > inputs:
-        options = {"tokens": tokens, "rows": 64, "block": 128, "num_warps": 4, "num_stages": 4}
-        return Launch("wide", options, norm_apart=True)
+        options = {"block_m": tokens, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4}
+        return Launch("gemm_medium_m", options, separate_norm=True)
     if tokens > 16:
         return None
-    options = {"tokens": tokens, "rows": 16, "block": 64, "ways": 4, "num_stages": 4}
-    return Launch("skinny", options, norm_apart=True)
+    options = {"block_m": tokens, "block_n": 16, "block_k": 64, "slice_k": 4, "num_stages": 4}
+    return Launch("gemm_small_m", options, separate_norm=True)
 
 
 @cache
@@ -124,6 +131,6 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _launch(entry: Mapping[str, Any]) -> Launch:
-    told = ("kernel", "norm_apart", "us", "apart_us")
+    told = ("kernel", "separate_norm", "us", "unfused_us")
     options = {key: value for key, value in entry.items() if key not in told}
-    return Launch(entry["kernel"], options, bool(entry.get("norm_apart", False)))
+    return Launch(entry["kernel"], options, bool(entry.get("separate_norm", False)))

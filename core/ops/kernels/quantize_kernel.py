@@ -9,35 +9,37 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 
-__all__ = ["KINDS", "NATIVE", "empty_output", "row_warps", "store_row"]
+__all__ = ["FORMAT_CODES", "NATIVE_FORMAT", "allocate_output", "get_num_warps", "quantize_and_store_row"]
 
-KINDS = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3, "fp8_group": 4}
+FORMAT_CODES = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3, "fp8_group": 4}
 """As ``store_row`` counts them."""
-NATIVE = ActivationFormat()
+NATIVE_FORMAT = ActivationFormat()
 
 
-def empty_output(x: Tensor, features: int, wanted: ActivationFormat) -> tuple[Tensor | QuantActivation, Tensor, Tensor]:
+def allocate_output(
+    x: Tensor, features: int, output_format: ActivationFormat
+) -> tuple[Tensor | QuantActivation, Tensor, Tensor]:
     """(what to return, its values, its scale) for as many rows as ``x`` has; the scale of a native one is not read."""
-    if wanted.kind == "native":
+    if output_format.kind == "native":
         values = x.new_empty(x.shape[0], features)
         return values, values, values
-    dtype = torch.int8 if wanted.kind == "int8_token" else torch.float8_e4m3fn
-    rows, groups, scale = x.shape[0], 1, wanted.scale
-    if wanted.kind == "fp8_group":
+    dtype = torch.int8 if output_format.kind == "int8_token" else torch.float8_e4m3fn
+    rows, groups, scale = x.shape[0], 1, output_format.scale
+    if output_format.kind == "fp8_group":
         rows, groups = rows + -rows % 4, features // 128
     values = x.new_empty(rows, features, dtype=dtype)[: x.shape[0]]
-    if wanted.kind != "fp8_tensor" or scale is None:
+    if output_format.kind != "fp8_tensor" or scale is None:
         scale = x.new_empty(groups, rows, dtype=torch.float32).T[: x.shape[0]]
     return QuantActivation(values, scale, dtype=x.dtype), values, scale
 
 
-def row_warps(block: int) -> int:
+def get_num_warps(block: int) -> int:
     """Warps of a program that holds a row of ``block`` numbers."""
     return min(32 if block > 16384 else 16, max(1, block // 256))
 
 
 @triton.jit
-def store_row(y, row, at, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr):
+def quantize_and_store_row(y, row, at, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr):
     """Store a whole row, zero where ``at`` is outside, as the format of ``kind`` wants it."""
     if kind:
         y = y.to(tl.float32)

@@ -10,12 +10,12 @@ from torch import Tensor
 from quire.core.contracts.attention import LayerKV
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 
-__all__ = ["rope_and_cache"]
+__all__ = ["launch_rope_and_cache"]
 
 _HEADS = 4
 
 
-def rope_and_cache(
+def launch_rope_and_cache(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -124,31 +124,78 @@ def _rope_kernel(
     slot = tl.load(slot_ptr + token)
     if group < query_groups:
         _rotate_heads(
-            q_ptr + token * q_stride, q_ptr, 0, q_norm_ptr, cos_sin_ptr, position, group * heads, num_heads, eps,
-            k_scale_ptr, dim, half, block_half, block_rest, heads, has_norm, False, most,
-        )  # fmt: skip
+            q_ptr + token * q_stride,
+            q_ptr,
+            0,
+            q_norm_ptr,
+            cos_sin_ptr,
+            position,
+            group * heads,
+            num_heads,
+            eps,
+            k_scale_ptr,
+            dim,
+            half,
+            block_half,
+            block_rest,
+            heads,
+            has_norm,
+            False,
+            most,
+        )
     else:
         first = (group - query_groups) * heads
         cache_k = cache_k_ptr + (slot // block_size) * ck_block + (slot % block_size) * ck_slot
         _rotate_heads(
-            k_ptr + token * k_stride, cache_k, ck_head, k_norm_ptr, cos_sin_ptr, position, first, num_kv_heads, eps,
-            k_scale_ptr, dim, half, block_half, block_rest, heads, has_norm, has_cache, most,
-        )  # fmt: skip
+            k_ptr + token * k_stride,
+            cache_k,
+            ck_head,
+            k_norm_ptr,
+            cos_sin_ptr,
+            position,
+            first,
+            num_kv_heads,
+            eps,
+            k_scale_ptr,
+            dim,
+            half,
+            block_half,
+            block_rest,
+            heads,
+            has_norm,
+            has_cache,
+            most,
+        )
         if has_cache:
             head = first + tl.arange(0, heads)[:, None]
             at = tl.arange(0, block_dim)[None, :]
             inside = (head < num_kv_heads) & (at < dim)
             v = tl.load(v_ptr + token * v_stride + head * dim + at, mask=inside, other=0.0)
             cache_v = cache_v_ptr + (slot // block_size) * cv_block + (slot % block_size) * cv_slot
-            tl.store(cache_v + head * cv_head + at, _stored(v, v_scale_ptr, cache_v, most), mask=inside)
+            tl.store(cache_v + head * cv_head + at, _to_cache_dtype(v, v_scale_ptr, cache_v, most), mask=inside)
 
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, cache_ptr, cache_head, norm_ptr, cos_sin_ptr, position, first_head, num_heads, eps, scale_ptr,
-    dim: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rest: tl.constexpr, heads: tl.constexpr,
-    has_norm: tl.constexpr, has_cache: tl.constexpr, most: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    cache_ptr,
+    cache_head,
+    norm_ptr,
+    cos_sin_ptr,
+    position,
+    first_head,
+    num_heads,
+    eps,
+    scale_ptr,
+    dim: tl.constexpr,
+    half: tl.constexpr,
+    block_half: tl.constexpr,
+    block_rest: tl.constexpr,
+    heads: tl.constexpr,
+    has_norm: tl.constexpr,
+    has_cache: tl.constexpr,
+    most: tl.constexpr,
+):
     """Norm and rotate ``heads`` heads of one token in place, and copy them to the cache."""
     head = first_head + tl.arange(0, heads)[:, None]
     at = tl.arange(0, block_half)[None, :]
@@ -178,18 +225,22 @@ def _rotate_heads(
     tl.store(x_ptr + head * dim + at, low, mask=inside)
     tl.store(x_ptr + head * dim + half + at, high, mask=inside)
     if has_cache:
-        tl.store(cache_ptr + head * cache_head + at, _stored(low, scale_ptr, cache_ptr, most), mask=inside)
-        tl.store(cache_ptr + head * cache_head + half + at, _stored(high, scale_ptr, cache_ptr, most), mask=inside)
+        tl.store(cache_ptr + head * cache_head + at, _to_cache_dtype(low, scale_ptr, cache_ptr, most), mask=inside)
+        tl.store(
+            cache_ptr + head * cache_head + half + at, _to_cache_dtype(high, scale_ptr, cache_ptr, most), mask=inside
+        )
         if 2 * half < dim:
             if not has_norm:
                 rest = tl.load(x_ptr + head * dim + rest_at, mask=rest_inside, other=0.0)
             tl.store(
-                cache_ptr + head * cache_head + rest_at, _stored(rest, scale_ptr, cache_ptr, most), mask=rest_inside
+                cache_ptr + head * cache_head + rest_at,
+                _to_cache_dtype(rest, scale_ptr, cache_ptr, most),
+                mask=rest_inside,
             )
 
 
 @triton.jit
-def _stored(x, scale_ptr, cache_ptr, most: tl.constexpr):
+def _to_cache_dtype(x, scale_ptr, cache_ptr, most: tl.constexpr):
     """``x`` as the cache holds it; ``most``: the largest number of a type of one byte, else 0."""
     if most > 0:
         x = tl.minimum(tl.maximum(x.to(tl.float32) / tl.load(scale_ptr), -most), most)

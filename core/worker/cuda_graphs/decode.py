@@ -243,11 +243,11 @@ class DecodeGraphs:
         )
 
     def _launch_model(self, inputs: StepInputs) -> Tensor:
-        from quire.core.ops.kernels.decode_inputs_kernel import decode_inputs
+        from quire.core.ops.kernels.decode_inputs_kernel import launch_decode_inputs
 
         table, last, queries = self._table, len(inputs.batches) - 1, inputs.draft_spans.max_len
         for group, batch in enumerate(inputs.batches):
-            decode_inputs(
+            launch_decode_inputs(
                 inputs.rows,
                 inputs.draft_spans.num_drafts,
                 table.token_ids,

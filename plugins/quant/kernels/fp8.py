@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from quire.plugins.quant.kernels import fp8_quantize
-from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
+from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
 from quire.sdk import ActivationFormat, InputFormat, QuantActivation
 
-__all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
+__all__ = ["apply_linear", "can_implement", "get_input_format", "quantize_activation", "quantize_weight"]
 
-_MOST = 448.0
-_BY_TOKEN = ActivationFormat("fp8_token")
+_FP8_MAX = 448.0
+_PER_TOKEN = ActivationFormat("fp8_token")
 
 
-def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
+def can_implement(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
     """Whether ``linear`` takes these on their device: a GPU that knows the type (Ada, Hopper and later), with rows and
     inputs in whole vectors of 16 and 32, and scales by block for whole blocks of inputs."""
     features, inputs = weight.shape
@@ -27,20 +27,20 @@ def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weigh
         return False
     if features % 16 or inputs % (32 if weight_scale.dim() == 1 else 128):
         return False
-    plan_for(weight.device, features, inputs, weight.dtype)
+    get_gemm_plan(weight.device, features, inputs, weight.dtype)
     return True
 
 
-def input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
+def get_input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
     """What the operation before such a layer should emit, where it is not part of the layer's own kernel."""
     if weight_only:
         return "native"
     if weight_scale.dim() == 2:
-        return "fp8_group" if input_scale is None and _library_takes_blocks(weight_scale.device) else "native"
+        return "fp8_group" if input_scale is None and _library_has_block_scales(weight_scale.device) else "native"
     return "fp8_token" if input_scale is None else "fp8_tensor"
 
 
-def linear(
+def apply_linear(
     x: Tensor | QuantActivation,
     weight: Tensor,
     weight_scale: Tensor,
@@ -60,31 +60,38 @@ def linear(
     ``norm``, ``activation`` and ``residual`` as in ``LinearMethod.apply_fused``; None only where one of them is given
     and not offered for so many tokens. On the CPU weights are widened and activations stay as they are.
     """
-    return EightBit(_BY_TOKEN, _scaled_mm, _library_takes_blocks(weight.device)).linear(
-        x, weight, weight_scale, bias, input_scale, weight_only=weight_only, norm=norm, activation=activation,
+    return EightBitGemm(_PER_TOKEN, multiply_by_library, _library_has_block_scales(weight.device)).apply_linear(
+        x,
+        weight,
+        weight_scale,
+        bias,
+        input_scale,
+        weight_only=weight_only,
+        norm=norm,
+        activation=activation,
         residual=residual,
-    )  # fmt: skip
+    )
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` (features, inputs) in e4m3 and its scale (features,) float32: each row's largest becomes 448."""
-    scale = (weight.abs().amax(dim=1).float() / _MOST).clamp(min=1e-12)
-    return (weight.float() / scale[:, None]).clamp(-_MOST, _MOST).to(torch.float8_e4m3fn), scale
+    scale = (weight.abs().amax(dim=1).float() / _FP8_MAX).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
     """``x`` (num_tokens, features) in e4m3, by one ``scale`` float32 or, where it is None, one for each token."""
-    wanted = _BY_TOKEN if scale is None else ActivationFormat("fp8_tensor", scale.reshape(1))
+    wanted = _PER_TOKEN if scale is None else ActivationFormat("fp8_tensor", scale.reshape(1))
     return fp8_quantize.quantize_activation(x, wanted)
 
 
-def _scaled_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_by_library(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The library's."""
-    out = (_scaled_mm_by_block if scale.dim() == 2 else _scaled_mm_by_row)(x, weight, scale).to(x.dtype)
+    out = (_scaled_mm_per_block if scale.dim() == 2 else _scaled_mm_per_row)(x, weight, scale).to(x.dtype)
     return out if bias is None else out.add_(bias)
 
 
-def _scaled_mm_by_row(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
+def _scaled_mm_per_row(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
     """With fast accumulation: its sums of 32 products keep 14 bits, less than an activation's 4 lose."""
     x_scale = x.scale if x.scale.numel() > 1 else x.scale.reshape(1, 1).expand(x.values.shape[0], 1).contiguous()
     return torch._scaled_mm(
@@ -92,7 +99,7 @@ def _scaled_mm_by_row(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tens
     )
 
 
-def _scaled_mm_by_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
+def _scaled_mm_per_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
     """Sums of 128 products are scaled and added in float32. The library wants whole fours of tokens, and of a row's
     blocks."""
     (tokens, inputs), more = x.values.shape, -scale.shape[1] % 4
@@ -109,7 +116,7 @@ def _scaled_mm_by_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> Te
 
 
 @cache
-def _library_takes_blocks(device: torch.device) -> bool:
+def _library_has_block_scales(device: torch.device) -> bool:
     """Whether cuBLAS multiplies 128x128 blocks: on Hopper, from CUDA 12.9 on."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False

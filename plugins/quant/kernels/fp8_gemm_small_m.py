@@ -1,9 +1,14 @@
-"""A few tokens times a weight of 8 bits on the tensor cores, the weights widened in registers: each is read once, and
-the activations are not quantized.
+"""Linear layers of a few tokens with weights of 8 bits (FP8 e4m3 or INT8) on the 16-bit tensor cores: W8A16.
 
-A program takes some rows of the weight and all the tokens. Its warps share out the inputs, each with a product of its
-own, and the products are added at the end. So the order of every sum depends on the layer's shape and on the padded
-number of tokens alone.
+Algorithm: as ``quire.core.ops.kernels.gemm_small_m``: K is split among the warps of a program, whose products are added
+at the end. The weights are widened in registers, each is read once, and activations are not quantized. A scale for
+each row multiplies the sum; a scale for each 128x128 block multiplies each partial product, and ``block_k`` is 128.
+The order of every sum depends on the layer's shape and on ``block_m`` alone.
+
+Shapes: ``x`` (M, K), ``weight`` (N, K), ``out`` (M, N), or (M, N / 2) where gated; M at most ``block_m``.
+Grid: ``(N / block_n,)``.
+Shared memory: ``stages`` tiles of each warp: the weight's (block_n, block_k) bytes and the tokens' (block_k, block_m).
+Registers: an accumulator (block_n, block_m) float32 in each warp.
 """
 
 from __future__ import annotations
@@ -14,36 +19,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Tail, finish, rows_of, tail_of
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_epilogue, store_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
-__all__ = ["skinny8"]
+__all__ = ["launch_fp8_gemm_small_m"]
 
 
-def skinny8(
+def launch_fp8_gemm_small_m(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
     scale: Tensor,
-    tokens: int,
-    rows: int,
-    block: int,
-    ways: int,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    slice_k: int,
     num_stages: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense.
 
-    ``scale`` float32, (features,) or (features / 128, inputs / 128), both rounded up; then ``block`` is 128. At most
-    ``tokens`` (8 at least) of them. A program takes ``rows`` rows of the weight; it has ``ways`` warps, each with
-    ``block`` inputs at a time.
+    ``scale`` float32, (features,) or (features / 128, inputs / 128), both rounded up; then ``block_k`` is 128. At most
+    ``block_m`` (8 at least) tokens. A program has ``slice_k`` warps, each with ``block_k`` inputs at a time.
     """
     features, inputs = weight.shape
-    assert scale.dim() == 1 or block == 128
-    bias, residual, options = tail_of(x, bias, **tail)
-    skinny8_kernel[(triton.cdiv(features, rows),)](
+    assert scale.dim() == 1 or block_k == 128
+    bias, residual, options = pack_epilogue(x, bias, **epilogue)
+    fp8_gemm_small_m_kernel[(triton.cdiv(features, block_n),)](
         x,
         weight,
         scale,
@@ -53,19 +57,19 @@ def skinny8(
         x.shape[0],
         features=features,
         inputs=inputs,
-        tokens=tokens,
-        rows=rows,
-        block=block,
-        ways=ways,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        slice_k=slice_k,
         stages=num_stages,
-        blocks=scale.shape[1] if scale.dim() == 2 else 0,
-        num_warps=ways,
+        scale_blocks=scale.shape[1] if scale.dim() == 2 else 0,
+        num_warps=slice_k,
         **options,
     )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def skinny8_kernel(
+def fp8_gemm_small_m_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs)
     scale_ptr,  # (features,), or (features / 128, blocks)
@@ -75,12 +79,12 @@ def skinny8_kernel(
     num_tokens,
     features: tl.constexpr,
     inputs: tl.constexpr,
-    tokens: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
-    ways: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    slice_k: tl.constexpr,
     stages: tl.constexpr,
-    blocks: tl.constexpr,
+    scale_blocks: tl.constexpr,
     has_bias: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
@@ -88,35 +92,35 @@ def skinny8_kernel(
 ):
     """Grid: (features / rows,)."""
     tile = tl.program_id(0)
-    row = rows_of(tile, features, rows, gated)
-    token = tl.arange(0, tokens)
-    way = tl.arange(0, ways)
-    at = way[:, None] * block + tl.arange(0, block)[None, :]  # (ways, block)
-    weights = weight_ptr + row.to(tl.int64)[None, :, None] * inputs + at[:, None, :]
-    x_at = x_ptr + token[None, None, :] * inputs + at[:, :, None]
-    there = (token < num_tokens)[None, None, :]
+    offs_n = get_rows(tile, features, block_n, gated)
+    offs_m = tl.arange(0, block_m)
+    split = tl.arange(0, slice_k)
+    offs_k = split[:, None] * block_k + tl.arange(0, block_k)[None, :]  # (slice_k, block_k)
+    w_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :, None] * inputs + offs_k[:, None, :]
+    x_ptrs = x_ptr + offs_m[None, None, :] * inputs + offs_k[:, :, None]
+    mask_m = (offs_m < num_tokens)[None, None, :]
     pdl_wait(enable_pdl)
-    acc = tl.zeros((ways, rows, tokens), dtype=tl.float32)
-    whole: tl.constexpr = inputs % (ways * block) == 0
-    for first in tl.range(0, inputs, ways * block, num_stages=stages):
-        if whole:
-            w = tl.load(weights + first, eviction_policy="evict_first")
-            x = tl.load(x_at + first, mask=there & (at >= 0)[:, :, None], other=0.0)
+    acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
+    even_k: tl.constexpr = inputs % (slice_k * block_k) == 0
+    for k in tl.range(0, inputs, slice_k * block_k, num_stages=stages):
+        if even_k:
+            w = tl.load(w_ptrs + k, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + k, mask=mask_m & (offs_k >= 0)[:, :, None], other=0.0)
         else:
-            inside = first + at < inputs
-            w = tl.load(weights + first, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_at + first, mask=there & inside[:, :, None], other=0.0)
+            mask_k = k + offs_k < inputs
+            w = tl.load(w_ptrs + k, mask=mask_k[:, None, :], other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + k, mask=mask_m & mask_k[:, :, None], other=0.0)
         w = w.to(tl.float32).to(x.dtype)
-        if blocks:
-            group = tl.minimum(first // 128 + way, blocks - 1)
-            s = tl.load(scale_ptr + (row // 128 * blocks)[None, :] + group[:, None])  # (ways, rows)
+        if scale_blocks:
+            group = tl.minimum(k // 128 + split, scale_blocks - 1)
+            s = tl.load(scale_ptr + (offs_n // 128 * scale_blocks)[None, :] + group[:, None])  # (slice_k, block_n)
             acc += tl.dot(w, x) * s[:, :, None]
         else:
             acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)  # (rows, tokens)
-    if not blocks:
-        y *= tl.load(scale_ptr + row)[:, None]
+    if not scale_blocks:
+        y *= tl.load(scale_ptr + offs_n)[:, None]
     if has_bias:
-        y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    finish(y, tile, token, num_tokens, residual_ptr, out_ptr, features, rows, gated, has_residual)
+        y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+    store_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

@@ -1,8 +1,13 @@
-"""A few tokens times a weight of 8 bits, widened in registers: the activations are not quantized.
+"""Linear layers of a few tokens with weights of 8 bits (FP8 e4m3 or INT8), without tensor cores: W8A16.
 
-Every program takes whole rows of the weight and keeps the tokens, normed if need be, in registers. Weights are loaded
-16 bytes at a time and travel as 32-bit words, since bytes that are carried from one turn to the next are taken apart
-and put together again. The order of every sum depends on the layer's shape alone.
+Algorithm: as ``quire.core.ops.kernels.gemv``, with ``scale[n]`` (or the scale of a 128x128 block) behind the product.
+Weights are widened in registers; activations are not quantized. Weights are loaded 16 bytes at a time. In
+``fp8_gemv_kernel`` they travel as 32-bit words, since bytes that are carried from one turn of the loop to the next are
+taken apart and put together again. The order of every sum depends on the layer's shape alone.
+
+Shapes: ``x`` (M, K), ``weight`` (N, K), ``out`` (M, N), or (M, N / 2) where gated; K a multiple of 16.
+Grid: ``(N / block_n / tiles_per_program,)`` and, for ``fp8_gemv_k_loop_kernel``, ``(N / block_n,)``.
+Registers: a tile of weights and the next one; ``fp8_gemv_kernel`` also all tokens, normed if need be.
 """
 
 from __future__ import annotations
@@ -14,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Tail, finish, operands_of, rows_of
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_operands, store_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
-__all__ = ["gemv8", "gemv8_long"]
+__all__ = ["launch_fp8_gemv", "launch_fp8_gemv_k_loop"]
 
 
-def gemv8(
+def launch_fp8_gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -28,36 +33,36 @@ def gemv8(
     *,
     scale: Tensor,
     norm: tuple[Tensor, float] | None = None,
-    tokens: int,
-    rows: int,
-    turns: int,
+    block_m: int,
+    block_n: int,
+    tiles_per_program: int,
     num_warps: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
     """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs) and ``weight`` (features, inputs), dense.
 
-    ``scale`` (features,) float32. At most ``tokens`` of them. A program takes ``rows`` rows of the weight at a time,
-    ``turns`` times. ``inputs`` is a multiple of 16.
+    ``scale`` (features,) float32. At most ``block_m`` tokens. A program takes ``tiles_per_program`` tiles of
+    ``block_n`` rows, one after the other. ``inputs`` is a multiple of 16.
     """
     features, inputs = weight.shape
-    operands, options = operands_of(x, weight, bias, out, norm, **tail)
-    gemv8_kernel[(triton.cdiv(features, rows * turns),)](
+    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    fp8_gemv_kernel[(triton.cdiv(features, block_n * tiles_per_program),)](
         x,
         weight.view(torch.int32),
         scale,
         *operands,
         x.shape[0],
         vectors=triton.next_power_of_2(inputs // 16),
-        tokens=tokens,
-        rows=rows,
-        turns=turns,
-        whole=weight.dtype == torch.int8,
+        block_m=block_m,
+        block_n=block_n,
+        tiles_per_program=tiles_per_program,
+        is_int8=weight.dtype == torch.int8,
         num_warps=num_warps,
         **options,
     )
 
 
-def gemv8_long(
+def launch_fp8_gemv_k_loop(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,40 +70,40 @@ def gemv8_long(
     *,
     scale: Tensor,
     norm: tuple[Tensor, float] | None = None,
-    rows: int,
-    block: int,
+    block_n: int,
+    block_k: int,
     num_warps: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """As ``gemv8``, for one token; a program takes ``rows`` rows of the weight, ``block`` inputs at a time.
+    """As ``launch_fp8_gemv``, for one token; a program takes ``block_n`` rows, ``block_k`` inputs at a time.
 
     ``scale`` is (features,), or (features / 128, inputs / 128), both rounded up.
     """
-    operands, options = operands_of(x, weight, bias, out, norm, **tail)
-    gemv8_long_kernel[(triton.cdiv(weight.shape[0], rows),)](
+    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    fp8_gemv_k_loop_kernel[(triton.cdiv(weight.shape[0], block_n),)](
         x,
         weight,
         scale,
         *operands,
-        rows=rows,
-        block=block,
-        blocks=scale.shape[1] if scale.dim() == 2 else 0,
+        block_n=block_n,
+        block_k=block_k,
+        scale_blocks=scale.shape[1] if scale.dim() == 2 else 0,
         num_warps=num_warps,
         **options,
     )
 
 
 @triton.jit
-def widen(words, whole: tl.constexpr):
+def unpack_bytes(words, is_int8: tl.constexpr):
     """Four 8-bit numbers of each word, in order: (a, b, c) int32 -> (a, b, 4 c) float32."""
     low, high = tl.join(words, words >> 16), tl.join(words >> 8, words >> 24)
     parts = tl.join(low, high)  # (a, b, c, 2, 2)
     octets = tl.reshape(parts, (words.shape[0], words.shape[1], 4 * words.shape[2])).to(tl.int8)
-    return octets.to(tl.float32) if whole else octets.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return octets.to(tl.float32) if is_int8 else octets.to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def gemv8_kernel(
+def fp8_gemv_kernel(
     x_ptr,  # (num_tokens, inputs)
     weight_ptr,  # (features, inputs / 4) int32
     scale_ptr,  # (features,)
@@ -111,59 +116,70 @@ def gemv8_kernel(
     features: tl.constexpr,
     inputs: tl.constexpr,
     vectors: tl.constexpr,
-    tokens: tl.constexpr,
-    rows: tl.constexpr,
-    turns: tl.constexpr,
-    whole: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    tiles_per_program: tl.constexpr,
+    is_int8: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (features / rows / turns,). The next turn's weights are on their way while one is multiplied."""
-    first = tl.program_id(0) * turns
+    """Grid: (features / block_n / tiles_per_program,)."""
+    first = tl.program_id(0) * tiles_per_program
     vector = tl.arange(0, vectors)[:, None]
     word = vector * 4 + tl.arange(0, 4)[None, :]
-    wanted = (word < inputs // 4)[None, :, :]
+    next_mask = (word < inputs // 4)[None, :, :]
     weights = weight_ptr + word[None, :, :]
-    row = rows_of(first, features, rows, gated).to(tl.int64)[:, None, None]
-    w = tl.load(weights + row * (inputs // 4), mask=wanted, other=0, eviction_policy="evict_first")
-    at = vector * 16 + tl.arange(0, 16)[None, :]
-    inside = at < inputs
+    first_row = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
+    w = tl.load(weights + first_row * (inputs // 4), mask=next_mask, other=0, eviction_policy="evict_first")
+    offs_k = vector * 16 + tl.arange(0, 16)[None, :]
+    mask_k = offs_k < inputs
     if has_norm:
-        g = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     xs = ()
-    for token in tl.static_range(tokens):
+    for token in tl.static_range(block_m):
         x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs
-        x = tl.load(x_row + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_row + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if has_norm:
             x = x * tl.rsqrt(tl.sum(tl.sum(x * x, axis=1)) / inputs + eps) * g
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
-    for turn in range(turns):
+    for turn in range(tiles_per_program):
         tile = first + turn
-        next_row = rows_of(tile + 1, features, rows, gated).to(tl.int64)[:, None, None]
-        ahead = tl.load(
-            weights + next_row * (inputs // 4), mask=wanted & (turn + 1 < turns), other=0, eviction_policy="evict_first"
+        next_row = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
+        w_next = tl.load(
+            weights + next_row * (inputs // 4),
+            mask=next_mask & (turn + 1 < tiles_per_program),
+            other=0,
+            eviction_policy="evict_first",
         )
-        wide = widen(w, whole)
-        mine = rows_of(tile, features, rows, gated)
-        scale = tl.load(scale_ptr + mine)
-        for token in tl.static_range(tokens):
-            y = tl.sum(tl.sum(wide * xs[token][None, :, :], axis=2), axis=1) * scale
+        w_f32 = unpack_bytes(w, is_int8)
+        offs_n = get_rows(tile, features, block_n, gated)
+        scale = tl.load(scale_ptr + offs_n)
+        for token in tl.static_range(block_m):
+            y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1) * scale
             if has_bias:
-                y += tl.load(bias_ptr + mine).to(tl.float32)
-            finish(
-                y[:, None], tile, token + tl.zeros((1,), dtype=tl.int32), num_tokens, residual_ptr, out_ptr, features,
-                rows, gated, has_residual,
-            )  # fmt: skip
-        w = ahead
+                y += tl.load(bias_ptr + offs_n).to(tl.float32)
+            store_output(
+                y[:, None],
+                tile,
+                token + tl.zeros((1,), dtype=tl.int32),
+                num_tokens,
+                residual_ptr,
+                out_ptr,
+                features,
+                block_n,
+                gated,
+                has_residual,
+            )
+        w = w_next
 
 
 @triton.jit
-def gemv8_long_kernel(
+def fp8_gemv_k_loop_kernel(
     x_ptr,  # (inputs,)
     weight_ptr,  # (features, inputs)
     scale_ptr,  # (features,), or (features / 128, blocks)
@@ -174,49 +190,56 @@ def gemv8_long_kernel(
     eps,
     features: tl.constexpr,
     inputs: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
-    blocks: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    scale_blocks: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (features / rows,). With ``s = 1 / sqrt(mean(x^2) + eps)``, ``W (g * x * s) = s * W (g * x)``: the squares
-    are summed beside the products."""
-    row = rows_of(tl.program_id(0), features, rows, gated)
-    at = tl.arange(0, block // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    weights = weight_ptr + row.to(tl.int64)[:, None, None] * inputs + at[None, :, :]
-    w = tl.load(weights, mask=(at < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
+    """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
+    offs_n = get_rows(tl.program_id(0), features, block_n, gated)
+    offs_k = tl.arange(0, block_k // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    weights = weight_ptr + offs_n.to(tl.int64)[:, None, None] * inputs + offs_k[None, :, :]
+    w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    acc = tl.zeros((rows, block // 16), dtype=tl.float32)
-    squares = tl.zeros((block // 16,), dtype=tl.float32)
-    for first in tl.static_range(0, inputs, block):
-        inside = first + at < inputs
-        x = tl.load(x_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
-        ahead = w
-        if first + block < inputs:
-            wanted = (first + block + at < inputs)[None, :, :]
-            ahead = tl.load(weights + (first + block), mask=wanted, other=0.0, eviction_policy="evict_first")
+    acc = tl.zeros((block_n, block_k // 16), dtype=tl.float32)
+    squares = tl.zeros((block_k // 16,), dtype=tl.float32)
+    for first in tl.static_range(0, inputs, block_k):
+        mask_k = first + offs_k < inputs
+        x = tl.load(x_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        w_next = w
+        if first + block_k < inputs:
+            next_mask = (first + block_k + offs_k < inputs)[None, :, :]
+            w_next = tl.load(weights + (first + block_k), mask=next_mask, other=0.0, eviction_policy="evict_first")
         if has_norm:
             squares += tl.sum(x * x, axis=1)
-            x *= tl.load(norm_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+            x *= tl.load(norm_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         part = tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
-        if blocks:
-            group = tl.minimum(first // 128 + tl.arange(0, block // 16) // 8, blocks - 1)
-            part *= tl.load(scale_ptr + (row // 128 * blocks)[:, None] + group[None, :])
+        if scale_blocks:
+            group = tl.minimum(first // 128 + tl.arange(0, block_k // 16) // 8, scale_blocks - 1)
+            part *= tl.load(scale_ptr + (offs_n // 128 * scale_blocks)[:, None] + group[None, :])
         acc += part
-        w = ahead
+        w = w_next
     y = tl.sum(acc, axis=1)
-    if not blocks:
-        y *= tl.load(scale_ptr + row)
+    if not scale_blocks:
+        y *= tl.load(scale_ptr + offs_n)
     if has_norm:
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:
-        y += tl.load(bias_ptr + row).to(tl.float32)
-    finish(
-        y[:, None], tl.program_id(0), tl.zeros((1,), dtype=tl.int32), 1, residual_ptr, out_ptr, features, rows, gated,
+        y += tl.load(bias_ptr + offs_n).to(tl.float32)
+    store_output(
+        y[:, None],
+        tl.program_id(0),
+        tl.zeros((1,), dtype=tl.int32),
+        1,
+        residual_ptr,
+        out_ptr,
+        features,
+        block_n,
+        gated,
         has_residual,
-    )  # fmt: skip
+    )

@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.ops.kernels.pdl import supports_pdl
-from quire.core.ops.norm import rms_norm, rms_norm_as
-from quire.plugins.quant.kernels.fp8_gemm_medium_m import wide8
-from quire.plugins.quant.kernels.fp8_gemm_small_m import skinny8
-from quire.plugins.quant.kernels.fp8_gemv import gemv8, gemv8_long
+from quire.core.ops.norm import rms_norm, rms_norm_quantized
+from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
+from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
+from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
 from quire.sdk import ActivationFormat, QuantActivation
 
-__all__ = ["EightBit", "Launch", "Plan", "dequantize", "plan_for", "rule"]
+__all__ = ["EightBitGemm", "GemmPlan", "Launch", "choose_launch", "dequantize_weight", "get_gemm_plan"]
 
 _KERNELS: dict[str, Callable[..., None]] = {
-    "gemv8": gemv8,
-    "gemv8_long": gemv8_long,
-    "skinny8": skinny8,
-    "wide8": wide8,
+    "gemv": launch_fp8_gemv,
+    "gemv_k_loop": launch_fp8_gemv_k_loop,
+    "gemm_small_m": launch_fp8_gemm_small_m,
+    "gemm_medium_m": launch_fp8_gemm_medium_m,
 }
 _TABLES = {(9, 0): "h200.json"}
 """Compute capability -> table, after the name of the kind."""
@@ -50,26 +50,26 @@ class Launch:
 
     kernel: str
     options: Mapping[str, int]
-    norm_apart: bool = False
+    separate_norm: bool = False
     """The norm before the layer is a kernel of its own, without quantization."""
 
     @property
     def quantized(self) -> bool:
         """Whether it multiplies activations of 8 bits."""
-        return self.kernel == "wide8"
+        return self.kernel == "gemm_medium_m"
 
 
-class Plan:
+class GemmPlan:
     """What layers of one shape on one device launch, whose kernels run one after the other.
 
     ``steps`` are (most tokens, the launches that can do, the best first), ascending. Past them there is the library.
     """
 
     def __init__(self, device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> None:
-        self.steps = launches(device, features, inputs, dtype)
+        self.steps = get_launches(device, features, inputs, dtype)
         self.enable_pdl = supports_pdl(device)
 
-    def launch(self, tokens: int, quantized: bool, native: bool, blocks: bool) -> Launch | None:
+    def select_launch(self, tokens: int, quantized: bool, native: bool, blocks: bool) -> Launch | None:
         """The best for ``tokens``, or None: the library. ``quantized``: the activations are already; ``native``: they
         shall not be; ``blocks``: scales are by 128x128 block."""
         for most, found in self.steps:
@@ -87,18 +87,18 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class EightBit:
+class EightBitGemm:
     """One kind of 8 bits: how activations are quantized by token, and the library's product.
 
     ``library(x, weight, scale, bias)`` multiplies a quantized ``x`` by ``weight`` (features, inputs), whose ``scale``
     is (features,) or, where ``blocks`` says so, by 128x128 block, to ``x.dtype``.
     """
 
-    by_token: ActivationFormat
-    library: Callable[[QuantActivation, Tensor, Tensor, Tensor | None], Tensor]
-    blocks: bool = False
+    per_token: ActivationFormat
+    library_gemm: Callable[[QuantActivation, Tensor, Tensor, Tensor | None], Tensor]
+    library_has_block_scales: bool = False
 
-    def linear(
+    def apply_linear(
         self,
         x: Tensor | QuantActivation,
         weight: Tensor,
@@ -115,31 +115,31 @@ class EightBit:
         given = x.values if isinstance(x, QuantActivation) else x
         fused = norm is not None or activation is not None or residual is not None
         if not weight.is_cuda:
-            return None if fused else _widened(x, weight, scale, bias)
+            return None if fused else _multiply_dequantized(x, weight, scale, bias)
         tokens, blocks = given.shape[0], scale.dim() == 2
-        plan = plan_for(weight.device, *weight.shape, weight.dtype)
-        by_block = blocks and self.blocks and input_scale is None and not weight_only
+        plan = get_gemm_plan(weight.device, *weight.shape, weight.dtype)
+        by_block = blocks and self.library_has_block_scales and input_scale is None and not weight_only
         few = tokens <= (_FEW_UP if weight.shape[0] > weight.shape[1] else _FEW_DOWN) or not by_block
-        launch = plan.launch(tokens, isinstance(x, QuantActivation), weight_only, blocks) if few else None
+        launch = plan.select_launch(tokens, isinstance(x, QuantActivation), weight_only, blocks) if few else None
         if launch is None or activation not in (None, "silu") or not tokens or not given.is_contiguous():
             if fused:
                 return None
             if weight_only or (blocks and not by_block):
-                return _widened(x, weight, scale, bias)
-            x = x if isinstance(x, QuantActivation) else self.quantize(x, input_scale, blocks)
-            return self.library(x, weight, scale, bias)
+                return _multiply_dequantized(x, weight, scale, bias)
+            x = x if isinstance(x, QuantActivation) else self.quantize_activation(x, input_scale, blocks)
+            return self.library_gemm(x, weight, scale, bias)
         options: dict[str, Any] = dict(launch.options)
         if launch.quantized:
             if not isinstance(x, QuantActivation):
-                x = self.quantize(x, input_scale, blocks, norm)
+                x = self.quantize_activation(x, input_scale, blocks, norm)
             values, dtype, norm = x.values, x.dtype, None
             options["x_scale"] = x.scale
         else:
             assert isinstance(x, Tensor)
             values, dtype = x, x.dtype
-            if norm is not None and launch.norm_apart:
+            if norm is not None and launch.separate_norm:
                 values, norm = rms_norm(x, *norm)[0], None
-            if launch.kernel.startswith("gemv8"):
+            if launch.kernel.startswith("gemv"):
                 options["norm"] = norm
         gated = activation is not None
         features = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -157,34 +157,34 @@ class EightBit:
         )
         return out
 
-    def quantize(
+    def quantize_activation(
         self, x: Tensor, input_scale: Tensor | None, blocks: bool, norm: tuple[Tensor, float] | None = None
     ) -> QuantActivation:
         """``x`` (num_tokens, features), after an RMS norm where one is given, in this kind of 8 bits; for weights with
         scales by block, by groups of as many inputs."""
-        wanted = self.by_token
+        wanted = self.per_token
         if wanted.kind == "fp8_token" and input_scale is not None:
             wanted = ActivationFormat("fp8_tensor", input_scale.reshape(1))
         elif wanted.kind == "fp8_token" and blocks:
             wanted = ActivationFormat("fp8_group")
-        y = quantize_activation(x, wanted) if norm is None else rms_norm_as(wanted, x, *norm)[0]
+        y = quantize_activation(x, wanted) if norm is None else rms_norm_quantized(wanted, x, *norm)[0]
         assert isinstance(y, QuantActivation)
         return y
 
 
-def _widened(x: Tensor | QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_dequantized(x: Tensor | QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product with nothing in 8 bits."""
     x = dequantize_activation(x) if isinstance(x, QuantActivation) else x
-    return F.linear(x, dequantize(weight, scale, x.dtype), bias)
+    return F.linear(x, dequantize_weight(weight, scale, x.dtype), bias)
 
 
 @cache
-def plan_for(device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> Plan:
+def get_gemm_plan(device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> GemmPlan:
     """One for each shape."""
-    return Plan(device, features, inputs, dtype)
+    return GemmPlan(device, features, inputs, dtype)
 
 
-def launches(
+def get_launches(
     device: torch.device, features: int, inputs: int, dtype: torch.dtype
 ) -> list[tuple[int, list[Launch | None]]]:
     """(most tokens, launches in the order of their speed), ascending; None is the library."""
@@ -192,25 +192,25 @@ def launches(
     name = _TABLES.get(capability)
     kind = "int8" if dtype == torch.int8 else "fp8"
     if name is None:
-        return [(most, [rule(features, inputs, most)]) for most in _STEPS if most <= 8]
+        return [(most, [choose_launch(features, inputs, most)]) for most in _STEPS if most <= 8]
     measured = _read(f"{kind}_{name}").get(f"{features}x{inputs}")
     if measured is None:
         return [(most, _both(features, inputs, most)) for most in _STEPS]
     return [(int(most), [None if e is None else _launch(e) for e in found]) for most, found in measured.items()]
 
 
-def rule(features: int, inputs: int, tokens: int, quantized: bool = False) -> Launch:
+def choose_launch(features: int, inputs: int, tokens: int, quantized: bool = False) -> Launch:
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens == 1 and not quantized:
-        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2}, norm_apart=True)
+        return Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 2}, separate_norm=True)
     if tokens <= 8 and not quantized:
-        options = {"tokens": 8, "rows": 16, "block": 128, "ways": 4, "num_stages": 6}
-        return Launch("skinny8", options, norm_apart=True)
-    options = {"tokens": max(8, tokens), "rows": 64, "block": min(256 if tokens <= 64 else 128, inputs & -inputs)}
-    return Launch("wide8", options | {"num_warps": 4, "num_stages": 6 if tokens <= 32 else 4})
+        options = {"block_m": 8, "block_n": 16, "block_k": 128, "slice_k": 4, "num_stages": 6}
+        return Launch("gemm_small_m", options, separate_norm=True)
+    options = {"block_m": max(8, tokens), "block_n": 64, "block_k": min(256 if tokens <= 64 else 128, inputs & -inputs)}
+    return Launch("gemm_medium_m", options | {"num_warps": 4, "num_stages": 6 if tokens <= 32 else 4})
 
 
-def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` (features, inputs) times its scale, (features,) or by 128x128 block, in ``dtype``."""
     if scale.dim() == 1:
         return (weight.float() * scale[:, None]).to(dtype)
@@ -220,18 +220,18 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _both(features: int, inputs: int, tokens: int) -> list[Launch | None]:
-    first = rule(features, inputs, tokens)
-    return [first] if first.quantized else [first, rule(features, inputs, tokens, quantized=True)]
+    first = choose_launch(features, inputs, tokens)
+    return [first] if first.quantized else [first, choose_launch(features, inputs, tokens, quantized=True)]
 
 
 def _by_block(launch: Launch) -> Launch:
     """With inputs taken 128 at a time, so that a product has one scale for each row."""
-    if launch.kernel == "gemv8":
-        return Launch("gemv8_long", {"rows": 4, "block": 1024, "num_warps": 2}, norm_apart=True)
+    if launch.kernel == "gemv":
+        return Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 2}, separate_norm=True)
     options = dict(launch.options)
-    if launch.kernel != "gemv8_long":
+    if launch.kernel != "gemv_k_loop":
         options["block"] = 128
-    return Launch(launch.kernel, options, launch.norm_apart)
+    return Launch(launch.kernel, options, launch.separate_norm)
 
 
 @cache
@@ -242,6 +242,6 @@ def _read(name: str) -> dict[str, dict[str, list[dict[str, Any] | None]]]:
 
 
 def _launch(entry: Mapping[str, Any]) -> Launch:
-    told = ("kernel", "norm_apart", "us")
+    told = ("kernel", "separate_norm", "us")
     options = {key: value for key, value in entry.items() if key not in told}
-    return Launch(entry["kernel"], options, bool(entry.get("norm_apart", False)))
+    return Launch(entry["kernel"], options, bool(entry.get("separate_norm", False)))

@@ -8,26 +8,26 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
-from quire.core.ops.kernels.quantize_kernel import KINDS, empty_output, row_warps, store_row
+from quire.core.ops.kernels.quantize_kernel import FORMAT_CODES, allocate_output, get_num_warps, quantize_and_store_row
 from quire.core.ops.quantize import quantize_activation as twin
 from quire.sdk import ActivationFormat, QuantActivation
 
 __all__ = ["dequantize_activation", "quantize_activation"]
 
 
-def quantize_activation(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
+def quantize_activation(x: Tensor, output_format: ActivationFormat) -> QuantActivation:
     """As ``quire.core.ops.quantize``, which is its twin. ``x`` (num_tokens, features), rows dense."""
     if not x.is_cuda:
-        out = twin(x, wanted)
+        out = twin(x, output_format)
         assert isinstance(out, QuantActivation)
         return out
-    return launch(x, wanted)
+    return launch_quantize_activation(x, output_format)
 
 
-def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
+def launch_quantize_activation(x: Tensor, output_format: ActivationFormat) -> QuantActivation:
     """The kernel: a program a row."""
     rows, features = x.shape
-    out, values, scale = empty_output(x, features, wanted)
+    out, values, scale = allocate_output(x, features, output_format)
     block = triton.next_power_of_2(features)
     enable_pdl = supports_pdl(x.device)
     _quantize_kernel[(rows,)](
@@ -36,10 +36,10 @@ def launch(x: Tensor, wanted: ActivationFormat) -> QuantActivation:
         scale,
         x.stride(0),
         features=features,
-        kind=KINDS[wanted.kind],
+        kind=FORMAT_CODES[output_format.kind],
         block=block,
         enable_pdl=enable_pdl,
-        num_warps=row_warps(block),
+        num_warps=get_num_warps(block),
         launch_pdl=enable_pdl,
     )
     assert isinstance(out, QuantActivation)
@@ -56,12 +56,18 @@ def dequantize_activation(x: QuantActivation, dtype: torch.dtype | None = None) 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, out_ptr, scale_ptr, x_stride, features: tl.constexpr, kind: tl.constexpr, block: tl.constexpr,
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    x_stride,
+    features: tl.constexpr,
+    kind: tl.constexpr,
+    block: tl.constexpr,
     enable_pdl: tl.constexpr,
-):  # fmt: skip
+):
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     x = tl.load(x_ptr + row * x_stride + at, mask=at < features, other=0.0)
-    store_row(x, row, at, out_ptr, scale_ptr, features, kind)
+    quantize_and_store_row(x, row, at, out_ptr, scale_ptr, features, kind)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.ops.kernels.pdl import supports_pdl
-from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, dequantized
-from quire.plugins.quant.kernels.int4_table import launch_for
+from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, launch_dequantize_int4
+from quire.plugins.quant.kernels.int4_table import select_launch
 
-__all__ = ["IntWeights", "dequantize", "linear", "pack", "reference"]
+__all__ = ["IntWeights", "apply_linear", "dequantize_weights", "pack_weights", "reference_linear"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class IntWeights:
     bits: int
 
 
-def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, bits: int = 4) -> IntWeights | None:
+def pack_weights(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, bits: int = 4
+) -> IntWeights | None:
     """Repack, on the tensors' device; None where there is no kernel for groups of that size.
 
     ``codes`` (features, inputs) uint8, ``scales`` (features, groups), ``zeros`` (features, groups) uint8, None for
@@ -66,7 +68,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, b
     return IntWeights(words, groups, features, inputs, group, bits)
 
 
-def linear(
+def apply_linear(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None = None,
@@ -84,11 +86,11 @@ def linear(
     gated = activation is not None
     if norm is not None or activation not in (None, "silu") or (gated and weights.features % 32):
         return None
-    launch = launch_for(weights, x)
+    launch = select_launch(weights, x)
     if launch is None:
         if gated or residual is not None:
             return None
-        return F.linear(x, dequantize(weights, x.dtype), bias)
+        return F.linear(x, dequantize_weights(weights, x.dtype), bias)
     if gated and launch.options["tiles"] < 2:
         return None
     out = x.new_empty(x.shape[0], weights.features // 2 if gated else weights.features)
@@ -105,14 +107,14 @@ def linear(
     return out
 
 
-def dequantize(weights: IntWeights, dtype: torch.dtype) -> Tensor:
+def dequantize_weights(weights: IntWeights, dtype: torch.dtype) -> Tensor:
     """(features, inputs) of ``dtype``; by a kernel where there is one."""
     if weights.words.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        return dequantized(weights, dtype)
+        return launch_dequantize_int4(weights, dtype)
     return _dense(weights).to(dtype)
 
 
-def reference(
+def reference_linear(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None = None,

@@ -11,42 +11,51 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quire.core.ops.kernels.linear_epilogue import Tail, tail_of
+from quire.core.ops.kernels.linear_epilogue import Epilogue, pack_epilogue
 from quire.core.ops.kernels.pdl import supports_pdl
-from quire.plugins.quant.kernels.int4_gemm_medium_m import combine_kernel, dequantize_kernel, wide_kernel
-from quire.plugins.quant.kernels.int4_gemm_small_m import skinny_kernel
-from quire.plugins.quant.kernels.int4_hopper import hopper_kernel
+from quire.plugins.quant.kernels.int4_gemm_hopper import int4_gemm_hopper_kernel
+from quire.plugins.quant.kernels.int4_gemm_medium_m import (
+    combine_split_k_kernel,
+    int4_dequantize_kernel,
+    int4_gemm_medium_m_kernel,
+)
+from quire.plugins.quant.kernels.int4_gemm_small_m import int4_gemm_small_m_kernel
 
 if TYPE_CHECKING:
     from quire.plugins.quant.kernels.int4 import IntWeights
 
-__all__ = ["LAUNCHERS", "dequantized", "hopper", "skinny", "wide"]
+__all__ = [
+    "LAUNCHERS",
+    "launch_dequantize_int4",
+    "launch_int4_gemm_hopper",
+    "launch_int4_gemm_medium_m",
+    "launch_int4_gemm_small_m",
+]
 
 _TOKENS, _CODES = NVMMASharedLayout(128, 16, 2), NVMMASharedLayout(0, 32, 3)
 """How they lie in shared memory. Made once: that takes as long as the rest of a launch."""
 
 
-def skinny(
+def launch_int4_gemm_small_m(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None,
     out: Tensor,
     *,
-    tokens: int,
+    block_m: int,
     tiles: int,
-    ways: int,
-    depth: int,
+    slice_k: int,
+    unroll_k: int,
     num_stages: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense; ``gated`` is SiLU.
+    """``out`` (num_tokens, features) from ``x`` (num_tokens, inputs), both dense, float16 or bfloat16.
 
-    At most ``tokens`` (8 at least) of them. A program takes ``tiles`` times 16 rows (gated, half of them are gates);
-    its ``ways`` warps share out the inputs, each taking ``depth`` blocks of them at a time. ``enable_pdl``: start while
-    the kernel before still runs, where the device can.
+    At most ``block_m`` (8 at least) tokens. A program takes ``tiles`` times 16 rows (gated, half of them are gates);
+    its ``slice_k`` warps share out the inputs, each taking ``unroll_k`` blocks of them at a time.
     """
-    bias, residual, options = tail_of(x, bias, **tail)
-    skinny_kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
+    bias, residual, options = pack_epilogue(x, bias, **epilogue)
+    int4_gemm_small_m_kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
         x,
         weights.words,
         weights.groups,
@@ -58,40 +67,40 @@ def skinny(
         inputs=weights.inputs,
         group=weights.group_size,
         bits=weights.bits,
-        tokens=tokens,
+        block_m=block_m,
         tiles=tiles,
-        ways=ways,
-        depth=depth,
+        slice_k=slice_k,
+        unroll_k=unroll_k,
         stages=num_stages,
-        native=_native(x.dtype),
-        num_warps=ways,
+        native=_has_native_unpack(x.dtype),
+        num_warps=slice_k,
         **options,
     )
 
 
-def wide(
+def launch_int4_gemm_medium_m(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None,
     out: Tensor,
     *,
-    tokens: int,
+    block_m: int,
     tiles: int,
-    splits: int,
-    scaled: int,
+    split_k: int,
+    scale_weights: int,
     num_warps: int,
     num_stages: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """As ``skinny``, for any number of tokens, ``tokens`` of them to a program.
+    """As ``launch_int4_gemm_small_m``, for any number of tokens, ``block_m`` of them to a program.
 
-    The inputs are shared out to ``splits`` programs, and their results added up by another kernel.
-    ``scaled``: scale the weights instead of the products, as groups smaller than a block always are.
+    The inputs are shared out to ``split_k`` programs, and their results added up by another kernel.
+    ``scale_weights``: scale the weights instead of the products, as groups smaller than a block always are.
     """
     num_tokens, features = x.shape[0], weights.features
-    parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
-    bias, residual, options = tail_of(x, bias, **tail)
-    wide_kernel[(triton.cdiv(weights.words.shape[0], tiles), triton.cdiv(num_tokens, tokens), splits)](
+    parts = out if split_k == 1 else torch.empty(split_k, num_tokens, features, dtype=torch.float32, device=x.device)
+    bias, residual, options = pack_epilogue(x, bias, **epilogue)
+    int4_gemm_medium_m_kernel[(triton.cdiv(weights.words.shape[0], tiles), triton.cdiv(num_tokens, block_m), split_k)](
         x,
         weights.words,
         weights.groups,
@@ -103,47 +112,47 @@ def wide(
         inputs=weights.inputs,
         group=weights.group_size,
         bits=weights.bits,
-        tokens=tokens,
+        block_m=block_m,
         tiles=tiles,
-        splits=splits,
-        scaled=bool(scaled) or weights.group_size * weights.bits < 512,
+        split_k=split_k,
+        scale_weights=bool(scale_weights) or weights.group_size * weights.bits < 512,
         stages=num_stages,
-        native=_native(x.dtype),
+        native=_has_native_unpack(x.dtype),
         num_warps=num_warps,
         **options,
     )
-    if splits > 1:
-        _combine(parts, bias, residual, out, weights.features, splits, options)
+    if split_k > 1:
+        _launch_combine_split_k(parts, bias, residual, out, weights.features, split_k, options)
 
 
-def hopper(
+def launch_int4_gemm_hopper(
     x: Tensor,
     weights: IntWeights,
     bias: Tensor | None,
     out: Tensor,
     *,
-    tokens: int,
+    block_m: int,
     tiles: int,
-    splits: int,
-    consumers: int,
+    split_k: int,
+    num_consumers: int,
     num_warps: int,
     num_stages: int,
-    **tail: Unpack[Tail],
+    **epilogue: Unpack[Epilogue],
 ) -> None:
-    """As ``wide`` with scaled weights, on Hopper: 4 bits, float16 or bfloat16, and groups of a multiple of 128.
+    """As ``launch_int4_gemm_medium_m`` with scaled weights, on Hopper: 4 bits and groups of a multiple of 128.
 
-    A program's ``consumers``, one or two, have ``num_warps`` (4 or 8; 4 of two) and take ``tiles`` each.
+    A program's ``num_consumers``, one or two, have ``num_warps`` (4 or 8; 4 of two) and take ``tiles`` each.
     """
     num_tokens, features = x.shape[0], weights.features
-    bias, residual, options = tail_of(x, bias, **tail)
+    bias, residual, options = pack_epilogue(x, bias, **epilogue)
     kinds = 2 if options["gated"] else 1
     held, blocks = weights.words.shape[:2]
-    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
-    parts = out if splits == 1 else torch.empty(splits, num_tokens, features, dtype=torch.float32, device=x.device)
+    split_k = triton.cdiv(blocks, triton.cdiv(blocks, split_k))
+    parts = out if split_k == 1 else torch.empty(split_k, num_tokens, features, dtype=torch.float32, device=x.device)
     words = weights.words.view(kinds, held // kinds, blocks * 256)
     groups = weights.groups.view(kinds, held // kinds, -1)
-    hopper_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(held, tiles * consumers), splits)](
-        TensorDescriptor.from_tensor(x, [tokens, 128], _TOKENS),
+    int4_gemm_hopper_kernel[(triton.cdiv(num_tokens, block_m), triton.cdiv(held, tiles * num_consumers), split_k)](
+        TensorDescriptor.from_tensor(x, [block_m, 128], _TOKENS),
         TensorDescriptor.from_tensor(words, [kinds, tiles // kinds, 256], _CODES),
         TensorDescriptor.from_tensor(groups, [kinds, tiles // kinds, 16], _CODES),
         bias,
@@ -153,43 +162,43 @@ def hopper(
         features=features,
         inputs=weights.inputs,
         group=weights.group_size,
-        tokens=tokens,
+        block_m=block_m,
         tiles=tiles,
-        consumers=consumers,
+        num_consumers=num_consumers,
         warps=num_warps,
-        splits=splits,
+        split_k=split_k,
         stages=num_stages,
         num_warps=num_warps,
-        maxnreg=128 if consumers * num_warps == 4 and tiles * tokens <= 512 else None,  # for a second program
+        maxnreg=128 if num_consumers * num_warps == 4 and tiles * block_m <= 512 else None,  # for a second program
         **options,
     )
-    if splits > 1:
-        _combine(parts, bias, residual, out, features, splits, options)
+    if split_k > 1:
+        _launch_combine_split_k(parts, bias, residual, out, features, split_k, options)
 
 
-def _combine(
-    parts: Tensor, bias: Tensor, residual: Tensor, out: Tensor, features: int, splits: int, options: dict[str, bool]
+def _launch_combine_split_k(
+    parts: Tensor, bias: Tensor, residual: Tensor, out: Tensor, features: int, split_k: int, options: dict[str, bool]
 ) -> None:
-    combine_kernel[(triton.cdiv(out.shape[1], 512), out.shape[0])](
+    combine_split_k_kernel[(triton.cdiv(out.shape[1], 512), out.shape[0])](
         parts,
         bias,
         residual,
         out,
         out.shape[0],
         features=features,
-        splits=splits,
-        block=512,
+        split_k=split_k,
+        block_n=512,
         num_warps=4,
         **options,
     )
 
 
-def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tensor:
+def launch_dequantize_int4(weights: IntWeights, dtype: torch.dtype, blocks_per_program: int = 8) -> Tensor:
     """The weights (features, inputs) in ``dtype``."""
     out = torch.empty(weights.features, weights.inputs, dtype=dtype, device=weights.words.device)
     tiles, blocks = weights.words.shape[:2]
     enable_pdl = supports_pdl(out.device)
-    dequantize_kernel[(tiles, triton.cdiv(blocks, ways))](
+    int4_dequantize_kernel[(tiles, triton.cdiv(blocks, blocks_per_program))](
         weights.words,
         weights.groups,
         out,
@@ -197,18 +206,22 @@ def dequantized(weights: IntWeights, dtype: torch.dtype, ways: int = 8) -> Tenso
         inputs=weights.inputs,
         group=weights.group_size,
         bits=weights.bits,
-        ways=ways,
-        native=_native(dtype),
+        blocks_per_program=blocks_per_program,
+        native=_has_native_unpack(dtype),
         enable_pdl=enable_pdl,
-        num_warps=ways,
+        num_warps=blocks_per_program,
         launch_pdl=enable_pdl,
     )
     return out
 
 
-LAUNCHERS: dict[str, Callable[..., None]] = {"skinny": skinny, "wide": wide, "hopper": hopper}
+LAUNCHERS: dict[str, Callable[..., None]] = {
+    "gemm_small_m": launch_int4_gemm_small_m,
+    "gemm_medium_m": launch_int4_gemm_medium_m,
+    "gemm_hopper": launch_int4_gemm_hopper,
+}
 
 
-def _native(dtype: torch.dtype) -> bool:
+def _has_native_unpack(dtype: torch.dtype) -> bool:
     """Whether a GPU's own instructions unpack to ``dtype``."""
     return dtype in (torch.bfloat16, torch.float16) and not triton.knobs.runtime.interpret

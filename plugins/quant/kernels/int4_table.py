@@ -19,13 +19,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from quire.plugins.quant.kernels.int4 import IntWeights
 
-__all__ = ["Launch", "launch_for", "rule", "steps"]
+__all__ = ["Launch", "choose_launch", "get_launches", "select_launch"]
 
 _TABLES = {(9, 0): "int4_h200.json"}
 """Compute capability -> table. Layers in it have 4 bits and groups of 128."""
 _STEPS = (8, 16, 32, 64, 128, 256, 512)
 """Most tokens of each of the rule's launches."""
-_HOPPER = (9, 0)
+_SM90 = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,64 +36,68 @@ class Launch:
     options: Mapping[str, int]
 
 
-def launch_for(weights: IntWeights, x: Tensor) -> Launch | None:
+def select_launch(weights: IntWeights, x: Tensor) -> Launch | None:
     """None: write the weights out, and use the library."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not x.shape[0]:
         return None
     whole = weights.bits == 4 and weights.group_size % 128 == 0 and weights.inputs % 8 == 0
     capability = torch.cuda.get_device_capability(x.device)
-    found = steps(capability, weights.features, weights.inputs, weights.bits, whole)
+    found = get_launches(capability, weights.features, weights.inputs, weights.bits, whole)
     return next((launch for most, launch in found if x.shape[0] <= most), None)
 
 
 @cache
-def steps(
+def get_launches(
     capability: tuple[int, int], features: int, inputs: int, bits: int, whole: bool
 ) -> tuple[tuple[int, Launch | None], ...]:
     """(most tokens, launch), ascending; None is the library. ``whole``: ``hopper`` takes these weights."""
     name = _TABLES.get(capability)
     measured = None if name is None or bits != 4 else _read(name).get(f"{features}x{inputs}")
     if measured is None:
-        return tuple((most, rule(capability, features, inputs, most, whole)) for most in _STEPS)
+        return tuple((most, choose_launch(capability, features, inputs, most, whole)) for most in _STEPS)
     found = [(int(most), None if entry is None else _launch(entry)) for most, entry in measured.items()]
     return tuple(
         (
             most,
             launch
-            if whole or launch is None or launch.kernel != "hopper"
-            else rule(capability, features, inputs, most),
+            if whole or launch is None or launch.kernel != "gemm_hopper"
+            else choose_launch(capability, features, inputs, most),
         )
         for most, launch in found
     )
 
 
-def rule(capability: tuple[int, int], features: int, inputs: int, tokens: int, whole: bool = False) -> Launch | None:
+def choose_launch(
+    capability: tuple[int, int], features: int, inputs: int, tokens: int, whole: bool = False
+) -> Launch | None:
     """For layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens <= 8:
-        hopper = capability >= _HOPPER  # others may have less shared memory
+        hopper = capability >= _SM90  # others may have less shared memory
         ways = 8 if inputs > 8192 and hopper else 4
         stages = 4 if ways < 8 and hopper else 3
-        return Launch("skinny", {"tokens": tokens, "tiles": 2, "ways": ways, "num_stages": stages, "depth": 1})
-    if capability < _HOPPER and tokens > 64:
+        return Launch(
+            "gemm_small_m", {"block_m": tokens, "tiles": 2, "slice_k": ways, "num_stages": stages, "unroll_k": 1}
+        )
+    if capability < _SM90 and tokens > 64:
         return None
-    if whole and capability == _HOPPER and tokens > 32:
+    if whole and capability == _SM90 and tokens > 32:
         most, consumers, stages = (64, 1, 4) if tokens <= 64 else (128, 2, 5)
         programs = -(-features // (64 * consumers)) * -(-tokens // most)
         splits = max(1, min(4, inputs // 512, 264 // consumers // programs))
-        options = {"tokens": most, "tiles": 4, "splits": splits, "consumers": consumers, "num_warps": 4}
-        return Launch("hopper", options | {"num_stages": stages})
+        options = {"block_m": most, "tiles": 4, "split_k": splits, "num_consumers": consumers, "num_warps": 4}
+        return Launch("gemm_hopper", options | {"num_stages": stages})
     if tokens <= 256:
         programs = -(-features // 128) * -(-tokens // 64)
         splits = max(1, min(-(-inputs // 512), round(264 / programs)))
         options = {
-            "tokens": min(tokens, 64),
+            "block_m": min(tokens, 64),
             "tiles": 8,
-            "splits": splits,
-            "scaled": 0,
+            "split_k": splits,
+            "scale_weights": 0,
             "num_warps": 8,
             "num_stages": 3,
         }
-        return Launch("wide", options)
+        return Launch("gemm_medium_m", options)
     return None
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["finish", "load_groups", "rows_of", "scales_of", "tiles_of", "unpack"]
+__all__ = ["get_rows", "get_scales", "get_tiles", "load_groups", "store_output", "unpack_words"]
 
 
-def _text(bits: int, half: bool, scaled: bool) -> tl.constexpr:
+def _build_ptx(bits: int, half: bool, scaled: bool) -> tl.constexpr:
     """PTX for two words: ``32 / bits`` pairs of numbers. ``half`` is float16, else bfloat16."""
     pairs = 32 // bits
     kind, one, magic = ("f16x2", "0x3C003C00", "0x64006400") if half else ("bf16x2", "0x3F803F80", "0x43004300")
@@ -54,20 +54,20 @@ def _text(bits: int, half: bool, scaled: bool) -> tl.constexpr:
     return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
 
 
-def _registers(out: int, given: int) -> tl.constexpr:
-    return tl.constexpr(",".join(["=r"] * out + ["r"] * given))
+def _registers(out: int, operands: int) -> tl.constexpr:
+    return tl.constexpr(",".join(["=r"] * out + ["r"] * operands))
 
 
-_BF16_4, _BF16_4_SCALED = _text(4, False, False), _text(4, False, True)
-_F16_4, _F16_4_SCALED = _text(4, True, False), _text(4, True, True)
-_BF16_8, _BF16_8_SCALED = _text(8, False, False), _text(8, False, True)
-_F16_8, _F16_8_SCALED = _text(8, True, False), _text(8, True, True)
+_BF16_4, _BF16_4_SCALED = _build_ptx(4, False, False), _build_ptx(4, False, True)
+_F16_4, _F16_4_SCALED = _build_ptx(4, True, False), _build_ptx(4, True, True)
+_BF16_8, _BF16_8_SCALED = _build_ptx(8, False, False), _build_ptx(8, False, True)
+_F16_8, _F16_8_SCALED = _build_ptx(8, True, False), _build_ptx(8, True, True)
 _REGISTERS_8_3, _REGISTERS_8_10 = _registers(8, 3), _registers(8, 10)
 _REGISTERS_4_3, _REGISTERS_4_10 = _registers(4, 3), _registers(4, 10)
 
 
 @triton.jit
-def tiles_of(program, features: tl.constexpr, tiles: tl.constexpr, gated: tl.constexpr):
+def get_tiles(program, features: tl.constexpr, tiles: tl.constexpr, gated: tl.constexpr):
     """The tiles of rows a program takes, within bounds. Gated, they are pairs of a gate and its up projection."""
     tile = program * tiles + tl.arange(0, tiles)
     if gated:
@@ -76,8 +76,8 @@ def tiles_of(program, features: tl.constexpr, tiles: tl.constexpr, gated: tl.con
 
 
 @triton.jit
-def rows_of(program, features: tl.constexpr, tiles: tl.constexpr, gated: tl.constexpr):
-    """The layer's rows in the order in which ``unpack`` gives them, within bounds, and whether they were in bounds."""
+def get_rows(program, features: tl.constexpr, tiles: tl.constexpr, gated: tl.constexpr):
+    """The layer's rows in the order of ``unpack_words``, within bounds, and whether they were in bounds."""
     row = tl.arange(0, tiles * 16)
     if gated:
         pair = (program * (tiles // 2) + row // 32) * 16
@@ -85,20 +85,20 @@ def rows_of(program, features: tl.constexpr, tiles: tl.constexpr, gated: tl.cons
     else:
         row += program * tiles * 16
     # a program beyond the last pair of tiles holds rows of another; those of gates tell by their place alone
-    mine = (program * (tiles * 8) + tl.arange(0, tiles * 16) // 32 * 16 < features // 2) if gated else row < features
-    return tl.minimum(row, features - 1), mine
+    mask_n = (program * (tiles * 8) + tl.arange(0, tiles * 16) // 32 * 16 < features // 2) if gated else row < features
+    return tl.minimum(row, features - 1), mask_n
 
 
 @triton.jit
 def load_groups(
     groups_ptr,  # (tiles, groups, 16) int32
     tile,
-    block,  # (ways,)
+    block,  # (slice_k,)
     inputs: tl.constexpr,
     group: tl.constexpr,
     span: tl.constexpr,
 ):
-    """Scale and zero point of the quarters of a block, each (ways, tiles, 16)."""
+    """Scale and zero point of the quarters of a block, each (slice_k, tiles, 16)."""
     count: tl.constexpr = (inputs + group - 1) // group
     at = tile[None, :, None] * (count * 16) + tl.arange(0, 16)[None, None, :]
     first = block[:, None, None] * span
@@ -116,68 +116,68 @@ def load_groups(
 
 
 @triton.jit
-def scales_of(m, tiles: tl.constexpr, ways: tl.constexpr, gated: tl.constexpr):
-    """(ways, tiles, 16) -> float32 (ways, tiles * 16, 1), rows in the order of ``unpack``."""
+def get_scales(m, tiles: tl.constexpr, slice_k: tl.constexpr, gated: tl.constexpr):
+    """(slice_k, tiles, 16) -> float32 (slice_k, tiles * 16, 1), rows in the order of ``unpack_words``."""
     s = (m & -256).to(tl.float32, bitcast=True)
     if gated:
-        s = tl.permute(tl.reshape(s, (ways, tiles // 2, 2, 8, 2)), (0, 1, 4, 2, 3))
+        s = tl.permute(tl.reshape(s, (slice_k, tiles // 2, 2, 8, 2)), (0, 1, 4, 2, 3))
     else:
-        s = tl.permute(tl.reshape(s, (ways, tiles, 8, 2)), (0, 1, 3, 2))
-    return tl.reshape(s, (ways, tiles * 16, 1))
+        s = tl.permute(tl.reshape(s, (slice_k, tiles, 8, 2)), (0, 1, 3, 2))
+    return tl.reshape(s, (slice_k, tiles * 16, 1))
 
 
 @triton.jit
-def unpack(
-    words,  # (ways, tiles, 2, 128) int32
-    groups,  # four of (ways, tiles, 16) int32
+def unpack_words(
+    words,  # (slice_k, tiles, 2, 128) int32
+    groups,  # four of (slice_k, tiles, 16) int32
     bits: tl.constexpr,
     gated: tl.constexpr,
     scaled: tl.constexpr,
     native: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """(ways, tiles * 16, span) of ``dtype``: codes less their zero points, times their scales if ``scaled``.
+    """(slice_k, tiles * 16, span) of ``dtype``: codes less their zero points, times their scales if ``scaled``.
 
     Gated, rows are ``[pair of tiles, i, gate or up, g]``, so that a thread holds both of a pair. Not ``native``: the
     same by plain operations, for the interpreter and other types than float16 and bfloat16.
     """
     tiles: tl.constexpr = words.shape[1]
-    ways: tl.constexpr = words.shape[0]
-    p = tl.reshape(words, (ways, tiles, 2, 8, 4, 2, 2))
+    slice_k: tl.constexpr = words.shape[0]
+    p = tl.reshape(words, (slice_k, tiles, 2, 8, 4, 2, 2))
     if native:
         offset: tl.constexpr = 1024.0 if dtype == tl.float16 else (128.0 if bits == 4 else 0.0)
-        n0, s0 = _constants(groups[0], offset, tiles, ways, dtype)
-        n1, s1 = _constants(groups[1], offset, tiles, ways, dtype)
-        n2, s2 = _constants(groups[2], offset, tiles, ways, dtype)
-        n3, s3 = _constants(groups[3], offset, tiles, ways, dtype)
-        c = _native(p, (n0, n1, n2, n3), (s0, s1, s2, s3), bits, scaled, dtype)
+        n0, s0 = _constants(groups[0], offset, tiles, slice_k, dtype)
+        n1, s1 = _constants(groups[1], offset, tiles, slice_k, dtype)
+        n2, s2 = _constants(groups[2], offset, tiles, slice_k, dtype)
+        n3, s3 = _constants(groups[3], offset, tiles, slice_k, dtype)
+        c = _unpack_native(p, (n0, n1, n2, n3), (s0, s1, s2, s3), bits, scaled, dtype)
     else:
-        c = _plain(p, groups, bits, scaled, dtype)
+        c = _unpack_plain(p, groups, bits, scaled, dtype)
     # to (way, tile, h, g, t, i, e, bits of j), j's lowest bit last, then to (way, tile, i, g, bits of j, t, h, e)
     if bits == 4:
         w = tl.join(
             tl.join(tl.join(c[0], c[4]), tl.join(c[2], c[6])), tl.join(tl.join(c[1], c[5]), tl.join(c[3], c[7]))
         )
         if gated:
-            w = tl.reshape(w, (ways, tiles // 2, 2, 2, 8, 4, 2, 2, 2, 2, 2))
+            w = tl.reshape(w, (slice_k, tiles // 2, 2, 2, 8, 4, 2, 2, 2, 2, 2))
             w = tl.permute(w, (0, 1, 6, 2, 4, 8, 9, 10, 5, 3, 7))
         else:
             w = tl.permute(w, (0, 1, 5, 3, 7, 8, 9, 4, 2, 6))
     else:
         w = tl.join(tl.join(c[0], c[2]), tl.join(c[1], c[3]))
         if gated:
-            w = tl.reshape(w, (ways, tiles // 2, 2, 2, 8, 4, 2, 2, 2, 2))
+            w = tl.reshape(w, (slice_k, tiles // 2, 2, 2, 8, 4, 2, 2, 2, 2))
             w = tl.permute(w, (0, 1, 6, 2, 4, 8, 9, 5, 3, 7))
         else:
             w = tl.permute(w, (0, 1, 5, 3, 7, 8, 4, 2, 6))
-    return tl.reshape(w, (ways, tiles * 16, 512 // bits))
+    return tl.reshape(w, (slice_k, tiles * 16, 512 // bits))
 
 
 @triton.jit
-def finish(
-    y,  # (tiles * 16, tokens) float32, rows in the order of ``unpack``
+def store_output(
+    y,  # (tiles * 16, tokens) float32, rows in the order of ``unpack_words``
     program,
-    token,  # (tokens,)
+    offs_m,  # (tokens,)
     num_tokens,
     residual_ptr,  # (num_tokens, width): width is features, or half of them where gated
     out_ptr,
@@ -194,52 +194,68 @@ def finish(
         gate, up = tl.split(pairs)
         y = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (kept, y.shape[1]))
     row = program * kept + tl.arange(0, kept)
-    at = token.to(tl.int64)[None, :] * width + row[:, None]
-    inside = (row < width)[:, None] & (token < num_tokens)[None, :]
+    at = offs_m.to(tl.int64)[None, :] * width + row[:, None]
+    inside = (row < width)[:, None] & (offs_m < num_tokens)[None, :]
     if has_residual:
         y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _constants(m, offset: tl.constexpr, tiles: tl.constexpr, ways: tl.constexpr, dtype: tl.constexpr):
+def _constants(m, offset: tl.constexpr, tiles: tl.constexpr, slice_k: tl.constexpr, dtype: tl.constexpr):
     """``-(zero point + offset)`` and the scale, to be broadcast to a block's words."""
-    m = tl.reshape(m, (ways, tiles, 1, 8, 1, 2, 1))
+    m = tl.reshape(m, (slice_k, tiles, 1, 8, 1, 2, 1))
     return (-offset - (m & 255).to(tl.float32)).to(dtype), (m & -256).to(tl.float32, bitcast=True).to(dtype)
 
 
 @triton.jit
-def _native(p, n, s, bits: tl.constexpr, scaled: tl.constexpr, dtype: tl.constexpr):
+def _unpack_native(p, n, s, bits: tl.constexpr, scaled: tl.constexpr, dtype: tl.constexpr):
     """A tensor for each code of a word. Two words of a thread at a time, whose codes become one register."""
-    given = [p, n[0], n[1], n[2], n[3], s[0], s[1], s[2], s[3]] if scaled else [p, n[0]]
+    operands = [p, n[0], n[1], n[2], n[3], s[0], s[1], s[2], s[3]] if scaled else [p, n[0]]
     if dtype == tl.float16:
         if bits == 4:
             c = tl.inline_asm_elementwise(
-                _F16_4_SCALED if scaled else _F16_4, _REGISTERS_8_10 if scaled else _REGISTERS_8_3,
-                given, (tl.float16,) * 8, True, 2,
-            )  # fmt: skip
+                _F16_4_SCALED if scaled else _F16_4,
+                _REGISTERS_8_10 if scaled else _REGISTERS_8_3,
+                operands,
+                (tl.float16,) * 8,
+                True,
+                2,
+            )
         else:
             c = tl.inline_asm_elementwise(
-                _F16_8_SCALED if scaled else _F16_8, _REGISTERS_4_10 if scaled else _REGISTERS_4_3,
-                given, (tl.float16,) * 4, True, 2,
-            )  # fmt: skip
+                _F16_8_SCALED if scaled else _F16_8,
+                _REGISTERS_4_10 if scaled else _REGISTERS_4_3,
+                operands,
+                (tl.float16,) * 4,
+                True,
+                2,
+            )
     else:
         if bits == 4:
             c = tl.inline_asm_elementwise(
-                _BF16_4_SCALED if scaled else _BF16_4, _REGISTERS_8_10 if scaled else _REGISTERS_8_3,
-                given, (tl.bfloat16,) * 8, True, 2,
-            )  # fmt: skip
+                _BF16_4_SCALED if scaled else _BF16_4,
+                _REGISTERS_8_10 if scaled else _REGISTERS_8_3,
+                operands,
+                (tl.bfloat16,) * 8,
+                True,
+                2,
+            )
         else:
             c = tl.inline_asm_elementwise(
-                _BF16_8_SCALED if scaled else _BF16_8, _REGISTERS_4_10 if scaled else _REGISTERS_4_3,
-                given, (tl.bfloat16,) * 4, True, 2,
-            )  # fmt: skip
+                _BF16_8_SCALED if scaled else _BF16_8,
+                _REGISTERS_4_10 if scaled else _REGISTERS_4_3,
+                operands,
+                (tl.bfloat16,) * 4,
+                True,
+                2,
+            )
     return c
 
 
 @triton.jit
-def _plain(p, groups, bits: tl.constexpr, scaled: tl.constexpr, dtype: tl.constexpr):
-    """As ``_native``."""
+def _unpack_plain(p, groups, bits: tl.constexpr, scaled: tl.constexpr, dtype: tl.constexpr):
+    """As ``_unpack_native``."""
     out = ()
     for j in tl.static_range(32 // bits):
         m = tl.reshape(groups[j * bits // 8], (p.shape[0], p.shape[1], 1, 8, 1, 2, 1))

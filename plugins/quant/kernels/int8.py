@@ -9,19 +9,19 @@ from torch import Tensor
 
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.plugins.quant.kernels import fp8_quantize
-from quire.plugins.quant.kernels.fp8_layer import EightBit, plan_for
+from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
 from quire.sdk import ActivationFormat, InputFormat, QuantActivation
 
-__all__ = ["fits", "input_format", "linear", "quantize", "quantize_activation"]
+__all__ = ["apply_linear", "can_implement", "get_input_format", "quantize_activation", "quantize_weight"]
 
-_MOST = 127.0
-_BY_TOKEN = ActivationFormat("int8_token")
-_LEAST = 17
+_INT8_MAX = 127.0
+_PER_TOKEN = ActivationFormat("int8_token")
+_MIN_ROWS = 17
 """Fewest rows that ``torch._int_mm`` takes."""
 _BLOCK = 1024
 
 
-def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
+def can_implement(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
     """Whether ``linear`` takes these on their device: a GPU (Ampere and later), with rows and inputs in whole vectors
     of 16 and 32, and one scale for each row."""
     features, inputs = weight.shape
@@ -29,16 +29,16 @@ def fits(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weigh
         return False
     if weight_scale.dim() != 1 or features % 16 or inputs % 32:
         return False
-    plan_for(weight.device, features, inputs, weight.dtype)
+    get_gemm_plan(weight.device, features, inputs, weight.dtype)
     return True
 
 
-def input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
+def get_input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> InputFormat:
     """What the operation before such a layer should emit, where it is not part of the layer's own kernel."""
     return "native" if weight_only else "int8_token"
 
 
-def linear(
+def apply_linear(
     x: Tensor | QuantActivation,
     weight: Tensor,
     weight_scale: Tensor,
@@ -54,33 +54,40 @@ def linear(
 
     Each token has a scale of its own; ``input_scale``, one for all, is not used.
     """
-    return EightBit(_BY_TOKEN, _int_mm).linear(
-        x, weight, weight_scale, bias, None, weight_only=weight_only, norm=norm, activation=activation,
+    return EightBitGemm(_PER_TOKEN, multiply_by_library).apply_linear(
+        x,
+        weight,
+        weight_scale,
+        bias,
+        None,
+        weight_only=weight_only,
+        norm=norm,
+        activation=activation,
         residual=residual,
-    )  # fmt: skip
+    )
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` (features, inputs) in int8 and its scale (features,) float32: each row's largest becomes 127."""
-    scale = (weight.abs().amax(dim=1).float() / _MOST).clamp(min=1e-12)
-    return (weight.float() / scale[:, None]).round().clamp(-_MOST, _MOST).to(torch.int8), scale
+    scale = (weight.abs().amax(dim=1).float() / _INT8_MAX).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), scale
 
 
 def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
     """``x`` (num_tokens, features) in int8, with a scale for each token."""
     assert scale is None, "activations in int8 have a scale for each token"
-    return fp8_quantize.quantize_activation(x, _BY_TOKEN)
+    return fp8_quantize.quantize_activation(x, _PER_TOKEN)
 
 
-def _int_mm(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_by_library(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The library's product in int32, then the scales."""
     values, rows = x.values, x.values.shape[0]
-    if rows < _LEAST:
-        values = torch.cat([values, values.new_zeros(_LEAST - rows, values.shape[1])])
-    return rescale(torch._int_mm(values, weight.t())[:rows], x.scale, scale, bias, x.dtype)
+    if rows < _MIN_ROWS:
+        values = torch.cat([values, values.new_zeros(_MIN_ROWS - rows, values.shape[1])])
+    return launch_rescale(torch._int_mm(values, weight.t())[:rows], x.scale, scale, bias, x.dtype)
 
 
-def rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def launch_rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``sums`` (num_tokens, features) int32 times ``x_scale`` (num_tokens, 1) and ``scale`` (features,), and bias."""
     rows, features = sums.shape
     out = torch.empty(rows, features, dtype=dtype, device=sums.device)
@@ -103,9 +110,16 @@ def rescale(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, d
 
 @triton.jit
 def _rescale_kernel(
-    sums_ptr, x_scale_ptr, scale_ptr, bias_ptr, out_ptr, features: tl.constexpr, block: tl.constexpr,
-    has_bias: tl.constexpr, enable_pdl: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    features: tl.constexpr,
+    block: tl.constexpr,
+    has_bias: tl.constexpr,
+    enable_pdl: tl.constexpr,
+):
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)

@@ -13,20 +13,20 @@ from quire.core.layers.checkpoint import expect_shape
 from quire.plugins.quant.none import UnquantizedLinear
 from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantActivation
 
-__all__ = ["AssembledLinear", "Shard", "Stored"]
+__all__ = ["DeferredLinear", "Shard", "StoredTensor"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor as a checkpoint stores it."""
 
     shape: tuple[int, ...] | None
     """None: one number, written with whatever shape."""
     dtypes: tuple[torch.dtype, ...]
     optional: bool = False
-    below: int | None = None
+    upper_bound: int | None = None
     """Its numbers are from 0 to one less than this."""
-    equal: tuple[int, ...] | None = None
+    expected_values: tuple[int, ...] | None = None
     """Its numbers are these."""
 
     def check(self, name: str, tensor: Tensor) -> None:
@@ -42,15 +42,15 @@ class Stored:
                 f"tensor {name!r} is {found} where {wanted} is right; the weights and the quantization_config in "
                 f"config.json do not belong together"
             )
-        if self.equal is not None and tuple(tensor.tolist()) != self.equal:
+        if self.expected_values is not None and tuple(tensor.tolist()) != self.expected_values:
             raise CheckpointError(
-                f"tensor {name!r} says {tensor.tolist()}, but config.json asks for {list(self.equal)}; the weights and "
-                f"config.json are not of the same model"
+                f"tensor {name!r} says {tensor.tolist()}, but config.json asks for {list(self.expected_values)}; the "
+                f"weights and config.json are not of the same model"
             )
-        if self.below is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < self.below:
+        if self.upper_bound is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < self.upper_bound:
             raise CheckpointError(
                 f"tensor {name!r} has numbers from {int(tensor.min())} to {int(tensor.max())} where 0 to "
-                f"{self.below - 1} are right; download the model again"
+                f"{self.upper_bound - 1} are right; download the model again"
             )
 
 
@@ -64,11 +64,11 @@ class Shard:
     num_columns: int
     rows: int
     """Rows that the layer keeps for the part: more than ``num_rows`` where a vocabulary is padded."""
-    of: tuple[int, int]
+    whole_shape: tuple[int, int]
     """Rows and columns of the whole part."""
 
 
-class AssembledLinear(LinearMethod):
+class DeferredLinear(LinearMethod):
     """Keeps checkpoint tensors as they came until a part is whole, then reads it on the layer's device, so that beside
     the finished layers there is never more than one layer in another form.
 
@@ -77,16 +77,16 @@ class AssembledLinear(LinearMethod):
     """
 
     def __init__(self) -> None:
-        self._wide: UnquantizedLinear | None = None
-        self._arrived: dict[int, dict[str, Tensor]] = {}
+        self._dense_method: UnquantizedLinear | None = None
+        self._loaded_tensors: dict[int, dict[str, Tensor]] = {}
         self._device = torch.device("cpu")
         self._info: LayerInfo | None = None
-        self._ready = False
+        self._is_assembled = False
 
     # ---- what a scheme says of itself
 
     @abstractmethod
-    def stored(self, info: LayerInfo, part: int) -> Mapping[str, Stored]:
+    def get_stored_tensors(self, info: LayerInfo, part: int) -> Mapping[str, StoredTensor]:
         """The tensors of ``part`` in the checkpoint, by suffix, beside ``bias``."""
 
     @abstractmethod
@@ -120,11 +120,11 @@ class AssembledLinear(LinearMethod):
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """What ``stored`` says, and the bias."""
-        return (*self.stored(info, 0), "bias")
+        return (*self.get_stored_tensors(info, 0), "bias")
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
         """A bias of zeros is often written where the architecture has none."""
-        optional = tuple(name for name, stored in self.stored(info, 0).items() if stored.optional)
+        optional = tuple(name for name, stored in self.get_stored_tensors(info, 0).items() if stored.optional)
         return optional if info.bias else (*optional, "bias")
 
     def load_tensor(
@@ -136,28 +136,31 @@ class AssembledLinear(LinearMethod):
         if tensor_name == "bias":
             _load_bias(layer, info, part, name, tensor, shard)
             return
-        self.stored(info, part)[tensor_name].check(name, tensor)
-        self._arrived.setdefault(part, {})[tensor_name] = tensor
+        self.get_stored_tensors(info, part)[tensor_name].check(name, tensor)
+        self._loaded_tensors.setdefault(part, {})[tensor_name] = tensor
         self._ranks = rank, world_size
-        whole = all(self._arrived.get(i, {}).keys() == self.stored(info, i).keys() for i in range(len(info.part_names)))
+        whole = all(
+            self._loaded_tensors.get(i, {}).keys() == self.get_stored_tensors(info, i).keys()
+            for i in range(len(info.part_names))
+        )
         if whole:
-            self._assemble(layer)
+            self._assemble_loaded(layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Assemble what lacks only optional tensors; random weights where nothing was loaded."""
-        if self._ready:
+        if self._is_assembled:
             return
         assert self._info is not None
-        if self._arrived:
-            self._assemble(layer)
+        if self._loaded_tensors:
+            self._assemble_loaded(layer)
         else:
             self.assemble_dummy(layer, self._info, self._device)
-            self._ready = True
+            self._is_assembled = True
 
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """By the scheme's kernel, or as an unquantized layer where the weights are wide."""
-        if self._wide is not None:
-            return self._wide.apply(layer, x, bias)
+        if self._dense_method is not None:
+            return self._dense_method.apply(layer, x, bias)
         out = self.multiply(layer, x, bias)
         assert out is not None, "a plain product is always offered"
         return out
@@ -173,30 +176,30 @@ class AssembledLinear(LinearMethod):
         residual: Tensor | None = None,
     ) -> Tensor | None:
         """What the kernel offers."""
-        if self._wide is not None:
-            return self._wide.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
+        if self._dense_method is not None:
+            return self._dense_method.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
         return self.multiply(layer, x, bias, norm, activation, residual)
 
     # ---- for schemes
 
-    def register_wide(self, layer: nn.Module, info: LayerInfo, weight: Tensor) -> None:
+    def register_dense_weight(self, layer: nn.Module, info: LayerInfo, weight: Tensor) -> None:
         """Hold ``weight`` (out_features, in_features) in the model's dtype, as an unquantized layer would."""
-        self._wide = UnquantizedLinear()
+        self._dense_method = UnquantizedLinear()
         bias = getattr(layer, "bias", None)
-        self._wide.create_weights(layer, info, weight.device)
+        self._dense_method.create_weights(layer, info, weight.device)
         layer.weight = nn.Parameter(weight.to(info.dtype), requires_grad=False)
         if bias is not None:
             layer.bias = bias
 
-    def _assemble(self, layer: nn.Module) -> None:
+    def _assemble_loaded(self, layer: nn.Module) -> None:
         info = self._info
         assert info is not None
         parts = [
-            ({n: t.to(self._device) for n, t in self._arrived.pop(i, {}).items()}, _shard(info, i, *self._ranks))
+            ({n: t.to(self._device) for n, t in self._loaded_tensors.pop(i, {}).items()}, _shard(info, i, *self._ranks))
             for i in range(len(info.part_names))
         ]
         self.assemble(layer, info, parts)
-        self._ready = True
+        self._is_assembled = True
 
 
 def _shard(info: LayerInfo, part: int, rank: int, world_size: int) -> Shard:

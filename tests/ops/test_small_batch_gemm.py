@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quire.core.ops.kernels.gemm_medium_m import wide
-from quire.core.ops.kernels.gemm_small_m import skinny
-from quire.core.ops.kernels.gemv import gemv, gemv_long
+from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
+from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
+from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
 
 PLACES = [
     pytest.param("cpu", torch.float32, 1e-6, id="interpreter"),
@@ -69,36 +69,36 @@ def test_gemv(
     device: str, dtype: torch.dtype, tolerance: float, parts: set[str], tokens: int, features: int, inputs: int
 ) -> None:
     problem = Problem(device, dtype, tokens, features, inputs, parts)
-    options = {"tokens": tokens, "rows": 4, "turns": 3, "num_warps": 1, "enable_pdl": False}
-    gemv(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
+    options = {"block_m": tokens, "block_n": 4, "tiles_per_program": 3, "num_warps": 1, "enable_pdl": False}
+    launch_gemv(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @pytest.mark.parametrize("parts", FUSIONS)
-def test_gemv_long(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
+def test_gemv_k_loop(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
     problem = Problem(device, dtype, 1, 36, 200, parts)
-    options = {"rows": 8, "block": 64, "num_warps": 1, "enable_pdl": False}
-    gemv_long(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
+    options = {"block_n": 8, "block_k": 64, "num_warps": 1, "enable_pdl": False}
+    launch_gemv_k_loop(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @pytest.mark.parametrize("parts", FUSIONS)
 @pytest.mark.parametrize(("tokens", "features", "inputs"), [(3, 48, 128), (11, 40, 200)])
-def test_skinny(
+def test_gemm_small_m(
     device: str, dtype: torch.dtype, tolerance: float, parts: set[str], tokens: int, features: int, inputs: int
 ) -> None:
     problem = Problem(device, dtype, tokens, features, inputs, parts)
-    options = {"tokens": 16, "rows": 16, "block": 32, "ways": 2, "num_stages": 2, "enable_pdl": False}
-    skinny(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
+    options = {"block_m": 16, "block_n": 16, "block_k": 32, "slice_k": 2, "num_stages": 2, "enable_pdl": False}
+    launch_gemm_small_m(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @pytest.mark.parametrize("parts", [set(), {"bias", "gated", "residual"}], ids=["plain", "residual"])
-def test_wide(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
+def test_gemm_medium_m(device: str, dtype: torch.dtype, tolerance: float, parts: set[str]) -> None:
     problem = Problem(device, dtype, 19, 72, 200, parts)
-    options = {"tokens": 32, "rows": 64, "block": 64, "num_warps": 4, "num_stages": 2, "enable_pdl": False}
-    wide(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
+    options = {"block_m": 32, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2, "enable_pdl": False}
+    launch_gemm_medium_m(problem.x, problem.weight, problem.bias, problem.out, **problem.fusions(), **options)
     problem.check(tolerance)

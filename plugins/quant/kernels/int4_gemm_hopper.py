@@ -1,9 +1,16 @@
-"""Scores of tokens times int4 weights on Hopper: codes are unpacked while the tensor cores multiply.
+"""Linear layers of scores of tokens with int4 weights on Hopper: codes are unpacked while the tensor cores multiply.
 
-One warp of a program starts copies by the copy engine, several turns ahead; the others, one or two groups on their
-own, multiply. All the tokens of a program are the second operand of ``wgmma``, in shared memory; the first one are
-weights in registers. A turn unpacks half a block of codes while the product of the half before runs: two are in flight
-but for the waits, each of which names the registers that it frees.
+Algorithm: warp specialisation. One producer warp starts copies by the copy engine (TMA), ``stages`` turns ahead; one or
+two consumer warp groups multiply. The tokens are the second operand of ``wgmma``, in shared memory; the weights are the
+first one, in registers. A turn is a block of 128 inputs, of which a consumer unpacks one half while the product of the
+half before runs: two products are in flight but for the waits, each of which names the registers that it frees.
+K may be split among ``split_k`` programs, as in ``int4_gemm_medium_m``.
+
+Shapes: ``x`` (M, K), words (N / 16, K / 128, 256) int32, ``out`` (M, N), or (M, N / 2) where gated.
+Grid: ``(M / block_m, N / 16 / tiles / num_consumers, split_k)``.
+Shared memory: ``stages`` turns of tokens, (block_m, 128), words and scales, and two barriers each (``ready``: filled;
+``free``: read by all consumers). Registers: each consumer's accumulator, (tiles * 16, block_m) float32, and two halves
+of unpacked weights.
 """
 
 from __future__ import annotations
@@ -14,10 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
-__all__ = ["hopper_kernel"]
+__all__ = ["int4_gemm_hopper_kernel"]
 
 
-def _text(half: int, is_bfloat16: bool) -> gl.constexpr:
+def _build_ptx(half: int, is_bfloat16: bool) -> gl.constexpr:
     """PTX for half the codes of two words, as in ``int4_words``: less their zero points, times their scales."""
     kind, one, magic = ("bf16x2", "0x3F803F80", "0x43004300") if is_bfloat16 else ("f16x2", "0x3C003C00", "0x64006400")
     lines = [
@@ -35,7 +42,12 @@ def _text(half: int, is_bfloat16: bool) -> gl.constexpr:
     return gl.constexpr("{\n" + "\n".join(lines) + "\n}")
 
 
-_BF16_LOW, _BF16_HIGH, _F16_LOW, _F16_HIGH = _text(0, True), _text(1, True), _text(0, False), _text(1, False)
+_BF16_LOW, _BF16_HIGH, _F16_LOW, _F16_HIGH = (
+    _build_ptx(0, True),
+    _build_ptx(1, True),
+    _build_ptx(0, False),
+    _build_ptx(1, False),
+)
 
 
 @constexpr_function
@@ -60,8 +72,8 @@ def _words_layout(tiles, warps, paired):
 
 
 @constexpr_function
-def _product_layout(warps, tokens):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, tokens, 16])
+def _product_layout(warps, block_m):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, block_m, 16])
 
 
 @jit
@@ -85,35 +97,47 @@ def _read(words, groups, tiles: gl.constexpr, warps: gl.constexpr, paired: gl.co
 
 @jit
 def _unpack(
-    p, n, s, high: gl.constexpr, tiles: gl.constexpr, warps: gl.constexpr, tokens: gl.constexpr, paired: gl.constexpr,
+    p, n, s, high: gl.constexpr, tiles: gl.constexpr, warps: gl.constexpr, block_m: gl.constexpr, paired: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
     """The lower or upper half of a block's inputs, (tiles * 16, 64). ``paired``, rows are [tile, i, gate or up, g]."""
-    given = [p, n, s]
+    operands = [p, n, s]
     registers: gl.constexpr = "=r,=r,=r,=r,r,r,r,r"
     if dtype == gl.bfloat16:
         c = gl.inline_asm_elementwise(
-            _BF16_HIGH if high else _BF16_LOW, registers, given, (gl.bfloat16,) * 4, True, 2
+            _BF16_HIGH if high else _BF16_LOW, registers, operands, (gl.bfloat16,) * 4, True, 2
         )  # fmt: skip
     else:
         c = gl.inline_asm_elementwise(
-            _F16_HIGH if high else _F16_LOW, registers, given, (gl.float16,) * 4, True, 2
+            _F16_HIGH if high else _F16_LOW, registers, operands, (gl.float16,) * 4, True, 2
         )  # fmt: skip
     w = gl.join(gl.join(c[0], c[2]), gl.join(c[1], c[3]))  # and j's upper bit, and its lower
     w = gl.permute(w, (1, 5, 0, 3, 7, 8, 4, 2, 6)) if paired else gl.permute(w, (0, 4, 2, 6, 7, 3, 1, 5))
-    operand: gl.constexpr = gl.DotOperandLayout(0, _product_layout(warps, tokens), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, _product_layout(warps, block_m), 2)
     return gl.convert_layout(gl.reshape(w, (tiles * 16, 64)), operand, assert_trivial=True)
 
 
 @jit
 def _produce(
     x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, tile, token, tiles: gl.constexpr,
-    consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr, enable_pdl: gl.constexpr,
+    num_consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr, enable_pdl: gl.constexpr,
 ):  # fmt: skip
     """One warp: start to copy what a turn wants, as soon as there is room. The first weights wait for no kernel."""
     for turn in range(gl.minimum(stages, turns)):
         _weights(
-            words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, consumers, stages, ratio
+            words_desc,
+            groups_desc,
+            x_desc,
+            ready,
+            words,
+            groups,
+            first,
+            turn,
+            tile,
+            tiles,
+            num_consumers,
+            stages,
+            ratio,
         )
     if enable_pdl:
         gdc_wait()
@@ -122,7 +146,7 @@ def _produce(
         if turn >= stages:
             mbarrier.wait(free.index(slot), (turn // stages & 1) ^ 1)
             _weights(
-                words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, consumers, stages,
+                words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, num_consumers, stages,
                 ratio,
             )  # fmt: skip
         tma.async_copy_global_to_shared(x_desc, [token, (first + turn) * 128], ready.index(slot), x.index(slot))
@@ -131,15 +155,15 @@ def _produce(
 @jit
 def _weights(
     words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles: gl.constexpr,
-    consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr,
+    num_consumers: gl.constexpr, stages: gl.constexpr, ratio: gl.constexpr,
 ):  # fmt: skip
     """Start to copy a turn's codes and scales."""
     slot, block = turn % stages, first + turn
     bar = ready.index(slot)
     part: gl.constexpr = words_desc.block_type.nbytes + groups_desc.block_type.nbytes
-    mbarrier.expect(bar, x_desc.block_type.nbytes + consumers * part)
-    for i in gl.static_range(consumers):
-        at, held = tile + i * tiles, slot * consumers + i
+    mbarrier.expect(bar, x_desc.block_type.nbytes + num_consumers * part)
+    for i in gl.static_range(num_consumers):
+        at, held = tile + i * tiles, slot * num_consumers + i
         tma.async_copy_global_to_shared(words_desc, [0, at, block * 256], bar, words.index(held))
         tma.async_copy_global_to_shared(groups_desc, [0, at, block // ratio * 16], bar, groups.index(held))
 
@@ -147,31 +171,31 @@ def _weights(
 @jit
 def _consume(
     ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr, out_ptr,
-    me: gl.constexpr, consumers: gl.constexpr, stages: gl.constexpr, tiles: gl.constexpr, tokens: gl.constexpr,
-    warps: gl.constexpr, features: gl.constexpr, splits: gl.constexpr, has_bias: gl.constexpr,
+    me: gl.constexpr, num_consumers: gl.constexpr, stages: gl.constexpr, tiles: gl.constexpr, block_m: gl.constexpr,
+    warps: gl.constexpr, features: gl.constexpr, split_k: gl.constexpr, has_bias: gl.constexpr,
     gated: gl.constexpr, has_residual: gl.constexpr, enable_pdl: gl.constexpr,
 ):  # fmt: skip
     """Warps that multiply."""
     paired: gl.constexpr = gated and tiles == warps
     dtype: gl.constexpr = x.dtype
-    acc = gl.zeros((tiles * 16, tokens), gl.float32, _product_layout(warps, tokens))
+    acc = gl.zeros((tiles * 16, block_m), gl.float32, _product_layout(warps, block_m))
     mbarrier.wait(ready.index(0), 0)
     p, n, s = _read(words.index(me), groups.index(me), tiles, warps, paired, dtype)
-    low = _unpack(p, n, s, 0, tiles, warps, tokens, paired, dtype)
+    low = _unpack(p, n, s, 0, tiles, warps, block_m, paired, dtype)
     acc = warpgroup_mma(low, x.index(0).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
-    high = _unpack(p, n, s, 1, tiles, warps, tokens, paired, dtype)
+    high = _unpack(p, n, s, 1, tiles, warps, block_m, paired, dtype)
     acc = warpgroup_mma(high, x.index(0).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
     acc, low = warpgroup_mma_wait(1, deps=(acc, low))
     for turn in range(1, turns):
         slot = turn % stages
         mbarrier.wait(ready.index(slot), turn // stages & 1)
-        held = slot * consumers + me
+        held = slot * num_consumers + me
         p, n, s = _read(words.index(held), groups.index(held), tiles, warps, paired, dtype)
-        low = _unpack(p, n, s, 0, tiles, warps, tokens, paired, dtype)
+        low = _unpack(p, n, s, 0, tiles, warps, block_m, paired, dtype)
         acc = warpgroup_mma(low, x.index(slot).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
         mbarrier.arrive(free.index((turn - 1) % stages), count=1)
-        high = _unpack(p, n, s, 1, tiles, warps, tokens, paired, dtype)
+        high = _unpack(p, n, s, 1, tiles, warps, block_m, paired, dtype)
         acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -183,16 +207,16 @@ def _consume(
     y = acc
     if gated:
         if paired:
-            pair = gl.permute(gl.reshape(acc, (tiles // 2, 2, 2, 8, tokens)), (0, 1, 3, 4, 2))
+            pair = gl.permute(gl.reshape(acc, (tiles // 2, 2, 2, 8, block_m)), (0, 1, 3, 4, 2))
         else:
-            pair = gl.permute(gl.reshape(acc, (2, kept, tokens)), (1, 2, 0))
+            pair = gl.permute(gl.reshape(acc, (2, kept, block_m)), (1, 2, 0))
         y, up = gl.split(pair)
-        y, up = gl.reshape(y, (kept, tokens)), gl.reshape(up, (kept, tokens))
-    first_row = (program * consumers + me) * kept
+        y, up = gl.reshape(y, (kept, block_m)), gl.reshape(up, (kept, block_m))
+    first_row = (program * num_consumers + me) * kept
     row = gl.arange(0, kept, gl.SliceLayout(1, y.type.layout))
-    column = gl.arange(0, tokens, gl.SliceLayout(0, y.type.layout))
+    column = gl.arange(0, block_m, gl.SliceLayout(0, y.type.layout))
     inside = (first_row + row < width)[:, None] & (token + column < num_tokens)[None, :]
-    if splits > 1:
+    if split_k > 1:
         out = out_ptr + (split.to(gl.int64) * num_tokens + token) * features + first_row
         at = column[None, :] * features + row[:, None]
         gl.store(out + at, y, mask=inside)
@@ -214,7 +238,7 @@ def _consume(
 
 
 @jit(do_not_specialize=["num_tokens"])
-def hopper_kernel(
+def int4_gemm_hopper_kernel(
     x_desc,  # (num_tokens, inputs)
     words_desc,  # (kinds, tiles, blocks * 256) int32: gated, gates and up projections are two kinds
     groups_desc,  # (kinds, tiles, groups * 16) int32
@@ -225,11 +249,11 @@ def hopper_kernel(
     features: gl.constexpr,
     inputs: gl.constexpr,
     group: gl.constexpr,
-    tokens: gl.constexpr,
+    block_m: gl.constexpr,
     tiles: gl.constexpr,
-    consumers: gl.constexpr,
+    num_consumers: gl.constexpr,
     warps: gl.constexpr,
-    splits: gl.constexpr,
+    split_k: gl.constexpr,
     stages: gl.constexpr,
     has_bias: gl.constexpr,
     gated: gl.constexpr,
@@ -239,49 +263,49 @@ def hopper_kernel(
     """Grid: (num_tokens / tokens, features / 16 / tiles / consumers, splits): ``tiles`` and ``warps`` are a
     consumer's. Every split has a block."""
     blocks: gl.constexpr = (inputs + 127) // 128
-    share: gl.constexpr = (blocks + splits - 1) // splits
+    share: gl.constexpr = (blocks + split_k - 1) // split_k
     kinds: gl.constexpr = 2 if gated else 1
     apart: gl.constexpr = tiles // kinds
-    token, program, split = gl.program_id(0) * tokens, gl.program_id(1), gl.program_id(2)
+    token, program, split = gl.program_id(0) * block_m, gl.program_id(1), gl.program_id(2)
     first = split * share
     turns = gl.minimum(first + share, blocks) - first
     ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
-    x = gl.allocate_shared_memory(x_desc.dtype, [stages, tokens, 128], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [stages * consumers, kinds, apart, 256], words_desc.layout)
-    groups = gl.allocate_shared_memory(gl.int32, [stages * consumers, kinds, apart, 16], groups_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, [stages, block_m, 128], x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [stages * num_consumers, kinds, apart, 256], words_desc.layout)
+    groups = gl.allocate_shared_memory(gl.int32, [stages * num_consumers, kinds, apart, 16], groups_desc.layout)
     for stage in gl.static_range(stages):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=consumers)
-    row = program * consumers * apart
+        mbarrier.init(free.index(stage), count=num_consumers)
+    row = program * num_consumers * apart
     # fmt: off
-    if consumers == 1:
+    if num_consumers == 1:
         gl.warp_specialize([
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
-                out_ptr, 0, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
-                enable_pdl,
+                out_ptr, 0, num_consumers, stages, tiles, block_m, warps, features, split_k, has_bias, gated,
+                has_residual, enable_pdl,
             )),
             (_produce, (
                 x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
-                consumers, stages, group // 128, enable_pdl,
+                num_consumers, stages, group // 128, enable_pdl,
             )),
         ], [1], [24])
     else:
         gl.warp_specialize([
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
-                out_ptr, 0, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
-                enable_pdl,
+                out_ptr, 0, num_consumers, stages, tiles, block_m, warps, features, split_k, has_bias, gated,
+                has_residual, enable_pdl,
             )),
             (_consume, (
                 ready, free, x, words, groups, turns, program, split, token, num_tokens, bias_ptr, residual_ptr,
-                out_ptr, 1, consumers, stages, tiles, tokens, warps, features, splits, has_bias, gated, has_residual,
-                enable_pdl,
+                out_ptr, 1, num_consumers, stages, tiles, block_m, warps, features, split_k, has_bias, gated,
+                has_residual, enable_pdl,
             )),
             (_produce, (
                 x_desc, words_desc, groups_desc, ready, free, x, words, groups, first, turns, row, token, apart,
-                consumers, stages, group // 128, enable_pdl,
+                num_consumers, stages, group // 128, enable_pdl,
             )),
         ], [4, 1], [240, 24])
     # fmt: on
