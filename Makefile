@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test coverage architecture aot aotold oldest lint format types wheel bench check clean
+.PHONY: help serve install dev test coverage architecture aot aotold oldest lint format types docs wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -63,6 +63,10 @@ format: dev ## rewrite to the format that lint wants
 
 types: dev ## mypy, strict
 	$(BIN)/mypy
+
+docs: dev ## the documentation as a site, into site/; a broken link fails
+	$(BIN)/python tools/generate_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
 wheel: dev ## sdist and wheel into dist/
 	rm -rf dist build

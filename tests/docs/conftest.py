@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,18 @@ def readme(root: Path) -> list[Block]:
 
 @pytest.fixture(scope="session")
 def all_blocks(pages: list[Path]) -> list[Block]:
-    """The fenced blocks of every page."""
-    return [block for page in pages for block in blocks_of(page)]
+    """The fenced blocks of every page that is written by hand."""
+    return [block for page in pages if page.parent.name != "reference" for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="session")
+def python_of(all_blocks: list[Block]) -> Callable[[str], str]:
+    """``python_of(page)``: all its Python blocks, one after the other, as a module."""
+
+    def joined(page: str) -> str:
+        return "\n\n".join(b.text for b in all_blocks if b.language == "python" and b.where.startswith(f"{page}:"))
+
+    return joined
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.sdk import Model
+from quire.testing import run_checks
 
 
 def run(root, *words):
@@ -50,6 +53,50 @@ def test_the_python_of_the_readme_runs(readme, capsys):
     exec(compile(python_blocks(readme)[1], "README.md", "exec"), names)
     names["llm"].shutdown()
     assert capsys.readouterr().out.count("->") == 2
+
+
+@pytest.mark.parametrize(
+    ("page", "plugin"), [("plugins", "TakeTurns"), ("policies", "SaltedFirst"), ("speculative", "Repeat")]
+)
+def test_the_python_of_a_page_passes_its_checks(page, plugin, python_of, tmp_path, monkeypatch):
+    """All Python blocks of a page make one module."""
+    (tmp_path / f"page_{page}.py").write_text(python_of(f"{page}.md"))
+    monkeypatch.syspath_prepend(tmp_path)
+    all_pass(getattr(importlib.import_module(f"page_{page}"), plugin))
+
+
+def test_the_model_of_a_page_is_a_model(python_of, tmp_path, monkeypatch):
+    (tmp_path / "page_models.py").write_text(python_of("models.md"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert issubclass(importlib.import_module("page_models").WideForCausalLM, Model)
+
+
+EXAMPLES = ("policy_example:ShortestFirst", "spec_decode_example:RepeatLast", "metrics_example:LogRequests")
+
+
+@pytest.mark.parametrize("target", [*EXAMPLES, "logits_processor_example:ForbidToken"])
+def test_the_smallest_examples_pass_their_checks(root, target, monkeypatch):
+    """``examples/kinds``: what the pages of the reference show."""
+    monkeypatch.syspath_prepend(root / "examples" / "kinds")
+    module, _, name = target.partition(":")
+    all_pass(getattr(importlib.import_module(module), name))
+
+
+def all_pass(plugin):
+    results = run_checks(plugin)
+    assert len(results) > 6
+    assert not [result for result in results if result.outcome == "failed"]
+
+
+def test_the_client_of_the_server_page_streams(python_of, server, capsys):
+    pytest.importorskip("openai")
+    exec(compile(python_of("server.md").replace("http://127.0.0.1:8000", server), "server.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_python_block_is_run(all_blocks):
+    pages = {block.where.partition(":")[0] for block in all_blocks if block.language == "python"}
+    assert pages == {"README.md", "plugins.md", "policies.md", "speculative.md", "models.md", "server.md"}
 
 
 def test_every_python_block_of_the_readme_is_run(readme):
