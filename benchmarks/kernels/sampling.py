@@ -1,11 +1,11 @@
-"""Sampling on one GPU: each kind of draw beside the torch code and the floor, and penalties.
+"""Sampling on one GPU: each kind of sampling beside the torch code and the lower bound, and penalties.
 
     PYTHONPATH=src python benchmarks/kernels/sampling.py
 
-Microseconds of a draw for all rows, fed back into the request table, as replays of a CUDA graph that goes through
-several sets of random bf16 logits, so that they come from memory and not from the L2 cache. The floor reads the logits
-once at the bandwidth measured on the same kind of card. ``spread`` is the logits' standard deviation: at 0.7, that of a
-model with random weights, nearly the whole vocabulary is in the nucleus.
+Microseconds for all rows, fed back into the request table, as replays of a CUDA graph that goes through several sets of
+random bf16 logits, so that they come from memory and not from the L2 cache. The lower bound reads the logits once at
+the bandwidth measured on the same kind of card. ``spread`` is the logits' standard deviation: at 0.7, that of a model
+with random weights, nearly the whole vocabulary is in the nucleus.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingBatch, SamplingTable
 from quire.core.sample.filters import apply_filters
+from quire.core.sample.inputs import PenaltyColumns
 from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.noise import gumbel
 from quire.core.sample.penalties import apply_penalties_torch
@@ -39,14 +40,14 @@ CUDA = torch.device("cuda")
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"{'rows':>4} {'vocab':>7} {'spread':>6} {'draw':<28} {'us':>8} {'floor':>7} {'torch':>9} {'same':>7}")
+    print(f"{'rows':>4} {'vocab':>7} {'spread':>6} {'sampling':<28} {'us':>8} {'bound':>7} {'torch':>9} {'same':>7}")
     for rows, vocab in SHAPES:
         for spread in (0.7, 3.0):
             sets = [(torch.randn(rows, vocab, device=CUDA) * spread).bfloat16() for _ in range(6)]
             sampler = GumbelSampler(vocab, CUDA)
             sampler.prepare_graph_sampling(rows)
-            for name, wish in PARAMS.items():
-                report(rows, vocab, spread, name, wish, sets, sampler)
+            for name, params in PARAMS.items():
+                report(rows, vocab, spread, name, params, sets, sampler)
     for rows in (32, 256):
         report_penalties(rows, 151936, 1000)
 
@@ -56,22 +57,22 @@ def report(
     vocab: int,
     spread: float,
     name: str,
-    wish: tuple[float, int, float, float],
+    params: tuple[float, int, float, float],
     sets: list[Tensor],
     sampler: GumbelSampler,
 ) -> None:
-    table = table_of(rows, wish)
-    lines, tokens = torch.arange(rows, device=CUDA), torch.zeros(rows, dtype=torch.int32, device=CUDA)
+    table = table_of(rows, params)
+    index, tokens = torch.arange(rows, device=CUDA), torch.zeros(rows, dtype=torch.int32, device=CUDA)
 
-    def draw(turn: int) -> None:
-        sampler.sample_from_table(sets[turn % len(sets)], lines, table, tokens, greedy=wish[0] == 0)
+    def sample(turn: int) -> None:
+        sampler.sample_from_table(sets[turn % len(sets)], index, table, tokens, greedy=params[0] == 0)
 
-    us = replay_us(draw)
+    us = replay_us(sample)
     table.num_tokens.fill_(100)
     position = table.num_tokens[:rows].long()
     batch = SamplingBatch(
         table.temperature[:rows], table.top_k[:rows], table.top_p[:rows], table.min_p[:rows], table.seed[:rows],
-        position, wish[0] > 0, wish[1] > 0, wish[2] < 1, wish[3] > 0,
+        position, params[0] > 0, params[1] > 0, params[2] < 1, params[3] > 0,
     )  # fmt: skip
     expected = torch_sample(sets[0], batch)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -79,11 +80,11 @@ def report(
     torch_sample(sets[0], batch)
     end.record()
     end.synchronize()
-    draw(0)
+    sample(0)
     same = (tokens == expected).float().mean().item()
-    floor = rows * vocab * 2 / READ * 1e6
+    bound = rows * vocab * 2 / READ * 1e6
     print(
-        f"{rows:>4} {vocab:>7} {spread:>6} {name:<28} {us:>8.1f} {floor:>7.1f} {start.elapsed_time(end) * 1e3:>9.0f} "
+        f"{rows:>4} {vocab:>7} {spread:>6} {name:<28} {us:>8.1f} {bound:>7.1f} {start.elapsed_time(end) * 1e3:>9.0f} "
         f"{same:>7.1%}",
         flush=True,
     )
@@ -99,24 +100,24 @@ def torch_sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
 def report_penalties(rows: int, vocab: int, length: int) -> None:
     logits = torch.randn(rows, vocab, device=CUDA)
     table = torch.randint(0, vocab, (rows, length), dtype=torch.int32, device=CUDA)
-    lines, lens = torch.arange(rows, device=CUDA), torch.full((rows,), length, dtype=torch.int32, device=CUDA)
-    prompt_len, strengths = lens // 2, [torch.rand(rows, device=CUDA) + 0.5 for _ in range(3)]
-    ours = replay_us(lambda _: launch_penalties(logits, lines, lines, lens, length, table, prompt_len, *strengths), 5)
-    theirs = replay_us(lambda _: apply_penalties_torch(logits, table, lens, prompt_len, *strengths), 5)
+    index, lens = torch.arange(rows, device=CUDA), torch.full((rows,), length, dtype=torch.int32, device=CUDA)
+    columns = PenaltyColumns(table, lens // 2, *(torch.rand(rows, device=CUDA) + 0.5 for _ in range(3)))
+    ours = replay_us(lambda _: launch_penalties(logits, index, index, lens, length, columns), 5)
+    theirs = replay_us(lambda _: apply_penalties_torch(logits, lens, columns), 5)
     print(f"penalties, {rows} rows of {length} tokens: {ours:.1f} us, torch {theirs:.1f} us")
 
 
-def table_of(rows: int, wish: tuple[float, int, float, float]) -> SamplingTable:
+def table_of(rows: int, params: tuple[float, int, float, float]) -> SamplingTable:
     def column(value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((rows + 1,), value, dtype=dtype, device=CUDA)
 
     return SamplingTable(
         column(0, torch.int32)[:, None].repeat(1, 4096),
         column(100, torch.int32),
-        column(wish[0], torch.float32),
-        column(wish[1], torch.int32),
-        column(wish[2], torch.float32),
-        column(wish[3], torch.float32),
+        column(params[0], torch.float32),
+        column(params[1], torch.int32),
+        column(params[2], torch.float32),
+        column(params[3], torch.float32),
         torch.randint(0, 2**62, (rows + 1,), device=CUDA),
     )
 

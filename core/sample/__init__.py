@@ -1,1 +1,1 @@
-"""Sampling: one rule for greedy, random and verified tokens."""
+"""Sampling: from logits to tokens. The argmax of logits plus seeded Gumbel noise, for every kind of request."""

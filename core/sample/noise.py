@@ -1,8 +1,9 @@
 """Counter-based Gumbel noise: a pure function of (seed, position, token).
 
 Philox-4x32-10, from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), the generator of
-``triton.language.philox`` too, so that a kernel draws the same bits. Key: the request's seed. Counter: (token,
-position, 0, 0).
+``triton.language.philox`` too, so that a kernel generates the same bits. Key: the request's seed. Counter: (token,
+position, 0, 0). No generator has a state: what a request samples does not depend on the batch, on preemption, or on how
+many tokens a step verifies.
 """
 
 from __future__ import annotations
@@ -37,5 +38,6 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """
     token = torch.arange(vocab_size, device=seed.device)
     bits = philox(token[None, :].expand(len(seed), -1), position[:, None], seed[:, None])
+    # Half a step above 0 keeps the logarithm finite there; the clamp does so at 1, which float32 would round up to.
     u = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))

@@ -1,64 +1,57 @@
-"""Repetition, frequency and presence penalties, computed from the token table."""
+"""Repetition, frequency and presence penalties, computed from the token table.
+
+- Repetition (Keskar et al., "CTRL", 2019; ``repetition_penalty`` of Hugging Face and vLLM): the logit of every token
+  seen, in the prompt or generated, is divided by the penalty if positive and multiplied by it if negative.
+- Frequency and presence (the OpenAI API): ``logit -= frequency * count + presence * (count > 0)``, where ``count`` is
+  how often the token was generated; the prompt does not count, as in vLLM.
+
+They apply in this order, before the temperature.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from quire.core.sample.inputs import PenaltyColumns
+
 __all__ = ["apply_penalties", "apply_penalties_torch"]
 
 
 def apply_penalties(
-    logits: Tensor,
-    lines: Tensor,
-    rows: Tensor,
-    num_tokens: Tensor,
-    longest: int,
-    token_ids: Tensor,
-    prompt_len: Tensor,
-    repetition: Tensor,
-    frequency: Tensor,
-    presence: Tensor,
+    logits: Tensor, logits_rows: Tensor, rows: Tensor, num_tokens: Tensor, max_num_tokens: int, columns: PenaltyColumns
 ) -> None:
-    """``apply_penalties`` on some ``lines`` (m,) int64 of ``logits`` (n, vocab) float32, in place; a kernel on a GPU.
+    """Penalize some ``logits_rows`` (m,) int64 of ``logits`` (n, vocab) float32, in place; with kernels on a GPU.
 
-    ``rows`` (n,) int64 and ``num_tokens`` (n,) int32 are by line, no length above ``longest``. The others are the
-    request table's columns: ``token_ids`` (rows, length) and ``prompt_len`` (rows,) int32, penalties (rows,) float32.
+    ``rows`` (n,) int64, of the request table, and ``num_tokens`` (n,) int32, how many of a row's tokens come before the
+    one to sample, are by logits row; no such number is above ``max_num_tokens``, which the host knows.
     """
     if logits.is_cuda:
-        from quire.core.sample.kernels import penalties_kernel as penalties
+        from quire.core.sample.kernels.penalties_kernel import launch_penalties
 
-        columns = (token_ids, prompt_len, repetition, frequency, presence)
-        penalties.launch_penalties(logits, lines, rows, num_tokens, longest, *columns)
+        launch_penalties(logits, logits_rows, rows, num_tokens, max_num_tokens, columns)
         return
-    mine, some = rows[lines], logits[lines]
-    of_lines = (column[mine] for column in (prompt_len, repetition, frequency, presence))
-    apply_penalties_torch(some, token_ids[mine, :longest], num_tokens[lines], *of_lines)
-    logits[lines] = some
+    token_ids, *others = columns
+    penalized_rows, penalized = rows[logits_rows], logits[logits_rows]
+    by_logits_row = (column[penalized_rows] for column in others)
+    of_rows = PenaltyColumns(token_ids[penalized_rows, :max_num_tokens], *by_logits_row)
+    apply_penalties_torch(penalized, num_tokens[logits_rows], of_rows)
+    logits[logits_rows] = penalized
 
 
-def apply_penalties_torch(
-    logits: Tensor,
-    tokens: Tensor,
-    num_tokens: Tensor,
-    prompt_len: Tensor,
-    repetition: Tensor,
-    frequency: Tensor,
-    presence: Tensor,
-) -> None:
-    """Change ``logits`` (n, vocab) float32 in place.
+def apply_penalties_torch(logits: Tensor, num_tokens: Tensor, columns: PenaltyColumns) -> None:
+    """Change ``logits`` (n, vocab) float32 in place; ``columns`` and ``num_tokens`` (n,) are by logits row.
 
-    ``tokens`` (n, length) integer token ids, of which the first ``num_tokens`` (n,) are real and the first
-    ``prompt_len`` (n,) the prompt's. Repetition (CTRL, Keskar et al. 2019) divides positive and multiplies negative
-    logits of every token seen; frequency and presence (OpenAI) count generated tokens alone.
+    Of ``columns.token_ids`` (n, length) the first ``num_tokens`` are real, and the first ``prompt_len`` the prompt's.
     """
-    n, vocab = logits.shape
-    place = torch.arange(tokens.shape[1], device=tokens.device)[None, :]
-    real = place < num_tokens[:, None]
-    made = real & (place >= prompt_len[:, None])
-    index = torch.where(real, tokens, 0).long()
-    seen = torch.zeros(n, vocab, device=logits.device).scatter_add_(1, index, real.float()) > 0
-    count = torch.zeros(n, vocab, device=logits.device).scatter_add_(1, index, made.float())
-    factor = repetition[:, None]
+    n, vocab_size = logits.shape
+    tokens = columns.token_ids
+    position = torch.arange(tokens.shape[1], device=tokens.device)[None, :]
+    real = position < num_tokens[:, None]
+    generated = real & (position >= columns.prompt_len[:, None])
+    index = torch.where(real, tokens, 0).long()  # what is not real adds zero to token 0
+    seen = torch.zeros(n, vocab_size, device=logits.device).scatter_add_(1, index, real.float()) > 0
+    count = torch.zeros(n, vocab_size, device=logits.device).scatter_add_(1, index, generated.float())
+    factor = columns.repetition[:, None]
     logits.copy_(torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits))
-    logits -= frequency[:, None] * count + presence[:, None] * (count > 0)
+    logits -= columns.frequency[:, None] * count + columns.presence[:, None] * (count > 0)

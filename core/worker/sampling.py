@@ -1,4 +1,16 @@
-"""From logits to tokens: log-probabilities, penalties, logits processors, sampler."""
+"""Sampling on the worker: from a step's logits to tokens, log-probabilities and accepted drafts.
+
+The order is: log-probabilities of the raw logits, penalties, logits processors, temperature, min-p, top-k, top-p. A
+step takes the cheapest of three ways, by what its requests want:
+
+1. a captured graph (``graph_variant``): nothing changes the logits, and no log-probabilities are wanted;
+2. ``Sampler.sample_from_table``, which reads the parameters from the request table and appends the tokens itself;
+3. a float32 copy of the logits, penalties, processors, and ``Sampler.sample``.
+
+Nothing here waits for the device. Whether a step needs a feature is answered on the host, from what requests asked for
+when they entered; tokens go to the request table on the device, where the next step finds them, and to the host later
+(``readback.py``).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +28,8 @@ from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.ops.pinned import copy_to_device
-from quire.core.sample.logprobs import gather_logprobs
+from quire.core.sample.inputs import PenaltyColumns
+from quire.core.sample.logprobs import LogprobsTensors, gather_logprobs
 from quire.core.sample.penalties import apply_penalties
 from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
@@ -29,36 +42,40 @@ _log = logging.getLogger("quire.worker")
 
 @dataclass(slots=True)
 class SampledLogprobs:
-    """Log-probabilities of those tokens of a step for which somebody asked."""
+    """Log-probabilities of a step's tokens, of those requests alone that want any."""
 
     request_indices: NDArray[np.int64]
-    """Into the step; as often as the request has lines."""
+    """(m,) index into the step's requests; a request that verifies drafts has one entry for each of its logits rows."""
     num_columns: NDArray[np.int32]
-    """Columns that each asked for: 1 + k."""
-    tensors: tuple[Tensor, Tensor, Tensor]
-    """As ``gather_logprobs`` gives them, for the largest k."""
+    """(m,) columns of ``tensors`` that the request wants: 1 + k."""
+    tensors: LogprobsTensors
+    """m rows, for the largest k."""
 
 
 @dataclass(slots=True)
 class SampledTokens:
-    """Device tensors of a step's draw."""
+    """What a step sampled; tensors on the device."""
 
-    token_ids: Tensor  # (num_drawing,) int32, or (num_drawing, 2 + width) as ``verify`` returns them
+    token_ids: Tensor
+    """(num_sampling_reqs,) int32, or (num_sampling_reqs, 2 + max_len) as ``verify_drafts`` returns them."""
     logprobs: SampledLogprobs | None = None
     quarantined: list[str] = field(default_factory=list)
+    """Logits processors and proposers that were switched off, each with the reason."""
     ran_draft_backfill: bool = False
-    """Behind the draw a proposer made up for what it had passed over."""
+    """Behind the sampling the proposer read tokens that it had passed over before."""
 
 
 @dataclass(slots=True)
 class _ActiveProcessor:
+    """A logits processor that is not quarantined, and the rows for which it has something to do."""
+
     name: str
     processor: LogitsProcessor
     rows: set[int] = field(default_factory=set)
 
 
 class SamplingRunner:
-    """Knows, on the host and by row, what each request wants, so that a step pays only for what somebody asked."""
+    """Samples a step's tokens. Keeps what each request wants on the host, by row, so that a step pays for no more."""
 
     def __init__(
         self,
@@ -72,20 +89,29 @@ class SamplingRunner:
         self.draft_verifier = draft_verifier
         self._sampler = sampler
         self.device_sampler = sampler if sampler.prepare_graph_sampling(max_logits_rows or table.num_rows) else None
-        """The sampler, where it can draw from the table by itself."""
+        """The sampler, where it can sample from the table by itself."""
         self._processors = [_ActiveProcessor(name, processor) for name, processor in processors]
+        # Host copies of what the table has on the device: reading that would wait for the step in flight.
         num_rows = table.num_rows
         self._is_random = np.zeros(num_rows, dtype=bool)
         self._has_top_k = np.zeros(num_rows, dtype=bool)
         self._has_top_p = np.zeros(num_rows, dtype=bool)
         self._has_min_p = np.zeros(num_rows, dtype=bool)
         self._has_penalties = np.zeros(num_rows, dtype=bool)
-        self._num_logprobs = np.full(num_rows, -1, dtype=np.int32)
-        self._quarantined: list[str] = []
+        self._num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # -1: none, 0: the sampled token's alone
+        self._penalty_columns = PenaltyColumns(
+            table.token_ids,
+            table.prompt_len,
+            table.repetition_penalty,
+            table.frequency_penalty,
+            table.presence_penalty,
+        )
+        self._quarantined: list[str] = []  # since the last step
 
     def add_row(self, request: NewRequest) -> None:
         """A request enters its row."""
         params, row = request.params, request.row
+        # Filters never forbid the best token, so a greedy request needs none of them.
         self._is_random[row] = not params.greedy
         self._has_top_k[row] = params.top_k > 0 and not params.greedy
         self._has_top_p[row] = params.top_p < 1 and not params.greedy
@@ -94,8 +120,8 @@ class SamplingRunner:
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._has_penalties[row] = penalties != neutral
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        for active in list(self._processors):
-            active.rows.discard(row)
+        for active in list(self._processors):  # a copy: quarantine removes from it
+            active.rows.discard(row)  # of the row's last request
             if active.processor.argmax_invariant and params.greedy:
                 continue
             try:
@@ -115,7 +141,7 @@ class SamplingRunner:
                     self._quarantine(active, error)
 
     def graph_variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
-        """What these rows want of a captured sampler; None where they want more than one can do."""
+        """The captured sampling graph that serves these rows; None where they want more than one can do."""
         if (self._num_logprobs[rows] >= 0).any() or not self._leaves_logits_unchanged(rows):
             return None
         if not self._is_random[rows].any():
@@ -126,29 +152,28 @@ class SamplingRunner:
         """Whether none of these rows has a temperature."""
         return not self._is_random[rows].any()
 
-    def _leaves_logits_unchanged(self, rows: NDArray[np.int32]) -> bool:
-        """Whether nothing changes the logits of these rows."""
-        if self._has_penalties[rows].any():
-            return False
-        return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
-
     def sample_tokens(
-        self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, lines: LogitsIndices
+        self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, logits_indices: LogitsIndices
     ) -> SampledTokens:
-        """``logits`` (num_lines, vocab) in the model's dtype. Feeds the tokens, of drafts those accepted, back into the
-        table."""
-        host_rows, spans, table = step.rows[lines.request_indices], inputs.draft_spans, self.table
+        """Sample from ``logits`` (num_logits_rows, vocab) in the model's dtype, which are not changed.
+
+        The tokens, of drafts those accepted, are appended to the request table. Verification (``max_len`` above 1)
+        samples a token for each draft, and appends what it accepts itself.
+        """
+        host_rows, spans, table = step.rows[logits_indices.request_indices], inputs.draft_spans, self.table
         from_table = self.device_sampler is not None and spans.max_len == 1 and self._leaves_logits_unchanged(host_rows)
         if from_table and self.device_sampler is not None:
-            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)  # what the warm-up samples
+            # The logits stay in bf16: kernels convert what they load, and a float32 copy of a row is never written.
+            # Zeros, not empty: a warm-up compiles launches without making them, and what follows indexes with these.
+            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
             self.device_sampler.sample_from_table(
                 logits, inputs.logits_table_rows, table.sampling, tokens, greedy=self.all_greedy(host_rows)
             )
         else:
-            tokens = self._sample_changed_logits(logits, inputs, host_rows, lines.max_sample_positions)
+            tokens = self._sample_float32(logits, inputs, host_rows, logits_indices.max_sample_positions)
         sampled = SampledTokens(tokens, quarantined=self._quarantined)
         self._quarantined = []
-        sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, lines)
+        sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, logits_indices)
         if spans.max_len > 1:
             sampled.token_ids = self.draft_verifier(
                 tokens, spans, table.sampling, table.num_computed_tokens, table.num_drafts
@@ -157,30 +182,53 @@ class SamplingRunner:
             table.append_tokens(spans.rows, tokens)
         return sampled
 
-    def _gather_logprobs(
-        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], lines: LogitsIndices
-    ) -> SampledLogprobs | None:
-        num_logprobs = self._num_logprobs[host_rows]
-        requested = np.flatnonzero(num_logprobs >= 0)
-        if not len(requested):
-            return None
-        if len(requested) < len(num_logprobs):
-            logits_rows = copy_to_device(requested, torch.int64, logits.device)
-            logits, tokens = logits[logits_rows], tokens[logits_rows]
-        tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
-        return SampledLogprobs(lines.request_indices[requested], num_logprobs[requested] + 1, tensors)
+    def _leaves_logits_unchanged(self, rows: NDArray[np.int32]) -> bool:
+        """Whether no penalty and no processor works on these rows."""
+        if self._has_penalties[rows].any():
+            return False
+        return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
 
-    def _sample_changed_logits(
-        self, raw: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
+    def _sample_float32(
+        self, raw_logits: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], max_positions: NDArray[np.int64]
     ) -> Tensor:
-        """By ``Sampler.sample``, after penalties and processors."""
-        rows, lens = inputs.logits_table_rows, inputs.logits_positions
-        logits = raw.to(torch.float32, copy=True)
-        self._apply_penalties(logits, rows, lens, host_rows, int(positions.max()))
-        self._apply_processors(logits, lens, host_rows, positions)
-        return self._sampler.sample(logits, self._make_sampling_batch(rows, lens, host_rows))
+        """By ``Sampler.sample``, after penalties and processors. ``max_positions`` bound ``logits_positions``."""
+        rows, positions = inputs.logits_table_rows, inputs.logits_positions
+        # A copy also where the model computes in float32: penalties and processors change it in place, while the raw
+        # logits are wanted for log-probabilities, and may belong to a graph.
+        logits = raw_logits.to(torch.float32, copy=True)
+        self._apply_penalties(logits, rows, positions, host_rows, int(max_positions.max()))
+        self._apply_processors(logits, positions, host_rows, max_positions)
+        return self._sampler.sample(logits, self._make_sampling_batch(rows, positions, host_rows))
 
-    def _make_sampling_batch(self, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
+    def _apply_penalties(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32], max_num_tokens: int
+    ) -> None:
+        penalized = np.flatnonzero(self._has_penalties[host_rows])
+        if not len(penalized):
+            return
+        logits_rows = copy_to_device(penalized, torch.int64, logits.device)
+        # A token's position is also the number of tokens before it.
+        apply_penalties(logits, logits_rows, rows, positions, max_num_tokens, self._penalty_columns)
+
+    def _apply_processors(
+        self, logits: Tensor, positions: Tensor, host_rows: NDArray[np.int32], max_positions: NDArray[np.int64]
+    ) -> None:
+        if not any(active.rows for active in self._processors):
+            return
+        rows = host_rows.tolist()
+        batch = LogitsBatch(rows, max_positions.tolist(), self.table.token_ids, positions)
+        for active in list(self._processors):
+            if active.rows.isdisjoint(rows):
+                continue
+            # A processor may raise half-way; the step then goes on with the logits that it was given.
+            before = logits.clone()
+            try:
+                active.processor.apply(logits, batch)
+            except Exception as error:
+                logits.copy_(before)
+                self._quarantine(active, error)
+
+    def _make_sampling_batch(self, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table
         return SamplingBatch(
             temperature=table.temperature[rows],
@@ -188,41 +236,25 @@ class SamplingRunner:
             top_p=table.top_p[rows],
             min_p=table.min_p[rows],
             seed=table.seed[rows],
-            position=lens.long(),
+            position=positions.long(),
             any_random=bool(self._is_random[host_rows].any()),
             any_top_k=bool(self._has_top_k[host_rows].any()),
             any_top_p=bool(self._has_top_p[host_rows].any()),
             any_min_p=bool(self._has_min_p[host_rows].any()),
         )
 
-    def _apply_penalties(
-        self, logits: Tensor, rows: Tensor, lens: Tensor, host_rows: NDArray[np.int32], max_num_tokens: int
-    ) -> None:
-        logits_rows = np.flatnonzero(self._has_penalties[host_rows])
-        if not len(logits_rows):
-            return
-        t = self.table
-        columns = (t.token_ids, t.prompt_len, t.repetition_penalty, t.frequency_penalty, t.presence_penalty)
-        apply_penalties(
-            logits, copy_to_device(logits_rows, torch.int64, logits.device), rows, lens, max_num_tokens, *columns
-        )
-
-    def _apply_processors(
-        self, logits: Tensor, lens: Tensor, host_rows: NDArray[np.int32], positions: NDArray[np.int64]
-    ) -> None:
-        if not any(active.rows for active in self._processors):
-            return
-        rows = host_rows.tolist()
-        batch = LogitsBatch(rows, positions.tolist(), self.table.token_ids, lens)
-        for active in list(self._processors):
-            if active.rows.isdisjoint(rows):
-                continue
-            before = logits.clone()
-            try:
-                active.processor.apply(logits, batch)
-            except Exception as error:
-                logits.copy_(before)
-                self._quarantine(active, error)
+    def _gather_logprobs(
+        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], logits_indices: LogitsIndices
+    ) -> SampledLogprobs | None:
+        num_logprobs = self._num_logprobs[host_rows]
+        requested = np.flatnonzero(num_logprobs >= 0)
+        if not len(requested):
+            return None
+        if len(requested) < len(num_logprobs):  # the k best of a row are a pass over it: only where they are wanted
+            logits_rows = copy_to_device(requested, torch.int64, logits.device)
+            logits, tokens = logits[logits_rows], tokens[logits_rows]
+        tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
+        return SampledLogprobs(logits_indices.request_indices[requested], num_logprobs[requested] + 1, tensors)
 
     def _quarantine(self, active: _ActiveProcessor, error: Exception) -> None:
         reason = f"logits_processor/{active.name}: {type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from quire.core.contracts.sampler import SamplingTable
-from quire.core.sample.inputs import DraftSpans, SamplingColumns
+from quire.core.sample.inputs import DraftSpans, PenaltyColumns, SamplingColumns
 from quire.core.sample.kernels.argmax_kernel import launch_argmax
 from quire.core.sample.kernels.forced_acceptance_kernel import launch_force_acceptance
 from quire.core.sample.kernels.launch_sample import launch_sample
@@ -39,8 +39,8 @@ def random(dtype: torch.dtype, vocab: int, from_table: bool) -> None:
 
 
 def penalties() -> None:
-    strengths = [_FLOATS(8) for _ in range(3)]
-    launch_penalties(torch.zeros(4, 151936), _LONGS(2), _LONGS(4), _INTS(4), 64, _INTS(8, 64), _INTS(8), *strengths)
+    columns = PenaltyColumns(_INTS(8, 64), _INTS(8), *(_FLOATS(8) for _ in range(3)))
+    launch_penalties(torch.zeros(4, 151936), _LONGS(2), _LONGS(4), _INTS(4), 64, columns)
 
 
 def logprobs() -> None:

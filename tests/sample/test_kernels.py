@@ -15,16 +15,14 @@ from quire.core.sample.inputs import SamplingColumns
 from quire.core.sample.kernels.argmax_kernel import launch_argmax
 from quire.core.sample.kernels.launch_sample import launch_sample
 from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
-from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.kernels.workspace import Tiles, Workspace
 from quire.core.sample.noise import gumbel
-from quire.core.sample.penalties import apply_penalties_torch
 from quire.core.sample.sampler import GumbelSampler
 
 CPU = torch.device("cpu")
 TINY = Tiles(groups_per_chunk=2, group_size=8, tile_size=8, num_parts=2, max_candidates=32, max_topk=12)
 VOCAB = 61  # of four chunks of 16
-WISHES = [
+PARAMS = [
     {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
     {},
     {"temperature": 0.8, "top_p": 0.95},
@@ -40,12 +38,12 @@ WISHES = [
 ]
 
 
-def columns_of(wishes: list[dict], seed: int, device: str) -> SamplingColumns:
+def columns_of(params: list[dict], seed: int, device: str) -> SamplingColumns:
     def column(name: str, default: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([wish.get(name, default) for wish in wishes], dtype=dtype, device=device)
+        return torch.tensor([each.get(name, default) for each in params], dtype=dtype, device=device)
 
     gen = torch.Generator().manual_seed(seed)
-    n = len(wishes)
+    n = len(params)
     return SamplingColumns(
         column("temperature", 1.0, torch.float32),
         column("top_k", 0, torch.int32),
@@ -56,7 +54,7 @@ def columns_of(wishes: list[dict], seed: int, device: str) -> SamplingColumns:
     )
 
 
-def gaps(logits: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor) -> torch.Tensor:
+def sampling_gaps(logits: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor) -> torch.Tensor:
     """By how much each token falls short of the best allowed one (noised), in float64; infinite where not allowed.
 
     The filters get a little slack, so that a token on their edge counts by its noise alone.
@@ -77,7 +75,7 @@ def gaps(logits: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor) -
     return torch.minimum(*short)
 
 
-def torch_twin(logits: torch.Tensor, c: SamplingColumns) -> torch.Tensor:
+def sample_torch(logits: torch.Tensor, c: SamplingColumns) -> torch.Tensor:
     batch = SamplingBatch(
         c.temperature, c.top_k, c.top_p, c.min_p, c.seed, c.position.long(), True, True, True, True
     )  # fmt: skip
@@ -97,39 +95,41 @@ def torch_twin(logits: torch.Tensor, c: SamplingColumns) -> torch.Tensor:
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
     coarse=st.booleans(),
 )
-def test_draw_is_the_torch_code(
+def test_sampling_is_the_torch_code(
     seed: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float, coarse: bool
 ) -> None:
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
     if coarse:  # many ties
         logits = logits.round()
-    wish = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    columns = columns_of([wish, {"temperature": 0.9, "top_p": 0.8}], seed, "cpu")
+    params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    columns = columns_of([params, {"temperature": 0.9, "top_p": 0.8}], seed, "cpu")
     out = torch.full((2,), -1, dtype=torch.int32)
     launch_sample(logits, columns, Workspace(2, VOCAB, CPU, TINY), out)
-    twin = torch_twin(logits, columns)
-    assert torch.equal(out, twin) or gaps(logits, columns, out).max() < 1e-5
+    twin = sample_torch(logits, columns)
+    assert torch.equal(out, twin) or sampling_gaps(logits, columns, out).max() < 1e-5
 
 
-@pytest.mark.parametrize("wish", [{"top_k": 5, "top_p": 0.9}, {"top_k": 40, "top_p": 0.4}, {"top_p": 0.7}, {}], ids=str)
-def test_masked_logits_are_never_drawn(wish: dict) -> None:
+@pytest.mark.parametrize(
+    "params", [{"top_k": 5, "top_p": 0.9}, {"top_k": 40, "top_p": 0.4}, {"top_p": 0.7}, {}], ids=str
+)
+def test_masked_logits_are_never_sampled(params: dict) -> None:
     logits = torch.full((1, VOCAB), float("-inf"))
     logits[0, [3, 40, 58]] = torch.tensor([0.0, 0.5, 0.2])
     for seed in range(3):
-        columns, out = columns_of([wish], seed, "cpu"), torch.full((1,), -1, dtype=torch.int32)
+        columns, out = columns_of([params], seed, "cpu"), torch.full((1,), -1, dtype=torch.int32)
         launch_sample(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
-        assert out.item() == torch_twin(logits, columns).item()
+        assert out.item() == sample_torch(logits, columns).item()
 
 
-def test_a_crowd_of_equals_overflows_the_list() -> None:
+def test_more_equals_than_candidates() -> None:
     logits = torch.zeros(1, VOCAB)
     columns, out = columns_of([{"top_k": 2, "top_p": 0.5}], 5, "cpu"), torch.full((1,), -1, dtype=torch.int32)
     launch_sample(logits, columns, Workspace(1, VOCAB, CPU, TINY), out)
-    assert out.item() == torch_twin(logits, columns).item()
+    assert out.item() == sample_torch(logits, columns).item()
 
 
 def table_of(device: str) -> tuple[SamplingColumns, torch.Tensor, torch.Tensor]:
-    """Columns of a table of four rows and padding, its tokens, and lines that stand in rows 2, 0, padding, padding."""
+    """Columns of a table of four rows and padding, its tokens, and logits rows of rows 2, 0, padding, padding."""
     columns = columns_of([{}, {"top_k": 4}, {"top_p": 0.9}, {}, {"temperature": 0.0}], 1, device)
     columns.position.copy_(torch.tensor([3, 4, 5, 6, 0]))
     tokens = torch.full((5, 9), -1, dtype=torch.int32, device=device)
@@ -144,8 +144,8 @@ def test_tokens_are_appended_to_their_rows(device: str, greedy: bool) -> None:
     if greedy:
         expected = logits.argmax(-1)
     else:
-        mine = SamplingColumns(*(getattr(columns, name)[rows] for name in SamplingColumns._fields))
-        expected = torch_twin(logits, mine)
+        of_rows = SamplingColumns(*(getattr(columns, name)[rows] for name in SamplingColumns._fields))
+        expected = sample_torch(logits, of_rows)
     out = torch.full((4,), -1, dtype=torch.int32, device=device)
     work = Workspace(4, VOCAB, torch.device(device), TINY)
     if greedy:
@@ -172,27 +172,6 @@ def test_greedy_takes_the_first_of_equals_and_stays_in_the_vocabulary(device: st
     assert 0 <= out[3].item() < VOCAB
 
 
-@pytest.mark.parametrize(
-    ("device", "vocab", "length"), [("cpu", 40, 30), pytest.param("cuda", 151936, 3000, marks=pytest.mark.gpu)]
-)
-def test_penalties_are_the_torch_code(device: str, vocab: int, length: int) -> None:
-    gen = torch.Generator().manual_seed(vocab)
-    table = torch.randint(0, vocab if vocab < 100 else 500, (5, length), generator=gen, dtype=torch.int32)
-    rows, lines = torch.tensor([4, 1, 0, 2]), torch.tensor([3, 0, 1])
-    lens = torch.tensor([length, 7, 1, length - 2], dtype=torch.int32)
-    prompt = torch.tensor([3, 7, 9, 1, length // 2], dtype=torch.int32)
-    columns = [torch.rand(5, generator=gen) + 0.5 for _ in range(3)]
-    logits = torch.randn(4, vocab, generator=gen) * 3
-    expected = logits.clone()
-    some, mine = expected[lines], rows[lines]
-    apply_penalties_torch(some, table[mine], lens[lines], prompt[mine], *(column[mine] for column in columns))
-    expected[lines] = some
-    got = logits.to(device)
-    moved = [t.to(device) for t in (table, prompt, *columns)]
-    launch_penalties(got, lines.to(device), rows.to(device), lens.to(device), length, *moved)
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("vocab", [151936, 50257, 128256])
@@ -208,29 +187,29 @@ def test_greedy_on_a_gpu(dtype: torch.dtype, vocab: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 12, 120, 256])
 @pytest.mark.parametrize("spread", [0.7, 3.0, 12.0])
-def test_draw_at_full_size(n: int, spread: float) -> None:
+def test_sampling_at_full_size(n: int, spread: float) -> None:
     vocab = 151936
     torch.manual_seed(n)
     logits = (torch.randn(n, vocab, device="cuda") * spread).bfloat16()
-    columns = columns_of([WISHES[(i + int(spread)) % len(WISHES)] for i in range(n)], n, "cuda")
+    columns = columns_of([PARAMS[(i + int(spread)) % len(PARAMS)] for i in range(n)], n, "cuda")
     out = torch.full((n,), -1, dtype=torch.int32, device="cuda")
     work = Workspace(n, vocab, logits.device)
     launch_sample(logits, columns, work, out)
     step = 32
     for i in range(0, n, step):
         part = SamplingColumns(*(getattr(columns, name)[i : i + step] for name in SamplingColumns._fields))
-        assert gaps(logits[i : i + step], part, out[i : i + step]).max() < 1e-4
-        # a row draws the same whatever stands beside it, to the bit
+        assert sampling_gaps(logits[i : i + step], part, out[i : i + step]).max() < 1e-4
+        # a row samples the same whatever stands beside it, to the bit
         alone = torch.full_like(out[i : i + step], -1)
         launch_sample(logits[i : i + step], part, work, alone)
         assert torch.equal(alone, out[i : i + step])
 
 
 @pytest.mark.gpu
-def test_draw_survives_capture() -> None:
+def test_sampling_survives_capture() -> None:
     n, vocab = 48, 32000
     logits = torch.randn(n, vocab, device="cuda").bfloat16() * 2
-    columns = columns_of([WISHES[i % len(WISHES)] for i in range(n)], 3, "cuda")
+    columns = columns_of([PARAMS[i % len(PARAMS)] for i in range(n)], 3, "cuda")
     work, out = Workspace(n, vocab, logits.device), torch.zeros(n, dtype=torch.int32, device="cuda")
     launch_sample(logits, columns, work, out)
     graph = torch.cuda.CUDAGraph()
@@ -240,24 +219,24 @@ def test_draw_survives_capture() -> None:
         logits.copy_(torch.randn(n, vocab, device="cuda") * (turn + 1))
         columns.position.add_(1)
         graph.replay()
-        assert gaps(logits, columns, out).max() < 1e-4
+        assert sampling_gaps(logits, columns, out).max() < 1e-4
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("wish", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1}], ids=str)
-def test_draws_follow_the_distribution_on_a_gpu(wish: dict) -> None:
-    draws, vocab = 40_000, 24
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1}], ids=str)
+def test_samples_follow_the_distribution_on_a_gpu(params: dict) -> None:
+    count, vocab = 40_000, 24
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(3)) * 2
-    columns = columns_of([wish] * draws, 0, "cuda")
+    columns = columns_of([params] * count, 0, "cuda")
     batch = SamplingBatch(
         columns.temperature, columns.top_k, columns.top_p, columns.min_p, torch.zeros_like(columns.seed),
-        torch.arange(draws, device="cuda"), True, True, True, True,
+        torch.arange(count, device="cuda"), True, True, True, True,
     )  # fmt: skip
     sampler = GumbelSampler(vocab, torch.device("cuda"))
-    tokens = sampler.sample(logits.cuda().expand(draws, -1).clone(), batch)
+    tokens = sampler.sample(logits.cuda().expand(count, -1).clone(), batch)
     one = SamplingColumns(*(getattr(columns, name)[:1].cpu() for name in SamplingColumns._fields))
     filters = SamplingBatch(one.temperature, one.top_k, one.top_p, one.min_p, one.seed, one.position, *[True] * 4)
-    expected = apply_filters(logits / one.temperature[:, None], filters).softmax(-1)[0].double() * draws
+    expected = apply_filters(logits / one.temperature[:, None], filters).softmax(-1)[0].double() * count
     counts = torch.bincount(tokens.cpu().long(), minlength=vocab).double()
     assert counts[expected == 0].sum() == 0
     big = expected > 5
@@ -274,7 +253,7 @@ def test_draws_follow_the_distribution_on_a_gpu(wish: dict) -> None:
         pytest.param("cuda", torch.float16, 32003, marks=pytest.mark.gpu),
     ],
 )
-def test_normalizing_is_float64(device: str, dtype: torch.dtype, vocab: int) -> None:
+def test_logsumexp_and_rank_are_those_of_float64(device: str, dtype: torch.dtype, vocab: int) -> None:
     gen = torch.Generator().manual_seed(3)
     wide = 8 * torch.randn(7, vocab + 3, generator=gen)
     logits = wide.to(device, dtype)[:, :vocab]  # rows apart, as in a padded vocabulary
@@ -284,5 +263,5 @@ def test_normalizing_is_float64(device: str, dtype: torch.dtype, vocab: int) -> 
     log_sum, rank = launch_logsumexp_and_rank(logits, chosen)
     exact = logits.double()
     torch.testing.assert_close(log_sum.double(), exact.logsumexp(-1), atol=1e-5, rtol=1e-6)
-    own = exact.gather(1, chosen.long()[:, None])
-    assert rank.tolist() == ((exact > own).sum(-1) + 1).tolist()
+    chosen_logit = exact.gather(1, chosen.long()[:, None])
+    assert rank.tolist() == ((exact > chosen_logit).sum(-1) + 1).tolist()

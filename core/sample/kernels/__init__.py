@@ -1,1 +1,1 @@
-"""Triton kernels of sampling. Imported on a GPU alone; the torch code beside this folder is the reference."""
+"""Triton kernels of sampling. Imported on a GPU alone; the torch functions beside this folder are the reference."""

@@ -2,6 +2,9 @@
 
 Only the first word of Philox is needed, of counters whose last two words are zero, so the products that nobody reads
 are left out: 17 multiplications instead of 40. Each is one 32 x 32 -> 64 bit product, of which both halves are used.
+The noise of a whole vocabulary is what a pass of random sampling spends its instructions on.
+
+``fast`` is a constant of the kernel: inline PTX on a GPU, and Triton's own operations in the interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ def _product(x, y: tl.constexpr, fast: tl.constexpr):
     if fast:
         high, low = tl.inline_asm_elementwise(
             "{ .reg .u64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }",
-            "=r,=r,r,r",
+            "=r,=r,r,r",  # one wide product whose halves are two registers
             [x, tl.full((), y, tl.uint32)],
             dtype=(tl.uint32, tl.uint32),
             is_pure=True,
@@ -82,8 +85,10 @@ def device_log(x, fast: tl.constexpr):
 @triton.jit
 def device_gumbel(seed, position, token, fast: tl.constexpr):
     """``-log(-log(1 - u))``, float32, as ``quire.core.sample.noise.gumbel``; within 1e-5 of it where ``fast``."""
+    # (bits + 0.5) * 2**-32 as one multiply-add: never 0, so the outer logarithm is finite.
     u = device_philox(seed, position, token, fast).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    u = tl.minimum(u, 0.99999994)  # 1 - 2**-24
+    u = tl.minimum(u, 0.99999994)  # 1 - 2**-24: float32 rounds the highest bits up to 1
+    # -log(1 - u). Near u = 0, where the largest noise comes from, 1 - u would lose u's digits: the series keeps them.
     series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)))
     exponential = tl.where(u < 0.03125, series, -device_log(1.0 - u, fast))
     return -device_log(exponential, fast)
