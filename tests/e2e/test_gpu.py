@@ -41,8 +41,9 @@ def test_tokens_follow_the_reference(dtype: str, tolerance: float, eager: bool, 
         for prompt, output in zip(batch, llm.generate(batch, params), strict=True):
             tokens = output.outputs[0].token_ids
             assert len(tokens) == 48
-            if params is GREEDY or dtype == "float32":
-                assert compute_worst_gap(reference, prompt, tokens, params, seed=3) <= tolerance
+            # In scaled logits; in bf16 a token at the border of the nucleus may be in it or not.
+            scaled, slack = tolerance / (params.temperature or 1), 0.1 if dtype == "bfloat16" else 0.0
+            assert compute_worst_gap(reference, prompt, tokens, params, seed=3, filter_slack=slack) <= scaled
     llm.shutdown()
 
 
