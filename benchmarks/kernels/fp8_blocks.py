@@ -21,7 +21,7 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.plugins.quant.kernels import fp8
 from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
-from quire.plugins.quant.kernels.fp8_layer import dequantize_weight, get_gemm_plan
+from quire.plugins.quant.kernels.fp8_layer import dequantize_weight, get_gemm_plan, takes_quantized
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, launch_quantize_activation
 
 GROUP = ActivationFormat("fp8_group")
@@ -31,7 +31,7 @@ TOKENS = (32, 64, 128, 256, 512, 2048, 8192)
 def ours(x: QuantActivation, scale: Tensor, weight: Tensor) -> Tensor:
     """By the kernel of the table."""
     found = get_gemm_plan(weight.device, *weight.shape, weight.dtype).select_launch(len(x.values), True, False, True)
-    assert found is not None and found.quantized
+    assert found is not None and takes_quantized(found)
     out = torch.empty(len(x.values), len(weight), dtype=x.dtype, device=weight.device)
     launch_fp8_gemm_medium_m(
         x.values, weight, None, out, scale=scale, x_scale=x.scale, enable_pdl=True, **found.options

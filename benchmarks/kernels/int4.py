@@ -1,6 +1,6 @@
 """Time the kernels for int4 weights against the library, and write the table of the fastest.
 
-    PYTHONPATH=src python benchmarks/kernels/int4.py --table plugins/quant/kernels/tables/int4_h200.json
+    PYTHONPATH=src python benchmarks/kernels/int4.py --table plugins/quant/kernels/tables/w4a16_h200.json
 
 As ``benchmarks/kernels/linear.py``: candidates are compiled in a pool of processes, checked against float64, and timed
 as replays of a CUDA graph that goes through several copies of the weights, so that they come from memory. Microseconds

@@ -1,6 +1,6 @@
 """Time the kernels for linear layers at small batch against the library's GEMM, and write the table of the fastest.
 
-    PYTHONPATH=src python benchmarks/kernels/linear.py --table core/ops/kernels/tables/h200.json
+    PYTHONPATH=src python benchmarks/kernels/linear.py --table core/ops/kernels/tables/bf16_h200.json
 
 Every candidate is compiled in a pool of processes, checked against float64, then timed as replays of a CUDA graph that
 goes through several copies of the weights, so that they come from memory and not from the L2 cache. Microseconds a

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops import rms_norm
+from quire.core.ops.device_profile import PROFILES, DeviceProfile
+from quire.core.ops.launch_table import Launch
 from quire.plugins.quant.kernels import fp8, fp8_layer, fp8_quantize, int8
-from quire.plugins.quant.kernels.fp8_layer import Launch, choose_launch, dequantize_weight, get_launches
+from quire.plugins.quant.kernels.fp8_layer import choose_launch, dequantize_weight, get_eight_bit_steps, takes_quantized
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation
 
 TABLES = sorted((Path(fp8_layer.__file__).parent / "tables").glob("*8_*.json"))
+H200 = next(profile for profile in PROFILES if profile.launch_table == "h200")
 KINDS = [pytest.param(fp8, id="fp8"), pytest.param(int8, id="int8")]
 OTHERS = ("x", "weight", "bias", "out", "scale", "x_scale", "norm", "epilogue", "x_is_lhs")
 
@@ -112,7 +115,7 @@ def test_what_the_library_is_given_by_block(tokens: int, inputs: int, monkeypatc
 
 
 def check(launch: Launch, most: int, inputs: int) -> None:
-    kernel = fp8_layer._KERNELS[launch.kernel]
+    kernel = fp8_layer.LAUNCHERS[launch.kernel]
     wanted = set(inspect.signature(kernel).parameters) - set(OTHERS)
     assert set(launch.options) - {"x_is_lhs"} == wanted, launch
     if launch.kernel == "gemm_medium_m":
@@ -125,33 +128,29 @@ def check(launch: Launch, most: int, inputs: int) -> None:
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_tables(path: Path) -> None:
     dtype = torch.int8 if path.stem.startswith("int8") else torch.float8_e4m3fn
     for name in json.loads(path.read_text())["layers"]:
         features, inputs = map(int, name.split("x"))
-        steps = get_launches(torch.device("cuda"), features, inputs, dtype)
+        steps = get_eight_bit_steps(H200, features, inputs, dtype)
         assert [most for most, _ in steps] == sorted({most for most, _ in steps})
         for most, found in steps:
-            assert any(launch is None or launch.quantized for launch in found)
+            assert any(launch is None or takes_quantized(launch) for launch in found)
             for launch in found:
                 if launch is not None:
                     check(launch, most, inputs)
 
 
 @pytest.mark.parametrize(("features", "inputs"), [(4608, 3584), (3584, 18944), (37888, 3584), (64, 32), (48, 96)])
-@pytest.mark.parametrize("capability", [(9, 0), (8, 9), (8, 0)])
-def test_layers_that_no_table_names(
-    features: int, inputs: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    steps = get_launches(torch.device("cuda"), features, inputs, torch.float8_e4m3fn)
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: f"{profile.name}-{profile.num_sms}")
+def test_layers_that_no_table_names(features: int, inputs: int, profile: DeviceProfile) -> None:
+    steps = get_eight_bit_steps(profile, features, inputs, torch.float8_e4m3fn)
     assert steps
     for most, found in steps:
         for launch in found:
             if launch is not None:
                 check(launch, most, inputs)
-    assert choose_launch(features, inputs, 1, quantized=True).quantized
+    assert takes_quantized(choose_launch(profile, features, inputs, 1, quantized=True))
 
 
 # ---- on a GPU

@@ -1,50 +1,39 @@
-"""Linear layers at small batch: which kernel a layer takes for how many tokens, from a table measured on the device.
+"""Linear layers at small batch: which kernel a layer takes for how many tokens.
 
-The tables beside this file are written by ``benchmarks/kernels/linear.py``; a layer that a table does not name gets
-what did best on layers of its kind. Other devices have no table: there the library's GEMM does everything.
+The table beside this file is written by ``benchmarks/kernels/linear.py``; a layer that it does not name, and a Hopper
+card without a table, get what did best on layers of its kind. On other architectures the rule has not been timed
+against the library's GEMM, which does everything there.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
 from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 from quire.core.ops.kernels.pdl import supports_pdl
+from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, get_launch_steps
 
-__all__ = ["Launch", "TritonSmallBatchGemm", "choose_launch", "get_launches"]
+__all__ = ["LAUNCHERS", "TritonSmallBatchGemm", "choose_launch", "get_bf16_steps"]
 
-_KERNELS: dict[str, Callable[..., None]] = {
+LAUNCHERS: dict[str, Callable[..., None]] = {
     "gemv": launch_gemv,
     "gemv_k_loop": launch_gemv_k_loop,
     "gemm_small_m": launch_gemm_small_m,
     "gemm_medium_m": launch_gemm_medium_m,
 }
-_TABLES = {(9, 0): "h200.json"}
-"""Compute capability -> table."""
-_STEPS = (1, 8, 16, 32)
+_RULE_TOKENS = (1, 8, 16, 32)
 """Most tokens of each of the rule's launches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A kernel and its constants."""
-
-    kernel: str
-    options: Mapping[str, int]
-    separate_norm: bool = False
-    """The norm before the layer is faster as a kernel of its own."""
+_PROGRAMS_PER_SM = 8
+"""Of a GEMV: enough to hide the latency of memory, and few enough to reuse the tokens that a program holds."""
 
 
 class TritonSmallBatchGemm:
@@ -54,7 +43,9 @@ class TritonSmallBatchGemm:
         self, device: torch.device, features: int, inputs: int, dtype: torch.dtype, enable_pdl: bool = True
     ) -> None:
         self._enable_pdl = enable_pdl and supports_pdl(device)
-        self._steps = get_launches(device, features, inputs) if dtype in (torch.bfloat16, torch.float16) else []
+        self._steps: tuple[LaunchStep, ...] = ()
+        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            self._steps = get_bf16_steps(DeviceProfile.detect(device), features, inputs)
 
     def __call__(
         self,
@@ -71,7 +62,8 @@ class TritonSmallBatchGemm:
         ``norm`` is the weight (inputs,) and epsilon of an RMS norm before the layer; ``gated``: the halves of the
         result become ``silu(first) * second``; ``residual`` is added last. Rounded once, at the end.
         """
-        launch = next((launch for most, launch in self._steps if x.shape[0] <= most), None)
+        launches = find_launches(self._steps, x.shape[0])
+        launch = launches[0] if launches else None
         if launch is None or not x.is_contiguous() or not x.shape[0]:
             return None
         if norm is not None and (
@@ -80,7 +72,7 @@ class TritonSmallBatchGemm:
             x, norm = launch_rms_norm(x, *norm, None)[0], None  # float16 would not hold x * g
         features = weight.shape[0]
         out = x.new_empty(x.shape[0], features // 2 if gated else features)
-        _KERNELS[launch.kernel](
+        LAUNCHERS[launch.kernel](
             x,
             weight,
             bias,
@@ -94,27 +86,28 @@ class TritonSmallBatchGemm:
         return out
 
 
-def get_launches(device: torch.device, features: int, inputs: int) -> list[tuple[int, Launch | None]]:
-    """(most tokens, launch), ascending; None is the library."""
-    if device.type != "cuda" or inputs % 16 or features % 16:
-        return []
-    name = _TABLES.get(torch.cuda.get_device_capability(device))
-    if name is None:
-        return []
-    measured = _read(name).get(f"{features}x{inputs}")
-    if measured is None:
-        return [(most, choose_launch(features, inputs, most)) for most in _STEPS]
-    return [(int(most), None if entry is None else _launch(entry)) for most, entry in measured.items()]
+def get_bf16_steps(profile: DeviceProfile, features: int, inputs: int) -> tuple[LaunchStep, ...]:
+    """The launches of a layer of 16-bit weights; beyond them, and for None, there is the library."""
+    if not profile.is_hopper or inputs % 16 or features % 16:
+        return ()
+    return get_launch_steps(
+        Path(__file__).parent / "tables",
+        "bf16",
+        profile,
+        (features, inputs),
+        rule=lambda tokens: (choose_launch(profile, features, inputs, tokens),),
+        rule_tokens=_RULE_TOKENS,
+    )
 
 
-def choose_launch(features: int, inputs: int, tokens: int) -> Launch | None:
-    """For layers that no table names: what was best, or close to it, on those that are measured."""
+def choose_launch(profile: DeviceProfile, features: int, inputs: int, tokens: int) -> Launch | None:
+    """The rule, for layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens == 1:
         if inputs > 8192:
             return Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 4})
         warps = min(16, max(2, triton.next_power_of_2(inputs) // 512))
-        turns = triton.cdiv(features, 2 * 132 * 8)
-        return Launch("gemv", {"block_m": 1, "block_n": 2, "tiles_per_program": turns, "num_warps": warps})
+        tiles = triton.cdiv(features, 2 * profile.num_sms * _PROGRAMS_PER_SM)
+        return Launch("gemv", {"block_m": 1, "block_n": 2, "tiles_per_program": tiles, "num_warps": warps})
     if features > inputs:
         options = {"block_m": tokens, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4}
         return Launch("gemm_medium_m", options, separate_norm=True)
@@ -122,15 +115,3 @@ def choose_launch(features: int, inputs: int, tokens: int) -> Launch | None:
         return None
     options = {"block_m": tokens, "block_n": 16, "block_k": 64, "slice_k": 4, "num_stages": 4}
     return Launch("gemm_small_m", options, separate_norm=True)
-
-
-@cache
-def _read(name: str) -> dict[str, dict[str, Any]]:
-    """``{"<features>x<inputs>": {"<most tokens>": launch or null}}``."""
-    return json.loads((Path(__file__).parent / "tables" / name).read_text())["layers"]
-
-
-def _launch(entry: Mapping[str, Any]) -> Launch:
-    told = ("kernel", "separate_norm", "us", "unfused_us")
-    options = {key: value for key, value in entry.items() if key not in told}
-    return Launch(entry["kernel"], options, bool(entry.get("separate_norm", False)))

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quire.core.ops.device_profile import DeviceProfile
+
 __all__ = ["pdl_launch_dependents", "pdl_wait", "supports_pdl"]
 
 
@@ -19,7 +21,7 @@ def supports_pdl(device: torch.device) -> bool:
     """Whether kernels on ``device`` may be launched with ``launch_pdl``."""
     if device.type != "cuda" or triton.knobs.runtime.interpret or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return DeviceProfile.detect(device).has_pdl
 
 
 @triton.jit

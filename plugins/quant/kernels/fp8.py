@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
 from quire.sdk import ActivationFormat, InputFormat, QuantActivation
@@ -23,7 +24,7 @@ def can_implement(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | No
     """Whether ``linear`` takes these on their device: a GPU that knows the type (Ada, Hopper and later), with rows and
     inputs in whole vectors of 16 and 32, and scales by block for whole blocks of inputs."""
     features, inputs = weight.shape
-    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 9):
+    if weight.device.type != "cuda" or not DeviceProfile.detect(weight.device).has_fp8:
         return False
     if features % 16 or inputs % (32 if weight_scale.dim() == 1 else 128):
         return False
@@ -118,6 +119,6 @@ def _scaled_mm_per_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> T
 @cache
 def _library_has_block_scales(device: torch.device) -> bool:
     """Whether cuBLAS multiplies 128x128 blocks: on Hopper, from CUDA 12.9 on."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or not DeviceProfile.detect(device).is_hopper:
         return False
     return tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 9)

@@ -8,8 +8,7 @@ quantized by the norm or the activation before, or by a kernel of their own.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.pdl import supports_pdl
+from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, fit_stages, get_launch_steps
 from quire.core.ops.norm import rms_norm, rms_norm_quantized
 from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
 from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
@@ -27,62 +28,51 @@ from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gem
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
 from quire.sdk import ActivationFormat, QuantActivation
 
-__all__ = ["EightBitGemm", "GemmPlan", "Launch", "choose_launch", "dequantize_weight", "get_gemm_plan"]
+__all__ = [
+    "LAUNCHERS",
+    "EightBitGemm",
+    "GemmPlan",
+    "choose_launch",
+    "dequantize_weight",
+    "get_eight_bit_steps",
+    "get_gemm_plan",
+    "takes_quantized",
+]
 
-_KERNELS: dict[str, Callable[..., None]] = {
+LAUNCHERS: dict[str, Callable[..., None]] = {
     "gemv": launch_fp8_gemv,
     "gemv_k_loop": launch_fp8_gemv_k_loop,
     "gemm_small_m": launch_fp8_gemm_small_m,
     "gemm_medium_m": launch_fp8_gemm_medium_m,
 }
-_TABLES = {(9, 0): "h200.json"}
-"""Compute capability -> table, after the name of the kind."""
-_STEPS = (1, 8, 16, 32, 64, 128)
+_RULE_TOKENS = (1, 8, 16, 32, 64, 128)
 """Most tokens of each of the rule's launches."""
-_FEW_UP, _FEW_DOWN = 32, 64
+_MAX_BY_BLOCK_UP, _MAX_BY_BLOCK_DOWN = 32, 64
 """Most tokens for which scales by block leave a launch ahead of the library: of layers with more features than inputs,
 and of the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A kernel and its constants."""
-
-    kernel: str
-    options: Mapping[str, int]
-    separate_norm: bool = False
-    """The norm before the layer is a kernel of its own, without quantization."""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it multiplies activations of 8 bits."""
-        return self.kernel == "gemm_medium_m"
+_REDUCTION_BYTES = 4 * 1024
+"""Shared memory in which the warps of ``gemm_small_m`` add up their products, and some for alignment."""
+_K_LOOP = Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 2}, separate_norm=True)
 
 
 class GemmPlan:
-    """What layers of one shape on one device launch, whose kernels run one after the other.
-
-    ``steps`` are (most tokens, the launches that can do, the best first), ascending. Past them there is the library.
-    """
+    """What layers of one shape on one device launch. Past ``steps`` there is the library."""
 
     def __init__(self, device: torch.device, features: int, inputs: int, dtype: torch.dtype) -> None:
-        self.steps = get_launches(device, features, inputs, dtype)
+        self.steps = get_eight_bit_steps(DeviceProfile.detect(device), features, inputs, dtype)
         self.enable_pdl = supports_pdl(device)
 
     def select_launch(self, tokens: int, quantized: bool, native: bool, blocks: bool) -> Launch | None:
         """The best for ``tokens``, or None: the library. ``quantized``: the activations are already; ``native``: they
         shall not be; ``blocks``: scales are by 128x128 block."""
-        for most, found in self.steps:
-            if tokens <= most:
-                for launch in found:
-                    if launch is None:
-                        if native:
-                            continue
-                        return None
-                    if (quantized and not launch.quantized) or (native and launch.quantized):
-                        continue
-                    return _by_block(launch) if blocks else launch
+        for launch in find_launches(self.steps, tokens):
+            if launch is None:
+                if native:
+                    continue  # the library multiplies quantized activations alone
                 return None
+            if (quantized and not takes_quantized(launch)) or (native and takes_quantized(launch)):
+                continue
+            return _take_blocks(launch) if blocks else launch
         return None
 
 
@@ -90,8 +80,8 @@ class GemmPlan:
 class EightBitGemm:
     """One kind of 8 bits: how activations are quantized by token, and the library's product.
 
-    ``library(x, weight, scale, bias)`` multiplies a quantized ``x`` by ``weight`` (features, inputs), whose ``scale``
-    is (features,) or, where ``blocks`` says so, by 128x128 block, to ``x.dtype``.
+    ``library_gemm(x, weight, scale, bias)`` multiplies a quantized ``x`` by ``weight`` (features, inputs), whose
+    ``scale`` is (features,) or, where ``library_has_block_scales``, by 128x128 block, to ``x.dtype``.
     """
 
     per_token: ActivationFormat
@@ -111,17 +101,18 @@ class EightBitGemm:
         activation: str | None,
         residual: Tensor | None,
     ) -> Tensor | None:
-        """As ``kernels.fp8.linear``."""
-        given = x.values if isinstance(x, QuantActivation) else x
+        """As ``kernels.fp8.apply_linear``."""
+        dense_x = x.values if isinstance(x, QuantActivation) else x
         fused = norm is not None or activation is not None or residual is not None
         if not weight.is_cuda:
             return None if fused else _multiply_dequantized(x, weight, scale, bias)
-        tokens, blocks = given.shape[0], scale.dim() == 2
+        tokens, blocks = dense_x.shape[0], scale.dim() == 2
         plan = get_gemm_plan(weight.device, *weight.shape, weight.dtype)
         by_block = blocks and self.library_has_block_scales and input_scale is None and not weight_only
-        few = tokens <= (_FEW_UP if weight.shape[0] > weight.shape[1] else _FEW_DOWN) or not by_block
+        max_by_block = _MAX_BY_BLOCK_UP if weight.shape[0] > weight.shape[1] else _MAX_BY_BLOCK_DOWN
+        few = tokens <= max_by_block or not by_block
         launch = plan.select_launch(tokens, isinstance(x, QuantActivation), weight_only, blocks) if few else None
-        if launch is None or activation not in (None, "silu") or not tokens or not given.is_contiguous():
+        if launch is None or activation not in (None, "silu") or not tokens or not dense_x.is_contiguous():
             if fused:
                 return None
             if weight_only or (blocks and not by_block):
@@ -129,7 +120,7 @@ class EightBitGemm:
             x = x if isinstance(x, QuantActivation) else self.quantize_activation(x, input_scale, blocks)
             return self.library_gemm(x, weight, scale, bias)
         options: dict[str, Any] = dict(launch.options)
-        if launch.quantized:
+        if takes_quantized(launch):
             if not isinstance(x, QuantActivation):
                 x = self.quantize_activation(x, input_scale, blocks, norm)
             values, dtype, norm = x.values, x.dtype, None
@@ -144,7 +135,7 @@ class EightBitGemm:
         gated = activation is not None
         features = weight.shape[0] // 2 if gated else weight.shape[0]
         out = torch.empty(tokens, features, dtype=dtype, device=weight.device)
-        _KERNELS[launch.kernel](
+        LAUNCHERS[launch.kernel](
             values,
             weight,
             bias,
@@ -184,30 +175,43 @@ def get_gemm_plan(device: torch.device, features: int, inputs: int, dtype: torch
     return GemmPlan(device, features, inputs, dtype)
 
 
-def get_launches(
-    device: torch.device, features: int, inputs: int, dtype: torch.dtype
-) -> list[tuple[int, list[Launch | None]]]:
-    """(most tokens, launches in the order of their speed), ascending; None is the library."""
-    capability = torch.cuda.get_device_capability(device)
-    name = _TABLES.get(capability)
-    kind = "int8" if dtype == torch.int8 else "fp8"
-    if name is None:
-        return [(most, [choose_launch(features, inputs, most)]) for most in _STEPS if most <= 8]
-    measured = _read(f"{kind}_{name}").get(f"{features}x{inputs}")
-    if measured is None:
-        return [(most, _both(features, inputs, most)) for most in _STEPS]
-    return [(int(most), [None if e is None else _launch(e) for e in found]) for most, found in measured.items()]
+def get_eight_bit_steps(
+    profile: DeviceProfile, features: int, inputs: int, dtype: torch.dtype
+) -> tuple[LaunchStep, ...]:
+    """The launches of a layer of weights of ``dtype``; beyond them, and for None, there is the library."""
+
+    def rule(tokens: int) -> tuple[Launch, ...]:
+        first = choose_launch(profile, features, inputs, tokens)
+        if takes_quantized(first) or not profile.is_hopper:
+            return (first,)
+        return first, choose_launch(profile, features, inputs, tokens, quantized=True)
+
+    return get_launch_steps(
+        Path(__file__).parent / "tables",
+        "int8" if dtype == torch.int8 else "fp8",
+        profile,
+        (features, inputs),
+        rule=rule,
+        # W8A8 beyond 8 tokens has been timed against the library on Hopper alone
+        rule_tokens=_RULE_TOKENS if profile.is_hopper else _RULE_TOKENS[:2],
+    )
 
 
-def choose_launch(features: int, inputs: int, tokens: int, quantized: bool = False) -> Launch:
-    """For layers that no table names: what was best, or close to it, on those that are measured."""
+def choose_launch(profile: DeviceProfile, features: int, inputs: int, tokens: int, quantized: bool = False) -> Launch:
+    """The rule, for layers that no table names: what was best, or close to it, on those that are measured."""
     if tokens == 1 and not quantized:
-        return Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 2}, separate_norm=True)
+        return _K_LOOP
     if tokens <= 8 and not quantized:
-        options = {"block_m": 8, "block_n": 16, "block_k": 128, "slice_k": 4, "num_stages": 6}
-        return Launch("gemm_small_m", options, separate_norm=True)
+        options = {"block_m": 8, "block_n": 16, "block_k": 128, "slice_k": 4}
+        stages = fit_stages(profile, 6, stage_bytes=4 * 128 * (16 + 2 * 8), other_bytes=_REDUCTION_BYTES)
+        return Launch("gemm_small_m", options | {"num_stages": stages}, separate_norm=True)
     options = {"block_m": max(8, tokens), "block_n": 64, "block_k": min(256 if tokens <= 64 else 128, inputs & -inputs)}
     return Launch("gemm_medium_m", options | {"num_warps": 4, "num_stages": 6 if tokens <= 32 else 4})
+
+
+def takes_quantized(launch: Launch) -> bool:
+    """Whether the kernel multiplies activations of 8 bits (W8A8), and not 16-bit ones (W8A16)."""
+    return launch.kernel == "gemm_medium_m"
 
 
 def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,29 +223,11 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     return (weight.float() * spread).to(dtype)
 
 
-def _both(features: int, inputs: int, tokens: int) -> list[Launch | None]:
-    first = choose_launch(features, inputs, tokens)
-    return [first] if first.quantized else [first, choose_launch(features, inputs, tokens, quantized=True)]
-
-
-def _by_block(launch: Launch) -> Launch:
-    """With inputs taken 128 at a time, so that a product has one scale for each row."""
+def _take_blocks(launch: Launch) -> Launch:
+    """``launch`` with inputs taken 128 at a time, so that a product has one scale for each row."""
     if launch.kernel == "gemv":
-        return Launch("gemv_k_loop", {"block_n": 4, "block_k": 1024, "num_warps": 2}, separate_norm=True)
+        return _K_LOOP
     options = dict(launch.options)
     if launch.kernel != "gemv_k_loop":
-        options["block"] = 128
+        options["block_k"] = 128
     return Launch(launch.kernel, options, launch.separate_norm)
-
-
-@cache
-def _read(name: str) -> dict[str, dict[str, list[dict[str, Any] | None]]]:
-    """``{"<features>x<inputs>": {"<most tokens>": launches or null, the best first}}``."""
-    path = Path(__file__).parent / "tables" / name
-    return json.loads(path.read_text())["layers"] if path.exists() else {}
-
-
-def _launch(entry: Mapping[str, Any]) -> Launch:
-    told = ("kernel", "separate_norm", "us")
-    options = {key: value for key, value in entry.items() if key not in told}
-    return Launch(entry["kernel"], options, bool(entry.get("separate_norm", False)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 import triton
@@ -20,9 +20,7 @@ from quire.plugins.quant.kernels.int4_gemm_medium_m import (
     int4_gemm_medium_m_kernel,
 )
 from quire.plugins.quant.kernels.int4_gemm_small_m import int4_gemm_small_m_kernel
-
-if TYPE_CHECKING:
-    from quire.plugins.quant.kernels.int4 import IntWeights
+from quire.plugins.quant.kernels.int4_weights import IntWeights
 
 __all__ = [
     "LAUNCHERS",

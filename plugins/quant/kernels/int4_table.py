@@ -1,112 +1,94 @@
-"""Which kernel a layer of int4 or int8 weights takes for how many tokens, from a table measured on the device.
+"""Which kernel a layer of int4 or int8 weights in groups takes for how many tokens.
 
-The tables are written by ``benchmarks/kernels/int4.py``. A layer that the table does not name, and any other device,
-get what did best on layers of their kind.
+The table is written by ``benchmarks/kernels/int4.py``, for 4 bits and groups of 128. A layer that it does not name, and
+any other card, get what did best on layers of their kind.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from quire.plugins.quant.kernels.int4 import IntWeights
+from quire.core.ops.device_profile import DeviceProfile
+from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, get_launch_steps
+from quire.plugins.quant.kernels.int4_weights import IntWeights
 
-__all__ = ["Launch", "choose_launch", "get_launches", "select_launch"]
+__all__ = ["choose_launch", "get_int4_steps", "select_launch"]
 
-_TABLES = {(9, 0): "int4_h200.json"}
-"""Compute capability -> table. Layers in it have 4 bits and groups of 128."""
-_STEPS = (8, 16, 32, 64, 128, 256, 512)
+_RULE_TOKENS = (8, 16, 32, 64, 128, 256, 512)
 """Most tokens of each of the rule's launches."""
-_SM90 = (9, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A kernel and its constants."""
-
-    kernel: str
-    options: Mapping[str, int]
+_LARGE_SHARED_MEMORY = 227 * 1024
+"""Bytes of a program on Hopper and the data-center Blackwell: more warps and stages fit."""
 
 
 def select_launch(weights: IntWeights, x: Tensor) -> Launch | None:
     """None: write the weights out, and use the library."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not x.shape[0]:
         return None
-    whole = weights.bits == 4 and weights.group_size % 128 == 0 and weights.inputs % 8 == 0
-    capability = torch.cuda.get_device_capability(x.device)
-    found = get_launches(capability, weights.features, weights.inputs, weights.bits, whole)
-    return next((launch for most, launch in found if x.shape[0] <= most), None)
+    hopper_layout = weights.bits == 4 and weights.group_size % 128 == 0 and weights.inputs % 8 == 0
+    profile = DeviceProfile.detect(x.device)
+    steps = get_int4_steps(profile, weights.features, weights.inputs, weights.bits, hopper_layout)
+    launches = find_launches(steps, x.shape[0])
+    return launches[0] if launches else None
 
 
 @cache
-def get_launches(
-    capability: tuple[int, int], features: int, inputs: int, bits: int, whole: bool
-) -> tuple[tuple[int, Launch | None], ...]:
-    """(most tokens, launch), ascending; None is the library. ``whole``: ``hopper`` takes these weights."""
-    name = _TABLES.get(capability)
-    measured = None if name is None or bits != 4 else _read(name).get(f"{features}x{inputs}")
-    if measured is None:
-        return tuple((most, choose_launch(capability, features, inputs, most, whole)) for most in _STEPS)
-    found = [(int(most), None if entry is None else _launch(entry)) for most, entry in measured.items()]
+def get_int4_steps(
+    profile: DeviceProfile, features: int, inputs: int, bits: int, hopper_layout: bool
+) -> tuple[LaunchStep, ...]:
+    """The launches of a layer; beyond them, and for None, there is the library.
+
+    ``hopper_layout``: ``gemm_hopper`` takes these weights; where it does not, the rule replaces its launches.
+    """
+    steps = get_launch_steps(
+        Path(__file__).parent / "tables",
+        f"w{bits}a16",
+        profile,
+        (features, inputs),
+        rule=lambda tokens: (choose_launch(profile, features, inputs, tokens, hopper_layout),),
+        rule_tokens=_RULE_TOKENS,
+    )
+    if hopper_layout:
+        return steps
     return tuple(
-        (
+        LaunchStep(
             most,
-            launch
-            if whole or launch is None or launch.kernel != "gemm_hopper"
-            else choose_launch(capability, features, inputs, most),
+            tuple(
+                choose_launch(profile, features, inputs, most)
+                if launch is not None and launch.kernel == "gemm_hopper"
+                else launch
+                for launch in launches
+            ),
         )
-        for most, launch in found
+        for most, launches in steps
     )
 
 
 def choose_launch(
-    capability: tuple[int, int], features: int, inputs: int, tokens: int, whole: bool = False
+    profile: DeviceProfile, features: int, inputs: int, tokens: int, hopper_layout: bool = False
 ) -> Launch | None:
-    """For layers that no table names: what was best, or close to it, on those that are measured."""
+    """The rule, for layers that no table names: what was best, or close to it, on those that are measured."""
+    large = profile.shared_memory >= _LARGE_SHARED_MEMORY
     if tokens <= 8:
-        hopper = capability >= _SM90  # others may have less shared memory
-        ways = 8 if inputs > 8192 and hopper else 4
-        stages = 4 if ways < 8 and hopper else 3
-        return Launch(
-            "gemm_small_m", {"block_m": tokens, "tiles": 2, "slice_k": ways, "num_stages": stages, "unroll_k": 1}
-        )
-    if capability < _SM90 and tokens > 64:
+        slice_k = 8 if inputs > 8192 and large else 4
+        stages = 4 if slice_k < 8 and large else 3
+        options = {"block_m": tokens, "tiles": 2, "slice_k": slice_k, "num_stages": stages, "unroll_k": 1}
+        return Launch("gemm_small_m", options)
+    if not large and tokens > 64:
         return None
-    if whole and capability == _SM90 and tokens > 32:
-        most, consumers, stages = (64, 1, 4) if tokens <= 64 else (128, 2, 5)
-        programs = -(-features // (64 * consumers)) * -(-tokens // most)
-        splits = max(1, min(4, inputs // 512, 264 // consumers // programs))
-        options = {"block_m": most, "tiles": 4, "split_k": splits, "num_consumers": consumers, "num_warps": 4}
+    if hopper_layout and profile.is_hopper and tokens > 32:
+        block_m, consumers, stages = (64, 1, 4) if tokens <= 64 else (128, 2, 5)
+        programs = -(-features // (64 * consumers)) * -(-tokens // block_m)
+        split_k = max(1, min(4, inputs // 512, 2 * profile.num_sms // consumers // programs))
+        options = {"block_m": block_m, "tiles": 4, "split_k": split_k, "num_consumers": consumers, "num_warps": 4}
         return Launch("gemm_hopper", options | {"num_stages": stages})
     if tokens <= 256:
+        block_m = min(tokens, 64)
         programs = -(-features // 128) * -(-tokens // 64)
-        splits = max(1, min(-(-inputs // 512), round(264 / programs)))
-        options = {
-            "block_m": min(tokens, 64),
-            "tiles": 8,
-            "split_k": splits,
-            "scale_weights": 0,
-            "num_warps": 8,
-            "num_stages": 3,
-        }
-        return Launch("gemm_medium_m", options)
+        split_k = max(1, min(-(-inputs // 512), round(2 * profile.num_sms / programs)))  # two programs an SM
+        options = {"block_m": block_m, "tiles": 8, "split_k": split_k, "scale_weights": 0}
+        return Launch("gemm_medium_m", options | {"num_warps": 8, "num_stages": 3})
     return None
-
-
-@cache
-def _read(name: str) -> dict[str, dict[str, Any]]:
-    """``{"<features>x<inputs>": {"<most tokens>": launch or null}}``."""
-    path = Path(__file__).parent / "tables" / name
-    return json.loads(path.read_text())["layers"] if path.exists() else {}
-
-
-def _launch(entry: Mapping[str, Any]) -> Launch:
-    return Launch(entry["kernel"], {key: value for key, value in entry.items() if key not in ("kernel", "us")})
