@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent))
 from linear import Layer, layers, measure
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 from quire.plugins.quant.kernels.int4 import IntWeights, dequantize_weights, reference_linear
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS
@@ -42,9 +43,10 @@ Options = dict[str, Any]
 
 def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Options]]:
     """Launches worth timing. ``whole``: 4 bits, and groups of whole blocks of 128 inputs."""
+    num_sms = DeviceProfile.detect(torch.device("cuda")).num_sms
     least = 2 if "gated" in layer.fused else 1
     if tokens <= 32:
-        for tiles, ways, stages in _SKINNY:
+        for tiles, ways, stages in _SMALL_M:
             options = {"block_m": max(8, tokens), "tiles": tiles, "slice_k": ways, "num_stages": stages}
             for depth in (1, 2, 4) if tokens <= 8 else (1, 2):
                 if tiles >= least and layer.inputs >= 128 * ways * depth * stages:
@@ -55,7 +57,7 @@ def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Op
             if turns * tile > 1.4 * tokens:
                 continue
             programs = -(-layer.features // (16 * tiles * consumers)) * turns
-            for splits in sorted({1, 2, 4, *(max(1, 132 * k // programs) for k in (1, 2))}):
+            for splits in sorted({1, 2, 4, *(max(1, num_sms * k // programs) for k in (1, 2))}):
                 if layer.inputs >= 512 * splits and (splits == 1 or programs * splits <= 600):
                     options = {"block_m": tile, "tiles": tiles, "split_k": splits, "num_consumers": consumers}
                     yield "gemm_hopper", options | {"num_warps": warps, "num_stages": stages}
@@ -63,7 +65,7 @@ def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Op
         for tiles, warps, stages in [(4, 4, 4), (8, 8, 3), (8, 8, 4)]:
             for tile in sorted({min(tokens, 64), min(tokens, 128), min(tokens, 256)}):
                 programs = -(-layer.features // (16 * tiles)) * -(-tokens // tile)
-                for splits in sorted({max(1, round(132 * k / programs)) for k in (1, 2, 3)}):
+                for splits in sorted({max(1, round(num_sms * k / programs)) for k in (1, 2, 3)}):
                     options = {"block_m": tile, "tiles": tiles, "split_k": splits}
                     for scaled in (0, 1) if tile in (64, 128) else (int(tile > 64),):
                         yield (
@@ -72,8 +74,8 @@ def candidates(layer: Layer, tokens: int, whole: bool) -> Iterator[tuple[str, Op
                         )
 
 
-_SKINNY = [(1, 4, 3), (1, 4, 4), (2, 1, 3), (2, 2, 3), (2, 4, 3), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)]
-"""Tiles, ways, stages."""
+_SMALL_M = [(1, 4, 3), (1, 4, 4), (2, 1, 3), (2, 2, 3), (2, 4, 3), (2, 4, 4), (2, 8, 2), (2, 8, 3), (4, 2, 3)]
+"""Tiles, slices of K, stages."""
 _HOPPER = [
     (64, 1, 4, 4, 4), (64, 1, 4, 8, 4), (64, 2, 4, 4, 6), (64, 2, 4, 8, 5), (128, 2, 4, 4, 5), (128, 2, 4, 8, 4),
     (128, 1, 8, 16, 4), (256, 2, 4, 4, 3), (256, 1, 8, 8, 3),

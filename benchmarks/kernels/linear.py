@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.activation_kernel import launch_silu_and_mul
 from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
@@ -84,8 +85,9 @@ def layers(model: str) -> list[Layer]:
     ]
 
 
-def candidates(layer: Layer, tokens: int, enable_pdl: bool) -> Iterator[tuple[str, Options]]:
+def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
     """Launches worth timing."""
+    num_sms = DeviceProfile.detect(torch.device("cuda")).num_sms
     padded = triton.next_power_of_2(layer.inputs)
     for warps in (2, 4, 8, 16):
         share = padded // (32 * warps)  # inputs of a thread
@@ -93,8 +95,8 @@ def candidates(layer: Layer, tokens: int, enable_pdl: bool) -> Iterator[tuple[st
             if tokens > 4 or share < 8 or not 16 <= share * rows <= 64 or share * tokens > 64:
                 continue
             seen = set()
-            for programs in (2, 4, 8, 16):  # on each of 132 multiprocessors
-                turns = -(-layer.features // (rows * 132 * programs))
+            for programs in (2, 4, 8, 16):  # on each SM
+                turns = -(-layer.features // (rows * num_sms * programs))
                 if turns not in seen and programs * warps <= 64:
                     seen.add(turns)
                     yield "gemv", {"block_m": tokens, "block_n": rows, "tiles_per_program": turns, "num_warps": warps}
@@ -211,7 +213,7 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
         separate = measure(partial(apart, layer, tensors), weights)
         found = []
         for pdl in enable_pdl:
-            for kernel, options in candidates(layer, tokens, pdl):
+            for kernel, options in candidates(layer, tokens):
                 options = options | {"enable_pdl": pdl}
                 if repr((layer, tokens, kernel, options)) not in compiled:
                     continue
@@ -286,7 +288,7 @@ def main() -> None:
         for layer in shapes
         for tokens in TOKENS
         for pdl in enable_pdl
-        for kernel, config in candidates(layer, tokens, pdl)
+        for kernel, config in candidates(layer, tokens)
     ]
     unique = {repr(job): job for job in jobs}
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:

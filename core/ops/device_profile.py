@@ -11,7 +11,7 @@ import torch
 
 from quire.core.errors import ConfigError
 
-__all__ = ["INTERPRETER", "OLDEST_CAPABILITY", "PROFILES", "DeviceProfile", "check_capability"]
+__all__ = ["INTERPRETER", "OLDEST_CAPABILITY", "PROFILES", "DeviceProfile", "check_device"]
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: bfloat16 on the tensor cores, and asynchronous copies to shared memory."""
@@ -103,13 +103,17 @@ INTERPRETER = DeviceProfile("interpreter", (99, 0), 4, 227 * _KIB, 0)
 """Stands in for a GPU where Triton's interpreter runs the kernels: it can do everything, and has few SMs."""
 
 
-def check_capability(name: str, capability: tuple[int, int]) -> None:
-    """Raise ``ConfigError`` for a GPU that is older than what kernels are written for."""
-    if capability < OLDEST_CAPABILITY:
+def check_device(device: torch.device) -> None:
+    """Raise ``ConfigError`` for a GPU that is older than what kernels are written for, naming what would serve."""
+    if device.type != "cuda":
+        return
+    profile = DeviceProfile.detect(device)
+    if profile.capability < OLDEST_CAPABILITY:
+        major, minor = profile.capability
         raise ConfigError(
-            f"{name} has compute capability {capability[0]}.{capability[1]}, and Quire's kernels need "
-            f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or newer; use --device cpu, or a newer GPU, "
-            f"such as an A100, L4, L40S, H100, H200 or B200"
+            f"{profile.name} has compute capability {major}.{minor}, and Quire's kernels need "
+            f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or newer; use --device cpu, or a newer GPU: "
+            f"A100, L4, L40S, H100, H200 and B200 are known"
         )
 
 

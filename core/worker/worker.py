@@ -26,6 +26,7 @@ from quire.core.layers.builder import LayerBuilder
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.messages import SchedulerOutput
+from quire.core.ops.device_profile import check_device
 from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
@@ -59,6 +60,7 @@ class Worker:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._device = torch.device(config.model.device)
+        check_device(self._device)
         self._watch = StartupTimer()
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the engine and the front: beside them, more is slower

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quire.core.errors import ConfigError
-from quire.core.ops.device_profile import INTERPRETER, PROFILES, DeviceProfile, check_capability
+from quire.core.ops.device_profile import INTERPRETER, PROFILES, DeviceProfile, check_device
 from quire.core.ops.kernels import linear_kernel
 from quire.core.ops.launch_table import Launch, find_launches, fit_stages
 from quire.plugins.quant.kernels.fp8_layer import GemmPlan
@@ -82,10 +82,16 @@ def test_shared_memory_of_unknown_cards(monkeypatch: pytest.MonkeyPatch) -> None
     assert DeviceProfile.detect(torch.device("cpu")) is INTERPRETER
 
 
-def test_a_card_before_ampere_is_refused_by_name() -> None:
+def test_a_card_before_ampere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, "Tesla T4", (7, 5), 40)
     with pytest.raises(ConfigError, match=r"Tesla T4 has compute capability 7\.5.*--device cpu, or a newer GPU"):
-        check_capability("Tesla T4", (7, 5))
-    check_capability("NVIDIA A100-SXM4-80GB", (8, 0))
+        check_device(GPU)
+
+
+def test_the_cpu_and_newer_cards_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device(torch.device("cpu"))
+    fake_gpu(monkeypatch, "NVIDIA A100-SXM4-80GB", (8, 0), 108)
+    check_device(GPU)
 
 
 def test_fit_stages() -> None:
