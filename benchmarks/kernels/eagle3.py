@@ -24,7 +24,7 @@ from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.quant.none import Unquantized
-from quire.plugins.spec_decode.eagle3 import Eagle3
+from quire.plugins.spec_decode.eagle3 import Eagle3Proposer
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 LENGTH, MOST, BLOCK, DRAFTS = 1000, 64, 16, 4
@@ -78,10 +78,10 @@ def main() -> None:
             profile(proposer, table)
 
 
-def build(config, head, device: torch.device) -> Eagle3:
+def build(config, head, device: torch.device) -> Eagle3Proposer:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     builder = LayerBuilder(dtype, device, dtype, BLOCK, Unquantized({}), max_positions=4096)
-    proposer = Eagle3(DRAFTS)
+    proposer = Eagle3Proposer(DRAFTS)
     target = Embedding(config, builder)
     proposer.load_weights(
         DraftSource(Path("dummy"), target, config, lambda _: builder, lambda: target, "dummy", head, 1024)
@@ -104,11 +104,11 @@ def build(config, head, device: torch.device) -> Eagle3:
     table.token_ids.random_(0, config.vocab_size)
     for row in range(MOST):
         table.block_tables[0][row, :blocks] = 1 + row * blocks + torch.arange(blocks)
-    proposer._taps.states.normal_()
+    proposer._aux_hidden_states.states.normal_()
     return proposer
 
 
-def tokens(proposer: Eagle3, rows: torch.Tensor, queries: int) -> StepTokens:
+def tokens(proposer: Eagle3Proposer, rows: torch.Tensor, queries: int) -> StepTokens:
     """A step that ends at every request's last token but one."""
     n, table, target = len(rows), proposer._target.table, proposer._target
     at = LENGTH - 1 - queries + torch.arange(queries, device=rows.device).repeat(n)
@@ -141,14 +141,14 @@ def time(work: Callable[[], object], once: bool, repeats: int = 30) -> float:
     return statistics.median(took)
 
 
-def floor(proposer: Eagle3, draft: bool) -> float:
+def floor(proposer: Eagle3Proposer, draft: bool) -> float:
     """Microseconds that the weights take at 4.29 TB/s."""
     head = proposer._head
     parts = [head.q_proj, head.kv_proj, head.o_proj, head.mlp, head.lm_head] if draft else [head.fc, head.kv_proj]
     return sum(p.nbytes for part in parts for p in part.parameters()) / 4.29e6
 
 
-def profile(proposer: Eagle3, table: SimpleNamespace) -> None:
+def profile(proposer: Eagle3Proposer, table: SimpleNamespace) -> None:
     """Kernels of a greedy and of a random draft, and of reading one token."""
     rows = torch.zeros(1, dtype=torch.int64, device="cuda")
     step = tokens(proposer, rows, 5)

@@ -126,7 +126,7 @@ class StepTokens:
 
     input_ids: Tensor  # (num_tokens,) int32
     positions: Tensor  # (num_tokens,) int64
-    slots: Tensor  # (num_tokens,) int64, of the group of ``Target.block_table``
+    slot_mapping: Tensor  # (num_tokens,) int64, of the group of ``TargetState.block_table``
     rows: Tensor  # (num_reqs,) int64
     batch: AttentionBatch
     """Of that group."""
@@ -136,7 +136,7 @@ class StepTokens:
 class DraftTokens:
     """Drafts of some requests. A token outside the vocabulary ends its request's draft."""
 
-    tokens: Tensor  # (n, k) int32
+    token_ids: Tensor  # (n, k) int32
     lengths: Tensor | None = None  # (n,) int32; None: all k
 
 

@@ -86,8 +86,8 @@ def quire_register_logits_processor(register: Registrar) -> None:
 def quire_register_spec_decode(register: Registrar) -> None:
     """Register the bundled speculative proposers."""
     where = "quire.plugins.spec_decode"
-    register("draft_model", f"{where}.draft_model:DraftModel", "a smaller model with the same vocabulary")
-    register("eagle3", f"{where}.eagle3:Eagle3", "an EAGLE-3 head over hidden states of the model")
+    register("draft_model", f"{where}.draft_model:DraftModelProposer", "a smaller model with the same vocabulary")
+    register("eagle3", f"{where}.eagle3:Eagle3Proposer", "an EAGLE-3 head over hidden states of the model")
     register("ngram", f"{where}.ngram:NgramProposer", "what followed the last tokens earlier in the request")
     register("suffix", f"{where}.suffix:SuffixProposer", "what followed the longest suffix seen before, in any request")
     register("synthetic", f"{where}.synthetic:SyntheticProposer", "drafts that cost nothing, for benchmarks")

@@ -64,7 +64,8 @@ def check_a_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer])
     for n, count in ((1, 1), (5, 4)):
         drafts = proposer.propose(torch.arange(n), count, greedy=True)
         assert isinstance(drafts, DraftTokens), f"propose returned {type(drafts).__name__}"
-        assert drafts.tokens.shape == (n, count) and not drafts.tokens.is_floating_point(), "not (n, count) integers"
+        token_ids = drafts.token_ids
+        assert token_ids.shape == (n, count) and not token_ids.is_floating_point(), "not (n, count) integers"
 
 
 def _on_host(cls: type[SpeculativeProposer]) -> HostProposer:

@@ -129,9 +129,9 @@ class DraftRunner:
 
     def _launch_proposal(self, rows: Tensor, count: int, greedy: bool) -> None:
         drafts = self.proposer.propose(rows, count, greedy=greedy)
-        if drafts.tokens.ndim != 2 or drafts.tokens.shape[0] != len(rows) or drafts.tokens.is_floating_point():
-            raise ValueError(f"propose returned drafts {tuple(drafts.tokens.shape)} of {drafts.tokens.dtype}")
-        tokens, table = drafts.tokens[:, :count], self._table
+        if drafts.token_ids.ndim != 2 or drafts.token_ids.shape[0] != len(rows) or drafts.token_ids.is_floating_point():
+            raise ValueError(f"propose returned drafts {tuple(drafts.token_ids.shape)} of {drafts.token_ids.dtype}")
+        tokens, table = drafts.token_ids[:, :count], self._table
         place_drafts(tokens, drafts.lengths, rows, table.sampling, table.num_drafts, self._vocab_size)
 
     def _make_padding_step(self, size: int) -> StepTokens:

@@ -1,4 +1,4 @@
-"""From the files of an EAGLE-3 head to its layers; see ``eagle3_head`` for where the format comes from."""
+"""Reads and loads the weights of an EAGLE-3 head; see ``eagle3_head`` for where the format comes from."""
 
 from __future__ import annotations
 
@@ -10,69 +10,69 @@ from torch import Tensor
 
 from quire.core.layers import checkpoint_map, process_weights_after_loading
 from quire.core.layers.checkpoint import expect_shape
-from quire.plugins.spec_decode.eagle3_head import Eagle3Head, HeadConfig
+from quire.plugins.spec_decode.eagle3_head import Eagle3Config, Eagle3Head
 from quire.sdk import CheckpointError
 
-__all__ = ["fill", "fill_randomly", "read_tensors"]
+__all__ = ["init_dummy_weights", "load_head_weights", "read_head_tensors"]
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_head_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a head's folder, under the names that ``Eagle3Head`` uses. safetensors where there are any, else
     ``pytorch_model.bin``, of which tensors alone are unpickled. Raises ``CheckpointError``."""
-    pickled = folder / "pytorch_model.bin"
-    files = sorted(folder.glob("*.safetensors")) or [pickled]
+    files = sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
     if not files[0].is_file():
         raise CheckpointError(
             f"{str(folder)!r} has no head in it, neither *.safetensors nor pytorch_model.bin; download it again"
         )
-    found: dict[str, Tensor] = {}
+    head_tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors = _tensors_of(file)
+            tensors = _load_file(file)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{file} cannot be read ({reason}); download it again") from None
         for name, tensor in tensors.items():
-            found[name.removeprefix("model.").replace("midlayer.", "layers.0.")] = tensor
-    return found
+            head_tensors[name.removeprefix("model.").replace("midlayer.", "layers.0.")] = tensor
+    return head_tensors
 
 
-def fill(head: Eagle3Head, config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_head_weights(head: Eagle3Head, config: Eagle3Config, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy every tensor into place. Raises ``CheckpointError`` for one that is missing, unknown, of another shape, or
     out of range."""
-    fills, known = checkpoint_map(head), {"d2t", "t2d"}
+    loaders, others = checkpoint_map(head), {"d2t", "t2d"}
     if head.embed_tokens is None:
-        known.add("embed_tokens.weight")  # equal to the target's
-    missing = sorted(set(fills) - set(tensors))
+        others.add("embed_tokens.weight")  # equal to the target's
+    missing = sorted(set(loaders) - set(tensors))
     if config.draft_vocab_size < config.vocab_size and "d2t" not in tensors:
         missing.append("d2t")
     if missing:
-        raise CheckpointError(f"{where!r} lacks {', '.join(missing)}; it is no EAGLE-3 head, or download it again")
-    if unknown := sorted(set(tensors) - set(fills) - known):
+        raise CheckpointError(f"{source!r} lacks {', '.join(missing)}; it is no EAGLE-3 head, or download it again")
+    if unknown := sorted(set(tensors) - set(loaders) - others):
         raise CheckpointError(
-            f"{where!r} has tensors that an EAGLE-3 head does not have: {', '.join(unknown)}; it is of another kind"
+            f"{source!r} has tensors that an EAGLE-3 head does not have: {', '.join(unknown)}; it is of another kind"
         )
     with torch.no_grad():
-        for name, into in fills.items():
-            into(tensors[name])
-        head.target_ids.copy_(_target_ids(config, tensors, where))
+        for name, load_tensor in loaders.items():
+            load_tensor(tensors[name])
+        head.draft_to_target_ids.copy_(_read_draft_to_target_ids(config, tensors, source))
         for _ in process_weights_after_loading(head):
             pass
 
 
-def fill_randomly(head: Eagle3Head, seed: int) -> None:
+def init_dummy_weights(head: Eagle3Head, seed: int) -> None:
     """Weights of variance 1 / fan-in, for benchmarks."""
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.ndim == 2 and parameter.is_floating_point():
-                chance = torch.Generator(parameter.device).manual_seed(seed)
-                bound, wide = (3.0 / parameter.shape[1]) ** 0.5, torch.empty_like(parameter, dtype=torch.bfloat16)
-                parameter.copy_(wide.uniform_(-bound, bound, generator=chance))
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+                bound = (3.0 / parameter.shape[1]) ** 0.5
+                uniform = torch.empty_like(parameter, dtype=torch.bfloat16)  # whatever the parameter's dtype
+                parameter.copy_(uniform.uniform_(-bound, bound, generator=generator))
         for _ in process_weights_after_loading(head):
             pass
 
 
-def _target_ids(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+def _read_draft_to_target_ids(config: Eagle3Config, tensors: Mapping[str, Tensor], source: str) -> Tensor:
     """(draft_vocab_size,) int64: ``d2t`` holds how far each is from its own number."""
     ids = torch.arange(config.draft_vocab_size)
     if "d2t" in tensors:
@@ -82,19 +82,19 @@ def _target_ids(config: HeadConfig, tensors: Mapping[str, Tensor], where: str) -
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise CheckpointError(
-            f"tensor 'd2t' of {where!r} makes token {int(ids[first])} of draft token {first}, but the vocabulary has "
+            f"tensor 'd2t' of {source!r} makes token {int(ids[first])} of draft token {first}, but the vocabulary has "
             f"{config.vocab_size}; the head is of another model"
         )
     if len(ids.unique()) < len(ids):
-        raise CheckpointError(f"tensor 'd2t' of {where!r} names a token twice; download it again")
+        raise CheckpointError(f"tensor 'd2t' of {source!r} names a token twice; download it again")
     if "t2d" in tensors:
         expect_shape("t2d", tensors["t2d"], (config.vocab_size,))
         if not torch.equal(tensors["t2d"].bool().nonzero()[:, 0], ids.sort().values):
-            raise CheckpointError(f"tensors 'd2t' and 't2d' of {where!r} disagree; download it again")
+            raise CheckpointError(f"tensors 'd2t' and 't2d' of {source!r} disagree; download it again")
     return ids
 
 
-def _tensors_of(file: Path) -> dict[str, Tensor]:
+def _load_file(file: Path) -> dict[str, Tensor]:
     """Of a pickle, tensors alone: anything else in it is refused, unrun."""
     if file.suffix == ".bin":
         return dict(torch.load(file, map_location="cpu", weights_only=True))

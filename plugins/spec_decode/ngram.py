@@ -1,10 +1,12 @@
-"""Prompt lookup: what followed the last few tokens when they came before in the same request (Saxena, 2023)."""
+"""Prompt lookup decoding: drafts what followed the last n tokens where they occurred before in the same request.
+
+Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding; options have vLLM's names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from quire.sdk import HostProposer, Request
 
@@ -12,14 +14,15 @@ __all__ = ["NgramProposer"]
 
 
 class NgramProposer(HostProposer):
-    """Proposes what followed the latest earlier occurrence of the longest n-gram that ends the request.
+    """Drafts what followed the latest earlier occurrence of the longest n-gram that ends the request.
 
-    Every n-gram is entered once, so a step costs a request as much as it gained.
+    Each n-gram enters the request's index once, so that the cost of a step grows with a request's new tokens, not with
+    its length.
     """
 
     @dataclass(frozen=True)
     class Options:
-        """Options of the proposer, by vLLM's names."""
+        """Options of the proposer."""
 
         prompt_lookup_min: int = 2
         """Shortest n-gram that is looked up, in tokens."""
@@ -35,40 +38,46 @@ class NgramProposer(HostProposer):
 
     def __init__(self, num_tokens: int, options: Options | None = None) -> None:
         super().__init__(num_tokens, options or self.Options())
-        self._sizes = range(self.options.prompt_lookup_max, self.options.prompt_lookup_min - 1, -1)
-        self._known: dict[str, _Index] = {}
+        self._ngram_sizes = range(self.options.prompt_lookup_max, self.options.prompt_lookup_min - 1, -1)
+        self._indexes: dict[str, _NgramIndex] = {}
+
+    @property
+    def num_indexed_requests(self) -> int:
+        """Requests that have an index."""
+        return len(self._indexes)
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
-        """Look up, longest first. Where the earlier occurrence is near the end its continuation repeats itself."""
-        index = self._known.setdefault(request.request_id, _Index())
-        tokens = request.token_ids
-        index.extend(tokens, self._sizes)
-        for size in self._sizes:
-            if len(tokens) > size and (end := index.before.get(tuple(tokens[-size:]))) is not None:
-                found = tokens[end : end + num_tokens]
-                period = len(tokens) - end
-                while len(found) < num_tokens:
-                    found.append(found[-period])
-                return found
+        """Look up the longest n-gram first. An occurrence near the end gives fewer tokens than asked for; they are
+        continued with their period."""
+        index = self._indexes.setdefault(request.request_id, _NgramIndex())
+        token_ids = request.token_ids
+        index.add_ngrams(token_ids, self._ngram_sizes)
+        for size in self._ngram_sizes:
+            if len(token_ids) > size and (end := index.last_end.get(tuple(token_ids[-size:]))) is not None:
+                drafts = token_ids[end : end + num_tokens]
+                period = len(token_ids) - end
+                while len(drafts) < num_tokens:
+                    drafts.append(drafts[-period])
+                return drafts
         return ()
 
     def request_finished(self, request: Request) -> None:
         """Drop its index."""
-        self._known.pop(request.request_id, None)
+        self._indexes.pop(request.request_id, None)
 
 
-class _Index:
+class _NgramIndex:
     """Where the n-grams of a request end."""
 
     def __init__(self) -> None:
-        self.before: dict[tuple[int, ...], int] = {}
+        self.last_end: dict[tuple[int, ...], int] = {}
         """N-gram -> end of its latest occurrence before the end of the tokens."""
-        self._length = 0
+        self._num_indexed = 0
 
-    def extend(self, tokens: list[int], sizes: Sequence[int] | Any) -> None:
-        """Enter the n-grams that end before the last token."""
-        for end in range(self._length, len(tokens)):
-            for size in sizes:
+    def add_ngrams(self, token_ids: list[int], ngram_sizes: Sequence[int]) -> None:
+        """Enter the n-grams that end before the last token: the one that ends with it has no continuation yet."""
+        for end in range(self._num_indexed, len(token_ids)):
+            for size in ngram_sizes:
                 if end >= size:
-                    self.before[tuple(tokens[end - size : end])] = end
-        self._length = max(self._length, len(tokens))
+                    self.last_end[tuple(token_ids[end - size : end])] = end
+        self._num_indexed = max(self._num_indexed, len(token_ids))

@@ -1,7 +1,8 @@
-"""Suffix lookup: what followed the longest suffix of a request that was seen before, in it or in another.
+"""Suffix decoding: drafts what followed the longest suffix of a request that occurred before, in it or in another.
 
-The index is a suffix automaton (Blumer et al., 1985) of many texts that grow at once; drafting from suffixes of earlier
-outputs is from SuffixDecoding (Oliaro et al., 2024, arXiv:2411.04975).
+Drafting from suffixes of earlier outputs is from SuffixDecoding (Oliaro et al., 2024, arXiv:2411.04975), which keeps
+them in suffix trees. Here they are in a suffix automaton (Blumer et al., 1985), a smaller index of the same suffixes,
+of many sequences that grow at once.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from quire.sdk import HostProposer, Request
 
 __all__ = ["SuffixProposer"]
 
-_AT_ONCE = 256
-"""Tokens of a prompt that are indexed in one step."""
-_SALTS = 32
-"""Groups of requests that are remembered beyond their end."""
+_MAX_NEW_TOKENS_PER_STEP = 256
+"""Tokens of a request that are indexed in one step, so that a long prompt does not hold up the step."""
+_MAX_SALTS = 32
+"""Cache salts whose automata are kept, the most recently used ones."""
 
 
 class SuffixProposer(HostProposer):
-    """Proposes what followed the most recent earlier occurrence of the longest suffix.
+    """Drafts what followed the most recent earlier occurrence of the longest suffix.
 
-    Prompts and outputs of every request go into one automaton for each cache salt, so that requests learn from each
-    other within a salt and never across. An automaton that holds ``max_tokens`` is given up for a fresh one.
+    Prompts and outputs of all requests go into one automaton for each cache salt: a request may be drafted from another
+    one's tokens within a salt, and never across. An automaton that holds ``max_tokens`` is replaced by a new one.
     """
 
     @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class SuffixProposer(HostProposer):
         """Options of the proposer."""
 
         min_match: int = 2
-        """Shortest suffix that counts, in tokens."""
+        """Shortest suffix that is drafted from, in tokens."""
         max_tokens: int = 100_000
-        """Tokens in an index before a fresh one is begun: about 100 MB."""
+        """Tokens in an automaton before a new one replaces it: about 100 MB."""
 
         def __post_init__(self) -> None:
             if self.min_match < 1 or self.max_tokens < 1:
@@ -42,105 +43,119 @@ class SuffixProposer(HostProposer):
 
     def __init__(self, num_tokens: int, options: Options | None = None) -> None:
         super().__init__(num_tokens, options or self.Options())
-        self._shared: OrderedDict[str | None, _Automaton] = OrderedDict()
-        self._cursors: dict[str, _Cursor] = {}
+        self._automata: OrderedDict[str | None, _SuffixAutomaton] = OrderedDict()
+        """By cache salt, the least recently used first."""
+        self._cursors: dict[str, _RequestCursor] = {}
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
-        """Take in what is new, and follow the suffix."""
+        """Index the request's new tokens, and draft from its longest suffix."""
         cursor = self._cursors.get(request.request_id)
         if cursor is None:
-            cursor = self._cursors[request.request_id] = _Cursor(self._automaton(request.cache_salt), request.token_ids)
-        cursor.advance(_AT_ONCE)
-        return cursor.follow(num_tokens, self.options.min_match)
+            automaton = self._get_automaton(request.cache_salt)
+            cursor = self._cursors[request.request_id] = _RequestCursor(automaton, request.token_ids)
+        cursor.index_new_tokens(_MAX_NEW_TOKENS_PER_STEP)
+        return cursor.draft_tokens(num_tokens, self.options.min_match)
 
     def request_finished(self, request: Request) -> None:
-        """Its text stays in the index."""
+        """Its tokens stay in the automaton."""
         self._cursors.pop(request.request_id, None)
 
-    def _automaton(self, salt: str | None) -> _Automaton:
-        found = self._shared.get(salt)
-        if found is None or found.num_tokens >= self.options.max_tokens:
-            found = self._shared[salt] = _Automaton()
-        self._shared.move_to_end(salt)
-        if len(self._shared) > _SALTS:
-            self._shared.popitem(last=False)
-        return found
+    def _get_automaton(self, salt: str | None) -> _SuffixAutomaton:
+        automaton = self._automata.get(salt)
+        if automaton is None or automaton.num_tokens >= self.options.max_tokens:
+            automaton = self._automata[salt] = _SuffixAutomaton()
+        self._automata.move_to_end(salt)
+        if len(self._automata) > _MAX_SALTS:
+            self._automata.popitem(last=False)
+        return automaton
 
 
-class _Automaton:
-    """States by number; 0 is the empty text. A state stands for suffixes that occur at the same places."""
+class _SuffixAutomaton:
+    """States by number; 0 is the empty sequence. A state stands for sequences that end at the same occurrences."""
 
     def __init__(self) -> None:
-        self.next: list[dict[int, int]] = [{}]
-        self.link = [-1]
+        self.transitions: list[dict[int, int]] = [{}]
+        self.suffix_link = [-1]
+        """The state of the longest suffix that occurs elsewhere, too."""
         self.length = [0]
-        self.seen: list[tuple[list[int], int]] = [([], 0)]
-        """A text, and how many of its tokens end with the state's."""
+        """Of the longest sequence of a state."""
+        self.last_occurrence: list[tuple[list[int], int]] = [([], 0)]
+        """Tokens of a request, and where in them a sequence of the state ends."""
         self.num_tokens = 0
 
-    def extend(self, last: int, token: int, place: tuple[list[int], int]) -> int:
-        """The state of the text of ``last`` with ``token`` behind it, which ends at ``place``."""
+    def append_token(self, last: int, token: int, occurrence: tuple[list[int], int]) -> int:
+        """The state of the sequence of ``last`` with ``token`` behind it, which ends at ``occurrence``."""
         self.num_tokens += 1
-        old = self.next[last].get(token)
-        if old is not None:
-            return old if self.length[old] == self.length[last] + 1 else self._split(last, token, old)
-        state = self._make({}, self.length[last] + 1, 0, place)
-        at = last
-        while at >= 0 and token not in self.next[at]:
-            self.next[at][token] = state
-            at = self.link[at]
-        if at >= 0:
-            old = self.next[at][token]
-            self.link[state] = old if self.length[old] == self.length[at] + 1 else self._split(at, token, old)
+        target = self.transitions[last].get(token)
+        if target is not None:  # another request has had this sequence
+            return target if self.length[target] == self.length[last] + 1 else self._clone_state(last, token, target)
+        state = self._add_state({}, self.length[last] + 1, 0, occurrence)
+        source = last
+        while source >= 0 and token not in self.transitions[source]:
+            self.transitions[source][token] = state
+            source = self.suffix_link[source]
+        if source >= 0:
+            target = self.transitions[source][token]
+            if self.length[target] != self.length[source] + 1:
+                target = self._clone_state(source, token, target)
+            self.suffix_link[state] = target
         return state
 
-    def _split(self, at: int, token: int, old: int) -> int:
-        """The suffixes of ``old`` no longer than that of ``at`` with ``token`` become a state of their own."""
-        state = self._make(dict(self.next[old]), self.length[at] + 1, self.link[old], self.seen[old])
-        self.link[old] = state
-        while at >= 0 and self.next[at].get(token) == old:
-            self.next[at][token] = state
-            at = self.link[at]
-        return state
+    def _clone_state(self, source: int, token: int, target: int) -> int:
+        """Give the sequences of ``target`` that are no longer than those of ``source`` with ``token`` a state of their
+        own."""
+        clone = self._add_state(
+            dict(self.transitions[target]),
+            self.length[source] + 1,
+            self.suffix_link[target],
+            self.last_occurrence[target],
+        )
+        self.suffix_link[target] = clone
+        while source >= 0 and self.transitions[source].get(token) == target:
+            self.transitions[source][token] = clone
+            source = self.suffix_link[source]
+        return clone
 
-    def _make(self, following: dict[int, int], length: int, link: int, place: tuple[list[int], int]) -> int:
-        self.next.append(following)
+    def _add_state(
+        self, transitions: dict[int, int], length: int, suffix_link: int, occurrence: tuple[list[int], int]
+    ) -> int:
+        self.transitions.append(transitions)
         self.length.append(length)
-        self.link.append(link)
-        self.seen.append(place)
-        return len(self.next) - 1
+        self.suffix_link.append(suffix_link)
+        self.last_occurrence.append(occurrence)
+        return len(self.transitions) - 1
 
 
-class _Cursor:
-    """How far a request's text is in the automaton."""
+class _RequestCursor:
+    """How far a request's tokens are in the automaton, and the state of those that are."""
 
-    def __init__(self, automaton: _Automaton, text: list[int]) -> None:
+    def __init__(self, automaton: _SuffixAutomaton, token_ids: list[int]) -> None:
         self._automaton = automaton
-        self._text = text
-        self._length = self._state = 0
+        self._token_ids = token_ids
+        self._num_indexed = self._state = 0
 
-    def advance(self, most: int) -> None:
-        """Take in new tokens."""
-        for end in range(self._length, min(len(self._text), self._length + most)):
-            self._state = self._automaton.extend(self._state, self._text[end], (self._text, end + 1))
-            self._length = end + 1
+    def index_new_tokens(self, max_new_tokens: int) -> None:
+        """Append the request's tokens to the automaton, as many as are new and no more than so many."""
+        for i in range(self._num_indexed, min(len(self._token_ids), self._num_indexed + max_new_tokens)):
+            self._state = self._automaton.append_token(self._state, self._token_ids[i], (self._token_ids, i + 1))
+            self._num_indexed = i + 1
 
-    def follow(self, count: int, shortest: int) -> list[int]:
-        """``count`` tokens, or fewer, from where the longest suffix occurred before."""
-        index, text, end = self._automaton, self._text, self._length
-        if end < len(text):
+    def draft_tokens(self, num_tokens: int, min_match: int) -> list[int]:
+        """``num_tokens`` tokens, or fewer, that followed the latest occurrence of the longest suffix."""
+        automaton, token_ids, end = self._automaton, self._token_ids, self._num_indexed
+        if end < len(token_ids):
             return []
         state = self._state
-        seen_text, seen = index.seen[state]
-        if seen_text is text and seen == end:  # the whole text came never before: the longest part that did
-            state = index.link[state]
-        if state <= 0 or index.length[state] < shortest:
+        other_ids, other_end = automaton.last_occurrence[state]
+        if other_ids is token_ids and other_end == end:  # this occurrence itself: take the longest suffix with another
+            state = automaton.suffix_link[state]
+        if state <= 0 or automaton.length[state] < min_match:
             return []
-        seen_text, seen = index.seen[state]
-        index.seen[state] = (text, end)
-        found = seen_text[seen : seen + count]
-        if seen_text is text and found:
-            period = end - seen
-            while len(found) < count:
-                found.append(found[-period])
-        return found
+        other_ids, other_end = automaton.last_occurrence[state]
+        automaton.last_occurrence[state] = (token_ids, end)
+        drafts = other_ids[other_end : other_end + num_tokens]
+        if other_ids is token_ids and drafts:  # an occurrence near the end gives fewer: go on with the period
+            period = end - other_end
+            while len(drafts) < num_tokens:
+                drafts.append(drafts[-period])
+        return drafts

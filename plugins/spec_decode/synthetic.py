@@ -1,4 +1,7 @@
-"""Drafts that cost nothing, to measure verification alone; see ``forced_acceptance`` of ``--speculative-config``."""
+"""Constant drafts, which cost nothing, to measure verification alone with a given acceptance rate.
+
+See ``forced_acceptance`` of ``--speculative-config``.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ __all__ = ["SyntheticProposer"]
 
 
 class SyntheticProposer(DeviceProposer):
-    """Drafts the same tokens for everybody."""
+    """Drafts the same tokens for every request."""
 
     capturable = True
 
     def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
         """Token 1, 2, 3 ..."""
-        tokens = torch.arange(1, num_tokens + 1, dtype=torch.int32, device=rows.device)
-        return DraftTokens(tokens.expand(len(rows), num_tokens))
+        token_ids = torch.arange(1, num_tokens + 1, dtype=torch.int32, device=rows.device)
+        return DraftTokens(token_ids.expand(len(rows), num_tokens))

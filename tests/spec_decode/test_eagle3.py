@@ -33,7 +33,7 @@ class Watched:
 
     def propose(self, who, count, *, greedy=False):
         drafts, table = self._propose(who, count, greedy=greedy), self._table
-        for row, tokens in zip(who.tolist(), drafts.tokens.tolist(), strict=True):
+        for row, tokens in zip(who.tolist(), drafts.token_ids.tolist(), strict=True):
             known = table.token_ids[row, : int(table.num_tokens[row])].tolist()
             self.noted.append((known, tokens, float(table.temperature[row]), int(table.seed[row])))
         return drafts

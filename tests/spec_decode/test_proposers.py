@@ -31,7 +31,7 @@ def test_ngram_proposes_what_followed() -> None:
     one.token_ids += [7, 8]
     assert proposer.propose(one, 5) == [7, 8, 7, 8, 7]  # what repeats goes on
     proposer.request_finished(one)
-    assert not proposer._known
+    assert proposer.num_indexed_requests == 0
 
 
 def test_ngram_prefers_the_latest_of_the_longest() -> None:
