@@ -120,7 +120,7 @@ def run_engine(args: argparse.Namespace) -> int:
 
     print("ready", file=answers, flush=True)
     for name in map(str.strip, sys.stdin):
-        workload = make_workload(name).first(args.num_prompts).scaled(args.scale)
+        workload = make_workload(name).limit_requests(args.num_prompts).scale_lengths(args.scale)
         vocab = llm.config.model.vocab_size
         prompts = [[token % vocab for token in prompt] for prompt in workload.prompts]
         lengths = list(workload.max_tokens)

@@ -44,7 +44,7 @@ class LLM:
         self._outputs = OutputProcessor(self.tokenizer, Exporters())
         self._ids = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
-        """The last steps of the engine; ``quire.server.http.trace.chrome_trace`` makes a picture of them."""
+        """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
 
     @property
     def ready_line(self) -> str:

@@ -15,7 +15,7 @@ import msgspec
 
 from quire.core.errors import ConfigError
 
-__all__ = ["Client", "Timing", "run_async"]
+__all__ = ["LoadClient", "Timing", "run_async"]
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Timing:
         return self.status in (429, 503)
 
 
-class Client:
+class LoadClient:
     """Sends JSON to one server."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
@@ -62,25 +62,25 @@ class Client:
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
-    async def text(self, path: str) -> str:
+    async def get_text(self, path: str) -> str:
         """A document. Raises ConfigError if the server cannot be reached or refuses."""
         try:
-            answer = await self._exchange("GET", path, b"")
+            answer = await self._send_request("GET", path, b"")
         except (OSError, httptools.HttpParserError) as error:
             raise ConfigError(f"no server at {self._host}:{self._port}: {error}; start one with quire serve") from None
         if answer.status != 200:
             raise ConfigError(f"GET {path} answered {answer.status}: {bytes(answer.body)[:200]!r}")
         return bytes(answer.body).decode(errors="replace")
 
-    async def get(self, path: str) -> Any:
+    async def get_json(self, path: str) -> Any:
         """A JSON document. Raises as ``text`` does."""
-        return json.loads(await self.text(path))
+        return json.loads(await self.get_text(path))
 
-    async def stream(self, path: str, body: dict[str, Any]) -> Timing:
+    async def time_stream(self, path: str, body: dict[str, Any]) -> Timing:
         """Post a request for a stream, and time it."""
         timing = Timing(sent_at=time.perf_counter())
         try:
-            answer = await self._exchange("POST", path, json.dumps(body).encode())
+            answer = await self._send_request("POST", path, json.dumps(body).encode())
         except (OSError, httptools.HttpParserError) as error:
             timing.error = f"{type(error).__name__}: {error}"
             return timing
@@ -88,17 +88,17 @@ class Client:
         if answer.status != 200:
             timing.error = bytes(answer.body)[:200].decode(errors="replace")
             return timing
-        _read_events(answer, timing)
+        _parse_events(answer, timing)
         return timing
 
-    async def _exchange(self, method: str, path: str, body: bytes) -> _Answer:
+    async def _send_request(self, method: str, path: str, body: bytes) -> _Response:
         head = (
             f"{method} {self._prefix}{path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{self._key}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         loop = asyncio.get_running_loop()
         transport, answer = await loop.create_connection(
-            lambda: _Answer(head.encode() + body), self._host, self._port, ssl=self._tls or None
+            lambda: _Response(head.encode() + body), self._host, self._port, ssl=self._tls or None
         )
         try:
             await answer.done
@@ -107,7 +107,7 @@ class Client:
         return answer
 
 
-class _Answer(asyncio.Protocol):
+class _Response(asyncio.Protocol):
     """Notes what arrives, and reads nothing into it. ``marks`` are (time, length of the body by then)."""
 
     def __init__(self, request: bytes) -> None:
@@ -117,7 +117,7 @@ class _Answer(asyncio.Protocol):
         self.start = 0.0
         self.status = 0
         self.body = bytearray()
-        self.marks: list[tuple[float, int]] = []
+        self.arrivals: list[tuple[float, int]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send."""
@@ -131,13 +131,13 @@ class _Answer(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._end(error)
+            self._finish(error)
         if len(self.body) > before:
-            self.marks.append((now, len(self.body)))
+            self.arrivals.append((now, len(self.body)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other side has closed."""
-        self._end(exc if exc is not None or self.status else ConnectionError("closed without an answer"))
+        self._finish(exc if exc is not None or self.status else ConnectionError("closed without an answer"))
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
@@ -149,22 +149,22 @@ class _Answer(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        self._end(None)
+        self._finish(None)
 
-    def _end(self, error: Exception | None) -> None:
+    def _finish(self, error: Exception | None) -> None:
         if not self.done.done():
             self.done.set_result(None) if error is None else self.done.set_exception(error)
 
 
-def _read_events(answer: _Answer, timing: Timing) -> None:
+def _parse_events(answer: _Response, timing: Timing) -> None:
     """Find when each piece of text had arrived in full, after the fact: nothing is parsed while the clock runs."""
-    at, mark = 0, 0
+    position, arrival = 0, 0
     body = bytes(answer.body)
-    while (end := body.find(b"\n\n", at)) >= 0:
-        data = body[at:end].removeprefix(b"data: ")
-        at = end + 2
-        while answer.marks[mark][1] < at:
-            mark += 1
+    while (end := body.find(b"\n\n", position)) >= 0:
+        data = body[position:end].removeprefix(b"data: ")
+        position = end + 2
+        while answer.arrivals[arrival][1] < position:
+            arrival += 1
         if data == b"[DONE]":
             return
         if data.startswith(b":"):  # a comment, which keeps the connection open
@@ -173,12 +173,12 @@ def _read_events(answer: _Answer, timing: Timing) -> None:
         if "error" in event:
             timing.error = str(event["error"].get("message"))
         timing.output_tokens = (event.get("usage") or {}).get("completion_tokens", timing.output_tokens)
-        if any(_is_piece(choice) for choice in event.get("choices", ())):
-            timing.events.append(answer.marks[mark][0])
+        if any(_has_token(choice) for choice in event.get("choices", ())):
+            timing.events.append(answer.arrivals[arrival][0])
     timing.error = timing.error or "the stream ended before [DONE]"
 
 
-def _is_piece(choice: dict[str, Any]) -> bool:
+def _has_token(choice: dict[str, Any]) -> bool:
     """Whether a token came with it, though perhaps no text yet. A chat begins with an event that has neither."""
     delta = choice.get("delta")
     if delta is None:

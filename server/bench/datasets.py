@@ -10,48 +10,52 @@ from pathlib import Path
 from quire.core.errors import ConfigError
 from quire.server.bench.workloads import Workload
 
-__all__ = ["dataset_workload", "read_texts"]
+__all__ = ["load_dataset_workload", "read_prompts"]
 
-_SHORTEST, _LONGEST, _LONGEST_IN_ALL = 4, 1024, 2048
+_MIN_TOKENS, _MAX_PROMPT_TOKENS, _MAX_TOTAL_TOKENS = 4, 1024, 2048
 """Conversations outside of these, in tokens, are passed over, as the guides' benchmarks do."""
 
 
-def read_texts(path: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
+def read_prompts(path: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Up to ``count`` pairs of a prompt and an answer, which may be empty, in an order that ``seed`` draws.
 
     ``.json``: a list of ``{"conversations": [{"value": prompt}, {"value": answer}, ...]}``; ``.jsonl``: a line an
     object with ``prompt`` (or ``question``) and perhaps ``completion`` (or ``answer``); anything else: a prompt a line.
     Raises ConfigError.
     """
-    pairs = list(_pairs(Path(path)))
+    pairs = list(_read_pairs(Path(path)))
     if not pairs:
         raise ConfigError(f"--dataset {path} has no prompts; see quire bench throughput --help for the layouts")
     random.Random(seed).shuffle(pairs)
     return pairs[:count]
 
 
-def dataset_workload(
+def load_dataset_workload(
     path: str, encode: Callable[[str], list[int]], count: int, output_len: int | None, seed: int = 0
 ) -> Workload:
     """Requests from a file. An answer has the length of the file's, or ``output_len`` tokens if that is given."""
     prompts: list[list[int]] = []
     answers: list[int] = []
-    for prompt, answer in read_texts(path, 1 << 30, seed):
+    for prompt, answer in read_prompts(path, 1 << 30, seed):
         tokens, length = encode(prompt), output_len or len(encode(answer)) or 128
-        if _SHORTEST <= len(tokens) <= _LONGEST and length >= _SHORTEST and len(tokens) + length <= _LONGEST_IN_ALL:
+        if (
+            _MIN_TOKENS <= len(tokens) <= _MAX_PROMPT_TOKENS
+            and length >= _MIN_TOKENS
+            and len(tokens) + length <= _MAX_TOTAL_TOKENS
+        ):
             prompts.append(tokens)
             answers.append(length)
         if len(prompts) == count:
             break
     if not prompts:
         raise ConfigError(
-            f"--dataset {path} has no prompt of {_SHORTEST} to {_LONGEST} tokens with an answer "
-            f"of {_SHORTEST} or more; give --output-len, or another file"
+            f"--dataset {path} has no prompt of {_MIN_TOKENS} to {_MAX_PROMPT_TOKENS} tokens with an answer "
+            f"of {_MIN_TOKENS} or more; give --output-len, or another file"
         )
     return Workload(Path(path).stem, prompts, answers)
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, str]]:
+def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
         text = path.read_text("utf-8")
         if path.suffix == ".json":

@@ -11,9 +11,15 @@ from pathlib import Path
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.llm import LLM
 from quire.core.sampling_params import SamplingParams
-from quire.server.bench.report import device_name, environment, percentiles, print_json, progress
-from quire.server.bench.roofline import ModelShape, ceilings_of, workload_floor
-from quire.server.bench.workloads import random_prompts
+from quire.server.bench.report import (
+    compute_percentiles,
+    describe_environment,
+    get_device_name,
+    make_progress_bar,
+    print_json,
+)
+from quire.server.bench.roofline import ModelShape, load_ceilings, workload_bound
+from quire.server.bench.workloads import make_random_prompts
 
 __all__ = ["run"]
 
@@ -24,33 +30,35 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
         engine_args = dataclasses.replace(engine_args, enable_prefix_caching=False)
     llm = LLM(**vars(engine_args))
     config = llm.config.model
-    draw = random.Random(0)
+    rng = random.Random(0)
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True, detokenize=False)
     walls: list[float] = []
-    bar = progress(args.num_iters_warmup + args.num_iters, "iterations", "iter")
-    for turn in range(args.num_iters_warmup + args.num_iters):
-        prompts = random_prompts(draw, args.batch_size, args.input_len, config.vocab_size)
+    bar = make_progress_bar(args.num_iters_warmup + args.num_iters, "iterations", "iter")
+    for iteration in range(args.num_iters_warmup + args.num_iters):
+        prompts = make_random_prompts(rng, args.batch_size, args.input_len, config.vocab_size)
         start = time.perf_counter()
         llm.generate(prompts, params)
-        if turn >= args.num_iters_warmup:
+        if iteration >= args.num_iters_warmup:
             walls.append(time.perf_counter() - start)
         bar.update()
     bar.close()
-    found = percentiles(walls)
-    each = found["p50"] / args.output_len
+    figures = compute_percentiles(walls)
+    seconds_per_token = figures["p50"] / args.output_len
     print(
         f"{config.model} in {config.dtype} on {config.device}: {args.batch_size} prompts of {args.input_len} tokens, "
-        f"{args.output_len} out: mean {found['mean']:.4f} s, median {found['p50']:.4f} s, p99 {found['p99']:.4f} s, "
-        f"{each * 1000:.2f} ms a token"
+        f"{args.output_len} out: mean {figures['mean']:.4f} s, median {figures['p50']:.4f} s, "
+        f"p99 {figures['p99']:.4f} s, {seconds_per_token * 1000:.2f} ms a token"
     )
-    device = device_name(config.device)
-    card = ceilings_of(device, Path(args.ceilings) if args.ceilings else None)
-    if card is not None:
-        sizes, size = ModelShape.of_engine(llm.config), args.batch_size
-        found["floor"] = workload_floor(sizes, [args.input_len] * size, [args.output_len] * size, card)
-        print(f"floor: {found['floor']:.4f} s, share of it {found['floor'] / found['p50']:.1%}")
+    device = get_device_name(config.device)
+    ceilings = load_ceilings(device, Path(args.ceilings) if args.ceilings else None)
+    if ceilings is not None:
+        sizes, size = ModelShape.from_engine_config(llm.config), args.batch_size
+        figures["floor"] = workload_bound(sizes, [args.input_len] * size, [args.output_len] * size, ceilings)
+        print(f"floor: {figures['floor']:.4f} s, share of it {figures['floor'] / figures['p50']:.1%}")
     if args.json:
         shape = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "num_iters")}
-        times = {f"{name}_s": value for name, value in found.items()}
-        print_json({"model": config.model, "dtype": config.dtype, **environment(config.device), **shape, **times})
+        times = {f"{name}_s": value for name, value in figures.items()}
+        print_json(
+            {"model": config.model, "dtype": config.dtype, **describe_environment(config.device), **shape, **times}
+        )
     return 0

@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.core.errors import ConfigError
-from quire.server.bench.client import Client, Timing
-from quire.server.bench.datasets import read_texts
-from quire.server.bench.workloads import random_prompts
+from quire.server.bench.client import LoadClient, Timing
+from quire.server.bench.datasets import read_prompts
+from quire.server.bench.workloads import make_random_prompts
 
-__all__ = ["Requests", "longest_gap", "model_of", "run_open", "send_all"]
+__all__ = ["RequestGenerator", "get_model_name", "longest_stall", "run_open_loop", "send_requests"]
 
 CHAT = "/v1/chat/completions"
 _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "it")
 
 
 @dataclass(frozen=True, slots=True)
-class Requests:
+class RequestGenerator:
     """Bodies of requests, drawn one after another from one seed."""
 
     model: str
     endpoint: str
     input_len: int
     output_len: int
-    spread: float
+    range_ratio: float
     """Lengths lie within this share of the two above, in both directions."""
     vocab_size: int
     temperature: float
@@ -38,17 +38,17 @@ class Requests:
     seed: int
 
     @classmethod
-    def of(cls, args: argparse.Namespace, model: str) -> Requests:
+    def from_args(cls, args: argparse.Namespace, model: str) -> RequestGenerator:
         """From the command line. Raises ConfigError."""
         if not 0 <= args.random_range_ratio < 1:
             raise ConfigError(f"--random-range-ratio must be at least 0 and below 1, got {args.random_range_ratio}")
-        texts = [prompt for prompt, _ in read_texts(args.dataset, 1 << 30, args.seed or 0)] if args.dataset else []
+        texts = [prompt for prompt, _ in read_prompts(args.dataset, 1 << 30, args.seed or 0)] if args.dataset else []
         return cls(
             model=model,
             endpoint=args.endpoint,
             input_len=args.input_len,
             output_len=args.output_len,
-            spread=args.random_range_ratio,
+            range_ratio=args.random_range_ratio,
             vocab_size=args.vocab_size,
             temperature=args.temperature,
             texts=texts,
@@ -57,22 +57,26 @@ class Requests:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Without end."""
-        draw = random.Random(self.seed)
+        rng = random.Random(self.seed)
         turn = 0
         while True:
-            length, answer = self._length(draw, self.input_len), self._length(draw, self.output_len)
+            length, answer = self._sample_length(rng, self.input_len), self._sample_length(rng, self.output_len)
             prompt: Any = self.texts[turn % len(self.texts)] if self.texts else None
             if self.endpoint == CHAT:
-                words = prompt or " ".join(draw.choices(_WORDS, k=length))
-                yield self._body(answer) | {"messages": [{"role": "user", "content": words}]}
+                words = prompt or " ".join(rng.choices(_WORDS, k=length))
+                yield self._make_body(answer) | {"messages": [{"role": "user", "content": words}]}
             else:
-                yield self._body(answer) | {"prompt": prompt or random_prompts(draw, 1, length, self.vocab_size)[0]}
+                yield self._make_body(answer) | {
+                    "prompt": prompt or make_random_prompts(rng, 1, length, self.vocab_size)[0]
+                }
             turn += 1
 
-    def _length(self, draw: random.Random, middle: int) -> int:
-        return draw.randint(max(1, round(middle * (1 - self.spread))), max(1, round(middle * (1 + self.spread))))
+    def _sample_length(self, rng: random.Random, middle: int) -> int:
+        return rng.randint(
+            max(1, round(middle * (1 - self.range_ratio))), max(1, round(middle * (1 + self.range_ratio)))
+        )
 
-    def _body(self, answer: int) -> dict[str, Any]:
+    def _make_body(self, answer: int) -> dict[str, Any]:
         return {
             "model": self.model,
             "max_tokens": answer,
@@ -83,14 +87,14 @@ class Requests:
         }
 
 
-async def model_of(client: Client, args: argparse.Namespace) -> str:
+async def get_model_name(client: LoadClient, args: argparse.Namespace) -> str:
     """The model asked for, else the first that is served."""
-    return str(args.model or (await client.get("/v1/models"))["data"][0]["id"])
+    return str(args.model or (await client.get_json("/v1/models"))["data"][0]["id"])
 
 
-async def send_all(
-    client: Client,
-    requests: Requests,
+async def send_requests(
+    client: LoadClient,
+    requests: RequestGenerator,
     count: int,
     *,
     rate: float = 0.0,
@@ -99,58 +103,60 @@ async def send_all(
 ) -> tuple[list[Timing], float]:
     """``count`` requests, at ``rate`` a second with Poisson gaps (0: at once), ``concurrency`` at a time; the timings
     and the seconds it all took. One more is sent before, and not counted."""
-    draw = random.Random(requests.seed)
+    rng = random.Random(requests.seed)
     bodies = [body for body, _ in zip(iter(requests), range(count), strict=False)]
     gate = asyncio.Semaphore(concurrency or count)
 
     async def one(body: dict[str, Any], after: float) -> Timing:
         await asyncio.sleep(after)
         async with gate:
-            timing = await client.stream(requests.endpoint, body)
+            timing = await client.time_stream(requests.endpoint, body)
         done()
         return timing
 
-    await client.stream(requests.endpoint, bodies[0] | {"max_tokens": 1})
+    await client.time_stream(requests.endpoint, bodies[0] | {"max_tokens": 1})
     delays, at = [], 0.0
     for _ in bodies:
         delays.append(at)
-        at += draw.expovariate(rate) if rate else 0.0
+        at += rng.expovariate(rate) if rate else 0.0
     start = time.perf_counter()
     timings = await asyncio.gather(*(one(body, delay) for body, delay in zip(bodies, delays, strict=True)))
     return list(timings), time.perf_counter() - start
 
 
-async def run_open(client: Client, requests: Requests, rate: float, seconds: float) -> AsyncIterator[Timing]:
+async def run_open_loop(
+    client: LoadClient, requests: RequestGenerator, rate: float, seconds: float
+) -> AsyncIterator[Timing]:
     """Requests at ``rate`` a second with Poisson gaps for so long, whatever the server makes of them; each timing as it
     comes, until the last."""
-    draw = random.Random(requests.seed)
-    landed: asyncio.Queue[Timing] = asyncio.Queue()
-    under_way: set[asyncio.Task[None]] = set()
+    rng = random.Random(requests.seed)
+    finished: asyncio.Queue[Timing] = asyncio.Queue()
+    in_flight: set[asyncio.Task[None]] = set()
 
     async def one(body: dict[str, Any]) -> None:
-        landed.put_nowait(await client.stream(requests.endpoint, body))
+        finished.put_nowait(await client.time_stream(requests.endpoint, body))
 
     async def send() -> None:
         due = start = time.perf_counter()
         for body in requests:
-            due += draw.expovariate(rate)
+            due += rng.expovariate(rate)
             if due - start > seconds:
                 break
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             task = asyncio.create_task(one(body))
-            under_way.add(task)
-            task.add_done_callback(under_way.discard)
+            in_flight.add(task)
+            task.add_done_callback(in_flight.discard)
 
     sender = asyncio.create_task(send())
-    while not sender.done() or under_way or not landed.empty():
+    while not sender.done() or in_flight or not finished.empty():
         try:
-            yield await asyncio.wait_for(landed.get(), 0.2)
+            yield await asyncio.wait_for(finished.get(), 0.2)
         except TimeoutError:
             continue
     sender.result()
 
 
-def longest_gap(timings: Sequence[Timing]) -> float:
+def longest_stall(timings: Sequence[Timing]) -> float:
     """Seconds between two pieces of one answer, at most; 0 if there are none."""
     gaps = (b - a for t in timings for a, b in zip(t.events, t.events[1:], strict=False))
     return max(gaps, default=0.0)

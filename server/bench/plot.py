@@ -33,18 +33,18 @@ class LoadPlot:
         self._figure = Figure(figsize=(12, 4), layout="constrained")
         FigureCanvasAgg(self._figure)
 
-    def draw(self, every: Sequence[dict[str, Any]]) -> Path:
+    def draw(self, runs: Sequence[dict[str, Any]]) -> Path:
         """One point for each request rate: medians and 99th percentiles over the output that the server gave."""
-        points = sorted(every, key=lambda found: found["requests_s"])
+        points = sorted(runs, key=lambda found: found["requests_s"])
         for axes, (key, title) in zip(self._figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
             for part, label in (("p50", "median"), ("p99", "99th percentile")):
-                known = [found for found in points if part in found[key]]
-                load = [found["requests_s"] for found in known]
-                axes.plot(load, [1000 * found[key][part] for found in known], marker="o", label=label)
-            for found in known:
-                asked = f"{found['request_rate']:g}/s" if found["request_rate"] else "at once"
+                measured = [found for found in points if part in found[key]]
+                load = [found["requests_s"] for found in measured]
+                axes.plot(load, [1000 * found[key][part] for found in measured], marker="o", label=label)
+            for found in measured:
+                label_text = f"{found['request_rate']:g}/s" if found["request_rate"] else "at once"
                 axes.annotate(
-                    asked,
+                    label_text,
                     (found["requests_s"], 1000 * found[key]["p99"]),
                     (4, -9),
                     textcoords="offset points",

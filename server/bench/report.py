@@ -14,25 +14,25 @@ from tqdm import tqdm
 from quire.core.version import __version__
 
 __all__ = [
-    "device_name",
-    "environment",
-    "percentiles",
+    "collect_speculation",
+    "compute_percentiles",
+    "describe_environment",
+    "format_speculation",
+    "get_device_name",
+    "make_progress_bar",
     "print_json",
     "print_table",
-    "progress",
-    "speculation",
-    "speculation_line",
 ]
 
 
-def environment(device: str) -> dict[str, str]:
+def describe_environment(device: str) -> dict[str, str]:
     """What a figure must be read beside: versions and the device's name."""
     import torch
 
-    return {"quire": __version__, "torch": torch.__version__, "device": device_name(device)}
+    return {"quire": __version__, "torch": torch.__version__, "device": get_device_name(device)}
 
 
-def device_name(device: str) -> str:
+def get_device_name(device: str) -> str:
     """By which its ceilings are known; of a CPU, with the threads that torch uses."""
     import torch
 
@@ -41,12 +41,12 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def progress(total: int, what: str, unit: str = "req") -> tqdm[Any]:
+def make_progress_bar(total: int, what: str, unit: str = "req") -> tqdm[Any]:
     """A bar on stderr, if that is a terminal."""
     return tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
+def compute_percentiles(values: Sequence[float]) -> dict[str, float]:
     """Mean, median and 99th percentile; empty for no values."""
     if not values:
         return {}
@@ -62,32 +62,32 @@ def print_table(rows: Mapping[str, str]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def print_json(found: Mapping[str, Any]) -> None:
+def print_json(figures: Mapping[str, Any]) -> None:
     """One line of JSON."""
-    print(json.dumps(found), flush=True)
+    print(json.dumps(figures), flush=True)
 
 
-def speculation(stats: Mapping[str, float]) -> dict[str, Any]:
+def collect_speculation(stats: Mapping[str, float]) -> dict[str, Any]:
     """What became of drafts, from the statistics of an engine; empty if none was verified."""
     drafted = stats.get("spec_decode_num_draft_tokens_total", 0.0)
     if not drafted:
         return {}
-    by_place: list[float] = []
-    while at := stats.get(f"spec_decode_drafted_at_{len(by_place)}_total"):
-        by_place.append(stats[f"spec_decode_accepted_at_{len(by_place)}_total"] / at)
+    by_position: list[float] = []
+    while at := stats.get(f"spec_decode_drafted_at_{len(by_position)}_total"):
+        by_position.append(stats[f"spec_decode_accepted_at_{len(by_position)}_total"] / at)
     return {
         "draft_tokens": int(drafted),
         "accepted_tokens": int(stats["spec_decode_num_accepted_tokens_total"]),
         "acceptance_rate": stats["spec_decode_draft_acceptance_rate"],
-        "acceptance_by_position": by_place,
+        "acceptance_by_position": by_position,
         "tokens_per_step": stats["spec_decode_efficiency"],
     }
 
 
-def speculation_line(found: Mapping[str, Any]) -> str:
+def format_speculation(figures: Mapping[str, Any]) -> str:
     """``speculation`` in words."""
-    places = ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"])
+    places = ", ".join(f"{share:.0%}" for share in figures["acceptance_by_position"])
     return (
-        f"speculation: {found['accepted_tokens']:,} of {found['draft_tokens']:,} drafted tokens accepted "
-        f"({found['acceptance_rate']:.1%}; by position {places}), {found['tokens_per_step']:.2f} tokens a step"
+        f"speculation: {figures['accepted_tokens']:,} of {figures['draft_tokens']:,} drafted tokens accepted "
+        f"({figures['acceptance_rate']:.1%}; by position {places}), {figures['tokens_per_step']:.2f} tokens a step"
     )

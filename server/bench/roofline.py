@@ -23,10 +23,10 @@ __all__ = [
     "CEILINGS_FILE",
     "Ceilings",
     "ModelShape",
-    "ceilings_of",
-    "decode_floor",
-    "keep_ceilings",
-    "workload_floor",
+    "decode_bound",
+    "load_ceilings",
+    "save_ceilings",
+    "workload_bound",
 ]
 
 
@@ -49,29 +49,29 @@ CEILINGS_FILE = Path("~/.cache/quire/ceilings.json")
 """Where ``quire bench ceilings`` keeps what it measured on this machine."""
 
 
-def ceilings_of(device: str, file: Path | None = None) -> Ceilings | None:
+def load_ceilings(device: str, file: Path | None = None) -> Ceilings | None:
     """What was measured on this machine, else the built-in figures of such a card, else None.
 
     ``file`` is one that the user named; it is an error if it cannot be read.
     """
     path = (file or CEILINGS_FILE).expanduser()
     try:
-        known = json.loads(path.read_text("utf-8"))
-        if device in known:
-            return Ceilings(**{name: float(known[device][name]) for name in Ceilings.__slots__})
+        saved = json.loads(path.read_text("utf-8"))
+        if device in saved:
+            return Ceilings(**{name: float(saved[device][name]) for name in Ceilings.__slots__})
     except (OSError, ValueError, TypeError, KeyError) as error:
         if file is not None or not isinstance(error, OSError):
             raise ConfigError(f"{path} is no file of ceilings ({error!r}); make one: quire bench ceilings") from None
     return CEILINGS.get(device)
 
 
-def keep_ceilings(device: str, measured: Ceilings, file: Path | None = None) -> Path:
+def save_ceilings(device: str, measured: Ceilings, file: Path | None = None) -> Path:
     """Add a device to the file. Raises ConfigError if it cannot be written."""
     path = (file or CEILINGS_FILE).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        path.write_text(json.dumps({**known, device: asdict(measured)}, indent=2) + "\n", "utf-8")
+        saved = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**saved, device: asdict(measured)}, indent=2) + "\n", "utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be written ({error}); name another with --out FILE") from None
     return path
@@ -97,10 +97,12 @@ class ModelShape:
     """Whether the layers multiply 8-bit numbers."""
 
     @classmethod
-    def of(cls, hf_config: Any, *, itemsize: int = 2, kv_itemsize: int | None = None, online: str = "") -> ModelShape:
+    def from_hf_config(
+        cls, hf_config: Any, *, itemsize: int = 2, kv_itemsize: int | None = None, online: str = ""
+    ) -> ModelShape:
         """Read from a transformers configuration. ``online`` is the quantization applied while loading, if any."""
         heads = hf_config.num_attention_heads
-        width, eight_bit = _weights(getattr(hf_config, "quantization_config", None) or {}, online, itemsize)
+        width, eight_bit = _weight_format(getattr(hf_config, "quantization_config", None) or {}, online, itemsize)
         return cls(
             layers=hf_config.num_hidden_layers,
             hidden=hf_config.hidden_size,
@@ -116,10 +118,10 @@ class ModelShape:
         )
 
     @classmethod
-    def of_engine(cls, config: EngineConfig) -> ModelShape:
+    def from_engine_config(cls, config: EngineConfig) -> ModelShape:
         """The model as an engine runs it."""
         size = 4 if config.model.dtype == "float32" else 2
-        return cls.of(
+        return cls.from_hf_config(
             read_hf_config(Path(config.model.path)),
             itemsize=size,
             kv_itemsize=1 if config.cache.dtype.startswith("fp8") else size,
@@ -127,7 +129,7 @@ class ModelShape:
         )
 
     @property
-    def linear(self) -> int:
+    def num_linear_weights(self) -> int:
         """Weights of the layers' linear maps."""
         qkvo = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (qkvo + 3 * self.hidden * self.intermediate)
@@ -137,49 +139,56 @@ class ModelShape:
         """Bytes of one cached token."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_itemsize
 
-    def products(self, tokens: int, drawn: int, card: Ceilings) -> float:
+    def linear_seconds(self, tokens: int, num_sampled: int, ceilings: Ceilings) -> float:
         """Seconds of a step's linear layers for ``tokens``, and of the head for those ``drawn``."""
         head = self.hidden * self.vocab
-        layers = max(self.linear * self.weight_bytes / card.bytes_s, 2 * tokens * self.linear / self._flops_s(card))
-        return layers + _slower(head * self.itemsize, 2 * drawn * head, card)
+        layers = max(
+            self.num_linear_weights * self.weight_bytes / ceilings.bytes_s,
+            2 * tokens * self.num_linear_weights / self._flops_s(ceilings),
+        )
+        return layers + _roofline_seconds(head * self.itemsize, 2 * num_sampled * head, ceilings)
 
-    def decode_step(self, batch: int, context: float, card: Ceilings) -> float:
+    def decode_step_seconds(self, batch: int, context: float, ceilings: Ceilings) -> float:
         """Seconds of a step in which ``batch`` requests of ``context`` tokens draw one each."""
-        attention = _slower(
+        attention = _roofline_seconds(
             batch * (context + 1) * self.kv_bytes,
             4 * batch * context * self.heads * self.head_dim * self.layers,
-            card,
+            ceilings,
         )
-        return self.products(batch, batch, card) + attention
+        return self.linear_seconds(batch, batch, ceilings) + attention
 
-    def prompts(self, lengths: Sequence[int], card: Ceilings) -> float:
+    def prefill_seconds(self, lengths: Sequence[int], ceilings: Ceilings) -> float:
         """Seconds to compute prompts, causally, as matrix products alone."""
         attention = sum(2 * self.layers * self.heads * self.head_dim * n * n for n in lengths)
-        return 2 * sum(lengths) * self.linear / self._flops_s(card) + attention / card.flops_s
+        return 2 * sum(lengths) * self.num_linear_weights / self._flops_s(ceilings) + attention / ceilings.flops_s
 
-    def _flops_s(self, card: Ceilings) -> float:
-        return card.fp8_flops_s if self.eight_bit and card.fp8_flops_s else card.flops_s
+    def _flops_s(self, ceilings: Ceilings) -> float:
+        return ceilings.fp8_flops_s if self.eight_bit and ceilings.fp8_flops_s else ceilings.flops_s
 
 
-def decode_floor(shape: ModelShape, prompt_lens: Sequence[int], answer_lens: Sequence[int], card: Ceilings) -> float:
+def decode_bound(
+    shape: ModelShape, prompt_lens: Sequence[int], answer_lens: Sequence[int], ceilings: Ceilings
+) -> float:
     """Seconds in which every answer's tokens after the first can be drawn, all requests running from the start."""
     total = 0.0
-    for made in range(1, max(answer_lens)):
-        running = [n for n, answer in zip(prompt_lens, answer_lens, strict=True) if answer > made]
-        total += shape.decode_step(len(running), sum(running) / len(running) + made, card)
+    for generated in range(1, max(answer_lens)):
+        running = [n for n, answer in zip(prompt_lens, answer_lens, strict=True) if answer > generated]
+        total += shape.decode_step_seconds(len(running), sum(running) / len(running) + generated, ceilings)
     return total
 
 
-def workload_floor(shape: ModelShape, prompt_lens: Sequence[int], answer_lens: Sequence[int], card: Ceilings) -> float:
+def workload_bound(
+    shape: ModelShape, prompt_lens: Sequence[int], answer_lens: Sequence[int], ceilings: Ceilings
+) -> float:
     """Seconds in which the whole can be done: every prompt, then every answer."""
-    return shape.prompts(prompt_lens, card) + decode_floor(shape, prompt_lens, answer_lens, card)
+    return shape.prefill_seconds(prompt_lens, ceilings) + decode_bound(shape, prompt_lens, answer_lens, ceilings)
 
 
-def _slower(num_bytes: float, flops: float, card: Ceilings) -> float:
-    return max(num_bytes / card.bytes_s, flops / card.flops_s)
+def _roofline_seconds(num_bytes: float, flops: float, ceilings: Ceilings) -> float:
+    return max(num_bytes / ceilings.bytes_s, flops / ceilings.flops_s)
 
 
-def _weights(quantization: dict[str, Any], online: str, itemsize: int) -> tuple[float, bool]:
+def _weight_format(quantization: dict[str, Any], online: str, itemsize: int) -> tuple[float, bool]:
     """(bytes of a weight, whether products are of 8-bit numbers): from what the checkpoint says of itself."""
     method = str(quantization.get("quant_method", "") or online)
     bits, group = quantization.get("bits"), quantization.get("group_size", 128)

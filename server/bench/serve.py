@@ -7,10 +7,10 @@ import gc
 from typing import Any
 
 from quire.core.errors import ConfigError
-from quire.server.bench.client import Client, Timing, run_async
-from quire.server.bench.load import Requests, longest_gap, model_of, send_all
+from quire.server.bench.client import LoadClient, Timing, run_async
+from quire.server.bench.load import RequestGenerator, get_model_name, longest_stall, send_requests
 from quire.server.bench.plot import LoadPlot
-from quire.server.bench.report import percentiles, print_json, print_table, progress
+from quire.server.bench.report import compute_percentiles, make_progress_bar, print_json, print_table
 
 __all__ = ["run"]
 
@@ -20,74 +20,76 @@ def run(args: argparse.Namespace) -> int:
     if min(args.request_rate) < 0 or (args.max_concurrency or 1) < 1:
         raise ConfigError("--request-rate must not be negative, and --max-concurrency must be at least 1")
     plot = LoadPlot(args.plot) if args.plot else None
-    every = run_async(_rates(args))
+    runs = run_async(_run_rates(args))
     if plot is not None:
-        print(f"drawn in {plot.draw(every)}")
-    return 1 if any(found["failed"] for found in every) else 0
+        print(f"drawn in {plot.draw(runs)}")
+    return 1 if any(figures["failed"] for figures in runs) else 0
 
 
-async def _rates(args: argparse.Namespace) -> list[dict[str, Any]]:
-    client = Client(args.base_url, args.api_key)
-    requests = Requests.of(args, await model_of(client, args))
-    every = []
+async def _run_rates(args: argparse.Namespace) -> list[dict[str, Any]]:
+    client = LoadClient(args.base_url, args.api_key)
+    requests = RequestGenerator.from_args(args, await get_model_name(client, args))
+    runs = []
     for rate in args.request_rate:
-        bar = progress(args.num_prompts, f"{rate:g} requests/s" if rate else "requests")
+        bar = make_progress_bar(args.num_prompts, f"{rate:g} requests/s" if rate else "requests")
         gc.collect()
         gc.freeze()  # pauses of our own would look like stalls of the server
-        timings, wall = await send_all(
+        timings, wall = await send_requests(
             client, requests, args.num_prompts, rate=rate, concurrency=args.max_concurrency, done=bar.update
         )
         bar.close()
-        found = _figures(timings, wall, requests, rate, args.max_concurrency)
+        figures = _summarize(timings, wall, requests, rate, args.max_concurrency)
         if args.json:
-            print_json(found)
+            print_json(figures)
         else:
-            print_table(_readable(found))
+            print_table(_format_rows(figures))
         for error in sorted({t.error for t in timings if t.error is not None})[:3]:
             print(f"failed: {error}", flush=True)
-        every.append(found)
-    return every
+        runs.append(figures)
+    return runs
 
 
-def _figures(
-    timings: list[Timing], wall: float, requests: Requests, rate: float, concurrency: int | None
+def _summarize(
+    timings: list[Timing], wall: float, requests: RequestGenerator, rate: float, concurrency: int | None
 ) -> dict[str, Any]:
-    good = [t for t in timings if t.error is None]
-    tokens = sum(t.output_tokens for t in good)
-    gaps = [b - a for t in good for a, b in zip(t.events, t.events[1:], strict=False)]
-    spans = [(t.events[-1] - t.events[0]) / (t.output_tokens - 1) for t in good if t.events and t.output_tokens > 1]
+    successful = [t for t in timings if t.error is None]
+    tokens = sum(t.output_tokens for t in successful)
+    gaps = [b - a for t in successful for a, b in zip(t.events, t.events[1:], strict=False)]
+    spans = [
+        (t.events[-1] - t.events[0]) / (t.output_tokens - 1) for t in successful if t.events and t.output_tokens > 1
+    ]
     return {
         "model": requests.model,
         "input_len": requests.input_len,
         "output_len": requests.output_len,
         "request_rate": rate,
         "max_concurrency": concurrency,
-        "successful": len(good),
-        "failed": len(timings) - len(good),
+        "successful": len(successful),
+        "failed": len(timings) - len(successful),
         "wall_s": wall,
-        "requests_s": len(good) / wall,
+        "requests_s": len(successful) / wall,
         "output_tok_s": tokens / wall,
-        "ttft_s": percentiles([t.events[0] for t in good if t.events]),
-        "tpot_s": percentiles(spans),
-        "itl_s": percentiles(gaps),
-        "e2e_s": percentiles([t.total for t in good]),
-        "longest_stall_s": longest_gap(good),
+        "ttft_s": compute_percentiles([t.events[0] for t in successful if t.events]),
+        "tpot_s": compute_percentiles(spans),
+        "itl_s": compute_percentiles(gaps),
+        "e2e_s": compute_percentiles([t.total for t in successful]),
+        "longest_stall_s": longest_stall(successful),
     }
 
 
-def _readable(found: dict[str, Any]) -> dict[str, str]:
+def _format_rows(figures: dict[str, Any]) -> dict[str, str]:
     rows = {
-        "Successful requests": str(found["successful"]),
-        "Failed requests": str(found["failed"]),
-        "Benchmark duration (s)": f"{found['wall_s']:.2f}",
-        "Request throughput (req/s)": f"{found['requests_s']:.2f}",
-        "Output token throughput (tok/s)": f"{found['output_tok_s']:.2f}",
+        "Successful requests": str(figures["successful"]),
+        "Failed requests": str(figures["failed"]),
+        "Benchmark duration (s)": f"{figures['wall_s']:.2f}",
+        "Request throughput (req/s)": f"{figures['requests_s']:.2f}",
+        "Output token throughput (tok/s)": f"{figures['output_tok_s']:.2f}",
     }
-    if found["request_rate"]:
-        rows["Request rate asked for (req/s)"] = f"{found['request_rate']:g}"
+    if figures["request_rate"]:
+        rows["Request rate asked for (req/s)"] = f"{figures['request_rate']:g}"
     for key, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2EL")):
         for part, label in (("mean", "Mean"), ("p50", "Median"), ("p99", "P99")):
-            if part in found[key]:
-                rows[f"{label} {name} (ms)"] = f"{found[key][part] * 1000:.2f}"
-    rows["Longest stall in a stream (ms)"] = f"{found['longest_stall_s'] * 1000:.2f}"
+            if part in figures[key]:
+                rows[f"{label} {name} (ms)"] = f"{figures[key][part] * 1000:.2f}"
+    rows["Longest stall in a stream (ms)"] = f"{figures['longest_stall_s'] * 1000:.2f}"
     return rows

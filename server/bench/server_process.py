@@ -17,9 +17,9 @@ from quire.core.env import child_environment
 from quire.core.errors import ConfigError
 from quire.server.cli.flags import ENGINE_FLAGS, option_flags
 
-__all__ = ["ServerProcess", "gpu_bytes", "serve_words"]
+__all__ = ["ServerProcess", "gpu_memory_used", "serve_arguments"]
 
-_PATIENCE_S = 900.0
+_READY_TIMEOUT_S = 900.0
 
 
 class ServerProcess:
@@ -56,10 +56,12 @@ class ServerProcess:
         """Seconds from the start to the ready line. Raises ConfigError with the server's last words if none comes."""
         while not (match := re.search(r"ready on (http://\S+)", self._out.read_text())):
             if self._process.poll() is not None:
-                words = self._log.read_text().strip().splitlines()[-3:]
-                raise ConfigError(f"the server did not start: {' / '.join(words) or 'it said nothing'}")
-            if time.monotonic() - self.started_at > _PATIENCE_S:
-                raise ConfigError(f"the server was not ready after {_PATIENCE_S:.0f} s; start it by hand to see why")
+                last_lines = self._log.read_text().strip().splitlines()[-3:]
+                raise ConfigError(f"the server did not start: {' / '.join(last_lines) or 'it said nothing'}")
+            if time.monotonic() - self.started_at > _READY_TIMEOUT_S:
+                raise ConfigError(
+                    f"the server was not ready after {_READY_TIMEOUT_S:.0f} s; start it by hand to see why"
+                )
             time.sleep(0.005)
         self.url = match.group(1)
         return time.monotonic() - self.started_at
@@ -79,41 +81,41 @@ class ServerProcess:
     def resident_bytes(self) -> int:
         """Memory of the server's processes together, pages that they share counted in each; 0 if the system does not
         tell."""
-        pages, todo = 0, [self._process.pid]
-        while todo:
-            pid = todo.pop()
+        pages, pending = 0, [self._process.pid]
+        while pending:
+            pid = pending.pop()
             try:
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 for task in Path(f"/proc/{pid}/task").iterdir():
-                    todo += map(int, (task / "children").read_text().split())
+                    pending += map(int, (task / "children").read_text().split())
             except (OSError, IndexError, ValueError):
                 continue
         return pages * 4096
 
 
-def serve_words(args: argparse.Namespace) -> list[str]:
+def serve_arguments(args: argparse.Namespace) -> list[str]:
     """The words for ``quire serve`` that say of the engine what ``args`` say."""
-    words: list[str] = [args.model_argument] if getattr(args, "model_argument", None) else []
+    arguments: list[str] = [args.model_argument] if getattr(args, "model_argument", None) else []
     for setting in ENGINE_FLAGS:
         value = getattr(args, setting.name, None)
         if isinstance(value, bool):
-            words.append(setting.flag if value else f"--no-{setting.flag.removeprefix('--')}")
+            arguments.append(setting.flag if value else f"--no-{setting.flag.removeprefix('--')}")
         elif isinstance(value, list) and setting.value_type == "list":
-            words += [setting.flag, *value]
+            arguments += [setting.flag, *value]
         elif isinstance(value, list):
-            words += [word for each in value for word in (setting.flag, each)]
+            arguments += [word for each in value for word in (setting.flag, each)]
         elif value is not None:
-            words += [setting.flag, str(value)]
+            arguments += [setting.flag, str(value)]
     for name, kind in option_flags().items():
-        words += [word for pair in getattr(args, f"option_{kind}", None) or () for word in (name, pair)]
-    return words
+        arguments += [word for pair in getattr(args, f"option_{kind}", None) or () for word in (name, pair)]
+    return arguments
 
 
-def gpu_bytes() -> int:
+def gpu_memory_used() -> int:
     """Memory in use on the first GPU, by everybody; 0 without one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
-    asked = [tool, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return int(found) << 20 if found.isdigit() else 0
+    command = [tool, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return int(output) << 20 if output.isdigit() else 0

@@ -15,11 +15,17 @@ from quire.core.engine.args import EngineArgs
 from quire.core.engine.llm import LLM
 from quire.core.errors import ConfigError
 from quire.core.sampling_params import SamplingParams
-from quire.server.bench.datasets import dataset_workload
-from quire.server.bench.report import device_name, environment, print_json, speculation, speculation_line
-from quire.server.bench.roofline import Ceilings, ModelShape, ceilings_of, decode_floor, workload_floor
+from quire.server.bench.datasets import load_dataset_workload
+from quire.server.bench.report import (
+    collect_speculation,
+    describe_environment,
+    format_speculation,
+    get_device_name,
+    print_json,
+)
+from quire.server.bench.roofline import Ceilings, ModelShape, decode_bound, load_ceilings, workload_bound
 from quire.server.bench.transformers_run import TransformersRun
-from quire.server.bench.workloads import Workload, make_workload, random_workload
+from quire.server.bench.workloads import Workload, make_random_workload, make_workload
 
 __all__ = ["run"]
 
@@ -28,136 +34,138 @@ _CPU_PROMPTS = 16
 
 def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     """Measure and print, one workload after another in one engine."""
-    named = [make_workload(name) for name in _names(args)]
-    _positive(args.scale)
+    named_workloads = [make_workload(name) for name in _workload_names(args)]
+    _check_scale(args.scale)
     if args.enable_prefix_caching is None:
         engine_args = dataclasses.replace(engine_args, enable_prefix_caching=False)
     llm = LLM(**vars(engine_args))
     config = llm.config.model
-    card = ceilings_of(device_name(config.device), Path(args.ceilings) if args.ceilings else None)
+    ceilings = load_ceilings(get_device_name(config.device), Path(args.ceilings) if args.ceilings else None)
     count = args.num_prompts or (_CPU_PROMPTS if config.device == "cpu" else None)
-    whole = [each.scaled(args.scale) for each in named or [_given(args, llm)]]
-    workloads = [each.first(count).within(config.vocab_size) for each in whole]
+    full_workloads = [each.scale_lengths(args.scale) for each in named_workloads or [_requested_workload(args, llm)]]
+    workloads = [each.limit_requests(count).wrap_token_ids(config.vocab_size) for each in full_workloads]
     for workload in workloads:
-        _check_fits(workload, config.max_model_len)
+        _check_context(workload, config.max_model_len)
     measured = []
-    for workload, before in zip(workloads, whole, strict=True):
+    for workload, full_workload in zip(workloads, full_workloads, strict=True):
         print(
-            f"{workload.name}: {len(workload.prompts)} of {len(before.prompts)} requests, "
+            f"{workload.name}: {len(workload.prompts)} of {len(full_workload.prompts)} requests, "
             f"{workload.input_tokens:,} tokens in, {workload.output_tokens:,} out; "
             f"{config.model} in {config.dtype} on {config.device}",
             flush=True,
         )
-        found = _measure(llm, workload, args)
-        _beside_the_floor(workload, llm, found, card)
-        measured.append((workload, found))
-    if _compares(args, config.device):
-        _compare(measured, llm, args)
+        figures = _measure_workload(llm, workload, args)
+        _report_bound(workload, llm, figures, ceilings)
+        measured.append((workload, figures))
+    if _should_compare(args, config.device):
+        _compare_with_transformers(measured, llm, args)
     if args.json:
-        for _, found in measured:
-            print_json(found)
+        for _, figures in measured:
+            print_json(figures)
     return 0
 
 
-def _names(args: argparse.Namespace) -> list[str]:
+def _workload_names(args: argparse.Namespace) -> list[str]:
     """The workloads asked for; none if the guides' options or a file say what to run."""
-    given = [name for word in args.workload or () for name in word.split(",") if name]
+    names = [name for word in args.workload or () for name in word.split(",") if name]
     if args.dataset or args.input_len or args.output_len:
-        if given:
+        if names:
             raise ConfigError(
-                f"--workload {given[0]} fixes its prompts; leave out --dataset, --input-len and --output-len"
+                f"--workload {names[0]} fixes its prompts; leave out --dataset, --input-len and --output-len"
             )
         return []
-    return given or ["nano"]
+    return names or ["nano"]
 
 
-def _given(args: argparse.Namespace, llm: LLM) -> Workload:
+def _requested_workload(args: argparse.Namespace, llm: LLM) -> Workload:
     count = args.num_prompts or 1000
     if args.dataset:
         if args.input_len:
             raise ConfigError("--input-len does not go with --dataset, whose prompts have their own length")
-        return dataset_workload(args.dataset, llm.tokenizer.encode, count, args.output_len)
-    return random_workload(count, args.input_len or 1024, args.output_len or 128)
+        return load_dataset_workload(args.dataset, llm.tokenizer.encode, count, args.output_len)
+    return make_random_workload(count, args.input_len or 1024, args.output_len or 128)
 
 
-def _measure(llm: LLM, workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
+def _measure_workload(llm: LLM, workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
     config = llm.config.model
-    _generate(llm, _warm_up(workload), args)
-    walls = [_generate(llm, workload, args) for _ in range(args.repeat)]
-    found: dict[str, Any] = {
+    _time_generate(llm, _warmup_workload(workload), args)
+    walls = [_time_generate(llm, workload, args) for _ in range(args.repeat)]
+    figures: dict[str, Any] = {
         "workload": workload.name,
         "requests": len(workload.prompts),
         "input_tokens": workload.input_tokens,
         "output_tokens": workload.output_tokens,
         "model": config.model,
         "dtype": config.dtype,
-        **environment(config.device),
-        **_sampling(workload, args),
+        **describe_environment(config.device),
+        **_sampling_options(workload, args),
         "walls_s": [round(wall, 4) for wall in walls],
-        **_rates(workload, statistics.median(walls)),
+        **_compute_rates(workload, statistics.median(walls)),
     }
     if re.match(r"decode-", workload.name):
-        first = statistics.median(_generate(llm, workload.one_token(), args) for _ in range(args.repeat))
-        found["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (found["wall_s"] - first)
-    found["kernels_compiled"] = llm.stats().get("kernels_compiled_total", 0.0)
-    print(_line("quire", found), flush=True)
-    if stats := speculation(llm.stats()):
-        found["speculation"] = stats
-        print(speculation_line(stats), flush=True)
-    return found
+        first = statistics.median(_time_generate(llm, workload.limit_to_one_token(), args) for _ in range(args.repeat))
+        figures["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (figures["wall_s"] - first)
+    figures["kernels_compiled"] = llm.stats().get("kernels_compiled_total", 0.0)
+    print(_format_line("quire", figures), flush=True)
+    if stats := collect_speculation(llm.stats()):
+        figures["speculation"] = stats
+        print(format_speculation(stats), flush=True)
+    return figures
 
 
-def _beside_the_floor(workload: Workload, llm: LLM, found: dict[str, Any], card: Ceilings | None) -> None:
+def _report_bound(workload: Workload, llm: LLM, figures: dict[str, Any], ceilings: Ceilings | None) -> None:
     """How close the device's ceilings are, where they were measured."""
-    if card is None:
-        print(f"no floor: the ceilings of {found['device']} are not known; measure them once: quire bench ceilings")
+    if ceilings is None:
+        print(f"no floor: the ceilings of {figures['device']} are not known; measure them once: quire bench ceilings")
         return
-    shape = ModelShape.of_engine(llm.config)
+    shape = ModelShape.from_engine_config(llm.config)
     prompts, answers = [len(prompt) for prompt in workload.prompts], workload.max_tokens
-    floor = found["floor_output_tok_s"] = workload.output_tokens / workload_floor(shape, prompts, answers, card)
-    share = found["share_of_floor"] = found["output_tok_s"] / floor
-    text = f"floor: {floor:,.1f} output tokens/s, of which {share:.1%}"
-    if "decode_tok_s" in found:
-        drawn = workload.output_tokens - len(prompts)
-        floor = found["floor_decode_tok_s"] = drawn / decode_floor(shape, prompts, answers, card)
-        share = found["decode_share_of_floor"] = found["decode_tok_s"] / floor
-        text += f"; decode alone {floor:,.1f}, of which {share:.1%}"
+    bound = figures["floor_output_tok_s"] = workload.output_tokens / workload_bound(shape, prompts, answers, ceilings)
+    share = figures["share_of_floor"] = figures["output_tok_s"] / bound
+    text = f"floor: {bound:,.1f} output tokens/s, of which {share:.1%}"
+    if "decode_tok_s" in figures:
+        num_decoded = workload.output_tokens - len(prompts)
+        bound = figures["floor_decode_tok_s"] = num_decoded / decode_bound(shape, prompts, answers, ceilings)
+        share = figures["decode_share_of_floor"] = figures["decode_tok_s"] / bound
+        text += f"; decode alone {bound:,.1f}, of which {share:.1%}"
     print(text, flush=True)
 
 
-def _compare(measured: list[tuple[Workload, dict[str, Any]]], llm: LLM, args: argparse.Namespace) -> None:
+def _compare_with_transformers(
+    measured: list[tuple[Workload, dict[str, Any]]], llm: LLM, args: argparse.Namespace
+) -> None:
     model = llm.config.model
     llm.shutdown()
-    other = TransformersRun(model, args.compare_batch_size)
-    for workload, found in measured:
-        other.generate(_warm_up(workload))
-        wall = other.generate(workload)
-        beside = found["transformers"] = {"batch_size": args.compare_batch_size, **_rates(workload, wall)}
+    transformers_run = TransformersRun(model, args.compare_batch_size)
+    for workload, figures in measured:
+        transformers_run.generate(_warmup_workload(workload))
+        wall = transformers_run.generate(workload)
+        comparison = figures["transformers"] = {"batch_size": args.compare_batch_size, **_compute_rates(workload, wall)}
         if len(measured) > 1:
             print(f"{workload.name}:")
-        print(_line(f"transformers.generate, batches of {args.compare_batch_size}", beside))
-        found["times_transformers"] = found["output_tok_s"] / beside["output_tok_s"]
-        print(f"quire is {found['times_transformers']:.2f} x transformers.generate", flush=True)
+        print(_format_line(f"transformers.generate, batches of {args.compare_batch_size}", comparison))
+        figures["times_transformers"] = figures["output_tok_s"] / comparison["output_tok_s"]
+        print(f"quire is {figures['times_transformers']:.2f} x transformers.generate", flush=True)
 
 
-def _compares(args: argparse.Namespace, device: str) -> bool:
+def _should_compare(args: argparse.Namespace, device: str) -> bool:
     """By default on a CPU only: on a GPU the engine's memory leaves no room for a second model."""
     return args.compare == "transformers" or (args.compare == "auto" and device == "cpu")
 
 
-def _generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> float:
+def _time_generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> float:
     """Seconds for the whole workload."""
-    common: dict[str, Any] = {**_sampling(workload, args), "ignore_eos": True, "detokenize": False}
+    common: dict[str, Any] = {**_sampling_options(workload, args), "ignore_eos": True, "detokenize": False}
     params = [SamplingParams(max_tokens=count, **common) for count in workload.max_tokens]
     start = time.perf_counter()
     outputs = llm.generate(workload.prompts, params, use_tqdm=sys.stderr.isatty())
     wall = time.perf_counter() - start
-    made = [len(output.outputs[0].token_ids) for output in outputs]
-    assert made == list(workload.max_tokens), "an answer is shorter than asked for"
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths == list(workload.max_tokens), "an answer is shorter than asked for"
     return wall
 
 
-def _sampling(workload: Workload, args: argparse.Namespace) -> dict[str, float]:
+def _sampling_options(workload: Workload, args: argparse.Namespace) -> dict[str, float]:
     """What the flags say, else what the workload says."""
     temperature, top_p = (0.8, 0.95) if workload.sampled else (0.0, 1.0)
     return {
@@ -166,12 +174,12 @@ def _sampling(workload: Workload, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def _warm_up(workload: Workload) -> Workload:
-    few = workload.first(4)
-    return dataclasses.replace(few, max_tokens=[min(8, count) for count in few.max_tokens])
+def _warmup_workload(workload: Workload) -> Workload:
+    warmup = workload.limit_requests(4)
+    return dataclasses.replace(warmup, max_tokens=[min(8, count) for count in warmup.max_tokens])
 
 
-def _rates(workload: Workload, wall: float) -> dict[str, float]:
+def _compute_rates(workload: Workload, wall: float) -> dict[str, float]:
     total = workload.input_tokens + workload.output_tokens
     return {
         "wall_s": wall,
@@ -181,15 +189,15 @@ def _rates(workload: Workload, wall: float) -> dict[str, float]:
     }
 
 
-def _line(who: str, found: dict[str, Any]) -> str:
-    decode = f", decode alone {found['decode_tok_s']:,.1f}" if "decode_tok_s" in found else ""
+def _format_line(engine: str, figures: dict[str, Any]) -> str:
+    decode = f", decode alone {figures['decode_tok_s']:,.1f}" if "decode_tok_s" in figures else ""
     return (
-        f"{who}: {found['output_tok_s']:,.1f} output tokens/s{decode} ({found['total_tok_s']:,.1f} in all, "
-        f"{found['requests_s']:.2f} requests/s, {found['wall_s']:.2f} s)"
+        f"{engine}: {figures['output_tok_s']:,.1f} output tokens/s{decode} ({figures['total_tok_s']:,.1f} in all, "
+        f"{figures['requests_s']:.2f} requests/s, {figures['wall_s']:.2f} s)"
     )
 
 
-def _check_fits(workload: Workload, limit: int) -> None:
+def _check_context(workload: Workload, limit: int) -> None:
     pairs = zip(workload.prompts, workload.max_tokens, strict=True)
     longest = max(len(prompt) + count for prompt, count in pairs)
     if longest > limit:
@@ -199,6 +207,6 @@ def _check_fits(workload: Workload, limit: int) -> None:
         )
 
 
-def _positive(scale: float) -> None:
+def _check_scale(scale: float) -> None:
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale must be above 0 and at most 1, got {scale}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quire.core.errors import ConfigError
-from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, parse_float, parse_int
+from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, make_engine_args, parse_float, parse_int
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
 
 __all__ = ["add_parser", "run"]
@@ -25,9 +25,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure engine, server and machine", description=about)
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark", required=True)
     for name, (add, text) in _BENCHMARKS.items():
-        made = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made.set_defaults(run=run)
-        add(made)
+        subparser = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        subparser.set_defaults(run=run)
+        add(subparser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,77 +38,79 @@ def run(args: argparse.Namespace) -> int:
     module = importlib.import_module(f"quire.server.bench.{args.benchmark}")
     for note in [*args.flag_warnings, *apply_vllm_flags(args)]:
         print(note)
-    own = args.benchmark in ("serve", "ceilings")
-    return int(module.run(args) if own else module.run(engine_arguments(args), args))
+    without_engine = args.benchmark in ("serve", "ceilings")
+    return int(module.run(args) if without_engine else module.run(make_engine_args(args), args))
 
 
-def _throughput(parser: argparse.ArgumentParser) -> None:
-    mine = parser.add_argument_group("benchmark")
-    mine.add_argument(
+def _add_throughput(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
         "--workload", nargs="+", metavar="NAME", help=f"one or more, in one engine: {_WORKLOADS} (default: nano)"
     )
-    _dataset(mine)
-    mine.add_argument(
+    _add_dataset_flag(group)
+    group.add_argument(
         "--num-prompts", type=parse_int, metavar="N", help="only the first N requests (default: all; 16 on a CPU)"
     )
-    mine.add_argument(
+    group.add_argument(
         "--input-len", type=parse_int, metavar="N", help="instead of a workload: random prompts of N tokens"
     )
-    mine.add_argument(
+    group.add_argument(
         "--output-len", type=parse_int, metavar="N", help="with --input-len or --dataset: tokens of an answer"
     )
-    mine.add_argument(
+    group.add_argument(
         "--scale", type=parse_float, default=1.0, metavar="X", help="multiply prompt and answer lengths by X"
     )
-    mine.add_argument(
+    group.add_argument(
         "--temperature", type=parse_float, metavar="T", help="(default: 0, and 0.8 where a name has -sampled)"
     )
-    mine.add_argument("--top-p", type=parse_float, metavar="P", help="(default: 1, and 0.95 where a name has -sampled)")
-    mine.add_argument(
+    group.add_argument(
+        "--top-p", type=parse_float, metavar="P", help="(default: 1, and 0.95 where a name has -sampled)"
+    )
+    group.add_argument(
         "--repeat", type=parse_int, default=1, metavar="N", help="runs; the median is reported (default: 1)"
     )
-    mine.add_argument(
+    group.add_argument(
         "--compare",
         choices=("auto", "transformers", "none"),
         default="auto",
         help="beside what (default: transformers on a CPU, nothing on a GPU)",
     )
-    mine.add_argument(
+    group.add_argument(
         "--no-compare", dest="compare", action="store_const", const="none", help="the same as --compare none"
     )
-    mine.add_argument(
+    group.add_argument(
         "--compare-batch-size",
         type=parse_int,
         default=8,
         metavar="N",
         help="batch of transformers.generate (default: 8)",
     )
-    _ceilings_file(mine)
-    _engine(parser, mine)
+    _add_ceilings_flag(group)
+    _add_engine_flags(parser, group)
 
 
-def _latency(parser: argparse.ArgumentParser) -> None:
-    mine = parser.add_argument_group("benchmark")
-    mine.add_argument("--batch-size", type=parse_int, default=1, metavar="N", help="prompts at once (default: 1)")
-    mine.add_argument("--input-len", type=parse_int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
-    mine.add_argument(
+def _add_latency(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--batch-size", type=parse_int, default=1, metavar="N", help="prompts at once (default: 1)")
+    group.add_argument("--input-len", type=parse_int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    group.add_argument(
         "--output-len", type=parse_int, default=128, metavar="N", help="tokens of an answer (default: 128)"
     )
-    mine.add_argument(
+    group.add_argument(
         "--num-iters-warmup", type=parse_int, default=2, metavar="N", help="runs not counted (default: 2)"
     )
-    mine.add_argument("--num-iters", type=parse_int, default=10, metavar="N", help="runs (default: 10)")
-    _ceilings_file(mine)
-    _engine(parser, mine)
+    group.add_argument("--num-iters", type=parse_int, default=10, metavar="N", help="runs (default: 10)")
+    _add_ceilings_flag(group)
+    _add_engine_flags(parser, group)
 
 
-def _serve(parser: argparse.ArgumentParser) -> None:
+def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
     parser.add_argument("--model", metavar="NAME", help="model name to ask for (default: the first that is served)")
     parser.add_argument("--num-prompts", type=parse_int, default=64, metavar="N", help="requests (default: 64)")
     parser.add_argument(
         "--request-rate",
-        type=_rate,
+        type=_parse_rate,
         nargs="+",
         default=[0.0],
         metavar="R",
@@ -118,41 +120,41 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw latency against load as a PNG; needs quire[plot]")
     parser.add_argument("--json", action="store_true", help="a JSON line for each rate instead of the table")
     parser.add_argument("--seed", type=parse_int, default=0, metavar="N", help="of prompts and gaps (default: 0)")
-    _requests(parser, 1024, 128, 0.0)
+    _add_request_flags(parser, 1024, 128, 0.0)
 
 
-def _soak(parser: argparse.ArgumentParser) -> None:
-    mine = parser.add_argument_group("benchmark")
-    mine.add_argument("--base-url", metavar="URL", help="a running server (default: start one with the flags below)")
-    mine.add_argument("--duration", type=parse_float, default=480.0, metavar="SECONDS", help="(default: 480)")
-    mine.add_argument(
+def _add_soak(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--base-url", metavar="URL", help="a running server (default: start one with the flags below)")
+    group.add_argument("--duration", type=parse_float, default=480.0, metavar="SECONDS", help="(default: 480)")
+    group.add_argument(
         "--overload",
         type=parse_float,
         default=2.0,
         metavar="X",
         help="times what it bears, measured first (default: 2)",
     )
-    mine.add_argument(
+    group.add_argument(
         "--request-rate", type=parse_float, default=0.0, metavar="R", help="requests/s instead of --overload"
     )
-    mine.add_argument("--num-prompts", type=parse_int, metavar="N", help="requests that find out what it bears")
-    mine.add_argument(
+    group.add_argument("--num-prompts", type=parse_int, metavar="N", help="requests that find out what it bears")
+    group.add_argument(
         "--max-concurrency", type=parse_int, metavar="N", help="of these at once (default: --max-num-seqs)"
     )
-    mine.add_argument(
+    group.add_argument(
         "--minute", type=parse_float, default=60.0, metavar="SECONDS", help="report so often (default: 60)"
     )
-    _requests(mine, 512, 128, 0.5)
-    _engine(parser, mine)
+    _add_request_flags(group, 512, 128, 0.5)
+    _add_engine_flags(parser, group)
 
 
-def _startup(parser: argparse.ArgumentParser) -> None:
-    mine = parser.add_argument_group("benchmark")
-    mine.add_argument("--repeat", type=parse_int, default=1, metavar="N", help="warm starts (default: 1)")
-    _engine(parser, mine)
+def _add_startup(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--repeat", type=parse_int, default=1, metavar="N", help="warm starts (default: 1)")
+    _add_engine_flags(parser, group)
 
 
-def _ceilings(parser: argparse.ArgumentParser) -> None:
+def _add_ceilings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
     parser.add_argument(
         "--cpu-threads", type=parse_int, metavar="N", help="as the engine's (default: all cores but one)"
@@ -162,16 +164,16 @@ def _ceilings(parser: argparse.ArgumentParser) -> None:
 
 
 _BENCHMARKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
-    "throughput": (_throughput, "tokens per second, offline"),
-    "latency": (_latency, "time of one batch, repeated"),
-    "serve": (_serve, "load on a running server"),
-    "soak": (_soak, "more load than a server bears, for minutes"),
-    "startup": (_startup, "from an empty process to an answer"),
-    "ceilings": (_ceilings, "what memory and matrix units reach"),
+    "throughput": (_add_throughput, "tokens per second, offline"),
+    "latency": (_add_latency, "time of one batch, repeated"),
+    "serve": (_add_serve, "load on a running server"),
+    "soak": (_add_soak, "more load than a server bears, for minutes"),
+    "startup": (_add_startup, "from an empty process to an answer"),
+    "ceilings": (_add_ceilings, "what memory and matrix units reach"),
 }
 
 
-def _requests(group: Any, input_len: int, output_len: int, spread: float) -> None:
+def _add_request_flags(group: Any, input_len: int, output_len: int, spread: float) -> None:
     """What is asked of a server. Spellings of the guides are accepted too."""
     group.add_argument("--api-key", metavar="KEY", help="key of the server, if it asks for one")
     group.add_argument(
@@ -193,14 +195,14 @@ def _requests(group: Any, input_len: int, output_len: int, spread: float) -> Non
         metavar="X",
         help=f"lengths vary by this share up and down (default: {spread:g})",
     )
-    _dataset(group)
+    _add_dataset_flag(group)
     group.add_argument("--temperature", type=parse_float, default=0.0, metavar="T", help="(default: 0)")
     group.add_argument(
         "--vocab-size", type=parse_int, default=4096, metavar="N", help="draw token ids below N (default: 4096)"
     )
 
 
-def _dataset(group: Any) -> None:
+def _add_dataset_flag(group: Any) -> None:
     group.add_argument(
         "--dataset",
         "--dataset-path",
@@ -209,18 +211,18 @@ def _dataset(group: Any) -> None:
     )
 
 
-def _ceilings_file(group: Any) -> None:
+def _add_ceilings_flag(group: Any) -> None:
     group.add_argument("--ceilings", metavar="FILE", help="for the floor: a file of quire bench ceilings --out")
 
 
-def _engine(parser: argparse.ArgumentParser, mine: Any) -> None:
-    mine.add_argument("--json", action="store_true", help="a JSON line for each result after the readable ones")
+def _add_engine_flags(parser: argparse.ArgumentParser, group: Any) -> None:
+    group.add_argument("--json", action="store_true", help="a JSON line for each result after the readable ones")
     add_model(parser)
     add_flags(parser, ENGINE_FLAGS)
     add_vllm_flags(parser)
 
 
-def _rate(text: str) -> float:
+def _parse_rate(text: str) -> float:
     """Requests a second; ``inf``, as the guides write it, is all at once."""
     value = parse_float(text)
     return 0.0 if math.isinf(value) else value

@@ -19,11 +19,11 @@ __all__ = [
     "SERVER_FLAGS",
     "add_flags",
     "add_model",
-    "engine_arguments",
+    "make_engine_args",
+    "make_server_settings",
     "option_flags",
     "parse_float",
     "parse_int",
-    "server_settings",
 ]
 
 
@@ -65,7 +65,7 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Setting]) -> None
             )
 
 
-def engine_arguments(args: argparse.Namespace) -> EngineArgs:
+def make_engine_args(args: argparse.Namespace) -> EngineArgs:
     """What the command line says about the engine. Raises ConfigError if MODEL is given twice and differs."""
     values = _values_given(args, ENGINE_FLAGS)
     if before := getattr(args, "plugins_before", None):  # quire --plugin DIST serve ...
@@ -80,12 +80,12 @@ def engine_arguments(args: argparse.Namespace) -> EngineArgs:
     if "model" not in values and len(values.get("served_model_name", ())) > 1:
         raise ConfigError("--served-model-name took several names and there is no MODEL; write MODEL before it")
     options = {
-        kind: split_pairs(pairs, name) for name, kind in option_flags().items() if (pairs := _option(args, kind))
+        kind: split_pairs(pairs, name) for name, kind in option_flags().items() if (pairs := _option_pairs(args, kind))
     }
     return EngineArgs(**values, plugin_options=options)
 
 
-def server_settings(args: argparse.Namespace) -> ServerSettings:
+def make_server_settings(args: argparse.Namespace) -> ServerSettings:
     """What the command line says about the HTTP server. Raises ConfigError for values out of range."""
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -120,7 +120,7 @@ def parse_float(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def _option(args: argparse.Namespace, kind: str) -> list[str]:
+def _option_pairs(args: argparse.Namespace, kind: str) -> list[str]:
     return getattr(args, f"option_{kind}", None) or []
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from quire.core.errors import QuireError
 from quire.core.version import __version__
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "Parser", "main", "make_parsers"]
 
 COMMANDS = {
     "serve": "quire.server.cli.serve",
@@ -32,11 +32,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser, subparsers = _parsers()
-        _extend(given, subparsers)
-        args = _parse(parser, given)
+        parser, subparsers = make_parsers()
+        _run_argument_hooks(words, subparsers)
+        args = _parse_arguments(parser, words)
         if getattr(args, "run", None) is None:
             parser.print_help()
             return 0
@@ -64,14 +64,14 @@ class Parser(argparse.ArgumentParser):
         print(f"quire: error: {text}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
-    def flags(self) -> list[str]:
+    def list_flags(self) -> list[str]:
         """Every flag that ``--help`` shows."""
         return [name for a in self._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
 
-    def booleans(self) -> frozenset[str]:
+    def boolean_flags(self) -> frozenset[str]:
         """The flags that may be negated with ``--no-``."""
-        found = [a for a in self._actions if isinstance(a, argparse.BooleanOptionalAction)]
-        return frozenset(name for a in found for name in a.option_strings if not name.startswith("--no-"))
+        actions = [a for a in self._actions if isinstance(a, argparse.BooleanOptionalAction)]
+        return frozenset(name for a in actions for name in a.option_strings if not name.startswith("--no-"))
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -79,8 +79,9 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=118)
 
 
-def _parsers() -> tuple[Parser, Any]:
-    parser = Parser(prog="quire", description="An LLM serving engine in which every part is a plugin.")
+def make_parsers() -> tuple[Parser, Any]:
+    """The parser of ``quire``, and the action that holds the parser of each command."""
+    parser = Parser(prog="quire", description="An LLM serving engine in which every component is a plugin.")
     parser.add_argument("--version", action="version", version=f"quire {__version__}")
     parser.add_argument(
         "--plugin",
@@ -95,36 +96,36 @@ def _parsers() -> tuple[Parser, Any]:
     return parser, subparsers
 
 
-def _extend(given: Sequence[str], subparsers: Any) -> None:
+def _run_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
     """Let the distributions named by ``--plugin`` add arguments to ``serve``, and commands of their own."""
-    named = [given[i + 1] for i, word in enumerate(given[:-1]) if word == "--plugin"]
-    named += [word.partition("=")[2] for word in given if word.startswith("--plugin=")]
-    if not named:
+    distributions = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--plugin"]
+    distributions += [word.partition("=")[2] for word in words if word.startswith("--plugin=")]
+    if not distributions:
         return
     from quire.core.plugin.manager import PluginManager
 
-    plugins = PluginManager(enabled=named)
+    plugins = PluginManager(enabled=distributions)
     plugins.broadcast("quire_add_arguments", parser=subparsers.choices["serve"])
     plugins.broadcast("quire_register_commands", subparsers=subparsers)
 
 
-def _parse(parser: Parser, given: list[str]) -> argparse.Namespace:
+def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
     from quire.server.cli.vllm_flags import normalize_spelling
 
-    chosen = _chosen(parser, given)
-    words, flag_warnings = normalize_spelling(given, chosen.booleans())
-    args, unknown = parser.parse_known_args(words)
+    command_parser = _find_command_parser(parser, words)
+    normalized, flag_warnings = normalize_spelling(words, command_parser.boolean_flags())
+    args, unknown = parser.parse_known_args(normalized)
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        close = difflib.get_close_matches(flag, chosen.flags(), n=1)
-        chosen.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+        close = difflib.get_close_matches(flag, command_parser.list_flags(), n=1)
+        command_parser.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
     args.flag_warnings = flag_warnings
     return args
 
 
-def _chosen(parser: Parser, given: Sequence[str]) -> Parser:
+def _find_command_parser(parser: Parser, words: Sequence[str]) -> Parser:
     """The parser of the command, or of the command's command, that the line names."""
-    for word in given:
+    for word in words:
         branches = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         if not branches:
             break

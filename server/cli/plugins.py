@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     listing = commands.add_parser("list", help="what is installed, from where, what is active and why")
     listing.add_argument("kind", nargs="?", help=f"one kind alone: {', '.join(KINDS)}")
     doctor = commands.add_parser("doctor", help="try every plugin; exit 1 and name those that are broken")
-    doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds a plugin may take (default: 30)")
+    doctor.add_argument("--timeout", type=_parse_seconds, default=30.0, help="seconds a plugin may take (default: 30)")
     explain = commands.add_parser("explain", help="all there is to know of one plugin")
     check = commands.add_parser("check", help="run the conformance checks of its kind on one plugin")
     for command in (explain, check):
@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 if the doctor or a check found something. PluginError: a wrong name."""
     manager = PluginManager(getattr(args, "plugin", ()))
     if args.plugins_command == "list":
-        return _print(args, list_report(manager, args.device, args.kind), _list_text)
+        return _print_report(args, list_report(manager, args.device, args.kind), _format_list)
     if args.plugins_command == "explain":
-        return _print(args, explain_report(manager, args.subject, args.device), _explain_text)
+        return _print_report(args, explain_report(manager, args.subject, args.device), _format_explanation)
     if args.plugins_command == "doctor":
         report = doctor_report(manager, args.timeout)
-        return _print(args, report, _doctor_text) or (1 if report["problems"] else 0)
-    report = _check(manager, args.subject)
-    return _print(args, report, _check_text) or (1 if report["failed"] else 0)
+        return _print_report(args, report, _format_doctor) or (1 if report["problems"] else 0)
+    report = _check_plugin(manager, args.subject)
+    return _print_report(args, report, _format_checks) or (1 if report["failed"] else 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _check(manager: PluginManager, subject: str) -> dict[str, Any]:
+def _check_plugin(manager: PluginManager, subject: str) -> dict[str, Any]:
     """Load the class and run its kind's checks; this one command imports what it checks."""
     from quire.core.testing.conformance import run_checks
 
@@ -79,12 +79,12 @@ def _check(manager: PluginManager, subject: str) -> dict[str, Any]:
     }
 
 
-def _print(args: argparse.Namespace, report: dict[str, Any], text: Any) -> int:
+def _print_report(args: argparse.Namespace, report: dict[str, Any], text: Any) -> int:
     print(json.dumps(report, indent=2, default=str) if args.json else text(report))
     return 0
 
 
-def _list_text(report: dict[str, Any]) -> str:
+def _format_list(report: dict[str, Any]) -> str:
     lines = []
     for key, kind in KINDS.items():
         plugins = [p for p in report["plugins"] if p["kind"] == key]
@@ -104,7 +104,7 @@ def _list_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _explain_text(report: dict[str, Any]) -> str:
+def _format_explanation(report: dict[str, Any]) -> str:
     rows = [("is", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
     if "dist" in report:
         status = "active by default" if report["active"] else "not active by default"
@@ -130,7 +130,7 @@ def _explain_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _doctor_text(report: dict[str, Any]) -> str:
+def _format_doctor(report: dict[str, Any]) -> str:
     host = report["host"]
     lines = [f"quire {report['version']}, plugin API {report['api']}"]
     if host["device"] == "cuda":
@@ -147,7 +147,7 @@ def _doctor_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check_text(report: dict[str, Any]) -> str:
+def _format_checks(report: dict[str, Any]) -> str:
     lines = [f"{report['subject']} ({report['target']})"]
     for r in report["results"]:
         lines.append(f"  {r['outcome']:<8} {r['check']}" + (f": {r['reason']}" if r["reason"] else ""))
@@ -155,7 +155,7 @@ def _check_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     value = float(text)
     if not 0 < value <= 3600:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600 seconds")

@@ -27,9 +27,9 @@ from quire.core.plugin.options import options_of
 from quire.core.plugin.registry import KINDS, Registration, Requirement
 from quire.core.plugin.target import load_target, missing_requirement
 
-__all__ = ["SLOW_S", "Probe", "probe"]
+__all__ = ["SLOW_IMPORT_S", "Probe", "probe_entries"]
 
-SLOW_S = 1.0
+SLOW_IMPORT_S = 1.0
 """An entry point that takes longer than this to import is slow: it delays whoever names a foreign plugin."""
 
 
@@ -43,72 +43,72 @@ class Probe:
     import_s: float | None = None
 
 
-def probe(entries: Sequence[PluginEntry], limit: float, *, targets: bool) -> list[Probe]:
+def probe_entries(entries: Sequence[PluginEntry], limit: float, *, targets: bool) -> list[Probe]:
     """Try each entry point, for ``limit`` seconds at most. With ``targets`` their classes are loaded too.
 
     Those refused by their metadata are not started. Never raises for what a plugin does.
     """
     with tempfile.TemporaryDirectory(prefix="quire-probe-") as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
 
-        def one(place: int, entry: PluginEntry) -> Probe:
+        def probe_entry(place: int, entry: PluginEntry) -> Probe:
             if entry.refusal:
                 return Probe(entry, problems=(entry.refusal,))
-            return _finish(entry, _start(entry, Path(folder, str(place)), targets), limit)
+            return _finish_child(entry, _start_child(entry, Path(folder, str(place)), targets), limit)
 
-        return list(pool.map(one, *zip(*enumerate(entries), strict=True))) if entries else []
+        return list(pool.map(probe_entry, *zip(*enumerate(entries), strict=True))) if entries else []
 
 
-def child(arguments: str) -> None:
-    """The probing process: import, collect, load, noting each in the file ``notes``."""
+def run_child(arguments: str) -> None:
+    """The probing process: import, collect, load, writing each fact to the file ``facts``."""
     import numpy  # noqa: F401 - nearly every plugin imports it through a contract: not on its time
 
-    given = json.loads(arguments)
-    entry = PluginEntry(**given["entry"])
-    with open(given["notes"], "w", encoding="utf-8") as notes:
+    job = json.loads(arguments)
+    entry = PluginEntry(**job["entry"])
+    with open(job["facts"], "w", encoding="utf-8") as facts_file:
 
-        def note(**fact: Any) -> None:
-            notes.write(json.dumps(fact) + "\n")
-            notes.flush()
+        def write_fact(**fact: Any) -> None:
+            facts_file.write(json.dumps(fact) + "\n")
+            facts_file.flush()
 
-        note(stage=f"importing {entry.value}")
+        write_fact(stage=f"importing {entry.value}")
         start = time.monotonic()
         try:
             plugin = import_entry(entry)
-            note(stage="calling its hooks", import_s=time.monotonic() - start)
+            write_fact(stage="calling its hooks", import_s=time.monotonic() - start)
             registrations = collect(plugin, entry.dist, entry.version, entry.file)
         except PluginError as error:
-            note(problem=str(error), done=True)
+            write_fact(problem=str(error), done=True)
             return
-        note(registrations=[asdict(r) for r in registrations])
+        write_fact(registrations=[asdict(r) for r in registrations])
         if not registrations:
             hint = _unmarked(plugin)
             if hint:
-                note(problem=f"{entry.dist} {entry.version}: {hint}")
-        for registration in registrations if given["targets"] else ():
-            note(stage=f"loading {registration.target}")
+                write_fact(problem=f"{entry.dist} {entry.version}: {hint}")
+        for registration in registrations if job["targets"] else ():
+            write_fact(stage=f"loading {registration.target}")
             for problem in _target_problems(registration):
-                note(problem=f"{entry.dist} {entry.version}: {problem}")
-        note(done=True)
+                write_fact(problem=f"{entry.dist} {entry.version}: {problem}")
+        write_fact(done=True)
 
 
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from quire.server.cli.plugins_probe import child
-child(sys.argv[2])
+from quire.server.cli.plugins_probe import run_child
+run_child(sys.argv[2])
 """
 
 
 @dataclass(slots=True)
-class _Run:
+class _Child:
     process: subprocess.Popen[bytes]
-    notes: Path
+    facts_file: Path
     output: Path
 
 
-def _start(entry: PluginEntry, base: Path, targets: bool) -> _Run:
-    notes, output = base.with_suffix(".notes"), base.with_suffix(".output")
-    arguments = json.dumps({"entry": asdict(entry), "notes": str(notes), "targets": targets})
+def _start_child(entry: PluginEntry, base: Path, targets: bool) -> _Child:
+    facts, output = base.with_suffix(".facts"), base.with_suffix(".output")
+    arguments = json.dumps({"entry": asdict(entry), "facts": str(facts), "targets": targets})
     with open(output, "wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps(sys.path), arguments],
@@ -117,10 +117,10 @@ def _start(entry: PluginEntry, base: Path, targets: bool) -> _Run:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _Run(process, notes, output)
+    return _Child(process, facts, output)
 
 
-def _finish(entry: PluginEntry, run: _Run, limit: float) -> Probe:
+def _finish_child(entry: PluginEntry, run: _Child, limit: float) -> Probe:
     timed_out = False
     try:
         run.process.wait(limit)
@@ -129,31 +129,31 @@ def _finish(entry: PluginEntry, run: _Run, limit: float) -> Probe:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(run.process.pid, signal.SIGKILL)
     run.process.wait()
-    result, stage, done = _read(entry, run.notes)
-    who, problems = f"{entry.dist} {entry.version}", list(result.problems)
+    result, stage, done = _read_facts(entry, run.facts_file)
+    dist, problems = f"{entry.dist} {entry.version}", list(result.problems)
     printed = " ".join(run.output.read_text("utf-8", "replace").split())
     if timed_out:
-        problems.append(f"{who}: {stage} took more than {limit:g} s; move heavy work out of it")
+        problems.append(f"{dist}: {stage} took more than {limit:g} s; move heavy work out of it")
     elif not done:
         problems.append(
-            f"{who}: the process ended while {stage}, with status {run.process.returncode}"
+            f"{dist}: the process ended while {stage}, with status {run.process.returncode}"
             f"{': ' + printed[-200:] if printed else ''}; mend or uninstall it"
         )
     else:
-        if result.import_s is not None and result.import_s > SLOW_S:
+        if result.import_s is not None and result.import_s > SLOW_IMPORT_S:
             problems.append(
-                f"{who}: importing {entry.value} took {result.import_s:.1f} s; import heavy modules in the target"
+                f"{dist}: importing {entry.value} took {result.import_s:.1f} s; import heavy modules in the target"
             )
         if printed:
-            problems.append(f"{who}: prints while it is imported: {printed[:120]!r}; use logging")
+            problems.append(f"{dist}: prints while it is imported: {printed[:120]!r}; use logging")
     return replace(result, problems=tuple(problems))
 
 
-def _read(entry: PluginEntry, notes: Path) -> tuple[Probe, str, bool]:
-    """What the child noted: the facts, the last stage it entered, and whether it came to its end."""
+def _read_facts(entry: PluginEntry, facts_file: Path) -> tuple[Probe, str, bool]:
+    """What the child wrote: the facts, the last stage it entered, and whether it came to its end."""
     result, stage, done = Probe(entry), "starting", False
     with contextlib.suppress(OSError, ValueError):
-        for line in notes.read_text("utf-8").splitlines():
+        for line in facts_file.read_text("utf-8").splitlines():
             fact = json.loads(line)
             stage, done = fact.get("stage", stage), fact.get("done", done)
             result = replace(

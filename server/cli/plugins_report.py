@@ -14,23 +14,23 @@ from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
 from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration
 from quire.core.plugin.target import Resolution, missing_requirement
 from quire.core.version import __version__
-from quire.server.cli.plugins_probe import probe
-from quire.server.cli.plugins_source import options_in_source
+from quire.server.cli.plugins_probe import probe_entries
+from quire.server.cli.plugins_source import read_options
 
 __all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
 
 
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
     """Every plugin by kind, whether it is active when nothing is asked for, and why; and what was refused."""
-    _look(manager)
+    _probe_unseen(manager)
     kinds = [Kind.named(kind).key] if kind else list(KINDS)
-    context = {"device": device or _host()["device"]}
+    context = {"device": device or _inspect_host()["device"]}
     return {
         "version": __version__,
         "api": GROUP,
         "device": context["device"],
-        "plugins": [entry for key in kinds for entry in _of_kind(manager, key, context)],
-        "refused": [_refusal(entry, reason) for entry, reason in manager.refused.items()],
+        "plugins": [entry for key in kinds for entry in _describe_kind(manager, key, context)],
+        "refused": [_describe_refusal(entry, reason) for entry, reason in manager.refused.items()],
     }
 
 
@@ -38,15 +38,15 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
     """All there is to know of one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
     kind, name = split_subject(subject)
     if name.lower() != "auto" and ":" not in name and not manager.registry.find(kind, name):
-        _look(manager)
-    context = {"device": device or _host()["device"]}
+        _probe_unseen(manager)
+    context = {"device": device or _inspect_host()["device"]}
     resolution = manager.resolve(kind, name, context)
     registrations = [r for r in manager.registry.of(kind) if (r.dist, r.name) == (resolution.dist, resolution.name)]
     if not registrations:
         module = resolution.target.partition(":")[0]
         return {"kind": kind, "name": name, "target": name, "file": module_file(module), "why": resolution.why}
     registration = registrations[0]
-    report = _describe(manager, registration, _active(manager, kind, context))
+    report = _describe_plugin(manager, registration, _active_plugins(manager, kind, context))
     if name.lower() == "auto":
         report["why"] = resolution.why
     module = registration.target.partition(":")[0]
@@ -56,7 +56,7 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
         "contract": KINDS[kind].contract_name,
         "flag": flag and f"{flag} {report['spelling']}",
         "target_file": module_file(module),
-        "options": options_in_source(registration.target),
+        "options": read_options(registration.target),
         "option_flag": KINDS[kind].option_flag,
         "missing": missing_requirement(registration),
         "rejected": dict(resolution.rejected),
@@ -72,17 +72,20 @@ def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
                 f"quire: {registration.kind}/{registration.name}: {registration.target} is missing; reinstall quire"
             )
             problems.append({"dist": "quire", "problem": reason})
-    probes = probe(manager.entries, limit, targets=True)
-    for found in probes:
-        manager.adopt(found.entry, found.registrations)
-        problems.extend({"dist": found.entry.dist, "problem": text} for text in found.problems)
-    for found in probes:
-        for registration in found.registrations:
-            problems.extend({"dist": registration.dist, "problem": text} for text in _clashes(manager, registration))
-    host = _host()
-    problems.extend({"dist": "this machine", "problem": text} for text in _host_problems(host))
+    probes = probe_entries(manager.entries, limit, targets=True)
+    for result in probes:
+        manager.adopt(result.entry, result.registrations)
+        problems.extend({"dist": result.entry.dist, "problem": text} for text in result.problems)
+    for result in probes:
+        for registration in result.registrations:
+            problems.extend(
+                {"dist": registration.dist, "problem": text} for text in _describe_clashes(manager, registration)
+            )
+    host = _inspect_host()
+    problems.extend({"dist": "this machine", "problem": text} for text in _find_host_problems(host))
     checked = [
-        asdict(p.entry) | {"file": p.entry.file, "import_s": p.import_s, "plugins": [_name(r) for r in p.registrations]}
+        asdict(p.entry)
+        | {"file": p.entry.file, "import_s": p.import_s, "plugins": [_format_name(r) for r in p.registrations]}
         for p in probes
     ]
     return {"version": __version__, "api": GROUP, "host": host, "third_party": checked, "problems": problems}
@@ -96,27 +99,27 @@ def split_subject(subject: str) -> tuple[str, str]:
     return Kind.named(kind).key, name
 
 
-def _look(manager: PluginManager) -> None:
+def _probe_unseen(manager: PluginManager) -> None:
     """Ask third parties what they offer, each in a process of its own, without importing them here."""
     entries = manager.unseen()
-    for found in probe(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
-        fatal = found.problems[0] if found.problems and not found.registrations else None
-        manager.adopt(found.entry, found.registrations, fatal)
+    for result in probe_entries(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
+        fatal = result.problems[0] if result.problems and not result.registrations else None
+        manager.adopt(result.entry, result.registrations, fatal)
 
 
-def _active(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[Resolution]:
+def _active_plugins(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[Resolution]:
     """What runs when nothing is asked for. None for models: the checkpoint decides."""
     if KINDS[kind].always:
         return manager.resolve_all(kind)
     return [] if kind == "model" else [manager.resolve(kind, "auto", context)]
 
 
-def _of_kind(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[dict[str, Any]]:
-    active = _active(manager, kind, context)
-    return [_describe(manager, r, active) for r in manager.registry.of(kind)]
+def _describe_kind(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[dict[str, Any]]:
+    active = _active_plugins(manager, kind, context)
+    return [_describe_plugin(manager, r, active) for r in manager.registry.of(kind)]
 
 
-def _describe(manager: PluginManager, registration: Registration, active: list[Resolution]) -> dict[str, Any]:
+def _describe_plugin(manager: PluginManager, registration: Registration, active: list[Resolution]) -> dict[str, Any]:
     chosen = next((a for a in active if (a.dist, a.name) == (registration.dist, registration.name)), None)
     if chosen is not None:
         why = chosen.why
@@ -133,7 +136,7 @@ def _describe(manager: PluginManager, registration: Registration, active: list[R
     }
 
 
-def _clashes(manager: PluginManager, registration: Registration) -> list[str]:
+def _describe_clashes(manager: PluginManager, registration: Registration) -> list[str]:
     """Names and aliases of a third party that another distribution keeps or claims too."""
     registry, texts = manager.registry, []
     for name in (registration.name, *registration.aliases):
@@ -146,15 +149,15 @@ def _clashes(manager: PluginManager, registration: Registration) -> list[str]:
     return texts
 
 
-def _refusal(entry: PluginEntry, reason: str) -> dict[str, Any]:
+def _describe_refusal(entry: PluginEntry, reason: str) -> dict[str, Any]:
     return asdict(entry) | {"file": entry.file, "refusal": reason}
 
 
-def _name(registration: Registration) -> str:
+def _format_name(registration: Registration) -> str:
     return f"{registration.kind}/{registration.name}"
 
 
-def _host() -> dict[str, Any]:
+def _inspect_host() -> dict[str, Any]:
     """What Triton needs of this machine, found without importing torch."""
     gpus = Path("/proc/driver/nvidia/gpus")
     cuda = (gpus.is_dir() and any(gpus.iterdir())) or any(Path("/dev").glob("nvidia[0-9]*"))
@@ -166,7 +169,7 @@ def _host() -> dict[str, Any]:
     }
 
 
-def _host_problems(host: dict[str, Any]) -> list[str]:
+def _find_host_problems(host: dict[str, Any]) -> list[str]:
     if host["device"] != "cuda":
         return []
     problems = []

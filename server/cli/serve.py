@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from quire.core.engine.process import EngineProcess
-from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, add_flags, add_model, engine_arguments, server_settings
+from quire.server.cli.flags import (
+    ENGINE_FLAGS,
+    SERVER_FLAGS,
+    add_flags,
+    add_model,
+    make_engine_args,
+    make_server_settings,
+)
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
 
 __all__ = ["add_parser", "run"]
@@ -28,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args)]
-    engine_args, settings = engine_arguments(args), server_settings(args)
+    engine_args, settings = make_engine_args(args), make_server_settings(args)
     with EngineProcess(engine_args.device) as process:
         from quire.server.http.serving import serve  # seconds, while the process does the same
 

@@ -76,21 +76,21 @@ def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
 
 def apply_vllm_flags(args: argparse.Namespace) -> list[str]:
     """Set in ``args`` what vLLM's flags mean here; returns the lines to log. ConfigError for a refused one."""
-    flag_warnings = []
+    messages = []
     for flag in VLLM_FLAGS:
         value = getattr(args, _dest(flag), None)
         if value is None:
             continue
         shown = flag.name if value is True else f"{flag.name} {' '.join(value)}"
         if flag.accepted_values and value is not True and set(value) <= set(flag.accepted_values):
-            flag_warnings.append(f"{shown}: {_NOT_NEEDED}it is the default")
+            messages.append(f"{shown}: {_NOT_NEEDED}it is the default")
             continue
         if flag.refused:
             raise ConfigError(f"{shown}: {flag.message}")
         if flag.sets is not None and getattr(args, flag.sets[0], None) is None:
             setattr(args, *flag.sets)
-        flag_warnings.append(f"{shown}: {flag.message}")
-    return flag_warnings
+        messages.append(f"{shown}: {flag.message}")
+    return messages
 
 
 def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -99,31 +99,31 @@ def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[l
     Returns the new command line and the lines to log.
     """
     result: list[str] = []
-    flag_warnings: list[str] = []
+    messages: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            return [*result, word, *rest], flag_warnings
+            return [*result, word, *rest], messages
         if not word.startswith("--"):
             result.append(word)
             continue
         name, equals, value = word.partition("=")
         dashed = name.replace("_", "-")
         if dashed != name:
-            flag_warnings.append(f"{name}: now written {dashed}")
+            messages.append(f"{name}: now written {dashed}")
         if dashed in booleans and not equals and rest and rest[0].lower() in ("true", "false"):
             equals, value = "=", rest.pop(0)
         if dashed in booleans and equals:
-            plain = _without_value(dashed, value)
-            flag_warnings.append(f"{name} {value}: now written {plain}")
+            plain = _boolean_flag(dashed, value)
+            messages.append(f"{name} {value}: now written {plain}")
             result.append(plain)
         else:
             result.append(dashed + equals + value)
-    return result, flag_warnings
+    return result, messages
 
 
-def _without_value(name: str, value: str) -> str:
+def _boolean_flag(name: str, value: str) -> str:
     if value.lower() in ("true", "1"):
         return name
     if value.lower() in ("false", "0"):

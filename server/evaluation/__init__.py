@@ -6,7 +6,7 @@ What looks at distributions is in modules that import torch: ``recorder``, ``tex
 from __future__ import annotations
 
 from quire.server.evaluation.evaluate import MAX_NEW_TOKENS, Generate, evaluate
-from quire.server.evaluation.graders import GRADERS, grade, text_of_message
+from quire.server.evaluation.graders import GRADERS, format_message, grade
 from quire.server.evaluation.questions import Question, available_skills, load_questions
 from quire.server.evaluation.report import Failure, Report, SkillScore
 
@@ -20,7 +20,7 @@ __all__ = [
     "SkillScore",
     "available_skills",
     "evaluate",
+    "format_message",
     "grade",
     "load_questions",
-    "text_of_message",
 ]

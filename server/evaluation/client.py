@@ -9,15 +9,15 @@ from typing import Any
 import httpx
 
 from quire.core.errors import ConfigError
-from quire.server.evaluation import MAX_NEW_TOKENS, text_of_message
+from quire.server.evaluation import MAX_NEW_TOKENS, format_message
 
-__all__ = ["Client"]
+__all__ = ["ChatClient"]
 
 _Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-_SECONDS = 600.0
+_TIMEOUT_S = 600.0
 
 
-class Client:
+class ChatClient:
     """Asks one server for one model. Raises ConfigError if the server cannot be reached or refuses a question."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None, concurrency: int) -> None:
@@ -29,7 +29,7 @@ class Client:
         self.model = model or ""
         """The model asked for; once asked, never empty."""
 
-    def answer(self, conversations: Sequence[_Conversation]) -> list[str]:
+    def answer_conversations(self, conversations: Sequence[_Conversation]) -> list[str]:
         """The assistant's text for each conversation, in order."""
         try:
             return asyncio.run(self._answer_all(conversations))
@@ -41,8 +41,8 @@ class Client:
     async def _answer_all(self, conversations: Sequence[_Conversation]) -> list[str]:
         limits = httpx.Limits(max_connections=self._concurrency)
         gate = asyncio.Semaphore(self._concurrency)
-        async with httpx.AsyncClient(headers=self._headers, timeout=_SECONDS, limits=limits) as http:
-            await self._choose(http)
+        async with httpx.AsyncClient(headers=self._headers, timeout=_TIMEOUT_S, limits=limits) as http:
+            await self._choose_model(http)
 
             async def one(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
                 body: dict[str, Any] = {
@@ -52,13 +52,13 @@ class Client:
                     "max_tokens": MAX_NEW_TOKENS,
                 }
                 async with gate:
-                    answer = await self._exchange(http, "POST", "/v1/chat/completions", body | _with(tools))
-                return text_of_message(answer["choices"][0]["message"])
+                    answer = await self._send_request(http, "POST", "/v1/chat/completions", body | _tools_field(tools))
+                return format_message(answer["choices"][0]["message"])
 
             return list(await asyncio.gather(*(one(messages, tools) for messages, tools in conversations)))
 
-    async def _choose(self, http: httpx.AsyncClient) -> None:
-        served = [each["id"] for each in (await self._exchange(http, "GET", "/v1/models"))["data"]]
+    async def _choose_model(self, http: httpx.AsyncClient) -> None:
+        served = [each["id"] for each in (await self._send_request(http, "GET", "/v1/models"))["data"]]
         if not self.model:
             if not served:
                 raise ConfigError(f"{self._url} serves no model; name one with --served-model")
@@ -66,7 +66,7 @@ class Client:
         elif self.model not in served:
             raise ConfigError(f"--served-model {self.model}: {self._url} serves {', '.join(served) or 'no model'}")
 
-    async def _exchange(self, http: httpx.AsyncClient, method: str, path: str, body: Any = None) -> Any:
+    async def _send_request(self, http: httpx.AsyncClient, method: str, path: str, body: Any = None) -> Any:
         url = self._url + path
         try:
             answer = await http.request(method, url, json=body)
@@ -80,5 +80,5 @@ class Client:
         raise ConfigError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
 
 
-def _with(tools: list[dict[str, Any]]) -> dict[str, Any]:
+def _tools_field(tools: list[dict[str, Any]]) -> dict[str, Any]:
     return {"tools": tools} if tools else {}

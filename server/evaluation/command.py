@@ -12,9 +12,9 @@ from typing import Any
 
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
-from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, engine_arguments, parse_float, parse_int
+from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, make_engine_args, parse_float, parse_int
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
-from quire.server.evaluation.engine import answers, engine
+from quire.server.evaluation.engine import answer_conversations, open_engine
 
 __all__ = ["MAX_LOSS", "NUM_TOKENS", "add_parser", "run"]
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask, judge and print."""
     from quire.server.evaluation import available_skills, evaluate, load_questions
 
-    _check(args)
+    _check_arguments(args)
     for note in [*args.flag_warnings, *apply_vllm_flags(args)]:
         print(note, file=sys.stderr)
     skills = None if args.skills is None else [name.strip() for name in args.skills.split(",") if name.strip()]
@@ -80,15 +80,18 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--skills {args.skills!r} names none; there are {', '.join(available_skills())}")
     questions = load_questions(skills, args.limit)
     if args.compare:
-        return _compare(args, questions)
+        return _compare_models(args, questions)
     if args.url:
-        from quire.server.evaluation.client import Client
+        from quire.server.evaluation.client import ChatClient
 
-        client = Client(args.url, args.served_model, args.api_key, args.max_concurrency)
-        report, model = evaluate(client.answer, questions=questions), client.model
+        client = ChatClient(args.url, args.served_model, args.api_key, args.max_concurrency)
+        report, model = evaluate(client.answer_conversations, questions=questions), client.model
     else:
-        with engine(engine_arguments(args)) as llm:
-            report, model = evaluate(partial(answers, llm), questions=questions), str(engine_arguments(args).model)
+        with open_engine(make_engine_args(args)) as llm:
+            report, model = (
+                evaluate(partial(answer_conversations, llm), questions=questions),
+                str(make_engine_args(args).model),
+            )
     if args.json:
         print(json.dumps({"model": model, **report.to_dict()}, indent=2, ensure_ascii=False))
     else:
@@ -101,24 +104,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace, questions: list[Any]) -> int:
-    from quire.server.evaluation.compare_command import compare, side
-    from quire.server.evaluation.text import held_out_text
+def _compare_models(args: argparse.Namespace, questions: list[Any]) -> int:
+    from quire.server.evaluation.compare_command import compare_sides, parse_side
+    from quire.server.evaluation.text import read_held_out_text
 
-    sides = [side(text, args) for text in args.compare]
-    text = held_out_text(args.text)
+    sides = [parse_side(text, args) for text in args.compare]
+    text = read_held_out_text(args.text)
     allowed = MAX_LOSS if args.max_loss is None else args.max_loss
-    found = compare(sides, questions, text, args.tokens or NUM_TOKENS, allowed)
+    comparison = compare_sides(sides, questions, text, args.tokens or NUM_TOKENS, allowed)
     if args.json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
     else:
-        print(found.table())
-        for failure in found.lost()[: args.failures]:
+        print(comparison.table())
+        for failure in comparison.lost_answers()[: args.failures]:
             print(f"{failure.id}: {failure.asked!r}\n    B wrote {failure.text!r}\n    right   {failure.answer!r}")
-    return int(args.max_loss is not None and not found.within)
+    return int(args.max_loss is not None and not comparison.within)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("max_concurrency", 1), ("failures", 0), ("tokens", 1), ("max_loss", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -135,7 +138,7 @@ def _check(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for two models; name them with --compare")
     if args.url:
-        if args.model_argument or args.model or engine_arguments(args) != EngineArgs():
+        if args.model_argument or args.model or make_engine_args(args) != EngineArgs():
             raise ConfigError(
                 "MODEL and the engine's flags are the server's with --url; name its model with --served-model"
             )

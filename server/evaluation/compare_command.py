@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError, InvalidRequestError
-from quire.server.cli.flags import ENGINE_FLAGS, add_flags, engine_arguments
+from quire.server.cli.flags import ENGINE_FLAGS, add_flags, make_engine_args
 from quire.server.cli.vllm_flags import normalize_spelling
-from quire.server.evaluation.engine import answers, engine, generate
+from quire.server.evaluation.engine import answer_conversations, generate_with_progress, open_engine
 
 if TYPE_CHECKING:
     from quire import LLM
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from quire.server.evaluation.questions import Question
     from quire.server.evaluation.text import Windows
 
-__all__ = ["Side", "compare", "side"]
+__all__ = ["Side", "compare_sides", "parse_side"]
 
-_RECORDER = "quire.server.evaluation.logprob_recorder:Recorder"
-_SPLIT = re.compile(r"\A(?P<model>.*?)(?::(?P<settings>[A-Za-z][\w-]*=.*))?\Z", re.DOTALL)
+_LOGPROB_RECORDER = "quire.server.evaluation.logprob_recorder:LogprobRecorder"
+_SIDE = re.compile(r"\A(?P<model>.*?)(?::(?P<settings>[A-Za-z][\w-]*=.*))?\Z", re.DOTALL)
 
 
 class Side:
@@ -37,35 +37,35 @@ class Side:
         self.engine_args = engine_args
 
 
-def side(text: str, common: argparse.Namespace) -> Side:
+def parse_side(text: str, common: argparse.Namespace) -> Side:
     """``MODEL`` or ``MODEL:flag=value,flag=value``, over the engine flags that both sides share. ConfigError for a flag
     that the engine does not have, or a value that the flag refuses."""
-    found = _SPLIT.match(text)
-    assert found is not None
+    matched = _SIDE.match(text)
+    assert matched is not None
     args = copy.copy(common)
-    parser = _Parser(text)
+    parser = _SettingsParser(text)
     add_flags(parser, ENGINE_FLAGS)
-    settings = found["settings"].split(",") if found["settings"] else []
-    words, _ = normalize_spelling([f"--{setting.strip()}" for setting in settings], parser.booleans())
-    own = vars(parser.parse_args(words))
-    for name, value in own.items():
+    settings = matched["settings"].split(",") if matched["settings"] else []
+    words, _ = normalize_spelling([f"--{setting.strip()}" for setting in settings], parser.boolean_flags())
+    settings_given = vars(parser.parse_args(words))
+    for name, value in settings_given.items():
         if value is not None:
             setattr(args, name, value)
-    args.model_argument, args.model = found["model"] or None, None
+    args.model_argument, args.model = matched["model"] or None, None
     if args.model_argument is None:
         raise ConfigError(f"--compare {text!r} names no model; write MODEL or MODEL:flag=value,flag=value")
-    return Side(text, engine_arguments(args))
+    return Side(text, make_engine_args(args))
 
 
-def compare(
+def compare_sides(
     sides: Sequence[Side], questions: Sequence[Question], text: str, num_tokens: int, allowed: float
 ) -> Comparison:
     """Ask A, then B; each engine is gone before the next one is built. Questions that one of them cannot read (too long
     for its context, or no chat template at all) are left out."""
     from quire.core.engine.config_builder import configure
     from quire.server.evaluation import Report, evaluate
-    from quire.server.evaluation.comparison import Comparison, Divergence, pair
-    from quire.server.evaluation.text import TextScores, cut, score
+    from quire.server.evaluation.comparison import Comparison, Divergence, pair_scores
+    from quire.server.evaluation.text import TextScores, cut_windows, score_windows
 
     configs = [configure(each.engine_args).config for each in sides]  # both, before a weight of either is read
     shortest = min(config.model.max_model_len for config in configs)
@@ -75,35 +75,37 @@ def compare(
     scores: list[TextScores] = []
     with tempfile.TemporaryDirectory(prefix="quire-eval-") as folder:
         for each in sides:
-            with engine(each.engine_args, _RECORDER) as llm:
+            with open_engine(each.engine_args, _LOGPROB_RECORDER) as llm:
                 if not reports:
-                    questions = [q for q in questions if _readable(llm, q, shortest)]
-                reports.append(evaluate(functools.partial(answers, llm), questions=questions))
-                windows.append(cut(llm.tokenizer.encode(text), num_tokens, shortest))
+                    questions = [q for q in questions if _fits_context(llm, q, shortest)]
+                reports.append(evaluate(functools.partial(answer_conversations, llm), questions=questions))
+                windows.append(cut_windows(llm.tokenizer.encode(text), num_tokens, shortest))
                 same = windows[0].tokens.tobytes() == windows[-1].tokens.tobytes()
                 if same and configs[0].model.vocab_size == configs[1].model.vocab_size:
-                    complete = functools.partial(generate, llm)
-                    scores.append(score(complete, windows[0], Path(folder), vocab_size, refers=bool(scores)))
-    divergence = Divergence.of(*scores) if len(scores) == 2 else None
+                    complete = functools.partial(generate_with_progress, llm)
+                    scores.append(
+                        score_windows(complete, windows[0], Path(folder), vocab_size, has_reference=bool(scores))
+                    )
+    divergence = Divergence.from_scores(*scores) if len(scores) == 2 else None
     (name_a, name_b), (a, b) = (each.name for each in sides), reports
-    return Comparison(name_a, name_b, a, b, pair(questions, a, b), divergence, allowed)
+    return Comparison(name_a, name_b, a, b, pair_scores(questions, a, b), divergence, allowed)
 
 
-def _readable(llm: LLM, question: Question, max_model_len: int) -> bool:
+def _fits_context(llm: LLM, question: Question, max_model_len: int) -> bool:
     try:
         return len(llm.tokenizer.apply_chat_template(question.messages, tools=question.tools)) < max_model_len
     except InvalidRequestError:
         return False
 
 
-class _Parser(argparse.ArgumentParser):
+class _SettingsParser(argparse.ArgumentParser):
     """Reads the settings of a side."""
 
     def __init__(self, text: str) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
         self._text = text
 
-    def booleans(self) -> frozenset[str]:
+    def boolean_flags(self) -> frozenset[str]:
         """The flags that may be negated."""
         found = [a for a in self._actions if isinstance(a, argparse.BooleanOptionalAction)]
         return frozenset(name for a in found for name in a.option_strings if not name.startswith("--no-"))

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from quire.server.evaluation.paired import Figure, PairedScore, bootstrap
+from quire.server.evaluation.paired import Estimate, PairedScore, bootstrap
 from quire.server.evaluation.questions import Question
 from quire.server.evaluation.report import Failure, Report
 from quire.server.evaluation.text import TextScores
 
-__all__ = ["Comparison", "Divergence", "pair"]
+__all__ = ["Comparison", "Divergence", "pair_scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,17 @@ class Divergence:
     num_windows: int
     perplexity_a: float
     perplexity_b: float
-    ratio: Figure
+    ratio: Estimate
     """B's perplexity by A's."""
-    kl: Figure
+    kl: Estimate
     """Mean Kullback-Leibler divergence of B from A, nats a token, over the whole vocabulary."""
     kl_99: float
     """Its 99th percentile over tokens."""
-    same_top: Figure
+    same_top: Estimate
     """Share of tokens at which both have the same most likely one."""
 
     @staticmethod
-    def of(a: TextScores, b: TextScores) -> Divergence:
+    def from_scores(a: TextScores, b: TextScores) -> Divergence:
         """From the scores of the same windows, B's with A as reference."""
         return Divergence(
             num_tokens=a.logprob.size,
@@ -71,7 +71,7 @@ class Comparison:
     """By skill."""
     divergence: Divergence | None
     """None where the models do not share a vocabulary."""
-    allowed: float = 2.0
+    allowed_loss: float = 2.0
     """Points of exact match that B may lose."""
 
     @cached_property
@@ -83,9 +83,9 @@ class Comparison:
     @property
     def within(self) -> bool:
         """Whether B lost no more than allowed, by the questions that were asked."""
-        return not self.overall.n or 100 * self.overall.loss.value <= self.allowed
+        return not self.overall.n or 100 * self.overall.loss.value <= self.allowed_loss
 
-    def lost(self) -> list[Failure]:
+    def lost_answers(self) -> list[Failure]:
         """What B answered wrong and A right."""
         wrong = {failure.id for failure in self.report_a.failures}
         return [failure for failure in self.report_b.failures if failure.id not in wrong]
@@ -96,10 +96,10 @@ class Comparison:
             return "no verdict: A can read none of the questions, for want of context or of a chat template"
         loss = self.overall.loss
         points, low, high = 100 * loss.value, 100 * loss.low, 100 * loss.high
-        limit = f"{self.allowed:g} points"
-        if high <= self.allowed:
+        limit = f"{self.allowed_loss:g} points"
+        if high <= self.allowed_loss:
             judged = f"within {limit}"
-        elif low > self.allowed:
+        elif low > self.allowed_loss:
             judged = f"more than {limit}"
         else:
             asked = f"{self.overall.n} questions do not settle it"
@@ -120,7 +120,7 @@ class Comparison:
                 f"  {p.only_a:>6}  {p.only_b:>6}  {p.n:>4}"
             )
         lines.append(f"{'':<{width}}  McNemar's exact test: p = {self.overall.p_value:.2g}")
-        return "\n".join([*lines, "", *self._text(), "", self.verdict()])
+        return "\n".join([*lines, "", *self._text_lines(), "", self.verdict()])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -128,16 +128,16 @@ class Comparison:
             "a": {"model": self.name_a, **self.report_a.to_dict()},
             "b": {"model": self.name_b, **self.report_b.to_dict()},
             "loss": {
-                **_loss(self.overall),
-                "skills": {p.skill: _loss(p) for p in self.pairs},
+                **_loss_dict(self.overall),
+                "skills": {p.skill: _loss_dict(p) for p in self.pairs},
             },
             "text": None if self.divergence is None else self.divergence.to_dict(),
-            "allowed_points": self.allowed,
+            "allowed_points": self.allowed_loss,
             "within": self.within,
             "verdict": self.verdict(),
         }
 
-    def _text(self) -> list[str]:
+    def _text_lines(self) -> list[str]:
         d = self.divergence
         if d is None:
             return ["held-out text: not compared, A and B have different vocabularies"]
@@ -151,7 +151,7 @@ class Comparison:
         ]
 
 
-def pair(questions: Sequence[Question], a: Report, b: Report) -> tuple[PairedScore, ...]:
+def pair_scores(questions: Sequence[Question], a: Report, b: Report) -> tuple[PairedScore, ...]:
     """Put the verdicts of two reports on the same questions side by side, by skill."""
     wrong_a, wrong_b = {f.id for f in a.failures}, {f.id for f in b.failures}
     counts: dict[str, list[int]] = {}
@@ -161,7 +161,7 @@ def pair(questions: Sequence[Question], a: Report, b: Report) -> tuple[PairedSco
     return tuple(PairedScore(skill, *c) for skill, c in counts.items())
 
 
-def _loss(score: PairedScore) -> dict[str, Any]:
+def _loss_dict(score: PairedScore) -> dict[str, Any]:
     loss = score.loss
     return {
         "points": 100 * loss.value,

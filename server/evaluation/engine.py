@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from quire import LLM, SamplingParams
     from quire.core.messages import RequestOutput
 
-__all__ = ["answers", "engine", "generate"]
+__all__ = ["answer_conversations", "generate_with_progress", "open_engine"]
 
 
 @contextlib.contextmanager
-def engine(args: EngineArgs, *processors: str) -> Iterator[LLM]:
+def open_engine(args: EngineArgs, *processors: str) -> Iterator[LLM]:
     """An engine in this process with more logits processors, and its memory back afterwards."""
     from quire import LLM
 
@@ -37,16 +37,20 @@ def engine(args: EngineArgs, *processors: str) -> Iterator[LLM]:
             torch.cuda.empty_cache()
 
 
-def answers(llm: LLM, conversations: Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> list[str]:
+def answer_conversations(
+    llm: LLM, conversations: Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+) -> list[str]:
     """The assistant's text for each conversation, in order."""
     from quire import SamplingParams
     from quire.server.evaluation import MAX_NEW_TOKENS
 
     prompts = [llm.tokenizer.apply_chat_template(messages, tools=tools) for messages, tools in conversations]
     params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
-    return [each.outputs[0].text for each in generate(llm, prompts, [params] * len(prompts))]
+    return [each.outputs[0].text for each in generate_with_progress(llm, prompts, [params] * len(prompts))]
 
 
-def generate(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+def generate_with_progress(
+    llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+) -> list[RequestOutput]:
     """Complete them, with a progress bar where somebody looks."""
     return llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())

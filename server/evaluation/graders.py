@@ -8,18 +8,18 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quire.server.evaluation.sandbox import passes
+from quire.server.evaluation.sandbox import passes_cases
 
 __all__ = [
     "GRADERS",
     "Grader",
-    "exact",
+    "format_message",
     "grade",
-    "json_object",
-    "number",
-    "python_function",
-    "text_of_message",
-    "tool_call",
+    "grade_exact",
+    "grade_json",
+    "grade_number",
+    "grade_python",
+    "grade_tool_call",
 ]
 
 Grader = Callable[[str, Any], bool]
@@ -29,35 +29,35 @@ _FENCED = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
-def _unfenced(text: str) -> str:
-    found = _FENCED.match(text.strip())
-    return found.group(1) if found else text.strip()
+def _strip_fence(text: str) -> str:
+    fenced = _FENCED.match(text.strip())
+    return fenced.group(1) if fenced else text.strip()
 
 
-def _canonical(value: Any) -> str:
+def _canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def exact(text: str, answer: str) -> bool:
+def grade_exact(text: str, answer: str) -> bool:
     """Accept the answer itself, whatever the white space around it."""
     return text.strip() == answer
 
 
-def number(text: str, answer: int) -> bool:
+def grade_number(text: str, answer: int) -> bool:
     """Accept a text whose last integer is the answer: "605", "347 + 258 = 605"."""
-    found = _INTEGER.findall(text)
-    return bool(found) and len(found[-1]) < 1000 and int(found[-1]) == answer
+    integers = _INTEGER.findall(text)
+    return bool(integers) and len(integers[-1]) < 1000 and int(integers[-1]) == answer
 
 
-def json_object(text: str, answer: dict[str, Any]) -> bool:
+def grade_json(text: str, answer: dict[str, Any]) -> bool:
     """Accept exactly this JSON value, bare or in one code fence, with its keys in any order."""
     try:
-        return _canonical(json.loads(_unfenced(text))) == _canonical(answer)
+        return _canonical_json(json.loads(_strip_fence(text))) == _canonical_json(answer)
     except (ValueError, RecursionError):
         return False
 
 
-def tool_call(text: str, answer: list[dict[str, Any]]) -> bool:
+def grade_tool_call(text: str, answer: list[dict[str, Any]]) -> bool:
     """Accept exactly these calls in this order, and no text beside them."""
     calls = []
     for body in _CALL.findall(text):
@@ -68,16 +68,22 @@ def tool_call(text: str, answer: list[dict[str, Any]]) -> bool:
             calls.append({"name": call["name"], "arguments": arguments})
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
-    return not _CALL.sub("", text).strip() and _canonical(calls) == _canonical(answer)
+    return not _CALL.sub("", text).strip() and _canonical_json(calls) == _canonical_json(answer)
 
 
-def python_function(text: str, answer: dict[str, Any]) -> bool:
+def grade_python(text: str, answer: dict[str, Any]) -> bool:
     """Accept a function that returns what it should for every case, run in a process of its own."""
-    return passes(_unfenced(text), answer["function"], answer["cases"])
+    return passes_cases(_strip_fence(text), answer["function"], answer["cases"])
 
 
 GRADERS: Mapping[str, Grader] = MappingProxyType(
-    {"exact": exact, "number": number, "json": json_object, "tool_call": tool_call, "python": python_function}
+    {
+        "exact": grade_exact,
+        "number": grade_number,
+        "json": grade_json,
+        "tool_call": grade_tool_call,
+        "python": grade_python,
+    }
 )
 
 
@@ -88,7 +94,7 @@ def grade(grader: str, text: str, answer: Any) -> bool:
     return GRADERS[grader](text, answer)
 
 
-def text_of_message(message: Mapping[str, Any]) -> str:
+def format_message(message: Mapping[str, Any]) -> str:
     """Write an OpenAI assistant message as the text that the graders read, its parsed tool calls included."""
     parts = [message.get("content") or ""]
     for call in message.get("tool_calls") or ():

@@ -14,7 +14,7 @@ from torch import Tensor
 from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.messages import NewRequest
 
-__all__ = ["ARGUMENT", "SCORES", "Recorder"]
+__all__ = ["ARGUMENT", "SCORES", "LogprobRecorder"]
 
 #: Key of ``SamplingParams.extra_args`` under which a request says what to record.
 ARGUMENT = "quire_eval"
@@ -25,88 +25,88 @@ SCORES = ("logprob", "top", "kl")
 
 
 @dataclass(slots=True)
-class _Task:
+class _ScoredText:
     tokens: list[int]
     begin: int  # position of the first of them in the sequence
-    line: int  # of the files
-    scores: NDArray[np.float64]  # (lines, 3)
-    logprobs: NDArray[np.float32]  # (lines, vocab)
-    refers: bool
+    file_row: int  # of its first token
+    scores: NDArray[np.float64]  # (file rows, 3)
+    logprobs: NDArray[np.float32]  # (file rows, vocab)
+    has_reference: bool
 
 
 @dataclass(slots=True)
-class _Work:
-    lines: list[int] = field(default_factory=list)  # of the logits
+class _StepRows:
+    logits_rows: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # of the files
-    task: _Task | None = None
+    file_rows: list[int] = field(default_factory=list)
+    text: _ScoredText | None = None
 
 
-class Recorder(LogitsProcessor):
+class LogprobRecorder(LogitsProcessor):
     """Makes a request say a given text (teacher forcing), and writes what the model's own distribution was.
 
     So the distributions come from the steps that serve users: decoding in a batch, through the KV cache as it is
-    configured. ``extra_args[ARGUMENT]`` holds ``tokens`` (the text after the prompt), ``line`` (of its first token in
-    the files), ``scores`` and ``logprobs`` (paths of ``.npy`` files, see ``server/evaluation/text.py``) and ``refers``:
-    False fills ``logprobs`` with the whole distribution, True compares with what is there.
+    configured. ``extra_args[ARGUMENT]`` holds ``tokens`` (the text after the prompt), ``row`` (of its first token in
+    the files), ``scores`` and ``logprobs`` (paths of ``.npy`` files, see ``server/evaluation/text.py``) and
+    ``has_reference``: False fills ``logprobs`` with the whole distribution, True compares with what is there.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
         super().__init__(vocab_size, device, options)
-        self._tasks: dict[int, _Task] = {}
-        self._open: dict[str, NDArray[Any]] = {}
+        self._texts: dict[int, _ScoredText] = {}
+        self._files: dict[str, NDArray[Any]] = {}
 
     def add_row(self, request: NewRequest) -> bool:
         """Remember the text of the row."""
-        asked = (request.params.extra_args or {}).get(ARGUMENT)
-        if asked is None:
+        task = (request.params.extra_args or {}).get(ARGUMENT)
+        if task is None:
             return False
-        self._tasks[request.row] = _Task(
-            asked["tokens"],
+        self._texts[request.row] = _ScoredText(
+            task["tokens"],
             request.prompt_len,
-            asked["line"],
-            self._file(asked["scores"]),
-            self._file(asked["logprobs"]),
-            asked["refers"],
+            task["row"],
+            self._open_file(task["scores"]),
+            self._open_file(task["logprobs"]),
+            task["has_reference"],
         )
         return True
 
     def remove_row(self, row: int) -> None:
         """Forget the row."""
-        del self._tasks[row]
+        del self._texts[row]
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Record the lines of the rows that asked, and leave only the text's token possible there."""
-        work = _Work()
-        for line, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
-            task = self._tasks.get(row)
-            if task is not None and 0 <= (i := position - task.begin) < len(task.tokens):
-                work.lines.append(line)
-                work.tokens.append(task.tokens[i])
-                work.places.append(task.line + i)
-                work.task = task
-        if work.task is None:
+        """Record the logits rows of the requests that asked, and leave only the text's token possible there."""
+        step = _StepRows()
+        for logits_row, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
+            text = self._texts.get(row)
+            if text is not None and 0 <= (i := position - text.begin) < len(text.tokens):
+                step.logits_rows.append(logits_row)
+                step.tokens.append(text.tokens[i])
+                step.file_rows.append(text.file_row + i)
+                step.text = text
+        if step.text is None:
             return
-        self._record(logits[work.lines].double().log_softmax(-1), work, work.task)
-        chosen = torch.tensor(work.tokens, device=logits.device)
-        logits[work.lines] = float("-inf")
-        logits[torch.tensor(work.lines, device=logits.device), chosen] = 0.0
+        self._write_scores(logits[step.logits_rows].double().log_softmax(-1), step, step.text)
+        chosen = torch.tensor(step.tokens, device=logits.device)
+        logits[step.logits_rows] = float("-inf")
+        logits[torch.tensor(step.logits_rows, device=logits.device), chosen] = 0.0
 
-    def _record(self, logprobs: Tensor, work: _Work, task: _Task) -> None:
-        chosen = torch.tensor(work.tokens, device=logprobs.device)
-        found = torch.full((len(work.lines), 3), float("nan"), dtype=torch.float64, device=logprobs.device)
-        found[:, 0] = logprobs.gather(-1, chosen[:, None])[:, 0]
-        found[:, 1] = logprobs.argmax(-1).double()
-        if task.refers:
-            reference = torch.from_numpy(task.logprobs[work.places]).to(logprobs.device).double()
+    def _write_scores(self, logprobs: Tensor, step: _StepRows, text: _ScoredText) -> None:
+        chosen = torch.tensor(step.tokens, device=logprobs.device)
+        scores = torch.full((len(step.logits_rows), 3), float("nan"), dtype=torch.float64, device=logprobs.device)
+        scores[:, 0] = logprobs.gather(-1, chosen[:, None])[:, 0]
+        scores[:, 1] = logprobs.argmax(-1).double()
+        if text.has_reference:
+            reference = torch.from_numpy(text.logprobs[step.file_rows]).to(logprobs.device).double()
             reference = reference - reference.logsumexp(-1, keepdim=True)  # what float32 rounded away
             terms = reference.exp() * (reference - logprobs)
-            found[:, 2] = torch.where(reference > float("-inf"), terms, 0.0).sum(-1)
+            scores[:, 2] = torch.where(reference > float("-inf"), terms, 0.0).sum(-1)
         else:
-            task.logprobs[work.places] = logprobs.float().cpu().numpy()
-        task.scores[work.places] = found.cpu().numpy()
+            text.logprobs[step.file_rows] = logprobs.float().cpu().numpy()
+        text.scores[step.file_rows] = scores.cpu().numpy()
 
-    def _file(self, path: str) -> NDArray[Any]:
-        if path not in self._open:
-            self._open[path] = open_memmap(path, mode="r+")
-        return self._open[path]
+    def _open_file(self, path: str) -> NDArray[Any]:
+        if path not in self._files:
+            self._files[path] = open_memmap(path, mode="r+")
+        return self._files[path]

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.server.evaluation.report import wilson
+from quire.server.evaluation.report import wilson_interval
 
-__all__ = ["Figure", "PairedScore", "bootstrap"]
+__all__ = ["Estimate", "PairedScore", "bootstrap"]
 
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Estimate:
     """A figure and its 95 % confidence interval."""
 
     value: float
@@ -45,21 +45,21 @@ class PairedScore:
         return self.both + self.only_a + self.only_b + self.neither
 
     @property
-    def loss(self) -> Figure:
+    def loss(self) -> Estimate:
         """What B loses, A's share minus B's, from -1 to 1; the interval is Newcombe's for paired shares (Statistics in
         Medicine 17 (1998) 2635, method 10)."""
         n = self.n
         if not n:
-            return Figure(0.0, -1.0, 1.0)
+            return Estimate(0.0, -1.0, 1.0)
         a, b = self.both + self.only_a, self.both + self.only_b
-        (low_a, high_a), (low_b, high_b) = wilson(a, n), wilson(b, n)
+        (low_a, high_a), (low_b, high_b) = wilson_interval(a, n), wilson_interval(b, n)
         share_a, share_b, phi = a / n, b / n, self._correlation()
         down, up = share_a - low_a, high_a - share_a
         b_down, b_up = share_b - low_b, high_b - share_b
         lower = math.sqrt(max(0.0, down**2 - 2 * phi * down * b_up + b_up**2))
         upper = math.sqrt(max(0.0, up**2 - 2 * phi * up * b_down + b_down**2))
         loss = share_a - share_b
-        return Figure(loss, max(-1.0, loss - lower), min(1.0, loss + upper))
+        return Estimate(loss, max(-1.0, loss - lower), min(1.0, loss + upper))
 
     @property
     def p_value(self) -> float:
@@ -84,9 +84,9 @@ class PairedScore:
 
 def bootstrap(
     blocks: NDArray[np.float64], of: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda mean: mean
-) -> Figure:
+) -> Estimate:
     """``of`` the mean over ``blocks`` (n,), with an interval from drawing whole blocks anew (percentiles, seeded):
     tokens of one text depend on each other, so it is texts that are drawn."""
-    drawn = np.random.default_rng(0).integers(0, len(blocks), (_RESAMPLES, len(blocks)))
-    low, high = np.percentile(of(blocks[drawn].mean(1)), (2.5, 97.5))
-    return Figure(float(of(blocks.mean(keepdims=True))[0]), float(low), float(high))
+    resampled = np.random.default_rng(0).integers(0, len(blocks), (_RESAMPLES, len(blocks)))
+    low, high = np.percentile(of(blocks[resampled].mean(1)), (2.5, 97.5))
+    return Estimate(float(of(blocks.mean(keepdims=True))[0]), float(low), float(high))

@@ -47,9 +47,9 @@ def load_questions(
 ) -> list[Question]:
     """Read the questions of ``skills`` (all by default), at most ``limit`` of each. ConfigError for an unknown one."""
     known = available_skills(folder)
-    wanted = list(dict.fromkeys(skills)) if skills is not None else known
-    found: list[Question] = []
-    for skill in wanted:
+    chosen_skills = list(dict.fromkeys(skills)) if skills is not None else known
+    questions: list[Question] = []
+    for skill in chosen_skills:
         if skill not in known:
             close = difflib.get_close_matches(skill, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
@@ -57,9 +57,9 @@ def load_questions(
         lines = (folder / f"{skill}.jsonl").read_text(encoding="utf-8").splitlines()
         for line in lines[:limit]:
             record = json.loads(line)
-            found.append(
+            questions.append(
                 Question(
                     record["id"], skill, record["messages"], record.get("tools", []), record["grader"], record["answer"]
                 )
             )
-    return found
+    return questions

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Failure", "Report", "SkillScore", "wilson"]
+__all__ = ["Failure", "Report", "SkillScore", "wilson_interval"]
 
 _Z = 1.959963984540054  # of 95 %
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """Return Wilson's 95 % confidence interval of a share, from 0 to 1; it stays within the unit interval."""
     if not n:
         return 0.0, 1.0
@@ -39,7 +39,7 @@ class SkillScore:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of ``exact_match``."""
-        return wilson(self.correct, self.n)
+        return wilson_interval(self.correct, self.n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: overall, per skill, and the failures."""
         return {
-            **_figures(self.overall),
-            "skills": {score.skill: _figures(score) for score in self.scores},
+            **_score_dict(self.overall),
+            "skills": {score.skill: _score_dict(score) for score in self.scores},
             "failures": [{"id": f.id, "asked": f.asked, "text": f.text, "answer": f.answer} for f in self.failures],
         }
 
@@ -98,7 +98,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
-def _figures(score: SkillScore) -> dict[str, Any]:
+def _score_dict(score: SkillScore) -> dict[str, Any]:
     return {
         "exact_match": score.exact_match,
         "interval": list(score.interval),

@@ -8,16 +8,16 @@ import subprocess
 import sys
 from typing import Any
 
-__all__ = ["passes"]
+__all__ = ["passes_cases"]
 
-_SECONDS = 5.0
+_TIMEOUT_S = 5.0
 _BUILTINS = (
     "abs", "all", "any", "bool", "chr", "dict", "divmod", "enumerate", "filter", "float", "int", "isinstance", "len",
     "list",
     "map", "max", "min", "ord", "pow", "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip",
 )  # fmt: skip
 
-_REACHING = ("format", "format_map", "mro")  # attributes that lead from a value to what is private
+_UNSAFE_ATTRIBUTES = ("format", "format_map", "mro")  # attributes that lead from a value to what is private
 
 #: Reads {source, function, cases, builtins} and exits 0 if every case holds. Limits: CPU time, memory, no files.
 _HARNESS = """
@@ -41,7 +41,7 @@ except BaseException:
 """
 
 
-def _harmless(source: str) -> bool:
+def _is_harmless(source: str) -> bool:
     """Say whether the source is only functions, without imports, private attributes or anything at module level."""
     try:
         tree = ast.parse(source)
@@ -54,14 +54,14 @@ def _harmless(source: str) -> bool:
             return False
         if isinstance(node, ast.Name) and node.id.startswith("__"):
             return False
-        if isinstance(node, ast.Attribute) and (node.attr.startswith("_") or node.attr in _REACHING):
+        if isinstance(node, ast.Attribute) and (node.attr.startswith("_") or node.attr in _UNSAFE_ATTRIBUTES):
             return False
     return True
 
 
-def passes(source: str, function: str, cases: list[tuple[list[Any], Any]]) -> bool:
+def passes_cases(source: str, function: str, cases: list[tuple[list[Any], Any]]) -> bool:
     """Say whether ``function`` of ``source`` returns what each case ``[arguments, expected]`` says. Never raises."""
-    if not _harmless(source):
+    if not _is_harmless(source):
         return False
     job = json.dumps({"source": source, "function": function, "cases": cases, "builtins": _BUILTINS})
     try:
@@ -70,7 +70,7 @@ def passes(source: str, function: str, cases: list[tuple[list[Any], Any]]) -> bo
             input=job.encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=_SECONDS,
+            timeout=_TIMEOUT_S,
             env={},
             check=False,
         )

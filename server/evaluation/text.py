@@ -15,13 +15,13 @@ from quire.core.errors import ConfigError
 from quire.core.sampling_params import SamplingParams
 from quire.server.evaluation.logprob_recorder import ARGUMENT, SCORES
 
-__all__ = ["Complete", "TextScores", "Windows", "cut", "held_out_text", "score"]
+__all__ = ["Complete", "TextScores", "Windows", "cut_windows", "read_held_out_text", "score_windows"]
 
 #: Completes prompts of token ids, each with its own parameters; what it returns is not read.
 Complete = Callable[[Sequence[list[int]], Sequence[SamplingParams]], object]
 
 _FILE = Path(assets.__file__).resolve().parent / "eval" / "held_out.txt"
-_PROMPT, _SCORED = 64, 128  # tokens of a window
+_PROMPT_TOKENS, _SCORED_TOKENS = 64, 128  # tokens of a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class TextScores:
         return float(np.exp(-self.logprob.mean()))
 
 
-def held_out_text(path: Path | None = None) -> str:
+def read_held_out_text(path: Path | None = None) -> str:
     """The text that comes with Quire, or the file ``path``. ConfigError if it cannot be read."""
     try:
         return (path or _FILE).read_text(encoding="utf-8")
@@ -59,13 +59,13 @@ def held_out_text(path: Path | None = None) -> str:
         raise ConfigError(f"text {str(path)!r} cannot be read ({error}); give a file of UTF-8 text") from None
 
 
-def cut(tokens: Sequence[int], num_tokens: int, max_model_len: int) -> Windows:
+def cut_windows(tokens: Sequence[int], num_tokens: int, max_model_len: int) -> Windows:
     """Windows spread evenly over ``tokens`` with about ``num_tokens`` scored ones (at least one window).
 
     ConfigError if the text is shorter than a window.
     """
-    prompt = min(_PROMPT, max_model_len // 3)
-    length = min(prompt + _SCORED, max_model_len)
+    prompt = min(_PROMPT_TOKENS, max_model_len // 3)
+    length = min(prompt + _SCORED_TOKENS, max_model_len)
     count = min(len(tokens) // length, max(1, round(num_tokens / (length - prompt))))
     if count < 1:
         raise ConfigError(f"the text has {len(tokens)} tokens and a window takes {length}; give a longer one")
@@ -74,33 +74,35 @@ def cut(tokens: Sequence[int], num_tokens: int, max_model_len: int) -> Windows:
     return Windows(np.array([tokens[s : s + length] for s in starts], dtype=np.int32), prompt)
 
 
-def score(complete: Complete, windows: Windows, folder: Path, vocab_size: int, *, refers: bool) -> TextScores:
-    """Score the model behind ``complete``, an engine whose logits processors include ``Recorder``.
+def score_windows(
+    complete: Complete, windows: Windows, folder: Path, vocab_size: int, *, has_reference: bool
+) -> TextScores:
+    """Score the model behind ``complete``, an engine whose logits processors include ``LogprobRecorder``.
 
     ``folder`` keeps the reference's distributions, 4 bytes for each token and entry of the vocabulary: the first call
-    writes them (``refers=False``), later ones compare with them.
+    writes them (``has_reference=False``), later ones compare with them.
     """
     count, length = windows.tokens.shape
     scored = length - windows.prompt
     paths = {"scores": folder / "scores.npy", "logprobs": folder / "logprobs.npy"}
     open_memmap(paths["scores"], mode="w+", dtype=np.float64, shape=(count * scored, len(SCORES)))[:] = np.nan
-    if not refers:
+    if not has_reference:
         open_memmap(paths["logprobs"], mode="w+", dtype=np.float32, shape=(count * scored, vocab_size))
     prompts, params = [], []
     for i, tokens in enumerate(windows.tokens.tolist()):
-        asked = {name: str(path) for name, path in paths.items()} | {
+        task = {name: str(path) for name, path in paths.items()} | {
             "tokens": tokens[windows.prompt :],
-            "line": i * scored,
-            "refers": refers,
+            "row": i * scored,
+            "has_reference": has_reference,
         }
         prompts.append(tokens[: windows.prompt])
         params.append(
             SamplingParams(
-                temperature=0, max_tokens=scored, ignore_eos=True, detokenize=False, extra_args={ARGUMENT: asked}
+                temperature=0, max_tokens=scored, ignore_eos=True, detokenize=False, extra_args={ARGUMENT: task}
             )
         )
     complete(prompts, params)
-    found = np.array(open_memmap(paths["scores"], mode="r")).reshape(count, scored, len(SCORES))
-    if np.isnan(found[..., :2]).any():
+    values = np.array(open_memmap(paths["scores"], mode="r")).reshape(count, scored, len(SCORES))
+    if np.isnan(values[..., :2]).any():
         raise RuntimeError("some tokens of the text were not scored; is a logits processor quarantined? see the log")
-    return TextScores(found[..., 0], found[..., 1].astype(np.int64), found[..., 2])
+    return TextScores(values[..., 0], values[..., 1].astype(np.int64), values[..., 2])

@@ -9,9 +9,9 @@ from fastapi.middleware import Middleware
 
 from quire.core.version import __version__
 from quire.server.http.errors import add_error_handlers
-from quire.server.http.middleware import Gate
+from quire.server.http.middleware import RequestMiddleware
 from quire.server.http.protocol.chat import ChatBody
-from quire.server.http.protocol.common import schemas
+from quire.server.http.protocol.common import body_schemas
 from quire.server.http.protocol.completion import CompletionBody
 from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 from quire.server.http.routes import chat, completions, health, metrics, models, tokens, trace
@@ -32,11 +32,11 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
         title="Quire",
         version=__version__,
         root_path=settings.root_path,
-        middleware=[Middleware(Gate, state=state)],
+        middleware=[Middleware(RequestMiddleware, state=state)],
     )
     app.state.server = state
     for module in (chat, completions, models, tokens, health, metrics, trace):
-        app.include_router(module.router(state))
+        app.include_router(module.make_router(state))
     add_error_handlers(app)
     _describe_bodies(app)
     return app
@@ -45,7 +45,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
 def create_metrics_app(state: ServerState) -> FastAPI:
     """An application that serves only ``/metrics``, for ``--prometheus-port``."""
     app = FastAPI(title="Quire metrics", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(metrics.router(state))
+    app.include_router(metrics.make_router(state))
     add_error_handlers(app)
     return app
 
@@ -57,7 +57,7 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = plain()
         known = document.setdefault("components", {}).setdefault("schemas", {})
-        known.update(schemas([ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]))
+        known.update(body_schemas([ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]))
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -24,13 +24,13 @@ from quire.core.errors import (
 
 __all__ = [
     "ApiError",
-    "ClientGoneError",
+    "ClientDisconnectedError",
     "ModelNotFoundError",
     "UnavailableError",
     "add_error_handlers",
-    "error_body",
-    "error_response",
-    "validation_error",
+    "encode_error",
+    "make_error_response",
+    "make_validation_error",
 ]
 
 log = logging.getLogger(__name__)
@@ -85,74 +85,74 @@ class UnavailableError(ApiError):
         super().__init__(503, message, code="unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client closed the connection before its answer was ready."""
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
+def encode_error(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
     """``{"error": {"message", "type", "param", "code"}}``."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     error = {"message": message, "type": kind, "param": param, "code": code or HTTPStatus(status).name.lower()}
     return msgspec.json.encode({"error": error})
 
 
-def error_response(error: Exception) -> Response:
+def make_error_response(error: Exception) -> Response:
     """The answer to ``error``, whatever it is. What is not a user's or the client's doing is logged, and not shown."""
-    if isinstance(error, ClientGoneError):
+    if isinstance(error, ClientDisconnectedError):
         return Response(status_code=499)
-    known = _known(error)
-    if known is None:
+    api_error = _to_api_error(error)
+    if api_error is None:
         log.error("a request failed", exc_info=error)
-        known = ApiError(500, "internal server error; the server's log says more", code="internal_error")
-    body = error_body(known.status, known.message, known.param, known.code)
-    return Response(body, known.status, known.headers, "application/json")
+        api_error = ApiError(500, "internal server error; the server's log says more", code="internal_error")
+    body = encode_error(api_error.status, api_error.message, api_error.param, api_error.code)
+    return Response(body, api_error.status, api_error.headers, "application/json")
 
 
-def validation_error(errors: Sequence[Any]) -> ApiError:
+def make_validation_error(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's complaints, on one line. Places inside unions are left out of ``param``."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(
             400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json"
         )
-    where = _place(first["loc"])
+    where = _field_path(first["loc"])
     message = " ".join(str(first["msg"]).removeprefix("Value error, ").split())
     shown = repr(first.get("input"))
-    given = (
+    shown_input = (
         ""
         if first["type"] in ("missing", "value_error")
         else f", got {shown if len(shown) <= 100 else shown[:100] + '...'}"
     )
-    return ApiError(400, f"{where or 'the body'}: {message[:1].lower()}{message[1:]}{given}", param=where or None)
+    return ApiError(400, f"{where or 'the body'}: {message[:1].lower()}{message[1:]}{shown_input}", param=where or None)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error in the one shape."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return make_error_response(error)
 
     handler: Callable[[Request, Exception], Awaitable[Response]] = handle
-    known = (ApiError, QuireError, HTTPException, RequestValidationError, ValidationError, ClientGoneError)
+    known = (ApiError, QuireError, HTTPException, RequestValidationError, ValidationError, ClientDisconnectedError)
     for kind in known:
         app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, handler)
 
 
-def _known(error: Exception) -> ApiError | None:
+def _to_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        return ApiError(429, _line(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)})
+        return ApiError(429, _to_one_line(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, InvalidRequestError):
         code = "unsupported" if isinstance(error, UnsupportedError) else "invalid_value"
-        return ApiError(400, _line(error), param=error.param, code=code)
+        return ApiError(400, _to_one_line(error), param=error.param, code=code)
     if isinstance(error, EngineDeadError):
-        return UnavailableError(_line(error))
+        return UnavailableError(_to_one_line(error))
     if isinstance(error, RequestFailedError):
-        return ApiError(500, _line(error), code="engine_error")
+        return ApiError(500, _to_one_line(error), code="engine_error")
     if isinstance(error, RequestValidationError | ValidationError):
-        return validation_error(error.errors())
+        return make_validation_error(error.errors())
     if isinstance(error, HTTPException):
         return ApiError(
             error.status_code, _HINTS.get(error.status_code, str(error.detail)), headers=dict(error.headers or {})
@@ -160,11 +160,11 @@ def _known(error: Exception) -> ApiError | None:
     return None
 
 
-def _line(error: Exception) -> str:
+def _to_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _place(loc: Sequence[Any]) -> str:
+def _field_path(loc: Sequence[Any]) -> str:
     """``("messages", 3, "content", "str")`` -> ``messages[3].content``: fields of ours, and places in lists."""
     text, before = "", None
     for part in loc:

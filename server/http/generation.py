@@ -13,40 +13,40 @@ from starlette.requests import Request
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.middleware import request_id
+from quire.server.http.middleware import get_request_id
 from quire.server.http.protocol.common import GenerationBody
-from quire.server.http.protocol.replies import check_finished
-from quire.server.http.sse import unless_gone
+from quire.server.http.protocol.responses import raise_if_failed
+from quire.server.http.sse import cancel_on_disconnect
 from quire.server.http.state import ServerState
 
-__all__ = ["Outputs", "gather", "start_stream"]
+__all__ = ["Outputs", "collect_outputs", "stream_outputs"]
 
 Prompt = str | list[int]
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 """(index of the prompt, what it gained), in the order things happen."""
 
 
-async def gather(
+async def collect_outputs(
     state: ServerState, request: Request, prompts: Sequence[Prompt], params: SamplingParams, body: GenerationBody
 ) -> list[RequestOutput]:
     """The finished outputs, one per prompt. If the client leaves or one fails, all are aborted and it raises."""
-    streams = _streams(state, request, prompts, params, body, "final")
-    results = await unless_gone(request.receive, _all(streams))
+    streams = _start_generations(state, request, prompts, params, body, "final")
+    results = await cancel_on_disconnect(request.receive, _gather_final(streams))
     for result in results:
-        check_finished(result.outputs)
+        raise_if_failed(result.outputs)
     return results
 
 
-async def start_stream(
+async def stream_outputs(
     state: ServerState, request: Request, prompts: Sequence[Prompt], params: SamplingParams, body: GenerationBody
 ) -> Outputs:
     """New text as it comes. Returns once the first has come, so that a refusal still gets its HTTP status."""
-    outputs = _merged(_streams(state, request, prompts, params, body, "delta"))
-    first = await unless_gone(request.receive, _first(outputs))
-    return _resumed(first, outputs)
+    outputs = _merge_streams(_start_generations(state, request, prompts, params, body, "delta"))
+    first = await cancel_on_disconnect(request.receive, _await_first(outputs))
+    return _chain_first(first, outputs)
 
 
-def _streams(
+def _start_generations(
     state: ServerState,
     request: Request,
     prompts: Sequence[Prompt],
@@ -56,12 +56,12 @@ def _streams(
 ) -> list[AsyncIterator[RequestOutput]]:
     state.check_alive()
     unique = uuid.uuid4().hex[:8]
-    more: dict[str, Any] = {"priority": body.priority or 0, "cache_salt": body.cache_salt, "stream": mode}
-    name = f"{request_id(request.scope)}-{unique}"
-    return [state.engine.generate(p, params, f"{name}-{i}", **more) for i, p in enumerate(prompts)]
+    options: dict[str, Any] = {"priority": body.priority or 0, "cache_salt": body.cache_salt, "stream": mode}
+    name = f"{get_request_id(request.scope)}-{unique}"
+    return [state.engine.generate(p, params, f"{name}-{i}", **options) for i, p in enumerate(prompts)]
 
 
-async def _last(stream: Any) -> RequestOutput:
+async def _await_final(stream: Any) -> RequestOutput:
     last: RequestOutput | None = None
     async with contextlib.aclosing(stream):
         async for output in stream:
@@ -71,38 +71,38 @@ async def _last(stream: Any) -> RequestOutput:
     return last
 
 
-async def _all(streams: Sequence[Any]) -> list[RequestOutput]:
-    tasks = [asyncio.ensure_future(_last(stream)) for stream in streams]
+async def _gather_final(streams: Sequence[Any]) -> list[RequestOutput]:
+    tasks = [asyncio.ensure_future(_await_final(stream)) for stream in streams]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
-        await _cancel(tasks)
+        await _cancel_tasks(tasks)
 
 
-async def _first(outputs: Outputs) -> tuple[int, RequestOutput]:
+async def _await_first(outputs: Outputs) -> tuple[int, RequestOutput]:
     try:
         return await anext(outputs)
     except StopAsyncIteration:
         raise ApiError(500, "the engine ended this request without an answer", code="engine_error") from None
 
 
-async def _resumed(first: tuple[int, RequestOutput], rest: Outputs) -> Outputs:
+async def _chain_first(first: tuple[int, RequestOutput], rest: Outputs) -> Outputs:
     async with contextlib.aclosing(rest):
-        check_finished(first[1].outputs)
+        raise_if_failed(first[1].outputs)
         yield first
         async for item in rest:
-            check_finished(item[1].outputs)
+            raise_if_failed(item[1].outputs)
             yield item
 
 
-async def _merged(streams: Sequence[Any]) -> Outputs:
+async def _merge_streams(streams: Sequence[Any]) -> Outputs:
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]):
             async for output in streams[0]:
                 yield 0, output
         return
     queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue(maxsize=len(streams))
-    tasks = [asyncio.ensure_future(_pump(i, stream, queue)) for i, stream in enumerate(streams)]
+    tasks = [asyncio.ensure_future(_forward_outputs(i, stream, queue)) for i, stream in enumerate(streams)]
     running = len(tasks)
     try:
         while running:
@@ -114,10 +114,10 @@ async def _merged(streams: Sequence[Any]) -> Outputs:
             else:
                 yield index, item
     finally:
-        await _cancel(tasks)
+        await _cancel_tasks(tasks)
 
 
-async def _pump(
+async def _forward_outputs(
     index: int, stream: Any, queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]]
 ) -> None:
     try:
@@ -129,7 +129,7 @@ async def _pump(
         await queue.put((index, error))
 
 
-async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
+async def _cancel_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -9,15 +9,15 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.server.http.errors import ApiError, UnavailableError, error_response
+from quire.server.http.errors import ApiError, UnavailableError, make_error_response
 from quire.server.http.state import ServerState
 
-__all__ = ["Gate", "request_id"]
+__all__ = ["RequestMiddleware", "get_request_id"]
 
-_LONGEST_ID = 128
+_MAX_REQUEST_ID_CHARS = 128
 
 
-class Gate:
+class RequestMiddleware:
     """Let a request through to ``app``, or answer it here.
 
     Streams pass untouched: only the first message of a response is looked at.
@@ -33,8 +33,8 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        identity = _identity(headers)
-        scope.setdefault("state", {})["request_id"] = identity
+        request_id = _choose_request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
 
         started = False
 
@@ -42,38 +42,38 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = identity
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        work = scope["path"].startswith("/v1/")
-        self._state.enter(work)
+        is_api = scope["path"].startswith("/v1/")
+        self._state.begin_request(is_api)
         try:
-            self._admit(scope, headers, work)
-            await self._app(scope, self._limited(receive), answer)
+            self._check_request(scope, headers, is_api)
+            await self._app(scope, self._limit_body(receive), answer)
         except Exception as error:
-            response = error_response(error)
+            response = make_error_response(error)
             if not started:
                 await response(scope, receive, answer)
         finally:
-            self._state.leave(work)
+            self._state.end_request(is_api)
 
-    def _admit(self, scope: Scope, headers: Headers, work: bool) -> None:
-        if work and self._keys and not self._authorized(headers.get("authorization", "")):
+    def _check_request(self, scope: Scope, headers: Headers, is_api: bool) -> None:
+        if is_api and self._keys and not self._is_authorized(headers.get("authorization", "")):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._state.settings.max_request_bytes:
-            raise self._too_large()
-        if work and scope["method"] == "POST" and self._state.draining:
+            raise self._too_large_error()
+        if is_api and scope["method"] == "POST" and self._state.draining:
             raise UnavailableError("the server is shutting down; send the request to another")
 
-    def _authorized(self, header: str) -> bool:
+    def _is_authorized(self, header: str) -> bool:
         scheme, _, key = header.partition(" ")
-        given = key.strip().encode(errors="replace")
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        presented = key.strip().encode(errors="replace")
+        matches = [hmac.compare_digest(presented, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limit_body(self, receive: Receive) -> Receive:
         seen = 0
 
         async def limited() -> Message:
@@ -81,21 +81,21 @@ class Gate:
             message: Any = await receive()
             seen += len(message.get("body", b""))
             if seen > self._state.settings.max_request_bytes:
-                raise self._too_large()
+                raise self._too_large_error()
             return message
 
         return limited
 
-    def _too_large(self) -> ApiError:
+    def _too_large_error(self) -> ApiError:
         limit = self._state.settings.max_request_bytes
         return ApiError(413, f"the body is larger than {limit} bytes; send less, or raise --max-request-bytes")
 
 
-def request_id(scope: Scope) -> str:
+def get_request_id(scope: Scope) -> str:
     """The identity that the gate gave a request: the client's ``X-Request-Id``, or a fresh one."""
     return str(scope["state"]["request_id"])
 
 
-def _identity(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")[:_LONGEST_ID]
+def _choose_request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")[:_MAX_REQUEST_ID_CHARS]
     return given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75
 """Longer than the 60 s for which nginx keeps an idle connection: it is never we who close it under a request."""
-_LAST_WORDS_S = 2
-_WATCH_S = 0.5
+_GRACEFUL_SHUTDOWN_S = 2
+_POLL_S = 0.5
 
 
 def serve(
@@ -48,7 +48,7 @@ def serve(
     """
     setup_logging(settings.log_level.upper() if settings.log_level else None)
     if not args.disable_log_requests:
-        _log_requests()
+        _log_requests_with_engine()
     for warning in flag_warnings:
         log.warning("%s", warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -57,23 +57,25 @@ def serve(
 
 async def _serve(args: EngineArgs, settings: ServerSettings, process: EngineProcess, arguments: Any) -> int:
     async with contextlib.AsyncExitStack() as stack:
-        signalled = stack.enter_context(_signals())
-        sockets = [stack.enter_context(_bind(settings.host, settings.port, "--port"))]
+        signalled = stack.enter_context(_catch_signals())
+        sockets = [stack.enter_context(_bind_socket(settings.host, settings.port, "--port"))]
         if settings.prometheus_port is not None:
-            sockets.append(stack.enter_context(_bind(settings.host, settings.prometheus_port, "--prometheus-port")))
-        more = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
-        engine = AsyncLLM(args, process=process, **more)
+            sockets.append(
+                stack.enter_context(_bind_socket(settings.host, settings.prometheus_port, "--prometheus-port"))
+            )
+        log_options = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
+        engine = AsyncLLM(args, process=process, **log_options)
         stack.push_async_callback(engine.shutdown)
         from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
 
-        if not await _started(engine, signalled):
+        if not await _start_engine(engine, signalled):
             return 130
         app = create_app(engine, settings, arguments)
         engine.plugins.broadcast("quire_extend_app", app=app)
         state: ServerState = app.state.server
-        servers = [_Server(_config(app, args))]
+        servers = [_Server(_uvicorn_config(app, args))]
         if settings.prometheus_port is not None:
-            servers.append(_Server(_config(create_metrics_app(state), args)))
+            servers.append(_Server(_uvicorn_config(create_metrics_app(state), args)))
         gc.collect()
         gc.freeze()
         return await _run(servers, sockets, state, signalled)
@@ -88,9 +90,9 @@ async def _run(
         while not all(server.started for server in servers) and not any(task.done() for task in running):
             await asyncio.sleep(0.005)
         if not any(task.done() for task in running):
-            _announce(state, sockets)
+            _print_ready(state, sockets)
         while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
-            await asyncio.wait({stop, *running}, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stop, *running}, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not state.engine.is_dead:
             await _drain(state, signalled)
     finally:
@@ -138,7 +140,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: Any, args: EngineArgs) -> uvicorn.Config:
+def _uvicorn_config(app: Any, args: EngineArgs) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",
@@ -147,13 +149,13 @@ def _config(app: Any, args: EngineArgs) -> uvicorn.Config:
         log_config=None,
         access_log=not args.disable_log_requests,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_LAST_WORDS_S,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
         server_header=False,
     )
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Queue[int]]:
+def _catch_signals() -> Iterator[asyncio.Queue[int]]:
     """SIGTERM and SIGINT arrive in a queue."""
     queue: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -167,7 +169,7 @@ def _signals() -> Iterator[asyncio.Queue[int]]:
             loop.remove_signal_handler(number)
 
 
-async def _started(engine: AsyncLLM, signalled: asyncio.Queue[int]) -> bool:
+async def _start_engine(engine: AsyncLLM, signalled: asyncio.Queue[int]) -> bool:
     """Start the engine; False if a signal came first."""
     start = asyncio.ensure_future(engine.start())
     stop = asyncio.ensure_future(signalled.get())
@@ -181,31 +183,31 @@ async def _started(engine: AsyncLLM, signalled: asyncio.Queue[int]) -> bool:
     return True
 
 
-def _bind(host: str, port: int, flag: str) -> socket.socket:
+def _bind_socket(host: str, port: int, flag: str) -> socket.socket:
     """A bound socket that does not listen yet: clients are refused, not kept waiting, until the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"--host {host}: {error.strerror or error}; give an address of this machine") from None
-    found = socket.socket(family, kind, protocol)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind(address)
+        bound.bind(address)
     except OSError as error:
-        found.close()
+        bound.close()
         raise ConfigError(
             f"{flag} {port}: {host} port {port} cannot be used: {error.strerror}; choose another"
         ) from None
-    found.setblocking(False)
-    return found
+    bound.setblocking(False)
+    return bound
 
 
-def _announce(state: ServerState, sockets: Sequence[socket.socket]) -> None:
+def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     """The ready line, and a request to paste."""
-    shown, near = _addresses(sockets[0])
+    shown, near = _format_addresses(sockets[0])
     print(f"Quire {__version__} ready on {shown} - {state.engine.ready_line}")
     for other in sockets[1:]:
-        print(f"Metrics also on {_addresses(other)[0]}/metrics")
+        print(f"Metrics also on {_format_addresses(other)[0]}/metrics")
     key = " -H 'Authorization: Bearer KEY'" if state.settings.api_key else ""
     talk = [{"role": "user", "content": "What is paged attention?"}]
     body = json.dumps({"model": state.model_names[0], "messages": talk}).replace("'", "'\\''")
@@ -213,7 +215,7 @@ def _announce(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     sys.stdout.flush()
 
 
-def _addresses(bound: socket.socket) -> tuple[str, str]:
+def _format_addresses(bound: socket.socket) -> tuple[str, str]:
     """Where it listens, as given, and as a client on this machine would write it."""
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -221,7 +223,7 @@ def _addresses(bound: socket.socket) -> tuple[str, str]:
     return f"http://{shown}:{port}", f"http://{near}:{port}"
 
 
-def _log_requests() -> None:
+def _log_requests_with_engine() -> None:
     """A line per request, where our own lines go."""
     access = logging.getLogger("uvicorn.access")
     access.handlers = logging.getLogger("quire").handlers

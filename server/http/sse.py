@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quire.core.messages import CompletionOutput
-from quire.server.http.errors import ClientGoneError
+from quire.server.http.errors import ClientDisconnectedError
 
-__all__ = ["DONE", "ChunkWriter", "EventStream", "event", "speaks", "unless_gone"]
+__all__ = ["DONE", "ChunkWriter", "EventStream", "cancel_on_disconnect", "encode_event", "needs_chunk"]
 
 T = TypeVar("T")
 
@@ -25,12 +25,12 @@ DONE = b"data: [DONE]\n\n"
 encode = msgspec.json.Encoder().encode
 
 
-def event(value: Any) -> bytes:
+def encode_event(value: Any) -> bytes:
     """One event with a JSON value."""
     return b"data: %b\n\n" % encode(value)
 
 
-def speaks(choice: CompletionOutput) -> bool:
+def needs_chunk(choice: CompletionOutput) -> bool:
     """Whether a chunk of text is due: one for every step that drew a token, even if its text still waits for the rest
     of a character or for a stop string, since clients time tokens by their chunks."""
     return bool(choice.text or choice.logprobs or (choice.token_ids and choice.finish_reason is None))
@@ -48,10 +48,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the response."""
-        with contextlib.suppress(ClientGoneError):
-            await unless_gone(receive, self._pump(send))
+        with contextlib.suppress(ClientDisconnectedError):
+            await cancel_on_disconnect(receive, self._send_events(send))
 
-    async def _pump(self, send: Send) -> None:
+    async def _send_events(self, send: Send) -> None:
         async with contextlib.aclosing(self._events):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for data in self._events:
@@ -59,17 +59,17 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``; cancel it and raise ClientGoneError if the client disconnects first.
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``; cancel it and raise ClientDisconnectedError if the client disconnects first.
 
     To be called once the request's body is read: then the next thing to be received is the disconnection.
     """
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_gone(receive))
+    watcher = asyncio.ensure_future(_wait_disconnect(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGoneError
+            raise ClientDisconnectedError
         return task.result()
     finally:
         task.cancel()
@@ -84,15 +84,15 @@ class ChunkWriter:
     API has it when the last one will bring the usage.
     """
 
-    def __init__(self, identity: str, kind: str, created: int, model: str, usage: bool) -> None:
-        self._fields = {"id": identity, "object": kind, "created": created, "model": model}
+    def __init__(self, response_id: str, kind: str, created: int, model: str, usage: bool) -> None:
+        self._fields = {"id": response_id, "object": kind, "created": created, "model": model}
         self._head = b"data: %b" % encode(self._fields)[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage else b"}]}\n\n"
         chat = kind.startswith("chat")
         self._before = b',"delta":{"content":' if chat else b',"text":'
         self._after = b"}" if chat else b""
 
-    def text(self, index: int, text: str, logprobs: Any = None) -> bytes:
+    def encode_text(self, index: int, text: str, logprobs: Any = None) -> bytes:
         """New text of one choice."""
         extra = b"null" if logprobs is None else encode(logprobs)
         middle = b'%d%b%b%b,"logprobs":%b,"finish_reason":null' % (
@@ -104,15 +104,15 @@ class ChunkWriter:
         )
         return self._head + middle + self._tail
 
-    def choice(self, index: int, **fields: Any) -> bytes:
+    def encode_choice(self, index: int, **fields: Any) -> bytes:
         """Any other chunk of one choice: its role, its end."""
         return self._head + b"%d," % index + encode(fields)[1:-1] + self._tail
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
+    def encode_usage(self, usage: dict[str, Any]) -> bytes:
         """The last chunk of an answer that was asked for its usage."""
-        return event({**self._fields, "choices": [], "usage": usage})
+        return encode_event({**self._fields, "choices": [], "usage": usage})
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -18,8 +18,8 @@ __all__ = ["ServerState"]
 
 T = TypeVar("T")
 
-_MOST_NAMES = 64
-_LONG_BYTES = 16_384
+_MAX_LOGGED_FIELDS = 64
+_THREAD_ABOVE_BYTES = 16_384
 
 log = logging.getLogger(__name__)
 
@@ -59,21 +59,21 @@ class ServerState:
         if self.engine.is_dead:
             raise EngineDeadError("the engine stopped; see its log and restart the server")
 
-    async def tokenizing(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    async def run_tokenizer(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """What ``work`` returns, run in a thread if it reads so many bytes that it would hold up everybody else."""
-        if size < _LONG_BYTES:
+        if size < _THREAD_ABOVE_BYTES:
             return work(*args, **kwargs)
         return await asyncio.to_thread(work, *args, **kwargs)
 
-    def enter(self, work: bool) -> None:
+    def begin_request(self, is_api: bool) -> None:
         """A request begins; only ``work``, requests to ``/v1``, is counted."""
-        self.in_flight += work
-        if work:
+        self.in_flight += is_api
+        if is_api:
             self._idle.clear()
 
-    def leave(self, work: bool) -> None:
+    def end_request(self, is_api: bool) -> None:
         """A request ends."""
-        self.in_flight -= work
+        self.in_flight -= is_api
         if self.in_flight == 0:
             self._idle.set()
 
@@ -85,9 +85,9 @@ class ServerState:
             return False
         return True
 
-    def note_unknown_fields(self, names: list[str], where: str) -> None:
+    def log_unknown_fields(self, names: list[str], where: str) -> None:
         """Log fields of a request that mean nothing to us, each once."""
         for name in names:
-            if name not in self._unknown_fields and len(self._unknown_fields) < _MOST_NAMES:
+            if name not in self._unknown_fields and len(self._unknown_fields) < _MAX_LOGGED_FIELDS:
                 self._unknown_fields.add(name)
                 log.warning("%s: the field %.64r is unknown and was ignored (said once)", where, name)

@@ -10,12 +10,12 @@ from typing import Any
 
 from quire.core.stats import StepStats
 
-__all__ = ["chrome_trace"]
+__all__ = ["make_chrome_trace"]
 
 _TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "update": 5}
 
 
-def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
+def make_chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
     """A JSON object to open in ui.perfetto.dev or chrome://tracing: one track a phase, one slice a step.
 
     A device runs its steps one after the other: one has ended when the next begins, even if the host, busy with a
@@ -25,18 +25,18 @@ def chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}}
         for name, track in _TRACKS.items()
     ]
-    begun = float("inf")
+    device_start = float("inf")
     for step in reversed(list(steps)):
-        ended = min(step.end_us, begun)
-        begun = ended - step.device_us
+        device_end = min(step.end_us, device_start)
+        device_start = device_end - step.device_us
         shape = {"requests": step.num_reqs, "decodes": step.num_decodes, "tokens": step.num_tokens}
         if step.num_drafts:
             shape |= {"drafts": step.num_drafts, "accepted": step.num_accepted}
-        planned = step.start_us + step.schedule_us
+        launch_start = step.start_us + step.schedule_us
         for phase, start, length in (
             ("schedule", step.start_us, step.schedule_us),
-            ("launch", planned, step.launch_us),
-            ("device", begun, step.device_us),
+            ("launch", launch_start, step.launch_us),
+            ("device", device_start, step.device_us),
             ("wait", step.end_us - step.wait_us, step.wait_us),
             ("update", step.end_us, step.update_us),
         ):

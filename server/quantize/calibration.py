@@ -14,7 +14,7 @@ from quire.core.errors import ConfigError, InvalidRequestError
 if TYPE_CHECKING:
     from quire.core.engine.tokenizer import Tokenizer
 
-__all__ = ["samples"]
+__all__ = ["load_samples"]
 
 _MODULES = (
     "argparse", "ast", "bisect", "calendar", "collections", "configparser", "contextlib", "csv", "dataclasses",
@@ -24,7 +24,7 @@ _MODULES = (
 )  # fmt: skip
 
 
-def samples(tokenizer: Tokenizer, file: Path | None, count: int, length: int) -> list[list[int]]:
+def load_samples(tokenizer: Tokenizer, file: Path | None, count: int, length: int) -> list[list[int]]:
     """At most ``count`` samples of ``length`` tokens, spread evenly over the text.
 
     ``file`` is text, or JSON lines (``.jsonl``) of ``{"text": ...}`` or ``{"messages": [...], "tools": [...]}``, the
@@ -32,21 +32,21 @@ def samples(tokenizer: Tokenizer, file: Path | None, count: int, length: int) ->
     model has a template, and source files of its library, by turns. ConfigError for what cannot be used.
     """
     tokens: list[int] = []
-    for document in _of_python(tokenizer) if file is None else _of_file(tokenizer, file):
+    for document in _read_python_docs(tokenizer) if file is None else _read_file(tokenizer, file):
         tokens += document
         if file is None and len(tokens) >= 2 * count * length:
             break
-    found = min(count, len(tokens) // length)
-    if not found:
+    num_samples = min(count, len(tokens) // length)
+    if not num_samples:
         raise ConfigError(
             f"--calibration {file}: {len(tokens)} tokens are less than one sample of {length}; give more text, or a "
             f"smaller --sequence-length"
         )
-    stride = len(tokens) // found
-    return [tokens[i * stride : i * stride + length] for i in range(found)]
+    stride = len(tokens) // num_samples
+    return [tokens[i * stride : i * stride + length] for i in range(num_samples)]
 
 
-def _of_file(tokenizer: Tokenizer, file: Path) -> Iterator[list[int]]:
+def _read_file(tokenizer: Tokenizer, file: Path) -> Iterator[list[int]]:
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -70,12 +70,12 @@ def _of_file(tokenizer: Tokenizer, file: Path) -> Iterator[list[int]]:
             raise ConfigError(f"--calibration {file}, line {number}: {' '.join(reason.split())[:300]}") from None
 
 
-def _of_python(tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _read_python_docs(tokenizer: Tokenizer) -> Iterator[list[int]]:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         raise ConfigError("this Python comes without its documentation; give a text with --calibration FILE") from None
-    sources = _sources()
+    sources = _read_library_sources()
     for name, topic in sorted(topics.items()):
         chat: list[dict[str, Any]] = [
             {"role": "user", "content": f"What does the documentation of Python say about {name}?"},
@@ -88,7 +88,7 @@ def _of_python(tokenizer: Tokenizer) -> Iterator[list[int]]:
         yield tokenizer.encode(next(sources, ""))
 
 
-def _sources() -> Iterator[str]:
+def _read_library_sources() -> Iterator[str]:
     for name in _MODULES:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin and Path(spec.origin).suffix == ".py":

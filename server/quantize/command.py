@@ -14,7 +14,7 @@ from typing import Any
 
 from quire.core.errors import CheckpointError, ConfigError
 from quire.server.cli.flags import parse_float, parse_int
-from quire.server.quantize.recipes import METHODS, TOOLS, Recipe, environment, find_recipe, interpreter
+from quire.server.quantize.recipes import METHODS, TOOLS, Recipe, find_interpreter, find_recipe, tool_environment
 
 __all__ = ["add_parser", "run"]
 
@@ -24,7 +24,7 @@ _ABOUT = """Quantize MODEL with a tool made for it, write the checkpoint to DIR,
 _SAMPLES, _LENGTH, _GROUP = 128, 512, 128
 
 #: Files that belong to a model and that quantization does not touch.
-_BESIDE = (
+_COPIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -63,20 +63,20 @@ def run(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     recipe = find_recipe(args.method, args.tool, args.scheme)
     scheme = args.scheme or recipe.schemes[0]
-    _check(args, recipe, scheme)
-    python = interpreter(recipe, args.python)
+    _check_arguments(args, recipe, scheme)
+    python = find_interpreter(recipe, args.python)
     length = 0 if scheme in recipe.uncalibrated else args.sequence_length or _LENGTH
-    folder = _model(args.model, recipe, args.group_size or _GROUP, length)
+    folder = _resolve_source(args.model, recipe, args.group_size or _GROUP, length)
     samples: list[list[int]] = []
     if length:
         from quire.core.engine.tokenizer import Tokenizer
-        from quire.server.quantize.calibration import samples as read
+        from quire.server.quantize.calibration import load_samples
 
-        samples = read(Tokenizer(str(folder)), args.calibration, args.samples or _SAMPLES, length)
-    told = f"{args.model}: {recipe.method} ({scheme}) by {recipe.tool}"
+        samples = load_samples(Tokenizer(str(folder)), args.calibration, args.samples or _SAMPLES, length)
+    summary = f"{args.model}: {recipe.method} ({scheme}) by {recipe.tool}"
     if samples:
-        told += f", watching {len(samples)} samples of {len(samples[0])} tokens"
-    print(told, file=sys.stderr)
+        summary += f", watching {len(samples)} samples of {len(samples[0])} tokens"
+    print(summary, file=sys.stderr)
     job = {
         "tool": recipe.tool,
         "scheme": scheme,
@@ -86,16 +86,17 @@ def run(args: argparse.Namespace) -> int:
         "device": args.device,
     }
     started = time.perf_counter()
-    version = _quantize(job, python, args.python is not None, folder, args.out)
-    before, now = _bytes(folder), _bytes(args.out)
+    version = _run_tool(job, python, args.python is not None, folder, args.out)
+    source_bytes, quantized_bytes = _weight_bytes(folder), _weight_bytes(args.out)
     print(
-        f"{args.out}: {now / 1e6:,.1f} MB of weights, {now / before:.0%} of the {before / 1e6:,.1f} MB before; "
+        f"{args.out}: {quantized_bytes / 1e6:,.1f} MB of weights, {quantized_bytes / source_bytes:.0%} of the "
+        f"{source_bytes / 1e6:,.1f} MB before; "
         f"{recipe.tool} {version}, {time.perf_counter() - started:.0f} s; try it with quire serve {args.out}"
     )
-    return 0 if args.no_eval else _compare(args)
+    return 0 if args.no_eval else _compare_models(args)
 
 
-def _check(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
+def _check_arguments(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
     out: Path = args.out
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a new folder")
@@ -117,7 +118,7 @@ def _check(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
         raise ConfigError("--limit and --max-loss are for the comparison; leave out --no-eval")
 
 
-def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
+def _resolve_source(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
     """The model's folder. Refuses one that is quantized, or that does not fit groups or samples."""
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
@@ -125,8 +126,10 @@ def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
     folder = resolve_model(name)
     config = read_hf_config(folder)
     get_architecture(config)
-    if already := getattr(config, "quantization_config", None):
-        raise CheckpointError(f"model {name!r} is quantized already ({already.get('quant_method', '?')}); give another")
+    if quantization := getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"model {name!r} is quantized already ({quantization.get('quant_method', '?')}); give another"
+        )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"model {name!r} has no safetensors; convert it first")
     if length > (context := get_context_length(config)):
@@ -145,10 +148,10 @@ def _model(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
     return folder
 
 
-def _quantize(job: dict[str, Any], python: str, elsewhere: bool, model: Path, out: Path) -> str:
+def _run_tool(job: dict[str, Any], python: str, elsewhere: bool, model: Path, out: Path) -> str:
     """Let the tool work beside ``out`` and move what it made there when it is whole. Returns the tool's version."""
     script = Path(__file__).with_name("tools.py")
-    env = environment(elsewhere=elsewhere)
+    env = tool_environment(elsewhere=elsewhere)
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -156,38 +159,38 @@ def _quantize(job: dict[str, Any], python: str, elsewhere: bool, model: Path, ou
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot write there ({error}); give another folder") from None
     with work:
-        made, result = Path(work.name) / "model", Path(work.name) / "result.json"
+        model_folder, result = Path(work.name) / "model", Path(work.name) / "result.json"
         command = [python, "-P", "-W", "ignore", str(script)]
-        text = json.dumps({**job, "out": str(made), "result": str(result)})
-        done = subprocess.run(command, input=text, text=True, stdout=2, env=env, check=False)
+        text = json.dumps({**job, "out": str(model_folder), "result": str(result)})
+        completed = subprocess.run(command, input=text, text=True, stdout=2, env=env, check=False)
         outcome = json.loads(result.read_text("utf-8")) if result.is_file() else {}
         if "version" not in outcome:
-            reason = outcome.get("error") or f"it ended with status {done.returncode}"
+            reason = outcome.get("error") or f"it ended with status {completed.returncode}"
             raise ConfigError(f"{job['tool']} could not quantize {model}: {reason}; what it printed is above")
-        for name in _BESIDE:
+        for name in _COPIED_FILES:
             if (model / name).is_file():
-                shutil.copyfile(model / name, made / name)
-        for path in made.iterdir():
+                shutil.copyfile(model / name, model_folder / name)
+        for path in model_folder.iterdir():
             path.chmod(0o644)
         if out.is_dir():
             out.rmdir()
-        made.rename(out)
+        model_folder.rename(out)
     return str(outcome["version"])
 
 
-def _bytes(folder: Path) -> int:
+def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare_models(args: argparse.Namespace) -> int:
     from quire.core.engine.args import EngineArgs
     from quire.server.evaluation import load_questions
     from quire.server.evaluation.command import MAX_LOSS, NUM_TOKENS
-    from quire.server.evaluation.compare_command import Side, compare
-    from quire.server.evaluation.text import held_out_text
+    from quire.server.evaluation.compare_command import Side, compare_sides
+    from quire.server.evaluation.text import read_held_out_text
 
     sides = [Side(name, EngineArgs(model=name, device=args.device)) for name in (args.model, str(args.out))]
     allowed = MAX_LOSS if args.max_loss is None else args.max_loss
-    found = compare(sides, load_questions(None, args.limit), held_out_text(), NUM_TOKENS, allowed)
-    print(found.table())
-    return int(args.max_loss is not None and not found.within)
+    comparison = compare_sides(sides, load_questions(None, args.limit), read_held_out_text(), NUM_TOKENS, allowed)
+    print(comparison.table())
+    return int(args.max_loss is not None and not comparison.within)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError
 
-__all__ = ["METHODS", "RECIPES", "TOOLS", "Recipe", "environment", "find_recipe", "interpreter"]
+__all__ = ["METHODS", "RECIPES", "TOOLS", "Recipe", "find_interpreter", "find_recipe", "tool_environment"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,42 +47,42 @@ def find_recipe(method: str, tool: str | None, scheme: str | None) -> Recipe:
         raise ConfigError(f"--method {method!r} is not known; choose {', '.join(METHODS)}")
     if tool is not None and tool not in TOOLS:
         raise ConfigError(f"--tool {tool!r} is not known; choose {', '.join(TOOLS)}")
-    found = [recipe for recipe in of_method if tool in (None, recipe.tool)]
-    if not found:
-        able = ", ".join(recipe.tool for recipe in of_method)
-        raise ConfigError(f"--tool {tool} is not for --method {method}; choose {able}")
-    if scheme is not None and scheme not in found[0].schemes:
+    usable = [recipe for recipe in of_method if tool in (None, recipe.tool)]
+    if not usable:
+        tools = ", ".join(recipe.tool for recipe in of_method)
+        raise ConfigError(f"--tool {tool} is not for --method {method}; choose {tools}")
+    if scheme is not None and scheme not in usable[0].schemes:
         raise ConfigError(
-            f"--scheme {scheme!r} is none of {method} by {found[0].tool}; choose {', '.join(found[0].schemes)}"
+            f"--scheme {scheme!r} is none of {method} by {usable[0].tool}; choose {', '.join(usable[0].schemes)}"
         )
-    return found[0]
+    return usable[0]
 
 
-def interpreter(recipe: Recipe, given: str | None) -> str:
+def find_interpreter(recipe: Recipe, python: str | None) -> str:
     """The interpreter that has the tool. ConfigError with the command that installs it."""
     hint = f"install it with: pip install 'quire[{recipe.extra}]'"
     if recipe.extra == "optimum":
         hint += " --no-build-isolation (in an environment of its own, named with --python)"
-    if given is None:
+    if python is None:
         if importlib.util.find_spec(recipe.module) is None:
             raise ConfigError(f"{recipe.tool} is not installed; {hint}")
         return sys.executable
-    path = shutil.which(given)
+    path = shutil.which(python)
     if path is None:
-        raise ConfigError(f"--python {given!r} is not an interpreter; give a path such as venv/bin/python")
+        raise ConfigError(f"--python {python!r} is not an interpreter; give a path such as venv/bin/python")
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({recipe.module!r}) is None)"
     try:
-        done = subprocess.run(
-            [path, "-c", code], env=environment(elsewhere=True), capture_output=True, timeout=60, check=False
+        checked = subprocess.run(
+            [path, "-c", code], env=tool_environment(elsewhere=True), capture_output=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"--python {given!r} cannot be run ({error}); give a path such as venv/bin/python") from None
-    if done.returncode:
-        raise ConfigError(f"{recipe.tool} is not installed for {given}; {hint.replace('pip', f'{given} -m pip')}")
+        raise ConfigError(f"--python {python!r} cannot be run ({error}); give a path such as venv/bin/python") from None
+    if checked.returncode:
+        raise ConfigError(f"{recipe.tool} is not installed for {python}; {hint.replace('pip', f'{python} -m pip')}")
     return path
 
 
-def environment(*, elsewhere: bool) -> dict[str, str]:
+def tool_environment(*, elsewhere: bool) -> dict[str, str]:
     """The environment for the tool; ``elsewhere``: for an interpreter that has packages of its own."""
     env = child_environment() | {"TOKENIZERS_PARALLELISM": "false"}
     return {name: value for name, value in env.items() if not (elsewhere and name == "PYTHONPATH")}

@@ -22,7 +22,7 @@ __all__ = ["TOOLS", "main"]
 Job = Mapping[str, Any]
 
 
-def _device(job: Job) -> str:
+def _choose_device(job: Job) -> str:
     import torch
 
     if job["device"] != "auto":
@@ -30,7 +30,7 @@ def _device(job: Job) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def autoawq(job: Job) -> None:
+def run_autoawq(job: Job) -> None:
     """Activation-aware weight quantization (Lin et al. 2023), 4 bits with zero points. On a CPU in float32, for float16
     is slow there; what is saved is float16 all the same."""
     import torch
@@ -40,7 +40,7 @@ def autoawq(job: Job) -> None:
     kind = json.loads((Path(job["model"]) / "config.json").read_text("utf-8"))["model_type"]
     if kind not in TRANSFORMERS_AUTO_MAPPING_DICT:
         raise RuntimeError(f"autoawq knows no model of type {kind!r}; use --method gptq")
-    device = _device(job)
+    device = _choose_device(job)
     model = AutoAWQForCausalLM.from_pretrained(
         job["model"],
         torch_dtype=torch.float32 if device == "cpu" else torch.float16,
@@ -63,52 +63,52 @@ def autoawq(job: Job) -> None:
     model.save_quantized(job["out"])
 
 
-def llmcompressor(job: Job) -> None:
+def run_llmcompressor(job: Job) -> None:
     """FP8, INT8 and GPTQ in the format of compressed-tensors; every linear layer but the last."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from transformers import AutoModelForCausalLM
 
-    def everything(modifier: Any, scheme: str) -> Any:
+    def quantize_linear(modifier: Any, scheme: str) -> Any:
         return modifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
 
-    def smoothed() -> list[Any]:
+    def smoothquant_modifiers() -> list[Any]:
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-        return [SmoothQuantModifier(smoothing_strength=0.8), everything(GPTQModifier, "W8A8")]
+        return [SmoothQuantModifier(smoothing_strength=0.8), quantize_linear(GPTQModifier, "W8A8")]
 
     recipes: dict[str, Callable[[], list[Any]]] = {
-        "dynamic": lambda: [everything(QuantizationModifier, "FP8_DYNAMIC")],
-        "static": lambda: [everything(QuantizationModifier, "FP8")],
-        "block": lambda: [everything(QuantizationModifier, "FP8_BLOCK")],
-        "smoothquant": smoothed,
-        "rounded": lambda: [everything(QuantizationModifier, "W8A8")],
-        "plain": lambda: [GPTQModifier(config_groups=_four_bits(job), ignore=["lm_head"])],
-        "act_order": lambda: [GPTQModifier(config_groups=_four_bits(job), ignore=["lm_head"], actorder="group")],
+        "dynamic": lambda: [quantize_linear(QuantizationModifier, "FP8_DYNAMIC")],
+        "static": lambda: [quantize_linear(QuantizationModifier, "FP8")],
+        "block": lambda: [quantize_linear(QuantizationModifier, "FP8_BLOCK")],
+        "smoothquant": smoothquant_modifiers,
+        "rounded": lambda: [quantize_linear(QuantizationModifier, "W8A8")],
+        "plain": lambda: [GPTQModifier(config_groups=_four_bit_groups(job), ignore=["lm_head"])],
+        "act_order": lambda: [GPTQModifier(config_groups=_four_bit_groups(job), ignore=["lm_head"], actorder="group")],
     }
     model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype="auto", device_map=_device(job), trust_remote_code=False, use_safetensors=True
+        job["model"], dtype="auto", device_map=_choose_device(job), trust_remote_code=False, use_safetensors=True
     )
-    samples, more = job["samples"], {}
+    samples, calibration = job["samples"], {}
     if samples:
         rows = [{"input_ids": tokens, "attention_mask": [1] * len(tokens)} for tokens in samples]
-        more = {
+        calibration = {
             "dataset": Dataset.from_list(rows),
             "max_seq_length": len(samples[0]),
             "num_calibration_samples": len(samples),
         }
-    oneshot(model=model, recipe=recipes[job["scheme"]](), **more)
+    oneshot(model=model, recipe=recipes[job["scheme"]](), **calibration)
     model.save_pretrained(job["out"], save_compressed=True)
 
 
-def optimum(job: Job) -> None:
+def run_optimum(job: Job) -> None:
     """GPTQ (Frantar et al. 2022) in its own format, by ``GPTQQuantizer`` over gptqmodel; symmetric."""
     import torch
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModelForCausalLM
 
-    device = _device(job)
+    device = _choose_device(job)
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=torch.float32 if device == "cpu" else torch.float16,
@@ -133,23 +133,23 @@ def optimum(job: Job) -> None:
         parameter.data = parameter.data.half()
     model.config.dtype = torch.float16
     quantizer.save(model, job["out"])
-    told = Path(job["out"]) / "config.json"  # written before the zero points were converted to the older format
-    config = json.loads(told.read_text("utf-8"))
+    config_file = Path(job["out"]) / "config.json"  # written before the zero points were converted to the older format
+    config = json.loads(config_file.read_text("utf-8"))
     config["quantization_config"]["format"] = quantizer.format
-    told.write_text(json.dumps(config, indent=2), "utf-8")
+    config_file.write_text(json.dumps(config, indent=2), "utf-8")
 
 
 #: By name: what quantizes, and the distribution whose version is told.
 TOOLS: Mapping[str, tuple[Callable[[Job], None], str]] = MappingProxyType(
     {
-        "autoawq": (autoawq, "autoawq"),
-        "llmcompressor": (llmcompressor, "llmcompressor"),
-        "optimum": (optimum, "gptqmodel"),
+        "autoawq": (run_autoawq, "autoawq"),
+        "llmcompressor": (run_llmcompressor, "llmcompressor"),
+        "optimum": (run_optimum, "gptqmodel"),
     }
 )
 
 
-def _four_bits(job: Job) -> dict[str, Any]:
+def _four_bit_groups(job: Job) -> dict[str, Any]:
     """Symmetric weights of 4 bits, in groups as asked for."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 

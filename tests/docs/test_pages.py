@@ -10,7 +10,7 @@ import subprocess
 import httpx
 import pytest
 
-from quire.server.cli.main import _parsers
+from quire.server.cli.main import make_parsers
 
 
 def shell_lines(blocks):
@@ -53,7 +53,7 @@ def test_quire_commands_parse(all_blocks, capsys):
     seen = 0
     for where, words in shell_lines(all_blocks):
         if words[0] == "quire":
-            parser, _ = _parsers()
+            parser, _ = make_parsers()
             try:
                 _, unknown = parser.parse_known_args(words[1:])
             except SystemExit as exit_:
@@ -84,7 +84,7 @@ def test_the_request_in_the_readme_is_answered(readme, server):
 
 @pytest.mark.parametrize("text", ["quire serve --no-such-flag", "quire nonsense"])
 def test_a_wrong_command_is_seen(text, capsys):
-    parser, _ = _parsers()
+    parser, _ = make_parsers()
     try:
         _, unknown = parser.parse_known_args(shlex.split(text)[1:])
     except SystemExit:

@@ -6,7 +6,7 @@ import json
 
 from quire import LLM, SamplingParams
 from quire.core.stats import StepStats
-from quire.server.http.trace import chrome_trace
+from quire.server.http.trace import make_chrome_trace
 
 
 def test_steps_tell_their_shape_and_times(llm: LLM) -> None:
@@ -20,7 +20,7 @@ def test_steps_tell_their_shape_and_times(llm: LLM) -> None:
         assert s.device_us > 0
         assert s.end_us >= s.start_us + s.schedule_us + s.launch_us
         assert min(s.schedule_us, s.launch_us, s.wait_us, s.update_us) >= 0
-    trace = json.loads(json.dumps(chrome_trace(steps)))
+    trace = json.loads(json.dumps(make_chrome_trace(steps)))
     slices = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     assert len(slices) == 5 * len(steps)
     assert all(e["dur"] >= 0 and e["ts"] > 0 for e in slices)
@@ -46,5 +46,5 @@ def test_a_step_that_the_host_saw_late_ends_where_the_next_begins() -> None:
         end_us=42.0,
         update_us=1.0,
     )
-    slices = [e for e in chrome_trace([first, second])["traceEvents"] if e.get("cat") == "device"]
+    slices = [e for e in make_chrome_trace([first, second])["traceEvents"] if e.get("cat") == "device"]
     assert {e["name"]: (e["ts"], e["dur"]) for e in slices} == {"step 1": (17.0, 5.0), "step 2": (22.0, 20.0)}

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from quire.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import Body, GenerationBody, Int32, unsupported
+from quire.server.http.protocol.common import Body, GenerationBody, Int32, unsupported_error
 
 __all__ = ["ChatBody", "Conversation", "Message"]
 
@@ -34,7 +34,9 @@ class Conversation(Body):
     def template_arguments(self) -> dict[str, Any]:
         """The arguments of ``AsyncLLM.apply_chat_template``."""
         if self.chat_template is not None:
-            raise unsupported("chat_template", "templates in requests are not run; start with --chat-template FILE")
+            raise unsupported_error(
+                "chat_template", "templates in requests are not run; start with --chat-template FILE"
+            )
         explicit = "add_generation_prompt" in self.model_fields_set
         return {
             "messages": [message.model_dump(exclude_none=True) for message in self.messages],
@@ -60,12 +62,12 @@ class ChatBody(GenerationBody, Conversation):
             arguments["tools"] = None
         return arguments
 
-    def params(self) -> SamplingParams:
+    def to_sampling_params(self) -> SamplingParams:
         """The engine's parameters. Raises ApiError or InvalidRequestError."""
-        self.refuse_unsupported()
+        self.check_supported()
         if self.tool_choice not in (None, "none", "auto"):
             message = "a tool cannot be enforced yet; use 'auto' or 'none' (tools reach the chat template)"
-            raise unsupported("tool_choice", message)
+            raise unsupported_error("tool_choice", message)
         if self.top_logprobs is not None:
             if not self.logprobs:
                 raise ApiError(400, "top_logprobs: allowed only with logprobs=true", param="top_logprobs")
@@ -73,4 +75,6 @@ class ChatBody(GenerationBody, Conversation):
                 message = f"top_logprobs: must be between 0 and {MAX_LOGPROBS}, got {self.top_logprobs}"
                 raise ApiError(400, message, param="top_logprobs")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self.sampling_params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return self.build_sampling_params(
+            max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+        )

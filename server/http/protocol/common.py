@@ -10,23 +10,23 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
 from quire.core.sampling_params import SamplingParams
-from quire.server.http.errors import ApiError, validation_error
+from quire.server.http.errors import ApiError, make_validation_error
 from quire.server.http.state import ServerState
 
-__all__ = ["Body", "GenerationBody", "Int32", "StreamOptions", "read_body", "schema_of", "schemas"]
+__all__ = ["Body", "GenerationBody", "Int32", "StreamOptions", "body_schemas", "describe_body", "read_body"]
 
 M = TypeVar("M", bound="Body")
 
 
-def _no_booleans(value: Any) -> Any:
+def _refuse_booleans(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("should be a number, not a boolean")
     return value
 
 
-Int32 = Annotated[int, BeforeValidator(_no_booleans), Field(ge=-(2**31), lt=2**31)]
-Int64 = Annotated[int, BeforeValidator(_no_booleans), Field(ge=-(2**63), lt=2**63)]
-Real = Annotated[FiniteFloat, BeforeValidator(_no_booleans)]
+Int32 = Annotated[int, BeforeValidator(_refuse_booleans), Field(ge=-(2**31), lt=2**31)]
+Int64 = Annotated[int, BeforeValidator(_refuse_booleans), Field(ge=-(2**63), lt=2**63)]
+Real = Annotated[FiniteFloat, BeforeValidator(_refuse_booleans)]
 
 
 class Body(BaseModel):
@@ -79,44 +79,44 @@ class GenerationBody(Body):
     use_beam_search: bool | None = None
 
     @property
-    def wants_usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling_params(self, **more: Any) -> SamplingParams:
+    def build_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The engine's parameters; ``more`` wins. Raises InvalidRequestError for values out of range."""
-        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        return SamplingParams(**given | more)
+        values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        return SamplingParams(**values | overrides)
 
-    def refuse_unsupported(self) -> None:
+    def check_supported(self) -> None:
         """Raise ApiError for what Quire knows and cannot do yet: better than an answer that ignores it."""
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"):
             if getattr(self, name) is not None:
-                raise unsupported(name, "structured output is not supported yet; leave it out")
+                raise unsupported_error(name, "structured output is not supported yet; leave it out")
         kind = (self.response_format or {}).get("type", "text")
         if kind != "text":
-            raise unsupported("response_format", f"{kind!r:.40} is not supported yet; only 'text' is")
+            raise unsupported_error("response_format", f"{kind!r:.40} is not supported yet; only 'text' is")
         if self.use_beam_search:
-            raise unsupported("use_beam_search", "beam search is not supported; sample with n and best_of")
+            raise unsupported_error("use_beam_search", "beam search is not supported; sample with n and best_of")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: allowed only with stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
-            raise unsupported("prompt_logprobs", "not available in a stream; leave stream out")
-        if isinstance(self.stop, list) and len(self.stop) > _MOST_STOPS:
-            raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {_MOST_STOPS}", param="stop")
+            raise unsupported_error("prompt_logprobs", "not available in a stream; leave stream out")
+        if isinstance(self.stop, list) and len(self.stop) > _MAX_STOP_STRINGS:
+            raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {_MAX_STOP_STRINGS}", param="stop")
         if self.cache_salt == "":
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
-_MOST_STOPS = 64
-_SAMPLING = (
+_MAX_STOP_STRINGS = 64
+_SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
     *("prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens"),
 )
 
 
-def unsupported(param: str, message: str) -> ApiError:
+def unsupported_error(param: str, message: str) -> ApiError:
     """A field that we know and refuse."""
     return ApiError(400, f"{param}: {message}", param=param, code="unsupported")
 
@@ -126,20 +126,20 @@ async def read_body(request: Request, model: type[M], state: ServerState) -> M:
     try:
         body = model.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:
-        raise validation_error(error.errors(include_url=False)) from None
+        raise make_validation_error(error.errors(include_url=False)) from None
     if body.model_extra:
-        state.note_unknown_fields(list(body.model_extra), request.url.path)
+        state.log_unknown_fields(list(body.model_extra), request.url.path)
     return body
 
 
-def schema_of(model: type[Body]) -> dict[str, Any]:
+def describe_body(model: type[Body]) -> dict[str, Any]:
     """What a route that reads its body itself says about it in the OpenAPI document; see ``schemas``."""
     schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def schemas(models: Sequence[type[Body]]) -> dict[str, Any]:
-    """The schemas that ``schema_of`` refers to, by name."""
+def body_schemas(models: Sequence[type[Body]]) -> dict[str, Any]:
+    """The schemas that ``describe_body`` refers to, by name."""
     wanted = [(model, "validation") for model in models]
     _, document = models_json_schema(wanted, ref_template=_REFERENCE)  # type: ignore[arg-type]
     return document["$defs"]

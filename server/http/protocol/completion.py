@@ -8,14 +8,14 @@ from pydantic import BeforeValidator
 
 from quire.core.sampling_params import SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import GenerationBody, Int32, unsupported
+from quire.server.http.protocol.common import GenerationBody, Int32, unsupported_error
 
 __all__ = ["CompletionBody"]
 
-_MOST_PROMPTS = 1024
+_MAX_PROMPTS = 1024
 
 
-def _prompts(value: Any) -> Any:
+def _normalize_prompts(value: Any) -> Any:
     """Every form of ``prompt`` as a list of prompts, each a string or a list of token ids."""
     if isinstance(value, str):
         return [value]
@@ -27,14 +27,14 @@ def _prompts(value: Any) -> Any:
         value = [value]
     if all(isinstance(each, str) for each in value) or all(isinstance(each, list) for each in value):
         for each in value:
-            _check_ids(each)
-        if len(value) > _MOST_PROMPTS:
-            raise ValueError(f"holds {len(value)} prompts, the limit is {_MOST_PROMPTS}; send several requests")
+            _check_token_ids(each)
+        if len(value) > _MAX_PROMPTS:
+            raise ValueError(f"holds {len(value)} prompts, the limit is {_MAX_PROMPTS}; send several requests")
         return value
     raise ValueError("mixes strings, token ids and lists; give one kind")
 
 
-def _check_ids(prompt: str | list[Any]) -> None:
+def _check_token_ids(prompt: str | list[Any]) -> None:
     if isinstance(prompt, list):
         bad = next((each for each in prompt if type(each) is not int or not 0 <= each < 2**31), None)
         if bad is not None:
@@ -44,7 +44,7 @@ def _check_ids(prompt: str | list[Any]) -> None:
 class CompletionBody(GenerationBody):
     """A completion."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Any], BeforeValidator(_normalize_prompts)]
     """Whatever form it came in: a list of prompts, each a string or a list of token ids."""
     logprobs: Int32 | None = None
     echo: bool | None = None
@@ -52,29 +52,29 @@ class CompletionBody(GenerationBody):
     suffix: str | None = None
 
     @property
-    def prompt_only(self) -> bool:
+    def echo_only(self) -> bool:
         """Whether only the prompt is to be echoed: ``max_tokens`` 0, as evaluations ask for."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def params(self) -> SamplingParams:
+    def to_sampling_params(self) -> SamplingParams:
         """The engine's parameters, ``n`` being ``best_of`` if it is larger. Raises ApiError or InvalidRequestError."""
-        self.refuse_unsupported()
+        self.check_supported()
         if self.suffix:
-            raise unsupported("suffix", "insertion is not supported; leave it out")
-        more: dict[str, Any] = {}
+            raise unsupported_error("suffix", "insertion is not supported; leave it out")
+        overrides: dict[str, Any] = {}
         if self.max_tokens is not None:
-            more["max_tokens"] = 1 if self.prompt_only else self.max_tokens
+            overrides["max_tokens"] = 1 if self.echo_only else self.max_tokens
         if self.logprobs is not None:
-            more["logprobs"] = self.logprobs
+            overrides["logprobs"] = self.logprobs
             if self.echo:
-                more["prompt_logprobs"] = self.logprobs
+                overrides["prompt_logprobs"] = self.logprobs
                 if self.stream:
-                    raise unsupported("echo", "with logprobs it is not available in a stream; leave stream out")
+                    raise unsupported_error("echo", "with logprobs it is not available in a stream; leave stream out")
         n = self.n if self.n is not None else 1
         if self.best_of is not None and self.best_of != n:
             if self.best_of < n:
                 raise ApiError(400, f"best_of: must be at least n={n}, got {self.best_of}", param="best_of")
             if self.stream:
-                raise unsupported("best_of", "larger than n it is not available in a stream; leave stream out")
-            more |= {"n": self.best_of, "logprobs": self.logprobs or 0}
-        return self.sampling_params(**more)
+                raise unsupported_error("best_of", "larger than n it is not available in a stream; leave stream out")
+            overrides |= {"n": self.best_of, "logprobs": self.logprobs or 0}
+        return self.build_sampling_params(**overrides)

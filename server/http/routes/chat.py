@@ -10,90 +10,90 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from quire.core.messages import CompletionOutput, RequestOutput
-from quire.server.http.errors import error_response
-from quire.server.http.generation import Outputs, gather, start_stream
-from quire.server.http.middleware import request_id
+from quire.server.http.errors import make_error_response
+from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
+from quire.server.http.middleware import get_request_id
 from quire.server.http.protocol.chat import ChatBody
-from quire.server.http.protocol.common import read_body, schema_of
-from quire.server.http.protocol.replies import Usage, chat_logprobs, created_now, prompt_logprobs
-from quire.server.http.sse import DONE, ChunkWriter, EventStream, speaks
+from quire.server.http.protocol.common import describe_body, read_body
+from quire.server.http.protocol.responses import Usage, current_timestamp, format_chat_logprobs, format_prompt_logprobs
+from quire.server.http.sse import DONE, ChunkWriter, EventStream, needs_chunk
 from quire.server.http.state import ServerState
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", openapi_extra=schema_of(ChatBody), response_model=None)
+    @routes.post("/v1/chat/completions", openapi_extra=describe_body(ChatBody), response_model=None)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         body = await read_body(request, ChatBody, state)
         model = state.check_model(body.model)
-        params = body.params()
+        params = body.to_sampling_params()
         size = len(await request.body())
-        prompt = await state.tokenizing(size, state.engine.apply_chat_template, **body.template_arguments())
-        identity = f"chatcmpl-{request_id(request.scope)}"
+        prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
+        response_id = f"chatcmpl-{get_request_id(request.scope)}"
         if body.stream:
-            writer = ChunkWriter(identity, "chat.completion.chunk", created_now(), model, body.wants_usage)
-            outputs = await start_stream(state, request, [prompt], params, body)
-            return EventStream(_events(state, outputs, writer, body))
-        [output] = await gather(state, request, [prompt], params, body)
-        return Response(_answer(state, output, identity, model, body), media_type="application/json")
+            writer = ChunkWriter(response_id, "chat.completion.chunk", current_timestamp(), model, body.include_usage)
+            outputs = await stream_outputs(state, request, [prompt], params, body)
+            return EventStream(_stream_events(state, outputs, writer, body))
+        [output] = await collect_outputs(state, request, [prompt], params, body)
+        return Response(_encode_response(state, output, response_id, model, body), media_type="application/json")
 
     return routes
 
 
-def _answer(state: ServerState, output: RequestOutput, identity: str, model: str, body: ChatBody) -> bytes:
+def _encode_response(state: ServerState, output: RequestOutput, response_id: str, model: str, body: ChatBody) -> bytes:
     usage = Usage()
-    usage.add(0, output)
-    answer: dict[str, Any] = {
-        "id": identity,
+    usage.add_output(0, output)
+    response: dict[str, Any] = {
+        "id": response_id,
         "object": "chat.completion",
-        "created": created_now(),
+        "created": current_timestamp(),
         "model": model,
-        "choices": [_choice(state, choice, body) for choice in sorted(output.outputs, key=lambda c: c.index)],
-        "usage": usage.as_json(),
+        "choices": [_format_choice(state, choice, body) for choice in sorted(output.outputs, key=lambda c: c.index)],
+        "usage": usage.to_dict(),
         "system_fingerprint": None,
     }
     if body.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs(state.engine, output.prompt_logprobs)
-    return msgspec.json.encode(answer)
+        response["prompt_logprobs"] = format_prompt_logprobs(state.engine, output.prompt_logprobs)
+    return msgspec.json.encode(response)
 
 
-def _choice(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any]:
+def _format_choice(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any]:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": _logprobs(state, choice, body),
+        "logprobs": _format_logprobs(state, choice, body),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
     }
 
 
-def _logprobs(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any] | None:
-    return chat_logprobs(state.engine, choice.logprobs or [], body.top_logprobs or 0) if body.logprobs else None
+def _format_logprobs(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any] | None:
+    return format_chat_logprobs(state.engine, choice.logprobs or [], body.top_logprobs or 0) if body.logprobs else None
 
 
-async def _events(
+async def _stream_events(
     state: ServerState, outputs: Outputs, writer: ChunkWriter, body: ChatBody
 ) -> AsyncGenerator[bytes, None]:
     usage, started = Usage(), set[int]()
     try:
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
-                usage.add(index, output)
+                usage.add_output(index, output)
                 for choice in output.outputs:
                     data = b""
                     if choice.index not in started:
                         started.add(choice.index)
                         role = {"role": "assistant", "content": ""}
-                        data = writer.choice(choice.index, delta=role, logprobs=None, finish_reason=None)
-                    if speaks(choice):
-                        data += writer.text(choice.index, choice.text, _logprobs(state, choice, body))
+                        data = writer.encode_choice(choice.index, delta=role, logprobs=None, finish_reason=None)
+                    if needs_chunk(choice):
+                        data += writer.encode_text(choice.index, choice.text, _format_logprobs(state, choice, body))
                     if choice.finish_reason is not None:
-                        data += writer.choice(
+                        data += writer.encode_choice(
                             choice.index,
                             delta={},
                             logprobs=None,
@@ -102,8 +102,8 @@ async def _events(
                         )
                     if data:
                         yield data
-        if body.wants_usage:
-            yield writer.usage(usage.as_json())
+        if body.include_usage:
+            yield writer.encode_usage(usage.to_dict())
     except Exception as error:
-        yield b"data: %b\n\n" % bytes(error_response(error).body)
+        yield b"data: %b\n\n" % bytes(make_error_response(error).body)
     yield DONE

@@ -10,66 +10,72 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from quire.core.messages import CompletionOutput, RequestOutput
-from quire.server.http.errors import error_response
-from quire.server.http.generation import Outputs, gather, start_stream
-from quire.server.http.middleware import request_id
-from quire.server.http.protocol.common import read_body, schema_of
+from quire.server.http.errors import make_error_response
+from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
+from quire.server.http.middleware import get_request_id
+from quire.server.http.protocol.common import describe_body, read_body
 from quire.server.http.protocol.completion import CompletionBody
-from quire.server.http.protocol.replies import Usage, completion_logprobs, created_now, prompt_logprobs, score
-from quire.server.http.sse import DONE, ChunkWriter, EventStream, speaks
+from quire.server.http.protocol.responses import (
+    Usage,
+    current_timestamp,
+    format_completion_logprobs,
+    format_prompt_logprobs,
+    mean_logprob,
+)
+from quire.server.http.sse import DONE, ChunkWriter, EventStream, needs_chunk
 from quire.server.http.state import ServerState
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", openapi_extra=schema_of(CompletionBody), response_model=None)
+    @routes.post("/v1/completions", openapi_extra=describe_body(CompletionBody), response_model=None)
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
         body = await read_body(request, CompletionBody, state)
         model = state.check_model(body.model)
-        params = body.params()
-        identity = f"cmpl-{request_id(request.scope)}"
+        params = body.to_sampling_params()
+        response_id = f"cmpl-{get_request_id(request.scope)}"
         if body.stream:
-            writer = ChunkWriter(identity, "text_completion", created_now(), model, body.wants_usage)
-            outputs = await start_stream(state, request, body.prompt, params, body)
-            return EventStream(_events(state, outputs, writer, body))
-        results = await gather(state, request, body.prompt, params, body)
-        return Response(_answer(state, results, identity, model, body), media_type="application/json")
+            writer = ChunkWriter(response_id, "text_completion", current_timestamp(), model, body.include_usage)
+            outputs = await stream_outputs(state, request, body.prompt, params, body)
+            return EventStream(_stream_events(state, outputs, writer, body))
+        results = await collect_outputs(state, request, body.prompt, params, body)
+        return Response(_encode_response(state, results, response_id, model, body), media_type="application/json")
 
     return routes
 
 
-def _answer(
-    state: ServerState, results: Sequence[RequestOutput], identity: str, model: str, body: CompletionBody
+def _encode_response(
+    state: ServerState, results: Sequence[RequestOutput], response_id: str, model: str, body: CompletionBody
 ) -> bytes:
     usage, choices = Usage(), []
     n = body.n or 1
     for index, output in enumerate(results):
-        usage.add(index, output)
-        if body.prompt_only:
+        usage.add_output(index, output)
+        if body.echo_only:
             usage.completion = 0
         best = sorted(output.outputs, key=lambda c: c.index)
         if len(best) > n:
-            best = sorted(best, key=score, reverse=True)[:n]
+            best = sorted(best, key=mean_logprob, reverse=True)[:n]
         for rank, choice in enumerate(best):
-            choices.append(_choice(state, index * n + rank, body.prompt[index], output, choice, body))
-    answer = {
-        "id": identity,
+            choices.append(_format_choice(state, index * n + rank, body.prompt[index], output, choice, body))
+    response = {
+        "id": response_id,
         "object": "text_completion",
-        "created": created_now(),
+        "created": current_timestamp(),
         "model": model,
         "choices": choices,
-        "usage": usage.as_json(),
+        "usage": usage.to_dict(),
         "system_fingerprint": None,
     }
-    return msgspec.json.encode(answer)
+    return msgspec.json.encode(response)
 
 
-def _choice(
+def _format_choice(
     state: ServerState,
     index: int,
     prompt: str | list[int],
@@ -77,26 +83,26 @@ def _choice(
     choice: CompletionOutput,
     body: CompletionBody,
 ) -> dict[str, Any]:
-    echoed = _text_of(state, prompt) if body.echo else ""
-    drawn = [] if body.prompt_only else (choice.logprobs or [])
+    echoed = _prompt_text(state, prompt) if body.echo else ""
+    sampled_rows = [] if body.echo_only else (choice.logprobs or [])
     logprobs = None
     if body.logprobs is not None:
-        rows = [*((output.prompt_logprobs or []) if body.echo else []), *drawn]
+        rows = [*((output.prompt_logprobs or []) if body.echo else []), *sampled_rows]
         first = output.prompt_token_ids[0] if output.prompt_token_ids else None
-        logprobs = completion_logprobs(state.engine, rows, 0, first)
-    found = {
+        logprobs = format_completion_logprobs(state.engine, rows, 0, first)
+    choice_body = {
         "index": index,
-        "text": echoed + ("" if body.prompt_only else choice.text),
+        "text": echoed + ("" if body.echo_only else choice.text),
         "logprobs": logprobs,
-        "finish_reason": "length" if body.prompt_only else choice.finish_reason,
-        "stop_reason": None if body.prompt_only else choice.stop_reason,
+        "finish_reason": "length" if body.echo_only else choice.finish_reason,
+        "stop_reason": None if body.echo_only else choice.stop_reason,
     }
     if body.prompt_logprobs is not None:
-        found["prompt_logprobs"] = prompt_logprobs(state.engine, output.prompt_logprobs)
-    return found
+        choice_body["prompt_logprobs"] = format_prompt_logprobs(state.engine, output.prompt_logprobs)
+    return choice_body
 
 
-async def _events(
+async def _stream_events(
     state: ServerState, outputs: Outputs, writer: ChunkWriter, body: CompletionBody
 ) -> AsyncGenerator[bytes, None]:
     usage, n = Usage(), body.n or 1
@@ -104,21 +110,23 @@ async def _events(
     try:
         async with contextlib.aclosing(outputs):
             async for prompt, output in outputs:
-                if body.prompt_only:
-                    _without_answer(output)
-                usage.add(prompt, output)
+                if body.echo_only:
+                    _remove_completion(output)
+                usage.add_output(prompt, output)
                 for choice in output.outputs:
                     index = prompt * n + choice.index
                     data = b""
                     if index not in lengths:
                         lengths[index] = 0
                         if body.echo:
-                            data = writer.text(index, _text_of(state, body.prompt[prompt]))
-                    if speaks(choice):
-                        data += writer.text(index, choice.text, _logprobs(state, choice, lengths[index], body))
+                            data = writer.encode_text(index, _prompt_text(state, body.prompt[prompt]))
+                    if needs_chunk(choice):
+                        data += writer.encode_text(
+                            index, choice.text, _format_logprobs(state, choice, lengths[index], body)
+                        )
                         lengths[index] += len(choice.text)
                     if choice.finish_reason is not None:
-                        data += writer.choice(
+                        data += writer.encode_choice(
                             index,
                             text="",
                             logprobs=None,
@@ -127,21 +135,23 @@ async def _events(
                         )
                     if data:
                         yield data
-        if body.wants_usage:
-            yield writer.usage(usage.as_json())
+        if body.include_usage:
+            yield writer.encode_usage(usage.to_dict())
     except Exception as error:
-        yield b"data: %b\n\n" % bytes(error_response(error).body)
+        yield b"data: %b\n\n" % bytes(make_error_response(error).body)
     yield DONE
 
 
-def _logprobs(state: ServerState, choice: CompletionOutput, offset: int, body: CompletionBody) -> dict[str, Any] | None:
-    return None if body.logprobs is None else completion_logprobs(state.engine, choice.logprobs or [], offset)
+def _format_logprobs(
+    state: ServerState, choice: CompletionOutput, offset: int, body: CompletionBody
+) -> dict[str, Any] | None:
+    return None if body.logprobs is None else format_completion_logprobs(state.engine, choice.logprobs or [], offset)
 
 
-def _text_of(state: ServerState, prompt: str | list[int]) -> str:
+def _prompt_text(state: ServerState, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else state.engine.detokenize(prompt)
 
 
-def _without_answer(output: RequestOutput) -> None:
+def _remove_completion(output: RequestOutput) -> None:
     for choice in output.outputs:
         choice.text, choice.token_ids, choice.logprobs = "", [], None

@@ -10,14 +10,14 @@ from quire.core.version import __version__
 from quire.server.http.errors import UnavailableError
 from quire.server.http.state import ServerState
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The routes. 503 when requests should go elsewhere: not loaded yet, draining, or the engine is dead."""
     routes = APIRouter()
 
-    def check() -> dict[str, str]:
+    def check_ready() -> dict[str, str]:
         if state.draining:
             raise UnavailableError("the server is shutting down")
         state.check_alive()
@@ -28,17 +28,17 @@ def router(state: ServerState) -> APIRouter:
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """Whether requests can be served."""
-        return check()
+        return check_ready()
 
     @routes.get("/ready")
     async def ready() -> dict[str, str]:
         """The same, under the name that orchestrators ask for."""
-        return check()
+        return check_ready()
 
     @routes.api_route("/ping", methods=["GET", "POST"])
     async def ping() -> dict[str, str]:
         """The same, under the name that SageMaker asks for."""
-        return check()
+        return check_ready()
 
     @routes.get("/version")
     async def version() -> dict[str, str]:

@@ -7,10 +7,10 @@ from fastapi import APIRouter, Response
 from quire.server.http.errors import ApiError
 from quire.server.http.state import ServerState
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The route: the first exporter that renders."""
     routes = APIRouter()
 

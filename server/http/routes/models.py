@@ -6,18 +6,18 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from quire.server.http.protocol.replies import created_now
+from quire.server.http.protocol.responses import current_timestamp
 from quire.server.http.state import ServerState
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
-    created = created_now()
+    created = current_timestamp()
 
-    def card(name: str) -> dict[str, Any]:
+    def describe_model(name: str) -> dict[str, Any]:
         model = state.engine.config.model
         card = {"id": name, "object": "model", "created": created, "owned_by": "quire", "root": model.model}
         return {**card, "parent": None, "max_model_len": model.max_model_len}
@@ -25,11 +25,11 @@ def router(state: ServerState) -> APIRouter:
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """The names by which requests may call the model."""
-        return {"object": "list", "data": [card(name) for name in state.model_names]}
+        return {"object": "list", "data": [describe_model(name) for name in state.model_names]}
 
     @routes.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
+    async def get_model(name: str) -> dict[str, Any]:
         """One of them."""
-        return card(state.check_model(name))
+        return describe_model(state.check_model(name))
 
     return routes

@@ -7,18 +7,18 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import read_body, schema_of
+from quire.server.http.protocol.common import describe_body, read_body
 from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 from quire.server.http.state import ServerState
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    @routes.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
+    @routes.post("/tokenize", openapi_extra=describe_body(TokenizeBody))
     async def tokenize(request: Request) -> dict[str, Any]:
         """The token ids of a text, or of messages."""
         body = await read_body(request, TokenizeBody, state)
@@ -27,14 +27,14 @@ def router(state: ServerState) -> APIRouter:
             raise ApiError(400, "give either prompt or messages", param="prompt")
         size = len(await request.body())
         if body.prompt is not None:
-            tokens = await state.tokenizing(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
+            tokens = await state.run_tokenizer(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
         else:
-            tokens = await state.tokenizing(size, state.engine.apply_chat_template, **body.template_arguments())
+            tokens = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
         texts = [state.engine.token_text(token) for token in tokens] if body.return_token_strs else None
         limit = state.engine.config.model.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}
 
-    @routes.post("/detokenize", openapi_extra=schema_of(DetokenizeBody))
+    @routes.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))
     async def detokenize(request: Request) -> dict[str, str]:
         """The text of token ids."""
         body = await read_body(request, DetokenizeBody, state)
@@ -44,6 +44,6 @@ def router(state: ServerState) -> APIRouter:
         if bad is not None:
             raise ApiError(400, f"tokens: {bad} is not a token id; they are below {size}", param="tokens")
         size = len(await request.body())
-        return {"prompt": await state.tokenizing(size, state.engine.detokenize, body.tokens)}
+        return {"prompt": await state.run_tokenizer(size, state.engine.detokenize, body.tokens)}
 
     return routes

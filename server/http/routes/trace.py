@@ -9,12 +9,12 @@ from fastapi import APIRouter, Query
 
 from quire.core.stats import TRACED_STEPS
 from quire.server.http.state import ServerState
-from quire.server.http.trace import chrome_trace
+from quire.server.http.trace import make_chrome_trace
 
-__all__ = ["router"]
+__all__ = ["make_router"]
 
 
-def router(state: ServerState) -> APIRouter:
+def make_router(state: ServerState) -> APIRouter:
     """The route. Steps are always traced; asking costs nothing until now."""
     routes = APIRouter()
 
@@ -22,6 +22,6 @@ def router(state: ServerState) -> APIRouter:
     async def trace(steps: int = Query(TRACED_STEPS, ge=1, le=TRACED_STEPS)) -> dict[str, Any]:
         """The last ``steps`` steps, for ui.perfetto.dev."""
         kept = state.engine.steps
-        return chrome_trace(islice(kept, max(len(kept) - steps, 0), None))
+        return make_chrome_trace(islice(kept, max(len(kept) - steps, 0), None))
 
     return routes

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from quire.core.errors import ConfigError
-from quire.server.bench.datasets import read_texts
-from quire.server.bench.report import percentiles
+from quire.server.bench.datasets import read_prompts
+from quire.server.bench.report import compute_percentiles
 from quire.server.bench.workloads import make_workload
 from quire.server.cli.main import main
 
@@ -41,7 +41,7 @@ def test_shapes(name: str, count: int, prompt: int, answer: int) -> None:
 
 
 def test_shrinking() -> None:
-    found = make_workload("decode-bs8").first(3).scaled(0.1).within(50)
+    found = make_workload("decode-bs8").limit_requests(3).scale_lengths(0.1).wrap_token_ids(50)
     assert [len(p) for p in found.prompts] == [13] * 3 and list(found.max_tokens) == [26] * 3
     assert max(map(max, found.prompts)) < 50
     for name in ("decode-bs0", "nanoo", "decode-bs"):
@@ -50,8 +50,8 @@ def test_shrinking() -> None:
 
 
 def test_percentiles() -> None:
-    assert percentiles([]) == {}
-    assert percentiles([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p99": 3.0}
+    assert compute_percentiles([]) == {}
+    assert compute_percentiles([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p99": 3.0}
 
 
 def test_throughput_beside_transformers(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +147,6 @@ def test_conversations_of_a_file(tmp_path: Path, tiny_model: str, capsys: pytest
 def test_files_that_are_no_data_sets(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match="--dataset"):
-        read_texts(str(tmp_path / name), 3)
+        read_prompts(str(tmp_path / name), 3)
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_texts(str(tmp_path / "absent.txt"), 3)
+        read_prompts(str(tmp_path / "absent.txt"), 3)

@@ -12,10 +12,10 @@ from quire.server.bench.roofline import (
     CEILINGS,
     Ceilings,
     ModelShape,
-    ceilings_of,
-    decode_floor,
-    keep_ceilings,
-    workload_floor,
+    decode_bound,
+    load_ceilings,
+    save_ceilings,
+    workload_bound,
 )
 from quire.server.bench.workloads import make_workload
 
@@ -24,7 +24,7 @@ MODELS = Path(__file__).resolve().parents[3] / "benchmarks" / "models"
 
 
 def shape(name: str) -> ModelShape:
-    return ModelShape.of(read_hf_config(MODELS / name))
+    return ModelShape.from_hf_config(read_hf_config(MODELS / name))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def shape(name: str) -> ModelShape:
 )
 def test_decode(model: str, batch: int, tokens_s: int) -> None:
     work = make_workload(f"decode-bs{batch}")
-    seconds = decode_floor(shape(model), [len(p) for p in work.prompts], work.max_tokens, CARD)
+    seconds = decode_bound(shape(model), [len(p) for p in work.prompts], work.max_tokens, CARD)
     assert batch * 255 / seconds == pytest.approx(tokens_s, rel=1e-3)
 
 
@@ -58,25 +58,27 @@ def test_quantized_decode(batch: int, tokens_s: int, quantization: dict, kv: int
     config = read_hf_config(MODELS / "llama-3.1-8b")
     config.quantization_config = quantization
     work = make_workload(f"decode-bs{batch}")
-    seconds = decode_floor(ModelShape.of(config, kv_itemsize=kv), [len(p) for p in work.prompts], work.max_tokens, CARD)
+    seconds = decode_bound(
+        ModelShape.from_hf_config(config, kv_itemsize=kv), [len(p) for p in work.prompts], work.max_tokens, CARD
+    )
     assert batch * 255 / seconds == pytest.approx(tokens_s, rel=1e-2)
 
 
 def test_what_this_machine_measured_wins(tmp_path: Path) -> None:
     file = tmp_path / "ceilings.json"
     mine = Ceilings(1e12, 2e12, 3e12)
-    keep_ceilings("a card", Ceilings(5.0, 6.0), file)
-    keep_ceilings("NVIDIA H200", mine, file)
-    assert ceilings_of("NVIDIA H200", file) == mine and ceilings_of("a card", file) == Ceilings(5.0, 6.0)
-    assert ceilings_of("another", file) is None
+    save_ceilings("a card", Ceilings(5.0, 6.0), file)
+    save_ceilings("NVIDIA H200", mine, file)
+    assert load_ceilings("NVIDIA H200", file) == mine and load_ceilings("a card", file) == Ceilings(5.0, 6.0)
+    assert load_ceilings("another", file) is None
     file.write_text('{"NVIDIA H200": {}}')
     for broken in (file, tmp_path / "absent"):
         with pytest.raises(ConfigError, match="make one: quire bench ceilings"):
-            ceilings_of("NVIDIA H200", broken)
+            load_ceilings("NVIDIA H200", broken)
 
 
 @pytest.mark.parametrize(("model", "tokens_s"), [("qwen3-0.6b", 35640), ("llama-3.1-8b", 12467)])
 def test_nano(model: str, tokens_s: int) -> None:
     work = make_workload("nano")
-    seconds = workload_floor(shape(model), [len(p) for p in work.prompts], work.max_tokens, CARD)
+    seconds = workload_bound(shape(model), [len(p) for p in work.prompts], work.max_tokens, CARD)
     assert work.output_tokens / seconds == pytest.approx(tokens_s, rel=2e-3)

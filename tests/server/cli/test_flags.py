@@ -19,7 +19,7 @@ from quire.core.plugin.registry import KINDS
 from quire.core.version import __version__
 from quire.server.cli import main as cli
 from quire.server.cli import serve
-from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, engine_arguments, option_flags, server_settings
+from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, make_engine_args, make_server_settings, option_flags
 from quire.server.cli.main import main
 from quire.server.cli.vllm_flags import VLLM_FLAGS, apply_vllm_flags, normalize_spelling
 from quire.server.http.settings import ServerSettings
@@ -38,7 +38,8 @@ def parsed(*words: str) -> argparse.Namespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "run", note)
-        patch.setattr(cli, "_extend", lambda given, subparsers: None)  # --plugin names distributions that are not there
+        # --plugin names distributions that are not there
+        patch.setattr(cli, "_run_argument_hooks", lambda words, subparsers: None)
         assert main(["serve", *words]) == 0
     return seen[0]
 
@@ -62,7 +63,7 @@ def test_every_kind_of_plugin_has_its_flag() -> None:
 
 def test_nothing_given_is_the_defaults() -> None:
     args = parsed()
-    assert engine_arguments(args) == EngineArgs() and server_settings(args) == ServerSettings()
+    assert make_engine_args(args) == EngineArgs() and make_server_settings(args) == ServerSettings()
     assert args.flag_warnings == []
 
 
@@ -78,22 +79,22 @@ def test_each_flag_sets_its_field(flag: Setting) -> None:
     }[flag.value_type]
     for name in (flag.flag, *flag.aliases):
         args = parsed(name, *([word] if word else []))
-        owner = engine_arguments(args) if flag in ENGINE_FLAGS else server_settings(args)
+        owner = make_engine_args(args) if flag in ENGINE_FLAGS else make_server_settings(args)
         found = getattr(owner, flag.name)
         assert (list(found) if isinstance(found, tuple) else found) == value
     if flag.value_type == "bool":
-        assert getattr(engine_arguments(parsed(f"--no-{flag.flag[2:]}")), flag.name) is False
+        assert getattr(make_engine_args(parsed(f"--no-{flag.flag[2:]}")), flag.name) is False
 
 
 def test_the_model_may_be_given_either_way() -> None:
-    assert engine_arguments(parsed("m")).model == "m"
-    assert engine_arguments(parsed("--model", "m")).model == "m"
-    assert engine_arguments(parsed("m", "--model", "m")).model == "m"
+    assert make_engine_args(parsed("m")).model == "m"
+    assert make_engine_args(parsed("--model", "m")).model == "m"
+    assert make_engine_args(parsed("m", "--model", "m")).model == "m"
     with pytest.raises(ConfigError, match="twice"):
-        engine_arguments(parsed("m", "--model", "n"))
-    assert engine_arguments(parsed("m", "--served-model-name", "a", "b")).served_model_name == ["a", "b"]
+        make_engine_args(parsed("m", "--model", "n"))
+    assert make_engine_args(parsed("m", "--served-model-name", "a", "b")).served_model_name == ["a", "b"]
     with pytest.raises(ConfigError, match="write MODEL before"):
-        engine_arguments(parsed("--served-model-name", "a", "./m"))
+        make_engine_args(parsed("--served-model-name", "a", "./m"))
 
 
 def test_plugin_options() -> None:
@@ -101,7 +102,7 @@ def test_plugin_options() -> None:
     args = parsed(
         "--scheduling-policy-option", "aging=2", "--scheduling-policy-option", "x=y=z", "--sampler-option=k=v"
     )
-    assert engine_arguments(args).plugin_options == {"policy": {"aging": "2", "x": "y=z"}, "sampler": {"k": "v"}}
+    assert make_engine_args(args).plugin_options == {"policy": {"aging": "2", "x": "y=z"}, "sampler": {"k": "v"}}
     with pytest.raises(SystemExit):
         parsed(*words)
 
@@ -109,7 +110,7 @@ def test_plugin_options() -> None:
 def test_vllm_spellings_are_mapped_and_logged() -> None:
     args = parsed("m", "--max_model_len", "64", "--enable-chunked-prefill=False", "--enable-prefix-caching", "true",
                   "--enable-log-requests", "--swap-space", "4", "--enable-prometheus")  # fmt: skip
-    engine = engine_arguments(args)
+    engine = make_engine_args(args)
     assert engine.model == "m" and engine.max_model_len == 64
     assert not engine.enable_chunked_prefill and engine.enable_prefix_caching and not engine.disable_log_requests
     text = "\n".join(args.flag_warnings)

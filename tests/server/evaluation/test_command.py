@@ -16,7 +16,7 @@ import pytest
 
 from quire.core.env import child_environment
 from quire.server.cli.flags import ENGINE_FLAGS, option_flags
-from quire.server.cli.main import _parsers, main
+from quire.server.cli.main import main, make_parsers
 from quire.server.cli.vllm_flags import VLLM_FLAGS
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -168,10 +168,10 @@ def one_line(capsys):
 
 
 def test_the_documentation_lists_every_flag():
-    _, subparsers = _parsers()
+    _, subparsers = make_parsers()
     shared = {name for flag in ENGINE_FLAGS for name in (flag.flag, *flag.aliases)} | set(option_flags())
     shared |= {old.name for old in VLLM_FLAGS} | {"-h", "--help"}
     text = (DOCS / "cli.md").read_text().partition("## `quire eval`")[2]
-    own = [n for n in subparsers.choices["eval"].flags() if n not in shared and not n.startswith("--no-")]
+    own = [n for n in subparsers.choices["eval"].list_flags() if n not in shared and not n.startswith("--no-")]
     assert len(own) == 13
     assert [name for name in own if f"`{name}" not in text] == []

@@ -16,9 +16,9 @@ from quire.core.errors import ConfigError
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.server.cli.main import main
 from quire.server.evaluation import Failure, Question, Report, SkillScore
-from quire.server.evaluation.comparison import Comparison, pair
+from quire.server.evaluation.comparison import Comparison, pair_scores
 from quire.server.evaluation.paired import PairedScore, bootstrap
-from quire.server.evaluation.text import cut, held_out_text, score
+from quire.server.evaluation.text import cut_windows, read_held_out_text, score_windows
 
 COUNTS = st.integers(0, 400)
 
@@ -66,9 +66,9 @@ def report(name, right, n):
 def test_the_verdict(right_b, within, words):
     a, b = report("s", set(range(1000)), 1000), report("s", right_b, 1000)
     asked = [Question(f"s-{i}", "s", [], [], "exact", "right") for i in range(1000)]
-    found = Comparison("x", "y", a, b, pair(asked, a, b), None)
+    found = Comparison("x", "y", a, b, pair_scores(asked, a, b), None)
     assert found.within is within and words in found.verdict() and "\n" not in found.verdict()
-    assert len(found.lost()) == 1000 - len(right_b)
+    assert len(found.lost_answers()) == 1000 - len(right_b)
     assert found.table().splitlines()[-1] == found.verdict()
     assert "not compared" in found.table()
     assert found.to_dict()["loss"]["skills"]["s"]["only_a"] == 1000 - len(right_b)
@@ -86,13 +86,16 @@ def test_distributions_are_those_of_transformers(two, tmp_path):
     from transformers import AutoModelForCausalLM
 
     found, expected = [], []
-    for refers, path in enumerate(two):
+    for has_reference, path in enumerate(two):
         llm = LLM(
-            path, device="cpu", logits_processors=["quire.server.evaluation.logprob_recorder:Recorder"], max_num_seqs=3
+            path,
+            device="cpu",
+            logits_processors=["quire.server.evaluation.logprob_recorder:LogprobRecorder"],
+            max_num_seqs=3,
         )
-        windows = cut(llm.tokenizer.encode(held_out_text()[:4000]), 4 * 128, 2048)
+        windows = cut_windows(llm.tokenizer.encode(read_held_out_text()[:4000]), 4 * 128, 2048)
         vocab_size = llm.config.model.vocab_size
-        found.append(score(llm.generate, windows, tmp_path, vocab_size, refers=bool(refers)))
+        found.append(score_windows(llm.generate, windows, tmp_path, vocab_size, has_reference=bool(has_reference)))
         llm.shutdown()
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         tokens = torch.from_numpy(windows.tokens).long()
@@ -156,8 +159,8 @@ def test_errors_are_one_line(words, message, capsys):
 
 def test_a_text_that_is_too_short():
     with pytest.raises(ConfigError, match="has 100 tokens and a window takes 192"):
-        cut(list(range(100)), 4096, 2048)
-    assert cut(list(range(100)), 4096, 60).tokens.shape == (1, 60)
+        cut_windows(list(range(100)), 4096, 2048)
+    assert cut_windows(list(range(100)), 4096, 60).tokens.shape == (1, 60)
 
 
 def test_questions_that_cannot_be_read_are_left_out(tmp_path, capsys):

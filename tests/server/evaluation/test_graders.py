@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from quire.server.evaluation import GRADERS, available_skills, grade, load_questions, text_of_message
+from quire.server.evaluation import GRADERS, available_skills, format_message, grade, load_questions
 
 WORD = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
 WORDS = st.lists(WORD, min_size=2, max_size=7)
@@ -96,12 +96,12 @@ def test_an_unknown_grader_is_named():
 def test_messages_as_text():
     arguments = {"city": "Kraków"}
     function = {"name": "get_weather", "arguments": json.dumps(arguments)}
-    assert text_of_message({"content": "605"}) == "605"
-    assert text_of_message({"content": None}) == ""
-    assert text_of_message({"content": call("f", {})}) == call("f", {})
-    parsed = text_of_message({"content": None, "tool_calls": [{"function": function}]})
+    assert format_message({"content": "605"}) == "605"
+    assert format_message({"content": None}) == ""
+    assert format_message({"content": call("f", {})}) == call("f", {})
+    parsed = format_message({"content": None, "tool_calls": [{"function": function}]})
     assert grade("tool_call", parsed, [{"name": "get_weather", "arguments": arguments}])
-    assert not grade("tool_call", text_of_message({"content": "Sure.", "tool_calls": [{"function": function}]}), [])
+    assert not grade("tool_call", format_message({"content": "Sure.", "tool_calls": [{"function": function}]}), [])
 
 
 def reference(question):

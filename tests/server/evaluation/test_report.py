@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quire.core.errors import ConfigError
 from quire.server.evaluation import Question, Report, SkillScore, evaluate, load_questions
-from quire.server.evaluation.report import wilson
+from quire.server.evaluation.report import wilson_interval
 
 
 def question(name, answer, skill="s"):
@@ -33,7 +33,7 @@ def test_answers_are_counted_by_skill():
     assert (failure.id, failure.asked, failure.text, failure.answer) == ("b", "b?", "wrong", "2")
     found = json.loads(report.to_json())
     assert found["exact_match"] == 2 / 3 and found["n"] == 3 and found["correct"] == 2
-    assert found["skills"]["s"] == {"exact_match": 0.5, "interval": list(wilson(1, 2)), "correct": 1, "n": 2}
+    assert found["skills"]["s"] == {"exact_match": 0.5, "interval": list(wilson_interval(1, 2)), "correct": 1, "n": 2}
     assert found["failures"] == [{"id": "b", "asked": "b?", "text": "wrong", "answer": "2"}]
     lines = report.table().splitlines()
     assert len(lines) == 4 and lines[1].split() == ["s", "50.0%", "9.5%", "-", "90.5%", "2"]
@@ -51,17 +51,17 @@ def test_nothing_asked():
 @given(st.integers(0, 2000), st.integers(0, 2000))
 def test_intervals(correct, wrong):
     n = correct + wrong
-    low, high = wilson(correct, n)
+    low, high = wilson_interval(correct, n)
     assert 0 <= low <= (correct / n if n else 0.5) <= high <= 1
     assert SkillScore("s", correct, n).interval == (low, high)
     if n:
-        mirrored = wilson(wrong, n)
+        mirrored = wilson_interval(wrong, n)
         assert abs(low + mirrored[1] - 1) < 1e-9
-        assert high - low > wilson(correct * 4, n * 4)[1] - wilson(correct * 4, n * 4)[0]
+        assert high - low > wilson_interval(correct * 4, n * 4)[1] - wilson_interval(correct * 4, n * 4)[0]
 
 
 def test_a_known_interval():
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I, method 3
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I, method 3
 
 
 def test_choosing_questions():

@@ -7,20 +7,22 @@ import time
 import pytest
 
 from quire.server.evaluation import grade
-from quire.server.evaluation.sandbox import passes
+from quire.server.evaluation.sandbox import passes_cases
 
 CASES = [[[2], 4], [[-3], -6]]
 
 
 def test_right_and_wrong():
-    assert passes("def f(x):\n    return x + x", "f", CASES)
-    assert passes("def g(x):\n    return 2\ndef f(x):\n    return g(x) * x", "f", CASES)
-    assert passes("def f(x):\n    total = 0\n    for _ in range(2):\n        total += x\n    return total", "f", CASES)
-    assert not passes("def f(x):\n    return x", "f", CASES)
-    assert not passes("def f(x):\n    return x + x", "g", CASES)
-    assert not passes("def f(x):\n    return float(x + x)", "f", CASES)
-    assert not passes("def f():\n    return 4", "f", CASES)
-    assert not passes("def f(x):\n    return 1 // 0", "f", CASES)
+    assert passes_cases("def f(x):\n    return x + x", "f", CASES)
+    assert passes_cases("def g(x):\n    return 2\ndef f(x):\n    return g(x) * x", "f", CASES)
+    assert passes_cases(
+        "def f(x):\n    total = 0\n    for _ in range(2):\n        total += x\n    return total", "f", CASES
+    )
+    assert not passes_cases("def f(x):\n    return x", "f", CASES)
+    assert not passes_cases("def f(x):\n    return x + x", "g", CASES)
+    assert not passes_cases("def f(x):\n    return float(x + x)", "f", CASES)
+    assert not passes_cases("def f():\n    return 4", "f", CASES)
+    assert not passes_cases("def f(x):\n    return 1 // 0", "f", CASES)
     assert grade("python", "```python\ndef f(x):\n    return 2 * x\n```", {"function": "f", "cases": CASES})
     assert not grade("python", "Here:\ndef f(x): return 2 * x", {"function": "f", "cases": CASES})
 
@@ -50,17 +52,17 @@ def test_right_and_wrong():
     ],
 )
 def test_what_is_forbidden(body):
-    assert not passes(f"def f(x):\n    {body}", "f", CASES)
+    assert not passes_cases(f"def f(x):\n    {body}", "f", CASES)
 
 
 def test_an_honest_exit_is_not_success():
-    assert not passes("def f(x):\n    raise ValueError", "f", CASES)
-    assert not passes("", "f", CASES)
-    assert not passes("(" * 5000, "f", CASES)
+    assert not passes_cases("def f(x):\n    raise ValueError", "f", CASES)
+    assert not passes_cases("", "f", CASES)
+    assert not passes_cases("(" * 5000, "f", CASES)
 
 
 @pytest.mark.parametrize("body", ["while True: pass", "return f(x)", "return [0] * 10**10"])
 def test_what_does_not_end_is_ended(body):
     started = time.monotonic()
-    assert not passes(f"def f(x):\n    {body}", "f", CASES)
+    assert not passes_cases(f"def f(x):\n    {body}", "f", CASES)
     assert time.monotonic() - started < 10

@@ -133,14 +133,14 @@ def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal()
     async def drained(timeout: float, event: Callable[[ServerState, asyncio.Queue[int]], None]) -> float:
         state = ServerState(None, ServerSettings(shutdown_timeout=timeout))  # type: ignore[arg-type]
         signalled: asyncio.Queue[int] = asyncio.Queue()
-        state.enter(True)
+        state.begin_request(True)
         start = time.monotonic()
         asyncio.get_running_loop().call_later(0.05, event, state, signalled)
         await _drain(state, signalled)
         assert state.draining
         return time.monotonic() - start
 
-    assert asyncio.run(drained(30, lambda state, signalled: state.leave(True))) < 5
+    assert asyncio.run(drained(30, lambda state, signalled: state.end_request(True))) < 5
     assert asyncio.run(drained(30, lambda state, signalled: signalled.put_nowait(2))) < 5
     assert 0.1 < asyncio.run(drained(0.1, lambda state, signalled: None)) < 5
 

@@ -13,7 +13,7 @@ import pytest
 
 from quire.server.cli import main as cli
 from quire.server.cli import serve
-from quire.server.cli.flags import engine_arguments
+from quire.server.cli.flags import make_engine_args
 from quire.server.cli.main import main
 
 from ..conftest import start_server
@@ -85,10 +85,10 @@ def test_a_command(greeting: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_before_the_command_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[argparse.Namespace] = []
-    monkeypatch.setattr(cli, "_extend", lambda given, subparsers: None)
+    monkeypatch.setattr(cli, "_run_argument_hooks", lambda words, subparsers: None)
     monkeypatch.setattr(serve, "run", lambda args: found.append(args) or 0)
     assert main(["--plugin", "a", "serve", "--plugin", "b"]) == 0
-    assert engine_arguments(found[0]).plugins == ["a", "b"]
+    assert make_engine_args(found[0]).plugins == ["a", "b"]
 
 
 def test_a_flag_a_route_and_middleware(greeting: str, tiny_model: str, tmp_path: Path) -> None:

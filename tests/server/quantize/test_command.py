@@ -18,7 +18,7 @@ from quire.core.errors import ConfigError
 from quire.core.loading.hub import resolve_model
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.server.cli.main import main
-from quire.server.quantize.calibration import samples
+from quire.server.quantize.calibration import load_samples
 from quire.server.quantize.recipes import RECIPES
 
 ROOT = Path(__file__).parents[3]
@@ -112,23 +112,23 @@ def tokenizer():
 
 
 def test_calibration_of_its_own(tokenizer):
-    found = samples(tokenizer, None, 40, 128)
+    found = load_samples(tokenizer, None, 40, 128)
     assert len(found) == 40 and {len(tokens) for tokens in found} == {128}
     assert len({tuple(tokens) for tokens in found}) == 40
     text = tokenizer.decode([token for tokens in found for token in tokens])
     assert "<|im_start|>assistant" in text and "import " in text
-    assert found == samples(tokenizer, None, 40, 128)
+    assert found == load_samples(tokenizer, None, 40, 128)
 
 
 def test_calibration_of_a_file(tokenizer, tmp_path):
     plain = tmp_path / "a.txt"
     plain.write_text("one two three " * 500)
-    found = samples(tokenizer, plain, 4, 64)
+    found = load_samples(tokenizer, plain, 4, 64)
     assert len(found) == 4 and "two three one" in tokenizer.decode(found[1])
     lines = [{"text": "plain words " * 40}, {"messages": [{"role": "user", "content": "ask me " * 40}]}]
     chats = tmp_path / "a.jsonl"
     chats.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    text = "".join(tokenizer.decode(tokens) for tokens in samples(tokenizer, chats, 100, 16))
+    text = "".join(tokenizer.decode(tokens) for tokens in load_samples(tokenizer, chats, 100, 16))
     assert "plain words" in text and "<|im_start|>user" in text
 
 
@@ -147,7 +147,7 @@ def test_calibration_that_is_none(tokenizer, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=re.escape(message)):
-        samples(tokenizer, tmp_path / name, 4, 64)
+        load_samples(tokenizer, tmp_path / name, 4, 64)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_the_tools_start_without_quire():
 
 
 def test_the_documentation_lists_every_flag():
-    from quire.server.cli.main import _parsers
+    from quire.server.cli.main import make_parsers
 
-    _, subparsers = _parsers()
+    _, subparsers = make_parsers()
     text = (ROOT / "docs" / "cli.md").read_text().partition("## `quire quantize`")[2]
-    own = [n for n in subparsers.choices["quantize"].flags() if n not in ("-h", "--help")]
+    own = [n for n in subparsers.choices["quantize"].list_flags() if n not in ("-h", "--help")]
     assert len(own) == 13
     assert [name for name in own if f"`{name}" not in text] == []

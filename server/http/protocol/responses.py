@@ -12,9 +12,17 @@ from quire.server.http.errors import ApiError
 if TYPE_CHECKING:
     from quire.core.engine.async_llm import AsyncLLM
 
-__all__ = ["Usage", "chat_logprobs", "check_finished", "completion_logprobs", "created_now", "prompt_logprobs", "score"]
+__all__ = [
+    "Usage",
+    "current_timestamp",
+    "format_chat_logprobs",
+    "format_completion_logprobs",
+    "format_prompt_logprobs",
+    "mean_logprob",
+    "raise_if_failed",
+]
 
-_LOWEST = -9999.0
+_MIN_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON cannot say."""
 
 
@@ -25,7 +33,7 @@ class Usage:
         self.prompt = self.completion = self.cached = 0
         self._seen: set[int] = set()
 
-    def add(self, prompt_index: int, output: RequestOutput) -> None:
+    def add_output(self, prompt_index: int, output: RequestOutput) -> None:
         """Count one output, whose token ids are new ones."""
         if prompt_index not in self._seen:
             self._seen.add(prompt_index)
@@ -34,7 +42,7 @@ class Usage:
         for choice in output.outputs:
             self.completion += len(choice.token_ids)
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The ``usage`` object."""
         return {
             "prompt_tokens": self.prompt,
@@ -44,31 +52,31 @@ class Usage:
         }
 
 
-def created_now() -> int:
+def current_timestamp() -> int:
     """The ``created`` field."""
     return int(time.time())
 
 
-def check_finished(choices: Iterable[CompletionOutput]) -> None:
+def raise_if_failed(choices: Iterable[CompletionOutput]) -> None:
     """Raise ApiError if the engine gave up on one of them."""
     if any(choice.finish_reason == "error" for choice in choices):
         raise ApiError(500, "the engine failed on this request; the server's log says more", code="engine_error")
 
 
-def score(choice: CompletionOutput) -> float:
+def mean_logprob(choice: CompletionOutput) -> float:
     """Mean log-probability per token: what ``best_of`` compares."""
     rows = choice.logprobs or ()
     return sum(row.logprobs[0] for row in rows) / max(1, len(rows))
 
 
-def chat_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, top: int) -> dict[str, Any] | None:
+def format_chat_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, top: int) -> dict[str, Any] | None:
     """``logprobs`` of a chat choice."""
     if rows is None:
         return None
-    return {"content": [_chat_position(engine, row, top) for row in rows], "refusal": None}
+    return {"content": [_format_chat_position(engine, row, top) for row in rows], "refusal": None}
 
 
-def completion_logprobs(
+def format_completion_logprobs(
     engine: AsyncLLM, rows: Sequence[TokenLogprob | None], offset: int, first: int | None = None
 ) -> dict[str, Any]:
     """``logprobs`` of a plain choice, whose text begins at ``offset``. ``first`` is the token of a row that is None."""
@@ -82,45 +90,51 @@ def completion_logprobs(
         tokens.append(text)
         offsets.append(offset)
         offset += len(text)
-        values.append(None if row is None else _finite(row.logprobs[0]))
-        top.append(None if row is None else _named(engine, row))
+        values.append(None if row is None else _clamp_logprob(row.logprobs[0]))
+        top.append(None if row is None else _logprobs_by_text(engine, row))
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def prompt_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob | None] | None) -> list[dict[str, Any] | None] | None:
+def format_prompt_logprobs(
+    engine: AsyncLLM, rows: Sequence[TokenLogprob | None] | None
+) -> list[dict[str, Any] | None] | None:
     """``prompt_logprobs`` by position: token id -> its log-probability, rank and text."""
     if rows is None:
         return None
-    return [None if row is None else _ranked(engine, row) for row in rows]
+    return [None if row is None else _logprobs_by_token_id(engine, row) for row in rows]
 
 
-def _chat_position(engine: AsyncLLM, row: TokenLogprob, top: int) -> dict[str, Any]:
+def _format_chat_position(engine: AsyncLLM, row: TokenLogprob, top: int) -> dict[str, Any]:
     best = zip(row.token_ids[1 : 1 + top], row.logprobs[1 : 1 + top], strict=True)
-    chosen = _chat_token(engine, row.token_ids[0], row.logprobs[0])
-    return {**chosen, "top_logprobs": [_chat_token(engine, token, value) for token, value in best]}
+    chosen = _format_chat_token(engine, row.token_ids[0], row.logprobs[0])
+    return {**chosen, "top_logprobs": [_format_chat_token(engine, token, value) for token, value in best]}
 
 
-def _chat_token(engine: AsyncLLM, token: int, value: float) -> dict[str, Any]:
-    return {"token": engine.token_text(token), "logprob": _finite(value), "bytes": list(engine.token_bytes(token))}
+def _format_chat_token(engine: AsyncLLM, token: int, value: float) -> dict[str, Any]:
+    return {
+        "token": engine.token_text(token),
+        "logprob": _clamp_logprob(value),
+        "bytes": list(engine.token_bytes(token)),
+    }
 
 
-def _named(engine: AsyncLLM, row: TokenLogprob) -> dict[str, float]:
+def _logprobs_by_text(engine: AsyncLLM, row: TokenLogprob) -> dict[str, float]:
     """Best first; the chosen token is always there. Of tokens with the same text the likeliest counts."""
     named: dict[str, float] = {}
     for token, value in [*zip(row.token_ids[1:], row.logprobs[1:], strict=True), (row.token_ids[0], row.logprobs[0])]:
-        named.setdefault(engine.token_text(token), _finite(value))
+        named.setdefault(engine.token_text(token), _clamp_logprob(value))
     return named
 
 
-def _ranked(engine: AsyncLLM, row: TokenLogprob) -> dict[str, Any]:
+def _logprobs_by_token_id(engine: AsyncLLM, row: TokenLogprob) -> dict[str, Any]:
     ranks = [row.rank, *range(1, len(row.token_ids))]
-    found: dict[str, Any] = {}
+    by_token_id: dict[str, Any] = {}
     for token, value, rank in zip(row.token_ids, row.logprobs, ranks, strict=True):
-        found.setdefault(
-            str(token), {"logprob": _finite(value), "rank": rank, "decoded_token": engine.token_text(token)}
+        by_token_id.setdefault(
+            str(token), {"logprob": _clamp_logprob(value), "rank": rank, "decoded_token": engine.token_text(token)}
         )
-    return found
+    return by_token_id
 
 
-def _finite(value: float) -> float:
-    return value if value > _LOWEST else _LOWEST
+def _clamp_logprob(value: float) -> float:
+    return value if value > _MIN_LOGPROB else _MIN_LOGPROB
