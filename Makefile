@@ -106,4 +106,6 @@ $(VENV)/oldest/.installed: $(VENV)/.installed-dev
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	rm -rf $(VENV)/autoawq
+	$(PIP) --quiet --no-deps --target $(VENV)/autoawq autoawq==0.2.9
 	@touch $@

@@ -161,9 +161,3 @@ def fast_words(q: Tensor) -> Tensor:
     nibbles = torch.zeros(outputs * inputs, dtype=torch.long)
     nibbles[at.flatten()] = q.flatten()
     return stream(nibbles.view(outputs // 4, inputs * 4), 4, 16)
-
-
-def test_the_fast_layout_is_autoawqs() -> None:
-    gemv_fast = pytest.importorskip("awq.modules.linear.gemv_fast")
-    q = codes(0, 16, 128)
-    assert torch.equal(fast_words(q), gemv_fast.pack_intweight(q.int(), interleave=4, kstride=64))
