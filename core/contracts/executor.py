@@ -14,7 +14,7 @@ __all__ = ["Executor", "KVCapacity", "StepFuture"]
 
 
 class StepFuture(Protocol):
-    """A step under way."""
+    """A step in flight."""
 
     def result(self) -> ModelRunnerOutput:
         """Wait for the step's tokens. Raises what the worker raised."""
@@ -29,18 +29,19 @@ class KVCapacity:
 
     groups: tuple[KVGroup, ...]
     num_blocks: int
-    """Blocks per group, the padding sink included."""
+    """Blocks per group, the null block included, which padding writes to."""
     bytes_per_block: int
     weight_bytes: int = 0
     """On one worker."""
     activation_bytes: int = 0
     """What the largest step needs beside weights and cache, on one worker; 0 where it is not profiled."""
     graph_bytes: int = 0
-    """What the captured steps keep, on one worker; 0 without graphs."""
+    """What CUDA graphs keep, on one worker; 0 without graphs."""
 
 
 class Executor(ABC):
-    """Runs steps in the order they are given. At most two are under way."""
+    """Runs steps in the order in which they are given. At most two steps are in flight: launched, and their results not
+    yet read. The second is launched before the first has sampled its tokens."""
 
     def __init__(self, config: EngineConfig, options: Any = None) -> None:
         self.config = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,13 +13,32 @@ from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
 from quire.core.ops.pinned import copy_to_device
 
-__all__ = ["KVCache", "compute_num_blocks", "group_layers", "measure_device_bytes", "validate_max_model_len"]
+__all__ = [
+    "KVCache",
+    "LayerGroups",
+    "compute_kv_cache_bytes",
+    "compute_num_blocks",
+    "group_layers",
+    "measure_kept_bytes",
+    "measure_peak_bytes",
+    "validate_max_model_len",
+]
 
 
-def group_layers(specs: Sequence[AttentionSpec]) -> tuple[list[AttentionSpec], list[int]]:
-    """Layers with equal specs form a group: (the groups' specs, the group of each layer)."""
-    groups = list(dict.fromkeys(specs))
-    return groups, [groups.index(spec) for spec in specs]
+@dataclass(frozen=True, slots=True)
+class LayerGroups:
+    """Layers grouped by their specs: those of a group share block tables and a backend."""
+
+    specs: list[AttentionSpec]
+    """By group."""
+    group_of: list[int]
+    """By layer."""
+
+
+def group_layers(layer_specs: Sequence[AttentionSpec]) -> LayerGroups:
+    """Layers with equal specs form a group, in the order in which they occur."""
+    specs = list(dict.fromkeys(layer_specs))
+    return LayerGroups(specs, [specs.index(spec) for spec in layer_specs])
 
 
 class KVCache:
@@ -38,60 +58,94 @@ class KVCache:
 
     @property
     def bytes_per_block(self) -> int:
-        """One block of every group."""
+        """One block of every group, all layers."""
         return sum(self.layouts[g].bytes_per_block for g in self.group_of)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the pool: ``num_blocks`` blocks in each group. Replaces the pool before it."""
-        self.layers.clear()
+        """Allocate ``num_blocks`` blocks in each group, in place of what was allocated before."""
+        self.layers.clear()  # the old pool is freed before the new one is allocated, and the list stays the same object
         self._group_pools = []
         if not self.layouts:
             return
         pool = torch.zeros(num_blocks * self.bytes_per_block, dtype=torch.uint8, device=self.device)
-        at = 0
+        offset = 0
         for g, layout in enumerate(self.layouts):
-            width = self.group_of.count(g) * layout.bytes_per_block
-            self._group_pools.append(pool[at : at + num_blocks * width].view(num_blocks, width))
-            at += num_blocks * width
-        seen = [0] * len(self.layouts)
+            block_bytes = self.group_of.count(g) * layout.bytes_per_block
+            group_pool = pool[offset : offset + num_blocks * block_bytes]
+            self._group_pools.append(group_pool.view(num_blocks, block_bytes))
+            offset += num_blocks * block_bytes
+        # A layer is a slice of columns, so that a block of all its layers is contiguous and copied as one row.
+        next_layer = [0] * len(self.layouts)
         for g in self.group_of:
             size = self.layouts[g].bytes_per_block
-            self.layers.append(self.layouts[g].view(self._group_pools[g][:, seen[g] * size : (seen[g] + 1) * size]))
-            seen[g] += 1
+            columns = slice(next_layer[g] * size, (next_layer[g] + 1) * size)
+            self.layers.append(self.layouts[g].view(self._group_pools[g][:, columns]))
+            next_layer[g] += 1
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]], target_group: int | None = None) -> None:
-        """Copy whole blocks, all layers at once: (group, source, destination). A cache whose layers all ``follow`` one
-        group of another cache lives under that group's block ids."""
-        for g, raw in enumerate(self._group_pools):
-            pairs = [(s, d) for group, s, d in copies if group == (g if target_group is None else target_group)]
+        """Copy whole blocks, all layers at once: (group, source, destination). A cache whose layers all live under the
+        block ids of one ``target_group`` of another cache copies what that group does."""
+        for g, group_pool in enumerate(self._group_pools):
+            wanted_group = g if target_group is None else target_group
+            pairs = [(source, destination) for group, source, destination in copies if group == wanted_group]
             if pairs:
-                index = copy_to_device(pairs, torch.int64, self.device)
-                raw[index[:, 1]] = raw[index[:, 0]]
+                index = copy_to_device(pairs, torch.int64, self.device)  # (n, 2)
+                group_pool[index[:, 1]] = group_pool[index[:, 0]]
+
+
+def compute_kv_cache_bytes(config: CacheConfig, device: torch.device, weight_bytes: int, activation_bytes: int) -> int:
+    """What is left for the cache, beside what is in use now and ``activation_bytes`` for the largest step. Raises
+    ``ConfigError`` where that is nothing."""
+    if device.type == "cpu":
+        return config.cpu_bytes
+    free, total = torch.cuda.mem_get_info()
+    used = total - free  # by other processes too: the share of memory is of the whole card
+    available = int(total * config.gpu_memory_utilization) - used - activation_bytes
+    if available <= 0:
+        raise ConfigError(
+            f"gpu_memory_utilization {config.gpu_memory_utilization} leaves nothing for the KV cache: weights take "
+            f"{weight_bytes / 2**30:.1f} GiB, a step {activation_bytes / 2**30:.1f} GiB, of {total / 2**30:.1f} GiB; "
+            f"raise it"
+        )
+    return available
 
 
 def compute_num_blocks(num_bytes: int, bytes_per_block: int, config: CacheConfig, max_tokens: int) -> int:
-    """Blocks per group that ``num_bytes`` hold, the sink included; no more than ``most_tokens`` tokens need."""
+    """Blocks per group that ``num_bytes`` hold, the padding block included; no more than ``max_tokens`` tokens need.
+    A number that the configuration gives is taken as it is."""
     if config.num_blocks is not None:
         return config.num_blocks
     return min(num_bytes // bytes_per_block, -(-max_tokens // config.block_size) + 1)
 
 
-def measure_device_bytes(work: Callable[[], None]) -> int:
-    """Run ``work``; the bytes of the GPU that it keeps, also those that the driver takes and torch does not know of."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info()[0]
-    work()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    return max(before - torch.cuda.mem_get_info()[0], 0)
-
-
 def validate_max_model_len(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Refuse a context that the pool cannot hold, naming the largest that fits."""
+    """Raise ``ConfigError`` for a context that the pool cannot hold, naming the largest that fits."""
     tokens = (num_blocks - 1) * block_size
     if tokens < max_model_len:
         raise ConfigError(
             f"max_model_len {max_model_len} does not fit: the KV cache holds {max(tokens, 0)} tokens; "
             f"set --max-model-len {max(tokens, 0)} or less, or give the cache more memory"
         )
+
+
+def measure_kept_bytes(work: Callable[[], None]) -> int:
+    """Run ``work``; the bytes of the GPU that it keeps, also those that the driver takes and torch does not know of."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free_before = torch.cuda.mem_get_info()[0]
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return max(free_before - torch.cuda.mem_get_info()[0], 0)
+
+
+def measure_peak_bytes(work: Callable[[], object]) -> int:
+    """Run ``work``, which waits for the GPU; the most bytes that torch held for it at a time beside those before."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    return peak

@@ -1,35 +1,35 @@
-"""Runs a step: applies the differences, builds inputs, runs the model, draws tokens."""
+"""Runs a step: applies the differences, builds inputs, runs the model, samples tokens, drafts the next ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput
-from quire.core.sample.logprobs import gather_logprobs
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs
 from quire.core.worker.cuda_graphs.prefill import PrefillGraphs
 from quire.core.worker.draft_runner import DraftRunner
 from quire.core.worker.input_builder import LogitsIndices, StepInputs, build_inputs
 from quire.core.worker.kv_cache import KVCache
+from quire.core.worker.prompt_logprobs import PromptLogprobs
 from quire.core.worker.readback import Readback, StepTimer
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SampledTokens, SamplingRunner
 
 __all__ = ["ModelRunner"]
 
-_PROMPT_LOGPROB_ROWS = 1024
-
 
 class ModelRunner:
-    """One rank's model and its state. Steps run in the order they come; nothing here waits for the device."""
+    """One rank's model and its state. Steps run in the order they come, on one stream.
+
+    Nothing here waits for the device: what a step needs of the step before (its tokens, how many drafts were accepted)
+    is read on the device. So the host launches a step while the device still runs the one before.
+    """
 
     def __init__(
         self,
@@ -48,24 +48,22 @@ class ModelRunner:
         self.table = table
         self.sampling_runner = sampling_runner
         self.block_size = block_size
-        rows = table.num_rows
-        self.draft_runner: DraftRunner | None = None
         self.max_draft_tokens = max_draft_tokens
-        self._vocab_size = vocab_size
-        self._prompt_len = np.zeros(rows, dtype=np.int64)
-        self._prompt_logprobs = np.full(rows, -1, dtype=np.int32)
+        self.draft_runner: DraftRunner | None = None
+        """Where a proposer drafts on the device."""
         self.decode_graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
+        self._vocab_size = vocab_size
+        self._prompt_logprobs = PromptLogprobs(table.num_rows)
 
     @property
     def bytes_per_block(self) -> int:
-        """Of every layer, a proposer's included."""
-        return self.kv_cache.bytes_per_block + (
-            0 if self.draft_runner is None else self.draft_runner.kv_cache.bytes_per_block
-        )
+        """Of every layer, a proposer's included: they live under the same block ids."""
+        draft_bytes = 0 if self.draft_runner is None else self.draft_runner.kv_cache.bytes_per_block
+        return self.kv_cache.bytes_per_block + draft_bytes
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Make the KV cache."""
+        """Allocate the KV cache, a proposer's included, in place of the one before."""
         self.kv_cache.allocate(num_blocks)
         if self.draft_runner is not None:
             self.draft_runner.kv_cache.allocate(num_blocks)
@@ -78,8 +76,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up_graphs(self, max_tokens: int) -> None:
-        """Launch what captured steps launch, with nothing at stake: decodes, and where backends allow it steps with up
-        to ``max_tokens`` tokens of prompts."""
+        """Allocate the buffers of CUDA graphs and launch, for padding requests, what will be captured: decodes, and
+        where backends allow it steps with up to ``max_tokens`` tokens of prompts."""
+        draft_runner = self.draft_runner
+        observes_every_step = draft_runner is not None and draft_runner.proposer.observes_every_step
         self.decode_graphs = DecodeGraphs(
             self.model,
             self.backends,
@@ -89,73 +89,87 @@ class ModelRunner:
             self.sampling_runner.device_sampler,
             self.max_draft_tokens,
             self.sampling_runner.draft_verifier,
-            self.draft_runner.launch_draft_prefill
-            if self.draft_runner is not None and self.draft_runner.proposer.observes_every_step
-            else None,
+            draft_runner.launch_draft_prefill if draft_runner is not None and observes_every_step else None,
         )
         self.decode_graphs.warm_up()
-        if self.draft_runner is not None:
-            self.draft_runner.warm_up()
+        if draft_runner is not None:
+            draft_runner.warm_up()
         if all("mixed" in backend.graph_support for backend in self.backends):
             self.prefill_graphs = PrefillGraphs(self.model, self.backends, self.kv_cache, self.table, max_tokens)
             self.prefill_graphs.warm_up()
 
     @torch.inference_mode()
     def capture_graphs(self, launch_first: bool = False) -> None:
-        """Record the steps that ``warm_up_graphs`` prepared; ``launch_first``: launch every one before."""
-        recorder = GraphCapturer()
-        if self.prefill_graphs is not None:
-            self.prefill_graphs.capture_graphs(recorder, launch_first)
+        """Capture the graphs that ``warm_up_graphs`` prepared; ``launch_first``: launch each shape before."""
+        capturer = GraphCapturer()
+        if self.prefill_graphs is not None:  # these need the most memory, which the others then use again
+            self.prefill_graphs.capture_graphs(capturer, launch_first)
         if self.decode_graphs is not None:
-            self.decode_graphs.capture_graphs(recorder)
+            self.decode_graphs.capture_graphs(capturer)
         if self.draft_runner is not None:
-            self.draft_runner.capture_graphs(recorder)
+            self.draft_runner.capture_graphs(capturer)
 
     @torch.inference_mode()
     def execute_step(self, step: SchedulerOutput) -> Readback:
-        """Launch a step. The tokens are on their way to the host when this returns."""
-        clock = StepTimer(self.table.device)
+        """Launch a step. Its tokens are on their way to the host when this returns."""
+        timer = StepTimer(self.table.device)
         self._update_states(step)
         if self.decode_graphs is not None and self.decode_graphs.can_run_step(step):
-            return self._execute_decode_graphs(step, self.decode_graphs, clock)
-        lines = LogitsIndices.from_step(step)
-        inputs = build_inputs(step, lines, self.table, self.block_size)
-        mixed = (
-            self.prefill_graphs
-            if self.prefill_graphs is not None and self.prefill_graphs.can_run_step(inputs)
-            else None
-        )
-        hidden = self._run_model(inputs) if mixed is None else mixed.run_model(inputs)
-        prompt = self._gather_prompt_logprobs(step, hidden)
+            return self._execute_decode_graphs(step, self.decode_graphs, timer)
+        indices = LogitsIndices.from_step(step)
+        inputs = build_inputs(step, indices, self.table, self.block_size)
+        if self.prefill_graphs is not None and self.prefill_graphs.can_run_step(inputs):
+            hidden = self.prefill_graphs.run_model(inputs)  # (num_tokens, hidden)
+        else:
+            hidden = self._run_model(inputs)
+        prompt_logprobs = self._prompt_logprobs.gather_prompt_logprobs(step, hidden, self.model, self.table.token_ids)
         sampled: SampledTokens | None = None
-        if len(lines.request_indices):
-            logits = self.model.compute_logits(hidden[inputs.logits_indices])
-            sampled = self.sampling_runner.sample_tokens(logits, step, inputs, lines)
+        if len(indices.request_indices):
+            logits = self.model.compute_logits(hidden[inputs.logits_indices])  # (num_logits_rows, vocab)
+            sampled = self.sampling_runner.sample_tokens(logits, step, inputs, indices)
         if self.draft_runner is not None:
             self._run_draft_runner(self.draft_runner, step, inputs, sampled)
-        return Readback(step, sampled, prompt, clock)
+        return Readback(step, sampled, prompt_logprobs, timer)
+
+    def _execute_decode_graphs(self, step: SchedulerOutput, graphs: DecodeGraphs, timer: StepTimer) -> Readback:
+        graphs.run_model(step)
+        variant = self.sampling_runner.graph_variant(step.rows)
+        if variant is not None:
+            sampled = SampledTokens(graphs.sample_tokens(step, variant))
+        else:  # penalties, logits processors or log-probabilities: the model is replayed, sampling is launched
+            indices = LogitsIndices.from_step(step)
+            captured = graphs.gather_logits(step, indices)
+            sampled = self.sampling_runner.sample_tokens(captured.logits, step, captured.inputs, indices)
+        if self.draft_runner is not None:
+            graphs.run_draft_prefill(step)
+            self._run_draft_runner(self.draft_runner, step, None, sampled)
+        return Readback(step, sampled, {}, timer)
 
     def _run_draft_runner(
-        self, drafting: DraftRunner, step: SchedulerOutput, inputs: StepInputs | None, sampled: SampledTokens | None
+        self,
+        draft_runner: DraftRunner,
+        step: SchedulerOutput,
+        inputs: StepInputs | None,
+        sampled: SampledTokens | None,
     ) -> None:
-        drafting.process_target_step(step, inputs)
+        # After sampling: a proposer reads the sampled tokens from the table.
+        draft_runner.process_target_step(step, inputs)
         if sampled is None:
             return
         if step.num_tokens_to_propose:
-            sampled.ran_draft_backfill = drafting.propose_drafts(
+            sampled.ran_draft_backfill = draft_runner.propose_drafts(
                 step, greedy=self.sampling_runner.all_greedy(step.rows[step.sampling_mask])
             )
-        sampled.quarantined += drafting.take_quarantined()
+        sampled.quarantined += draft_runner.take_quarantined()
 
     def _update_states(self, step: SchedulerOutput) -> None:
+        """Apply the differences to the step before, in the order that ``SchedulerOutput`` promises: a freed row may be
+        a new request's, and a copied block may be in its block table."""
         for row in step.freed_rows:
             self.sampling_runner.remove_row(row)
         self.table.add_requests(step.new_requests)
         for request in step.new_requests:
-            row = request.row
-            self._prompt_len[row] = request.prompt_len
-            wanted = request.params.prompt_logprobs
-            self._prompt_logprobs[row] = -1 if wanted is None else wanted
+            self._prompt_logprobs.add_request(request)
             self.sampling_runner.add_row(request)
         if step.block_diffs:
             self.table.update_block_tables(step.block_diffs)
@@ -165,49 +179,9 @@ class ModelRunner:
                 self.draft_runner.copy_blocks(step.block_copies)
         self.table.place_host_drafts(step.host_drafts, self._vocab_size)
 
-    def _execute_decode_graphs(self, step: SchedulerOutput, graphs: DecodeGraphs, clock: StepTimer) -> Readback:
-        graphs.run_model(step)
-        variant = self.sampling_runner.graph_variant(step.rows)
-        if variant is not None:
-            sampled = SampledTokens(graphs.sample_tokens(step, variant))
-        else:
-            lines = LogitsIndices.from_step(step)
-            inputs, logits = graphs.gather_logits(step, lines)
-            sampled = self.sampling_runner.sample_tokens(logits, step, inputs, lines)
-        if self.draft_runner is not None:
-            graphs.run_draft_prefill(step)
-            self._run_draft_runner(self.draft_runner, step, None, sampled)
-        return Readback(step, sampled, {}, clock)
-
     def _run_model(self, inputs: StepInputs) -> Tensor:
+        """Launch the model kernel by kernel: hidden states (num_tokens, hidden)."""
         for backend, batch in zip(self.backends, inputs.batches, strict=True):
             backend.prepare_metadata(batch)
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv_cache.layers, self.kv_cache.group_of)
         return self.model(inputs.input_ids, inputs.positions, context)
-
-    def _gather_prompt_logprobs(
-        self, step: SchedulerOutput, hidden: Tensor
-    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Log-probabilities of the prompt tokens that this step's chunks predict, by index into the step."""
-        asked = np.flatnonzero(self._prompt_logprobs[step.rows] >= 0)
-        if not len(asked):
-            return {}
-        starts: NDArray[np.int64] = np.concatenate(([0], np.cumsum(step.num_scheduled_tokens)))
-        found = {}
-        for i in asked:
-            row = step.rows[i]
-            first = step.max_seq_lens[i] - step.num_scheduled_tokens[i]
-            count = int(min(step.num_scheduled_tokens[i], self._prompt_len[row] - 1 - first))
-            if count <= 0:
-                continue
-            target = self.table.token_ids[row, first + 1 : first + 1 + count]
-            states = hidden[starts[i] : starts[i] + count]
-            k = int(self._prompt_logprobs[row])
-            parts = [
-                gather_logprobs(self.model.compute_logits(some), chosen, k)
-                for some, chosen in zip(
-                    states.split(_PROMPT_LOGPROB_ROWS), target.split(_PROMPT_LOGPROB_ROWS), strict=True
-                )
-            ]
-            found[int(i)] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        return found  # type: ignore[return-value]

@@ -6,96 +6,106 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
 from quire.core.ops.pinned import copy_to_host
+from quire.core.sample.logprobs import LogprobsTensors
 from quire.core.worker.sampling import SampledTokens
 
 __all__ = ["Readback", "StepTimer"]
 
-_Rows = dict[int, tuple[Tensor, Tensor, Tensor]]
-
-
 class StepTimer:
-    """Times a step where it runs: between two events on a GPU, by the host's clock on a CPU."""
+    """Times a step where it runs: between two events on a GPU, by the host's clock on a CPU. Starts at construction."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._start = self._end = 0
+        self._start_event: torch.cuda.Event | None = None
+        self._end_event: torch.cuda.Event | None = None
+        self._start_ns = self._end_ns = 0
         if device.type == "cuda":
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._events[0].record()
+            self._start_event = torch.cuda.Event(enable_timing=True)
+            self._end_event = torch.cuda.Event(enable_timing=True)
+            self._start_event.record()
         else:
-            self._start = time.perf_counter_ns()
+            self._start_ns = time.perf_counter_ns()
 
     def record_end(self) -> None:
         """Everything the step does is queued (or, on a CPU, done)."""
-        if self._events is not None:
-            self._events[1].record()
+        if self._end_event is not None:
+            self._end_event.record()
         else:
-            self._end = time.perf_counter_ns()
+            self._end_ns = time.perf_counter_ns()
 
     def is_done(self) -> bool:
-        """Whether the step has run."""
-        return self._events is None or self._events[1].query()
+        """Whether the step has run. Does not wait."""
+        return self._end_event is None or self._end_event.query()
 
     def wait_until_done(self) -> None:
-        """Until it has."""
-        if self._events is not None:
-            self._events[1].synchronize()
+        """Wait until the step has run. Steps queued behind it are not waited for."""
+        if self._end_event is not None:
+            self._end_event.synchronize()
 
     def device_us(self) -> float:
-        """How long it took. Only after ``wait``."""
-        if self._events is not None:
-            return self._events[0].elapsed_time(self._events[1]) * 1e3
-        return (self._end - self._start) / 1e3
+        """How long the step took, microseconds. Only after ``wait_until_done``."""
+        if self._start_event is not None and self._end_event is not None:
+            return self._start_event.elapsed_time(self._end_event) * 1e3
+        return (self._end_ns - self._start_ns) / 1e3
 
 
 class Readback:
-    """Copies start at construction, behind the step's kernels on its stream; ``result`` waits for them alone.
+    """A step's results on their way to the host: a ``StepFuture``.
 
-    On a GPU the copies land in pinned memory and an event marks them; later steps are queued behind without waiting.
+    Copies are queued at construction, behind the step's kernels on the same stream, into pinned memory: torch keeps a
+    cache of it, from which a buffer is taken for each copy and to which it returns with the tensor, so that nothing is
+    allocated under traffic (see ``reserve_pinned_memory``). The end event is queued behind the copies, and ``result``
+    waits for that event alone: never for the device, which would wait for the steps launched since.
     """
 
-    def __init__(self, step: SchedulerOutput, sampled: SampledTokens | None, prompt: _Rows, clock: StepTimer) -> None:
+    def __init__(
+        self,
+        step: SchedulerOutput,
+        sampled: SampledTokens | None,
+        prompt_logprobs: dict[int, LogprobsTensors],
+        timer: StepTimer,
+    ) -> None:
         self._step = step
         self._quarantined = sampled.quarantined if sampled else []
         self._ran_draft_backfill = sampled is not None and sampled.ran_draft_backfill
-        self._tokens = copy_to_host(sampled.token_ids) if sampled else None
+        self._sampled_buffer = copy_to_host(sampled.token_ids) if sampled else None
         self._requested_logprobs = sampled.logprobs if sampled else None
-        self._logprobs = _download_columns(self._requested_logprobs.tensors) if self._requested_logprobs else None
-        self._prompt = {i: _download_columns(rows) for i, rows in prompt.items()}
+        self._logprob_buffers = _copy_logprobs(self._requested_logprobs.tensors) if self._requested_logprobs else None
+        self._prompt_logprob_buffers = {i: _copy_logprobs(tensors) for i, tensors in prompt_logprobs.items()}
         self.num_compiled_kernels = 0
         """Kernels that had to be compiled to launch the step."""
-        self._timer = clock
-        clock.record_end()
+        self._timer = timer
+        timer.record_end()
 
     def done(self) -> bool:
         """Whether ``result`` would return at once."""
         return self._timer.is_done()
 
     def result(self) -> ModelRunnerOutput:
-        """The step's tokens, once they are here."""
+        """The step's tokens, once they are on the host."""
         self._timer.wait_until_done()
         step = self._step
         num_reqs = len(step.rows)
-        home = np.empty(0, np.int32) if self._tokens is None else self._tokens.numpy()
-        tokens = np.zeros((num_reqs, 1 if home.ndim == 1 else home.shape[1] - 2), dtype=np.int32)
-        num_sampled, num_drafted = step.sampling_mask.astype(np.int32), None
-        if home.ndim == 2:  # as ``verify`` packs them
-            num_drafted = np.zeros(num_reqs, np.int32)
-            num_sampled[step.sampling_mask], num_drafted[step.sampling_mask] = home[:, 0], home[:, 1]
-            tokens[step.sampling_mask] = home[:, 2:]
-        elif self._tokens is not None:
-            tokens[step.sampling_mask, 0] = home
+        # (num_sampling_reqs,) tokens; or (num_sampling_reqs, 2 + max_len) where drafts were verified, see below
+        sampled = np.empty(0, np.int32) if self._sampled_buffer is None else self._sampled_buffer.numpy()
+        token_ids = np.zeros((num_reqs, 1 if sampled.ndim == 1 else sampled.shape[1] - 2), dtype=np.int32)
+        num_sampled, num_verified_drafts = step.sampling_mask.astype(np.int32), None
+        if sampled.ndim == 2:  # as ``verify_drafts`` packs them: tokens appended, drafts verified, the tokens
+            num_verified_drafts = np.zeros(num_reqs, np.int32)
+            num_sampled[step.sampling_mask] = sampled[:, 0]
+            num_verified_drafts[step.sampling_mask] = sampled[:, 1]
+            token_ids[step.sampling_mask] = sampled[:, 2:]
+        elif self._sampled_buffer is not None:
+            token_ids[step.sampling_mask, 0] = sampled
         return ModelRunnerOutput(
             step=step.step,
-            sampled_token_ids=tokens,
+            sampled_token_ids=token_ids,
             num_sampled_tokens=num_sampled,
-            num_verified_drafts=num_drafted,
+            num_verified_drafts=num_verified_drafts,
             logprobs=self._split_logprobs(),
-            prompt_logprobs={i: _to_logprob_rows(rows) for i, rows in self._prompt.items()},
+            prompt_logprobs={i: _to_logprob_rows(buffers) for i, buffers in self._prompt_logprob_buffers.items()},
             device_us=self._timer.device_us(),
             quarantined=self._quarantined,
             num_compiled_kernels=self.num_compiled_kernels,
@@ -103,24 +113,26 @@ class Readback:
         )
 
     def _split_logprobs(self) -> dict[int, LogprobRows]:
-        if self._requested_logprobs is None or self._logprobs is None:
+        """By index into the step. All were gathered with the largest k: each request gets the columns it asked for."""
+        if self._requested_logprobs is None or self._logprob_buffers is None:
             return {}
-        ids, values, ranks = (column.numpy() for column in self._logprobs)
-        index, widths = self._requested_logprobs.request_indices, self._requested_logprobs.num_columns
-        starts = np.flatnonzero(np.diff(index, prepend=-1)).tolist()  # a request's lines are neighbours
+        token_ids, logprobs, ranks = (buffer.numpy() for buffer in self._logprob_buffers)
+        request_indices = self._requested_logprobs.request_indices
+        num_columns = self._requested_logprobs.num_columns
+        starts = np.flatnonzero(np.diff(request_indices, prepend=-1)).tolist()  # a request's rows are neighbours
         return {
-            int(index[start]): LogprobRows(
-                ids[start:end, : widths[start]], values[start:end, : widths[start]], ranks[start:end]
+            int(request_indices[start]): LogprobRows(
+                token_ids[start:end, : num_columns[start]],
+                logprobs[start:end, : num_columns[start]],
+                ranks[start:end],
             )
-            for start, end in zip(starts, [*starts[1:], len(index)], strict=True)
+            for start, end in zip(starts, [*starts[1:], len(request_indices)], strict=True)
         }
 
 
-def _download_columns(rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    ids, values, ranks = rows
-    return copy_to_host(ids), copy_to_host(values), copy_to_host(ranks)
+def _copy_logprobs(tensors: LogprobsTensors) -> LogprobsTensors:
+    return LogprobsTensors(*(copy_to_host(tensor) for tensor in tensors))
 
 
-def _to_logprob_rows(rows: tuple[Tensor, Tensor, Tensor]) -> LogprobRows:
-    ids, values, ranks = rows
-    return LogprobRows(ids.numpy(), values.numpy(), ranks.numpy())
+def _to_logprob_rows(buffers: LogprobsTensors) -> LogprobRows:
+    return LogprobRows(*(buffer.numpy() for buffer in buffers))

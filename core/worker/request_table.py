@@ -17,11 +17,14 @@ __all__ = ["RequestTable"]
 
 
 class RequestTable:
-    """Columns by row. Tokens are fed back on the device: ``append_tokens`` writes what was sampled.
+    """A row for each running request, for as long as it runs; the host sends what changes and reads nothing back.
 
     ``token_ids`` (rows, length) int32; ``num_tokens`` and ``num_computed_tokens`` (rows,) int32; ``block_tables`` by
-    group (rows, max_blocks) int32; sampling parameters (rows,). Rows outside the step are never read. One more row than
-    asked for stands for padding: it keeps one token, in block 0.
+    group (rows, max_blocks) int32; sampling parameters (rows,). Rows outside the step are never read. Sampled tokens
+    are appended on the device (``append_tokens``, or the sampler itself), so that the next step can be launched before
+    the host knows them.
+
+    One more row than asked for, the last, stands for padding: it keeps one token, in block 0.
 
     Drafts lie in ``token_ids`` behind a row's ``num_tokens``; ``num_drafts`` (rows,) int32 of them are real. A step may
     reach ``lookahead`` tokens beyond the longest request: its padding does.
@@ -36,19 +39,20 @@ class RequestTable:
         device: torch.device,
         lookahead: int = 0,
     ) -> None:
-        def column(dtype: torch.dtype, *shape: int) -> Tensor:
+        def make_column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(num_rows + 1, *shape, dtype=dtype, device=device)
 
         self.device = device
         self.num_rows = num_rows
         self.padding_row = num_rows
         self.max_model_len = max_model_len
-        self.token_ids = column(torch.int32, max_model_len + 1 + lookahead)
+        self.token_ids = make_column(torch.int32, max_model_len + 1 + lookahead)
+        # Columns of one type are rows of one tensor: a request that enters fills all of them with one scatter.
         self._int_columns = torch.zeros(5, num_rows + 1, dtype=torch.int32, device=device)
         self.num_tokens, self.num_computed_tokens, self.prompt_len, self.top_k, self.num_drafts = self._int_columns
         max_blocks = -(-(max_model_len + lookahead) // block_size)
-        self.block_tables = [column(torch.int32, max_blocks) for _ in range(num_groups)]
-        self._float_params = torch.zeros(6, num_rows + 1, dtype=torch.float32, device=device)
+        self.block_tables = [make_column(torch.int32, max_blocks) for _ in range(num_groups)]
+        self._float_columns = torch.zeros(6, num_rows + 1, dtype=torch.float32, device=device)
         (
             self.temperature,
             self.top_p,
@@ -56,38 +60,39 @@ class RequestTable:
             self.repetition_penalty,
             self.frequency_penalty,
             self.presence_penalty,
-        ) = self._float_params
-        self.seed = column(torch.int64)
+        ) = self._float_columns
+        self.seed = make_column(torch.int64)
         self.sampling = SamplingTable(
             self.token_ids, self.num_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed
         )
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
-        """Fill the rows of requests that enter."""
+        """Fill the rows of requests that enter, whatever was there before."""
         if not requests:
             return
         params = [r.params for r in requests]
-        tokens = copy_to_device(
-            np.concatenate([np.asarray(r.token_ids, np.int32) for r in requests]), torch.int32, self.device
-        )
         lengths = [len(r.token_ids) for r in requests]
-        for request, own in zip(requests, tokens.split(lengths), strict=True):
-            self.token_ids[request.row, : len(own)] = own
-        whole = [
+        # Three copies, however many requests enter: tokens, integers and floats.
+        all_token_ids = np.concatenate([np.asarray(r.token_ids, np.int32) for r in requests])
+        token_ids = copy_to_device(all_token_ids, torch.int32, self.device)
+        for request, request_token_ids in zip(requests, token_ids.split(lengths), strict=True):
+            self.token_ids[request.row, : len(request_token_ids)] = request_token_ids
+        integers = [
             [r.row for r in requests],
             [r.seed for r in requests],
+            # From here on in the order of ``_int_columns``.
             lengths,
             [r.num_computed_tokens for r in requests],
             [r.prompt_len for r in requests],
             [p.top_k for p in params],
             [0 for _ in requests],
         ]
-        rows, seeds, *counts = copy_to_device(whole, torch.int64, self.device)
-        for table in self.block_tables:
-            table.index_fill_(0, rows, 0)  # what a draft reaches beyond its own blocks is the padding block
+        rows, seeds, *int_columns = copy_to_device(integers, torch.int64, self.device)
+        for block_table in self.block_tables:
+            block_table.index_fill_(0, rows, 0)  # what a draft reaches beyond its own blocks is the padding block
         self.seed[rows] = seeds
-        self._int_columns[:, rows] = torch.stack(counts).int()
-        float_params = [
+        self._int_columns[:, rows] = torch.stack(int_columns).int()
+        floats = [
             [p.temperature for p in params],
             [p.top_p for p in params],
             [p.min_p for p in params],
@@ -95,40 +100,44 @@ class RequestTable:
             [p.frequency_penalty for p in params],
             [p.presence_penalty for p in params],
         ]
-        self._float_params[:, rows] = copy_to_device(float_params, torch.float32, self.device)
+        self._float_columns[:, rows] = copy_to_device(floats, torch.float32, self.device)
 
     def update_block_tables(self, diffs: Sequence[BlockDiff]) -> None:
-        """Apply changes of block tables: one scatter a group."""
-        for group, table in enumerate(self.block_tables):
-            mine = [d for d in diffs if d.group == group]
-            if not mine:
+        """Apply changes of block tables: one copy and one scatter a group."""
+        for group, block_table in enumerate(self.block_tables):
+            group_diffs = [diff for diff in diffs if diff.group == group]
+            if not group_diffs:
                 continue
-            rows = [d.row for d in mine for _ in d.block_ids]
-            places = [d.start + i for d in mine for i in range(len(d.block_ids))]
-            ids = [b for d in mine for b in d.block_ids]
-            packed = copy_to_device([rows, places, ids], torch.int64, self.device)
-            table[packed[0], packed[1]] = packed[2].int()
+            rows = [diff.row for diff in group_diffs for _ in diff.block_ids]
+            columns = [diff.start + i for diff in group_diffs for i in range(len(diff.block_ids))]
+            block_ids = [block for diff in group_diffs for block in diff.block_ids]
+            packed = copy_to_device([rows, columns, block_ids], torch.int64, self.device)  # (3, n)
+            block_table[packed[0], packed[1]] = packed[2].int()
 
     def place_host_drafts(self, host_drafts: Sequence[HostDraft], vocab_size: int) -> None:
-        """Make drafts of what the host expects, where it agrees with what was drawn since."""
+        """Make drafts of what a proposer on the host expects, where that agrees with what was sampled since."""
         if not host_drafts:
             return
-        longest = max(len(guess.token_ids) for guess in host_drafts)
+        longest = max(len(draft.token_ids) for draft in host_drafts)
+        # (2 + longest, n): row, base length, tokens. -1, which is no token, ends the shorter drafts.
         columns = np.full((2 + longest, len(host_drafts)), -1, dtype=np.int64)
-        for i, guess in enumerate(host_drafts):
-            columns[: 2 + len(guess.token_ids), i] = guess.row, guess.base_len, *guess.token_ids
-        rows, anchor, *_ = packed = copy_to_device(columns, torch.int64, self.device)  # kernels take contiguous rows
-        tokens = packed[2:].T
-        place = torch.arange(longest, device=self.device)[None, :]
-        num_sampled = self.num_tokens[rows].long() - anchor
-        known = self.token_ids[rows[:, None], (anchor[:, None] + place).clamp(max=self.token_ids.shape[1] - 1)]
-        agrees = ((known == tokens) | (place >= num_sampled[:, None])).all(1)
-        tokens = tokens.gather(1, (place + num_sampled[:, None]).clamp(max=longest - 1))
+        for i, draft in enumerate(host_drafts):
+            columns[: 2 + len(draft.token_ids), i] = draft.row, draft.base_len, *draft.token_ids
+        rows, base_len, *_ = packed = copy_to_device(columns, torch.int64, self.device)  # kernels take contiguous rows
+        draft_tokens = packed[2:].T  # (n, longest)
+        offset = torch.arange(longest, device=self.device)[None, :]
+        # The proposer saw ``base_len`` tokens; the device has sampled more since. A draft that those contradict is
+        # dropped whole, and of the others what was sampled already is cut off the front.
+        num_sampled = self.num_tokens[rows].long() - base_len
+        last_column = self.token_ids.shape[1] - 1
+        known_tokens = self.token_ids[rows[:, None], (base_len[:, None] + offset).clamp(max=last_column)]
+        agrees = ((known_tokens == draft_tokens) | (offset >= num_sampled[:, None])).all(1)
+        draft_tokens = draft_tokens.gather(1, (offset + num_sampled[:, None]).clamp(max=longest - 1))
         lengths = torch.where(agrees, longest - num_sampled, 0).clamp(min=0)
-        place_drafts(tokens, lengths, rows, self.sampling, self.num_drafts, vocab_size)
+        place_drafts(draft_tokens, lengths, rows, self.sampling, self.num_drafts, vocab_size)
 
     def append_tokens(self, rows: Tensor, tokens: Tensor) -> None:
-        """Write the token drawn for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device."""
+        """Write the token sampled for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device."""
         end = self.num_tokens[rows]
         self.token_ids[rows, end.long()] = tokens
         self.num_tokens[rows] = end + 1

@@ -13,7 +13,9 @@ __all__ = ["UniprocExecutor"]
 
 
 class UniprocExecutor(Executor):
-    """On a GPU, launching returns as soon as the kernels are queued. On a CPU a thread runs the steps in order, so that
+    """One worker, which the engine core calls directly.
+
+    On a GPU, launching returns as soon as the kernels are queued. On a CPU a thread runs the steps in order, so that
     the scheduler plans the next one meanwhile: torch releases the interpreter lock inside its operations.
     """
 
@@ -21,6 +23,12 @@ class UniprocExecutor(Executor):
         super().__init__(config, options)
         self._worker: Worker | None = None
         self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """The worker, between ``start`` and ``shutdown``: for tests and tools that look inside."""
+        assert self._worker is not None, "start comes first"
+        return self._worker
 
     def start(self) -> KVCapacity:
         """Build the worker."""
@@ -33,21 +41,19 @@ class UniprocExecutor(Executor):
 
     def execute_step(self, step: SchedulerOutput) -> StepFuture:
         """Launch a step and return at once."""
-        assert self._worker is not None
         if self._thread is None:
-            return self._worker.execute_step(step)
+            return self.worker.execute_step(step)
         return _ThreadedStep(self._thread.submit(self._execute_and_wait, step))
 
     def shutdown(self) -> None:
-        """Finish the steps under way and drop the worker."""
+        """Finish the steps in flight and drop the worker."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._thread = None
         self._worker = None
 
     def _execute_and_wait(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        assert self._worker is not None
-        return self._worker.execute_step(step).result()
+        return self.worker.execute_step(step).result()
 
 
 class _ThreadedStep:

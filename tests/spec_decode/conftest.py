@@ -41,7 +41,7 @@ PROPOSERS = {
 
 def runner_of(llm: LLM) -> ModelRunner:
     """What runs the steps of an engine, in this process."""
-    return llm._core._executor._worker._runner
+    return llm._core._executor.worker.model_runner
 
 
 @pytest.fixture(scope="session")

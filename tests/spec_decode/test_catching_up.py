@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from quire import SamplingParams
-from quire.core.worker import draft_prefill as reading
+from quire.core.worker import draft_runner as draft_runner_module
 
 from .conftest import runner_of
 from .test_exact import assert_same, prompts_for
@@ -17,7 +17,7 @@ from .test_exact import assert_same, prompts_for
 @pytest.mark.parametrize("off", [1, 9])
 def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, off: int) -> None:
     """The target drafts for itself, so a draft is wrong only if the proposer has not read what it should have."""
-    monkeypatch.setattr(reading, "_BACKFILL_TOKENS_PER_STEP", budget)
+    monkeypatch.setattr(draft_runner_module, "_BACKFILL_TOKENS_PER_STEP", budget)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
     speculation = llm._core.scheduler._speculation

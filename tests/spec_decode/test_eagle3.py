@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quire import LLM, SamplingParams
 from quire.core.sample.noise import gumbel
-from quire.core.worker.cuda_graphs import prefill as mixed_graphs
+from quire.core.worker.cuda_graphs.prefill import PrefillGraphs, PrefillShapes
 
 from .conftest import runner_of
 from .heads import ReferenceHead, make_head
@@ -40,7 +40,7 @@ class Watched:
 
 
 @pytest.mark.parametrize("layout", ["eagle", "specforge", "speculators"])
-def test_drafts_are_those_of_the_reference(models, reference, tmp_path, monkeypatch, layout: str) -> None:
+def test_drafts_are_those_of_the_reference(models, reference, tmp_path, layout: str) -> None:
     """Prompts in chunks, prefixes that are shared and hit, preemption, drafts accepted and refused, with and without
     noise: that of the token in the target's vocabulary, so that both draw alike."""
     head = make_head(tmp_path / "head", models["MODEL"], PROMPTS, layout=layout)
@@ -52,10 +52,8 @@ def test_drafts_are_those_of_the_reference(models, reference, tmp_path, monkeypa
     watched, oracle = Watched(llm), ReferenceHead.of(head, reference)
     if layout == "specforge":  # steps with prompts laid out with padding, as they are captured on a GPU
         runner = runner_of(llm)
-        monkeypatch.setattr(mixed_graphs, "_PROMPT_TOKENS", (8, 16))
-        runner.prefill_graphs = mixed_graphs.PrefillGraphs(
-            runner.model, runner.backends, runner.kv_cache, runner.table, 16
-        )
+        shapes = PrefillShapes(num_prompt_tokens=(8, 16))
+        runner.prefill_graphs = PrefillGraphs(runner.model, runner.backends, runner.kv_cache, runner.table, 16, shapes)
     for temperature in (0, 0, 0.4):
         wish = {"temperature": temperature, "max_tokens": 22, "ignore_eos": True}
         llm.generate(PROMPTS, [SamplingParams(**wish, seed=i) for i in range(len(PROMPTS))])

@@ -11,6 +11,7 @@ import torch
 from quire import SamplingParams
 from quire.core.config import SchedulerConfig
 from quire.core.sample.sampler import GumbelSampler
+from quire.core.worker.cuda_graphs.capture import CapturedGraph
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_query_lens
 from quire.core.worker.input_builder import LogitsIndices
 from quire.core.worker.request_table import RequestTable
@@ -23,27 +24,27 @@ from .test_exact import assert_same, prompts_for
 class Replayed:
     """What a CUDA graph does: the same work on the same buffers, into the same results."""
 
-    def __init__(self, work, made) -> None:
-        self._work, self._made = work, made
+    def __init__(self, launch, output) -> None:
+        self._launch, self._output = launch, output
         self.count = 0
 
     def replay(self) -> None:
         self.count += 1
-        again = self._work()
-        if self._made is not None:
-            self._made.copy_(again)
+        output = self._launch()
+        if self._output is not None:
+            self._output.copy_(output)
 
 
 class Calls:
-    """Records nothing and calls again."""
+    """A ``GraphCapturer`` that captures nothing and calls again."""
 
     def __init__(self) -> None:
         self.graphs: list[Replayed] = []
 
     def capture_graph(self, launch):
-        made = launch()
-        self.graphs.append(Replayed(launch, made))
-        return self.graphs[-1], made
+        output = launch()
+        self.graphs.append(Replayed(launch, output))
+        return CapturedGraph(self.graphs[-1], output)
 
 
 class OnDevice(GumbelSampler):

@@ -1,11 +1,16 @@
-"""Decode steps as CUDA graphs: inputs, model and logits in one, sampling and verification in another."""
+"""Decode steps as CUDA graphs: inputs, model and logits in one, sampling and verification of drafts in another.
+
+A step of decodes alone launches the same kernels whatever its requests are, if its batch is padded to one of a few
+sizes. A graph of them replays in microseconds, where launching them from Python takes milliseconds. Graphs read and
+write buffers of fixed address: the request table, and the inputs that are allocated here once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,45 +24,70 @@ from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.inputs import DraftSpans
 from quire.core.sample.verify import DraftVerifier, verify_drafts
-from quire.core.worker.cuda_graphs.capture import GraphCapturer
+from quire.core.worker.cuda_graphs.capture import CapturedGraph, GraphCapturer
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable
 
-__all__ = ["DecodeGraphs", "choose_verify_capture_sizes", "choose_verify_query_lens", "compute_max_captured_tokens"]
+__all__ = [
+    "DecodeGraphs",
+    "DecodeShape",
+    "StepLogits",
+    "choose_verify_capture_sizes",
+    "choose_verify_query_lens",
+    "compute_max_captured_tokens",
+]
 
 _MAX_VERIFY_REQS = 256
 """Most requests of a captured step that verifies drafts."""
 
 
 def choose_capture_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes: fine steps where launches dominate, steps of 8 and 16 above."""
+    """Padded batch sizes, ascending: close together where launches dominate, steps of 8, 16 and 32 above."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
 def choose_verify_capture_sizes(max_num_seqs: int) -> list[int]:
-    """Those of steps that verify drafts: fewer above 64 requests."""
+    """Padded batch sizes of steps that verify drafts: fewer above 64 requests, since there is a set of them for each
+    query length."""
     sizes = [size for size in choose_capture_sizes(max_num_seqs) if size <= 64 or not size % 64 or size == max_num_seqs]
     return [size for size in sizes if size <= _MAX_VERIFY_REQS]
 
 
 def compute_max_captured_tokens(max_num_seqs: int, num_draft_tokens: int) -> int:
-    """Tokens of the largest captured step."""
+    """Tokens, and logits rows, of the largest captured step."""
     return max(max_num_seqs, choose_verify_capture_sizes(max_num_seqs)[-1] * (1 + num_draft_tokens))
 
 
 def choose_verify_query_lens(num_draft_tokens: int) -> list[int]:
-    """Queries of a request in steps that verify up to ``num_draft_tokens`` drafts: one more than 1, 2 and all."""
+    """Query tokens of a request in steps that verify up to ``num_draft_tokens`` drafts: one more than 1, 2 and all."""
     return sorted({1 + count for count in (1, 2, num_draft_tokens) if 0 < count <= num_draft_tokens})
+
+
+class DecodeShape(NamedTuple):
+    """A captured shape."""
+
+    query_len: int
+    """Tokens of each request: 1, or 1 + the most drafts that it may verify."""
+    num_reqs: int
+    """Padding included."""
+
+
+@dataclass(slots=True)
+class StepLogits:
+    """What the model computed of a step, and from which inputs."""
+
+    inputs: StepInputs
+    logits: Tensor  # (num_logits_rows, vocab)
 
 
 @dataclass(slots=True)
 class _CapturedStep:
     inputs: StepInputs
-    logits: Tensor  # (size * queries, vocab)
+    logits: Tensor  # (num_reqs * query_len, vocab): written by ``model_graph``, read by ``sampling_graphs``
     model_graph: torch.cuda.CUDAGraph
-    sampling: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]]  # by variant: the graph, and what it writes
+    sampling_graphs: dict[str, CapturedGraph[Tensor]]  # by variant
     draft_prefill_graph: torch.cuda.CUDAGraph | None
 
 
@@ -67,8 +97,8 @@ class DecodeGraphs:
 
     Padding requests point at the table's last row, which owns the padding block alone; padding tokens of a request that
     has fewer drafts than others write there too. There are two variants of sampling, both writing the same tokens:
-    ``greedy``, and ``random`` for any mix of greedy and random requests, where a ``sampler`` is given that draws from
-    the table by itself.
+    ``greedy``, and ``random`` for any mix of greedy and random requests, where a ``sampler`` is given that samples from
+    the table by itself. ``launch_draft_prefill`` shows a step's inputs to a proposer that observes every step.
     """
 
     def __init__(
@@ -83,7 +113,7 @@ class DecodeGraphs:
         draft_verifier: DraftVerifier = verify_drafts,
         launch_draft_prefill: Callable[[StepInputs], None] | None = None,
     ) -> None:
-        self._launch_draft_prefill = launch_draft_prefill  # a proposer that observes every step
+        self._launch_draft_prefill = launch_draft_prefill
         self._model = model
         self._backends = backends
         self._kv_cache = kv_cache
@@ -92,33 +122,37 @@ class DecodeGraphs:
         self._sampler = sampler
         self._draft_verifier = draft_verifier
         self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
-        sizes = choose_capture_sizes(table.num_rows)
-        verify = all("verify" in backend.graph_support for backend in backends)
-        self._capture_sizes = {1: sizes} | {
-            queries: choose_verify_capture_sizes(table.num_rows)
-            for queries in (choose_verify_query_lens(num_draft_tokens) if verify else ())
+        capture_sizes = choose_capture_sizes(table.num_rows)
+        can_verify = all("verify" in backend.graph_support for backend in backends)
+        # Batch sizes by query length, both ascending: ``_find_captured`` takes the first that is large enough.
+        self._capture_sizes = {1: capture_sizes} | {
+            query_len: choose_verify_capture_sizes(table.num_rows)
+            for query_len in (choose_verify_query_lens(num_draft_tokens) if can_verify else ())
         }
-        most, lines = sizes[-1], max(sizes[-1] * queries for queries, sizes in self._capture_sizes.items())
+        max_reqs = capture_sizes[-1]
+        max_tokens = max(sizes[-1] * query_len for query_len, sizes in self._capture_sizes.items())
         device = table.device
-        self._rows_and_drafts = torch.full((2, most), table.padding_row, dtype=torch.int64, device=device)
-        self._rows_and_drafts[1] = 0  # drafts
-        self._sampled_token_ids = torch.zeros(most, dtype=torch.int32, device=device)
-        self._arange = torch.arange(lines + 1, device=device)
-        self._input_ids = torch.zeros(lines, dtype=torch.int32, device=device)
-        self._positions = torch.zeros(lines, dtype=torch.int64, device=device)
-        self._logits_table_rows = torch.zeros(lines, dtype=torch.int64, device=device)
-        self._logits_positions = torch.zeros(lines, dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros(most, dtype=torch.int32, device=device)
-        self._slot_mapping = [torch.zeros(lines, dtype=torch.int64, device=device) for _ in backends]
-        self._block_tables = [torch.zeros_like(blocks[:most]) for blocks in table.block_tables]
-        self._captured: dict[tuple[int, int], _CapturedStep] = {}
-        self._uploaded_rows: NDArray[np.int64] | None = None
+        # One set of buffers serves every shape, each of which takes the front of them: no two graphs run at once.
+        # Row 0 holds each request's table row, row 1 its number of drafts, so that one upload brings both.
+        self._rows_and_drafts = torch.full((2, max_reqs), table.padding_row, dtype=torch.int64, device=device)
+        self._rows_and_drafts[1] = 0
+        self._sampled_token_ids = torch.zeros(max_reqs, dtype=torch.int32, device=device)
+        self._arange = torch.arange(max_tokens + 1, device=device)
+        self._input_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self._positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self._logits_table_rows = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self._logits_positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self._seq_lens = torch.zeros(max_reqs, dtype=torch.int32, device=device)
+        self._slot_mapping = [torch.zeros(max_tokens, dtype=torch.int64, device=device) for _ in backends]
+        self._block_tables = [torch.zeros_like(blocks[:max_reqs]) for blocks in table.block_tables]
+        self._captured: dict[DecodeShape, _CapturedStep] = {}
+        self._uploaded: NDArray[np.int64] | None = None  # what the front of ``_rows_and_drafts`` holds
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(queries, size) of every graph, the largest first."""
-        pairs = [(queries, size) for queries, sizes in self._capture_sizes.items() for size in sizes]
-        return sorted(pairs, key=lambda shape: -shape[0] * shape[1])
+    def shapes(self) -> list[DecodeShape]:
+        """Every shape that is captured, the largest first."""
+        shapes = [DecodeShape(query_len, size) for query_len, sizes in self._capture_sizes.items() for size in sizes]
+        return sorted(shapes, key=lambda shape: -shape.query_len * shape.num_reqs)
 
     def can_run_step(self, step: SchedulerOutput) -> bool:
         """Whether ``run_model`` can serve the step."""
@@ -126,126 +160,140 @@ class DecodeGraphs:
             return False
         if step.num_draft_tokens is None:
             return step.num_decodes == len(step.rows)
-        queries = max(self._capture_sizes)
-        alone = step.total_num_scheduled_tokens == len(step.rows) + int(step.num_draft_tokens.sum())
-        return alone and step.num_draft_tokens.max() < queries and len(step.rows) <= self._capture_sizes[queries][-1]
+        # Each request has one token beside its drafts: else some compute prompts.
+        max_query_len = max(self._capture_sizes)
+        decodes_only = step.total_num_scheduled_tokens == len(step.rows) + int(step.num_draft_tokens.sum())
+        return (
+            decodes_only
+            and step.num_draft_tokens.max() < max_query_len
+            and len(step.rows) <= self._capture_sizes[max_query_len][-1]
+        )
 
     def warm_up(self) -> None:
-        """Launch what every size launches, once and with nothing at stake."""
+        """Launch what every shape launches, once, with padding requests alone."""
         for shape in self.shapes:
             self._launch_step(shape)
 
-    def capture_graphs(self, recorder: GraphCapturer) -> None:
-        """Record every size, the largest first so that the others fit into its memory."""
+    def capture_graphs(self, capturer: GraphCapturer) -> None:
+        """Capture every shape, the largest first so that the others fit into its memory."""
         for shape in self.shapes:
-            inputs, logits = self._launch_step(shape)  # loads what it launches
-            model, logits = recorder.capture_graph(partial(self._launch_model, inputs))
-            sampling = {
-                v: recorder.capture_graph(partial(self._launch_sampling, v, inputs, logits)) for v in self._variants
+            # Launch it first: a kernel that is loaded, or a library handle made, in a capture would break it.
+            inputs = self._launch_step(shape).inputs
+            model = capturer.capture_graph(partial(self._launch_model, inputs))
+            sampling_graphs = {
+                variant: capturer.capture_graph(partial(self._launch_sampling, variant, inputs, model.output))
+                for variant in self._variants
             }
-            read = (
-                None
-                if self._launch_draft_prefill is None
-                else recorder.capture_graph(partial(self._launch_draft_prefill, inputs))[0]
+            draft_prefill_graph = None
+            if self._launch_draft_prefill is not None:
+                draft_prefill_graph = capturer.capture_graph(partial(self._launch_draft_prefill, inputs)).graph
+            self._captured[shape] = _CapturedStep(
+                inputs, model.output, model.graph, sampling_graphs, draft_prefill_graph
             )
-            self._captured[shape] = _CapturedStep(inputs, logits, model, sampling, read)
 
     def run_model(self, step: SchedulerOutput) -> None:
-        """Run the model for a step."""
-        queries, size = self._find_shape(step)
-        count = len(step.rows)
-        padded = np.zeros((2, size), dtype=np.int64)
-        padded[0, count:] = self._table.padding_row
-        padded[0, :count] = step.rows
+        """Run the model for a step that ``can_run_step``, up to its logits."""
+        captured = self._find_captured(step)
+        count, size = len(step.rows), captured.inputs.batches[0].num_reqs
+        rows_and_drafts = np.zeros((2, size), dtype=np.int64)
+        rows_and_drafts[0, count:] = self._table.padding_row
+        rows_and_drafts[0, :count] = step.rows
         if step.num_draft_tokens is not None:
-            padded[1, :count] = step.num_draft_tokens
-        if self._uploaded_rows is None or not np.array_equal(self._uploaded_rows, padded):
-            self._rows_and_drafts[:, :size] = copy_to_device(padded, torch.int64, self._rows_and_drafts.device)
-            self._uploaded_rows = padded
-        self._captured[queries, size].model_graph.replay()
+            rows_and_drafts[1, :count] = step.num_draft_tokens
+        # Most steps have the requests of the step before: then nothing is copied to the device at all.
+        if self._uploaded is None or not np.array_equal(self._uploaded, rows_and_drafts):
+            self._rows_and_drafts[:, :size] = copy_to_device(rows_and_drafts, torch.int64, self._rows_and_drafts.device)
+            self._uploaded = rows_and_drafts
+        captured.model_graph.replay()
 
     def sample_tokens(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
-        """Draw for every request and feed it back, until the next step: its token (num_reqs,) int32, or what ``verify``
-        returns where drafts are verified."""
-        graph, tokens = self._captured[self._find_shape(step)].sampling[variant]
-        graph.replay()
-        return tokens[: len(step.rows)]
+        """Sample for every request and append to its row: the token of each (num_reqs,) int32, or what the verifier
+        returns where drafts are verified. The tensor is overwritten by the next step."""
+        captured = self._find_captured(step).sampling_graphs[variant]
+        captured.graph.replay()
+        return captured.output[: len(step.rows)]
 
     def run_draft_prefill(self, step: SchedulerOutput) -> None:
-        """Show the step, now that its tokens are drawn, to a proposer that observes every one."""
-        if (graph := self._captured[self._find_shape(step)].draft_prefill_graph) is not None:
+        """Show the step, now that its tokens are sampled, to a proposer that observes every one."""
+        if (graph := self._find_captured(step).draft_prefill_graph) is not None:
             graph.replay()
 
-    def gather_logits(self, step: SchedulerOutput, lines: LogitsIndices) -> tuple[StepInputs, Tensor]:
-        """The step's inputs and logits without padding, for who draws by other means."""
-        queries, size = self._find_shape(step)
-        captured = self._captured[queries, size]
-        inputs, count = captured.inputs, len(step.rows)
-        place = np.arange(len(lines.request_indices)) - np.repeat(lines.starts, lines.num_drafts + 1)
-        packed = np.concatenate((lines.request_indices * queries + place, lines.starts, lines.num_drafts))
-        index, first, drafts = copy_to_device(packed, torch.int64, self._rows_and_drafts.device).split(
-            [len(place), count, count]
+    def gather_logits(self, step: SchedulerOutput, indices: LogitsIndices) -> StepLogits:
+        """The step's inputs and logits without padding, to sample by other means than a graph."""
+        captured = self._find_captured(step)
+        inputs, count, query_len = captured.inputs, len(step.rows), captured.inputs.draft_spans.max_len
+        # Captured logits have ``query_len`` rows for every request; those behind its drafts are left out.
+        offset = np.arange(len(indices.request_indices)) - np.repeat(indices.starts, indices.num_drafts + 1)
+        packed = np.concatenate((indices.request_indices * query_len + offset, indices.starts, indices.num_drafts))
+        logits_rows, starts, num_drafts = copy_to_device(packed, torch.int64, self._rows_and_drafts.device).split(
+            [len(offset), count, count]
         )
-        spans = DraftSpans(inputs.rows[:count], first, drafts, 1 + int(lines.num_drafts.max(initial=0)))
-        inputs = replace(
+        spans = DraftSpans(inputs.rows[:count], starts, num_drafts, 1 + int(indices.num_drafts.max(initial=0)))
+        unpadded = replace(
             inputs,
-            logits_table_rows=inputs.logits_table_rows[index],
-            logits_positions=inputs.logits_positions[index],
+            logits_table_rows=inputs.logits_table_rows[logits_rows],
+            logits_positions=inputs.logits_positions[logits_rows],
             draft_spans=spans,
         )
-        return inputs, captured.logits[index]
+        return StepLogits(unpadded, captured.logits[logits_rows])
 
-    def _launch_step(self, shape: tuple[int, int]) -> tuple[StepInputs, Tensor]:
+    def _find_captured(self, step: SchedulerOutput) -> _CapturedStep:
+        """The smallest shape that holds the step. Query lengths and sizes are few: a search costs no microsecond."""
+        max_drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
+        query_len = next(query_len for query_len in sorted(self._capture_sizes) if query_len > max_drafts)
+        size = next(size for size in self._capture_sizes[query_len] if size >= len(step.rows))
+        return self._captured[query_len, size]  # type: ignore[index]  # equal to the named tuple, and sooner made
+
+    def _launch_step(self, shape: DecodeShape) -> StepLogits:
         """All that a step of this shape launches."""
-        inputs = self._make_static_inputs(*shape)
+        inputs = self._make_static_inputs(shape)
         logits = self._launch_model(inputs)
         for variant in self._variants:
             self._launch_sampling(variant, inputs, logits)
         if self._launch_draft_prefill is not None:
             self._launch_draft_prefill(inputs)
-        return inputs, logits
+        return StepLogits(inputs, logits)
 
-    def _find_shape(self, step: SchedulerOutput) -> tuple[int, int]:
-        drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
-        queries = next(queries for queries in sorted(self._capture_sizes) if queries > drafts)
-        return queries, next(size for size in self._capture_sizes[queries] if size >= len(step.rows))
-
-    def _make_static_inputs(self, queries: int, size: int) -> StepInputs:
-        lines = size * queries
-        start = (self._arange[: size + 1] * queries).int()
+    def _make_static_inputs(self, shape: DecodeShape) -> StepInputs:
+        """Views of the buffers that a graph of this shape reads and writes."""
+        query_len, size = shape
+        num_tokens = size * query_len
+        query_start_loc = (self._arange[: size + 1] * query_len).int()
         batches = [
             AttentionBatch(
-                query_start_loc=start,
+                query_start_loc=query_start_loc,
                 seq_lens=self._seq_lens[:size],
                 block_table=blocks[:size],
                 num_reqs=size,
-                num_tokens=lines,
-                max_query_len=queries,
-                max_seq_len=self._table.max_model_len,
+                num_tokens=num_tokens,
+                max_query_len=query_len,
+                max_seq_len=self._table.max_model_len,  # the graph serves any length, so the bound is the longest
                 num_decodes=size,
-                decode_query_len=queries,
+                decode_query_len=query_len,
             )
             for blocks in self._block_tables
         ]
-        rows, drafts = self._rows_and_drafts[:, :size]
+        rows, num_drafts = self._rows_and_drafts[:, :size]
         return StepInputs(
             rows=rows,
-            input_ids=self._input_ids[:lines],
-            positions=self._positions[:lines],
+            input_ids=self._input_ids[:num_tokens],
+            positions=self._positions[:num_tokens],
             seq_lens=self._seq_lens[:size],
-            query_start_loc=start,
-            slot_mapping=[slots[:lines] for slots in self._slot_mapping],
+            query_start_loc=query_start_loc,
+            slot_mapping=[slots[:num_tokens] for slots in self._slot_mapping],
             batches=batches,
-            logits_table_rows=rows if queries == 1 else self._logits_table_rows[:lines],
-            logits_positions=self._seq_lens[:size] if queries == 1 else self._logits_positions[:lines],
-            logits_indices=self._arange[:lines],
-            draft_spans=DraftSpans(rows, self._arange[:size] * queries, drafts, queries),
+            # With one token a request, its logits row is its row of the batch, and its length the position to sample.
+            logits_table_rows=rows if query_len == 1 else self._logits_table_rows[:num_tokens],
+            logits_positions=self._seq_lens[:size] if query_len == 1 else self._logits_positions[:num_tokens],
+            logits_indices=self._arange[:num_tokens],
+            draft_spans=DraftSpans(rows, self._arange[:size] * query_len, num_drafts, query_len),
         )
 
     def _launch_model(self, inputs: StepInputs) -> Tensor:
+        """Inputs from the table, the model, and its logits (num_tokens, vocab): one graph."""
         from quire.core.ops.kernels.decode_inputs_kernel import launch_decode_inputs
 
-        table, last, queries = self._table, len(inputs.batches) - 1, inputs.draft_spans.max_len
+        table, last_group, query_len = self._table, len(inputs.batches) - 1, inputs.draft_spans.max_len
         for group, batch in enumerate(inputs.batches):
             launch_decode_inputs(
                 inputs.rows,
@@ -260,17 +308,20 @@ class DecodeGraphs:
                 batch.block_table,
                 self._block_size,
                 table.max_model_len,
-                advance=group == last and queries == 1,
+                # Every group reads ``num_computed_tokens``, so the last one alone moves it on. Where drafts are
+                # verified the verifier does, since it alone knows how many tokens stay.
+                advance=group == last_group and query_len == 1,
             )
-            key = GraphKey("decode" if queries == 1 else "verify", batch.num_tokens, batch.num_reqs)
+            key = GraphKey("decode" if query_len == 1 else "verify", batch.num_tokens, batch.num_reqs)
             self._backends[group].prepare_metadata(batch, key)
-        if queries > 1:
-            inputs.logits_table_rows.view(-1, queries).copy_(inputs.rows[:, None])
+        if query_len > 1:
+            inputs.logits_table_rows.view(-1, query_len).copy_(inputs.rows[:, None])
             torch.add(inputs.positions, 1, out=inputs.logits_positions)
         context = ForwardContext(self._backends, inputs.slot_mapping, self._kv_cache.layers, self._kv_cache.group_of)
         return self._model.compute_logits(self._model(inputs.input_ids, inputs.positions, context))
 
     def _launch_sampling(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
+        """Sampling, verification of drafts and the feedback into the table: the second graph."""
         table, greedy, spans = self._table, variant == "greedy", inputs.draft_spans
         if spans.max_len > 1:
             if self._sampler is None:
@@ -287,5 +338,5 @@ class DecodeGraphs:
             return tokens
         tokens.copy_(logits.argmax(-1))
         table.append_tokens(inputs.rows, tokens)
-        table.num_tokens[table.padding_row :].zero_()
+        table.num_tokens[table.padding_row :].zero_()  # what padding requests appended, or their row would run over
         return tokens

@@ -1,0 +1,200 @@
+"""Constructs the plugins that a worker runs: model, quantization, attention, sampling, and a proposer on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quire.core.config import EngineConfig, PluginChoice
+from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
+from quire.core.contracts.logits_processor import LogitsProcessor
+from quire.core.contracts.model import Model
+from quire.core.contracts.quant import QuantizationLoader
+from quire.core.contracts.sampler import Sampler
+from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, TargetState
+from quire.core.errors import ConfigError
+from quire.core.layers.builder import LayerBuilder
+from quire.core.loading.hf_config import read_hf_config
+from quire.core.loading.loader import load_model
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target
+from quire.core.worker.cuda_graphs.decode import compute_max_captured_tokens
+from quire.core.worker.draft_runner import DraftRunner
+from quire.core.worker.kv_cache import KVCache, group_layers
+from quire.core.worker.request_table import RequestTable
+
+__all__ = ["AttentionGroups", "ComponentLoader"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroups:
+    """A backend for each group of layers with equal specs."""
+
+    backends: list[AttentionBackend]
+    """By group."""
+    group_of: list[int]
+    """By layer."""
+
+
+class ComponentLoader:
+    """Imports the class of each plugin that ``config`` names and constructs it on ``device`` with its own options.
+
+    Names were resolved to ``module:Class`` strings before the worker started: nothing is looked up here.
+    """
+
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        spec = config.speculation
+        self.num_speculative_tokens = 0 if spec is None else spec.num_speculative_tokens
+        """The most drafts that a step verifies for a request."""
+
+    def load_target_model(self) -> Model:
+        """The model that is served, with its weights."""
+        return self._load_model(self._config.model.path, "model", "quant")
+
+    def load_proposer(self, target: Model) -> DeviceProposer | None:
+        """The proposer that drafts on the device, with its weights; None where none does."""
+        spec = self._config.speculation
+        if spec is None:
+            return None
+        choice = self._config.plugin("spec_decode")
+        proposer_class = _load_plugin_class(choice, SpeculativeProposer)
+        if not issubclass(proposer_class, DeviceProposer):
+            return None
+        proposer = proposer_class(spec.num_speculative_tokens, _parse_plugin_options(proposer_class, choice))
+        proposer.load_weights(self._make_draft_source(target, spec.draft_model_path))
+        return proposer
+
+    def make_attention_groups(self, layer_specs: Sequence[AttentionSpec]) -> AttentionGroups:
+        """Backends for layers with these specs, their workspaces allocated. Raises ``ConfigError`` where the chosen
+        backend cannot serve one of them."""
+        config = self._config
+        choice = config.plugin("attention")
+        backend_class = _load_plugin_class(choice, AttentionBackend)
+        groups = group_layers(layer_specs)
+        for spec in groups.specs:
+            if reasons := backend_class.unsupported(spec, self._device):
+                raise ConfigError(
+                    f"attention backend {choice.name!r} cannot run this model on {self._device.type}: "
+                    f"{'; '.join(reasons)}; choose another with --attention-backend"
+                )
+        # A step that verifies drafts may reach this many tokens beyond the longest request: they are dropped later.
+        num_drafts = self.num_speculative_tokens
+        limits = AttentionLimits(
+            max_num_reqs=config.scheduler.max_num_seqs,
+            max_model_len=config.model.max_model_len + num_drafts,
+            device=self._device,
+            max_decode_query_len=1 + num_drafts,
+        )
+        options = _parse_plugin_options(backend_class, choice)
+        backends = [backend_class(spec, self._device, options) for spec in groups.specs]
+        for backend in backends:
+            backend.allocate_workspaces(limits)
+        return AttentionGroups(backends, groups.group_of)
+
+    def make_sampler(self) -> Sampler:
+        """The sampler."""
+        choice = self._config.plugin("sampler")
+        sampler_class = _load_plugin_class(choice, Sampler)
+        options = _parse_plugin_options(sampler_class, choice)
+        return sampler_class(self._config.model.vocab_size, self._device, options)
+
+    def make_logits_processors(self) -> list[tuple[str, LogitsProcessor]]:
+        """Every chosen logits processor by name, in the order in which they are applied."""
+        processors = []
+        for choice in self._config.plugins_of("logits_processor"):
+            processor_class = _load_plugin_class(choice, LogitsProcessor)
+            options = _parse_plugin_options(processor_class, choice)
+            processors.append((choice.name, processor_class(self._config.model.vocab_size, self._device, options)))
+        return processors
+
+    def make_draft_runner(
+        self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, target_kv_cache: KVCache
+    ) -> DraftRunner:
+        """What runs ``proposer``, attached to the target. Its own layers live under the block ids of the target's group
+        of layers that keeps every token."""
+        config = self._config
+        full_groups = [g for g, group in enumerate(target_kv_cache.groups) if group.window is None]
+        layer_specs = proposer.attention_specs()
+        if layer_specs and not full_groups:
+            raise ConfigError("every layer has a sliding window: no draft can share the cache; use --spec-method ngram")
+        target_group = full_groups[0] if full_groups else 0
+        attention = self.make_attention_groups(layer_specs)
+        kv_cache = KVCache(attention.backends, attention.group_of, self._device)
+        proposer.attach_target(
+            TargetState(
+                sampler=sampler,
+                table=table.sampling,
+                num_computed_tokens=table.num_computed_tokens,
+                block_table=table.block_tables[target_group],
+                kv=kv_cache.layers,
+                backends=attention.backends,
+                group_of=attention.group_of,
+                block_size=config.cache.block_size,
+                max_model_len=config.model.max_model_len,
+                max_num_reqs=config.scheduler.max_num_seqs,
+            )
+        )
+        name = config.plugin("spec_decode").name
+        return DraftRunner(name, proposer, table, config.model.vocab_size, kv_cache, target_group)
+
+    def _load_model(self, path: str, model_key: str, quant_key: str) -> Model:
+        model, cache = self._config.model, self._config.cache
+        hf_config = read_hf_config(Path(path))
+        dtype = getattr(torch, model.dtype)
+        return load_model(
+            _load_plugin_class(self._config.plugin(model_key), Model),
+            hf_config,
+            Path(path),
+            dtype=dtype,
+            device=self._device,
+            kv_dtype=dtype if cache.dtype == "auto" else getattr(torch, cache.dtype),
+            block_size=cache.block_size,
+            quant=self._make_quantization_loader(quant_key, hf_config),
+            load_format=model.load_format,
+            seed=model.seed,
+        )
+
+    def _make_draft_source(self, target: Model, draft_model_path: str | None) -> DraftSource:
+        model, limits = self._config.model, self._config.scheduler
+        dtype, block_size = getattr(torch, model.dtype), self._config.cache.block_size
+        folder = None if draft_model_path is None else Path(draft_model_path)
+
+        def make_builder(hf_config: Any) -> LayerBuilder:
+            quant = self._make_quantization_loader("draft_quant", hf_config)
+            return LayerBuilder(dtype, self._device, dtype, block_size, quant, max_positions=model.max_model_len)
+
+        return DraftSource(
+            path=folder,
+            target=target,
+            target_config=read_hf_config(Path(model.path)),
+            make_builder=make_builder,
+            load_model=partial(self._load_model, str(draft_model_path), "draft_model", "draft_quant"),
+            load_format=model.load_format,
+            config=None if folder is None else read_hf_config(folder),
+            # A step of prompts runs with its tokens and the decodes beside it padded to a captured shape.
+            max_num_tokens=limits.max_num_batched_tokens
+            + compute_max_captured_tokens(limits.max_num_seqs, self.num_speculative_tokens),
+        )
+
+    def _make_quantization_loader(self, key: str, hf_config: Any) -> QuantizationLoader:
+        choice = self._config.plugin(key)
+        loader_class = _load_plugin_class(choice, QuantizationLoader)
+        quant_config = getattr(hf_config, "quantization_config", None) or {}
+        return loader_class(quant_config, _parse_plugin_options(loader_class, choice))
+
+
+def _load_plugin_class(choice: PluginChoice, contract: type) -> Any:
+    """The chosen class, checked to be one of ``contract``."""
+    return load_target(choice.target, f"{contract.__module__}:{contract.__name__}")
+
+
+def _parse_plugin_options(plugin_class: type, choice: PluginChoice) -> Any:
+    """The choice's options as the class's own ``Options``."""
+    return parse_options(plugin_class, choice.options)
