@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.loader.hub_server import Hub, Repository, serve
+from tests.loading.hub_server import Hub, Repository, serve
 
 from quire.core.errors import CheckpointError
 from quire.core.loading.hub import resolve_model

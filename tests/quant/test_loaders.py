@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.loader.test_loader import Room, ThreadRank
+from tests.loading.test_loader import Room, ThreadRank
 from tests.models.paged import PagedRunner
 from tests.quant.test_fixtures import FIXTURES, NAMES, load
 from torch import Tensor, nn
