@@ -33,7 +33,7 @@ class PromptLogprobs:
     def gather_prompt_logprobs(
         self, step: SchedulerOutput, hidden: Tensor, model: Model, token_ids: Tensor
     ) -> dict[int, LogprobsTensors]:
-        """Of the prompt tokens that this step's chunks predict, by index into the step.
+        """Those of the prompt tokens that the chunks of this step predict, by index into the step.
 
         ``hidden`` (num_tokens, hidden); ``token_ids`` (rows, length) int32 of the request table.
         """

@@ -14,6 +14,7 @@ from quire.core.worker.sampling import SampledTokens
 
 __all__ = ["Readback", "StepTimer"]
 
+
 class StepTimer:
     """Times a step where it runs: between two events on a GPU, by the host's clock on a CPU. Starts at construction."""
 
