@@ -1,4 +1,5 @@
-"""``quire bench ceilings``: what memory and matrix units reach, for the floors of the other benchmarks."""
+"""``quire bench ceilings``: memory bandwidth and matrix throughput of this machine, for the
+roofline bounds of the other benchmarks."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{get_device_name(device)}: measuring", flush=True)
     ceilings, rows = measure_ceilings(device, progress=print)
     path = save_ceilings(get_device_name(device), ceilings, Path(args.out) if args.out else None)
-    print(f"kept in {path}: floors use the best read, and the best product of each kind")
+    print(f"saved in {path}: bounds use the best read, and the best product of each kind")
     if args.json:
         print_json({**describe_environment(device), **asdict(ceilings), "measured": rows})
     return 0

@@ -53,8 +53,8 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     ceilings = load_ceilings(device, Path(args.ceilings) if args.ceilings else None)
     if ceilings is not None:
         sizes, size = ModelShape.from_engine_config(llm.config), args.batch_size
-        figures["floor"] = workload_bound(sizes, [args.input_len] * size, [args.output_len] * size, ceilings)
-        print(f"floor: {figures['floor']:.4f} s, share of it {figures['floor'] / figures['p50']:.1%}")
+        figures["bound"] = workload_bound(sizes, [args.input_len] * size, [args.output_len] * size, ceilings)
+        print(f"roofline bound: {figures['bound']:.4f} s, share of it {figures['bound'] / figures['p50']:.1%}")
     if args.json:
         shape = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "num_iters")}
         times = {f"{name}_s": value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""The floor of a workload: the least time that its bytes and operations take at a card's measured ceilings.
+"""The roofline bound of a workload: the least time that its bytes and operations take at a device's measured ceilings.
 
 No launch costs, no sampling, no host. Weights are read once a step; a prompt's step computes every token; a decode step
 at batch ``B`` and context ``c`` reads ``B * c`` tokens of keys and values. Matrix products and attention follow each
@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quire.core.config import EngineConfig
 from quire.core.errors import ConfigError
@@ -102,7 +102,7 @@ class ModelShape:
     ) -> ModelShape:
         """Read from a transformers configuration. ``online`` is the quantization applied while loading, if any."""
         heads = hf_config.num_attention_heads
-        width, eight_bit = _weight_format(getattr(hf_config, "quantization_config", None) or {}, online, itemsize)
+        weights = _weight_format(getattr(hf_config, "quantization_config", None) or {}, online, itemsize)
         return cls(
             layers=hf_config.num_hidden_layers,
             hidden=hf_config.hidden_size,
@@ -112,9 +112,9 @@ class ModelShape:
             intermediate=hf_config.intermediate_size,
             vocab=hf_config.vocab_size,
             itemsize=itemsize,
-            weight_bytes=width,
+            weight_bytes=weights.bytes_each,
             kv_itemsize=kv_itemsize or itemsize,
-            eight_bit=eight_bit,
+            eight_bit=weights.eight_bit,
         )
 
     @classmethod
@@ -188,8 +188,15 @@ def _roofline_seconds(num_bytes: float, flops: float, ceilings: Ceilings) -> flo
     return max(num_bytes / ceilings.bytes_s, flops / ceilings.flops_s)
 
 
-def _weight_format(quantization: dict[str, Any], online: str, itemsize: int) -> tuple[float, bool]:
-    """(bytes of a weight, whether products are of 8-bit numbers): from what the checkpoint says of itself."""
+class _WeightFormat(NamedTuple):
+    bytes_each: float
+    """Scales and zero points included."""
+    eight_bit: bool
+    """Whether products are of 8-bit numbers."""
+
+
+def _weight_format(quantization: dict[str, Any], online: str, itemsize: int) -> _WeightFormat:
+    """From the checkpoint's ``quantization_config``, or the quantization applied while loading."""
     method = str(quantization.get("quant_method", "") or online)
     bits, group = quantization.get("bits"), quantization.get("group_size", 128)
     schemes = (quantization.get("config_groups") or {}).values()
@@ -199,7 +206,7 @@ def _weight_format(quantization: dict[str, Any], online: str, itemsize: int) -> 
         method = "int8" if scheme.get("input_activations") else method
     if method in ("awq", "gptq") or (bits and bits <= 4):
         bits = bits or 4
-        return bits / 8 + ((2 + bits / 8) / group if group and group > 0 else 0), False
+        return _WeightFormat(bits / 8 + ((2 + bits / 8) / group if group and group > 0 else 0), False)
     if method in ("fp8", "int8") or bits == 8:
-        return 1.0, method in ("fp8", "int8")
-    return float(itemsize), False
+        return _WeightFormat(1.0, method in ("fp8", "int8"))
+    return _WeightFormat(float(itemsize), False)

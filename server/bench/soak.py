@@ -1,4 +1,4 @@
-"""``quire bench soak``: more load than a server can bear, for minutes, and what becomes of it."""
+"""``quire bench soak``: more load than a server sustains, for minutes, and how it copes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     for number, minute in enumerate(soak.minutes, 1):
         print(_format_minute(number, minute))
     summary = soak.summarize()
-    stall, overall_stall = 1e3 * summary["longest_stall_s"], 1e3 * summary["longest_silence_s"]
+    stall, overall_stall = 1e3 * summary["longest_stall_s"], 1e3 * summary["longest_overall_stall_s"]
     memory_growth, gpu_memory_growth = summary["memory_growth_bytes"] / 2**20, summary["gpu_growth_bytes"] / 2**20
     print(
         f"longest stall of a stream {stall:.0f} ms, of all {overall_stall:.0f} ms; "
-        f"at most {summary['most_waiting']:.0f} waiting; {summary['failed']} failed; "
+        f"at most {summary['max_waiting']:.0f} waiting; {summary['failed']} failed; "
         f"memory {memory_growth:+.0f} MiB since the first minute, of the GPU {gpu_memory_growth:+.0f} MiB"
     )
     if "last_over_second" in summary:
@@ -68,7 +68,7 @@ async def _run_soak(args: argparse.Namespace, max_num_seqs: int, server: ServerP
     if not rate:
         concurrency = args.max_concurrency or max_num_seqs
         count = max(2 * concurrency, round(args.num_prompts or 4 * concurrency))
-        bar = make_progress_bar(count, "what it can bear")
+        bar = make_progress_bar(count, "sustained rate")
         timings, wall = await send_requests(client, requests, count, concurrency=concurrency, done=bar.update)
         bar.close()
         if any(t.error for t in timings):
@@ -165,7 +165,7 @@ class _SoakLog:
         for number in range(max(1, int(self.duration // self.minute))):
             minute, times = dict(self._minute_figures[number]), np.sort(np.array(self._event_times.pop(number, ())))
             gaps = np.diff(np.concatenate((last, times)))
-            minute["longest_silence_s"] = float(gaps.max()) if len(gaps) else self.minute
+            minute["longest_overall_stall_s"] = float(gaps.max()) if len(gaps) else self.minute
             minute["output_tok_s"] = minute.pop("output_tokens", 0.0) / min(self.minute, self.duration)
             minute["ttft_s"] = compute_percentiles(self._first_token_times[number])
             self.minutes.append(minute)
@@ -175,19 +175,19 @@ class _SoakLog:
         """The JSON line."""
         first, last = self.minutes[0], self.minutes[-1]
 
-        def most(name: str) -> float:
+        def largest(name: str) -> float:
             return max(minute.get(name, 0.0) for minute in self.minutes)
 
         summary: dict[str, Any] = {
             "request_rate": self.rate,
-            "bearable_requests_s": self.sustained_rate,
+            "sustained_requests_s": self.sustained_rate,
             "duration_s": self.duration,
             "minutes": self.minutes,
             "failed": int(sum(minute.get("failed", 0) for minute in self._minute_figures.values())),
             "refused": int(sum(minute.get("refused", 0) for minute in self._minute_figures.values())),
-            "longest_stall_s": most("longest_stall_s"),
-            "longest_silence_s": most("longest_silence_s"),
-            "most_waiting": most("num_requests_waiting"),
+            "longest_stall_s": largest("longest_stall_s"),
+            "longest_overall_stall_s": largest("longest_overall_stall_s"),
+            "max_waiting": largest("num_requests_waiting"),
             "memory_growth_bytes": last.get("resident_bytes", 0) - first.get("resident_bytes", 0),
             "gpu_growth_bytes": self.gpu_growth,
         }
@@ -202,7 +202,7 @@ def _format_minute(number: int, minute: dict[str, Any]) -> str:
     return (
         f"minute {number}: {minute['output_tok_s']:,.0f} tok/s; {minute.get('sent', 0):.0f} sent, "
         f"{minute.get('refused', 0):.0f} refused, {minute.get('failed', 0):.0f} failed; longest stall "
-        f"{minute.get('longest_stall_s', 0) * 1e3:.0f} ms, of all {minute['longest_silence_s'] * 1e3:.0f} ms; "
+        f"{minute.get('longest_stall_s', 0) * 1e3:.0f} ms, of all {minute['longest_overall_stall_s'] * 1e3:.0f} ms; "
         f"{minute.get('num_requests_running', 0):.0f} running, {minute.get('num_requests_waiting', 0):.0f} waiting"
         f"{ttft}{memory}"
     )

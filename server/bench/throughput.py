@@ -1,4 +1,4 @@
-"""``quire bench throughput``: tokens per second offline, beside the floor and ``transformers.generate``."""
+"""``quire bench throughput``: tokens per second offline, beside the roofline bound and ``transformers.generate``."""
 
 from __future__ import annotations
 
@@ -116,17 +116,17 @@ def _measure_workload(llm: LLM, workload: Workload, args: argparse.Namespace) ->
 def _report_bound(workload: Workload, llm: LLM, figures: dict[str, Any], ceilings: Ceilings | None) -> None:
     """How close the device's ceilings are, where they were measured."""
     if ceilings is None:
-        print(f"no floor: the ceilings of {figures['device']} are not known; measure them once: quire bench ceilings")
+        print(f"no roofline bound: no ceilings of {figures['device']} are known; measure them: quire bench ceilings")
         return
     shape = ModelShape.from_engine_config(llm.config)
     prompts, answers = [len(prompt) for prompt in workload.prompts], workload.max_tokens
-    bound = figures["floor_output_tok_s"] = workload.output_tokens / workload_bound(shape, prompts, answers, ceilings)
-    share = figures["share_of_floor"] = figures["output_tok_s"] / bound
-    text = f"floor: {bound:,.1f} output tokens/s, of which {share:.1%}"
+    bound = figures["bound_output_tok_s"] = workload.output_tokens / workload_bound(shape, prompts, answers, ceilings)
+    share = figures["share_of_bound"] = figures["output_tok_s"] / bound
+    text = f"roofline bound: {bound:,.1f} output tokens/s, of which {share:.1%}"
     if "decode_tok_s" in figures:
         num_decoded = workload.output_tokens - len(prompts)
-        bound = figures["floor_decode_tok_s"] = num_decoded / decode_bound(shape, prompts, answers, ceilings)
-        share = figures["decode_share_of_floor"] = figures["decode_tok_s"] / bound
+        bound = figures["bound_decode_tok_s"] = num_decoded / decode_bound(shape, prompts, answers, ceilings)
+        share = figures["decode_share_of_bound"] = figures["decode_tok_s"] / bound
         text += f"; decode alone {bound:,.1f}, of which {share:.1%}"
     print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""``quire bench``: what the engine, a server and the machine itself reach."""
+"""``quire bench``: measure the engine, a server and the machine itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHAT = "/v1/chat/completions"
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its benchmarks."""
-    about = "Measure. Workloads are defined draw for draw in benchmarks/README.md."
+    about = "Measure. benchmarks/README.md defines the workloads exactly."
     parser = subparsers.add_parser("bench", help="measure engine, server and machine", description=about)
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark", required=True)
     for name, (add, text) in _BENCHMARKS.items():
@@ -73,7 +73,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
         "--compare",
         choices=("auto", "transformers", "none"),
         default="auto",
-        help="beside what (default: transformers on a CPU, nothing on a GPU)",
+        help="what to compare with (default: transformers on a CPU, nothing on a GPU)",
     )
     group.add_argument(
         "--no-compare", dest="compare", action="store_const", const="none", help="the same as --compare none"
@@ -132,17 +132,23 @@ def _add_soak(parser: argparse.ArgumentParser) -> None:
         type=parse_float,
         default=2.0,
         metavar="X",
-        help="times what it bears, measured first (default: 2)",
+        help="times the rate that it sustains, measured first (default: 2)",
     )
     group.add_argument(
         "--request-rate", type=parse_float, default=0.0, metavar="R", help="requests/s instead of --overload"
     )
-    group.add_argument("--num-prompts", type=parse_int, metavar="N", help="requests that find out what it bears")
     group.add_argument(
-        "--max-concurrency", type=parse_int, metavar="N", help="of these at once (default: --max-num-seqs)"
+        "--num-prompts", type=parse_int, metavar="N", help="requests of the run that measures the sustained rate"
     )
     group.add_argument(
-        "--minute", type=parse_float, default=60.0, metavar="SECONDS", help="report so often (default: 60)"
+        "--max-concurrency", type=parse_int, metavar="N", help="of these at once (default: the server's --max-num-seqs)"
+    )
+    group.add_argument(
+        "--minute",
+        type=parse_float,
+        default=60.0,
+        metavar="SECONDS",
+        help="length of a reported interval (default: 60)",
     )
     _add_request_flags(group, 512, 128, 0.5)
     _add_engine_flags(parser, group)
@@ -157,7 +163,7 @@ def _add_startup(parser: argparse.ArgumentParser) -> None:
 def _add_ceilings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
     parser.add_argument(
-        "--cpu-threads", type=parse_int, metavar="N", help="as the engine's (default: all cores but one)"
+        "--cpu-threads", type=parse_int, metavar="N", help="threads, as of the engine (default: all cores but one)"
     )
     parser.add_argument("--out", metavar="FILE", help="where to keep them (default: ~/.cache/quire/ceilings.json)")
     parser.add_argument("--json", action="store_true", help="one JSON line after the readable ones")
@@ -167,14 +173,14 @@ _BENCHMARKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = 
     "throughput": (_add_throughput, "tokens per second, offline"),
     "latency": (_add_latency, "time of one batch, repeated"),
     "serve": (_add_serve, "load on a running server"),
-    "soak": (_add_soak, "more load than a server bears, for minutes"),
+    "soak": (_add_soak, "more load than a server sustains, for minutes"),
     "startup": (_add_startup, "from an empty process to an answer"),
-    "ceilings": (_add_ceilings, "what memory and matrix units reach"),
+    "ceilings": (_add_ceilings, "memory bandwidth and matrix throughput of this machine"),
 }
 
 
 def _add_request_flags(group: Any, input_len: int, output_len: int, spread: float) -> None:
-    """What is asked of a server. Spellings of the guides are accepted too."""
+    """Flags for requests to a server, in vLLM's spellings too."""
     group.add_argument("--api-key", metavar="KEY", help="key of the server, if it asks for one")
     group.add_argument(
         "--endpoint", choices=("/v1/completions", _CHAT), default="/v1/completions", help="(default: %(default)s)"
@@ -212,7 +218,9 @@ def _add_dataset_flag(group: Any) -> None:
 
 
 def _add_ceilings_flag(group: Any) -> None:
-    group.add_argument("--ceilings", metavar="FILE", help="for the floor: a file of quire bench ceilings --out")
+    group.add_argument(
+        "--ceilings", metavar="FILE", help="for the roofline bound: a file of quire bench ceilings --out"
+    )
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser, group: Any) -> None:
@@ -223,6 +231,6 @@ def _add_engine_flags(parser: argparse.ArgumentParser, group: Any) -> None:
 
 
 def _parse_rate(text: str) -> float:
-    """Requests a second; ``inf``, as the guides write it, is all at once."""
+    """Requests a second; ``inf``, as in vLLM, sends all at once."""
     value = parse_float(text)
     return 0.0 if math.isinf(value) else value

@@ -128,7 +128,7 @@ def test_several_workloads_in_one_engine(tiny_model: str, tmp_path: Path, capsys
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [each["workload"] for each in found] == ["decode-bs2", "prefill", "nano-sampled"]
     assert [each["temperature"] for each in found] == [0.0, 0.0, 0.8]
-    assert all(each["share_of_floor"] > 0 for each in found) and found[0]["decode_share_of_floor"] > 0
+    assert all(each["share_of_bound"] > 0 for each in found) and found[0]["decode_share_of_bound"] > 0
 
 
 def test_conversations_of_a_file(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Floors are those of the page on performance."""
+"""Roofline bounds are those of the page on performance."""
 
 from __future__ import annotations
 
