@@ -40,6 +40,9 @@ class Timing:
     """On the clock of ``time.perf_counter``."""
     events: list[float] = field(default_factory=list)
     """When each piece of text arrived."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the server found in its prefix cache; 0 where it does not say."""
     output_tokens: int = 0
     total: float = 0.0
 
@@ -172,7 +175,10 @@ def _parse_events(answer: _Response, timing: Timing) -> None:
         event = msgspec.json.decode(data)
         if "error" in event:
             timing.error = str(event["error"].get("message"))
-        timing.output_tokens = (event.get("usage") or {}).get("completion_tokens", timing.output_tokens)
+        if usage := event.get("usage"):
+            timing.output_tokens = usage.get("completion_tokens", 0)
+            timing.prompt_tokens = usage.get("prompt_tokens", 0)
+            timing.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         if any(_has_token(choice) for choice in event.get("choices", ())):
             timing.events.append(answer.arrivals[arrival][0])
     timing.error = timing.error or "the stream ended before [DONE]"

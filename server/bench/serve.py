@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from typing import Any
 
 from quire.core.errors import ConfigError
@@ -13,6 +14,9 @@ from quire.server.bench.plot import LoadPlot
 from quire.server.bench.report import compute_percentiles, make_progress_bar, print_json, print_table
 
 __all__ = ["run"]
+
+_REPEATED_SHARE = 0.5
+"""Random prompts share next to nothing: a larger share of cached prompt tokens means that the server has seen them."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +47,8 @@ async def _run_rates(args: argparse.Namespace) -> list[dict[str, Any]]:
             print_json(figures)
         else:
             print_table(_format_rows(figures))
+        if not requests.texts and figures["cached_prompt_share"] > _REPEATED_SHARE:
+            print(_repeated_prompts_warning(figures, len(args.request_rate)), file=sys.stderr, flush=True)
         for error in sorted({t.error for t in timings if t.error is not None})[:3]:
             print(f"failed: {error}", flush=True)
         runs.append(figures)
@@ -66,6 +72,7 @@ def _summarize(
         "max_concurrency": concurrency,
         "successful": len(successful),
         "failed": len(timings) - len(successful),
+        "cached_prompt_share": _cached_prompt_share(timings),
         "wall_s": wall,
         "requests_s": len(successful) / wall,
         "output_tok_s": tokens / wall,
@@ -75,6 +82,23 @@ def _summarize(
         "e2e_s": compute_percentiles([t.total for t in successful]),
         "longest_stall_s": longest_stall(successful),
     }
+
+
+def _cached_prompt_share(timings: list[Timing]) -> float:
+    """Share of the prompt tokens that the server found in its prefix cache. Without the first request, which
+    ``send_requests`` sends once before the load."""
+    counted = timings[1:]
+    return sum(t.cached_tokens for t in counted) / max(1, sum(t.prompt_tokens for t in counted))
+
+
+def _repeated_prompts_warning(figures: dict[str, Any], num_rates: int) -> str:
+    remedy = "give each load a --seed of its own"
+    if num_rates > 1:
+        remedy += ", and each rate a command of its own"
+    return (
+        f"warning: {figures['cached_prompt_share']:.0%} of the prompt tokens were in the server's prefix cache: it has "
+        f"served these prompts before, and the load measures the cache; {remedy}"
+    )
 
 
 def _format_rows(figures: dict[str, Any]) -> dict[str, str]:

@@ -29,6 +29,33 @@ def test_a_run_for_each_rate(server: RunningServer, capsys: pytest.CaptureFixtur
         assert found["longest_stall_s"] >= found["itl_s"]["p99"] > 0
 
 
+def test_a_repeated_seed_is_warned_of(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "bench",
+        "serve",
+        "--base-url",
+        server.url,
+        "--num-prompts",
+        "4",
+        "--input-len",
+        "100",
+        "--output-len",
+        "2",
+    ]
+    words += ["--vocab-size", "256", "--json", "--seed"]
+    assert main([*words, "4711"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["cached_prompt_share"] < 0.5 and "warning" not in captured.err
+    assert main([*words, "4711"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["cached_prompt_share"] > 0.5
+    [line] = captured.err.splitlines()
+    assert "prefix cache" in line and line.endswith("give each load a --seed of its own")
+    assert main([*words, "4712", "--request-rate", "inf", "inf"]) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("and each rate a command of its own")
+
+
 def test_chats_over_a_file_of_prompts(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
