@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.stats import StepStats
 
 __all__ = [
+    "BlockCopy",
     "BlockDiff",
     "CompletionOutput",
     "EngineCoreOutput",
@@ -89,6 +90,14 @@ class BlockDiff:
     block_ids: list[int]
 
 
+class BlockCopy(NamedTuple):
+    """A block of the KV cache that is copied before the step runs."""
+
+    group: int
+    source: int
+    destination: int
+
+
 @dataclass(slots=True)
 class HostDraft:
     """Tokens that may follow the first ``base_len`` tokens of a row. Some of those positions may have been drawn since:
@@ -119,8 +128,7 @@ class SchedulerOutput:
     max_seq_lens: NDArray[np.int32]  # (num_reqs,) upper bound of each request's context length; exact without drafts
     new_requests: list[NewRequest] = field(default_factory=list)
     block_diffs: list[BlockDiff] = field(default_factory=list)
-    block_copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(group, source block, destination block), to be copied before the model runs."""
+    block_copies: list[BlockCopy] = field(default_factory=list)
     freed_rows: list[int] = field(default_factory=list)
     num_draft_tokens: NDArray[np.int32] | None = (
         None  # (num_reqs,) how many of the granted tokens are drafts; None: nowhere any

@@ -1,4 +1,4 @@
-"""KV allocator: which blocks of the cache belong to which request. Host side, one thread, never blocks."""
+"""KV allocator: which blocks of the KV cache belong to which request. On the host, in one thread, without waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quire.core.messages import BlockCopy
 from quire.core.request import Request
 
 __all__ = ["Allocation", "KVAllocator", "KVGroup", "KVStats", "PrefixMatch"]
@@ -34,8 +35,8 @@ class Allocation:
 
     starts: list[int]
     new_blocks: list[list[int]]
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(group, source, destination): a shared block that will be written was replaced by a private copy."""
+    copies: list[BlockCopy] = field(default_factory=list)
+    """Shared blocks that will be written, each replaced by a private copy."""
 
 
 @dataclass(slots=True)
@@ -44,8 +45,9 @@ class KVStats:
 
     num_blocks: int
     num_free: int
-    """Blocks that can be handed out now, cached ones without a holder included."""
+    """Blocks that can be allocated now, cached ones without a reference included."""
     num_cached: int
+    """Blocks in the prefix cache."""
     prefix_queries: int
     """Tokens looked up."""
     prefix_hits: int
@@ -53,12 +55,13 @@ class KVStats:
 
 
 class KVAllocator(ABC):
-    """Owns ``num_blocks`` blocks per group, block 0 reserved as the padding sink and never handed out.
+    """Owns ``num_blocks`` blocks per group. Block 0 is the null block: it takes the writes of padding, and is never
+    allocated.
 
     Promised by an allocator: no block is writable by two requests; none is both free and referenced; a failed
     ``allocate`` changes nothing; after every request is freed the pool is back at its baseline. Reads of a request
     are of ``request_id``, ``token_ids``, ``extra_keys``, ``skip_prefix_cache`` and ``block_hashes`` (its scratch).
-    Table entries that were trimmed are 0.
+    Table entries whose blocks a window has left behind are 0.
     """
 
     def __init__(
@@ -89,34 +92,35 @@ class KVAllocator(ABC):
         prefix_match: PrefixMatch | None = None,
         num_reserved_blocks: int = 0,
     ) -> Allocation | None:
-        """Make room so that the request's first ``num_tokens`` tokens have slots, written from ``computed`` on.
+        """Give the request blocks for its first ``num_tokens`` tokens, of which those from ``num_computed_tokens`` on
+        will be written.
 
-        The first call for a request (or after ``free``) may pass the ``match`` to start from; its blocks get a
-        reference. ``reserve`` blocks per group must remain free afterwards (the watermark). Blocks about to be written
-        that are shared are replaced and listed in ``copies``. ``None``: not enough blocks, nothing changed.
+        The first call for a request (or after ``free``) may pass the ``prefix_match`` to start from; its blocks get a
+        reference. ``num_reserved_blocks`` blocks per group must remain free afterwards (the watermark). Shared blocks
+        that will be written are replaced and listed in ``copies``. ``None``: not enough blocks, nothing changed.
         """
 
     @abstractmethod
     def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
-        """KV of the first ``num_tokens`` tokens is (or will be, in stream order) written and their ids are known:
-        blocks now full become findable."""
+        """The KV of the first ``num_tokens`` tokens is written (or will be, in stream order) and their ids are known:
+        blocks that are full now enter the prefix cache."""
 
     @abstractmethod
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Start ``child`` with references to the parent's blocks of the first ``num_tokens`` tokens. ``None``: the
-        parent no longer holds all that the child must read (a window moved on), nothing changed."""
+        parent no longer has all that the child must read (a window moved on), nothing changed."""
 
     @abstractmethod
     def free_out_of_window_blocks(self, request: Request, group: int, before: int) -> None:
-        """Tokens before position ``before`` will not be read again in this group: their blocks may be given up."""
+        """Tokens before position ``before`` will not be read again in this group: their blocks may be freed."""
 
     @abstractmethod
     def free(self, request: Request) -> None:
-        """Give up every block of the request. Findable blocks stay cached until they are needed. Idempotent."""
+        """Free every block of the request. Cached blocks stay in the prefix cache until they are needed. Idempotent."""
 
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Blocks that can be handed out now in the scarcest group."""
+        """Blocks that can be allocated now in the scarcest group."""
 
     @abstractmethod
     def stats(self) -> KVStats:

@@ -1,4 +1,4 @@
-"""The hash chain of a request's full blocks: what makes a block findable."""
+"""The hash chain of a request's full blocks, by which they are found in the prefix cache."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["hash_chain"]
 
 
 def hash_chain(request: Request, block_size: int, count: int) -> list[bytes]:
-    """The hashes of the first ``count`` full blocks. Each covers its tokens, everything before them, and what else
-    makes their keys and values different. The request remembers them."""
+    """The hashes of the first ``count`` full blocks. Each covers the block's tokens, all tokens before them, and what
+    else makes their keys and values different (``Request.extra_keys``). The request keeps them."""
     hashes = request.block_hashes
     done = len(hashes)
     if count > done:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from quire.plugins.kv.hashing import hash_chain
 from quire.plugins.kv.pool import NULL_BLOCK, BlockPool
-from quire.sdk import Allocation, KVAllocator, KVGroup, KVStats, PrefixMatch, Request
+from quire.sdk import Allocation, BlockCopy, KVAllocator, KVGroup, KVStats, PrefixMatch, Request
 
-__all__ = ["PagedAllocator"]
+__all__ = ["PagedAllocator", "PagedDebugState"]
+
+
+class PagedDebugState(NamedTuple):
+    """The allocator's live parts, for tests and debugging: to look at, not to change."""
+
+    pools: list[BlockPool]
+    """By group."""
+    tables: dict[str, list[list[int]]]
+    """By request id: its blocks per group."""
 
 
 class PagedAllocator(KVAllocator):
     """The default allocator. Each group has its own pool; a request holds one list of blocks per group.
 
-    A block is findable by the hash of its tokens and of everything before them. Free findable blocks are reused least
-    recently given up first, and of one request the last blocks before the first ones, so that chains shrink from
-    their tails. Entries that a window has left behind are the sink.
+    A block is cached under the hash of its tokens and of everything before them. Free cached blocks are evicted least
+    recently used first, and of one request the last blocks before the first ones, so that a cached prefix shrinks from
+    its end. Table entries that a window has left behind are the null block.
     """
 
     def __init__(
@@ -33,22 +42,22 @@ class PagedAllocator(KVAllocator):
         super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
         self._tables: dict[str, _BlockTable] = {}
-        self._queries = self._hits = 0
+        self._num_queries = self._num_hits = 0  # tokens
 
     def match_prefix(self, request: Request) -> PrefixMatch:
-        """Walk the chain until a block is missing from a group without a window, then fit the windows."""
+        """Walk the chain of hashes until a block is not cached in a group without a window; then shorten the prefix
+        until every window before its end is cached as well."""
         if not self.prefix_caching or request.skip_prefix_cache:
             return PrefixMatch(0, tuple(() for _ in self.groups))
         hashes = hash_chain(request, self.block_size, (len(request.token_ids) - 1) // self.block_size)
         length = len(hashes)
         for group, pool in zip(self.groups, self._pools, strict=True):
             if group.window is None:
-                found = pool.cached_blocks
-                length = next((i for i in range(length) if hashes[i] not in found), length)
+                cached = pool.cached_blocks
+                length = next((i for i in range(length) if hashes[i] not in cached), length)
         length = self._fit_windows(hashes, length)
-        return PrefixMatch(
-            length * self.block_size, tuple(self._matched_blocks(g, hashes, length) for g in self._indices)
-        )
+        blocks = tuple(self._matched_blocks(group, hashes, length) for group in range(len(self.groups)))
+        return PrefixMatch(length * self.block_size, blocks)
 
     def allocate(
         self,
@@ -59,59 +68,60 @@ class PagedAllocator(KVAllocator):
         prefix_match: PrefixMatch | None = None,
         num_reserved_blocks: int = 0,
     ) -> Allocation | None:
-        """Count first, so that a refusal changes nothing; then take, copy what is shared, and append."""
+        """Count first, so that a refusal changes nothing; then copy blocks that are shared, and append new ones."""
         size = self.block_size
         table = self._tables.get(request.request_id)
         if table is not None and num_computed_tokens >= len(table.blocks[0]) * size:
             return self._append_blocks(table, -(-num_tokens // size), num_reserved_blocks)
-        fresh = table is None
+        is_new = table is None
         if table is None:
             table = _BlockTable(
                 [list(blocks) for blocks in prefix_match.blocks] if prefix_match else [[] for _ in self.groups]
             )
-        need, first = -(-num_tokens // size), num_computed_tokens // size
-        shared: list[list[int]] = []  # per group, indices of blocks to be written that others can read
+        num_blocks, first = -(-num_tokens // size), num_computed_tokens // size
+        shared: list[list[int]] = []  # per group: indices of blocks that will be written and that others can read
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
             refs = pool.ref_counts
             indices = [i for i in range(first, len(blocks)) if refs[blocks[i]] > 1]
-            claimed = sum(block != NULL_BLOCK and refs[block] == 0 for block in blocks) if fresh else 0
-            if max(need - len(blocks), 0) + len(indices) + claimed + num_reserved_blocks > pool.num_free:
+            # Matched blocks without references are on the free list, and leave it too.
+            revived = sum(block != NULL_BLOCK and refs[block] == 0 for block in blocks) if is_new else 0
+            if max(num_blocks - len(blocks), 0) + len(indices) + revived + num_reserved_blocks > pool.num_free:
                 return None
             shared.append(indices)
-        if fresh:
+        if is_new:
             self._open_table(request, table, prefix_match)
         starts, new_blocks, copies = [], [], []
         for g, (pool, blocks, indices) in enumerate(zip(self._pools, table.blocks, shared, strict=True)):
-            start = 0 if fresh else indices[0] if indices else len(blocks)
-            for block in blocks[first:]:
+            start = 0 if is_new else indices[0] if indices else len(blocks)
+            for block in blocks[first:]:  # they will be written: what is cached of them is no longer true
                 if pool.ref_counts[block] == 1:
                     pool.evict_block(block)
             for i in indices:
                 (copy,) = pool.allocate_blocks(1)
-                copies.append((g, blocks[i], copy))
+                copies.append(BlockCopy(g, blocks[i], copy))
                 pool.drop_references((blocks[i],))
                 blocks[i] = copy
-            if need > len(blocks):
-                blocks += pool.allocate_blocks(need - len(blocks))
+            if num_blocks > len(blocks):
+                blocks += pool.allocate_blocks(num_blocks - len(blocks))
             starts.append(start)
             new_blocks.append(blocks[start:])
         return Allocation(starts, new_blocks, copies)
 
     def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
-        """Index the blocks that have become full since the last call."""
+        """Cache the blocks that have become full since the last call."""
         table = self._tables.get(request.request_id)
         if table is None or not self.prefix_caching:
             return
-        full = num_tokens // self.block_size
-        hashes = hash_chain(request, self.block_size, full)
+        num_full = num_tokens // self.block_size
+        hashes = hash_chain(request, self.block_size, num_full)
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
-            for i in range(table.num_cached, full):
+            for i in range(table.num_cached, num_full):
                 if blocks[i] != NULL_BLOCK:
                     pool.insert_cached(blocks[i], hashes[i])
-        table.num_cached = max(table.num_cached, full)
+        table.num_cached = max(table.num_cached, num_full)
 
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
-        """Share whole tables; whoever writes first into the last block copies it (see ``allocate``)."""
+        """Share the parent's blocks. The request that first writes into a shared one copies it (see ``allocate``)."""
         source = self._tables[parent.request_id]
         count = -(-num_tokens // self.block_size)
         for group, blocks in zip(self.groups, source.blocks, strict=True):
@@ -126,7 +136,7 @@ class PagedAllocator(KVAllocator):
         return Allocation([0] * len(self.groups), [list(blocks) for blocks in table.blocks])
 
     def free_out_of_window_blocks(self, request: Request, group: int, before: int) -> None:
-        """Give up whole blocks; their entries become the sink."""
+        """Free the blocks that lie wholly before the position; their entries become the null block."""
         table = self._tables[request.request_id]
         blocks, start = table.blocks[group], table.num_out_of_window[group]
         end = min(before // self.block_size, len(blocks))
@@ -136,7 +146,7 @@ class PagedAllocator(KVAllocator):
             table.num_out_of_window[group] = end
 
     def free(self, request: Request) -> None:
-        """Give up the last block first, so that a chain is forgotten from its tail."""
+        """Free the last block first, so that a cached prefix is evicted from its end."""
         table = self._tables.pop(request.request_id, None)
         if table is not None:
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
@@ -152,18 +162,21 @@ class PagedAllocator(KVAllocator):
             num_blocks=(self.num_blocks - 1) * len(self.groups),
             num_free=sum(pool.num_free for pool in self._pools),
             num_cached=sum(len(pool.cached_blocks) for pool in self._pools),
-            prefix_queries=self._queries,
-            prefix_hits=self._hits,
+            prefix_queries=self._num_queries,
+            prefix_hits=self._num_hits,
         )
 
     def check_integrity(self) -> None:
         """Recount references from the tables, and compare with counts, free list and hash index."""
         for g, pool in enumerate(self._pools):
             refs = Counter(block for table in self._tables.values() for block in table.blocks[g] if block != NULL_BLOCK)
-            assert refs[NULL_BLOCK] == 0 and pool.ref_counts[NULL_BLOCK] == 0, f"group {g}: the sink was handed out"
+            null_refs = refs[NULL_BLOCK] + pool.ref_counts[NULL_BLOCK]
+            assert null_refs == 0, f"group {g}: the null block was allocated"
             for block in range(1, self.num_blocks):
                 counted = pool.ref_counts[block]
-                assert counted == refs[block], f"group {g}, block {block}: {counted} references, {refs[block]} holders"
+                assert counted == refs[block], (
+                    f"group {g}, block {block}: {counted} references, {refs[block]} in tables"
+                )
             free = pool.list_free_blocks()
             assert len(free) == pool.num_free, f"group {g}: {len(free)} blocks in the free list, not {pool.num_free}"
             expected = {block for block in range(1, self.num_blocks) if refs[block] == 0}
@@ -171,31 +184,32 @@ class PagedAllocator(KVAllocator):
             index = {h: b for b, h in enumerate(pool.block_hashes) if h is not None}
             assert index == pool.cached_blocks, f"group {g}: the hash index and the blocks disagree"
 
-    @property
-    def _indices(self) -> range:
-        return range(len(self.groups))
+    def debug_state(self) -> PagedDebugState:
+        """The live parts, for tests and debugging."""
+        return PagedDebugState(self._pools, {name: table.blocks for name, table in self._tables.items()})
 
-    def _append_blocks(self, table: _BlockTable, need: int, reserve: int) -> Allocation | None:
-        """``allocate`` where nothing held will be written: the common case, a decoding request's next block."""
+    def _append_blocks(self, table: _BlockTable, num_blocks: int, num_reserved_blocks: int) -> Allocation | None:
+        """``allocate`` where no block of the table will be written: the common case, a decoding request's next
+        block."""
         starts, new_blocks = [], []
-        extra = need - len(table.blocks[0])
+        num_new = num_blocks - len(table.blocks[0])
         for pool in self._pools:
-            if pool.num_free < extra + reserve:
+            if pool.num_free < num_new + num_reserved_blocks:
                 return None
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
             starts.append(len(blocks))
-            new = pool.allocate_blocks(extra)
+            new = pool.allocate_blocks(num_new)
             blocks += new
             new_blocks.append(new)
         return Allocation(starts, new_blocks)
 
     def _open_table(self, request: Request, table: _BlockTable, match: PrefixMatch | None) -> None:
-        """Register a request's first table and take its matched blocks."""
+        """Register a request's first table, and add references to its matched blocks."""
         self._tables[request.request_id] = table
         if match is not None:
             table.num_cached = match.num_tokens // self.block_size
-            self._queries += len(request.token_ids)
-            self._hits += match.num_tokens
+            self._num_queries += len(request.token_ids)
+            self._num_hits += match.num_tokens
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
                 pool.add_references(blocks)
 
@@ -207,29 +221,31 @@ class PagedAllocator(KVAllocator):
         """The longest prefix, in blocks, whose last window is cached in every group that has one."""
         pairs = zip(self.groups, self._pools, strict=True)
         windowed = [(group.window, pool.cached_blocks) for group, pool in pairs if group.window is not None]
-        settled = False
-        while not settled:
-            settled = True
-            for window, found in windowed:
+        changed = True
+        while changed:  # a shorter prefix moves every group's window
+            changed = False
+            for window, cached in windowed:
                 start = self._window_start(window, length * self.block_size)
-                missing = next((i for i in range(length - 1, start - 1, -1) if hashes[i] not in found), None)
+                missing = next((i for i in range(length - 1, start - 1, -1) if hashes[i] not in cached), None)
                 if missing is not None:
-                    length, settled = missing, False
+                    length, changed = missing, True
         return length
 
     def _matched_blocks(self, group: int, hashes: list[bytes], length: int) -> tuple[int, ...]:
-        found, window = self._pools[group].cached_blocks, self.groups[group].window
+        """The blocks of a cached prefix of ``length`` blocks: the null block before a window."""
+        cached, window = self._pools[group].cached_blocks, self.groups[group].window
         start = 0 if window is None else min(self._window_start(window, length * self.block_size), length)
-        return (NULL_BLOCK,) * start + tuple(found[hashes[i]] for i in range(start, length))
+        return (NULL_BLOCK,) * start + tuple(cached[hashes[i]] for i in range(start, length))
 
 
 class _BlockTable:
-    """What one request holds: a list of blocks per group."""
+    """The blocks of one request: a list per group."""
 
     __slots__ = ("blocks", "num_cached", "num_out_of_window")
 
     def __init__(self, blocks: list[list[int]]) -> None:
         self.blocks = blocks
         self.num_cached = 0
-        """Blocks from the start that ``commit`` has seen."""
+        """Blocks from the start that ``cache_full_blocks`` has seen."""
         self.num_out_of_window = [0] * len(blocks)
+        """By group: blocks from the start that a window has left behind."""

@@ -1,43 +1,48 @@
-"""The blocks of one group: who references them, which are findable, which go next."""
+"""The blocks of one group: how many requests reference each, which are cached, which are allocated next."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["BlockPool"]
+__all__ = ["NULL_BLOCK", "BlockPool"]
 
 NULL_BLOCK = 0
-"""Block 0 takes the writes of padding. It is never handed out, and serves as the head of the free list."""
+"""Block 0 takes the writes of padding, and stands in tables for blocks that a sliding window has left behind. It is
+never allocated, and serves as the head of the free list."""
 
 
 class BlockPool:
-    """Reference counts, the free list and the hash index of ``num_blocks`` blocks. Every operation is O(1) a block.
+    """Reference counts, the free list and the hash index of ``num_blocks`` blocks. Every operation takes constant time
+    per block.
 
-    The free list is doubly linked through two plain lists, least valuable first: blocks without content at the front,
-    findable ones behind them by the time they were given up. A findable block stays findable until it is taken.
+    The free list is doubly linked through two plain lists, in the order of allocation: first blocks that are not
+    cached, then cached ones, the least recently used first. A cached block stays cached until it is allocated anew.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.ref_counts = [0] * num_blocks
         self.block_hashes: list[bytes | None] = [None] * num_blocks
+        """By block: the hash under which it is cached, or None."""
         self.cached_blocks: dict[bytes, int] = {}
+        """The same by hash."""
         self.num_free = num_blocks - 1
+        # The neighbours of each block in the free list; those of blocks that are not free mean nothing.
         self._next = [*range(1, num_blocks), NULL_BLOCK]
         self._prev = [num_blocks - 1, *range(num_blocks - 1)]
 
     def allocate_blocks(self, count: int) -> list[int]:
-        """``count`` blocks, each with one reference; there must be that many free ones."""
-        taken = []
+        """``count`` blocks, each with one reference. There must be that many free ones; cached ones are evicted."""
+        blocks = []
         for _ in range(count):
             block = self._next[NULL_BLOCK]
             self._unlink(block)
             self.evict_block(block)
             self.ref_counts[block] = 1
-            taken.append(block)
-        return taken
+            blocks.append(block)
+        return blocks
 
     def add_references(self, blocks: Iterable[int]) -> None:
-        """Add a reference to each block (the sink aside), taking it off the free list if nobody held it."""
+        """Add a reference to each block except the null block, and take it off the free list if it is there."""
         for block in blocks:
             if block != NULL_BLOCK:
                 if self.ref_counts[block] == 0:
@@ -45,7 +50,7 @@ class BlockPool:
                 self.ref_counts[block] += 1
 
     def drop_references(self, blocks: Iterable[int]) -> None:
-        """Drop a reference of each block. Those that nobody holds any more are free: the first named goes first."""
+        """Drop a reference to each block. Blocks without references are free, to be allocated in the order given."""
         for block in blocks:
             if block != NULL_BLOCK:
                 self.ref_counts[block] -= 1
@@ -53,27 +58,25 @@ class BlockPool:
                     self._link(block)
 
     def insert_cached(self, block: int, block_hash: bytes) -> None:
-        """Make a full block findable, unless it is already or another block with the same content is."""
+        """Cache a full block under its hash, unless it is cached or another block with the same content is."""
         if self.block_hashes[block] is None and block_hash not in self.cached_blocks:
             self.block_hashes[block] = block_hash
             self.cached_blocks[block_hash] = block
 
-    def evict_block(self, block: int) -> bool:
-        """Make a block unfindable; whether it was findable."""
+    def evict_block(self, block: int) -> None:
+        """Take a block out of the prefix cache, if it is there."""
         block_hash = self.block_hashes[block]
-        if block_hash is None:
-            return False
-        self.block_hashes[block] = None
-        del self.cached_blocks[block_hash]
-        return True
+        if block_hash is not None:
+            self.block_hashes[block] = None
+            del self.cached_blocks[block_hash]
 
     def list_free_blocks(self) -> list[int]:
-        """The free blocks in the order in which they will be taken."""
+        """The free blocks in the order in which they will be allocated; checks the links. For tests and debugging."""
         order, block = [], self._next[NULL_BLOCK]
         while block != NULL_BLOCK:
             order.append(block)
             assert len(order) < len(self._next), "the free list has a cycle"
-            assert self._prev[self._next[block]] == block, f"the free list is torn at block {block}"
+            assert self._prev[self._next[block]] == block, f"the free list is broken at block {block}"
             block = self._next[block]
         return order
 
@@ -84,7 +87,7 @@ class BlockPool:
         self.num_free -= 1
 
     def _link(self, block: int) -> None:
-        """Blocks without content go to the front, the others to the back."""
+        """Put a block on the free list: one that is not cached to the front, a cached one to the back."""
         if self.block_hashes[block] is None:
             before, after = NULL_BLOCK, self._next[NULL_BLOCK]
         else:

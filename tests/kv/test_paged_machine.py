@@ -122,7 +122,7 @@ class PagedMachine(RuleBasedStateMachine):
         return Request(EngineCoreRequest(f"r{self.count}", list(tokens), SamplingParams(), 0), 1024)
 
     def picture(self):
-        pools = self.allocator._pools
+        pools = self.allocator.debug_state().pools
         return [(list(p.ref_counts), list(p.block_hashes), p.list_free_blocks(), p.num_free) for p in pools]
 
     def first_read(self, group, computed):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.sampler import *
     from quire.core.contracts.spec_decode import *
     from quire.core.messages import (
+        BlockCopy,
         EngineCoreRequest,
         HostDraft,
         LogprobRows,
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionSpec",
     "AuxHiddenStates",
     "BatchingPolicy",
+    "BlockCopy",
     "CacheConfig",
     "DeviceProposer",
     "DraftSource",
@@ -123,7 +125,8 @@ NAMES_OF_MODULE = {
         "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig",
     ),
     "quire.core.messages": (
-        "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest", "SchedulerOutput",
+        "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",
+        "SchedulerOutput",
     ),
     "quire.core.request": ("Request",),
     "quire.core.sampling_params": ("SamplingParams",),
