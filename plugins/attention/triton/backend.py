@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quire.core.ops.device_profile import OLDEST_CAPABILITY, DeviceProfile
 from quire.plugins.attention.triton.decode import launch_paged_decode
 from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
@@ -61,7 +62,7 @@ class TritonBackend(AttentionBackend):
         interpreted = triton.knobs.runtime.interpret
         if device.type == "cpu" and not interpreted:
             reasons.append("a CPU (set TRITON_INTERPRET=1 to run kernels in the interpreter)")
-        if _capability(device) < (8, 0):
+        if DeviceProfile.detect(device).capability < OLDEST_CAPABILITY:
             reasons.append("a GPU older than compute capability 8.0")
         if interpreted and torch.bfloat16 in (spec.dtype, spec.kv_dtype):
             reasons.append("bfloat16 in the interpreter, which computes it wrongly")
@@ -73,7 +74,7 @@ class TritonBackend(AttentionBackend):
             reasons.append("attention sinks")
         if spec.dtype not in _DTYPES:
             reasons.append(f"queries of {spec.dtype}")
-        if spec.kv_dtype == torch.float8_e4m3fn and _capability(device) < (8, 9):
+        if spec.kv_dtype == torch.float8_e4m3fn and not DeviceProfile.detect(device).has_fp8:
             reasons.append("a KV cache of float8_e4m3fn on a GPU older than compute capability 8.9")
         elif spec.kv_dtype != spec.dtype and spec.kv_dtype not in _FP8:
             reasons.append(f"a KV cache of {spec.kv_dtype} beside queries of {spec.dtype}")
@@ -116,8 +117,3 @@ class TritonBackend(AttentionBackend):
                 launch_prefill(self.spec, batch, q, kv, out, lse_out)
             else:
                 self._hopper_prefill.launch(batch, q, kv, out, lse_out)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the GPU; the interpreter can do everything."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (99, 0)

@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.plugins.attention.triton.tuning import choose_decode_tile, count_sms
+from quire.core.ops.device_profile import DeviceProfile
+from quire.plugins.attention.triton.tuning import choose_decode_tile
 from quire.sdk import AttentionBatch, AttentionLimits, AttentionSpec
 
 __all__ = ["DecodeWorkList"]
@@ -45,7 +46,7 @@ class DecodeWorkList:
     def __init__(self, spec: AttentionSpec, limits: AttentionLimits, fixed_split_size: int) -> None:
         device, num_kv_heads = limits.device, spec.num_kv_heads
         self.spec = spec
-        self.num_sms = count_sms(device)
+        self.num_sms = DeviceProfile.detect(device).num_sms
         self.tile = choose_decode_tile(spec, 1, 1, self.num_sms)
         """Of the step that was built last."""
         self.fixed_split_size = fixed_split_size

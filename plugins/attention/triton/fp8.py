@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from quire.core.ops.device_profile import DeviceProfile
+
 __all__ = ["has_fp8_conversion", "load_kv_scale", "prepare_fp8_queries", "unpack_fp8_pairs"]
 
 _QUERY_SCALE = tl.constexpr(0.0625)
@@ -21,7 +23,7 @@ def has_fp8_conversion(device: torch.device) -> bool:
     unless it interprets."""
     if triton.knobs.runtime.interpret:
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return DeviceProfile.detect(device).has_fp8
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.attention.triton.hopper_prefill_kernel import BLOCK_N, hopper_prefill_kernel
 from quire.plugins.attention.triton.hopper_tile_scheduler import BLOCK_M
-from quire.plugins.attention.triton.tuning import count_sms
 from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
 
 __all__ = ["HopperPrefill", "make_page_descriptor"]
@@ -26,9 +26,10 @@ class HopperPrefill:
     @classmethod
     def create_if_supported(cls, spec: AttentionSpec, device: torch.device) -> HopperPrefill | None:
         """None where ``spec`` or the GPU needs the general kernel."""
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not cls.supports(spec):
+        profile = DeviceProfile.detect(device)
+        if not profile.is_hopper or not cls.supports(spec):
             return None
-        return cls(spec, device, count_sms(device))
+        return cls(spec, device, profile.num_sms)
 
     @staticmethod
     def supports(spec: AttentionSpec) -> bool:

@@ -12,7 +12,7 @@ import triton
 
 from quire.sdk import AttentionSpec
 
-__all__ = ["DecodeTile", "choose_decode_tile", "count_sms"]
+__all__ = ["DecodeTile", "choose_decode_tile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,3 @@ def choose_decode_tile(spec: AttentionSpec, num_reqs: int, query_len: int, num_s
     if single_wave is not None and items_per_sm <= single_wave.programs_per_sm:
         return single_wave
     return _LARGE_BATCH[head_dim, itemsize]
-
-
-def count_sms(device: torch.device) -> int:
-    """SMs of ``device``; 4 where the interpreter stands in for a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
