@@ -16,45 +16,47 @@ __all__ = ["AuxHiddenStates", "ForwardContext", "Model"]
 
 @dataclass(slots=True)
 class ForwardContext:
-    """What a forward pass knows of its step, beside tokens and positions. Handed down explicitly, never global."""
+    """What a forward pass needs of its step beside tokens and positions. Passed as an argument, never global."""
 
     backends: list[AttentionBackend]
-    """By group; ``plan`` was called for this step."""
+    """By group of layers with equal specs; ``prepare_metadata`` was called for this step."""
     slot_mapping: list[Tensor]
-    """By group: (num_tokens,) int64, block * block_size + offset of each token; padding points into block 0."""
+    """By group: (num_tokens,) int64, ``block * block_size + offset`` of each token; padding points into block 0."""
     kv: list[LayerKV]
-    """By layer."""
+    """By layer: its part of the KV cache."""
     group_of: list[int]
-    """By layer."""
+    """By layer: its group."""
 
 
 @dataclass(slots=True)
 class AuxHiddenStates:
-    """Hidden states of some layers that every forward pass leaves in a buffer that stays, for a proposer."""
+    """Hidden states of some layers, which every forward pass writes into one static buffer, for a proposer."""
 
     layers: tuple[int, ...]
     """The residual stream before each of these layers."""
-    states: Tensor  # (most tokens, len(layers) * hidden): the step's tokens first, layers side by side
+    states: Tensor  # (max_num_tokens, len(layers) * hidden): the step's tokens first, layers side by side
 
     def capture_layer(self, layer: int, x: Tensor, residual: Tensor | None) -> None:
-        """The stream before ``layer`` is ``x + residual``, both (num_tokens, hidden), or ``x``."""
-        for wanted, part in zip(self.layers, self.states[: len(x)].chunk(len(self.layers), 1), strict=True):
-            if wanted == layer:
-                torch.add(x, 0 if residual is None else residual, out=part)
+        """Keep the residual stream before ``layer`` if it is one of ``layers``: ``x + residual``, both (num_tokens,
+        hidden), or ``x`` alone."""
+        columns = self.states[: len(x)].chunk(len(self.layers), 1)  # each (num_tokens, hidden)
+        for captured_layer, out in zip(self.layers, columns, strict=True):
+            if captured_layer == layer:
+                torch.add(x, 0 if residual is None else residual, out=out)
 
     def move_tokens(self, first: int, start: int, count: int) -> None:
-        """Move ``count`` tokens from ``start`` on to right behind the ``first``."""
+        """Move ``count`` tokens from ``start`` on to right behind the ``first`` tokens, over the padding between."""
         self.states[first : first + count] = self.states[start : start + count].clone()
 
 
 class Model(nn.Module, ABC):
     """One architecture. Constructed with ``Model(hf_config, builder)``, where ``builder``
     (``quire.core.layers.builder.LayerBuilder``) makes linear, embedding and norm layers for this rank, device, dtype
-    and quantization. A family is a page: layers, forward, and names.
+    and quantization.
     """
 
     supports_aux_hidden_states: bool = False
-    """Whether ``forward`` fills ``taps``."""
+    """Whether ``forward`` fills ``aux_hidden_states``."""
     aux_hidden_states: AuxHiddenStates | None = None
     """Set by a proposer before the first step, and filled in every forward pass."""
 
@@ -72,13 +74,13 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:
-        """Checkpoint tensor name -> what copies it into place. The loader calls each exactly once, streaming, and
-        reports what is missing or left over."""
+        """Checkpoint tensor name -> what copies this rank's shard of the tensor into place. The loader calls each
+        exactly once, streaming, and reports what is missing or left over."""
 
     def is_ignored_tensor(self, name: str) -> bool:
-        """Whether a checkpoint tensor may be passed over (a tied ``lm_head.weight``, ``rotary_emb.inv_freq``)."""
+        """Whether a checkpoint tensor may be left out (a tied ``lm_head.weight``, ``rotary_emb.inv_freq``)."""
         return False
 
     def process_weights_after_loading(self) -> Iterator[str]:
-        """Repack weights after loading, yielding the names of the layers done, for the progress bar."""
+        """Repack weights after loading, yielding the names of the layers done."""
         yield from ()

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from quire.core import ops
 from quire.core.contracts.attention import AttentionSpec, LayerKV
 from quire.core.contracts.model import ForwardContext
+from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.kv_scales import KVScales
 from quire.core.layers.norm import RMSNorm
-
-if TYPE_CHECKING:
-    from quire.core.layers.builder import LayerBuilder
 
 __all__ = ["Attention", "AttentionShape"]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a family says of one attention layer. Counts are of the whole model, not of a rank."""
+    """One attention layer as its family describes it. Counts are of the whole model, not of a rank."""
 
-    hidden: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qkv_bias: bool = False
-    out_bias: bool = False
-    window: int | None = None
-    softcap: float | None = None
+    o_bias: bool = False
+    sliding_window: int | None = None
+    """Tokens that a query sees, its own included; None: all before it."""
+    logits_softcap: float | None = None
+    """Scores become ``softcap * tanh(score / softcap)``; None: they do not."""
     scale: float | None = None
     """None: ``head_dim ** -0.5``."""
     qk_norm_eps: float | None = None
@@ -38,7 +37,7 @@ class AttentionShape:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions over the paged cache; heads are shared out over the ranks."""
+    """Grouped-query attention with rotary positions over the paged KV cache; heads are divided between the ranks."""
 
     def __init__(self, builder: LayerBuilder, name: str, layer: int, shape: AttentionShape, cos_sin: Tensor) -> None:
         super().__init__()
@@ -46,9 +45,11 @@ class Attention(nn.Module):
         self.cos_sin = cos_sin  # (max_positions, rotary_dim) float32, shared by the layers
         self.head_dim = shape.head_dim
         self.num_heads, self.num_kv_heads = builder.count_local_heads(shape.num_heads, shape.num_kv_heads)
-        self.qkv_proj = builder.make_qkv_parallel_linear(name, shape)
+        self.qkv_proj = builder.make_qkv_parallel_linear(
+            name, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.qkv_bias
+        )
         self.o_proj = builder.make_row_parallel_linear(
-            f"{name}.o_proj", shape.num_heads * shape.head_dim, shape.hidden, shape.out_bias
+            f"{name}.o_proj", shape.num_heads * shape.head_dim, shape.hidden_size, shape.o_bias
         )
         eps = shape.qk_norm_eps
         self.q_norm = None if eps is None else builder.make_rms_norm(f"{name}.q_norm", shape.head_dim, eps)
@@ -63,9 +64,9 @@ class Attention(nn.Module):
             dtype=builder.dtype,
             kv_dtype=builder.kv_dtype,
             block_size=builder.block_size,
-            kind="full" if shape.window is None else "sliding",
-            window=shape.window,
-            softcap=shape.softcap,
+            kind="full" if shape.sliding_window is None else "sliding",
+            window=shape.sliding_window,
+            softcap=shape.logits_softcap,
         )
 
     def forward(
@@ -78,12 +79,14 @@ class Attention(nn.Module):
         assert isinstance(qkv, Tensor), "only an activation is emitted quantized"
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
         q = q.unflatten(1, (self.num_heads, self.head_dim))  # (num_tokens, num_heads, head_dim)
-        k = k.unflatten(1, (self.num_kv_heads, self.head_dim))
+        k = k.unflatten(1, (self.num_kv_heads, self.head_dim))  # (num_tokens, num_kv_heads, head_dim)
         v = v.unflatten(1, (self.num_kv_heads, self.head_dim))
         group = context.group_of[self.layer]
         backend, kv = context.backends[group], context.kv[self.layer]
         if self.spec.kv_dtype.itemsize == 1:
             kv = LayerKV(kv.k, kv.v, self.kv_scales.k_scale, self.kv_scales.v_scale)
+        # One kernel norms and rotates queries and keys and writes keys and values into the cache, unless the backend
+        # writes them itself.
         q, k = ops.rope_and_cache(
             q,
             k,

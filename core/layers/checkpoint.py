@@ -29,10 +29,10 @@ class CheckpointLayer(nn.Module, ABC):
 
     @abstractmethod
     def weight_loaders(self) -> dict[str, WeightLoader]:
-        """Checkpoint tensor name -> what copies that tensor, whole, into this rank's parameters."""
+        """Checkpoint tensor name -> what takes that tensor, whole, and copies this rank's shard into its parameters."""
 
     def optional_tensors(self) -> set[str]:
-        """Names in ``checkpoint()`` that a checkpoint may lack."""
+        """Names in ``weight_loaders`` that a checkpoint may lack."""
         return set()
 
     def process_weights_after_loading(self) -> None:
@@ -41,17 +41,17 @@ class CheckpointLayer(nn.Module, ABC):
 
 def checkpoint_map(model: nn.Module) -> dict[str, WeightLoader]:
     """The maps of every layer of ``model``, in order of construction."""
-    return {name: fill for layer in _layers(model) for name, fill in layer.weight_loaders().items()}
+    return {name: load for layer in _find_layers(model) for name, load in layer.weight_loaders().items()}
 
 
 def optional_names(model: nn.Module) -> set[str]:
     """Tensors of ``model`` that a checkpoint may lack."""
-    return {name for layer in _layers(model) for name in layer.optional_tensors()}
+    return {name for layer in _find_layers(model) for name in layer.optional_tensors()}
 
 
 def process_weights_after_loading(model: nn.Module) -> Iterator[str]:
-    """Finish every layer of ``model``, yielding the names of those done."""
-    for layer in _layers(model):
+    """Let every layer of ``model`` repack, yielding the names of those done."""
+    for layer in _find_layers(model):
         layer.process_weights_after_loading()
         yield layer.name
 
@@ -65,5 +65,5 @@ def expect_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[CheckpointLayer]:
+def _find_layers(model: nn.Module) -> list[CheckpointLayer]:
     return [module for module in model.modules() if isinstance(module, CheckpointLayer)]

@@ -1,4 +1,4 @@
-"""The vocabulary's two ends: token embedding, and the head that gives logits."""
+"""Token embedding and language model head, both divided by vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VocabEmbedding(CheckpointLayer):
         self,
         name: str,
         vocab_size: int,
-        hidden: int,
+        hidden_size: int,
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,
@@ -38,7 +38,7 @@ class VocabEmbedding(CheckpointLayer):
         self.parallel = parallel
         rows = compute_rows_per_rank(vocab_size, parallel)
         self.vocab_start_index = parallel.rank * rows
-        weight = torch.zeros(rows, hidden, dtype=dtype, device=device)
+        weight = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)  # (rows, hidden)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class VocabEmbedding(CheckpointLayer):
 
     def _load_weight(self, tensor: Tensor) -> None:
         expect_shape(f"{self.name}.weight", tensor, (self.vocab_size, self.weight.shape[1]))
-        mine = tensor[self.vocab_start_index : self.vocab_start_index + self.weight.shape[0]]
-        self.weight[: len(mine)].copy_(mine)
+        shard = tensor[self.vocab_start_index : self.vocab_start_index + self.weight.shape[0]]
+        self.weight[: len(shard)].copy_(shard)  # the last rank's padding stays zero
 
 
 class LMHead(nn.Module):

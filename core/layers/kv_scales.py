@@ -38,18 +38,18 @@ class KVScales(CheckpointLayer):
         self.register_buffer("v_scale", torch.ones(1, device=device), persistent=False)
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
-        """Every spelling."""
+        """One for every spelling of the scales' names."""
         return {
-            f"{self.name}.{end}": partial(self._load_scale, f"{self.name}.{end}", of)
-            for end, of in _SCALE_SUFFIXES.items()
+            f"{self.name}.{end}": partial(self._load_scale, f"{self.name}.{end}", which)
+            for end, which in _SCALE_SUFFIXES.items()
         }
 
     def optional_tensors(self) -> set[str]:
-        """All of them."""
+        """All of them: most checkpoints have none."""
         return set(self.weight_loaders())
 
-    def _load_scale(self, name: str, of: str, tensor: Tensor) -> None:
+    def _load_scale(self, name: str, which: str, tensor: Tensor) -> None:
         if tensor.numel() != 1 or not 0 < float(tensor) < math.inf:
             raise CheckpointError(f"tensor {name!r} is {tensor.tolist()} where one positive scale is right")
-        for each in of:
-            getattr(self, f"{each}_scale").fill_(float(tensor))
+        for part in which:  # "k", "v" or "kv"
+            getattr(self, f"{part}_scale").fill_(float(tensor))

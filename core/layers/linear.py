@@ -51,13 +51,13 @@ class Linear(CheckpointLayer):
     ) -> tuple[Tensor | QuantActivation, Tensor]:
         """``(activation(self(norm(s))), s)`` of the residual stream ``s = x + residual`` (``x`` where that is None).
 
-        In as few kernels as the method offers. ``x`` and ``residual`` (num_tokens, in_features); see
-        ``LinearMethod.apply_fused`` for ``activation``, which may come as the layer ``reader`` wants it.
+        The operations are fused into as few kernels as the method offers. ``x`` and ``residual`` (num_tokens,
+        in_features); see ``LinearMethod.apply_fused`` for ``activation``, whose result may be in the input format of
+        the layer ``consumer`` that reads it.
         """
         bias = getattr(self, "bias", None)
         if residual is None:
-            gains = (norm.weight, norm.eps)
-            out = self.method.apply_fused(self, x, bias, norm=gains, activation=activation)
+            out = self.method.apply_fused(self, x, bias, norm=(norm.weight, norm.eps), activation=activation)
             if out is not None:
                 return out, x
         y, stream = rms_norm_quantized(self.input_format, x, norm.weight, norm.eps, residual)
@@ -65,13 +65,13 @@ class Linear(CheckpointLayer):
         if out is None:
             out = self(y)
             if activation is not None:
-                wanted = ActivationFormat() if consumer is None else consumer.input_format
-                return ops.gated_activation(activation, out, wanted), stream
+                output_format = ActivationFormat() if consumer is None else consumer.input_format
+                return ops.gated_activation(activation, out, output_format), stream
         return out, stream
 
     def forward_add_residual(self, x: Tensor | QuantActivation, stream: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Add the layer's result to the residual stream: ``(sum, None)``, or ``(result, stream)``, not yet added,
-        where the method leaves the addition to the norm that follows."""
+        """The layer's result and the residual stream: ``(result + stream, None)``, or ``(result, stream)`` where the
+        method leaves the addition to the norm that follows."""
         if self.info.shard != "row" or self.parallel.size == 1:
             out = self.method.apply_fused(self, x, getattr(self, "bias", None), residual=stream)
             if out is not None:
@@ -87,7 +87,7 @@ class Linear(CheckpointLayer):
         }
 
     def optional_tensors(self) -> set[str]:
-        """As the method says."""
+        """Those that the method calls optional."""
         return {
             f"{part_name}.{tensor_name}"
             for part, part_name in enumerate(self.info.part_names)
@@ -99,8 +99,8 @@ class Linear(CheckpointLayer):
         self.method.process_weights_after_loading(self)
 
     def _make_weight_loader(self, part: int, tensor_name: str) -> WeightLoader:
-        def fill(tensor: Tensor) -> None:
+        def load(tensor: Tensor) -> None:
             rank, size = self.parallel.rank, self.parallel.size
             self.method.load_tensor(self, self.info, part, tensor_name, tensor, rank, size)
 
-        return fill
+        return load

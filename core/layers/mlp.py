@@ -1,16 +1,12 @@
-"""The gated MLP of the Llama line."""
+"""The gated MLP of Llama and its relatives (SwiGLU: Shazeer, 2020, arXiv:2002.05202)."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from quire.core.errors import CheckpointError
+from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.norm import RMSNorm
-
-if TYPE_CHECKING:
-    from quire.core.layers.builder import LayerBuilder
 
 __all__ = ["GatedMLP"]
 
@@ -19,16 +15,22 @@ class GatedMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``, gate and up in one matrix, with the norm before it and the residual after it."""
 
     def __init__(
-        self, builder: LayerBuilder, name: str, hidden: int, intermediate: int, activation: str, bias: bool = False
+        self,
+        builder: LayerBuilder,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ("silu", "swish"):
             raise CheckpointError(
                 f"hidden_act {activation!r} in config.json is not supported by this architecture; only 'silu' is"
             )
-        parts = {f"{name}.gate_proj": intermediate, f"{name}.up_proj": intermediate}
-        self.gate_up_proj = builder.make_column_parallel_linear(f"{name}.gate_up_proj", hidden, parts, bias)
-        self.down_proj = builder.make_row_parallel_linear(f"{name}.down_proj", intermediate, hidden, bias)
+        parts = {f"{name}.gate_proj": intermediate_size, f"{name}.up_proj": intermediate_size}
+        self.gate_up_proj = builder.make_column_parallel_linear(f"{name}.gate_up_proj", hidden_size, parts, bias)
+        self.down_proj = builder.make_row_parallel_linear(f"{name}.down_proj", intermediate_size, hidden_size, bias)
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in

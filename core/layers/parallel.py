@@ -1,4 +1,4 @@
-"""Tensor parallelism as a layer sees it: which shard it is, and the two exchanges it needs."""
+"""Tensor parallelism as a layer sees it: which shard it is, and the two collectives that it needs."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class TensorParallel:
         """(n, shard) on every rank -> (n, size * shard), the shards side by side in order of rank."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        shards = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(shards, x.contiguous(), group=self.group)
+        return torch.cat(shards, dim=-1)
 
-    def divide_evenly(self, total: int, what: str) -> int:
-        """``total`` divided by the ranks. ``what`` names it in the error."""
+    def divide_evenly(self, total: int, name: str) -> int:
+        """``total`` over the number of ranks. Raises ``ConfigError``, naming it ``name``, where that is not whole."""
         if total % self.size:
             raise ConfigError(
-                f"{what} is {total}, which {self.size} ranks cannot share evenly; "
+                f"{name} is {total}, which {self.size} ranks cannot share evenly; "
                 f"use a tensor_parallel_size that divides it"
             )
         return total // self.size

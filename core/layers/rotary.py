@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from torch import Tensor
 from quire.core.errors import CheckpointError
 from quire.core.loading.hf_config import get_context_length
 
-__all__ = ["make_rope_table", "supported_rope_types"]
+__all__ = ["list_rope_types", "make_rope_table"]
 
 _Parameters = Mapping[str, Any]
-_Frequencies = tuple[Tensor, float]
-"""(rotary_dim / 2,) float32 inverse frequencies, and the factor on cosines and sines."""
+
+
+class _Frequencies(NamedTuple):
+    inv_freq: Tensor  # (rotary_dim / 2,) float32, or (positions, rotary_dim / 2)
+    attention_factor: float
+    """Cosines and sines are multiplied by it."""
 
 
 def make_rope_table(hf_config: Any, head_dim: int, max_positions: int | None, device: torch.device) -> Tensor:
@@ -30,30 +34,33 @@ def make_rope_table(hf_config: Any, head_dim: int, max_positions: int | None, de
     Raises ``CheckpointError`` for a variant these families do not have.
     """
     parameters = dict(hf_config.rope_parameters)
-    kind = parameters.get("rope_type", "default")
+    rope_type = parameters.get("rope_type", "default")
     rows = max_positions or get_context_length(hf_config)
     positions = torch.arange(rows, dtype=torch.float32, device=device)
-    dim = int(head_dim * _get_rotary_fraction(parameters, kind))
-    if kind == "dynamic":
+    dim = int(head_dim * _get_rotary_fraction(parameters, rope_type))
+    if rope_type == "dynamic":
         inv_freq, factor = _compute_dynamic_ntk(parameters, dim, positions, hf_config.max_position_embeddings)
         angles = positions[:, None] * inv_freq
-    elif kind in _ROPE_VARIANTS:
-        inv_freq, factor = _ROPE_VARIANTS[kind](parameters, dim, hf_config.max_position_embeddings)
+    elif rope_type in _ROPE_VARIANTS:
+        inv_freq, factor = _ROPE_VARIANTS[rope_type](parameters, dim, hf_config.max_position_embeddings)
         angles = positions[:, None] * inv_freq.to(device)  # (rows, rotary_dim / 2)
     else:
-        known = ", ".join(supported_rope_types())
-        raise CheckpointError(f"rope_type {kind!r} in config.json is not supported; this architecture knows {known}")
+        known = ", ".join(list_rope_types())
+        raise CheckpointError(
+            f"rope_type {rope_type!r} in config.json is not supported; this architecture knows {known}"
+        )
     return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1)
 
 
-def supported_rope_types() -> list[str]:
+def list_rope_types() -> list[str]:
     """The names ``rope_type`` may have."""
     return sorted([*_ROPE_VARIANTS, "dynamic"])
 
 
-def _get_rotary_fraction(parameters: _Parameters, kind: str) -> float:
-    """transformers' plain rotary embedding of these families always turns the whole head."""
-    return 1.0 if kind == "default" else float(parameters.get("partial_rotary_factor") or 1.0)
+def _get_rotary_fraction(parameters: _Parameters, rope_type: str) -> float:
+    """The part of a head that is rotated. With the default type transformers always rotates the whole head in these
+    families."""
+    return 1.0 if rope_type == "default" else float(parameters.get("partial_rotary_factor") or 1.0)
 
 
 def _compute_inv_freq(base: float, dim: int) -> Tensor:
@@ -62,12 +69,12 @@ def _compute_inv_freq(base: float, dim: int) -> Tensor:
 
 def _compute_default(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
     """Su et al., 2021, arXiv:2104.09864."""
-    return _compute_inv_freq(parameters["rope_theta"], dim), 1.0
+    return _Frequencies(_compute_inv_freq(parameters["rope_theta"], dim), 1.0)
 
 
 def _compute_linear(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
     """Position interpolation: Chen et al., 2023, arXiv:2306.15595."""
-    return _compute_inv_freq(parameters["rope_theta"], dim) / parameters["factor"], 1.0
+    return _Frequencies(_compute_inv_freq(parameters["rope_theta"], dim) / parameters["factor"], 1.0)
 
 
 def _compute_dynamic_ntk(parameters: _Parameters, dim: int, positions: Tensor, max_position: int) -> _Frequencies:
@@ -81,7 +88,7 @@ def _compute_dynamic_ntk(parameters: _Parameters, dim: int, positions: Tensor, m
     length = (positions.double() + 1).clamp(min=max_position)
     base = parameters["rope_theta"] * (factor * length / max_position - (factor - 1)) ** (dim / (dim - 2))
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    return 1.0 / (base[:, None].float() ** exponent), 1.0
+    return _Frequencies(1.0 / (base[:, None].float() ** exponent), 1.0)
 
 
 def _compute_yarn(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
@@ -90,7 +97,7 @@ def _compute_yarn(parameters: _Parameters, dim: int, max_position: int) -> _Freq
     factor = parameters["factor"] or max_position / original
 
     def find_correction_dim(rotations: float) -> float:
-        """The dimension that makes this many turns over the trained length."""
+        """The dimension whose angle makes so many full turns over the trained length."""
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = (
@@ -104,17 +111,19 @@ def _compute_yarn(parameters: _Parameters, dim: int, max_position: int) -> _Freq
         high += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     inv_freq = _compute_inv_freq(base, dim)
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), _compute_yarn_attention_factor(parameters, factor)
+    inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
+    return _Frequencies(inv_freq, _compute_yarn_attention_factor(parameters, factor))
 
 
 def _compute_yarn_attention_factor(parameters: _Parameters, factor: float) -> float:
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    given, some, all_dim = (parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None:
-        return float(given)
-    return mscale(some) / mscale(all_dim) if some and all_dim else mscale(1.0)
+    factor_in_config = parameters.get("attention_factor")
+    if factor_in_config is not None:
+        return float(factor_in_config)
+    weight, weight_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return mscale(weight) / mscale(weight_all_dim) if weight and weight_all_dim else mscale(1.0)
 
 
 def _compute_llama3(parameters: _Parameters, dim: int, max_position: int) -> _Frequencies:
@@ -130,7 +139,7 @@ def _compute_llama3(parameters: _Parameters, dim: int, max_position: int) -> _Fr
         inv_freq / factor,
         torch.where(wavelength < original / high, inv_freq, blended),
     )
-    return inv_freq, 1.0
+    return _Frequencies(inv_freq, 1.0)
 
 
 _ROPE_VARIANTS: dict[str, Callable[[_Parameters, int, int], _Frequencies]] = {

@@ -53,14 +53,14 @@ def _looks_like_path(name: str) -> bool:
     return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _download_model(name: str, revision: str | None, download_dir: str | Path | None, head: bool) -> Path:
+def _download_model(name: str, revision: str | None, download_dir: str | Path | None, draft_head: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     cache = None if download_dir is None else str(Path(download_dir).expanduser())
     at = f" at revision {revision!r}" if revision else ""
     try:
         folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_DOWNLOAD_PATTERNS))
-        if head and not any(folder.glob("*.safetensors")):
+        if draft_head and not any(folder.glob("*.safetensors")):
             snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_PICKLED_WEIGHTS)
     except errors.HFValidationError:
         raise CheckpointError(
@@ -87,7 +87,7 @@ def _download_model(name: str, revision: str | None, download_dir: str | Path | 
         raise CheckpointError(f"model {name!r}{at} could not be downloaded ({reason}); try again") from None
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"repository {name!r}{at} has no config.json; it is not a model in Hugging Face layout")
-    if not any(folder.glob("*.safetensors")) and not (head and (folder / _PICKLED_WEIGHTS).is_file()):
+    if not any(folder.glob("*.safetensors")) and not (draft_head and (folder / _PICKLED_WEIGHTS).is_file()):
         raise CheckpointError(
             f"repository {name!r}{at} has no safetensors; pickled weights (*.bin, *.pt) can run code when loaded and "
             f"are refused; convert the model, or choose a revision that has safetensors"

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FAMILIES", "ROPES", "make_tiny_model", "save_tiny_tokenizer"]
+__all__ = ["MODEL_FAMILIES", "ROPE_VARIANTS", "make_tiny_model", "save_tiny_tokenizer"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-ROPES: Mapping[str, Mapping[str, Any]] = {
+ROPE_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
@@ -76,7 +76,7 @@ def make_tiny_model(
         "head_dim": 16,
         "max_position_embeddings": 256,
         "initializer_range": 0.2,
-        "rope_parameters": dict(ROPES[rope] if isinstance(rope, str) else rope),
+        "rope_parameters": dict(ROPE_VARIANTS[rope] if isinstance(rope, str) else rope),
         "bos_token_id": None,
         "eos_token_id": EOS_TOKEN_ID,
         "pad_token_id": None,

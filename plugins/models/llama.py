@@ -38,14 +38,14 @@ class LlamaForCausalLM(Model):
         self.lm_head = builder.make_lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
 
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
-        """What attention looks like in ``layer``."""
+        """The attention of ``layer``: what relatives of Llama override."""
         return AttentionShape(
-            hidden=config.hidden_size,
+            hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim(config),
+            head_dim=get_head_dim(config),
             qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            o_bias=config.attention_bias,
         )
 
     def mlp_bias(self, config: Any) -> bool:
@@ -60,9 +60,9 @@ class LlamaForCausalLM(Model):
         """(num_tokens,) -> (num_tokens, hidden), after the final norm."""
         x = self.embed_tokens(input_ids)
         residual: Tensor | None = None
-        for at, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             if self.aux_hidden_states is not None:
-                self.aux_hidden_states.capture_layer(at, x, residual)
+                self.aux_hidden_states.capture_layer(index, x, residual)
             x, residual = layer(x, residual, positions, context)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
 
@@ -71,7 +71,7 @@ class LlamaForCausalLM(Model):
         return self.lm_head(hidden)
 
     def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:
-        """Layers know their own names."""
+        """Collected from the layers, which know their names in the checkpoint."""
         return checkpoint_map(self)
 
     def is_ignored_tensor(self, name: str) -> bool:
@@ -79,7 +79,7 @@ class LlamaForCausalLM(Model):
         return name.endswith("rotary_emb.inv_freq") or (self.lm_head.tied and name == "lm_head.weight")
 
     def process_weights_after_loading(self) -> Iterator[str]:
-        """Every layer repacks as its method likes."""
+        """Every layer repacks as its quantization method needs."""
         return process_weights_after_loading(self)
 
 
@@ -107,6 +107,6 @@ class DecoderLayer(nn.Module):
         return self.mlp(self.post_attention_layernorm, x, residual)
 
 
-def head_dim(config: Any) -> int:
+def get_head_dim(config: Any) -> int:
     """``head_dim`` where config.json gives it, else the hidden size over the heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

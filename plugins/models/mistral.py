@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quire.core.layers import AttentionShape
-from quire.plugins.models.llama import LlamaForCausalLM, head_dim
+from quire.plugins.models.llama import LlamaForCausalLM, get_head_dim
 
 __all__ = ["MistralForCausalLM"]
 
@@ -16,11 +16,11 @@ class MistralForCausalLM(LlamaForCausalLM):
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """The same in every layer."""
         return AttentionShape(
-            hidden=config.hidden_size,
+            hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim(config),
-            window=config.sliding_window,
+            head_dim=get_head_dim(config),
+            sliding_window=config.sliding_window,
         )
 
     def mlp_bias(self, config: Any) -> bool:

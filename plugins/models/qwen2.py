@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from quire.core.layers import AttentionShape
-from quire.plugins.models.llama import LlamaForCausalLM, head_dim
+from quire.plugins.models.llama import LlamaForCausalLM, get_head_dim
 
-__all__ = ["Qwen2ForCausalLM", "layer_window"]
+__all__ = ["Qwen2ForCausalLM", "get_layer_window"]
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
@@ -16,12 +16,12 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """Biased projections in, none out."""
         return AttentionShape(
-            hidden=config.hidden_size,
+            hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim(config),
+            head_dim=get_head_dim(config),
             qkv_bias=True,
-            window=layer_window(config, layer),
+            sliding_window=get_layer_window(config, layer),
         )
 
     def mlp_bias(self, config: Any) -> bool:
@@ -29,6 +29,6 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
         return False
 
 
-def layer_window(config: Any, layer: int) -> int | None:
+def get_layer_window(config: Any, layer: int) -> int | None:
     """The window of ``layer``: transformers writes ``layer_types`` from ``use_sliding_window`` where it is absent."""
     return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None

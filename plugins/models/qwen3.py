@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from quire.core.layers import AttentionShape
-from quire.plugins.models.llama import LlamaForCausalLM, head_dim
-from quire.plugins.models.qwen2 import layer_window
+from quire.plugins.models.llama import LlamaForCausalLM, get_head_dim
+from quire.plugins.models.qwen2 import get_layer_window
 
 __all__ = ["Qwen3ForCausalLM"]
 
@@ -17,13 +17,13 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """With ``attention_bias`` every projection has one."""
         return AttentionShape(
-            hidden=config.hidden_size,
+            hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim(config),
+            head_dim=get_head_dim(config),
             qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            window=layer_window(config, layer),
+            o_bias=config.attention_bias,
+            sliding_window=get_layer_window(config, layer),
             qk_norm_eps=config.rms_norm_eps,
         )
 

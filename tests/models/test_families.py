@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.models.paged import PagedRunner, load
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quire.core.testing.tiny_models import FAMILIES, ROPES, make_tiny_model
+from quire.core.testing.tiny_models import MODEL_FAMILIES, ROPE_VARIANTS, make_tiny_model
 
 TOLERANCE = 5e-5
 """Of logits of magnitude 7: float32 summed in another order."""
@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         },
     ),
     "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
-} | {f"{family}-{rope}": (family, {"rope": rope}) for family in FAMILIES for rope in ROPES}
+} | {f"{family}-{rope}": (family, {"rope": rope}) for family in MODEL_FAMILIES for rope in ROPE_VARIANTS}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

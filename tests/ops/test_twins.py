@@ -11,7 +11,7 @@ from quire.core import ops
 from quire.core.contracts.attention import KVLayout
 from quire.core.layers.rotary import make_rope_table
 from quire.core.testing.attention_problem import make_spec
-from quire.core.testing.tiny_models import ROPES
+from quire.core.testing.tiny_models import ROPE_VARIANTS
 
 CPU = torch.device("cpu")
 
@@ -28,10 +28,10 @@ def test_rms_norm_is_llamas(dtype: torch.dtype) -> None:
     assert torch.equal(ops.rms_norm(x, norm.weight, 1e-5)[0], norm(x))
 
 
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("rope", ROPE_VARIANTS)
 def test_rope_is_transformers(rope: str) -> None:
     """Tables and rotation, up to positions where float32 angles have lost digits."""
-    config = LlamaConfig(head_dim=64, max_position_embeddings=40_000, rope_parameters=dict(ROPES[rope]))
+    config = LlamaConfig(head_dim=64, max_position_embeddings=40_000, rope_parameters=dict(ROPE_VARIANTS[rope]))
     positions = torch.tensor([0, 1, 63, 64, 1000, 39_999])
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(1), positions[None])
     q, k = torch.randn(6, 4, 64), torch.randn(6, 2, 64)
