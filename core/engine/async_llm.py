@@ -11,13 +11,12 @@ from typing import Any
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.client import ProcessClient
+from quire.core.engine.client import ProcessClient, ready_line
 from quire.core.engine.config_builder import configure
-from quire.core.engine.exporters import Exporters
 from quire.core.engine.input_processor import InputProcessor, Prompt
-from quire.core.engine.output_processor import OutputProcessor, StreamMode
+from quire.core.engine.output_processor import Exporters, OutputProcessor
 from quire.core.engine.process import EngineProcess
-from quire.core.engine.ready_line import ready_line
+from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput

@@ -10,12 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from quire.core.engine.args import EngineArgs
+from quire.core.engine.client import ready_line
 from quire.core.engine.config_builder import configure
 from quire.core.engine.engine_core import EngineCore
-from quire.core.engine.exporters import Exporters
 from quire.core.engine.input_processor import InputProcessor, Prompt
-from quire.core.engine.output_processor import OutputProcessor
-from quire.core.engine.ready_line import ready_line
+from quire.core.engine.output_processor import Exporters, OutputProcessor
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.detokenizer import Detokenizer
-from quire.core.engine.exporters import Exporters
+from quire.core.engine.request_state import ChildRequest, RequestState, StreamMode
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.messages import (
     CompletionOutput,
@@ -20,11 +21,11 @@ from quire.core.messages import (
     TokenLogprob,
 )
 from quire.core.sampling_params import SamplingParams
-from quire.core.stats import RequestStats
+from quire.core.stats import RequestStats, StepStats
 
-__all__ = ["OutputProcessor", "Processed", "StreamMode"]
+__all__ = ["Exporters", "OutputProcessor", "Processed"]
 
-StreamMode = Literal["delta", "cumulative", "final"]
+_log = logging.getLogger("quire.metrics")
 
 
 @dataclass(slots=True)
@@ -38,54 +39,14 @@ class Processed:
     """(request, reason) of requests that the engine core refused or could not finish; they are forgotten."""
 
 
-@dataclass(slots=True)
-class _Child:
-    """One of the n continuations."""
-
-    index: int
-    detokenizer: Detokenizer | None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
-    cumulative: float | None = None
-    done: bool = False
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    last_token_at: float | None = None
-    first_token_at: float | None = None
-    queue_s: float = 0.0
-    num_cached: int = 0
-
-    def gaps(self, count: int, now: float) -> list[float]:
-        """Note that ``count`` tokens came; the seconds between them and those before."""
-        before, self.last_token_at = self.last_token_at, now
-        if before is None:
-            self.first_token_at = now
-            return [0.0] * (count - 1)
-        return [(now - before) / count] * count
-
-
-@dataclass(slots=True)
-class _State:
-    """One caller's request."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    mode: StreamMode
-    arrived_at: float
-    children: dict[str, _Child]
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-
-
 class OutputProcessor:
     """Holds the state of every request under way in this process."""
 
     def __init__(self, tokenizer: Tokenizer, exporters: Exporters) -> None:
         self._tokenizer = tokenizer
         self._exporters = exporters
-        self._states: dict[str, _State] = {}
-        self._owner: dict[str, _State] = {}
+        self._states: dict[str, RequestState] = {}
+        self._owner: dict[str, RequestState] = {}
 
     def __len__(self) -> int:
         return len(self._states)
@@ -104,10 +65,10 @@ class OutputProcessor:
         """Expect outputs for these core requests."""
         ids = requests[0].prompt_token_ids
         children = {
-            r.request_id: _Child(i, Detokenizer(self._tokenizer, ids, params) if params.detokenize else None)
+            r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, params) if params.detokenize else None)
             for i, r in enumerate(requests)
         }
-        state = _State(request_id, prompt, ids, params, mode, time.monotonic(), children)
+        state = RequestState(request_id, prompt, ids, params, mode, time.monotonic(), children)
         self._states[request_id] = state
         self._owner.update(dict.fromkeys(children, state))
 
@@ -138,7 +99,7 @@ class OutputProcessor:
                 continue
             child = state.children[request_id]
             if not child.done:
-                gaps += child.gaps(len(tokens), now)
+                gaps += child.record_gaps(len(tokens), now)
                 if self._extend(child, tokens, None):
                     made.aborts.append(request_id)
                     self._record_end(state, child, "stop", now)
@@ -147,7 +108,9 @@ class OutputProcessor:
             self._exporters.record_tokens(0, len(gaps), None, gaps)
         return made
 
-    def _take(self, state: _State, child: _Child, output: EngineCoreOutput, made: Processed, now: float) -> None:
+    def _take(
+        self, state: RequestState, child: ChildRequest, output: EngineCoreOutput, made: Processed, now: float
+    ) -> None:
         """What is more than tokens: the first of them, an end, log-probabilities."""
         if output.finish_reason == "error":
             child.done = True
@@ -174,7 +137,7 @@ class OutputProcessor:
             self._record_end(state, child, child.finish_reason or "stop", now)
         self._tell(state, child, tokens, output.logprobs, made)
 
-    def _extend(self, child: _Child, tokens: list[int], reason: FinishReason | None) -> bool:
+    def _extend(self, child: ChildRequest, tokens: list[int], reason: FinishReason | None) -> bool:
         """Add tokens that the engine core ended with ``reason``; True if a stop string ended them before it did."""
         child.token_ids += tokens
         child.finish_reason = reason
@@ -190,8 +153,8 @@ class OutputProcessor:
 
     def _tell(
         self,
-        state: _State,
-        child: _Child,
+        state: RequestState,
+        child: ChildRequest,
         tokens: list[int],
         logprobs: list[TokenLogprob] | None,
         made: Processed,
@@ -221,13 +184,13 @@ class OutputProcessor:
         if finished:
             self.remove(state.request_id)
 
-    def _whole(self, child: _Child) -> CompletionOutput:
+    def _whole(self, child: ChildRequest) -> CompletionOutput:
         text = child.detokenizer.text if child.detokenizer else ""
         logprobs = None if child.logprobs is None else list(child.logprobs)
         return self._completion(child, text, list(child.token_ids), logprobs)
 
     def _completion(
-        self, child: _Child, text: str, token_ids: list[int], logprobs: list[TokenLogprob] | None
+        self, child: ChildRequest, text: str, token_ids: list[int], logprobs: list[TokenLogprob] | None
     ) -> CompletionOutput:
         return CompletionOutput(
             index=child.index,
@@ -239,24 +202,46 @@ class OutputProcessor:
             stop_reason=child.stop_reason,
         )
 
-    def _record_tokens(self, state: _State, child: _Child, count: int, now: float) -> None:
+    def _record_tokens(self, state: RequestState, child: ChildRequest, count: int, now: float) -> None:
         first = child.first_token_at is None
-        gaps = child.gaps(count, now)
+        gaps = child.record_gaps(count, now)
         prompt = len(state.prompt_token_ids) if first and child.index == 0 else 0
         self._exporters.record_tokens(prompt, count, now - state.arrived_at if first else None, gaps)
 
-    def _record_end(self, state: _State, child: _Child, reason: str, now: float) -> None:
-        first, count = child.first_token_at, len(child.token_ids)
-        span = None if first is None or child.last_token_at is None else child.last_token_at - first
-        self._exporters.record_request(
-            RequestStats(
-                finish_reason=reason,
-                num_prompt_tokens=len(state.prompt_token_ids),
-                num_cached_tokens=child.num_cached,
-                num_generation_tokens=count,
-                e2e_s=now - state.arrived_at,
-                queue_s=child.queue_s,
-                ttft_s=None if first is None else first - state.arrived_at,
-                mean_tpot_s=None if span is None or count < 2 else span / (count - 1),
-            )
-        )
+    def _record_end(self, state: RequestState, child: ChildRequest, reason: str, now: float) -> None:
+        self._exporters.record_request(state.make_stats(child, reason, now))
+
+
+class Exporters:
+    """The metrics exporters of one process, behind one call. One that raises is dropped, and logged."""
+
+    def __init__(self, exporters: Sequence[MetricsExporter] = ()) -> None:
+        self.active: list[MetricsExporter] = list(exporters)
+
+    def record_engine(self, stats: Mapping[str, float]) -> None:
+        """See ``MetricsExporter``."""
+        self._each(lambda exporter: exporter.record_engine(stats))
+
+    def record_request(self, stats: RequestStats) -> None:
+        """See ``MetricsExporter``."""
+        self._each(lambda exporter: exporter.record_request(stats))
+
+    def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
+        """See ``MetricsExporter``."""
+        self._each(lambda exporter: exporter.record_tokens(num_prompt, num_generated, ttft_s, itl_s))
+
+    def record_step(self, stats: StepStats) -> None:
+        """See ``MetricsExporter``."""
+        self._each(lambda exporter: exporter.record_step(stats))
+
+    def close(self) -> None:
+        """Close every exporter."""
+        self._each(lambda exporter: exporter.close())
+
+    def _each(self, call: Callable[[MetricsExporter], None]) -> None:
+        for exporter in list(self.active):
+            try:
+                call(exporter)
+            except Exception as error:
+                self.active.remove(exporter)
+                _log.error("metrics exporter %s dropped: %s", type(exporter).__name__, error, exc_info=error)

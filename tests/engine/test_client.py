@@ -3,8 +3,8 @@
 from quire.core.contracts.executor import KVCapacity
 from quire.core.contracts.kv import KVGroup
 from quire.core.engine.args import EngineArgs
+from quire.core.engine.client import ready_line
 from quire.core.engine.config_builder import configure
-from quire.core.engine.ready_line import ready_line
 
 
 def test_everything_is_named() -> None:

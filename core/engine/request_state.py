@@ -1,0 +1,70 @@
+"""What the API process knows of a request that is not over: its text, its tokens, and when they came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quire.core.engine.detokenizer import Detokenizer
+from quire.core.messages import FinishReason, TokenLogprob
+from quire.core.sampling_params import SamplingParams
+from quire.core.stats import RequestStats
+
+__all__ = ["ChildRequest", "RequestState", "StreamMode"]
+
+StreamMode = Literal["delta", "cumulative", "final"]
+
+
+@dataclass(slots=True)
+class ChildRequest:
+    """One of the n continuations."""
+
+    index: int
+    detokenizer: Detokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    cumulative: float | None = None
+    done: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    last_token_at: float | None = None
+    first_token_at: float | None = None
+    queue_s: float = 0.0
+    num_cached: int = 0
+
+    def record_gaps(self, count: int, now: float) -> list[float]:
+        """Note that ``count`` tokens came; the seconds between them and those before."""
+        before, self.last_token_at = self.last_token_at, now
+        if before is None:
+            self.first_token_at = now
+            return [0.0] * (count - 1)
+        return [(now - before) / count] * count
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One caller's request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    mode: StreamMode
+    arrived_at: float
+    children: dict[str, ChildRequest]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def make_stats(self, child: ChildRequest, finish_reason: str, now: float) -> RequestStats:
+        """The figures of one continuation that has ended."""
+        first, num_tokens = child.first_token_at, len(child.token_ids)
+        decode_s = None if first is None or child.last_token_at is None else child.last_token_at - first
+        return RequestStats(
+            finish_reason=finish_reason,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_cached_tokens=child.num_cached,
+            num_generation_tokens=num_tokens,
+            e2e_s=now - self.arrived_at,
+            queue_s=child.queue_s,
+            ttft_s=None if first is None else first - self.arrived_at,
+            mean_tpot_s=None if decode_s is None or num_tokens < 2 else decode_s / (num_tokens - 1),
+        )
