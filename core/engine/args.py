@@ -10,7 +10,7 @@ from typing import Any
 from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig
 from quire.core.engine.setting import section_default, setting
 from quire.core.errors import ConfigError
-from quire.core.plugin.registry import did_you_mean
+from quire.core.plugin.registry import suggest_names
 
 __all__ = ["DTYPES", "KV_CACHE_DTYPES", "EngineArgs"]
 
@@ -35,7 +35,7 @@ KV_CACHE_DTYPES: Mapping[str, str] = MappingProxyType(
 
 @dataclass(kw_only=True)
 class EngineArgs:
-    """Every setting of an engine, unresolved. ``quire.core.engine.config_builder.configure`` resolves them.
+    """Every setting of an engine, unresolved. ``quire.core.engine.config_builder.build_config`` resolves them.
 
     Flags of the command line, keyword arguments of ``LLM`` and ``AsyncLLM`` and the tables of docs/cli.md are derived
     from these fields; defaults that belong to a section of the configuration are read from it.
@@ -208,5 +208,5 @@ class EngineArgs:
         names = [each.name for each in fields(cls)]
         for name in kwargs:
             if name not in names:
-                raise ConfigError(f"{name!r} is not a setting of the engine; {did_you_mean(name, names)}")
+                raise ConfigError(f"{name!r} is not a setting of the engine; {suggest_names(name, names)}")
         return cls(**kwargs)

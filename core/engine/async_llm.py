@@ -11,10 +11,10 @@ from typing import Any
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.client import ProcessClient, ready_line
-from quire.core.engine.config_builder import configure
+from quire.core.engine.client import EngineCoreClient, format_ready_line
+from quire.core.engine.config_builder import build_config
 from quire.core.engine.input_processor import InputProcessor, Prompt
-from quire.core.engine.output_processor import Exporters, OutputProcessor
+from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.engine.process import EngineProcess
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
@@ -28,33 +28,33 @@ from quire.core.stats import TRACED_STEPS, StepStats
 __all__ = ["AsyncLLM"]
 
 _log = logging.getLogger("quire.engine")
-_LONG_TEXT = 16_384  # characters beyond which tokenizing would hold up the event loop
+_LONG_TEXT_CHARS = 16_384  # characters beyond which tokenizing would hold up the event loop
 
 
 class AsyncLLM:
     """Construct (resolves the configuration), ``await start()``, then ``generate``; ``await shutdown()`` at the end.
 
-    The engine core begins to load as soon as its configuration is known. ``process`` is where, if it runs already.
+    The engine core begins to load as soon as its configuration is known: in ``process``, where one was started before.
     """
 
     def __init__(
         self, args: EngineArgs | None = None, *, log_level: str = "INFO", process: EngineProcess | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        self._streams: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
-        self._ids = itertools.count()
+        self._output_queues: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
+        self._request_counter = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
-        self._receiver: asyncio.Task[None] | None = None
-        self._dead: str | None = None
+        self._output_handler: asyncio.Task[None] | None = None
+        self._dead_reason: str | None = None
         args = args or EngineArgs.from_kwargs(**kwargs)
-        self._client: ProcessClient | None = ProcessClient(process or EngineProcess(args.device))
+        self._client: EngineCoreClient | None = EngineCoreClient(process or EngineProcess(args.device))
         try:
-            configured = configure(args)
-            self.config, self.plugins = configured.config, configured.plugins
-            self._client.build(self.config, log_level)
-            self._prepare()
+            built = build_config(args)
+            self.config, self.plugins = built.config, built.plugins
+            self._client.start_engine(self.config, log_level)
+            self._build_processors()
         except BaseException:
             self._client.kill()
             raise
@@ -67,30 +67,30 @@ class AsyncLLM:
     @property
     def is_ready(self) -> bool:
         """Whether requests are served."""
-        return self._receiver is not None and self._dead is None
+        return self._output_handler is not None and self._dead_reason is None
 
     @property
     def is_dead(self) -> bool:
         """Whether the engine core stopped by itself."""
-        return self._dead is not None
+        return self._dead_reason is not None
 
     @property
     def ready_line(self) -> str:
         """What the engine holds, once it is ready."""
         assert self._client is not None
-        return ready_line(self.config, self._client.capacity)
+        return format_ready_line(self.config, self._client.capacity)
 
     async def start(self) -> None:
         """Wait until the engine core has loaded the model. Raises a ``QuireError`` with the reason if it cannot."""
         if self._client is None:
             raise EngineDeadError("the engine was shut down; make another")
         try:
-            await self._client.ready()
+            await self._client.wait_ready()
         except BaseException:
             self._client.kill()
             self._client = None
             raise
-        self._receiver = asyncio.create_task(self._receive(), name="quire-outputs")
+        self._output_handler = asyncio.create_task(self._handle_outputs(), name="quire-outputs")
 
     async def generate(
         self,
@@ -108,19 +108,24 @@ class AsyncLLM:
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
         """
-        client = self._alive()
-        name = request_id if request_id is not None else f"quire-{next(self._ids)}"
-        if name in self._streams:
-            raise InvalidRequestError(f"request id {name!r} is in use; choose another", "request_id")
-        queue = self._streams[name] = asyncio.Queue()
+        client = self._require_client()
+        if request_id is None:
+            request_id = f"quire-{next(self._request_counter)}"
+        if request_id in self._output_queues:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
+        queue = self._output_queues[request_id] = asyncio.Queue()
         try:
-            wishes: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
-            if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
-                requests = await asyncio.to_thread(self._inputs.process, name, prompt, params, **wishes)
+            scheduling_params: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
+            if isinstance(prompt, str) and len(prompt) > _LONG_TEXT_CHARS:
+                requests = await asyncio.to_thread(
+                    self._input_processor.process_inputs, request_id, prompt, params, **scheduling_params
+                )
             else:
-                requests = self._inputs.process(name, prompt, params, **wishes)
-            self._outputs.add(name, prompt if isinstance(prompt, str) else None, requests, params, stream)
-            client.add(requests)
+                requests = self._input_processor.process_inputs(request_id, prompt, params, **scheduling_params)
+            self._output_processor.add_request(
+                request_id, prompt if isinstance(prompt, str) else None, requests, params, stream
+            )
+            client.add_requests(requests)
             while True:
                 item = await queue.get()
                 if isinstance(item, QuireError):
@@ -129,16 +134,16 @@ class AsyncLLM:
                 if item.finished:
                     return
         finally:
-            self._streams.pop(name, None)
-            self._abort(self._outputs.remove(name))
+            self._output_queues.pop(request_id, None)
+            self._abort_core_requests(self._output_processor.remove_request(request_id))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its generator raises ``RequestFailedError``."""
-        self._abort(self._outputs.remove(request_id))
-        if request_id in self._streams:
-            self._streams[request_id].put_nowait(RequestFailedError(f"request {request_id} was aborted"))
+        self._abort_core_requests(self._output_processor.remove_request(request_id))
+        if request_id in self._output_queues:
+            self._output_queues[request_id].put_nowait(RequestFailedError(f"request {request_id} was aborted"))
 
-    def stats(self) -> Mapping[str, float]:
+    def get_stats(self) -> Mapping[str, float]:
         """The latest gauges and counters of the engine core, by the names of ``quire.core.stats.ENGINE_STATS``."""
         return dict(self._stats)
 
@@ -154,45 +159,45 @@ class AsyncLLM:
         """Token ids to text, special tokens included."""
         return self.tokenizer.decode(ids)
 
-    def token_text(self, token_id: int) -> str:
+    def convert_id_to_text(self, token_id: int) -> str:
         """One token as text."""
-        return self.tokenizer.token_text(token_id)
+        return self.tokenizer.convert_id_to_text(token_id)
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def convert_id_to_bytes(self, token_id: int) -> bytes:
         """One token as bytes."""
-        return self.tokenizer.token_bytes(token_id)
+        return self.tokenizer.convert_id_to_bytes(token_id)
 
     async def shutdown(self) -> None:
-        """Stop the engine core. Requests under way end with ``EngineDeadError``. Idempotent."""
-        if self._receiver is not None:
-            self._receiver.cancel()
-            await asyncio.gather(self._receiver, return_exceptions=True)
-            self._receiver = None
+        """Stop the engine core. Unfinished requests end with ``EngineDeadError``. Idempotent."""
+        if self._output_handler is not None:
+            self._output_handler.cancel()
+            await asyncio.gather(self._output_handler, return_exceptions=True)
+            self._output_handler = None
         if self._client is not None:
             await self._client.shutdown()
             self._client = None
-            self._die("the engine was shut down")
+            self._fail_all_requests("the engine was shut down")
         self._exporters.close()
 
-    def _prepare(self) -> None:
-        """What this process needs of the model: everything but its weights."""
+    def _build_processors(self) -> None:
+        """Build what this process needs of the model: everything but its weights."""
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        self._inputs = InputProcessor.of(self.config, self.tokenizer)
-        self._exporters = Exporters(self._make_exporters())
-        self._outputs = OutputProcessor(self.tokenizer, self._exporters)
+        self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
+        self._exporters = ExporterGroup(self._build_exporters())
+        self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
 
-    async def _receive(self) -> None:
-        """Take outputs to their callers until the engine core is gone."""
+    async def _handle_outputs(self) -> None:
+        """Put outputs into the queues of their callers until the engine core is gone."""
         assert self._client is not None
         try:
             while True:
-                outputs = await self._client.outputs()
-                made = self._outputs.process(outputs)
-                self._abort(made.aborts)
-                for output in made.outputs:
-                    self._put(output.request_id, output)
-                for name, reason in made.errors:
-                    self._put(name, _as_error(reason))
+                outputs = await self._client.get_outputs()
+                processed = self._output_processor.process_outputs(outputs)
+                self._abort_core_requests(processed.requests_to_abort)
+                for output in processed.request_outputs:
+                    self._put_output(output.request_id, output)
+                for name, reason in processed.failed_requests:
+                    self._put_output(name, _to_exception(reason))
                 for step in outputs.steps:
                     self.steps.append(step)
                     self._exporters.record_step(step)
@@ -204,39 +209,39 @@ class AsyncLLM:
         except Exception as error:
             if not isinstance(error, EngineDeadError):
                 _log.error("reading the engine's outputs failed", exc_info=error)
-            self._die(str(error))
+            self._fail_all_requests(str(error))
 
-    def _put(self, name: str, item: RequestOutput | QuireError) -> None:
-        queue = self._streams.get(name)
+    def _put_output(self, name: str, item: RequestOutput | QuireError) -> None:
+        queue = self._output_queues.get(name)
         if queue is not None:
             queue.put_nowait(item)
 
-    def _abort(self, core_ids: list[str]) -> None:
-        if core_ids and self._client is not None and self._dead is None:
-            self._client.abort(core_ids)
+    def _abort_core_requests(self, core_ids: list[str]) -> None:
+        if core_ids and self._client is not None and self._dead_reason is None:
+            self._client.abort_requests(core_ids)
 
-    def _die(self, reason: str) -> None:
-        self._dead = reason
-        for queue in self._streams.values():
+    def _fail_all_requests(self, reason: str) -> None:
+        self._dead_reason = reason
+        for queue in self._output_queues.values():
             queue.put_nowait(EngineDeadError(reason))
 
-    def _alive(self) -> ProcessClient:
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
-        if self._client is None or self._receiver is None:
+    def _require_client(self) -> EngineCoreClient:
+        if self._dead_reason is not None:
+            raise EngineDeadError(self._dead_reason)
+        if self._client is None or self._output_handler is None:
             raise EngineDeadError("the engine is not started; await start() first")
         return self._client
 
-    def _make_exporters(self) -> list[MetricsExporter]:
-        made = []
+    def _build_exporters(self) -> list[MetricsExporter]:
+        exporters = []
         labels = {"model_name": self.config.model.served_names[0]}
         for choice in self.config.plugins_of("metrics"):
             cls = load_target(choice.target, MetricsExporter)
-            made.append(cls(labels, parse_options(cls, choice.options)))
-        return made
+            exporters.append(cls(labels, parse_options(cls, choice.options)))
+        return exporters
 
 
-def _as_error(reason: str) -> QuireError:
+def _to_exception(reason: str) -> QuireError:
     kind, _, text = reason.partition(": ")
     if kind == "full":
         return QueueFullError(text)

@@ -1,4 +1,4 @@
-"""How an API process reaches an engine core in a process of its own, and the line that says what it holds."""
+"""The API process's side of an engine core in a process of its own, and the line that says what that holds."""
 
 from __future__ import annotations
 
@@ -12,104 +12,118 @@ import zmq.asyncio
 from quire.core import errors
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import KVCapacity
-from quire.core.engine.ipc import Abort, Add, Failed, FromCore, Outputs, Ready, Shutdown, Start, Wire, address, socket
+from quire.core.engine.ipc import (
+    AbortRequests,
+    AddRequests,
+    EngineFailed,
+    EngineReady,
+    MessageCodec,
+    MessageFromCore,
+    Shutdown,
+    StartEngine,
+    StepOutputs,
+    open_socket,
+    socket_address,
+)
 from quire.core.engine.process import EngineProcess
 from quire.core.errors import EngineDeadError
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
 
-__all__ = ["ProcessClient", "ready_line"]
+__all__ = ["EngineCoreClient", "format_ready_line"]
 
 
-class ProcessClient:
+class EngineCoreClient:
     """The engine core in a child process, over ZMQ. For one event loop. Sends are immediate and never wait."""
 
-    capacity: Ready
+    capacity: EngineReady
 
     def __init__(self, process: EngineProcess) -> None:
         self._process = process
-        self._wire = Wire()
+        self._codec = MessageCodec()
         self._context = zmq.asyncio.Context()
-        self._inward = socket(zmq.Context(self._context), zmq.PUSH)
-        self._inward.connect(address(process.folder, "in"))  # a connecting end queues before its peer is there
-        self._outward = socket(self._context, zmq.PULL)
-        self._outward.bind(address(process.folder, "out"))
+        self._input_socket = open_socket(zmq.Context(self._context), zmq.PUSH)
+        # A connecting end queues messages before its peer is there: nothing has to wait for the process to start.
+        self._input_socket.connect(socket_address(process.folder, "in"))
+        self._output_socket = open_socket(self._context, zmq.PULL)
+        self._output_socket.bind(socket_address(process.folder, "out"))
 
-    def build(self, config: EngineConfig, log_level: str = "INFO") -> None:
-        """Let the engine be built; ``ready`` tells how that went."""
-        self._send(Start(config, log_level))
+    def start_engine(self, config: EngineConfig, log_level: str = "INFO") -> None:
+        """Send the configuration from which the engine is built; ``wait_ready`` tells how that went."""
+        self._send_message(StartEngine(config, log_level))
 
-    async def ready(self) -> None:
+    async def wait_ready(self) -> None:
         """Wait until the engine serves. Raises what it could not start with, by its own error class."""
-        message = await self._receive()
-        if isinstance(message, Failed):
-            raise _as_error(message)
-        assert isinstance(message, Ready)
+        message = await self._receive_message()
+        if isinstance(message, EngineFailed):
+            raise _to_exception(message)
+        assert isinstance(message, EngineReady)
         self.capacity = message
 
-    async def outputs(self) -> EngineCoreOutputs:
+    async def get_outputs(self) -> EngineCoreOutputs:
         """The next outputs. Raises ``EngineDeadError`` if the engine core is gone."""
-        message = await self._receive()
-        if isinstance(message, Failed):
+        message = await self._receive_message()
+        if isinstance(message, EngineFailed):
             raise EngineDeadError(f"the engine stopped: {message.error}")
-        assert isinstance(message, Outputs)
-        return message.value
+        assert isinstance(message, StepOutputs)
+        return message.outputs
 
-    def add(self, requests: Sequence[EngineCoreRequest]) -> None:
+    def add_requests(self, requests: Sequence[EngineCoreRequest]) -> None:
         """Queue requests."""
-        self._send(Add(list(requests)))
+        self._send_message(AddRequests(list(requests)))
 
-    def abort(self, request_ids: Sequence[str]) -> None:
+    def abort_requests(self, request_ids: Sequence[str]) -> None:
         """End requests; no output follows."""
-        self._send(Abort(list(request_ids)))
+        self._send_message(AbortRequests(list(request_ids)))
 
     async def shutdown(self) -> None:
         """Ask, wait a little, then insist."""
         with contextlib.suppress(zmq.ZMQError):
-            self._send(Shutdown())
+            self._send_message(Shutdown())
         await asyncio.to_thread(self._process.wait)
         self.kill()
 
     def kill(self) -> None:
         """End the process at once, for one that does not serve yet, and clear up. Idempotent."""
         self._process.kill()
-        self._inward.close(linger=0)
-        self._outward.close(linger=0)
+        self._input_socket.close(linger=0)
+        self._output_socket.close(linger=0)
         self._context.term()
 
-    async def _receive(self) -> FromCore:
+    async def _receive_message(self) -> MessageFromCore:
         while True:
             try:
-                return self._wire.decode_from_core(await asyncio.wait_for(self._outward.recv(), 1.0))
+                return self._codec.decode_from_core(await asyncio.wait_for(self._output_socket.recv(), 1.0))
             except TimeoutError:
-                status = self._process.status
-                if status is not None and not await self._outward.poll(100):
+                status = self._process.exit_status
+                if status is not None and not await self._output_socket.poll(100):
                     raise EngineDeadError(f"the engine process ended with status {status}; see its log") from None
 
-    def _send(self, message: object) -> None:
-        self._inward.send(self._wire.encode(message), zmq.NOBLOCK)
+    def _send_message(self, message: object) -> None:
+        self._input_socket.send(self._codec.encode(message), zmq.NOBLOCK)
 
 
-def _as_error(message: Failed) -> Exception:
-    cls = getattr(errors, message.kind, None)
+def _to_exception(message: EngineFailed) -> Exception:
+    cls = getattr(errors, message.error_class, None)
     if isinstance(cls, type) and issubclass(cls, errors.QuireError):
         return cls(message.error)
     return EngineDeadError(f"the engine could not start: {message.error}")
 
 
-def ready_line(config: EngineConfig, capacity: KVCapacity | Ready) -> str:
+def format_ready_line(config: EngineConfig, capacity: KVCapacity | EngineReady) -> str:
     """Weights, activations, graphs, KV cache, and how many full-length requests it holds."""
-    tokens = (capacity.num_blocks - 1) * config.cache.block_size
-    kind = "" if config.cache.dtype == "auto" else f" in {config.cache.dtype}"
-    parts = [f"weights {_size(capacity.weight_bytes)}"]
+    num_tokens = (capacity.num_blocks - 1) * config.cache.block_size
+    dtype_suffix = "" if config.cache.dtype == "auto" else f" in {config.cache.dtype}"
+    parts = [f"weights {_format_bytes(capacity.weight_bytes)}"]
     if capacity.activation_bytes:
-        parts.append(f"activations {_size(capacity.activation_bytes)}")
+        parts.append(f"activations {_format_bytes(capacity.activation_bytes)}")
     if capacity.graph_bytes:
-        parts.append(f"graphs {_size(capacity.graph_bytes)}")
-    parts.append(f"KV cache {_size(capacity.num_blocks * capacity.bytes_per_block)} = {tokens:,} tokens{kind}")
-    longest = config.model.max_model_len
-    parts.append(f"{tokens / longest:.1f} requests of {longest:,} tokens at once")
+        parts.append(f"graphs {_format_bytes(capacity.graph_bytes)}")
+    cache_size = _format_bytes(capacity.num_blocks * capacity.bytes_per_block)
+    parts.append(f"KV cache {cache_size} = {num_tokens:,} tokens{dtype_suffix}")
+    max_model_len = config.model.max_model_len
+    parts.append(f"{num_tokens / max_model_len:.1f} requests of {max_model_len:,} tokens at once")
     return f"{config.model.served_names[0]} ({config.model.dtype} on {config.model.device}): {', '.join(parts)}"
 
 
-def _size(num_bytes: int) -> str:
+def _format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

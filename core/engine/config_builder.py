@@ -1,4 +1,4 @@
-"""From what the user asked to the configuration everything is built from: names resolved, limits checked."""
+"""From the arguments of an engine to the configuration that it is built from: names resolved, limits checked."""
 
 from __future__ import annotations
 
@@ -10,61 +10,62 @@ from typing import Any
 from quire.core.config import CacheConfig, EngineConfig, ModelConfig, PluginChoice, SchedulerConfig
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.setting import section_default, settings_of
-from quire.core.engine.speculative import configure_speculation, with_speculative_config
+from quire.core.engine.speculative import build_speculation_config, spread_speculative_config
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.registry import KINDS
 from quire.core.plugin.target import Resolution
 
-__all__ = ["Configured", "configure"]
+__all__ = ["BuiltConfig", "build_config"]
 
 _log = logging.getLogger("quire.config")
-_MANY = ("logits_processor", "metrics")
+_KINDS_WITH_SEVERAL = ("logits_processor", "metrics")
 _GPU_BATCHED_TOKENS = section_default(SchedulerConfig, "max_num_batched_tokens")
 _CPU_BATCHED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Configured:
-    """The outcome: a final configuration, and the plugin manager of this process for hooks that come later."""
+class BuiltConfig:
+    """The final configuration, and the plugin manager of this process for hooks that are called later."""
 
     config: EngineConfig
     plugins: PluginManager
 
 
-def configure(args: EngineArgs) -> Configured:
-    """Resolve ``args``. Nothing heavy is loaded yet. Raises a ``QuireError`` that says what to mend."""
-    _refuse_unsupported(args)
-    args, speculative = with_speculative_config(args)
+def build_config(args: EngineArgs) -> BuiltConfig:
+    """Resolve and check ``args``. Loads no weights. Raises a ``QuireError`` that says what to change."""
+    _check_supported(args)
+    args, keys_without_flag = spread_speculative_config(args)
     plugins = PluginManager(args.plugins)
     context: dict[str, Any] = {"device": args.device}
-    early = _resolve_many(plugins, args, context)  # names first: a typo should not wait for a download
+    # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
+    choices_before_model = _resolve_before_model(plugins, args, context)
 
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
 
     path = resolve_model(args.model, revision=args.revision, download_dir=args.download_dir)
     hf_config = read_hf_config(path)
-    device = _device(args.device)
+    device = _resolve_device(args.device)
     context.update(device=device, hf_config=hf_config, architectures=[get_architecture(hf_config)])
-    choices = {**early, **_resolve_one_each(plugins, args, context, get_architecture(hf_config))}
+    choices = {**choices_before_model, **_resolve_for_model(plugins, args, context, get_architecture(hf_config))}
     _check_options(plugins, choices)
-    limit = get_context_length(hf_config)
-    max_model_len = args.max_model_len or limit
-    if args.max_model_len is not None and not 0 < args.max_model_len <= limit:
+    max_context_len = get_context_length(hf_config)
+    max_model_len = args.max_model_len or max_context_len
+    if args.max_model_len is not None and not 0 < args.max_model_len <= max_context_len:
         raise ConfigError(
-            f"max_model_len {args.max_model_len} is outside what {args.model} was made for; give 1 to {limit}"
+            f"max_model_len {args.max_model_len} is outside what {args.model} was made for; give 1 to {max_context_len}"
         )
-    speculation, drafting = configure_speculation(args, speculative, plugins, context, max_model_len)
-    choices.update(drafting)
-    _check_options(plugins, drafting)
+    speculation, draft_choices = build_speculation_config(args, keys_without_flag, plugins, context, max_model_len)
+    choices.update(draft_choices)
+    _check_options(plugins, draft_choices)
     tokenizer = resolve_model(args.tokenizer) if args.tokenizer else path
     model = ModelConfig(
         model=args.model,
         path=str(path),
         tokenizer_path=str(tokenizer),
-        dtype=_dtype(args.dtype, device, hf_config),
+        dtype=_resolve_dtype(args.dtype, device, hf_config),
         device=device,
         max_model_len=max_model_len,
         vocab_size=int(hf_config.get_text_config().vocab_size),
@@ -75,8 +76,8 @@ def configure(args: EngineArgs) -> Configured:
     )
     config = EngineConfig(
         model=model,
-        cache=_cache(args),
-        scheduler=_scheduler(args, device, max_model_len),
+        cache=_build_cache_config(args),
+        scheduler=_build_scheduler_config(args, device, max_model_len),
         plugins=choices,
         enforce_eager=args.enforce_eager,
         cpu_threads=args.cpu_threads,
@@ -84,12 +85,12 @@ def configure(args: EngineArgs) -> Configured:
         extra={"chat_template": args.chat_template},
     )
     if args.plugins:
-        plugins.broadcast("quire_configure", config=config)
-        atexit.register(plugins.broadcast, "quire_unconfigure")
-    return Configured(config, plugins)
+        plugins.call_hook("quire_configure", config=config)
+        atexit.register(plugins.call_hook, "quire_unconfigure")
+    return BuiltConfig(config, plugins)
 
 
-def _refuse_unsupported(args: EngineArgs) -> None:
+def _check_supported(args: EngineArgs) -> None:
     if args.trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
     if args.tensor_parallel_size != 1:
@@ -105,39 +106,39 @@ def _refuse_unsupported(args: EngineArgs) -> None:
         raise ConfigError(f"plugin_options names {sorted(unknown)[0]!r}, which is not a kind of plugin")
 
 
-def _resolve_many(plugins: PluginManager, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:
+def _resolve_before_model(plugins: PluginManager, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:
     """The kinds whose choice does not depend on the model."""
-    found: dict[str, PluginChoice] = {}
+    choices: dict[str, PluginChoice] = {}
     for kind, names in (("logits_processor", args.logits_processors), ("metrics", args.metrics)):
-        for i, resolution in enumerate(plugins.resolve_all(kind, names, context)):
-            found[f"{kind}:{i:03d}"] = _choice(resolution, args)
+        for i, resolution in enumerate(plugins.resolve_plugins(kind, names, context)):
+            choices[f"{kind}:{i:03d}"] = _plugin_choice(resolution, args)
     for kind, name in (
         ("kv", args.kv_allocator),
         ("policy", args.scheduling_policy),
         ("sampler", args.sampler),
         ("executor", args.executor),
     ):
-        found[kind] = _choice(plugins.resolve(kind, name, context), args)
-    fallback = plugins.resolve("policy", "fcfs", context, announce=False)
-    found["policy_fallback"] = PluginChoice("policy", fallback.name, fallback.target)
+        choices[kind] = _plugin_choice(plugins.resolve_plugin(kind, name, context), args)
+    fallback = plugins.resolve_plugin("policy", "fcfs", context, announce=False)
+    choices["policy_fallback"] = PluginChoice("policy", fallback.name, fallback.target)
     for kind, name in (("attention", args.attention_backend), ("quant", args.quantization)):
         if name != "auto":
-            plugins.resolve(kind, name, context, announce=False)
-    return found
+            plugins.resolve_plugin(kind, name, context, announce=False)
+    return choices
 
 
-def _resolve_one_each(
+def _resolve_for_model(
     plugins: PluginManager, args: EngineArgs, context: dict[str, Any], architecture: str
 ) -> dict[str, PluginChoice]:
     """The kinds whose choice needs the model or the device."""
     return {
-        "attention": _choice(plugins.resolve("attention", args.attention_backend, context), args),
-        "quant": _choice(plugins.resolve("quant", args.quantization, context), args),
-        "model": _choice(plugins.resolve("model", architecture, context), args),
+        "attention": _plugin_choice(plugins.resolve_plugin("attention", args.attention_backend, context), args),
+        "quant": _plugin_choice(plugins.resolve_plugin("quant", args.quantization, context), args),
+        "model": _plugin_choice(plugins.resolve_plugin("model", architecture, context), args),
     }
 
 
-def _choice(resolution: Resolution, args: EngineArgs) -> PluginChoice:
+def _plugin_choice(resolution: Resolution, args: EngineArgs) -> PluginChoice:
     return PluginChoice(
         resolution.kind, resolution.name, resolution.target, dict(args.plugin_options.get(resolution.kind, {}))
     )
@@ -146,32 +147,32 @@ def _choice(resolution: Resolution, args: EngineArgs) -> PluginChoice:
 def _check_options(plugins: PluginManager, choices: dict[str, PluginChoice]) -> None:
     """Import every chosen class and parse its options, before a weight is read."""
     for key, choice in choices.items():
-        if key.split(":")[0] in _MANY and not choice.options:
+        if key.split(":")[0] in _KINDS_WITH_SEVERAL and not choice.options:
             continue
-        cls = plugins.load(choice.kind, choice.target)
+        cls = plugins.load_class(choice.kind, choice.target)
         parse_options(cls, choice.options)
 
 
-def _device(wanted: str) -> Any:
+def _resolve_device(requested: str) -> Any:
     import torch
 
-    if wanted == "auto":
+    if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
-    return wanted
+    return requested
 
 
-def _dtype(wanted: str, device: str, hf_config: Any) -> str:
-    if wanted == "auto":
+def _resolve_dtype(requested: str, device: str, hf_config: Any) -> str:
+    if requested == "auto":
         if device == "cpu":
             return "float32"
-        own = str(getattr(hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
-        return own if own in ("float16", "bfloat16") else "bfloat16"
-    return DTYPES[wanted]
+        checkpoint_dtype = str(getattr(hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+        return checkpoint_dtype if checkpoint_dtype in ("float16", "bfloat16") else "bfloat16"
+    return DTYPES[requested]
 
 
-def _cache(args: EngineArgs) -> CacheConfig:
+def _build_cache_config(args: EngineArgs) -> CacheConfig:
     if args.block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {args.block_size}")
     if not 0 < args.gpu_memory_utilization <= 1:
@@ -187,22 +188,22 @@ def _cache(args: EngineArgs) -> CacheConfig:
     )
 
 
-def _scheduler(args: EngineArgs, device: str, max_model_len: int) -> SchedulerConfig:
-    tokens = args.max_num_batched_tokens
-    if tokens is None:
-        tokens = max(_CPU_BATCHED_TOKENS if device == "cpu" else _GPU_BATCHED_TOKENS, args.max_num_seqs)
+def _build_scheduler_config(args: EngineArgs, device: str, max_model_len: int) -> SchedulerConfig:
+    num_tokens = args.max_num_batched_tokens
+    if num_tokens is None:
+        num_tokens = max(_CPU_BATCHED_TOKENS if device == "cpu" else _GPU_BATCHED_TOKENS, args.max_num_seqs)
         if not args.enable_chunked_prefill:
-            tokens = max(tokens, max_model_len)
+            num_tokens = max(num_tokens, max_model_len)
     if args.max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs must be at least 1, got {args.max_num_seqs}")
-    if tokens < args.max_num_seqs:
+    if num_tokens < args.max_num_seqs:
         raise ConfigError(
-            f"max_num_batched_tokens {tokens} is less than max_num_seqs {args.max_num_seqs}; each running request "
+            f"max_num_batched_tokens {num_tokens} is less than max_num_seqs {args.max_num_seqs}; each running request "
             f"needs a token a step: raise the one or lower the other"
         )
-    if not args.enable_chunked_prefill and tokens < max_model_len:
+    if not args.enable_chunked_prefill and num_tokens < max_model_len:
         raise ConfigError(
-            f"without chunked prefill a step must hold the longest prompt: max_num_batched_tokens {tokens} is less "
+            f"without chunked prefill a step must hold the longest prompt: max_num_batched_tokens {num_tokens} is less "
             f"than max_model_len {max_model_len}; raise it, or leave chunked prefill on"
         )
-    return SchedulerConfig(args.max_num_seqs, tokens, args.enable_chunked_prefill, args.max_num_queued_requests)
+    return SchedulerConfig(args.max_num_seqs, num_tokens, args.enable_chunked_prefill, args.max_num_queued_requests)

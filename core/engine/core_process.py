@@ -12,97 +12,108 @@ import torch
 import zmq
 
 from quire.core.engine.engine_core import EngineCore
-from quire.core.engine.ipc import Abort, Add, Failed, Outputs, Ready, Shutdown, ToCore, Wire, address, socket
+from quire.core.engine.ipc import (
+    AbortRequests,
+    AddRequests,
+    EngineFailed,
+    EngineReady,
+    MessageCodec,
+    MessageToCore,
+    Shutdown,
+    StepOutputs,
+    open_socket,
+    socket_address,
+)
 from quire.core.errors import QuireError
 from quire.core.log import setup_logging
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the front makes the configuration
 
-__all__ = ["CoreProcess"]
+__all__ = ["EngineCoreProcess"]
 
 _log = logging.getLogger("quire.engine")
-_IDLE_MS = 1000
+_IDLE_POLL_MS = 1000
 
 
-class CoreProcess:
+class EngineCoreProcess:
     """Takes in messages between steps. Ends when told to, or when its parent is gone."""
 
-    def __init__(self, folder: str, device: str, parent: int) -> None:
+    def __init__(self, folder: str, device: str, parent_pid: int) -> None:
         self._context = zmq.Context()
-        self._inward = socket(self._context, zmq.PULL)
-        self._inward.bind(address(folder, "in"))
-        self._outward = socket(self._context, zmq.PUSH)
-        self._outward.setsockopt(zmq.LINGER, 2000)
-        self._outward.connect(address(folder, "out"))
-        self._wire = Wire()
-        self._parent = parent
-        _warm_up(device)
+        self._input_socket = open_socket(self._context, zmq.PULL)
+        self._input_socket.bind(socket_address(folder, "in"))
+        self._output_socket = open_socket(self._context, zmq.PUSH)
+        self._output_socket.setsockopt(zmq.LINGER, 2000)
+        self._output_socket.connect(socket_address(folder, "out"))
+        self._codec = MessageCodec()
+        self._parent_pid = parent_pid
+        _initialize_gpu(device)
 
     def run(self) -> int:
         """Build the engine, serve, and return the exit status."""
         core: EngineCore | None = None
         try:
-            while not self._inward.poll(_IDLE_MS):
-                if os.getppid() != self._parent:
+            while not self._input_socket.poll(_IDLE_POLL_MS):
+                if os.getppid() != self._parent_pid:
                     return 1
-            start = self._wire.decode_start(self._inward.recv())
+            start = self._codec.decode_start(self._input_socket.recv())
             setup_logging(start.log_level)
             core = EngineCore(start.config)
-            size = core.capacity
-            memory = (size.weight_bytes, size.activation_bytes, size.graph_bytes)
-            self._send(Ready(size.num_blocks, size.bytes_per_block, *memory))
+            capacity = core.capacity
+            memory = (capacity.weight_bytes, capacity.activation_bytes, capacity.graph_bytes)
+            self._send_message(EngineReady(capacity.num_blocks, capacity.bytes_per_block, *memory))
             gc.collect()
             gc.freeze()
-            self._serve(core)
+            self._run_busy_loop(core)
             return 0
         except Exception as error:
             if not isinstance(error, QuireError):
                 _log.error("the engine core stopped", exc_info=error)
-            self._send(Failed(_one_line(error), type(error).__name__))
+            self._send_message(EngineFailed(_format_error(error), type(error).__name__))
             return 1
         finally:
             if core is not None:
                 core.shutdown()
             self._context.destroy(linger=2000)
 
-    def _serve(self, core: EngineCore) -> None:
-        while os.getppid() == self._parent:
-            if not core.has_work and not self._inward.poll(_IDLE_MS):
+    def _run_busy_loop(self, core: EngineCore) -> None:
+        while os.getppid() == self._parent_pid:
+            if not core.has_work and not self._input_socket.poll(_IDLE_POLL_MS):
                 continue
-            for message in self._received():
+            for message in self._receive_messages():
                 if isinstance(message, Shutdown):
                     return
-                _take(core, message)
+                _handle_message(core, message)
             if core.has_work:
                 outputs = core.step()
                 if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
-                    self._send(Outputs(outputs))
+                    self._send_message(StepOutputs(outputs))
 
-    def _received(self) -> list[ToCore]:
-        messages: list[ToCore] = []
+    def _receive_messages(self) -> list[MessageToCore]:
+        messages: list[MessageToCore] = []
         while True:
             try:
-                messages.append(self._wire.decode_to_core(self._inward.recv(zmq.NOBLOCK)))
+                messages.append(self._codec.decode_to_core(self._input_socket.recv(zmq.NOBLOCK)))
             except zmq.Again:
                 return messages
 
-    def _send(self, message: Any) -> None:
-        self._outward.send(self._wire.encode(message))
+    def _send_message(self, message: Any) -> None:
+        self._output_socket.send(self._codec.encode(message))
 
 
-def _take(core: EngineCore, message: ToCore) -> None:
-    if isinstance(message, Add):
+def _handle_message(core: EngineCore, message: MessageToCore) -> None:
+    if isinstance(message, AddRequests):
         for request in message.requests:
-            core.add(request)
-    elif isinstance(message, Abort):
-        core.abort(message.request_ids)
+            core.add_request(request)
+    elif isinstance(message, AbortRequests):
+        core.abort_requests(message.request_ids)
 
 
-def _one_line(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, QuireError) else f"{type(error).__name__}: {text}"
 
 
-def _warm_up(device: str) -> None:
+def _initialize_gpu(device: str) -> None:
     """What fails here fails again where it can be told."""
     with contextlib.suppress(Exception):
         if device != "cpu" and torch.cuda.is_available():

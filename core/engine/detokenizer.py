@@ -17,66 +17,68 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = params.skip_special_tokens
+        self._skip_special_tokens = params.skip_special_tokens
         # The last prompt tokens let decoders that look back (spaces before words) join seamlessly.
-        self._stream = DecodeStream(ids=list(prompt_token_ids[-8:]), skip_special_tokens=self._skip_special)
-        self._stop = params.stop
-        self._hold = 0 if params.include_stop_str_in_output else max((len(s) for s in self._stop), default=1) - 1
-        self._include_stop = params.include_stop_str_in_output
-        self._quiet_tokens = params.min_tokens  # stop strings count only after these
+        self._stream = DecodeStream(ids=list(prompt_token_ids[-8:]), skip_special_tokens=self._skip_special_tokens)
+        self._stop_strings = params.stop
+        self._include_stop_string = params.include_stop_str_in_output
+        # All but one character of a stop string may be there already, and are not shown if it will be cut off.
+        longest = max((len(stop) for stop in self._stop_strings), default=1)
+        self._num_held_chars = 0 if self._include_stop_string else longest - 1
+        self._min_tokens = params.min_tokens  # stop strings count only after these
         self._num_tokens = 0
-        self._pending: list[int] = []  # tokens that gave no text yet
-        self._shown = 0
+        self._pending_token_ids: list[int] = []  # tokens that gave no text yet
+        self._num_taken_chars = 0
         self.text = ""
 
-    def push(self, token_ids: Sequence[int], last_is_stop_token: bool) -> str | None:
+    def append_tokens(self, token_ids: Sequence[int], last_is_stop_token: bool) -> str | None:
         """Take in tokens; returns the stop string that was completed, if one was. A stop token adds no text."""
-        count = len(token_ids) - 1 if last_is_stop_token else len(token_ids)
-        for token in token_ids[:count]:
-            before = len(self.text)
-            self.text += self._step(token)
+        num_text_tokens = len(token_ids) - 1 if last_is_stop_token else len(token_ids)
+        for token in token_ids[:num_text_tokens]:
+            num_chars_before = len(self.text)
+            self.text += self._decode_token(token)
             self._num_tokens += 1
-            if self._stop and self._num_tokens > self._quiet_tokens:
-                found = self._find_stop(before)
-                if found is not None:
-                    return found
+            if self._stop_strings and self._num_tokens > self._min_tokens:
+                stop_string = self._cut_at_stop_string(num_chars_before)
+                if stop_string is not None:
+                    return stop_string
         return None
 
     def flush(self) -> None:
         """No more tokens will come: bytes that never became a character show as the replacement character."""
-        if self._pending:
-            self.text += self._tokenizer.decode(self._pending, self._skip_special)
-            self._pending = []
+        if self._pending_token_ids:
+            self.text += self._tokenizer.decode(self._pending_token_ids, self._skip_special_tokens)
+            self._pending_token_ids = []
 
-    def delta(self, finished: bool) -> str:
+    def take_delta(self, finished: bool) -> str:
         """Text since the last call, less what must be held back."""
-        end = len(self.text) if finished else max(len(self.text) - self._hold, self._shown)
-        start, self._shown = self._shown, end
+        end = len(self.text) if finished else max(len(self.text) - self._num_held_chars, self._num_taken_chars)
+        start, self._num_taken_chars = self._num_taken_chars, end
         return self.text[start:end]
 
-    def _step(self, token: int) -> str:
+    def _decode_token(self, token: int) -> str:
         try:
             chunk = self._stream.step(self._tokenizer.backend, token)
         except Exception:  # tokens that form no valid text can confuse the stream: start afresh
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-            self._pending = []
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            self._pending_token_ids = []
             chunk = self._stream.step(self._tokenizer.backend, token)
         if chunk is None:
-            self._pending.append(token)
+            self._pending_token_ids.append(token)
             return ""
-        self._pending = []
+        self._pending_token_ids = []
         return chunk
 
-    def _find_stop(self, before: int) -> str | None:
-        """Cut the text at the first stop string that ends after ``before``."""
-        best: tuple[int, str] | None = None
-        for stop in self._stop:
-            at = self.text.find(stop, max(0, before - len(stop) + 1))
-            if at >= 0 and (best is None or at < best[0]):
-                best = at, stop
-        if best is None:
+    def _cut_at_stop_string(self, num_chars_before: int) -> str | None:
+        """Cut the text at the first stop string that ends after ``num_chars_before``, and return it."""
+        first_match: tuple[int, str] | None = None
+        for stop in self._stop_strings:
+            start = self.text.find(stop, max(0, num_chars_before - len(stop) + 1))
+            if start >= 0 and (first_match is None or start < first_match[0]):
+                first_match = start, stop
+        if first_match is None:
             return None
-        at, stop = best
-        self.text = self.text[: at + len(stop) if self._include_stop else at]
-        self._pending = []
+        start, stop = first_match
+        self.text = self.text[: start + len(stop) if self._include_stop_string else start]
+        self._pending_token_ids = []
         return stop

@@ -1,4 +1,4 @@
-"""The engine core: the step. Plan, launch, and only then read back the step before."""
+"""The engine core: schedules a step, launches it, and only then reads back the tokens of the step before."""
 
 from __future__ import annotations
 
@@ -31,45 +31,45 @@ from quire.core.stats import StepStats
 __all__ = ["EngineCore"]
 
 _log = logging.getLogger("quire.engine")
-_DEPTH = 2  # steps under way: one runs, the next is queued behind it
-_STATS_EVERY_NS = 100_000_000
+_MAX_IN_FLIGHT_STEPS = 2  # one runs on the device, the next is queued behind it
+_STATS_INTERVAL_NS = 100_000_000
 
 
 class EngineCore:
-    """Owns scheduler and executor. Single-threaded: whoever calls ``step`` calls everything else too.
+    """Owns scheduler and executor. Single-threaded: all methods are called by the thread that calls ``step``.
 
-    Asynchronous: step N + 1 is planned and launched before the tokens of step N are read. A stop is therefore found
-    one step late, and the one token drawn after it is dropped.
+    Asynchronous: step N + 1 is scheduled and launched before the tokens of step N are read. A stop is therefore found
+    one step late, and the one token sampled after it is dropped.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         choice = config.plugin("executor")
         executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
-        self._executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
-        self.capacity = self._executor.start()
+        self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
+        self.capacity = self.executor.start()
         try:
-            self.scheduler = self._make_scheduler()
+            self.scheduler = self._build_scheduler()
         except BaseException:
-            self._executor.shutdown()
+            self.executor.shutdown()
             raise
-        self._under_way: deque[_UnderWay] = deque()
-        self._traced: list[StepStats] = []
-        self._rejected: list[EngineCoreOutput] = []
-        self._quarantines = self._compiled = 0
-        self._stats_at = 0
+        self._in_flight: deque[InFlightStep] = deque()
+        self._finished_step_stats: list[StepStats] = []
+        self._rejected_outputs: list[EngineCoreOutput] = []
+        self._num_quarantines = self._num_compiled_kernels = 0
+        self._last_stats_ns = 0
 
-    def add(self, message: EngineCoreRequest) -> None:
+    def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""
         try:
-            self.scheduler.add_request(message)
+            self.scheduler.add_request(request)
         except InvalidRequestError as error:
             kind = "full" if isinstance(error, QueueFullError) else "invalid"
-            self._rejected.append(
-                EngineCoreOutput(message.request_id, [], finish_reason="error", error=f"{kind}: {error}")
+            self._rejected_outputs.append(
+                EngineCoreOutput(request.request_id, [], finish_reason="error", error=f"{kind}: {error}")
             )
 
-    def abort(self, request_ids: list[str]) -> None:
+    def abort_requests(self, request_ids: list[str]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
         for request_id in request_ids:
             self.scheduler.abort_request(request_id)
@@ -77,46 +77,47 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._under_way or self._rejected or self.scheduler.has_unfinished_requests)
+        return bool(self._in_flight or self._rejected_outputs or self.scheduler.has_unfinished_requests)
 
     def step(self) -> EngineCoreOutputs:
-        """Launch what can be launched, then wait for the oldest step under way. May return no outputs."""
+        """Schedule and launch a step if there is one, then wait for the oldest in flight. May return no outputs."""
         launched = False
-        if len(self._under_way) < _DEPTH:
+        if len(self._in_flight) < _MAX_IN_FLIGHT_STEPS:
             start = time.perf_counter_ns()
             step = self.scheduler.schedule()
             if step is not None:
                 launched = True
-                self._launch(step, start)
+                self._launch_step(step, start)
         outputs = EngineCoreOutputs()
-        if self._under_way and not (launched and len(self._under_way) < _DEPTH):
-            outputs = self._commit()
-        elif not self._under_way and not self._rejected and not launched:
-            time.sleep(0.001)  # a policy that holds back: do not spin
-        if self._rejected:
-            outputs.outputs, self._rejected = [*self._rejected, *outputs.outputs], []
-        outputs.steps, self._traced = self._traced, []
-        outputs.stats = self._stats_now(force=not self.has_work)
+        # A second step is launched before the first is waited for: the device never runs dry between two steps.
+        if self._in_flight and not (launched and len(self._in_flight) < _MAX_IN_FLIGHT_STEPS):
+            outputs = self._finish_step()
+        elif not self._in_flight and not self._rejected_outputs and not launched:
+            time.sleep(0.001)  # the policy scheduled nothing though requests wait: do not spin
+        if self._rejected_outputs:
+            outputs.outputs, self._rejected_outputs = [*self._rejected_outputs, *outputs.outputs], []
+        outputs.steps, self._finished_step_stats = self._finished_step_stats, []
+        outputs.stats = self._make_stats_if_due(force=not self.has_work)
         return outputs
 
-    def stats(self) -> dict[str, float]:
+    def make_stats(self) -> dict[str, float]:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
         figures = self.scheduler.stats()
-        figures["plugin_quarantines_total"] = figures.get("plugin_quarantines_total", 0.0) + self._quarantines
-        figures["kernels_compiled_total"] = float(self._compiled)
+        figures["plugin_quarantines_total"] = figures.get("plugin_quarantines_total", 0.0) + self._num_quarantines
+        figures["kernels_compiled_total"] = float(self._num_compiled_kernels)
         figures["kv_blocks"] = float(self.capacity.num_blocks)
         figures["kv_block_size"] = float(self.config.cache.block_size)
         return figures
 
     def shutdown(self) -> None:
         """Stop the workers. Idempotent."""
-        self._executor.shutdown()
+        self.executor.shutdown()
 
-    def _launch(self, step: SchedulerOutput, start: int) -> None:
-        planned = time.perf_counter_ns()
-        pending: StepFuture
+    def _launch_step(self, step: SchedulerOutput, start: int) -> None:
+        scheduled = time.perf_counter_ns()
+        future: StepFuture
         try:
-            pending = self._executor.execute_step(step)
+            future = self.executor.execute_step(step)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and self.scheduler.retract_step(step):
                 _log.warning(
@@ -125,34 +126,35 @@ class EngineCore:
                     step.total_num_scheduled_tokens,
                 )
                 return
-            pending = _Failed(error)
-        self._under_way.append(_UnderWay(step, pending, start, planned, time.perf_counter_ns()))
+            future = _FailedStep(error)
+        self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns()))
 
-    def _commit(self) -> EngineCoreOutputs:
-        under_way = self._under_way.popleft()
-        step, waited = under_way.step, time.perf_counter_ns()
+    def _finish_step(self) -> EngineCoreOutputs:
+        in_flight = self._in_flight.popleft()
+        step, wait_start = in_flight.step, time.perf_counter_ns()
         try:
-            result = under_way.pending.result()
+            result = in_flight.future.result()
         except Exception as error:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
             return self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
-        self._quarantines += len(result.quarantined)
+        self._num_quarantines += len(result.quarantined)
         if any(reason.startswith("spec_decode/") for reason in result.quarantined):
             self.scheduler.disable_speculation()
-        self._compiled += result.num_compiled_kernels
-        known = time.perf_counter_ns()
+        self._num_compiled_kernels += result.num_compiled_kernels
+        tokens_known = time.perf_counter_ns()
         outputs = self.scheduler.update_from_output(step, result)
-        self._traced.append(under_way.stats(result, waited, known, time.perf_counter_ns()))
+        step_stats = in_flight.make_step_stats(result, wait_start, tokens_known, time.perf_counter_ns())
+        self._finished_step_stats.append(step_stats)
         return outputs
 
-    def _stats_now(self, force: bool) -> dict[str, float] | None:
+    def _make_stats_if_due(self, force: bool) -> dict[str, float] | None:
         now = time.monotonic_ns()
-        if not force and now - self._stats_at < _STATS_EVERY_NS:
+        if not force and now - self._last_stats_ns < _STATS_INTERVAL_NS:
             return None
-        self._stats_at = now
-        return self.stats()
+        self._last_stats_ns = now
+        return self.make_stats()
 
-    def _make_scheduler(self) -> Scheduler:
+    def _build_scheduler(self) -> Scheduler:
         config = self.config
         kv = config.plugin("kv")
         allocator_class = load_target(kv.target, "quire.core.contracts.kv:KVAllocator")
@@ -167,60 +169,61 @@ class EngineCore:
             config.scheduler,
             config.cache,
             allocator,
-            self._policy("policy"),
-            fallback=self._policy("policy_fallback"),
+            self._build_policy("policy"),
+            fallback=self._build_policy("policy_fallback"),
             max_model_len=config.model.max_model_len,
             speculation=config.speculation,
-            proposer=self._host_proposer(),
+            proposer=self._build_host_proposer(),
         )
 
-    def _host_proposer(self) -> HostProposer | None:
+    def _build_host_proposer(self) -> HostProposer | None:
         spec = self.config.speculation
         if spec is None:
             return None
         choice = self.config.plugin("spec_decode")
         cls = load_target(choice.target, "quire.core.contracts.spec_decode:SpeculativeProposer")
-        return (
-            cls(spec.num_speculative_tokens, parse_options(cls, choice.options))
-            if issubclass(cls, HostProposer)
-            else None
-        )
+        if not issubclass(cls, HostProposer):
+            return None  # it drafts on the device: the worker builds it
+        return cls(spec.num_speculative_tokens, parse_options(cls, choice.options))
 
-    def _policy(self, kind: str) -> BatchingPolicy:
+    def _build_policy(self, kind: str) -> BatchingPolicy:
         choice = self.config.plugin(kind)
         cls = load_target(choice.target, "quire.core.contracts.policy:BatchingPolicy")
         return cls(parse_options(cls, choice.options))
 
 
 @dataclass(slots=True)
-class _UnderWay:
-    """A launched step, and when what happened to it; nanoseconds."""
+class InFlightStep:
+    """A launched step, and when it was scheduled and launched; nanoseconds of one monotonic clock."""
 
     step: SchedulerOutput
-    pending: StepFuture
-    start: int
-    planned: int
-    launched: int
+    future: StepFuture
+    start_ns: int
+    scheduled_ns: int
+    launched_ns: int
 
-    def stats(self, result: ModelRunnerOutput, waited: int, known: int, booked: int) -> StepStats:
+    def make_step_stats(
+        self, result: ModelRunnerOutput, wait_start_ns: int, tokens_known_ns: int, updated_ns: int
+    ) -> StepStats:
+        """The step's shape, and where its time went."""
         return StepStats(
             step=self.step.step,
             num_reqs=len(self.step.rows),
             num_decodes=self.step.num_decodes,
             num_tokens=self.step.total_num_scheduled_tokens,
-            start_us=self.start / 1e3,
-            schedule_us=(self.planned - self.start) / 1e3,
-            launch_us=(self.launched - self.planned) / 1e3,
+            start_us=self.start_ns / 1e3,
+            schedule_us=(self.scheduled_ns - self.start_ns) / 1e3,
+            launch_us=(self.launched_ns - self.scheduled_ns) / 1e3,
             device_us=result.device_us,
-            wait_us=(known - waited) / 1e3,
-            end_us=known / 1e3,
-            update_us=(booked - known) / 1e3,
+            wait_us=(tokens_known_ns - wait_start_ns) / 1e3,
+            end_us=tokens_known_ns / 1e3,
+            update_us=(updated_ns - tokens_known_ns) / 1e3,
             num_drafts=0 if result.num_verified_drafts is None else int(result.num_verified_drafts.sum()),
             num_accepted=int(result.num_sampled_tokens.sum() - self.step.sampling_mask.sum()),
         )
 
 
-class _Failed:
+class _FailedStep:
     """A step that could not even be launched."""
 
     def __init__(self, error: Exception) -> None:

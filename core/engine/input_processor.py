@@ -28,21 +28,23 @@ class InputProcessor:
         tokenizer: Tokenizer,
         max_model_len: int,
         vocab_size: int,
-        processors: Sequence[type[LogitsProcessor]] = (),
+        logits_processors: Sequence[type[LogitsProcessor]] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self._processors = list(processors)
-        self._eos = tokenizer.eos_token_ids()
+        self._logits_processors = list(logits_processors)
+        self._eos_token_ids = tokenizer.read_eos_token_ids()
 
     @classmethod
-    def of(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
+    def from_config(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
         """For an engine: its limits, and the logits processors that may refuse parameters."""
-        processors = [load_target(choice.target, LogitsProcessor) for choice in config.plugins_of("logits_processor")]
-        return cls(tokenizer, config.model.max_model_len, config.model.vocab_size, processors)
+        logits_processors = [
+            load_target(choice.target, LogitsProcessor) for choice in config.plugins_of("logits_processor")
+        ]
+        return cls(tokenizer, config.model.max_model_len, config.model.vocab_size, logits_processors)
 
-    def process(
+    def process_inputs(
         self,
         request_id: str,
         prompt: Prompt,
@@ -52,23 +54,23 @@ class InputProcessor:
         cache_salt: str | None = None,
     ) -> list[EngineCoreRequest]:
         """One core request for each of the ``n`` continuations; the later ones name the first as their parent."""
-        ids = self._encoded(prompt) if isinstance(prompt, str) else self._checked(prompt)
-        self._check_length(ids, params)
+        prompt_token_ids = self._encode_prompt(prompt) if isinstance(prompt, str) else self._check_token_ids(prompt)
+        self._check_length(prompt_token_ids, params)
         self._check_params(params)
-        arrival = time.time_ns()
+        arrival_ns = time.time_ns()
         requests = []
         for index in range(params.n):
-            seed = None if params.seed is None else _wrap(params.seed + index)
-            own = params if params.n == 1 else msgspec.structs.replace(params, n=1, seed=seed)
-            if index and own.prompt_logprobs is not None:
-                own = msgspec.structs.replace(own, prompt_logprobs=None)
+            seed = None if params.seed is None else _wrap_seed(params.seed + index)
+            child_params = params if params.n == 1 else msgspec.structs.replace(params, n=1, seed=seed)
+            if index and child_params.prompt_logprobs is not None:
+                child_params = msgspec.structs.replace(child_params, prompt_logprobs=None)
             requests.append(
                 EngineCoreRequest(
                     request_id=request_id if params.n == 1 else f"{request_id}#{index}",
-                    prompt_token_ids=ids,
-                    params=own,
-                    arrival_ns=arrival,
-                    eos_token_ids=self._eos,
+                    prompt_token_ids=prompt_token_ids,
+                    params=child_params,
+                    arrival_ns=arrival_ns,
+                    eos_token_ids=self._eos_token_ids,
                     priority=priority,
                     cache_salt=cache_salt,
                     parent_id=f"{request_id}#0" if index else None,
@@ -76,17 +78,17 @@ class InputProcessor:
             )
         return requests
 
-    def _encoded(self, text: str) -> list[int]:
-        least = len(text) // self.tokenizer.longest_token
-        if least >= self.max_model_len:
+    def _encode_prompt(self, text: str) -> list[int]:
+        min_tokens = len(text) // self.tokenizer.max_token_chars
+        if min_tokens >= self.max_model_len:
             raise InvalidRequestError(
-                f"the prompt has {len(text)} characters, so at least {least} tokens; this model's context is "
+                f"the prompt has {len(text)} characters, so at least {min_tokens} tokens; this model's context is "
                 f"{self.max_model_len} tokens: shorten it or raise --max-model-len",
                 "prompt",
             )
         return self.tokenizer.encode(text)
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def _check_token_ids(self, ids: Sequence[int]) -> list[int]:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise InvalidRequestError(
@@ -116,10 +118,10 @@ class InputProcessor:
                 raise InvalidRequestError(
                     f"stop_token_ids names {token}; ids go from 0 to {self.vocab_size - 1}", "stop_token_ids"
                 )
-        for processor in self._processors:
+        for processor in self._logits_processors:
             processor.validate_params(params, self.vocab_size)
 
 
-def _wrap(seed: int) -> int:
+def _wrap_seed(seed: int) -> int:
     """Keep a seed within 64 bits, signed."""
     return (seed + 2**63) % 2**64 - 2**63

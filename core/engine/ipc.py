@@ -1,4 +1,4 @@
-"""The wire between a front and an engine core in a process of its own: ZMQ sockets, msgpack messages."""
+"""What the API process and an engine core in a process of its own send each other: msgpack over ZMQ sockets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,33 @@ import zmq
 from quire.core.config import EngineConfig
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
 
-__all__ = ["Abort", "Add", "Failed", "FromCore", "Ready", "Shutdown", "Start", "ToCore", "Wire"]
+__all__ = [
+    "AbortRequests",
+    "AddRequests",
+    "EngineFailed",
+    "EngineReady",
+    "MessageCodec",
+    "MessageFromCore",
+    "MessageToCore",
+    "Shutdown",
+    "StartEngine",
+]
 
 
-class Start(msgspec.Struct, tag=True):
+class StartEngine(msgspec.Struct, tag=True):
     """The first message: build this engine."""
 
     config: EngineConfig
     log_level: str
 
 
-class Add(msgspec.Struct, tag=True, array_like=True):
+class AddRequests(msgspec.Struct, tag=True, array_like=True):
     """Requests to queue."""
 
     requests: list[EngineCoreRequest]
 
 
-class Abort(msgspec.Struct, tag=True, array_like=True):
+class AbortRequests(msgspec.Struct, tag=True, array_like=True):
     """Requests to end."""
 
     request_ids: list[str]
@@ -36,10 +46,10 @@ class Shutdown(msgspec.Struct, tag=True, array_like=True):
     """Stop."""
 
 
-ToCore = Add | Abort | Shutdown
+MessageToCore = AddRequests | AbortRequests | Shutdown
 
 
-class Ready(msgspec.Struct, tag=True, array_like=True):
+class EngineReady(msgspec.Struct, tag=True, array_like=True):
     """The engine serves. Bytes and counts for the ready line."""
 
     num_blocks: int
@@ -49,58 +59,58 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
     graph_bytes: int
 
 
-class Failed(msgspec.Struct, tag=True, array_like=True):
+class EngineFailed(msgspec.Struct, tag=True, array_like=True):
     """The engine could not start, or died."""
 
     error: str
-    kind: str
+    error_class: str
     """Name of the ``QuireError`` subclass, or of whatever else was raised."""
 
 
-class Outputs(msgspec.Struct, tag=True, array_like=True):
+class StepOutputs(msgspec.Struct, tag=True, array_like=True):
     """One step's outputs."""
 
-    value: EngineCoreOutputs
+    outputs: EngineCoreOutputs
 
 
-FromCore = Ready | Failed | Outputs
+MessageFromCore = EngineReady | EngineFailed | StepOutputs
 
 
-class Wire:
-    """Encodes and decodes."""
+class MessageCodec:
+    """Encodes messages to msgpack, and decodes them by direction."""
 
     def __init__(self) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._start = msgspec.msgpack.Decoder(Start)
-        self._to_core = msgspec.msgpack.Decoder(Add | Abort | Shutdown)
-        self._from_core = msgspec.msgpack.Decoder(Ready | Failed | Outputs)
+        self._start_decoder = msgspec.msgpack.Decoder(StartEngine)
+        self._to_core_decoder = msgspec.msgpack.Decoder(AddRequests | AbortRequests | Shutdown)
+        self._from_core_decoder = msgspec.msgpack.Decoder(EngineReady | EngineFailed | StepOutputs)
 
     def encode(self, message: Any) -> bytes:
-        """Any message of this module."""
+        """Encode any message of this module."""
         return self._encoder.encode(message)
 
-    def decode_start(self, data: bytes) -> Start:
-        """The first message to the core."""
-        return self._start.decode(data)
+    def decode_start(self, data: bytes) -> StartEngine:
+        """Decode the first message to the engine core."""
+        return self._start_decoder.decode(data)
 
-    def decode_to_core(self, data: bytes) -> ToCore:
-        """Later messages to the core."""
-        return self._to_core.decode(data)
+    def decode_to_core(self, data: bytes) -> MessageToCore:
+        """Decode any later message to the engine core."""
+        return self._to_core_decoder.decode(data)
 
-    def decode_from_core(self, data: bytes) -> FromCore:
-        """Messages to the front."""
-        return self._from_core.decode(data)
+    def decode_from_core(self, data: bytes) -> MessageFromCore:
+        """Decode a message to the API process."""
+        return self._from_core_decoder.decode(data)
 
 
-def address(folder: str, name: str) -> str:
-    """Of a socket: ``in``, from the front to the core, or ``out``."""
+def socket_address(folder: str, name: str) -> str:
+    """The address of the socket ``in`` (API process to engine core) or ``out`` (engine core to API process)."""
     return f"ipc://{folder}/{name}"
 
 
-def socket(context: Any, kind: int) -> Any:
-    """A socket that never blocks a process's end."""
-    made = context.socket(kind)
-    made.setsockopt(zmq.LINGER, 0)
-    made.setsockopt(zmq.SNDHWM, 0)
-    made.setsockopt(zmq.RCVHWM, 0)
-    return made
+def open_socket(context: Any, socket_type: int) -> Any:
+    """Open a socket whose queue has no limit and that never delays the end of a process."""
+    opened = context.socket(socket_type)
+    opened.setsockopt(zmq.LINGER, 0)
+    opened.setsockopt(zmq.SNDHWM, 0)
+    opened.setsockopt(zmq.RCVHWM, 0)
+    return opened

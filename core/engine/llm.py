@@ -10,11 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.client import ready_line
-from quire.core.engine.config_builder import configure
+from quire.core.engine.client import format_ready_line
+from quire.core.engine.config_builder import build_config
 from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.input_processor import InputProcessor, Prompt
-from quire.core.engine.output_processor import Exporters, OutputProcessor
+from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
@@ -36,19 +36,20 @@ class LLM:
     """
 
     def __init__(self, model: str = "quire-tiny", **kwargs: Any) -> None:
-        self.config = configure(EngineArgs.from_kwargs(model=model, **kwargs)).config
+        self.config = build_config(EngineArgs.from_kwargs(model=model, **kwargs)).config
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        self._core = EngineCore(self.config)
-        self._inputs = InputProcessor.of(self.config, self.tokenizer)
-        self._outputs = OutputProcessor(self.tokenizer, Exporters())
-        self._ids = itertools.count()
+        self.engine_core = EngineCore(self.config)
+        """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
+        self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
+        self.output_processor = OutputProcessor(self.tokenizer, ExporterGroup())
+        self._request_counter = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
 
     @property
     def ready_line(self) -> str:
         """What the engine holds."""
-        return ready_line(self.config, self._core.capacity)
+        return format_ready_line(self.config, self.engine_core.capacity)
 
     def generate(
         self,
@@ -61,21 +62,23 @@ class LLM:
 
         Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
         """
-        batch = _as_batch(prompts)
+        batch = _to_batch(prompts)
         if sampling_params is None:
             sampling_params = SamplingParams()
         params = [sampling_params] * len(batch) if isinstance(sampling_params, SamplingParams) else sampling_params
         if len(params) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} sampling_params; give one, or one each")
-        ids = [str(next(self._ids)) for _ in batch]
+        request_ids = [str(next(self._request_counter)) for _ in batch]
         requests = [
-            self._inputs.process(name, prompt, own) for name, prompt, own in zip(ids, batch, params, strict=True)
+            self.input_processor.process_inputs(request_id, prompt, prompt_params)
+            for request_id, prompt, prompt_params in zip(request_ids, batch, params, strict=True)
         ]
-        for name, prompt, own, mine in zip(ids, batch, params, requests, strict=True):
-            self._outputs.add(name, prompt if isinstance(prompt, str) else None, mine, own, "final")
-            for request in mine:
-                self._core.add(request)
-        return self._run(ids, use_tqdm)
+        for request_id, prompt, prompt_params, core_requests in zip(request_ids, batch, params, requests, strict=True):
+            text = prompt if isinstance(prompt, str) else None
+            self.output_processor.add_request(request_id, text, core_requests, prompt_params, "final")
+            for request in core_requests:
+                self.engine_core.add_request(request)
+        return self._run_engine(request_ids, use_tqdm)
 
     def chat(
         self,
@@ -109,35 +112,37 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stats(self) -> dict[str, float]:
+    def get_stats(self) -> dict[str, float]:
         """Gauges and counters of the engine."""
-        return self._core.stats()
+        return self.engine_core.make_stats()
 
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
-        self._core.shutdown()
+        self.engine_core.shutdown()
 
-    def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _run_engine(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        bar = tqdm(total=len(ids), disable=not use_tqdm, desc="requests", unit="req")
+        progress_bar = tqdm(total=len(request_ids), disable=not use_tqdm, desc="requests", unit="req")
         try:
-            while len(finished) < len(ids):
-                outputs = self._core.step()
+            while len(finished) < len(request_ids):
+                outputs = self.engine_core.step()
                 self.steps.extend(outputs.steps)
-                made = self._outputs.process(outputs)
-                self._core.abort(made.aborts)
-                if made.errors:
-                    raise RequestFailedError(f"request {made.errors[0][0]}: {made.errors[0][1]}")
-                finished.update((output.request_id, output) for output in made.outputs)
-                bar.update(len(made.outputs))
+                processed = self.output_processor.process_outputs(outputs)
+                self.engine_core.abort_requests(processed.requests_to_abort)
+                if processed.failed_requests:
+                    raise RequestFailedError(
+                        f"request {processed.failed_requests[0][0]}: {processed.failed_requests[0][1]}"
+                    )
+                finished.update((output.request_id, output) for output in processed.request_outputs)
+                progress_bar.update(len(processed.request_outputs))
         finally:
-            bar.close()
-            for name in ids:
-                self._core.abort(self._outputs.remove(name))
-        return [finished[name] for name in ids]
+            progress_bar.close()
+            for request_id in request_ids:
+                self.engine_core.abort_requests(self.output_processor.remove_request(request_id))
+        return [finished[request_id] for request_id in request_ids]
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _to_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], int):

@@ -1,4 +1,4 @@
-"""From tokens to what callers receive: text, stop strings, the n continuations of a request, request figures."""
+"""From tokens to what callers receive: text, stop strings, the n continuations of a request; and request metrics."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from quire.core.messages import (
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats, StepStats
 
-__all__ = ["Exporters", "OutputProcessor", "Processed"]
+__all__ = ["ExporterGroup", "OutputProcessor", "ProcessedOutputs"]
 
 _log = logging.getLogger("quire.metrics")
 
 
 @dataclass(slots=True)
-class Processed:
+class ProcessedOutputs:
     """What came of one batch of outputs."""
 
-    outputs: list[RequestOutput] = field(default_factory=list)
-    aborts: list[str] = field(default_factory=list)
+    request_outputs: list[RequestOutput] = field(default_factory=list)
+    requests_to_abort: list[str] = field(default_factory=list)
     """Core requests to end that the engine core still runs: a stop string was found, or a sibling failed."""
-    errors: list[tuple[str, str]] = field(default_factory=list)
-    """(request, reason) of requests that the engine core refused or could not finish; they are forgotten."""
+    failed_requests: list[tuple[str, str]] = field(default_factory=list)
+    """(request, reason) of requests that the engine core refused or could not finish; they are removed."""
 
 
 class OutputProcessor:
-    """Holds the state of every request under way in this process."""
+    """Holds the state of every unfinished request of this process."""
 
-    def __init__(self, tokenizer: Tokenizer, exporters: Exporters) -> None:
+    def __init__(self, tokenizer: Tokenizer, exporters: ExporterGroup) -> None:
         self._tokenizer = tokenizer
         self._exporters = exporters
-        self._states: dict[str, RequestState] = {}
-        self._owner: dict[str, RequestState] = {}
+        self._request_states: dict[str, RequestState] = {}
+        self._state_of_core_request: dict[str, RequestState] = {}
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._request_states)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._states
+        return request_id in self._request_states
 
-    def add(
+    def add_request(
         self,
         request_id: str,
         prompt: str | None,
@@ -69,58 +69,65 @@ class OutputProcessor:
             for i, r in enumerate(requests)
         }
         state = RequestState(request_id, prompt, ids, params, mode, time.monotonic(), children)
-        self._states[request_id] = state
-        self._owner.update(dict.fromkeys(children, state))
+        self._request_states[request_id] = state
+        self._state_of_core_request.update(dict.fromkeys(children, state))
 
-    def remove(self, request_id: str) -> list[str]:
-        """Forget a request; returns its core requests that have not ended."""
-        state = self._states.pop(request_id, None)
+    def remove_request(self, request_id: str) -> list[str]:
+        """Drop the state of a request; returns its core requests that have not ended."""
+        state = self._request_states.pop(request_id, None)
         if state is None:
             return []
         for core_id in state.children:
-            self._owner.pop(core_id, None)
-        alive = [core_id for core_id, child in state.children.items() if not child.done]
-        for core_id in alive:
-            self._record_end(state, state.children[core_id], "abort", time.monotonic())
-        return alive
+            self._state_of_core_request.pop(core_id, None)
+        unfinished = [core_id for core_id, child in state.children.items() if not child.is_done]
+        for core_id in unfinished:
+            self._record_finished(state, state.children[core_id], "abort", time.monotonic())
+        return unfinished
 
-    def process(self, outputs: EngineCoreOutputs) -> Processed:
-        """Take in one step's outputs. Those of forgotten requests are passed over."""
-        made = Processed()
+    def process_outputs(self, outputs: EngineCoreOutputs) -> ProcessedOutputs:
+        """Process one step's outputs. Those of requests that were removed are passed over."""
+        processed = ProcessedOutputs()
         now = time.monotonic()
         gaps: list[float] = []
         for output in outputs.outputs:
-            state = self._owner.get(output.request_id)
-            if state is not None and not state.children[output.request_id].done:
-                self._take(state, state.children[output.request_id], output, made, now)
+            state = self._state_of_core_request.get(output.request_id)
+            if state is not None and not state.children[output.request_id].is_done:
+                self._process_output(state, state.children[output.request_id], output, processed, now)
         for request_id, tokens in outputs.iter_new_tokens():
-            state = self._owner.get(request_id)
+            state = self._state_of_core_request.get(request_id)
             if state is None:
                 continue
             child = state.children[request_id]
-            if not child.done:
+            if not child.is_done:
                 gaps += child.record_gaps(len(tokens), now)
-                if self._extend(child, tokens, None):
-                    made.aborts.append(request_id)
-                    self._record_end(state, child, "stop", now)
-                self._tell(state, child, tokens, None, made)
+                if self._append_tokens(child, tokens, None):
+                    processed.requests_to_abort.append(request_id)
+                    self._record_finished(state, child, "stop", now)
+                self._emit_request_output(state, child, tokens, None, processed)
         if gaps:
             self._exporters.record_tokens(0, len(gaps), None, gaps)
-        return made
+        return processed
 
-    def _take(
-        self, state: RequestState, child: ChildRequest, output: EngineCoreOutput, made: Processed, now: float
+    def _process_output(
+        self,
+        state: RequestState,
+        child: ChildRequest,
+        output: EngineCoreOutput,
+        processed: ProcessedOutputs,
+        now: float,
     ) -> None:
-        """What is more than tokens: the first of them, an end, log-probabilities."""
+        """Process an output that holds more than tokens: a first token, an end, log-probabilities."""
         if output.finish_reason == "error":
-            child.done = True
-            self._record_end(state, child, "error", now)
-            made.aborts.extend(self.remove(state.request_id))
-            made.errors.append((state.request_id, output.error or "the engine could not finish this request"))
+            child.is_done = True
+            self._record_finished(state, child, "error", now)
+            processed.requests_to_abort.extend(self.remove_request(state.request_id))
+            processed.failed_requests.append(
+                (state.request_id, output.error or "the engine could not finish this request")
+            )
             return
-        tokens = output.new_token_ids
+        token_ids = output.new_token_ids
         child.stop_reason = output.stop_reason
-        child.num_cached = max(child.num_cached, output.num_cached_tokens)
+        child.num_cached_tokens = max(child.num_cached_tokens, output.num_cached_tokens)
         child.queue_s = max(child.queue_s, output.queue_ns / 1e9)
         if output.prompt_logprobs is not None:
             state.prompt_logprobs = [None, *output.prompt_logprobs]
@@ -128,49 +135,49 @@ class OutputProcessor:
             if child.logprobs is None:
                 child.logprobs = []
             child.logprobs.extend(output.logprobs)
-            child.cumulative = (child.cumulative or 0.0) + sum(p.logprobs[0] for p in output.logprobs)
-        if self._extend(child, tokens, output.finish_reason):
-            made.aborts.append(output.request_id)
-        if tokens:
-            self._record_tokens(state, child, len(tokens), now)
-        if child.done:
-            self._record_end(state, child, child.finish_reason or "stop", now)
-        self._tell(state, child, tokens, output.logprobs, made)
+            child.cumulative_logprob = (child.cumulative_logprob or 0.0) + sum(p.logprobs[0] for p in output.logprobs)
+        if self._append_tokens(child, token_ids, output.finish_reason):
+            processed.requests_to_abort.append(output.request_id)
+        if token_ids:
+            self._record_tokens(state, child, len(token_ids), now)
+        if child.is_done:
+            self._record_finished(state, child, child.finish_reason or "stop", now)
+        self._emit_request_output(state, child, token_ids, output.logprobs, processed)
 
-    def _extend(self, child: ChildRequest, tokens: list[int], reason: FinishReason | None) -> bool:
-        """Add tokens that the engine core ended with ``reason``; True if a stop string ended them before it did."""
-        child.token_ids += tokens
-        child.finish_reason = reason
-        stop = None
+    def _append_tokens(self, child: ChildRequest, token_ids: list[int], finish_reason: FinishReason | None) -> bool:
+        """Add tokens, which the engine core ended with ``finish_reason``; True if a stop string ended them first."""
+        child.token_ids += token_ids
+        child.finish_reason = finish_reason
+        stop_string = None
         if child.detokenizer is not None:
-            stop = child.detokenizer.push(tokens, reason == "stop")
-            if stop is not None:
-                child.finish_reason, child.stop_reason = "stop", stop
-            elif reason is not None:
+            stop_string = child.detokenizer.append_tokens(token_ids, finish_reason == "stop")
+            if stop_string is not None:
+                child.finish_reason, child.stop_reason = "stop", stop_string
+            elif finish_reason is not None:
                 child.detokenizer.flush()
-        child.done = child.finish_reason is not None
-        return stop is not None and reason is None
+        child.is_done = child.finish_reason is not None
+        return stop_string is not None and finish_reason is None
 
-    def _tell(
+    def _emit_request_output(
         self,
         state: RequestState,
         child: ChildRequest,
-        tokens: list[int],
+        token_ids: list[int],
         logprobs: list[TokenLogprob] | None,
-        made: Processed,
+        processed: ProcessedOutputs,
     ) -> None:
-        """What the caller receives of this, if anything; a request that is over is forgotten."""
-        finished = child.done and all(c.done for c in state.children.values())
-        if state.mode == "delta":
-            text = child.detokenizer.delta(child.done) if child.detokenizer else ""
-            if not (text or tokens or child.done):
+        """Add what the caller receives of these tokens, if anything; a request that is over is removed."""
+        finished = child.is_done and all(c.is_done for c in state.children.values())
+        if state.stream_mode == "delta":
+            text = child.detokenizer.take_delta(child.is_done) if child.detokenizer else ""
+            if not (text or token_ids or child.is_done):
                 return
-            outputs = [self._completion(child, text, tokens, logprobs)]
-        elif state.mode == "cumulative" or finished:
-            outputs = [self._whole(c) for c in state.children.values()]
+            outputs = [self._make_completion_output(child, text, token_ids, logprobs)]
+        elif state.stream_mode == "cumulative" or finished:
+            outputs = [self._make_cumulative_output(c) for c in state.children.values()]
         else:
             return
-        made.outputs.append(
+        processed.request_outputs.append(
             RequestOutput(
                 request_id=state.request_id,
                 prompt=state.prompt,
@@ -178,41 +185,41 @@ class OutputProcessor:
                 outputs=outputs,
                 finished=finished,
                 prompt_logprobs=state.prompt_logprobs,
-                num_cached_tokens=max(c.num_cached for c in state.children.values()),
+                num_cached_tokens=max(c.num_cached_tokens for c in state.children.values()),
             )
         )
         if finished:
-            self.remove(state.request_id)
+            self.remove_request(state.request_id)
 
-    def _whole(self, child: ChildRequest) -> CompletionOutput:
+    def _make_cumulative_output(self, child: ChildRequest) -> CompletionOutput:
         text = child.detokenizer.text if child.detokenizer else ""
         logprobs = None if child.logprobs is None else list(child.logprobs)
-        return self._completion(child, text, list(child.token_ids), logprobs)
+        return self._make_completion_output(child, text, list(child.token_ids), logprobs)
 
-    def _completion(
+    def _make_completion_output(
         self, child: ChildRequest, text: str, token_ids: list[int], logprobs: list[TokenLogprob] | None
     ) -> CompletionOutput:
         return CompletionOutput(
             index=child.index,
             text=text,
             token_ids=token_ids,
-            cumulative_logprob=child.cumulative,
+            cumulative_logprob=child.cumulative_logprob,
             logprobs=logprobs,
             finish_reason=child.finish_reason,
             stop_reason=child.stop_reason,
         )
 
-    def _record_tokens(self, state: RequestState, child: ChildRequest, count: int, now: float) -> None:
-        first = child.first_token_at is None
-        gaps = child.record_gaps(count, now)
-        prompt = len(state.prompt_token_ids) if first and child.index == 0 else 0
-        self._exporters.record_tokens(prompt, count, now - state.arrived_at if first else None, gaps)
+    def _record_tokens(self, state: RequestState, child: ChildRequest, num_tokens: int, now: float) -> None:
+        is_first = child.first_token_at is None
+        gaps = child.record_gaps(num_tokens, now)
+        num_prompt_tokens = len(state.prompt_token_ids) if is_first and child.index == 0 else 0
+        self._exporters.record_tokens(num_prompt_tokens, num_tokens, now - state.arrived_at if is_first else None, gaps)
 
-    def _record_end(self, state: RequestState, child: ChildRequest, reason: str, now: float) -> None:
-        self._exporters.record_request(state.make_stats(child, reason, now))
+    def _record_finished(self, state: RequestState, child: ChildRequest, finish_reason: str, now: float) -> None:
+        self._exporters.record_request(state.make_stats(child, finish_reason, now))
 
 
-class Exporters:
+class ExporterGroup:
     """The metrics exporters of one process, behind one call. One that raises is dropped, and logged."""
 
     def __init__(self, exporters: Sequence[MetricsExporter] = ()) -> None:
@@ -220,25 +227,25 @@ class Exporters:
 
     def record_engine(self, stats: Mapping[str, float]) -> None:
         """See ``MetricsExporter``."""
-        self._each(lambda exporter: exporter.record_engine(stats))
+        self._call_each(lambda exporter: exporter.record_engine(stats))
 
     def record_request(self, stats: RequestStats) -> None:
         """See ``MetricsExporter``."""
-        self._each(lambda exporter: exporter.record_request(stats))
+        self._call_each(lambda exporter: exporter.record_request(stats))
 
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """See ``MetricsExporter``."""
-        self._each(lambda exporter: exporter.record_tokens(num_prompt, num_generated, ttft_s, itl_s))
+        self._call_each(lambda exporter: exporter.record_tokens(num_prompt, num_generated, ttft_s, itl_s))
 
     def record_step(self, stats: StepStats) -> None:
         """See ``MetricsExporter``."""
-        self._each(lambda exporter: exporter.record_step(stats))
+        self._call_each(lambda exporter: exporter.record_step(stats))
 
     def close(self) -> None:
         """Close every exporter."""
-        self._each(lambda exporter: exporter.close())
+        self._call_each(lambda exporter: exporter.close())
 
-    def _each(self, call: Callable[[MetricsExporter], None]) -> None:
+    def _call_each(self, call: Callable[[MetricsExporter], None]) -> None:
         for exporter in list(self.active):
             try:
                 call(exporter)

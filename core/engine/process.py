@@ -34,7 +34,7 @@ class EngineProcess:
         self.kill()
 
     @property
-    def status(self) -> int | None:
+    def exit_status(self) -> int | None:
         """How it ended; None while it runs."""
         return self._child.poll()
 
@@ -55,10 +55,10 @@ def main() -> int:
     """Entry point. Ctrl-C and SIGTERM reach the whole group; the parent decides when this process stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    folder, device, parent = sys.argv[1:]
-    from quire.core.engine.core_process import CoreProcess  # seconds
+    folder, device, parent_pid = sys.argv[1:]
+    from quire.core.engine.core_process import EngineCoreProcess  # seconds
 
-    return CoreProcess(folder, device, int(parent)).run()
+    return EngineCoreProcess(folder, device, int(parent_pid)).run()
 
 
 if __name__ == "__main__":

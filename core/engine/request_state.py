@@ -23,22 +23,22 @@ class ChildRequest:
     detokenizer: Detokenizer | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
-    cumulative: float | None = None
-    done: bool = False
+    cumulative_logprob: float | None = None
+    is_done: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     last_token_at: float | None = None
     first_token_at: float | None = None
     queue_s: float = 0.0
-    num_cached: int = 0
+    num_cached_tokens: int = 0
 
-    def record_gaps(self, count: int, now: float) -> list[float]:
+    def record_gaps(self, num_tokens: int, now: float) -> list[float]:
         """Note that ``count`` tokens came; the seconds between them and those before."""
         before, self.last_token_at = self.last_token_at, now
         if before is None:
             self.first_token_at = now
-            return [0.0] * (count - 1)
-        return [(now - before) / count] * count
+            return [0.0] * (num_tokens - 1)
+        return [(now - before) / num_tokens] * num_tokens
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class RequestState:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
-    mode: StreamMode
+    stream_mode: StreamMode
     arrived_at: float
     children: dict[str, ChildRequest]
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -61,7 +61,7 @@ class RequestState:
         return RequestStats(
             finish_reason=finish_reason,
             num_prompt_tokens=len(self.prompt_token_ids),
-            num_cached_tokens=child.num_cached,
+            num_cached_tokens=child.num_cached_tokens,
             num_generation_tokens=num_tokens,
             e2e_s=now - self.arrived_at,
             queue_s=child.queue_s,

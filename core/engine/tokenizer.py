@@ -21,23 +21,23 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            self._hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{path} has no tokenizer that can be loaded ({reason}); name one with --tokenizer"
             ) from error
-        if not self._hf.is_fast:
+        if not self._hf_tokenizer.is_fast:
             raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
-        self.backend = self._hf.backend_tokenizer
+        self.backend = self._hf_tokenizer.backend_tokenizer
         """The ``tokenizers.Tokenizer`` itself."""
-        self._template = _read_template(chat_template) if chat_template else self._hf.chat_template
+        self._chat_template = _read_template(chat_template) if chat_template else self._hf_tokenizer.chat_template
         self._folder = path
 
     @property
     def vocab_size(self) -> int:
         """Tokens it knows, added ones included; the model's vocabulary may be larger."""
-        return len(self._hf)
+        return len(self._hf_tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids."""
@@ -48,23 +48,23 @@ class Tokenizer:
         """Ids to text."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def token_text(self, token_id: int) -> str:
+    def convert_id_to_text(self, token_id: int) -> str:
         """One token as text, for log-probabilities; bytes that are no character show as the replacement character."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def convert_id_to_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for."""
         piece = self.backend.id_to_token(token_id)
         if piece is None:
             return b""
         if self._is_byte_level:
-            return _byte_level(piece)
+            return _undo_byte_level(piece)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
-        return self.token_text(token_id).encode()
+        return self.convert_id_to_text(token_id).encode()
 
     @cached_property
-    def longest_token(self) -> int:
+    def max_token_chars(self) -> int:
         """Characters of the longest token: a text of ``n`` characters has at least ``n / longest_token`` tokens."""
         return max((len(piece) for piece in self.backend.get_vocab()), default=1)
 
@@ -72,15 +72,15 @@ class Tokenizer:
     def _is_byte_level(self) -> bool:
         return "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"] or {})
 
-    def eos_token_ids(self) -> list[int]:
+    def read_eos_token_ids(self) -> list[int]:
         """Tokens that end a text: the tokenizer's own, and those of ``generation_config.json`` and ``config.json``."""
-        found = [self._hf.eos_token_id]
+        token_ids = [self._hf_tokenizer.eos_token_id]
         for name in ("generation_config.json", "config.json"):
             path = Path(self._folder) / name
             if path.exists():
                 value = json.loads(path.read_text()).get("eos_token_id")
-                found.extend(value if isinstance(value, list) else [value])
-        return list(dict.fromkeys(token for token in found if isinstance(token, int)))
+                token_ids.extend(value if isinstance(value, list) else [value])
+        return list(dict.fromkeys(token for token in token_ids if isinstance(token, int)))
 
     def apply_chat_template(
         self,
@@ -96,7 +96,7 @@ class Tokenizer:
 
         ``InvalidRequestError`` if there is no template or it refuses the messages.
         """
-        template = chat_template or self._template
+        template = chat_template or self._chat_template
         if not template:
             raise InvalidRequestError(
                 "this model has no chat template; start the server with --chat-template FILE or use /v1/completions",
@@ -110,7 +110,7 @@ class Tokenizer:
             chat_template_kwargs=chat_template_kwargs,
         )
         try:
-            text = self._hf.apply_chat_template(
+            text = self._hf_tokenizer.apply_chat_template(
                 variables.pop("messages"), chat_template=template, tokenize=False, **variables
             )
         except Exception as error:
@@ -118,16 +118,16 @@ class Tokenizer:
         return self.encode(str(text), add_special_tokens=False)
 
 
-def _byte_level(piece: str) -> bytes:
+def _undo_byte_level(piece: str) -> bytes:
     """Undo GPT-2's mapping of bytes to printable characters (Radford et al. 2019)."""
-    table = _byte_of_character()
+    table = _bytes_of_characters()
     if all(c in table for c in piece):
         return bytes(table[c] for c in piece)
     return piece.encode()
 
 
 @cache
-def _byte_of_character() -> dict[str, int]:
+def _bytes_of_characters() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(b): b for b in printable}
     table.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})

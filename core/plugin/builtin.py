@@ -118,7 +118,7 @@ def quire_detect_quantization(hf_config: Mapping[str, Any]) -> str | None:
 def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
     """Say what ``auto`` means when no other plugin has an opinion."""
     if kind == "attention":
-        return _attention(str(config.get("device", "cpu")))
+        return _choose_attention(str(config.get("device", "cpu")))
     if kind == "model":
         architectures = list(config.get("architectures") or ())
         return Choice(architectures[0], "the checkpoint's architecture") if architectures else None
@@ -137,7 +137,7 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
     return plain.get(kind)
 
 
-def _attention(device: str) -> Choice:
+def _choose_attention(device: str) -> Choice:
     if not device.startswith("cuda"):
         return Choice("torch_sdpa", f"the device is {device}", {"triton": "it is fast only on a CUDA GPU"})
     if importlib.util.find_spec("triton") is None:

@@ -22,14 +22,14 @@ import pluggy
 
 from quire.core.errors import PluginError
 from quire.core.plugin import hookspecs
-from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, canonical
+from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, normalize_dist_name
 from quire.core.version import __version__
 
-__all__ = ["PluginEntry", "collect", "import_entry", "module_file", "scan"]
+__all__ = ["PluginEntryPoint", "collect_registrations", "find_module_file", "import_entry_point", "scan_entry_points"]
 
 
 @dataclass(frozen=True, slots=True)
-class PluginEntry:
+class PluginEntryPoint:
     """One entry point of one installed distribution. ``refusal`` says why it may not be imported, and the remedy."""
 
     dist: str
@@ -44,27 +44,27 @@ class PluginEntry:
     @property
     def file(self) -> str | None:
         """The file of the entry point's module, found without importing it."""
-        return module_file(self.value.partition(":")[0])
+        return find_module_file(self.value.partition(":")[0])
 
 
-def scan() -> list[PluginEntry]:
+def scan_entry_points() -> list[PluginEntryPoint]:
     """Every entry point on ``sys.path`` in a group of ours or one that resembles it, by distribution. Imports none."""
-    found: list[PluginEntry] = []
+    entries: list[PluginEntryPoint] = []
     seen: set[str] = set()
     for dist in importlib.metadata.distributions():
         with contextlib.suppress(OSError, UnicodeDecodeError):
             text = dist.read_text("entry_points.txt") or ""
-            if not _HEADER.search(text):
+            if not _GROUP_HEADER.search(text):
                 continue
-            name = (dist.metadata["Name"] if dist.metadata is not None else None) or _folder_name(dist)
-            if canonical(name) in seen or canonical(name) == PROJECT:
+            name = (dist.metadata["Name"] if dist.metadata is not None else None) or _name_from_folder(dist)
+            if normalize_dist_name(name) in seen or normalize_dist_name(name) == PROJECT:
                 continue
-            seen.add(canonical(name))
-            found.extend(_entries(dist, name, text))
-    return sorted(found, key=lambda e: (canonical(e.dist), e.group, e.name))
+            seen.add(normalize_dist_name(name))
+            entries.extend(_read_entries(dist, name, text))
+    return sorted(entries, key=lambda e: (normalize_dist_name(e.dist), e.group, e.name))
 
 
-def import_entry(entry: PluginEntry, limit: float | None = None) -> Any:
+def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) -> Any:
     """Import what ``entry`` points at. Whatever it raises, including SystemExit, becomes a one-line PluginError.
 
     With ``limit`` (seconds) the import runs in a thread that is given up on when the time is over. What it prints to
@@ -76,30 +76,34 @@ def import_entry(entry: PluginEntry, limit: float | None = None) -> Any:
 
     def run() -> None:
         try:
-            outcome.append(_load(entry.value))
+            outcome.append(_import_value(entry.value))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may raise anything at all, SystemExit included
-            outcome.append(PluginError(f"{_where(entry)} cannot be imported: {describe(error)}; mend or uninstall it"))
+            outcome.append(
+                PluginError(f"{_format_entry(entry)} cannot be imported: {format_error(error)}; mend or uninstall it")
+            )
 
     with contextlib.redirect_stdout(sys.stderr):
-        if limit is None:
+        if limit_s is None:
             run()
         else:
             thread = threading.Thread(target=run, daemon=True, name=f"import {entry.value}")
             thread.start()
-            thread.join(limit)
+            thread.join(limit_s)
     if not outcome:
         raise PluginError(
-            f"{_where(entry)} took more than {limit:g} s to import; name it as {entry.dist}/NAME to wait for it, "
-            "or move its heavy imports into the target module"
+            f"{_format_entry(entry)} took more than {limit_s:g} s to import; name it as {entry.dist}/NAME to wait "
+            "for it, or move its heavy imports into the target module"
         )
     if isinstance(outcome[0], PluginError):
         raise outcome[0]
     return outcome[0]
 
 
-def collect(plugin: Any, dist: str = PROJECT, version: str = "", file: str | None = None) -> list[Registration]:
+def collect_registrations(
+    plugin: Any, dist: str = PROJECT, version: str = "", file: str | None = None
+) -> list[Registration]:
     """What ``plugin`` registers, of every kind. PluginError if it has hooks we don't know or its hooks raise."""
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -114,11 +118,11 @@ def collect(plugin: Any, dist: str = PROJECT, version: str = "", file: str | Non
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise PluginError(f"{dist} {version}: {describe(error)}; mend or uninstall it") from error
+        raise PluginError(f"{dist} {version}: {format_error(error)}; mend or uninstall it") from error
     return registrations
 
 
-def module_file(module: str) -> str | None:
+def find_module_file(module: str) -> str | None:
     """Where ``module`` lives, without importing it or any of its parents. None if it cannot be found."""
     top, *rest = module.split(".")
     try:
@@ -137,7 +141,7 @@ def module_file(module: str) -> str | None:
     return None
 
 
-def describe(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An exception on one line, with what it was when its text alone would not say."""
     text = " ".join(str(error).split())
     if isinstance(error, PluginError):
@@ -147,52 +151,52 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-_HEADER = re.compile(r"^\s*\[\s*quire(v?\d+|[^a-z0-9\]][^\]]*)?\]", re.MULTILINE | re.IGNORECASE)
-_OURS = re.compile(r"quire(v?\d+|[^a-z0-9].*)?", re.IGNORECASE)
-_VERSIONED = re.compile(r"quire\.v(\d+)")
+_GROUP_HEADER = re.compile(r"^\s*\[\s*quire(v?\d+|[^a-z0-9\]][^\]]*)?\]", re.MULTILINE | re.IGNORECASE)
+_GROUP_LIKE_OURS = re.compile(r"quire(v?\d+|[^a-z0-9].*)?", re.IGNORECASE)
+_VERSIONED_GROUP = re.compile(r"quire\.v(\d+)")
 
 
-def _entries(dist: importlib.metadata.Distribution, name: str, text: str) -> Iterator[PluginEntry]:
+def _read_entries(dist: importlib.metadata.Distribution, name: str, text: str) -> Iterator[PluginEntryPoint]:
     version = (dist.metadata["Version"] if dist.metadata is not None else None) or "?"
     location = str(dist.locate_file(""))
-    wanted = _requires_quire(dist)
+    requires_quire = _read_quire_requirement(dist)
     try:
-        points = [p for p in dist.entry_points if _OURS.fullmatch(p.group)]
+        points = [p for p in dist.entry_points if _GROUP_LIKE_OURS.fullmatch(p.group)]
     except Exception as error:
-        header = _HEADER.search(text)
+        header = _GROUP_HEADER.search(text)
         group = header.group().strip()[1:-1] if header else GROUP
-        damaged = f"{name} {version}: entry_points.txt cannot be read: {describe(error)}; reinstall it"
-        yield PluginEntry(name, version, group, "?", "?", location, wanted, damaged)
+        damaged = f"{name} {version}: entry_points.txt cannot be read: {format_error(error)}; reinstall it"
+        yield PluginEntryPoint(name, version, group, "?", "?", location, requires_quire, damaged)
         return
     for point in points:
-        entry = PluginEntry(name, version, point.group, point.name, point.value, location, wanted)
-        yield replace(entry, refusal=_refusal(entry))
+        entry = PluginEntryPoint(name, version, point.group, point.name, point.value, location, requires_quire)
+        yield replace(entry, refusal=_reason_to_refuse(entry))
 
 
-def _refusal(entry: PluginEntry) -> str | None:
+def _reason_to_refuse(entry: PluginEntryPoint) -> str | None:
     """Why this entry point may not be imported, judged by metadata alone."""
-    versioned = _VERSIONED.fullmatch(entry.group)
-    who = f"{entry.dist} {entry.version}"
-    wants = f" (it requires quire {entry.requires_quire})" if entry.requires_quire else ""
+    versioned = _VERSIONED_GROUP.fullmatch(entry.group)
+    dist_and_version = f"{entry.dist} {entry.version}"
+    requirement = f" (it requires quire {entry.requires_quire})" if entry.requires_quire else ""
     if not versioned:
-        return f"{who}: entry-point group {entry.group!r} is read by nobody; rename it to {GROUP!r}"
+        return f"{dist_and_version}: entry-point group {entry.group!r} is never read; rename it to {GROUP!r}"
     if entry.group != GROUP:
         remedy = f"install a release of {entry.dist} for {GROUP}, or a quire that speaks {entry.group}"
-        return f"{who}: written for plugin API {entry.group}{wants}, this is quire {__version__} with {GROUP}; {remedy}"
-    if entry.requires_quire and not _satisfied(entry.requires_quire):
+        here = f"this is quire {__version__} with {GROUP}"
+        return f"{dist_and_version}: written for plugin API {entry.group}{requirement}, {here}; {remedy}"
+    if entry.requires_quire and not _is_satisfied(entry.requires_quire):
         remedy = f"install a release of {entry.dist} for this version, or another quire"
-        return f"{who}: requires quire {entry.requires_quire}, this is quire {__version__}; {remedy}"
-    if not _VALUE.fullmatch(entry.value):
-        return (
-            f"{who}: entry point {entry.name} = {entry.value!r} is not a module or module:object; correct the spelling"
-        )
+        return f"{dist_and_version}: requires quire {entry.requires_quire}, this is quire {__version__}; {remedy}"
+    if not _ENTRY_VALUE.fullmatch(entry.value):
+        point = f"entry point {entry.name} = {entry.value!r}"
+        return f"{dist_and_version}: {point} is not a module or module:object; correct the spelling"
     return None
 
 
-_VALUE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\s*:\s*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?")
+_ENTRY_VALUE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\s*:\s*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?")
 
 
-def _requires_quire(dist: importlib.metadata.Distribution) -> str | None:
+def _read_quire_requirement(dist: importlib.metadata.Distribution) -> str | None:
     """The range of Quire versions that ``dist`` declares, as written; None if it declares none."""
     from packaging.requirements import InvalidRequirement, Requirement
 
@@ -200,30 +204,30 @@ def _requires_quire(dist: importlib.metadata.Distribution) -> str | None:
         with contextlib.suppress(InvalidRequirement):
             requirement = Requirement(line)
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if canonical(requirement.name) == PROJECT and applies:
+            if normalize_dist_name(requirement.name) == PROJECT and applies:
                 return str(requirement.specifier) or None
     return None
 
 
-def _satisfied(specifier: str) -> bool:
+def _is_satisfied(specifier: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(specifier).contains(__version__, prereleases=True)
 
 
-def _load(value: str) -> Any:
+def _import_value(value: str) -> Any:
     module, _, attribute = (part.strip() for part in value.partition(":"))
-    found = importlib.import_module(module)
+    value_found = importlib.import_module(module)
     for name in filter(None, attribute.split(".")):
-        found = getattr(found, name)
-    return found
+        value_found = getattr(value_found, name)
+    return value_found
 
 
-def _folder_name(dist: importlib.metadata.Distribution) -> str:
+def _name_from_folder(dist: importlib.metadata.Distribution) -> str:
     """The name in the metadata folder's own name, for a distribution whose METADATA is missing or damaged."""
     path = getattr(dist, "_path", None)
     return Path(str(path)).name.split("-")[0] if path is not None else "unknown"
 
 
-def _where(entry: PluginEntry) -> str:
+def _format_entry(entry: PluginEntryPoint) -> str:
     return f"{entry.dist} {entry.version} ({entry.name} = {entry.value})"

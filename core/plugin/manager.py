@@ -14,9 +14,24 @@ import pluggy
 
 from quire.core.errors import PluginError
 from quire.core.plugin import builtin, hookspecs
-from quire.core.plugin.discovery import PluginEntry, collect, describe, import_entry, scan
-from quire.core.plugin.registry import KINDS, PROJECT, Choice, Kind, Registration, Registry, canonical, did_you_mean
-from quire.core.plugin.target import Resolution, load_target, missing_requirement
+from quire.core.plugin.discovery import (
+    PluginEntryPoint,
+    collect_registrations,
+    format_error,
+    import_entry_point,
+    scan_entry_points,
+)
+from quire.core.plugin.registry import (
+    KINDS,
+    PROJECT,
+    Choice,
+    Kind,
+    Registration,
+    Registry,
+    normalize_dist_name,
+    suggest_names,
+)
+from quire.core.plugin.target import Resolution, find_missing_requirement, load_target
 from quire.core.version import __version__
 
 __all__ = ["IMPORT_LIMIT_S", "PluginManager"]
@@ -36,36 +51,36 @@ class PluginManager:
 
     def __init__(self, enabled: Sequence[str] = ()) -> None:
         self.registry = Registry()
-        self.refused: dict[PluginEntry, str] = {}
+        self.refused: dict[PluginEntryPoint, str] = {}
         self._pluggy = pluggy.PluginManager(PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
         self._pluggy.register(builtin, PROJECT)
-        self.registry.add(collect(builtin, version=__version__, file=builtin.__file__))
-        self._entries: list[PluginEntry] | None = None
-        self._plugins: dict[PluginEntry, Any] = {}
-        self._seen: set[PluginEntry] = set()
+        self.registry.add_registrations(collect_registrations(builtin, version=__version__, file=builtin.__file__))
+        self._entry_points: list[PluginEntryPoint] | None = None
+        self._plugins: dict[PluginEntryPoint, Any] = {}
+        self._seen: set[PluginEntryPoint] = set()
         self._announced: set[str] = set()
         for dist in enabled:
-            self._enable(dist)
+            self._enable_dist(dist)
 
     @property
-    def hook(self) -> pluggy.HookRelay:
-        """The hooks of the bundled and the enabled plugins: ``manager.hook.quire_extend_app(app=app)``."""
+    def hooks(self) -> pluggy.HookRelay:
+        """The hooks of the bundled and the enabled plugins: ``manager.hooks.quire_extend_app(app=app)``."""
         return self._pluggy.hook
 
-    def broadcast(self, hook: str, **arguments: Any) -> None:
+    def call_hook(self, hook: str, **arguments: Any) -> None:
         """Call ``hook`` on every one of these plugins. PluginError naming the first that raises."""
-        for _ in self._answers(hook, arguments):
+        for _ in self._iter_answers(hook, arguments):
             pass
 
     @property
-    def entries(self) -> list[PluginEntry]:
+    def entry_points(self) -> list[PluginEntryPoint]:
         """Every third-party entry point installed, refused ones included. Read once; imports none."""
-        if self._entries is None:
-            self._entries = scan()
-        return self._entries
+        if self._entry_points is None:
+            self._entry_points = scan_entry_points()
+        return self._entry_points
 
-    def resolve(
+    def resolve_plugin(
         self, kind: str, name: str = "auto", context: Mapping[str, Any] | None = None, *, announce: bool = True
     ) -> Resolution:
         """Find what ``name`` stands for: ``auto``, a name or alias, ``dist/name``, or ``module:Class``.
@@ -74,160 +89,178 @@ class PluginManager:
         ``to_dict``). Imports no implementation. The log says what was chosen and why, once, unless not to ``announce``.
         Raises PluginError with the closest known names if there is none.
         """
-        kind = Kind.named(kind).key
+        kind = Kind.from_name(kind).key
         if name.lower() == "auto":
-            resolution = self._auto(kind, dict(context or {}))
+            resolution = self._resolve_auto(kind, dict(context or {}))
         elif ":" in name:
-            known = next((r for r in self.registry.of(kind) if r.target == name), None)
-            resolution = self._resolution(known, _BY_CLASS) if known else Resolution(kind, name, name, None, _BY_CLASS)
+            known = next((r for r in self.registry.list_kind(kind) if r.target == name), None)
+            resolution = (
+                self._make_resolution(known, _BY_CLASS) if known else Resolution(kind, name, name, None, _BY_CLASS)
+            )
         else:
-            resolution = self._resolution(self._find(kind, name), "named")
+            resolution = self._make_resolution(self._find_registration(kind, name), "named")
         if announce:
-            self._announce(resolution)
+            self._log_once(resolution)
         return resolution
 
-    def resolve_all(
+    def resolve_plugins(
         self, kind: str, names: Iterable[str] = (), context: Mapping[str, Any] | None = None
     ) -> list[Resolution]:
         """Resolve a kind of which several run at once: those that are always on, then ``names``, each target once."""
-        always = [self._resolution(self._find(kind, name), "always on") for name in Kind.named(kind).always]
+        always = [
+            self._make_resolution(self._find_registration(kind, name), "always on")
+            for name in Kind.from_name(kind).always
+        ]
         for resolution in always:
-            self._announce(resolution)
-        found: dict[str, Resolution] = {}
-        for resolution in [*always, *(self.resolve(kind, name, context) for name in names)]:
-            found.setdefault(resolution.target, resolution)
-        return list(found.values())
+            self._log_once(resolution)
+        by_target: dict[str, Resolution] = {}
+        for resolution in [*always, *(self.resolve_plugin(kind, name, context) for name in names)]:
+            by_target.setdefault(resolution.target, resolution)
+        return list(by_target.values())
 
-    def load(self, resolution: Resolution | str, name: str | None = None) -> type:
+    def load_class(self, resolution: Resolution | str, name: str | None = None) -> type:
         """Import the class behind a resolution, or behind ``load(kind, name)``.
 
         Raises PluginError if a required module is missing, the import fails, or the class breaks its contract.
         """
         if isinstance(resolution, str):
-            resolution = self.resolve(resolution, name or "auto", announce=False)
-        absent = missing_requirement(resolution)
+            resolution = self.resolve_plugin(resolution, name or "auto", announce=False)
+        absent = find_missing_requirement(resolution)
         if absent:
             raise PluginError(f"{KINDS[resolution.kind].title} {resolution.name}: {absent}")
         return load_target(resolution.target, KINDS[resolution.kind].contract)
 
-    def names(self, kind: str) -> list[str]:
+    def list_names(self, kind: str) -> list[str]:
         """The names known so far, bundled first, as they are written on the command line. Scans nothing."""
-        return [self.registry.spelling(r) for r in self.registry.of(kind)]
+        return [self.registry.command_line_name(r) for r in self.registry.list_kind(kind)]
 
-    def discover(self, dist: str | None = None, limit: float | None = IMPORT_LIMIT_S) -> None:
+    def discover_plugins(self, dist: str | None = None, limit: float | None = IMPORT_LIMIT_S) -> None:
         """Import the third-party entry points (of ``dist``, or all) that were not yet, and note what they register.
 
         One that fails is put into ``refused`` with the reason and never raises here.
         """
-        for entry in self.unseen(dist):
+        for entry in self.list_unseen(dist):
             try:
-                plugin = import_entry(entry, limit)
-                self.adopt(entry, collect(plugin, entry.dist, entry.version, entry.file))
+                plugin = import_entry_point(entry, limit)
+                self.record_entry_point(entry, collect_registrations(plugin, entry.dist, entry.version, entry.file))
                 self._plugins[entry] = plugin
             except PluginError as error:
-                self.adopt(entry, refusal=str(error))
+                self.record_entry_point(entry, refusal=str(error))
                 if dist is None:
                     log.warning("plugin passed over: %s", error)
 
-    def unseen(self, dist: str | None = None) -> list[PluginEntry]:
+    def list_unseen(self, dist: str | None = None) -> list[PluginEntryPoint]:
         """The third-party entry points (of ``dist``, or all) about which nothing is known but their metadata."""
-        return [e for e in self.entries if e not in self._seen and (not dist or canonical(e.dist) == canonical(dist))]
+        return [
+            e
+            for e in self.entry_points
+            if e not in self._seen and (not dist or normalize_dist_name(e.dist) == normalize_dist_name(dist))
+        ]
 
-    def adopt(self, entry: PluginEntry, registrations: Iterable[Registration] = (), refusal: str | None = None) -> None:
+    def record_entry_point(
+        self, entry: PluginEntryPoint, registrations: Iterable[Registration] = (), refusal: str | None = None
+    ) -> None:
         """Note what is known of an entry point, so that it need not be imported to be listed."""
         self._seen.add(entry)
-        self.registry.add(registrations)
+        self.registry.add_registrations(registrations)
         if refusal:
             self.refused[entry] = refusal
 
     # ---- helpers
 
-    def _announce(self, resolution: Resolution) -> None:
+    def _log_once(self, resolution: Resolution) -> None:
         if str(resolution) not in self._announced:
             self._announced.add(str(resolution))
             log.info("%s", resolution)
 
-    def _enable(self, dist: str) -> None:
-        entries = [e for e in self.entries if canonical(e.dist) == canonical(dist)]
+    def _enable_dist(self, dist: str) -> None:
+        entries = [e for e in self.entry_points if normalize_dist_name(e.dist) == normalize_dist_name(dist)]
         if not entries:
-            known = [e.dist for e in self.entries]
-            remedy = f"{did_you_mean(dist, known)}, or pip install it" if known else "pip install it"
+            known = [e.dist for e in self.entry_points]
+            remedy = f"{suggest_names(dist, known)}, or pip install it" if known else "pip install it"
             raise PluginError(f"--plugin {dist}: no installed distribution of that name has Quire plugins; {remedy}")
-        self.discover(dist, limit=None)
+        self.discover_plugins(dist, limit=None)
         for entry in entries:
             if entry in self.refused:
                 raise PluginError(f"--plugin {dist}: {self.refused[entry]}")
             if not self._pluggy.is_registered(self._plugins[entry]):
                 self._pluggy.register(self._plugins[entry], f"{entry.dist}:{entry.name}")
 
-    def _find(self, kind: str, name: str) -> Registration:
+    def _find_registration(self, kind: str, name: str) -> Registration:
         """The registration called ``name``; looks at third parties only if it is not bundled."""
         dist, slash, short = name.partition("/")
         if slash:
-            registration = self.registry.find_in(kind, dist, short)
-            if registration is None and canonical(dist) != PROJECT:
-                self.discover(dist, limit=None)
-                registration = self.registry.find_in(kind, dist, short)
+            registration = self.registry.find_in_dist(kind, dist, short)
+            if registration is None and normalize_dist_name(dist) != PROJECT:
+                self.discover_plugins(dist, limit=None)
+                registration = self.registry.find_in_dist(kind, dist, short)
             if registration is None:
-                raise self._unknown(kind, name, dist)
+                raise self._make_unknown_error(kind, name, dist)
             return registration
-        found = self.registry.find(kind, name)
-        if not found:
-            self.discover()
-            found = self.registry.find(kind, name)
-        if not found:
-            raise self._unknown(kind, name)
-        if len({canonical(r.dist) for r in found}) > 1:
-            choices = " or ".join(r.qualified for r in found)
+        matches = self.registry.find_by_name(kind, name)
+        if not matches:
+            self.discover_plugins()
+            matches = self.registry.find_by_name(kind, name)
+        if not matches:
+            raise self._make_unknown_error(kind, name)
+        if len({normalize_dist_name(r.dist) for r in matches}) > 1:
+            choices = " or ".join(r.qualified_name for r in matches)
             raise PluginError(f"{KINDS[kind].title} {name!r} is offered by several packages; write {choices}")
-        return found[0]
+        return matches[0]
 
-    def _unknown(self, kind: str, name: str, dist: str | None = None) -> PluginError:
+    def _make_unknown_error(self, kind: str, name: str, dist: str | None = None) -> PluginError:
         title = KINDS[kind].title
-        refusals = [text for e, text in self.refused.items() if dist is None or canonical(e.dist) == canonical(dist)]
+        refusals = [
+            text
+            for e, text in self.refused.items()
+            if dist is None or normalize_dist_name(e.dist) == normalize_dist_name(dist)
+        ]
         if dist and refusals:
             return PluginError(f"{title} {name!r} cannot be used: {refusals[0]}")
-        known = [*self.names(kind), *(r.qualified for r in self.registry.of(kind) if dist and not r.bundled)]
+        known = [
+            *self.list_names(kind),
+            *(r.qualified_name for r in self.registry.list_kind(kind) if dist and not r.is_bundled),
+        ]
         hint = "" if not refusals else f" ({len(refusals)} plugin(s) were refused: see quire plugins doctor)"
-        aliases = [alias for r in self.registry.of(kind) for alias in r.aliases]
-        return PluginError(f"{title} {name!r} is not known; {did_you_mean(name, known, aliases)}{hint}")
+        aliases = [alias for r in self.registry.list_kind(kind) for alias in r.aliases]
+        return PluginError(f"{title} {name!r} is not known; {suggest_names(name, known, aliases)}{hint}")
 
-    def _auto(self, kind: str, context: dict[str, Any]) -> Resolution:
-        choice, who = None, PROJECT
+    def _resolve_auto(self, kind: str, context: dict[str, Any]) -> Resolution:
+        choice, dist = None, PROJECT
         if hasattr(context.get("hf_config"), "to_dict"):
             context["hf_config"] = context["hf_config"].to_dict()
         if kind == "quant" and context.get("hf_config") is not None:
-            method, who = self._ask("quire_detect_quantization", hf_config=context["hf_config"])
+            method, dist = self._first_answer("quire_detect_quantization", hf_config=context["hf_config"])
             choice = Choice(method, "the checkpoint's quantization_config") if method else None
         if choice is None:
-            choice, who = self._ask("quire_choose_default", kind=kind, config=context)
+            choice, dist = self._first_answer("quire_choose_default", kind=kind, config=context)
         if choice is None:
             title, flag = KINDS[kind].title, KINDS[kind].flag
             remedy = f"name one with {flag}" if flag else "the checkpoint's config.json must name one"
-            raise PluginError(f"{title} 'auto': nothing to choose by; {remedy}: {', '.join(self.names(kind))}")
+            raise PluginError(f"{title} 'auto': nothing to choose by; {remedy}: {', '.join(self.list_names(kind))}")
         if isinstance(choice, str):
             choice = Choice(choice)
-        registration = self._find(kind, choice.name)
-        by = "" if who == PROJECT else f" by {who}"
-        reasons = {n: choice.rejected.get(n, "not the default") for n in self.names(kind)}
+        registration = self._find_registration(kind, choice.name)
+        by = "" if dist == PROJECT else f" by {dist}"
+        reasons = {n: choice.rejected.get(n, "not the default") for n in self.list_names(kind)}
         rejected = tuple((n, why) for n, why in reasons.items() if n != registration.name)
-        return self._resolution(registration, f"auto{by}" + (f": {choice.why}" if choice.why else ""), rejected)
+        return self._make_resolution(registration, f"auto{by}" + (f": {choice.why}" if choice.why else ""), rejected)
 
-    def _ask(self, hook: str, **arguments: Any) -> tuple[Any, str]:
+    def _first_answer(self, hook: str, **arguments: Any) -> tuple[Any, str]:
         """The first answer to ``hook`` that is not None, and who gave it."""
-        return next(((a, who) for who, a in self._answers(hook, arguments) if a is not None), (None, PROJECT))
+        return next(((a, who) for who, a in self._iter_answers(hook, arguments) if a is not None), (None, PROJECT))
 
-    def _answers(self, hook: str, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _iter_answers(self, hook: str, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """Call one plugin after another, so that the one that raises can be named."""
-        for plugin in [impl.plugin for impl in reversed(getattr(self.hook, hook).get_hookimpls())]:
-            who = (self._pluggy.get_name(plugin) or PROJECT).partition(":")[0]
+        for plugin in [impl.plugin for impl in reversed(getattr(self.hooks, hook).get_hookimpls())]:
+            dist = (self._pluggy.get_name(plugin) or PROJECT).partition(":")[0]
             others = [p for p in self._pluggy.get_plugins() if p is not plugin]
             try:
                 answer = self._pluggy.subset_hook_caller(hook, others)(**arguments)
             except Exception as error:
-                raise PluginError(f"{who}: {hook} failed: {describe(error)}; leave out --plugin {who}") from error
-            yield who, answer
+                raise PluginError(f"{dist}: {hook} failed: {format_error(error)}; leave out --plugin {dist}") from error
+            yield dist, answer
 
     @staticmethod
-    def _resolution(r: Registration, why: str, rejected: tuple[tuple[str, str], ...] = ()) -> Resolution:
+    def _make_resolution(r: Registration, why: str, rejected: tuple[tuple[str, str], ...] = ()) -> Resolution:
         return Resolution(r.kind, r.name, r.target, r.dist, why, rejected, r.requires)

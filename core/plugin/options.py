@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
-from quire.core.plugin.registry import did_you_mean
+from quire.core.plugin.registry import suggest_names
 
-__all__ = ["options_of", "parse_options", "split_pairs"]
+__all__ = ["find_options_class", "parse_options", "split_key_values"]
 
 
-def split_pairs(pairs: Iterable[str], flag: str = "option") -> dict[str, str]:
+def split_key_values(pairs: Iterable[str], flag: str = "option") -> dict[str, str]:
     """``["a=1", "b=x=y"]`` -> ``{"a": "1", "b": "x=y"}``. PluginError for a pair without "=" or a key given twice."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
             raise PluginError(f"{flag} {pair!r}: there is no '='; write {flag} key=value")
-        if key in found:
-            raise PluginError(f"{flag} {pair!r}: {key} was given already as {found[key]!r}; give it once")
-        found[key] = value
-    return found
+        if key in values:
+            raise PluginError(f"{flag} {pair!r}: {key} was given already as {values[key]!r}; give it once")
+        values[key] = value
+    return values
 
 
-def options_of(cls: type) -> type | None:
+def find_options_class(cls: type) -> type | None:
     """The ``Options`` of a plugin class, None if it takes no options. PluginError if it is not a frozen dataclass."""
     options = getattr(cls, "Options", None)
     if options is None:
@@ -49,7 +49,7 @@ def parse_options(cls: type, pairs: Mapping[str, str]) -> Any:
     (comma separated). Raises PluginError on one line: unknown or missing key, a value of the wrong type, or whatever
     ValueError the dataclass itself raises.
     """
-    options = options_of(cls)
+    options = find_options_class(cls)
     if options is None:
         if pairs:
             raise PluginError(f"{cls.__qualname__} takes no options; leave out {', '.join(pairs)}")
@@ -60,8 +60,8 @@ def parse_options(cls: type, pairs: Mapping[str, str]) -> Any:
     for key, text in pairs.items():
         name = key.replace("-", "_")
         if name not in fields:
-            raise PluginError(f"{cls.__qualname__} has no option {key!r}; {did_you_mean(name, fields)}")
-        values[name] = _convert(cls, name, text, hints[name])
+            raise PluginError(f"{cls.__qualname__} has no option {key!r}; {suggest_names(name, fields)}")
+        values[name] = _convert_option(cls, name, text, hints[name])
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -76,28 +76,30 @@ def parse_options(cls: type, pairs: Mapping[str, str]) -> Any:
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def _convert(cls: type, name: str, text: str, hint: Any) -> Any:
+def _convert_option(cls: type, name: str, text: str, hint: Any) -> Any:
     try:
-        return _value(text, hint)
+        return _parse_value(text, hint)
     except ValueError as error:
         why = f": {error}" if isinstance(error, _UnknownTypeError) else ""
-        raise PluginError(f"{cls.__qualname__} option {name}={text!r} is not {_expected(hint)}{why}") from None
+        raise PluginError(f"{cls.__qualname__} option {name}={text!r} is not {_describe_type(hint)}{why}") from None
 
 
 class _UnknownTypeError(ValueError):
     """A field whose type cannot be read from a command line."""
 
 
-def _value(text: str, hint: Any) -> Any:
+def _parse_value(text: str, hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _of_union(text, arguments)
+        return _parse_union(text, arguments)
     if origin is typing.Literal:
-        return {str(choice): choice for choice in arguments}[text] if text in map(str, arguments) else _refuse()
+        return (
+            {str(choice): choice for choice in arguments}[text] if text in map(str, arguments) else _raise_value_error()
+        )
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_value(part.strip(), arguments[0]) for part in text.split(",") if part.strip())
+        return tuple(_parse_value(part.strip(), arguments[0]) for part in text.split(",") if part.strip())
     if hint is bool:
-        return _BOOLEANS[text.lower()] if text.lower() in _BOOLEANS else _refuse()
+        return _BOOLEANS[text.lower()] if text.lower() in _BOOLEANS else _raise_value_error()
     if hint in (int, float):
         return hint(text)
     if hint in (str, Path):
@@ -108,33 +110,33 @@ def _value(text: str, hint: Any) -> Any:
     raise _UnknownTypeError("its type cannot be written on a command line")
 
 
-def _of_union(text: str, arguments: tuple[Any, ...]) -> Any:
+def _parse_union(text: str, arguments: tuple[Any, ...]) -> Any:
     if type(None) in arguments and text.lower() == "none":
         return None
     for each in arguments:
         if each is not type(None):
             try:
-                return _value(text, each)
+                return _parse_value(text, each)
             except _UnknownTypeError:
                 raise
             except ValueError:
                 continue
-    return _refuse()
+    return _raise_value_error()
 
 
-def _refuse() -> Any:
+def _raise_value_error() -> Any:
     raise ValueError
 
 
-def _expected(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     """What a value must be, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("none" if a is type(None) else _expected(a) for a in arguments)
+        return " or ".join("none" if a is type(None) else _describe_type(a) for a in arguments)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"a comma-separated list, each {_expected(arguments[0])}"
+        return f"a comma-separated list, each {_describe_type(arguments[0])}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(m.name.lower() for m in hint)
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}.get(

@@ -21,8 +21,8 @@ __all__ = [
     "Registration",
     "Registry",
     "Requirement",
-    "canonical",
-    "did_you_mean",
+    "normalize_dist_name",
+    "suggest_names",
 ]
 
 
@@ -67,14 +67,14 @@ class Kind:
         return None if self.flag is None else f"{self.flag.removesuffix('-method')}-option"
 
     @staticmethod
-    def named(text: str) -> Kind:
+    def from_name(text: str) -> Kind:
         """The kind called ``text``: its key, title, flag or an alias, dashes aside. PluginError if there is none."""
-        wanted = fold(text.lstrip("-"))
+        wanted_name = normalize_name(text.lstrip("-"))
         for kind in KINDS.values():
             names = (kind.key, kind.title.replace(" ", "-"), kind.flag or kind.key, *kind.aliases)
-            if wanted in {fold(name.lstrip("-")) for name in names}:
+            if wanted_name in {normalize_name(name.lstrip("-")) for name in names}:
                 return kind
-        raise PluginError(f"{text!r} is not a kind of plugin; {did_you_mean(text, KINDS)}")
+        raise PluginError(f"{text!r} is not a kind of plugin; {suggest_names(text, KINDS)}")
 
 
 _TABLE = (
@@ -119,12 +119,12 @@ class Registration:
     file: str | None = None
 
     @property
-    def bundled(self) -> bool:
+    def is_bundled(self) -> bool:
         """Whether it comes with Quire itself."""
         return self.dist == PROJECT
 
     @property
-    def qualified(self) -> str:
+    def qualified_name(self) -> str:
         """``dist/name``: the name that can clash with nothing."""
         return f"{self.dist}/{self.name}"
 
@@ -156,24 +156,25 @@ class Registrar:
     ) -> None:
         """Name the class ``target`` ("module:Class"). ``requires``: top-level modules. PluginError if malformed."""
         for each in (name, *aliases):
-            if not isinstance(each, str) or not _NAME.fullmatch(each) or fold(each) == "auto":
+            if not isinstance(each, str) or not _NAME.fullmatch(each) or normalize_name(each) == "auto":
                 raise PluginError(f"{each!r} cannot be a name; use letters, digits, '_', '-' and '.', and not 'auto'")
-        taken = {fold(n): r.name for r in self.registrations for n in (r.name, *r.aliases)}
-        twice = next((n for n in (name, *aliases) if fold(n) in taken), None)
-        if twice is not None:
-            raise PluginError(f"{name}: {twice!r} is registered already, by {taken[fold(twice)]}; choose another name")
+        taken = {normalize_name(n): r.name for r in self.registrations for n in (r.name, *r.aliases)}
+        duplicate = next((n for n in (name, *aliases) if normalize_name(n) in taken), None)
+        if duplicate is not None:
+            owner = taken[normalize_name(duplicate)]
+            raise PluginError(f"{name}: {duplicate!r} is registered already, by {owner}; choose another name")
         if not isinstance(target, str) or not _TARGET.fullmatch(target):
             raise PluginError(f"{name}: target {target!r} is not of the form 'module:Class'; write it as a string")
         if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
             raise PluginError(f"{name}: summary {summary!r} must be one line that says what it is")
-        needs = tuple(r if isinstance(r, Requirement) else Requirement(r, f"pip install {r}") for r in requires)
+        requirements = tuple(r if isinstance(r, Requirement) else Requirement(r, f"pip install {r}") for r in requires)
         self.registrations.append(
             Registration(
                 self._kind,
                 name,
                 target,
                 summary,
-                needs,
+                requirements,
                 tuple(aliases),
                 dist=self._dist,
                 version=self._version,
@@ -186,55 +187,55 @@ class Registry:
     """All registrations of one process. Bundled ones are added first and keep their names whatever comes later."""
 
     def __init__(self) -> None:
-        self._all: list[Registration] = []
+        self._registrations: list[Registration] = []
 
-    def add(self, registrations: Iterable[Registration]) -> None:
+    def add_registrations(self, registrations: Iterable[Registration]) -> None:
         """Add what one plugin registered."""
-        self._all.extend(r for r in registrations if r not in self._all)
+        self._registrations.extend(r for r in registrations if r not in self._registrations)
 
-    def of(self, kind: str) -> list[Registration]:
+    def list_kind(self, kind: str) -> list[Registration]:
         """Every registration of ``kind``, bundled first, in the order they were made."""
-        return [r for r in self._all if r.kind == kind]
+        return [r for r in self._registrations if r.kind == kind]
 
-    def find(self, kind: str, name: str) -> list[Registration]:
+    def find_by_name(self, kind: str, name: str) -> list[Registration]:
         """Who answers to ``name``, by name or alias: a bundled one alone, else every third party that claims it."""
-        wanted = fold(name)
-        found = [r for r in self.of(kind) if wanted in _folded(r)]
-        return [r for r in found if r.bundled][:1] or found
+        wanted = normalize_name(name)
+        matches = [r for r in self.list_kind(kind) if wanted in _normalized_names(r)]
+        return [r for r in matches if r.is_bundled][:1] or matches
 
-    def find_in(self, kind: str, dist: str, name: str) -> Registration | None:
+    def find_in_dist(self, kind: str, dist: str, name: str) -> Registration | None:
         """The implementation that ``dist`` calls ``name``."""
-        wanted = fold(name)
-        mine = [r for r in self.of(kind) if canonical(r.dist) == canonical(dist)]
-        return next((r for r in mine if wanted in _folded(r)), None)
+        wanted = normalize_name(name)
+        of_dist = [r for r in self.list_kind(kind) if normalize_dist_name(r.dist) == normalize_dist_name(dist)]
+        return next((r for r in of_dist if wanted in _normalized_names(r)), None)
 
-    def clash(self, registration: Registration) -> Registration | None:
+    def find_clash(self, registration: Registration) -> Registration | None:
         """Another distribution's registration that keeps this one from its plain name, if any."""
-        if registration.bundled:
+        if registration.is_bundled:
             return None
-        others = self.find(registration.kind, registration.name)
-        return next((r for r in others if canonical(r.dist) != canonical(registration.dist)), None)
+        others = self.find_by_name(registration.kind, registration.name)
+        return next((r for r in others if normalize_dist_name(r.dist) != normalize_dist_name(registration.dist)), None)
 
-    def spelling(self, registration: Registration) -> str:
+    def command_line_name(self, registration: Registration) -> str:
         """The name to write on the command line: the plain one, or ``dist/name`` where it clashes."""
-        return registration.qualified if self.clash(registration) else registration.name
+        return registration.qualified_name if self.find_clash(registration) else registration.name
 
 
-def fold(name: str) -> str:
+def normalize_name(name: str) -> str:
     """The form in which names are compared: case, '-' and '_' make no difference."""
     return name.replace("-", "_").lower()
 
 
-def canonical(dist: str) -> str:
+def normalize_dist_name(dist: str) -> str:
     """The name of a distribution as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", dist).lower()
 
 
-def did_you_mean(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+def suggest_names(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """The remedy for an unknown name: the closest of ``known`` and ``also`` (aliases), or else all of ``known``."""
     names = list(dict.fromkeys(known))
-    by_fold = {fold(n): n for n in (*also, *names)}
-    close = difflib.get_close_matches(fold(name), list(by_fold), n=3, cutoff=0.6)
+    by_fold = {normalize_name(n): n for n in (*also, *names)}
+    close = difflib.get_close_matches(normalize_name(name), list(by_fold), n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(by_fold[c] for c in close) + "?"
     return "choose from " + ", ".join(names) if names else "there are none"
@@ -244,5 +245,5 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
-def _folded(registration: Registration) -> set[str]:
-    return {fold(n) for n in (registration.name, *registration.aliases)}
+def _normalized_names(registration: Registration) -> set[str]:
+    return {normalize_name(n) for n in (registration.name, *registration.aliases)}

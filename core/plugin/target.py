@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.core.errors import PluginError
-from quire.core.plugin.discovery import describe
-from quire.core.plugin.registry import KINDS, Registration, Requirement, did_you_mean
+from quire.core.plugin.discovery import format_error
+from quire.core.plugin.registry import KINDS, Registration, Requirement, suggest_names
 
-__all__ = ["Resolution", "load_target", "missing_requirement"]
+__all__ = ["Resolution", "find_missing_requirement", "load_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise PluginError(f"{target}: cannot be imported: {describe(error)}; mend it or choose another") from error
+        raise PluginError(f"{target}: cannot be imported: {format_error(error)}; mend it or choose another") from error
     for part in path.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
             classes = [n for n, value in vars(found).items() if inspect.isclass(value) and not n.startswith("_")]
-            raise PluginError(f"{target}: {module} has no {part!r}; {did_you_mean(part, classes)}") from None
+            raise PluginError(f"{target}: {module} has no {part!r}; {suggest_names(part, classes)}") from None
     if not inspect.isclass(found):
         raise PluginError(f"{target}: is a {type(found).__name__}, not a class; name the class itself")
     if contract is not None:
@@ -60,7 +60,7 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     return found
 
 
-def missing_requirement(plugin: Resolution | Registration) -> str | None:
+def find_missing_requirement(plugin: Resolution | Registration) -> str | None:
     """The first module that ``plugin`` requires and that is not installed, as a reason and remedy. Imports nothing."""
     for need in plugin.requires:
         if importlib.util.find_spec(need.module.partition(".")[0]) is None:
@@ -68,13 +68,13 @@ def missing_requirement(plugin: Resolution | Registration) -> str | None:
     return None
 
 
-def _check_contract(target: str, found: type, contract: type) -> None:
+def _check_contract(target: str, cls: type, contract: type) -> None:
     module = "quire.sdk" if contract.__module__.startswith("quire.core.contracts.") else contract.__module__
     name = f"{module}.{contract.__qualname__}"
-    if not issubclass(found, contract):
+    if not issubclass(cls, contract):
         raise PluginError(
             f"{target}: is not a subclass of {name}; derive it from that class, or name it under its own kind"
         )
-    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"{target}: does not implement {', '.join(missing)} of {name}; write them")

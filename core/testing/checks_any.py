@@ -9,10 +9,10 @@ import unittest
 from typing import Any
 
 from quire.core.errors import PluginError
-from quire.core.plugin.options import options_of, parse_options
+from quire.core.plugin.options import find_options_class, parse_options
 from quire.core.plugin.registry import KINDS
 from quire.core.plugin.target import load_target
-from quire.core.testing.conformance import kind_of
+from quire.core.testing.conformance import find_kind
 
 __all__ = [
     "check_can_be_found_by_its_path",
@@ -32,7 +32,7 @@ def check_nothing_abstract_is_left(cls: type) -> None:
 
 def check_signatures_accept_the_engines_calls(cls: type) -> None:
     """Each method that the contract declares can be called with the contract's own arguments."""
-    contract = load_target(KINDS[kind_of(cls)].contract)
+    contract = load_target(KINDS[find_kind(cls)].contract)
     declarations: dict[str, Any] = {}
     for base in reversed(cls.__mro__):  # the most derived class of the contract's module has the last word
         if issubclass(base, contract) and base.__module__ == contract.__module__:
@@ -41,20 +41,20 @@ def check_signatures_accept_the_engines_calls(cls: type) -> None:
         function = inspect.unwrap(getattr(declared, "__func__", declared))
         if name.startswith("_") or not inspect.isfunction(function):
             continue
-        mine = inspect.signature(getattr(cls, name))
-        theirs = list(inspect.signature(function).parameters.values())
+        implementation = inspect.signature(getattr(cls, name))
+        parameters = list(inspect.signature(function).parameters.values())
         bound = isinstance(inspect.getattr_static(cls, name), classmethod)
-        arguments = theirs[1:] if bound or isinstance(declared, staticmethod | classmethod) else theirs
+        arguments = parameters[1:] if bound or isinstance(declared, staticmethod | classmethod) else parameters
         for by_name in (False, True):
             positional = [] if by_name else [p for p in arguments if p.kind is not p.KEYWORD_ONLY]
             named = {p.name: None for p in arguments if p.kind is p.KEYWORD_ONLY}
             first = arguments[:1] if not bound and by_name else []
             named |= {p.name: None for p in arguments[len(first) :]} if by_name else {}
             try:
-                mine.bind(*positional, *first, **named)
+                implementation.bind(*positional, *first, **named)
             except TypeError as error:
                 raise AssertionError(
-                    f"{name}{mine} cannot be called as {inspect.signature(function)}: {error}"
+                    f"{name}{implementation} cannot be called as {inspect.signature(function)}: {error}"
                 ) from None
 
 
@@ -62,10 +62,10 @@ def check_can_be_found_by_its_path(cls: type) -> None:
     """``module:Class`` leads back to the class, so that a worker process can import it."""
     assert "<locals>" not in cls.__qualname__, "is defined inside a function; define it in a module"
     module = importlib.import_module(cls.__module__)
-    found: object = module
+    value: object = module
     for part in cls.__qualname__.split("."):
-        found = getattr(found, part, None)
-    assert found is cls, f"{cls.__module__}:{cls.__qualname__} is another object"
+        value = getattr(value, part, None)
+    assert value is cls, f"{cls.__module__}:{cls.__qualname__} is another object"
 
 
 def check_says_what_it_is(cls: type) -> None:
@@ -76,7 +76,7 @@ def check_says_what_it_is(cls: type) -> None:
 
 def check_options_are_valid(cls: type) -> None:
     """``Options``, if any, is a frozen dataclass whose defaults are accepted and whose unknown keys are refused."""
-    options = options_of(cls)
+    options = find_options_class(cls)
     if options is None:
         raise unittest.SkipTest("takes no options")
     required = [

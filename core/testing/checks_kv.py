@@ -173,7 +173,7 @@ def check_trimmed_blocks_come_back(cls: type[KVAllocator]) -> None:
 
 def check_an_engine_serves_on_it(cls: type[KVAllocator]) -> None:
     """Random traffic on a small pool, with forks, aborts and preemptions: every key is where it must be."""
-    policy = PluginManager().load("policy", "fcfs")
+    policy = PluginManager().load_class("policy", "fcfs")
     for seed, groups in enumerate(((KVGroup(),), (KVGroup(), KVGroup(window=6)), (KVGroup(window=5),))):
         rng = random.Random(seed)
         allocator = _make(cls, groups=groups, num_blocks=24)

@@ -20,17 +20,17 @@ __all__ = [
 
 def check_takes_every_figure(cls: type[MetricsExporter]) -> None:
     """Engine, request and token figures are accepted, with and without the optional ones."""
-    exporter = _make(cls)
+    exporter = _make_exporter(cls)
     try:
-        _feed(exporter)
-        _feed(exporter)
+        _record_everything(exporter)
+        _record_everything(exporter)
     finally:
         exporter.close()
 
 
 def check_takes_figures_it_does_not_know(cls: type[MetricsExporter]) -> None:
     """A later minor version reports more; an exporter must not fail on a new name."""
-    exporter = _make(cls)
+    exporter = _make_exporter(cls)
     try:
         exporter.record_engine({"a_figure_of_tomorrow": 1.0, "another_total": 2.0})
     finally:
@@ -39,10 +39,10 @@ def check_takes_figures_it_does_not_know(cls: type[MetricsExporter]) -> None:
 
 def check_renders_a_document_or_nothing(cls: type[MetricsExporter]) -> None:
     """``render`` gives (content type, bytes) before and after figures arrive, or None always."""
-    exporter = _make(cls)
+    exporter = _make_exporter(cls)
     try:
         before = exporter.render()
-        _feed(exporter)
+        _record_everything(exporter)
         after = exporter.render()
     finally:
         exporter.close()
@@ -55,10 +55,10 @@ def check_renders_a_document_or_nothing(cls: type[MetricsExporter]) -> None:
 
 def check_two_can_live_in_one_process(cls: type[MetricsExporter]) -> None:
     """Two engines in one process have an exporter each, and neither counts the other's figures."""
-    first, second = _make(cls), _make(cls)
+    first, second = _make_exporter(cls), _make_exporter(cls)
     try:
         untouched = second.render()
-        _feed(first)
+        _record_everything(first)
         assert second.render() == untouched, "figures of one exporter show up in another"
     finally:
         first.close()
@@ -67,7 +67,7 @@ def check_two_can_live_in_one_process(cls: type[MetricsExporter]) -> None:
 
 def check_does_not_block(cls: type[MetricsExporter]) -> None:
     """A thousand reports take less than a second: they run on the event loop."""
-    exporter = _make(cls)
+    exporter = _make_exporter(cls)
     try:
         start = time.perf_counter()
         for _ in range(1000):
@@ -78,11 +78,11 @@ def check_does_not_block(cls: type[MetricsExporter]) -> None:
     assert took < 1.0, f"a thousand reports took {took:.1f} s"
 
 
-def _make(cls: type[MetricsExporter]) -> MetricsExporter:
+def _make_exporter(cls: type[MetricsExporter]) -> MetricsExporter:
     return cls({"model_name": "quire-tiny"}, parse_options(cls, {}))
 
 
-def _feed(exporter: MetricsExporter) -> None:
+def _record_everything(exporter: MetricsExporter) -> None:
     exporter.record_engine(dict.fromkeys(ENGINE_STATS, 1.0))
     exporter.record_tokens(12, 1, 0.05, [])
     exporter.record_tokens(0, 2, None, [0.01, 0.02])

@@ -110,8 +110,8 @@ def _make(cls: type[BatchingPolicy]) -> BatchingPolicy:
 
 def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bool) -> None:
     plugins = PluginManager()
-    allocator_class: Any = plugins.load("kv", "paged")
-    fallback: Any = plugins.load("policy", "fcfs")
+    allocator_class: Any = plugins.load_class("kv", "paged")
+    fallback: Any = plugins.load_class("policy", "fcfs")
     allocator: KVAllocator = allocator_class((KVGroup(),), num_blocks, 4)
     rng = random.Random(seed)
     config = SchedulerConfig(5, 20 if chunked else 80, chunked_prefill=chunked)

@@ -14,9 +14,9 @@ from quire.core.sampling_params import SamplingParams
 
 __all__ = [
     "check_a_device_proposer_drafts_for_every_row",
-    "check_forgotten_requests_may_come_again",
     "check_no_more_than_asked_for",
     "check_proposer_derives_from_host_or_device_proposer",
+    "check_request_ids_may_come_again",
     "check_the_tokens_of_a_request_are_left_alone",
 ]
 
@@ -28,16 +28,16 @@ def check_proposer_derives_from_host_or_device_proposer(cls: type[SpeculativePro
 
 def check_no_more_than_asked_for(cls: type[SpeculativeProposer]) -> None:
     """A host proposer returns integers, at most ``count`` of them, for prompts of any length."""
-    proposer = _on_host(cls)
+    proposer = _make_host_proposer(cls)
     for length in (1, 2, 3, 17, 300):
-        drafts = proposer.propose(_request(f"r{length}", length), 3)
+        drafts = proposer.propose(_make_request(f"r{length}", length), 3)
         assert len(drafts) <= 3, f"{len(drafts)} drafts, 3 were asked for"
         assert all(isinstance(token, int) for token in drafts), f"drafts are no integers: {drafts!r}"
 
 
 def check_the_tokens_of_a_request_are_left_alone(cls: type[SpeculativeProposer]) -> None:
     """A host proposer changes nothing of the request, while it grows."""
-    proposer, request = _on_host(cls), _request("r", 40)
+    proposer, request = _make_host_proposer(cls), _make_request("r", 40)
     for step in range(20):
         before = list(request.token_ids)
         drafts = proposer.propose(request, 4)
@@ -46,12 +46,12 @@ def check_the_tokens_of_a_request_are_left_alone(cls: type[SpeculativeProposer])
         request.token_ids.append(step % 3)
 
 
-def check_forgotten_requests_may_come_again(cls: type[SpeculativeProposer]) -> None:
+def check_request_ids_may_come_again(cls: type[SpeculativeProposer]) -> None:
     """``forget`` may be called for any request, and its name may be used again."""
-    proposer = _on_host(cls)
-    proposer.request_finished(_request("never seen", 4))
+    proposer = _make_host_proposer(cls)
+    proposer.request_finished(_make_request("never seen", 4))
     for length in (30, 5):
-        request = _request("again", length)
+        request = _make_request("again", length)
         proposer.propose(request, 2)
         proposer.request_finished(request)
 
@@ -68,12 +68,12 @@ def check_a_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer])
         assert token_ids.shape == (n, count) and not token_ids.is_floating_point(), "not (n, count) integers"
 
 
-def _on_host(cls: type[SpeculativeProposer]) -> HostProposer:
+def _make_host_proposer(cls: type[SpeculativeProposer]) -> HostProposer:
     if not issubclass(cls, HostProposer):
         raise unittest.SkipTest("is not a HostProposer")
     return cls(4, parse_options(cls, {}))
 
 
-def _request(name: str, length: int) -> Request:
+def _make_request(name: str, length: int) -> Request:
     tokens = [5 + i % 7 for i in range(length)]
     return Request(EngineCoreRequest(name, tokens, SamplingParams(seed=0), 0), 4096)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quire.core.errors import PluginError
-from quire.core.plugin.discovery import describe
+from quire.core.plugin.discovery import format_error
 from quire.core.plugin.registry import KINDS, Kind
 from quire.core.plugin.target import load_target
 
-__all__ = ["CheckResult", "checks_for", "kind_of", "parametrize_with_checks", "run_checks"]
+__all__ = ["CheckResult", "checks_for", "find_kind", "parametrize_with_checks", "run_checks"]
 
 Check = Callable[[type], None]
 
@@ -36,12 +36,12 @@ class CheckResult:
 
 def checks_for(kind: str) -> list[Check]:
     """The checks of ``kind``, general ones first, in the order in which they are written. Each takes the class."""
-    return [*_checks_in("any"), *_checks_in(Kind.named(kind).key)]
+    return [*_list_checks("any"), *_list_checks(Kind.from_name(kind).key)]
 
 
 def run_checks(cls: type, kind: str | None = None) -> list[CheckResult]:
     """Run every check on ``cls`` and say how each ended. Stops at nothing but the user's interrupt."""
-    return list(_run(cls, kind or kind_of(cls)))
+    return list(_iter_results(cls, kind or find_kind(cls)))
 
 
 def parametrize_with_checks(
@@ -58,7 +58,7 @@ def parametrize_with_checks(
     import pytest
 
     expected = dict(expected_failures or {})
-    checks = checks_for(kind or kind_of(cls))
+    checks = checks_for(kind or find_kind(cls))
     unknown = expected.keys() - {c.__name__ for c in checks}
     if unknown:
         raise PluginError(f"expected_failures names {', '.join(sorted(unknown))}, which is no check; remove it")
@@ -70,7 +70,7 @@ def parametrize_with_checks(
     return pytest.mark.parametrize("check", parameters)
 
 
-def kind_of(cls: type) -> str:
+def find_kind(cls: type) -> str:
     """The kind whose contract ``cls`` derives from. PluginError if it derives from none."""
     modules = {base.__module__ for base in cls.__mro__}
     for kind in KINDS.values():
@@ -79,7 +79,7 @@ def kind_of(cls: type) -> str:
     raise PluginError(f"{cls.__qualname__} derives from no contract; derive it from one of quire.sdk")
 
 
-def _checks_in(name: str) -> list[Check]:
+def _list_checks(name: str) -> list[Check]:
     module_name = f"{__package__}.checks_{name}"
     if importlib.util.find_spec(module_name) is None:
         return []
@@ -88,13 +88,13 @@ def _checks_in(name: str) -> list[Check]:
     return [f for f in functions if f.__module__ == module_name]
 
 
-def _run(cls: type, kind: str) -> Iterator[CheckResult]:
+def _iter_results(cls: type, kind: str) -> Iterator[CheckResult]:
     for check in checks_for(kind):
         try:
             check(cls)
         except unittest.SkipTest as skipped:
             yield CheckResult(check.__name__, "skipped", str(skipped))
         except Exception as error:
-            yield CheckResult(check.__name__, "failed", describe(error))
+            yield CheckResult(check.__name__, "failed", format_error(error))
         else:
             yield CheckResult(check.__name__, "passed")

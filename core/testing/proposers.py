@@ -13,10 +13,16 @@ from torch import Tensor
 from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens, HostProposer, TargetState
 from quire.core.request import Request
 
-__all__ = ["Adversary", "Failing", "HostAdversary", "Oracle", "Repeater"]
+__all__ = [
+    "AdversarialDeviceProposer",
+    "AdversarialHostProposer",
+    "FailingProposer",
+    "KnownAnswerProposer",
+    "LastTokenProposer",
+]
 
 
-class Adversary(DeviceProposer):
+class AdversarialDeviceProposer(DeviceProposer):
     """Drafts noise in every way that a proposer can be wrong, and now and then what is right."""
 
     @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Adversary(DeviceProposer):
         return DraftTokens(tokens.to(rows.device), lengths)
 
 
-class Failing(Adversary):
+class FailingProposer(AdversarialDeviceProposer):
     """Drafts a few times, then raises."""
 
     def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
@@ -55,7 +61,7 @@ class Failing(Adversary):
         return super().propose(rows, num_tokens, greedy=greedy)
 
 
-class Repeater(HostProposer):
+class LastTokenProposer(HostProposer):
     """Expects the last token to repeat, for ever."""
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
@@ -63,7 +69,7 @@ class Repeater(HostProposer):
         return [request.token_ids[-1]] * num_tokens
 
 
-class HostAdversary(HostProposer):
+class AdversarialHostProposer(HostProposer):
     """Right, wrong, too long, too short and out of range by turns."""
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
@@ -72,7 +78,7 @@ class HostAdversary(HostProposer):
         return ([], [-5, 2**40], [last] * 3, list(range(num_tokens + 9)), [last, -1, last])[request.num_tokens % 5]
 
 
-class Oracle(HostProposer):
+class KnownAnswerProposer(HostProposer):
     """Knows every answer, from a file of ``{"prompt tokens": answer}`` with keys like ``1,2,3``, and errs as told."""
 
     @dataclass(frozen=True)

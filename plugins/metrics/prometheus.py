@@ -34,8 +34,8 @@ _BY_POSITION = {
     "spec_decode_accepted_at_": ("spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by place"),
 }
 """The engine core counts each place by a name of its own."""
-_REASONS = ("stop", "length", "abort", "error")
-_FRONT = ("prompt_tokens_total", "generation_tokens_total")
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+_COUNTED_BY_API_PROCESS = ("prompt_tokens_total", "generation_tokens_total")
 """Counted here, as they reach callers, and not taken from the engine core."""
 
 
@@ -44,9 +44,9 @@ class PrometheusExporter(MetricsExporter):
 
     def __init__(self, labels: Mapping[str, str], options: Any = None) -> None:
         super().__init__(labels, options)
-        self._engine: dict[str, float] = dict.fromkeys(ENGINE_STATS, 0.0)
+        self._engine_stats: dict[str, float] = dict.fromkeys(ENGINE_STATS, 0.0)
         self._prompt = self._generation = 0
-        self._finished = dict.fromkeys(_REASONS, 0)
+        self._finished = dict.fromkeys(_FINISH_REASONS, 0)
         self._ttft = _Histogram(_TTFT)
         self._itl = _Histogram(_ITL)
         self._tpot = _Histogram(_ITL)
@@ -60,31 +60,31 @@ class PrometheusExporter(MetricsExporter):
 
     def record_engine(self, stats: Mapping[str, float]) -> None:
         """Keep the latest figures of the engine core."""
-        self._engine.update(stats)
+        self._engine_stats.update(stats)
 
     def record_request(self, stats: RequestStats) -> None:
         """Count a finished request, and note its times."""
         self._finished[stats.finish_reason] = self._finished.get(stats.finish_reason, 0) + 1
-        self._e2e.add(stats.e2e_s)
-        self._queue.add(stats.queue_s)
-        self._prompt_len.add(stats.num_prompt_tokens)
-        self._generation_len.add(stats.num_generation_tokens)
+        self._e2e.add_value(stats.e2e_s)
+        self._queue.add_value(stats.queue_s)
+        self._prompt_len.add_value(stats.num_prompt_tokens)
+        self._generation_len.add_value(stats.num_generation_tokens)
         if stats.mean_tpot_s is not None:
-            self._tpot.add(stats.mean_tpot_s)
+            self._tpot.add_value(stats.mean_tpot_s)
 
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """Count tokens, and note the gaps between them."""
         self._prompt += num_prompt
         self._generation += num_generated
         if ttft_s is not None:
-            self._ttft.add(ttft_s)
+            self._ttft.add_value(ttft_s)
         for gap in itl_s:
-            self._itl.add(gap)
+            self._itl.add_value(gap)
 
     def record_step(self, stats: StepStats) -> None:
         """Note where a step's time went."""
         for name, histogram in self._phases.items():
-            histogram.add(getattr(stats, f"{name}_us") / 1e6)
+            histogram.add_value(getattr(stats, f"{name}_us") / 1e6)
 
     def render(self) -> tuple[str, bytes]:
         """The text, in the format that every Prometheus reads."""
@@ -97,51 +97,51 @@ class PrometheusExporter(MetricsExporter):
     def collect(self) -> Iterator[Metric]:
         """Every figure, under each prefix."""
         for prefix in _PREFIXES:
-            yield from self._engine_figures(prefix)
-            yield from self._front_figures(prefix)
+            yield from self._collect_engine_metrics(prefix)
+            yield from self._collect_request_metrics(prefix)
 
-    def _engine_figures(self, prefix: str) -> Iterator[Metric]:
-        for name, value in self._engine.items():
+    def _collect_engine_metrics(self, prefix: str) -> Iterator[Metric]:
+        for name, value in self._engine_stats.items():
             text = ENGINE_STATS.get(name, name.replace("_", " "))
-            if name in _FRONT or name.startswith(tuple(_BY_POSITION)):
+            if name in _COUNTED_BY_API_PROCESS or name.startswith(tuple(_BY_POSITION)):
                 continue
             if name.endswith("_total"):
-                yield self._counter(prefix + name.removesuffix("_total"), text, value)
+                yield self._make_counter(prefix + name.removesuffix("_total"), text, value)
             else:
-                yield self._gauge(prefix + name, text, value)
+                yield self._make_gauge(prefix + name, text, value)
                 if name in _OLD_NAMES:
-                    yield self._gauge(prefix + _OLD_NAMES[name], f"{text} (old name)", value)
-        queries = self._engine.get("prefix_cache_queries_total", 0.0)
-        hits = self._engine.get("prefix_cache_hits_total", 0.0)
+                    yield self._make_gauge(prefix + _OLD_NAMES[name], f"{text} (old name)", value)
+        queries = self._engine_stats.get("prefix_cache_queries_total", 0.0)
+        hits = self._engine_stats.get("prefix_cache_hits_total", 0.0)
         rate = hits / queries if queries else 0.0
-        yield self._gauge(
+        yield self._make_gauge(
             prefix + "gpu_prefix_cache_hit_rate", "Share of looked-up tokens found in the prefix cache", rate
         )
-        yield self._cache_config(prefix)
-        yield from self._by_position(prefix)
-        yield self._gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
-        yield self._gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
+        yield self._make_cache_config_info(prefix)
+        yield from self._collect_by_position(prefix)
+        yield self._make_gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
+        yield self._make_gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
 
-    def _by_position(self, prefix: str) -> Iterator[Metric]:
+    def _collect_by_position(self, prefix: str) -> Iterator[Metric]:
         for start, (name, text) in _BY_POSITION.items():
             family = CounterMetricFamily(prefix + name, text, labels=[*self.labels, "position"])
-            for key, value in self._engine.items():
+            for key, value in self._engine_stats.items():
                 if key.startswith(start):
                     position = key.removeprefix(start).removesuffix("_total")
                     family.add_metric([*self.labels.values(), position], value)
             yield family
 
-    def _cache_config(self, prefix: str) -> Metric:
+    def _make_cache_config_info(self, prefix: str) -> Metric:
         sizes = {"block_size": "kv_block_size", "num_gpu_blocks": "kv_blocks"}
         family = GaugeMetricFamily(
             prefix + "cache_config_info", "Settings of the KV cache, as labels", labels=[*self.labels, *sizes]
         )
-        family.add_metric([*self.labels.values(), *(f"{self._engine[n]:.0f}" for n in sizes.values())], 1)
+        family.add_metric([*self.labels.values(), *(f"{self._engine_stats[n]:.0f}" for n in sizes.values())], 1)
         return family
 
-    def _front_figures(self, prefix: str) -> Iterator[Metric]:
-        yield self._counter(prefix + "prompt_tokens", "Prompt tokens of requests that were answered", self._prompt)
-        yield self._counter(prefix + "generation_tokens", "Tokens generated", self._generation)
+    def _collect_request_metrics(self, prefix: str) -> Iterator[Metric]:
+        yield self._make_counter(prefix + "prompt_tokens", "Prompt tokens of requests that were answered", self._prompt)
+        yield self._make_counter(prefix + "generation_tokens", "Tokens generated", self._generation)
         text = "Finished requests, by how they ended"
         success = CounterMetricFamily(prefix + "request_success", text, labels=[*self.labels, "finished_reason"])
         for reason, count in self._finished.items():
@@ -159,15 +159,15 @@ class PrometheusExporter(MetricsExporter):
             *((f"step_{name}_seconds", text, self._phases[name]) for name, text in _PHASES.items()),
         ):
             family = HistogramMetricFamily(prefix + name, text, labels=list(self.labels))
-            family.add_metric(list(self.labels.values()), histogram.cumulative(), histogram.total)
+            family.add_metric(list(self.labels.values()), histogram.make_buckets(), histogram.total)
             yield family
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
+    def _make_gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=list(self.labels))
         family.add_metric(list(self.labels.values()), value)
         return family
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
+    def _make_counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=list(self.labels))
         family.add_metric(list(self.labels.values()), value)
         return family
@@ -181,14 +181,14 @@ class _Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def add(self, value: float) -> None:
+    def add_value(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
-    def cumulative(self) -> list[tuple[str, float]]:
+    def make_buckets(self) -> list[tuple[str, float]]:
         """(upper bound, how many are not above it), as Prometheus wants them."""
-        found, running = [], 0
+        buckets, running = [], 0
         for bound, count in zip([*map(float, self._bounds), float("inf")], self._counts, strict=True):
             running += count
-            found.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
-        return found
+            buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
+        return buckets

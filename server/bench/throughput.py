@@ -105,9 +105,9 @@ def _measure_workload(llm: LLM, workload: Workload, args: argparse.Namespace) ->
     if re.match(r"decode-", workload.name):
         first = statistics.median(_time_generate(llm, workload.limit_to_one_token(), args) for _ in range(args.repeat))
         figures["decode_tok_s"] = (workload.output_tokens - len(workload.prompts)) / (figures["wall_s"] - first)
-    figures["kernels_compiled"] = llm.stats().get("kernels_compiled_total", 0.0)
+    figures["kernels_compiled"] = llm.get_stats().get("kernels_compiled_total", 0.0)
     print(_format_line("quire", figures), flush=True)
-    if stats := collect_speculation(llm.stats()):
+    if stats := collect_speculation(llm.get_stats()):
         figures["speculation"] = stats
         print(format_speculation(stats), flush=True)
     return figures

@@ -10,7 +10,7 @@ from typing import Any
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.setting import Setting, settings_of
 from quire.core.errors import ConfigError
-from quire.core.plugin.options import split_pairs
+from quire.core.plugin.options import split_key_values
 from quire.core.plugin.registry import KINDS
 from quire.server.http.settings import ServerSettings
 
@@ -80,7 +80,9 @@ def make_engine_args(args: argparse.Namespace) -> EngineArgs:
     if "model" not in values and len(values.get("served_model_name", ())) > 1:
         raise ConfigError("--served-model-name took several names and there is no MODEL; write MODEL before it")
     options = {
-        kind: split_pairs(pairs, name) for name, kind in option_flags().items() if (pairs := _option_pairs(args, kind))
+        kind: split_key_values(pairs, name)
+        for name, kind in option_flags().items()
+        if (pairs := _option_pairs(args, kind))
     }
     return EngineArgs(**values, plugin_options=options)
 

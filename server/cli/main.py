@@ -105,8 +105,8 @@ def _run_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
     from quire.core.plugin.manager import PluginManager
 
     plugins = PluginManager(enabled=distributions)
-    plugins.broadcast("quire_add_arguments", parser=subparsers.choices["serve"])
-    plugins.broadcast("quire_register_commands", subparsers=subparsers)
+    plugins.call_hook("quire_add_arguments", parser=subparsers.choices["serve"])
+    plugins.call_hook("quire_register_commands", subparsers=subparsers)
 
 
 def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:

@@ -69,8 +69,8 @@ def _check_plugin(manager: PluginManager, subject: str) -> dict[str, Any]:
     from quire.core.testing.conformance import run_checks
 
     kind, name = split_subject(subject)
-    resolution = manager.resolve(kind, name)
-    results = run_checks(manager.load(resolution), kind)
+    resolution = manager.resolve_plugin(kind, name)
+    results = run_checks(manager.load_class(resolution), kind)
     return {
         "subject": subject,
         "target": resolution.target,

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
-from quire.core.plugin.discovery import PluginEntry, collect, import_entry
-from quire.core.plugin.options import options_of
+from quire.core.plugin.discovery import PluginEntryPoint, collect_registrations, import_entry_point
+from quire.core.plugin.options import find_options_class
 from quire.core.plugin.registry import KINDS, Registration, Requirement
-from quire.core.plugin.target import load_target, missing_requirement
+from quire.core.plugin.target import find_missing_requirement, load_target
 
 __all__ = ["SLOW_IMPORT_S", "Probe", "probe_entries"]
 
@@ -37,20 +37,20 @@ SLOW_IMPORT_S = 1.0
 class Probe:
     """What happened to one entry point. ``problems`` are sentences with a remedy; empty means it is well."""
 
-    entry: PluginEntry
+    entry: PluginEntryPoint
     registrations: tuple[Registration, ...] = ()
     problems: tuple[str, ...] = ()
     import_s: float | None = None
 
 
-def probe_entries(entries: Sequence[PluginEntry], limit: float, *, targets: bool) -> list[Probe]:
+def probe_entries(entries: Sequence[PluginEntryPoint], limit: float, *, targets: bool) -> list[Probe]:
     """Try each entry point, for ``limit`` seconds at most. With ``targets`` their classes are loaded too.
 
     Those refused by their metadata are not started. Never raises for what a plugin does.
     """
     with tempfile.TemporaryDirectory(prefix="quire-probe-") as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
 
-        def probe_entry(place: int, entry: PluginEntry) -> Probe:
+        def probe_entry(place: int, entry: PluginEntryPoint) -> Probe:
             if entry.refusal:
                 return Probe(entry, problems=(entry.refusal,))
             return _finish_child(entry, _start_child(entry, Path(folder, str(place)), targets), limit)
@@ -63,7 +63,7 @@ def run_child(arguments: str) -> None:
     import numpy  # noqa: F401 - nearly every plugin imports it through a contract: not on its time
 
     job = json.loads(arguments)
-    entry = PluginEntry(**job["entry"])
+    entry = PluginEntryPoint(**job["entry"])
     with open(job["facts"], "w", encoding="utf-8") as facts_file:
 
         def write_fact(**fact: Any) -> None:
@@ -73,9 +73,9 @@ def run_child(arguments: str) -> None:
         write_fact(stage=f"importing {entry.value}")
         start = time.monotonic()
         try:
-            plugin = import_entry(entry)
+            plugin = import_entry_point(entry)
             write_fact(stage="calling its hooks", import_s=time.monotonic() - start)
-            registrations = collect(plugin, entry.dist, entry.version, entry.file)
+            registrations = collect_registrations(plugin, entry.dist, entry.version, entry.file)
         except PluginError as error:
             write_fact(problem=str(error), done=True)
             return
@@ -106,7 +106,7 @@ class _Child:
     output: Path
 
 
-def _start_child(entry: PluginEntry, base: Path, targets: bool) -> _Child:
+def _start_child(entry: PluginEntryPoint, base: Path, targets: bool) -> _Child:
     facts, output = base.with_suffix(".facts"), base.with_suffix(".output")
     arguments = json.dumps({"entry": asdict(entry), "facts": str(facts), "targets": targets})
     with open(output, "wb") as sink:
@@ -120,7 +120,7 @@ def _start_child(entry: PluginEntry, base: Path, targets: bool) -> _Child:
     return _Child(process, facts, output)
 
 
-def _finish_child(entry: PluginEntry, run: _Child, limit: float) -> Probe:
+def _finish_child(entry: PluginEntryPoint, run: _Child, limit: float) -> Probe:
     timed_out = False
     try:
         run.process.wait(limit)
@@ -149,7 +149,7 @@ def _finish_child(entry: PluginEntry, run: _Child, limit: float) -> Probe:
     return replace(result, problems=tuple(problems))
 
 
-def _read_facts(entry: PluginEntry, facts_file: Path) -> tuple[Probe, str, bool]:
+def _read_facts(entry: PluginEntryPoint, facts_file: Path) -> tuple[Probe, str, bool]:
     """What the child wrote: the facts, the last stage it entered, and whether it came to its end."""
     result, stage, done = Probe(entry), "starting", False
     with contextlib.suppress(OSError, ValueError):
@@ -172,11 +172,11 @@ def _registration(fields: dict[str, Any]) -> Registration:
 
 def _target_problems(registration: Registration) -> list[str]:
     name = f"{registration.kind}/{registration.name}"
-    absent = missing_requirement(registration)
+    absent = find_missing_requirement(registration)
     if absent:
         return [f"{name}: {absent}"]
     try:
-        options_of(load_target(registration.target, KINDS[registration.kind].contract))
+        find_options_class(load_target(registration.target, KINDS[registration.kind].contract))
     except PluginError as error:
         return [f"{name}: {error}"]
     return []

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
-from quire.core.plugin.discovery import PluginEntry, module_file
+from quire.core.plugin.discovery import PluginEntryPoint, find_module_file
 from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
 from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration
-from quire.core.plugin.target import Resolution, missing_requirement
+from quire.core.plugin.target import Resolution, find_missing_requirement
 from quire.core.version import __version__
 from quire.server.cli.plugins_probe import probe_entries
 from quire.server.cli.plugins_source import read_options
@@ -23,7 +23,7 @@ __all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
     """Every plugin by kind, whether it is active when nothing is asked for, and why; and what was refused."""
     _probe_unseen(manager)
-    kinds = [Kind.named(kind).key] if kind else list(KINDS)
+    kinds = [Kind.from_name(kind).key] if kind else list(KINDS)
     context = {"device": device or _inspect_host()["device"]}
     return {
         "version": __version__,
@@ -37,14 +37,16 @@ def list_report(manager: PluginManager, device: str | None = None, kind: str | N
 def explain_report(manager: PluginManager, subject: str, device: str | None = None) -> dict[str, Any]:
     """All there is to know of one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
     kind, name = split_subject(subject)
-    if name.lower() != "auto" and ":" not in name and not manager.registry.find(kind, name):
+    if name.lower() != "auto" and ":" not in name and not manager.registry.find_by_name(kind, name):
         _probe_unseen(manager)
     context = {"device": device or _inspect_host()["device"]}
-    resolution = manager.resolve(kind, name, context)
-    registrations = [r for r in manager.registry.of(kind) if (r.dist, r.name) == (resolution.dist, resolution.name)]
+    resolution = manager.resolve_plugin(kind, name, context)
+    registrations = [
+        r for r in manager.registry.list_kind(kind) if (r.dist, r.name) == (resolution.dist, resolution.name)
+    ]
     if not registrations:
         module = resolution.target.partition(":")[0]
-        return {"kind": kind, "name": name, "target": name, "file": module_file(module), "why": resolution.why}
+        return {"kind": kind, "name": name, "target": name, "file": find_module_file(module), "why": resolution.why}
     registration = registrations[0]
     report = _describe_plugin(manager, registration, _active_plugins(manager, kind, context))
     if name.lower() == "auto":
@@ -55,10 +57,10 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
         "title": KINDS[kind].title,
         "contract": KINDS[kind].contract_name,
         "flag": flag and f"{flag} {report['spelling']}",
-        "target_file": module_file(module),
+        "target_file": find_module_file(module),
         "options": read_options(registration.target),
         "option_flag": KINDS[kind].option_flag,
-        "missing": missing_requirement(registration),
+        "missing": find_missing_requirement(registration),
         "rejected": dict(resolution.rejected),
     }
 
@@ -66,15 +68,15 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
 def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
     """Try everything that is installed. ``problems`` is empty if all is well; each names who, why, and the remedy."""
     problems: list[dict[str, str]] = []
-    for registration in (r for key in KINDS for r in manager.registry.of(key) if r.bundled):
-        if module_file(registration.target.partition(":")[0]) is None:
+    for registration in (r for key in KINDS for r in manager.registry.list_kind(key) if r.is_bundled):
+        if find_module_file(registration.target.partition(":")[0]) is None:
             reason = (
                 f"quire: {registration.kind}/{registration.name}: {registration.target} is missing; reinstall quire"
             )
             problems.append({"dist": "quire", "problem": reason})
-    probes = probe_entries(manager.entries, limit, targets=True)
+    probes = probe_entries(manager.entry_points, limit, targets=True)
     for result in probes:
-        manager.adopt(result.entry, result.registrations)
+        manager.record_entry_point(result.entry, result.registrations)
         problems.extend({"dist": result.entry.dist, "problem": text} for text in result.problems)
     for result in probes:
         for registration in result.registrations:
@@ -96,27 +98,27 @@ def split_subject(subject: str) -> tuple[str, str]:
     kind, slash, name = subject.partition("/")
     if not slash or not name:
         raise PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs")
-    return Kind.named(kind).key, name
+    return Kind.from_name(kind).key, name
 
 
 def _probe_unseen(manager: PluginManager) -> None:
     """Ask third parties what they offer, each in a process of its own, without importing them here."""
-    entries = manager.unseen()
+    entries = manager.list_unseen()
     for result in probe_entries(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
         fatal = result.problems[0] if result.problems and not result.registrations else None
-        manager.adopt(result.entry, result.registrations, fatal)
+        manager.record_entry_point(result.entry, result.registrations, fatal)
 
 
 def _active_plugins(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[Resolution]:
     """What runs when nothing is asked for. None for models: the checkpoint decides."""
     if KINDS[kind].always:
-        return manager.resolve_all(kind)
-    return [] if kind == "model" else [manager.resolve(kind, "auto", context)]
+        return manager.resolve_plugins(kind)
+    return [] if kind == "model" else [manager.resolve_plugin(kind, "auto", context)]
 
 
 def _describe_kind(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[dict[str, Any]]:
     active = _active_plugins(manager, kind, context)
-    return [_describe_plugin(manager, r, active) for r in manager.registry.of(kind)]
+    return [_describe_plugin(manager, r, active) for r in manager.registry.list_kind(kind)]
 
 
 def _describe_plugin(manager: PluginManager, registration: Registration, active: list[Resolution]) -> dict[str, Any]:
@@ -125,12 +127,12 @@ def _describe_plugin(manager: PluginManager, registration: Registration, active:
         why = chosen.why
     elif registration.kind == "model":
         why = "chosen by the checkpoint's architecture"
-    elif active and (registration.bundled or len(active) > 1):
+    elif active and (registration.is_bundled or len(active) > 1):
         why = dict(active[0].rejected).get(registration.name, "only when named")
     else:
         why = "only when named"
     return asdict(registration) | {
-        "spelling": manager.registry.spelling(registration),
+        "spelling": manager.registry.command_line_name(registration),
         "active": chosen is not None,
         "why": why,
     }
@@ -140,16 +142,16 @@ def _describe_clashes(manager: PluginManager, registration: Registration) -> lis
     """Names and aliases of a third party that another distribution keeps or claims too."""
     registry, texts = manager.registry, []
     for name in (registration.name, *registration.aliases):
-        others = [r.dist for r in registry.find(registration.kind, name) if r.dist != registration.dist]
+        others = [r.dist for r in registry.find_by_name(registration.kind, name) if r.dist != registration.dist]
         if others:
             texts.append(
                 f"{registration.dist} {registration.version}: {registration.kind}/{name} is a name of {others[0]}; "
-                f"it answers to {registration.qualified} alone; rename it"
+                f"it answers to {registration.qualified_name} alone; rename it"
             )
     return texts
 
 
-def _describe_refusal(entry: PluginEntry, reason: str) -> dict[str, Any]:
+def _describe_refusal(entry: PluginEntryPoint, reason: str) -> dict[str, Any]:
     return asdict(entry) | {"file": entry.file, "refusal": reason}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from quire.core.plugin.discovery import module_file
+from quire.core.plugin.discovery import find_module_file
 
 __all__ = ["read_options"]
 
@@ -16,7 +16,7 @@ def read_options(target: str) -> list[str] | None:
     Empty if it takes none; None if the file does not say (it is missing, or ``Options`` is imported or inherited).
     """
     module, _, name = target.partition(":")
-    file = module_file(module)
+    file = find_module_file(module)
     if file is None or not file.endswith(".py"):
         return None
     try:

@@ -62,12 +62,12 @@ def compare_sides(
 ) -> Comparison:
     """Ask A, then B; each engine is gone before the next one is built. Questions that one of them cannot read (too long
     for its context, or no chat template at all) are left out."""
-    from quire.core.engine.config_builder import configure
+    from quire.core.engine.config_builder import build_config
     from quire.server.evaluation import Report, evaluate
     from quire.server.evaluation.comparison import Comparison, Divergence, pair_scores
     from quire.server.evaluation.text import TextScores, cut_windows, score_windows
 
-    configs = [configure(each.engine_args).config for each in sides]  # both, before a weight of either is read
+    configs = [build_config(each.engine_args).config for each in sides]  # both, before a weight of either is read
     shortest = min(config.model.max_model_len for config in configs)
     vocab_size = configs[0].model.vocab_size
     windows: list[Windows] = []

@@ -71,7 +71,7 @@ async def _serve(args: EngineArgs, settings: ServerSettings, process: EngineProc
         if not await _start_engine(engine, signalled):
             return 130
         app = create_app(engine, settings, arguments)
-        engine.plugins.broadcast("quire_extend_app", app=app)
+        engine.plugins.call_hook("quire_extend_app", app=app)
         state: ServerState = app.state.server
         servers = [_Server(_uvicorn_config(app, args))]
         if settings.prometheus_port is not None:

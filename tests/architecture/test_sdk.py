@@ -37,3 +37,9 @@ def test_every_contract_is_in_the_sdk():
 def test_names_are_listed_once():
     listed = [name for names in contracts.NAMES_OF_MODULE.values() for name in names]
     assert sorted(listed) == sorted(contracts.__all__)
+
+
+def test_every_error_is_in_the_sdk():
+    from quire.core import errors as defined
+
+    assert sorted(errors.__all__) == sorted(defined.__all__)

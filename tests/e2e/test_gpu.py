@@ -75,7 +75,7 @@ def test_whatever_is_asked_no_launch_waits_for_the_device(waiting_forbidden: Non
         for output, params in zip(llm.generate(batch, asked), asked, strict=True):
             assert len(output.outputs) == params.n
             assert all(choice.token_ids for choice in output.outputs)
-    stats = llm.stats()
+    stats = llm.get_stats()
     assert stats["prefix_cache_hits_total"] > 0
     assert stats["plugin_quarantines_total"] == stats["kernels_compiled_total"] == 0
     llm.shutdown()

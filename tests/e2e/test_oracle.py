@@ -45,11 +45,11 @@ def prompts_for(seed: int, count: int, vocab: int) -> list[list[int]]:
     """Mixed lengths, some sharing prefixes."""
     rng = random.Random(seed)
     shared = [rng.randrange(3, vocab) for _ in range(70)]
-    made = []
+    processed = []
     for _ in range(count):
         own = [rng.randrange(3, vocab) for _ in range(rng.randrange(1, 60))]
-        made.append(shared[: rng.choice([0, 0, 16, 33, 70])] + own)
-    return made
+        processed.append(shared[: rng.choice([0, 0, 16, 33, 70])] + own)
+    return processed
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -74,8 +74,8 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
     got: dict[str, list[int]] = {}
     waiting = list(enumerate(prompts))
-    free_before = llm._core.scheduler._allocator.num_free_blocks()
-    while waiting or len(llm._outputs):
+    free_before = llm.engine_core.scheduler._allocator.num_free_blocks()
+    while waiting or len(llm.output_processor):
         for _ in range(rng.choice([0, 0, 1, 3])):
             if waiting:
                 i, prompt = waiting.pop()
@@ -89,14 +89,14 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
                     ignore_eos=True,
                 )
                 name_i = f"{seed}/{i}"
-                requests = llm._inputs.process(name_i, prompt, params)
-                llm._outputs.add(name_i, None, requests, params, "final")
+                requests = llm.input_processor.process_inputs(name_i, prompt, params)
+                llm.output_processor.add_request(name_i, None, requests, params, "final")
                 for request in requests:
-                    llm._core.add(request)
+                    llm.engine_core.add_request(request)
                 expected[name_i] = (prompt, params)
-        made = llm._outputs.process(llm._core.step())
-        assert not made.errors
-        for output in made.outputs:
+        processed = llm.output_processor.process_outputs(llm.engine_core.step())
+        assert not processed.failed_requests
+        for output in processed.request_outputs:
             prompt, params = expected.pop(output.request_id)
             for child in output.outputs:
                 got[f"{output.request_id}#{child.index}"] = child.token_ids
@@ -104,9 +104,9 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
                 assert_matches_reference(reference, prompt, child.token_ids, params, seed=params.seed + child.index)
         if expected and rng.random() < 0.03:
             victim = rng.choice(list(expected))
-            llm._core.abort(llm._outputs.remove(victim))
+            llm.engine_core.abort_requests(llm.output_processor.remove_request(victim))
             expected.pop(victim)
-    while llm._core.has_work:
-        llm._core.step()
-    llm._core.scheduler._allocator.check_integrity()
-    assert llm._core.scheduler._allocator.num_free_blocks() == free_before
+    while llm.engine_core.has_work:
+        llm.engine_core.step()
+    llm.engine_core.scheduler._allocator.check_integrity()
+    assert llm.engine_core.scheduler._allocator.num_free_blocks() == free_before

@@ -23,11 +23,11 @@ async def last(engine: AsyncLLM, prompt, params: SamplingParams = GREEDY, **opti
 async def idle(engine: AsyncLLM) -> None:
     """Wait until the engine reports an empty pool."""
     for _ in range(200):
-        stats = engine.stats()
+        stats = engine.get_stats()
         if stats and stats["num_requests_running"] == 0 and stats["kv_cache_usage_perc"] == 0:
             return
         await asyncio.sleep(0.05)
-    raise AssertionError(f"the engine is not idle: {engine.stats()}")
+    raise AssertionError(f"the engine is not idle: {engine.get_stats()}")
 
 
 def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:

@@ -22,12 +22,12 @@ def stream(tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> tupl
     detokenizer = Detokenizer(tokenizer, [], params)
     pieces = []
     for token in ids:
-        stop = detokenizer.push([token], False)
+        stop = detokenizer.append_tokens([token], False)
         if stop is not None:
-            return [*pieces, detokenizer.delta(True)], stop
-        pieces.append(detokenizer.delta(False))
+            return [*pieces, detokenizer.take_delta(True)], stop
+        pieces.append(detokenizer.take_delta(False))
     detokenizer.flush()
-    return [*pieces, detokenizer.delta(True)], None
+    return [*pieces, detokenizer.take_delta(True)], None
 
 
 @settings(max_examples=150, deadline=None)

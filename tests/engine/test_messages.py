@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.core.engine.ipc import Outputs, Wire
+from quire.core.engine.ipc import MessageCodec, StepOutputs
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
 
 TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
@@ -11,16 +11,16 @@ TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
 
 @given(gained=st.lists(TOKENS), special=st.lists(TOKENS))
 def test_columns_are_what_each_gained(gained: list[list[int]], special: list[list[int]]) -> None:
-    wire = Wire()
+    wire = MessageCodec()
     made = EngineCoreOutputs(
         [EngineCoreOutput(f"special-{i}", tokens, "length") for i, tokens in enumerate(special)],
         [str(i) for i in range(len(gained))],
         [token for tokens in gained for token in tokens],
         [] if all(len(tokens) == 1 for tokens in gained) else [len(tokens) for tokens in gained],
     )
-    message = wire.decode_from_core(wire.encode(Outputs(made)))
-    assert isinstance(message, Outputs)
-    each = message.value.expand_outputs()
+    message = wire.decode_from_core(wire.encode(StepOutputs(made)))
+    assert isinstance(message, StepOutputs)
+    each = message.outputs.expand_outputs()
     assert [o.new_token_ids for o in each] == [*special, *gained]
     assert [o.request_id for o in each if o.finish_reason is None] == [str(i) for i in range(len(gained))]
     assert [o.finish_reason for o in each] == ["length"] * len(special) + [None] * len(gained)

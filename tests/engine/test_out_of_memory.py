@@ -41,7 +41,7 @@ def test_steps_shrink_and_everybody_is_served(tiny: Path, llm: LLM) -> None:
     small = LLM(model=str(tiny), device="cpu", max_model_len=256, executor=f"{__name__}:SmallMemory")
     try:
         assert [o.outputs[0].token_ids for o in small.generate(prompts, PARAMS)] == expected
-        stats = small.stats()
+        stats = small.get_stats()
         assert stats["out_of_memory_total"] >= 1
         assert stats["kv_cache_usage_perc"] == 0
     finally:
@@ -55,7 +55,7 @@ def test_what_never_fits_ends_alone(tiny: Path) -> None:
             engine.generate([[5] * 60], PARAMS)
         [output] = engine.generate([[5, 6, 7]], PARAMS)
         assert len(output.outputs[0].token_ids) == 10
-        assert engine.stats()["kv_cache_usage_perc"] == 0
+        assert engine.get_stats()["kv_cache_usage_perc"] == 0
     finally:
         engine.shutdown()
 
@@ -73,7 +73,7 @@ def test_a_full_gpu_serves_on() -> None:
     hog = torch.empty(free - 24 * 2**20, dtype=torch.uint8, device="cuda")
     other = [[900 + i] * 1000 for i in range(64)]
     assert all(len(o.outputs[0].token_ids) == 10 for o in engine.generate(other, PARAMS))
-    assert engine.stats()["out_of_memory_total"] >= 1
+    assert engine.get_stats()["out_of_memory_total"] >= 1
     del hog
     torch.cuda.empty_cache()
     again = [o.outputs[0].token_ids for o in engine.generate(prompts, PARAMS)]

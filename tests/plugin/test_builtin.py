@@ -1,12 +1,12 @@
 import pytest
 
-from quire.core.plugin.discovery import module_file
+from quire.core.plugin.discovery import find_module_file
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import KINDS
 from quire.core.plugin.target import load_target
-from quire.core.testing.conformance import checks_for, kind_of, run_checks
+from quire.core.testing.conformance import checks_for, find_kind, run_checks
 
-BUNDLED = [r for kind in KINDS for r in PluginManager().registry.of(kind)]
+BUNDLED = [r for kind in KINDS for r in PluginManager().registry.list_kind(kind)]
 
 
 def _id(registration):
@@ -15,10 +15,10 @@ def _id(registration):
 
 @pytest.mark.parametrize("registration", BUNDLED, ids=_id)
 def test_every_bundled_name_leads_to_a_class_that_keeps_its_contract(registration):
-    assert module_file(registration.target.partition(":")[0])
+    assert find_module_file(registration.target.partition(":")[0])
     manager = PluginManager()
-    cls = manager.load(registration.kind, registration.name)
-    assert kind_of(cls) == registration.kind
+    cls = manager.load_class(registration.kind, registration.name)
+    assert find_kind(cls) == registration.kind
     failed = [f"{r.name}: {r.reason}" for r in run_checks(cls) if r.outcome == "failed"]
     assert not failed, "\n".join(failed)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from quire.core.testing.conformance import checks_for, kind_of, parametrize_with_checks, run_checks
+from quire.core.testing.conformance import checks_for, find_kind, parametrize_with_checks, run_checks
 from quire.sdk import BatchingPolicy, PluginError
 
 
@@ -57,5 +57,5 @@ def test_wrong_declarations_are_refused():
     with pytest.raises(PluginError, match="expected_failures names check_nothing_at_all, which is no check"):
         parametrize_with_checks(Patient, {"check_nothing_at_all": "?"})
     with pytest.raises(PluginError, match="int derives from no contract"):
-        kind_of(int)
+        find_kind(int)
     assert len({c.__name__ for c in checks_for("policy")}) == len(checks_for("policy"))

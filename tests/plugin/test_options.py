@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from quire.core.errors import PluginError
-from quire.core.plugin.options import parse_options, split_pairs
+from quire.core.plugin.options import parse_options, split_key_values
 
 
 class Colour(enum.Enum):
@@ -79,8 +79,8 @@ def test_errors_are_one_line_with_value_reason_and_remedy(cls, pairs, message):
 
 
 def test_pairs_are_split_at_the_first_equals_sign():
-    assert split_pairs(["a=1", "b-c=x=y"]) == {"a": "1", "b_c": "x=y"}
+    assert split_key_values(["a=1", "b-c=x=y"]) == {"a": "1", "b_c": "x=y"}
     with pytest.raises(PluginError, match="--sampler-option 'a': there is no '='; write --sampler-option key=value"):
-        split_pairs(["a"], "--sampler-option")
+        split_key_values(["a"], "--sampler-option")
     with pytest.raises(PluginError, match="given already as '1'"):
-        split_pairs(["a=1", "a=2"])
+        split_key_values(["a=1", "a=2"])

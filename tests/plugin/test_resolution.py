@@ -19,10 +19,10 @@ def test_bundled_names_resolve_without_looking_at_other_packages(install, monkey
 
     monkeypatch.setattr(importlib.metadata, "distributions", refuse)
     manager = PluginManager()
-    assert manager.resolve("policy", "SJF").target == "quire.plugins.sched.sjf:SJFPolicy"
-    assert manager.resolve("attention", "torch-sdpa").name == "torch_sdpa"
-    assert manager.resolve("policy", "quire/fcfs").name == "fcfs"
-    assert manager.resolve("kv").name == "paged"
+    assert manager.resolve_plugin("policy", "SJF").target == "quire.plugins.sched.sjf:SJFPolicy"
+    assert manager.resolve_plugin("attention", "torch-sdpa").name == "torch_sdpa"
+    assert manager.resolve_plugin("policy", "quire/fcfs").name == "fcfs"
+    assert manager.resolve_plugin("kv").name == "paged"
     assert load_target("quire.core.contracts.policy:RequestInfo").__name__ == "RequestInfo"
     assert "quire_trap" not in sys.modules
 
@@ -44,7 +44,7 @@ def test_bundled_names_resolve_without_looking_at_other_packages(install, monkey
 )
 def test_auto_chooses_and_says_why(kind, context, name, caplog):
     with caplog.at_level(logging.INFO, "quire"):
-        resolution = PluginManager().resolve(kind, "auto", context)
+        resolution = PluginManager().resolve_plugin(kind, "auto", context)
     assert resolution.name == name
     assert f"{name} (auto: " in caplog.text
     for other, reason in resolution.rejected:
@@ -55,16 +55,16 @@ def test_a_choice_is_logged_once(caplog):
     manager = PluginManager()
     with caplog.at_level(logging.INFO, "quire"):
         for _ in range(2):
-            manager.resolve("--scheduler", "sjf")
-            manager.resolve("policy", "quire.plugins.sched.fcfs:FCFSPolicy", announce=False)
-            manager.load("policy", "fcfs")
+            manager.resolve_plugin("--scheduler", "sjf")
+            manager.resolve_plugin("policy", "quire.plugins.sched.fcfs:FCFSPolicy", announce=False)
+            manager.load_class("policy", "fcfs")
     assert caplog.messages == ["scheduling policy: sjf (named)"]
-    assert manager.resolve("policy", "quire.plugins.sched.fcfs:FCFSPolicy").dist == "quire"
+    assert manager.resolve_plugin("policy", "quire.plugins.sched.fcfs:FCFSPolicy").dist == "quire"
 
 
 def test_auto_without_a_checkpoint_is_an_error_for_models():
     with pytest.raises(PluginError, match="nothing to choose by"):
-        PluginManager().resolve("model")
+        PluginManager().resolve_plugin("model")
 
 
 def test_a_quantized_checkpoint_is_never_read_as_if_it_were_not():
@@ -76,11 +76,11 @@ def test_a_quantized_checkpoint_is_never_read_as_if_it_were_not():
 
     for given in (config, AsTransformersHasIt()):
         with pytest.raises(PluginError, match="quantization 'mystery' is not known; choose from none"):
-            PluginManager().resolve("quant", "auto", {"hf_config": given})
+            PluginManager().resolve_plugin("quant", "auto", {"hf_config": given})
 
 
 def test_always_on_processors_come_first_and_once():
-    found = PluginManager().resolve_all("logits_processor", ["some.where:Mine", "logit_bias"])
+    found = PluginManager().resolve_plugins("logits_processor", ["some.where:Mine", "logit_bias"])
     assert [r.name for r in found] == ["min_tokens", "logit_bias", "some.where:Mine"]
     assert [r.why for r in found] == ["always on", "always on", "named by its class"]
 
@@ -96,7 +96,7 @@ def test_always_on_processors_come_first_and_once():
 )
 def test_unknown_names_are_one_line_with_the_closest(kind, name, message):
     with pytest.raises(PluginError, match=message) as caught:
-        PluginManager().resolve(kind, name)
+        PluginManager().resolve_plugin(kind, name)
     assert "\n" not in str(caught.value)
 
 

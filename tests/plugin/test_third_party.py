@@ -13,9 +13,9 @@ def test_a_foreign_name_is_found_and_loaded(install):
     install("Odd.Name--Dist_X", "odd_policy", install.policy.format(name="mine"))
     manager = PluginManager()
     for spelling in ("mine", "MINE", "odd-name-dist-x/mine", "Odd.Name--Dist_X/mine", "odd_policy:Mine"):
-        cls = manager.load(manager.resolve("policy", spelling))
+        cls = manager.load_class(manager.resolve_plugin("policy", spelling))
         assert cls.__name__ == "Mine"
-    assert manager.resolve("policy", "mine").dist == "Odd.Name--Dist_X"
+    assert manager.resolve_plugin("policy", "mine").dist == "Odd.Name--Dist_X"
 
 
 def test_a_name_of_two_packages_must_be_written_in_full(install):
@@ -23,16 +23,16 @@ def test_a_name_of_two_packages_must_be_written_in_full(install):
         install(dist, dist.replace("-", "_"), install.policy.format(name="mine"))
     manager = PluginManager()
     with pytest.raises(PluginError, match="offered by several packages; write quire-one/mine or quire-two/mine"):
-        manager.resolve("policy", "mine")
-    assert manager.resolve("policy", "quire-two/mine").target == "quire_two:Mine"
+        manager.resolve_plugin("policy", "mine")
+    assert manager.resolve_plugin("policy", "quire-two/mine").target == "quire_two:Mine"
 
 
 def test_a_bundled_name_is_never_taken(install):
     install("quire-thief", "quire_thief", install.policy.format(name="fcfs"))
     manager = PluginManager(enabled=["quire-thief"])
-    assert manager.resolve("policy", "fcfs").dist == "quire"
-    assert manager.resolve("policy", "auto").dist == "quire"
-    assert manager.resolve("policy", "quire-thief/fcfs").target == "quire_thief:Mine"
+    assert manager.resolve_plugin("policy", "fcfs").dist == "quire"
+    assert manager.resolve_plugin("policy", "auto").dist == "quire"
+    assert manager.resolve_plugin("policy", "quire-thief/fcfs").target == "quire_thief:Mine"
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_a_broken_neighbour_does_not_stop_a_good_one(install, source, caplog):
     install("quire-aaa-broken", "quire_aaa_broken", source)
     install("quire-good", "quire_good", install.policy.format(name="mine"))
     manager = PluginManager()
-    assert manager.resolve("policy", "mine").target == "quire_good:Mine"
+    assert manager.resolve_plugin("policy", "mine").target == "quire_good:Mine"
     assert len(manager.refused) == 1 and "quire-aaa-broken" in caplog.text
     with pytest.raises(PluginError, match=r"1 plugin\(s\) were refused: see quire plugins doctor"):
-        manager.resolve("policy", "yours")
+        manager.resolve_plugin("policy", "yours")
     with pytest.raises(PluginError, match=r"'quire-aaa-broken/yours' cannot be used: quire-aaa-broken 2\.5"):
-        manager.resolve("policy", "quire-aaa-broken/yours")
+        manager.resolve_plugin("policy", "quire-aaa-broken/yours")
 
 
 def test_a_neighbour_that_never_finishes_is_passed_over(install):
     install("quire-aaa-slow", "quire_aaa_slow", "import time; time.sleep(30)")
     install("quire-good", "quire_good", install.policy.format(name="mine"))
     manager = PluginManager()
-    manager.discover("quire-good")
-    manager.discover(limit=0.2)
-    assert manager.resolve("policy", "mine").target == "quire_good:Mine"
+    manager.discover_plugins("quire-good")
+    manager.discover_plugins(limit=0.2)
+    assert manager.resolve_plugin("policy", "mine").target == "quire_good:Mine"
     (reason,) = manager.refused.values()
     assert "took more than 0.2 s to import" in reason
 
@@ -77,7 +77,7 @@ def test_another_api_or_version_is_refused_before_import(install):
 def test_an_extra_that_needs_another_version_does_not_count(install):
     requires = ("quire>=0.1", 'quire>=9; extra == "future"', 'quire>=9; python_version < "3"')
     install("quire-good", "quire_good", install.policy.format(name="mine"), requires=requires)
-    assert PluginManager().resolve("policy", "mine").dist == "quire-good"
+    assert PluginManager().resolve_plugin("policy", "mine").dist == "quire-good"
 
 
 def test_discovery_is_not_activation(install):
@@ -96,18 +96,18 @@ def test_discovery_is_not_activation(install):
     install("quire-opinion", "quire_opinion", source)
     app = []
     plain = PluginManager()
-    plain.discover()
-    plain.hook.quire_extend_app(app=app)
-    assert plain.resolve("policy").name == "fcfs" and app == []
+    plain.discover_plugins()
+    plain.hooks.quire_extend_app(app=app)
+    assert plain.resolve_plugin("policy").name == "fcfs" and app == []
     enabled = PluginManager(enabled=["Quire_Opinion"])
-    enabled.broadcast("quire_extend_app", app=app)
-    choice = enabled.resolve("policy")
+    enabled.call_hook("quire_extend_app", app=app)
+    choice = enabled.resolve_plugin("policy")
     assert app == ["mine"]
     assert str(choice) == (
         "scheduling policy: sjf (auto by quire-opinion: shorter is nicer; not fcfs: too patient; "
         "not priority: not the default)"
     )
-    assert enabled.resolve("kv").why == "auto: the default"
+    assert enabled.resolve_plugin("kv").why == "auto: the default"
 
 
 def test_a_plugin_adds_arguments_and_commands_only_when_turned_on(install):
@@ -127,8 +127,8 @@ def test_a_plugin_adds_arguments_and_commands_only_when_turned_on(install):
         parser = argparse.ArgumentParser()
         subparsers = parser.add_subparsers()
         manager = PluginManager(enabled)
-        manager.broadcast("quire_add_arguments", parser=parser)
-        manager.broadcast("quire_register_commands", subparsers=subparsers)
+        manager.call_hook("quire_add_arguments", parser=parser)
+        manager.call_hook("quire_register_commands", subparsers=subparsers)
         assert list(subparsers.choices) == ["greet"][: len(enabled)]
         assert ("--greeting" in parser.format_help()) is bool(enabled)
 
@@ -148,9 +148,9 @@ def test_a_hook_that_raises_is_named(install):
     install("quire-bad", "quire_bad", source)
     manager = PluginManager(enabled=["quire-bad"])
     with pytest.raises(PluginError, match="quire-bad: quire_choose_default failed: KeyError: 'kv'; leave out --plugin"):
-        manager.resolve("kv")
+        manager.resolve_plugin("kv")
     with pytest.raises(PluginError, match="quire-bad: quire_configure failed: OSError: disk full"):
-        manager.broadcast("quire_configure", config=None)
+        manager.call_hook("quire_configure", config=None)
 
 
 def test_enabling_what_is_not_installed_says_what_is(install):
@@ -166,4 +166,4 @@ def test_a_missing_requirement_is_told_before_the_import(install):
     install("quire-needy", "quire_needy", source)
     manager = PluginManager()
     with pytest.raises(PluginError, match=r"needs the module 'no_such_module_x', .*; pip install no_such_module_x"):
-        manager.load("policy", "mine")
+        manager.load_class("policy", "mine")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.config_builder import configure
+from quire.core.engine.config_builder import build_config
 from quire.core.errors import PluginError
 
 
@@ -27,7 +27,7 @@ def test_an_engine_is_configured_beside_broken_packages(install, model, caplog):
     install("quire-hangs", "quire_hangs", "import time; time.sleep(600)")
     install("quire-thief", "quire_thief", install.policy.format(name="fcfs"))
     with caplog.at_level(logging.INFO, "quire"):
-        config = configure(EngineArgs(model=model, device="cpu")).config
+        config = build_config(EngineArgs(model=model, device="cpu")).config
     assert all(choice.target.startswith("quire.") for choice in config.plugins.values())
     assert not {"quire_raises", "quire_exits", "quire_hangs", "quire_thief"} & sys.modules.keys()
     assert "attention backend: torch_sdpa (auto: the device is cpu; not triton: it is fast only" in caplog.text
@@ -36,7 +36,7 @@ def test_an_engine_is_configured_beside_broken_packages(install, model, caplog):
 def test_a_foreign_policy_is_chosen_by_name_beside_a_broken_package(install, model):
     install("quire-exits", "quire_exits", "import sys; sys.exit(1)")
     install("quire-good", "quire_good", install.policy.format(name="mine"))
-    config = configure(EngineArgs(model=model, device="cpu", scheduling_policy="mine")).config
+    config = build_config(EngineArgs(model=model, device="cpu", scheduling_policy="mine")).config
     assert config.plugin("policy").target == "quire_good:Mine"
     assert config.plugin("policy_fallback").target == "quire.plugins.sched.fcfs:FCFSPolicy"
 
@@ -52,5 +52,5 @@ def test_a_foreign_policy_is_chosen_by_name_beside_a_broken_package(install, mod
 def test_a_wrong_wish_is_refused_before_anything_is_loaded(install, model, changes, reason):
     install("quire-exits", "quire_exits", "import sys; sys.exit(1)")
     with pytest.raises(PluginError, match=reason) as caught:
-        configure(EngineArgs(model=model, device="cpu", **changes))
+        build_config(EngineArgs(model=model, device="cpu", **changes))
     assert "\n" not in str(caught.value)

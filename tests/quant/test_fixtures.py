@@ -34,8 +34,8 @@ def load(
     """As the engine does: the loader that ``auto`` finds, asked first whether it can."""
     config = read_hf_config(path)
     plugins = PluginManager(())
-    choice = plugins.resolve("quant", name, {"hf_config": config, "device": device}, announce=False)
-    loader = plugins.load("quant", choice.target)
+    choice = plugins.resolve_plugin("quant", name, {"hf_config": config, "device": device}, announce=False)
+    loader = plugins.load_class("quant", choice.target)
     return load_model(
         CLASSES[get_architecture(config)],
         config,

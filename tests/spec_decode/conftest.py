@@ -20,28 +20,28 @@ PROPOSERS = {
     "eagle3": {"spec_method": "eagle3", "speculative_model": "HEAD"},
     "ngram": {"spec_method": "ngram", "plugin_options": {"spec_decode": {"prompt_lookup_min": "1"}}},
     "suffix": {"spec_method": "suffix"},
-    "random": {"spec_method": "quire.core.testing.proposers:Adversary"},
+    "random": {"spec_method": "quire.core.testing.proposers:AdversarialDeviceProposer"},
     "outside": {
-        "spec_method": "quire.core.testing.proposers:Adversary",
+        "spec_method": "quire.core.testing.proposers:AdversarialDeviceProposer",
         "plugin_options": {"spec_decode": {"kind": "outside"}},
     },
     "long": {
-        "spec_method": "quire.core.testing.proposers:Adversary",
+        "spec_method": "quire.core.testing.proposers:AdversarialDeviceProposer",
         "plugin_options": {"spec_decode": {"kind": "long"}},
     },
     "short": {
-        "spec_method": "quire.core.testing.proposers:Adversary",
+        "spec_method": "quire.core.testing.proposers:AdversarialDeviceProposer",
         "plugin_options": {"spec_decode": {"kind": "short"}},
     },
-    "host adversary": {"spec_method": "quire.core.testing.proposers:HostAdversary"},
-    "failing": {"spec_method": "quire.core.testing.proposers:Failing"},
-    "repeater": {"spec_method": "quire.core.testing.proposers:Repeater"},
+    "host adversary": {"spec_method": "quire.core.testing.proposers:AdversarialHostProposer"},
+    "failing": {"spec_method": "quire.core.testing.proposers:FailingProposer"},
+    "repeater": {"spec_method": "quire.core.testing.proposers:LastTokenProposer"},
 }
 
 
 def runner_of(llm: LLM) -> ModelRunner:
     """What runs the steps of an engine, in this process."""
-    return llm._core._executor.worker.model_runner
+    return llm.engine_core.executor.worker.model_runner
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     monkeypatch.setattr(draft_runner_module, "_BACKFILL_TOKENS_PER_STEP", budget)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
-    speculation = llm._core.scheduler._speculation
+    speculation = llm.engine_core.scheduler._speculation
     pace, observed, steps, times = speculation._tuner, [], itertools.count(), []
     drafting = runner_of(llm).draft_runner
 
@@ -36,11 +36,11 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
         lambda inputs: observed.append(inputs) or type(drafting).run_draft_prefill(drafting, inputs),
     )
     params = SamplingParams(temperature=0.9, seed=1, max_tokens=60, ignore_eos=True)
-    before = llm.stats()
+    before = llm.get_stats()
     got = llm.generate(prompts_for(2, 6), params)
     for mine, theirs in zip(got, engine(**sizes).generate(prompts_for(2, 6), params), strict=True):
         assert_same(mine, theirs)
-    after = llm.stats()
+    after = llm.get_stats()
     accepted, drafted = (
         after[name] - before[name]
         for name in ("spec_decode_num_accepted_tokens_total", "spec_decode_num_draft_tokens_total")

@@ -57,7 +57,7 @@ def test_drafts_are_those_of_the_reference(models, reference, tmp_path, layout: 
     for temperature in (0, 0, 0.4):
         wish = {"temperature": temperature, "max_tokens": 22, "ignore_eos": True}
         llm.generate(PROMPTS, [SamplingParams(**wish, seed=i) for i in range(len(PROMPTS))])
-    stats = llm.stats()
+    stats = llm.get_stats()
     assert stats["num_preemptions_total"] > 0 and stats["prefix_cache_hits_total"] > 0
     assert all(stats[f"spec_decode_accepted_at_{i}_total"] > 0 for i in range(3))
     assert stats["spec_decode_draft_acceptance_rate"] < 0.9
@@ -166,5 +166,5 @@ def test_dummy_weights_need_a_configuration_alone(models, tmp_path) -> None:
     )  # fmt: skip
     seeded = [SamplingParams(max_tokens=64, ignore_eos=True, seed=seed) for seed in range(len(PROMPTS))]
     llm.generate(PROMPTS, seeded)  # chance decides by seed: few tokens of other seeds may well leave these bounds
-    assert 0.2 < llm.stats()["spec_decode_draft_acceptance_rate"] < 0.6
+    assert 0.2 < llm.get_stats()["spec_decode_draft_acceptance_rate"] < 0.6
     llm.shutdown()

@@ -84,9 +84,9 @@ def test_under_pressure(engine, reference, proposer: str, name: str) -> None:
             assert len(output.outputs[0].token_ids) == wish.max_tokens
             assert_matches_reference(reference, prompt, output.outputs[0].token_ids, wish, seed=wish.seed)
     if name.startswith("tight"):
-        assert llm.stats()["num_preemptions_total"] > 0
-    assert llm.stats()["spec_decode_num_draft_tokens_total"] > 0
-    llm._core.scheduler._allocator.check_integrity()
+        assert llm.get_stats()["num_preemptions_total"] > 0
+    assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
+    llm.engine_core.scheduler._allocator.check_integrity()
 
 
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
@@ -97,7 +97,7 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
     rng = random.Random(seed)
     waiting = list(enumerate(prompts_for(seed, 14)))
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
-    while waiting or len(llm._outputs):
+    while waiting or len(llm.output_processor):
         for _ in range(rng.choice([0, 0, 1, 3])):
             if waiting:
                 i, prompt = waiting.pop()
@@ -108,25 +108,25 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
                     max_tokens=rng.randrange(1, 24),
                     ignore_eos=True,
                 )
-                requests = llm._inputs.process(f"{seed}/{i}", prompt, params)
-                llm._outputs.add(f"{seed}/{i}", None, requests, params, "final")
+                requests = llm.input_processor.process_inputs(f"{seed}/{i}", prompt, params)
+                llm.output_processor.add_request(f"{seed}/{i}", None, requests, params, "final")
                 for request in requests:
-                    llm._core.add(request)
+                    llm.engine_core.add_request(request)
                 expected[f"{seed}/{i}"] = (prompt, params)
-        made = llm._outputs.process(llm._core.step())
-        assert not made.errors
-        for output in made.outputs:
+        processed = llm.output_processor.process_outputs(llm.engine_core.step())
+        assert not processed.failed_requests
+        for output in processed.request_outputs:
             prompt, params = expected.pop(output.request_id)
             tokens = output.outputs[0].token_ids
             assert len(tokens) == params.max_tokens
             assert_matches_reference(reference, prompt, tokens, params, seed=params.seed)
         if expected and rng.random() < 0.05:
             victim = rng.choice(list(expected))
-            llm._core.abort(llm._outputs.remove(victim))
+            llm.engine_core.abort_requests(llm.output_processor.remove_request(victim))
             expected.pop(victim)
-    while llm._core.has_work:
-        llm._core.step()
-    allocator = llm._core.scheduler._allocator
+    while llm.engine_core.has_work:
+        llm.engine_core.step()
+    allocator = llm.engine_core.scheduler._allocator
     allocator.check_integrity()
     assert allocator.num_free_blocks() == allocator.num_blocks - 1
 
@@ -134,7 +134,7 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
 def test_a_model_that_drafts_for_itself_is_always_right(engine) -> None:
     llm = engine("itself")
     llm.generate(prompts_for(2, 6), SamplingParams(temperature=0.9, seed=1, max_tokens=41, ignore_eos=True))
-    stats = llm.stats()
+    stats = llm.get_stats()
     accepted, drafted = (stats[f"spec_decode_num_{name}_tokens_total"] for name in ("accepted", "draft"))
     assert accepted > 0.9 * drafted  # not all: earlier tests had penalties, which the draft does not apply
     assert stats["spec_decode_efficiency"] > 3.5
@@ -143,10 +143,10 @@ def test_a_model_that_drafts_for_itself_is_always_right(engine) -> None:
 def test_a_proposer_that_raises_is_switched_off_and_named(engine) -> None:
     llm = engine("failing")
     llm.generate(prompts_for(3, 4), SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
-    before = llm.stats()["spec_decode_num_draft_tokens_total"]
+    before = llm.get_stats()["spec_decode_num_draft_tokens_total"]
     llm.generate(prompts_for(3, 4), SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
-    assert llm.stats()["spec_decode_num_draft_tokens_total"] == before
-    assert llm.stats()["plugin_quarantines_total"] == 1
+    assert llm.get_stats()["spec_decode_num_draft_tokens_total"] == before
+    assert llm.get_stats()["plugin_quarantines_total"] == 1
 
 
 @pytest.mark.parametrize("proposer", ["draft", "repeater"])

@@ -54,7 +54,7 @@ def test_tokens_follow_the_reference(way: str, head: str, waiting_forbidden: Non
             tokens = output.outputs[0].token_ids
             assert len(tokens) == params.max_tokens
             assert compute_worst_gap(reference, prompt, tokens, params, seed=3) <= 2e-3
-    stats = llm.stats()
+    stats = llm.get_stats()
     if way == "itself":
         assert stats["spec_decode_draft_acceptance_rate"] > 0.95
     assert stats["spec_decode_num_accepted_tokens_total"] > 0

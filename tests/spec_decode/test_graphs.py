@@ -106,7 +106,7 @@ def test_replays_draw_the_same_tokens(engine, captured, first: int) -> None:
     ):
         assert_same(mine, theirs)
     assert sum(graph.count for graph in calls.graphs) > before + 6
-    assert llm.stats()["spec_decode_num_accepted_tokens_total"] > 0
+    assert llm.get_stats()["spec_decode_num_accepted_tokens_total"] > 0
 
 
 def test_lines_of_a_step() -> None:

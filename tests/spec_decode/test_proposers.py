@@ -89,7 +89,7 @@ def test_a_grammar_holds_in_every_draft(engine) -> None:
     for proposer in ("itself", "random", "ngram"):
         llm = engine(proposer, **grammar)
         assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == plain
-        assert llm.stats()["spec_decode_num_draft_tokens_total"] > 0
+        assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
     for i, (prompt, tokens) in enumerate(zip(prompts, plain, strict=True)):
         pairs = zip([prompt[-1], *tokens], tokens, strict=False)
         assert i == 3 or all(token % 3 == (before + 1) % 3 for before, token in pairs)
@@ -127,7 +127,7 @@ def test_bad_input_is_refused_with_the_reason(models, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"num_speculative_tokens": 3}, "not who drafts"),
+        ({"num_speculative_tokens": 3}, "but not how"),
         ({"spec_method": "draft_model"}, "--speculative-model"),
         ({"spec_method": "ngram", "speculative_model": "MODEL"}, "needs no model"),
         ({"spec_method": "ngram", "num_speculative_tokens": 17}, "between 1 and 16, got 17"),
@@ -151,15 +151,15 @@ def test_bad_settings_are_refused(models, arguments: dict, text: str) -> None:
 
 def test_nothing_is_drafted_where_nothing_is_asked(models) -> None:
     from quire.core.engine.args import EngineArgs
-    from quire.core.engine.config_builder import configure
+    from quire.core.engine.config_builder import build_config
 
     for wish in ({}, {"spec_method": "none"}, {"num_speculative_tokens": 0, "speculative_model": "x"}):
-        assert configure(EngineArgs(model=str(models["MODEL"]), **wish)).config.speculation is None
+        assert build_config(EngineArgs(model=str(models["MODEL"]), **wish)).config.speculation is None
     given = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 3}
-    config = configure(EngineArgs(model=str(models["MODEL"]), speculative_config=json.dumps(given))).config
+    config = build_config(EngineArgs(model=str(models["MODEL"]), speculative_config=json.dumps(given))).config
     assert config.speculation is not None and config.speculation.num_speculative_tokens == 6
     assert config.plugin("spec_decode").options == {"prompt_lookup_max": "3"}
-    old = configure(EngineArgs(model=str(models["MODEL"]), speculative_model="[ngram]")).config
+    old = build_config(EngineArgs(model=str(models["MODEL"]), speculative_model="[ngram]")).config
     assert old.plugin("spec_decode").name == "ngram"
 
 
@@ -167,6 +167,6 @@ def test_forced_acceptance_accepts_as_often_as_told(engine) -> None:
     config = {"adaptive": False, "forced_acceptance": 0.75}
     llm = engine("random", speculative_config=config, max_num_seqs=32)
     llm.generate(prompts_for(6, 32), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
-    stats = llm.stats()
+    stats = llm.get_stats()
     rate = stats["spec_decode_accepted_at_0_total"] / stats["spec_decode_drafted_at_0_total"]
     assert 0.68 < rate < 0.82

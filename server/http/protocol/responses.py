@@ -86,7 +86,7 @@ def format_completion_logprobs(
     offsets: list[int] = []
     for row in rows:
         token = row.token_ids[0] if row is not None else first
-        text = engine.token_text(token) if token is not None else ""
+        text = engine.convert_id_to_text(token) if token is not None else ""
         tokens.append(text)
         offsets.append(offset)
         offset += len(text)
@@ -112,9 +112,9 @@ def _format_chat_position(engine: AsyncLLM, row: TokenLogprob, top: int) -> dict
 
 def _format_chat_token(engine: AsyncLLM, token: int, value: float) -> dict[str, Any]:
     return {
-        "token": engine.token_text(token),
+        "token": engine.convert_id_to_text(token),
         "logprob": _clamp_logprob(value),
-        "bytes": list(engine.token_bytes(token)),
+        "bytes": list(engine.convert_id_to_bytes(token)),
     }
 
 
@@ -122,7 +122,7 @@ def _logprobs_by_text(engine: AsyncLLM, row: TokenLogprob) -> dict[str, float]:
     """Best first; the chosen token is always there. Of tokens with the same text the likeliest counts."""
     named: dict[str, float] = {}
     for token, value in [*zip(row.token_ids[1:], row.logprobs[1:], strict=True), (row.token_ids[0], row.logprobs[0])]:
-        named.setdefault(engine.token_text(token), _clamp_logprob(value))
+        named.setdefault(engine.convert_id_to_text(token), _clamp_logprob(value))
     return named
 
 
@@ -131,7 +131,8 @@ def _logprobs_by_token_id(engine: AsyncLLM, row: TokenLogprob) -> dict[str, Any]
     by_token_id: dict[str, Any] = {}
     for token, value, rank in zip(row.token_ids, row.logprobs, ranks, strict=True):
         by_token_id.setdefault(
-            str(token), {"logprob": _clamp_logprob(value), "rank": rank, "decoded_token": engine.token_text(token)}
+            str(token),
+            {"logprob": _clamp_logprob(value), "rank": rank, "decoded_token": engine.convert_id_to_text(token)},
         )
     return by_token_id
 

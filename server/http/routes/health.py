@@ -48,7 +48,7 @@ def make_router(state: ServerState) -> APIRouter:
     @routes.get("/load")
     async def load() -> dict[str, Any]:
         """What a load balancer wants to know."""
-        stats = state.engine.stats()
+        stats = state.engine.get_stats()
         figures = {name: stats.get(name, 0) for name in ("num_requests_running", "num_requests_waiting")}
         return {"server_load": state.in_flight, **figures, "kv_cache_usage_perc": stats.get("kv_cache_usage_perc", 0.0)}
 

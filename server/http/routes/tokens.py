@@ -30,7 +30,7 @@ def make_router(state: ServerState) -> APIRouter:
             tokens = await state.run_tokenizer(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
         else:
             tokens = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
-        texts = [state.engine.token_text(token) for token in tokens] if body.return_token_strs else None
+        texts = [state.engine.convert_id_to_text(token) for token in tokens] if body.return_token_strs else None
         limit = state.engine.config.model.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}
 

@@ -11,6 +11,7 @@ from quire.core.errors import (
     QueueFullError,
     QuireError,
     RequestFailedError,
+    UnsupportedError,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "QueueFullError",
     "QuireError",
     "RequestFailedError",
+    "UnsupportedError",
 ]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from quire.core.plugin.options import options_of, parse_options
+from quire.core.plugin.options import parse_options
 
-__all__ = ["options_of", "parse_options"]
+__all__ = ["parse_options"]

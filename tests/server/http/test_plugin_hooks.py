@@ -65,9 +65,9 @@ def greeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_engines_life(greeting: str, tiny_model: str, tmp_path: Path) -> None:
     script = """if True:
         from quire.core.engine.args import EngineArgs
-        from quire.core.engine.config_builder import configure
+        from quire.core.engine.config_builder import build_config
         for plugins in ((), ("quire-greeting",)):
-            configure(EngineArgs(model=MODEL, plugins=plugins, device="cpu", max_num_seqs=7))
+            build_config(EngineArgs(model=MODEL, plugins=plugins, device="cpu", max_num_seqs=7))
         print("serving")
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), *filter(None, sys.path)))}
