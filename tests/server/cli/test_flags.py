@@ -238,13 +238,6 @@ def test_the_documentation_lists_every_flag() -> None:
         assert f"`{name}" in text, f"docs/cli.md lacks {name}"
 
 
-def test_the_documentation_lists_every_route() -> None:
-    text = (DOCS / "server.md").read_text()
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health",
-                 "/ready", "/ping", "/version", "/load", "/metrics", "/trace"):  # fmt: skip
-        assert f"`{path}`" in text
-
-
 def test_the_documentation_lists_every_command() -> None:
     text = (DOCS / "cli.md").read_text()
     assert all(f"`quire {name}" in text for name in cli.COMMANDS)

@@ -7,15 +7,24 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from quire.core.engine.async_llm import AsyncLLM
 from quire.core.version import __version__
+from quire.server.cli.main import main
+from quire.server.http.app import create_app
 
-from ..conftest import RunningServer, until
+from ..conftest import RunningServer, check_error, until
 
+ROOT = Path(__file__).parents[3]
 TEXT = "/v1/completions"
 LONG = {"prompt": "go on", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 ABORTED = 'quire:request_success_total{finished_reason="abort",model_name="tiny"}'
@@ -43,6 +52,47 @@ def test_the_document_of_the_api(http: httpx.Client) -> None:
     used = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert {"ChatBody", "CompletionBody", "StreamOptions"} <= used <= set(document["components"]["schemas"])
     assert "temperature" in document["components"]["schemas"]["ChatBody"]["properties"]
+
+
+def api_paths() -> list[str]:
+    """The path of every route of the API, without those that FastAPI adds for its documentation."""
+    app = create_app(cast(AsyncLLM, None))
+    return sorted({route.path for route in app.routes if isinstance(route, APIRoute)})
+
+
+@pytest.mark.parametrize("path", api_paths())
+def test_every_route_is_tested_and_documented(path: str) -> None:
+    name = path.partition("/{")[0]
+    tests = [file.read_text() for file in Path(__file__).parent.glob("test_*.py")]
+    assert any(f'"{name}"' in text or f'"{name}/' in text for text in tests), f"no test requests {path}"
+    assert f"`{name}`" in (ROOT / "docs" / "server.md").read_text(), f"docs/server.md lacks {path}"
+
+
+def test_models_by_each_name(http: httpx.Client) -> None:
+    listed = http.get("/v1/models").json()
+    assert listed["object"] == "list" and [model["id"] for model in listed["data"]] == ["tiny", "also-tiny"]
+    model = http.get("/v1/models/also-tiny").json()
+    assert model == listed["data"][1] and model["object"] == "model" and model["max_model_len"] == 2048
+    message = check_error(http.get("/v1/models/large"), 404, "model")
+    assert "'tiny', 'also-tiny'" in message
+
+
+def test_the_trace_of_the_last_steps(server: RunningServer, http: httpx.Client, tmp_path: Path) -> None:
+    assert http.post(TEXT, json={"prompt": "x", "max_tokens": 6, "ignore_eos": True}).status_code == 200
+    events = http.get("/trace", params={"steps": 3}).json()["traceEvents"]
+    assert len({event["name"] for event in events if event["ph"] == "X"}) == 3
+    for steps in ("0", "-1", "many", "1000000000"):
+        check_error(http.get("/trace", params={"steps": steps}), 400)
+    out = tmp_path / "trace.json"
+    assert main(["trace", "--url", server.url, "--steps", "2", "--out", str(out)]) == 0
+    assert len(json.loads(out.read_text())["traceEvents"]) == 5 + 2 * 5
+    assert main(["trace", "--url", f"{server.url}/nowhere", "--out", str(out)]) == 2
+
+
+def test_metrics_without_an_exporter_are_not_found() -> None:
+    app = create_app(cast(AsyncLLM, SimpleNamespace(exporters=[])))
+    with TestClient(app) as client:
+        assert "--metrics prometheus" in check_error(client.get("/metrics"), 404)
 
 
 def test_request_ids(http: httpx.Client) -> None:
