@@ -173,7 +173,7 @@ def _example(kind: Kind) -> list[str]:
     path = EXAMPLES / f"{kind.key}_example.py"
     if path.exists():
         where = path.relative_to(ROOT).as_posix()
-        return [f"`{where}`; a test runs the conformance checks on it.", f"```python\n{path.read_text().rstrip()}\n```"]
+        return [f"`{where}`, which a test runs.", f"```python\n{path.read_text().rstrip()}\n```"]
     return ["The members that a class must define:", f"```python\n{_skeleton(kind)}\n```"]
 
 

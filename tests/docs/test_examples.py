@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
-from quire.sdk import Model
+from quire.core.layers import LayerBuilder
+from quire.plugins.quant.none import Unquantized
 from quire.testing import run_checks
 
 
@@ -65,10 +68,19 @@ def test_the_python_of_a_page_passes_its_checks(page, plugin, python_of, tmp_pat
     all_pass(getattr(importlib.import_module(f"page_{page}"), plugin))
 
 
-def test_the_model_of_a_page_is_a_model(python_of, tmp_path, monkeypatch):
+def test_the_model_of_a_page_computes(python_of, tmp_path, monkeypatch):
     (tmp_path / "page_models.py").write_text(python_of("models.md"))
     monkeypatch.syspath_prepend(tmp_path)
-    assert issubclass(importlib.import_module("page_models").WideForCausalLM, Model)
+    cpu = torch.device("cpu")
+    builder = LayerBuilder(torch.float32, cpu, torch.float32, 16, Unquantized({}))
+    config = SimpleNamespace(vocab_size=11, hidden_size=4, rms_norm_eps=1e-6)
+    model = importlib.import_module("page_models").BigramForCausalLM(config, builder)
+    weights = {"model.embed_tokens.weight": torch.randn(11, 4), "model.norm.weight": torch.ones(4)}
+    for name, copy in model.checkpoint_map().items():
+        copy(weights.pop(name))
+    ids = torch.tensor([3, 5, 3], dtype=torch.int32)
+    logits = model.compute_logits(model.forward(ids, torch.arange(3), None))
+    assert not weights and logits.shape == (3, 11) and torch.equal(logits[0], logits[2])
 
 
 EXAMPLES = ("policy_example:ShortestFirst", "spec_decode_example:RepeatLast", "metrics_example:LogRequests")

@@ -34,6 +34,14 @@ def test_links_lead_somewhere(pages, root):
     assert not broken, "\n".join(broken)
 
 
+def test_files_that_pages_name_exist(pages, root):
+    """``core/x.py`` and folders like ``plugins/sched``; a placeholder has capitals or a star."""
+    pattern = r"`((?:core|plugins|server|src|tests|tools|benchmarks|examples|docs)/[a-z0-9_./-]+)`"
+    named = {(page.name, path) for page in pages for path in re.findall(pattern, page.read_text())}
+    assert len(named) > 30
+    assert not [f"{page}: {path}" for page, path in sorted(named) if not (root / path).exists()]
+
+
 def test_the_index_names_every_page(root):
     index = (root / "docs" / "index.md").read_text()
     missing = [page.name for page in (root / "docs").glob("*.md") if f"({page.name})" not in index]
