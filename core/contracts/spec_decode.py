@@ -1,7 +1,8 @@
-"""Speculative proposer: guesses the next tokens of a request, for the target model to verify in one step.
+"""Speculative proposer: drafts the next tokens of a request, which the target model then verifies in one step.
 
-Verification is the core's. It draws the target's token at each drafted position by the one sampling rule and accepts
-while draft and token agree, so a proposer can only change how fast a request goes, never what it says.
+Verification is the engine's. It samples the target's token at each drafted position, by the same rule and the same
+noise as without speculation, and accepts drafts as long as they are equal. So a proposer changes how many tokens a step
+gives, and never which tokens (docs/decisions/0005-speculation.md).
 """
 
 from __future__ import annotations
@@ -36,22 +37,24 @@ __all__ = [
 
 
 class SpeculativeProposer(ABC):
-    """Derive from ``HostProposer`` or ``DeviceProposer``. One that raises is switched off, and requests go on."""
+    """Derive from ``HostProposer`` or ``DeviceProposer``. A proposer that raises in a step is switched off for the rest
+    of the engine's life, and requests go on without drafts."""
 
     needs_model: bool = False
-    """Whether ``--speculative-model`` must name a folder."""
+    """Whether ``--speculative-model`` is required."""
     serves_model: bool = False
-    """Whether that folder holds a model that could be served alone (``DraftSource.load_model``)."""
+    """Whether its folder holds a model that could be served alone (``DraftSource.load_model``)."""
 
     def __init__(self, num_tokens: int, options: Any = None) -> None:
         self.num_tokens = num_tokens
-        """The most drafts that will be asked for."""
+        """The most draft tokens per request and step that will be asked for."""
         self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @classmethod
     def unsupported(cls, target_config: Any, draft_config: Any, draft_path: Path | None) -> list[str]:
-        """Reasons why this proposer cannot draft for the model with this ``config.json``, given that of
-        ``--speculative-model`` and its folder; empty means it can. Called before any weight is read."""
+        """Reasons why this proposer cannot draft for the model with the ``config.json`` ``target_config``, given that
+        of ``--speculative-model`` and its folder; an empty list means that it can. Called before weights are read."""
         return []
 
     @abstractmethod
@@ -60,25 +63,30 @@ class SpeculativeProposer(ABC):
 
 
 class HostProposer(SpeculativeProposer):
-    """Works on the host, from tokens one step old, while the device runs: no step waits for it.
+    """Works on the host while the device runs, from tokens that are a step old: no step waits for it.
 
-    What it returns is anchored at the end of the tokens it was shown. By the time it is used the device has drawn more;
-    the core drops continuations that those contradict and shortens the others.
+    Its drafts follow the tokens that it was shown. When they are used, the device has sampled more tokens: the engine
+    drops drafts that disagree with those, and the part of the others that the new tokens have overtaken.
     """
 
     @abstractmethod
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
-        """Up to ``count`` tokens that may follow ``who.token_ids``, which only ever grows. Called for every
-        decoding request in every step: some microseconds are all it may take. Tokens of one request may serve another
-        only if their ``cache_salt`` is the same."""
+        """Up to ``num_tokens`` tokens that may follow ``request.token_ids``, which only ever grows; neither it nor
+        anything else of the request may be changed.
+
+        Called for every decoding request in every step, between two launches: it may take some microseconds. Tokens of
+        one request may be used for another only if their ``cache_salt`` is the same. Tokens outside the vocabulary end
+        the draft.
+        """
 
     def request_finished(self, request: Request) -> None:
-        """The request has ended."""
+        """The request has finished or was aborted: free what is kept for it. Also called for requests that ``propose``
+        has never seen; the same ``request_id`` may be used again afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSource:
-    """From what a device proposer loads its weights."""
+    """What a device proposer loads its weights from."""
 
     path: Path | None
     """Folder of ``--speculative-model``."""
@@ -86,99 +94,105 @@ class DraftSource:
     target_config: Any
     """The target's ``config.json``."""
     make_builder: Callable[[Any], LayerBuilder]
-    """Makes layers for this rank in the target's precision, quantized as the given ``config.json`` says."""
+    """Makes layers for this rank in the target's precision, quantized as the ``config.json`` that it is given says."""
     load_model: Callable[[], Model]
     """Loads ``path`` as a model of its own, of any architecture and quantization that can be served."""
     load_format: str
+    """Of ``--load-format``; ``dummy``: weights are random, and nothing is read."""
     config: Any
     """``path``'s ``config.json``; None without a path."""
     max_num_tokens: int
-    """Of a forward pass of the target, padding included: so many lines ``AuxHiddenStates`` must have."""
+    """Tokens of the target's largest forward pass, padding included: rows that ``AuxHiddenStates`` needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetState:
-    """The engine as a device proposer sees it. Tensors are by row of the request table, and stay where they are."""
+    """The engine as a device proposer sees it. Tensors stay where they are for the engine's life; their contents change
+    from step to step."""
 
     sampler: Sampler
     table: SamplingTable
-    num_computed_tokens: Tensor  # (rows,) int32: tokens whose KV the target has; when proposing, ``num_tokens - 1``
-    block_table: Tensor  # (rows, max_blocks) int32, of the group of layers that keeps every token
+    num_computed_tokens: Tensor
+    """(rows of the request table,) int32: tokens whose KV the target has; ``num_tokens - 1`` when proposing."""
+    block_table: Tensor
+    """(rows of the request table, max_blocks) int32, of a group of layers without a window."""
     kv: list[LayerKV]
-    """One for each of the proposer's layers, under the target's block ids."""
+    """The KV cache of each of the proposer's layers, under the target's block ids."""
     backends: list[AttentionBackend]
     """By group of the proposer's layers."""
     group_of: list[int]
-    """By layer of the proposer."""
+    """The group of each of the proposer's layers."""
     block_size: int
     max_model_len: int
     max_num_reqs: int
 
     @property
     def padding_row(self) -> int:
-        """The row that stands for padding: its tokens are written to block 0, and nobody reads its drafts."""
+        """The table row of padding requests: their keys and values go to the null block, their drafts are not read."""
         return len(self.num_computed_tokens) - 1
 
 
 @dataclass(slots=True)
 class StepTokens:
-    """The tokens that a step has computed, in the order of the target's inputs; device tensors."""
+    """The tokens that a step has computed, in the order of the target's inputs. Device tensors."""
 
     input_ids: Tensor  # (num_tokens,) int32
     positions: Tensor  # (num_tokens,) int64
     slot_mapping: Tensor  # (num_tokens,) int64, of the group of ``TargetState.block_table``
-    rows: Tensor  # (num_reqs,) int64
+    rows: Tensor  # (num_reqs,) int64, of the request table
     batch: AttentionBatch
-    """Of that group."""
+    """Of the same group."""
 
 
 @dataclass(slots=True)
 class DraftTokens:
-    """Drafts of some requests. A token outside the vocabulary ends its request's draft."""
+    """Drafts of n requests. A token outside the vocabulary ends its request's draft."""
 
     token_ids: Tensor  # (n, k) int32
-    lengths: Tensor | None = None  # (n,) int32; None: all k
+    lengths: Tensor | None = None  # (n,) int32: drafts of each request; None: k
 
 
 class DeviceProposer(SpeculativeProposer):
-    """Works on the device, right behind the sampler: its tensors are exact, and it reads none of them on the host.
+    """Works on the device, right behind the sampler. Its tensors are exact, and it reads none of them on the host.
 
-    Life: constructed -> ``load_weights`` -> ``attention_specs`` -> ``attach_target`` once -> per step
-    ``observe_step`` if the step
-    computed prompt tokens, then ``propose`` if anybody drew. ``capturable``: ``propose`` may be captured in a CUDA
-    graph, with padding rows at the end of ``rows``.
+    Its life: constructed -> ``load_weights`` -> ``attention_specs`` -> ``attach_target`` once -> in each step
+    ``observe_step`` if the step computed prompt tokens (or ``observes_every_step``), then ``propose`` if a request
+    sampled a token. While drafting does not pay ``propose`` is not called, and with ``supports_backfill`` neither is
+    ``observe_step``.
     """
 
     capturable: bool = False
+    """Whether ``propose`` may be captured in a CUDA graph, with padding rows at the end of ``rows``."""
     supports_backfill: bool = False
-    """Whether ``backfill`` can read tokens later: nothing need be observed then while nothing is drafted."""
+    """Whether ``backfill`` can compute tokens later: then steps are not observed while nothing is drafted."""
     observes_every_step: bool = False
-    """Whether ``observe_step`` is called for every step, maybe in a CUDA graph: for one that reads hidden states of the
-    target, which its ``load_weights`` makes ``Model.aux_hidden_states`` for."""
+    """Whether ``observe_step`` is called for every step, possibly in a CUDA graph: for a proposer that reads hidden
+    states of the target, for which its ``load_weights`` sets ``Model.aux_hidden_states``."""
 
     def load_weights(self, source: DraftSource) -> None:
         """Load weights. Raises a ``QuireError`` that says what is wrong with them."""
 
     def parameters(self) -> Iterable[Tensor]:
-        """The weights of its own, to be counted."""
+        """The proposer's own weights: their bytes are taken from the KV cache's memory."""
         return ()
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """One per layer that keeps keys and values. Every layer sees the whole context."""
+        """One for each layer that keeps keys and values. Every layer sees the whole context."""
         return []
 
     def attach_target(self, target: TargetState) -> None:
-        """The engine stands, the KV cache is allocated."""
+        """Keep ``target`` and allocate buffers. Called once; ``target.kv`` is filled later, when the KV cache is
+        allocated."""
 
     def observe_step(self, step: StepTokens) -> None:
-        """A step computed these tokens, prompts among them. What was drawn since lies behind them in the table."""
+        """The target has computed ``step``, prompt tokens among them. Tokens sampled since are in ``TargetState.table``
+        behind those of the step."""
 
     def backfill(self, spans: Tensor, host_spans: NDArray[np.int64]) -> None:
-        """Read tokens that were computed while nothing was drafted. ``spans`` (3, n) int64: rows, the first token of
-        each and the one behind its last; ``known`` is the same on the host."""
+        """Compute tokens of steps that were not observed. ``spans`` (3, n) int64, device: the table row, the first
+        position and the end of each request's tokens. ``host_spans``: the same on the host."""
 
     @abstractmethod
     def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
-        """``num_tokens`` drafts for each of the ``rows`` (n,) int64: what may follow the tokens that the table has
-        of it.
-        ``greedy``: nobody has a temperature."""
+        """``num_tokens`` drafts (fewer by ``DraftTokens.lengths``) for each request in table ``rows`` (n,) int64: what
+        may follow the tokens that the table has of it. ``greedy``: every request has temperature 0."""
