@@ -17,7 +17,7 @@ from quire.core.ops.kernels import activation_kernel as activation
 from quire.core.ops.kernels import decode_inputs_kernel as decode_inputs
 from quire.core.ops.kernels import norm_kernel as norm
 from quire.core.ops.kernels import rope_kernel as rope
-from quire.core.testing.attention_problem import Problem, make_spec
+from quire.core.testing.attention_problem import AttentionProblem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
 from quire.plugins.quant.kernels import fp8_quantize
@@ -32,23 +32,23 @@ def attention(dtype: torch.dtype, dim: int, decodes: int = 1, queries: int = 1, 
     """A step of long decodes and one chunk, of a model with 32 query heads and 8 KV heads unless told otherwise."""
     shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": dtype, "kv_dtype": dtype, "qk_head_dim": dim}
     spec = make_spec(**(shape | {"v_head_dim": dim} | fields))
-    problem = Problem.random(spec, [(queries, 600)] * decodes + [(9, 40)], num_decodes=decodes)
+    problem = AttentionProblem.random(spec, [(queries, 600)] * decodes + [(9, 40)], num_decodes=decodes)
     backend = TritonBackend(spec, CPU)
     backend.allocate_workspaces(AttentionLimits(8, 8192, CPU, queries))
-    backend.prepare_metadata(problem.batch(CPU))
+    backend.prepare_metadata(problem.make_batch(CPU))
     out = torch.empty(len(problem.q), spec.num_heads, spec.v_head_dim, dtype=dtype)
-    backend.run(0, problem.q, problem.cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))
+    backend.run(0, problem.q, problem.make_kv_cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))
 
 
 def prompts(dim: int, log_sums: bool = False, **fields: Any) -> None:
     """Chunks of prompts, by Hopper's own kernel."""
     shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16}
     spec = make_spec(**(shape | {"qk_head_dim": dim, "v_head_dim": dim} | fields))
-    problem = Problem.random(spec, [(9, 40), (100, 100)], num_decodes=0)
-    kv = problem.cache(TritonBackend(spec, CPU), CPU)
+    problem = AttentionProblem.random(spec, [(9, 40), (100, 100)], num_decodes=0)
+    kv = problem.make_kv_cache(TritonBackend(spec, CPU), CPU)
     out = torch.empty_like(problem.q)
     lse = torch.empty(out.shape[:2]) if log_sums else None
-    HopperPrefill(spec, CPU, num_sms=132).launch(problem.batch(CPU), problem.q, kv, out, lse)
+    HopperPrefill(spec, CPU, num_sms=132).launch(problem.make_batch(CPU), problem.q, kv, out, lse)
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
@@ -63,8 +63,8 @@ def rope_and_cache(
     spec = make_spec(
         dtype=dtype, kv_dtype=kv_dtype or dtype, num_heads=32, num_kv_heads=8, qk_head_dim=dim, v_head_dim=dim
     )
-    problem = Problem.random(spec, [(4, 4)])
-    kv = problem.cache(TritonBackend(spec, CPU), CPU)
+    problem = AttentionProblem.random(spec, [(4, 4)])
+    kv = problem.make_kv_cache(TritonBackend(spec, CPU), CPU)
     weight = torch.empty(dim, dtype=dtype) if normed else None
     positions = torch.arange(4)
     table = torch.empty(8, rotary_dim)

@@ -1,4 +1,4 @@
-"""Both bundled backends keep the contract; Triton's kernels run in the interpreter, in float32 and float16."""
+"""Conformance of the bundled backends; Triton's kernels run in the interpreter, in float32 and float16."""
 
 from __future__ import annotations
 

@@ -60,9 +60,10 @@ class TritonBackend(AttentionBackend):
         """Full and sliding causal attention with GQA and soft-caps; heads of up to 256."""
         reasons = []
         interpreted = triton.knobs.runtime.interpret
+        profile = DeviceProfile.detect(device)
         if device.type == "cpu" and not interpreted:
             reasons.append("a CPU (set TRITON_INTERPRET=1 to run kernels in the interpreter)")
-        if DeviceProfile.detect(device).capability < OLDEST_CAPABILITY:
+        if profile.capability < OLDEST_CAPABILITY:
             reasons.append("a GPU older than compute capability 8.0")
         if interpreted and torch.bfloat16 in (spec.dtype, spec.kv_dtype):
             reasons.append("bfloat16 in the interpreter, which computes it wrongly")
@@ -74,7 +75,7 @@ class TritonBackend(AttentionBackend):
             reasons.append("attention sinks")
         if spec.dtype not in _DTYPES:
             reasons.append(f"queries of {spec.dtype}")
-        if spec.kv_dtype == torch.float8_e4m3fn and not DeviceProfile.detect(device).has_fp8:
+        if spec.kv_dtype == torch.float8_e4m3fn and not profile.has_fp8:
             reasons.append("a KV cache of float8_e4m3fn on a GPU older than compute capability 8.9")
         elif spec.kv_dtype != spec.dtype and spec.kv_dtype not in _FP8:
             reasons.append(f"a KV cache of {spec.kv_dtype} beside queries of {spec.dtype}")

@@ -27,9 +27,7 @@ class HopperPrefill:
     def create_if_supported(cls, spec: AttentionSpec, device: torch.device) -> HopperPrefill | None:
         """None where ``spec`` or the GPU needs the general kernel."""
         profile = DeviceProfile.detect(device)
-        if not profile.is_hopper or not cls.supports(spec):
-            return None
-        return cls(spec, device, profile.num_sms)
+        return cls(spec, device, profile.num_sms) if profile.is_hopper and cls.supports(spec) else None
 
     @staticmethod
     def supports(spec: AttentionSpec) -> bool:

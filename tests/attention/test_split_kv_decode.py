@@ -1,4 +1,4 @@
-"""How the Triton decode splits a request: parts that grow, an ordered merge, nothing learnt from the neighbours."""
+"""How the Triton decode kernel splits a request's keys, and merges the splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quire.core.contracts.attention import AttentionLimits, KVLayout
-from quire.core.testing.attention_problem import Problem, attend, compare, make_spec
+from quire.core.testing.attention_problem import AttentionProblem, assert_backend_matches, make_spec, solve_with
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 
@@ -18,17 +18,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Split(TritonBackend):
-    """Parts of 16 keys, at most 32 of them."""
+class FixedSplitBackend(TritonBackend):
+    """Splits of 16 keys, at most 32 of them."""
 
     def __init__(self, spec, device, options=None) -> None:
         super().__init__(spec, device, TritonBackend.Options(fixed_split_size=16))
 
 
-def test_parts_grow_when_there_are_no_more() -> None:
-    """Lengths of 1, 3, 4 and 38 times the smallest part."""
-    compare(Split, make_spec(), [(1, 16), (1, 48), (1, 49), (1, 600), (1, 1)], lse=True)
-    compare(Split, make_spec(kind="sliding", window=70), [(1, 110), (1, 80), (1, 20)], lse=True)
+def test_fixed_splits_grow_beyond_32() -> None:
+    """Lengths of 1, 3, 4 and 38 times the smallest split."""
+    assert_backend_matches(FixedSplitBackend, make_spec(), [(1, 16), (1, 48), (1, 49), (1, 600), (1, 1)], lse=True)
+    assert_backend_matches(
+        FixedSplitBackend, make_spec(kind="sliding", window=70), [(1, 110), (1, 80), (1, 20)], lse=True
+    )
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float8_e4m3fn])
@@ -36,47 +38,53 @@ def test_many_requests_of_half_precision(kv_dtype: torch.dtype) -> None:
     """The tile for steps that fill the GPU, with lengths on either side of it."""
     shape = {"dtype": torch.float16, "kv_dtype": kv_dtype, "qk_head_dim": 128, "v_head_dim": 128}
     lengths = [1, 31, 32, 33, 70, 2, 65, 40, 64, 96]
-    compare(TritonBackend, make_spec(**shape), [(1, length) for length in lengths], poison=True)
-    compare(TritonBackend, make_spec(num_heads=8, **shape), [(3, length + 2) for length in lengths], num_decodes=10)
+    assert_backend_matches(
+        TritonBackend, make_spec(**shape), [(1, length) for length in lengths], fill_unused_with_nan=True
+    )
+    assert_backend_matches(
+        TritonBackend, make_spec(num_heads=8, **shape), [(3, length + 2) for length in lengths], num_decodes=10
+    )
 
 
-def test_neighbours_change_no_bit_of_equal_parts() -> None:
+def test_fixed_splits_make_results_independent_of_the_batch() -> None:
     spec = make_spec()
     requests = [(1, 140), (1, 20), (9, 70)]
-    together = Problem.random(spec, requests)
-    outs = attend(Split, spec, together)[0].split([1, 1, 9])
+    together = AttentionProblem.random(spec, requests)
+    outs = solve_with(FixedSplitBackend, together)[0].split([1, 1, 9])
     for i, start in enumerate((0, 1, 2)):
-        alone = Problem(
+        alone = AttentionProblem(
             spec=spec,
             requests=[requests[i]],
             num_decodes=int(requests[i][0] == 1),
             q=together.q[start : start + requests[i][0]],
             keys=[together.keys[i]],
             values=[together.values[i]],
-            table=together.table[i : i + 1],
+            block_table=together.block_table[i : i + 1],
         )
-        assert torch.equal(attend(Split, spec, alone)[0], outs[i])
+        assert torch.equal(solve_with(FixedSplitBackend, alone)[0], outs[i])
 
 
 @pytest.mark.parametrize("lengths", [[1], [64], [65, 1, 700], [5000, 1], [3000] * 5, [40] * 60])
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("split", [0, 64])
-def test_parts_cover_each_request_once(lengths: list[int], window: int | None, split: int) -> None:
-    """The list holds every key that is seen, a request's in order, long ones first, and fits its room."""
+@pytest.mark.parametrize("fixed_split_size", [0, 64])
+def test_work_list_covers_each_request_once(lengths: list[int], window: int | None, fixed_split_size: int) -> None:
+    """The list holds every key that is seen once: a request's splits in order, the longest request first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = make_spec(window=window, kind="sliding" if window else "full")
-    work_list = DecodeWorkList(spec, AttentionLimits(64, 8192, device), split)
-    work_list.build(Problem.random(spec, [(1, length) for length in lengths]).batch(device))
-    items = work_list.entries[: int(work_list.num_entries)].tolist()
+    work_list = DecodeWorkList(spec, AttentionLimits(64, 8192, device), fixed_split_size)
+    work_list.build(AttentionProblem.random(spec, [(1, length) for length in lengths]).make_batch(device))
+    entries = work_list.entries[: int(work_list.num_entries)].tolist()
     for request, length in enumerate(lengths):
-        mine = [item for item in items if item[0] == request]
+        splits = [entry for entry in entries if entry[0] == request]
         begin = max(0, length - (window or length))
-        assert [low for _, low, _, _ in mine] == [begin, *(high for _, _, high, _ in mine[:-1])]
-        assert mine[-1][2] == length and all(low < high for _, low, high, _ in mine)
-        assert [(packed & 0xFFFF, packed >> 16) for *_, packed in mine] == [(i, len(mine)) for i in range(len(mine))]
-    longest = [lengths[request] - begin for request, begin, _, packed in items if packed & 0xFFFF == 0]
+        assert [low for _, low, _, _ in splits] == [begin, *(high for _, _, high, _ in splits[:-1])]
+        assert splits[-1][2] == length and all(low < high for _, low, high, _ in splits)
+        assert [(packed & 0xFFFF, packed >> 16) for *_, packed in splits] == [
+            (i, len(splits)) for i in range(len(splits))
+        ]
+    longest = [lengths[request] - begin for request, begin, _, packed in entries if packed & 0xFFFF == 0]
     assert longest == sorted(longest, reverse=True)
-    order = [item[0] for item in items]
+    order = [entry[0] for entry in entries]
     assert sum(a != b for a, b in itertools.pairwise(order)) == len(lengths) - 1
 
 
@@ -105,7 +113,7 @@ def test_a_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("order", ["head", "slot"])
-def test_one_block_lies_as_many_do(order: str) -> None:
+def test_strides_do_not_depend_on_the_number_of_blocks(order: str) -> None:
     """Kernels are compiled for strides, and the warm-up has a cache of one block."""
     layout = KVLayout(make_spec(), order)
     one, many = (

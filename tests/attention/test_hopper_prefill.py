@@ -1,4 +1,4 @@
-"""What Hopper's kernel for prompts is given, where there is no such GPU."""
+"""Which specs the Hopper prefill kernel takes, and what its TMA descriptors address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BFLOAT16 = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "qk_head_dim": 
 
 
 @pytest.mark.parametrize(
-    ("changed", "known"),
+    ("changed", "is_supported"),
     [
         ({}, True),
         ({"dtype": torch.float16, "kv_dtype": torch.float16, "qk_head_dim": 64, "v_head_dim": 64}, True),
@@ -27,8 +27,8 @@ BFLOAT16 = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "qk_head_dim": 
         ({"kind": "sliding", "window": 64}, False),
     ],
 )
-def test_knows_what_it_can_do(changed: dict, known: bool) -> None:
-    assert HopperPrefill.supports(make_spec(**(BFLOAT16 | changed))) is known
+def test_supported_specs(changed: dict, is_supported: bool) -> None:
+    assert HopperPrefill.supports(make_spec(**(BFLOAT16 | changed))) is is_supported
 
 
 def test_other_devices_take_the_general_kernel() -> None:
@@ -36,16 +36,16 @@ def test_other_devices_take_the_general_kernel() -> None:
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
-def test_every_page_lies_within_the_rows(part: str) -> None:
-    """Of the second of three layers that share each block: rows from where a page begins are its slots."""
+def test_page_descriptor_addresses_every_page(part: str) -> None:
+    """For the second of three layers that share each block: a box that begins at a page's first row is that page."""
     spec = make_spec(**BFLOAT16)
     layout = KVLayout(spec)
     size = layout.bytes_per_block
     pool = torch.arange(5 * 3 * size // 2, dtype=torch.int32).to(torch.bfloat16).view(torch.uint8).view(5, 3 * size)
     cache = getattr(layout.view(pool[:, size : 2 * size]), part)
-    rows = make_page_descriptor(cache)
-    assert rows.base.data_ptr() == cache.data_ptr() and rows.block_shape == [16, 128]
-    slots = cache.as_strided(rows.shape, rows.strides)
+    descriptor = make_page_descriptor(cache)
+    assert descriptor.base.data_ptr() == cache.data_ptr() and descriptor.block_shape == [16, 128]
+    slots = cache.as_strided(descriptor.shape, descriptor.strides)
     for block in range(5):
         for head in range(spec.num_kv_heads):
             first = block * (cache.stride(0) // 128) + head * 16
