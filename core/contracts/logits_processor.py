@@ -17,26 +17,27 @@ __all__ = ["LogitsBatch", "LogitsProcessor"]
 
 @dataclass(slots=True)
 class LogitsBatch:
-    """Which request each line of logits belongs to."""
+    """Which request each row of the logits belongs to. A row of the *table* is where a request stays while it runs."""
 
     rows: list[int]
-    """(n,) row in the request table of each line, on the host. A request keeps its row while it runs. With drafts it
-    has several lines, one after the other: each follows the tokens before it, the earlier drafts included."""
-    positions: list[int]
-    """(n,) host upper bound of the position of the token to be drawn (exact without drafts)."""
+    """(n,) row of the request table for each row of the logits, on the host. A request that verifies drafts has several
+    rows of logits, one after the other: each follows the tokens before it, the earlier drafts included."""
+    max_positions: list[int]
+    """(n,) upper bounds, on the host, of the position of the token to be sampled (exact without drafts)."""
     token_ids: Tensor
-    """(rows, any) int32 on the device: every row's tokens so far, the last drawn one included, then its drafts."""
+    """(rows, any) int32 on the device: every row's tokens so far, the last sampled one included, then its drafts."""
     num_tokens: Tensor
-    """(n,) int32 on the device: how many of them come before the token to be drawn, for each line: its position."""
+    """(n,) int32 on the device, for each row of the logits: how many of them come before the token to be sampled, which
+    is also its position."""
 
 
 class LogitsProcessor(ABC):
     """Keeps state per row. Called between two graphs, so it may run any tensor code, but never reads the device, nor
     waits for it: ``quire.core.ops.pinned.copy_to_device`` brings values there, and ``index_fill_`` writes a number
-    where an assignment through an index (``x[rows] = 0``) waits for the step under way.
+    where an assignment through an index (``x[rows] = 0``) waits for the step in flight.
 
-    What it does to a line depends on the request and on the ``num_tokens`` tokens before it alone: lines of drafts may
-    turn out never to have been.
+    What it does to a row of the logits depends on the request and on the ``num_tokens`` tokens before it alone: those
+    of drafts may be rejected, and then never count.
 
     A processor that raises in ``add_row`` or ``apply`` is quarantined: it is skipped from then on, and a metric
     says so.
@@ -51,7 +52,7 @@ class LogitsProcessor(ABC):
 
     @classmethod
     def validate_params(cls, params: SamplingParams, vocab_size: int) -> None:
-        """Raise ``InvalidRequestError`` for parameters this processor cannot honour. Runs in the front process."""
+        """Raise ``InvalidRequestError`` for parameters this processor cannot honour. Runs in the API process."""
 
     @abstractmethod
     def add_row(self, request: NewRequest) -> bool:
@@ -63,4 +64,5 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Change ``logits`` (n, vocab) float32 in place. Called only when some line's ``add_row`` returned True."""
+        """Change ``logits`` (n, vocab) float32 in place. Called only when ``add_row`` returned True for the request of
+        some row."""

@@ -14,9 +14,9 @@ __all__ = ["Sampler", "SamplingBatch", "SamplingTable"]
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """Sampling parameters of the rows that draw a token this step; device tensors unless said.
+    """Sampling parameters by row of the logits; device tensors unless said.
 
-    The booleans are host knowledge, true when any row needs the feature, so that a sampler can skip it.
+    The booleans are known on the host: true when any row needs the feature, so that a sampler can skip it.
     """
 
     temperature: Tensor  # (n,) float32, 0 is greedy
@@ -24,7 +24,7 @@ class SamplingBatch:
     top_p: Tensor  # (n,) float32
     min_p: Tensor  # (n,) float32
     seed: Tensor  # (n,) int64
-    position: Tensor  # (n,) int64: index in the sequence of the token to draw
+    position: Tensor  # (n,) int64: index in the sequence of the token to sample
     any_random: bool
     any_top_k: bool
     any_top_p: bool
@@ -32,8 +32,8 @@ class SamplingBatch:
 
     @classmethod
     def from_table(cls, table: SamplingTable, rows: Tensor, position: Tensor, any_random: bool) -> SamplingBatch:
-        """For lines of the ``rows`` (n,) int64 of ``table``, of which nothing more is known on the host: zeros where
-        nobody has a temperature."""
+        """For logits of the ``rows`` (n,) int64 of ``table``, of which the host knows nothing but whether any has a
+        temperature; where none has, the parameters are zeros that no sampler reads."""
         if not any_random:
             zeros = torch.zeros(2 * len(rows), device=rows.device)
             none, ints, longs = zeros[: len(rows)], zeros.view(torch.int32)[: len(rows)], zeros.view(torch.int64)
@@ -47,7 +47,7 @@ class SamplingTable:
     """Columns of the request table on the device, one entry a row; the last row stands for padding."""
 
     token_ids: Tensor  # (rows, length) int32
-    num_tokens: Tensor  # (rows,) int32: also the index in the sequence of the token to draw
+    num_tokens: Tensor  # (rows,) int32: also the index in the sequence of the token to sample
     temperature: Tensor  # (rows,) float32, 0 is greedy
     top_k: Tensor  # (rows,) int32, 0 is off
     top_p: Tensor  # (rows,) float32
@@ -56,14 +56,13 @@ class SamplingTable:
 
 
 class Sampler(ABC):
-    """Draws ``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens (the Gumbel-max trick).
+    """Samples ``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens: the Gumbel-max trick.
 
-    The noise depends on (seed, position, token) alone, so a request draws the same tokens whatever runs beside it,
-    and drafts are verified by drawing again.
+    The noise depends on (seed, position, token) alone, so a request samples the same tokens whatever runs beside it,
+    and a draft is verified by sampling at its position.
 
-    ``sample`` is all that a sampler needs. One that can also ``sample_from_table``, from the request table itself
-    is captured in CUDA
-    graphs, so that a step with random requests is two replays; others run eagerly between the model and the next step.
+    ``sample`` is all that a sampler needs. One that can also ``sample_from_table`` is captured in CUDA graphs, so that
+    a step with random requests is two replays; others run eagerly between the model and the next step.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
@@ -76,19 +75,20 @@ class Sampler(ABC):
         """``logits`` (n, vocab) float32, penalties and processors applied, may be overwritten. Returns (n,) int32."""
 
     def prepare_graph_sampling(self, max_rows: int) -> bool:
-        """Allocate what ``sample_from_table`` needs for ``max_rows`` rows and say whether the engine may call it.
-        Called once.
+        """Allocate what ``sample_from_table`` needs for ``max_rows`` rows of logits and say whether the engine may call
+        it. Called once.
 
-        If it may, ``sample`` too is captured, to verify drafts: it then takes logits of any type and leaves them."""
+        If it may, ``sample`` too is captured, to verify drafts: it then takes logits of any dtype and leaves them
+        unchanged."""
         return False
 
     def sample_from_table(
         self, logits: Tensor, rows: Tensor, table: SamplingTable, tokens: Tensor, *, greedy: bool
     ) -> None:
-        """Write the drawn token of each row into ``tokens`` (n,) int32 and append it to the row in ``table``.
+        """Write the sampled token of each row into ``tokens`` (n,) int32 and append it to the row in ``table``.
 
         ``logits`` (n, vocab) in the model's dtype, not to be changed; ``rows`` (n,) int64 on the device. The padding
-        row may come many times, draws nothing and never grows. ``greedy``: no row has a temperature. Must be fit for
-        capture in a CUDA graph: no synchronisation, and the same launches whatever the parameters on the device are.
+        row may come many times, gets no token and never grows. ``greedy``: no row has a temperature. Must be fit for
+        capture in a CUDA graph: no synchronization, and the same launches whatever the parameters on the device are.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What every sampler must keep: the one rule for randomness."""
+"""What every sampler must keep: the token is a function of logits, parameters, seed and position."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_result_is_one_int32_per_row(cls: type[Sampler]) -> None:
     """(n, vocab) logits give (n,) int32 tokens inside the vocabulary."""
     tokens = cls(16, _CPU).sample(_logits(5, 16), _batch(5))
     assert tokens.shape == (5,) and tokens.dtype == torch.int32, f"got {tuple(tokens.shape)} {tokens.dtype}"
-    assert bool(((tokens >= 0) & (tokens < 16)).all()), "drew a token outside the vocabulary"
+    assert bool(((tokens >= 0) & (tokens < 16)).all()), "sampled a token outside the vocabulary"
 
 
 def check_temperature_zero_is_the_argmax(cls: type[Sampler]) -> None:
@@ -38,20 +38,20 @@ def check_temperature_zero_is_the_argmax(cls: type[Sampler]) -> None:
 
 
 def check_same_seed_and_position_sample_the_same_token(cls: type[Sampler]) -> None:
-    """Drawing twice gives the same tokens: there is no hidden generator."""
+    """Sampling twice gives the same tokens: there is no hidden generator."""
     sampler, logits = cls(64, _CPU), _logits(8, 64)
     first = sampler.sample(logits.clone(), _batch(8))
-    assert torch.equal(first, sampler.sample(logits.clone(), _batch(8))), "two draws differ"
+    assert torch.equal(first, sampler.sample(logits.clone(), _batch(8))), "sampling twice differs"
     assert torch.equal(first, cls(64, _CPU).sample(logits.clone(), _batch(8))), "two samplers differ"
 
 
 def check_a_row_does_not_depend_on_its_neighbours(cls: type[Sampler]) -> None:
-    """A request draws the same token alone, in company, and in another place of the batch."""
+    """A request samples the same token alone, in company, and in another place of the batch."""
     sampler, logits, batch = cls(64, _CPU), _logits(8, 64), _batch(8)
     together = sampler.sample(logits.clone(), batch)
     for row in range(8):
         alone = sampler.sample(logits[row : row + 1].clone(), _rows(batch, torch.tensor([row])))
-        assert int(alone[0]) == int(together[row]), f"row {row} draws another token alone"
+        assert int(alone[0]) == int(together[row]), f"row {row} samples another token alone"
     order = torch.arange(7, -1, -1)
     turned = sampler.sample(logits[order].clone(), _rows(batch, order))
     assert torch.equal(turned, together[order]), "the order of the rows matters"
@@ -69,15 +69,15 @@ def check_position_and_seed_matter(cls: type[Sampler]) -> None:
 def check_samples_follow_the_distribution(cls: type[Sampler]) -> None:
     """Frequencies over 8,192 positions are the softmax's within 0.03, at two temperatures."""
     row, n = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0, 0.2, 1.5, -3.0]), 8192
-    for heat in (1.0, 0.5):
-        tokens = cls(8, _CPU).sample(row.repeat(n, 1), _batch(n, temperature=torch.full((n,), heat)))
-        seen = torch.bincount(tokens.long(), minlength=8) / n
-        off = (seen - torch.softmax(row / heat, -1)).abs().max().item()
-        assert off < 0.03, f"temperature {heat}: a frequency is off by {off:.3f}"
+    for temperature in (1.0, 0.5):
+        tokens = cls(8, _CPU).sample(row.repeat(n, 1), _batch(n, temperature=torch.full((n,), temperature)))
+        frequencies = torch.bincount(tokens.long(), minlength=8) / n
+        error = (frequencies - torch.softmax(row / temperature, -1)).abs().max().item()
+        assert error < 0.03, f"temperature {temperature}: a frequency is off by {error:.3f}"
 
 
 def check_top_k_top_p_and_min_p_restrict(cls: type[Sampler]) -> None:
-    """Only the allowed tokens are drawn, row by row, each restriction on its own."""
+    """Only the allowed tokens are sampled, row by row, each restriction on its own."""
     row, n = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0, -2.0]), 512
     sampler = cls(6, _CPU)
     cases: list[tuple[str, dict[str, Any], int]] = [
@@ -86,8 +86,8 @@ def check_top_k_top_p_and_min_p_restrict(cls: type[Sampler]) -> None:
         ("min_p", {"min_p": torch.full((n,), 0.3), "any_min_p": True}, 2),
     ]
     for name, changes, allowed in cases:
-        drawn = sampler.sample(row.repeat(n, 1), _batch(n, **changes)).unique().tolist()
-        assert drawn == list(range(allowed)), f"{name}: drew {drawn}, allowed are the first {allowed}"
+        sampled = sampler.sample(row.repeat(n, 1), _batch(n, **changes)).unique().tolist()
+        assert sampled == list(range(allowed)), f"{name}: sampled {sampled}, allowed are the first {allowed}"
 
 
 def _logits(n: int, vocab: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A grammar small enough to check by eye, for what sets masks: each token's class follows from the one before it."""
+"""A grammar small enough to check by eye, for tests of masks: each token's class follows from the one before it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ class CyclicGrammar(LogitsProcessor):
 
     def add_row(self, request: NewRequest) -> bool:
         """Whether the request asked for it."""
-        wanted = bool((request.params.extra_args or {}).get("cyclic"))
-        if wanted:
+        has_grammar = bool((request.params.extra_args or {}).get("cyclic"))
+        if has_grammar:
             self._rows.add(request.row)
-        return wanted
+        return has_grammar
 
     def remove_row(self, row: int) -> None:
         """Forget the row."""
         self._rows.discard(row)
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Mask each line by the token before it, which may be a draft."""
-        lines = copy_to_device([i for i, row in enumerate(batch.rows) if row in self._rows], torch.int64, logits.device)
-        rows = copy_to_device(batch.rows, torch.int64, logits.device)[lines]
-        before = batch.token_ids[rows, batch.num_tokens[lines].long() - 1]
+        """Mask each row of the logits by the token before it, which may be a draft."""
+        logits_rows = copy_to_device(
+            [i for i, row in enumerate(batch.rows) if row in self._rows], torch.int64, logits.device
+        )
+        rows = copy_to_device(batch.rows, torch.int64, logits.device)[logits_rows]
+        before = batch.token_ids[rows, batch.num_tokens[logits_rows].long() - 1]
         allowed = self._classes[None, :] == (before[:, None] + 1) % _CLASSES
-        logits[lines] = logits[lines].masked_fill(~allowed, float("-inf"))
+        logits[logits_rows] = logits[logits_rows].masked_fill(~allowed, float("-inf"))

@@ -1,4 +1,4 @@
-"""``logit_bias``: the caller's own additions to single logits."""
+"""``logit_bias`` of the OpenAI API: what a caller adds to single logits."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class LogitBias(LogitsProcessor):
         del self._rows[row]
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Add every line's biases."""
-        for line, row in enumerate(batch.rows):
+        """Add the biases of each row's request."""
+        for logits_row, row in enumerate(batch.rows):
             if row in self._rows:
                 tokens, values = self._rows[row]
-                logits[line, tokens] += values
+                logits[logits_row, tokens] += values

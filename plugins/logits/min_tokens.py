@@ -1,4 +1,4 @@
-"""``min_tokens``: no end before that many tokens were generated."""
+"""``min_tokens`` of vLLM's API: no end before that many tokens were generated."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class MinTokens(LogitsProcessor):
         del self._rows[row]
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Minus infinity for the stop tokens of every line that is too short to end."""
-        for line, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
+        """Minus infinity for the stop tokens of every row whose request is too short to end."""
+        for logits_row, (row, max_position) in enumerate(zip(batch.rows, batch.max_positions, strict=True)):
             if row not in self._rows:
                 continue
-            shortest, stops = self._rows[row]
-            if position < shortest:  # an upper bound: certainly too short
-                logits[line].index_fill_(0, stops, float("-inf"))
-            else:
-                early = batch.num_tokens[line] < shortest
-                logits[line, stops] = logits[line, stops].masked_fill(early, float("-inf"))
+            min_position, stops = self._rows[row]
+            if max_position < min_position:  # an upper bound: certainly too short
+                logits[logits_row].index_fill_(0, stops, float("-inf"))
+            else:  # with drafts only the device knows
+                too_short = batch.num_tokens[logits_row] < min_position
+                logits[logits_row, stops] = logits[logits_row, stops].masked_fill(too_short, float("-inf"))

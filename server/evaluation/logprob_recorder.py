@@ -78,7 +78,7 @@ class LogprobRecorder(LogitsProcessor):
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
         """Record the logits rows of the requests that asked, and leave only the text's token possible there."""
         step = _StepRows()
-        for logits_row, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
+        for logits_row, (row, position) in enumerate(zip(batch.rows, batch.max_positions, strict=True)):
             text = self._texts.get(row)
             if text is not None and 0 <= (i := position - text.begin) < len(text.tokens):
                 step.logits_rows.append(logits_row)
