@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.kv import Allocation, KVAllocator
-from quire.core.messages import SchedulerOutput
+from quire.core.messages import BlockCopy, SchedulerOutput
 from quire.core.request import Request
 from quire.core.sched.policy_guard import CheckedPlan
 from quire.core.sched.running_batch import NEVER, RunningBatch
@@ -121,7 +121,7 @@ class BatchBuilder:
             max_seq_lens=reached.astype(np.int32),
             new_requests=batch.new_requests,
             block_diffs=batch.block_diffs,
-            block_copies=[copy[1:] for copy in batch.block_copies],
+            block_copies=[BlockCopy(*copy[1:]) for copy in batch.block_copies],
             freed_rows=table.take_freed_rows(),
         )
         if self._speculation is not None:
