@@ -25,6 +25,7 @@ __all__ = [
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
+    "ErrorKind",
     "FinishReason",
     "HostDraft",
     "LogprobRows",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["invalid", "queue_full", "failed"]
+"""Why a request ended with an error: it cannot be served as asked, the queue refuses it, or the engine failed."""
 
 
 # ---- front -> engine core ----------------------------------------------------------------------------------------
@@ -198,6 +201,9 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     prompt_logprobs: list[TokenLogprob] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    """The reason, where ``finish_reason`` is ``error``."""
+    error_kind: ErrorKind = "failed"
+    """Which error the caller gets for it."""
     queue_ns: int = 0
     """Time from arrival to first grant; sent with the first token."""
 

@@ -18,7 +18,7 @@ from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.engine.process import EngineProcess
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError, QuireError, RequestFailedError
+from quire.core.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
@@ -196,8 +196,8 @@ class AsyncLLM:
                 self._abort_core_requests(processed.requests_to_abort)
                 for output in processed.request_outputs:
                     self._put_output(output.request_id, output)
-                for name, reason in processed.failed_requests:
-                    self._put_output(name, _to_exception(reason))
+                for failed in processed.failed_requests:
+                    self._put_output(failed.request_id, failed.to_exception())
                 for step in outputs.steps:
                     self.steps.append(step)
                     self._exporters.record_step(step)
@@ -239,12 +239,3 @@ class AsyncLLM:
             cls = load_target(choice.target, MetricsExporter)
             exporters.append(cls(labels, parse_options(cls, choice.options)))
         return exporters
-
-
-def _to_exception(reason: str) -> QuireError:
-    kind, _, text = reason.partition(": ")
-    if kind == "full":
-        return QueueFullError(text)
-    if kind == "invalid":
-        return InvalidRequestError(text)
-    return RequestFailedError(reason)

@@ -64,9 +64,14 @@ class EngineCore:
         try:
             self.scheduler.add_request(request)
         except InvalidRequestError as error:
-            kind = "full" if isinstance(error, QueueFullError) else "invalid"
             self._rejected_outputs.append(
-                EngineCoreOutput(request.request_id, [], finish_reason="error", error=f"{kind}: {error}")
+                EngineCoreOutput(
+                    request.request_id,
+                    [],
+                    finish_reason="error",
+                    error=str(error),
+                    error_kind="queue_full" if isinstance(error, QueueFullError) else "invalid",
+                )
             )
 
     def abort_requests(self, request_ids: list[str]) -> None:

@@ -129,10 +129,8 @@ class LLM:
                 self.steps.extend(outputs.steps)
                 processed = self.output_processor.process_outputs(outputs)
                 self.engine_core.abort_requests(processed.requests_to_abort)
-                if processed.failed_requests:
-                    raise RequestFailedError(
-                        f"request {processed.failed_requests[0][0]}: {processed.failed_requests[0][1]}"
-                    )
+                for failed in processed.failed_requests:
+                    raise RequestFailedError(f"request {failed.request_id}: {failed.error}")
                 finished.update((output.request_id, output) for output in processed.request_outputs)
                 progress_bar.update(len(processed.request_outputs))
         finally:

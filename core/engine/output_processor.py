@@ -11,11 +11,13 @@ from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.request_state import ChildRequest, RequestState, StreamMode
 from quire.core.engine.tokenizer import Tokenizer
+from quire.core.errors import InvalidRequestError, QueueFullError, QuireError, RequestFailedError
 from quire.core.messages import (
     CompletionOutput,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
+    ErrorKind,
     FinishReason,
     RequestOutput,
     TokenLogprob,
@@ -23,9 +25,27 @@ from quire.core.messages import (
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats, StepStats
 
-__all__ = ["ExporterGroup", "OutputProcessor", "ProcessedOutputs"]
+__all__ = ["ExporterGroup", "FailedRequest", "OutputProcessor", "ProcessedOutputs"]
 
 _log = logging.getLogger("quire.metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A request that ends with an error."""
+
+    request_id: str
+    error: str
+    error_kind: ErrorKind
+
+    def to_exception(self) -> QuireError:
+        """The error that the caller of the request gets."""
+        cls: type[QuireError] = {
+            "invalid": InvalidRequestError,
+            "queue_full": QueueFullError,
+            "failed": RequestFailedError,
+        }[self.error_kind]
+        return cls(self.error)
 
 
 @dataclass(slots=True)
@@ -35,8 +55,8 @@ class ProcessedOutputs:
     request_outputs: list[RequestOutput] = field(default_factory=list)
     requests_to_abort: list[str] = field(default_factory=list)
     """Core requests to end that the engine core still runs: a stop string was found, or a sibling failed."""
-    failed_requests: list[tuple[str, str]] = field(default_factory=list)
-    """(request, reason) of requests that the engine core refused or could not finish; they are removed."""
+    failed_requests: list[FailedRequest] = field(default_factory=list)
+    """Requests that the engine core refused or could not finish; they are removed."""
 
 
 class OutputProcessor:
@@ -121,9 +141,8 @@ class OutputProcessor:
             child.is_done = True
             self._record_finished(state, child, "error", now)
             processed.requests_to_abort.extend(self.remove_request(state.request_id))
-            processed.failed_requests.append(
-                (state.request_id, output.error or "the engine could not finish this request")
-            )
+            error = output.error or "the engine could not finish this request"
+            processed.failed_requests.append(FailedRequest(state.request_id, error, output.error_kind))
             return
         token_ids = output.new_token_ids
         child.stop_reason = output.stop_reason

@@ -1,9 +1,12 @@
 """Columns of a step's outputs say what one object a request would, also after the wire."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.core.engine.ipc import MessageCodec, StepOutputs
+from quire.core.engine.output_processor import FailedRequest
+from quire.core.errors import InvalidRequestError, QueueFullError, RequestFailedError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
 
 TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
@@ -24,3 +27,17 @@ def test_columns_are_what_each_gained(gained: list[list[int]], special: list[lis
     assert [o.new_token_ids for o in each] == [*special, *gained]
     assert [o.request_id for o in each if o.finish_reason is None] == [str(i) for i in range(len(gained))]
     assert [o.finish_reason for o in each] == ["length"] * len(special) + [None] * len(gained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [("invalid", InvalidRequestError), ("queue_full", QueueFullError), ("failed", RequestFailedError)],
+)
+def test_an_error_keeps_its_class_on_the_way(kind, cls) -> None:
+    codec = MessageCodec()
+    output = EngineCoreOutput("r", [], "error", error="full: of eels", error_kind=kind)
+    message = codec.decode_from_core(codec.encode(StepOutputs(EngineCoreOutputs([output]))))
+    assert isinstance(message, StepOutputs)
+    (received,) = message.outputs.outputs
+    error = FailedRequest(received.request_id, received.error, received.error_kind).to_exception()
+    assert type(error) is cls and str(error) == "full: of eels"
