@@ -1,4 +1,4 @@
-"""What can be served at all: checked once, when a request arrives."""
+"""What can be served: the limits of a request, checked once when it arrives, and the token budget of a step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreRequest
 from quire.core.request import Request
 
-__all__ = ["RequestLimits"]
+__all__ = ["RequestLimits", "TokenBudget"]
+
+_GROW_AFTER_STEPS = 64
+"""Steps that must fit into memory before a halved budget is doubled again."""
 
 
 class RequestLimits:
-    """The limits of the engine, as a request meets them.
+    """The limits that a request must respect to be accepted.
 
-    Alone in the cache, every request that is let in can reach its end: that is what guarantees progress.
+    Every accepted request can reach its end if it has the KV cache to itself. The scheduler's progress follows from
+    that: whatever else is preempted, the oldest running request never is.
     """
 
     def __init__(
@@ -28,20 +32,24 @@ class RequestLimits:
         self._max_model_len = max_model_len
         self._max_queued = config.max_queued
         self._block_size = allocator.block_size
-        self._num_blocks = allocator.num_blocks - 1
+        self._num_blocks = allocator.num_blocks - 1  # all but the null block
+        # The most tokens of which a request holds blocks at a time: the longest window (the whole context where a group
+        # has none), what one step adds, the drafts of two steps in flight, of the step being built and of the
+        # proposer behind it, and the block that the window cuts in two.
         windows = [group.window or max_model_len for group in allocator.groups]
         in_flight = config.max_num_batched_tokens + 4 * num_speculative_tokens
-        self._longest_span = max(windows) + in_flight + allocator.block_size
+        self._max_held_tokens = max(windows) + in_flight + allocator.block_size
 
     def validate_request(self, message: EngineCoreRequest, num_queued: int) -> Request:
-        """The request, or ``InvalidRequestError`` with the numbers that forbid it."""
-        size, limit = len(message.prompt_token_ids), self._max_model_len
-        if size == 0:
+        """The request, or ``InvalidRequestError`` with the numbers that forbid it (``QueueFullError`` if it could be
+        served later)."""
+        num_prompt_tokens, limit = len(message.prompt_token_ids), self._max_model_len
+        if num_prompt_tokens == 0:
             raise InvalidRequestError("the prompt has 0 tokens; it needs at least one", "prompt")
-        if size > limit - 1:
+        if num_prompt_tokens > limit - 1:
             raise InvalidRequestError(
-                f"the prompt has {size} tokens, but with max_model_len={limit} at most {limit - 1} leave room for an "
-                "answer; shorten it",
+                f"the prompt has {num_prompt_tokens} tokens, but with max_model_len={limit} at most {limit - 1} leave "
+                "room for an answer; shorten it",
                 "prompt",
             )
         request = Request(message, limit)
@@ -51,13 +59,42 @@ class RequestLimits:
         return request
 
     def _check_blocks(self, request: Request) -> None:
-        """Where every group has a window, no more is held at a time than the windows and what a step adds."""
-        span = min(request.max_total_tokens - 1, self._longest_span)
-        need = -(-span // self._block_size)
-        if need > self._num_blocks:
+        """The request must fit into the cache when it has it to itself. Its last token is never computed."""
+        num_held_tokens = min(request.max_total_tokens - 1, self._max_held_tokens)
+        num_blocks = -(-num_held_tokens // self._block_size)
+        if num_blocks > self._num_blocks:
             raise InvalidRequestError(
-                f"the request may grow to {request.max_total_tokens} tokens, which takes {need} KV blocks of "
+                f"the request may grow to {request.max_total_tokens} tokens, which takes {num_blocks} KV blocks of "
                 f"{self._block_size}, but the cache has {self._num_blocks}; lower max_tokens (or max_model_len), or "
                 "give the cache more memory",
                 "max_tokens",
             )
+
+
+class TokenBudget:
+    """Tokens that a step may compute: the configured number, halved when a step does not fit into the device's memory
+    and doubled again after steps that fit. Without chunked prefill it always holds a whole prompt."""
+
+    def __init__(self, config: SchedulerConfig, max_model_len: int) -> None:
+        self.num_tokens = config.max_num_batched_tokens
+        self.num_shrinks = 0
+        self._max_tokens = config.max_num_batched_tokens
+        self._min_tokens = 1 if config.chunked_prefill else max_model_len
+        self._num_fitting_steps = 0  # since the budget changed
+
+    def record_fitting_step(self) -> None:
+        """A step fitted into memory."""
+        if self.num_tokens < self._max_tokens:
+            self._num_fitting_steps += 1
+            if self._num_fitting_steps >= _GROW_AFTER_STEPS:
+                self.num_tokens, self._num_fitting_steps = min(2 * self.num_tokens, self._max_tokens), 0
+
+    def shrink_budget(self, num_tokens: int) -> bool:
+        """A step of ``num_tokens`` did not fit: allow half of it. False, and nothing changes, if that is less than a
+        step must be able to compute."""
+        half = min(num_tokens, self.num_tokens) // 2
+        if half < self._min_tokens:
+            return False
+        self.num_tokens, self._num_fitting_steps = half, 0
+        self.num_shrinks += 1
+        return True

@@ -1,4 +1,4 @@
-"""Turns what a step drew into tokens, stops and outputs."""
+"""Applies the output of a step: tokens, stops, log-probabilities, and what the prefix cache may hold from now on."""
 
 from __future__ import annotations
 
@@ -27,209 +27,243 @@ from quire.core.sched.speculation import Speculation
 __all__ = ["InFlightStep", "OutputUpdater"]
 
 _CACHE_EVERY_BLOCKS = 8
-"""Generated blocks are made findable so many at a time."""
+"""Blocks of generated tokens enter the prefix cache so many at a time (those of prompts one by one, because other
+requests may need them at once): few calls of the allocator."""
 
 
 @dataclass(slots=True)
 class InFlightStep:
-    """A step on the worker: whom each of its indices belongs to, and how far each had come with it."""
+    """A step that the worker runs, with what the running batch said of its rows when it was scheduled."""
 
     step: SchedulerOutput
-    requests: NDArray[Any]
-    generations: NDArray[np.int64]
-    num_computed_tokens: NDArray[np.int64]
+    requests: NDArray[Any]  # (num_reqs,) Request objects
+    generations: NDArray[np.int64]  # (num_reqs,)
+    num_computed_tokens: NDArray[np.int64]  # (num_reqs,) after the step
 
     @classmethod
-    def from_table(cls, step: SchedulerOutput, table: RunningBatch) -> InFlightStep:
-        """Note the table as it is right after planning the step."""
+    def from_running(cls, step: SchedulerOutput, running: RunningBatch) -> InFlightStep:
+        """Take the state right after the step was scheduled."""
         rows = step.rows
-        return cls(step, table.requests[rows], table.generations[rows], table.num_computed_tokens[rows])
+        return cls(step, running.requests[rows], running.generations[rows], running.num_computed_tokens[rows])
 
 
 class OutputUpdater:
-    """Applies the results of steps, in order. Results for requests that have ended are dropped; those for requests
-    that were preempted meanwhile are kept."""
+    """Applies the outputs of steps, in order. Outputs for requests that have ended are dropped; those for requests that
+    were preempted meanwhile are kept."""
 
     def __init__(
         self,
-        table: RunningBatch,
+        running: RunningBatch,
         allocator: KVAllocator,
-        finish: Callable[[Request, FinishReason, int | str | None], None],
-        landed: Callable[[Request], None],
+        finish_request: Callable[[Request, FinishReason, int | str | None], None],
+        unpark_request: Callable[[Request], None],
         speculation: Speculation | None = None,
     ) -> None:
-        self._running = table
+        self._running = running
         self._allocator = allocator
-        self._finish_request = finish
-        self._unpark_request = landed
+        self._finish_request = finish_request
+        self._unpark_request = unpark_request
         self._speculation = speculation
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
 
     def update_from_output(self, in_flight_step: InFlightStep, output: ModelRunnerOutput) -> EngineCoreOutputs:
-        """What every request gained, and which ended."""
+        """The new tokens of every request in the step, and which requests end with them."""
         table, step = self._running, in_flight_step.step
         rows = step.rows
-        here = table.generations[rows] == in_flight_step.generations
-        all_here = np.count_nonzero(here) == len(here)
+        # A row of another generation was freed since: its request has ended or was preempted.
+        is_current = table.generations[rows] == in_flight_step.generations
+        all_current = np.count_nonzero(is_current) == len(is_current)
         if output.prompt_logprobs:
-            self._append_prompt_logprobs(in_flight_step, output, here)
-        outputs = [] if all_here else self._update_preempted(in_flight_step, output, here)
+            self._append_prompt_logprobs(in_flight_step, output, is_current)
+        outputs = [] if all_current else self._update_preempted(in_flight_step, output, is_current)
         if self._speculation is not None:
-            return self._update_with_drafts(in_flight_step, output, here, self._speculation, outputs)
-        self._cache_computed_blocks(
-            rows if all_here else rows[here],
-            in_flight_step.num_computed_tokens if all_here else in_flight_step.num_computed_tokens[here],
-        )
-        tokens, drawn = output.sampled_token_ids[:, 0], None
-        if not all_here or step.num_decodes != len(rows):
-            drawn = (here & step.sampling_mask).nonzero()[0]
-            rows, tokens = rows[drawn], tokens[drawn]
+            return self._update_with_drafts(in_flight_step, output, is_current, self._speculation, outputs)
+        computed = in_flight_step.num_computed_tokens
+        if all_current:
+            self._cache_computed_blocks(rows, computed)
+        else:
+            self._cache_computed_blocks(rows[is_current], computed[is_current])
+
+        # Rows that sampled a token. If all decoded and are still there, ``sampled`` stays None: nothing is copied.
+        token_ids, sampled = output.sampled_token_ids[:, 0], None
+        if not all_current or step.num_decodes != len(rows):
+            sampled = (is_current & step.sampling_mask).nonzero()[0]
+            rows, token_ids = rows[sampled], token_ids[sampled]
         in_flight = table.num_in_flight_tokens[rows] - 1
         table.num_in_flight_tokens[rows] = in_flight
-        drew = tokens.tolist()
-        deque(map(list.append, table.token_ids[rows].tolist(), drew), maxlen=0)
-        ids = table.request_ids[rows].tolist()
-        self.num_generation_tokens += len(drew)
-        special = table.match_stop_tokens(tokens) | (table.num_tokens[rows] - in_flight >= table.output_object_at[rows])
-        asked = _requested_logprobs(len(drew), drawn, output.logprobs) if output.logprobs else {}
-        special[list(asked)] = True
-        indices = special.nonzero()[0].tolist()
+        new_token_ids = token_ids.tolist()
+        # ``request.token_ids.append(token)`` for every request, without a loop in Python.
+        deque(map(list.append, table.token_ids[rows].tolist(), new_token_ids), maxlen=0)
+        request_ids = table.request_ids[rows].tolist()
+        self.num_generation_tokens += len(new_token_ids)
+
+        # Most requests gain a token and nothing else: they leave as columns. The few of which there may be more to say
+        # (a first token, a stop token, the last token, log-probabilities) get an output object instead.
+        needs_output_object = table.match_stop_tokens(token_ids)
+        needs_output_object |= table.num_tokens[rows] - in_flight >= table.output_object_at[rows]
+        requested_logprobs = _select_logprobs(len(new_token_ids), sampled, output.logprobs) if output.logprobs else {}
+        needs_output_object[list(requested_logprobs)] = True
+        indices = needs_output_object.nonzero()[0].tolist()
         for i in indices:
-            outputs.append(self._make_output(int(rows[i]), [drew[i]], asked.get(i)))
+            outputs.append(self._make_output(int(rows[i]), [new_token_ids[i]], requested_logprobs.get(i)))
         for i in reversed(indices):
-            del ids[i], drew[i]
-        return EngineCoreOutputs(outputs, ids, drew)
+            del request_ids[i], new_token_ids[i]
+        return EngineCoreOutputs(outputs, request_ids, new_token_ids)
 
     def _update_with_drafts(
-        self, flight: InFlightStep, result: ModelRunnerOutput, here: NDArray[np.bool_], speculation: Speculation,
+        self,
+        in_flight_step: InFlightStep,
+        output: ModelRunnerOutput,
+        is_current: NDArray[np.bool_],
+        speculation: Speculation,
         outputs: list[EngineCoreOutput],
-    ) -> EngineCoreOutputs:  # fmt: skip
-        """``land`` where steps may verify drafts: requests gain several tokens, and what was granted for drafts that
-        turned out wrong is taken back."""
-        table, step = self._running, flight.step
-        prompts = (here & ~step.sampling_mask).nonzero()[0]
-        self._cache_computed_blocks(step.rows[prompts], flight.num_computed_tokens[prompts])
-        drawn = (here & step.sampling_mask).nonzero()[0]
-        rows, gained = step.rows[drawn], result.num_sampled_tokens[drawn].astype(np.int64)
-        none: NDArray[Any] = np.zeros(len(step.rows), np.int64)
-        drafts = (none if step.num_draft_tokens is None else step.num_draft_tokens)[drawn].astype(np.int64)
-        vain = drafts + 1 - gained
-        in_flight = table.num_in_flight_tokens[rows] - drafts - 1
+    ) -> EngineCoreOutputs:
+        """``update_from_output`` where steps may verify drafts: requests gain several tokens, and what was granted for
+        rejected drafts is taken back."""
+        table, step = self._running, in_flight_step.step
+        prompts = (is_current & ~step.sampling_mask).nonzero()[0]  # chunks that do not reach the prompt's end
+        self._cache_computed_blocks(step.rows[prompts], in_flight_step.num_computed_tokens[prompts])
+        sampled = (is_current & step.sampling_mask).nonzero()[0]
+        rows = step.rows[sampled]
+        num_new = output.num_sampled_tokens[sampled].astype(np.int64)  # accepted drafts and one token more
+        no_drafts: NDArray[Any] = np.zeros(len(step.rows), np.int64)
+        num_drafts = no_drafts if step.num_draft_tokens is None else step.num_draft_tokens
+        num_drafts = num_drafts[sampled].astype(np.int64)
+
+        # The counts assumed that every draft is accepted: take the rejected ones back.
+        num_rejected = num_drafts + 1 - num_new
+        in_flight = table.num_in_flight_tokens[rows] - num_drafts - 1
         table.num_in_flight_tokens[rows] = in_flight
-        table.max_overcount[rows] -= drafts
-        table.num_computed_tokens[rows] -= vain
-        known = table.num_tokens[rows] - vain
-        table.num_tokens[rows] = known
-        tokens = result.sampled_token_ids[drawn]
-        real = np.arange(tokens.shape[1]) < gained[:, None]
-        counts = gained.tolist()
-        drew = [line[:count] for line, count in zip(tokens.tolist(), counts, strict=True)]
-        deque(map(list.extend, table.token_ids[rows].tolist(), drew), maxlen=0)
-        ids = table.request_ids[rows].tolist()
-        self.num_generation_tokens += int(gained.sum())
-        self._cache_computed_blocks(rows, known - in_flight - 1)
-        tried: NDArray[Any] = none if result.num_verified_drafts is None else result.num_verified_drafts
-        speculation.record_acceptance(rows, tried[drawn], gained - 1)
-        speculation.record_step_time(step, 0.0 if result.ran_draft_backfill else result.device_us)
-        special = (table.match_stop_tokens(tokens) & real).any(1) | (known - in_flight >= table.output_object_at[rows])
-        asked = _requested_logprobs(len(drew), drawn, result.logprobs) if result.logprobs else {}
-        special[list(asked)] = True
-        indices = special.nonzero()[0].tolist()
+        table.max_overcount[rows] -= num_drafts
+        table.num_computed_tokens[rows] -= num_rejected
+        num_tokens = table.num_tokens[rows] - num_rejected
+        table.num_tokens[rows] = num_tokens
+
+        sampled_token_ids = output.sampled_token_ids[sampled]  # (len(sampled), 1 + k), left-aligned
+        is_token = np.arange(sampled_token_ids.shape[1]) < num_new[:, None]
+        num_new_tokens = num_new.tolist()
+        new_token_ids = [
+            padded[:count] for padded, count in zip(sampled_token_ids.tolist(), num_new_tokens, strict=True)
+        ]
+        deque(map(list.extend, table.token_ids[rows].tolist(), new_token_ids), maxlen=0)
+        request_ids = table.request_ids[rows].tolist()
+        self.num_generation_tokens += int(num_new.sum())
+        # Of the tokens that the host has now, all but the last are computed.
+        self._cache_computed_blocks(rows, num_tokens - in_flight - 1)
+
+        num_verified: NDArray[Any] = no_drafts if output.num_verified_drafts is None else output.num_verified_drafts
+        speculation.record_acceptance(rows, num_verified[sampled], num_new - 1)
+        # A step that also made up for prompts that the proposer had not read says nothing of what drafts take.
+        speculation.record_step_time(step, 0.0 if output.ran_draft_backfill else output.device_us)
+
+        # As in ``update_from_output``.
+        needs_output_object = (table.match_stop_tokens(sampled_token_ids) & is_token).any(1)
+        needs_output_object |= num_tokens - in_flight >= table.output_object_at[rows]
+        requested_logprobs = _select_logprobs(len(new_token_ids), sampled, output.logprobs) if output.logprobs else {}
+        needs_output_object[list(requested_logprobs)] = True
+        indices = needs_output_object.nonzero()[0].tolist()
         for i in indices:
-            outputs.append(self._make_output(int(rows[i]), drew[i], asked.get(i)))
+            outputs.append(self._make_output(int(rows[i]), new_token_ids[i], requested_logprobs.get(i)))
         for i in reversed(indices):
-            del ids[i], drew[i], counts[i]
-        return EngineCoreOutputs(outputs, ids, [token for line in drew for token in line], counts)
+            del request_ids[i], new_token_ids[i], num_new_tokens[i]
+        flat_token_ids = [token for token_ids in new_token_ids for token in token_ids]
+        return EngineCoreOutputs(outputs, request_ids, flat_token_ids, num_new_tokens)
 
     def _update_preempted(
-        self, flight: InFlightStep, result: ModelRunnerOutput, here: NDArray[np.bool_]
+        self, in_flight_step: InFlightStep, output: ModelRunnerOutput, is_current: NDArray[np.bool_]
     ) -> list[EngineCoreOutput]:
-        """Tokens of requests preempted since: they count, though the request now waits."""
-        outputs = []
-        for i in (~here & flight.step.sampling_mask).nonzero()[0].tolist():
-            request: Request = flight.requests[i]
+        """Tokens of requests that were preempted while the step ran: they count, though the request now waits."""
+        outputs, step = [], in_flight_step.step
+        for i in (~is_current & step.sampling_mask).nonzero()[0].tolist():
+            request: Request = in_flight_step.requests[i]
             if request.status is RequestStatus.FINISHED:
                 continue
-            tokens = result.sampled_token_ids[i, : result.num_sampled_tokens[i]].tolist()
-            request.num_in_flight_tokens -= (
-                1 if flight.step.num_draft_tokens is None else 1 + int(flight.step.num_draft_tokens[i])
-            )
-            request.token_ids += tokens
-            self.num_generation_tokens += len(tokens)
-            output = EngineCoreOutput(request.request_id, tokens)
-            if i in result.logprobs:
-                output.logprobs = _logprob_positions(result.logprobs[i])
-            self._complete_output(request, output)
-            if output.finish_reason is None and request.num_in_flight_tokens == 0:
+            new_token_ids = output.sampled_token_ids[i, : output.num_sampled_tokens[i]].tolist()
+            request.num_in_flight_tokens -= 1 if step.num_draft_tokens is None else 1 + int(step.num_draft_tokens[i])
+            request.token_ids += new_token_ids
+            self.num_generation_tokens += len(new_token_ids)
+            request_output = EngineCoreOutput(request.request_id, new_token_ids)
+            if i in output.logprobs:
+                request_output.logprobs = _split_positions(output.logprobs[i])
+            self._complete_output(request, request_output)
+            # It was parked until its last token in flight: only then is it known what it has to compute again.
+            if request_output.finish_reason is None and request.num_in_flight_tokens == 0:
                 self._unpark_request(request)
-            outputs.append(output)
+            outputs.append(request_output)
         return outputs
 
-    def _make_output(self, row: int, tokens: list[int], logprobs: list[TokenLogprob] | None) -> EngineCoreOutput:
-        """An output of its own for a request of which there may be more to say."""
+    def _make_output(self, row: int, new_token_ids: list[int], logprobs: list[TokenLogprob] | None) -> EngineCoreOutput:
+        """An output object for a running request of which there may be more to say than its tokens."""
         request = self._running.get_request(row)
-        self._running.output_object_at[row] = request.max_total_tokens
-        output = EngineCoreOutput(request.request_id, tokens, logprobs=logprobs)
+        self._running.output_object_at[row] = request.max_total_tokens  # the first token is out: next is the last
+        output = EngineCoreOutput(request.request_id, new_token_ids, logprobs=logprobs)
         self._complete_output(request, output)
         return output
 
     def _complete_output(self, request: Request, output: EngineCoreOutput) -> None:
-        """Tokens of which one is the first, perhaps one the last: complete their output, and end the request if it is
-        over. Tokens after its end are cut off, and log-probabilities of drafts that were not accepted."""
-        new = output.new_token_ids
-        before = request.num_output_tokens - len(new)
-        if not before:
+        """Complete the output of a request whose ``token_ids`` already end with the new ones: add what is sent with a
+        first token, and end the request at its stop token or length. Tokens after its end are cut off, and so are
+        log-probabilities of drafts that were not accepted."""
+        new_token_ids = output.new_token_ids
+        num_before = request.num_output_tokens - len(new_token_ids)
+        if not num_before:
             output.num_cached_tokens = request.num_cached_tokens
             output.queue_ns = max(request.first_scheduled_ns - request.arrival_ns, 0)
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
             self.num_prompt_tokens += request.prompt_len
-        for length, token in enumerate(new, before + 1):
-            if token in request.stop_token_ids and length >= request.params.min_tokens:
+        for num_output_tokens, token in enumerate(new_token_ids, num_before + 1):
+            if token in request.stop_token_ids and num_output_tokens >= request.params.min_tokens:
                 output.finish_reason = "stop"
                 output.stop_reason = token if token in request.params.stop_token_ids else None
-            elif request.prompt_len + length >= request.max_total_tokens:
+            elif request.prompt_len + num_output_tokens >= request.max_total_tokens:
                 output.finish_reason = "length"
             else:
                 continue
-            extra = before + len(new) - length
-            if extra:
-                self.num_generation_tokens -= extra
-                del request.token_ids[-extra:], new[-extra:]
+            num_extra = num_before + len(new_token_ids) - num_output_tokens
+            if num_extra:
+                self.num_generation_tokens -= num_extra
+                del request.token_ids[-num_extra:], new_token_ids[-num_extra:]
             self._finish_request(request, output.finish_reason, output.stop_reason)
             break
         if output.logprobs:
-            del output.logprobs[len(new) :]
+            del output.logprobs[len(new_token_ids) :]
 
-    def _cache_computed_blocks(self, rows: NDArray[np.int32], reached: NDArray[np.int64]) -> None:
-        """Note how far everybody has come, and make the blocks of prompts findable. Generated blocks follow in
-        batches, and when the request leaves."""
+    def _cache_computed_blocks(self, rows: NDArray[np.int32], num_computed_tokens: NDArray[np.int64]) -> None:
+        """Note that the tokens are computed, and put blocks that are full into the prefix cache: at once those of
+        prompts, in batches those of generated tokens. What is missing then follows when the request leaves its row."""
         table = self._running
-        table.num_committed_tokens[rows] = reached
-        due = (reached >= table.cache_blocks_at[rows]).nonzero()[0]
+        table.num_committed_tokens[rows] = num_computed_tokens
+        due = (num_computed_tokens >= table.cache_blocks_at[rows]).nonzero()[0]
         if len(due):
-            rows, reached = rows[due], reached[due]
-            for request, num_tokens in zip(table.requests[rows].tolist(), reached.tolist(), strict=True):
+            rows, num_computed_tokens = rows[due], num_computed_tokens[due]
+            for request, num_tokens in zip(table.requests[rows].tolist(), num_computed_tokens.tolist(), strict=True):
                 self._allocator.cache_full_blocks(request, num_tokens)
-            stride = np.where(reached < table.prompt_len[rows], 1, _CACHE_EVERY_BLOCKS) * self._allocator.block_size
-            table.cache_blocks_at[rows] = reached // stride * stride + stride
+            in_prompt = num_computed_tokens < table.prompt_len[rows]
+            stride = np.where(in_prompt, 1, _CACHE_EVERY_BLOCKS) * self._allocator.block_size
+            table.cache_blocks_at[rows] = num_computed_tokens // stride * stride + stride
 
-    def _append_prompt_logprobs(self, flight: InFlightStep, result: ModelRunnerOutput, here: NDArray[np.bool_]) -> None:
-        """Keep log-probabilities of the prompt until its first token is out."""
-        for i, rows in result.prompt_logprobs.items():
-            request: Request = flight.requests[i]
-            if request.prompt_logprobs is not None and (here[i] or flight.step.sampling_mask[i]):
-                request.prompt_logprobs += _logprob_positions(rows)
+    def _append_prompt_logprobs(
+        self, in_flight_step: InFlightStep, output: ModelRunnerOutput, is_current: NDArray[np.bool_]
+    ) -> None:
+        """Keep log-probabilities of prompt chunks until the first token is out. A preempted request computes its prompt
+        again, so those of a chunk count only if it still runs, or if the chunk was the last."""
+        for i, logprobs in output.prompt_logprobs.items():
+            request: Request = in_flight_step.requests[i]
+            if request.prompt_logprobs is not None and (is_current[i] or in_flight_step.step.sampling_mask[i]):
+                request.prompt_logprobs += _split_positions(logprobs)
 
 
-def _requested_logprobs(
-    count: int, drawn: NDArray[np.int64] | None, logprobs: dict[int, LogprobRows]
+def _select_logprobs(
+    count: int, sampled: NDArray[np.int64] | None, logprobs: dict[int, LogprobRows]
 ) -> dict[int, list[TokenLogprob]]:
-    """Log-probabilities by place among the ``count`` that drew, who are at ``drawn`` in the step (None: all are)."""
-    indices = range(count) if drawn is None else drawn.tolist()
-    return {place: _logprob_positions(logprobs[index]) for place, index in enumerate(indices) if index in logprobs}
+    """Log-probabilities by place among the ``count`` requests that sampled; ``sampled`` has their indices in the step
+    (None: the same), by which ``logprobs`` is keyed."""
+    indices = range(count) if sampled is None else sampled.tolist()
+    return {place: _split_positions(logprobs[index]) for place, index in enumerate(indices) if index in logprobs}
 
 
-def _logprob_positions(rows: LogprobRows) -> list[TokenLogprob]:
-    columns = zip(rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist(), strict=True)
-    return [TokenLogprob(ids, values, rank) for ids, values, rank in columns]
+def _split_positions(logprobs: LogprobRows) -> list[TokenLogprob]:
+    """One object per position."""
+    columns = zip(logprobs.token_ids.tolist(), logprobs.logprobs.tolist(), logprobs.ranks.tolist(), strict=True)
+    return [TokenLogprob(token_ids, values, rank) for token_ids, values, rank in columns]

@@ -1,4 +1,4 @@
-"""The policy on a leash: its plans are checked, and one that misbehaves is replaced."""
+"""Guards the engine against its batching policy: plans are checked, and a policy that misbehaves is replaced."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ logger = logging.getLogger("quire.sched")
 
 @dataclass(slots=True)
 class CheckedPlan:
-    """Checked grants: positive, within the budget and what remains, no request twice."""
+    """Grants that are safe to carry out: positive, within the budget and what remains, no request twice."""
 
-    request_indices: NDArray[np.int64]
-    num_scheduled_tokens: NDArray[np.int64]
+    request_indices: NDArray[np.int64]  # (n,) requests as the view numbers them
+    num_scheduled_tokens: NDArray[np.int64]  # (n,)
     victims: list[int]
+    """Running requests as the view numbers them, in the order in which they are preempted when blocks run out."""
 
 
 class PolicyGuard:
     """Asks the policy; on its first serious fault asks ``fallback`` from then on and calls ``on_quarantine``.
 
-    Faults: it raises; what it returns is of the wrong type or out of range; ``strikes`` plans in a row took longer
-    than ``time_limit_s``; it granted nothing ``patience`` times in a row while the engine stood idle.
+    Faults: it raises; what it returns is of the wrong type or out of range; ``max_slow_plans`` plans in a row took
+    longer than ``time_limit_s``; it granted nothing ``max_empty_plans`` times in a row while the engine was idle.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PolicyGuard:
         self._key_types: tuple[type, ...] | None = None
 
     def admission_key(self, info: RequestInfo) -> tuple[Any, ...]:
-        """The admission key; raises ``QueueFullError`` if the policy rejects the request."""
+        """The request's place in the queue. Raises ``QueueFullError`` if the policy rejects the request."""
         while True:
             try:
                 key = self.policy.admission_key(info)
@@ -79,8 +80,9 @@ class PolicyGuard:
             self._quarantine(fault)
 
     def schedule(self, view: StepView) -> CheckedPlan:
-        """A plan that is safe to carry out."""
+        """The policy's plan for a step, checked."""
         while True:
+            # The default plan is the engine's own: neither checked nor timed.
             if type(self.policy).schedule is BatchingPolicy.schedule:
                 grants = make_default_plan(view)
                 return CheckedPlan(grants.request_indices, grants.num_scheduled_tokens, [])
@@ -90,24 +92,26 @@ class PolicyGuard:
                 took = perf_counter() - began
                 result = check_grants(grants, view)
             except Exception as error:
-                result = f"plan raised {error!r}"
+                result = f"schedule raised {error!r}"
             if isinstance(result, CheckedPlan):
                 self._num_slow_plans = self._num_slow_plans + 1 if took > self._time_limit_s else 0
                 if self._num_slow_plans < self._max_slow_plans or self._on_fallback:
                     return result
                 limit = self._time_limit_s
-                result = f"plan took {took * 1e3:.0f} ms, over {limit * 1e3:.0f}, {self._num_slow_plans} times running"
+                result = (
+                    f"schedule took {took * 1e3:.0f} ms, over {limit * 1e3:.0f}, {self._num_slow_plans} times in a row"
+                )
             self._quarantine(result)
 
     def note_empty_plan(self) -> bool:
-        """The engine is idle, could run something, and the plan came to nothing. Whether to ask again."""
+        """The engine is idle, could run something, and the plan led to no step. Whether to ask again."""
         self._num_empty_plans += 1
         if self._num_empty_plans < self._max_empty_plans:
             return True
         self._num_empty_plans = 0
         if self._on_fallback:
             return False
-        self._quarantine(f"it granted nothing {self._max_empty_plans} times while the engine stood idle")
+        self._quarantine(f"it granted nothing {self._max_empty_plans} times while the engine was idle")
         return True
 
     def note_progress(self) -> None:
@@ -119,11 +123,11 @@ class PolicyGuard:
         try:
             self.policy.request_finished(info, usage)
         except Exception as error:
-            self._quarantine(f"finished raised {error!r}")
+            self._quarantine(f"request_finished raised {error!r}")
 
     @property
     def wants_finished_requests(self) -> bool:
-        """Whether the policy wants to hear of finished requests at all."""
+        """Whether the policy overrides ``request_finished``: else nothing has to be gathered for it."""
         return type(self.policy).request_finished is not BatchingPolicy.request_finished
 
     @property
@@ -147,6 +151,7 @@ class PolicyGuard:
             return f"admission_key returned {key!r}, not a tuple of numbers or strings"
         if any(not isinstance(part, str) and math.isnan(part) for part in key):
             return f"admission_key returned {key!r}, which cannot be ordered"
+        # Keys are compared with each other in the queue, so all must have the types of the first.
         types = tuple(str if isinstance(part, str) else float for part in key)
         if self._key_types is None:
             self._key_types = types
@@ -154,7 +159,7 @@ class PolicyGuard:
 
 
 def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
-    """The plan, cut to what is possible, or what is wrong with it."""
+    """The grants cut to what is possible; or, if they break the contract, a text that says how."""
     if not isinstance(grants, Grants):
         return f"schedule returned {type(grants).__name__}, not Grants"
     num_running, num_waiting = len(view.running), len(view.waiting)
@@ -162,50 +167,51 @@ def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
         column = getattr(grants, name)
         if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
             return f"Grants.{name} is {column!r}, not a one-dimensional array of integers"
-    rows = grants.request_indices.astype(np.int64, copy=False)
+    indices = grants.request_indices.astype(np.int64, copy=False)
     tokens = grants.num_scheduled_tokens.astype(np.int64, copy=False)
-    if len(rows) != len(tokens):
-        return f"Grants has {len(rows)} request_indices and {len(tokens)} num_scheduled_tokens"
-    if not len(rows):
-        return CheckedPlan(rows, tokens, [])
-    low, high = np.minimum.reduce(rows), np.maximum.reduce(rows)
+    if len(indices) != len(tokens):
+        return f"Grants has {len(indices)} request_indices and {len(tokens)} num_scheduled_tokens"
+    if not len(indices):
+        return CheckedPlan(indices, tokens, [])
+    low, high = np.minimum.reduce(indices), np.maximum.reduce(indices)
     if low < 0 or high >= num_running + num_waiting:
         return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
-    if np.count_nonzero(np.bincount(rows)) < len(rows):
-        return f"Grants.request_indices names request {np.bincount(rows).argmax()} twice"
+    if np.count_nonzero(np.bincount(indices)) < len(indices):
+        return f"Grants.request_indices names request {np.bincount(indices).argmax()} twice"
     if np.minimum.reduce(tokens) < 0:
         return f"Grants.num_scheduled_tokens must not be negative, got {tokens.min()}"
-    victims = _victims(grants.victims, num_running)
+    victims = _check_victims(grants.victims, num_running)
     if isinstance(victims, str):
         return victims
-    remaining = (
-        np.concatenate((view.running.num_remaining_tokens, view.waiting.num_remaining_tokens))
-        if num_waiting
-        else view.running.num_remaining_tokens
-    )
-    want = remaining[rows]
-    tokens = np.minimum(tokens, want)
+
+    # From here on, what is too much is cut: to what each request has left to compute ...
+    remaining = view.running.num_remaining_tokens
     if num_waiting:
-        newcomer = rows >= num_running
-        tokens = np.where(newcomer & (np.cumsum(newcomer & (tokens > 0)) > view.num_free_rows), 0, tokens)
+        remaining = np.concatenate((remaining, view.waiting.num_remaining_tokens))
+    wanted = remaining[indices]
+    tokens = np.minimum(tokens, wanted)
+    # ... to the waiting requests that find a row, in the order of the grants ...
+    if num_waiting:
+        is_waiting = indices >= num_running
+        tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > view.num_free_rows), 0, tokens)
+    # ... to the budget, which the first grants use up ...
     if np.add.reduce(tokens) > view.token_budget:
         tokens = np.clip(view.token_budget - (tokens.cumsum() - tokens), 0, tokens)
+    # ... and, where prompts cannot be computed in parts, to whole ones.
     if not view.chunked_prefill:
-        tokens = np.where(tokens == want, tokens, 0)
+        tokens = np.where(tokens == wanted, tokens, 0)
     keep = tokens > 0
-    return (
-        CheckedPlan(rows, tokens, victims)
-        if np.count_nonzero(keep) == len(keep)
-        else CheckedPlan(rows[keep], tokens[keep], victims)
-    )
+    if np.count_nonzero(keep) < len(keep):
+        indices, tokens = indices[keep], tokens[keep]
+    return CheckedPlan(indices, tokens, victims)
 
 
-def _victims(victims: object, num_running: int) -> list[int] | str:
+def _check_victims(victims: object, num_running: int) -> list[int] | str:
     if victims is None:
         return []
     if not isinstance(victims, np.ndarray) or victims.ndim != 1 or victims.dtype.kind not in "iu":
         return f"Grants.victims is {victims!r}, not a one-dimensional array of integers"
     if len(victims) and (victims.min() < 0 or victims.max() >= num_running):
         return f"Grants.victims must lie in 0..{num_running - 1}, got {victims.min()}..{victims.max()}"
-    listed: list[int] = victims.tolist()
-    return listed
+    checked: list[int] = victims.tolist()
+    return checked

@@ -1,4 +1,8 @@
-"""The running requests, as columns with stable rows: the host's twin of the worker's request table."""
+"""The running requests as columns with stable rows: the host's copy of what the worker's request table holds.
+
+``StateColumns`` hold the numbers that the scheduler keeps of each request, one array per number. The running batch is
+such a table, and the visible part of the waiting queue has one; ``GatheredColumns`` show a policy some of its rows.
+"""
 
 from __future__ import annotations
 
@@ -7,61 +11,154 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy import RequestColumns
+from quire.core.contracts.policy_view import RequestColumns
 from quire.core.request import Request, RequestStatus
-from quire.core.sched.request_columns import VIEW_FIELDS, TableColumns, describe
 
-__all__ = ["RunningBatch"]
+__all__ = ["NEVER", "GatheredColumns", "RunningBatch", "StateColumns"]
 
-_PRIVATE_FIELDS = 5
-_MAX_COUNTED_STOP_ID = 1 << 20
-"""Stop tokens from here on share a counter."""
 NEVER = np.iinfo(np.int64).max
+"""A threshold that no count reaches."""
+
+_MAX_COUNTED_STOP_ID = 1 << 20
+"""Stop tokens from this id on share a counter, so that a caller's huge id does not make the array huge."""
 
 
-class RunningBatch:
-    """Up to ``size`` running requests. A request keeps its row from ``admit`` to ``leave``.
+class StateColumns:
+    """Numbers of up to ``size`` requests, each an int64 array of that length. All are rows of one matrix, so that a
+    request is written with one assignment."""
 
-    ``computed`` counts tokens granted, ``landed`` those of steps that have landed, ``known`` the tokens on the host
-    and in flight, ``capacity`` those its blocks have room for. Drafts in flight count as if they were right until
-    they land, so these are upper bounds; ``slack`` is how much too high they may be. ``drafts`` says how many drafts
-    the device holds for the next step, at most. A ``stamp`` is given at every admission, so that a step
-    in flight can tell whether its row still belongs to the request it was planned for.
-    """
+    num_computed_tokens: NDArray[np.int64]
+    """Tokens granted so far: their KV is computed, or will be by a step in flight. An upper bound: see
+    ``max_overcount``."""
+    num_tokens: NDArray[np.int64]
+    """Tokens that the host knows and those that steps in flight sample. An upper bound as well."""
+    max_computed_tokens: NDArray[np.int64]
+    """Tokens that the request will ever compute: all but the last, which is never fed back."""
+    num_in_flight_tokens: NDArray[np.int64]
+    """Tokens that steps in flight sample or verify."""
+    prompt_len: NDArray[np.int64]
+    max_tokens: NDArray[np.int64]
+    """Tokens that the request may generate."""
+    priority: NDArray[np.int64]
+    arrival_ns: NDArray[np.int64]
+    num_slots: NDArray[np.int64]
+    """Tokens for which the request's blocks have room."""
+    max_overcount: NDArray[np.int64]
+    """Drafts in flight. They are counted as if all were accepted, so ``num_computed_tokens`` and ``num_tokens`` may be
+    too high by as much as this, until the step's output is in."""
 
-    def __init__(self, max_num_seqs: int, block_size: int, *, has_windows: bool, prefix_caching: bool) -> None:
-        self.max_num_seqs = max_num_seqs
-        self.rows: NDArray[np.int64] = np.empty(0, np.int64)
-        """Rows in order of admission."""
-        self._data = np.zeros((VIEW_FIELDS + _PRIVATE_FIELDS, max_num_seqs), np.int64)
+    def __init__(self, size: int) -> None:
+        self._data = np.zeros((10, size), np.int64)
         (
             self.num_computed_tokens,
             self.num_tokens,
             self.max_computed_tokens,
             self.num_in_flight_tokens,
             self.prompt_len,
-            *_,
+            self.max_tokens,
+            self.priority,
+            self.arrival_ns,
             self.num_slots,
             self.max_overcount,
-        ) = self._data[:VIEW_FIELDS]
-        (
-            self.num_committed_tokens,
-            self.cache_blocks_at,
-            self.free_window_at,
-            self.output_object_at,
-            self.num_device_drafts,
-        ) = self._data[VIEW_FIELDS:]
+        ) = self._data
+
+    def set_request(self, index: int, request: Request, num_computed_tokens: int, num_slots: int) -> None:
+        """Write a request that has ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``."""
+        self._data[:, index] = (  # in the order of the names in ``__init__``
+            num_computed_tokens,
+            len(request.token_ids) + request.num_in_flight_tokens,
+            request.max_total_tokens - 1,
+            request.num_in_flight_tokens,
+            request.prompt_len,
+            request.max_total_tokens - request.prompt_len,
+            request.priority,
+            request.arrival_ns,
+            num_slots,
+            0,
+        )
+
+
+class GatheredColumns(RequestColumns):
+    """What a policy sees of the requests at ``index`` of a table: each column is gathered when it is first read."""
+
+    def __init__(self, columns: StateColumns, index: NDArray[np.int64], block_size: int) -> None:
+        self._columns = columns
+        self._index = index
+        self._block_size = block_size
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def clear_remaining(self, mask: NDArray[np.bool_]) -> None:
+        """Show the requests of ``mask`` as having nothing left to compute: they are served in this step already."""
+        self.num_remaining_tokens = np.where(mask, 0, self.num_remaining_tokens)
+        self.num_remaining_tokens.flags.writeable = False
+
+    def __getattr__(self, name: str) -> NDArray[np.int64]:
+        """Called only for columns that are not gathered yet."""
+        columns, index = self._columns, self._index
+        if name in _STORED:
+            column: NDArray[np.int64] = getattr(columns, name).take(index)
+        elif name == "num_remaining_tokens":
+            known = np.minimum(columns.num_tokens.take(index), columns.max_computed_tokens.take(index))
+            column = known - self.num_computed_tokens
+        elif name == "min_computed_tokens":
+            column = self.num_computed_tokens - columns.max_overcount.take(index)
+        elif name == "output_len":
+            column = columns.num_tokens.take(index) - self.prompt_len
+        elif name == "num_held_blocks":
+            column = columns.num_slots.take(index) // self._block_size
+        elif name == "num_needed_blocks":
+            reached = self.num_computed_tokens + self.num_remaining_tokens
+            column = np.maximum(-(-reached // self._block_size) - self.num_held_blocks, 0)
+        else:
+            raise AttributeError(name)
+        column.flags.writeable = False
+        setattr(self, name, column)  # the next read does not come here
+        return column
+
+
+_STORED = frozenset(
+    ("num_computed_tokens", "num_in_flight_tokens", "prompt_len", "max_tokens", "priority", "arrival_ns")
+)
+"""Columns of a policy's view that a table stores as they are."""
+
+
+class RunningBatch(StateColumns):
+    """Up to ``max_num_seqs`` running requests. A request keeps its row from ``add_row`` to ``free_row``; the worker's
+    request table uses the same rows."""
+
+    def __init__(self, max_num_seqs: int, block_size: int, *, has_windows: bool, prefix_caching: bool) -> None:
+        super().__init__(max_num_seqs)
+        self.max_num_seqs = max_num_seqs
+        self.rows: NDArray[np.int64] = np.empty(0, np.int64)
+        """Rows in use, in order of admission: the oldest request first."""
+        self.num_committed_tokens = np.zeros(max_num_seqs, np.int64)
+        """Tokens whose KV was computed by steps whose output is in: what the prefix cache may hold."""
+        self.num_device_drafts = np.zeros(max_num_seqs, np.int64)
+        """Drafts that the device holds for the next step, at most."""
         self.generations = np.zeros(max_num_seqs, np.int64)
+        """A number that is new for every request that takes the row; 0 while the row is free. A step in flight
+        compares it to tell whether its rows still belong to the requests that it was scheduled for."""
+
+        # Thresholds: one comparison per step finds the few requests for which Python code has to run.
+        self.cache_blocks_at = np.zeros(max_num_seqs, np.int64)
+        """``num_committed_tokens`` from which there are full blocks to put into the prefix cache."""
+        self.free_window_at = np.zeros(max_num_seqs, np.int64)
+        """Lower bound of ``num_computed_tokens`` from which a sliding window has left a block behind."""
+        self.output_object_at = np.zeros(max_num_seqs, np.int64)
+        """``num_tokens`` from which the request's output needs an object: its first token, then its last."""
+
         self.requests = np.full(max_num_seqs, None, object)
         self.request_ids = np.full(max_num_seqs, None, object)
         self.token_ids = np.full(max_num_seqs, None, object)
-        self._stop_token_counts = np.zeros(
-            1, np.int32
-        )  # (up to _STOP_IDS + 1,) running requests that stop at this token
+        """The ``token_ids`` lists of the requests, the same objects."""
+
+        self._stop_token_counts = np.zeros(1, np.int32)  # by token id: running requests that stop at it; last entry: 0
         self._block_size = block_size
         self._first_window_free = 0 if has_windows else NEVER
         self._prefix_caching = prefix_caching
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))  # a stack: the row freed last is used first
         self._freed_rows: list[int] = []
         self._last_generation = 0
 
@@ -70,28 +167,28 @@ class RunningBatch:
 
     @property
     def num_free_rows(self) -> int:
-        """Rows nobody has."""
+        """Rows that no request has."""
         return len(self._free_rows)
 
-    def add_row(self, request: Request, computed: int, capacity: int) -> int:
-        """Give the request a row, with ``computed`` tokens already in the cache."""
+    def add_row(self, request: Request, num_computed_tokens: int, num_slots: int) -> int:
+        """Give the request a row, with ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``."""
         row = self._free_rows.pop()
         self._last_generation += 1
-        self._data[:VIEW_FIELDS, row] = describe(request, computed, capacity)
-        self.num_committed_tokens[row] = computed
+        self.set_request(row, request, num_computed_tokens, num_slots)
+        self.num_committed_tokens[row] = num_computed_tokens
         self.num_device_drafts[row] = 0
-        self.cache_blocks_at[row] = self.next_block_boundary(computed) if self._prefix_caching else NEVER
+        self.cache_blocks_at[row] = self.next_block_boundary(num_computed_tokens) if self._prefix_caching else NEVER
         self.free_window_at[row] = self._first_window_free
         self.output_object_at[row] = min(request.prompt_len + 1, request.max_total_tokens)
         self.generations[row] = self._last_generation
         self.requests[row], self.request_ids[row], self.token_ids[row] = request, request.request_id, request.token_ids
         self._count_stop_tokens(request.stop_token_ids, 1)
-        self.rows = np.append(self.rows, row)
+        self.rows = np.append(self.rows, row)  # a new array: views of earlier steps keep theirs
         request.row, request.status = row, RequestStatus.RUNNING
         return row
 
     def free_row(self, request: Request) -> None:
-        """Take the row back; it is announced by the next ``take_left``."""
+        """Take the row back; the next ``take_freed_rows`` names it."""
         row = request.row
         request.num_in_flight_tokens = int(self.num_in_flight_tokens[row])
         self._count_stop_tokens(request.stop_token_ids, -1)
@@ -103,37 +200,39 @@ class RunningBatch:
         request.row = -1
 
     def take_freed_rows(self) -> list[int]:
-        """Rows given back since the last call."""
-        left, self._freed_rows = self._freed_rows, []
-        return left
+        """Rows freed since the last call."""
+        freed, self._freed_rows = self._freed_rows, []
+        return freed
 
     def next_block_boundary(self, num_tokens: int) -> int:
         """The first multiple of the block size above ``num_tokens``."""
         return (num_tokens // self._block_size + 1) * self._block_size
 
-    def view_columns(self, served: NDArray[np.int64]) -> RequestColumns:
-        """A view for the policy, in order of admission. The rows ``served`` have nothing remaining."""
-        columns = TableColumns(self._data, self.rows, self._block_size)
-        if len(served):
-            columns.clear_remaining(np.isin(self.rows, served))
+    def view_columns(self, scheduled_rows: NDArray[np.int64]) -> RequestColumns:
+        """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``."""
+        columns = GatheredColumns(self, self.rows, self._block_size)
+        if len(scheduled_rows):
+            columns.clear_remaining(np.isin(self.rows, scheduled_rows))
         return columns
 
     def get_request(self, row: int) -> Request:
-        """Who has the row."""
-        found: Any = self.requests[row]
-        return found
+        """The request that has the row."""
+        request: Any = self.requests[row]
+        return request
 
-    def match_stop_tokens(self, tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Where the token is a stop token of some running request: worth a closer look."""
-        stops: NDArray[np.bool_] = self._stop_token_counts.take(tokens, mode="clip") > 0
-        return stops
+    def match_stop_tokens(self, token_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Where a token is a stop token of some running request, not necessarily of the one that sampled it: a cheap
+        test that spares most requests the exact one."""
+        matches: NDArray[np.bool_] = self._stop_token_counts.take(token_ids, mode="clip") > 0
+        return matches
 
-    def _count_stop_tokens(self, stop_ids: frozenset[int], change: int) -> None:
-        for token in stop_ids:
+    def _count_stop_tokens(self, stop_token_ids: frozenset[int], change: int) -> None:
+        for token in stop_token_ids:
             index = min(token, _MAX_COUNTED_STOP_ID)
             if index >= 0:
-                if index + 2 > len(self._stop_token_counts):  # the last entry stands for all tokens beyond, and stays 0
-                    wider = np.zeros(index + 2, np.int32)
-                    wider[: len(self._stop_token_counts)] = self._stop_token_counts
-                    self._stop_token_counts = wider
+                if index + 2 > len(self._stop_token_counts):
+                    # ``take`` clips larger ids to the last entry, which stays 0: no running request stops at them.
+                    grown = np.zeros(index + 2, np.int32)
+                    grown[: len(self._stop_token_counts)] = self._stop_token_counts
+                    self._stop_token_counts = grown
                 self._stop_token_counts[index] += change

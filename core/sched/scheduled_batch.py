@@ -1,55 +1,69 @@
-"""A step in the making."""
+"""A step while it is being built: what has been granted, and what the worker has to be told for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.kv import Allocation
-from quire.core.messages import BlockDiff, NewRequest
+from quire.core.messages import BlockCopy, BlockDiff, NewRequest
 from quire.core.request import Request
 
-__all__ = ["ScheduledBatch"]
+__all__ = ["RowCopy", "ScheduledBatch", "ScheduledRows"]
+
+
+class ScheduledRows(NamedTuple):
+    """Grants to some rows of the running batch, in parallel columns."""
+
+    rows: NDArray[np.int64]  # (n,)
+    num_scheduled_tokens: NDArray[np.int64]  # (n,) drafts included
+    num_draft_tokens: NDArray[np.int64]  # (n,)
+
+
+class RowCopy(NamedTuple):
+    """A block that is copied before the step runs, and the row for which it is."""
+
+    row: int
+    copy: BlockCopy
 
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """What has been granted so far, and what the worker must be told of it."""
+    """The grants of a step so far, with what is left of its budget."""
 
-    rows: list[NDArray[np.int64]] = field(default_factory=list)
-    num_scheduled_tokens: list[NDArray[np.int64]] = field(default_factory=list)
-    """Drafts included."""
-    num_draft_tokens: list[NDArray[np.int64]] = field(default_factory=list)
+    token_budget: int
+    """Tokens that the step may still compute, those for drafts included."""
+    reserved_draft_budget: int = 0
+    """Part of ``token_budget`` that is kept for drafts. Policies do not see it."""
+    reserved_blocks: int = 0
+    """Blocks that the running requests still need for the tokens they have. A waiting request must leave them free."""
+    out_of_blocks: bool = False
+    """Blocks ran out: no further waiting request is admitted in this step."""
+    prefix_hit_refund: bool = False
+    """A waiting request needed fewer tokens than its grant, because part of its prompt was cached."""
+    groups: list[ScheduledRows] = field(default_factory=list)
+    """The grants, in the order in which they were made: no row twice."""
     new_requests: list[NewRequest] = field(default_factory=list)
     block_diffs: list[BlockDiff] = field(default_factory=list)
-    block_copies: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(row, group, source, destination)"""
-    token_budget: int = 0
-    reserved_draft_budget: int = 0
-    """Part of the budget kept for drafts, which policies do not see."""
-    reserved_blocks: int = 0
-    """Blocks that the running requests still need for what they know."""
-    out_of_blocks: bool = False
-    """Blocks ran out: no newcomer may be admitted any more."""
-    prefix_hit_refund: bool = False
-    """A newcomer needed less than its grant, because part of its prompt is cached."""
+    block_copies: list[RowCopy] = field(default_factory=list)
 
     def scheduled_rows(self) -> NDArray[np.int64]:
-        """Rows that already have their share of this step."""
-        return np.concatenate(self.rows) if self.rows else np.empty(0, np.int64)
+        """Rows that have their grant of this step."""
+        return np.concatenate([group.rows for group in self.groups]) if self.groups else np.empty(0, np.int64)
 
     def record_allocation(self, row: int, allocation: Allocation) -> None:
-        """The row's block tables have changed."""
+        """The row's block tables have changed by this."""
         for group, blocks in enumerate(allocation.new_blocks):
             if blocks:
                 self.block_diffs.append(BlockDiff(group, row, allocation.starts[group], blocks))
         if allocation.copies:
-            self.block_copies.extend((row, *copy) for copy in allocation.copies)
+            self.block_copies.extend(RowCopy(row, copy) for copy in allocation.copies)
 
     def add_new_request(self, request: Request, num_computed_tokens: int) -> None:
-        """The request enters the worker's table with ``computed`` tokens in the cache."""
+        """The request enters the worker's table with ``num_computed_tokens`` tokens in the cache."""
         self.new_requests.append(
             NewRequest(
                 row=request.row,
@@ -64,15 +78,14 @@ class ScheduledBatch:
         )
 
     def drop_preempted(self, generations: NDArray[np.int64]) -> None:
-        """Forget what was noted for requests preempted since. Their rows are free: nobody is admitted after that."""
-        kept = [generations[rows] > 0 for rows in self.rows]
-        self.num_scheduled_tokens = [
-            tokens[keep] for tokens, keep in zip(self.num_scheduled_tokens, kept, strict=True) if keep.any()
-        ]
-        self.num_draft_tokens = [
-            drafts[keep] for drafts, keep in zip(self.num_draft_tokens, kept, strict=True) if keep.any()
-        ]
-        self.rows = [rows[keep] for rows, keep in zip(self.rows, kept, strict=True) if keep.any()]
+        """Take out what was granted to requests that were preempted after it: their rows are free (``generations`` of
+        the running batch is 0), and stay free because no request is admitted after a preemption."""
+        kept = []
+        for group in self.groups:
+            keep = generations[group.rows] > 0
+            if keep.any():
+                kept.append(ScheduledRows(*(column[keep] for column in group)))
+        self.groups = kept
         self.new_requests = [new for new in self.new_requests if generations[new.row] > 0]
         self.block_diffs = [diff for diff in self.block_diffs if generations[diff.row] > 0]
-        self.block_copies = [copy for copy in self.block_copies if generations[copy[0]] > 0]
+        self.block_copies = [copy for copy in self.block_copies if generations[copy.row] > 0]

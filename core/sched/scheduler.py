@@ -1,10 +1,42 @@
-"""The scheduler: asks the policy for a plan, makes it safe and real, and books what comes back."""
+"""The scheduler: decides what each step computes, and applies what comes back.
+
+One step, in the order and with the names of the code below::
+
+    schedule() -> SchedulerOutput
+        batch = ScheduledBatch(token_budget)                  # scheduled_batch.py: the step being built
+        Speculation.plan_drafts()                             # speculation.py: budget reserved for drafts
+        _fill_batch(batch), until no budget, no blocks or no requests are left:
+            view = _make_view(batch)                          # running requests and the head of the queue, as columns
+            plan = PolicyGuard.schedule(view)                 # policy_guard.py
+                grants = BatchingPolicy.schedule(view)        #   a plugin, or default_policy_plan.py
+                check_grants(grants, view) -> CheckedPlan     #   cut to what is possible; a faulty policy is replaced
+            BatchBuilder.apply_plan(batch, plan, ...)         # batch_builder.py
+                _schedule_running: allocate blocks; preempt when there are none, the youngest request first
+                _admit_request: fork the parent or match the prefix; allocate blocks; RunningBatch.add_row
+            again with what is left, if cached prefixes gave budget back
+        _close_batch(batch)
+            BatchBuilder.make_output(batch)                   # counts of the running batch; the message to the worker
+            InFlightStep.from_running(...)                    # output_updater.py: which request has which row
+
+    The worker runs the step. Meanwhile the next one is scheduled: sampled tokens count before they are read.
+
+    update_from_output(step, output) -> EngineCoreOutputs     # steps come back in order
+        _pop_oldest_step(step)
+        OutputUpdater.update_from_output(...)                 # output_updater.py
+            requests preempted meanwhile keep their tokens; for finished ones the output is dropped
+            append sampled tokens, take rejected drafts back, put full blocks into the prefix cache
+            stop tokens, length, log-probabilities -> EngineCoreOutput; _finish_request frees row and blocks
+
+    or, if the worker failed:   fail_step(step)               # its requests end with an error
+    or, if memory ran out:      retract_step(step)            # its requests are preempted; steps get smaller
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,25 +56,36 @@ from quire.core.messages import (
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.batch_builder import BatchBuilder
 from quire.core.sched.draft_length import DraftLengthTuner
-from quire.core.sched.fork_group import ForkGroups
-from quire.core.sched.limits import RequestLimits
+from quire.core.sched.limits import RequestLimits, TokenBudget
 from quire.core.sched.output_updater import InFlightStep, OutputUpdater
 from quire.core.sched.policy_guard import PolicyGuard
 from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduled_batch import ScheduledBatch
 from quire.core.sched.speculation import Speculation
-from quire.core.sched.token_budget import TokenBudget
-from quire.core.sched.waiting_queue import MAX_VISIBLE, WaitingQueue
+from quire.core.sched.waiting_queue import MAX_VISIBLE, ForkGroups, WaitingQueue
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "SchedulerDebugState"]
+
+
+class SchedulerDebugState(NamedTuple):
+    """The scheduler's live parts, for tests and debugging: to look at, not to change."""
+
+    running: RunningBatch
+    waiting: WaitingQueue
+    fork_groups: ForkGroups
+    allocator: KVAllocator
+    speculation: Speculation | None
 
 
 class Scheduler:
-    """Decides what each step computes. It never waits for a sampled token: a token drawn and not read back counts as
-    known, since the worker feeds it back by itself. Several steps may be in flight; they are committed in order.
+    """Schedules steps, keeps every request from arrival to end, and applies the output of steps.
 
-    A request waits (in the queue, or parked until its parent's prompt is computed or its own tokens have landed),
-    runs (it has a row), and ends. Steps in flight remember whose rows they used, so it may leave at any moment.
+    Scheduling never waits for a sampled token: the worker feeds it back by itself, so a token that is sampled and not
+    yet read back counts as known. Several steps may be in flight; their outputs are applied in order.
+
+    A request waits (in the queue, or parked until its parent's prompt is computed or its own tokens in flight are
+    read), runs (it has a row), and ends. It may leave its row at any moment: steps in flight know which generation of
+    the row they are for.
     """
 
     def __init__(
@@ -58,8 +101,8 @@ class Scheduler:
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
     ) -> None:
-        most_drafts = 0 if speculation is None else speculation.num_speculative_tokens
-        self._limits = RequestLimits(config, allocator, max_model_len, most_drafts)
+        num_speculative_tokens = 0 if speculation is None else speculation.num_speculative_tokens
+        self._limits = RequestLimits(config, allocator, max_model_len, num_speculative_tokens)
         self._config = config
         self._allocator = allocator
         self._clock = clock
@@ -76,10 +119,10 @@ class Scheduler:
         self._policy_guard = PolicyGuard(policy, fallback, self._rekey_requests)
         self._speculation: Speculation | None = None
         if speculation is not None:
-            pace = DraftLengthTuner(
-                speculation.num_speculative_tokens, config.max_num_seqs, speculation.adaptive, proposer is None
+            tuner = DraftLengthTuner(
+                num_speculative_tokens, config.max_num_seqs, speculation.adaptive, on_device=proposer is None
             )
-            self._speculation = Speculation(speculation, self._running, pace, proposer)
+            self._speculation = Speculation(speculation, self._running, tuner, proposer)
         self._output_updater = OutputUpdater(
             self._running, allocator, self._finish_request, self._waiting.unpark_request, self._speculation
         )
@@ -96,7 +139,7 @@ class Scheduler:
         self._token_budget = TokenBudget(config, max_model_len)
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
 
-    # ---- requests come and go
+    # ---- Requests arrive and are aborted.
 
     def add_request(self, message: EngineCoreRequest) -> None:
         """Queue a request. Raises ``InvalidRequestError`` if it can never run, ``QueueFullError`` if not now."""
@@ -108,6 +151,7 @@ class Scheduler:
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = []
         self._requests[request.request_id] = request
+        # With n > 1, the later requests wait for the first one's prompt, to share its blocks.
         parent = self._requests.get(request.parent_id or "")
         if parent is not None and not self._is_prompt_computed(parent):
             self._fork_groups.add_child(request)
@@ -116,7 +160,7 @@ class Scheduler:
             self._waiting.add_request(request)
 
     def abort_request(self, request_id: str) -> bool:
-        """End a request now: its blocks and its row are free when this returns, whatever is in flight is dropped.
+        """End a request now: its blocks and its row are free when this returns, and its tokens in flight are dropped.
         False if there is no such request."""
         request = self._requests.get(request_id)
         if request is None:
@@ -124,32 +168,31 @@ class Scheduler:
         self._finish_request(request, "abort", None)
         return True
 
-    # ---- steps
+    # ---- Steps are scheduled, and come back.
 
     def schedule(self) -> SchedulerOutput | None:
-        """The next step, or None if nothing can run before a commit (or at all)."""
+        """The next step, or None if nothing can run before the output of a step in flight is in (or at all)."""
         while True:
-            draft = ScheduledBatch(token_budget=self._token_budget.num_tokens)
+            batch = ScheduledBatch(self._token_budget.num_tokens)
             if self._speculation is not None:
-                draft.reserved_draft_budget = self._speculation.plan_drafts(self._draft_budget())
-            self._fill_batch(draft)
-            if draft.rows:
+                batch.reserved_draft_budget = self._speculation.plan_drafts(self._draft_budget())
+            self._fill_batch(batch)
+            if batch.groups:
                 self._policy_guard.note_progress()
-                return self._close_batch(draft)
-            if (
-                self._in_flight
-                or not (len(self._running) or self._waiting.num_ready)
-                or not self._policy_guard.note_empty_plan()
-            ):
+                return self._close_batch(batch)
+            if self._in_flight or not (len(self._running) or self._waiting.num_ready):
+                return None
+            # The engine is idle and has requests: the policy is asked again, and replaced if it goes on like this.
+            if not self._policy_guard.note_empty_plan():
                 return None
 
-    def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> EngineCoreOutputs:
-        """Book the result of the oldest step in flight."""
+    def update_from_output(self, step: SchedulerOutput, output: ModelRunnerOutput) -> EngineCoreOutputs:
+        """Apply the output of ``step``, the oldest in flight."""
         self._token_budget.record_fitting_step()
-        return self._output_updater.update_from_output(self._pop_oldest_step(step), result)
+        return self._output_updater.update_from_output(self._pop_oldest_step(step), output)
 
     def fail_step(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
-        """The oldest step in flight failed on the worker: its requests end with ``error``; the others go on."""
+        """``step``, the oldest in flight, failed on the worker: its requests end with ``error``, the others go on."""
         outputs = []
         for request in self._pop_oldest_step(step).requests:
             if request.status is not RequestStatus.FINISHED:
@@ -158,25 +201,33 @@ class Scheduler:
         return EngineCoreOutputs(outputs)
 
     def retract_step(self, step: SchedulerOutput) -> bool:
-        """The newest step in flight did not fit into the device's memory and left no trace there. Its requests go back
-        to the queue, to be computed again in smaller steps, and keep every token. False, and nothing changes, if steps
-        cannot get smaller."""
+        """``step``, the newest in flight, did not fit into the device's memory and changed nothing there. Its requests
+        go back to the queue, to be computed again in smaller steps, and keep every token. False, and nothing changes,
+        if steps cannot get smaller."""
         if not self._token_budget.shrink_budget(step.total_num_scheduled_tokens):
             return False
-        flight = self._in_flight.pop()
-        assert flight.step is step, f"step {step.step} is not the newest in flight, {flight.step.step} is"
-        drawn = step.sampling_mask.astype(np.int64) + (0 if step.num_draft_tokens is None else step.num_draft_tokens)
-        self._running.num_in_flight_tokens[step.rows] -= drawn
-        for request in flight.requests:
+        in_flight_step = self._in_flight.pop()
+        newest = in_flight_step.step
+        assert newest is step, f"step {step.step} is not the newest in flight, {newest.step} is"
+        # What the step would have sampled will never come: the requests wait for other steps' tokens only.
+        never_sampled = step.sampling_mask.astype(np.int64)
+        if step.num_draft_tokens is not None:
+            never_sampled += step.num_draft_tokens
+        self._running.num_in_flight_tokens[step.rows] -= never_sampled
+        for request in in_flight_step.requests:
             self._preempt_request(request)
         return True
 
     def disable_speculation(self) -> None:
-        """The proposer failed."""
+        """The proposer failed on the worker: nothing is drafted any more."""
         if self._speculation is not None:
             self._speculation.disable_drafting()
 
-    # ---- figures
+    # ---- What the scheduler reports.
+
+    def debug_state(self) -> SchedulerDebugState:
+        """The live parts, for tests and debugging."""
+        return SchedulerDebugState(self._running, self._waiting, self._fork_groups, self._allocator, self._speculation)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -190,7 +241,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue, ready or not."""
+        """Requests in the queue, parked ones included."""
         return len(self._waiting)
 
     def stats(self) -> dict[str, float]:
@@ -211,33 +262,34 @@ class Scheduler:
             **({} if self._speculation is None else self._speculation.stats()),
         }
 
-    # ---- a step in the making
+    # ---- A step is built.
 
     def _fill_batch(self, batch: ScheduledBatch) -> None:
-        """Plan and realise; again with what is left, as long as cached prefixes give budget back."""
-        table, queue = self._running, self._waiting
+        """Ask the policy and carry its plan out; again with what is left, while cached prefixes give budget back."""
+        running, waiting = self._running, self._waiting
         while True:
             batch.prefix_hit_refund = False
-            rows_free = 0 if batch.out_of_blocks else min(table.num_free_rows, queue.num_ready)
-            shown = min(MAX_VISIBLE, 32 + 4 * table.num_free_rows) if rows_free else 0
-            order, window = table.rows, queue.peek_requests(shown)
-            if not len(order) and not window:
+            # No waiting request is shown where none could be admitted; and the fewer rows are free, the fewer are.
+            num_admissible = 0 if batch.out_of_blocks else min(running.num_free_rows, waiting.num_ready)
+            num_visible = min(MAX_VISIBLE, 32 + 4 * running.num_free_rows) if num_admissible else 0
+            # The requests that the view numbers. Plans are carried out on these, whatever changes meanwhile.
+            running_rows, waiting_requests = running.rows, waiting.peek_requests(num_visible)
+            if not len(running_rows) and not waiting_requests:
                 return
-            plan = self._policy_guard.schedule(self._make_view(batch, shown))
+            plan = self._policy_guard.schedule(self._make_view(batch, num_visible))
             if not len(plan.request_indices):
                 return
-            batch.prefix_hit_refund = False
-            self._batch_builder.apply_plan(batch, plan, order, window)
+            self._batch_builder.apply_plan(batch, plan, running_rows, waiting_requests)
             if not batch.prefix_hit_refund or batch.out_of_blocks or batch.token_budget <= 0:
                 return
 
     def _draft_budget(self) -> int:
-        """The budget that drafts may share with the tokens of running requests. Where a prompt must fit into a step,
-        drafts stand back while one waits."""
+        """The budget that drafts may share with the tokens of running requests. Without chunked prefill there are no
+        drafts while a prompt waits, because it must fit into a step whole."""
         return self._token_budget.num_tokens if self._config.chunked_prefill or not self._waiting.num_ready else 0
 
     def _make_view(self, batch: ScheduledBatch, num_visible: int) -> StepView:
-        running = self._running.view_columns(served=batch.scheduled_rows())
+        running = self._running.view_columns(batch.scheduled_rows())
         return StepView(
             now_ns=self._clock(),
             token_budget=batch.token_budget - batch.reserved_draft_budget,
@@ -252,22 +304,25 @@ class Scheduler:
     def _close_batch(self, batch: ScheduledBatch) -> SchedulerOutput:
         step = self._batch_builder.make_output(batch, self._num_steps)
         self._num_steps += 1
-        flight = InFlightStep.from_table(step, self._running)
-        self._in_flight.append(flight)
+        in_flight_step = InFlightStep.from_running(step, self._running)
+        self._in_flight.append(in_flight_step)
         if self._fork_groups:
-            for request in flight.requests[step.sampling_mask]:
+            # Requests that sample have their whole prompt computed, in stream order: their children may share it.
+            for request in in_flight_step.requests[step.sampling_mask]:
                 self._unpark_children(request)
         return step
 
     def _pop_oldest_step(self, step: SchedulerOutput) -> InFlightStep:
-        flight = self._in_flight.popleft()
-        assert flight.step is step, f"step {step.step} is not the oldest in flight, {flight.step.step} is"
-        return flight
+        in_flight_step = self._in_flight.popleft()
+        oldest = in_flight_step.step
+        assert oldest is step, f"step {step.step} is not the oldest in flight, {oldest.step} is"
+        return in_flight_step
 
-    # ---- a request's passages
+    # ---- A request leaves its row, or the engine.
 
     def _preempt_request(self, request: Request) -> None:
-        """Back to the queue, at its old place; everything is computed again. Tokens in flight must land first."""
+        """Back to the queue, at its old place. All of it is computed again, except what the prefix cache still has.
+        Tokens in flight must be read first."""
         self._free_row_and_blocks(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
@@ -278,7 +333,7 @@ class Scheduler:
             self._waiting.add_request(request)
 
     def _finish_request(self, request: Request, reason: FinishReason, stop_reason: int | str | None) -> None:
-        """Out of the engine, from wherever it is."""
+        """Take a request out of the engine, wherever it is, and tell those that have to know."""
         if request.status is RequestStatus.RUNNING:
             self._free_row_and_blocks(request)
         else:
@@ -294,20 +349,21 @@ class Scheduler:
             self._policy_guard.request_finished(_request_info(request), self._make_usage(request))
 
     def _free_row_and_blocks(self, request: Request) -> None:
-        """Give up row and blocks; what has landed stays findable."""
-        landed = min(int(self._running.num_committed_tokens[request.row]), request.num_tokens)
-        self._allocator.cache_full_blocks(request, landed)
+        """Give up row and blocks; full blocks of committed tokens stay in the prefix cache."""
+        # A stop token may have cut tokens off that were committed.
+        num_committed = min(int(self._running.num_committed_tokens[request.row]), request.num_tokens)
+        self._allocator.cache_full_blocks(request, num_committed)
         self._allocator.free(request)
         self._running.free_row(request)
 
     def _make_usage(self, request: Request) -> Usage:
-        granted = request.first_scheduled_ns
+        scheduled_ns = request.first_scheduled_ns
         return Usage(
             num_prompt_tokens=request.prompt_len,
             num_cached_tokens=request.num_cached_tokens,
             num_output_tokens=request.num_output_tokens,
             num_preemptions=request.num_preemptions,
-            run_ns=max(self._clock() - granted, 0) if granted else 0,
+            run_ns=max(self._clock() - scheduled_ns, 0) if scheduled_ns else 0,
         )
 
     def _is_prompt_computed(self, request: Request) -> bool:
@@ -318,7 +374,7 @@ class Scheduler:
             self._waiting.unpark_request(child)
 
     def _rekey_requests(self) -> None:
-        """Another policy: rank everybody anew, those running too, who may come back."""
+        """Another policy: new keys for all requests, running ones too, because they may be preempted."""
         for request in self._requests.values():
             request.queue_key = (self._policy_guard.admission_key(_request_info(request)), request.queue_key[1])
         self._waiting.reorder_requests()

@@ -1,4 +1,4 @@
-"""How many drafts each request gets in a step, and what came of them."""
+"""Speculative decoding in the scheduler: how many drafts each request verifies in a step, and what came of them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _log = logging.getLogger("quire.sched")
 
 
 class Speculation:
-    """A decoding request is granted its drafts beside its one token, as if all were right; what was granted in vain is
-    taken back when the step lands.
+    """A decoding request is granted its drafts beside its one token, as if all were accepted; what was granted for
+    rejected drafts is taken back when the step's output is in.
 
-    A proposer on the device drafts behind every step, so that the next one can verify; a ``host`` proposer is asked
-    while a step is planned. ``pace`` says how many drafts pay.
+    A proposer on the device drafts behind every step, so that the next step can verify. A proposer on the host is asked
+    while a step is scheduled. ``tuner`` says how many drafts pay.
     """
 
     def __init__(
@@ -39,104 +39,109 @@ class Speculation:
     ) -> None:
         self.num_speculative_tokens = config.num_speculative_tokens
         self.num_lookahead_tokens = 0 if host is not None else config.num_speculative_tokens
-        """Slots beyond its grant that a proposer's own keys and values may take."""
+        """Slots beyond a grant that a proposer on the device may fill with keys and values of its own."""
         self.num_quarantines = 0
         self._running = running
         self._host = host
-        self._tuner = tuner
-        self._num_drafts = np.zeros(running.max_num_seqs, np.int64)
-        self._host_drafts: dict[int, list[int]] = {}
-        self._num_drafted_at = np.zeros(self.num_speculative_tokens, np.int64)
+        self.tuner = tuner
+        self._num_drafts = np.zeros(running.max_num_seqs, np.int64)  # by row: what the step may verify
+        self._host_drafts: dict[int, list[int]] = {}  # by row: what the proposer on the host expects
+        self._num_drafted_at = np.zeros(self.num_speculative_tokens, np.int64)  # by position in the draft
         self._num_accepted_at = np.zeros(self.num_speculative_tokens, np.int64)
         self._num_verifications = self._num_accepted = 0
         self._disabled = False
 
-    def plan_drafts(self, budget: int) -> int:
-        """A step is to be planned: settle who would verify how many drafts. Their sum, at most what ``budget`` leaves
-        beside a token for each."""
+    @property
+    def run_draft_prefill(self) -> bool:
+        """Whether a proposer on the device should read the prompts of a step: read after ``schedule_proposals``."""
+        return self._host is None and not self._disabled and self.tuner.run_draft_prefill
+
+    def plan_drafts(self, token_budget: int) -> int:
+        """Before a step is planned: settle how many drafts each decoding request would verify. Returns their sum, at
+        most what ``token_budget`` leaves beside one token for each."""
         self._num_drafts[:] = 0
         self._host_drafts.clear()
         table = self._running
         rows = table.rows
+        # Decoding: one token is left to compute, and it is a generated one.
         rows = rows[table.num_tokens[rows] - table.num_computed_tokens[rows] == 1]
         rows = rows[table.num_tokens[rows] > table.prompt_len[rows]]
-        most = 0 if self._disabled or not len(rows) else min(self.num_speculative_tokens, budget // len(rows) - 1)
-        if most <= 0:
+        if self._disabled or not len(rows):
             return 0
-        room = np.minimum(
-            np.minimum(
-                table.max_computed_tokens[rows] - table.num_computed_tokens[rows] - 1,
-                self._tuner.limit_per_request(rows),
-            ),
-            most,
-        )
+        share = min(self.num_speculative_tokens, token_budget // len(rows) - 1)
+        if share <= 0:
+            return 0
+        # No draft may lie beyond the last token that the request will compute.
+        before_end = table.max_computed_tokens[rows] - table.num_computed_tokens[rows] - 1
+        num_drafts = np.minimum(np.minimum(before_end, self.tuner.limit_per_request(rows)), share)
         if self._host is None:
-            room = np.minimum(room, table.num_device_drafts[rows])
+            num_drafts = np.minimum(num_drafts, table.num_device_drafts[rows])
         else:
-            room = self._propose_on_host(self._host, rows, room)
-            room = np.minimum(room, self._tuner.choose_length(rows, np.maximum(room, 0)))
-        self._num_drafts[rows] = np.maximum(room, 0)
+            num_drafts = self._propose_on_host(self._host, rows, num_drafts)
+            num_drafts = np.minimum(num_drafts, self.tuner.choose_length(rows, np.maximum(num_drafts, 0)))
+        self._num_drafts[rows] = np.maximum(num_drafts, 0)
         return int(self._num_drafts.sum())
 
-    def get_num_drafts(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Drafts for running requests that are granted ``tokens``."""
-        return np.where(tokens == 1, self._num_drafts[rows], 0)
+    def get_num_drafts(self, rows: NDArray[np.int64], num_scheduled_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Drafts to grant to running rows beside what the policy's plan grants them."""
+        return np.where(num_scheduled_tokens == 1, self._num_drafts[rows], 0)
 
     def schedule_proposals(
-        self, rows: NDArray[np.int64], samples: NDArray[np.bool_], drafts: NDArray[np.int64]
-    ) -> tuple[int, bool]:
-        """A step was planned: note the drafts in flight. How many tokens to propose behind it, and whether a proposer
-        should read it."""
+        self, rows: NDArray[np.int64], sampling_mask: NDArray[np.bool_], num_draft_tokens: NDArray[np.int64]
+    ) -> int:
+        """After a step is scheduled: count its drafts as in flight. How many tokens a proposer on the device drafts
+        behind it, for each row that samples."""
         table = self._running
-        table.max_overcount[rows] += drafts
+        table.max_overcount[rows] += num_draft_tokens
         if self._host is not None or self._disabled:
-            return 0, False
-        drew = rows[samples]
-        count = self._tuner.choose_length(drew, np.full(len(drew), self.num_speculative_tokens)) if len(drew) else 0
-        table.num_device_drafts[drew] = count
-        return count, self._tuner.run_draft_prefill
+            return 0
+        sampling_rows = rows[sampling_mask]
+        count = 0
+        if len(sampling_rows):
+            available = np.full(len(sampling_rows), self.num_speculative_tokens)
+            count = self.tuner.choose_length(sampling_rows, available)
+        table.num_device_drafts[sampling_rows] = count
+        return count
 
-    def make_host_drafts(self, rows: NDArray[np.int64], drafts: NDArray[np.int64]) -> list[HostDraft]:
-        """What the host expects of the rows that verify drafts."""
+    def make_host_drafts(self, rows: NDArray[np.int64], num_draft_tokens: NDArray[np.int64]) -> list[HostDraft]:
+        """What the proposer on the host expects to follow in the rows that verify drafts; empty for one on the
+        device."""
         if self._host is None:
             return []
         table = self._running
         return [
             HostDraft(row, table.get_request(row).num_tokens, self._host_drafts[row])
-            for row in rows[drafts > 0].tolist()
+            for row in rows[num_draft_tokens > 0].tolist()
         ]
 
     def reset_row(self, row: int) -> None:
-        """A request enters a row."""
-        self._tuner.reset_row(row)
+        """Another request takes the row."""
+        self.tuner.reset_row(row)
 
-    def record_step_time(self, step: SchedulerOutput, took_us: float) -> None:
-        """A step has landed. It tells what a number of drafts costs if it did nothing else than decode, and verified as
-        many as it proposed."""
-        drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
-        alone = step.total_num_scheduled_tokens == len(step.rows) + (
-            0 if step.num_draft_tokens is None else int(step.num_draft_tokens.sum())
-        )
-        if (
-            took_us
-            and alone
-            and step.sampling_mask.all()
-            and (self._host is not None or drafts == step.num_tokens_to_propose)
-        ):
-            self._tuner.record_step_time(len(step.rows), drafts, took_us)
+    def record_step_time(self, step: SchedulerOutput, device_us: float) -> None:
+        """A step took ``device_us`` microseconds (0: not known). That tells what a number of drafts costs if the step
+        did nothing but decode, and verified as many drafts as it proposed."""
+        num_drafts = total_drafts = 0
+        if step.num_draft_tokens is not None:
+            num_drafts, total_drafts = int(step.num_draft_tokens.max()), int(step.num_draft_tokens.sum())
+        only_decodes = step.total_num_scheduled_tokens == len(step.rows) + total_drafts and step.sampling_mask.all()
+        if device_us and only_decodes and (self._host is not None or num_drafts == step.num_tokens_to_propose):
+            self.tuner.record_step_time(len(step.rows), num_drafts, device_us)
 
-    def record_acceptance(self, rows: NDArray[Any], drafted: NDArray[Any], accepted: NDArray[np.int64]) -> None:
-        """So many drafts were verified and accepted for requests that decode."""
-        tried = drafted > 0
-        self._tuner.record_acceptance(rows[tried], drafted[tried], accepted[tried])
-        self._num_verifications += int(np.count_nonzero(tried))
-        self._num_accepted += int(accepted.sum())
-        for place in range(int(drafted.max(initial=0))):
-            self._num_drafted_at[place] += np.count_nonzero(drafted > place)
-            self._num_accepted_at[place] += np.count_nonzero(accepted > place)
+    def record_acceptance(
+        self, rows: NDArray[Any], num_verified: NDArray[Any], num_accepted: NDArray[np.int64]
+    ) -> None:
+        """``rows`` verified and accepted so many drafts each."""
+        verified = num_verified > 0
+        self.tuner.record_acceptance(rows[verified], num_verified[verified], num_accepted[verified])
+        self._num_verifications += int(np.count_nonzero(verified))
+        self._num_accepted += int(num_accepted.sum())
+        for position in range(int(num_verified.max(initial=0))):
+            self._num_drafted_at[position] += np.count_nonzero(num_verified > position)
+            self._num_accepted_at[position] += np.count_nonzero(num_accepted > position)
 
     def request_finished(self, request: Request) -> None:
-        """The request has ended."""
+        """Tell a proposer on the host that a request has ended."""
         if self._host is not None and not self._disabled:
             try:
                 self._host.request_finished(request)
@@ -148,42 +153,42 @@ class Speculation:
         self._disabled = True
 
     def stats(self) -> dict[str, float]:
-        """Counters, by the names of ``quire.core.stats.ENGINE_STATS``, and one more a position."""
+        """Counters, by the names of ``quire.core.stats.ENGINE_STATS``, and one more for each position in a draft."""
         drafted, accepted = int(self._num_drafted_at.sum()), int(self._num_accepted_at.sum())
+        accepted_per_step = self._num_accepted / self._num_verifications if self._num_verifications else 0.0
         return {
             "plugin_quarantines_total": float(self.num_quarantines),
             "spec_decode_num_drafts_total": float(self._num_verifications),
             "spec_decode_num_draft_tokens_total": float(drafted),
             "spec_decode_num_accepted_tokens_total": float(accepted),
             "spec_decode_draft_acceptance_rate": accepted / drafted if drafted else 0.0,
-            "spec_decode_efficiency": 1.0 + self._num_accepted / self._num_verifications
-            if self._num_verifications
-            else 1.0,
-            "spec_decode_num_speculative_tokens": float(0 if self._disabled else self._tuner.last_length),
+            "spec_decode_efficiency": 1.0 + accepted_per_step,
+            "spec_decode_num_speculative_tokens": float(0 if self._disabled else self.tuner.last_length),
             **{f"spec_decode_drafted_at_{i}_total": float(n) for i, n in enumerate(self._num_drafted_at)},
             **{f"spec_decode_accepted_at_{i}_total": float(n) for i, n in enumerate(self._num_accepted_at)},
         }
 
     def _propose_on_host(
-        self, host: HostProposer, rows: NDArray[np.int64], room: NDArray[np.int64]
+        self, host: HostProposer, rows: NDArray[np.int64], limits: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Continuations from the tokens on the host on. Some of what follows is drawn already: at least ``drawn``
-        tokens, at most ``slack`` more."""
+        """Ask for what follows the tokens that the host has. The first of those are sampled already, by steps in
+        flight: at least ``num_sampled``, and at most ``max_overcount`` more. Only what lies behind them can be a draft:
+        how many each row has, at most ``limits`` (negative: too few)."""
         table = self._running
-        drawn = table.num_in_flight_tokens[rows] - table.max_overcount[rows]
-        found = np.zeros(len(rows), np.int64)
-        reach = (table.num_in_flight_tokens[rows] + room).tolist()
+        num_sampled = table.num_in_flight_tokens[rows] - table.max_overcount[rows]
+        num_proposed = np.zeros(len(rows), np.int64)
+        lengths = (table.num_in_flight_tokens[rows] + limits).tolist()
         try:
-            for i, (row, count) in enumerate(zip(rows.tolist(), reach, strict=True)):
-                if room[i] > 0:
-                    guess = host.propose(table.get_request(row), count)
-                    if len(guess):
-                        self._host_drafts[row] = [int(token) for token in guess[:count]]
-                        found[i] = len(self._host_drafts[row])
+            for i, (row, length) in enumerate(zip(rows.tolist(), lengths, strict=True)):
+                if limits[i] > 0:
+                    proposed = host.propose(table.get_request(row), length)
+                    if len(proposed):
+                        self._host_drafts[row] = [int(token) for token in proposed[:length]]
+                        num_proposed[i] = len(self._host_drafts[row])
         except Exception as error:
             self._quarantine(error)
             return np.zeros(len(rows), np.int64)
-        return np.minimum(room, found - drawn)
+        return np.minimum(limits, num_proposed - num_sampled)
 
     def _quarantine(self, error: Exception) -> None:
         _log.error("switched off the proposer %s", type(self._host).__name__, exc_info=error)

@@ -31,7 +31,7 @@ def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
 
 
 @pytest.mark.parametrize("stops", [[2**40], [-5], [2**20 + 3], list(range(100, 4000))])
-def test_odd_stop_tokens_hurt_nobody(make_engine, stops):
+def test_unusual_stop_token_ids_do_no_harm(make_engine, stops):
     engine = make_engine(vocab_size=2**20 + 5)
     engine.add_request("r", [1], max_tokens=4, stop_token_ids=stops)
     engine.add_request("s", [1], max_tokens=4)
@@ -48,7 +48,7 @@ def test_abort_at_any_moment_returns_everything(make_engine):
             engine.run_step()
         if "a" not in engine.finished:
             engine.abort_request("a")
-            assert engine.allocator._tables.keys() <= {"b"}
+            assert engine.allocator.debug_state().tables.keys() <= {"b"}
         engine.run_until_finished()
         assert engine.finished["b"] == "length" and engine.allocator.num_free_blocks() == 19
     assert not engine.scheduler.abort_request("a")
@@ -83,7 +83,7 @@ def test_the_youngest_is_preempted_and_loses_nothing(make_engine):
     assert list(engine.finished) == ["r0", "r1", "r2"]
 
 
-def test_nobody_is_admitted_in_a_step_that_preempts(make_engine):
+def test_no_request_is_admitted_in_a_step_that_preempts(make_engine):
     engine = make_engine(num_blocks=11, watermark=0.0)
     for i in range(4):
         engine.add_request(f"r{i}", [i] * 8, max_tokens=17)
@@ -120,11 +120,11 @@ def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
         engine.add_request(f"r{i}", [i] * 8, max_tokens=17)
     while engine.scheduler.stats()["num_preemptions_total"] == 0:
         engine.run_step()
-    assert [entry.request_id for entry in engine.scheduler._waiting] == ["r1"]
+    assert [entry.request_id for entry in engine.scheduler.debug_state().waiting] == ["r1"]
     engine.run_until_finished()
 
 
-def test_newcomers_leave_room_for_those_who_run(make_engine):
+def test_waiting_requests_leave_blocks_for_running_ones(make_engine):
     engine = make_engine(num_blocks=21, watermark=0.2, budget=32)
     engine.add_request("long", [1] * 60, max_tokens=2, seed=1)
     engine.launch_step()
@@ -137,14 +137,14 @@ def test_newcomers_leave_room_for_those_who_run(make_engine):
     assert engine.scheduler.stats()["num_preemptions_total"] == 0
 
 
-def test_a_newcomer_without_blocks_is_not_tried_in_every_step(make_engine, monkeypatch):
+def test_a_waiting_request_without_blocks_is_not_tried_in_every_step(make_engine, monkeypatch):
     engine = make_engine(num_blocks=21, watermark=0.0)
     engine.add_request("long", [1] * 32, max_tokens=32, seed=1)
     engine.launch_step()
     engine.add_request("wide", [2] * 60, max_tokens=1)
     tries = []
     match = engine.allocator.match_prefix
-    monkeypatch.setattr(engine.allocator, "match_prefix", lambda made: tries.append(made) or match(made))
+    monkeypatch.setattr(engine.allocator, "match_prefix", lambda request: tries.append(request) or match(request))
     while "long" not in engine.finished:
         engine.run_step()
     assert 2 <= len(tries) <= 6
@@ -153,7 +153,7 @@ def test_a_newcomer_without_blocks_is_not_tried_in_every_step(make_engine, monke
     engine.run_until_finished()
 
 
-# ---- families
+# ---- forks
 
 
 def test_children_share_the_prompt_of_their_parent(make_engine):
@@ -187,16 +187,16 @@ def test_a_child_may_leave_before_its_parent_has_come_far(make_engine):
     engine.launch_step()
     engine.abort_request("child")
     engine.run_until_finished()
-    assert not engine.scheduler._fork_groups and engine.scheduler.num_waiting == 0
+    assert not engine.scheduler.debug_state().fork_groups and engine.scheduler.num_waiting == 0
 
 
-def test_a_stranger_is_no_parent(make_engine):
+def test_only_a_request_of_the_same_prompt_and_salt_is_forked(make_engine):
     engine = make_engine(budget=64)
     engine.add_request("parent", [1] * 20, max_tokens=4)
     engine.launch_step()
     engine.add_request("other prompt", [2] * 20, max_tokens=4, parent="parent")
     engine.add_request("other salt", [1] * 20, max_tokens=4, parent="parent", salt="mine")
-    engine.add_request("gone", [1] * 20, max_tokens=4, parent="nobody")
+    engine.add_request("gone", [1] * 20, max_tokens=4, parent="no such request")
     step = engine.launch_step()
     assert [new.num_computed_tokens for new in step.new_requests] == [0, 0, 0]
     engine.run_until_finished()
@@ -211,10 +211,10 @@ def test_logprobs_are_sent_with_their_tokens(make_engine):
     engine.add_request("r", prompt, max_tokens=3, logprobs=0, prompt_logprobs=0)
     engine.add_request("s", [1], max_tokens=3)
     engine.run_until_finished()
-    mine = [output for output in engine.outputs if output.request_id == "r"]
-    assert [output.logprobs[0].token_ids for output in mine] == [[token] for token in engine.received["r"]]
-    assert [position.token_ids[0] for position in mine[0].prompt_logprobs] == prompt[1:]
-    assert all(output.prompt_logprobs is None for output in mine[1:])
+    outputs = [output for output in engine.outputs if output.request_id == "r"]
+    assert [output.logprobs[0].token_ids for output in outputs] == [[token] for token in engine.received["r"]]
+    assert [position.token_ids[0] for position in outputs[0].prompt_logprobs] == prompt[1:]
+    assert all(output.prompt_logprobs is None for output in outputs[1:])
     assert all(output.logprobs is None for output in engine.outputs if output.request_id == "s")
 
 

@@ -31,8 +31,8 @@ prompts = st.one_of(
 )
 
 
-class Prophet(HostProposer):
-    """Knows what comes, and is wrong about every third token."""
+class OracleProposer(HostProposer):
+    """Knows what the model will say, and is wrong about every third token."""
 
     def propose(self, request, num_tokens):
         right = compute_expected_tokens(request.seed, request.token_ids, num_tokens, VOCAB)
@@ -68,13 +68,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             vocab_size=VOCAB,
             max_in_flight=depth,
             speculation=SpeculationConfig(drafts, adaptive=drafts == 5) if drafts else None,
-            proposer=Prophet(drafts) if on_host else None,
+            proposer=OracleProposer(drafts) if on_host else None,
             skill=skill,
         )
         self.count = 0
 
     def teardown(self):
-        """Whatever happened, everybody is served in the end and every block comes back."""
+        """Whatever happened, every request is served in the end and every block comes back."""
         if not hasattr(self, "engine"):
             return
         engine = self.engine
@@ -100,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from([None, None, "salt"]),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
     )
-    def arrive(self, prompt, family, max_tokens, min_tokens, stops, **wishes):
+    def arrive(self, prompt, family, max_tokens, min_tokens, stops, **params):
         first = f"r{self.count}"
         for member in range(family):
             self.engine.add_request(
@@ -110,7 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_tokens=max_tokens,
                 min_tokens=min(min_tokens, max_tokens or MAX_MODEL_LEN),
                 stop_token_ids=stops,
-                **wishes,
+                **params,
             )
             self.count += 1
 
@@ -145,26 +145,26 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self):
-        """Counts are exact, and what a running request will write is its own and nobody can find it."""
+        """Counts are exact, and a block that a running request will write is its own and not in the prefix cache."""
         if not hasattr(self, "engine"):
             return
-        allocator, table = self.engine.allocator, self.engine.scheduler._running
+        allocator, scheduler = self.engine.allocator, self.engine.scheduler
+        table, blocks = scheduler.debug_state().running, allocator.debug_state()
         allocator.check_integrity()
-        for group, pool in enumerate(allocator._pools):
+        for group, pool in enumerate(blocks.pools):
             writable = Counter()
             for row in table.rows.tolist():
-                blocks = allocator._tables[table.request_ids[row]].blocks[group]
                 computed = int(table.num_computed_tokens[row] - table.max_overcount[row])
-                for block in blocks[computed // allocator.block_size :]:
+                for block in blocks.tables[table.request_ids[row]][group][computed // allocator.block_size :]:
                     writable[block] += 1
                     assert pool.ref_counts[block] == 1, f"block {block} is writable and shared"
-                    assert pool.block_hashes[block] is None, f"block {block} is writable and findable"
-            assert not writable or max(writable.values()) == 1, "a block is writable by two"
+                    assert pool.block_hashes[block] is None, f"block {block} is writable and cached"
+            assert not writable or max(writable.values()) == 1, "a block is writable by two requests"
         running = [table.get_request(row) for row in table.rows.tolist()]
         assert [request.row for request in running] == table.rows.tolist()
-        held = {request.request_id for request in running}
-        assert allocator._tables.keys() == held, "somebody holds blocks without running"
-        assert len(held) + self.engine.scheduler.num_waiting == len(self.alive), "a request was lost"
+        running_ids = {request.request_id for request in running}
+        assert blocks.tables.keys() == running_ids, "a request holds blocks without running"
+        assert len(running_ids) + scheduler.num_waiting == len(self.alive), "a request was lost"
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -20,15 +20,15 @@ def test_drafts_are_right_again_after_a_pause(engine, monkeypatch, budget: int, 
     monkeypatch.setattr(draft_runner_module, "_BACKFILL_TOKENS_PER_STEP", budget)
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     llm = engine("itself", **sizes)
-    speculation = llm.engine_core.scheduler._speculation
-    pace, observed, steps, times = speculation._tuner, [], itertools.count(), []
+    speculation = llm.engine_core.scheduler.debug_state().speculation
+    tuner, observed, steps, times = speculation.tuner, [], itertools.count(), []
     drafting = runner_of(llm).draft_runner
 
     def choose(rows, available) -> int:
-        pace.run_draft_prefill = next(steps) % 20 >= off
-        return 4 if pace.run_draft_prefill else 0
+        tuner.run_draft_prefill = next(steps) % 20 >= off
+        return 4 if tuner.run_draft_prefill else 0
 
-    monkeypatch.setattr(pace, "choose_length", choose)
+    monkeypatch.setattr(tuner, "choose_length", choose)
     monkeypatch.setattr(speculation, "record_step_time", lambda step, took_us: times.append(took_us))
     monkeypatch.setattr(
         drafting,

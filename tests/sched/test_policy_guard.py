@@ -1,4 +1,4 @@
-"""Policies that misbehave, each in its way: the engine goes on, nobody is lost, and the log names the culprit."""
+"""Policies that misbehave, each in its way: the engine goes on, no request is lost, and the log names the policy."""
 
 import time
 
@@ -48,11 +48,11 @@ HARMS = {
     "returns floats": lambda view: grants([0.0], [1.0]),
     "returns objects": lambda view: Grants(np.array([None]), np.array([1])),
     "returns a matrix": lambda view: grants([[0]], [[1]]),
-    "names nobody": lambda view: grants([len(view.running) + len(view.waiting)], [1]),
+    "names no request of the view": lambda view: grants([len(view.running) + len(view.waiting)], [1]),
     "counts from the end": lambda view: grants([-1], [1]),
-    "names somebody twice": lambda view: grants([0, 0], [1, 1]),
-    "grants less than nothing": lambda view: grants([0], [-1]),
-    "has more rows than tokens": lambda view: grants([0, 1], [1]),
+    "names a request twice": lambda view: grants([0, 0], [1, 1]),
+    "grants a negative number": lambda view: grants([0], [-1]),
+    "has more requests than grants": lambda view: grants([0, 1], [1]),
     "names victims that do not run": lambda view: grants([0], [1], [len(view.running)]),
     "names victims by float": lambda view: grants([0], [1], [0.5]),
     "grants nothing, ever": lambda view: grants(np.empty(0, int), np.empty(0, int)),
@@ -80,7 +80,7 @@ def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
     engine.add_request("r", [1, 2, 3], max_tokens=20)
     engine.run_until_finished()
     assert slow.calls == 6
-    assert "over 50, 3 times running" in caplog.text and engine.finished == {"r": "length"}
+    assert "over 50, 3 times in a row" in caplog.text and engine.finished == {"r": "length"}
 
 
 def test_one_slow_plan_is_forgiven(make_engine):
@@ -144,7 +144,9 @@ def test_a_policy_whose_keys_are_nonsense_is_replaced(make_engine, last):
     engine = make_engine(BadKeys([(3.5,), (2,), (1,), last]), rows=1)
     for i in range(6):
         engine.add_request(f"r{i}", [1, 2], max_tokens=2)
-    assert [request.request_id for request in engine.scheduler._waiting.peek_requests(9)] == [f"r{i}" for i in range(6)]
+    assert [request.request_id for request in engine.scheduler.debug_state().waiting.peek_requests(9)] == [
+        f"r{i}" for i in range(6)
+    ]
     engine.run_until_finished()
     assert list(engine.finished) == [f"r{i}" for i in range(6)]
     assert engine.scheduler.stats()["policy_quarantines_total"] == 1

@@ -11,25 +11,25 @@ MOST = 4
 
 
 def serve(
-    num_reqs: int, skill: float, cost: dict[int, float], steps: int = 2000, pace: DraftLengthTuner | None = None
+    num_reqs: int, skill: float, cost: dict[int, float], steps: int = 2000, tuner: DraftLengthTuner | None = None
 ) -> float:
-    """Tokens per microsecond with the pace, over that without drafts. A device proposer: what is chosen is verified
+    """Tokens per microsecond with the tuner, over that without drafts. A device proposer: what is chosen is verified
     one step later."""
     rng = np.random.default_rng(0)
-    pace = pace or DraftLengthTuner(MOST, 256, True)
+    tuner = tuner or DraftLengthTuner(MOST, 256, True)
     rows = np.arange(num_reqs)
     tokens = took = 0.0
     ready = 0
     for _ in range(steps):
-        chosen = pace.choose_length(rows, np.full(num_reqs, MOST))
-        drafted = np.minimum(pace.limit_per_request(rows), ready)
+        chosen = tuner.choose_length(rows, np.full(num_reqs, MOST))
+        drafted = np.minimum(tuner.limit_per_request(rows), ready)
         right = (rng.random((num_reqs, MOST)) < skill).cumprod(1).astype(int)
         accepted = (right * (np.arange(MOST) < drafted[:, None])).sum(1)
         if ready:
-            pace.record_acceptance(rows, drafted, accepted)
+            tuner.record_acceptance(rows, drafted, accepted)
         lasted = 0.5 * (cost[chosen] + cost[ready]) * rng.uniform(0.97, 1.03)
         if chosen == ready:
-            pace.record_step_time(num_reqs, ready, lasted)
+            tuner.record_step_time(num_reqs, ready, lasted)
         tokens += num_reqs + accepted.sum()
         took += lasted
         ready = chosen
@@ -56,61 +56,61 @@ def test_faster_where_it_pays(skill: float, cost: dict[int, float], least: float
 def test_what_reads_prompts_must_gain_more() -> None:
     slight = {0: 100.0, 1: 165.0, 2: 230.0, 4: 400.0}  # of 1.75 tokens: 6 % faster
     host, device = DraftLengthTuner(MOST, 256, True), DraftLengthTuner(MOST, 256, True, on_device=True)
-    assert serve(64, 0.75, slight, pace=host) > 1.02 and host.last_length == 1
-    assert serve(64, 0.75, slight, pace=device) > 0.98 and device.last_length == 0
+    assert serve(64, 0.75, slight, tuner=host) > 1.02 and host.last_length == 1
+    assert serve(64, 0.75, slight, tuner=device) > 0.98 and device.last_length == 0
 
 
 def test_load_changes_its_mind_and_back() -> None:
     """Off while many run, on again when few do."""
-    pace = DraftLengthTuner(MOST, 256, True)
-    assert serve(2, 0.8, DRAFTED, 600, pace) > 1.4 and pace.last_length == MOST
-    assert serve(256, 0.8, DEAR, 3000, pace) > 0.97 and pace.last_length == 0
-    assert serve(2, 0.8, DRAFTED, 600, pace) > 1.4 and pace.last_length == MOST
+    tuner = DraftLengthTuner(MOST, 256, True)
+    assert serve(2, 0.8, DRAFTED, 600, tuner) > 1.4 and tuner.last_length == MOST
+    assert serve(256, 0.8, DEAR, 3000, tuner) > 0.97 and tuner.last_length == 0
+    assert serve(2, 0.8, DRAFTED, 600, tuner) > 1.4 and tuner.last_length == MOST
 
 
 def test_a_request_whose_drafts_are_wrong_gets_fewer() -> None:
-    pace = DraftLengthTuner(MOST, 8, True)
+    tuner = DraftLengthTuner(MOST, 8, True)
     rows = np.array([0, 1])
     for _ in range(30):
-        pace.record_acceptance(rows, np.array([4, 4]), np.array([4, 0]))
-    assert pace.limit_per_request(rows).tolist() == [4, 1]
-    pace.reset_row(1)
-    assert pace.limit_per_request(rows)[1] > 1
+        tuner.record_acceptance(rows, np.array([4, 4]), np.array([4, 0]))
+    assert tuner.limit_per_request(rows).tolist() == [4, 1]
+    tuner.reset_row(1)
+    assert tuner.limit_per_request(rows)[1] > 1
     assert DraftLengthTuner(3, 8, False).limit_per_request(rows).tolist() == [3, 3]
 
 
-def trials(pace: DraftLengthTuner, num_reqs: int, cost: dict[int, float], steps: int) -> list[int]:
+def trials(tuner: DraftLengthTuner, num_reqs: int, cost: dict[int, float], steps: int) -> list[int]:
     """What it chooses while every step takes what it costs."""
     rows, chosen = np.arange(num_reqs), []
     for _ in range(steps):
-        chosen.append(pace.choose_length(rows, np.full(num_reqs, MOST)))
-        pace.record_step_time(num_reqs, chosen[-1], cost[chosen[-1]])
-        pace.record_acceptance(rows[:0], rows[:0], rows[:0])  # nobody has read anything: drafts are withdrawn
+        chosen.append(tuner.choose_length(rows, np.full(num_reqs, MOST)))
+        tuner.record_step_time(num_reqs, chosen[-1], cost[chosen[-1]])
+        tuner.record_acceptance(rows[:0], rows[:0], rows[:0])  # the proposer has read nothing: drafts are withdrawn
     return chosen
 
 
-def known(skill: float, pace: DraftLengthTuner | None = None) -> DraftLengthTuner:
-    """A pace that has seen the proposer's acceptance."""
-    pace, rng = pace or DraftLengthTuner(MOST, 256, True, on_device=True), np.random.default_rng(1)
+def known(skill: float, tuner: DraftLengthTuner | None = None) -> DraftLengthTuner:
+    """A tuner that has seen the proposer's acceptance."""
+    tuner, rng = tuner or DraftLengthTuner(MOST, 256, True, on_device=True), np.random.default_rng(1)
     for _ in range(60):
         right = (rng.random((8, MOST)) < skill).cumprod(1).sum(1)
-        pace.record_acceptance(np.arange(8), np.full(8, MOST), right)
-    return pace
+        tuner.record_acceptance(np.arange(8), np.full(8, MOST), right)
+    return tuner
 
 
 def test_prompts_are_read_until_acceptance_is_known_and_while_drafts_pay() -> None:
     new = DraftLengthTuner(MOST, 256, True, on_device=True)
     trials(new, 4, DEAR, 20)
     assert new.run_draft_prefill, "nothing was verified yet"
-    pace = known(0.75, new)
-    trials(pace, 256, DEAR, 30)
+    tuner = known(0.75, new)
+    trials(tuner, 256, DEAR, 30)
     for num_reqs in (128, 64, 32):
-        assert not pace.run_draft_prefill
+        assert not tuner.run_draft_prefill
         for _ in range(30):
-            trials(pace, num_reqs, DEAR, 1)
-            assert not pace.run_draft_prefill, "how long drafts take shows without reading"
-    trials(pace, 2, CHEAP, 40)
-    assert pace.run_draft_prefill and pace.last_length == MOST
+            trials(tuner, num_reqs, DEAR, 1)
+            assert not tuner.run_draft_prefill, "how long drafts take shows without reading"
+    trials(tuner, 2, CHEAP, 40)
+    assert tuner.run_draft_prefill and tuner.last_length == MOST
 
 
 def test_more_drafts_are_not_tried_where_fewer_show_that_they_cannot_pay() -> None:
@@ -121,16 +121,16 @@ def test_more_drafts_are_not_tried_where_fewer_show_that_they_cannot_pay() -> No
 
 
 def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
-    pace = known(0.75)
-    chosen = np.array(trials(pace, 256, {0: 100.0, 1: 155.0, 2: 210.0, 4: 330.0}, 20_000))
-    assert not pace.run_draft_prefill, "what was learnt of the proposer is kept"
+    tuner = known(0.75)
+    chosen = np.array(trials(tuner, 256, {0: 100.0, 1: 155.0, 2: 210.0, 4: 330.0}, 20_000))
+    assert not tuner.run_draft_prefill, "what was learnt of the proposer is kept"
     starts = np.flatnonzero((chosen[1:] > 0) & (chosen[:-1] == 0))
     assert 3 <= len(starts) <= 8 and (chosen > 0).mean() < 0.002
     assert np.diff(starts[1:]).min() > 900
-    assert set(trials(pace, 64, DEAR, 5_000)[10:]) == {0}, "even if all drafts were right"
+    assert set(trials(tuner, 64, DEAR, 5_000)[10:]) == {0}, "even if all drafts were right"
 
 
 def test_prompts_of_one_request_at_a_time_are_not_read_for_a_proposer_that_is_always_wrong() -> None:
-    pace = DraftLengthTuner(MOST, 256, True, on_device=True)
-    serve(1, 0.0, DRAFTED, 100, pace)
-    assert pace.last_length == 0 and not pace.run_draft_prefill
+    tuner = DraftLengthTuner(MOST, 256, True, on_device=True)
+    serve(1, 0.0, DRAFTED, 100, tuner)
+    assert tuner.last_length == 0 and not tuner.run_draft_prefill

@@ -91,7 +91,7 @@ def test_removed_requests_do_not_pile_up():
         queue.add_request(request)
     for request in requests[10:4990]:
         queue.remove_request(request)
-    assert len(queue._heap) < 200
+    assert queue.num_heap_entries < 200
     assert queue.peek_requests(FRONT) == requests[:FRONT]
 
 
