@@ -40,7 +40,7 @@ class PlainConfig(SimpleNamespace):
         return getattr(_load_with_transformers(vars(self), Path(self.name_or_path, "config.json")), name)
 
     def get_text_config(self) -> PlainConfig:
-        """It is of text alone."""
+        """Itself: it describes a text model alone."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,15 +66,15 @@ def read_hf_config(path: str | Path) -> Any:
         raise CheckpointError(f"{file} cannot be read ({_format_error(error)}); download it again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object; download it again")
-    beside = None if "quantization_config" in raw else _read_quantization_file(Path(path))
+    quantization = None if "quantization_config" in raw else _read_quantization_file(Path(path))
     config: Any = _parse_plain_config({**raw, "name_or_path": str(path)}) or _load_with_transformers(raw, file)
-    if beside is not None:
-        config.quantization_config = beside
+    if quantization is not None:
+        config.quantization_config = quantization
     return config
 
 
 def _parse_plain_config(raw: dict[str, Any]) -> PlainConfig | None:
-    """None where transformers has anything to add, or to object to."""
+    """The configuration without transformers; None where transformers has anything to add, or to object to."""
     fields = {**_COMMON_FIELDS, **_FAMILY_FIELDS.get(raw.get("model_type"), {"model_type": NoneType})}
     if raw.keys() & _TRANSFORMERS_ONLY_FIELDS or not all(
         type(raw.get(name, ...)) is kind for name, kind in fields.items()
@@ -82,13 +82,17 @@ def _parse_plain_config(raw: dict[str, Any]) -> PlainConfig | None:
         return None
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": raw.get("rope_theta"), **rope}
-    known = rope["rope_type"] == "default" or (rope["rope_type"] == "llama3" and rope.keys() >= _LLAMA3_ROPE_FIELDS)
-    heads, windowed = raw["num_attention_heads"], raw.get("use_sliding_window")
-    if heads < 1 or raw["hidden_size"] % heads or windowed or not known or type(rope["rope_theta"]) not in (int, float):
+    is_known_rope = rope["rope_type"] == "default" or (
+        rope["rope_type"] == "llama3" and rope.keys() >= _LLAMA3_ROPE_FIELDS
+    )
+    heads, has_window = raw["num_attention_heads"], raw.get("use_sliding_window")
+    if heads < 1 or raw["hidden_size"] % heads or has_window or not is_known_rope:
         return None
-    own = {"head_dim": raw.get("head_dim") or raw["hidden_size"] // heads, "rope_parameters": rope}
-    whole = {"layer_types": ["full_attention"] * raw["num_hidden_layers"], "sliding_window": None}
-    return PlainConfig(**{**raw, "dtype": raw.get("dtype", raw.get("torch_dtype")), **own, **whole})
+    if type(rope["rope_theta"]) not in (int, float):
+        return None
+    derived = {"head_dim": raw.get("head_dim") or raw["hidden_size"] // heads, "rope_parameters": rope}
+    windows = {"layer_types": ["full_attention"] * raw["num_hidden_layers"], "sliding_window": None}
+    return PlainConfig(**{**raw, "dtype": raw.get("dtype", raw.get("torch_dtype")), **derived, **windows})
 
 
 def _load_with_transformers(raw: dict[str, Any], file: Path) -> Any:
@@ -133,7 +137,7 @@ def get_context_length(hf_config: Any) -> int:
 
 
 def _read_quantization_file(path: Path) -> dict[str, Any] | None:
-    """What older tools wrote into a file of its own in place of config.json's ``quantization_config``."""
+    """What older tools wrote into a file of its own in place of ``quantization_config`` in config.json."""
     for name, method in (("quantize_config", "gptq"), ("quant_config", "awq"), ("hf_quant_config", "modelopt")):
         file = path / f"{name}.json"
         if file.is_file():

@@ -1,4 +1,4 @@
-"""From a model's name to a local folder: an embedded model, a folder, or a download from the Hugging Face hub."""
+"""Finds the local folder of a model by name: a bundled model, a folder, or a download from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def resolve_model(
 ) -> Path:
     """The local folder of model ``name``.
 
-    An embedded name is its folder in the package. A path is itself. Anything else is a repository on the hub, fetched
+    A bundled model is its folder in the package. A path is itself. Anything else is a repository on the hub, fetched
     into ``download_dir`` or the hub's own cache, at ``revision``. The hub's variables hold: ``HF_TOKEN``,
     ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME``. Only safetensors, configuration and tokenizer files are fetched,
-    never pickles or code; of a drafting ``head`` without safetensors also ``pytorch_model.bin``, which is read for its
+    never pickles or code; of a ``draft_head`` without safetensors also ``pytorch_model.bin``, which is read for its
     tensors alone. Raises ``CheckpointError``, one line that says what to do.
     """
     if name in BUNDLED_MODELS:
@@ -45,7 +45,7 @@ def resolve_model(
 def _find_bundled_model(name: str) -> Path:
     path = _ASSETS / name
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"the embedded model {name!r} is not in this installation; install quire again")
+        raise CheckpointError(f"the bundled model {name!r} is not in this installation; install quire again")
     return path
 
 
@@ -96,5 +96,5 @@ def _download_model(name: str, revision: str | None, download_dir: str | Path | 
 
 
 def _suggest_name(name: str) -> str:
-    close = difflib.get_close_matches(name, BUNDLED_MODELS, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close_names = difflib.get_close_matches(name, BUNDLED_MODELS, n=1)
+    return f"; did you mean {close_names[0]!r}?" if close_names else ""

@@ -1,4 +1,4 @@
-"""From a model folder to a model: safetensors streamed tensor by tensor, so that no second copy is ever held."""
+"""Loads a model from its folder: safetensors are streamed tensor by tensor, so that no second copy is ever held."""
 
 from __future__ import annotations
 
@@ -96,31 +96,31 @@ def find_weight_files(path: Path) -> list[Path]:
 
 
 def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None:
-    fills = model.checkpoint_map()
-    may_lack = optional_names(model)
-    waiting, unexpected = set(fills), []
+    loaders = model.checkpoint_map()
+    optional = optional_names(model)
+    missing_names, unexpected = set(loaders), []
     size = sum(file.stat().st_size for file in files)
-    shown = progress and sys.stderr.isatty()
+    show_bar = progress and sys.stderr.isatty()
     with tqdm(
-        total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", disable=not shown
+        total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", disable=not show_bar
     ) as bar:
         for name, tensor in _iter_tensors(files):
-            if name in waiting:
-                fills[name](tensor)
-                waiting.discard(name)
-            elif name not in fills and not model.is_ignored_tensor(name):
+            if name in missing_names:
+                loaders[name](tensor)
+                missing_names.discard(name)
+            elif name not in loaders and not model.is_ignored_tensor(name):
                 unexpected.append(name)
             bar.update(tensor.nbytes)
-    where = str(files[0].parent)
-    if missing := [name for name in fills if name in waiting and name not in may_lack]:
-        wanted = len(fills) - len(waiting & may_lack)
+    folder = str(files[0].parent)
+    if missing := [name for name in loaders if name in missing_names and name not in optional]:
+        num_expected = len(loaders) - len(missing_names & optional)
         raise CheckpointError(
-            f"{where!r} lacks {len(missing)} of {wanted} tensors: {_format_names(missing)}; download the model again, "
-            f"or mend its config.json{_format_unexpected(unexpected)}"
+            f"{folder!r} lacks {len(missing)} of {num_expected} tensors: {_format_names(missing)}; download the model "
+            f"again, or mend its config.json{_format_unexpected(unexpected)}"
         )
     if unexpected:
         raise CheckpointError(
-            f"{where!r} has {len(unexpected)} tensors that this architecture does not use: "
+            f"{folder!r} has {len(unexpected)} tensors that this architecture does not use: "
             f"{_format_names(sorted(unexpected))}; its config.json names another model, or another quantization"
         )
 
@@ -128,9 +128,9 @@ def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None
 def _iter_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    yield name, opened.get_tensor(name)
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
@@ -140,7 +140,8 @@ def _iter_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _fill_random_weights(model: Model, seed: int, device: torch.device) -> None:
-    """Variance 1 / fan-in for matrices, so activations keep their scale; vectors stay as made (norms 1, biases 0)."""
+    """Variance 1 / fan-in for matrices, so that activations keep their scale; vectors stay as they were constructed:
+    norms 1, biases 0."""
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim < 2:
@@ -152,14 +153,14 @@ def _fill_random_weights(model: Model, seed: int, device: torch.device) -> None:
         if parameter.dtype.itemsize >= 2:
             parameter.uniform_(-bound, bound, generator=generator)
         else:
-            wide = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-            parameter.copy_(wide.uniform_(-bound, bound, generator=generator))
+            values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            parameter.copy_(values.uniform_(-bound, bound, generator=generator))
 
 
 def _format_unexpected(unexpected: Sequence[str]) -> str:
     return f" (it has {len(unexpected)} unknown ones: {_format_names(sorted(unexpected))})" if unexpected else ""
 
 
-def _format_names(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _format_names(names: Sequence[str], limit: int = 3) -> str:
+    first_names = ", ".join(names[:limit])
+    return first_names if len(names) <= limit else f"{first_names} and {len(names) - limit} more"

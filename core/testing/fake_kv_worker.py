@@ -13,7 +13,7 @@ from quire.core.messages import LogprobRows, ModelRunnerOutput, NewRequest, Sche
 
 __all__ = ["FakeKVWorker", "compute_expected_tokens"]
 
-_FIRST = 1
+_FIRST_MARK = 1
 
 
 class FakeKVWorker:
@@ -21,10 +21,10 @@ class FakeKVWorker:
 
     The key and value of a position are a mark: a hash of all tokens up to it and of the salt. Every step checks that
     each position it attends to holds the mark it must hold, so that any mistake in block tables, sharing, copies,
-    reuse or trimming is an ``AssertionError`` in the step that would have computed a wrong token. The token drawn
-    depends on the request's seed and on all tokens before it: see ``expected_tokens``.
+    reuse or freeing of blocks is an ``AssertionError`` in the step that would have computed a wrong token. The token
+    sampled depends on the request's seed and on all tokens before it: see ``compute_expected_tokens``.
 
-    Where steps ask for drafts, each of them is right with probability ``skill``.
+    Where steps ask for drafts, each of them is right with probability ``draft_accuracy``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FakeKVWorker:
         self._next_step = 0
 
     def execute_step(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Apply the differences, compute the grants, draw."""
+        """Apply the differences, compute the grants, sample."""
         assert step.step == self._next_step, f"step {step.step} came instead of {self._next_step}"
         self._next_step += 1
         self._update_states(step)
@@ -50,7 +50,7 @@ class FakeKVWorker:
             zip(step.rows.tolist(), step.num_scheduled_tokens.tolist(), step.sampling_mask.tolist(), strict=True)
         )
         drafts = [0] * len(grants) if step.num_draft_tokens is None else step.num_draft_tokens.tolist()
-        written: list[set[int]] = [set() for _ in self._groups]
+        written: list[set[int]] = [set() for _ in self._groups]  # slots, by group
         for (row, count, _), drafted in zip(grants, drafts, strict=True):
             assert drafted == 0 or count == 1 + drafted, "drafts come beside one token"
             self._rows[row].append_drafts(drafted)
@@ -62,7 +62,7 @@ class FakeKVWorker:
             num_verified_drafts=None if step.num_draft_tokens is None else step.num_draft_tokens.copy(),
         )
         for index, (row, count, samples) in enumerate(grants):
-            assert self._rows[row].num_computed_tokens <= step.max_seq_lens[index], "reached is no upper bound"
+            assert self._rows[row].num_computed_tokens <= step.max_seq_lens[index], "max_seq_lens is no upper bound"
             self._check_kv_reads(self._rows[row], step.max_seq_len)
             self._sample_tokens(self._rows[row], index, count, samples, drafts[index], result)
             self._rows[row].host_draft = (
@@ -72,7 +72,7 @@ class FakeKVWorker:
 
     def _update_states(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
-            assert self._rows.pop(row, None) is not None, f"row {row} was freed, but nobody has it"
+            assert self._rows.pop(row, None) is not None, f"row {row} was freed, but no request holds it"
         for new in step.new_requests:
             assert new.row not in self._rows, f"row {new.row} is given to {new.request_id}, but was not freed"
             self._rows[new.row] = _Row(new, list(new.token_ids), new.num_computed_tokens, [{} for _ in self._groups])
@@ -81,10 +81,11 @@ class FakeKVWorker:
             for i, block in enumerate(diff.block_ids):
                 assert 0 <= block < self._num_blocks, f"block {block} does not exist"
                 table[diff.start + i] = block
-        for guess in step.host_drafts:
-            mine = self._rows[guess.row]
-            drawn = mine.tokens[guess.base_len :]
-            mine.host_draft = guess.token_ids[len(drawn) :] if guess.token_ids[: len(drawn)] == drawn else []
+        for draft in step.host_drafts:
+            request = self._rows[draft.row]
+            sampled_since = request.tokens[draft.base_len :]
+            agrees = draft.token_ids[: len(sampled_since)] == sampled_since
+            request.host_draft = draft.token_ids[len(sampled_since) :] if agrees else []
         for group, source, destination in step.block_copies:
             size, slots = self._block_size, self._slots[group]
             for offset in range(size):
@@ -95,24 +96,26 @@ class FakeKVWorker:
         assert len(step.rows) > 0, "an empty step"
         assert len(set(step.rows.tolist())) == len(step.rows), "a row is granted twice"
         assert int(step.num_scheduled_tokens.sum()) == step.total_num_scheduled_tokens
-        first = step.num_scheduled_tokens[: step.num_decodes]
-        assert (first == 1).all() and step.sampling_mask[: step.num_decodes].all(), "decodes do not come first"
-        rest = (step.num_scheduled_tokens == 1) & step.sampling_mask
-        assert not rest[step.num_decodes :].any(), "a decode comes after the prompts"
+        decodes = step.num_scheduled_tokens[: step.num_decodes]
+        assert (decodes == 1).all() and step.sampling_mask[: step.num_decodes].all(), "decodes do not come first"
+        is_decode = (step.num_scheduled_tokens == 1) & step.sampling_mask
+        assert not is_decode[step.num_decodes :].any(), "a decode comes after the prompts"
         if step.num_draft_tokens is not None:
             drafted = step.num_draft_tokens[step.num_decodes :] > 0
             assert not step.num_draft_tokens[: step.num_decodes].any() and (np.diff(drafted.astype(int)) <= 0).all(), (
-                "order"
+                "requests with drafts do not stand between decodes and prompts"
             )
 
     def _write_kv(self, row: _Row, count: int, written: list[set[int]]) -> None:
         assert count > 0, f"{row.new.request_id}: an empty grant"
-        assert row.num_computed_tokens + count <= len(row.tokens), f"{row.new.request_id}: granted tokens nobody knows"
+        assert row.num_computed_tokens + count <= len(row.tokens), (
+            f"{row.new.request_id}: granted tokens that are not known"
+        )
         row.extend_marks(row.num_computed_tokens + count)
         for group, table in enumerate(row.blocks):
             for position in range(row.num_computed_tokens, row.num_computed_tokens + count):
                 block = table[position // self._block_size]
-                assert block != 0, f"{row.new.request_id} would write position {position} into the sink"
+                assert block != 0, f"{row.new.request_id} would write position {position} into the null block"
                 slot = block * self._block_size + position % self._block_size
                 assert slot not in written[group], f"two requests write block {block} in one step"
                 written[group].add(slot)
@@ -125,8 +128,8 @@ class FakeKVWorker:
             first = 0 if spec.window is None else max(row.num_computed_tokens - spec.window, 0)
             for position in range(first, row.num_computed_tokens):
                 slot = table[position // self._block_size] * self._block_size + position % self._block_size
-                found = self._slots[group].get(slot)
-                assert found == row.marks[position], (
+                mark = self._slots[group].get(slot)
+                assert mark == row.marks[position], (
                     f"{row.new.request_id} reads another's key at position {position}, group {group}, "
                     f"block {slot // self._block_size}"
                 )
@@ -144,24 +147,24 @@ class FakeKVWorker:
         if not samples:
             return
         known = len(row.tokens) - drafted
-        offered, drawn = row.tokens[known:], list[int]()
-        while not drawn or (len(drawn) <= drafted and drawn[-1] == offered[len(drawn) - 1]):
-            drawn.append(_compute_next_token(new.seed, row.tokens[:known] + drawn, self._vocab_size))
-        row.replace_drafts(known, drawn)
-        result.sampled_token_ids[index, : len(drawn)] = drawn
-        result.num_sampled_tokens[index] = len(drawn)
+        offered, sampled = row.tokens[known:], list[int]()
+        while not sampled or (len(sampled) <= drafted and sampled[-1] == offered[len(sampled) - 1]):
+            sampled.append(_compute_next_token(new.seed, row.tokens[:known] + sampled, self._vocab_size))
+        row.replace_drafts(known, sampled)
+        result.sampled_token_ids[index, : len(sampled)] = sampled
+        result.num_sampled_tokens[index] = len(sampled)
         if params.logprobs is not None:
-            result.logprobs[index] = _make_logprob_rows(drawn + [0] * (1 + drafted - len(drawn)))
+            result.logprobs[index] = _make_logprob_rows(sampled + [0] * (1 + drafted - len(sampled)))
 
     def _propose_drafts(self, row: _Row, count: int) -> list[int]:
-        right = compute_expected_tokens(row.new.seed, row.tokens, count, self._vocab_size)
+        expected = compute_expected_tokens(row.new.seed, row.tokens, count, self._vocab_size)
         return [
-            token if self._rng.random() < self._draft_accuracy else (token + 1) % self._vocab_size for token in right
+            token if self._rng.random() < self._draft_accuracy else (token + 1) % self._vocab_size for token in expected
         ]
 
 
 def compute_expected_tokens(seed: int, prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
-    """What a request draws if nothing goes wrong: ``count`` tokens, stops not considered."""
+    """What a request samples if nothing goes wrong: ``count`` tokens, stops not considered."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(_compute_next_token(seed, tokens, vocab_size))
@@ -178,22 +181,22 @@ class _Row:
     host_draft: list[int] = field(default_factory=list)
 
     def append_drafts(self, count: int) -> None:
-        """Take ``count`` drafts for known, with nonsense where there are too few."""
+        """Append ``count`` drafts to the tokens, zeros where there are too few."""
         if count:
             assert self.num_computed_tokens == len(self.tokens) - 1, (
                 f"{self.new.request_id} verifies drafts in its prompt"
             )
             self.tokens += (self.host_draft + [0] * count)[:count]
 
-    def replace_drafts(self, known: int, drawn: list[int]) -> None:
-        """Replace the drafts by what was drawn: all but its last token are computed."""
-        self.tokens[known:] = drawn
+    def replace_drafts(self, known: int, sampled: list[int]) -> None:
+        """Replace the drafts by what was sampled: all but its last token are computed."""
+        self.tokens[known:] = sampled
         self.num_computed_tokens = len(self.tokens) - 1
         del self.marks[self.num_computed_tokens :]
 
     def extend_marks(self, length: int) -> None:
         for token in self.tokens[len(self.marks) : length]:
-            self.marks.append(hash((self.marks[-1] if self.marks else _FIRST, token)))
+            self.marks.append(hash((self.marks[-1] if self.marks else _FIRST_MARK, token)))
 
 
 def _compute_next_token(seed: int, tokens: list[int], vocab_size: int) -> int:

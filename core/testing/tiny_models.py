@@ -1,6 +1,6 @@
 """Tiny random models in Hugging Face layout, of every family and rope variant, with a tokenizer that can serve them.
 
-transformers makes them, so it is their oracle. Nothing is fetched: the tokenizer is one token a byte.
+transformers makes them, so it is their reference. Nothing is fetched: the tokenizer is one token a byte.
 """
 
 from __future__ import annotations
@@ -132,11 +132,11 @@ def _save_weights(state: Mapping[str, Tensor], folder: Path, shards: int, drop_h
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    names, where = list(tensors), {}
+    names, weight_map = list(tensors), {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        mine = names[shard::shards]
-        where.update(dict.fromkeys(mine, file))
-        save_file({name: tensors[name] for name in mine}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+        shard_names = names[shard::shards]
+        weight_map.update(dict.fromkeys(shard_names, file))
+        save_file({name: tensors[name] for name in shard_names}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")

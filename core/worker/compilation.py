@@ -25,19 +25,20 @@ def precompile_kernels(run_warmup: Callable[[], None]) -> None:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    class Ahead(triton.AsyncCompileMode):
+    class CompileAhead(triton.AsyncCompileMode):
         def submit(self, key: Any, compile_fn: Any, finalize_fn: Any) -> Any:
-            def make() -> Any:
-                made = compile_fn()
-                return made.run and made  # ``run`` is there once it is loaded
+            def compile_and_load() -> Any:
+                kernel = compile_fn()
+                return kernel.run and kernel  # reading ``run`` loads the kernel onto the device
 
-            known = key in self.future_kernels
-            kernel = super().submit(key, make, finalize_fn)
-            if not known:
+            is_known = key in self.future_kernels
+            kernel = super().submit(key, compile_and_load, finalize_fn)
+            if not is_known:
                 finalize_fn(kernel)  # later launches find it at once, as they do by themselves from Triton 3.7 on
             return kernel
 
-    launch, tune = JITFunction.run, Autotuner.run
+    # Patched for the time of the warm-up, since Triton has no switch for it: launches become compilations.
+    launch, autotune = JITFunction.run, Autotuner.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return launch(self, *args, grid=grid, warmup=True, **kwargs)
@@ -51,12 +52,12 @@ def precompile_kernels(run_warmup: Callable[[], None]) -> None:
 
     JITFunction.run, Autotuner.run = compile_only, compile_all
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, Ahead(pool):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, CompileAhead(pool):
             run_warmup()
     except Exception as error:
         _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)
     finally:
-        JITFunction.run, Autotuner.run = launch, tune
+        JITFunction.run, Autotuner.run = launch, autotune
 
 
 class CompileCounter:

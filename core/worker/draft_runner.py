@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.spec_decode import DeviceProposer, StepTokens
-from quire.core.messages import SchedulerOutput
+from quire.core.messages import BlockCopy, SchedulerOutput
 from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.verify import place_drafts
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
@@ -61,8 +61,8 @@ class DraftRunner:
         self._uploaded_rows: NDArray[np.int64] | None = None  # what the front of it holds
         self._graphs: dict[_ProposalShape, torch.cuda.CUDAGraph] = {}
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """As the target's cache does: (group, source, destination)."""
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """As the target's cache does."""
         self.kv_cache.copy_blocks(copies, target_group=self._target_group)
 
     def process_target_step(self, step: SchedulerOutput, inputs: StepInputs | None) -> None:

@@ -11,6 +11,7 @@ from quire.core.config import CacheConfig
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, KVLayout, LayerKV
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
+from quire.core.messages import BlockCopy
 from quire.core.ops.pinned import copy_to_device
 
 __all__ = [
@@ -82,12 +83,12 @@ class KVCache:
             self.layers.append(self.layouts[g].view(self._group_pools[g][:, columns]))
             next_layer[g] += 1
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]], target_group: int | None = None) -> None:
-        """Copy whole blocks, all layers at once: (group, source, destination). A cache whose layers all live under the
+    def copy_blocks(self, copies: Sequence[BlockCopy], target_group: int | None = None) -> None:
+        """Copy whole blocks, all layers at once. A cache whose layers all live under the
         block ids of one ``target_group`` of another cache copies what that group does."""
         for g, group_pool in enumerate(self._group_pools):
             wanted_group = g if target_group is None else target_group
-            pairs = [(source, destination) for group, source, destination in copies if group == wanted_group]
+            pairs = [(copy.source, copy.destination) for copy in copies if copy.group == wanted_group]
             if pairs:
                 index = copy_to_device(pairs, torch.int64, self.device)  # (n, 2)
                 group_pool[index[:, 1]] = group_pool[index[:, 0]]
