@@ -45,7 +45,7 @@ coverage: dev ## the same, and the share of the code's lines that it ran
 architecture: dev ## the tests of layering, names and file sizes alone
 	$(PYTEST) tests/architecture
 
-aot: dev ## compile every Triton kernel for sm_90, sm_80 and sm_100, without a GPU
+aot: dev ## compile every Triton kernel for sm_90, sm_80, sm_89 and sm_100, without a GPU
 	env -u TRITON_INTERPRET $(PYTEST) -n $(WORKERS) -m aot $(TESTS)
 
 aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Triton that Quire takes

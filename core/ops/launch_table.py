@@ -80,8 +80,12 @@ def find_launches(steps: Sequence[LaunchStep], num_tokens: int) -> Launches:
 
 
 def fit_stages(profile: DeviceProfile, num_stages: int, stage_bytes: int, other_bytes: int = 0) -> int:
-    """``num_stages``, or as many as fit into a program's shared memory beside ``other_bytes``; 1 at least."""
-    return max(1, min(num_stages, (profile.shared_memory - other_bytes) // stage_bytes))
+    """``num_stages``, or as many as fit into a program's shared memory beside ``other_bytes``; 1 at least.
+
+    A pipeline of n stages with asynchronous copies (``cp.async``) holds n - 1 tiles of ``stage_bytes``: the one that is
+    multiplied is in registers.
+    """
+    return max(1, min(num_stages, 1 + (profile.shared_memory - other_bytes) // stage_bytes))
 
 
 @cache

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 
+from quire.core.ops.device_profile import PROFILES, DeviceProfile
 from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
 from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
+from quire.core.ops.launch_table import LaunchStep
+from quire.plugins.quant.kernels import fp8_layer
 from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
 from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
 from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.int4 import IntWeights
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, launch_dequantize_int4
+from quire.plugins.quant.kernels.int4_table import get_int4_steps
 
-__all__ = ["GEMMS"]
+__all__ = ["GEMMS", "RULES"]
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
@@ -311,3 +315,38 @@ GEMMS: dict[str, Callable[[], None]] = {
         blocks=1,
     ),
 }
+
+
+def by_rule(
+    steps: tuple[LaunchStep, ...], launchers: dict[str, Callable[..., None]], call: Callable[..., None]
+) -> None:
+    """All that a rule chooses for a layer of 4096 x 4096."""
+    for max_tokens, launches in steps:
+        for launch in launches:
+            if launch is not None:
+                call(launchers[launch.kernel], max_tokens, 4096, 4096, **launch.options)
+
+
+def make_rule_cases(profile: DeviceProfile) -> dict[str, Callable[[], None]]:
+    """A case for each format, with the launches of its rule on the card of ``profile``."""
+
+    def quantized(dtype: torch.dtype) -> None:
+        steps = fp8_layer.get_eight_bit_steps(profile, 4096, 4096, dtype)
+        by_rule(
+            steps, fp8_layer.LAUNCHERS, lambda kernel, *shape, **options: eight_bit(kernel, *shape, dtype, **options)
+        )
+
+    def grouped() -> None:
+        names = {name: name for name in LAUNCHERS}
+        by_rule(get_int4_steps(profile, 4096, 4096, 4, True), names, int4)  # type: ignore[arg-type]
+
+    cases = {"rule-int8": partial(quantized, INT8), "rule-w4a16": grouped}
+    return cases | ({"rule-fp8": partial(quantized, FP8)} if profile.has_fp8 else {})
+
+
+RULES = {
+    profile.capability[0] * 10 + profile.capability[1]: make_rule_cases(profile)
+    for profile in PROFILES
+    if profile.name in ("A100", "L4")
+}
+"""Capability -> cases of its own: cards without a table launch what the rules choose for them."""

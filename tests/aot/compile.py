@@ -10,18 +10,21 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
+from tests.aot.targets import SHARED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
+
+from quire.core.ops.device_profile import INTERPRETER, DeviceProfile
 
 _TYPES = {
     torch.float32: "fp32",
@@ -57,8 +60,9 @@ Launch = tuple[JITFunction, tuple, dict[str, Any]]
 """A kernel, its arguments by place and by name."""
 
 
-def launches_of(run: Callable[[], Any]) -> list[Launch]:
-    """Call ``run`` with launches caught instead of made."""
+def launches_of(run: Callable[[], Any], capability: int | None = None) -> list[Launch]:
+    """Call ``run`` with launches caught instead of made; given a capability, as on a GPU that has it, and its shared
+    memory, but the interpreter's few SMs, so that small cases fill it."""
     launches: list[Launch] = []
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -66,6 +70,10 @@ def launches_of(run: Callable[[], Any]) -> list[Launch]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", catch)
+        if capability is not None:
+            version = divmod(capability, 10)
+            profile = replace(INTERPRETER, capability=version, shared_memory=SHARED[capability])
+            patch.setattr(DeviceProfile, "detect", lambda device: profile)
         run()
     return launches
 

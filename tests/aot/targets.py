@@ -9,15 +9,25 @@ import triton
 
 __all__ = ["EXCEPTIONS", "LEFT_OUT", "SHARED", "Except", "spill_allowed"]
 
-SHARED = {90: 227 * 1024, 80: 163 * 1024, 100: 227 * 1024}
+SHARED = {90: 227 * 1024, 80: 163 * 1024, 89: 99 * 1024, 100: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there. Every case is compiled for each."""
 
+_HOPPER_TABLES = ("int4-medium-m-256", "int4-small-m-16")
+"""Launches of Hopper's tables, which take more shared memory or registers than others have. What the rules choose
+elsewhere is compiled as ``rule-*``."""
 LEFT_OUT: dict[int, tuple[str, ...]] = {
     80: ("float16-*", "fp8-*", "int4-medium-m-256", "*hopper-*"),
+    89: (
+        "float16-*", "float32-*", "*hopper-*", *_HOPPER_TABLES, "fp8-medium-m", "fp8-medium-m-x-lhs",
+        "norm*", "rope*", "silu", "decode-inputs", "verify-inputs", "sample-*", "draft-*", "int8-*", "*gemv*",
+        "small-m-*", "medium-m", "int4-medium-m-32", "window", "page-1", "group-7", "multi-query",
+    ),
     100: ("float16-*", "*hopper-*"),
-}
+}  # fmt: skip
 """Capability -> patterns of cases not compiled for it: they use what such a GPU has not, differ from others only in a
-type (``float16-*``), are launches of a table of Hopper's (``int4-medium-m-256``) or kernels for it (``*hopper-*``)."""
+type (``float16-*``), are launches of a table of Hopper's or kernels for it (``*hopper-*``). Ada (89) compiles what
+differs from Ampere (80): FP8, and what takes much of the shared memory, of which it has less; not what needs little of
+it and is the same code as for 80. Its W8A8 products (``fp8-medium-m``) are the library's."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ _OLDEST = "a few bytes, and only with the oldest Triton"
 
 EXCEPTIONS: tuple[Except, ...] = (
     Except("_prefill_kernel", 320, _ELSEWHERE, capabilities=(80,)),
+    Except("_prefill_kernel", 40, _ELSEWHERE, capabilities=(89,)),
     Except(
         "_prefill_kernel",
         112,

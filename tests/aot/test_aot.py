@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 from tests.aot.cases import CASES
+from tests.aot.cases_gemm import RULES
 from tests.aot.cases_sampling import place_drafts, verify_drafts
 from tests.aot.compile import Compiled, compile_launch, launches_of, variant
 from tests.aot.targets import LEFT_OUT, SHARED, spill_allowed
@@ -32,7 +33,7 @@ _compiled: dict[tuple[str, int], list[Compiled]] = {}
     [
         pytest.param(capability, case, id=f"sm_{capability}-{case}")
         for capability in SHARED
-        for case in CASES
+        for case in (*CASES, *RULES.get(capability, ()))
         if not any(fnmatch(case, pattern) for pattern in LEFT_OUT.get(capability, ()))
     ],
 )
@@ -120,5 +121,8 @@ def _lacks_fp8(error: BaseException | None) -> bool:
 def compiled(case: str, capability: int) -> list[Compiled]:
     key = (case, capability)
     if key not in _compiled:
-        _compiled[key] = [compile_launch(launch, capability) for launch in launches_of(CASES[case])]
+        _compiled[key] = [
+            compile_launch(launch, capability)
+            for launch in launches_of(CASES.get(case) or RULES[capability][case], capability)
+        ]
     return _compiled[key]

@@ -97,7 +97,7 @@ def test_the_cpu_and_newer_cards_are_served(monkeypatch: pytest.MonkeyPatch) -> 
 def test_fit_stages() -> None:
     l4 = next(profile for profile in PROFILES if profile.name == "L4")
     assert fit_stages(H200, 6, 16 << 10) == 6
-    assert fit_stages(l4, 6, 16 << 10, other_bytes=4 << 10) == 5
+    assert fit_stages(l4, 8, 16 << 10, other_bytes=4 << 10) == 6
     assert fit_stages(l4, 6, 1 << 20) == 1
 
 

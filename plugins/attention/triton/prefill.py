@@ -21,18 +21,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.attention.triton.fp8 import prepare_fp8_queries
 from quire.plugins.attention.triton.online_softmax import LN2, normalize_rows, scale_scores
 from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
 
 __all__ = ["launch_prefill"]
 
+_BYTES_OF_TILE_256 = 104 * 1024
+"""Shared memory that the tile for heads of 256 takes: more than Ada (99 KiB) has."""
+
 
 def launch_prefill(
     spec: AttentionSpec, batch: AttentionBatch, q: Tensor, kv: LayerKV, out: Tensor, lse_out: Tensor | None
 ) -> None:
     """Attend for the requests after the decodes. Tensors as in ``AttentionBackend.run``."""
-    constants, options = _build_constants(spec)
+    constants, options = _build_constants(spec, DeviceProfile.detect(q.device).shared_memory)
     num_reqs = batch.num_reqs - batch.num_decodes
     num_tokens = batch.num_tokens - batch.num_decodes * batch.decode_query_len
     group_size = spec.num_heads // spec.num_kv_heads
@@ -68,12 +72,14 @@ def launch_prefill(
     )
 
 
-def _build_constants(spec: AttentionSpec) -> tuple[dict[str, Any], dict[str, int]]:
-    """(compile-time constants, launch options) for ``spec``."""
+def _build_constants(spec: AttentionSpec, shared_memory: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """(compile-time constants, launch options) for ``spec``, on a GPU with so many bytes of shared memory a program."""
     is_float32 = spec.dtype == torch.float32
     dim = triton.next_power_of_2(max(spec.qk_head_dim, spec.v_head_dim, 64))
     # (block_m, block_n, num_warps, num_stages): what compiles without spills (tests/aot). float32 has no tensor cores.
     half_tiles = {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}
+    if shared_memory < _BYTES_OF_TILE_256:
+        half_tiles[256] = (64, 32, 8, 2)
     float32_tiles = {64: (32, 32, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)}
     block_m, block_n, num_warps, num_stages = (float32_tiles if is_float32 else half_tiles)[dim]
     constants: dict[str, Any] = {
