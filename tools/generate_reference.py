@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from tools.reference_text import class_text, function_text, prose  # noqa: E402
 
 from quire.core.plugin import builtin, hookspecs  # noqa: E402
-from quire.core.plugin.options import options_of  # noqa: E402
+from quire.core.plugin.options import find_options_class  # noqa: E402
 from quire.core.plugin.registry import KINDS, Kind, Registrar  # noqa: E402
 from quire.core.plugin.target import load_target  # noqa: E402
 from quire.sdk import contracts, errors, hooks, options  # noqa: E402
@@ -163,7 +163,7 @@ def _bundled_table(kind: Kind) -> str:
 
 
 def _option_fields(plugin: type) -> str:
-    declared = options_of(plugin)
+    declared = find_options_class(plugin)
     if declared is None:
         return ""
     return ", ".join(f"`{p.name}={p.default}`" for p in inspect.signature(declared).parameters.values())
