@@ -98,3 +98,10 @@ def test_a_wrong_command_is_seen(text, capsys):
     except SystemExit:
         unknown = [text]
     assert unknown
+
+
+def test_the_walk_of_a_request_names_each_file_once(root):
+    walk = (root / "docs" / "architecture.md").read_text().partition("## One request")[2].partition("\n## ")[0]
+    files = re.findall(r"`((?:core|plugins|server)/[\w/]+\.py)`", walk)
+    assert len(files) > 25
+    assert sorted(files) == sorted({*files, "core/messages.py"})
