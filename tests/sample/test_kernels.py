@@ -105,8 +105,8 @@ def test_sampling_is_the_torch_code(
     columns = columns_of([params, {"temperature": 0.9, "top_p": 0.8}], seed, "cpu")
     out = torch.full((2,), -1, dtype=torch.int32)
     launch_sample(logits, columns, Workspace(2, VOCAB, CPU, TINY), out)
-    twin = sample_torch(logits, columns)
-    assert torch.equal(out, twin) or sampling_gaps(logits, columns, out).max() < 1e-5
+    expected = sample_torch(logits, columns)
+    assert torch.equal(out, expected) or sampling_gaps(logits, columns, out).max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from quire.core.sample.kernels.noise_kernel import device_exp, device_gumbel
-from quire.core.sample.kernels.sample_row import best_noised_of_chunk, count_at_least, store_sampled_token, sum_masses
+from quire.core.sample.kernels.sample_row import sample_whole_row, store_sampled_token
 
 __all__ = ["sample_topk_candidates_kernel"]
 
@@ -94,7 +94,7 @@ def sample_topk_candidates_kernel(
                     vocab_size, max_candidates, block, other_block, fast,
                 )  # fmt: skip
             else:
-                token = _sample_whole_row(
+                token = sample_whole_row(
                     row_ptr,
                     inv_temperature,
                     min_logit,
@@ -205,61 +205,3 @@ def _sample_candidates(
     noised = tl.where(allowed, x + device_gumbel(seed, position, tokens, fast), float("-inf"))
     best = tl.max(noised, axis=0)
     return tl.min(tl.where(allowed & (noised == best), tokens, vocab_size), axis=0)
-
-
-@triton.jit
-def _sample_whole_row(
-    row_ptr, inv_temperature, min_logit, top_k, top_p, seed, position, max_logit,
-    vocab_size: tl.constexpr, chunk_size: tl.constexpr, num_chunks: tl.constexpr, fast: tl.constexpr,
-):  # fmt: skip
-    """As ``_sample_candidates``, reading the row each time."""
-    # Bisection over float32 values as integers of the same order ends after at most 32 turns with the k-th logit itself
-    # (or with a value that exactly k tokens reach, which allows the same tokens).
-    lowest = tl.maximum(min_logit, -3e38)
-    high = _sortable_key(max_logit)
-    low = tl.minimum(_sortable_key(lowest), high)
-    num_reached = count_at_least(row_ptr, inv_temperature, _float_of_key(low), vocab_size, chunk_size, num_chunks)
-    while (low < high) & (num_reached > top_k):
-        middle = (low + high + 1) // 2
-        num_at_middle = count_at_least(
-            row_ptr, inv_temperature, _float_of_key(middle), vocab_size, chunk_size, num_chunks
-        )
-        enough = num_at_middle >= top_k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-        num_reached = tl.where(enough, num_at_middle, num_reached)
-    min_logit = _float_of_key(low)
-    # Pick, check against top-p, and pick again among the logits above the refused one: see ``sample_resolve``.
-    pivot = tl.full((), float("-inf"), tl.float32)
-    token = tl.full((), vocab_size, tl.int32)
-    again = tl.full((), 1, tl.int32)
-    while again > 0:
-        best = tl.full((), float("-inf"), tl.float32)
-        logit = tl.full((), float("-inf"), tl.float32)
-        token = tl.full((), vocab_size, tl.int32)
-        for index in range(num_chunks):
-            best, logit, token = best_noised_of_chunk(
-                row_ptr, index, inv_temperature, min_logit, pivot, seed, position, best, logit, token,
-                vocab_size, chunk_size, fast,
-            )  # fmt: skip
-        pivot = logit
-        above, _, kept = sum_masses(
-            row_ptr, inv_temperature, min_logit, pivot, pivot, max_logit, 0, num_chunks, vocab_size, chunk_size, fast
-        )
-        refused = (token < vocab_size) & (top_p < 1.0) & (above >= top_p * kept) & (above > 0.0)
-        again = refused.to(tl.int32)
-    return token
-
-
-@triton.jit
-def _sortable_key(x):
-    """An int64 that orders as the float32 does: its bits, those below the sign turned over where it is negative."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-
-
-@triton.jit
-def _float_of_key(key):
-    """The float32 of a scalar ``_sortable_key``."""
-    bits = key.to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
