@@ -58,22 +58,22 @@ def base(folder: Path, family: str, **overrides: Any) -> Path:
 
 def texts(count: int = 32, length: int = 64) -> list[list[int]]:
     """Calibration tokens, far from uniform, so that activations differ in size."""
-    made = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7)
     odds = 1.0 / torch.arange(1, VOCAB + 1).float()
-    return [torch.multinomial(odds, length, True, generator=made).tolist() for _ in range(count)]
+    return [torch.multinomial(odds, length, True, generator=generator).tolist() for _ in range(count)]
 
 
-def finish(plain: Path, made: Path, name: str, weights: Weights) -> None:
+def finish(plain: Path, quantized_folder: Path, name: str, weights: Weights) -> None:
     """Keep config and weights, and write the logits of ``plain`` with ``weights`` in place of its own, in float64."""
     from transformers import AutoModelForCausalLM
 
     folder = FIXTURES / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = json.loads((made / "config.json").read_text())
+    config = json.loads((quantized_folder / "config.json").read_text())
     config["quantization_config"].get("meta", {}).pop("offload_to_disk_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tensors = {n: t for file in sorted(made.glob("*.safetensors")) for n, t in load_file(file).items()}
+    tensors = {n: t for file in sorted(quantized_folder.glob("*.safetensors")) for n, t in load_file(file).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float64)
     unused = model.load_state_dict({n: t.double() for n, t in weights.items()}, strict=False).unexpected_keys
@@ -95,7 +95,7 @@ def autoawq(version: str, group: int) -> Maker:
         from awq.utils.packing_utils import dequantize_gemm
         from transformers import AutoTokenizer
 
-        found: dict[str, Weight] = {}
+        weights: dict[str, Weight] = {}
         for kind in dict.fromkeys(("GEMM", version)):  # it can dequantize the GEMM packing alone
             model = AutoAWQForCausalLM.from_pretrained(str(plain), device_map="cpu", dtype=torch.float16)
             settings = {"zero_point": True, "q_group_size": group, "w_bit": 4, "version": kind}
@@ -104,13 +104,13 @@ def autoawq(version: str, group: int) -> Maker:
             model.save_quantized(str(out))
             if kind == "GEMM":
                 stored = load_file(out / "model.safetensors")
-                found = {n: t for n, t in stored.items() if not n.endswith(("qweight", "qzeros", "scales"))}
+                weights = {n: t for n, t in stored.items() if not n.endswith(("qweight", "qzeros", "scales"))}
                 for name in [n.removesuffix(".qweight") for n in stored if n.endswith("qweight")]:
                     packed = (stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
                     size = stored[f"{name}.qweight"].shape[0] if group == -1 else group
                     q, z, s = packed
-                    found[f"{name}.weight"] = dequantize_gemm(q, z, s.double(), 4, size).T
-        return found
+                    weights[f"{name}.weight"] = dequantize_gemm(q, z, s.double(), 4, size).T
+        return weights
 
     return make
 
@@ -150,18 +150,18 @@ def decompressed(folder: Path) -> Weights:
     stored = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
     raw = json.loads((folder / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig(**{k: v for k, v in raw.items() if k in QuantizationConfig.model_fields})
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for module in sorted({name.rpartition(".")[0] for name in stored}):
-        mine = {n.rpartition(".")[2]: t for n, t in stored.items() if n.rpartition(".")[0] == module}
-        if "weight_scale" in mine:
+        tensors = {n.rpartition(".")[2]: t for n, t in stored.items() if n.rpartition(".")[0] == module}
+        if "weight_scale" in tensors:
             scheme = next(s for s in config.config_groups.values() if isinstance(s, QuantizationScheme))
             if len(config.config_groups) > 1:
                 scheme = next(s for s in config.config_groups.values() if any(_hits(t, module) for t in s.targets))
-            mine["weight_scale"] = mine["weight_scale"].double()
-            mine = BaseCompressor.get_value_from_registry(scheme.format or config.format).decompress(mine, scheme)
-        kept = {f"{module}.{n}": t for n, t in mine.items() if n in ("weight", "bias")}
-        found.update(kept)
-    return found
+            tensors["weight_scale"] = tensors["weight_scale"].double()
+            tensors = BaseCompressor.get_value_from_registry(scheme.format or config.format).decompress(tensors, scheme)
+        kept = {f"{module}.{n}": t for n, t in tensors.items() if n in ("weight", "bias")}
+        weights.update(kept)
+    return weights
 
 
 def _hits(target: str, name: str) -> bool:
@@ -182,12 +182,12 @@ def gptqmodel(bits: int, group: int, **settings: Any) -> Maker:
         model.quantize([{"input_ids": t, "attention_mask": [1] * len(t)} for t in texts()], batch_size=1)
         model.save(str(out))
         stored = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
-        found = {n: t for n, t in stored.items() if n.endswith((".weight", ".bias"))}
+        weights = {n: t for n, t in stored.items() if n.endswith((".weight", ".bias"))}
         for name, module in GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu").model.named_modules():
             if hasattr(module, "dequantize_weight"):
                 module.scales = stored[f"{name}.scales"].double()  # it reads them as bfloat16
-                found[f"{name}.weight"] = module.dequantize_weight().T
-        return found
+                weights[f"{name}.weight"] = module.dequantize_weight().T
+        return weights
 
     return make
 
@@ -283,8 +283,8 @@ def main() -> None:
         if names and name not in names:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            plain, made = base(Path(folder) / "plain", family, **overrides), Path(folder) / "made"
-            finish(plain, made, name, maker(plain, made))
+            plain, quantized_folder = base(Path(folder) / "plain", family, **overrides), Path(folder) / "quantized"
+            finish(plain, quantized_folder, name, maker(plain, quantized_folder))
 
 
 if __name__ == "__main__":

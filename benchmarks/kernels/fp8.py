@@ -66,8 +66,8 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
             yield "gemm_small_m", options | {"separate_norm": "norm" in layer.fused}
     shapes = [(64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 4, 6), (64, 256, 4, 8), (64, 128, 4, 6), (128, 128, 8, 5)]
     swapped = [(32, 256, 4, 6), (32, 256, 4, 4), (64, 128, 4, 6), (64, 128, 4, 4), (16, 512, 4, 4), (128, 128, 8, 4)]
-    for first, found in ((False, shapes), (True, swapped)):
-        for rows, block, warps, stages in found if not first or tokens >= 8 else ():
+    for first, timed in ((False, shapes), (True, swapped)):
+        for rows, block, warps, stages in timed if not first or tokens >= 8 else ():
             for tile in (64, 128):
                 if (tile == 128 and tokens < 128) or (tile < tokens < 128):
                     continue
@@ -83,7 +83,7 @@ class Case:
         self.layer, self.tokens = layer, tokens
         self.module, self.dtype = KINDS[kind]
         self.wanted = ActivationFormat(f"{kind}_token")  # type: ignore[arg-type]
-        self.given = layer.tensors(tokens, device)
+        self.arguments = layer.tensors(tokens, device)
         self.scale = torch.rand(layer.features, device=device) * 2e-3 + 1e-3
 
     def weights(self) -> Tensor:
@@ -93,25 +93,25 @@ class Case:
 
     def quantized(self) -> QuantActivation:
         """The norm, where there is one, and the quantization, in one kernel."""
-        x, norm = self.given["x"], self.given["norm"]
+        x, norm = self.arguments["x"], self.arguments["norm"]
         out = quantize_activation(x, self.wanted) if norm is None else launch_rms_norm(x, *norm, None, self.wanted)[0]
         assert isinstance(out, QuantActivation)
         return out
 
     def launch(self, kernel: str, options: Options, weight: Tensor) -> Tensor:
         """The whole layer."""
-        given = {name: self.given[name] for name in ("x", "norm", "gated", "residual", "out")}
-        given |= {"weight": weight, "bias": None, "scale": self.scale, "enable_pdl": True}
+        arguments = {name: self.arguments[name] for name in ("x", "norm", "gated", "residual", "out")}
+        arguments |= {"weight": weight, "bias": None, "scale": self.scale, "enable_pdl": True}
         options = dict(options)
         if kernel == "gemm_medium_m":
             x = self.quantized()
-            given |= {"x": x.values, "x_scale": x.scale}
+            arguments |= {"x": x.values, "x_scale": x.scale}
         elif options.pop("separate_norm", False):
-            given |= {"x": launch_rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
+            arguments |= {"x": launch_rms_norm(arguments["x"], *arguments["norm"], None)[0], "norm": None}
         if not kernel.startswith("gemv"):
-            del given["norm"]
-        KERNELS[kernel](**given, **options)
-        return self.given["out"]
+            del arguments["norm"]
+        KERNELS[kernel](**arguments, **options)
+        return self.arguments["out"]
 
     def product(self, x: QuantActivation, weight: Tensor) -> Tensor:
         """The library's."""
@@ -121,11 +121,11 @@ class Case:
     def library(self, weight: Tensor) -> Tensor | QuantActivation:
         """The layer by the library; the gate is followed by its activation quantized for the next layer."""
         y = self.product(self.quantized(), weight)
-        return launch_silu_and_mul(y, self.wanted) if self.given["gated"] else y
+        return launch_silu_and_mul(y, self.wanted) if self.arguments["gated"] else y
 
     def exact(self, weight: Tensor) -> Tensor:
         """In float64, activations as they are."""
-        return exact(self.layer, self.given, weight.double() * self.scale.double()[:, None])
+        return exact(self.layer, self.arguments, weight.double() * self.scale.double()[:, None])
 
 
 def compile_one(layer: Layer, tokens: int, kind: str, kernel: str, options: Options) -> str | None:
@@ -156,11 +156,11 @@ def sweep(layer: Layer, kind: str, compiled: set[str]) -> Iterator[dict[str, Any
         expected = case.exact(weights[0]) if tokens in TOKENS else torch.empty(0)
         library = measure(case.library, weights)
         alone = measure(partial(case.product, case.quantized()), weights)
-        found = []
+        timed = []
         for kernel, options in candidates(layer, tokens) if tokens in TOKENS else ():
             if repr((layer, tokens, kind, kernel, options)) not in compiled:
                 continue
-            case.given["out"].fill_(float("nan"))
+            case.arguments["out"].fill_(float("nan"))
             try:
                 got = case.launch(kernel, options, weights[0])
             except OutOfResources:
@@ -170,16 +170,16 @@ def sweep(layer: Layer, kind: str, compiled: set[str]) -> Iterator[dict[str, Any
                 print("WRONG", layer.name, tokens, kernel, options, error)
                 continue
             time_us = measure(partial(case.launch, kernel, options), weights)
-            found.append({"kernel": kernel, **options, "us": round(time_us, 2)})
-        found.sort(key=lambda entry: entry["us"])
-        best = {entry["kernel"]: entry for entry in reversed(found)}.values()
+            timed.append({"kernel": kernel, **options, "us": round(time_us, 2)})
+        timed.sort(key=lambda entry: entry["us"])
+        best = {entry["kernel"]: entry for entry in reversed(timed)}.values()
         text = "  ".join(f"{b['us']:.2f} {named(b)}" for b in sorted(best, key=lambda b: b["us"]))
         print(
             f"{layer.name:8}{layer.features:6}x{layer.inputs:<5} M={tokens:<4} floor {floor:6.2f} "
             f"library {library:6.2f} ({alone:6.2f}) {text}",
             flush=True,
         )
-        yield {"layer": layer, "block_m": tokens, "library_us": round(library, 2), "found": found}
+        yield {"layer": layer, "block_m": tokens, "library_us": round(library, 2), "timed": timed}
 
 
 def named(entry: Options) -> str:
@@ -214,7 +214,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
             continue
         best: list[tuple[float, Options | None]] = [(row["library_us"], None)]
         for quantized in (False, True):
-            usable = [entry for entry in row["found"] if (entry["kernel"] == "gemm_medium_m") == quantized]
+            usable = [entry for entry in row["timed"] if (entry["kernel"] == "gemm_medium_m") == quantized]
             best += [(entry["us"], entry) for entry in usable[:1]]
         if row["tokens"] == 1:
             best = [(time_us if e is None or e["kernel"] == "gemm_medium_m" else 0.0, e) for time_us, e in best]
@@ -223,7 +223,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         table["layers"].setdefault(key, {})[str(row["tokens"])] = ordered
     lines = []
     for key, entries in sorted(table["layers"].items()):
-        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(found)}" for tokens, found in entries.items())
+        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(timed)}" for tokens, timed in entries.items())
         lines.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
     head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
     path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")

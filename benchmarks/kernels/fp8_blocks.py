@@ -30,11 +30,11 @@ TOKENS = (32, 64, 128, 256, 512, 2048, 8192)
 
 def ours(x: QuantActivation, scale: Tensor, weight: Tensor) -> Tensor:
     """By the kernel of the table."""
-    found = get_gemm_plan(weight.device, *weight.shape, weight.dtype).select_launch(len(x.values), True, False, True)
-    assert found is not None and takes_quantized(found)
+    launch = get_gemm_plan(weight.device, *weight.shape, weight.dtype).select_launch(len(x.values), True, False, True)
+    assert launch is not None and takes_quantized(launch)
     out = torch.empty(len(x.values), len(weight), dtype=x.dtype, device=weight.device)
     launch_fp8_gemm_medium_m(
-        x.values, weight, None, out, scale=scale, x_scale=x.scale, enable_pdl=True, **found.options
+        x.values, weight, None, out, scale=scale, x_scale=x.scale, enable_pdl=True, **launch.options
     )
     return out
 

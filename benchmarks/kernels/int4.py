@@ -92,22 +92,22 @@ def random_weights(layer: Layer, group: int, bits: int, device: str) -> IntWeigh
     tiles, blocks = -(-layer.features // 16), -(-layer.inputs * bits // 512)
     groups = (tiles, layer.inputs // group, 16)
     if device == "cpu":  # to compile
-        made = torch.empty(tiles, blocks, 256, dtype=torch.int32), torch.empty(groups, dtype=torch.int32)
+        tensors_of_weights = torch.empty(tiles, blocks, 256, dtype=torch.int32), torch.empty(groups, dtype=torch.int32)
     else:
         words = torch.randint(-(1 << 31), 1 << 31, (tiles, blocks, 256), dtype=torch.int32, device=device)
         scale = (torch.rand(groups, device=device) + 0.5) * layer.inputs**-0.5 / (1 << bits)
         zero = torch.randint(0, 1 << bits, groups, dtype=torch.int32, device=device)
-        made = words, (scale.view(torch.int32) & -256) | zero
-    return IntWeights(*made, layer.features, layer.inputs, group, bits)
+        tensors_of_weights = words, (scale.view(torch.int32) & -256) | zero
+    return IntWeights(*tensors_of_weights, layer.features, layer.inputs, group, bits)
 
 
 def launch(tensors: Options, kernel: str, options: Options, weights: IntWeights) -> None:
     """One call, with the norm before it."""
-    given = dict(tensors)
-    norm = given.pop("norm")
+    arguments = dict(tensors)
+    norm = arguments.pop("norm")
     if norm is not None:
-        given["x"] = launch_rms_norm(given["x"], *norm, None)[0]
-    LAUNCHERS[kernel](weights=weights, bias=None, enable_pdl=True, **given, **options)
+        arguments["x"] = launch_rms_norm(arguments["x"], *norm, None)[0]
+    LAUNCHERS[kernel](weights=weights, bias=None, enable_pdl=True, **arguments, **options)
 
 
 def compile_one(layer: Layer, tokens: int, group: int, bits: int, kernel: str, options: Options) -> str | None:
@@ -143,11 +143,11 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
     floor = size * (bits + 32 / group) / 8 / 4.29e6
     for tokens in numbers:
         tensors = layer.tensors(tokens, "cuda")
-        told = {name: tensors[name] for name in ("x", "norm", "residual")}
-        expected = reference_linear(weights=weights[0], activation="silu" if tensors["gated"] else None, **told)
+        operands = {name: tensors[name] for name in ("x", "norm", "residual")}
+        expected = reference_linear(weights=weights[0], activation="silu" if tensors["gated"] else None, **operands)
         bf16_us = measure(partial(F.linear, tensors["x"]), plain)
         library_us = measure(partial(library, tensors), weights[:8])
-        found = []
+        timed = []
         for kernel, options in candidates(layer, tokens, _whole(group, bits)):
             if repr((layer, tokens, group, bits, kernel, options)) not in compiled:
                 continue
@@ -162,11 +162,11 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
                 print("WRONG", layer.name, tokens, kernel, options, error)
                 continue
             time_us = measure(partial(launch, tensors, kernel, options), weights)
-            found.append({"kernel": kernel, **options, "us": round(time_us, 2)})
-        found.sort(key=lambda entry: entry["us"])
+            timed.append({"kernel": kernel, **options, "us": round(time_us, 2)})
+        timed.sort(key=lambda entry: entry["us"])
         text = "  ".join(
             f"{b['us']:.2f} {b['kernel']}" + "/".join(str(int(v)) for k, v in b.items() if k not in ("us", "kernel"))
-            for b in found[:9]
+            for b in timed[:9]
         )
         print(
             f"{layer.name:8}{layer.features:6}x{layer.inputs:<6}M={tokens:<4} floor {floor:5.2f} bf16 {bf16_us:7.2f} "
@@ -178,7 +178,7 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
             "block_m": tokens,
             "bf16_us": round(bf16_us, 2),
             "library_us": round(library_us, 2),
-            "found": found,
+            "timed": timed,
         }
 
 
@@ -189,7 +189,7 @@ def write_table(path: Path, rows: list[Options]) -> None:
     table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
     for row in rows:
         entries = table["layers"].setdefault(row["layer"], {})
-        best = min(row["found"], key=lambda entry: entry["us"], default=None)
+        best = min(row["timed"], key=lambda entry: entry["us"], default=None)
         if best is not None and best["us"] > WORTH * row["library_us"]:
             best = None
         entries[str(row["tokens"])] = best

@@ -149,11 +149,11 @@ def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str
 def launch(layer: Layer, tokens: int, kernel: str, options: Options, tensors: Options, weight: Tensor) -> None:
     """One call."""
     weight = weight.expand(layer.features, layer.inputs) if weight.dim() == 1 else weight
-    given = dict(tensors)
+    arguments = dict(tensors)
     options = dict(options)
     if options.pop("separate_norm", False):
-        given |= {"x": launch_rms_norm(given["x"], *given["norm"], None)[0], "norm": None}
-    KERNELS[kernel](weight=weight, bias=None, **given, **options)
+        arguments |= {"x": launch_rms_norm(arguments["x"], *arguments["norm"], None)[0], "norm": None}
+    KERNELS[kernel](weight=weight, bias=None, **arguments, **options)
 
 
 def measure(call: Callable[[Tensor], object], weights: list[Tensor], replays: int = 7) -> float:
@@ -211,7 +211,7 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
         expected = exact(layer, tensors, weights[0])
         library = measure(partial(F.linear, tensors["x"]), weights)
         separate = measure(partial(apart, layer, tensors), weights)
-        found = []
+        timed = []
         for pdl in enable_pdl:
             for kernel, options in candidates(layer, tokens):
                 options = options | {"enable_pdl": pdl}
@@ -224,10 +224,10 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
                     print("WRONG", layer.name, tokens, kernel, options, error)
                     continue
                 time_us = measure(partial(launch, layer, tokens, kernel, options, tensors), weights)
-                found.append({"kernel": kernel, **options, "us": round(time_us, 2)})
-        found.sort(key=lambda entry: entry["us"])
+                timed.append({"kernel": kernel, **options, "us": round(time_us, 2)})
+        timed.sort(key=lambda entry: entry["us"])
         for pdl in enable_pdl:
-            best = [entry for entry in found if entry["enable_pdl"] == pdl][:3]
+            best = [entry for entry in timed if entry["enable_pdl"] == pdl][:3]
             text = "  ".join(
                 f"{b['us']:.2f} {b['kernel'][::5]}" + "/".join(str(v) for k, v in b.items() if k not in _HIDDEN)
                 for b in best
@@ -243,7 +243,7 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
             "block_m": tokens,
             "library_us": round(library, 2),
             "unfused_us": round(separate, 2),
-            "found": found,
+            "timed": timed,
         }
 
 
@@ -255,7 +255,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     for key in {f"{row['features']}x{row['inputs']}" for row in rows}:
         table["layers"][key] = {}
     for row in rows:
-        usable = [entry for entry in row["found"] if entry["enable_pdl"]]
+        usable = [entry for entry in row["timed"] if entry["enable_pdl"]]
         best = min(usable, key=lambda entry: entry["us"], default=None)
         if best is not None and best["us"] > WORTH * row["unfused_us"]:
             best = None

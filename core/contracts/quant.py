@@ -76,7 +76,7 @@ class QuantActivation:
     scale: Tensor  # (num_tokens, 1), (1,) or (num_tokens, features / 128), float32
     """Of groups on a GPU, a group's tokens lie side by side, and both tensors have room for whole fours of tokens."""
     native: Tensor | None = None
-    """The unquantized twin, where somebody needs it."""
+    """The same activation unquantized, where it is also needed."""
     dtype: torch.dtype = torch.bfloat16
     """Of the activation before it was quantized."""
 

@@ -36,7 +36,7 @@ def check_unsupported_gives_reasons(cls: type[QuantizationLoader]) -> None:
 
 
 def check_every_layer_has_a_method(cls: type[QuantizationLoader]) -> None:
-    """``method_for`` gives a LinearMethod with a known input format for each kind of layer."""
+    """``get_linear_method`` gives a LinearMethod with a known input format for each kind of layer."""
     loader = _example(cls)
     for kind in ("linear", "lm_head"):
         info = _info(kind=kind)
@@ -112,7 +112,7 @@ def _example(cls: type[QuantizationLoader]) -> QuantizationLoader:
     """A loader of what it says that it reads."""
     config = cls.example_config()
     reasons = cls.unsupported(config, _CPU)
-    assert not reasons, f"example() gives {config!r}, of which unsupported() says: {reasons[0]}"
+    assert not reasons, f"example_config() gives {config!r}, of which unsupported() says: {reasons[0]}"
     return cls(config, parse_options(cls, {}))
 
 
@@ -164,8 +164,8 @@ def _apply(
 
 
 def _weights() -> list[Tensor]:
-    made = torch.Generator().manual_seed(2)
-    return [torch.randn(size, _INPUTS, generator=made) / _INPUTS**0.5 for size in _PARTS]
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(size, _INPUTS, generator=generator) / _INPUTS**0.5 for size in _PARTS]
 
 
 def _input() -> Tensor:

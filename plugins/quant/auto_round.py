@@ -25,18 +25,20 @@ class AutoRound(LayerwiseLoader):
         """Other methods, packings and data types, and quantized activations."""
         if reasons := cls.check_quant_method(quant_config, "auto-round", "intel/auto-round"):
             return reasons
-        found, packing = [], quant_config.get("packing_format")
+        reasons, packing = [], quant_config.get("packing_format")
         if packing not in _PACKINGS:
-            found.append(f"auto-round packing {packing!r} is not supported; only {' and '.join(_PACKINGS)} are")
+            reasons.append(f"auto-round packing {packing!r} is not supported; only {' and '.join(_PACKINGS)} are")
         for config in (quant_config, *(quant_config.get("extra_config") or {}).values()):
             bits, kind, size = config.get("bits", 4), config.get("data_type", "int"), config.get("group_size", 128)
             if kind != "int" or (config.get("act_bits") or 16) < 16:
-                found.append(f"auto-round {kind!r} weights, or quantized activations, are not supported; int ones are")
+                reasons.append(
+                    f"auto-round {kind!r} weights, or quantized activations, are not supported; int ones are"
+                )
             if bits not in BITS and bits < 16:
-                found.append(f"auto-round with {bits!r} bits is not supported; only 2, 3, 4 and 8 are")
+                reasons.append(f"auto-round with {bits!r} bits is not supported; only 2, 3, 4 and 8 are")
             if is_invalid_group_size(size):
-                found.append(f"auto-round group size {size!r} is not supported; it must be -1 or positive")
-        return found
+                reasons.append(f"auto-round group size {size!r} is not supported; it must be -1 or positive")
+        return reasons
 
     @classmethod
     def example_config(cls) -> Mapping[str, Any]:

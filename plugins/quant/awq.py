@@ -11,9 +11,8 @@ from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import StoredTensor
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
-from quire.plugins.quant.grouped_weights import GroupedWeights
+from quire.plugins.quant.grouped_weights import AWQ_ORDER, GroupedWeights, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
-from quire.plugins.quant.packing import AWQ_ORDER, unpack_codes
 
 __all__ = ["AWQ", "GemmFormat", "GemvFastFormat", "GemvFormat"]
 
@@ -26,17 +25,17 @@ class AWQ(LayerwiseLoader):
         """Other methods, other bits, and packings made for one kernel."""
         if reasons := cls.check_quant_method(quant_config, "awq"):
             return reasons
-        found = []
+        reasons = []
         bits, version = _get_bits(quant_config), _get_version(quant_config)
         if bits != 4:
-            found.append(f"AWQ with {bits!r} bits is not supported; only 4 bits are")
+            reasons.append(f"AWQ with {bits!r} bits is not supported; only 4 bits are")
         if version not in _FORMATS:
-            found.append(f"AWQ packing {version!r} is not supported; only {', '.join(_FORMATS)} are")
+            reasons.append(f"AWQ packing {version!r} is not supported; only {', '.join(_FORMATS)} are")
         if is_invalid_group_size(size := _get_group_size(quant_config)):
-            found.append(f"AWQ group size {size!r} is not supported; it must be -1 or positive")
+            reasons.append(f"AWQ group size {size!r} is not supported; it must be -1 or positive")
         elif version.startswith("gemv") and size not in (-1, 32, 64) and size < 128:
-            found.append(f"AWQ packing {version!r} has no group size {size}; only 32, 64, 128 and larger")
-        return found
+            reasons.append(f"AWQ packing {version!r} has no group size {size}; only 32, 64, 128 and larger")
+        return reasons
 
     @classmethod
     def example_config(cls) -> Mapping[str, Any]:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import StoredTensor
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
-from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index
+from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, is_invalid_group_size
-from quire.plugins.quant.packing import unpack_codes
 from quire.plugins.quant.scaled import ScaledFormat
 
 __all__ = ["CompressedTensors", "PackedFormat"]
@@ -32,32 +31,32 @@ class CompressedTensors(LayerwiseLoader):
         """Other methods, sparsity, rotations, and schemes that have no layer here."""
         if reasons := cls.check_quant_method(quant_config, "compressed-tensors"):
             return reasons
-        found = []
+        reasons = []
         sparse = (quant_config.get("sparsity_config") or {}).get("format") or "dense"
         if sparse != "dense":
-            found.append(f"sparse weights ({sparse!r}) are not supported; only dense ones are")
+            reasons.append(f"sparse weights ({sparse!r}) are not supported; only dense ones are")
         if quant_config.get("transform_config"):
-            found.append("weights with transforms (transform_config) are not supported")
+            reasons.append("weights with transforms (transform_config) are not supported")
         groups = quant_config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
-            return [*found, "its quantization_config has no config_groups"]
+            return [*reasons, "its quantization_config has no config_groups"]
         for name, group in groups.items():
             try:
                 _parse_scheme(quant_config, group)
             except _UnsupportedError as error:
-                found.append(f"{name}: {error}")
-        return found
+                reasons.append(f"{name}: {error}")
+        return reasons
 
     @classmethod
     def find_unsupported_for(cls, dtype: torch.dtype, quant_config: _Args, device: torch.device) -> list[str]:
         """``unsupported``, and groups whose weights are not of ``dtype``."""
-        found = cls.unsupported(quant_config, device)
-        if not found and any(
+        reasons = cls.unsupported(quant_config, device)
+        if not reasons and any(
             not isinstance(scheme := _parse_scheme(quant_config, group), ScaledFormat) or scheme.dtype != dtype
             for group in quant_config["config_groups"].values()
         ):
-            found.append("the checkpoint has weights of another kind: leave out --quantization")
-        return found
+            reasons.append("the checkpoint has weights of another kind: leave out --quantization")
+        return reasons
 
     @classmethod
     def example_config(cls) -> _Args:
@@ -72,8 +71,8 @@ class CompressedTensors(LayerwiseLoader):
             return None
         best = None
         for group in self.quant_config["config_groups"].values():
-            if (found := _rank_match(name, group.get("targets"))) and (best is None or found > best[0]):
-                best = found, group
+            if (rank := _rank_match(name, group.get("targets"))) and (best is None or rank > best[0]):
+                best = rank, group
         return None if best is None else _parse_scheme(self.quant_config, best[1])
 
 
@@ -88,18 +87,18 @@ class PackedFormat(GroupedFormat):
     def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """And the weight's shape before it was packed."""
         groups = self.count_groups(inputs)
-        found = {
+        stored = {
             "weight_packed": StoredTensor((outputs, -(-inputs * self.bits // 32)), (torch.int32,)),
             "weight_scale": StoredTensor((outputs, groups), FLOATS),
             "weight_shape": StoredTensor((2,), (torch.int64, torch.int32), expected_values=(outputs, inputs)),
         }
         if not self.symmetric:
-            found["weight_zero_point"] = StoredTensor((-(-outputs * self.bits // 32), groups), (torch.int32,))
+            stored["weight_zero_point"] = StoredTensor((-(-outputs * self.bits // 32), groups), (torch.int32,))
         if self.permuted:
-            found["weight_g_idx"] = StoredTensor(
+            stored["weight_g_idx"] = StoredTensor(
                 (inputs,), (torch.int32, torch.int64), upper_bound=groups, optional=True
             )
-        return found
+        return stored
 
     def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
         """Rows stay rows."""

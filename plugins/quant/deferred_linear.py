@@ -37,10 +37,10 @@ class StoredTensor:
             raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)} where one number is right")
         if tensor.dtype not in self.dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-            found = str(tensor.dtype).removeprefix("torch.")
+            actual_dtype = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"tensor {name!r} is {found} where {wanted} is right; the weights and the quantization_config in "
-                f"config.json do not belong together"
+                f"tensor {name!r} is {actual_dtype} where {wanted} is right; the weights and the "
+                f"quantization_config in config.json do not belong together"
             )
         if self.expected_values is not None and tuple(tensor.tolist()) != self.expected_values:
             raise CheckpointError(
@@ -119,7 +119,7 @@ class DeferredLinear(LinearMethod):
             layer.bias = nn.Parameter(bias, requires_grad=False)
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
-        """What ``stored`` says, and the bias."""
+        """What ``get_stored_tensors`` says, and the bias."""
         return (*self.get_stored_tensors(info, 0), "bias")
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
@@ -219,5 +219,5 @@ def _load_bias(layer: nn.Module, info: LayerInfo, part: int, name: str, tensor: 
             )
         return
     at = sum(info.part_sizes[:part])
-    mine = tensor[shard.first_row : shard.first_row + shard.num_rows]
-    layer.bias[at : at + shard.num_rows].copy_(mine)  # type: ignore[index]
+    rows = tensor[shard.first_row : shard.first_row + shard.num_rows]
+    layer.bias[at : at + shard.num_rows].copy_(rows)  # type: ignore[index]

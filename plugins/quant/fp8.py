@@ -33,18 +33,18 @@ class Fp8(LayerwiseLoader):
             return CompressedTensors.find_unsupported_for(_FP8, quant_config, device)
         if reasons := cls.check_quant_method(quant_config, "fp8", "fbgemm_fp8"):
             return reasons
-        found = []
+        reasons = []
         activations, block = quant_config.get("activation_scheme", "dynamic"), quant_config.get("weight_block_size")
         if activations not in ("dynamic", "static"):
-            found.append(f"FP8 activation_scheme {activations!r} is not supported; only dynamic and static are")
+            reasons.append(f"FP8 activation_scheme {activations!r} is not supported; only dynamic and static are")
         if quant_config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-            found.append(f"FP8 format {quant_config['fmt']!r} is not supported; only e4m3 is")
+            reasons.append(f"FP8 format {quant_config['fmt']!r} is not supported; only e4m3 is")
         if block is not None and not (is_block(block) and activations == "dynamic"):
-            found.append(
+            reasons.append(
                 f"FP8 weight_block_size {block!r} with {activations} activations is not supported; only two positive "
                 f"numbers with dynamic ones are"
             )
-        return found
+        return reasons
 
     def get_scheme(self, name: str, kind: str) -> Scheme:
         """As ``quantization_config`` says, but for the head and the layers that it names as not converted."""

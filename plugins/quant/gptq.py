@@ -12,9 +12,8 @@ from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import StoredTensor
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
-from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index
+from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
-from quire.plugins.quant.packing import unpack_codes
 
 __all__ = ["BITS", "GPTQ", "GPTQFormat"]
 
@@ -31,18 +30,18 @@ class GPTQ(LayerwiseLoader):
         """Other methods, bits, and packings made for one kernel."""
         if reasons := cls.check_quant_method(quant_config, "gptq"):
             return reasons
-        found, form = [], _get_format(quant_config)
+        reasons, form = [], _get_format(quant_config)
         if form not in _FORMATS:
-            found.append(f"GPTQ format {form!r} is not supported; only {' and '.join(_FORMATS)} are")
+            reasons.append(f"GPTQ format {form!r} is not supported; only {' and '.join(_FORMATS)} are")
         if (words := quant_config.get("pack_dtype") or "int32") != "int32":
-            found.append(f"GPTQ codes packed in {words} are not supported; only in int32")
+            reasons.append(f"GPTQ codes packed in {words} are not supported; only in int32")
         for config in (quant_config, *(quant_config.get("dynamic") or {}).values()):
             if config.get("bits", 4) not in BITS:
-                found.append(f"GPTQ with {config['bits']!r} bits is not supported; only 2, 3, 4 and 8 are")
+                reasons.append(f"GPTQ with {config['bits']!r} bits is not supported; only 2, 3, 4 and 8 are")
             size = config.get("group_size", 128)
             if is_invalid_group_size(size):
-                found.append(f"GPTQ group size {size!r} is not supported; it must be -1 or positive")
-        return found
+                reasons.append(f"GPTQ group size {size!r} is not supported; it must be -1 or positive")
+        return reasons
 
     @classmethod
     def example_config(cls) -> Mapping[str, Any]:

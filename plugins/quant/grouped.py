@@ -56,7 +56,7 @@ class GroupedFormat(ABC):
 class GroupedLinear(DeferredLinear):
     """Multiplies by weights in some ``GroupedFormat``.
 
-    On a GPU, ``kernels.int4`` repacks them (``pack`` gives None for what it has no kernel for) and multiplies.
+    On a GPU, ``kernels.int4`` repacks them (``pack_weights`` gives None for what it has no kernel for) and multiplies.
     """
 
     def __init__(self, form: GroupedFormat) -> None:

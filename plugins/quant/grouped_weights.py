@@ -1,4 +1,5 @@
-"""Codes of few bits, with a scale and perhaps a zero point by group of inputs: the one form of every such format."""
+"""Codes of few bits, with a scale and perhaps a zero point by group of inputs: the one form of every such format, and
+the unpacking of codes from the words of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import Shard
 
-__all__ = ["GroupedWeights", "group_by_index"]
+__all__ = ["AWQ_ORDER", "GroupedWeights", "group_by_index", "unpack_codes"]
+
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where AWQ's GEMM packing keeps each of eight columns: nibble ``AWQ_ORDER[i]`` of a word is column ``i``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +65,14 @@ class GroupedWeights:
 
     def take_shard(self, shard: Shard) -> GroupedWeights:
         """This rank's rows and columns, and rows of zeros where a vocabulary is padded."""
-        mine = self._take_columns(shard.first_column, shard.num_columns)
+        columns = self._take_columns(shard.first_column, shard.num_columns)
         rows = slice(shard.first_row, shard.first_row + shard.num_rows)
         pad = shard.rows - shard.num_rows
         return replace(
-            mine,
-            codes=_pad_rows(mine.codes[rows], pad),
-            scales=_pad_rows(mine.scales[rows], pad),
-            zeros=None if mine.zeros is None else _pad_rows(mine.zeros[rows], pad),
+            columns,
+            codes=_pad_rows(columns.codes[rows], pad),
+            scales=_pad_rows(columns.scales[rows], pad),
+            zeros=None if columns.zeros is None else _pad_rows(columns.zeros[rows], pad),
         )
 
     def _take_columns(self, first: int, count: int) -> GroupedWeights:
@@ -147,6 +152,28 @@ def group_by_index(
         sorted_ = GroupedWeights.from_codes(codes[:, perm], scales, zeros, bits, group_size)
         return replace(sorted_, perm=perm.to(torch.int32))
     return GroupedWeights.from_codes(codes, scales[:, group_of], None if zeros is None else zeros[:, group_of], bits, 1)
+
+
+def unpack_codes(words: Tensor, bits: int, count: int | None = None) -> Tensor:
+    """``words`` (rows, n) int32 or int16 -> (rows, count) uint8; None: all that the words hold.
+
+    A row is a stream of bits, the lowest of the first word first, and codes of ``bits`` bits (8 at most) follow one
+    another in it, across words where they do not divide a word's width.
+    """
+    width = words.dtype.itemsize * 8
+    rows, number = words.shape
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:  # whole codes in each byte, and the bytes of a word are in order
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = ((words.contiguous().view(torch.uint8)[:, :, None] >> shifts) & mask).view(rows, -1)
+        return codes if count is None else codes[:, :count]
+    total = number * width // bits if count is None else count
+    at = torch.arange(total, device=words.device) * bits
+    word, shift = at // width, at % width
+    wide = words.long() & ((1 << width) - 1)
+    low = wide[:, word] >> shift
+    high = wide[:, (word + 1).clamp(max=number - 1)] << (width - shift)
+    return ((low | high) & mask).to(torch.uint8)
 
 
 def _dequantize_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, middle: int) -> Tensor:

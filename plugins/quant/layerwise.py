@@ -24,7 +24,7 @@ Scheme: TypeAlias = GroupedFormat | ScaledFormat | None
 
 
 class LayerwiseLoader(QuantizationLoader):
-    """Asks ``scheme`` for each part of a layer."""
+    """Asks ``get_scheme`` for each part of a layer."""
 
     @classmethod
     @abstractmethod
@@ -33,7 +33,7 @@ class LayerwiseLoader(QuantizationLoader):
 
     @classmethod
     def unsupported(cls, quant_config: Mapping[str, Any], device: torch.device) -> list[str]:
-        """What ``objections`` says; or what it stumbled over."""
+        """What ``find_unsupported`` says, or what it stumbled over."""
         try:
             return cls.find_unsupported(quant_config, device)
         except _MALFORMED as error:
@@ -56,14 +56,14 @@ class LayerwiseLoader(QuantizationLoader):
         return MixedLinear(info.part_names, [_make_method(scheme) for scheme in schemes])
 
     @staticmethod
-    def check_quant_method(quant_config: Mapping[str, Any], *mine: str) -> list[str]:
-        """Why a checkpoint whose ``quant_method`` is none of ``mine`` cannot be read."""
+    def check_quant_method(quant_config: Mapping[str, Any], *methods: str) -> list[str]:
+        """Why a checkpoint whose ``quant_method`` is none of ``methods`` cannot be read."""
         method = quant_config.get("quant_method")
-        if method in mine:
+        if method in methods:
             return []
         if method is None:
-            return [f"the checkpoint is not quantized with {mine[0]}: quantize it first, with quire quantize"]
-        return [f"the checkpoint is quantized with {method!r}, not {mine[0]}: leave out --quantization"]
+            return [f"the checkpoint is not quantized with {methods[0]}: quantize it first, with quire quantize"]
+        return [f"the checkpoint is quantized with {method!r}, not {methods[0]}: leave out --quantization"]
 
 
 def matches_name(name: str, patterns: Iterable[str] | None) -> bool:

@@ -72,11 +72,11 @@ class UnquantizedLinear(LinearMethod):
         expect_shape(f"{info.part_names[part]}.{tensor_name}", tensor, expected)
         first, count = info.out_range(part, rank, world_size)
         at = sum(info.part_sizes[:part])
-        mine = tensor[first : first + count]
+        shard = tensor[first : first + count]
         if tensor_name == "weight":
             start, width = info.in_range(rank)
-            mine = mine[:, start : start + width]
-        getattr(layer, tensor_name)[at : at + count].copy_(mine)
+            shard = shard[:, start : start + width]
+        getattr(layer, tensor_name)[at : at + count].copy_(shard)
 
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """One GEMM."""

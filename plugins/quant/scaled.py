@@ -45,13 +45,13 @@ class ScaledFormat:
             "channel": (outputs, 1),
             "block": (-(-outputs // rows), -(-inputs // columns)),
         }[self.strategy]
-        found = {
+        stored = {
             "weight": StoredTensor((outputs, inputs), (self.dtype,)),
             self.scale_name: StoredTensor(shape, _SCALES),
         }
         if self.inputs == "static":
-            found["input_scale"] = StoredTensor(None, _FLOATS)
-        return found
+            stored["input_scale"] = StoredTensor(None, _FLOATS)
+        return stored
 
 
 class ScaledLinear(DeferredLinear):
@@ -71,12 +71,13 @@ class ScaledLinear(DeferredLinear):
 
     @abstractmethod
     def get_kernels(self) -> Any:
-        """The module of kernels, with ``fits``, ``input_format`` (of the same) and ``linear``.
+        """The module of kernels, with ``can_implement``, ``get_input_format`` and ``apply_linear``.
 
-        ``fits(weight, weight_scale, input_scale, weight_only=False) -> bool``: whether ``linear`` takes these, as said
-        above, on their device. ``linear(x, weight, weight_scale, bias=None, input_scale=None, *, weight_only=False,
-        norm=None, activation=None, residual=None) -> Tensor | None``: None only where one of the last three is given
-        and not offered. ``weight_only``: ``x`` need not be quantized.
+        ``can_implement(weight, weight_scale, input_scale, weight_only=False) -> bool``: whether ``apply_linear`` takes
+        these, as said above, on their device; ``get_input_format`` has the same arguments.
+        ``apply_linear(x, weight, weight_scale, bias=None, input_scale=None, *, weight_only=False, norm=None,
+        activation=None, residual=None) -> Tensor | None``: None only where one of the last three is given and not
+        offered. ``weight_only``: ``x`` need not be quantized.
         """
 
     def input_scale(self, layer: nn.Module) -> Tensor | None:
@@ -96,8 +97,8 @@ class ScaledLinear(DeferredLinear):
             wide = [self._dequantize_part(tensors, shard) for tensors, shard in parts]
             self.register_dense_weight(layer, info, torch.cat(wide))
             return
-        found = [tensors["input_scale"].float().reshape(()) for tensors, _ in parts if "input_scale" in tensors]
-        input_scale = torch.stack(found).max().reshape(1) if found else None
+        static = [tensors["input_scale"].float().reshape(()) for tensors, _ in parts if "input_scale" in tensors]
+        input_scale = torch.stack(static).max().reshape(1) if static else None
         self._register(layer, info, weight, torch.cat(scales), input_scale)  # type: ignore[arg-type]
 
     def assemble_dummy(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
@@ -173,7 +174,7 @@ class ScaledLinear(DeferredLinear):
 
     @abstractmethod
     def quantize_weight(self, numbers: Tensor) -> Tensor:
-        """``numbers`` (float32, within ``largest``) rounded to the format's dtype."""
+        """``numbers`` (float32, within ``max_value``) rounded to the format's dtype."""
 
 
 class Fp8Linear(ScaledLinear):

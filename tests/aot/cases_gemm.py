@@ -57,8 +57,8 @@ def int4(
     groups = torch.empty(tiles, inputs // group, 16, dtype=torch.int32)
     weights = IntWeights(words, groups, features, inputs, group, bits)
     x, out = torch.empty(num_tokens, inputs, dtype=dtype), torch.empty(num_tokens, features // 2, dtype=dtype)
-    given = {"bias": torch.empty(features, dtype=dtype), "residual": out, "gated": True}
-    LAUNCHERS[kernel](x, weights, out=out, enable_pdl=True, **given, **options)
+    arguments = {"bias": torch.empty(features, dtype=dtype), "residual": out, "gated": True}
+    LAUNCHERS[kernel](x, weights, out=out, enable_pdl=True, **arguments, **options)
 
 
 def int4_dequantize(bits: int) -> None:
@@ -75,14 +75,14 @@ def eight_bit(
     x = torch.empty(num_tokens, inputs, dtype=torch.bfloat16)
     out = torch.empty(num_tokens, features // 2, dtype=torch.bfloat16)
     blocks = options.pop("blocks", 0)
-    given: dict[str, Any] = {"scale": torch.empty((features // 128, inputs // 128) if blocks else features)}
+    arguments: dict[str, Any] = {"scale": torch.empty((features // 128, inputs // 128) if blocks else features)}
     if kernel is launch_fp8_gemm_medium_m:
-        given |= {"x_scale": torch.empty(inputs // 128 if blocks else 1, num_tokens).T}
+        arguments |= {"x_scale": torch.empty(inputs // 128 if blocks else 1, num_tokens).T}
     elif kernel is not launch_fp8_gemm_small_m:
-        given |= {"norm": (x[0], 1e-5)}
+        arguments |= {"norm": (x[0], 1e-5)}
     weight = torch.empty(features, inputs, dtype=kind)
     x = x.to(kind) if kernel is launch_fp8_gemm_medium_m else x
-    kernel(x, weight, out[0], out, gated=True, residual=out, enable_pdl=True, **given, **options)
+    kernel(x, weight, out[0], out, gated=True, residual=out, enable_pdl=True, **arguments, **options)
 
 
 GEMMS: dict[str, Callable[[], None]] = {

@@ -44,8 +44,8 @@ class Except:
     """A pattern of Triton's versions."""
 
 
-_ELSEWHERE = "its tiles were chosen on Hopper, and nobody has timed others there yet"
-_FLOAT32 = "a few bytes in a precision that nobody serves on a GPU"
+_ELSEWHERE = "its tiles were chosen on Hopper; no others have been timed there yet"
+_FLOAT32 = "a few bytes, in a precision that is not served on a GPU"
 _OLDEST = "a few bytes, and only with the oldest Triton"
 
 EXCEPTIONS: tuple[Except, ...] = (

@@ -105,13 +105,13 @@ def test_products_in_flight_keep_their_weights(case: str) -> None:
 
 def test_no_kernel_is_forgotten() -> None:
     """A kernel is a jitted function whose name ends in ``_kernel``; each is launched by some case."""
-    found = set()
+    kernels = set()
     for module_info in pkgutil.walk_packages(quire.__path__, "quire."):
         if "kernel" in module_info.name or "triton" in module_info.name:
             module = importlib.import_module(module_info.name)
-            found |= {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
+            kernels |= {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
     launched = {kernel.__name__ for run in CASES.values() for kernel, _, _ in launches_of(run)}
-    assert found and found <= launched, f"add to tests/aot/cases.py: {', '.join(sorted(found - launched))}"
+    assert kernels and kernels <= launched, f"add to tests/aot/cases.py: {', '.join(sorted(kernels - launched))}"
 
 
 def _lacks_fp8(error: BaseException | None) -> bool:

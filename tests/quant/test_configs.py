@@ -84,13 +84,13 @@ def test_any_configuration_is_refused_in_words_or_read(method: str, config: dict
     assert all(isinstance(reason, str) and reason and "\n" not in reason for reason in reasons)
     if reasons:
         return
-    made = loader(config)
+    loaded = loader(config)
     names = tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
     info = LayerInfo("qkv", "linear", 128, 384, names, (128,) * 3, (128,) * 3, 128, "column", torch.float32, False)
     head = LayerInfo("lm_head", "lm_head", 128, 64, ("lm_head",), (64,), (64,), 128, "column", torch.float32, False)
     for each in (info.select_part(0), info.select_part(1), head, info):
         try:
-            layer = made.get_linear_method(each)
+            layer = loaded.get_linear_method(each)
             assert isinstance(layer, LinearMethod)
             assert layer.tensor_names(each.select_part(0))
         except CheckpointError as error:

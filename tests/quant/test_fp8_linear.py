@@ -93,7 +93,7 @@ def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...], monkeypa
 def test_what_the_library_is_given_by_block(tokens: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and strides as cuBLAS documents them; what lies behind the last token does not matter."""
 
-    def library(x: Tensor, weight: Tensor, x_scale: Tensor, _: object, scale: Tensor, *rest: object, **more: object):
+    def library(x: Tensor, weight: Tensor, x_scale: Tensor, _: object, scale: Tensor, *rest: object, **options: object):
         rows, groups = x.shape[0], x.shape[1] // 128
         whole = -(-groups // 4) * 4
         assert rows % 4 == 0 and x.is_contiguous() and weight.t().is_contiguous()
@@ -134,9 +134,9 @@ def test_tables(path: Path) -> None:
         features, inputs = map(int, name.split("x"))
         steps = get_eight_bit_steps(H200, features, inputs, dtype)
         assert [most for most, _ in steps] == sorted({most for most, _ in steps})
-        for most, found in steps:
-            assert any(launch is None or takes_quantized(launch) for launch in found)
-            for launch in found:
+        for most, launches in steps:
+            assert any(launch is None or takes_quantized(launch) for launch in launches)
+            for launch in launches:
                 if launch is not None:
                     check(launch, most, inputs)
 
@@ -146,8 +146,8 @@ def test_tables(path: Path) -> None:
 def test_layers_that_no_table_names(features: int, inputs: int, profile: DeviceProfile) -> None:
     steps = get_eight_bit_steps(profile, features, inputs, torch.float8_e4m3fn)
     assert steps
-    for most, found in steps:
-        for launch in found:
+    for most, launches in steps:
+        for launch in launches:
             if launch is not None:
                 check(launch, most, inputs)
     assert takes_quantized(choose_launch(profile, features, inputs, 1, quantized=True))

@@ -132,10 +132,10 @@ def test_kernels(
     gated = "gated" in parts and features % 32 == 0
     parts = parts if gated else parts - {"gated"}
     weights = packed(features, inputs, group, bits, zeros, device)
-    given = operands(weights, tokens, parts, dtype)
+    arguments = operands(weights, tokens, parts, dtype)
     out = torch.full((tokens, features // 2 if gated else features), float("nan"), dtype=dtype, device=device)
-    LAUNCHERS[kernel](weights=weights, out=out, gated=gated, enable_pdl=False, **given, **options)
-    check(out, reference_linear(weights=weights, activation="silu" if gated else None, **given), tolerance)
+    LAUNCHERS[kernel](weights=weights, out=out, gated=gated, enable_pdl=False, **arguments, **options)
+    check(out, reference_linear(weights=weights, activation="silu" if gated else None, **arguments), tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -146,10 +146,10 @@ def test_groups(
     kernel: str, options: dict[str, int], tokens: int,
 ) -> None:  # fmt: skip
     weights = packed(features, inputs, group, bits, zeros, device)
-    given = operands(weights, tokens, set(), dtype)
+    arguments = operands(weights, tokens, set(), dtype)
     out = torch.full((tokens, features), float("nan"), dtype=dtype, device=device)
-    LAUNCHERS[kernel](weights=weights, out=out, enable_pdl=False, **given, **options)
-    check(out, reference_linear(weights=weights, **given), tolerance)
+    LAUNCHERS[kernel](weights=weights, out=out, enable_pdl=False, **arguments, **options)
+    check(out, reference_linear(weights=weights, **arguments), tolerance)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -168,11 +168,11 @@ def test_dequantize(
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_linear_on_the_cpu(tokens: int) -> None:
     weights = packed(96, 192, 64, 4, True, "cpu")
-    given = operands(weights, tokens, {"bias"}, torch.float32)
-    out = apply_linear(given["x"], weights, given["bias"])
+    arguments = operands(weights, tokens, {"bias"}, torch.float32)
+    out = apply_linear(arguments["x"], weights, arguments["bias"])
     assert out is not None
-    check(out, reference_linear(given["x"], weights, given["bias"]), 1e-6)
-    assert apply_linear(given["x"], weights, residual=out) is None
+    check(out, reference_linear(arguments["x"], weights, arguments["bias"]), 1e-6)
+    assert apply_linear(arguments["x"], weights, residual=out) is None
 
 
 HOPPER = [  # block_m, tiles, split_k, num_consumers, warps, stages
@@ -194,12 +194,12 @@ def test_hopper(options: tuple[int, ...], parts: set[str], dtype: torch.dtype) -
     weights = packed(features, inputs, group, 4, True, "cuda")
     names = ("block_m", "tiles", "split_k", "num_consumers", "num_warps", "num_stages")
     for tokens in (1, 100, 128, 300):
-        given = operands(weights, tokens, parts, dtype)
-        expected = reference_linear(weights=weights, activation="silu" if "gated" in parts else None, **given)
+        arguments = operands(weights, tokens, parts, dtype)
+        expected = reference_linear(weights=weights, activation="silu" if "gated" in parts else None, **arguments)
         outs = [torch.full_like(expected, float("nan"), dtype=dtype) for _ in range(8)]
         for out in outs:
             LAUNCHERS["gemm_hopper"](
-                weights=weights, out=out, gated="gated" in parts, enable_pdl=True, **given,
+                weights=weights, out=out, gated="gated" in parts, enable_pdl=True, **arguments,
                 **dict(zip(names, options, strict=True)),
             )  # fmt: skip
         check(outs[0], expected, 7e-3 if dtype == torch.bfloat16 else 1e-3)
@@ -225,14 +225,14 @@ def test_any_number_of_tokens(
 ) -> None:
     weights = packed(features, inputs, group, bits, zeros, "cuda")
     for tokens in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 257, 300, 700):
-        given = operands(weights, tokens, {"bias"} if activation else {"residual"}, dtype)
-        out = apply_linear(weights=weights, activation=activation, **given)
+        arguments = operands(weights, tokens, {"bias"} if activation else {"residual"}, dtype)
+        out = apply_linear(weights=weights, activation=activation, **arguments)
         if out is None:
-            given["residual"], activation_now = None, None
-            out = apply_linear(weights=weights, **given)
+            arguments["residual"], activation_now = None, None
+            out = apply_linear(weights=weights, **arguments)
             assert out is not None
         else:
             activation_now = activation
-        check(out, reference_linear(weights=weights, activation=activation_now, **given), 8e-3)
-        again = apply_linear(weights=weights, activation=activation_now, **given)
+        check(out, reference_linear(weights=weights, activation=activation_now, **arguments), 8e-3)
+        again = apply_linear(weights=weights, activation=activation_now, **arguments)
         assert again is not None and torch.equal(out, again)

@@ -29,8 +29,8 @@ def word(pair: torch.Tensor, dtype: torch.dtype) -> int:
     return int(pair.to(dtype).view(torch.uint16).view(torch.uint32).to(torch.int64).item())
 
 
-def run(text: str, given: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
-    held = dict(given)
+def run(text: str, inputs: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    held = dict(inputs)
 
     def value(name: str) -> int:
         return int(name, 0) if name[0].isdigit() else held[name]
@@ -74,12 +74,12 @@ def test_instructions(bits: int, scaled: bool, dtype: torch.dtype) -> None:
         if turn < 2:
             words[:], zeros[:] = turn * MASK, (1 - turn) * most
         scales = (torch.rand(4, 2, generator=random, dtype=torch.float64) + 0.5).to(dtype)
-        given = {f"${count + i}": int(words[i]) for i in range(2)}
+        inputs = {f"${count + i}": int(words[i]) for i in range(2)}
         for i, zero in enumerate(zeros):
-            given[f"${count + 2 + i}"] = word(-(zero.double() + offset), dtype)
+            inputs[f"${count + 2 + i}"] = word(-(zero.double() + offset), dtype)
         if scaled:
-            given |= {f"${count + 6 + i}": word(scale, dtype) for i, scale in enumerate(scales)}
-        held = run(text, given, dtype)
+            inputs |= {f"${count + 6 + i}": word(scale, dtype) for i, scale in enumerate(scales)}
+        held = run(text, inputs, dtype)
         for j in range(count):
             quarter = j * bits // 8 * scaled
             expected = ((words >> j * bits) & most) - zeros[quarter]

@@ -12,7 +12,7 @@ from quire.plugins.quant.awq import GemmFormat, GemvFastFormat, GemvFormat
 from quire.plugins.quant.compressed_tensors import PackedFormat
 from quire.plugins.quant.gptq import GPTQFormat
 from quire.plugins.quant.grouped import GroupedFormat
-from quire.plugins.quant.packing import unpack_codes
+from quire.plugins.quant.grouped_weights import unpack_codes
 
 SEEDS = st.integers(0, 2**31)
 quick = settings(max_examples=25, deadline=None)
@@ -101,14 +101,14 @@ def test_gptq_weights_are_those_of_its_layout(seed: int, bits: int, size: int, o
     outputs, inputs = 32, 128
     per = inputs if size == -1 else size
     groups = -(-inputs // per)
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     q, s = codes(seed, outputs, inputs, bits=bits), scales(seed, outputs, groups)
     z = codes(seed + 1, outputs, groups, bits=bits)
     group = torch.arange(inputs) // per
     if order == "regular":
-        group = group[torch.randperm(inputs, generator=made)]
+        group = group[torch.randperm(inputs, generator=generator)]
     elif order == "any":
-        group = torch.randint(0, groups, (inputs,), generator=made)
+        group = torch.randint(0, groups, (inputs,), generator=generator)
     stored = (z - 1) % (1 << bits) if old else z
     tensors = {
         "qweight": stream(q, bits).T.contiguous(),

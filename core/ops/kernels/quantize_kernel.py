@@ -12,7 +12,7 @@ from quire.core.contracts.quant import ActivationFormat, QuantActivation
 __all__ = ["FORMAT_CODES", "NATIVE_FORMAT", "allocate_output", "get_num_warps", "quantize_and_store_row"]
 
 FORMAT_CODES = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3, "fp8_group": 4}
-"""As ``store_row`` counts them."""
+"""The ``kind`` of ``quantize_and_store_row``."""
 NATIVE_FORMAT = ActivationFormat()
 
 

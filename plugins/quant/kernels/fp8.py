@@ -21,8 +21,8 @@ _PER_TOKEN = ActivationFormat("fp8_token")
 
 
 def can_implement(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
-    """Whether ``linear`` takes these on their device: a GPU that knows the type (Ada, Hopper and later), with rows and
-    inputs in whole vectors of 16 and 32, and scales by block for whole blocks of inputs."""
+    """Whether ``apply_linear`` takes these on their device: a GPU that has the type (Ada, Hopper and later), with rows
+    and inputs in whole vectors of 16 and 32, and scales by block for whole blocks of inputs."""
     features, inputs = weight.shape
     if weight.device.type != "cuda" or not DeviceProfile.detect(weight.device).has_fp8:
         return False
@@ -103,14 +103,14 @@ def _scaled_mm_per_row(x: QuantActivation, weight: Tensor, scale: Tensor) -> Ten
 def _scaled_mm_per_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> Tensor:
     """Sums of 128 products are scaled and added in float32. The library wants whole fours of tokens, and of a row's
     blocks."""
-    (tokens, inputs), more = x.values.shape, -scale.shape[1] % 4
+    (tokens, inputs), missing_blocks = x.values.shape, -scale.shape[1] % 4
     padded = tokens + -tokens % 4
     return scaled_mm(
         x.values.as_strided((padded, inputs), (inputs, 1)),
         weight.t(),
         x.scale.as_strided((padded, inputs // 128), (1, padded)),
         ScalingType.BlockWise1x128,
-        (F.pad(scale, (0, more)) if more else scale).t(),
+        (F.pad(scale, (0, missing_blocks)) if missing_blocks else scale).t(),
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )[:tokens]

@@ -69,7 +69,7 @@ def reference_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``linear`` by torch in float64, never None."""
+    """``apply_linear`` by torch in float64, never None."""
     x = x.double()
     if norm is not None:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm[1]) * norm[0].double()

@@ -22,8 +22,8 @@ _BLOCK = 1024
 
 
 def can_implement(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, weight_only: bool = False) -> bool:
-    """Whether ``linear`` takes these on their device: a GPU (Ampere and later), with rows and inputs in whole vectors
-    of 16 and 32, and one scale for each row."""
+    """Whether ``apply_linear`` takes these on their device: a GPU, with rows and inputs in whole vectors of 16 and 32,
+    and one scale for each row."""
     features, inputs = weight.shape
     if weight.device.type != "cuda":
         return False
