@@ -60,7 +60,7 @@ def test_graphs_change_nothing() -> None:
 def test_whatever_is_asked_no_launch_waits_for_the_device(waiting_forbidden: None) -> None:
     """What entering, sharing and leaving requests bring is queued behind the steps under way."""
     llm = LLM(model=str(MODEL), gpu_memory_utilization=0.3, max_num_seqs=8, max_num_batched_tokens=256)
-    wishes = [
+    field_sets = [
         {},
         {"temperature": 0},
         {"temperature": 0.5, "top_k": 20, "min_p": 0.1, "seed": 5},
@@ -69,8 +69,8 @@ def test_whatever_is_asked_no_launch_waits_for_the_device(waiting_forbidden: Non
         {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
         {"min_tokens": 5, "stop_token_ids": [7], "logit_bias": {8: 3.0}},
     ]
-    batch = [prompt for prompt in prompts(4) for _ in wishes]
-    asked = [SamplingParams(max_tokens=20, **wish) for _ in range(4) for wish in wishes]
+    batch = [prompt for prompt in prompts(4) for _ in field_sets]
+    asked = [SamplingParams(max_tokens=20, **fields) for _ in range(4) for fields in field_sets]
     for _ in range(2):  # the second time prompts are cached
         for output, params in zip(llm.generate(batch, asked), asked, strict=True):
             assert len(output.outputs) == params.n

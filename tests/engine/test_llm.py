@@ -14,8 +14,8 @@ from quire.core.errors import ConfigError, InvalidRequestError, PluginError
 PROMPT = list(range(5, 25))
 
 
-def tokens(llm: LLM, **wishes) -> list[int]:
-    params = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **wishes})
+def tokens(llm: LLM, **fields) -> list[int]:
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **fields})
     return llm.generate([PROMPT], params)[0].outputs[0].token_ids
 
 
@@ -147,7 +147,7 @@ def test_full_context_ends_with_length(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("fields", "words"),
     [
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -159,14 +159,14 @@ def test_full_context_ends_with_length(llm: LLM) -> None:
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
     ],
 )
-def test_bad_wishes_are_refused(wish: dict, words: str) -> None:
+def test_bad_params_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        SamplingParams(**wish)
+        SamplingParams(**fields)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "wish", "words"),
+    ("prompt", "fields", "words"),
     [
         ([], {}, "empty"),
         ([10**9], {}, "token id"),
@@ -175,14 +175,14 @@ def test_bad_wishes_are_refused(wish: dict, words: str) -> None:
         ([5], {"stop_token_ids": [-4]}, "stop_token_ids"),
     ],
 )
-def test_bad_prompts_are_refused_and_hurt_nobody(llm: LLM, prompt: list, wish: dict, words: str) -> None:
+def test_bad_prompts_are_refused_and_hurt_nobody(llm: LLM, prompt: list, fields: dict, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
-        llm.generate([PROMPT, prompt], SamplingParams(max_tokens=2, **wish))
+        llm.generate([PROMPT, prompt], SamplingParams(max_tokens=2, **fields))
     assert len(tokens(llm)) == 12
 
 
 @pytest.mark.parametrize(
-    ("wish", "error", "words"),
+    ("fields", "error", "words"),
     [
         ({"scheduling_policy": "fcfss"}, PluginError, "fcfs"),
         ({"attention_backend": "nope"}, PluginError, "nope"),
@@ -193,9 +193,9 @@ def test_bad_prompts_are_refused_and_hurt_nobody(llm: LLM, prompt: list, wish: d
         ({"trust_remote_code": True}, ConfigError, "trust_remote_code"),
     ],
 )
-def test_bad_settings_are_one_line(tiny: Path, wish: dict, error: type[Exception], words: str) -> None:
+def test_bad_settings_are_one_line(tiny: Path, fields: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
-        LLM(model=str(tiny), device="cpu", **{"max_model_len": 256, **wish})
+        LLM(model=str(tiny), device="cpu", **{"max_model_len": 256, **fields})
     assert "\n" not in str(caught.value)
 
 

@@ -150,14 +150,14 @@ def test_a_body_too_large_gets_413(http: httpx.Client) -> None:
 
 def test_nobody_else_is_hurt(server: RunningServer, http: httpx.Client) -> None:
     """Every bad request again, while a long answer streams: it comes out as if it were alone."""
-    wishes = {"prompt": "The long one", "max_tokens": 1000, "temperature": 0, "ignore_eos": True, "model": "tiny"}
+    fields = {"prompt": "The long one", "max_tokens": 1000, "temperature": 0, "ignore_eos": True, "model": "tiny"}
     alone = server.openai.completions.create(
         model="tiny", prompt="The long one", max_tokens=1000, temperature=0, extra_body={"ignore_eos": True}
     )
     seen: list[str] = []
 
     def listen() -> None:
-        with server.http as client, client.stream("POST", TEXT, json={**wishes, "stream": True}) as response:
+        with server.http as client, client.stream("POST", TEXT, json={**fields, "stream": True}) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     seen.append(json.loads(line[6:])["choices"][0]["text"])

@@ -27,9 +27,9 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_chat_stream_says_the_same(client: openai.OpenAI) -> None:
-    wishes = {"model": "tiny", "messages": TALK, "max_tokens": 24, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    whole = client.chat.completions.create(**wishes)
-    chunks = list(client.chat.completions.create(**wishes, stream=True, stream_options={"include_usage": True}))
+    fields = {"model": "tiny", "messages": TALK, "max_tokens": 24, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**fields)
+    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
@@ -41,14 +41,14 @@ def test_chat_stream_says_the_same(client: openai.OpenAI) -> None:
 
 
 def test_chat_with_n_and_seed(client: openai.OpenAI) -> None:
-    wishes = {"model": "tiny", "messages": TALK, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
-    first = client.chat.completions.create(**wishes)
-    again = client.chat.completions.create(**wishes)
+    fields = {"model": "tiny", "messages": TALK, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
+    first = client.chat.completions.create(**fields)
+    again = client.chat.completions.create(**fields)
     texts = [c.message.content for c in first.choices]
     assert [c.index for c in first.choices] == [0, 1, 2] and len(set(texts)) > 1
     assert texts == [c.message.content for c in again.choices]
     streamed = ["", "", ""]
-    for chunk in client.chat.completions.create(**wishes, stream=True):
+    for chunk in client.chat.completions.create(**fields, stream=True):
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == texts
@@ -95,11 +95,11 @@ def test_chat_takes_what_clients_send(client: openai.OpenAI) -> None:
 
 
 def test_stop_string(client: openai.OpenAI) -> None:
-    wishes = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
-    text = client.completions.create(**wishes).choices[0].text
+    fields = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    text = client.completions.create(**fields).choices[0].text
     stop = text[10:12]
     for stream in (False, True):
-        answer = client.completions.create(**wishes, stop=[stop], stream=stream)
+        answer = client.completions.create(**fields, stop=[stop], stream=stream)
         choices = [c.choices[0] for c in answer] if stream else answer.choices
         assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
         assert choices[-1].finish_reason == "stop"
@@ -179,10 +179,10 @@ async def _many(server: RunningServer, count: int) -> list[str]:
     ) as client:
 
         async def one(i: int) -> str:
-            wishes = {"model": "tiny", "prompt": f"{i % 20}:", "max_tokens": 5 + i % 20, "temperature": 0}
+            fields = {"model": "tiny", "prompt": f"{i % 20}:", "max_tokens": 5 + i % 20, "temperature": 0}
             if i % 2:
-                return (await client.completions.create(**wishes)).choices[0].text
-            return "".join([c.choices[0].text async for c in await client.completions.create(**wishes, stream=True)])
+                return (await client.completions.create(**fields)).choices[0].text
+            return "".join([c.choices[0].text async for c in await client.completions.create(**fields, stream=True)])
 
         return list(await asyncio.gather(*(one(i) for i in range(count))))
 
