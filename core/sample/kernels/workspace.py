@@ -45,7 +45,7 @@ class ChunkPicks(NamedTuple):
     logit: Tensor  # float32: its logit
     token: Tensor  # int32: its id
     max_logit: Tensor  # float32: the chunk's largest logit
-    exp_sum: Tensor  # float32: sum of exp(logit - max_logit)
+    exp_sum: Tensor  # float32: sum of exp(logit - max_logit); no kernel reads it at present
 
 
 class Candidates(NamedTuple):
