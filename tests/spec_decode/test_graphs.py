@@ -13,7 +13,6 @@ from quire.core.config import SchedulerConfig
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.worker.cuda_graphs.capture import CapturedGraph
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_query_lens
-from quire.core.worker.input_builder import LogitsIndices
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.warmup import make_warmup_steps
 
@@ -107,28 +106,6 @@ def test_replays_draw_the_same_tokens(engine, captured, first: int) -> None:
         assert_same(mine, theirs)
     assert sum(graph.count for graph in calls.graphs) > before + 6
     assert llm.get_stats()["spec_decode_num_accepted_tokens_total"] > 0
-
-
-def test_lines_of_a_step() -> None:
-    from quire.core.messages import SchedulerOutput
-
-    ints = torch.tensor
-    step = SchedulerOutput(
-        0,
-        ints([4, 1, 7]).numpy(),
-        ints([3, 5, 1]).int().numpy(),
-        ints([True, False, True]).numpy(),
-        0,
-        9,
-        20,
-        ints([20, 9, 6]).int().numpy(),
-        num_draft_tokens=ints([2, 0, 0]).int().numpy(),
-    )
-    lines = LogitsIndices.from_step(step)
-    assert lines.request_indices.tolist() == [0, 0, 0, 2]
-    assert lines.token_indices.tolist() == [0, 1, 2, 8]
-    assert lines.max_sample_positions.tolist() == [18, 19, 20, 6]
-    assert lines.starts.tolist() == [0, 3] and lines.num_drafts.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 4])
