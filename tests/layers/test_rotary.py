@@ -42,6 +42,6 @@ def test_without_a_bound_the_table_covers_the_context(variant: str, length: int)
 def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
     config = make_config(VARIANTS["default"])
     config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4}
-    with pytest.raises(CheckpointError, match="'spiral' in config.json is not supported.*default, dynamic, linear"):
+    with pytest.raises(CheckpointError, match=r"'spiral' in config.json is not supported.*default, dynamic, linear"):
         make_rope_table(config, 32, 8, CPU)
     assert list_rope_types() == sorted(ROPE_VARIANTS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quire.core.messages import SchedulerOutput
+from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.sample.logprobs import LogprobsTensors
 from quire.core.worker.readback import Readback, StepTimer
 from quire.core.worker.sampling import SampledLogprobs, SampledTokens
@@ -71,15 +72,13 @@ def test_each_request_gets_the_log_probabilities_that_it_asked_for() -> None:
 @pytest.mark.gpu
 def test_a_result_waits_for_its_own_step_alone() -> None:
     """Work that is queued behind a step does not delay its result, and its buffers are not used again under it."""
-    device = torch.device("cuda")
-    timer = StepTimer(device)
-    readback = Readback(
-        make_step([True]), SampledTokens(torch.tensor([5], dtype=torch.int32, device=device)), {}, timer
-    )
-    later_timer = StepTimer(device)
-    torch.cuda._sleep(2_000_000_000)
-    sampled = SampledTokens(torch.tensor([6], dtype=torch.int32, device=device))
-    later = Readback(make_step([True]), sampled, {}, later_timer)
+    reserve_pinned_memory()  # to pin memory waits for the device
+    first, second = (torch.tensor([token], dtype=torch.int32, device="cuda") for token in (5, 6))
+    torch.cuda.synchronize()
+    readback = Readback(make_step([True]), SampledTokens(first), {}, StepTimer(first.device))
+    later_timer = StepTimer(first.device)
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    later = Readback(make_step([True]), SampledTokens(second), {}, later_timer)
     assert readback.result().sampled_token_ids.tolist() == [[5]]
     assert readback.done() and not later.done()
     assert later.result().sampled_token_ids.tolist() == [[6]]
