@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.models.paged import CLASSES, PagedRunner
+from tests.quant.tolerances import FLOAT32, assert_near
 from torch import Tensor
 
 from quire.core.contracts.model import Model
@@ -61,4 +62,4 @@ def logits_of(path: Path, **options: Any) -> tuple[Tensor, Tensor]:
 def test_the_logits_are_those_of_the_tools_own_weights(name: str) -> None:
     got, want = logits_of(FIXTURES / name)
     assert want.std() > 0.5
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert_near(got, want, FLOAT32)

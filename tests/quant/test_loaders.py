@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.loading.test_loader import Room, ThreadRank
 from tests.models.paged import PagedRunner
 from tests.quant.test_fixtures import FIXTURES, NAMES, load
+from tests.quant.tolerances import FLOAT32, assert_near
 from torch import Tensor, nn
 
 from quire.core.errors import CheckpointError, PluginError
@@ -82,7 +83,7 @@ def test_two_ranks_together_equal_one(name: str) -> None:
     for thread in threads:
         thread.join(60)
     for result in results:
-        torch.testing.assert_close(result, expected["logits"], rtol=1e-3, atol=1e-3)
+        assert_near(result, expected["logits"], FLOAT32)
 
 
 # ---- wrong checkpoints -----------------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def test_fp8_checkpoints(kind: str, hidden: int, tmp_path: Path) -> None:
     change(path, stored)
     say(path, modules_to_not_convert=left_out, **settings)
     want = model(torch.tensor([TOKENS])).logits[0].float()
-    torch.testing.assert_close(logits(path), want, rtol=1e-4, atol=1e-3)
+    assert_near(logits(path), want, FLOAT32)
 
 
 def test_files_of_older_tools(copy: Path) -> None:
@@ -325,7 +326,7 @@ def test_a_plain_checkpoint_is_quantized_at_load(name: str, tmp_path: Path) -> N
             wide = quantized(weight, scale)[1] if name == "fp8" else (weight / scale).round().double() * scale.double()
             module.weight.data.copy_(wide)
     want = model(torch.tensor([TOKENS])).logits[0].float()
-    torch.testing.assert_close(logits(path, name=name), want, rtol=1e-4, atol=1e-3)
+    assert_near(logits(path, name=name), want, FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["awq-gemm-llama", "gptq-llama", "ct-fp8-static-kv-llama", "ct-w8a8-mistral"])
