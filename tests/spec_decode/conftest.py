@@ -1,7 +1,8 @@
-"""One tiny model, a reference of it, and engines that draft in every way there is."""
+"""One tiny model, a reference of it, engines with every kind of proposer, and what tests give and compare."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quire import LLM
+from quire.core.errors import QuireError
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.core.worker.model_runner import ModelRunner
 
-from .heads import make_head
+from .eagle3_reference import make_eagle3_head
 
 PROPOSERS = {
     "draft": {"spec_method": "draft_model", "speculative_model": "DRAFT"},
@@ -39,9 +41,40 @@ PROPOSERS = {
 }
 
 
-def runner_of(llm: LLM) -> ModelRunner:
-    """What runs the steps of an engine, in this process."""
+def get_model_runner(llm: LLM) -> ModelRunner:
+    """The runner of an engine in this process."""
     return llm.engine_core.executor.worker.model_runner
+
+
+def get_refusal(models: dict[str, Path], **arguments) -> str:
+    """The one-line message with which an engine with these arguments refuses to start."""
+    with pytest.raises(QuireError) as caught:
+        LLM(model=str(models["MODEL"]), device="cpu", max_model_len=128, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def make_prompts(seed: int, count: int) -> list[list[int]]:
+    """Prompts of which some share a prefix and some repeat themselves."""
+    rng = random.Random(seed)
+    shared_prefix = [rng.randrange(3, 250) for _ in range(24)]
+    prompts = []
+    for i in range(count):
+        suffix = [rng.randrange(3, 250) for _ in range(rng.randrange(1, 20))]
+        prompts.append(shared_prefix[: rng.choice([0, 8, 24])] + suffix * (1 + i % 3))
+    return prompts
+
+
+def assert_same_outputs(actual, expected) -> None:
+    """The same tokens, ends and texts, and log-probabilities but for rounding."""
+    for one, other in zip(actual.outputs, expected.outputs, strict=True):
+        assert one.token_ids == other.token_ids
+        assert (one.finish_reason, one.stop_reason, one.text) == (other.finish_reason, other.stop_reason, other.text)
+        assert (one.logprobs is None) == (other.logprobs is None)
+        for left, right in zip(one.logprobs or [], other.logprobs or [], strict=True):
+            assert left.token_ids[0] == right.token_ids[0] and left.rank == right.rank
+            assert left.logprobs == pytest.approx(right.logprobs, abs=1e-4)
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +82,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A target of few words, whose tokens often repeat, and a draft of half its layers."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    from .test_exact import prompts_for
-
     target = make_tiny_model("llama", folder / "target", **sizes)
     return {
         "MODEL": target,
-        "HEAD": make_head(folder / "head", target, [*prompts_for(1, 8), *prompts_for(4, 4)]),
+        "HEAD": make_eagle3_head(folder / "head", target, [*make_prompts(1, 8), *make_prompts(4, 4)]),
         "DRAFT": make_tiny_model("llama", folder / "draft", num_hidden_layers=1, seed=3, **sizes),
     }
 
@@ -66,21 +97,21 @@ def reference(models):
 
 @pytest.fixture(scope="session")
 def engine(models):
-    """``engine(proposer, **arguments)``: made once for the same arguments; no name: without speculation."""
-    made: dict[str, LLM] = {}
+    """``engine(proposer, **arguments)``: one for each set of arguments; without a proposer: without speculation."""
+    engines: dict[str, LLM] = {}
 
     def get(proposer: str | None = None, **arguments) -> LLM:
         key = f"{proposer} {arguments}"
-        if key not in made:
-            wishes = dict(PROPOSERS[proposer]) if proposer else {}
-            if "speculative_model" in wishes:
-                wishes["speculative_model"] = str(models[wishes["speculative_model"]])
+        if key not in engines:
+            settings = dict(PROPOSERS[proposer]) if proposer else {}
+            if "speculative_model" in settings:
+                settings["speculative_model"] = str(models[settings["speculative_model"]])
             if proposer:
-                wishes.setdefault("speculative_config", {"adaptive": False})
+                settings.setdefault("speculative_config", {"adaptive": False})
             sizes = {"max_model_len": 128, "max_num_seqs": 8, "block_size": 4}
-            made[key] = LLM(model=str(models["MODEL"]), device="cpu", **(sizes | wishes | arguments))
-        return made[key]
+            engines[key] = LLM(model=str(models["MODEL"]), device="cpu", **(sizes | settings | arguments))
+        return engines[key]
 
     yield get
-    for llm in made.values():
+    for llm in engines.values():
         llm.shutdown()

@@ -6,85 +6,83 @@ import json
 
 import pytest
 
-from quire import LLM, SamplingParams
-from quire.core.errors import QuireError
+from quire import SamplingParams
 from quire.core.messages import EngineCoreRequest
 from quire.core.request import Request
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.plugins.spec_decode.ngram import NgramProposer
 from quire.plugins.spec_decode.suffix import SuffixProposer
 
-from .test_exact import prompts_for
+from .conftest import get_refusal, make_prompts
 
 
-def request(tokens: list[int], name: str = "r", salt: str | None = None) -> Request:
+def make_request(tokens: list[int], name: str = "r", salt: str | None = None) -> Request:
     return Request(EngineCoreRequest(name, list(tokens), SamplingParams(seed=0), 0, cache_salt=salt), 1000)
 
 
-def test_ngram_proposes_what_followed() -> None:
-    proposer, one = NgramProposer(4), request([1, 2, 3, 4, 5, 9, 2, 3])
-    assert proposer.propose(one, 3) == [4, 5, 9]
-    one.token_ids.append(4)
-    assert proposer.propose(one, 2) == [5, 9]
-    one.token_ids += [7, 8]
-    assert list(proposer.propose(one, 2)) == []
-    one.token_ids += [7, 8]
-    assert proposer.propose(one, 5) == [7, 8, 7, 8, 7]  # what repeats goes on
-    proposer.request_finished(one)
+def test_ngram_drafts_what_followed() -> None:
+    proposer, request = NgramProposer(4), make_request([1, 2, 3, 4, 5, 9, 2, 3])
+    assert proposer.propose(request, 3) == [4, 5, 9]
+    request.token_ids.append(4)
+    assert proposer.propose(request, 2) == [5, 9]
+    request.token_ids += [7, 8]
+    assert list(proposer.propose(request, 2)) == []
+    request.token_ids += [7, 8]
+    assert proposer.propose(request, 5) == [7, 8, 7, 8, 7]  # what repeats goes on
+    proposer.request_finished(request)
     assert proposer.num_indexed_requests == 0
 
 
 def test_ngram_prefers_the_latest_of_the_longest() -> None:
     proposer = NgramProposer(4)
-    assert proposer.propose(request([1, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3]), 1) == [5]
-    assert proposer.propose(request([2, 3, 5, 8, 2, 3, 6, 9, 2, 3], "s"), 1) == [6]
+    assert proposer.propose(make_request([1, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3]), 1) == [5]
+    assert proposer.propose(make_request([2, 3, 5, 8, 2, 3, 6, 9, 2, 3], "s"), 1) == [6]
 
 
 def test_suffixes_are_shared_within_a_salt_alone() -> None:
     proposer = SuffixProposer(4)
-    first = request([11, 12, 13, 14, 15, 16], "a", "mine")
+    first = make_request([11, 12, 13, 14, 15, 16], "a", "mine")
     assert list(proposer.propose(first, 4)) == []
     proposer.request_finished(first)
-    assert list(proposer.propose(request([3, 12, 13], "b", "mine"), 2)) == [14, 15]
-    assert list(proposer.propose(request([3, 12, 13], "c", "yours"), 2)) == []
-    assert list(proposer.propose(request([3, 12, 13], "d"), 2)) == []
+    assert list(proposer.propose(make_request([3, 12, 13], "b", "mine"), 2)) == [14, 15]
+    assert list(proposer.propose(make_request([3, 12, 13], "c", "yours"), 2)) == []
+    assert list(proposer.propose(make_request([3, 12, 13], "d"), 2)) == []
 
 
-def test_suffixes_of_requests_that_grow_side_by_side() -> None:
-    """Against a search by hand: whatever is proposed followed the longest suffix that occurs before."""
-    proposer, texts = SuffixProposer(3), [request([5], "x"), request([6], "y")]
+def test_suffixes_of_interleaved_requests() -> None:
+    """Against a brute-force search: every draft followed the longest suffix that occurs before."""
+    proposer, requests = SuffixProposer(3), [make_request([5], "x"), make_request([6], "y")]
     tokens = [1, 2, 1, 2, 3, 1, 2, 3, 4, 1, 2, 1, 2, 3, 4, 5, 1, 2, 3, 3, 1, 2, 1]
     for i, token in enumerate(tokens * 3):
-        mine = texts[i % 2]
-        mine.token_ids.append(token)
-        found = list(proposer.propose(mine, 1))
-        own = mine.token_ids
-        seen = [text.token_ids for text in texts]
+        request = requests[i % 2]
+        request.token_ids.append(token)
+        drafts = list(proposer.propose(request, 1))
+        own_ids = request.token_ids
         longest = 0
-        follows: set[int] = set()
-        for text in seen:
-            for end in range(1, len(text)):
+        continuations: set[int] = set()
+        for other_ids in (other.token_ids for other in requests):
+            for end in range(1, len(other_ids)):
                 size = 0
-                while size < min(end, len(own)) and text[end - 1 - size] == own[-1 - size]:
+                while size < min(end, len(own_ids)) and other_ids[end - 1 - size] == own_ids[-1 - size]:
                     size += 1
-                if text is own:
-                    size = min(size, len(own) - 1)
+                if other_ids is own_ids:
+                    size = min(size, len(own_ids) - 1)
                 if size > longest:
-                    longest, follows = size, set()
+                    longest, continuations = size, set()
                 if size == longest:
-                    follows.add(text[end])
-        if longest >= 2 and found:
-            assert found[0] in follows
+                    continuations.add(other_ids[end])
+        if longest >= 2 and drafts:
+            assert drafts[0] in continuations
 
 
-def test_a_grammar_holds_in_every_draft(engine) -> None:
+def test_logits_processors_apply_to_drafts(engine) -> None:
     """A processor that masks by the token before, which may be a draft: the same tokens, all allowed."""
     grammar = {"logits_processors": ["quire.core.testing.grammar:CyclicGrammar"]}
     params = [
         SamplingParams(temperature=0.9 * (i % 2), seed=i, max_tokens=24, ignore_eos=True, extra_args={"cyclic": i != 3})
         for i in range(6)
     ]
-    prompts = prompts_for(5, 6)
+    prompts = make_prompts(5, 6)
     plain = [o.outputs[0].token_ids for o in engine(**grammar).generate(prompts, params)]
     for proposer in ("itself", "random", "ngram"):
         llm = engine(proposer, **grammar)
@@ -95,19 +93,11 @@ def test_a_grammar_holds_in_every_draft(engine) -> None:
         assert i == 3 or all(token % 3 == (before + 1) % 3 for before, token in pairs)
 
 
-def refused(models, **arguments) -> str:
-    with pytest.raises(QuireError) as caught:
-        LLM(model=str(models["MODEL"]), device="cpu", max_model_len=128, **arguments)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
 def test_bad_input_is_refused_with_the_reason(models, tmp_path) -> None:
     other = make_tiny_model("llama", tmp_path / "other", vocab_size=400)
-    assert "vocabulary of 400 tokens, the target one of 320" in refused(models, speculative_model=str(other))
+    assert "vocabulary of 400 tokens, the target one of 320" in get_refusal(models, speculative_model=str(other))
     short = make_tiny_model("llama", tmp_path / "short", max_position_embeddings=64)
-    assert "64 tokens of context" in refused(models, speculative_model=str(short))
+    assert "64 tokens of context" in get_refusal(models, speculative_model=str(short))
     renamed = make_tiny_model("llama", tmp_path / "renamed")
     file = renamed / "tokenizer.json"
     text = json.loads(file.read_text())
@@ -115,13 +105,13 @@ def test_bad_input_is_refused_with_the_reason(models, tmp_path) -> None:
     first, second = list(vocab)[:2]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     file.write_text(json.dumps(text))
-    assert "are not those of the target" in refused(models, speculative_model=str(renamed))
+    assert "are not those of the target" in get_refusal(models, speculative_model=str(renamed))
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "config.json" in refused(models, speculative_model=str(empty))
+    assert "config.json" in get_refusal(models, speculative_model=str(empty))
     (renamed / "tokenizer.json").unlink()
     (renamed / "model.safetensors").unlink()
-    assert "no *.safetensors file" in refused(models, speculative_model=str(renamed))
+    assert "no *.safetensors file" in get_refusal(models, speculative_model=str(renamed))
 
 
 @pytest.mark.parametrize(
@@ -146,10 +136,10 @@ def test_bad_input_is_refused_with_the_reason(models, tmp_path) -> None:
 def test_bad_settings_are_refused(models, arguments: dict, text: str) -> None:
     if arguments.get("speculative_model"):
         arguments = arguments | {"speculative_model": str(models["MODEL"])}
-    assert text in refused(models, **arguments)
+    assert text in get_refusal(models, **arguments)
 
 
-def test_nothing_is_drafted_where_nothing_is_asked(models) -> None:
+def test_speculation_is_off_by_default(models) -> None:
     from quire.core.engine.args import EngineArgs
     from quire.core.engine.config_builder import build_config
 
@@ -163,10 +153,10 @@ def test_nothing_is_drafted_where_nothing_is_asked(models) -> None:
     assert old.plugin("spec_decode").name == "ngram"
 
 
-def test_forced_acceptance_accepts_as_often_as_told(engine) -> None:
+def test_forced_acceptance_sets_the_acceptance_rate(engine) -> None:
     config = {"adaptive": False, "forced_acceptance": 0.75}
     llm = engine("random", speculative_config=config, max_num_seqs=32)
-    llm.generate(prompts_for(6, 32), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    llm.generate(make_prompts(6, 32), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     stats = llm.get_stats()
     rate = stats["spec_decode_accepted_at_0_total"] / stats["spec_decode_drafted_at_0_total"]
     assert 0.68 < rate < 0.82

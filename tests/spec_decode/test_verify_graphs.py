@@ -1,4 +1,4 @@
-"""Captured steps without a GPU: a graph that is replayed by calling again what it would have recorded.
+"""Captured steps that verify drafts, without a GPU: a graph is replayed by calling its launch function again.
 
 The kernels run in the interpreter, so this is the code of the GPU but for the capture itself (see ``test_gpu.py``).
 """
@@ -16,11 +16,10 @@ from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_que
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.warmup import make_warmup_steps
 
-from .conftest import runner_of
-from .test_exact import assert_same, prompts_for
+from .conftest import assert_same_outputs, get_model_runner, make_prompts
 
 
-class Replayed:
+class RepeatedLaunch:
     """What a CUDA graph does: the same work on the same buffers, into the same results."""
 
     def __init__(self, launch, output) -> None:
@@ -34,19 +33,19 @@ class Replayed:
             self._output.copy_(output)
 
 
-class Calls:
-    """A ``GraphCapturer`` that captures nothing and calls again."""
+class RepeatingCapturer:
+    """A ``GraphCapturer`` that captures nothing and capturer again."""
 
     def __init__(self) -> None:
-        self.graphs: list[Replayed] = []
+        self.graphs: list[RepeatedLaunch] = []
 
     def capture_graph(self, launch):
         output = launch()
-        self.graphs.append(Replayed(launch, output))
+        self.graphs.append(RepeatedLaunch(launch, output))
         return CapturedGraph(self.graphs[-1], output)
 
 
-class OnDevice(GumbelSampler):
+class TableSampler(GumbelSampler):
     """Samples from the table with kernels, as on a GPU."""
 
     def prepare_graph_sampling(self, max_rows: int) -> bool:
@@ -58,10 +57,10 @@ class OnDevice(GumbelSampler):
 def captured(engine, request):
     """An engine that drafts in captured steps: with a model, and with a head that reads every step."""
     llm = engine(request.param, max_num_seqs=3)
-    runner = runner_of(llm)
-    calls = Calls()
+    runner = get_model_runner(llm)
+    capturer = RepeatingCapturer()
     sampling_runner = runner.sampling_runner
-    sampler = OnDevice(llm.config.model.vocab_size, torch.device("cpu"))
+    sampler = TableSampler(llm.config.model.vocab_size, torch.device("cpu"))
     sampler.prepare_graph_sampling(64)
     sampling_runner.device_sampler = sampler
     with torch.inference_mode():
@@ -79,12 +78,12 @@ def captured(engine, request):
             if runner.draft_runner.proposer.observes_every_step
             else None,
         )
-        runner.decode_graphs.capture_graphs(calls)
-        runner.draft_runner.capture_graphs(calls)
-    return llm, calls
+        runner.decode_graphs.capture_graphs(capturer)
+        runner.draft_runner.capture_graphs(capturer)
+    return llm, capturer
 
 
-WISHES = [
+SAMPLING_PARAMS = [
     {"temperature": 0},
     {"temperature": 0.9, "seed": 3, "top_p": 0.9},
     {"temperature": 0.8, "seed": 5, "frequency_penalty": 0.8, "logprobs": 2},
@@ -93,25 +92,25 @@ WISHES = [
 
 
 @pytest.mark.parametrize("first", range(2))
-def test_replays_draw_the_same_tokens(engine, captured, first: int) -> None:
+def test_replays_sample_the_same_tokens(engine, captured, first: int) -> None:
     """Verification with as many drafts for all and with fewer for some, alone and beside prompts."""
-    llm, calls = captured
-    prompts = prompts_for(4, 4)
-    params = [SamplingParams(**({"max_tokens": 14, "ignore_eos": True} | wish)) for wish in WISHES]
-    some = slice(2 * first, 2 * first + 2)
-    before = sum(graph.count for graph in calls.graphs)
-    for mine, theirs in zip(
-        llm.generate(prompts[some], params[some]), engine().generate(prompts[some], params[some]), strict=True
-    ):
-        assert_same(mine, theirs)
-    assert sum(graph.count for graph in calls.graphs) > before + 6
+    llm, capturer = captured
+    prompts = make_prompts(4, 4)
+    params = [SamplingParams(**({"max_tokens": 14, "ignore_eos": True} | fields)) for fields in SAMPLING_PARAMS]
+    pair = slice(2 * first, 2 * first + 2)
+    before = sum(graph.count for graph in capturer.graphs)
+    actual = llm.generate(prompts[pair], params[pair])
+    expected = engine().generate(prompts[pair], params[pair])
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_outputs(one, other)
+    assert sum(graph.count for graph in capturer.graphs) > before + 6
     assert llm.get_stats()["spec_decode_num_accepted_tokens_total"] > 0
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 4])
 def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     """However few of them may also verify drafts."""
-    runner = runner_of(engine("itself", max_num_seqs=3))
+    runner = get_model_runner(engine("itself", max_num_seqs=3))
     table = RequestTable(100, 128, runner.block_size, 1, torch.device("cpu"))
     graphs = DecodeGraphs(
         runner.model, runner.backends, runner.kv_cache, table, runner.block_size, num_draft_tokens=drafts
@@ -121,7 +120,7 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
 
 def test_steps_that_verify_are_warmed_up(engine):
     """So that nothing is compiled for them later, also for those that no graph holds."""
-    runner = runner_of(engine("itself", max_num_seqs=3))
+    runner = get_model_runner(engine("itself", max_num_seqs=3))
     steps = list(make_warmup_steps(SchedulerConfig(3, 64), 128, choose_verify_query_lens(4)))
     widths = {1 + int(step.num_draft_tokens.max()) for step in steps if step.num_draft_tokens is not None}
     assert widths == {2, 3, 5}

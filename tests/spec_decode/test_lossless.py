@@ -1,4 +1,4 @@
-"""Whoever drafts, and however wrong: every request gets the tokens that it gets without speculation."""
+"""Speculation is lossless: whatever a proposer drafts, every request gets the tokens that it gets without drafts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from quire import SamplingParams
 from quire.core.testing.oracle import assert_matches_reference
 
-from .conftest import PROPOSERS
+from .conftest import PROPOSERS, assert_same_outputs, make_prompts
 
-WISHES = [
+SAMPLING_PARAMS = [
     {"temperature": 0},
     {"temperature": 0.9, "seed": 3},
     {"temperature": 0.7, "top_p": 0.8, "top_k": 12, "min_p": 0.02, "seed": 4},
@@ -28,74 +28,57 @@ WISHES = [
     {"temperature": 0.9, "seed": 10, "max_tokens": 2},
     {"temperature": 0.9, "seed": 11, "n": 3, "max_tokens": 12},
 ]
-ENGINES = {
-    "roomy": {},
+ENGINE_ARGUMENTS = {
+    "default": {},
     "tight pool, small chunks": {"num_gpu_blocks_override": 38, "max_num_batched_tokens": 16},
     "one by one": {"max_num_seqs": 1, "max_num_batched_tokens": 3, "num_speculative_tokens": 2},
     "no chunks": {"enable_chunked_prefill": False, "max_num_batched_tokens": 128, "enable_prefix_caching": False},
 }
 
 
-def prompts_for(seed: int, count: int) -> list[list[int]]:
-    """Some share a beginning, some repeat themselves."""
-    rng = random.Random(seed)
-    shared = [rng.randrange(3, 250) for _ in range(24)]
-    made = []
-    for i in range(count):
-        own = [rng.randrange(3, 250) for _ in range(rng.randrange(1, 20))]
-        made.append(shared[: rng.choice([0, 8, 24])] + own * (1 + i % 3))
-    return made
-
-
-def assert_same(mine, theirs) -> None:
-    for one, other in zip(mine.outputs, theirs.outputs, strict=True):
-        assert one.token_ids == other.token_ids
-        assert (one.finish_reason, one.stop_reason, one.text) == (other.finish_reason, other.stop_reason, other.text)
-        assert (one.logprobs is None) == (other.logprobs is None)
-        for left, right in zip(one.logprobs or [], other.logprobs or [], strict=True):
-            assert left.token_ids[0] == right.token_ids[0] and left.rank == right.rank
-            assert left.logprobs == pytest.approx(right.logprobs, abs=1e-4)
-
-
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_tokens_are_the_same(engine, proposer: str) -> None:
-    prompts = prompts_for(0, len(WISHES))
-    params = [SamplingParams(**({"max_tokens": 24} | wish)) for wish in WISHES]
+    prompts = make_prompts(0, len(SAMPLING_PARAMS))
+    params = [SamplingParams(**({"max_tokens": 24} | fields)) for fields in SAMPLING_PARAMS]
     expected = engine().generate(prompts, params)
-    got = engine(proposer).generate(prompts, params)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert_same(mine, theirs)
+    actual = engine(proposer).generate(prompts, params)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_outputs(one, other)
 
 
 @pytest.mark.parametrize(
     ("proposer", "name"),
-    [*(("itself", name) for name in ENGINES), *((who, "tight pool, small chunks") for who in ("random", "ngram"))],
+    [
+        *(("itself", name) for name in ENGINE_ARGUMENTS),
+        *((proposer, "tight pool, small chunks") for proposer in ("random", "ngram")),
+    ],
 )
-def test_under_pressure(engine, reference, proposer: str, name: str) -> None:
+def test_preemption_and_prefix_hits_beside_drafts(engine, reference, proposer: str, name: str) -> None:
     """Preemption, prefix hits, chunks of prompts beside drafts: seeded and greedy, twice, so that prefixes are hit."""
-    llm = engine(proposer, **ENGINES[name])
+    llm = engine(proposer, **ENGINE_ARGUMENTS[name])
     count = 4 if name == "one by one" else 8
-    prompts = prompts_for(1, count)
+    prompts = make_prompts(1, count)
     params = [
         SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=20 + i, ignore_eos=True) for i in range(count)
     ]
     for _ in range(2):
-        for prompt, wish, output in zip(prompts, params, llm.generate(prompts, params), strict=True):
-            assert len(output.outputs[0].token_ids) == wish.max_tokens
-            assert_matches_reference(reference, prompt, output.outputs[0].token_ids, wish, seed=wish.seed)
+        for prompt, sampling, output in zip(prompts, params, llm.generate(prompts, params), strict=True):
+            token_ids = output.outputs[0].token_ids
+            assert len(token_ids) == sampling.max_tokens
+            assert_matches_reference(reference, prompt, token_ids, sampling, seed=sampling.seed)
     if name.startswith("tight"):
         assert llm.get_stats()["num_preemptions_total"] > 0
     assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
-    llm.engine_core.scheduler._allocator.check_integrity()
+    llm.engine_core.scheduler.debug_state().allocator.check_integrity()
 
 
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6), proposer=st.sampled_from(["itself", "short", "host adversary"]))
 def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
     """Requests come at any time, some are aborted; each gets what it would get alone, and every block comes back."""
-    llm = engine(proposer, **ENGINES["tight pool, small chunks"])
+    llm = engine(proposer, **ENGINE_ARGUMENTS["tight pool, small chunks"])
     rng = random.Random(seed)
-    waiting = list(enumerate(prompts_for(seed, 14)))
+    waiting = list(enumerate(make_prompts(seed, 14)))
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
     while waiting or len(llm.output_processor):
         for _ in range(rng.choice([0, 0, 1, 3])):
@@ -126,14 +109,14 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
             expected.pop(victim)
     while llm.engine_core.has_work:
         llm.engine_core.step()
-    allocator = llm.engine_core.scheduler._allocator
+    allocator = llm.engine_core.scheduler.debug_state().allocator
     allocator.check_integrity()
     assert allocator.num_free_blocks() == allocator.num_blocks - 1
 
 
-def test_a_model_that_drafts_for_itself_is_always_right(engine) -> None:
+def test_a_model_that_drafts_for_itself_is_accepted(engine) -> None:
     llm = engine("itself")
-    llm.generate(prompts_for(2, 6), SamplingParams(temperature=0.9, seed=1, max_tokens=41, ignore_eos=True))
+    llm.generate(make_prompts(2, 6), SamplingParams(temperature=0.9, seed=1, max_tokens=41, ignore_eos=True))
     stats = llm.get_stats()
     accepted, drafted = (stats[f"spec_decode_num_{name}_tokens_total"] for name in ("accepted", "draft"))
     assert accepted > 0.9 * drafted  # not all: earlier tests had penalties, which the draft does not apply
@@ -142,22 +125,22 @@ def test_a_model_that_drafts_for_itself_is_always_right(engine) -> None:
 
 def test_a_proposer_that_raises_is_switched_off_and_named(engine) -> None:
     llm = engine("failing")
-    llm.generate(prompts_for(3, 4), SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+    llm.generate(make_prompts(3, 4), SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
     before = llm.get_stats()["spec_decode_num_draft_tokens_total"]
-    llm.generate(prompts_for(3, 4), SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+    llm.generate(make_prompts(3, 4), SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
     assert llm.get_stats()["spec_decode_num_draft_tokens_total"] == before
     assert llm.get_stats()["plugin_quarantines_total"] == 1
 
 
 @pytest.mark.parametrize("proposer", ["draft", "repeater"])
-@pytest.mark.parametrize("wish", [{"temperature": 1.0}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.2}])
-def test_the_distribution_is_unchanged(engine, reference, proposer: str, wish: dict) -> None:
-    """Chi-square over the third token's cells, 200 seeds: what is drawn after drafts follows the target."""
+@pytest.mark.parametrize("fields", [{"temperature": 1.0}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.2}])
+def test_the_distribution_is_unchanged(engine, reference, proposer: str, fields: dict) -> None:
+    """Chi-square over the second token, 200 seeds: what is sampled after drafts has the target's distribution."""
     llm = engine(proposer, max_num_seqs=64)
     count = 200
     bias = dict.fromkeys(range(8), 100.0)  # a vocabulary of eight
     params = [
-        SamplingParams(**({"temperature": 4.0} | wish), seed=i, max_tokens=3, ignore_eos=True, logit_bias=bias)
+        SamplingParams(**({"temperature": 4.0} | fields), seed=i, max_tokens=3, ignore_eos=True, logit_bias=bias)
         for i in range(count)
     ]
     got = [output.outputs[0].token_ids for output in llm.generate([[5, 6, 7]] * count, params)]
@@ -170,13 +153,13 @@ def test_the_distribution_is_unchanged(engine, reference, proposer: str, wish: d
     scaled = logits[:8] / params[0].temperature
     probs = scaled.softmax(-1)
     keep = torch.ones(8, dtype=torch.bool)
-    if "min_p" in wish:
-        keep = probs >= wish["min_p"] * probs.max()
-    if "top_k" in wish:
-        keep = scaled >= scaled.sort(descending=True).values[wish["top_k"] - 1]
-    if "top_p" in wish:
+    if "min_p" in fields:
+        keep = probs >= fields["min_p"] * probs.max()
+    if "top_k" in fields:
+        keep = scaled >= scaled.sort(descending=True).values[fields["top_k"] - 1]
+    if "top_p" in fields:
         ordered, index = probs.sort(descending=True)
-        keep = torch.zeros(8, dtype=torch.bool).scatter_(0, index, ordered.cumsum(0) - ordered < wish["top_p"])
+        keep = torch.zeros(8, dtype=torch.bool).scatter_(0, index, ordered.cumsum(0) - ordered < fields["top_p"])
     expected = torch.where(keep, probs, 0.0)
     expected = expected / expected.sum() * seconds[first].sum()
     assert not seconds[first][~keep].any()
