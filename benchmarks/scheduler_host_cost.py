@@ -1,10 +1,11 @@
-"""Host time of a step: ``schedule`` and ``commit``, 256 requests decoding, with and without a long queue. No GPU.
+"""Host time of a step in the scheduler: 256 requests decode, with and without a long queue. No GPU is needed.
 
     PYTHONPATH=src python benchmarks/scheduler_host_cost.py
 
-Each request has two stop tokens, blocks are of 16 tokens, and one step is always in flight, as in the engine. In
-``churn`` one request ends and one is admitted in every step. Medians; ``p10`` is of the sum, and nearer the truth on a
-machine that has other work. The loop printed first tells how fast the machine is just now.
+``schedule`` and ``update`` are the two calls of a step. Each request has two stop tokens, blocks are of 16 tokens, and
+one step is always in flight, as in the engine. In ``churn`` one request ends and one is admitted in every step. Figures
+are medians; ``p10`` is of the sum, and nearer the truth on a machine that has other work. The loop printed first tells
+how fast the machine is just now.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def main() -> None:
     loop = min(timeit.repeat("for x in range(256): pass", number=1000, repeat=20)) * 1e3
     print(f"a Python loop over 256 numbers: {loop:.1f} us")
     print(
-        f"{'running':>8} {'waiting':>8} {'':8} {'schedule':>9} {'commit':>9} {'sum':>9} {'p10':>9} {'p99':>9}"
+        f"{'running':>8} {'waiting':>8} {'':8} {'schedule':>9} {'update':>9} {'sum':>9} {'p10':>9} {'p99':>9}"
         "   us a step"
     )
     for churn in (False, True):
         for waiting in args.waiting:
-            planned, committed = measure(args.running, waiting, args.steps, churn)
-            both = [a + b for a, b in zip(planned, committed, strict=True)]
-            figures = [statistics.median(planned), statistics.median(committed), statistics.median(both)]
+            scheduled, updated = measure(args.running, waiting, args.steps, churn)
+            both = [a + b for a, b in zip(scheduled, updated, strict=True)]
+            figures = [statistics.median(scheduled), statistics.median(updated), statistics.median(both)]
             figures += np.percentile(both, (10, 99)).tolist()
             cells = " ".join(f"{1e6 * figure:9.1f}" for figure in figures)
             print(f"{args.running:>8} {waiting:>8} {'churn' if churn else 'decode':8} {cells}")
@@ -72,26 +73,26 @@ def measure(running: int, waiting: int, steps: int, churn: bool) -> tuple[list[f
         scheduler.add_request(EngineCoreRequest(f"request-{i}", prompt, params, i, [1000]))
     gc.collect()
     gc.freeze()  # as the engine does after its start
-    flights: deque[SchedulerOutput] = deque()
-    planned, committed = [], []
+    in_flight: deque[SchedulerOutput] = deque()
+    scheduled, updated = [], []
     for number in range(steps + 64):
         began = time.perf_counter()
         step = scheduler.schedule()
-        took = time.perf_counter() - began
+        duration = time.perf_counter() - began
         assert step is not None
-        flights.append(step)
-        if len(flights) < 2:
+        in_flight.append(step)
+        if len(in_flight) < 2:
             continue
-        result = draw(flights[0], rng)
+        output = make_output(in_flight[0], rng)
         began = time.perf_counter()
-        scheduler.update_from_output(flights.popleft(), result)
+        scheduler.update_from_output(in_flight.popleft(), output)
         if number >= 64:
-            planned.append(took)
-            committed.append(time.perf_counter() - began)
-    return planned, committed
+            scheduled.append(duration)
+            updated.append(time.perf_counter() - began)
+    return scheduled, updated
 
 
-def draw(step: SchedulerOutput, rng: np.random.Generator) -> ModelRunnerOutput:
+def make_output(step: SchedulerOutput, rng: np.random.Generator) -> ModelRunnerOutput:
     tokens = rng.integers(0, 1000, (len(step.rows), 1), dtype=np.int32)
     return ModelRunnerOutput(step.step, tokens, step.sampling_mask.astype(np.int32))
 

@@ -1,4 +1,4 @@
-"""A request's life inside the engine core."""
+"""A request inside the engine core."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class RequestStatus(enum.Enum):
 class Request:
     """One sequence. Plugins read it; only the scheduler writes it.
 
-    ``token_ids`` holds every token the host knows: the prompt, then the generated ones. Tokens drawn on the device
-    and not read back yet are counted in the scheduler's table while the request runs, in ``num_in_flight`` otherwise.
+    ``token_ids`` holds every token that the host knows: the prompt, then the generated ones. Tokens that are sampled on
+    the device and not yet read back are counted in the scheduler's running batch while the request runs, and in
+    ``num_in_flight_tokens`` while it waits after a preemption.
     """
 
     __slots__ = (
@@ -60,7 +61,7 @@ class Request:
         self.prompt_len = len(self.token_ids)
         limit = max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
         self.max_total_tokens = min(limit, max_model_len)
-        """Length at which the request ends with ``length``."""
+        """Number of tokens, the prompt's included, at which the request ends with finish reason ``length``."""
         eos = () if params.ignore_eos else message.eos_token_ids
         self.stop_token_ids: frozenset[int] = frozenset((*eos, *params.stop_token_ids))
         self.arrival_ns = message.arrival_ns
@@ -73,25 +74,27 @@ class Request:
         """Row in the worker's request table while running, else -1."""
         self.num_in_flight_tokens = 0
         self.num_cached_tokens = 0
+        """Tokens of the prompt that were cached (or shared with the parent) when it was first scheduled."""
         self.num_preemptions = 0
         self.first_scheduled_ns = 0
+        """Wall clock of its first grant, nanoseconds since the epoch; 0 before it."""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.queue_key: tuple[Any, ...] = ()
-        """Place in the queue: the policy's key, then the number of arrival. Kept through a preemption."""
+        """Place in the queue: the policy's key, then the number of its arrival. Kept through a preemption."""
         self.prompt_logprobs: list[TokenLogprob] | None = None
-        """Gathered chunk by chunk, sent with the first token."""
+        """Gathered chunk by chunk, and sent with the first token; None: not asked for, or sent."""
         self.block_hashes: list[bytes] = []
-        """Scratch space of the KV allocator: the hash chain of this request's full blocks."""
+        """Scratch space of the KV allocator: the hashes of this request's full blocks."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the host knows."""
+        """Tokens that the host knows."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Generated tokens the host knows."""
+        """Generated tokens that the host knows."""
         return len(self.token_ids) - self.prompt_len
 
     @property
@@ -109,6 +112,6 @@ class Request:
 
 
 def _derive_seed(message: EngineCoreRequest) -> int:
-    """A seed for a caller who gave none: spread over 63 bits, distinct for every request."""
+    """The seed of a request that names none: spread over 63 bits, distinct for every request."""
     digest = hashlib.blake2b(f"{message.request_id}/{message.arrival_ns}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

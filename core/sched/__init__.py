@@ -1,1 +1,1 @@
-"""The scheduler, which realises what a batching policy plans."""
+"""The scheduler, which turns the grants of a batching policy into steps."""

@@ -1,4 +1,4 @@
-"""What every KV allocator must keep."""
+"""What every KV allocator must do."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = [
     "check_a_shared_block_is_copied_before_it_is_written",
     "check_an_engine_serves_on_it",
     "check_blocks_belong_to_one_request",
+    "check_blocks_out_of_the_window_come_back",
     "check_everything_comes_back",
     "check_prefixes_are_found",
     "check_prefixes_are_kept_apart_by_salt",
     "check_the_last_token_is_never_matched",
     "check_the_reserve_stays_free",
-    "check_trimmed_blocks_come_back",
 ]
 
 _BLOCK = 4
 
 
 def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
-    """Blocks are numbered 1 .. num_blocks - 1 and handed to one request at a time; block 0 to nobody."""
+    """Blocks are numbered 1 .. num_blocks - 1 and allocated to one request at a time; block 0 is never allocated."""
     allocator = _make(cls, groups=(KVGroup(), KVGroup()))
     seen: list[set[int]] = [set(), set()]
     for i in range(3):
@@ -42,7 +42,7 @@ def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
             assert allocation.starts[group] == 0, "a first allocation starts at 0"
             assert len(blocks) == 3, f"9 tokens take 3 blocks of 4, got {len(blocks)}"
             assert all(0 < block < allocator.num_blocks for block in blocks), f"{blocks} are not all in the pool"
-            assert not seen[group] & set(blocks), f"{seen[group] & set(blocks)} have two owners"
+            assert not seen[group] & set(blocks), f"{seen[group] & set(blocks)} belong to two requests"
             seen[group] |= set(blocks)
     allocator.check_integrity()
 
@@ -82,7 +82,7 @@ def check_a_refusal_changes_nothing(cls: type[KVAllocator]) -> None:
 
 
 def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
-    """``reserve`` blocks remain free, or the request is refused."""
+    """``num_reserved_blocks`` blocks remain free, or the request is refused."""
     allocator = _make(cls, num_blocks=8)
     assert allocator.allocate(_request("a", range(16)), 16, num_computed_tokens=0, num_reserved_blocks=4) is None, (
         "the reserve was spent"
@@ -94,20 +94,22 @@ def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
 
 
 def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
-    """Committed blocks are found by a request with the same tokens, in every group, also after their owner left."""
+    """Cached blocks are found by a request with the same tokens, in every group, also after their request ended."""
     allocator = _caching(cls, groups=(KVGroup(), KVGroup()))
     first = _request("first", range(10))
     blocks = _fill(allocator, first)
     again = _request("again", [*range(8), 50, 51])
     for _ in range(2):
         match = allocator.match_prefix(again)
-        assert match.num_tokens == 8, f"8 tokens in full blocks were committed, {match.num_tokens} are found"
-        assert [list(found) for found in match.blocks] == [held[:2] for held in blocks], "other blocks are found"
+        assert match.num_tokens == 8, f"8 tokens in full blocks were cached, {match.num_tokens} are found"
+        assert [list(matched) for matched in match.blocks] == [table[:2] for table in blocks], "other blocks are found"
         allocator.free(first)
     free = allocator.num_free_blocks()
     allocation = allocator.allocate(again, 10, num_computed_tokens=8, prefix_match=match)
     assert allocation is not None and not allocation.copies
-    assert [b[:2] for b in allocation.new_blocks] == [h[:2] for h in blocks], "the matched blocks head the table"
+    assert [new[:2] for new in allocation.new_blocks] == [table[:2] for table in blocks], (
+        "the matched blocks head the table"
+    )
     assert allocator.num_free_blocks() == free - 3, "matched blocks are in use"
     other = _request("other", [9, *range(1, 10)])
     assert allocator.match_prefix(other).num_tokens == 0, "a block was found although the tokens before it differ"
@@ -119,21 +121,21 @@ def check_the_last_token_is_never_matched(cls: type[KVAllocator]) -> None:
     allocator = _caching(cls)
     _fill(allocator, _request("first", range(8)))
     assert allocator.match_prefix(_request("same", range(8))).num_tokens == 4
-    wishes = _request("wishes", range(8), prompt_logprobs=1)
-    assert allocator.match_prefix(wishes).num_tokens == 0, "skip_prefix_cache was not respected"
+    skipping = _request("skipping", range(8), prompt_logprobs=1)
+    assert allocator.match_prefix(skipping).num_tokens == 0, "skip_prefix_cache was not respected"
 
 
 def check_prefixes_are_kept_apart_by_salt(cls: type[KVAllocator]) -> None:
     """A prefix is found only under the ``extra_keys`` it was computed with."""
     allocator = _caching(cls)
-    _fill(allocator, _request("mine", range(10), salt="mine"))
-    assert allocator.match_prefix(_request("mine too", range(10), salt="mine")).num_tokens == 8
-    for salt in (None, "yours"):
+    _fill(allocator, _request("first", range(10), salt="a"))
+    assert allocator.match_prefix(_request("second", range(10), salt="a")).num_tokens == 8
+    for salt in (None, "b"):
         assert allocator.match_prefix(_request(f"{salt}", range(10), salt=salt)).num_tokens == 0, "the salt was ignored"
 
 
 def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) -> None:
-    """After ``fork``, whoever writes into the shared block first gets a copy; the other then owns the original."""
+    """After ``fork_blocks``, the request that first writes into the shared block gets a copy; the other keeps it."""
     for writer_is_parent in (False, True):
         allocator = _make(cls)
         before = allocator.num_free_blocks()
@@ -155,8 +157,8 @@ def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) 
         assert allocator.num_free_blocks() == before
 
 
-def check_trimmed_blocks_come_back(cls: type[KVAllocator]) -> None:
-    """Whole blocks before the position are given up in that group, and only there."""
+def check_blocks_out_of_the_window_come_back(cls: type[KVAllocator]) -> None:
+    """Whole blocks before the position are freed in that group, and only there."""
     allocator = _make(cls, groups=(KVGroup(), KVGroup(window=4)))
     before, pool = allocator.num_free_blocks(), allocator.stats().num_free
     request = _request("r", range(20))
@@ -212,7 +214,7 @@ def _request(request_id: str, tokens: Any, *, salt: str | None = None, **params:
 
 
 def _fill(allocator: KVAllocator, request: Request) -> list[list[int]]:
-    """Allocate and commit all of a request's tokens; its table."""
+    """Allocate and cache all of a request's tokens; its block table."""
     allocation = allocator.allocate(request, request.num_tokens, num_computed_tokens=0)
     assert allocation is not None, "refused although blocks are free"
     allocator.cache_full_blocks(request, request.num_tokens)

@@ -1,4 +1,4 @@
-"""What every batching policy must keep."""
+"""What every batching policy must do."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from quire.core.testing.simulated_engine import SimulatedEngine
 
 __all__ = [
     "check_an_idle_engine_is_put_to_work",
-    "check_it_hears_of_finished_requests",
     "check_keys_can_be_compared",
     "check_plans_are_deterministic",
     "check_plans_are_quick",
     "check_plans_are_sound",
     "check_preempted_requests_finish",
+    "check_request_finished_accepts_any_request",
     "check_requests_finish",
 ]
 
@@ -45,7 +45,7 @@ def check_keys_can_be_compared(cls: type[BatchingPolicy]) -> None:
 
 
 def check_plans_are_sound(cls: type[BatchingPolicy]) -> None:
-    """Plans name requests of the view, each once, with no negative grant, and leave the view as it is."""
+    """Grants name requests of the view, each once, are not negative, and leave the view as it is."""
     policy = _make(cls)
     for seed in range(100):
         result = check_grants(policy.schedule(_view(seed)), _view(seed))
@@ -53,18 +53,18 @@ def check_plans_are_sound(cls: type[BatchingPolicy]) -> None:
 
 
 def check_plans_are_deterministic(cls: type[BatchingPolicy]) -> None:
-    """Two instances that see the same views make the same plans."""
+    """Two instances that see the same views return the same grants."""
     one, two = _make(cls), _make(cls)
     for seed in range(50):
-        mine, other = one.schedule(_view(seed)), two.schedule(_view(seed))
-        same = np.array_equal(mine.request_indices, other.request_indices) and np.array_equal(
-            mine.num_scheduled_tokens, other.num_scheduled_tokens
+        first, second = one.schedule(_view(seed)), two.schedule(_view(seed))
+        same = np.array_equal(first.request_indices, second.request_indices) and np.array_equal(
+            first.num_scheduled_tokens, second.num_scheduled_tokens
         )
         assert same, f"view {seed}: two instances disagree"
 
 
 def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
-    """With nothing in flight and something to do, the plan grants something."""
+    """With nothing in flight and something to do, the policy grants something."""
     policy = _make(cls)
     for seed in range(50):
         view = _view(seed, idle=True)
@@ -74,15 +74,15 @@ def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
 
 
 def check_plans_are_quick(cls: type[BatchingPolicy]) -> None:
-    """A plan for 256 running and 512 waiting requests takes well under the limit of 50 ms."""
+    """``schedule`` for 256 running and 512 waiting requests takes well under the limit of 50 ms."""
     policy = _make(cls)
-    took = []
+    durations = []
     for seed in range(5):
         view = _view(seed, num_running=256, num_waiting=512)
         began = perf_counter()
         policy.schedule(view)
-        took.append(perf_counter() - began)
-    assert min(took) < 0.025, f"a plan took {min(took) * 1e3:.0f} ms"
+        durations.append(perf_counter() - began)
+    assert min(durations) < 0.025, f"a plan took {min(durations) * 1e3:.0f} ms"
 
 
 def check_requests_finish(cls: type[BatchingPolicy]) -> None:
@@ -97,8 +97,8 @@ def check_preempted_requests_finish(cls: type[BatchingPolicy]) -> None:
         _serve(cls, seed, num_blocks=24, chunked=True)
 
 
-def check_it_hears_of_finished_requests(cls: type[BatchingPolicy]) -> None:
-    """``finished`` may be called for any request, also one that never ran."""
+def check_request_finished_accepts_any_request(cls: type[BatchingPolicy]) -> None:
+    """``request_finished`` may be called for any request, also one that never ran."""
     policy = _make(cls)
     for tokens in (0, 5):
         policy.request_finished(RequestInfo("r", 0, 10, 5, 0), Usage(10, 0, tokens, 0, tokens * 1000))
@@ -150,8 +150,8 @@ def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) ->
     computed = np.where(decoding, prompt_len + output_len - 1, (rng.random(count) * prompt_len).astype(np.int64))
     if not running:
         computed[:] = 0
-    landing = decoding & (rng.random(count) < (0.0 if idle else 0.2))
-    remaining = np.where(landing, 0, prompt_len + output_len - computed)
+    awaits_output = decoding & (rng.random(count) < (0.0 if idle else 0.2))
+    remaining = np.where(awaits_output, 0, prompt_len + output_len - computed)
     return RequestColumns(
         num_computed_tokens=computed,
         min_computed_tokens=computed.copy(),

@@ -1,9 +1,10 @@
-"""An engine without a model: a scheduler and a ``FakeKVWorker``, with two steps in flight, judged at every turn."""
+"""An engine without a model: a scheduler and a ``FakeKVWorker``, with two steps in flight, checked after every step."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
@@ -14,14 +15,22 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
 from quire.core.testing.fake_kv_worker import FakeKVWorker, compute_expected_tokens
 
-__all__ = ["SimulatedEngine"]
+__all__ = ["SimulatedEngine", "SimulatedStep"]
+
+
+class SimulatedStep(NamedTuple):
+    """A step in flight: the worker has executed it, the scheduler has not seen its output."""
+
+    step: SchedulerOutput
+    output: ModelRunnerOutput
 
 
 class SimulatedEngine:
     """Serves requests through a real scheduler, and knows what each must receive.
 
-    ``land`` raises ``AssertionError`` if a request receives a token that it would not receive alone, or one after its
-    end; the worker if a step would read what is not there. Time is the number of steps, in milliseconds.
+    ``finish_step`` raises ``AssertionError`` if a request receives a token that it would not receive alone, or one
+    after its end; the worker does if a step would read what is not there. The clock shows the number of turns, in
+    milliseconds.
     """
 
     def __init__(
@@ -37,7 +46,7 @@ class SimulatedEngine:
         max_in_flight: int = 2,
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
-        skill: float = 0.5,
+        draft_accuracy: float = 0.5,
     ) -> None:
         cache = CacheConfig(block_size=allocator.block_size, num_blocks=allocator.num_blocks, watermark=watermark)
         self.allocator = allocator
@@ -52,12 +61,14 @@ class SimulatedEngine:
             speculation=speculation,
             proposer=proposer,
         )
-        self.worker = FakeKVWorker(allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, skill)
+        self.worker = FakeKVWorker(
+            allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, draft_accuracy
+        )
         self.received: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
-        """Request -> how it ended."""
+        """Finish reasons, by request id."""
         self.outputs: list[EngineCoreOutput] = []
-        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.in_flight: deque[SimulatedStep] = deque()
         self._expected: dict[str, list[int]] = {}
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -83,7 +94,7 @@ class SimulatedEngine:
                 request_id, list(prompt), sampling, self._num_turns * 1_000_000, list(eos), priority, salt, parent
             )
         )
-        self._expected[request_id] = self._expect(prompt, sampling, eos)
+        self._expected[request_id] = self._expect_tokens(prompt, sampling, eos)
         self.received[request_id] = []
 
     def abort_request(self, request_id: str) -> None:
@@ -92,38 +103,38 @@ class SimulatedEngine:
         self.finished[request_id] = "abort"
 
     def launch_step(self) -> SchedulerOutput | None:
-        """Plan a step and send it to the worker, unless as many are in flight as may be."""
+        """Schedule a step and send it to the worker, unless as many as allowed are in flight. None: no step."""
         self._num_turns += 1
         if len(self.in_flight) >= self._max_in_flight:
             return None
         step = self.scheduler.schedule()
         if step is not None:
-            self.in_flight.append((step, self.worker.execute_step(step)))
+            self.in_flight.append(SimulatedStep(step, self.worker.execute_step(step)))
         elif not self.in_flight:
             assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step
 
     def finish_step(self) -> list[EngineCoreOutput]:
-        """Commit the oldest step in flight."""
+        """Apply the output of the oldest step in flight, and check what the requests receive."""
         outputs = self.scheduler.update_from_output(*self.in_flight.popleft()).expand_outputs()
         self._check_outputs(outputs)
         return outputs
 
     def fail_step(self) -> list[EngineCoreOutput]:
-        """As if the oldest step in flight had failed."""
-        outputs = self.scheduler.fail_step(self.in_flight.popleft()[0], "the worker failed").expand_outputs()
+        """Go on as if the oldest step in flight had failed on the worker."""
+        outputs = self.scheduler.fail_step(self.in_flight.popleft().step, "the worker failed").expand_outputs()
         self._check_outputs(outputs)
         return outputs
 
     def retract_step(self) -> bool:
-        """As if the step launched last had run out of memory. Whether it is retried in smaller steps."""
-        retried = self.scheduler.retract_step(self.in_flight[-1][0])
+        """Go on as if the step launched last had run out of memory. Whether it is retried in smaller steps."""
+        retried = self.scheduler.retract_step(self.in_flight[-1].step)
         if retried:
             self.in_flight.pop()
         return retried
 
     def run_step(self) -> None:
-        """What the engine core does: launch, then read back the step before."""
+        """Do what the engine core does: launch a step, then finish the one before it."""
         launched = self.launch_step()
         if self.in_flight and (launched is None or len(self.in_flight) == self._max_in_flight):
             self.finish_step()
@@ -151,9 +162,10 @@ class SimulatedEngine:
                 assert received != expected, f"{request_id} has all its tokens, but did not end"
         self.outputs += outputs
 
-    def _expect(self, prompt: Sequence[int], params: SamplingParams, eos: Sequence[int]) -> list[int]:
-        room = self._max_model_len - len(prompt)
-        count = room if params.max_tokens is None else min(params.max_tokens, room)
+    def _expect_tokens(self, prompt: Sequence[int], params: SamplingParams, eos: Sequence[int]) -> list[int]:
+        """What the request receives alone: up to its stop token or its length."""
+        limit = self._max_model_len - len(prompt)
+        count = limit if params.max_tokens is None else min(params.max_tokens, limit)
         seed = params.seed or 0
         tokens = compute_expected_tokens(seed, prompt, count, self._vocab_size)
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}

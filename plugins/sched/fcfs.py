@@ -1,4 +1,4 @@
-"""First come, first served: the engine's default, and what takes over from a policy that fails."""
+"""First come, first served: the default policy, which also takes over from one that fails."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class FCFSPolicy(BatchingPolicy):
     """Decodes first, then waiting requests in order of arrival."""
 
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
-        """The time of arrival."""
+        """The time of its arrival."""
         return (request.arrival_ns,)

@@ -1,4 +1,4 @@
-"""By the request's priority; whoever waits long enough rises."""
+"""By the request's priority; a request that waits long enough overtakes those of higher priority."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["PriorityPolicy"]
 
 
 class PriorityPolicy(BatchingPolicy):
-    """Lower ``priority`` first. Ageing is linear, so the rank is fixed at arrival: a request of priority ``p`` queues
-    as if it had come ``p * aging`` seconds later than it did."""
+    """Lower ``priority`` first. Ageing is linear, so the admission key is fixed at arrival: a request of priority
+    ``p`` queues as if it had come ``p * aging`` seconds later than it did."""
 
     @dataclass(frozen=True)
     class Options:

@@ -11,8 +11,8 @@ __all__ = ["SJFPolicy"]
 
 
 class SJFPolicy(BatchingPolicy):
-    """Shortest prompt first. Ageing is linear, so the rank is fixed at arrival: a prompt queues as if it had come
-    ``aging`` seconds later for every thousand tokens."""
+    """Shortest prompt first. Ageing is linear, so the admission key is fixed at arrival: a prompt queues as if it
+    had come ``aging`` seconds later for every thousand tokens."""
 
     @dataclass(frozen=True)
     class Options:

@@ -74,7 +74,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
     expected: dict[str, tuple[list[int], SamplingParams]] = {}
     got: dict[str, list[int]] = {}
     waiting = list(enumerate(prompts))
-    free_before = llm.engine_core.scheduler._allocator.num_free_blocks()
+    free_before = llm.engine_core.scheduler.debug_state().allocator.num_free_blocks()
     while waiting or len(llm.output_processor):
         for _ in range(rng.choice([0, 0, 1, 3])):
             if waiting:
@@ -108,5 +108,5 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
             expected.pop(victim)
     while llm.engine_core.has_work:
         llm.engine_core.step()
-    llm.engine_core.scheduler._allocator.check_integrity()
-    assert llm.engine_core.scheduler._allocator.num_free_blocks() == free_before
+    llm.engine_core.scheduler.debug_state().allocator.check_integrity()
+    assert llm.engine_core.scheduler.debug_state().allocator.num_free_blocks() == free_before

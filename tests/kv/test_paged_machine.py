@@ -24,7 +24,7 @@ class PagedMachine(RuleBasedStateMachine):
         self.allocator = PagedAllocator(groups, blocks, size)
         self.size, self.blocks, self.groups = size, blocks, groups
         self.slots = [{} for _ in groups]
-        self.tables, self.computed, self.trimmed = {}, {}, {}
+        self.tables, self.computed, self.first_kept = {}, {}, {}
         self.count = 0
 
     @rule(target=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), reserve=st.integers(0, 3))
@@ -42,7 +42,7 @@ class PagedMachine(RuleBasedStateMachine):
             return multiple()
         assert self.allocator.num_free_blocks() >= reserve
         self.tables[request] = [{} for _ in self.groups]
-        self.trimmed[request] = [self.first_read(group, match.num_tokens) for group in self.groups]
+        self.first_kept[request] = [self.first_read(group, match.num_tokens) for group in self.groups]
         self.apply(request, allocation)
         self.write(request, match.num_tokens, len(tokens))
         return request
@@ -61,7 +61,7 @@ class PagedMachine(RuleBasedStateMachine):
             self.write(request, computed, computed + len(tokens))
 
     @rule(request=requests, late=st.integers(0, 4))
-    def commit(self, request, late):
+    def cache(self, request, late):
         self.allocator.cache_full_blocks(request, max(self.computed[request] - late, 0))
 
     @rule(target=requests, parent=requests, late=st.integers(0, 2))
@@ -77,27 +77,27 @@ class PagedMachine(RuleBasedStateMachine):
             assert any(group.window is not None for group in self.groups)
             return multiple()
         self.tables[child] = [{} for _ in self.groups]
-        self.trimmed[child] = [
+        self.first_kept[child] = [
             max(first, self.first_read(group, length))
-            for group, first in zip(self.groups, self.trimmed[parent], strict=True)
+            for group, first in zip(self.groups, self.first_kept[parent], strict=True)
         ]
         self.computed[child] = length
         self.apply(child, allocation)
         return child
 
     @rule(request=requests)
-    def trim(self, request):
+    def free_out_of_window(self, request):
         for index, group in enumerate(self.groups):
             if group.window is not None:
                 before = self.first_read(group, self.computed[request])
                 self.allocator.free_out_of_window_blocks(request, index, before)
-                self.trimmed[request][index] = max(self.trimmed[request][index], before)
+                self.first_kept[request][index] = max(self.first_kept[request][index], before)
 
     @rule(request=consumes(requests))
     def free(self, request):
         self.allocator.free(request)
         self.allocator.free(request)
-        del self.tables[request], self.computed[request], self.trimmed[request]
+        del self.tables[request], self.computed[request], self.first_kept[request]
 
     @invariant()
     def sound(self):
@@ -106,7 +106,7 @@ class PagedMachine(RuleBasedStateMachine):
         self.allocator.check_integrity()
         for request, tables in self.tables.items():
             for index, table in enumerate(tables):
-                for position in range(self.trimmed[request][index], self.computed[request]):
+                for position in range(self.first_kept[request][index], self.computed[request]):
                     slot = table[position // self.size] * self.size + position % self.size
                     assert self.slots[index].get(slot) == tuple(request.token_ids[: position + 1])
 

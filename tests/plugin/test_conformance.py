@@ -30,7 +30,7 @@ def test_a_good_class_passes(check):
         "check_has_no_shared_mutable_state": "it shares a dict",
         "check_signatures_accept_the_engines_calls": "finished lacks an argument",
         **dict.fromkeys(
-            ("check_requests_finish", "check_preempted_requests_finish", "check_it_hears_of_finished_requests"),
+            ("check_requests_finish", "check_preempted_requests_finish", "check_request_finished_accepts_any_request"),
             "finished cannot take the engine's call",
         ),
     },

@@ -9,7 +9,7 @@ from quire.plugins.sched.fcfs import FCFSPolicy
 
 @pytest.fixture
 def make_engine():
-    """A simulated engine on the paged allocator, first come first served unless told otherwise."""
+    """Makes simulated engines on the paged allocator; the policy is first come, first served unless one is given."""
 
     def make(
         policy=None,

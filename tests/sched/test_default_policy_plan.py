@@ -1,4 +1,4 @@
-"""How the default plan shares a step out: decodes go on, prompts end soon, and nobody is left behind."""
+"""How the default plan divides a step: decodes go on, prompts end soon, and no request is left behind."""
 
 import numpy as np
 from hypothesis import given
@@ -55,7 +55,7 @@ def test_any_step(running, waiting, budget, rows):
     want = [*running, *waiting[:rows]]
     assert sum(plan.values()) <= budget
     assert all(0 < got <= want[row] for row, got in plan.items())
-    assert bool(plan) == any(want), "somebody goes on, if anybody wants to"
+    assert bool(plan) == any(want), "a request goes on, if any has tokens to compute"
     decodes = [row for row, left in enumerate(running) if left == 1]
     assert [row for row in plan if row in decodes] == decodes[:budget]
     prompts = [row for row, left in enumerate(want) if left and row not in decodes]

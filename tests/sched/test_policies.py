@@ -37,7 +37,7 @@ def test_ageing_lets_the_patient_through(make_engine, cls):
     patient, fresh = (0, 2000, 2), (100, 1000, 0)
     for aging, first in (("0", fresh), ("1", patient), ("1000", fresh)):
         policy = cls(parse_options(cls, {"aging": aging}))
-        assert min(patient, fresh, key=lambda who: rank(policy, *who)) == first
+        assert min(patient, fresh, key=lambda request: rank(policy, *request)) == first
 
 
 @pytest.mark.parametrize("cls", [PriorityPolicy, SJFPolicy])

@@ -13,7 +13,7 @@ from quire.plugins.sched.fcfs import FCFSPolicy
 
 
 def launch_all(engine, most=100):
-    """Launch steps until none can run, and land them as they come; the steps."""
+    """Launch steps until none can run, and finish them in order; the steps."""
     steps = []
     for _ in range(most):
         step = engine.launch_step()
@@ -119,7 +119,7 @@ def test_generated_tokens_are_found_when_their_request_has_ended(make_engine):
     assert engine.outputs[-1].num_cached_tokens == 12
 
 
-# ---- what add() refuses
+# ---- what add_request refuses
 
 
 def make_scheduler(config=None, *, max_model_len=64, num_blocks=64, groups=(KVGroup(),)):

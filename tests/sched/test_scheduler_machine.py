@@ -69,7 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_in_flight=depth,
             speculation=SpeculationConfig(drafts, adaptive=drafts == 5) if drafts else None,
             proposer=OracleProposer(drafts) if on_host else None,
-            skill=skill,
+            draft_accuracy=skill,
         )
         self.count = 0
 
@@ -130,7 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     @precondition(lambda self: self.engine.in_flight)
-    def land(self):
+    def finish(self):
         self.engine.finish_step()
 
     @rule()
