@@ -1,4 +1,4 @@
-"""Classes and functions as Markdown: exact signatures, docstrings, and what is said of each field."""
+"""Classes and functions as Markdown: exact signatures, docstrings, and what is description of each field."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ class _Field(NamedTuple):
 
     def text(self) -> str:
         """As an item of a list."""
-        said = " ".join(prose(part) for part in (self.shape, self.doc) if part)
-        said = re.sub(r"\s*\n\s*", " ", said)
-        return f"- `{self.declaration}`" + (f": {said}" if said else "")
+        description = " ".join(prose(part) for part in (self.shape, self.doc) if part)
+        description = re.sub(r"\s*\n\s*", " ", description)
+        return f"- `{self.declaration}`" + (f": {description}" if description else "")
 
 
 def _fields(cls: type) -> Iterator[_Field]:

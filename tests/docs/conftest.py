@@ -26,9 +26,9 @@ class Block:
 
 def blocks_of(page: Path) -> list[Block]:
     """Every fenced block of a page."""
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    matches = re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
     text = page.read_text()
-    return [Block(m[1], m[2], f"{page.name}:{text[: m.start()].count(chr(10)) + 1}") for m in found]
+    return [Block(m[1], m[2], f"{page.name}:{text[: m.start()].count(chr(10)) + 1}") for m in matches]
 
 
 @pytest.fixture(scope="session")

@@ -37,9 +37,9 @@ def test_serve_runs_the_embedded_model_on_loopback(installed):
     assert make("-n", "serve", installed).stdout.strip().endswith("quire serve quire-tiny --host 127.0.0.1 --port 8000")
 
 
-def test_serve_can_be_told_what_and_where(installed):
-    told = make("-n", "serve", installed, "MODEL=org/name", "PORT=9000", ARGS="--dtype float32").stdout
-    assert "quire serve org/name --host 127.0.0.1 --port 9000 --dtype float32" in told
+def test_serve_takes_model_host_and_arguments(installed):
+    printed = make("-n", "serve", installed, "MODEL=org/name", "PORT=9000", ARGS="--dtype float32").stdout
+    assert "quire serve org/name --host 127.0.0.1 --port 9000 --dtype float32" in printed
 
 
 def test_a_second_make_has_nothing_to_do(installed):
@@ -74,20 +74,20 @@ def python(tmp_path):
 
 
 def test_no_python_at_all_is_explained(tmp_path):
-    said = make("-s", "install", f"VENV={tmp_path}/v", "PYTHON=no-such-python", code=2).stderr
-    assert "no-such-python is not installed; try: sudo apt install python3 python3-venv" in said
+    error = make("-s", "install", f"VENV={tmp_path}/v", "PYTHON=no-such-python", code=2).stderr
+    assert "no-such-python is not installed; try: sudo apt install python3 python3-venv" in error
 
 
 def test_an_old_python_is_explained(tmp_path, python):
-    said = make("-s", "install", f"VENV={tmp_path}/v", python("3.9.2", "version_info < "), code=2).stderr
-    assert "Python 3.9.2 is too old: Quire needs 3.11 or newer" in said
+    error = make("-s", "install", f"VENV={tmp_path}/v", python("3.9.2", "version_info < "), code=2).stderr
+    assert "Python 3.9.2 is too old: Quire needs 3.11 or newer" in error
 
 
 def test_a_missing_venv_module_is_explained(tmp_path, python):
-    said = make("-s", "install", f"VENV={tmp_path}/v", python("3.11.2", "import ensurepip"), code=2).stderr
-    assert "has no venv module; try: sudo apt install python3-venv" in said
+    error = make("-s", "install", f"VENV={tmp_path}/v", python("3.11.2", "import ensurepip"), code=2).stderr
+    assert "has no venv module; try: sudo apt install python3-venv" in error
 
 
 def test_a_newer_python_is_only_noted(tmp_path, python):
-    said = make("-s", "install", f"VENV={tmp_path}/v", python("3.15.0", ">= (3, 13)", "ensurepip"), code=2).stderr
-    assert "note: Python 3.15.0 is newer than those Quire is tested with" in said
+    error = make("-s", "install", f"VENV={tmp_path}/v", python("3.15.0", ">= (3, 13)", "ensurepip"), code=2).stderr
+    assert "note: Python 3.15.0 is newer than those Quire is tested with" in error

@@ -17,7 +17,7 @@ from setuptools import find_namespace_packages
 from quire.core.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("core", "plugins", "server")
+FOLDERS = ("core", "plugins", "server")
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,16 @@ def project():
 
 
 def files():
-    found = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
-    return [path for path in found if "__pycache__" not in path.parts]
+    paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
+    return [path for path in paths if "__pycache__" not in path.parts]
 
 
 def test_every_package_is_found(project):
     assert project["tool"]["setuptools"]["packages"]["find"] == {"where": ["src"]}
-    found = set(find_namespace_packages(str(ROOT / "src")))
+    packages = set(find_namespace_packages(str(ROOT / "src")))
     expected = {".".join(("quire", *p.parent.relative_to(ROOT).parts)) for p in files() if p.name == "__init__.py"}
-    assert expected <= found
-    assert all(name == "quire" or name.startswith("quire.") for name in found)
+    assert expected <= packages
+    assert all(name == "quire" or name.startswith("quire.") for name in packages)
 
 
 def test_every_data_file_is_package_data(project):
@@ -64,8 +64,8 @@ def test_every_entry_point_leads_somewhere(project):
     groups = [project["project"]["scripts"], *project["project"].get("entry-points", {}).values()]
     for target in (target for group in groups for target in group.values()):
         module, _, name = target.partition(":")
-        found = importlib.import_module(module)
-        assert not name or callable(getattr(found, name))
+        imported = importlib.import_module(module)
+        assert not name or callable(getattr(imported, name))
 
 
 def test_version_is_a_release_number():

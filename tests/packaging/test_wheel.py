@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ("core", "plugins", "server", "src", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "MANIFEST.in")
-ROOMS = ("core", "plugins", "server")
+FOLDERS = ("core", "plugins", "server")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def dist(copy: Path) -> Path:
 
 def expected(copy: Path) -> set[str]:
     """Every file of the three folders and of ``src/quire``, by its name in the wheel. The links are not followed."""
-    files = (path for room in ROOMS for path in (copy / room).rglob("*") if path.is_file())
+    files = (path for folder in FOLDERS for path in (copy / folder).rglob("*") if path.is_file())
     package = copy / "src" / "quire"
-    own = (path for name in package.iterdir() if not name.is_symlink() for path in (name, *name.rglob("*")))
+    package_files = (path for name in package.iterdir() if not name.is_symlink() for path in (name, *name.rglob("*")))
     return {f"quire/{path.relative_to(copy).as_posix()}" for path in files} | {
-        f"quire/{path.relative_to(package).as_posix()}" for path in own if path.is_file()
+        f"quire/{path.relative_to(package).as_posix()}" for path in package_files if path.is_file()
     }
 
 
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_faces_of_the_package(copy):
     assert {f"quire/{name}" for name in faces} <= expected(copy)
 
 
-def test_the_wheel_holds_the_rooms_and_nothing_else(copy, dist):
+def test_the_wheel_holds_the_folders_and_nothing_else(copy, dist):
     (wheel,) = dist.glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert inside == expected(copy)
