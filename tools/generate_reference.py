@@ -15,7 +15,7 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,15 @@ def kind_page(kind: Kind) -> str:
     parts += ["## Bundled implementations", _bundled_table(kind)]
     parts += ["## The smallest example", *_example(kind)]
     parts += ["## Contract"]
-    classes = [getattr(module, name) for name in module.__all__]
-    contract_first = sorted(classes, key=lambda each: not inspect.isabstract(each))
-    parts += [_any_text(each, name) for each, name in _named(contract_first, module)]
+    named = [(getattr(module, name), name) for module in _modules(kind) for name in module.__all__]
+    contract_first = sorted(named, key=lambda pair: not inspect.isabstract(pair[0]))
+    parts += [_any_text(value, name) for value, name in contract_first]
     return "\n\n".join(parts)
 
 
 def data_page() -> str:
     """What crosses the contracts and belongs to no kind."""
-    kinds = {kind.contract.partition(":")[0] for kind in KINDS.values()}
+    kinds = {module.__name__ for kind in KINDS.values() for module in _modules(kind)}
     parts = ["# Data", "What contracts and hooks are given beside their own types. All are in `quire.sdk`."]
     for module_name, names in contracts.NAMES_OF_MODULE.items():
         if module_name not in kinds:
@@ -138,6 +138,13 @@ def python_page() -> str:
 
 def _contract_module(kind: Kind) -> Any:
     return importlib.import_module(kind.contract.partition(":")[0])
+
+
+def _modules(kind: Kind) -> list[Any]:
+    """The module of the contract, and those beside it that are named after it: ``policy``, ``policy_view``."""
+    name = kind.contract.partition(":")[0]
+    beside = [each for each in contracts.NAMES_OF_MODULE if each.startswith(f"{name}_")]
+    return [importlib.import_module(each) for each in (name, *beside)]
 
 
 def _flag_rows(kind: Kind) -> Iterator[tuple[str, str]]:
@@ -189,12 +196,6 @@ def _skeleton(kind: Kind) -> str:
             decorator = "    @classmethod\n" if isinstance(value, classmethod) else ""
             lines += ["", decorator + textwrap.indent("\n".join(header), "    ") + ": ..."]
     return "\n".join(lines)
-
-
-def _named(values: Iterable[Any], module: Any) -> Iterator[tuple[Any, str]]:
-    names = {id(getattr(module, name)): name for name in module.__all__}
-    for value in values:
-        yield value, names[id(value)]
 
 
 def _any_text(value: Any, name: str, heading: str = "###") -> str:

@@ -105,3 +105,14 @@ def test_the_walk_of_a_request_names_each_file_once(root):
     files = re.findall(r"`((?:core|plugins|server)/[\w/]+\.py)`", walk)
     assert len(files) > 25
     assert sorted(files) == sorted({*files, "core/messages.py"})
+
+
+def test_the_glossary_names_identifiers_where_they_are_defined(root):
+    rows = re.findall(r"^\| .+ \| `(\w+)` \| `([\w./]+)` \|$", (root / "docs" / "glossary.md").read_text(), re.M)
+    assert len(rows) > 60
+
+    def defined(name, path):
+        return path.exists() and re.search(rf"\b{name}\b", path.read_text())
+
+    stale = [f"{name} in {file}" for name, file in rows if not defined(name, root / file)]
+    assert not stale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import subprocess
@@ -14,6 +13,7 @@ import quire.sdk
 import quire.testing
 from quire.core.plugin import hookspecs
 from quire.core.plugin.registry import KINDS
+from quire.sdk import contracts
 
 
 def normalized(text):
@@ -64,10 +64,10 @@ def test_every_hook_is_there(reference):
 
 @pytest.mark.parametrize("key", list(KINDS))
 def test_every_member_of_a_contract_is_there(key, reference):
-    module = importlib.import_module(KINDS[key].contract.partition(":")[0])
+    contract = KINDS[key].contract.partition(":")[0]
+    modules = [name for name in contracts.NAMES_OF_MODULE if name == contract or name.startswith(f"{contract}_")]
     seen, missing = 0, []
-    for name in module.__all__:
-        value = getattr(module, name)
+    for value, name in ((getattr(contracts, name), name) for m in modules for name in contracts.NAMES_OF_MODULE[m]):
         assert normalized(f"`{name}`") in reference[key], name
         if not inspect.isclass(value):
             continue
