@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.sampling_params import SamplingParams
-from quire.core.stats import StepStats
+from quire.core.stats import QuarantinedPlugin, StepStats
 
 __all__ = [
     "BlockCopy",
@@ -170,8 +170,8 @@ class ModelRunnerOutput:
     """Positions of the granted chunk whose next token is a prompt token; column 0 is that token."""
     device_us: float = 0.0
     """Time on the device, microseconds; see ``StepStats``."""
-    quarantined: list[str] = field(default_factory=list)
-    """Plugins of the worker switched off during the step, as "kind/name: reason"."""
+    quarantined: list[QuarantinedPlugin] = field(default_factory=list)
+    """Plugins of the worker that were quarantined during the step."""
     num_compiled_kernels: int = 0
     """Kernels that had to be compiled to launch the step: none, once the engine is ready."""
     ran_draft_backfill: bool = False
@@ -221,6 +221,8 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     """How many tokens each gained; empty: one each."""
     stats: dict[str, float] | None = None
     """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
+    quarantined: list[QuarantinedPlugin] = []
+    """Every plugin of the engine core that is quarantined, oldest first; sent with ``stats``."""
     steps: list[StepStats] = []
     """The steps committed since the last message."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-__all__ = ["ENGINE_STATS", "TRACED_STEPS", "RequestStats", "StepStats"]
+__all__ = ["ENGINE_STATS", "TRACED_STEPS", "QuarantinedPlugin", "RequestStats", "StepStats"]
 
 TRACED_STEPS = 4096
 """How many of the last steps are kept."""
@@ -31,11 +31,19 @@ ENGINE_STATS: dict[str, str] = {
     "spec_decode_num_speculative_tokens": "Most tokens drafted for a request, now",
     "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
     "kernels_compiled_total": "Kernels compiled under traffic, each a stall",
-    "policy_quarantines_total": "Batching policies replaced after misbehaving",
-    "plugin_quarantines_total": "Other plugins switched off after misbehaving",
+    "plugin_quarantines_total": "Plugins quarantined after a fault",
 }
 """Name -> help, as the engine core reports them, those of ``spec_decode`` only where drafts are
 made. Names ending in ``_total`` are monotonic counters, others gauges."""
+
+
+class QuarantinedPlugin(msgspec.Struct, array_like=True, frozen=True):
+    """A plugin that is not called any more."""
+
+    kind: str
+    name: str
+    reason: str
+    """``raised``, ``invalid_result``, ``too_slow`` or ``no_progress``."""
 
 
 class StepStats(msgspec.Struct, array_like=True):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from quire.core.stats import RequestStats, StepStats
+from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["MetricsExporter"]
 
@@ -29,6 +29,9 @@ class MetricsExporter(ABC):
     @abstractmethod
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """Tokens reached callers: counts, a time to first token if one did, and gaps between tokens, in seconds."""
+
+    def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
+        """A plugin was quarantined: called once for each. The stat ``plugin_quarantines_total`` is their number."""
 
     def record_step(self, stats: StepStats) -> None:
         """An engine step was committed. Called for every step: keep it cheap."""

@@ -202,8 +202,9 @@ class AsyncLLM:
                     self.steps.append(step)
                     self._exporters.record_step(step)
                 if outputs.stats is not None:
+                    outputs.stats["plugin_quarantines_total"] += self._exporters.num_quarantined
                     self._stats = outputs.stats
-                    self._exporters.record_engine(outputs.stats)
+                    self._exporters.record_engine(outputs.stats, outputs.quarantined)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -232,10 +233,10 @@ class AsyncLLM:
             raise EngineDeadError("the engine is not started; await start() first")
         return self._client
 
-    def _build_exporters(self) -> list[MetricsExporter]:
+    def _build_exporters(self) -> list[tuple[str, MetricsExporter]]:
         exporters = []
         labels = {"model_name": self.config.model.served_names[0]}
         for choice in self.config.plugins_of("metrics"):
             cls = load_target(choice.target, MetricsExporter)
-            exporters.append(cls(labels, parse_options(cls, choice.options)))
+            exporters.append((choice.name, cls(labels, parse_options(cls, choice.options))))
         return exporters

@@ -26,7 +26,7 @@ from quire.core.messages import (
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sched.scheduler import Scheduler
-from quire.core.stats import StepStats
+from quire.core.stats import QuarantinedPlugin, StepStats
 
 __all__ = ["EngineCore"]
 
@@ -56,7 +56,8 @@ class EngineCore:
         self._in_flight: deque[InFlightStep] = deque()
         self._finished_step_stats: list[StepStats] = []
         self._rejected_outputs: list[EngineCoreOutput] = []
-        self._num_quarantines = self._num_compiled_kernels = 0
+        self._quarantined: list[QuarantinedPlugin] = []  # on the workers
+        self._num_compiled_kernels = 0
         self._last_stats_ns = 0
 
     def add_request(self, request: EngineCoreRequest) -> None:
@@ -103,12 +104,14 @@ class EngineCore:
             outputs.outputs, self._rejected_outputs = [*self._rejected_outputs, *outputs.outputs], []
         outputs.steps, self._finished_step_stats = self._finished_step_stats, []
         outputs.stats = self._make_stats_if_due(force=not self.has_work)
+        if outputs.stats is not None:
+            outputs.quarantined = [*self.scheduler.quarantined, *self._quarantined]
         return outputs
 
     def make_stats(self) -> dict[str, float]:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
         figures = self.scheduler.stats()
-        figures["plugin_quarantines_total"] = figures.get("plugin_quarantines_total", 0.0) + self._num_quarantines
+        figures["plugin_quarantines_total"] += len(self._quarantined)
         figures["kernels_compiled_total"] = float(self._num_compiled_kernels)
         figures["kv_blocks"] = float(self.capacity.num_blocks)
         figures["kv_block_size"] = float(self.config.cache.block_size)
@@ -142,9 +145,10 @@ class EngineCore:
         except Exception as error:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
             return self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
-        self._num_quarantines += len(result.quarantined)
-        if any(reason.startswith("spec_decode/") for reason in result.quarantined):
-            self.scheduler.disable_speculation()
+        if result.quarantined:
+            self._quarantined += result.quarantined
+            if any(plugin.kind == "spec_decode" for plugin in result.quarantined):
+                self.scheduler.disable_speculation()
         self._num_compiled_kernels += result.num_compiled_kernels
         tokens_known = time.perf_counter_ns()
         outputs = self.scheduler.update_from_output(step, result)
@@ -179,6 +183,8 @@ class EngineCore:
             max_model_len=config.model.max_model_len,
             speculation=config.speculation,
             proposer=self._build_host_proposer(),
+            policy_name=config.plugin("policy").name,
+            proposer_name=None if config.speculation is None else config.plugin("spec_decode").name,
         )
 
     def _build_host_proposer(self) -> HostProposer | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.detokenizer import Detokenizer
@@ -22,12 +22,11 @@ from quire.core.messages import (
     RequestOutput,
     TokenLogprob,
 )
+from quire.core.plugin.quarantine import Quarantine
 from quire.core.sampling_params import SamplingParams
-from quire.core.stats import RequestStats, StepStats
+from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["ExporterGroup", "FailedRequest", "OutputProcessor", "ProcessedOutputs"]
-
-_log = logging.getLogger("quire.metrics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,35 +238,56 @@ class OutputProcessor:
 
 
 class ExporterGroup:
-    """The metrics exporters of one process, behind one call. One that raises is dropped, and logged."""
+    """The metrics exporters of one process, by name, behind one call. One that raises is quarantined."""
 
-    def __init__(self, exporters: Sequence[MetricsExporter] = ()) -> None:
-        self.active: list[MetricsExporter] = list(exporters)
+    def __init__(self, exporters: Sequence[tuple[str, MetricsExporter]] = ()) -> None:
+        self._guarded = {
+            exporter: Quarantine("metrics", name, partial(self._remove_exporter, exporter))
+            for name, exporter in exporters
+        }
+        self._quarantined: list[QuarantinedPlugin] = []  # of this process
+        self._recorded: set[QuarantinedPlugin] = set()
 
-    def record_engine(self, stats: Mapping[str, float]) -> None:
-        """See ``MetricsExporter``."""
-        self._call_each(lambda exporter: exporter.record_engine(stats))
+    @property
+    def active(self) -> list[MetricsExporter]:
+        """The exporters that are not quarantined."""
+        return list(self._guarded)
+
+    @property
+    def num_quarantined(self) -> int:
+        """The exporters that are."""
+        return len(self._quarantined)
+
+    def record_engine(self, stats: Mapping[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
+        """See ``MetricsExporter``. ``quarantined`` are all plugins of the engine core that are: new ones are told."""
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.record_engine, stats)
+        for plugin in [*quarantined, *self._quarantined]:
+            if plugin not in self._recorded:
+                self._recorded.add(plugin)
+                for exporter, quarantine in self._guarded.copy().items():
+                    quarantine.call(exporter.record_quarantine, plugin)
 
     def record_request(self, stats: RequestStats) -> None:
         """See ``MetricsExporter``."""
-        self._call_each(lambda exporter: exporter.record_request(stats))
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.record_request, stats)
 
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """See ``MetricsExporter``."""
-        self._call_each(lambda exporter: exporter.record_tokens(num_prompt, num_generated, ttft_s, itl_s))
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.record_tokens, num_prompt, num_generated, ttft_s, itl_s)
 
     def record_step(self, stats: StepStats) -> None:
         """See ``MetricsExporter``."""
-        self._call_each(lambda exporter: exporter.record_step(stats))
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.record_step, stats)
 
     def close(self) -> None:
         """Close every exporter."""
-        self._call_each(lambda exporter: exporter.close())
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.close)
 
-    def _call_each(self, call: Callable[[MetricsExporter], None]) -> None:
-        for exporter in list(self.active):
-            try:
-                call(exporter)
-            except Exception as error:
-                self.active.remove(exporter)
-                _log.error("metrics exporter %s dropped: %s", type(exporter).__name__, error, exc_info=error)
+    def _remove_exporter(self, exporter: MetricsExporter, plugin: QuarantinedPlugin) -> None:
+        del self._guarded[exporter]
+        self._quarantined.append(plugin)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,11 @@ from quire.core.contracts.policy import (
     Usage,
 )
 from quire.core.errors import QueueFullError
+from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.sched.default_policy_plan import make_default_plan
+from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["CheckedPlan", "PolicyGuard", "check_grants"]
-
-logger = logging.getLogger("quire.sched")
 
 
 @dataclass(slots=True)
@@ -49,59 +47,61 @@ class PolicyGuard:
         self,
         policy: BatchingPolicy,
         fallback: BatchingPolicy,
-        on_quarantine: Callable[[], None],
+        on_quarantine: Callable[[QuarantinedPlugin], None],
         *,
+        name: str | None = None,
         time_limit_s: float = 0.05,
         max_slow_plans: int = 3,
         max_empty_plans: int = 8,
     ) -> None:
         self.policy = policy
-        self.num_quarantines = 0
         self._fallback = fallback
         self._on_quarantine = on_quarantine
-        self._time_limit_s = time_limit_s
-        self._max_slow_plans, self._num_slow_plans = max_slow_plans, 0
+        self._quarantine = Quarantine(
+            "policy",
+            name or class_path(policy),
+            self._replace_policy,
+            replacement=class_path(fallback),
+            time_limit_s=time_limit_s,
+            max_slow_calls=max_slow_plans,
+        )
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
         self._key_types: tuple[type, ...] | None = None
 
     def admission_key(self, info: RequestInfo) -> tuple[Any, ...]:
         """The request's place in the queue. Raises ``QueueFullError`` if the policy rejects the request."""
         while True:
-            try:
-                key = self.policy.admission_key(info)
-                fault = None if isinstance(key, Reject) else self._key_fault(key)
-            except Exception as error:
-                key, fault = (), f"admission_key raised {error!r}"
+            policy = self.policy
+            key = self._call(policy.admission_key, info)
+            if self.policy is not policy:
+                continue  # it raised: the fallback is asked
             if isinstance(key, Reject) and not self._on_fallback:
                 raise QueueFullError(f"request {info.request_id} was refused by the policy: {key.reason}")
+            fault = self._key_fault(key)
             if fault is None:
-                assert not isinstance(key, Reject), "the fallback policy must not reject"
+                assert isinstance(key, tuple)
                 return key
-            self._quarantine(fault)
+            self._report_fault("invalid_result", fault)
 
     def schedule(self, view: StepView) -> CheckedPlan:
         """The policy's plan for a step, checked."""
         while True:
+            policy = self.policy
             # The default plan is the engine's own: neither checked nor timed.
-            if type(self.policy).schedule is BatchingPolicy.schedule:
+            if type(policy).schedule is BatchingPolicy.schedule:
                 grants = make_default_plan(view)
                 return CheckedPlan(grants.request_indices, grants.num_scheduled_tokens, [])
-            began = perf_counter()
-            try:
-                grants = self.policy.schedule(view)
-                took = perf_counter() - began
-                result = check_grants(grants, view)
-            except Exception as error:
-                result = f"schedule raised {error!r}"
+            if self._on_fallback:
+                result = check_grants(policy.schedule(view), view)
+            else:
+                given = self._quarantine.call_timed(policy.schedule, view)
+                checked = self._quarantine.call(check_grants, given, view)
+                if checked is None:
+                    continue  # it raised or was too slow: the fallback is asked
+                result = checked
             if isinstance(result, CheckedPlan):
-                self._num_slow_plans = self._num_slow_plans + 1 if took > self._time_limit_s else 0
-                if self._num_slow_plans < self._max_slow_plans or self._on_fallback:
-                    return result
-                limit = self._time_limit_s
-                result = (
-                    f"schedule took {took * 1e3:.0f} ms, over {limit * 1e3:.0f}, {self._num_slow_plans} times in a row"
-                )
-            self._quarantine(result)
+                return result
+            self._report_fault("invalid_result", result)
 
     def note_empty_plan(self) -> bool:
         """The engine is idle, could run something, and the plan led to no step. Whether to ask again."""
@@ -111,7 +111,7 @@ class PolicyGuard:
         self._num_empty_plans = 0
         if self._on_fallback:
             return False
-        self._quarantine(f"it granted nothing {self._max_empty_plans} times while the engine was idle")
+        self._report_fault("no_progress", f"it granted nothing {self._max_empty_plans} times while the engine was idle")
         return True
 
     def note_progress(self) -> None:
@@ -120,10 +120,7 @@ class PolicyGuard:
 
     def request_finished(self, info: RequestInfo, usage: Usage) -> None:
         """Tell the policy that a request left."""
-        try:
-            self.policy.request_finished(info, usage)
-        except Exception as error:
-            self._quarantine(f"request_finished raised {error!r}")
+        self._call(self.policy.request_finished, info, usage)
 
     @property
     def wants_finished_requests(self) -> bool:
@@ -134,17 +131,19 @@ class PolicyGuard:
     def _on_fallback(self) -> bool:
         return self.policy is self._fallback
 
-    def _quarantine(self, reason: str) -> None:
+    def _call(self, function: Callable[..., object], *args: object) -> object:
+        """What the policy returns, None after a fault. An error of the fallback is a bug of ours, and is raised."""
+        return function(*args) if self._on_fallback else self._quarantine.call(function, *args)
+
+    def _report_fault(self, reason: QuarantineReason, detail: str) -> None:
         if self._on_fallback:
-            raise RuntimeError(f"the fallback policy failed: {reason}")
-        name = f"{type(self.policy).__module__}:{type(self.policy).__qualname__}"
-        logger.error(
-            "batching policy %s is quarantined, %s takes over: %s", name, type(self._fallback).__name__, reason
-        )
+            raise RuntimeError(f"the fallback policy failed: {detail}")
+        self._quarantine.switch_off(reason, detail)
+
+    def _replace_policy(self, plugin: QuarantinedPlugin) -> None:
         self.policy = self._fallback
-        self.num_quarantines += 1
         self._key_types = None
-        self._on_quarantine()
+        self._on_quarantine(plugin)
 
     def _key_fault(self, key: object) -> str | None:
         if not isinstance(key, tuple) or not all(isinstance(part, (int, float, str, np.number)) for part in key):

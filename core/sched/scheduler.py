@@ -63,6 +63,7 @@ from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduled_batch import ScheduledBatch
 from quire.core.sched.speculation import Speculation
 from quire.core.sched.waiting_queue import MAX_VISIBLE, ForkGroups, WaitingQueue
+from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["Scheduler", "SchedulerDebugState"]
 
@@ -100,6 +101,8 @@ class Scheduler:
         clock: Callable[[], int] = time.time_ns,
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
+        policy_name: str | None = None,
+        proposer_name: str | None = None,
     ) -> None:
         num_speculative_tokens = 0 if speculation is None else speculation.num_speculative_tokens
         self._limits = RequestLimits(config, allocator, max_model_len, num_speculative_tokens)
@@ -116,13 +119,17 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._fork_groups = ForkGroups()
         self._in_flight: deque[InFlightStep] = deque()
-        self._policy_guard = PolicyGuard(policy, fallback, self._rekey_requests)
+        self.quarantined: list[QuarantinedPlugin] = []
+        """The policy and the proposer on the host, if they were quarantined."""
+        self._policy_guard = PolicyGuard(policy, fallback, self._note_replaced_policy, name=policy_name)
         self._speculation: Speculation | None = None
         if speculation is not None:
             tuner = DraftLengthTuner(
                 num_speculative_tokens, config.max_num_seqs, speculation.adaptive, on_device=proposer is None
             )
-            self._speculation = Speculation(speculation, self._running, tuner, proposer)
+            self._speculation = Speculation(
+                speculation, self._running, tuner, self.quarantined.append, proposer, proposer_name
+            )
         self._output_updater = OutputUpdater(
             self._running, allocator, self._finish_request, self._waiting.unpark_request, self._speculation
         )
@@ -258,7 +265,7 @@ class Scheduler:
             "generation_tokens_total": float(self._output_updater.num_generation_tokens),
             "steps_total": float(self._num_steps),
             "out_of_memory_total": float(self._token_budget.num_shrinks),
-            "policy_quarantines_total": float(self._policy_guard.num_quarantines),
+            "plugin_quarantines_total": float(len(self.quarantined)),
             **({} if self._speculation is None else self._speculation.stats()),
         }
 
@@ -373,8 +380,9 @@ class Scheduler:
         for child in self._fork_groups.pop_children(parent):
             self._waiting.unpark_request(child)
 
-    def _rekey_requests(self) -> None:
+    def _note_replaced_policy(self, plugin: QuarantinedPlugin) -> None:
         """Another policy: new keys for all requests, running ones too, because they may be preempted."""
+        self.quarantined.append(plugin)
         for request in self._requests.values():
             request.queue_key = (self._policy_guard.admission_key(_request_info(request)), request.queue_key[1])
         self._waiting.reorder_requests()

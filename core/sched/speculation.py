@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from quire.core.config import SpeculationConfig
 from quire.core.contracts.spec_decode import HostProposer
 from quire.core.messages import HostDraft, SchedulerOutput
+from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.request import Request
 from quire.core.sched.running_batch import RunningBatch
+from quire.core.stats import QuarantinedPlugin
 
 if TYPE_CHECKING:
     from quire.core.sched.draft_length import DraftLengthTuner
 
 __all__ = ["Speculation"]
-
-_log = logging.getLogger("quire.sched")
 
 
 class Speculation:
@@ -35,12 +35,13 @@ class Speculation:
         config: SpeculationConfig,
         running: RunningBatch,
         tuner: DraftLengthTuner,
+        on_quarantine: Callable[[QuarantinedPlugin], None],
         host: HostProposer | None = None,
+        host_name: str | None = None,
     ) -> None:
         self.num_speculative_tokens = config.num_speculative_tokens
         self.num_lookahead_tokens = 0 if host is not None else config.num_speculative_tokens
         """Slots beyond a grant that a proposer on the device may fill with keys and values of its own."""
-        self.num_quarantines = 0
         self._running = running
         self._host = host
         self.tuner = tuner
@@ -50,6 +51,8 @@ class Speculation:
         self._num_accepted_at = np.zeros(self.num_speculative_tokens, np.int64)
         self._num_verifications = self._num_accepted = 0
         self._disabled = False
+        self._quarantine = Quarantine("spec_decode", host_name or class_path(host), self._disable_host)
+        self._on_quarantine = on_quarantine
 
     @property
     def run_draft_prefill(self) -> bool:
@@ -143,10 +146,7 @@ class Speculation:
     def request_finished(self, request: Request) -> None:
         """Tell a proposer on the host that a request has ended."""
         if self._host is not None and not self._disabled:
-            try:
-                self._host.request_finished(request)
-            except Exception as error:
-                self._quarantine(error)
+            self._quarantine.call(self._host.request_finished, request)
 
     def disable_drafting(self) -> None:
         """The proposer failed: nothing is drafted any more."""
@@ -157,7 +157,6 @@ class Speculation:
         drafted, accepted = int(self._num_drafted_at.sum()), int(self._num_accepted_at.sum())
         accepted_per_step = self._num_accepted / self._num_verifications if self._num_verifications else 0.0
         return {
-            "plugin_quarantines_total": float(self.num_quarantines),
             "spec_decode_num_drafts_total": float(self._num_verifications),
             "spec_decode_num_draft_tokens_total": float(drafted),
             "spec_decode_num_accepted_tokens_total": float(accepted),
@@ -176,21 +175,23 @@ class Speculation:
         how many each row has, at most ``limits`` (negative: too few)."""
         table = self._running
         num_sampled = table.num_in_flight_tokens[rows] - table.max_overcount[rows]
-        num_proposed = np.zeros(len(rows), np.int64)
         lengths = (table.num_in_flight_tokens[rows] + limits).tolist()
-        try:
-            for i, (row, length) in enumerate(zip(rows.tolist(), lengths, strict=True)):
-                if limits[i] > 0:
-                    proposed = host.propose(table.get_request(row), length)
-                    if len(proposed):
-                        self._host_drafts[row] = [int(token) for token in proposed[:length]]
-                        num_proposed[i] = len(self._host_drafts[row])
-        except Exception as error:
-            self._quarantine(error)
-            return np.zeros(len(rows), np.int64)
-        return np.minimum(limits, num_proposed - num_sampled)
+        proposed = self._quarantine.call(self._call_proposer, host, rows, limits, lengths)
+        return np.zeros(len(rows), np.int64) if proposed is None else np.minimum(limits, proposed - num_sampled)
 
-    def _quarantine(self, error: Exception) -> None:
-        _log.error("switched off the proposer %s", type(self._host).__name__, exc_info=error)
-        self.num_quarantines += 1
+    def _call_proposer(
+        self, host: HostProposer, rows: NDArray[np.int64], limits: NDArray[np.int64], lengths: list[int]
+    ) -> NDArray[np.int64]:
+        """How many tokens the proposer expects to follow for each row; keeps them in ``_host_drafts``."""
+        num_proposed = np.zeros(len(rows), np.int64)
+        for i, (row, length) in enumerate(zip(rows.tolist(), lengths, strict=True)):
+            if limits[i] > 0:
+                proposed = host.propose(self._running.get_request(row), length)
+                if len(proposed):
+                    self._host_drafts[row] = [int(token) for token in proposed[:length]]
+                    num_proposed[i] = len(self._host_drafts[row])
+        return num_proposed
+
+    def _disable_host(self, plugin: QuarantinedPlugin) -> None:
         self._disabled = True
+        self._on_quarantine(plugin)

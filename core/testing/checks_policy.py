@@ -123,7 +123,7 @@ def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bo
             engine.run_step()
     engine.run_until_finished()
     assert len(engine.finished) == 30, "a request was lost"
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 0, "the policy was quarantined; see the log"
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0, "the policy was quarantined; see the log"
     assert allocator.num_free_blocks() == num_blocks - 1
 
 

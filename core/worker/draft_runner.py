@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +15,9 @@ from quire.core.contracts.attention import AttentionBatch
 from quire.core.contracts.spec_decode import DeviceProposer, StepTokens
 from quire.core.messages import BlockCopy, SchedulerOutput
 from quire.core.ops.pinned import copy_to_device
+from quire.core.plugin.quarantine import Quarantine
 from quire.core.sample.verify import place_drafts
+from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.cuda_graphs.decode import choose_verify_capture_sizes, choose_verify_query_lens
 from quire.core.worker.input_builder import StepInputs
@@ -25,15 +26,13 @@ from quire.core.worker.request_table import RequestTable
 
 __all__ = ["DraftPrefillTracker", "DraftRunner"]
 
-_log = logging.getLogger("quire.worker")
-
 _BACKFILL_TOKENS_PER_STEP = 2048
 """Tokens that a proposer makes up for in a step: 8 ms of a model of a billion weights on an H200."""
 
 
 class DraftRunner:
     """Calls a ``DeviceProposer`` and keeps the engine safe from it: drafts are checked on the device, and a proposer
-    that raises is switched off."""
+    that raises is quarantined."""
 
     def __init__(
         self,
@@ -47,13 +46,17 @@ class DraftRunner:
         self.proposer = proposer
         self.kv_cache = kv_cache
         """The cache of the proposer's layers, under the block ids of the target's ``target_group``."""
-        self._name = name
         self._table = table
         self._vocab_size = vocab_size
         self._target_group = target_group
-        self._disabled = False
         self._prefill_tracker = DraftPrefillTracker(table.num_rows) if proposer.supports_backfill else None
-        self._quarantined: list[str] = []
+        self._quarantined: list[QuarantinedPlugin] = []
+        self._quarantine = Quarantine(
+            "spec_decode",
+            name,
+            self._quarantined.append,
+            not_faults=(torch.OutOfMemoryError,),  # the step is retried with fewer tokens
+        )
         self._capture_sizes = choose_verify_capture_sizes(table.num_rows)
         max_reqs = self._capture_sizes[-1] if self._capture_sizes else 1
         # (max_reqs,) rows of the table: what graphs read. Each takes the front of it, with padding rows at its end.
@@ -81,7 +84,7 @@ class DraftRunner:
 
     def run_draft_prefill(self, inputs: StepInputs) -> None:
         """Show the proposer a step that holds prompt tokens, or any if it wants them all."""
-        self._call_guarded(lambda: self.launch_draft_prefill(inputs))
+        self._quarantine.call(self.launch_draft_prefill, inputs)
 
     def launch_draft_prefill(self, inputs: StepInputs) -> None:
         """``run_draft_prefill`` without its guard, to be captured."""
@@ -101,12 +104,12 @@ class DraftRunner:
         if tracker is not None and step.run_draft_prefill:
             spans = tracker.take_backfill_spans(step)
             if ran_backfill := spans.size > 0:
-                self._call_guarded(lambda: self.proposer.backfill(copy_to_device(spans, torch.int64, device), spans))
+                self._quarantine.call(self.proposer.backfill, copy_to_device(spans, torch.int64, device), spans)
         size = next((size for size in self._capture_sizes if size >= len(rows)), len(rows))
         graph = self._graphs.get((size, num_tokens, greedy))  # type: ignore[call-overload]  # equal to the named tuple
         padded_rows = np.full(size if graph else len(rows), self._table.padding_row, np.int64)
         padded_rows[: len(rows)] = rows
-        if graph is not None and not self._disabled:
+        if graph is not None and self._quarantine.is_active:
             # As in ``DecodeGraphs.run_model``: most steps have the requests of the step before.
             if self._uploaded_rows is None or not np.array_equal(padded_rows, self._uploaded_rows):
                 self._graph_rows[:size] = copy_to_device(padded_rows, torch.int64, device)
@@ -114,7 +117,7 @@ class DraftRunner:
             graph.replay()
         else:
             device_rows = copy_to_device(padded_rows, torch.int64, device)
-            self._call_guarded(lambda: self._launch_proposal(device_rows, num_tokens, greedy))
+            self._quarantine.call(self._launch_proposal, device_rows, num_tokens, greedy)
         # Drafts of a request whose tokens the proposer has not all read would be wrong: they are withdrawn.
         if tracker is not None and len(behind := tracker.find_rows_behind(rows)):
             self._table.num_drafts.index_fill_(0, copy_to_device(behind, torch.int64, device), 0)
@@ -142,9 +145,10 @@ class DraftRunner:
                     shape = _ProposalShape(size, num_tokens, greedy)
                     self._graphs[shape] = capturer.capture_graph(launch).graph
 
-    def take_quarantined(self) -> list[str]:
-        """Why the proposer was switched off, once."""
-        quarantined, self._quarantined = self._quarantined, []
+    def take_quarantined(self) -> list[QuarantinedPlugin]:
+        """The proposer, once, if it was quarantined."""
+        quarantined = self._quarantined.copy()
+        self._quarantined.clear()
         return quarantined
 
     def _launch_proposal(self, rows: Tensor, num_tokens: int, greedy: bool) -> None:
@@ -169,19 +173,6 @@ class DraftRunner:
             num_decodes=size,
         )
         return StepTokens(input_ids=zeros.int(), positions=zeros, slot_mapping=zeros, rows=rows, batch=batch)
-
-    def _call_guarded(self, work: Callable[[], None]) -> None:
-        if self._disabled:
-            return
-        try:
-            work()
-        except torch.OutOfMemoryError:
-            raise  # not the proposer's fault: the step is retried with fewer tokens
-        except Exception as error:
-            reason = f"spec_decode/{self._name}: {type(error).__name__}: {error}"
-            _log.error("switched off %s", reason, exc_info=error)
-            self._disabled = True
-            self._quarantined.append(reason)
 
 
 class DraftPrefillTracker:

@@ -14,9 +14,9 @@ when they entered; tokens go to the request table on the device, where the next 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -28,16 +28,16 @@ from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.ops.pinned import copy_to_device
+from quire.core.plugin.quarantine import Quarantine
 from quire.core.sample.inputs import PenaltyColumns
 from quire.core.sample.logprobs import LogprobsTensors, gather_logprobs
 from quire.core.sample.penalties import apply_penalties
 from quire.core.sample.verify import DraftVerifier, verify_drafts
+from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["SampledLogprobs", "SampledTokens", "SamplingRunner"]
-
-_log = logging.getLogger("quire.worker")
 
 
 @dataclass(slots=True)
@@ -59,19 +59,21 @@ class SampledTokens:
     token_ids: Tensor
     """(num_sampling_reqs,) int32, or (num_sampling_reqs, 2 + max_len) as ``verify_drafts`` returns them."""
     logprobs: SampledLogprobs | None = None
-    quarantined: list[str] = field(default_factory=list)
-    """Logits processors and proposers that were switched off, each with the reason."""
+    quarantined: list[QuarantinedPlugin] = field(default_factory=list)
+    """Logits processors and proposers that were quarantined since the last step."""
     ran_draft_backfill: bool = False
     """Behind the sampling the proposer read tokens that it had passed over before."""
 
 
-@dataclass(slots=True)
 class _ActiveProcessor:
     """A logits processor that is not quarantined, and the rows for which it has something to do."""
 
-    name: str
-    processor: LogitsProcessor
-    rows: set[int] = field(default_factory=set)
+    def __init__(
+        self, name: str, processor: LogitsProcessor, on_fault: Callable[[_ActiveProcessor, QuarantinedPlugin], None]
+    ) -> None:
+        self.processor = processor
+        self.rows: set[int] = set()
+        self.quarantine = Quarantine("logits_processor", name, partial(on_fault, self))
 
 
 class SamplingRunner:
@@ -90,7 +92,7 @@ class SamplingRunner:
         self._sampler = sampler
         self.device_sampler = sampler if sampler.prepare_graph_sampling(max_logits_rows or table.num_rows) else None
         """The sampler, where it can sample from the table by itself."""
-        self._processors = [_ActiveProcessor(name, processor) for name, processor in processors]
+        self._processors = [_ActiveProcessor(name, each, self._remove_processor) for name, each in processors]
         # Host copies of what the table has on the device: reading that would wait for the step in flight.
         num_rows = table.num_rows
         self._is_random = np.zeros(num_rows, dtype=bool)
@@ -106,7 +108,7 @@ class SamplingRunner:
             table.frequency_penalty,
             table.presence_penalty,
         )
-        self._quarantined: list[str] = []  # since the last step
+        self._quarantined: list[QuarantinedPlugin] = []  # since the last step
 
     def add_row(self, request: NewRequest) -> None:
         """A request enters its row."""
@@ -124,21 +126,15 @@ class SamplingRunner:
             active.rows.discard(row)  # of the row's last request
             if active.processor.argmax_invariant and params.greedy:
                 continue
-            try:
-                if active.processor.add_row(request):
-                    active.rows.add(row)
-            except Exception as error:
-                self._quarantine(active, error)
+            if active.quarantine.call(active.processor.add_row, request):
+                active.rows.add(row)
 
     def remove_row(self, row: int) -> None:
         """The row's request left."""
         for active in list(self._processors):
             if row in active.rows:
                 active.rows.discard(row)
-                try:
-                    active.processor.remove_row(row)
-                except Exception as error:
-                    self._quarantine(active, error)
+                active.quarantine.call(active.processor.remove_row, row)
 
     def graph_variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
         """The captured sampling graph that serves these rows; None where they want more than one can do."""
@@ -222,11 +218,9 @@ class SamplingRunner:
                 continue
             # A processor may raise half-way; the step then goes on with the logits that it was given.
             before = logits.clone()
-            try:
-                active.processor.apply(logits, batch)
-            except Exception as error:
+            active.quarantine.call(active.processor.apply, logits, batch)
+            if not active.quarantine.is_active:
                 logits.copy_(before)
-                self._quarantine(active, error)
 
     def _make_sampling_batch(self, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table
@@ -256,8 +250,6 @@ class SamplingRunner:
         tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
         return SampledLogprobs(logits_indices.request_indices[requested], num_logprobs[requested] + 1, tensors)
 
-    def _quarantine(self, active: _ActiveProcessor, error: Exception) -> None:
-        reason = f"logits_processor/{active.name}: {type(error).__name__}: {error}"
-        _log.error("switched off %s", reason, exc_info=error)
+    def _remove_processor(self, active: _ActiveProcessor, plugin: QuarantinedPlugin) -> None:
         self._processors.remove(active)
-        self._quarantined.append(reason)
+        self._quarantined.append(plugin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from quire.sdk import ENGINE_STATS, MetricsExporter, RequestStats, StepStats
+from quire.sdk import ENGINE_STATS, MetricsExporter, QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["PrometheusExporter"]
 
@@ -35,8 +36,8 @@ _BY_POSITION = {
 }
 """The engine core counts each place by a name of its own."""
 _FINISH_REASONS = ("stop", "length", "abort", "error")
-_COUNTED_BY_API_PROCESS = ("prompt_tokens_total", "generation_tokens_total")
-"""Counted here, as they reach callers, and not taken from the engine core."""
+_NOT_AS_REPORTED = ("prompt_tokens_total", "generation_tokens_total", "plugin_quarantines_total")
+"""Counters of the engine core that are counted here instead: tokens as they reach callers, quarantines with labels."""
 
 
 class PrometheusExporter(MetricsExporter):
@@ -55,6 +56,7 @@ class PrometheusExporter(MetricsExporter):
         self._phases = {name: _Histogram(_STEP) for name in _PHASES}
         self._prompt_len = _Histogram(_TOKENS)
         self._generation_len = _Histogram(_TOKENS)
+        self._quarantines: Counter[QuarantinedPlugin] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -81,6 +83,10 @@ class PrometheusExporter(MetricsExporter):
         for gap in itl_s:
             self._itl.add_value(gap)
 
+    def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
+        """Count it by kind, name and reason."""
+        self._quarantines[plugin] += 1
+
     def record_step(self, stats: StepStats) -> None:
         """Note where a step's time went."""
         for name, histogram in self._phases.items():
@@ -103,7 +109,7 @@ class PrometheusExporter(MetricsExporter):
     def _collect_engine_metrics(self, prefix: str) -> Iterator[Metric]:
         for name, value in self._engine_stats.items():
             text = ENGINE_STATS.get(name, name.replace("_", " "))
-            if name in _COUNTED_BY_API_PROCESS or name.startswith(tuple(_BY_POSITION)):
+            if name in _NOT_AS_REPORTED or name.startswith(tuple(_BY_POSITION)):
                 continue
             if name.endswith("_total"):
                 yield self._make_counter(prefix + name.removesuffix("_total"), text, value)
@@ -119,6 +125,7 @@ class PrometheusExporter(MetricsExporter):
         )
         yield self._make_cache_config_info(prefix)
         yield from self._collect_by_position(prefix)
+        yield self._make_quarantines(prefix)
         yield self._make_gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
         yield self._make_gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
 
@@ -130,6 +137,14 @@ class PrometheusExporter(MetricsExporter):
                     position = key.removeprefix(start).removesuffix("_total")
                     family.add_metric([*self.labels.values(), position], value)
             yield family
+
+    def _make_quarantines(self, prefix: str) -> Metric:
+        names = ("kind", "name", "reason")
+        text = ENGINE_STATS["plugin_quarantines_total"]
+        family = CounterMetricFamily(prefix + "plugin_quarantines", text, labels=[*self.labels, *names])
+        for plugin, count in self._quarantines.items():
+            family.add_metric([*self.labels.values(), plugin.kind, plugin.name, plugin.reason], count)
+        return family
 
     def _make_cache_config_info(self, prefix: str) -> Metric:
         sizes = {"block_size": "kv_block_size", "num_gpu_blocks": "kv_blocks"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.core.stats import ENGINE_STATS, RequestStats
+from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats
 from quire.plugins.metrics.prometheus import PrometheusExporter
 
 OLD_AND_NEW = (
@@ -38,7 +38,11 @@ def exporter() -> PrometheusExporter:
 @pytest.mark.parametrize("prefix", ["quire:", "vllm:"])
 def test_every_promised_name_is_there_from_the_start(exporter: PrometheusExporter, prefix: str) -> None:
     names = {name for name, _ in scraped(exporter)}
-    assert {prefix + name for name in (*OLD_AND_NEW, *ENGINE_STATS)} <= names
+    labelled = {"plugin_quarantines_total"}  # no plugin, no labels: its help and type alone are there
+    assert {prefix + name for name in {*OLD_AND_NEW, *ENGINE_STATS} - labelled} <= names
+    rendered = exporter.render()
+    assert rendered is not None
+    assert all(f"# TYPE {prefix}{name} counter\n" in rendered[1].decode() for name in labelled)
 
 
 def test_values(exporter: PrometheusExporter) -> None:
@@ -96,6 +100,15 @@ def test_drafts_are_counted_by_their_place(exporter: PrometheusExporter) -> None
     assert found["vllm:spec_decode_num_draft_tokens_total", (("model_name", "m"),)] == 5
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert found[name, (("model_name", "m"), ("position", "1"))] == 3
+
+
+def test_quarantines_have_labels_and_no_total_beside_them(exporter: PrometheusExporter) -> None:
+    exporter.record_engine({"plugin_quarantines_total": 2.0})
+    exporter.record_quarantine(QuarantinedPlugin("policy", "mine", "too_slow"))
+    exporter.record_quarantine(QuarantinedPlugin("spec_decode", "ngram", "raised"))
+    found = {labels: value for (name, labels), value in scraped(exporter).items() if "plugin_quarantines_total" in name}
+    policy = (("kind", "policy"), ("model_name", "m"), ("name", "mine"), ("reason", "too_slow"))
+    assert found[policy] == 1 and sum(found.values()) == 2
 
 
 def test_labels_are_escaped() -> None:

@@ -68,8 +68,8 @@ def test_a_policy_whose_plans_are_nonsense_is_replaced(make_engine, caplog, harm
         engine.add_request(f"r{i}", [i] * (1 + 2 * i), max_tokens=12)
     engine.run_until_finished()
     assert set(engine.finished.values()) == {"length"} and len(engine.finished) == 12
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 1
-    (record,) = [r for r in caplog.records if r.name == "quire.sched"]
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 1
+    (record,) = [r for r in caplog.records if r.name == "quire.plugin"]
     assert "After is quarantined" in record.getMessage() and "FCFSPolicy takes over" in record.getMessage()
     assert engine.allocator.num_free_blocks() == 29
 
@@ -88,7 +88,7 @@ def test_one_slow_plan_is_forgiven(make_engine):
     engine = make_engine(slow)
     engine.add_request("r", [1, 2, 3], max_tokens=12)
     engine.run_until_finished()
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
 
 
 def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
@@ -102,7 +102,7 @@ def test_a_policy_may_hold_back_while_something_is_in_flight(make_engine):
     for i in range(4):
         engine.add_request(f"r{i}", [1, 2, 3], max_tokens=8)
     engine.run_until_finished()
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
 
 
 def test_excess_is_cut_not_punished(make_engine):
@@ -120,7 +120,7 @@ def test_excess_is_cut_not_punished(make_engine):
         while engine.in_flight:
             engine.finish_step()
     engine.run_until_finished()
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
 
 
 class BadKeys(FCFSPolicy):
@@ -149,7 +149,7 @@ def test_a_policy_whose_keys_are_nonsense_is_replaced(make_engine, last):
     ]
     engine.run_until_finished()
     assert list(engine.finished) == [f"r{i}" for i in range(6)]
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 1
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 1
 
 
 def test_a_rejection_is_an_answer_not_a_fault(make_engine):
@@ -160,7 +160,7 @@ def test_a_rejection_is_an_answer_not_a_fault(make_engine):
     engine.add_request("c", [1], max_tokens=1)
     engine.run_until_finished()
     assert list(engine.finished) == ["a", "c"]
-    assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
 
 
 def test_finished_is_told_and_may_fail(make_engine):
@@ -181,7 +181,7 @@ def test_finished_is_told_and_may_fail(make_engine):
         engine.run_until_finished()
         engine.add_request("b", [1] * 9, max_tokens=5)
         engine.run_until_finished()
-        assert engine.scheduler.stats()["policy_quarantines_total"] == fails
+        assert engine.scheduler.stats()["plugin_quarantines_total"] == fails
         assert list(policy.heard) == (["a"] if fails else ["a", "b"])
         usage = policy.heard["a"]
         assert (usage.num_prompt_tokens, usage.num_output_tokens, usage.num_preemptions) == (9, 5, 0)

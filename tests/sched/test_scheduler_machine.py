@@ -83,7 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert engine.finished.keys() == engine.received.keys()
         assert engine.allocator.num_free_blocks() == self.num_blocks - 1
         assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
-        assert engine.scheduler.stats()["policy_quarantines_total"] == 0
+        assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
 
     @property
     def alive(self):

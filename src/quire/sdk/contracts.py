@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from quire.core.request import Request
     from quire.core.sampling_params import SamplingParams
-    from quire.core.stats import ENGINE_STATS, RequestStats, StepStats
+    from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = [
     "ENGINE_STATS",
@@ -79,6 +79,7 @@ __all__ = [
     "PrefixMatch",
     "QuantActivation",
     "QuantizationLoader",
+    "QuarantinedPlugin",
     "Reject",
     "Request",
     "RequestColumns",
@@ -130,7 +131,7 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.request": ("Request",),
     "quire.core.sampling_params": ("SamplingParams",),
-    "quire.core.stats": ("ENGINE_STATS", "RequestStats", "StepStats"),
+    "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepStats"),
 }  # fmt: skip
 _MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}
 

@@ -1,0 +1,78 @@
+"""A plugin is not called any more after its first fault, one line says why, and its owner is told once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from quire.core.contracts.metrics import MetricsExporter
+from quire.core.engine.output_processor import ExporterGroup
+from quire.core.plugin.quarantine import Quarantine
+from quire.core.stats import QuarantinedPlugin
+
+
+def divide(a: int, b: int) -> float:
+    return a / b
+
+
+def test_calls_go_through_until_the_first_fault(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[QuarantinedPlugin] = []
+    quarantine = Quarantine("policy", "mine", told.append, replacement="fcfs")
+    assert quarantine.call(divide, 6, b=3) == 2 and quarantine.is_active
+    assert quarantine.call(divide, 1, 0) is None and not quarantine.is_active
+    assert quarantine.call(divide, 6, 3) is None
+    quarantine.switch_off("no_progress", "again")
+    assert told == [QuarantinedPlugin("policy", "mine", "raised")]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "policy/mine is quarantined (raised): divide raised ZeroDivisionError: division by zero; fcfs takes over"
+    )
+    assert record.exc_info is not None
+
+
+def test_only_slow_calls_in_a_row_count() -> None:
+    told: list[QuarantinedPlugin] = []
+    quarantine = Quarantine("policy", "mine", told.append, time_limit_s=0.05, max_slow_calls=2)
+    for seconds in (0.07, 0, 0.07):
+        quarantine.call_timed(time.sleep, seconds)
+    assert quarantine.is_active
+    quarantine.call_timed(time.sleep, 0.07)
+    assert told == [QuarantinedPlugin("policy", "mine", "too_slow")]
+
+
+def test_what_is_not_the_plugins_fault_is_raised() -> None:
+    quarantine = Quarantine("spec_decode", "mine", lambda plugin: None, not_faults=(ZeroDivisionError,))
+    with pytest.raises(ZeroDivisionError):
+        quarantine.call(divide, 1, 0)
+    assert quarantine.is_active
+
+
+class Exporter(MetricsExporter):
+    """Remembers what it is told, and may fail."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__({})
+        self.fails = fails
+        self.quarantined: list[QuarantinedPlugin] = []
+
+    def record_engine(self, stats: object) -> None:
+        if self.fails:
+            raise RuntimeError("full")
+
+    def record_request(self, stats: object) -> None: ...
+
+    def record_tokens(self, *figures: object) -> None: ...
+
+    def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
+        self.quarantined.append(plugin)
+
+
+def test_exporters_hear_of_each_quarantined_plugin_once() -> None:
+    good, bad = Exporter(False), Exporter(True)
+    group = ExporterGroup([("good", good), ("bad", bad)])
+    processor = QuarantinedPlugin("logits_processor", "mine", "raised")
+    for _ in range(3):
+        group.record_engine({}, [processor])
+    assert group.active == [good] and group.num_quarantined == 1
+    assert good.quarantined == [processor, QuarantinedPlugin("metrics", "bad", "raised")]
