@@ -1,4 +1,4 @@
-"""A lean HTTP client for load: one request per connection, the time of every event noted as its bytes arrive."""
+"""A lean HTTP client for load: one request per connection, the time of every event recorded as its bytes arrive."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Timing:
     """When each piece of text arrived."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens that the server found in its prefix cache; 0 where it does not say."""
+    """Prompt tokens that the server found in its prefix cache; 0 where it does not report them."""
     output_tokens: int = 0
     total: float = 0.0
 
     @property
     def refused(self) -> bool:
-        """Whether the server said that it has too much to do, and answered nothing."""
+        """Whether the server refused the request because of its load (429 or 503)."""
         return self.status in (429, 503)
 
 
@@ -111,7 +111,7 @@ class LoadClient:
 
 
 class _Response(asyncio.Protocol):
-    """Notes what arrives, and reads nothing into it. ``marks`` are (time, length of the body by then)."""
+    """Records bytes as they arrive, unparsed. ``arrivals`` are (time, length of the body by then)."""
 
     def __init__(self, request: bytes) -> None:
         self._parser = httptools.HttpResponseParser(self)

@@ -13,11 +13,11 @@ from quire.server.bench.workloads import Workload
 __all__ = ["load_dataset_workload", "read_prompts"]
 
 _MIN_TOKENS, _MAX_PROMPT_TOKENS, _MAX_TOTAL_TOKENS = 4, 1024, 2048
-"""Conversations outside of these, in tokens, are passed over, as the guides' benchmarks do."""
+"""Conversations outside of these, in tokens, are left out, as in vLLM's benchmarks."""
 
 
 def read_prompts(path: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Up to ``count`` pairs of a prompt and an answer, which may be empty, in an order that ``seed`` draws.
+    """Up to ``count`` pairs of a prompt and an answer, which may be empty, shuffled with ``seed``.
 
     ``.json``: a list of ``{"conversations": [{"value": prompt}, {"value": answer}, ...]}``; ``.jsonl``: a line an
     object with ``prompt`` (or ``question``) and perhaps ``completion`` (or ``answer``); anything else: a prompt a line.
@@ -33,7 +33,7 @@ def read_prompts(path: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
 def load_dataset_workload(
     path: str, encode: Callable[[str], list[int]], count: int, output_len: int | None, seed: int = 0
 ) -> Workload:
-    """Requests from a file. An answer has the length of the file's, or ``output_len`` tokens if that is given."""
+    """Requests from a file. An answer has the length of the file's, or ``output_len`` tokens if that is not None."""
     prompts: list[list[int]] = []
     answers: list[int] = []
     for prompt, answer in read_prompts(path, 1 << 30, seed):
@@ -73,4 +73,4 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     except OSError as error:
         raise ConfigError(f"--dataset {path} cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"--dataset {path} has not the layout of {path.suffix} files: {error!r}") from None
+        raise ConfigError(f"--dataset {path} does not have the layout of {path.suffix} files: {error!r}") from None

@@ -1,4 +1,4 @@
-"""Load on a server: when each request is sent, what it asks, and what came of it."""
+"""Load on a server: the requests, when each is sent, and the timings of the answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "
 
 @dataclass(frozen=True, slots=True)
 class RequestGenerator:
-    """Bodies of requests, drawn one after another from one seed."""
+    """Bodies of requests, sampled one after another from one seed."""
 
     model: str
     endpoint: str
@@ -88,7 +88,7 @@ class RequestGenerator:
 
 
 async def get_model_name(client: LoadClient, args: argparse.Namespace) -> str:
-    """The model asked for, else the first that is served."""
+    """The requested model, else the first that is served."""
     return str(args.model or (await client.get_json("/v1/models"))["data"][0]["id"])
 
 
@@ -102,7 +102,7 @@ async def send_requests(
     done: Callable[[], object] = lambda: None,
 ) -> tuple[list[Timing], float]:
     """``count`` requests, at ``rate`` a second with Poisson gaps (0: at once), ``concurrency`` at a time; the timings
-    and the seconds it all took. One more is sent before, and not counted."""
+    and the seconds that all took. The first request is also sent once before, to warm up, and not counted."""
     rng = random.Random(requests.seed)
     bodies = [body for body, _ in zip(iter(requests), range(count), strict=False)]
     gate = asyncio.Semaphore(concurrency or count)
@@ -127,8 +127,8 @@ async def send_requests(
 async def run_open_loop(
     client: LoadClient, requests: RequestGenerator, rate: float, seconds: float
 ) -> AsyncIterator[Timing]:
-    """Requests at ``rate`` a second with Poisson gaps for so long, whatever the server makes of them; each timing as it
-    comes, until the last."""
+    """Requests at ``rate`` a second with Poisson gaps for ``seconds``, whether or not the server keeps up; yields each
+    timing as its answer ends."""
     rng = random.Random(requests.seed)
     finished: asyncio.Queue[Timing] = asyncio.Queue()
     in_flight: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""``quire bench serve --plot FILE.png``: latency against load, as a picture."""
+"""``quire bench serve --plot FILE.png``: a plot of latency against load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PANELS = (("ttft_s", "time to first token"), ("itl_s", "between tokens"), ("e2e
 
 
 class LoadPlot:
-    """A file to be drawn. Made before the load is, so that what is missing is told before an hour is spent.
+    """A plot to draw. Constructed before the load runs, so that what is missing is reported early.
 
     Raises ConfigError if matplotlib is not installed or the file cannot be written.
     """
@@ -51,7 +51,7 @@ class LoadPlot:
                     fontsize=7,
                 )
             axes.set_title(title)
-            axes.set_xlabel("requests/s answered (asked for: beside the points)")
+            axes.set_xlabel("requests/s answered (labels: requested rate)")
             axes.set_ylabel("ms")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)

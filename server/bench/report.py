@@ -1,4 +1,4 @@
-"""How benchmarks print what they found."""
+"""How benchmarks print their figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def describe_environment(device: str) -> dict[str, str]:
-    """What a figure must be read beside: versions and the device's name."""
+    """What a figure depends on: versions and the device's name."""
     import torch
 
     return {"quire": __version__, "torch": torch.__version__, "device": get_device_name(device)}
@@ -68,7 +68,7 @@ def print_json(figures: Mapping[str, Any]) -> None:
 
 
 def collect_speculation(stats: Mapping[str, float]) -> dict[str, Any]:
-    """What became of drafts, from the statistics of an engine; empty if none was verified."""
+    """Acceptance of draft tokens, from the statistics of an engine; empty if none was verified."""
     drafted = stats.get("spec_decode_num_draft_tokens_total", 0.0)
     if not drafted:
         return {}
@@ -85,7 +85,7 @@ def collect_speculation(stats: Mapping[str, float]) -> dict[str, Any]:
 
 
 def format_speculation(figures: Mapping[str, Any]) -> str:
-    """``speculation`` in words."""
+    """The figures of ``collect_speculation`` as a line of text."""
     places = ", ".join(f"{share:.0%}" for share in figures["acceptance_by_position"])
     return (
         f"speculation: {figures['accepted_tokens']:,} of {figures['draft_tokens']:,} drafted tokens accepted "

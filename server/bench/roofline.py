@@ -140,7 +140,7 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_itemsize
 
     def linear_seconds(self, tokens: int, num_sampled: int, ceilings: Ceilings) -> float:
-        """Seconds of a step's linear layers for ``tokens``, and of the head for those ``drawn``."""
+        """Seconds of a step's linear layers for ``tokens``, and of the head for those sampled."""
         head = self.hidden * self.vocab
         layers = max(
             self.num_linear_weights * self.weight_bytes / ceilings.bytes_s,
@@ -149,7 +149,7 @@ class ModelShape:
         return layers + _roofline_seconds(head * self.itemsize, 2 * num_sampled * head, ceilings)
 
     def decode_step_seconds(self, batch: int, context: float, ceilings: Ceilings) -> float:
-        """Seconds of a step in which ``batch`` requests of ``context`` tokens draw one each."""
+        """Seconds of a step in which ``batch`` requests of ``context`` tokens decode one each."""
         attention = _roofline_seconds(
             batch * (context + 1) * self.kv_bytes,
             4 * batch * context * self.heads * self.head_dim * self.layers,
@@ -169,7 +169,7 @@ class ModelShape:
 def decode_bound(
     shape: ModelShape, prompt_lens: Sequence[int], answer_lens: Sequence[int], ceilings: Ceilings
 ) -> float:
-    """Seconds in which every answer's tokens after the first can be drawn, all requests running from the start."""
+    """Seconds in which every answer's tokens after the first can be decoded, all requests running from the start."""
     total = 0.0
     for generated in range(1, max(answer_lens)):
         running = [n for n, answer in zip(prompt_lens, answer_lens, strict=True) if answer > generated]

@@ -1,4 +1,4 @@
-"""``quire bench serve``: load on a running server, any that speaks the API of OpenAI."""
+"""``quire bench serve``: load on a running server with an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     plot = LoadPlot(args.plot) if args.plot else None
     runs = run_async(_run_rates(args))
     if plot is not None:
-        print(f"drawn in {plot.draw(runs)}")
+        print(f"plotted in {plot.draw(runs)}")
     return 1 if any(figures["failed"] for figures in runs) else 0
 
 
@@ -37,7 +37,7 @@ async def _run_rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     for rate in args.request_rate:
         bar = make_progress_bar(args.num_prompts, f"{rate:g} requests/s" if rate else "requests")
         gc.collect()
-        gc.freeze()  # pauses of our own would look like stalls of the server
+        gc.freeze()  # pauses of this process would look like stalls of the server
         timings, wall = await send_requests(
             client, requests, args.num_prompts, rate=rate, concurrency=args.max_concurrency, done=bar.update
         )
@@ -110,7 +110,7 @@ def _format_rows(figures: dict[str, Any]) -> dict[str, str]:
         "Output token throughput (tok/s)": f"{figures['output_tok_s']:.2f}",
     }
     if figures["request_rate"]:
-        rows["Request rate asked for (req/s)"] = f"{figures['request_rate']:g}"
+        rows["Request rate (req/s)"] = f"{figures['request_rate']:g}"
     for key, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2EL")):
         for part, label in (("mean", "Mean"), ("p50", "Median"), ("p99", "P99")):
             if part in figures[key]:

@@ -1,4 +1,4 @@
-"""A server of our own to measure: ``quire serve`` as a user would start it, its processes and their memory."""
+"""A server process to measure: ``quire serve`` as a user starts it, its processes and their memory."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class ServerProcess:
         self._folder.cleanup()
 
     def wait_ready(self) -> float:
-        """Seconds from the start to the ready line. Raises ConfigError with the server's last words if none comes."""
+        """Seconds from the start to the ready line. ConfigError with the last lines of the log if the server ends."""
         while not (match := re.search(r"ready on (http://\S+)", self._out.read_text())):
             if self._process.poll() is not None:
                 last_lines = self._log.read_text().strip().splitlines()[-3:]
-                raise ConfigError(f"the server did not start: {' / '.join(last_lines) or 'it said nothing'}")
+                raise ConfigError(f"the server did not start: {' / '.join(last_lines) or 'its log is empty'}")
             if time.monotonic() - self.started_at > _READY_TIMEOUT_S:
                 raise ConfigError(
                     f"the server was not ready after {_READY_TIMEOUT_S:.0f} s; start it by hand to see why"
@@ -68,7 +68,7 @@ class ServerProcess:
 
     @property
     def ready_line(self) -> str:
-        """What the server says it holds."""
+        """The server's ready line, without its address."""
         return self._out.read_text().splitlines()[0].partition(" - ")[2]
 
     @property
@@ -80,7 +80,7 @@ class ServerProcess:
 
     def resident_bytes(self) -> int:
         """Memory of the server's processes together, pages that they share counted in each; 0 if the system does not
-        tell."""
+        report it."""
         pages, pending = 0, [self._process.pid]
         while pending:
             pid = pending.pop()
@@ -94,7 +94,7 @@ class ServerProcess:
 
 
 def serve_arguments(args: argparse.Namespace) -> list[str]:
-    """The words for ``quire serve`` that say of the engine what ``args`` say."""
+    """The arguments of ``quire serve`` for the engine flags in ``args``."""
     arguments: list[str] = [args.model_argument] if getattr(args, "model_argument", None) else []
     for setting in ENGINE_FLAGS:
         value = getattr(args, setting.name, None)
@@ -112,7 +112,7 @@ def serve_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def gpu_memory_used() -> int:
-    """Memory in use on the first GPU, by everybody; 0 without one."""
+    """Memory in use on the first GPU, by all processes; 0 without one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0

@@ -98,7 +98,7 @@ async def _run_soak(args: argparse.Namespace, max_num_seqs: int, server: ServerP
 
 
 async def _poll_server(soak: _SoakLog, client: LoadClient, server: ServerProcess | None) -> None:
-    """Once a second: what the server says of itself, and what its processes hold."""
+    """Once a second: the gauges of the server, and the memory of its processes."""
     while True:
         await asyncio.sleep(min(1.0, soak.minute / 4))
         figures: dict[str, float] = {}
@@ -114,7 +114,7 @@ async def _poll_server(soak: _SoakLog, client: LoadClient, server: ServerProcess
 
 @dataclass(slots=True)
 class _SoakLog:
-    """What happened, minute by minute."""
+    """The events of a soak, minute by minute."""
 
     rate: float
     sustained_rate: float | None
@@ -129,7 +129,7 @@ class _SoakLog:
     _first_token_times: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def record_timing(self, timing: Timing) -> None:
-        """Book an answer, each of its pieces in the minute in which it came."""
+        """Count an answer, each of its events in the minute in which it arrived."""
         sent = timing.sent_at - self.start
         minute = self._minute_figures[int(sent // self.minute)]
         minute["sent"] += 1

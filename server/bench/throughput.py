@@ -66,7 +66,7 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
 
 
 def _workload_names(args: argparse.Namespace) -> list[str]:
-    """The workloads asked for; none if the guides' options or a file say what to run."""
+    """The requested workloads; none if a file or lengths are given instead."""
     names = [name for word in args.workload or () for name in word.split(",") if name]
     if args.dataset or args.input_len or args.output_len:
         if names:
@@ -114,7 +114,7 @@ def _measure_workload(llm: LLM, workload: Workload, args: argparse.Namespace) ->
 
 
 def _report_bound(workload: Workload, llm: LLM, figures: dict[str, Any], ceilings: Ceilings | None) -> None:
-    """How close the device's ceilings are, where they were measured."""
+    """Compare with the roofline bound, where the device's ceilings were measured."""
     if ceilings is None:
         print(f"no roofline bound: no ceilings of {figures['device']} are known; measure them: quire bench ceilings")
         return
@@ -149,7 +149,7 @@ def _compare_with_transformers(
 
 
 def _should_compare(args: argparse.Namespace, device: str) -> bool:
-    """By default on a CPU only: on a GPU the engine's memory leaves no room for a second model."""
+    """By default on a CPU only: on a GPU the engine's memory leaves no memory for a second model."""
     return args.compare == "transformers" or (args.compare == "auto" and device == "cpu")
 
 
@@ -161,12 +161,12 @@ def _time_generate(llm: LLM, workload: Workload, args: argparse.Namespace) -> fl
     outputs = llm.generate(workload.prompts, params, use_tqdm=sys.stderr.isatty())
     wall = time.perf_counter() - start
     lengths = [len(output.outputs[0].token_ids) for output in outputs]
-    assert lengths == list(workload.max_tokens), "an answer is shorter than asked for"
+    assert lengths == list(workload.max_tokens), "an answer is shorter than requested"
     return wall
 
 
 def _sampling_options(workload: Workload, args: argparse.Namespace) -> dict[str, float]:
-    """What the flags say, else what the workload says."""
+    """From the flags, else from the workload."""
     temperature, top_p = (0.8, 0.95) if workload.sampled else (0.0, 1.0)
     return {
         "temperature": temperature if args.temperature is None else args.temperature,

@@ -1,4 +1,4 @@
-"""The same workload through ``transformers.generate``, in padded batches: what Quire is compared with."""
+"""The same workload through ``transformers.generate``, in padded batches: the reference that Quire is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workloads of the benchmarks, draw for draw, so that figures from different engines can be compared."""
+"""The workloads of the benchmarks, exactly reproducible, so that figures of different engines can be compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quire.core.errors import ConfigError
 __all__ = ["WORKLOADS", "Workload", "make_random_prompts", "make_random_workload", "make_workload"]
 
 _TOKEN_ID_LIMIT = 10_000
-"""Token ids are drawn below this; a smaller vocabulary takes them modulo its size."""
+"""Token ids are sampled below this; a smaller vocabulary takes them modulo its size."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark that was asked for."""
+    """Run a benchmark."""
     for name in _COUNTS:
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     module = importlib.import_module(f"quire.server.bench.{args.benchmark}")
-    for note in [*args.flag_warnings, *apply_vllm_flags(args)]:
-        print(note)
+    for warning in [*args.flag_warnings, *apply_vllm_flags(args)]:
+        print(warning)
     without_engine = args.benchmark in ("serve", "ceilings")
     return int(module.run(args) if without_engine else module.run(make_engine_args(args), args))
 
@@ -204,7 +204,7 @@ def _add_request_flags(group: Any, input_len: int, output_len: int, spread: floa
     _add_dataset_flag(group)
     group.add_argument("--temperature", type=parse_float, default=0.0, metavar="T", help="(default: 0)")
     group.add_argument(
-        "--vocab-size", type=parse_int, default=4096, metavar="N", help="draw token ids below N (default: 4096)"
+        "--vocab-size", type=parse_int, default=4096, metavar="N", help="sample token ids below N (default: 4096)"
     )
 
 

@@ -66,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Setting]) -> None
 
 
 def make_engine_args(args: argparse.Namespace) -> EngineArgs:
-    """What the command line says about the engine. Raises ConfigError if MODEL is given twice and differs."""
+    """The engine arguments of a command line. Raises ConfigError if MODEL is given twice and differs."""
     values = _values_given(args, ENGINE_FLAGS)
     if before := getattr(args, "plugins_before", None):  # quire --plugin DIST serve ...
         values["plugins"] = [*before, *values.get("plugins", ())]
@@ -88,7 +88,7 @@ def make_engine_args(args: argparse.Namespace) -> EngineArgs:
 
 
 def make_server_settings(args: argparse.Namespace) -> ServerSettings:
-    """What the command line says about the HTTP server. Raises ConfigError for values out of range."""
+    """The server settings of a command line. Raises ConfigError for values out of range."""
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in _values_given(args, SERVER_FLAGS).items()
@@ -107,7 +107,7 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
 
 
 def parse_int(text: str) -> int:
-    """A whole number, or an error that quotes what was given."""
+    """A whole number, or an error that quotes the text."""
     try:
         return int(text)
     except ValueError:
@@ -115,7 +115,7 @@ def parse_int(text: str) -> int:
 
 
 def parse_float(text: str) -> float:
-    """A number, or an error that quotes what was given."""
+    """A number, or an error that quotes the text."""
     try:
         return float(text)
     except ValueError:

@@ -124,11 +124,11 @@ def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def _find_command_parser(parser: Parser, words: Sequence[str]) -> Parser:
-    """The parser of the command, or of the command's command, that the line names."""
+    """The parser of the command, or of its subcommand, that the command line names."""
     for word in words:
         branches = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         if not branches:
             break
-        found = branches[0].get(word)
-        parser = found if isinstance(found, Parser) else parser
+        command_parser = branches[0].get(word)
+        parser = command_parser if isinstance(command_parser, Parser) else parser
     return parser

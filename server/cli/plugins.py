@@ -1,4 +1,4 @@
-"""``quire plugins``: what is installed, what is active and why, what is wrong and how to mend it. Imports no torch."""
+"""``quire plugins``: what is installed, what is active and why, what is wrong and how to fix it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Returns 0, or 1 if the doctor or a check found something. PluginError: a wrong name."""
+    """Run the command. Returns 0, or 1 if the doctor found a problem or a check failed. PluginError: a wrong name."""
     manager = PluginManager(getattr(args, "plugin", ()))
     if args.plugins_command == "list":
         return _print_report(args, list_report(manager, args.device, args.kind), _format_list)
@@ -98,14 +98,14 @@ def _format_list(report: dict[str, Any]) -> str:
             if p["active"] or p["dist"] != "quire":
                 lines.append(f"      {p['why']}" + ("" if p["dist"] == "quire" else f"; from {p['file']}"))
     if report["refused"]:
-        lines.append("refused (quire plugins doctor says more):")
+        lines.append("refused (see quire plugins doctor):")
         lines.extend(f"  ! {r['refusal']}" for r in report["refused"])
     lines.append(f"* active by default on this device ({report['device']})")
     return "\n".join(lines)
 
 
 def _format_explanation(report: dict[str, Any]) -> str:
-    rows = [("is", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
+    rows = [("summary", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
     if "dist" in report:
         status = "active by default" if report["active"] else "not active by default"
         options = report["options"]
@@ -143,7 +143,7 @@ def _format_doctor(report: dict[str, Any]) -> str:
         lines.append(f"{entry['dist']} {entry['version']} ({entry['name']} = {entry['value']}): offers {offers}{took}")
     lines.extend(f"! {p['problem']}" for p in report["problems"])
     count = len(report["problems"])
-    lines.append("all is well" if not count else f"{count} problem{'s' if count > 1 else ''}")
+    lines.append("no problems" if not count else f"{count} problem{'s' if count > 1 else ''}")
     return "\n".join(lines)
 
 

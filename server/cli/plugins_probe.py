@@ -1,8 +1,8 @@
-"""Try third-party plugins in processes of their own, with a time limit, so that nothing they do can hurt ours.
+"""Try third-party plugins in processes of their own, with a time limit, so that nothing they do can harm this process.
 
 A process is started per entry point, as many at once as there are cores, and its time begins with it: no plugin is
 blamed for the others. It writes one JSON line for each thing it has done, so that when it is killed or kills itself the
-last line says how far it came.
+last line tells which stage it reached.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from quire.core.plugin.target import find_missing_requirement, load_target
 __all__ = ["SLOW_IMPORT_S", "Probe", "probe_entries"]
 
 SLOW_IMPORT_S = 1.0
-"""An entry point that takes longer than this to import is slow: it delays whoever names a foreign plugin."""
+"""An entry point that takes longer than this to import is slow: it delays starts with a third-party plugin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What happened to one entry point. ``problems`` are sentences with a remedy; empty means it is well."""
+    """The result for one entry point. ``problems`` are sentences with a remedy; empty means it is well."""
 
     entry: PluginEntryPoint
     registrations: tuple[Registration, ...] = ()
@@ -137,7 +137,7 @@ def _finish_child(entry: PluginEntryPoint, run: _Child, limit: float) -> Probe:
     elif not done:
         problems.append(
             f"{dist}: the process ended while {stage}, with status {run.process.returncode}"
-            f"{': ' + printed[-200:] if printed else ''}; mend or uninstall it"
+            f"{': ' + printed[-200:] if printed else ''}; fix or uninstall it"
         )
     else:
         if result.import_s is not None and result.import_s > SLOW_IMPORT_S:

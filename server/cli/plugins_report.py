@@ -1,4 +1,4 @@
-"""What ``quire plugins`` says, as plain data: the list, the explanation of one plugin, the doctor's findings."""
+"""What ``quire plugins`` prints, as plain data: the list, the explanation of one plugin, the doctor's findings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
 
 
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
-    """Every plugin by kind, whether it is active when nothing is asked for, and why; and what was refused."""
+    """Every plugin by kind, whether it is active by default, and why; and what was refused."""
     _probe_unseen(manager)
     kinds = [Kind.from_name(kind).key] if kind else list(KINDS)
     context = {"device": device or _inspect_host()["device"]}
@@ -35,7 +35,7 @@ def list_report(manager: PluginManager, device: str | None = None, kind: str | N
 
 
 def explain_report(manager: PluginManager, subject: str, device: str | None = None) -> dict[str, Any]:
-    """All there is to know of one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
+    """Everything known about one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
     kind, name = split_subject(subject)
     if name.lower() != "auto" and ":" not in name and not manager.registry.find_by_name(kind, name):
         _probe_unseen(manager)
@@ -66,7 +66,8 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
 
 
 def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
-    """Try everything that is installed. ``problems`` is empty if all is well; each names who, why, and the remedy."""
+    """Try everything that is installed. ``problems`` is empty if there are none; each names the distribution, the
+    reason and the remedy."""
     problems: list[dict[str, str]] = []
     for registration in (r for key in KINDS for r in manager.registry.list_kind(key) if r.is_bundled):
         if find_module_file(registration.target.partition(":")[0]) is None:
@@ -102,7 +103,7 @@ def split_subject(subject: str) -> tuple[str, str]:
 
 
 def _probe_unseen(manager: PluginManager) -> None:
-    """Ask third parties what they offer, each in a process of its own, without importing them here."""
+    """Collect the registrations of third parties, each in a process of its own, without importing them here."""
     entries = manager.list_unseen()
     for result in probe_entries(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
         fatal = result.problems[0] if result.problems and not result.registrations else None
@@ -110,7 +111,7 @@ def _probe_unseen(manager: PluginManager) -> None:
 
 
 def _active_plugins(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[Resolution]:
-    """What runs when nothing is asked for. None for models: the checkpoint decides."""
+    """What is active by default. None for models: the checkpoint decides."""
     if KINDS[kind].always:
         return manager.resolve_plugins(kind)
     return [] if kind == "model" else [manager.resolve_plugin(kind, "auto", context)]

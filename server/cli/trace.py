@@ -1,4 +1,4 @@
-"""``quire trace``: where the engine's last steps spent their time."""
+"""``quire trace``: the engine's last steps as a trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from quire.core.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
 
-_ABOUT = """Write the last steps of a running server as a Chrome trace: planning, launching, the device, waiting and
-booking, step by step. Open it in ui.perfetto.dev."""
+_ABOUT = """Write the last steps of a running server as a Chrome trace: schedule, launch, device, wait and update,
+a slice for each step. Open it in ui.perfetto.dev."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch and write; one line says what was written."""
+    """Fetch and write the trace; print one line about it."""
     import httpx
 
     url = f"{args.url.rstrip('/')}/trace"
@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
         Path(args.out).write_text(json.dumps(answer.json()))
     except OSError as error:
         raise ConfigError(f"--out {args.out}: {error.strerror}; name a file that can be written") from error
-    count = sum(event.get("cat") == "device" for event in events)
-    print(f"{args.out}: {count} steps; open it in https://ui.perfetto.dev")
+    num_steps = sum(event.get("cat") == "device" for event in events)
+    print(f"{args.out}: {num_steps} steps; open it in https://ui.perfetto.dev")
     return 0

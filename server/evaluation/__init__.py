@@ -1,6 +1,6 @@
-"""Exact-match evaluation over the held-out questions that ship with Quire, of one chat model or two beside each other.
+"""Exact-match evaluation over the held-out questions that ship with Quire, of one chat model, or of two compared.
 
-What looks at distributions is in modules that import torch: ``recorder``, ``text`` and ``comparison``.
+The modules that compare distributions import torch: ``logprob_recorder``, ``text`` and ``comparison``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers of a running server, any that speaks the API of OpenAI, many at a time."""
+"""Answers from a running server with an OpenAI-compatible API, many requests at a time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ class ChatClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._concurrency = concurrency
         self.model = model or ""
-        """The model asked for; once asked, never empty."""
+        """The requested model; filled in by the first request if it was empty."""
 
     def answer_conversations(self, conversations: Sequence[_Conversation]) -> list[str]:
         """The assistant's text for each conversation, in order."""
         try:
             return asyncio.run(self._answer_all(conversations))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{self._url} does not speak the API of OpenAI; name a model server with --url"
-            ) from error
+            raise ConfigError(f"{self._url} has no OpenAI-compatible API; name a model server with --url") from error
 
     async def _answer_all(self, conversations: Sequence[_Conversation]) -> list[str]:
         limits = httpx.Limits(max_connections=self._concurrency)

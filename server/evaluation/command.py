@@ -1,5 +1,5 @@
 """``quire eval``: exact match on the held-out questions, skill by skill, in this process or over HTTP; with
-``--compare`` of two models beside each other."""
+``--compare`` two models."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def add_parser(subparsers: Any) -> None:
     """Add the command and its flags."""
     parser = subparsers.add_parser("eval", help="score a model on the held-out questions", description=_ABOUT)
     parser.set_defaults(run=run)
-    mine = parser.add_argument_group("evaluation")
-    mine.add_argument("--skills", metavar="NAMES", help="only these, separated by commas (default: every skill)")
-    mine.add_argument("--limit", type=parse_int, metavar="N", help="the first N questions of each skill (default: all)")
-    mine.add_argument("--json", action="store_true", help="the report as JSON, with every wrong answer")
-    mine.add_argument("--failures", type=parse_int, default=0, metavar="N", help="show N wrong answers (default: 0)")
-    mine.add_argument("--min-exact-match", type=parse_float, metavar="X", help="from 0 to 1: exit status 1 below it")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--skills", metavar="NAMES", help="only these, separated by commas (default: every skill)")
+    group.add_argument(
+        "--limit", type=parse_int, metavar="N", help="the first N questions of each skill (default: all)"
+    )
+    group.add_argument("--json", action="store_true", help="the report as JSON, with every wrong answer")
+    group.add_argument("--failures", type=parse_int, default=0, metavar="N", help="show N wrong answers (default: 0)")
+    group.add_argument("--min-exact-match", type=parse_float, metavar="X", help="from 0 to 1: exit status 1 below it")
     http = parser.add_argument_group("over HTTP")
     http.add_argument("--url", metavar="URL", help="ask a running server, such as http://127.0.0.1:8000")
     http.add_argument("--served-model", metavar="NAME", help="the model to ask for (default: the first it serves)")
@@ -69,12 +71,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, judge and print."""
+    """Ask, grade and print."""
     from quire.server.evaluation import available_skills, evaluate, load_questions
 
     _check_arguments(args)
-    for note in [*args.flag_warnings, *apply_vllm_flags(args)]:
-        print(note, file=sys.stderr)
+    for warning in [*args.flag_warnings, *apply_vllm_flags(args)]:
+        print(warning, file=sys.stderr)
     skills = None if args.skills is None else [name.strip() for name in args.skills.split(",") if name.strip()]
     if skills == []:
         raise ConfigError(f"--skills {args.skills!r} names none; there are {', '.join(available_skills())}")

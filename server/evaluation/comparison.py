@@ -1,4 +1,4 @@
-"""Two models beside each other: what B loses of A's answers, and how far its distribution is from A's."""
+"""Comparison of two models: what B loses of A's answers, and how far its distribution is from A's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     name_a: str
     name_b: str
@@ -98,14 +98,16 @@ class Comparison:
         points, low, high = 100 * loss.value, 100 * loss.low, 100 * loss.high
         limit = f"{self.allowed_loss:g} points"
         if high <= self.allowed_loss:
-            judged = f"within {limit}"
+            verdict = f"within {limit}"
         elif low > self.allowed_loss:
-            judged = f"more than {limit}"
+            verdict = f"more than {limit}"
         else:
-            asked = f"{self.overall.n} questions do not settle it"
-            judged = f"{'within' if self.within else 'more than'} {limit}, but {asked}"
+            undecided = f"{self.overall.n} questions do not settle it"
+            verdict = f"{'within' if self.within else 'more than'} {limit}, but {undecided}"
         verb = "gains" if points < 0 else "loses"
-        return f"B {verb} {abs(points):.1f} points of exact match (95 % CI of the loss {low:.1f}..{high:.1f}): {judged}"
+        return (
+            f"B {verb} {abs(points):.1f} points of exact match (95 % CI of the loss {low:.1f}..{high:.1f}): {verdict}"
+        )
 
     def table(self) -> str:
         """Lay everything out for a terminal, the verdict last."""

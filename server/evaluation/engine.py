@@ -1,4 +1,4 @@
-"""The engine that ``quire eval`` asks when it asks no server."""
+"""The engine in this process that ``quire eval`` uses without ``--url``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["answer_conversations", "generate_with_progress", "open_engine"]
 
 @contextlib.contextmanager
 def open_engine(args: EngineArgs, *processors: str) -> Iterator[LLM]:
-    """An engine in this process with more logits processors, and its memory back afterwards."""
+    """An engine in this process with additional logits processors; its memory is freed afterwards."""
     from quire import LLM
 
     args = replace(args, logits_processors=[*args.logits_processors, *processors])
@@ -52,5 +52,5 @@ def answer_conversations(
 def generate_with_progress(
     llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
 ) -> list[RequestOutput]:
-    """Complete them, with a progress bar where somebody looks."""
+    """Complete them, with a progress bar on a terminal."""
     return llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())

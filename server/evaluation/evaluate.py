@@ -29,13 +29,13 @@ def evaluate(
 
     ``generate`` is called once, with everything, so that an engine can batch as it likes.
     """
-    asked = list(questions) if questions is not None else load_questions(skills, limit)
-    texts = list(generate([(question.messages, question.tools) for question in asked]))
-    if len(texts) != len(asked):
-        raise ValueError(f"generate was given {len(asked)} conversations and returned {len(texts)} texts")
+    questions_asked = list(questions) if questions is not None else load_questions(skills, limit)
+    texts = list(generate([(question.messages, question.tools) for question in questions_asked]))
+    if len(texts) != len(questions_asked):
+        raise ValueError(f"generate was given {len(questions_asked)} conversations and returned {len(texts)} texts")
     counts: dict[str, list[int]] = {}
     failures: list[Failure] = []
-    for question, text in zip(asked, texts, strict=True):
+    for question, text in zip(questions_asked, texts, strict=True):
         right = grade(question.grader, text, question.answer)
         count = counts.setdefault(question.skill, [0, 0])
         count[0] += right

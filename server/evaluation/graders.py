@@ -1,4 +1,4 @@
-"""Judges of an answer, by name. Each takes the text and what the question says is right, and returns a verdict."""
+"""Graders of answers, by name. Each takes the text and the right answer, and says whether the text is right."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ GRADERS: Mapping[str, Grader] = MappingProxyType(
 
 
 def grade(grader: str, text: str, answer: Any) -> bool:
-    """Judge ``text`` with the grader named."""
+    """Grade ``text`` with the grader called ``grader``."""
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; there are: {', '.join(GRADERS)}")
     return GRADERS[grader](text, answer)

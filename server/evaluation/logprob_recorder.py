@@ -1,4 +1,4 @@
-"""What a model would have said at each token of a text: a logits processor that writes it down and says the text."""
+"""The distribution of a model at each token of a text: a logits processor that records it and forces the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quire.core.messages import NewRequest
 
 __all__ = ["ARGUMENT", "SCORES", "LogprobRecorder"]
 
-#: Key of ``SamplingParams.extra_args`` under which a request says what to record.
+#: Key of ``SamplingParams.extra_args`` that names what to record for a request.
 ARGUMENT = "quire_eval"
 
 #: Columns of the scores, float64: log-probability of the text's own token, the most likely token, and the
@@ -43,7 +43,7 @@ class _StepRows:
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Makes a request say a given text (teacher forcing), and writes what the model's own distribution was.
+    """Forces the output of a request to a text (teacher forcing), and writes the model's own distributions to files.
 
     So the distributions come from the steps that serve users: decoding in a batch, through the KV cache as it is
     configured. ``extra_args[ARGUMENT]`` holds ``tokens`` (the text after the prompt), ``row`` (of its first token in
@@ -76,7 +76,7 @@ class LogprobRecorder(LogitsProcessor):
         del self._texts[row]
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
-        """Record the logits rows of the requests that asked, and leave only the text's token possible there."""
+        """Record the logits rows of requests with a text, and leave only the text's token possible there."""
         step = _StepRows()
         for logits_row, (row, position) in enumerate(zip(batch.rows, batch.max_positions, strict=True)):
             text = self._texts.get(row)
@@ -88,14 +88,14 @@ class LogprobRecorder(LogitsProcessor):
         if step.text is None:
             return
         self._write_scores(logits[step.logits_rows].double().log_softmax(-1), step, step.text)
-        chosen = torch.tensor(step.tokens, device=logits.device)
+        forced = torch.tensor(step.tokens, device=logits.device)
         logits[step.logits_rows] = float("-inf")
-        logits[torch.tensor(step.logits_rows, device=logits.device), chosen] = 0.0
+        logits[torch.tensor(step.logits_rows, device=logits.device), forced] = 0.0
 
     def _write_scores(self, logprobs: Tensor, step: _StepRows, text: _ScoredText) -> None:
-        chosen = torch.tensor(step.tokens, device=logprobs.device)
+        forced = torch.tensor(step.tokens, device=logprobs.device)
         scores = torch.full((len(step.logits_rows), 3), float("nan"), dtype=torch.float64, device=logprobs.device)
-        scores[:, 0] = logprobs.gather(-1, chosen[:, None])[:, 0]
+        scores[:, 0] = logprobs.gather(-1, forced[:, None])[:, 0]
         scores[:, 1] = logprobs.argmax(-1).double()
         if text.has_reference:
             reference = torch.from_numpy(text.logprobs[step.file_rows]).to(logprobs.device).double()

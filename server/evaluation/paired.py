@@ -1,4 +1,4 @@
-"""Differences between two models that were asked the same things, with 95 % confidence intervals."""
+"""Differences between two models on the same questions, with 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PairedScore:
-    """Questions of one skill, by who answered them right."""
+    """Questions of one skill, by the models that answered them right."""
 
     skill: str
     both: int
@@ -85,8 +85,8 @@ class PairedScore:
 def bootstrap(
     blocks: NDArray[np.float64], of: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda mean: mean
 ) -> Estimate:
-    """``of`` the mean over ``blocks`` (n,), with an interval from drawing whole blocks anew (percentiles, seeded):
-    tokens of one text depend on each other, so it is texts that are drawn."""
+    """``of`` the mean over ``blocks`` (n,), with an interval from resampling whole blocks (percentiles, seeded):
+    tokens of one text depend on each other, so whole texts are resampled."""
     resampled = np.random.default_rng(0).integers(0, len(blocks), (_RESAMPLES, len(blocks)))
     low, high = np.percentile(of(blocks[resampled].mean(1)), (2.5, 97.5))
     return Estimate(float(of(blocks.mean(keepdims=True))[0]), float(low), float(high))

@@ -26,7 +26,7 @@ _ORDER = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One conversation to answer, and what its grader needs to judge the answer."""
+    """One conversation to answer, and what its grader needs to grade the answer."""
 
     id: str
     skill: str

@@ -1,4 +1,4 @@
-"""What an evaluation found: exact match per skill and overall, as a table or as JSON."""
+"""The report of an evaluation: exact match per skill and overall, as a table or as JSON."""
 
 from __future__ import annotations
 

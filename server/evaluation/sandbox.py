@@ -31,8 +31,8 @@ names = {"__builtins__": {name: getattr(builtins, name) for name in job["builtin
 try:
     exec(compile(job["source"], "<answer>", "exec"), names)
     for arguments, expected in job["cases"]:
-        found = names[job["function"]](*arguments)
-        if type(found) is not type(expected) or found != expected:
+        result = names[job["function"]](*arguments)
+        if type(result) is not type(expected) or result != expected:
             raise SystemExit(1)
 except SystemExit:
     raise

@@ -165,7 +165,7 @@ def _to_one_line(error: Exception) -> str:
 
 
 def _field_path(loc: Sequence[Any]) -> str:
-    """``("messages", 3, "content", "str")`` -> ``messages[3].content``: fields of ours, and places in lists."""
+    """``("messages", 3, "content", "str")`` -> ``messages[3].content``: fields of the body, and indices of lists."""
     text, before = "", None
     for part in loc:
         if isinstance(part, int):
@@ -173,6 +173,6 @@ def _field_path(loc: Sequence[Any]) -> str:
         elif before is None or isinstance(before, int):
             text += f".{part}" if text else str(part)
         else:
-            break  # a member of a union, or a key of the caller's own
+            break  # a member of a union, or a key in a mapping of the client's
         before = part
     return text

@@ -1,4 +1,4 @@
-"""The gate every HTTP request passes, as plain ASGI: request id, key, body size, draining, and the count in flight."""
+"""Middleware of every HTTP request, as plain ASGI: request id, API key, body size, draining, requests in flight."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ class RequestMiddleware:
 
 
 def get_request_id(scope: Scope) -> str:
-    """The identity that the gate gave a request: the client's ``X-Request-Id``, or a fresh one."""
+    """The id that the middleware gave a request: the client's ``X-Request-Id``, or a fresh one."""
     return str(scope["state"]["request_id"])
 
 
 def _choose_request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")[:_MAX_REQUEST_ID_CHARS]
-    return given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex
+    presented = headers.get("x-request-id", "")[:_MAX_REQUEST_ID_CHARS]
+    return presented if presented and presented.isascii() and presented.isprintable() else uuid.uuid4().hex

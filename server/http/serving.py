@@ -29,7 +29,7 @@ __all__ = ["serve"]
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75
-"""Longer than the 60 s for which nginx keeps an idle connection: it is never we who close it under a request."""
+"""Longer than the 60 s for which nginx keeps an idle connection: the server never closes it under a request."""
 _GRACEFUL_SHUTDOWN_S = 2
 _POLL_S = 0.5
 
@@ -48,7 +48,7 @@ def serve(
     """
     setup_logging(settings.log_level.upper() if settings.log_level else None)
     if not args.disable_log_requests:
-        _log_requests_with_engine()
+        _route_access_log()
     for warning in flag_warnings:
         log.warning("%s", warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -125,7 +125,7 @@ async def _drain(state: ServerState, signalled: asyncio.Queue[int]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, with the signals left to us, and a failed start an error of ours."""
+    """Uvicorn without its signal handlers; a failed start raises ``PluginError``."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, once the start-up handlers of plugins have run."""
@@ -204,27 +204,27 @@ def _bind_socket(host: str, port: int, flag: str) -> socket.socket:
 
 def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     """The ready line, and a request to paste."""
-    shown, near = _format_addresses(sockets[0])
+    shown, local = _format_addresses(sockets[0])
     print(f"Quire {__version__} ready on {shown} - {state.engine.ready_line}")
     for other in sockets[1:]:
         print(f"Metrics also on {_format_addresses(other)[0]}/metrics")
     key = " -H 'Authorization: Bearer KEY'" if state.settings.api_key else ""
-    talk = [{"role": "user", "content": "What is paged attention?"}]
-    body = json.dumps({"model": state.model_names[0], "messages": talk}).replace("'", "'\\''")
-    print(f"Try: curl {near}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    messages = [{"role": "user", "content": "What is paged attention?"}]
+    body = json.dumps({"model": state.model_names[0], "messages": messages}).replace("'", "'\\''")
+    print(f"Try: curl {local}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     sys.stdout.flush()
 
 
 def _format_addresses(bound: socket.socket) -> tuple[str, str]:
-    """Where it listens, as given, and as a client on this machine would write it."""
+    """The address it listens on, and the address for a client on this machine."""
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
-    return f"http://{shown}:{port}", f"http://{near}:{port}"
+    local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
+    return f"http://{shown}:{port}", f"http://{local}:{port}"
 
 
-def _log_requests_with_engine() -> None:
-    """A line per request, where our own lines go."""
+def _route_access_log() -> None:
+    """Write uvicorn's line per request to the handlers of Quire's log."""
     access = logging.getLogger("uvicorn.access")
     access.handlers = logging.getLogger("quire").handlers
     access.setLevel(logging.INFO)

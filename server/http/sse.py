@@ -31,8 +31,8 @@ def encode_event(value: Any) -> bytes:
 
 
 def needs_chunk(choice: CompletionOutput) -> bool:
-    """Whether a chunk of text is due: one for every step that drew a token, even if its text still waits for the rest
-    of a character or for a stop string, since clients time tokens by their chunks."""
+    """Whether a chunk of text is due: one for every step that sampled a token, even if its text is still held back for
+    the rest of a character or a stop string, since clients time tokens by their chunks."""
     return bool(choice.text or choice.logprobs or (choice.token_ids and choice.finish_reason is None))
 
 
@@ -80,8 +80,8 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
 class ChunkWriter:
     """Builds the chunks of one streamed answer around constant head and tail.
 
-    ``kind`` is ``chat.completion.chunk`` or ``text_completion``. With ``usage``, chunks carry ``"usage": null``, as the
-    API has it when the last one will bring the usage.
+    ``kind`` is ``chat.completion.chunk`` or ``text_completion``. With ``usage``, chunks carry ``"usage": null``, as in
+    the API when the last one will bring the usage.
     """
 
     def __init__(self, response_id: str, kind: str, created: int, model: str, usage: bool) -> None:
@@ -109,7 +109,7 @@ class ChunkWriter:
         return self._head + b"%d," % index + encode(fields)[1:-1] + self._tail
 
     def encode_usage(self, usage: dict[str, Any]) -> bytes:
-        """The last chunk of an answer that was asked for its usage."""
+        """The last chunk of an answer with ``stream_options.include_usage``."""
         return encode_event({**self._fields, "choices": [], "usage": usage})
 
 

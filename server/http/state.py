@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the settings, and whether we are draining. One per application."""
+"""What the routes share: the engine, the settings, and whether the server is draining. One per application."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ServerState:
             raise EngineDeadError("the engine stopped; see its log and restart the server")
 
     async def run_tokenizer(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """What ``work`` returns, run in a thread if it reads so many bytes that it would hold up everybody else."""
+        """What ``work`` returns, run in a thread if its input is so long that it would hold up the event loop."""
         if size < _THREAD_ABOVE_BYTES:
             return work(*args, **kwargs)
         return await asyncio.to_thread(work, *args, **kwargs)
@@ -86,8 +86,8 @@ class ServerState:
         return True
 
     def log_unknown_fields(self, names: list[str], where: str) -> None:
-        """Log fields of a request that mean nothing to us, each once."""
+        """Log unknown fields of a request, each once."""
         for name in names:
             if name not in self._unknown_fields and len(self._unknown_fields) < _MAX_LOGGED_FIELDS:
                 self._unknown_fields.add(name)
-                log.warning("%s: the field %.64r is unknown and was ignored (said once)", where, name)
+                log.warning("%s: the field %.64r is unknown and was ignored (logged once)", where, name)

@@ -1,4 +1,4 @@
-"""Steps of the engine as a picture: the Chrome trace event format, which Perfetto reads.
+"""Steps of the engine in the Chrome trace event format, which Perfetto reads.
 
 Format: "Trace Event Format", Google, 2016; complete events ("ph": "X") with times in microseconds.
 """

@@ -1,1 +1,1 @@
-"""``quire quantize``: checkpoints made by outside tools, and compared with the original."""
+"""``quire quantize``: checkpoints made by quantization tools, and compared with the original."""

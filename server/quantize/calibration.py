@@ -1,4 +1,4 @@
-"""What a quantizer watches the model read: a file of the user's, or Python's own documentation and library."""
+"""Calibration texts for quantization: a file of the user's, or Python's own documentation and library."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--method", required=True, metavar="|".join(METHODS), help="how")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the checkpoint")
     how = parser.add_argument_group("how")
-    how.add_argument("--tool", metavar="|".join(TOOLS), help="who quantizes (default: the method's first)")
+    how.add_argument("--tool", metavar="|".join(TOOLS), help="tool that quantizes (default: the method's first)")
     how.add_argument("--scheme", metavar="NAME", help="variant of the method (default: its first)")
     how.add_argument(
         "--group-size", type=parse_int, metavar="N", help=f"weights that share a scale (default: {_GROUP})"
@@ -59,8 +59,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, quantize, compare."""
-    for note in args.flag_warnings:
-        print(note, file=sys.stderr)
+    for warning in args.flag_warnings:
+        print(warning, file=sys.stderr)
     recipe = find_recipe(args.method, args.tool, args.scheme)
     scheme = args.scheme or recipe.schemes[0]
     _check_arguments(args, recipe, scheme)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         samples = load_samples(Tokenizer(str(folder)), args.calibration, args.samples or _SAMPLES, length)
     summary = f"{args.model}: {recipe.method} ({scheme}) by {recipe.tool}"
     if samples:
-        summary += f", watching {len(samples)} samples of {len(samples[0])} tokens"
+        summary += f", calibrated on {len(samples)} samples of {len(samples[0])} tokens"
     print(summary, file=sys.stderr)
     job = {
         "tool": recipe.tool,
@@ -149,7 +149,10 @@ def _resolve_source(name: str, recipe: Recipe, group_size: int, length: int) -> 
 
 
 def _run_tool(job: dict[str, Any], python: str, elsewhere: bool, model: Path, out: Path) -> str:
-    """Let the tool work beside ``out`` and move what it made there when it is whole. Returns the tool's version."""
+    """Run the tool in a folder beside ``out``, and move its checkpoint to ``out`` once it is complete.
+
+    Returns the tool's version.
+    """
     script = Path(__file__).with_name("tools.py")
     env = tool_environment(elsewhere=elsewhere)
     parent = out.absolute().parent

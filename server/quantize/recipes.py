@@ -41,7 +41,7 @@ TOOLS = tuple(dict.fromkeys(recipe.tool for recipe in RECIPES))
 
 
 def find_recipe(method: str, tool: str | None, scheme: str | None) -> Recipe:
-    """The recipe that a user asked for. ConfigError for a name that is unknown or does not go with the others."""
+    """The recipe for a method, tool and scheme. ConfigError for an unknown or unsuitable name."""
     of_method = [recipe for recipe in RECIPES if recipe.method == method]
     if not of_method:
         raise ConfigError(f"--method {method!r} is not known; choose {', '.join(METHODS)}")
@@ -83,6 +83,6 @@ def find_interpreter(recipe: Recipe, python: str | None) -> str:
 
 
 def tool_environment(*, elsewhere: bool) -> dict[str, str]:
-    """The environment for the tool; ``elsewhere``: for an interpreter that has packages of its own."""
+    """The environment variables for the tool; ``elsewhere``: for an interpreter of another environment."""
     env = child_environment() | {"TOKENIZERS_PARALLELISM": "false"}
     return {name: value for name, value in env.items() if not (elsewhere and name == "PYTHONPATH")}

@@ -1,4 +1,4 @@
-"""Drives the tool that quantizes, in a process of its own: reads a job as JSON from stdin, writes what came of it to
+"""Drives the tool that quantizes, in a process of its own: reads a job as JSON from stdin, writes the result to
 the file that the job names.
 
 Run as a file, perhaps by the interpreter of another environment: it imports the tool and nothing of Quire. Job:
@@ -139,7 +139,7 @@ def run_optimum(job: Job) -> None:
     config_file.write_text(json.dumps(config, indent=2), "utf-8")
 
 
-#: By name: what quantizes, and the distribution whose version is told.
+#: By name: what quantizes, and the distribution whose version is reported.
 TOOLS: Mapping[str, tuple[Callable[[Job], None], str]] = MappingProxyType(
     {
         "autoawq": (run_autoawq, "autoawq"),
@@ -150,7 +150,7 @@ TOOLS: Mapping[str, tuple[Callable[[Job], None], str]] = MappingProxyType(
 
 
 def _four_bit_groups(job: Job) -> dict[str, Any]:
-    """Symmetric weights of 4 bits, in groups as asked for."""
+    """Symmetric weights of 4 bits, in groups of the job's size."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     groups = {"strategy": "channel"} if job["group_size"] == -1 else {"group_size": job["group_size"]}

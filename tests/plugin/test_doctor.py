@@ -137,7 +137,7 @@ def test_damaged_metadata_is_named(tmp_path, distribution, quire):
 
 def test_without_third_parties_all_is_well(quire):
     result = quire("plugins", "doctor")
-    assert result.stdout.endswith("all is well\n")
+    assert result.stdout.endswith("no problems\n")
 
 
 def test_a_gpu_without_a_compiler_is_told(monkeypatch):

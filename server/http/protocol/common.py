@@ -84,7 +84,7 @@ class GenerationBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def build_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """The engine's parameters; ``more`` wins. Raises InvalidRequestError for values out of range."""
+        """The engine's parameters; ``overrides`` win. Raises InvalidRequestError for values out of range."""
         values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         return SamplingParams(**values | overrides)
 
@@ -117,12 +117,12 @@ _SAMPLING_FIELDS = (
 
 
 def unsupported_error(param: str, message: str) -> ApiError:
-    """A field that we know and refuse."""
+    """The error for a field that is known and not supported."""
     return ApiError(400, f"{param}: {message}", param=param, code="unsupported")
 
 
 async def read_body(request: Request, model: type[M], state: ServerState) -> M:
-    """Read and check a body, whatever its content type says. Raises ApiError on one line."""
+    """Read and check a body, whatever its content type is. Raises ApiError on one line."""
     try:
         body = model.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:
@@ -133,7 +133,7 @@ async def read_body(request: Request, model: type[M], state: ServerState) -> M:
 
 
 def describe_body(model: type[Body]) -> dict[str, Any]:
-    """What a route that reads its body itself says about it in the OpenAPI document; see ``schemas``."""
+    """The OpenAPI description of a body that its route reads itself; see ``body_schemas``."""
     schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

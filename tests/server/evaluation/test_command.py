@@ -89,10 +89,10 @@ def test_what_a_server_refuses(url, capsys):
     ("models", "status", "answer", "message"),
     [
         ('{"data": [{"id": "m"}]}', 400, '{"error": "too long"}', "/v1/chat/completions answered 400: "),
-        ('{"data": [{"id": "m"}]}', 200, "{}", "does not speak the API of OpenAI"),
-        ('{"data": [{"id": "m"}]}', 200, '{"choices": []}', "does not speak the API of OpenAI"),
+        ('{"data": [{"id": "m"}]}', 200, "{}", "has no OpenAI-compatible API"),
+        ('{"data": [{"id": "m"}]}', 200, '{"choices": []}', "has no OpenAI-compatible API"),
         ('{"data": []}', 200, "{}", "serves no model"),
-        ("[]", 200, "{}", "does not speak the API of OpenAI"),
+        ("[]", 200, "{}", "has no OpenAI-compatible API"),
         ("<html>", 200, "{}", "not JSON"),
     ],
 )
