@@ -56,7 +56,7 @@ class CacheConfig:
     """As torch calls it; ``auto``: the model's."""
     prefix_caching: bool = True
     watermark: float = 0.01
-    """Share of the blocks that newcomers must leave free."""
+    """Share of the blocks that requests must leave free when they are admitted."""
 
 
 @dataclass(frozen=True, slots=True)

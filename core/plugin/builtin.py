@@ -1,4 +1,4 @@
-"""The bundled plugins, registered exactly as a stranger's would be. The one place that names bundled modules."""
+"""The bundled plugins, registered as those of any other distribution. The only module that names bundled ones."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from quire.core.version import __version__
 __all__ = ["IMPORT_LIMIT_S", "PluginManager"]
 
 IMPORT_LIMIT_S = 10.0
-"""Seconds that a third-party entry point nobody named may take to import before it is passed over."""
+"""Seconds that a third-party entry point that was not named may take to import before it is passed over."""
 
 log = logging.getLogger(__name__)
 _BY_CLASS = "named by its class"

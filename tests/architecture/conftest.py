@@ -1,4 +1,4 @@
-"""The source tree as the rules of the house see it: every Python file, parsed once."""
+"""The source tree as the rules see it: every Python file, parsed once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("core", "plugins", "server")
+FOLDERS = ("core", "plugins", "server")
 BESIDE = ("src", "tests", "tools", "benchmarks", "examples")
-_LINKS = tuple(f"src/quire/{room}/" for room in ROOMS)
+_LINKS = tuple(f"src/quire/{folder}/" for folder in FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Source:
         return ast.parse(self.text, self.path)
 
     @cached_property
-    def room(self) -> str:
+    def folder(self) -> str:
         """The top-level folder it lives in."""
         return self.path.split("/")[0]
 
@@ -85,7 +85,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def product() -> list[Source]:
     """What users install: core, plugins and server, assets excepted."""
-    return [source for source in _read(ROOMS) if not source.path.startswith("core/assets/")]
+    return [source for source in _read(FOLDERS) if not source.path.startswith("core/assets/")]
 
 
 @pytest.fixture(scope="session")

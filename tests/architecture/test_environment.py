@@ -27,7 +27,7 @@ def _reads(node):
 
 
 def test_only_one_file_reads_it(everything):
-    counted = [s for s in everything if s.room in ("core", "plugins", "server", "src") and s.path != HOME]
+    counted = [s for s in everything if s.folder in ("core", "plugins", "server", "src") and s.path != HOME]
     found = [line for source in counted for line in violations(source)]
     assert not found, "\n".join(found)
 

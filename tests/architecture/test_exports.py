@@ -59,7 +59,7 @@ def _statements(tree):
 
 
 def test_core_modules_say_what_they_offer(product):
-    found = [line for source in product if source.room == "core" for line in violations(source)]
+    found = [line for source in product if source.folder == "core" for line in violations(source)]
     assert not found, "\n".join(found)
 
 

@@ -21,11 +21,11 @@ def violations(source):
         layer = rest.split(".")[0] if top == "quire" else ""
         if top in ("core", "plugins", "server"):
             found.append(source.at(node, f"imports top-level {top!r}; its name is quire.{name}"))
-        elif source.room == "core" and layer in ("plugins", "server"):
+        elif source.folder == "core" and layer in ("plugins", "server"):
             found.append(source.at(node, f"core imports {name}"))
-        elif source.room == "server" and layer == "plugins":
+        elif source.folder == "server" and layer == "plugins":
             found.append(source.at(node, f"server imports {name}; it reaches plugins through core"))
-        elif source.room == "plugins" and top == "quire" and not _open_to_plugins(name):
+        elif source.folder == "plugins" and top == "quire" and not _open_to_plugins(name):
             found.append(source.at(node, f"a plugin imports {name}, which is not open to plugins"))
     return found + _named(source)
 
@@ -37,7 +37,7 @@ def _open_to_plugins(name):
 
 
 def _named(source):
-    if source.room != "core" or source.path == "core/plugin/builtin.py":
+    if source.folder != "core" or source.path == "core/plugin/builtin.py":
         return []
     texts = [n for n in ast.walk(source.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return [

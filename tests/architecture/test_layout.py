@@ -1,4 +1,4 @@
-"""The house: rooms at the top, one import name through three links, and files that name no machine."""
+"""The layout: three folders at the top, one import name through three links, and files that name no machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import subprocess
 
 import pytest
 
-ROOMS = ("core", "plugins", "server")
+FOLDERS = ("core", "plugins", "server")
 MACHINE = re.compile(r"(?<![\w.}$*-])/(?:work|root|tmp|var/tmp|home/\w+|workspace|mnt/\w+)(?:/|\b)")
 """A place on somebody's machine. Temporary folders are the business of tests alone."""
 
 
-def test_the_rooms_are_linked_into_the_package(root):
-    for room in ROOMS:
-        assert os.readlink(root / "src" / "quire" / room) == f"../../{room}"
-        assert (root / room / "__init__.py").is_file()
+def test_the_folders_are_linked_into_the_package(root):
+    for folder in FOLDERS:
+        assert os.readlink(root / "src" / "quire" / folder) == f"../../{folder}"
+        assert (root / folder / "__init__.py").is_file()
     assert (root / "src" / "quire" / "py.typed").is_file()
 
 

@@ -42,7 +42,7 @@ def _says(call, keyword, wanted):
 
 
 def test_nothing_runs_what_it_reads(everything):
-    counted = [source for source in everything if source.room != "tests"]
+    counted = [source for source in everything if source.folder != "tests"]
     found = [line for source in counted for line in violations(source)]
     assert not found, "\n".join(found)
 

@@ -63,7 +63,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
             await task
         await idle(engine)
 
-        # bad input hurts nobody
+        # bad input hurts no other request
         good = asyncio.create_task(last(engine, prompts[0]))
         with pytest.raises(InvalidRequestError, match="context"):
             await last(engine, [5] * 300)
@@ -75,7 +75,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
         assert all(isinstance(r, QueueFullError) or len(r.outputs[0].token_ids) == 12 for r in results)
         await idle(engine)
 
-        # the engine process dies: everybody is told
+        # the engine process dies: every caller is told
         task = asyncio.create_task(last(engine, [9, 9], LONG))
         await asyncio.sleep(0.1)
         os.kill(engine._client._process._child.pid, signal.SIGKILL)

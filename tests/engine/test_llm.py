@@ -175,7 +175,7 @@ def test_bad_params_are_refused(fields: dict, words: str) -> None:
         ([5], {"stop_token_ids": [-4]}, "stop_token_ids"),
     ],
 )
-def test_bad_prompts_are_refused_and_hurt_nobody(llm: LLM, prompt: list, fields: dict, words: str) -> None:
+def test_bad_prompts_are_refused_and_hurt_no_other_request(llm: LLM, prompt: list, fields: dict, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         llm.generate([PROMPT, prompt], SamplingParams(max_tokens=2, **fields))
     assert len(tokens(llm)) == 12

@@ -35,7 +35,7 @@ class NoMemory(SmallMemory):
         return super().execute_step(step)
 
 
-def test_steps_shrink_and_everybody_is_served(tiny: Path, llm: LLM) -> None:
+def test_steps_shrink_and_all_requests_are_served(tiny: Path, llm: LLM) -> None:
     prompts = [[5 + i, 6, 7, 8] * (2 + i) for i in range(9)]
     expected = [o.outputs[0].token_ids for o in llm.generate(prompts, PARAMS)]
     small = LLM(model=str(tiny), device="cpu", max_model_len=256, executor=f"{__name__}:SmallMemory")

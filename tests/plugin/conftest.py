@@ -15,7 +15,7 @@ from quire.sdk import BatchingPolicy, hookimpl
 
 @hookimpl
 def quire_register_policy(register):
-    register({name!r}, __name__ + ":Mine", "a policy of another house")
+    register({name!r}, __name__ + ":Mine", "a policy of another package")
 
 class Mine(BatchingPolicy):
     '''By arrival.'''

@@ -8,7 +8,7 @@ from quire.core.errors import PluginError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.target import load_target
 
-TRAP = "raise RuntimeError('nobody may import this')"
+TRAP = "raise RuntimeError('this must not be imported')"
 
 
 def test_bundled_names_resolve_without_looking_at_other_packages(install, monkeypatch):

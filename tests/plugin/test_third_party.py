@@ -6,7 +6,7 @@ import pytest
 from quire.core.errors import PluginError
 from quire.core.plugin.manager import PluginManager
 
-TRAP = "raise RuntimeError('nobody may import this')"
+TRAP = "raise RuntimeError('this must not be imported')"
 
 
 def test_a_foreign_name_is_found_and_loaded(install):
@@ -162,7 +162,7 @@ def test_enabling_what_is_not_installed_says_what_is(install):
 
 
 def test_a_missing_requirement_is_told_before_the_import(install):
-    source = install.policy.format(name="mine").replace('house")', 'house", requires=("no_such_module_x",))')
+    source = install.policy.format(name="mine").replace('package")', 'package", requires=("no_such_module_x",))')
     install("quire-needy", "quire_needy", source)
     manager = PluginManager()
     with pytest.raises(PluginError, match=r"needs the module 'no_such_module_x', .*; pip install no_such_module_x"):
