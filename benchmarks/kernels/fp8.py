@@ -13,7 +13,6 @@ activation behind it but without the addition; in brackets, the product alone.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linear import Layer, exact, layers, measure
+from linear import Layer, compile_only, exact, layers, measure, read_table, save_table
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import JITFunction
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.kernels.activation_kernel import launch_silu_and_mul
@@ -129,21 +127,10 @@ class Case:
 
 
 def compile_one(layer: Layer, tokens: int, kind: str, kernel: str, options: Options) -> str | None:
-    """Compile one launch into Triton's cache; in a process of a pool. What went wrong, if anything did."""
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **(kwargs | {"warmup": True}))
-
-    JITFunction.run = compile_only  # type: ignore[method-assign]
-    try:
-        case = Case(layer, tokens, kind, "cpu")
-        case.launch(kernel, options, torch.empty(layer.features, layer.inputs, dtype=case.dtype))
-    except Exception as error:  # a launch that does not compile is no candidate
-        return f"{type(error).__name__}: {error}"[:300]
-    finally:
-        JITFunction.run = run  # type: ignore[method-assign]
-    return None
+    """Compile one launch; in a process of a pool."""
+    case = Case(layer, tokens, kind, "cpu")
+    weight = torch.empty(layer.features, layer.inputs, dtype=case.dtype)
+    return compile_only(lambda: case.launch(kernel, options, weight))
 
 
 def sweep(layer: Layer, kind: str, compiled: set[str]) -> Iterator[dict[str, Any]]:
@@ -206,9 +193,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """For each number of tokens the fastest launch of activations as they are, the fastest of quantized ones and the
     library (null), in the order of their times. For one token the first comes first: a kernel with rows in registers
     lets the next one in at once, whose programs must not take much room while they wait (see ``chain``)."""
-    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"layers": {}}
-    table["device"] = torch.cuda.get_device_name()
-    table["versions"] = {"torch": torch.__version__, "triton": __import__("triton").__version__}
+    table = read_table(path)
     for row in rows:
         if row["tokens"] not in TOKENS:
             continue
@@ -221,12 +206,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         ordered = [entry for _, entry in sorted(best, key=lambda pair: pair[0])]
         key = f"{row['layer'].features}x{row['layer'].inputs}"
         table["layers"].setdefault(key, {})[str(row["tokens"])] = ordered
-    lines = []
-    for key, entries in sorted(table["layers"].items()):
-        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(timed)}" for tokens, timed in entries.items())
-        lines.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
-    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
-    path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
+    save_table(path, table)
 
 
 def chain(kind: str, count: int = 10) -> None:

@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent))
-from linear import Layer, layers, measure
+from linear import Layer, compile_only, layers, measure, read_table, save_table
 
 from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
@@ -111,20 +110,9 @@ def launch(tensors: Options, kernel: str, options: Options, weights: IntWeights)
 
 
 def compile_one(layer: Layer, tokens: int, group: int, bits: int, kernel: str, options: Options) -> str | None:
-    """Compile one launch into Triton's cache; in a process of a pool. What went wrong, if anything did."""
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **(kwargs | {"warmup": True}))
-
-    JITFunction.run = compile_only  # type: ignore[method-assign]
-    try:
-        launch(layer.tensors(tokens, "cpu"), kernel, options, random_weights(layer, group, bits, "cpu"))
-    except Exception as error:  # a launch that does not compile is no candidate
-        return f"{type(error).__name__}: {error}"[:200]
-    finally:
-        JITFunction.run = run  # type: ignore[method-assign]
-    return None
+    """Compile one launch; in a process of a pool."""
+    weights = random_weights(layer, group, bits, "cpu")
+    return compile_only(lambda: launch(layer.tensors(tokens, "cpu"), kernel, options, weights))
 
 
 def library(tensors: Options, weights: IntWeights) -> Tensor:
@@ -184,23 +172,14 @@ def sweep(layer: Layer, numbers: list[int], group: int, bits: int, compiled: set
 
 def write_table(path: Path, rows: list[Options]) -> None:
     """The fastest launch for each number of tokens; null is the library."""
-    table = json.loads(path.read_text()) if path.exists() else {"layers": {}}
-    table["device"] = torch.cuda.get_device_name()
-    table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    table = read_table(path)
     for row in rows:
         entries = table["layers"].setdefault(row["layer"], {})
         best = min(row["timed"], key=lambda entry: entry["us"], default=None)
         if best is not None and best["us"] > WORTH * row["library_us"]:
             best = None
         entries[str(row["tokens"])] = best
-    lines = []
-    for key, entries in sorted(table["layers"].items()):
-        entries = sorted(entries.items(), key=lambda entry: int(entry[0]))
-        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(entry)}" for tokens, entry in entries)
-        lines.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
-    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
+    save_table(path, table)
 
 
 def main() -> None:

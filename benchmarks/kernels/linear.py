@@ -129,21 +129,27 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
                 yield "gemm_small_m", options | apart
 
 
-def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str | None:
-    """Compile one launch into Triton's cache; in a process of a pool. What went wrong, if anything did."""
+def compile_only(call: Callable[[], object]) -> str | None:
+    """Compile what ``call`` launches into Triton's cache, without launching it. What went wrong, if anything did."""
     run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    def warm_up(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
         return run(self, *args, **(kwargs | {"warmup": True}))
 
-    JITFunction.run = compile_only  # type: ignore[method-assign]
+    JITFunction.run = warm_up  # type: ignore[method-assign]
     try:
-        launch(layer, tokens, kernel, options, layer.tensors(tokens, "cpu"), torch.empty(1, dtype=torch.bfloat16))
+        call()
     except Exception as error:  # a launch that does not compile is no candidate
-        return f"{type(error).__name__}: {error}"[:200]
+        return f"{type(error).__name__}: {error}"[:300]
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
     return None
+
+
+def compile_one(layer: Layer, tokens: int, kernel: str, options: Options) -> str | None:
+    """Compile one launch; in a process of a pool."""
+    weight = torch.empty(1, dtype=torch.bfloat16)
+    return compile_only(lambda: launch(layer, tokens, kernel, options, layer.tensors(tokens, "cpu"), weight))
 
 
 def launch(layer: Layer, tokens: int, kernel: str, options: Options, tensors: Options, weight: Tensor) -> None:
@@ -247,11 +253,29 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
         }
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The fastest launch for each number of tokens; null is the library."""
-    table = json.loads(path.read_text()) if path.exists() else {"layers": {}}
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in ``path`` or an empty one, of this card and these versions."""
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"layers": {}}
     table["device"] = torch.cuda.get_device_name()
     table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    return table
+
+
+def save_table(path: Path, table: dict[str, Any]) -> None:
+    """Write ``table`` with a line for each number of tokens, layers and tokens in order."""
+    lines = []
+    for shape, entries in sorted(table["layers"].items()):
+        ordered = sorted(entries.items(), key=lambda entry: int(entry[0]))
+        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(entry)}" for tokens, entry in ordered)
+        lines.append(f"  {json.dumps(shape)}: {{\n{inner}\n  }}")
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The fastest launch for each number of tokens; null is the library."""
+    table = read_table(path)
     for key in {f"{row['features']}x{row['inputs']}" for row in rows}:
         table["layers"][key] = {}
     for row in rows:
@@ -262,12 +286,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         if best is not None:
             best = {k: v for k, v in best.items() if k != "enable_pdl"} | {"unfused_us": row["unfused_us"]}
         table["layers"][f"{row['features']}x{row['inputs']}"][str(row["tokens"])] = best
-    lines = []
-    for key, entries in sorted(table["layers"].items()):
-        inner = ",\n".join(f"   {json.dumps(tokens)}: {json.dumps(entry)}" for tokens, entry in entries.items())
-        lines.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
-    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "layers")
-    path.write_text("{\n" + head + ' "layers": {\n' + ",\n".join(lines) + "\n }\n}\n")
+    save_table(path, table)
 
 
 _HIDDEN = ("us", "kernel", "enable_pdl", "tokens")
