@@ -35,7 +35,7 @@ class LayerBuilder:
     quant: QuantizationLoader
     parallel: TensorParallel = field(default_factory=TensorParallel)
     max_positions: int | None = None
-    """Positions the rotary tables cover; None: all that config.json allows."""
+    """Positions that rotary tables cover; without it none can be made."""
     _rope_tables: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def make_column_parallel_linear(
@@ -85,6 +85,8 @@ class LayerBuilder:
 
     def make_rope_table(self, hf_config: Any, head_dim: int) -> Tensor:
         """The table of ``rotary.make_rope_table``, made once for equal parameters and shared by the layers."""
+        if self.max_positions is None:
+            raise ValueError("a LayerBuilder without max_positions makes no rotary table")
         key = f"{hf_config.rope_parameters}/{head_dim}"
         if key not in self._rope_tables:
             self._rope_tables[key] = make_rope_table(hf_config, head_dim, self.max_positions, self.device)

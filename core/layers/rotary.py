@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import CheckpointError
-from quire.core.loading.hf_config import get_context_length
 
 __all__ = ["list_rope_types", "make_rope_table"]
 
@@ -28,22 +27,21 @@ class _Frequencies(NamedTuple):
     """Cosines and sines are multiplied by it."""
 
 
-def make_rope_table(hf_config: Any, head_dim: int, max_positions: int | None, device: torch.device) -> Tensor:
-    """(max_positions, rotary_dim) float32. ``max_positions`` None: the context that the configuration allows.
+def make_rope_table(hf_config: Any, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
+    """(max_positions, rotary_dim) float32 for ``hf_config.rope_parameters``.
 
     Raises ``CheckpointError`` for a variant these families do not have.
     """
     parameters = dict(hf_config.rope_parameters)
     rope_type = parameters.get("rope_type", "default")
-    rows = max_positions or get_context_length(hf_config)
-    positions = torch.arange(rows, dtype=torch.float32, device=device)
+    positions = torch.arange(max_positions, dtype=torch.float32, device=device)
     dim = int(head_dim * _get_rotary_fraction(parameters, rope_type))
     if rope_type == "dynamic":
         inv_freq, factor = _compute_dynamic_ntk(parameters, dim, positions, hf_config.max_position_embeddings)
         angles = positions[:, None] * inv_freq
     elif rope_type in _ROPE_VARIANTS:
         inv_freq, factor = _ROPE_VARIANTS[rope_type](parameters, dim, hf_config.max_position_embeddings)
-        angles = positions[:, None] * inv_freq.to(device)  # (rows, rotary_dim / 2)
+        angles = positions[:, None] * inv_freq.to(device)  # (max_positions, rotary_dim / 2)
     else:
         known = ", ".join(list_rope_types())
         raise CheckpointError(
@@ -78,7 +76,7 @@ def _compute_linear(parameters: _Parameters, dim: int, max_position: int) -> _Fr
 
 
 def _compute_dynamic_ntk(parameters: _Parameters, dim: int, positions: Tensor, max_position: int) -> _Frequencies:
-    """Dynamic NTK: past the trained length the base grows with the length. Returns (rows, dim / 2) frequencies.
+    """Dynamic NTK: past the trained length the base grows with the length. Returns (positions, dim / 2) frequencies.
 
     Here a position's frequencies come from its own index, as transformers computes them when it decodes one token at
     a time. So a cached key never depends on what came after it, and chunks, prefix hits and batches change nothing;

@@ -20,6 +20,7 @@ from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.checkpoint import optional_names
 from quire.core.layers.parallel import TensorParallel
+from quire.core.loading.hf_config import get_context_length
 
 __all__ = ["find_weight_files", "load_model"]
 
@@ -55,6 +56,7 @@ def load_model(
             f"quantization {type(quant).__name__!r} cannot load {str(path)!r}: {'; '.join(reasons)}; choose another "
             f"with --quantization"
         )
+    max_positions = max_positions or get_context_length(hf_config)
     builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions)
     with torch.inference_mode(False), torch.no_grad():
         model = model_class(hf_config, builder)

@@ -69,3 +69,5 @@ def test_layers_share_one_rotary_table() -> None:
     table = builder.make_rope_table(config, 8)
     assert table.shape == (32, 8) and builder.make_rope_table(config, 8) is table
     assert builder.make_rope_table(config, 4) is not table
+    with pytest.raises(ValueError, match="max_positions"):
+        make_builder().make_rope_table(config, 8)

@@ -34,11 +34,6 @@ def test_table_is_transformers(variant: str) -> None:
     torch.testing.assert_close(table[:, 16:], sin[0, :, :16], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("variant", "length"), [("default", 256), ("linear", 1024), ("llama3", 256), ("yarn", 256)])
-def test_without_a_bound_the_table_covers_the_context(variant: str, length: int) -> None:
-    assert make_rope_table(make_config(VARIANTS[variant]), 32, None, CPU).shape == (length, 32)
-
-
 def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
     config = make_config(VARIANTS["default"])
     config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4}
