@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def waiting_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launching a step raises where it would wait for the GPU: steps under way would end before the next begins."""
+    """Launching a step raises where it would wait for the GPU: steps in flight would end before the next begins."""
     import torch
 
     from quire.core.worker.worker import Worker

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.layers.shards import RankGroup, ThreadRank
 from tests.models.paged import CLASSES, PagedRunner, load
 from torch import Tensor
 
@@ -54,6 +54,12 @@ def test_dummy_weights_come_from_the_seed(tiny: Path, copy: Path) -> None:
     assert not torch.equal(first["embed_tokens.weight"], other["embed_tokens.weight"])
     logits = PagedRunner(load(copy, load_format="dummy"), 1).step({0: list(range(20))})[0]
     assert logits.isfinite().all() and 0.1 < logits.std() < 10
+
+
+@pytest.mark.parametrize(("rope", "length"), [("default", 256), ("linear", 1024), ("llama3", 256), ("yarn", 256)])
+def test_rotary_tables_cover_the_context(tmp_path: Path, rope: str, length: int) -> None:
+    model = load(make_tiny_model("llama", tmp_path, rope=rope))
+    assert model.layers[0].self_attn.cos_sin.shape == (length, 16)
 
 
 def test_unknown_load_format(tiny: Path) -> None:
@@ -170,11 +176,11 @@ def test_ranks_together_equal_one(family: str, size: int, overrides: dict, tmp_p
     path = make_tiny_model(family, tmp_path, **overrides)
     prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = PagedRunner(load(path), 1).step({0: prompt})[0]
-    room = Room(threading.Barrier(size), [None] * size)
+    group = RankGroup(threading.Barrier(size), [None] * size)
     results: list[Tensor | None] = [None] * size
 
     def work(rank: int) -> None:
-        model = load(path, parallel=ThreadRank(rank, size, room))
+        model = load(path, parallel=ThreadRank(rank, size, group))
         results[rank] = PagedRunner(model, 1).step({0: prompt})[0]
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
@@ -190,37 +196,6 @@ def test_ranks_together_equal_one(family: str, size: int, overrides: dict, tmp_p
 def test_ranks_that_do_not_divide(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="3 ranks cannot share evenly"):
         load(tiny, parallel=TensorParallel(0, 3))
-
-
-@dataclass
-class Room:
-    barrier: threading.Barrier
-    slots: list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class ThreadRank(TensorParallel):
-    """Exchanges through a list instead of a process group."""
-
-    room: Room = field(default_factory=lambda: Room(threading.Barrier(1), [None]))
-
-    def __init__(self, rank: int, size: int, room: Room) -> None:
-        object.__setattr__(self, "rank", rank)
-        object.__setattr__(self, "size", size)
-        object.__setattr__(self, "room", room)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return sum(self._exchange(x))  # type: ignore[return-value]
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._exchange(x), dim=-1)
-
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self.room.slots[self.rank] = x.clone()
-        self.room.barrier.wait(60)
-        parts = [part for part in self.room.slots if part is not None]
-        self.room.barrier.wait(60)
-        return parts
 
 
 def change(path: Path, how) -> None:

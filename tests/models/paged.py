@@ -68,8 +68,8 @@ class PagedRunner:
         self.device = next(model.parameters()).device
         self.size = specs[0].block_size
         self.backends = [backend(spec, self.device) for spec in groups]
-        for made in self.backends:
-            made.allocate_workspaces(AttentionLimits(num_seqs, max_len, self.device))
+        for attention_backend in self.backends:
+            attention_backend.allocate_workspaces(AttentionLimits(num_seqs, max_len, self.device))
         self.group_of = [groups.index(spec) for spec in specs]
         width = -(-max_len // self.size)
         generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.loading.test_loader import Room, ThreadRank
+from tests.layers.shards import RankGroup, ThreadRank
 from tests.models.paged import PagedRunner
 from tests.quant.test_fixtures import FIXTURES, NAMES, load
 from tests.quant.tolerances import FLOAT32, assert_near
@@ -70,9 +70,9 @@ def logits(path: Path, **options: Any) -> Tensor:
 def test_two_ranks_together_equal_one(name: str) -> None:
     """Groups and blocks are cut, permuted inputs shared out, and two heads for keys and values are one on each."""
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    room, results = Room(threading.Barrier(2), [None] * 2), [torch.empty(0)] * 2
+    group, results = RankGroup(threading.Barrier(2), [None] * 2), [torch.empty(0)] * 2
 
-    runners = [PagedRunner(load(FIXTURES / name, parallel=ThreadRank(r, 2, room)), 1, max_len=32) for r in range(2)]
+    runners = [PagedRunner(load(FIXTURES / name, parallel=ThreadRank(r, 2, group)), 1, max_len=32) for r in range(2)]
 
     def work(rank: int) -> None:
         results[rank] = runners[rank].step({0: expected["tokens"].tolist()})[0]
