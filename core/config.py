@@ -72,10 +72,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationConfig:
-    """Speculative decoding. Who proposes is the plugin of kind ``spec_decode``."""
+    """Speculative decoding. The proposer is the plugin of kind ``spec_decode``."""
 
     num_speculative_tokens: int
-    """The most drafts that a step verifies for a request."""
+    """The most draft tokens that a step verifies for a request."""
     draft_model_path: str | None = None
     """Folder of the draft model or head."""
     adaptive: bool = True

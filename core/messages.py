@@ -1,8 +1,8 @@
-"""Everything that crosses a boundary, in the order a request meets it.
+"""Everything that crosses a boundary, in the order in which a request meets it.
 
-front -> EngineCoreRequest -> engine core -> SchedulerOutput -> worker -> ModelRunnerOutput -> engine core
--> EngineCoreOutputs -> front -> RequestOutput. Messages between processes are msgspec structs; those between
-the scheduler and the worker are columns of numpy arrays, because they are made once a step.
+API process -> EngineCoreRequest -> engine core -> SchedulerOutput -> worker -> ModelRunnerOutput -> engine core
+-> EngineCoreOutputs -> API process -> RequestOutput. Messages between processes are msgspec structs; those between
+the scheduler and the worker hold columns of numpy arrays, because they are made in every step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ErrorKind = Literal["invalid", "queue_full", "failed"]
 """Why a request ended with an error: it cannot be served as asked, the queue refuses it, or the engine failed."""
 
 
-# ---- front -> engine core ----------------------------------------------------------------------------------------
+# ---- API process -> engine core ----------------------------------------------------------------------------------
 
 
 class EngineCoreRequest(msgspec.Struct, array_like=True):
@@ -59,7 +59,7 @@ class EngineCoreRequest(msgspec.Struct, array_like=True):
     cache_salt: str | None = None
     """Requests share cached prefixes only within one salt."""
     parent_id: str | None = None
-    """The request whose prompt KV this one may fork (the first of an ``n > 1`` family)."""
+    """The request whose prompt KV this one may fork (the first of the ``n > 1``)."""
 
 
 # ---- engine core -> worker ---------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class NewRequest:
     row: int
     request_id: str
     token_ids: list[int]
-    """Every token known so far: the prompt, then what was generated before a preemption."""
+    """Every token so far: the prompt, then what was generated before a preemption."""
     prompt_len: int
     num_computed_tokens: int
     """Tokens whose KV is already in the cache (prefix hit or fork)."""
@@ -103,8 +103,8 @@ class BlockCopy(NamedTuple):
 
 @dataclass(slots=True)
 class HostDraft:
-    """Tokens that may follow the first ``base_len`` tokens of a row. Some of those positions may have been drawn since:
-    the worker drops them where it does not agree with them."""
+    """Tokens that may follow the first ``base_len`` tokens of a row. Tokens at the first of those positions may have
+    been sampled since: where they differ, the worker drops the draft."""
 
     row: int
     base_len: int
@@ -123,7 +123,7 @@ class SchedulerOutput:
     step: int
     rows: NDArray[np.int32]  # (num_reqs,)
     num_scheduled_tokens: NDArray[np.int32]  # (num_reqs,)
-    sampling_mask: NDArray[np.bool_]  # (num_reqs,) the grant reaches the last known token, so a new one is drawn
+    sampling_mask: NDArray[np.bool_]  # (num_reqs,) the grant reaches the request's last token, so a new one is sampled
     num_decodes: int
     total_num_scheduled_tokens: int
     max_seq_len: int
@@ -139,7 +139,7 @@ class SchedulerOutput:
     host_drafts: list[HostDraft] = field(default_factory=list)
     """Applied after ``block_copies``: what a proposer on the host expects to follow."""
     num_tokens_to_propose: int = 0
-    """Tokens that a proposer on the device drafts after the step for each request that drew."""
+    """Tokens that a proposer on the device drafts after the step for each request that sampled."""
     run_draft_prefill: bool = True
     """Whether a proposer is to read the prompts of the step, and what it has passed over before."""
 
@@ -158,11 +158,11 @@ class LogprobRows:
 
 @dataclass(slots=True)
 class ModelRunnerOutput:
-    """What a step drew, aligned with ``SchedulerOutput.rows``."""
+    """What a step sampled, aligned with ``SchedulerOutput.rows``."""
 
     step: int
     sampled_token_ids: NDArray[np.int32]  # (num_reqs, 1 + k) accepted tokens, left-aligned
-    num_sampled_tokens: NDArray[np.int32]  # (num_reqs,) how many of them are real; 0 where nothing was drawn
+    num_sampled_tokens: NDArray[np.int32]  # (num_reqs,) how many of them are real; 0 where none was sampled
     num_verified_drafts: NDArray[np.int32] | None = None  # (num_reqs,) drafts that were verified; None: nowhere any
     logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     """By index into the step, only for requests that asked."""
@@ -178,7 +178,7 @@ class ModelRunnerOutput:
     """A proposer read what it had passed over, which ``device_us`` holds too."""
 
 
-# ---- engine core -> front ----------------------------------------------------------------------------------------
+# ---- engine core -> API process ----------------------------------------------------------------------------------
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
@@ -190,7 +190,7 @@ class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
 
 
 class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """What one request gained in one step, and all there is to say of it."""
+    """What one request gained in one step, where that is more than tokens; see ``EngineCoreOutputs``."""
 
     request_id: str
     new_token_ids: list[int]
@@ -224,7 +224,7 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     quarantined: list[QuarantinedPlugin] = []
     """Every plugin of the engine core that is quarantined, oldest first; sent with ``stats``."""
     steps: list[StepStats] = []
-    """The steps committed since the last message."""
+    """The steps that were finished since the last message."""
 
     def iter_new_tokens(self) -> Iterator[tuple[str, list[int]]]:
         """The columns as (request, its tokens)."""
@@ -237,11 +237,11 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
             yield request_id, self.new_token_ids[end - count : end]
 
     def expand_outputs(self) -> list[EngineCoreOutput]:
-        """An object for every request, for who looks at few of them."""
+        """An object for every request, for code that looks at few of them."""
         return [*self.outputs, *(EngineCoreOutput(*pair) for pair in self.iter_new_tokens())]
 
 
-# ---- front -> user -----------------------------------------------------------------------------------------------
+# ---- API process -> caller ---------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Figures about steps and requests, and their names."""
+"""Statistics of the engine, of its steps and of requests, and the names of metrics."""
 
 from __future__ import annotations
 
@@ -54,28 +54,28 @@ class StepStats(msgspec.Struct, array_like=True):
     num_decodes: int
     num_tokens: int
     start_us: float
-    """When planning began."""
+    """When the scheduler began with it."""
     schedule_us: float
-    """Planning."""
+    """Scheduling it."""
     launch_us: float
-    """From the plan to the last kernel queued; on a CPU, to handing the step over."""
+    """From its schedule to the last kernel queued; on a CPU, to handing the step over."""
     device_us: float
     """On the device: between the step's first and last kernel, or on a CPU the time it took."""
     wait_us: float
-    """The host stood still for the step's tokens. Near zero where the host is the slower one."""
+    """The host waited for the step's tokens. Near zero where the host is slower than the device."""
     end_us: float
-    """When its tokens were known to the host."""
+    """When the host had its tokens."""
     update_us: float
-    """Booking the tokens."""
+    """Updating requests, blocks and outputs with the tokens."""
     num_drafts: int = 0
-    """Drafted tokens verified."""
+    """Draft tokens verified."""
     num_accepted: int = 0
-    """Of those, accepted: tokens gained beyond one a request."""
+    """Of those, accepted: tokens gained beyond one for each request."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """A finished request, as its front saw it. Times in seconds."""
+    """A finished request, as the API process saw it. Times in seconds."""
 
     finish_reason: str
     num_prompt_tokens: int

@@ -1,4 +1,4 @@
-"""Metrics exporter: where the figures go."""
+"""Metrics exporter: takes the statistics of engine and requests to where they are read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ __all__ = ["MetricsExporter"]
 
 
 class MetricsExporter(ABC):
-    """Lives in the front process, on its event loop: must not block. One that raises is dropped, and logged."""
+    """Called in the API process, on its event loop: it must not block. One that raises is quarantined.
+
+    Times are in seconds unless a name ends in ``_us`` (microseconds). Later minor versions report more stats: an
+    exporter passes on or ignores names that it does not know.
+    """
 
     def __init__(self, labels: Mapping[str, str], options: Any = None) -> None:
         self.labels = dict(labels)
-        """``model_name`` and whatever else marks every figure."""
+        """Labels of every metric: ``model_name``, and others in later versions."""
 
     @abstractmethod
     def record_engine(self, stats: Mapping[str, float]) -> None:
@@ -24,21 +28,22 @@ class MetricsExporter(ABC):
 
     @abstractmethod
     def record_request(self, stats: RequestStats) -> None:
-        """A request finished."""
+        """A request finished, failed or was aborted: called once for each of its ``n`` continuations."""
 
     @abstractmethod
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
-        """Tokens reached callers: counts, a time to first token if one did, and gaps between tokens, in seconds."""
+        """Tokens reached callers: how many of a prompt (with its first token) and generated, the time to first token
+        if one of them is a first, and the gaps between tokens (inter-token latencies)."""
 
     def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
         """A plugin was quarantined: called once for each. The stat ``plugin_quarantines_total`` is their number."""
 
     def record_step(self, stats: StepStats) -> None:
-        """An engine step was committed. Called for every step: keep it cheap."""
+        """An engine step was finished. Called for every step, so it has microseconds."""
 
     def render(self) -> tuple[str, bytes] | None:
         """(content type, body) for ``GET /metrics``; None if this exporter pushes."""
         return None
 
     def close(self) -> None:
-        """Flush and stop."""
+        """Send what is left, and stop. Called once, when the server stops."""

@@ -1,1 +1,1 @@
-"""The engine core, its clients and the two fronts, LLM and AsyncLLM."""
+"""The engine core, its client, and the two classes that users call: LLM and AsyncLLM."""

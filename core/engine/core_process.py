@@ -26,7 +26,7 @@ from quire.core.engine.ipc import (
 )
 from quire.core.errors import QuireError
 from quire.core.log import setup_logging
-from quire.core.worker import worker as _worker  # noqa: F401 - imported while the front makes the configuration
+from quire.core.worker import worker as _worker  # noqa: F401 - imported while the API process builds the configuration
 
 __all__ = ["EngineCoreProcess"]
 
@@ -35,7 +35,7 @@ _IDLE_POLL_MS = 1000
 
 
 class EngineCoreProcess:
-    """Takes in messages between steps. Ends when told to, or when its parent is gone."""
+    """Runs an engine core, and handles messages between its steps. Ends on ``Shutdown``, or when its parent is gone."""
 
     def __init__(self, folder: str, device: str, parent_pid: int) -> None:
         self._context = zmq.Context()
@@ -54,13 +54,14 @@ class EngineCoreProcess:
         try:
             while not self._input_socket.poll(_IDLE_POLL_MS):
                 if os.getppid() != self._parent_pid:
-                    return 1
+                    return 1  # the API process ended before it had a configuration
             start = self._codec.decode_start(self._input_socket.recv())
             setup_logging(start.log_level)
             core = EngineCore(start.config)
             capacity = core.capacity
             memory = (capacity.weight_bytes, capacity.activation_bytes, capacity.graph_bytes)
             self._send_message(EngineReady(capacity.num_blocks, capacity.bytes_per_block, *memory))
+            # What the engine was built from stays: a collection that scans it would stall a step.
             gc.collect()
             gc.freeze()
             self._run_busy_loop(core)
@@ -114,7 +115,7 @@ def _format_error(error: BaseException) -> str:
 
 
 def _initialize_gpu(device: str) -> None:
-    """What fails here fails again where it can be told."""
+    """Create the CUDA context while the configuration is built. An error is ignored: it comes again and is reported."""
     with contextlib.suppress(Exception):
         if device != "cpu" and torch.cuda.is_available():
             torch.zeros(1, device="cuda")

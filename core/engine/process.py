@@ -1,6 +1,7 @@
-"""An engine core's process, seen from both ends: ``python -m quire.core.engine.process FOLDER DEVICE PARENT``.
+"""The process of an engine core: its parent's handle of it, and its entry point.
 
-Imports nothing heavy, so that it can be started before anything else.
+It is ``python -m quire.core.engine.process FOLDER DEVICE PARENT``. This module imports nothing heavy, so that the
+process can be started before anything else.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ __all__ = ["EngineProcess", "main"]
 
 
 class EngineProcess:
-    """Runs from construction on: it imports what it needs, and wakes a GPU unless ``device`` is ``cpu``, while its
-    configuration is made. As a context it is gone at the end."""
+    """Starts when constructed: it imports what it needs, and initializes a GPU unless ``device`` is ``cpu``, while its
+    configuration is built. As a context manager it ends the process."""
 
     def __init__(self, device: str = "auto") -> None:
         self.folder = tempfile.mkdtemp(prefix="quire-")  # of the sockets: only this user can enter
@@ -32,6 +33,11 @@ class EngineProcess:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
 
     @property
     def exit_status(self) -> int | None:

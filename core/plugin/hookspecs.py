@@ -96,7 +96,7 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | str |
     """
 
 
-# ---- Lifecycle and the front doors. Called only for the bundled plugins and those named by ``--plugin``.
+# ---- Lifecycle, command line, HTTP application. Called only for the bundled plugins and those named by ``--plugin``.
 
 
 @hookspec

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quire import LLM, AsyncLLM, SamplingParams
+from quire.core.engine.process import EngineProcess
 from quire.core.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -32,7 +33,8 @@ async def idle(engine: AsyncLLM) -> None:
 
 def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
     async def scenario() -> None:
-        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", max_num_queued_requests=80)
+        process = EngineProcess("cpu")
+        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", max_num_queued_requests=80, process=process)
         with pytest.raises(EngineDeadError, match="not started"):
             await last(engine, [5])
         await engine.start()
@@ -78,7 +80,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
         # the engine process dies: every caller is told
         task = asyncio.create_task(last(engine, [9, 9], LONG))
         await asyncio.sleep(0.1)
-        os.kill(engine._client._process._child.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await task
         assert engine.is_dead
