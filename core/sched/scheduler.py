@@ -62,7 +62,7 @@ from quire.core.sched.policy_guard import PolicyGuard
 from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduled_batch import ScheduledBatch
 from quire.core.sched.speculation import Speculation
-from quire.core.sched.waiting_queue import MAX_VISIBLE, ForkGroups, WaitingQueue
+from quire.core.sched.waiting_queue import ForkGroups, WaitingQueue
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["Scheduler", "SchedulerDebugState"]
@@ -276,9 +276,7 @@ class Scheduler:
         running, waiting = self._running, self._waiting
         while True:
             batch.prefix_hit_refund = False
-            # No waiting request is shown where none could be admitted; and the fewer rows are free, the fewer are.
-            num_admissible = 0 if batch.out_of_blocks else min(running.num_free_rows, waiting.num_ready)
-            num_visible = min(MAX_VISIBLE, 32 + 4 * running.num_free_rows) if num_admissible else 0
+            num_visible = 0 if batch.out_of_blocks else waiting.count_visible(running.num_free_rows)
             # The requests that the view numbers. Plans are carried out on these, whatever changes meanwhile.
             running_rows, waiting_requests = running.rows, waiting.peek_requests(num_visible)
             if not len(running_rows) and not waiting_requests:
@@ -296,14 +294,13 @@ class Scheduler:
         return self._token_budget.num_tokens if self._config.chunked_prefill or not self._waiting.num_ready else 0
 
     def _make_view(self, batch: ScheduledBatch, num_visible: int) -> StepView:
-        running = self._running.view_columns(batch.scheduled_rows())
         return StepView(
             now_ns=self._clock(),
             token_budget=batch.token_budget - batch.reserved_draft_budget,
             num_free_rows=self._running.num_free_rows,
             num_free_blocks=self._allocator.num_free_blocks(),
             block_size=self._allocator.block_size,
-            running=running,
+            running=self._running.view_columns(batch.scheduled_rows()),
             waiting=self._waiting.view_columns(num_visible),
             chunked_prefill=self._config.chunked_prefill,
         )

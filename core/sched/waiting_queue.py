@@ -21,6 +21,10 @@ __all__ = ["MAX_VISIBLE", "ForkGroups", "WaitingQueue"]
 MAX_VISIBLE = 512
 """Requests at the head of the queue that a policy sees, at most."""
 
+_MIN_VISIBLE, _VISIBLE_PER_FREE_ROW = 32, 4
+"""Requests that it sees while few rows are free, and how many more for each free row: enough to choose from, and no
+columns of requests that could not be admitted."""
+
 _HEAP_SLACK = 64
 """Entries of removed requests that the heap may hold beside twice its live ones before it is rebuilt."""
 
@@ -97,6 +101,12 @@ class WaitingQueue:
             return
         self._delete_front(bisect_left(self._front_keys, key))
         self._refill_front()
+
+    def count_visible(self, num_free_rows: int) -> int:
+        """Requests that a policy is shown while ``num_free_rows`` could be admitted; none if none can be."""
+        if not num_free_rows or not self.num_ready:
+            return 0
+        return min(self._max_visible, _MIN_VISIBLE + _VISIBLE_PER_FREE_ROW * num_free_rows)
 
     def peek_requests(self, limit: int) -> list[Request]:
         """The first ``limit`` requests that may be admitted, in order."""
