@@ -1,0 +1,119 @@
+"""How requests end, and what is sent for them."""
+
+import pytest
+
+from quire.core.stats import ENGINE_STATS
+from quire.core.testing.fake_kv_worker import compute_expected_tokens
+
+# ---- how requests end
+
+
+def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
+    drawn = compute_expected_tokens(0, [1, 2], 8, 50)
+    engine = make_engine()
+    engine.add_request("eos", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]])
+    engine.add_request("stop", [1, 2], max_tokens=8, seed=0, stop_token_ids=[drawn[3]])
+    engine.add_request("ignored", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], ignore_eos=True)
+    engine.add_request("later", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], min_tokens=5)
+    engine.run_until_finished()
+    ends = {o.request_id: (o.finish_reason, o.stop_reason) for o in engine.outputs if o.finish_reason}
+    assert ends == {
+        "eos": ("stop", None),
+        "stop": ("stop", drawn[3]),
+        "ignored": ("length", None),
+        "later": ("length", None),
+    }
+    assert len(engine.received["eos"]) == 4 and len(engine.received["later"]) == 8
+
+
+@pytest.mark.parametrize("stops", [[2**40], [-5], [2**20 + 3], list(range(100, 4000))])
+def test_unusual_stop_token_ids_do_no_harm(make_engine, stops):
+    engine = make_engine(vocab_size=2**20 + 5)
+    engine.add_request("r", [1], max_tokens=4, stop_token_ids=stops)
+    engine.add_request("s", [1], max_tokens=4)
+    engine.run_until_finished()
+    assert len(engine.finished) == 2
+
+
+def test_abort_at_any_moment_returns_everything(make_engine):
+    for moment in range(12):
+        engine = make_engine(budget=6, num_blocks=20)
+        engine.add_request("a", [1] * 10, max_tokens=6)
+        engine.add_request("b", [2] * 10, max_tokens=6)
+        for _ in range(moment):
+            engine.run_step()
+        if "a" not in engine.finished:
+            engine.abort_request("a")
+            assert engine.allocator.debug_state().tables.keys() <= {"b"}
+        engine.run_until_finished()
+        assert engine.finished["b"] == "length" and engine.allocator.num_free_blocks() == 19
+    assert not engine.scheduler.abort_request("a")
+
+
+def test_a_failed_step_ends_its_own_requests_only(make_engine):
+    engine = make_engine(rows=2)
+    for i in range(3):
+        engine.add_request(f"r{i}", [i] * 9, max_tokens=3)
+    engine.launch_step()
+    engine.launch_step()
+    ended = engine.fail_step()
+    assert [(o.request_id, o.finish_reason, o.error) for o in ended] == [
+        ("r0", "error", "the worker failed"),
+        ("r1", "error", "the worker failed"),
+    ]
+    assert engine.allocator.stats().num_cached == 0, "what a failed step wrote must not be found"
+    engine.run_until_finished()
+    assert engine.finished == {"r0": "error", "r1": "error", "r2": "length"}
+    assert engine.allocator.num_free_blocks() == 63
+
+
+# ---- what is sent
+
+
+def test_logprobs_are_sent_with_their_tokens(make_engine):
+    engine = make_engine(budget=5)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    engine.add_request("r", prompt, max_tokens=3, logprobs=0, prompt_logprobs=0)
+    engine.add_request("s", [1], max_tokens=3)
+    engine.run_until_finished()
+    outputs = [output for output in engine.outputs if output.request_id == "r"]
+    assert [output.logprobs[0].token_ids for output in outputs] == [[token] for token in engine.received["r"]]
+    assert [position.token_ids[0] for position in outputs[0].prompt_logprobs] == prompt[1:]
+    assert all(output.prompt_logprobs is None for output in outputs[1:])
+    assert all(output.logprobs is None for output in engine.outputs if output.request_id == "s")
+
+
+def test_prompt_logprobs_survive_preemption(make_engine):
+    engine = make_engine(num_blocks=17, budget=4, watermark=0.0)
+    prompt = list(range(20))
+    engine.add_request("old", [1] * 30, max_tokens=30)
+    for _ in range(9):
+        engine.run_step()
+    engine.add_request("r", prompt, max_tokens=5, prompt_logprobs=0)
+    engine.run_until_finished()
+    (sent,) = [o.prompt_logprobs for o in engine.outputs if o.request_id == "r" and o.prompt_logprobs is not None]
+    assert [position.token_ids[0] for position in sent] == prompt[1:]
+
+
+def test_the_first_output_tells_of_cache_and_queue(make_engine):
+    engine = make_engine(rows=1)
+    engine.add_request("a", [1] * 9, max_tokens=2)
+    engine.add_request("b", [1] * 9, max_tokens=2)
+    engine.run_until_finished()
+    first = {o.request_id: o for o in reversed(engine.outputs)}
+    assert first["a"].num_cached_tokens == 0 and first["b"].num_cached_tokens == 8
+    assert first["b"].queue_ns > first["a"].queue_ns
+
+
+def test_stats_have_the_promised_names(make_engine):
+    engine = make_engine()
+    engine.add_request("a", [1] * 9, max_tokens=4)
+    engine.add_request("b", [1] * 9, max_tokens=4)
+    engine.launch_step()
+    stats = engine.scheduler.stats()
+    assert stats.keys() <= ENGINE_STATS.keys()
+    assert stats["num_requests_running"] == 2 and 0 < stats["kv_cache_usage_perc"] < 1
+    engine.run_until_finished()
+    stats = engine.scheduler.stats()
+    assert stats["prompt_tokens_total"] == 18 and stats["generation_tokens_total"] == 8
+    assert stats["kv_cache_usage_perc"] == 0
