@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quire.core.contracts.quant import LayerInfo, QuantizationLoader
 from quire.core.errors import ConfigError
-from quire.core.layers.embedding import LMHead, VocabEmbedding, compute_rows_per_rank
+from quire.core.layers.embedding import LMHead, VocabEmbedding, compute_vocab_shard_size
 from quire.core.layers.linear import Linear
 from quire.core.layers.norm import RMSNorm
 from quire.core.layers.parallel import TensorParallel
@@ -73,9 +73,9 @@ class LayerBuilder:
         """The language model's head. ``tied_to`` an embedding, it has no weights but those."""
         if tied_to is not None:
             return LMHead(vocab_size, self.parallel, tied_to)
-        rows = compute_rows_per_rank(vocab_size, self.parallel)
+        shard_size = compute_vocab_shard_size(vocab_size, self.parallel)
         linear = self._make_linear(
-            name, "lm_head", hidden_size, hidden_size, {name: vocab_size}, [rows], "column", False
+            name, "lm_head", hidden_size, hidden_size, {name: vocab_size}, [shard_size], "column", False
         )
         return LMHead(vocab_size, self.parallel, linear)
 

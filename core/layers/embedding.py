@@ -12,11 +12,11 @@ from quire.core.layers.linear import Linear
 from quire.core.layers.parallel import TensorParallel
 from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 
-__all__ = ["LMHead", "VocabEmbedding", "compute_rows_per_rank"]
+__all__ = ["LMHead", "VocabEmbedding", "compute_vocab_shard_size"]
 
 
-def compute_rows_per_rank(vocab_size: int, parallel: TensorParallel) -> int:
-    """Rows of the vocabulary on each rank, the last rank's padded."""
+def compute_vocab_shard_size(vocab_size: int, parallel: TensorParallel) -> int:
+    """Tokens of the vocabulary on each rank, the last rank's padded."""
     return -(-vocab_size // parallel.size)
 
 
@@ -36,10 +36,10 @@ class VocabEmbedding(CheckpointLayer):
         self.name = name
         self.vocab_size = vocab_size
         self.parallel = parallel
-        rows = compute_rows_per_rank(vocab_size, parallel)
-        self.vocab_start_index = parallel.rank * rows
-        weight = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)  # (rows, hidden)
+        shard_size = compute_vocab_shard_size(vocab_size, parallel)
+        self.vocab_start_index = parallel.rank * shard_size
+        weight = torch.zeros(shard_size, hidden_size, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (shard_size, hidden)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(num_tokens,) int -> (num_tokens, hidden)."""
@@ -47,7 +47,7 @@ class VocabEmbedding(CheckpointLayer):
         return self.parallel.all_reduce(ops.embedding(ids, self.weight, self.vocab_start_index, whole))
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
-        """The whole table, of which this rank keeps its rows."""
+        """One for the whole table, of which this rank keeps its shard."""
         return {f"{self.name}.weight": self._load_weight}
 
     def _load_weight(self, tensor: Tensor) -> None:
@@ -65,20 +65,19 @@ class LMHead(nn.Module):
         self.parallel = parallel
         self.tied = isinstance(source, VocabEmbedding)
         self.weight_source = source
-        self.small_batch_linear: SmallBatchGemm | None = None
+        self.small_batch_gemm: SmallBatchGemm | None = None
         if isinstance(source, VocabEmbedding):
-            rows, inputs = source.weight.shape
-            self.small_batch_linear = get_small_batch_gemm(source.weight.device, rows, inputs, source.weight.dtype)
+            shard_size, hidden_size = source.weight.shape
+            weight = source.weight
+            self.small_batch_gemm = get_small_batch_gemm(weight.device, shard_size, hidden_size, weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""
         if isinstance(self.weight_source, VocabEmbedding):
-            logits = (
-                self.small_batch_linear(hidden, self.weight_source.weight)
-                if self.small_batch_linear is not None
-                else None
-            )
-            logits = F.linear(hidden, self.weight_source.weight) if logits is None else logits
+            weight = self.weight_source.weight
+            logits = None if self.small_batch_gemm is None else self.small_batch_gemm(hidden, weight)
+            if logits is None:  # no kernel for this device or shape, or so many rows that cuBLAS is faster
+                logits = F.linear(hidden, weight)
         else:
             logits = self.weight_source(hidden)
         return self.parallel.all_gather(logits)[:, : self.vocab_size]

@@ -20,13 +20,16 @@ _SIZE_FIELDS = (
 )
 _COMMON_FIELDS: dict[str, type] = dict.fromkeys((*_SIZE_FIELDS, "num_key_value_heads", "vocab_size"), int)
 _COMMON_FIELDS |= {"hidden_act": str, "rms_norm_eps": float, "tie_word_embeddings": bool}
+"""Fields that a configuration gives itself, with these types, to be read without transformers."""
 _FAMILY_FIELDS: dict[Any, dict[str, type]] = {
     "llama": {"attention_bias": bool, "mlp_bias": bool},
     "mistral": {"sliding_window": NoneType},
     "qwen2": {"use_sliding_window": bool},
     "qwen3": {"use_sliding_window": bool, "attention_bias": bool, "head_dim": int},
 }
+"""And further ones by ``model_type``: those for which the family has a default of its own."""
 _TRANSFORMERS_ONLY_FIELDS = {"layer_types", "original_max_position_embeddings", "partial_rotary_factor"}
+"""Fields from which transformers derives others: a configuration with one of them is left to it."""
 _LLAMA3_ROPE_FIELDS = {"factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"}
 
 

@@ -13,7 +13,7 @@ BUNDLED_MODELS = ("quire-tiny", "quire-tiny-draft")
 """Models that come with the package, in ``core/assets``."""
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-_PICKLED_WEIGHTS = "pytorch_model.bin"
+_PICKLED_WEIGHTS = "pytorch_model.bin"  # in which some drafting heads are published
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
 

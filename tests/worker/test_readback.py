@@ -9,6 +9,7 @@ import torch
 from quire.core.messages import SchedulerOutput
 from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.sample.logprobs import LogprobsTensors
+from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.readback import Readback, StepTimer
 from quire.core.worker.sampling import SampledLogprobs, SampledTokens
 
@@ -29,14 +30,15 @@ def read(samples: list[bool], sampled: SampledTokens | None, prompt: dict[int, L
 
 
 def test_tokens_go_to_the_requests_that_sampled() -> None:
-    sampled = SampledTokens(torch.tensor([40, 50], dtype=torch.int32), quarantined=["logits_processor/x: bad"])
+    plugin = QuarantinedPlugin("logits_processor", "x", "raised")
+    sampled = SampledTokens(torch.tensor([40, 50], dtype=torch.int32), quarantined=[plugin])
     sampled.ran_draft_backfill = True
     result = read([False, True, True], sampled)
     assert result.step == 7
     assert result.sampled_token_ids.tolist() == [[0], [40], [50]]
     assert result.num_sampled_tokens.tolist() == [0, 1, 1]
     assert result.num_verified_drafts is None and result.logprobs == {} and result.prompt_logprobs == {}
-    assert result.quarantined == ["logits_processor/x: bad"] and result.ran_draft_backfill
+    assert result.quarantined == [plugin] and result.ran_draft_backfill
     assert result.num_compiled_kernels == 3 and result.device_us > 0
 
 
