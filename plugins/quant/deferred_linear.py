@@ -83,6 +83,11 @@ class DeferredLinear(LinearMethod):
         self._info: LayerInfo | None = None
         self._is_assembled = False
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no kernel takes the layer, so that it multiplies as an unquantized one."""
+        return self._dense_method is not None
+
     # ---- what a scheme says of itself
 
     @abstractmethod

@@ -79,7 +79,7 @@ def test_what_the_norm_before_should_emit(scale_shape: tuple[int, ...], monkeypa
     assert fp8.get_input_format(scale, None) == ("native" if blocks else "fp8_token")
     assert fp8.get_input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
     assert int8.get_input_format(scale, None) == "int8_token"
-    monkeypatch.setattr(fp8, "_library_has_block_scales", lambda device: True)
+    monkeypatch.setattr(fp8, "library_has_block_scales", lambda device: True)
     assert fp8.get_input_format(scale, None) == ("fp8_group" if blocks else "fp8_token")
     assert fp8.get_input_format(scale, torch.ones(1)) == ("native" if blocks else "fp8_tensor")
     assert (

@@ -31,7 +31,7 @@ def test_the_logits_are_those_of_the_tools_own_weights(name: str, tokens: int) -
     got, want = torch.cat(steps).float().cpu(), expected["logits"]
     off = ((got - want).norm() / want.norm()).item()
     methods = [layer.method for layer in model.modules() if isinstance(layer, Linear)]
-    wide = sum(isinstance(m, DeferredLinear) and m._dense_method is not None for m in methods)
+    wide = sum(isinstance(m, DeferredLinear) and m.is_dense for m in methods)
     print(f"{name} by {tokens}: off {off:.4f}, {wide} of {len(methods)} layers wide")
     assert off < get_gpu_tolerance(name, tokens)
 

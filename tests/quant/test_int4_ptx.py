@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from quire.plugins.quant.kernels.int4_words import _build_ptx
+from quire.plugins.quant.kernels.int4_words import build_unpack_ptx
 
 MASK = (1 << 32) - 1
 
@@ -64,7 +64,7 @@ def run(text: str, inputs: dict[str, int], dtype: torch.dtype) -> dict[str, int]
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_instructions(bits: int, scaled: bool, dtype: torch.dtype) -> None:
-    text = _build_ptx(bits, dtype == torch.float16, scaled).value
+    text = build_unpack_ptx(bits, dtype == torch.float16, scaled).value
     random = torch.Generator().manual_seed(bits)
     count, most = 32 // bits, (1 << bits) - 1
     offset = 1024 if dtype == torch.float16 else 128 if bits == 4 else 0

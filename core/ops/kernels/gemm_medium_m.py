@@ -87,14 +87,14 @@ def gemm_medium_m_kernel(
     offs_n = get_rows(tile, features, block_n, gated)
     offs_m = tl.arange(0, block_m)
     offs_k = tl.arange(0, block_k)
-    x_row = tl.minimum(offs_m, num_tokens - 1) * inputs
+    x_row = tl.minimum(offs_m, num_tokens - 1) * inputs  # a clamped row needs no mask, and is never stored
     weights = weight_ptr + offs_n.to(tl.int64)[:, None] * inputs + offs_k[None, :]
     pdl_wait(enable_pdl)
     acc = tl.zeros((block_n, block_m), dtype=tl.float32)
     even_k: tl.constexpr = inputs % block_k == 0
     for k in tl.range(0, inputs, block_k, num_stages=stages):
         if even_k:
-            w = tl.load(weights + k, eviction_policy="evict_first")
+            w = tl.load(weights + k, eviction_policy="evict_first")  # read once: leave L2 to the tokens
             x = tl.load(x_ptr + k + x_row[None, :] + offs_k[:, None])
         else:
             mask_k = k + offs_k < inputs

@@ -90,13 +90,13 @@ def gemm_small_m_kernel(
     offs_k = tl.arange(0, slice_k)[:, None] * block_k + tl.arange(0, block_k)[None, :]  # (slice_k, block_k)
     mask_m = (offs_m < num_tokens)[None, None, :]
     weights = weight_ptr + offs_n.to(tl.int64)[None, :, None] * inputs + offs_k[:, None, :]
-    pdl_wait(enable_pdl)
+    pdl_wait(enable_pdl)  # x is what the kernel before wrote
     acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
-    squares = tl.zeros((slice_k, block_k, block_m), dtype=tl.float32)
+    squares = tl.zeros((slice_k, block_k, block_m), dtype=tl.float32)  # dropped by the compiler without a norm
     even_k: tl.constexpr = inputs % (slice_k * block_k) == 0
     for k in tl.range(0, inputs, slice_k * block_k, num_stages=stages):
         if even_k:
-            w = tl.load(weights + k, eviction_policy="evict_first")
+            w = tl.load(weights + k, eviction_policy="evict_first")  # read once: leave L2 to the tokens
             x = tl.load(x_ptr + k + offs_m[None, None, :] * inputs + offs_k[:, :, None], mask=mask_m, other=0.0)
         else:
             mask_k = k + offs_k < inputs
@@ -112,7 +112,7 @@ def gemm_small_m_kernel(
             g = tl.load(norm_ptr + k + offs_k, mask=k + offs_k < inputs, other=0.0).to(tl.float32)
             x = (x_f32 * g[:, :, None]).to(x.dtype)
         acc = tl.dot(w, x, acc)
-    pdl_launch_dependents(enable_pdl)
+    pdl_launch_dependents(enable_pdl)  # the next kernel's weights may load during the epilogue
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if has_norm:
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]

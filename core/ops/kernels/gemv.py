@@ -108,15 +108,17 @@ def gemv_kernel(
     offs_k = tl.arange(0, vectors)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
     mask_k = offs_k < inputs
     weights = weight_ptr + offs_k[None, :, :]
-    offs_n = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
-    w = tl.load(weights + offs_n * inputs, mask=mask_k[None, :, :], other=0.0, eviction_policy="evict_first")
+    # int64: a vocabulary's weight has more than 2^31 bytes
+    first_row = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
+    # weights and gains never change: their loads start before the kernels before have ended
+    w = tl.load(weights + first_row * inputs, mask=mask_k[None, :, :], other=0.0, eviction_policy="evict_first")
     if has_norm:
         g = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    xs = ()
+    xs = ()  # unrolled: each token is in registers of its own
     for token in tl.static_range(block_m):
-        x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs
+        x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs  # beyond the last: the last again, never stored
         x = tl.load(x_row + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if has_norm:
             scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1)) / inputs + eps)
@@ -124,9 +126,10 @@ def gemv_kernel(
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
     for turn in range(tiles_per_program):
         tile = first + turn
-        offs_n = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
+        # the next tile's weights travel while this one's are multiplied
+        next_row = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
         next_mask = mask_k[None, :, :] & (turn + 1 < tiles_per_program)
-        w_next = tl.load(weights + offs_n * inputs, mask=next_mask, other=0.0, eviction_policy="evict_first")
+        w_next = tl.load(weights + next_row * inputs, mask=next_mask, other=0.0, eviction_policy="evict_first")
         w_f32 = w.to(tl.float32)
         for token in tl.static_range(block_m):
             y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1)
@@ -175,16 +178,16 @@ def gemv_k_loop_kernel(
     pdl_wait(enable_pdl)
     acc = tl.zeros((block_n, block_k // _VECTOR), dtype=tl.float32)
     squares = tl.zeros((block_k // _VECTOR,), dtype=tl.float32)
-    for first in tl.static_range(0, inputs, block_k):
-        mask_k = first + offs_k < inputs
-        x = tl.load(x_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    for k in tl.static_range(0, inputs, block_k):  # unrolled, so that the last turn loads nothing ahead
+        mask_k = k + offs_k < inputs
+        x = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         w_next = w
-        if first + block_k < inputs:
-            next_mask = (first + block_k + offs_k < inputs)[None, :, :]
-            w_next = tl.load(weights + (first + block_k), mask=next_mask, other=0.0, eviction_policy="evict_first")
+        if k + block_k < inputs:
+            next_mask = (k + block_k + offs_k < inputs)[None, :, :]
+            w_next = tl.load(weights + (k + block_k), mask=next_mask, other=0.0, eviction_policy="evict_first")
         if has_norm:
             squares += tl.sum(x * x, axis=1)
-            x *= tl.load(norm_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            x *= tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
         w = w_next
     y = tl.sum(acc, axis=1)

@@ -37,7 +37,7 @@ def get_input_format(weight_scale: Tensor, input_scale: Tensor | None, weight_on
     if weight_only:
         return "native"
     if weight_scale.dim() == 2:
-        return "fp8_group" if input_scale is None and _library_has_block_scales(weight_scale.device) else "native"
+        return "fp8_group" if input_scale is None and library_has_block_scales(weight_scale.device) else "native"
     return "fp8_token" if input_scale is None else "fp8_tensor"
 
 
@@ -61,7 +61,7 @@ def apply_linear(
     ``norm``, ``activation`` and ``residual`` as in ``LinearMethod.apply_fused``; None only where one of them is given
     and not offered for so many tokens. On the CPU weights are widened and activations stay as they are.
     """
-    return EightBitGemm(_PER_TOKEN, multiply_by_library, _library_has_block_scales(weight.device)).apply_linear(
+    return EightBitGemm(_PER_TOKEN, multiply_by_library, library_has_block_scales(weight.device)).apply_linear(
         x,
         weight,
         weight_scale,
@@ -117,7 +117,7 @@ def _scaled_mm_per_block(x: QuantActivation, weight: Tensor, scale: Tensor) -> T
 
 
 @cache
-def _library_has_block_scales(device: torch.device) -> bool:
+def library_has_block_scales(device: torch.device) -> bool:
     """Whether cuBLAS multiplies 128x128 blocks: on Hopper, from CUDA 12.9 on."""
     if device.type != "cuda" or not DeviceProfile.detect(device).is_hopper:
         return False

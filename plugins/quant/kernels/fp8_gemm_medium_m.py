@@ -116,6 +116,7 @@ def fp8_gemm_medium_m_kernel(
         x_ptrs, w_ptrs = x_ptr + x_row[None, :] + offs_k[:, None], weight_ptr + w_row[:, None] + offs_k[None, :]
         mask_m = (offs_m < num_tokens)[None, :] & (offs_k >= 0)[:, None]
     pdl_wait(enable_pdl)
+    # INT8 products are whole numbers, added exactly; a scale by block makes them float32
     acc_dtype: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 and not scale_blocks else tl.float32
     acc = tl.zeros((block_m, block_n) if x_is_lhs else (block_n, block_m), dtype=acc_dtype)
     for k in tl.range(0, inputs, block_k, num_stages=stages):

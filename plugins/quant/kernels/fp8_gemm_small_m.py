@@ -110,9 +110,9 @@ def fp8_gemm_small_m_kernel(
             mask_k = k + offs_k < inputs
             w = tl.load(w_ptrs + k, mask=mask_k[:, None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptrs + k, mask=mask_m & mask_k[:, :, None], other=0.0)
-        w = w.to(tl.float32).to(x.dtype)
+        w = w.to(tl.float32).to(x.dtype)  # exact: 8 bits fit into float16's and bfloat16's significand
         if scale_blocks:
-            group = tl.minimum(k // 128 + split, scale_blocks - 1)
+            group = tl.minimum(k // 128 + split, scale_blocks - 1)  # a slice is a block of 128 inputs
             s = tl.load(scale_ptr + (offs_n // 128 * scale_blocks)[None, :] + group[:, None])  # (slice_k, block_n)
             acc += tl.dot(w, x) * s[:, :, None]
         else:

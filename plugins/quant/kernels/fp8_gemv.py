@@ -130,10 +130,10 @@ def fp8_gemv_kernel(
     first = tl.program_id(0) * tiles_per_program
     vector = tl.arange(0, vectors)[:, None]
     word = vector * 4 + tl.arange(0, 4)[None, :]
-    next_mask = (word < inputs // 4)[None, :, :]
+    mask_words = (word < inputs // 4)[None, :, :]
     weights = weight_ptr + word[None, :, :]
     first_row = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
-    w = tl.load(weights + first_row * (inputs // 4), mask=next_mask, other=0, eviction_policy="evict_first")
+    w = tl.load(weights + first_row * (inputs // 4), mask=mask_words, other=0, eviction_policy="evict_first")
     offs_k = vector * 16 + tl.arange(0, 16)[None, :]
     mask_k = offs_k < inputs
     if has_norm:
@@ -152,7 +152,7 @@ def fp8_gemv_kernel(
         next_row = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
         w_next = tl.load(
             weights + next_row * (inputs // 4),
-            mask=next_mask & (turn + 1 < tiles_per_program),
+            mask=mask_words & (turn + 1 < tiles_per_program),
             other=0,
             eviction_policy="evict_first",
         )
@@ -208,19 +208,19 @@ def fp8_gemv_k_loop_kernel(
     pdl_wait(enable_pdl)
     acc = tl.zeros((block_n, block_k // 16), dtype=tl.float32)
     squares = tl.zeros((block_k // 16,), dtype=tl.float32)
-    for first in tl.static_range(0, inputs, block_k):
-        mask_k = first + offs_k < inputs
-        x = tl.load(x_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    for k in tl.static_range(0, inputs, block_k):  # unrolled, so that the last turn loads nothing ahead
+        mask_k = k + offs_k < inputs
+        x = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         w_next = w
-        if first + block_k < inputs:
-            next_mask = (first + block_k + offs_k < inputs)[None, :, :]
-            w_next = tl.load(weights + (first + block_k), mask=next_mask, other=0.0, eviction_policy="evict_first")
+        if k + block_k < inputs:
+            next_mask = (k + block_k + offs_k < inputs)[None, :, :]
+            w_next = tl.load(weights + (k + block_k), mask=next_mask, other=0.0, eviction_policy="evict_first")
         if has_norm:
             squares += tl.sum(x * x, axis=1)
-            x *= tl.load(norm_ptr + first + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            x *= tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         part = tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
         if scale_blocks:
-            group = tl.minimum(first // 128 + tl.arange(0, block_k // 16) // 8, scale_blocks - 1)
+            group = tl.minimum(k // 128 + tl.arange(0, block_k // 16) // 8, scale_blocks - 1)
             part *= tl.load(scale_ptr + (offs_n // 128 * scale_blocks)[:, None] + group[None, :])
         acc += part
         w = w_next

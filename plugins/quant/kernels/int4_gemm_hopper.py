@@ -24,7 +24,7 @@ from triton.runtime.jit import constexpr_function
 __all__ = ["int4_gemm_hopper_kernel"]
 
 
-def _build_ptx(half: int, is_bfloat16: bool) -> gl.constexpr:
+def build_unpack_ptx(half: int, is_bfloat16: bool) -> gl.constexpr:
     """PTX for half the codes of two words, as in ``int4_words``: less their zero points, times their scales."""
     kind, one, magic = ("bf16x2", "0x3F803F80", "0x43004300") if is_bfloat16 else ("f16x2", "0x3C003C00", "0x64006400")
     lines = [
@@ -43,10 +43,10 @@ def _build_ptx(half: int, is_bfloat16: bool) -> gl.constexpr:
 
 
 _BF16_LOW, _BF16_HIGH, _F16_LOW, _F16_HIGH = (
-    _build_ptx(0, True),
-    _build_ptx(1, True),
-    _build_ptx(0, False),
-    _build_ptx(1, False),
+    build_unpack_ptx(0, True),
+    build_unpack_ptx(1, True),
+    build_unpack_ptx(0, False),
+    build_unpack_ptx(1, False),
 )
 
 
@@ -143,7 +143,7 @@ def _produce(
         gdc_wait()
     for turn in range(turns):
         slot = turn % stages
-        if turn >= stages:
+        if turn >= stages:  # the parity of a barrier's phase changes with every time around
             mbarrier.wait(free.index(slot), (turn // stages & 1) ^ 1)
             _weights(
                 words_desc, groups_desc, x_desc, ready, words, groups, first, turn, tile, tiles, num_consumers, stages,
@@ -194,12 +194,12 @@ def _consume(
         low = _unpack(p, n, s, 0, tiles, warps, block_m, paired, dtype)
         acc = warpgroup_mma(low, x.index(slot).slice(0, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
-        mbarrier.arrive(free.index((turn - 1) % stages), count=1)
+        mbarrier.arrive(free.index((turn - 1) % stages), count=1)  # both products of the turn before are done
         high = _unpack(p, n, s, 1, tiles, warps, block_m, paired, dtype)
         acc = warpgroup_mma(high, x.index(slot).slice(64, 64, 1).permute((1, 0)), acc, is_async=True)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    if enable_pdl:
+    if enable_pdl:  # the residual and the output may still be in use by the kernels before
         gdc_wait()
         gdc_launch_dependents()
     width: gl.constexpr = features // 2 if gated else features

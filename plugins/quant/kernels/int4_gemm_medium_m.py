@@ -83,7 +83,7 @@ def int4_gemm_medium_m_kernel(
         w = tl.reshape(unpack_words(p, groups, bits, gated, scale_weights, native, x.dtype), (tiles * 16, span))
         if scale_weights:
             acc = tl.dot(w, x, acc, input_precision="ieee")
-            if native:
+            if native:  # touch the sum, see above
                 acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
         else:
             scale = tl.reshape(get_scales(groups[0], tiles, 1, gated), (tiles * 16, 1))

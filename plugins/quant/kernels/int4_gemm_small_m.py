@@ -66,18 +66,19 @@ def int4_gemm_small_m_kernel(
     acc = tl.zeros((slice_k, tiles * 16, block_m), dtype=tl.float32)
     pdl_wait(enable_pdl)
     for first in tl.range(0, blocks, slice_k * unroll_k, num_stages=stages):
-        ps, ms, xs = (), (), ()
+        words_of, groups_of, tokens_of = (), (), ()  # all loads of a turn before its products
         for turn in tl.static_range(unroll_k):
             block = first + turn * slice_k + split
             held = tl.minimum(block, blocks - 1)
-            ps = ps + (tl.load(words + held[:, None, None, None] * 256, eviction_policy="evict_first"),)  # type: ignore[assignment]  # noqa: RUF005
-            ms = ms + (load_groups(groups_ptr, tile, held, inputs, group, span),)  # type: ignore[assignment]  # noqa: RUF005
+            words_of = words_of + (tl.load(words + held[:, None, None, None] * 256, eviction_policy="evict_first"),)  # type: ignore[assignment]  # noqa: RUF005
+            groups_of = groups_of + (load_groups(groups_ptr, tile, held, inputs, group, span),)  # type: ignore[assignment]  # noqa: RUF005
             offs_k = block[:, None] * span + tl.arange(0, span)[None, :]
+            # beyond the last block: its words again, times tokens that are zero
             mask = (offs_k < inputs)[:, :, None] & (offs_m < num_tokens)[None, None, :]
             x = tl.load(x_ptr + offs_k[:, :, None] + offs_m[None, None, :] * inputs, mask=mask, other=0.0)
-            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
+            tokens_of = tokens_of + (x,)  # type: ignore[assignment]  # noqa: RUF005
         for turn in tl.static_range(unroll_k):
-            acc = _multiply(ps[turn], ms[turn], xs[turn], acc, group, bits, gated, native)
+            acc = _multiply(words_of[turn], groups_of[turn], tokens_of[turn], acc, group, bits, gated, native)
     pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)
     if has_bias:

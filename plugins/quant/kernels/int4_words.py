@@ -15,10 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["get_rows", "get_scales", "get_tiles", "load_groups", "store_output", "unpack_words"]
+__all__ = ["build_unpack_ptx", "get_rows", "get_scales", "get_tiles", "load_groups", "store_output", "unpack_words"]
 
 
-def _build_ptx(bits: int, half: bool, scaled: bool) -> tl.constexpr:
+def build_unpack_ptx(bits: int, half: bool, scaled: bool) -> tl.constexpr:
     """PTX for two words: ``32 / bits`` pairs of numbers. ``half`` is float16, else bfloat16."""
     pairs = 32 // bits
     kind, one, magic = ("f16x2", "0x3C003C00", "0x64006400") if half else ("bf16x2", "0x3F803F80", "0x43004300")
@@ -58,10 +58,10 @@ def _registers(out: int, operands: int) -> tl.constexpr:
     return tl.constexpr(",".join(["=r"] * out + ["r"] * operands))
 
 
-_BF16_4, _BF16_4_SCALED = _build_ptx(4, False, False), _build_ptx(4, False, True)
-_F16_4, _F16_4_SCALED = _build_ptx(4, True, False), _build_ptx(4, True, True)
-_BF16_8, _BF16_8_SCALED = _build_ptx(8, False, False), _build_ptx(8, False, True)
-_F16_8, _F16_8_SCALED = _build_ptx(8, True, False), _build_ptx(8, True, True)
+_BF16_4, _BF16_4_SCALED = build_unpack_ptx(4, False, False), build_unpack_ptx(4, False, True)
+_F16_4, _F16_4_SCALED = build_unpack_ptx(4, True, False), build_unpack_ptx(4, True, True)
+_BF16_8, _BF16_8_SCALED = build_unpack_ptx(8, False, False), build_unpack_ptx(8, False, True)
+_F16_8, _F16_8_SCALED = build_unpack_ptx(8, True, False), build_unpack_ptx(8, True, True)
 _REGISTERS_8_3, _REGISTERS_8_10 = _registers(8, 3), _registers(8, 10)
 _REGISTERS_4_3, _REGISTERS_4_10 = _registers(4, 3), _registers(4, 10)
 
