@@ -20,6 +20,7 @@ from quire.core.contracts.policy import (
 )
 from quire.core.errors import QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
+from quire.core.request import Request
 from quire.core.sched.default_policy_plan import make_default_plan
 from quire.core.stats import QuarantinedPlugin
 
@@ -68,8 +69,9 @@ class PolicyGuard:
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
         self._key_types: tuple[type, ...] | None = None
 
-    def admission_key(self, info: RequestInfo) -> tuple[Any, ...]:
+    def admission_key(self, request: Request) -> tuple[Any, ...]:
         """The request's place in the queue. Raises ``QueueFullError`` if the policy rejects the request."""
+        info = _request_info(request)
         while True:
             policy = self.policy
             key = self._call(policy.admission_key, info)
@@ -94,11 +96,11 @@ class PolicyGuard:
             if self._on_fallback:
                 result = check_grants(policy.schedule(view), view)
             else:
-                given = self._quarantine.call_timed(policy.schedule, view)
-                checked = self._quarantine.call(check_grants, given, view)
-                if checked is None:
+                returned = self._quarantine.call_timed(policy.schedule, view)
+                plan_or_fault = self._quarantine.call(check_grants, returned, view)
+                if plan_or_fault is None:
                     continue  # it raised or was too slow: the fallback is asked
-                result = checked
+                result = plan_or_fault
             if isinstance(result, CheckedPlan):
                 return result
             self._report_fault("invalid_result", result)
@@ -118,14 +120,19 @@ class PolicyGuard:
         """A plan led to a step."""
         self._num_empty_plans = 0
 
-    def request_finished(self, info: RequestInfo, usage: Usage) -> None:
-        """Tell the policy that a request left."""
-        self._call(self.policy.request_finished, info, usage)
-
-    @property
-    def wants_finished_requests(self) -> bool:
-        """Whether the policy overrides ``request_finished``: else nothing has to be gathered for it."""
-        return type(self.policy).request_finished is not BatchingPolicy.request_finished
+    def request_finished(self, request: Request, clock: Callable[[], int]) -> None:
+        """Tell the policy that a request left the engine, if it wants to know; ``clock`` gives nanoseconds."""
+        if type(self.policy).request_finished is BatchingPolicy.request_finished:
+            return
+        scheduled_ns = request.first_scheduled_ns
+        usage = Usage(
+            num_prompt_tokens=request.prompt_len,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=request.num_output_tokens,
+            num_preemptions=request.num_preemptions,
+            run_ns=max(clock() - scheduled_ns, 0) if scheduled_ns else 0,
+        )
+        self._call(self.policy.request_finished, _request_info(request), usage)
 
     @property
     def _on_fallback(self) -> bool:
@@ -203,6 +210,17 @@ def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
     if np.count_nonzero(keep) < len(keep):
         indices, tokens = indices[keep], tokens[keep]
     return CheckedPlan(indices, tokens, victims)
+
+
+def _request_info(request: Request) -> RequestInfo:
+    return RequestInfo(
+        request_id=request.request_id,
+        arrival_ns=request.arrival_ns,
+        prompt_len=request.prompt_len,
+        max_tokens=request.max_total_tokens - request.prompt_len,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
 
 
 def _check_victims(victims: object, num_running: int) -> list[int] | str:

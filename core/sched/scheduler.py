@@ -42,7 +42,7 @@ import numpy as np
 
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
-from quire.core.contracts.policy import BatchingPolicy, RequestInfo, StepView, Usage
+from quire.core.contracts.policy import BatchingPolicy, StepView
 from quire.core.contracts.spec_decode import HostProposer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import (
@@ -153,7 +153,7 @@ class Scheduler:
         if message.request_id in self._requests:
             raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
         request = self._limits.validate_request(message, self.num_waiting)
-        request.queue_key = (self._policy_guard.admission_key(_request_info(request)), self._num_arrivals)
+        request.queue_key = (self._policy_guard.admission_key(request), self._num_arrivals)
         self._num_arrivals += 1
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = []
@@ -349,8 +349,7 @@ class Scheduler:
         self._unpark_children(request)
         if self._speculation is not None:
             self._speculation.request_finished(request)
-        if self._policy_guard.wants_finished_requests:
-            self._policy_guard.request_finished(_request_info(request), self._make_usage(request))
+        self._policy_guard.request_finished(request, self._clock)
 
     def _free_row_and_blocks(self, request: Request) -> None:
         """Give up row and blocks; full blocks of committed tokens stay in the prefix cache."""
@@ -359,16 +358,6 @@ class Scheduler:
         self._allocator.cache_full_blocks(request, num_committed)
         self._allocator.free(request)
         self._running.free_row(request)
-
-    def _make_usage(self, request: Request) -> Usage:
-        scheduled_ns = request.first_scheduled_ns
-        return Usage(
-            num_prompt_tokens=request.prompt_len,
-            num_cached_tokens=request.num_cached_tokens,
-            num_output_tokens=request.num_output_tokens,
-            num_preemptions=request.num_preemptions,
-            run_ns=max(self._clock() - scheduled_ns, 0) if scheduled_ns else 0,
-        )
 
     def _is_prompt_computed(self, request: Request) -> bool:
         return request.row >= 0 and bool(self._running.num_computed_tokens[request.row] >= request.prompt_len)
@@ -381,16 +370,5 @@ class Scheduler:
         """Another policy: new keys for all requests, running ones too, because they may be preempted."""
         self.quarantined.append(plugin)
         for request in self._requests.values():
-            request.queue_key = (self._policy_guard.admission_key(_request_info(request)), request.queue_key[1])
+            request.queue_key = (self._policy_guard.admission_key(request), request.queue_key[1])
         self._waiting.reorder_requests()
-
-
-def _request_info(request: Request) -> RequestInfo:
-    return RequestInfo(
-        request_id=request.request_id,
-        arrival_ns=request.arrival_ns,
-        prompt_len=request.prompt_len,
-        max_tokens=request.max_total_tokens - request.prompt_len,
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-    )
