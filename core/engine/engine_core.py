@@ -200,7 +200,8 @@ class EngineCore:
     def _build_policy(self, kind: str) -> BatchingPolicy:
         choice = self.config.plugin(kind)
         cls = load_target(choice.target, "quire.core.contracts.policy:BatchingPolicy")
-        return cls(parse_options(cls, choice.options))
+        policy: BatchingPolicy = cls(parse_options(cls, choice.options))
+        return policy
 
 
 @dataclass(slots=True)

@@ -95,11 +95,13 @@ class MessageCodec:
 
     def decode_to_core(self, data: bytes) -> MessageToCore:
         """Decode any later message to the engine core."""
-        return self._to_core_decoder.decode(data)
+        message: MessageToCore = self._to_core_decoder.decode(data)
+        return message
 
     def decode_from_core(self, data: bytes) -> MessageFromCore:
         """Decode a message to the API process."""
-        return self._from_core_decoder.decode(data)
+        message: MessageFromCore = self._from_core_decoder.decode(data)
+        return message
 
 
 def socket_address(folder: str, name: str) -> str:

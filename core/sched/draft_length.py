@@ -136,7 +136,7 @@ class DraftLengthTuner:
             return np.full(len(rows), self._max_length, np.int64)
         rate = np.clip(self._acceptance(rows), 1e-3, 1 - 1e-9)
         # The longest draft that is accepted whole with at least ``min_probability``: rate ** length.
-        length = np.log(self._settings.min_probability) / np.log(rate)
+        length: NDArray[np.float64] = np.log(self._settings.min_probability) / np.log(rate)
         return np.clip(length, 1, self._max_length).astype(np.int64)
 
     def reset_row(self, row: int) -> None:

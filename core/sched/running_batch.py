@@ -6,8 +6,6 @@ such a table, and the visible part of the waiting queue has one; ``GatheredColum
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -217,7 +215,7 @@ class RunningBatch(StateColumns):
 
     def get_request(self, row: int) -> Request:
         """The request that has the row."""
-        request: Any = self.requests[row]
+        request: Request = self.requests[row]
         return request
 
     def match_stop_tokens(self, token_ids: NDArray[np.int32]) -> NDArray[np.bool_]:

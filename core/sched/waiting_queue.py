@@ -139,7 +139,8 @@ class WaitingQueue:
         del self._front_keys[index]
         slot = self._front_slots.pop(index)
         self._free_slots.append(slot)
-        request: Any = self._slot_requests[slot]
+        request = self._slot_requests[slot]
+        assert request is not None
         self._slot_requests[slot] = None
         return request
 

@@ -67,7 +67,9 @@ class ComponentLoader:
         proposer_class = _load_plugin_class(choice, SpeculativeProposer)
         if not issubclass(proposer_class, DeviceProposer):
             return None
-        proposer = proposer_class(spec.num_speculative_tokens, _parse_plugin_options(proposer_class, choice))
+        proposer: DeviceProposer = proposer_class(
+            spec.num_speculative_tokens, _parse_plugin_options(proposer_class, choice)
+        )
         proposer.load_weights(self._make_draft_source(target, spec.draft_model_path))
         return proposer
 
@@ -103,7 +105,8 @@ class ComponentLoader:
         choice = self._config.plugin("sampler")
         sampler_class = _load_plugin_class(choice, Sampler)
         options = _parse_plugin_options(sampler_class, choice)
-        return sampler_class(self._config.model.vocab_size, self._device, options)
+        sampler: Sampler = sampler_class(self._config.model.vocab_size, self._device, options)
+        return sampler
 
     def make_logits_processors(self) -> list[tuple[str, LogitsProcessor]]:
         """Every chosen logits processor by name, in the order in which they are applied."""
@@ -187,7 +190,8 @@ class ComponentLoader:
         choice = self._config.plugin(key)
         loader_class = _load_plugin_class(choice, QuantizationLoader)
         quant_config = getattr(hf_config, "quantization_config", None) or {}
-        return loader_class(quant_config, _parse_plugin_options(loader_class, choice))
+        loader: QuantizationLoader = loader_class(quant_config, _parse_plugin_options(loader_class, choice))
+        return loader
 
 
 def _load_plugin_class(choice: PluginChoice, contract: type) -> Any:

@@ -176,7 +176,7 @@ class _SoakLog:
         first, last = self.minutes[0], self.minutes[-1]
 
         def largest(name: str) -> float:
-            return max(minute.get(name, 0.0) for minute in self.minutes)
+            return float(max(minute.get(name, 0.0) for minute in self.minutes))
 
         summary: dict[str, Any] = {
             "request_rate": self.rate,

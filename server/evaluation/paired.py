@@ -65,7 +65,7 @@ class PairedScore:
     def p_value(self) -> float:
         """McNemar's exact test: how likely so uneven a split of the questions that only one answered is by chance."""
         total, least = self.only_a + self.only_b, min(self.only_a, self.only_b)
-        return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
+        return float(min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total))
 
     def _correlation(self) -> float:
         margins = (

@@ -34,7 +34,7 @@ class Windows:
     @property
     def num_scored(self) -> int:
         """Tokens that are scored, over all windows."""
-        return self.tokens.shape[0] * (self.tokens.shape[1] - self.prompt)
+        return int(self.tokens.shape[0] * (self.tokens.shape[1] - self.prompt))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import uuid
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -78,7 +77,7 @@ class RequestMiddleware:
 
         async def limited() -> Message:
             nonlocal seen
-            message: Any = await receive()
+            message: Message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._state.settings.max_request_bytes:
                 raise self._too_large_error()

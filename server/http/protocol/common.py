@@ -142,7 +142,8 @@ def body_schemas(models: Sequence[type[Body]]) -> dict[str, Any]:
     """The schemas that ``describe_body`` refers to, by name."""
     wanted = [(model, "validation") for model in models]
     _, document = models_json_schema(wanted, ref_template=_REFERENCE)  # type: ignore[arg-type]
-    return document["$defs"]
+    definitions: dict[str, Any] = document["$defs"]
+    return definitions
 
 
 _REFERENCE = "#/components/schemas/{model}"
