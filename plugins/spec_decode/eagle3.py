@@ -54,6 +54,11 @@ class Eagle3Proposer(DeviceProposer):
         self._head: Eagle3Head
         self._target: TargetState
 
+    @property
+    def head(self) -> Eagle3Head:
+        """The head that is loaded."""
+        return self._head
+
     @classmethod
     def unsupported(cls, target_config: Any, draft_config: Any, draft_path: Path | None) -> list[str]:
         """The folder must hold a head that was trained for a model of these sizes."""
