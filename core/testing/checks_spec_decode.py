@@ -1,4 +1,4 @@
-"""What every speculative proposer must keep. Whether its drafts are any good is not asked."""
+"""Conformance of speculative proposers. How many of their drafts are accepted is not checked."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
 
 __all__ = [
-    "check_a_device_proposer_drafts_for_every_row",
-    "check_no_more_than_asked_for",
+    "check_at_most_num_tokens_drafts",
+    "check_device_proposer_drafts_for_every_row",
     "check_proposer_derives_from_host_or_device_proposer",
     "check_request_ids_may_come_again",
-    "check_the_tokens_of_a_request_are_left_alone",
+    "check_request_is_not_changed",
 ]
 
 
@@ -26,8 +26,8 @@ def check_proposer_derives_from_host_or_device_proposer(cls: type[SpeculativePro
     assert issubclass(cls, HostProposer | DeviceProposer), "derive it from HostProposer or DeviceProposer"
 
 
-def check_no_more_than_asked_for(cls: type[SpeculativeProposer]) -> None:
-    """A host proposer returns integers, at most ``count`` of them, for prompts of any length."""
+def check_at_most_num_tokens_drafts(cls: type[SpeculativeProposer]) -> None:
+    """A host proposer returns integers, at most ``num_tokens`` of them, for prompts of any length."""
     proposer = _make_host_proposer(cls)
     for length in (1, 2, 3, 17, 300):
         drafts = proposer.propose(_make_request(f"r{length}", length), 3)
@@ -35,7 +35,7 @@ def check_no_more_than_asked_for(cls: type[SpeculativeProposer]) -> None:
         assert all(isinstance(token, int) for token in drafts), f"drafts are no integers: {drafts!r}"
 
 
-def check_the_tokens_of_a_request_are_left_alone(cls: type[SpeculativeProposer]) -> None:
+def check_request_is_not_changed(cls: type[SpeculativeProposer]) -> None:
     """A host proposer changes nothing of the request, while it grows."""
     proposer, request = _make_host_proposer(cls), _make_request("r", 40)
     for step in range(20):
@@ -47,7 +47,7 @@ def check_the_tokens_of_a_request_are_left_alone(cls: type[SpeculativeProposer])
 
 
 def check_request_ids_may_come_again(cls: type[SpeculativeProposer]) -> None:
-    """``forget`` may be called for any request, and its name may be used again."""
+    """``request_finished`` may be called for any request, and its ``request_id`` may be used again."""
     proposer = _make_host_proposer(cls)
     proposer.request_finished(_make_request("never seen", 4))
     for length in (30, 5):
@@ -56,8 +56,8 @@ def check_request_ids_may_come_again(cls: type[SpeculativeProposer]) -> None:
         proposer.request_finished(request)
 
 
-def check_a_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer]) -> None:
-    """(n, count) integers for n rows, without a model where it needs none."""
+def check_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer]) -> None:
+    """(n, num_tokens) integers for n rows, without a model where it needs none."""
     if not issubclass(cls, DeviceProposer) or cls.needs_model or cls.attach_target is not DeviceProposer.attach_target:
         raise unittest.SkipTest("is no device proposer, or needs an engine around it")
     proposer = cls(4, parse_options(cls, {}))

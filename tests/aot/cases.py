@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from tests.aot.cases_attention import ATTENTION
 from tests.aot.cases_drafts import DRAFTS
 from tests.aot.cases_gemm import GEMMS
 from tests.aot.cases_sampling import SAMPLING
 
-from quire.core.contracts.attention import AttentionLimits
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels import activation_kernel as activation
 from quire.core.ops.kernels import decode_inputs_kernel as decode_inputs
@@ -19,36 +19,12 @@ from quire.core.ops.kernels import norm_kernel as norm
 from quire.core.ops.kernels import rope_kernel as rope
 from quire.core.testing.attention_problem import AttentionProblem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
-from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.int8 import launch_rescale
 
 CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
-
-
-def attention(dtype: torch.dtype, dim: int, decodes: int = 1, queries: int = 1, **fields: Any) -> None:
-    """A step of long decodes and one chunk, of a model with 32 query heads and 8 KV heads unless told otherwise."""
-    shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": dtype, "kv_dtype": dtype, "qk_head_dim": dim}
-    spec = make_spec(**(shape | {"v_head_dim": dim} | fields))
-    problem = AttentionProblem.random(spec, [(queries, 600)] * decodes + [(9, 40)], num_decodes=decodes)
-    backend = TritonBackend(spec, CPU)
-    backend.allocate_workspaces(AttentionLimits(8, 8192, CPU, queries))
-    backend.prepare_metadata(problem.make_batch(CPU))
-    out = torch.empty(len(problem.q), spec.num_heads, spec.v_head_dim, dtype=dtype)
-    backend.run(0, problem.q, problem.make_kv_cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))
-
-
-def prompts(dim: int, log_sums: bool = False, **fields: Any) -> None:
-    """Chunks of prompts, by Hopper's own kernel."""
-    shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16}
-    spec = make_spec(**(shape | {"qk_head_dim": dim, "v_head_dim": dim} | fields))
-    problem = AttentionProblem.random(spec, [(9, 40), (100, 100)], num_decodes=0)
-    kv = problem.make_kv_cache(TritonBackend(spec, CPU), CPU)
-    out = torch.empty_like(problem.q)
-    lse = torch.empty(out.shape[:2]) if log_sums else None
-    HopperPrefill(spec, CPU, num_sms=132).launch(problem.make_batch(CPU), problem.q, kv, out, lse)
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:
@@ -100,32 +76,7 @@ def rescaled() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    **{
-        f"{str(dt).removeprefix('torch.')}-{dim}": partial(attention, dt, dim)
-        for dt in HALF
-        for dim in (64, 96, 128, 256)
-    },
-    **{f"float32-{dim}": partial(attention, torch.float32, dim) for dim in (64, 128, 256)},
-    "window": partial(attention, torch.bfloat16, 128, kind="sliding", window=4096),
-    "softcap": partial(attention, torch.bfloat16, 256, softcap=50.0, num_kv_heads=16),
-    "group-7": partial(attention, torch.bfloat16, 128, num_heads=28, num_kv_heads=4),
-    "multi-query": partial(attention, torch.bfloat16, 128, num_heads=48, num_kv_heads=1),
-    "many-decodes": partial(attention, torch.bfloat16, 128, decodes=4, num_heads=16),
-    "more-decodes": partial(attention, torch.bfloat16, 128, decodes=8),
-    "fp8-cache-256": partial(attention, torch.bfloat16, 256, decodes=8, kv_dtype=torch.float8_e4m3fn),
-    "verify-3": partial(attention, torch.bfloat16, 128, queries=3, decodes=4, num_heads=16),
-    "verify-5": partial(attention, torch.bfloat16, 128, queries=5, decodes=4),
-    "verify-9": partial(attention, torch.bfloat16, 128, queries=9, decodes=4),
-    "fp8-cache": partial(attention, torch.bfloat16, 128, decodes=4, kv_dtype=torch.float8_e4m3fn),
-    "fp8-cache-verify": partial(attention, torch.float16, 128, queries=5, kv_dtype=torch.float8_e5m2),
-    "page-1": partial(attention, torch.bfloat16, 128, block_size=1),
-    "hopper-64": partial(prompts, 64),
-    "hopper-128": partial(prompts, 128),
-    "hopper-128-log-sums": partial(prompts, 128, True),
-    "hopper-float16-group-7": partial(
-        prompts, 128, num_heads=28, num_kv_heads=4, dtype=torch.float16, kv_dtype=torch.float16
-    ),
-    "hopper-page-128": partial(prompts, 64, block_size=128),
+    **ATTENTION,
     "norm": partial(rms_norm, torch.bfloat16, 4096, False),
     "norm-residual": partial(rms_norm, torch.float16, 1024, True),
     "rope": partial(rope_and_cache, torch.bfloat16, 128, 128, False),

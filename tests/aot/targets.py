@@ -20,7 +20,7 @@ LEFT_OUT: dict[int, tuple[str, ...]] = {
     89: (
         "float16-*", "float32-*", "*hopper-*", *_HOPPER_TABLES, "fp8-medium-m", "fp8-medium-m-x-lhs",
         "norm*", "rope*", "silu", "decode-inputs", "verify-inputs", "sample-*", "draft-*", "int8-*", "*gemv*",
-        "small-m-*", "medium-m", "int4-medium-m-32", "window", "page-1", "group-7", "multi-query",
+        "small-m-*", "medium-m", "int4-medium-m-32", "window", "block-size-1", "group-7", "multi-query",
     ),
     100: ("float16-*", "*hopper-*"),
 }  # fmt: skip
