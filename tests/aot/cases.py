@@ -23,8 +23,6 @@ from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.int8 import launch_rescale
 
 CPU = torch.device("cpu")
-HALF = (torch.bfloat16, torch.float16)
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
 def rms_norm(dtype: torch.dtype, features: int, residual: bool) -> None:

@@ -11,7 +11,10 @@ import torch
 from quire.core.contracts.attention import AttentionLimits
 from quire.core.testing.attention_problem import AttentionProblem, make_spec
 from quire.plugins.attention.triton.backend import TritonBackend
+from quire.plugins.attention.triton.decode import launch_paged_decode
+from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
+from quire.plugins.attention.triton.prefill import launch_prefill
 
 __all__ = ["ATTENTION"]
 
@@ -19,16 +22,18 @@ CPU = torch.device("cpu")
 
 
 def attention(dtype: torch.dtype, head_dim: int, num_decodes: int = 1, query_len: int = 1, **fields: Any) -> None:
-    """A step of long decodes and one chunk; by default of a model with 32 query heads and 8 KV heads."""
+    """Long decodes and one chunk of a prompt, by the kernels for any GPU; by default 32 query heads and 8 KV heads."""
     shape = {"num_heads": 32, "num_kv_heads": 8, "dtype": dtype, "kv_dtype": dtype}
     spec = make_spec(**(shape | {"qk_head_dim": head_dim, "v_head_dim": head_dim} | fields))
     requests = [(query_len, 600)] * num_decodes + [(9, 40)]
     problem = AttentionProblem.random(spec, requests, num_decodes=num_decodes)
-    backend = TritonBackend(spec, CPU)
-    backend.allocate_workspaces(AttentionLimits(8, 8192, CPU, query_len))
-    backend.prepare_metadata(problem.make_batch(CPU))
+    batch, kv = problem.make_batch(CPU), problem.make_kv_cache(TritonBackend(spec, CPU), CPU)
     out = torch.empty(len(problem.q), spec.num_heads, spec.v_head_dim, dtype=dtype)
-    backend.run(0, problem.q, problem.make_kv_cache(backend, CPU), out, lse_out=torch.empty(out.shape[:2]))
+    lse_out = torch.empty(out.shape[:2])
+    work_list = DecodeWorkList(spec, AttentionLimits(8, 8192, CPU, query_len), fixed_split_size=0)
+    work_list.build(batch)
+    launch_paged_decode(spec, batch, work_list, problem.q, kv, out, lse_out)
+    launch_prefill(spec, batch, problem.q, kv, out, lse_out)  # also where the backend would take Hopper's
 
 
 def hopper_prefill(head_dim: int, has_lse: bool = False, **fields: Any) -> None:
