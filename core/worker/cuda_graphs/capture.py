@@ -29,8 +29,8 @@ class GraphCapturer:
 
     def __init__(self) -> None:
         # One pool for all: a graph may use what another used between its first and its last launch. What a graph
-        # returns stays its own as long as a reference to it lives. So the largest is captured first, and the pool grows
-        # no more after it.
+        # returns stays its own as long as a reference to it lives. So the largest is captured first, and the others
+        # add no more to the pool than what they return.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 

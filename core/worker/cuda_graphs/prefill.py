@@ -178,7 +178,7 @@ class PrefillGraphs:
         """Copy a step's inputs into the buffers: decodes, padding decodes, prompts, padding tokens.
 
         A padding decode has one token, at position 0 in the padding block. Padding tokens behind the prompts belong to
-        requests without query tokens, and their slots are in the padding block.
+        no request, and their slots are in the padding block; requests behind the prompts have no tokens.
         """
         batch = inputs.batches[0]
         num_decodes, padded_decodes = batch.num_decodes, shape.num_decodes
