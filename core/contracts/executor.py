@@ -17,7 +17,7 @@ class StepFuture(Protocol):
     """A step in flight."""
 
     def result(self) -> ModelRunnerOutput:
-        """Wait for the step's tokens. Raises what the worker raised."""
+        """Wait for the step's tokens, and for no step behind it. Raises what the worker raised."""
 
     def done(self) -> bool:
         """Whether ``result`` would return at once."""
@@ -28,9 +28,11 @@ class KVCapacity:
     """What the workers agreed on after loading and profiling."""
 
     groups: tuple[KVGroup, ...]
+    """Groups of layers that share block tables, in the order of ``BlockDiff.group``."""
     num_blocks: int
     """Blocks per group, the null block included, which padding writes to."""
     bytes_per_block: int
+    """One block of every group, on one worker."""
     weight_bytes: int = 0
     """On one worker."""
     activation_bytes: int = 0
@@ -40,8 +42,11 @@ class KVCapacity:
 
 
 class Executor(ABC):
-    """Runs steps in the order in which they are given. At most two steps are in flight: launched, and their results not
-    yet read. The second is launched before the first has sampled its tokens."""
+    """Runs steps on one or more workers, in the order in which they are given.
+
+    At most two steps are in flight: launched, and their results not yet read. The second may be launched before the
+    first has sampled its tokens, which the worker then reads from its own request table.
+    """
 
     def __init__(self, config: EngineConfig, options: Any = None) -> None:
         self.config = config
@@ -53,7 +58,11 @@ class Executor(ABC):
 
     @abstractmethod
     def execute_step(self, step: SchedulerOutput) -> StepFuture:
-        """Launch a step and return at once."""
+        """Launch a step and return at once.
+
+        Raises ``torch.OutOfMemoryError`` where the step does not fit into memory: its requests are then computed again
+        in smaller steps. What fails later is raised by the future's ``result``, and ends the requests of the step.
+        """
 
     @abstractmethod
     def shutdown(self) -> None:
