@@ -93,15 +93,13 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
-        """Register the parameters a checkpoint fills, with their final shapes on this rank; or wait for
-        ``load_tensor``, and
-        register in ``process_weights_after_loading`` what ``load_tensor`` was never called for (``--load-format
-        dummy``)."""
+        """Register the parameters that a checkpoint fills, with their final shapes on this rank; or wait for
+        ``load_tensor``, and register in ``process_weights_after_loading`` what ``load_tensor`` was never called for
+        (``--load-format dummy``)."""
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Suffixes of the tensors a checkpoint holds for a part; ``load_tensor`` is called once for each. ``info``
-        has that
-        part alone."""
+        has that part alone."""
         return ("weight", "bias") if info.bias else ("weight",)
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ __all__ = ["gated_activation", "silu_and_mul"]
 
 
 def gated_activation(name: str, gate_up: Tensor, output_format: ActivationFormat) -> Tensor | QuantActivation:
-    """The gated activation called ``name``, as a kernel of its own, in the format ``wanted``."""
+    """The gated activation called ``name``, as a separate kernel, in ``output_format``."""
     assert name == "silu"
     if gate_up.is_cuda:
         from quire.core.ops.kernels import activation_kernel as activation

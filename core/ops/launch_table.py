@@ -35,7 +35,7 @@ class Launch:
     options: Mapping[str, int]
     """Arguments of the launcher by name."""
     separate_norm: bool = False
-    """An RMS norm before the layer runs as a kernel of its own, since that is faster."""
+    """An RMS norm before the layer runs as a separate kernel, since that is faster."""
 
 
 Launches: TypeAlias = tuple[Launch | None, ...]

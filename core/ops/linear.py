@@ -1,4 +1,4 @@
-"""The seam for linear layers at small batch: kernels of our own where they beat the library's GEMM."""
+"""Linear layers at small batch: Quire's kernels where they are faster than the library's GEMM."""
 
 from __future__ import annotations
 

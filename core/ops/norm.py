@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def rms_norm_quantized(
     output_format: ActivationFormat, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor | QuantActivation, Tensor]:
-    """``rms_norm`` with ``y`` in the format ``wanted``: rounded to the model's dtype, then quantized."""
+    """``rms_norm`` with ``y`` in ``output_format``: rounded to the model's dtype, then quantized."""
     if x.is_cuda and x.dim() == 2:
         from quire.core.ops.kernels import norm_kernel as norm
 

@@ -11,7 +11,7 @@ __all__ = ["quantize_activation"]
 
 
 def quantize_activation(x: Tensor, output_format: ActivationFormat) -> Tensor | QuantActivation:
-    """``x`` (num_tokens, features) in the format ``wanted``: rounded to the nearest, ties to even, and saturated."""
+    """``x`` (num_tokens, features) in ``output_format``: rounded to the nearest, ties to even, and saturated."""
     if output_format.kind == "native":
         return x
     most, dtype = (127.0, torch.int8) if output_format.kind == "int8_token" else (448.0, torch.float8_e4m3fn)

@@ -36,10 +36,10 @@ class StoredTensor:
         elif tensor.numel() != 1:
             raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)} where one number is right")
         if tensor.dtype not in self.dtypes:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             actual_dtype = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"tensor {name!r} is {actual_dtype} where {wanted} is right; the weights and the "
+                f"tensor {name!r} is {actual_dtype} where {expected} is right; the weights and the "
                 f"quantization_config in config.json do not belong together"
             )
         if self.expected_values is not None and tuple(tensor.tolist()) != self.expected_values:

@@ -25,7 +25,7 @@ class Unquantized(QuantizationLoader):
         """Options of the loader."""
 
         small_batch_gemm: bool = True
-        """Kernels of our own where a table says that they beat the library's for a few tokens; false: the library's."""
+        """Quire's kernels for a few tokens, where a table says that they are faster; false: the library's GEMM."""
         enable_pdl: bool = True
         """Launch those kernels with programmatic dependent launch (PDL), on GPUs that have it (Hopper and later)."""
 

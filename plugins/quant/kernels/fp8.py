@@ -82,8 +82,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_activation(x: Tensor, scale: Tensor | None = None) -> QuantActivation:
     """``x`` (num_tokens, features) in e4m3, by one ``scale`` float32 or, where it is None, one for each token."""
-    wanted = _PER_TOKEN if scale is None else ActivationFormat("fp8_tensor", scale.reshape(1))
-    return fp8_quantize.quantize_activation(x, wanted)
+    output_format = _PER_TOKEN if scale is None else ActivationFormat("fp8_tensor", scale.reshape(1))
+    return fp8_quantize.quantize_activation(x, output_format)
 
 
 def multiply_by_library(x: QuantActivation, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 The tables beside this file are written by ``benchmarks/kernels/fp8.py``; a layer that a table does not name gets what
 did best on layers of its kind. A few tokens are multiplied as they are, with weights widened in registers: as fast as
 with quantized ones, and nearer to the truth. Where a launch or the library multiplies in 8 bits, the activations are
-quantized by the norm or the activation before, or by a kernel of their own.
+quantized by the norm or the activation before, or by a separate kernel.
 """
 
 from __future__ import annotations
@@ -153,12 +153,12 @@ class EightBitGemm:
     ) -> QuantActivation:
         """``x`` (num_tokens, features), after an RMS norm where one is given, in this kind of 8 bits; for weights with
         scales by block, by groups of as many inputs."""
-        wanted = self.per_token
-        if wanted.kind == "fp8_token" and input_scale is not None:
-            wanted = ActivationFormat("fp8_tensor", input_scale.reshape(1))
-        elif wanted.kind == "fp8_token" and blocks:
-            wanted = ActivationFormat("fp8_group")
-        y = quantize_activation(x, wanted) if norm is None else rms_norm_quantized(wanted, x, *norm)[0]
+        output_format = self.per_token
+        if output_format.kind == "fp8_token" and input_scale is not None:
+            output_format = ActivationFormat("fp8_tensor", input_scale.reshape(1))
+        elif output_format.kind == "fp8_token" and blocks:
+            output_format = ActivationFormat("fp8_group")
+        y = quantize_activation(x, output_format) if norm is None else rms_norm_quantized(output_format, x, *norm)[0]
         assert isinstance(y, QuantActivation)
         return y
 

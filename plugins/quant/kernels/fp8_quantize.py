@@ -1,4 +1,4 @@
-"""Activations in 8 bits by a kernel of their own, where no norm or gated activation before the layer emits them."""
+"""Activations in 8 bits by a separate kernel, where no norm or gated activation before the layer emits them."""
 
 from __future__ import annotations
 

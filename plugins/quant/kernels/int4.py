@@ -25,9 +25,9 @@ def apply_linear(
 ) -> Tensor | None:
     """``x`` (num_tokens, inputs) times ``weights``, with its neighbours as in ``LinearMethod.apply_fused``.
 
-    None where a neighbour is not fused, as the norm never is (its own kernel measured faster), and never without
-    neighbours. Which kernel multiplies depends on the layer's shape
-    and on the padded number of tokens: ``tables/``. Many tokens are the library's, on weights written out before.
+    None where a neighbour is not fused, as the norm never is (a separate kernel measured faster), and never without
+    neighbours. Which kernel multiplies depends on the layer's shape and on the padded number of tokens:
+    ``int4_table``. Many tokens are the library's, on weights written out before.
     """
     gated = activation is not None
     if norm is not None or activation not in (None, "silu") or (gated and weights.features % 32):
