@@ -72,9 +72,9 @@ def setting(
 
 def section_default(section: type, name: str) -> Any:
     """The default of a field of a configuration section, so that no default is written twice."""
-    [found] = [each for each in fields(section) if each.name == name]
-    assert found.default is not MISSING, f"{section.__name__}.{name} has no default"
-    return found.default
+    [declared_field] = [each for each in fields(section) if each.name == name]
+    assert declared_field.default is not MISSING, f"{section.__name__}.{name} has no default"
+    return declared_field.default
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:

@@ -65,7 +65,7 @@ class Tokenizer:
 
     @cached_property
     def max_token_chars(self) -> int:
-        """Characters of the longest token: a text of ``n`` characters has at least ``n / longest_token`` tokens."""
+        """Characters of the longest token: a text of ``n`` characters has at least ``n / max_token_chars`` tokens."""
         return max((len(piece) for piece in self.backend.get_vocab()), default=1)
 
     @cached_property

@@ -41,6 +41,10 @@ class PluginEntryPoint:
     requires_quire: str | None = None
     refusal: str | None = None
 
+    def is_of_dist(self, dist: str) -> bool:
+        """Whether the distribution ``dist`` brings it, however its name is spelt."""
+        return normalize_dist_name(self.dist) == normalize_dist_name(dist)
+
     @property
     def file(self) -> str | None:
         """The file of the entry point's module, found without importing it."""
@@ -67,7 +71,7 @@ def scan_entry_points() -> list[PluginEntryPoint]:
 def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) -> Any:
     """Import what ``entry`` points at. Whatever it raises, including SystemExit, becomes a one-line PluginError.
 
-    With ``limit`` (seconds) the import runs in a thread that is given up on when the time is over. What it prints to
+    With ``limit_s`` (seconds) the import runs in a thread that is given up on when the time is over. What it prints to
     standard output goes to standard error.
     """
     if entry.refusal:
@@ -217,10 +221,10 @@ def _is_satisfied(specifier: str) -> bool:
 
 def _import_value(value: str) -> Any:
     module, _, attribute = (part.strip() for part in value.partition(":"))
-    value_found = importlib.import_module(module)
+    value_at_path = importlib.import_module(module)
     for name in filter(None, attribute.split(".")):
-        value_found = getattr(value_found, name)
-    return value_found
+        value_at_path = getattr(value_at_path, name)
+    return value_at_path
 
 
 def _name_from_folder(dist: importlib.metadata.Distribution) -> str:

@@ -82,8 +82,8 @@ def quire_register_metrics(register: Registrar) -> None:
 def quire_detect_quantization(hf_config: Mapping[str, Any]) -> str | None:
     """Return the name of the quantization loader that reads this checkpoint, given its ``config.json`` as a mapping.
 
-    Called once per model when ``--quantization`` is ``auto``. None means: not a scheme of mine. If every plugin says
-    None, ``quire_choose_default("quant", ...)`` decides.
+    Called once per model when ``--quantization`` is ``auto``. None means: not a scheme that this plugin knows. If every
+    plugin returns None, ``quire_choose_default("quant", ...)`` decides.
     """
 
 

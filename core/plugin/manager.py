@@ -85,9 +85,9 @@ class PluginManager:
     ) -> Resolution:
         """Find what ``name`` stands for: ``auto``, a name or alias, ``dist/name``, or ``module:Class``.
 
-        ``context`` is what ``auto`` may look at: ``device``, ``architectures``, ``hf_config`` (a mapping, or what has
-        ``to_dict``). Imports no implementation. The log says what was chosen and why, once, unless not to ``announce``.
-        Raises PluginError with the closest known names if there is none.
+        ``context`` is what ``auto`` may look at: ``device``, ``architectures``, ``hf_config`` (a mapping, or an object
+        with ``to_dict``). Imports no implementation. The log says once what was chosen and why, unless ``announce`` is
+        False. Raises PluginError with the closest known names if there is none.
         """
         kind = Kind.from_name(kind).key
         if name.lower() == "auto":
@@ -119,7 +119,7 @@ class PluginManager:
         return list(by_target.values())
 
     def load_class(self, resolution: Resolution | str, name: str | None = None) -> type:
-        """Import the class behind a resolution, or behind ``load(kind, name)``.
+        """Import the class behind a resolution, or behind a kind and ``name``.
 
         Raises PluginError if a required module is missing, the import fails, or the class breaks its contract.
         """
@@ -135,7 +135,8 @@ class PluginManager:
         return [self.registry.command_line_name(r) for r in self.registry.list_kind(kind)]
 
     def discover_plugins(self, dist: str | None = None, limit: float | None = IMPORT_LIMIT_S) -> None:
-        """Import the third-party entry points (of ``dist``, or all) that were not yet, and note what they register.
+        """Import the third-party entry points (of ``dist``, or all) that were not imported yet, and record what they
+        register.
 
         One that fails is put into ``refused`` with the reason and never raises here.
         """
@@ -150,23 +151,17 @@ class PluginManager:
                     log.warning("plugin passed over: %s", error)
 
     def list_unseen(self, dist: str | None = None) -> list[PluginEntryPoint]:
-        """The third-party entry points (of ``dist``, or all) about which nothing is known but their metadata."""
-        return [
-            e
-            for e in self.entry_points
-            if e not in self._seen and (not dist or normalize_dist_name(e.dist) == normalize_dist_name(dist))
-        ]
+        """The third-party entry points (of ``dist``, or all) of which only the metadata has been read."""
+        return [e for e in self.entry_points if e not in self._seen and (not dist or e.is_of_dist(dist))]
 
     def record_entry_point(
         self, entry: PluginEntryPoint, registrations: Iterable[Registration] = (), refusal: str | None = None
     ) -> None:
-        """Note what is known of an entry point, so that it need not be imported to be listed."""
+        """Record what an entry point registers, or why it is refused, so that it need not be imported to be listed."""
         self._seen.add(entry)
         self.registry.add_registrations(registrations)
         if refusal:
             self.refused[entry] = refusal
-
-    # ---- helpers
 
     def _log_once(self, resolution: Resolution) -> None:
         if str(resolution) not in self._announced:
@@ -174,7 +169,7 @@ class PluginManager:
             log.info("%s", resolution)
 
     def _enable_dist(self, dist: str) -> None:
-        entries = [e for e in self.entry_points if normalize_dist_name(e.dist) == normalize_dist_name(dist)]
+        entries = [e for e in self.entry_points if e.is_of_dist(dist)]
         if not entries:
             known = [e.dist for e in self.entry_points]
             remedy = f"{suggest_names(dist, known)}, or pip install it" if known else "pip install it"
@@ -210,11 +205,7 @@ class PluginManager:
 
     def _make_unknown_error(self, kind: str, name: str, dist: str | None = None) -> PluginError:
         title = KINDS[kind].title
-        refusals = [
-            text
-            for e, text in self.refused.items()
-            if dist is None or normalize_dist_name(e.dist) == normalize_dist_name(dist)
-        ]
+        refusals = [text for e, text in self.refused.items() if dist is None or e.is_of_dist(dist)]
         if dist and refusals:
             return PluginError(f"{title} {name!r} cannot be used: {refusals[0]}")
         known = [
@@ -247,8 +238,9 @@ class PluginManager:
         return self._make_resolution(registration, f"auto{by}" + (f": {choice.why}" if choice.why else ""), rejected)
 
     def _first_answer(self, hook: str, **arguments: Any) -> tuple[Any, str]:
-        """The first answer to ``hook`` that is not None, and who gave it."""
-        return next(((a, who) for who, a in self._iter_answers(hook, arguments) if a is not None), (None, PROJECT))
+        """The first answer to ``hook`` that is not None, and the distribution that gave it."""
+        answers = ((answer, dist) for dist, answer in self._iter_answers(hook, arguments) if answer is not None)
+        return next(answers, (None, PROJECT))
 
     def _iter_answers(self, hook: str, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """Call one plugin after another, so that the one that raises can be named."""

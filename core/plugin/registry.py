@@ -69,10 +69,10 @@ class Kind:
     @staticmethod
     def from_name(text: str) -> Kind:
         """The kind called ``text``: its key, title, flag or an alias, dashes aside. PluginError if there is none."""
-        wanted_name = normalize_name(text.lstrip("-"))
+        normalized = normalize_name(text.lstrip("-"))
         for kind in KINDS.values():
             names = (kind.key, kind.title.replace(" ", "-"), kind.flag or kind.key, *kind.aliases)
-            if wanted_name in {normalize_name(name.lstrip("-")) for name in names}:
+            if normalized in {normalize_name(name.lstrip("-")) for name in names}:
                 return kind
         raise PluginError(f"{text!r} is not a kind of plugin; {suggest_names(text, KINDS)}")
 
@@ -139,7 +139,7 @@ class Choice:
 
 
 class Registrar:
-    """The ``register`` that a plugin's hook is called with; it notes who registers and refuses malformed calls."""
+    """The ``register`` that a plugin's hook is called with: collects registrations, and refuses malformed calls."""
 
     def __init__(self, kind: str, dist: str = PROJECT, version: str = "", file: str | None = None) -> None:
         self._kind, self._dist, self._version, self._file = kind, dist, version, file
@@ -194,20 +194,20 @@ class Registry:
         self._registrations.extend(r for r in registrations if r not in self._registrations)
 
     def list_kind(self, kind: str) -> list[Registration]:
-        """Every registration of ``kind``, bundled first, in the order they were made."""
+        """Every registration of ``kind``: bundled ones first, then in the order in which they were added."""
         return [r for r in self._registrations if r.kind == kind]
 
     def find_by_name(self, kind: str, name: str) -> list[Registration]:
-        """Who answers to ``name``, by name or alias: a bundled one alone, else every third party that claims it."""
-        wanted = normalize_name(name)
-        matches = [r for r in self.list_kind(kind) if wanted in _normalized_names(r)]
+        """What ``name`` stands for, as a name or an alias: a bundled one alone, else that of every third party."""
+        normalized = normalize_name(name)
+        matches = [r for r in self.list_kind(kind) if normalized in _normalized_names(r)]
         return [r for r in matches if r.is_bundled][:1] or matches
 
     def find_in_dist(self, kind: str, dist: str, name: str) -> Registration | None:
         """The implementation that ``dist`` calls ``name``."""
-        wanted = normalize_name(name)
+        normalized = normalize_name(name)
         of_dist = [r for r in self.list_kind(kind) if normalize_dist_name(r.dist) == normalize_dist_name(dist)]
-        return next((r for r in of_dist if wanted in _normalized_names(r)), None)
+        return next((r for r in of_dist if normalized in _normalized_names(r)), None)
 
     def find_clash(self, registration: Registration) -> Registration | None:
         """Another distribution's registration that keeps this one from its plain name, if any."""

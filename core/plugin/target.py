@@ -42,22 +42,22 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     if not module or not path:
         raise PluginError(f"{target!r} is not of the form module:Class; write for example my_package.policy:MyPolicy")
     try:
-        found: Any = importlib.import_module(module)
+        resolved: Any = importlib.import_module(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise PluginError(f"{target}: cannot be imported: {format_error(error)}; mend it or choose another") from error
     for part in path.split("."):
         try:
-            found = getattr(found, part)
+            resolved = getattr(resolved, part)
         except AttributeError:
-            classes = [n for n, value in vars(found).items() if inspect.isclass(value) and not n.startswith("_")]
+            classes = [n for n, value in vars(resolved).items() if inspect.isclass(value) and not n.startswith("_")]
             raise PluginError(f"{target}: {module} has no {part!r}; {suggest_names(part, classes)}") from None
-    if not inspect.isclass(found):
-        raise PluginError(f"{target}: is a {type(found).__name__}, not a class; name the class itself")
+    if not inspect.isclass(resolved):
+        raise PluginError(f"{target}: is a {type(resolved).__name__}, not a class; name the class itself")
     if contract is not None:
-        _check_contract(target, found, load_target(contract) if isinstance(contract, str) else contract)
-    return found
+        _check_contract(target, resolved, load_target(contract) if isinstance(contract, str) else contract)
+    return resolved
 
 
 def find_missing_requirement(plugin: Resolution | Registration) -> str | None:

@@ -1,4 +1,4 @@
-"""What every plugin must keep, whatever its kind."""
+"""Checks of every plugin, whatever its kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every metrics exporter must keep: it takes whatever the engine reports, at once, and alone."""
+"""Checks of metrics exporters: each takes what the engine reports, without blocking, and shares no state."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def check_at_most_num_tokens_drafts(cls: type[SpeculativeProposer]) -> None:
     proposer = _make_host_proposer(cls)
     for length in (1, 2, 3, 17, 300):
         drafts = proposer.propose(_make_request(f"r{length}", length), 3)
-        assert len(drafts) <= 3, f"{len(drafts)} drafts, 3 were asked for"
+        assert len(drafts) <= 3, f"{len(drafts)} drafts, it was asked for 3"
         assert all(isinstance(token, int) for token in drafts), f"drafts are no integers: {drafts!r}"
 
 

@@ -1,4 +1,4 @@
-"""Proposers that try to do harm, and one that knows the answer: speculation must survive them all unchanged."""
+"""Proposers for tests: some do harm, and one knows the answer. Under each, tokens are those without speculation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class AdversarialDeviceProposer(DeviceProposer):
-    """Drafts noise in every way that a proposer can be wrong, and now and then what is right."""
+    """Drafts at random, outside the vocabulary, too much or too little."""
 
     @dataclass(frozen=True)
     class Options:
@@ -39,7 +39,7 @@ class AdversarialDeviceProposer(DeviceProposer):
         self._chance = torch.Generator().manual_seed(0)
 
     def propose(self, rows: Tensor, num_tokens: int, *, greedy: bool = False) -> DraftTokens:
-        """Nonsense."""
+        """Tokens that break what a proposer promises."""
         kind, vocab = self.options.kind, self.options.vocab
         width = num_tokens + 3 if kind == "long" else num_tokens
         low, high = (-(2**31), 2**31 - 1) if kind == "outside" else (0, vocab)
@@ -62,10 +62,10 @@ class FailingProposer(AdversarialDeviceProposer):
 
 
 class LastTokenProposer(HostProposer):
-    """Expects the last token to repeat, for ever."""
+    """Drafts the last token again and again."""
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
-        """The last token, ``count`` times."""
+        """The last token, ``num_tokens`` times."""
         return [request.token_ids[-1]] * num_tokens
 
 
@@ -79,7 +79,10 @@ class AdversarialHostProposer(HostProposer):
 
 
 class KnownAnswerProposer(HostProposer):
-    """Knows every answer, from a file of ``{"prompt tokens": answer}`` with keys like ``1,2,3``, and errs as told."""
+    """Drafts the answer, from a file of ``{"prompt tokens": answer}`` with keys like ``1,2,3``.
+
+    Each token is right with the probability ``skill``.
+    """
 
     @dataclass(frozen=True)
     class Options:
@@ -93,9 +96,10 @@ class KnownAnswerProposer(HostProposer):
         if not hasattr(self, "_answers"):
             self._answers = json.loads(self.options.answers.read_text())
         answer = self._answers[",".join(map(str, request.token_ids[: request.prompt_len]))]
-        made = request.num_output_tokens
-        chance = torch.Generator().manual_seed(made)
+        start = request.num_output_tokens
+        chance = torch.Generator().manual_seed(start)
         right = (torch.rand(num_tokens, generator=chance) < self.options.skill).tolist()
         return [
-            token if good else token + 1 for token, good in zip(answer[made : made + num_tokens], right, strict=False)
+            token if is_right else token + 1
+            for token, is_right in zip(answer[start : start + num_tokens], right, strict=False)
         ]
