@@ -35,17 +35,17 @@ class LoadPlot:
 
     def draw(self, runs: Sequence[dict[str, Any]]) -> Path:
         """One point for each request rate: medians and 99th percentiles over the output that the server gave."""
-        points = sorted(runs, key=lambda found: found["requests_s"])
+        points = sorted(runs, key=lambda run: run["requests_s"])
         for axes, (key, title) in zip(self._figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
             for part, label in (("p50", "median"), ("p99", "99th percentile")):
-                measured = [found for found in points if part in found[key]]
-                load = [found["requests_s"] for found in measured]
-                axes.plot(load, [1000 * found[key][part] for found in measured], marker="o", label=label)
-            for found in measured:
-                label_text = f"{found['request_rate']:g}/s" if found["request_rate"] else "at once"
+                measured = [run for run in points if part in run[key]]
+                load = [run["requests_s"] for run in measured]
+                axes.plot(load, [1000 * run[key][part] for run in measured], marker="o", label=label)
+            for run in measured:
+                label_text = f"{run['request_rate']:g}/s" if run["request_rate"] else "at once"
                 axes.annotate(
                     label_text,
-                    (found["requests_s"], 1000 * found[key]["p99"]),
+                    (run["requests_s"], 1000 * run[key]["p99"]),
                     (4, -9),
                     textcoords="offset points",
                     fontsize=7,

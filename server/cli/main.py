@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from quire.core.errors import QuireError
 from quire.core.version import __version__
 
-__all__ = ["COMMANDS", "Parser", "main", "make_parsers"]
+__all__ = ["COMMANDS", "Parser", "call_argument_hooks", "main", "make_parsers"]
 
 COMMANDS = {
     "serve": "quire.server.cli.serve",
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, subparsers = make_parsers()
-        _run_argument_hooks(words, subparsers)
+        call_argument_hooks(words, subparsers)
         args = _parse_arguments(parser, words)
         if getattr(args, "run", None) is None:
             parser.print_help()
@@ -68,11 +68,6 @@ class Parser(argparse.ArgumentParser):
         """Every flag that ``--help`` shows."""
         return [name for a in self._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
 
-    def boolean_flags(self) -> frozenset[str]:
-        """The flags that may be negated with ``--no-``."""
-        actions = [a for a in self._actions if isinstance(a, argparse.BooleanOptionalAction)]
-        return frozenset(name for a in actions for name in a.option_strings if not name.startswith("--no-"))
-
 
 class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
@@ -96,7 +91,7 @@ def make_parsers() -> tuple[Parser, Any]:
     return parser, subparsers
 
 
-def _run_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
+def call_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
     """Let the distributions named by ``--plugin`` add arguments to ``serve``, and commands of their own."""
     distributions = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--plugin"]
     distributions += [word.partition("=")[2] for word in words if word.startswith("--plugin=")]
@@ -110,10 +105,10 @@ def _run_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
 
 
 def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
-    from quire.server.cli.vllm_flags import normalize_spelling
+    from quire.server.cli.vllm_flags import find_boolean_flags, normalize_spelling
 
     command_parser = _find_command_parser(parser, words)
-    normalized, flag_warnings = normalize_spelling(words, command_parser.boolean_flags())
+    normalized, flag_warnings = normalize_spelling(words, find_boolean_flags(command_parser))
     args, unknown = parser.parse_known_args(normalized)
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]

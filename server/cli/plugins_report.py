@@ -17,14 +17,14 @@ from quire.core.version import __version__
 from quire.server.cli.plugins_probe import probe_entries
 from quire.server.cli.plugins_source import read_options
 
-__all__ = ["doctor_report", "explain_report", "list_report", "split_subject"]
+__all__ = ["doctor_report", "explain_report", "inspect_host", "list_report", "split_subject"]
 
 
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
     """Every plugin by kind, whether it is active by default, and why; and what was refused."""
     _probe_unseen(manager)
     kinds = [Kind.from_name(kind).key] if kind else list(KINDS)
-    context = {"device": device or _inspect_host()["device"]}
+    context = {"device": device or inspect_host()["device"]}
     return {
         "version": __version__,
         "api": GROUP,
@@ -39,7 +39,7 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
     kind, name = split_subject(subject)
     if name.lower() != "auto" and ":" not in name and not manager.registry.find_by_name(kind, name):
         _probe_unseen(manager)
-    context = {"device": device or _inspect_host()["device"]}
+    context = {"device": device or inspect_host()["device"]}
     resolution = manager.resolve_plugin(kind, name, context)
     registrations = [
         r for r in manager.registry.list_kind(kind) if (r.dist, r.name) == (resolution.dist, resolution.name)
@@ -84,7 +84,7 @@ def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
             problems.extend(
                 {"dist": registration.dist, "problem": text} for text in _describe_clashes(manager, registration)
             )
-    host = _inspect_host()
+    host = inspect_host()
     problems.extend({"dist": "this machine", "problem": text} for text in _find_host_problems(host))
     checked = [
         asdict(p.entry)
@@ -160,7 +160,7 @@ def _format_name(registration: Registration) -> str:
     return f"{registration.kind}/{registration.name}"
 
 
-def _inspect_host() -> dict[str, Any]:
+def inspect_host() -> dict[str, Any]:
     """What Triton needs of this machine, found without importing torch."""
     gpus = Path("/proc/driver/nvidia/gpus")
     cuda = (gpus.is_dir() and any(gpus.iterdir())) or any(Path("/dev").glob("nvidia[0-9]*"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from quire.core.errors import ConfigError
 
-__all__ = ["VLLM_FLAGS", "VllmFlag", "add_vllm_flags", "apply_vllm_flags", "normalize_spelling"]
+__all__ = ["VLLM_FLAGS", "VllmFlag", "add_vllm_flags", "apply_vllm_flags", "find_boolean_flags", "normalize_spelling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,12 @@ def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[l
         else:
             result.append(dashed + equals + value)
     return result, messages
+
+
+def find_boolean_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
+    """The flags of a parser that may be negated with ``--no-``."""
+    actions = [action for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)]
+    return frozenset(name for each in actions for name in each.option_strings if not name.startswith("--no-"))
 
 
 def _boolean_flag(name: str, value: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError, InvalidRequestError
 from quire.server.cli.flags import ENGINE_FLAGS, add_flags, make_engine_args
-from quire.server.cli.vllm_flags import normalize_spelling
+from quire.server.cli.vllm_flags import find_boolean_flags, normalize_spelling
 from quire.server.evaluation.engine import answer_conversations, generate_with_progress, open_engine
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def parse_side(text: str, common: argparse.Namespace) -> Side:
     parser = _SettingsParser(text)
     add_flags(parser, ENGINE_FLAGS)
     settings = matched["settings"].split(",") if matched["settings"] else []
-    words, _ = normalize_spelling([f"--{setting.strip()}" for setting in settings], parser.boolean_flags())
+    words, _ = normalize_spelling([f"--{setting.strip()}" for setting in settings], find_boolean_flags(parser))
     settings_given = vars(parser.parse_args(words))
     for name, value in settings_given.items():
         if value is not None:
@@ -104,11 +104,6 @@ class _SettingsParser(argparse.ArgumentParser):
     def __init__(self, text: str) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
         self._text = text
-
-    def boolean_flags(self) -> frozenset[str]:
-        """The flags that may be negated."""
-        found = [a for a in self._actions if isinstance(a, argparse.BooleanOptionalAction)]
-        return frozenset(name for a in found for name in a.option_strings if not name.startswith("--no-"))
 
     def error(self, message: str) -> Any:
         """A user's error, as everywhere."""

@@ -24,7 +24,7 @@ from quire.core.version import __version__
 from quire.server.http.settings import ServerSettings
 from quire.server.http.state import ServerState
 
-__all__ = ["serve"]
+__all__ = ["drain_requests", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ async def _run(
         while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
             await asyncio.wait({stop, *running}, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not state.engine.is_dead:
-            await _drain(state, signalled)
+            await drain_requests(state, signalled)
     finally:
         stop.cancel()
         for server in servers:
@@ -109,7 +109,7 @@ async def _run(
     return 0
 
 
-async def _drain(state: ServerState, signalled: asyncio.Queue[int]) -> None:
+async def drain_requests(state: ServerState, signalled: asyncio.Queue[int]) -> None:
     """Let requests in flight finish. A second signal, or the time limit, ends the wait."""
     state.draining = True
     limit = state.settings.shutdown_timeout

@@ -144,7 +144,7 @@ def test_a_gpu_without_a_compiler_is_told(monkeypatch):
     from quire.server.cli import plugins_report
 
     host = {"device": "cuda", "c_compiler": None, "python_headers": None}
-    monkeypatch.setattr(plugins_report, "_inspect_host", lambda: host)
+    monkeypatch.setattr(plugins_report, "inspect_host", lambda: host)
     problems = plugins_report.doctor_report(plugins_report.PluginManager(), 5.0)["problems"]
     texts = [p["problem"] for p in problems if p["dist"] == "this machine"]
     assert len(texts) == 2 and "apt install gcc" in texts[0] and "apt install python3-dev" in texts[1]

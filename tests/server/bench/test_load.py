@@ -24,9 +24,9 @@ def test_a_run_for_each_rate(server: RunningServer, capsys: pytest.CaptureFixtur
     assert main([*words, "--request-rate", "60", "inf", "--json"]) == 0
     slow, fast = lines(capsys)
     assert (slow["request_rate"], fast["request_rate"]) == (60.0, 0.0)
-    for found in (slow, fast):
-        assert found["successful"] == 6 and found["requests_s"] > 0
-        assert found["longest_stall_s"] >= found["itl_s"]["p99"] > 0
+    for figures in (slow, fast):
+        assert figures["successful"] == 6 and figures["requests_s"] > 0
+        assert figures["longest_stall_s"] >= figures["itl_s"]["p99"] > 0
 
 
 def test_a_repeated_seed_is_warned_of(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,8 +63,8 @@ def test_chats_over_a_file_of_prompts(
     file.write_text('{"prompt": "hello"}\n{"question": "and you?", "answer": "well"}\n')
     words = ["bench", "serve", "--base-url", f"{server.url}/v1", "--endpoint", "/v1/chat/completions"]
     assert main([*words, "--dataset", str(file), "--num-prompts", "5", "--output-len", "7", "--json"]) == 0
-    (found,) = lines(capsys)
-    assert found["successful"] == 5 and found["output_tok_s"] > 0 and found["ttft_s"]["p50"] > 0
+    (figures,) = lines(capsys)
+    assert figures["successful"] == 5 and figures["output_tok_s"] > 0 and figures["ttft_s"]["p50"] > 0
 
 
 def test_a_picture_is_promised_or_refused_before_the_load(
@@ -86,20 +86,24 @@ def test_a_picture_is_promised_or_refused_before_the_load(
 def test_more_load_than_it_sustains(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "soak", "--base-url", server.url, *SMALL, "--duration", "3", "--minute", "1"]
     assert main([*words, "--num-prompts", "8", "--max-concurrency", "4", "--overload", "1.5", "--json"]) == 0
-    (found,) = lines(capsys)
-    assert len(found["minutes"]) == 3 and found["failed"] == 0
-    assert found["request_rate"] == pytest.approx(1.5 * found["sustained_requests_s"])
-    assert all(minute["output_tok_s"] > 0 for minute in found["minutes"])
-    assert 0 < found["longest_overall_stall_s"] < 3 and found["longest_stall_s"] > 0 and found["last_over_second"] > 0
+    (figures,) = lines(capsys)
+    assert len(figures["minutes"]) == 3 and figures["failed"] == 0
+    assert figures["request_rate"] == pytest.approx(1.5 * figures["sustained_requests_s"])
+    assert all(minute["output_tok_s"] > 0 for minute in figures["minutes"])
+    assert (
+        0 < figures["longest_overall_stall_s"] < 3
+        and figures["longest_stall_s"] > 0
+        and figures["last_over_second"] > 0
+    )
 
 
 def test_starting(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "startup", tiny_model, "--max-num-seqs", "4", "--max-model-len", "64", "--json"]) == 0
-    (found,) = lines(capsys)
-    assert "4.0 requests of 64 tokens at once" in found["ready"]
+    (figures,) = lines(capsys)
+    assert "4.0 requests of 64 tokens at once" in figures["ready"]
     for state in ("cold", "warm"):
-        assert found[state]["ready_s"] == pytest.approx(sum(found[state]["phases_s"].values()), abs=0.1)
-        assert found[state]["phases_s"]["weights"] >= 0 and found[state]["first_token_s"] > 0
+        assert figures[state]["ready_s"] == pytest.approx(sum(figures[state]["phases_s"].values()), abs=0.1)
+        assert figures[state]["phases_s"]["weights"] >= 0 and figures[state]["first_token_s"] > 0
 
 
 def test_a_server_that_cannot_start(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,14 +36,14 @@ def test_nano_is_draw_for_draw_what_others_ran() -> None:
     ],
 )
 def test_shapes(name: str, count: int, prompt: int, answer: int) -> None:
-    found = make_workload(name)
-    assert [len(p) for p in found.prompts] == [prompt] * count and list(found.max_tokens) == [answer] * count
+    workload = make_workload(name)
+    assert [len(p) for p in workload.prompts] == [prompt] * count and list(workload.max_tokens) == [answer] * count
 
 
 def test_shrinking() -> None:
-    found = make_workload("decode-bs8").limit_requests(3).scale_lengths(0.1).wrap_token_ids(50)
-    assert [len(p) for p in found.prompts] == [13] * 3 and list(found.max_tokens) == [26] * 3
-    assert max(map(max, found.prompts)) < 50
+    workload = make_workload("decode-bs8").limit_requests(3).scale_lengths(0.1).wrap_token_ids(50)
+    assert [len(p) for p in workload.prompts] == [13] * 3 and list(workload.max_tokens) == [26] * 3
+    assert max(map(max, workload.prompts)) < 50
     for name in ("decode-bs0", "nanoo", "decode-bs"):
         with pytest.raises(ConfigError, match="choose nano"):
             make_workload(name)
@@ -60,9 +60,9 @@ def test_throughput_beside_transformers(tiny_model: str, capsys: pytest.CaptureF
     *lines, last = capsys.readouterr().out.splitlines()
     assert any(line.startswith("quire: ") and "output tokens/s" in line for line in lines)
     assert any(line.startswith("transformers.generate, batches of 8: ") for line in lines)
-    found = json.loads(last)
-    assert found["requests"] == 3 and found["input_tokens"] == 18 and found["output_tokens"] == 39
-    assert found["output_tok_s"] > 0 and found["decode_tok_s"] > 0 and found["transformers"]["output_tok_s"] > 0
+    figures = json.loads(last)
+    assert figures["requests"] == 3 and figures["input_tokens"] == 18 and figures["output_tokens"] == 39
+    assert figures["output_tok_s"] > 0 and figures["decode_tok_s"] > 0 and figures["transformers"]["output_tok_s"] > 0
 
 
 def test_a_workload_that_does_not_fit_the_model(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +106,9 @@ def test_load_on_a_server(server: RunningServer, capsys: pytest.CaptureFixture[s
     assert main(words) == 0
     assert "Successful requests" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["successful"] == 12 and found["failed"] == 0 and found["output_tok_s"] > 0
-    assert set(found["ttft_s"]) == {"mean", "p50", "p99"} and found["model"] == "tiny"
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["successful"] == 12 and figures["failed"] == 0 and figures["output_tok_s"] > 0
+    assert set(figures["ttft_s"]) == {"mean", "p50", "p99"} and figures["model"] == "tiny"
 
 
 def test_load_that_fails_says_so(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,10 +125,10 @@ def test_several_workloads_in_one_engine(tiny_model: str, tmp_path: Path, capsys
     words = ["bench", "throughput", "--model", tiny_model, "--workload", "decode-bs2,prefill", "nano-sampled"]
     words += ["--num-prompts", "2", "--scale", "0.02", "--no-compare", "--json", "--cpu-threads", "1"]
     assert main([*words, "--ceilings", str(file)]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [each["workload"] for each in found] == ["decode-bs2", "prefill", "nano-sampled"]
-    assert [each["temperature"] for each in found] == [0.0, 0.0, 0.8]
-    assert all(each["share_of_bound"] > 0 for each in found) and found[0]["decode_share_of_bound"] > 0
+    runs = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [each["workload"] for each in runs] == ["decode-bs2", "prefill", "nano-sampled"]
+    assert [each["temperature"] for each in runs] == [0.0, 0.0, 0.8]
+    assert all(each["share_of_bound"] > 0 for each in runs) and runs[0]["decode_share_of_bound"] > 0
 
 
 def test_conversations_of_a_file(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,8 +137,8 @@ def test_conversations_of_a_file(tmp_path: Path, tiny_model: str, capsys: pytest
     file.write_text(json.dumps([{"conversations": talk}, {"conversations": talk[:1]}]))
     words = ["bench", "throughput", "--model", tiny_model, "--dataset", str(file), "--num-prompts", "5"]
     assert main([*words, "--no-compare", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["workload"] == "share" and found["requests"] == 1 and found["output_tokens"] >= 4
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["workload"] == "share" and figures["requests"] == 1 and figures["output_tokens"] >= 4
     assert main([*words, "--workload", "nano"]) == 2
     assert "leave out --dataset" in capsys.readouterr().err
 

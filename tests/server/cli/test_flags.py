@@ -39,7 +39,7 @@ def parsed(*words: str) -> argparse.Namespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "run", note)
         # --plugin names distributions that are not there
-        patch.setattr(cli, "_run_argument_hooks", lambda words, subparsers: None)
+        patch.setattr(cli, "call_argument_hooks", lambda words, subparsers: None)
         assert main(["serve", *words]) == 0
     return seen[0]
 
@@ -80,8 +80,8 @@ def test_each_flag_sets_its_field(flag: Setting) -> None:
     for name in (flag.flag, *flag.aliases):
         args = parsed(name, *([word] if word else []))
         owner = make_engine_args(args) if flag in ENGINE_FLAGS else make_server_settings(args)
-        found = getattr(owner, flag.name)
-        assert (list(found) if isinstance(found, tuple) else found) == value
+        value_set = getattr(owner, flag.name)
+        assert (list(value_set) if isinstance(value_set, tuple) else value_set) == value
     if flag.value_type == "bool":
         assert getattr(make_engine_args(parsed(f"--no-{flag.flag[2:]}")), flag.name) is False
 

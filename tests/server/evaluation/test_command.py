@@ -56,20 +56,20 @@ def in_process(tmp_path_factory):
 
 
 def test_in_process(in_process):
-    status, found = in_process
-    assert found["n"] == 30 and len(found["skills"]) == 15 and found["model"] == "quire-tiny"
-    assert found["exact_match"] >= 0.9, found["failures"]
+    status, report = in_process
+    assert report["n"] == 30 and len(report["skills"]) == 15 and report["model"] == "quire-tiny"
+    assert report["exact_match"] >= 0.9, report["failures"]
     assert status == 0
-    assert found["interval"][0] < found["exact_match"] <= found["interval"][1]
+    assert report["interval"][0] < report["exact_match"] <= report["interval"][1]
 
 
 def test_over_http(url, in_process, capsys):
     skills = "subtraction,letter_case,tool_call,tool_result,code,extraction"
     words = ["eval", "--url", url, "--api-key", KEY, "--skills", skills, "--limit", "2", "--json"]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"] == "quire-tiny" and found["n"] == 12
-    assert found["skills"] == {name: in_process[1]["skills"][name] for name in skills.split(",")}
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == "quire-tiny" and report["n"] == 12
+    assert report["skills"] == {name: in_process[1]["skills"][name] for name in skills.split(",")}
     words = ["eval", "--url", f"{url}/v1", "--api-key", KEY, "--served-model", "quire-tiny", "--skills", "addition"]
     assert main([*words, "--limit", "1", "--max-concurrency", "1", "--min-exact-match", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -172,6 +172,6 @@ def test_the_documentation_lists_every_flag():
     shared = {name for flag in ENGINE_FLAGS for name in (flag.flag, *flag.aliases)} | set(option_flags())
     shared |= {old.name for old in VLLM_FLAGS} | {"-h", "--help"}
     text = (DOCS / "cli.md").read_text().partition("## `quire eval`")[2]
-    own = [n for n in subparsers.choices["eval"].list_flags() if n not in shared and not n.startswith("--no-")]
-    assert len(own) == 13
-    assert [name for name in own if f"`{name}" not in text] == []
+    eval_flags = [n for n in subparsers.choices["eval"].list_flags() if n not in shared and not n.startswith("--no-")]
+    assert len(eval_flags) == 13
+    assert [name for name in eval_flags if f"`{name}" not in text] == []

@@ -43,10 +43,10 @@ def test_intervals_of_paired_shares(both, only_a, only_b, neither):
 
 def test_the_bootstrap_agrees_with_the_normal_interval_where_that_holds():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    found, half = bootstrap(values), 1.96 * values.std() / math.sqrt(400)
-    assert found.value == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.03)
-    assert bootstrap(values, np.exp).high == pytest.approx(math.exp(found.high))
+    estimate, half = bootstrap(values), 1.96 * values.std() / math.sqrt(400)
+    assert estimate.value == pytest.approx(values.mean())
+    assert (estimate.low, estimate.high) == pytest.approx((estimate.value - half, estimate.value + half), abs=0.03)
+    assert bootstrap(values, np.exp).high == pytest.approx(math.exp(estimate.high))
 
 
 def report(name, right, n):
@@ -66,12 +66,12 @@ def report(name, right, n):
 def test_the_verdict(right_b, within, words):
     a, b = report("s", set(range(1000)), 1000), report("s", right_b, 1000)
     asked = [Question(f"s-{i}", "s", [], [], "exact", "right") for i in range(1000)]
-    found = Comparison("x", "y", a, b, pair_scores(asked, a, b), None)
-    assert found.within is within and words in found.verdict() and "\n" not in found.verdict()
-    assert len(found.lost_answers()) == 1000 - len(right_b)
-    assert found.table().splitlines()[-1] == found.verdict()
-    assert "not compared" in found.table()
-    assert found.to_dict()["loss"]["skills"]["s"]["only_a"] == 1000 - len(right_b)
+    comparison = Comparison("x", "y", a, b, pair_scores(asked, a, b), None)
+    assert comparison.within is within and words in comparison.verdict() and "\n" not in comparison.verdict()
+    assert len(comparison.lost_answers()) == 1000 - len(right_b)
+    assert comparison.table().splitlines()[-1] == comparison.verdict()
+    assert "not compared" in comparison.table()
+    assert comparison.to_dict()["loss"]["skills"]["s"]["only_a"] == 1000 - len(right_b)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_distributions_are_those_of_transformers(two, tmp_path):
     """Token by token through the engine's cache; the oracle reads each window at once, in float64."""
     from transformers import AutoModelForCausalLM
 
-    found, expected = [], []
+    scores, expected = [], []
     for has_reference, path in enumerate(two):
         llm = LLM(
             path,
@@ -95,21 +95,21 @@ def test_distributions_are_those_of_transformers(two, tmp_path):
         )
         windows = cut_windows(llm.tokenizer.encode(read_held_out_text()[:4000]), 4 * 128, 2048)
         vocab_size = llm.config.model.vocab_size
-        found.append(score_windows(llm.generate, windows, tmp_path, vocab_size, has_reference=bool(has_reference)))
+        scores.append(score_windows(llm.generate, windows, tmp_path, vocab_size, has_reference=bool(has_reference)))
         llm.shutdown()
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         tokens = torch.from_numpy(windows.tokens).long()
         with torch.inference_mode():
             expected.append(model(tokens).logits[:, windows.prompt - 1 : -1].log_softmax(-1))
         target = tokens[:, windows.prompt :, None]
-        own = expected[-1].gather(-1, target)[..., 0].numpy()
-        assert found[-1].logprob == pytest.approx(own, abs=1e-4)
-        assert (found[-1].top == expected[-1].argmax(-1).numpy()).mean() > 0.99
-        assert found[-1].perplexity == pytest.approx(math.exp(-own.mean()), rel=1e-4)
+        target_logprobs = expected[-1].gather(-1, target)[..., 0].numpy()
+        assert scores[-1].logprob == pytest.approx(target_logprobs, abs=1e-4)
+        assert (scores[-1].top == expected[-1].argmax(-1).numpy()).mean() > 0.99
+        assert scores[-1].perplexity == pytest.approx(math.exp(-target_logprobs.mean()), rel=1e-4)
     assert windows.num_scored == 512 and windows.tokens.shape == (4, 192)
     a, b = expected
     kl = torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1).numpy()
-    assert np.isnan(found[0].kl).all() and found[1].kl == pytest.approx(kl, abs=1e-4)
+    assert np.isnan(scores[0].kl).all() and scores[1].kl == pytest.approx(kl, abs=1e-4)
 
 
 def test_the_command(two, capsys):
@@ -119,12 +119,12 @@ def test_the_command(two, capsys):
     assert "same top token  100.00%" in out and "KL(A || B)      0.00000" in out and "256 tokens in 2 windows" in out
     assert "B loses 0.0 points" in out.splitlines()[-1]
     assert main([*words, *two, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["a"]["model"] == two[0] and found["b"]["n"] == 4
-    text = found["text"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["a"]["model"] == two[0] and report["b"]["n"] == 4
+    text = report["text"]
     assert text["kl"]["interval"][0] <= text["kl"]["value"] <= text["kl"]["interval"][1] and text["kl"]["value"] > 0.1
     assert text["perplexity"]["ratio"]["value"] == pytest.approx(text["perplexity"]["b"] / text["perplexity"]["a"])
-    assert found["verdict"].endswith("4 questions do not settle it") and found["within"] is True
+    assert report["verdict"].endswith("4 questions do not settle it") and report["within"] is True
 
 
 def test_models_with_different_vocabularies(two, capsys, tmp_path):
@@ -173,5 +173,5 @@ def test_questions_that_cannot_be_read_are_left_out(tmp_path, capsys):
     del settings["chat_template"]
     (short / "tokenizer_config.json").write_text(json.dumps(settings))
     assert main([*words, "--compare", str(short), str(short), "--max-loss", "0"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["verdict"].startswith("no verdict: ") and found["text"]["same_top_token"]["value"] == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"].startswith("no verdict: ") and report["text"]["same_top_token"]["value"] == 1

@@ -31,10 +31,10 @@ def test_answers_are_counted_by_skill():
     assert (report.n, report.exact_match) == (3, 2 / 3)
     [failure] = report.failures
     assert (failure.id, failure.asked, failure.text, failure.answer) == ("b", "b?", "wrong", "2")
-    found = json.loads(report.to_json())
-    assert found["exact_match"] == 2 / 3 and found["n"] == 3 and found["correct"] == 2
-    assert found["skills"]["s"] == {"exact_match": 0.5, "interval": list(wilson_interval(1, 2)), "correct": 1, "n": 2}
-    assert found["failures"] == [{"id": "b", "asked": "b?", "text": "wrong", "answer": "2"}]
+    decoded = json.loads(report.to_json())
+    assert decoded["exact_match"] == 2 / 3 and decoded["n"] == 3 and decoded["correct"] == 2
+    assert decoded["skills"]["s"] == {"exact_match": 0.5, "interval": list(wilson_interval(1, 2)), "correct": 1, "n": 2}
+    assert decoded["failures"] == [{"id": "b", "asked": "b?", "text": "wrong", "answer": "2"}]
     lines = report.table().splitlines()
     assert len(lines) == 4 and lines[1].split() == ["s", "50.0%", "9.5%", "-", "90.5%", "2"]
 
@@ -65,8 +65,8 @@ def test_a_known_interval():
 
 
 def test_choosing_questions():
-    found = load_questions(["sorting", "addition", "sorting"], 3)
-    assert [each.id for each in found] == [f"{s}-{i:03}" for s in ("sorting", "addition") for i in range(3)]
+    questions = load_questions(["sorting", "addition", "sorting"], 3)
+    assert [each.id for each in questions] == [f"{s}-{i:03}" for s in ("sorting", "addition") for i in range(3)]
     assert len(load_questions()) == 960
     with pytest.raises(ConfigError, match="'tool_cal'; did you mean tool_call"):
         load_questions(["tool_cal"])

@@ -20,7 +20,7 @@ import pytest
 
 from quire.core.env import child_environment
 from quire.server.cli.main import main
-from quire.server.http.serving import _drain
+from quire.server.http.serving import drain_requests
 from quire.server.http.settings import ServerSettings
 from quire.server.http.state import ServerState
 
@@ -136,7 +136,7 @@ def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal()
         state.begin_request(True)
         start = time.monotonic()
         asyncio.get_running_loop().call_later(0.05, event, state, signalled)
-        await _drain(state, signalled)
+        await drain_requests(state, signalled)
         assert state.draining
         return time.monotonic() - start
 
@@ -147,11 +147,11 @@ def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal()
 
 def _children(pid: int) -> list[int]:
     """Child processes that run Python code of ours, without the resource tracker."""
-    found = []
+    children = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text():
-            found.append(int(child))
-    return found
+            children.append(int(child))
+    return children
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -188,8 +188,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_refusals_before_anything_is_loaded(
     arguments: list[str], words: list[str], tiny_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [tiny_model if word == "MODEL" else word for word in arguments]
-    assert main(["serve", *given, "--port", "0"]) == 2
+    command = [tiny_model if word == "MODEL" else word for word in arguments]
+    assert main(["serve", *command, "--port", "0"]) == 2
     message = one_line(capsys)
     assert all(word in message for word in words), message
 

@@ -84,11 +84,11 @@ def test_a_command(greeting: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_before_the_command_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[argparse.Namespace] = []
-    monkeypatch.setattr(cli, "_run_argument_hooks", lambda words, subparsers: None)
-    monkeypatch.setattr(serve, "run", lambda args: found.append(args) or 0)
+    parsed: list[argparse.Namespace] = []
+    monkeypatch.setattr(cli, "call_argument_hooks", lambda words, subparsers: None)
+    monkeypatch.setattr(serve, "run", lambda args: parsed.append(args) or 0)
     assert main(["--plugin", "a", "serve", "--plugin", "b"]) == 0
-    assert make_engine_args(found[0]).plugins == ["a", "b"]
+    assert make_engine_args(parsed[0]).plugins == ["a", "b"]
 
 
 def test_a_flag_a_route_and_middleware(greeting: str, tiny_model: str, tmp_path: Path) -> None:

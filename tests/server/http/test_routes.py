@@ -121,9 +121,9 @@ def test_the_wire_format_of_a_stream(http: httpx.Client) -> None:
 
 def test_tokenize_and_back(http: httpx.Client) -> None:
     text = "Grüße, 本!"
-    found = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
-    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) and found["max_model_len"] == 2048
-    assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+    reply = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"]) and reply["max_model_len"] == 2048
+    assert http.post("/detokenize", json={"tokens": reply["tokens"]}).json() == {"prompt": text}
     talk = {"messages": [{"role": "user", "content": "hi"}]}
     with_prompt = http.post("/tokenize", json=talk).json()["count"]
     without = http.post("/tokenize", json={**talk, "add_generation_prompt": False}).json()["count"]
@@ -180,13 +180,13 @@ def test_many_clients_that_leave(server: RunningServer, http: httpx.Client) -> N
 
 def test_metrics_can_be_scraped_and_count(server: RunningServer, http: httpx.Client) -> None:
     def counts() -> dict[str, float]:
-        found = {}
+        values = {}
         for family in text_string_to_metric_families(http.get("/metrics").text):
             for sample in family.samples:
                 if sample.labels.get("finished_reason", "length") == "length" and "le" not in sample.labels:
                     assert sample.labels["model_name"] == "tiny"
-                    found[sample.name] = sample.value
-        return found
+                    values[sample.name] = sample.value
+        return values
 
     before = counts()
     body = {"prompt": "count me", "max_tokens": 6, "ignore_eos": True}

@@ -80,9 +80,9 @@ def test_a_tool_that_is_missing_is_named_with_its_extra(recipe, capsys, tmp_path
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     words = ["quire-tiny", "--method", recipe.method, "--tool", recipe.tool, "--out", str(tmp_path / "out")]
-    found = refusal(capsys, *words, "--python", str(bare))
-    assert f"{recipe.tool} is not installed for {bare}" in found
-    [extra] = re.findall(rf"{re.escape(str(bare))} -m pip install 'quire\[(\w+)\]'", found)
+    message = refusal(capsys, *words, "--python", str(bare))
+    assert f"{recipe.tool} is not installed for {bare}" in message
+    [extra] = re.findall(rf"{re.escape(str(bare))} -m pip install 'quire\[(\w+)\]'", message)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(line.startswith(recipe.tool) for line in extras[extra])
 
@@ -93,8 +93,10 @@ def test_models_that_cannot_be_quantized(everything_installed, capsys, tmp_path)
     model = make_tiny_model("llama", tmp_path / "m", max_position_embeddings=256)
     assert "longer than the context" in refusal(capsys, str(model), *words)
     words += ["--sequence-length", "64"]
-    found = refusal(capsys, str(model), *words)
-    assert "hidden_size 64 of" in found and "does not divide into groups of 128; choose another --group-size" in found
+    message = refusal(capsys, str(model), *words)
+    assert (
+        "hidden_size 64 of" in message and "does not divide into groups of 128; choose another --group-size" in message
+    )
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
     assert "is quantized already (awq)" in refusal(capsys, str(model), *words)
@@ -112,19 +114,19 @@ def tokenizer():
 
 
 def test_calibration_of_its_own(tokenizer):
-    found = load_samples(tokenizer, None, 40, 128)
-    assert len(found) == 40 and {len(tokens) for tokens in found} == {128}
-    assert len({tuple(tokens) for tokens in found}) == 40
-    text = tokenizer.decode([token for tokens in found for token in tokens])
+    samples = load_samples(tokenizer, None, 40, 128)
+    assert len(samples) == 40 and {len(tokens) for tokens in samples} == {128}
+    assert len({tuple(tokens) for tokens in samples}) == 40
+    text = tokenizer.decode([token for tokens in samples for token in tokens])
     assert "<|im_start|>assistant" in text and "import " in text
-    assert found == load_samples(tokenizer, None, 40, 128)
+    assert samples == load_samples(tokenizer, None, 40, 128)
 
 
 def test_calibration_of_a_file(tokenizer, tmp_path):
     plain = tmp_path / "a.txt"
     plain.write_text("one two three " * 500)
-    found = load_samples(tokenizer, plain, 4, 64)
-    assert len(found) == 4 and "two three one" in tokenizer.decode(found[1])
+    samples = load_samples(tokenizer, plain, 4, 64)
+    assert len(samples) == 4 and "two three one" in tokenizer.decode(samples[1])
     lines = [{"text": "plain words " * 40}, {"messages": [{"role": "user", "content": "ask me " * 40}]}]
     chats = tmp_path / "a.jsonl"
     chats.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
@@ -187,6 +189,6 @@ def test_the_documentation_lists_every_flag():
 
     _, subparsers = make_parsers()
     text = (ROOT / "docs" / "cli.md").read_text().partition("## `quire quantize`")[2]
-    own = [n for n in subparsers.choices["quantize"].list_flags() if n not in ("-h", "--help")]
-    assert len(own) == 13
-    assert [name for name in own if f"`{name}" not in text] == []
+    quantize_flags = [n for n in subparsers.choices["quantize"].list_flags() if n not in ("-h", "--help")]
+    assert len(quantize_flags) == 13
+    assert [name for name in quantize_flags if f"`{name}" not in text] == []
