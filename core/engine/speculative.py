@@ -74,7 +74,7 @@ def build_speculation_config(
     Raises a ``QuireError`` where the proposer cannot draft for this model.
     """
     method, model, num_tokens = args.spec_method, args.speculative_model, args.num_speculative_tokens
-    if model == "[ngram]":  # as older guides write it
+    if model == "[ngram]":  # as vLLM once spelt it
         method, model = "ngram", None
     if method == "none" or num_tokens == 0 or (method == "auto" and model is None and num_tokens is None):
         if args.plugin_options.get("spec_decode"):

@@ -18,7 +18,7 @@ from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
 
 __all__ = ["add_parser", "run"]
 
-_ABOUT = "Serve a model over HTTP, with the API of OpenAI."
+_ABOUT = "Serve a model over HTTP, with an OpenAI-compatible API."
 
 
 def add_parser(subparsers: Any) -> None:
