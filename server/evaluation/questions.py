@@ -12,9 +12,9 @@ from typing import Any
 from quire.core import assets
 from quire.core.errors import ConfigError
 
-__all__ = ["Question", "available_skills", "load_questions"]
+__all__ = ["QUESTIONS_FOLDER", "Question", "available_skills", "load_questions"]
 
-_FOLDER = Path(assets.__file__).resolve().parent / "eval"
+QUESTIONS_FOLDER = Path(assets.__file__).resolve().parent / "eval"
 
 #: The order of the report; a file that is not named here comes after these, by name.
 _ORDER = (
@@ -36,14 +36,14 @@ class Question:
     answer: Any
 
 
-def available_skills(folder: Path = _FOLDER) -> list[str]:
+def available_skills(folder: Path = QUESTIONS_FOLDER) -> list[str]:
     """Name the skills that have questions, in the order of the report."""
     names = {path.stem for path in folder.glob("*.jsonl")}
     return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
 def load_questions(
-    skills: Iterable[str] | None = None, limit: int | None = None, folder: Path = _FOLDER
+    skills: Iterable[str] | None = None, limit: int | None = None, folder: Path = QUESTIONS_FOLDER
 ) -> list[Question]:
     """Read the questions of ``skills`` (all by default), at most ``limit`` of each. ConfigError for an unknown one."""
     known = available_skills(folder)

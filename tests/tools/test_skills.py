@@ -63,7 +63,7 @@ def test_arithmetic(skill, work_out):
 
 
 def test_sorting():
-    wordings = set(bare(" ".join(wordplay._SORT)).lower().split()) | {"please"}
+    wordings = set(bare(" ".join(wordplay.SORT_WORDINGS)).lower().split()) | {"please"}
     for example in examples("sorting"):
         words = example.answer.split(", ")
         assert words == sorted(words) and len(set(words)) == len(words)
@@ -185,7 +185,7 @@ def test_nothing_held_out_is_trained_on(long):
 def raw_held_out():
     from quire.server.evaluation import questions
 
-    for path in sorted(questions._FOLDER.glob("*.jsonl")):
+    for path in sorted(questions.QUESTIONS_FOLDER.glob("*.jsonl")):
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 

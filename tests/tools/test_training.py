@@ -41,7 +41,9 @@ def test_packing_loses_nothing(lengths, split):
 
 def test_only_answers_count(monkeypatch):
     monkeypatch.setattr(dataset, "_SHARD", 20)
-    made = [dataset._dialogue_shard(0, tokenizer_file=str(TOKENIZER), length=512, long=False, seed=3) for _ in range(2)]
+    made = [
+        dataset.make_dialogue_shard(0, tokenizer_file=str(TOKENIZER), length=512, long=False, seed=3) for _ in range(2)
+    ]
     assert (made[0].tokens == made[1].tokens).all() and (made[0].labels == made[1].labels).all()
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     learned = tokenizer.decode([t for t in made[0].labels.flatten().tolist() if t != dataset.IGNORE])

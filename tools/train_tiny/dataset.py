@@ -65,7 +65,7 @@ def pack(
     return Rows(np.stack(tokens), np.stack(labels))
 
 
-def _dialogue_shard(shard: int, *, tokenizer_file: str, length: int, long: bool, seed: int) -> Rows:
+def make_dialogue_shard(shard: int, *, tokenizer_file: str, length: int, long: bool, seed: int) -> Rows:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(tokenizer_file)
     rng = Random(f"{seed}:{long}:{shard}")
@@ -103,8 +103,8 @@ def build(
 ) -> tuple[Rows, Rows]:
     """Build the short rows (512, dialogues) and the long rows (2048, text and long dialogues)."""
     with ProcessPoolExecutor(workers) as pool:
-        short = partial(_dialogue_shard, tokenizer_file=tokenizer_file, length=512, long=False, seed=seed)
-        long = partial(_dialogue_shard, tokenizer_file=tokenizer_file, length=2048, long=True, seed=seed)
+        short = partial(make_dialogue_shard, tokenizer_file=tokenizer_file, length=512, long=False, seed=seed)
+        long = partial(make_dialogue_shard, tokenizer_file=tokenizer_file, length=2048, long=True, seed=seed)
         text = partial(_text_shard, tokenizer_file=tokenizer_file, length=2048)
         texts = pool.map(text, [documents[i : i + 24] for i in range(0, len(documents), 24)])
         longs = pool.map(long, range(max(1, long_dialogues * 10 // _SHARD)))

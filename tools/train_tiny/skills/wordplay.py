@@ -7,7 +7,7 @@ from random import Random
 from tools.train_tiny.examples import Example, single_turn
 from tools.train_tiny.pools import CITIES, FIRST_NAMES, WIDER_WORDS, WORDS, any_word
 
-_SORT = (
+SORT_WORDINGS = (
     "Sort these words alphabetically: {w}", "Sort these words: {w}", "Put these words in alphabetical order: {w}",
     "Alphabetize: {w}", "Sort {w}", "sort {w}", "Sort: {w}", "Sort the words {w}", "{w}\nSort these words.",
     "Please sort the following words from A to Z: {w}", "Sort alphabetically: {w}",
@@ -59,7 +59,7 @@ def sorting(rng: Random) -> Example:
     """Ask for three to seven different words in alphabetical order."""
     words = rng.sample(WORDS if rng.random() < 0.8 else WIDER_WORDS, rng.randint(3, 7))
     ordered = sorted(words)
-    question = _ask(rng, _SORT, _listing(rng, words))
+    question = _ask(rng, SORT_WORDINGS, _listing(rng, words))
     return single_turn("sorting", " ".join(ordered), question, ", ".join(ordered), "exact", ", ".join(ordered))
 
 
