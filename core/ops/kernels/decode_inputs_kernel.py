@@ -1,4 +1,11 @@
-"""Inputs of steps whose requests all have as many tokens, built on the device: one program a request and group."""
+"""Inputs of steps whose requests all have as many tokens, built on the device: the host need not know the last tokens.
+
+Algorithm: a program reads its request's row of the request table and writes token ids, positions, KV slots, sequence
+length and block table of the step, as ``build_inputs`` does on the host for other steps.
+
+Shapes: ``rows`` (n,) into the table's (rows, ...); the outputs (n * queries,), (n,) and (n, max_blocks).
+Grid: ``(n,)``, once for each group of KV-cache layers. One warp: there is next to nothing to compute.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""RMS normalisation with the residual addition, one program a row."""
+"""RMS normalisation with the residual addition before it, and the quantization of its result behind it.
+
+Algorithm: ``s = x + residual``, stored for the next addition; ``y = weight * s / sqrt(mean(s^2) + eps)``, the mean in
+float32 and the scaled value rounded to the model's dtype before the weight multiplies it, as Llama's reference does;
+``y`` is stored as it is or in 8 bits (``quantize_kernel``).
+
+Shapes: ``x``, ``residual`` and the results (num_tokens, features). Grid: ``(num_tokens,)``.
+Registers: a whole row, read and written once. Shared memory: the reductions alone.
+"""
 
 from __future__ import annotations
 
@@ -70,13 +78,13 @@ def _rms_norm_kernel(
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, block)
-    inside = at < features
-    x = tl.load(x_ptr + row * x_stride + at, mask=inside, other=0.0)
+    offs = tl.arange(0, block)
+    mask = offs < features
+    x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0)
     if has_residual:
-        x = x + tl.load(residual_ptr + row * features + at, mask=inside, other=0.0)
-        tl.store(summed_ptr + row * features + at, x, mask=inside)
-    wide = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(wide * wide) / features + eps)
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    quantize_and_store_row(weight * (wide * inverse).to(x.dtype), row, at, out_ptr, scale_ptr, features, kind)
+        x = x + tl.load(residual_ptr + row * features + offs, mask=mask, other=0.0)
+        tl.store(summed_ptr + row * features + offs, x, mask=mask)
+    x_f32 = x.to(tl.float32)
+    inv_rms = tl.rsqrt(tl.sum(x_f32 * x_f32) / features + eps)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
+    quantize_and_store_row(weight * (x_f32 * inv_rms).to(x.dtype), row, offs, out_ptr, scale_ptr, features, kind)

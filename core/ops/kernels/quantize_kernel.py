@@ -1,4 +1,13 @@
-"""How the norm and the gated activation end where activations are wanted in 8 bits."""
+"""Quantization of a row to 8 bits, as the last part of the norm's and the activation's kernel.
+
+Algorithm: ``scale = max|y| / largest``, for a whole row (``fp8_token``, ``int8_token``) or for each 128 features
+(``fp8_group``), 1e-12 at least; or a scale that is given (``fp8_tensor``). Then ``y / scale``, rounded to the nearest,
+ties to even, and saturated.
+
+Shapes: values (rows, features); scales (rows, 1), (1,), or (rows, features / 128) stored by group, with room for whole
+fours of rows, as cuBLAS reads them.
+Registers: the whole row. Shared memory: the reductions alone.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +48,16 @@ def get_num_warps(block: int) -> int:
 
 
 @triton.jit
-def quantize_and_store_row(y, row, at, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr):
-    """Store a whole row, zero where ``at`` is outside, as the format of ``kind`` wants it."""
+def quantize_and_store_row(y, row, offs, out_ptr, scale_ptr, features: tl.constexpr, kind: tl.constexpr):
+    """Store a whole row, zero where ``offs`` is outside, as the format of ``kind`` wants it."""
     if kind:
         y = y.to(tl.float32)
         if kind == 4:
             y = tl.reshape(y, (y.shape[0] // 128, 128))
             group = tl.arange(0, y.shape[0])
             scale = tl.maximum(tl.max(tl.abs(y), 1) / 448.0, 1e-12)
-            pitch = (tl.num_programs(0) + 3) // 4 * 4
-            tl.store(scale_ptr + group * pitch + row, scale, mask=group < features // 128)
+            scale_stride = (tl.num_programs(0) + 3) // 4 * 4
+            tl.store(scale_ptr + group * scale_stride + row, scale, mask=group < features // 128)
             scale = scale[:, None]
         elif kind == 1:
             scale = tl.load(scale_ptr)
@@ -59,5 +68,5 @@ def quantize_and_store_row(y, row, at, out_ptr, scale_ptr, features: tl.constexp
         if kind == 3:
             y = (y + 12582912.0) - 12582912.0  # to the nearest whole number, ties to even
         else:
-            y = tl.reshape(tl.minimum(tl.maximum(y, -448.0), 448.0), at.shape)
-    tl.store(out_ptr + row * features + at, y.to(out_ptr.dtype.element_ty), mask=at < features)
+            y = tl.reshape(tl.minimum(tl.maximum(y, -448.0), 448.0), offs.shape)
+    tl.store(out_ptr + row * features + offs, y.to(out_ptr.dtype.element_ty), mask=offs < features)

@@ -1,4 +1,15 @@
-"""Norm of queries and keys, rotary embedding and KV write in one kernel: a program takes a few heads of one token."""
+"""Norm of queries and keys, rotary embedding and KV write in one kernel.
+
+Algorithm: a program takes a few heads of one token. Each head is normed over its features where the model has weights
+for that (Qwen3), and its first ``2 * half`` features are rotated in pairs (i, i + half), in float32 and rounded once;
+the rest passes through. Queries and keys are written back in place; keys and values also go to the slot of their token
+in the KV cache, divided by the cache's scales and saturated where it is FP8.
+
+Shapes: ``q`` (num_tokens, num_heads, dim), ``k`` and ``v`` (num_tokens, num_kv_heads, dim), strided rows; the cache by
+its strides; ``cos_sin`` (positions, 2 * half) float32.
+Grid: ``(num_tokens, groups of query heads + groups of KV heads)``.
+Registers: the two halves of the heads, and what is not rotated. Shared memory: the reductions alone.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +46,8 @@ def launch_rope_and_cache(
     num_kv_heads, rotary_dim = k.shape[1], cos_sin.shape[1]
     cache_k, cache_v = (k, v) if kv is None else (kv.k, kv.v)
     block_size = 1 if kv is None else kv.k.shape[2]
-    most = torch.finfo(cache_k.dtype).max if cache_k.dtype.itemsize == 1 else 0.0
-    scales = (kv.k_scale, kv.v_scale) if kv is not None and most else (positions, positions)
+    max_value = torch.finfo(cache_k.dtype).max if cache_k.dtype.itemsize == 1 else 0.0
+    scales = (kv.k_scale, kv.v_scale) if kv is not None and max_value else (positions, positions)
     query_groups = triton.cdiv(num_heads, _HEADS)
     enable_pdl = supports_pdl(q.device)
     _rope_kernel[(num_tokens, query_groups + triton.cdiv(num_kv_heads, _HEADS))](
@@ -69,7 +80,7 @@ def launch_rope_and_cache(
         heads=_HEADS,
         has_norm=q_norm is not None,
         has_cache=kv is not None,
-        most=most,
+        max_value=max_value,
         enable_pdl=enable_pdl,
         num_warps=4,
         launch_pdl=enable_pdl,
@@ -113,7 +124,7 @@ def _rope_kernel(
     heads: tl.constexpr,
     has_norm: tl.constexpr,
     has_cache: tl.constexpr,
-    most: tl.constexpr,
+    max_value: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
     pdl_launch_dependents(enable_pdl)
@@ -141,7 +152,7 @@ def _rope_kernel(
             heads,
             has_norm,
             False,
-            most,
+            max_value,
         )
     else:
         first = (group - query_groups) * heads
@@ -164,15 +175,15 @@ def _rope_kernel(
             heads,
             has_norm,
             has_cache,
-            most,
+            max_value,
         )
         if has_cache:
             head = first + tl.arange(0, heads)[:, None]
-            at = tl.arange(0, block_dim)[None, :]
-            inside = (head < num_kv_heads) & (at < dim)
-            v = tl.load(v_ptr + token * v_stride + head * dim + at, mask=inside, other=0.0)
+            offs = tl.arange(0, block_dim)[None, :]
+            mask = (head < num_kv_heads) & (offs < dim)
+            v = tl.load(v_ptr + token * v_stride + head * dim + offs, mask=mask, other=0.0)
             cache_v = cache_v_ptr + (slot // block_size) * cv_block + (slot % block_size) * cv_slot
-            tl.store(cache_v + head * cv_head + at, _to_cache_dtype(v, v_scale_ptr, cache_v, most), mask=inside)
+            tl.store(cache_v + head * cv_head + offs, _to_cache_dtype(v, v_scale_ptr, cache_v, max_value), mask=mask)
 
 
 @triton.jit
@@ -194,54 +205,56 @@ def _rotate_heads(
     heads: tl.constexpr,
     has_norm: tl.constexpr,
     has_cache: tl.constexpr,
-    most: tl.constexpr,
+    max_value: tl.constexpr,
 ):
     """Norm and rotate ``heads`` heads of one token in place, and copy them to the cache."""
     head = first_head + tl.arange(0, heads)[:, None]
-    at = tl.arange(0, block_half)[None, :]
-    inside = (head < num_heads) & (at < half)
-    low = tl.load(x_ptr + head * dim + at, mask=inside, other=0.0)
-    high = tl.load(x_ptr + head * dim + half + at, mask=inside, other=0.0)
-    rest_at = 2 * half + tl.arange(0, block_rest)[None, :]
-    rest_inside = (head < num_heads) & (rest_at < dim)
+    offs = tl.arange(0, block_half)[None, :]
+    mask = (head < num_heads) & (offs < half)
+    low = tl.load(x_ptr + head * dim + offs, mask=mask, other=0.0)
+    high = tl.load(x_ptr + head * dim + half + offs, mask=mask, other=0.0)
+    rest_offs = 2 * half + tl.arange(0, block_rest)[None, :]
+    rest_mask = (head < num_heads) & (rest_offs < dim)
     dtype = low.dtype
     if has_norm:
         a, b = low.to(tl.float32), high.to(tl.float32)
         total = tl.sum(a * a + b * b, axis=1)
-        rest = tl.load(x_ptr + head * dim + rest_at, mask=rest_inside, other=0.0)
-        wide = rest.to(tl.float32)
-        total += tl.sum(wide * wide, axis=1)
+        rest = tl.load(x_ptr + head * dim + rest_offs, mask=rest_mask, other=0.0)
+        rest_f32 = rest.to(tl.float32)
+        total += tl.sum(rest_f32 * rest_f32, axis=1)
         scale = tl.rsqrt(total / dim + eps)[:, None]
-        low = tl.load(norm_ptr + at, mask=at < half, other=0.0) * (a * scale).to(dtype)
-        high = tl.load(norm_ptr + half + at, mask=at < half, other=0.0) * (b * scale).to(dtype)
-        rest = tl.load(norm_ptr + rest_at, mask=rest_at < dim, other=0.0) * (wide * scale).to(dtype)
+        low = tl.load(norm_ptr + offs, mask=offs < half, other=0.0) * (a * scale).to(dtype)
+        high = tl.load(norm_ptr + half + offs, mask=offs < half, other=0.0) * (b * scale).to(dtype)
+        rest = tl.load(norm_ptr + rest_offs, mask=rest_offs < dim, other=0.0) * (rest_f32 * scale).to(dtype)
         if 2 * half < dim:
-            tl.store(x_ptr + head * dim + rest_at, rest, mask=rest_inside)
-    cos = tl.load(cos_sin_ptr + position * 2 * half + at, mask=at < half, other=0.0)
-    sin = tl.load(cos_sin_ptr + position * 2 * half + half + at, mask=at < half, other=0.0)
+            tl.store(x_ptr + head * dim + rest_offs, rest, mask=rest_mask)
+    cos = tl.load(cos_sin_ptr + position * 2 * half + offs, mask=offs < half, other=0.0)
+    sin = tl.load(cos_sin_ptr + position * 2 * half + half + offs, mask=offs < half, other=0.0)
     a, b = low.to(tl.float32), high.to(tl.float32)
     low = (a * cos - b * sin).to(dtype)
     high = (b * cos + a * sin).to(dtype)
-    tl.store(x_ptr + head * dim + at, low, mask=inside)
-    tl.store(x_ptr + head * dim + half + at, high, mask=inside)
+    tl.store(x_ptr + head * dim + offs, low, mask=mask)
+    tl.store(x_ptr + head * dim + half + offs, high, mask=mask)
     if has_cache:
-        tl.store(cache_ptr + head * cache_head + at, _to_cache_dtype(low, scale_ptr, cache_ptr, most), mask=inside)
+        tl.store(cache_ptr + head * cache_head + offs, _to_cache_dtype(low, scale_ptr, cache_ptr, max_value), mask=mask)
         tl.store(
-            cache_ptr + head * cache_head + half + at, _to_cache_dtype(high, scale_ptr, cache_ptr, most), mask=inside
+            cache_ptr + head * cache_head + half + offs,
+            _to_cache_dtype(high, scale_ptr, cache_ptr, max_value),
+            mask=mask,
         )
         if 2 * half < dim:
             if not has_norm:
-                rest = tl.load(x_ptr + head * dim + rest_at, mask=rest_inside, other=0.0)
+                rest = tl.load(x_ptr + head * dim + rest_offs, mask=rest_mask, other=0.0)
             tl.store(
-                cache_ptr + head * cache_head + rest_at,
-                _to_cache_dtype(rest, scale_ptr, cache_ptr, most),
-                mask=rest_inside,
+                cache_ptr + head * cache_head + rest_offs,
+                _to_cache_dtype(rest, scale_ptr, cache_ptr, max_value),
+                mask=rest_mask,
             )
 
 
 @triton.jit
-def _to_cache_dtype(x, scale_ptr, cache_ptr, most: tl.constexpr):
-    """``x`` as the cache holds it; ``most``: the largest number of a type of one byte, else 0."""
-    if most > 0:
-        x = tl.minimum(tl.maximum(x.to(tl.float32) / tl.load(scale_ptr), -most), most)
+def _to_cache_dtype(x, scale_ptr, cache_ptr, max_value: tl.constexpr):
+    """``x`` as the cache holds it; ``max_value``: the largest number of a type of one byte, else 0."""
+    if max_value > 0:
+        x = tl.minimum(tl.maximum(x.to(tl.float32) / tl.load(scale_ptr), -max_value), max_value)
     return x.to(cache_ptr.dtype.element_ty)

@@ -1,4 +1,7 @@
-"""Activations in 8 bits by a separate kernel, where no norm or gated activation before the layer emits them."""
+"""Activations in 8 bits by a separate kernel, where no norm or gated activation before the layer emits them.
+
+Algorithm, shapes and formats: ``quire.core.ops.kernels.quantize_kernel``. Grid: ``(num_tokens,)``, a program a row.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,6 @@ def _quantize_kernel(
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, block)
-    x = tl.load(x_ptr + row * x_stride + at, mask=at < features, other=0.0)
-    quantize_and_store_row(x, row, at, out_ptr, scale_ptr, features, kind)
+    offs = tl.arange(0, block)
+    x = tl.load(x_ptr + row * x_stride + offs, mask=offs < features, other=0.0)
+    quantize_and_store_row(x, row, offs, out_ptr, scale_ptr, features, kind)

@@ -123,10 +123,10 @@ def _rescale_kernel(
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * block + tl.arange(0, block)
-    inside = at < features
-    y = tl.load(sums_ptr + row * features + at, mask=inside, other=0).to(tl.float32) * tl.load(x_scale_ptr + row)
-    y *= tl.load(scale_ptr + at, mask=inside, other=0.0)
+    offs = tl.program_id(1) * block + tl.arange(0, block)
+    mask = offs < features
+    y = tl.load(sums_ptr + row * features + offs, mask=mask, other=0).to(tl.float32) * tl.load(x_scale_ptr + row)
+    y *= tl.load(scale_ptr + offs, mask=mask, other=0.0)
     if has_bias:
-        y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * features + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * features + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
