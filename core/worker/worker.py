@@ -192,6 +192,8 @@ class Worker:
             run_warmup(runner.execute_step, config.scheduler, config.model.max_model_len, query_lens)
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
+            else:
+                runner.warm_up_drafts()
 
         precompile_kernels(launch_all)
         if use_graphs and runner.decode_graphs is None:  # the warm-up failed before it came to the graphs
