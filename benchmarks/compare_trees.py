@@ -120,10 +120,13 @@ def run_engine(args: argparse.Namespace) -> int:
 
     print("ready", file=answers, flush=True)
     for name in map(str.strip, sys.stdin):
-        workload = make_workload(name).limit_requests(args.num_prompts).scale_lengths(args.scale)
-        vocab = llm.config.model.vocab_size
-        prompts = [[token % vocab for token in prompt] for prompt in workload.prompts]
-        lengths = list(workload.max_tokens)
+        # Only ``make_workload`` and its two fields are used: older trees have them too.
+        workload, vocab = make_workload(name), llm.config.model.vocab_size
+        prompts = [
+            [token % vocab for token in prompt[: max(1, round(len(prompt) * args.scale))]]
+            for prompt in workload.prompts[: args.num_prompts]
+        ]
+        lengths = [max(1, round(n * args.scale)) for n in workload.max_tokens[: args.num_prompts]]
         wall = run(prompts, lengths)
         if name.startswith("decode-"):
             wall -= run(prompts, [1] * len(prompts))
