@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from time import perf_counter
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal, TypeVar
 
 from quire.core.stats import QuarantinedPlugin
 
@@ -20,7 +20,6 @@ QuarantineReason = Literal["raised", "invalid_result", "too_slow", "no_progress"
 """Why a plugin was quarantined: few words, since they label a metric. The log says what exactly happened."""
 
 _log = logging.getLogger("quire.plugin")
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -48,7 +47,7 @@ class Quarantine:
         self._max_slow_calls, self._num_slow_calls = max_slow_calls, 0
         self._not_faults = not_faults
 
-    def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+    def call(self, function: Callable[..., _T], *args: object) -> _T | None:
         """What ``function`` returns; None if it raises, or if the plugin is quarantined and is not called.
 
         Exceptions of the types ``not_faults`` are the engine's affair and are raised.
@@ -56,20 +55,20 @@ class Quarantine:
         if not self.is_active:
             return None
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         except self._not_faults:
             raise
         except Exception as error:
             self.switch_off("raised", f"{_name_of(function)} raised {type(error).__name__}: {error}", error)
             return None
 
-    def call_timed(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+    def call_timed(self, function: Callable[..., _T], *args: object) -> _T | None:
         """As ``call``. Taking longer than ``time_limit_s``, ``max_slow_calls`` times in a row, is a fault too.
 
         Time is measured after the call: a call that never returns cannot be ended.
         """
         start = perf_counter()
-        result = self.call(function, *args, **kwargs)
+        result = self.call(function, *args)
         seconds = perf_counter() - start
         self._num_slow_calls = self._num_slow_calls + 1 if seconds > self._time_limit_s else 0
         if self._num_slow_calls < self._max_slow_calls:

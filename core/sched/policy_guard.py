@@ -66,6 +66,7 @@ class PolicyGuard:
             time_limit_s=time_limit_s,
             max_slow_calls=max_slow_plans,
         )
+        self._call: Callable[..., object] = self._quarantine.call
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
         self._key_types: tuple[type, ...] | None = None
 
@@ -138,10 +139,6 @@ class PolicyGuard:
     def _on_fallback(self) -> bool:
         return self.policy is self._fallback
 
-    def _call(self, function: Callable[..., object], *args: object) -> object:
-        """What the policy returns, None after a fault. An error of the fallback is a bug of ours, and is raised."""
-        return function(*args) if self._on_fallback else self._quarantine.call(function, *args)
-
     def _report_fault(self, reason: QuarantineReason, detail: str) -> None:
         if self._on_fallback:
             raise RuntimeError(f"the fallback policy failed: {detail}")
@@ -149,6 +146,7 @@ class PolicyGuard:
 
     def _replace_policy(self, plugin: QuarantinedPlugin) -> None:
         self.policy = self._fallback
+        self._call = _call_unguarded  # an error of the fallback is a bug of ours, and is raised
         self._key_types = None
         self._on_quarantine(plugin)
 
@@ -162,6 +160,10 @@ class PolicyGuard:
         if self._key_types is None:
             self._key_types = types
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
+
+
+def _call_unguarded(function: Callable[..., object], *args: object) -> object:
+    return function(*args)
 
 
 def check_grants(grants: object, view: StepView) -> CheckedPlan | str:

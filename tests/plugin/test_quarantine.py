@@ -19,7 +19,7 @@ def divide(a: int, b: int) -> float:
 def test_calls_go_through_until_the_first_fault(caplog: pytest.LogCaptureFixture) -> None:
     told: list[QuarantinedPlugin] = []
     quarantine = Quarantine("policy", "mine", told.append, replacement="fcfs")
-    assert quarantine.call(divide, 6, b=3) == 2 and quarantine.is_active
+    assert quarantine.call(divide, 6, 3) == 2 and quarantine.is_active
     assert quarantine.call(divide, 1, 0) is None and not quarantine.is_active
     assert quarantine.call(divide, 6, 3) is None
     quarantine.switch_off("no_progress", "again")
