@@ -2,7 +2,7 @@
 
 from quire.core.layers.attention import Attention, AttentionShape
 from quire.core.layers.builder import LayerBuilder
-from quire.core.layers.checkpoint import CheckpointLayer, checkpoint_map, process_weights_after_loading
+from quire.core.layers.checkpoint import CheckpointLayer, collect_weight_loaders, process_weights_after_loading
 from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.mlp import GatedMLP
@@ -18,6 +18,6 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "VocabEmbedding",
-    "checkpoint_map",
+    "collect_weight_loaders",
     "process_weights_after_loading",
 ]

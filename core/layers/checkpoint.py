@@ -12,9 +12,9 @@ from quire.core.errors import CheckpointError
 __all__ = [
     "CheckpointLayer",
     "WeightLoader",
-    "checkpoint_map",
-    "expect_shape",
-    "optional_names",
+    "check_tensor_shape",
+    "collect_weight_loaders",
+    "find_optional_tensors",
     "process_weights_after_loading",
 ]
 
@@ -39,12 +39,12 @@ class CheckpointLayer(nn.Module, ABC):
         """Repack what was loaded. Called once, after every tensor of the model is in place."""
 
 
-def checkpoint_map(model: nn.Module) -> dict[str, WeightLoader]:
+def collect_weight_loaders(model: nn.Module) -> dict[str, WeightLoader]:
     """The maps of every layer of ``model``, in order of construction."""
     return {name: load for layer in _find_layers(model) for name, load in layer.weight_loaders().items()}
 
 
-def optional_names(model: nn.Module) -> set[str]:
+def find_optional_tensors(model: nn.Module) -> set[str]:
     """Tensors of ``model`` that a checkpoint may lack."""
     return {name for layer in _find_layers(model) for name in layer.optional_tensors()}
 
@@ -56,7 +56,7 @@ def process_weights_after_loading(model: nn.Module) -> Iterator[str]:
         yield layer.name
 
 
-def expect_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+def check_tensor_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     """Raise ``CheckpointError`` unless checkpoint tensor ``name`` has the shape that config.json implies."""
     if tuple(tensor.shape) != tuple(expected):
         raise CheckpointError(

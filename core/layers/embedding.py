@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, expect_shape
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, check_tensor_shape
 from quire.core.layers.linear import Linear
 from quire.core.layers.parallel import TensorParallel
 from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
@@ -51,7 +51,7 @@ class VocabEmbedding(CheckpointLayer):
         return {f"{self.name}.weight": self._load_weight}
 
     def _load_weight(self, tensor: Tensor) -> None:
-        expect_shape(f"{self.name}.weight", tensor, (self.vocab_size, self.weight.shape[1]))
+        check_tensor_shape(f"{self.name}.weight", tensor, (self.vocab_size, self.weight.shape[1]))
         shard = tensor[self.vocab_start_index : self.vocab_start_index + self.weight.shape[0]]
         self.weight[: len(shard)].copy_(shard)  # the last rank's padding stays zero
 

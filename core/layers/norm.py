@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, expect_shape
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, check_tensor_shape
 
 __all__ = ["RMSNorm"]
 
@@ -36,5 +36,5 @@ class RMSNorm(CheckpointLayer):
         return {f"{self.name}.weight": self._load_weight}
 
     def _load_weight(self, tensor: Tensor) -> None:
-        expect_shape(f"{self.name}.weight", tensor, self.weight.shape)
+        check_tensor_shape(f"{self.name}.weight", tensor, self.weight.shape)
         self.weight.copy_(tensor)

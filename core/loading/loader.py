@@ -18,7 +18,7 @@ from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.builder import LayerBuilder
-from quire.core.layers.checkpoint import optional_names
+from quire.core.layers.checkpoint import find_optional_tensors
 from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import get_context_length
 
@@ -99,7 +99,7 @@ def find_weight_files(path: Path) -> list[Path]:
 
 def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None:
     loaders = model.checkpoint_map()
-    optional = optional_names(model)
+    optional = find_optional_tensors(model)
     missing_names, unexpected = set(loaders), []
     size = sum(file.stat().st_size for file in files)
     show_bar = progress and sys.stderr.isatty()

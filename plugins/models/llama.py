@@ -12,7 +12,7 @@ from quire.core.layers import (
     AttentionShape,
     GatedMLP,
     LayerBuilder,
-    checkpoint_map,
+    collect_weight_loaders,
     process_weights_after_loading,
 )
 from quire.sdk import AttentionSpec, ForwardContext, Model
@@ -72,7 +72,7 @@ class LlamaForCausalLM(Model):
 
     def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:
         """Collected from the layers, which know their names in the checkpoint."""
-        return checkpoint_map(self)
+        return collect_weight_loaders(self)
 
     def is_ignored_tensor(self, name: str) -> bool:
         """Old checkpoints store rotary frequencies; some store a tied head."""

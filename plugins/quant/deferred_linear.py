@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quire.core.layers.checkpoint import expect_shape
+from quire.core.layers.checkpoint import check_tensor_shape
 from quire.plugins.quant.none import UnquantizedLinear
 from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantActivation
 
@@ -32,7 +32,7 @@ class StoredTensor:
     def check(self, name: str, tensor: Tensor) -> None:
         """Raise ``CheckpointError`` unless the checkpoint's tensor ``name`` is as said."""
         if self.shape is not None:
-            expect_shape(name, tensor, self.shape)
+            check_tensor_shape(name, tensor, self.shape)
         elif tensor.numel() != 1:
             raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)} where one number is right")
         if tensor.dtype not in self.dtypes:
@@ -215,7 +215,7 @@ def _shard(info: LayerInfo, part: int, rank: int, world_size: int) -> Shard:
 
 
 def _load_bias(layer: nn.Module, info: LayerInfo, part: int, name: str, tensor: Tensor, shard: Shard) -> None:
-    expect_shape(name, tensor, (info.part_totals[part],))
+    check_tensor_shape(name, tensor, (info.part_totals[part],))
     if not info.bias:
         if bool(tensor.any()):
             raise CheckpointError(

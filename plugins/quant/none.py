@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.core.layers.checkpoint import expect_shape
+from quire.core.layers.checkpoint import check_tensor_shape
 from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 from quire.sdk import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
 
@@ -69,7 +69,7 @@ class UnquantizedLinear(LinearMethod):
     ) -> None:
         """Copy this rank's rows (column) or columns (row) of one part's weight or bias."""
         expected = (info.part_totals[part], info.in_total)[: 2 if tensor_name == "weight" else 1]
-        expect_shape(f"{info.part_names[part]}.{tensor_name}", tensor, expected)
+        check_tensor_shape(f"{info.part_names[part]}.{tensor_name}", tensor, expected)
         first, count = info.out_range(part, rank, world_size)
         at = sum(info.part_sizes[:part])
         shard = tensor[first : first + count]

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.layers import checkpoint_map, process_weights_after_loading
-from quire.core.layers.checkpoint import expect_shape
+from quire.core.layers import collect_weight_loaders, process_weights_after_loading
+from quire.core.layers.checkpoint import check_tensor_shape
 from quire.plugins.spec_decode.eagle3_head import Eagle3Config, Eagle3Head
 from quire.sdk import CheckpointError
 
@@ -39,7 +39,7 @@ def read_head_tensors(folder: Path) -> dict[str, Tensor]:
 def load_head_weights(head: Eagle3Head, config: Eagle3Config, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy every tensor into place. Raises ``CheckpointError`` for one that is missing, unknown, of another shape, or
     out of range."""
-    loaders, others = checkpoint_map(head), {"d2t", "t2d"}
+    loaders, others = collect_weight_loaders(head), {"d2t", "t2d"}
     if head.embed_tokens is None:
         others.add("embed_tokens.weight")  # equal to the target's
     missing = sorted(set(loaders) - set(tensors))
@@ -76,7 +76,7 @@ def _read_draft_to_target_ids(config: Eagle3Config, tensors: Mapping[str, Tensor
     """(draft_vocab_size,) int64: ``d2t`` holds how far each is from its own number."""
     ids = torch.arange(config.draft_vocab_size)
     if "d2t" in tensors:
-        expect_shape("d2t", tensors["d2t"], ids.shape)
+        check_tensor_shape("d2t", tensors["d2t"], ids.shape)
         ids = ids + tensors["d2t"].long()
     wrong = (ids < 0) | (ids >= config.vocab_size)
     if wrong.any():
@@ -88,7 +88,7 @@ def _read_draft_to_target_ids(config: Eagle3Config, tensors: Mapping[str, Tensor
     if len(ids.unique()) < len(ids):
         raise CheckpointError(f"tensor 'd2t' of {source!r} names a token twice; download it again")
     if "t2d" in tensors:
-        expect_shape("t2d", tensors["t2d"], (config.vocab_size,))
+        check_tensor_shape("t2d", tensors["t2d"], (config.vocab_size,))
         if not torch.equal(tensors["t2d"].bool().nonzero()[:, 0], ids.sort().values):
             raise CheckpointError(f"tensors 'd2t' and 't2d' of {source!r} disagree; download it again")
     return ids
