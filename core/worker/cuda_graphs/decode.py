@@ -84,6 +84,7 @@ class StepLogits:
 
 @dataclass(slots=True)
 class _CapturedStep:
+    shape: DecodeShape
     inputs: StepInputs
     logits: Tensor  # (num_reqs * query_len, vocab): written by ``model_graph``, read by ``sampling_graphs``
     model_graph: torch.cuda.CUDAGraph
@@ -188,13 +189,13 @@ class DecodeGraphs:
             if self._launch_draft_prefill is not None:
                 draft_prefill_graph = capturer.capture_graph(partial(self._launch_draft_prefill, inputs)).graph
             self._captured[shape] = _CapturedStep(
-                inputs, model.output, model.graph, sampling_graphs, draft_prefill_graph
+                shape, inputs, model.output, model.graph, sampling_graphs, draft_prefill_graph
             )
 
     def run_model(self, step: SchedulerOutput) -> None:
         """Run the model for a step that ``can_run_step``, up to its logits."""
         captured = self._find_captured(step)
-        count, size = len(step.rows), captured.inputs.batches[0].num_reqs
+        count, size = len(step.rows), captured.shape.num_reqs
         rows_and_drafts = np.zeros((2, size), dtype=np.int64)
         rows_and_drafts[0, count:] = self._table.padding_row
         rows_and_drafts[0, :count] = step.rows
@@ -221,7 +222,7 @@ class DecodeGraphs:
     def gather_logits(self, step: SchedulerOutput, indices: LogitsIndices) -> StepLogits:
         """The step's inputs and logits without padding, to sample by other means than a graph."""
         captured = self._find_captured(step)
-        inputs, count, query_len = captured.inputs, len(step.rows), captured.inputs.draft_spans.max_len
+        inputs, count, query_len = captured.inputs, len(step.rows), captured.shape.query_len
         # Captured logits have ``query_len`` rows for every request; those behind its drafts are left out.
         offset = np.arange(len(indices.request_indices)) - np.repeat(indices.starts, indices.num_drafts + 1)
         packed = np.concatenate((indices.request_indices * query_len + offset, indices.starts, indices.num_drafts))
