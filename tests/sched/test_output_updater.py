@@ -9,17 +9,17 @@ from quire.core.testing.fake_kv_worker import compute_expected_tokens
 
 
 def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
-    drawn = compute_expected_tokens(0, [1, 2], 8, 50)
+    sampled = compute_expected_tokens(0, [1, 2], 8, 50)
     engine = make_engine()
-    engine.add_request("eos", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]])
-    engine.add_request("stop", [1, 2], max_tokens=8, seed=0, stop_token_ids=[drawn[3]])
-    engine.add_request("ignored", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], ignore_eos=True)
-    engine.add_request("later", [1, 2], max_tokens=8, seed=0, eos=[drawn[3]], min_tokens=5)
+    engine.add_request("eos", [1, 2], max_tokens=8, seed=0, eos=[sampled[3]])
+    engine.add_request("stop", [1, 2], max_tokens=8, seed=0, stop_token_ids=[sampled[3]])
+    engine.add_request("ignored", [1, 2], max_tokens=8, seed=0, eos=[sampled[3]], ignore_eos=True)
+    engine.add_request("later", [1, 2], max_tokens=8, seed=0, eos=[sampled[3]], min_tokens=5)
     engine.run_until_finished()
     ends = {o.request_id: (o.finish_reason, o.stop_reason) for o in engine.outputs if o.finish_reason}
     assert ends == {
         "eos": ("stop", None),
-        "stop": ("stop", drawn[3]),
+        "stop": ("stop", sampled[3]),
         "ignored": ("length", None),
         "later": ("length", None),
     }
