@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from tools.reference_text import class_text, function_text, prose  # noqa: E402
 
+import quire.sdk  # noqa: E402
+import quire.testing  # noqa: E402
 from quire.core.plugin import builtin, hookspecs  # noqa: E402
 from quire.core.plugin.options import find_options_class  # noqa: E402
 from quire.core.plugin.registry import KINDS, Kind, Registrar  # noqa: E402
@@ -122,8 +125,6 @@ def data_page() -> str:
 
 def python_page() -> str:
     """What ``import quire`` and ``import quire.testing`` offer."""
-    import quire.testing
-
     parts = ["# Python", prose(inspect.getdoc(quire) or ""), "## `quire`"]
     for name in quire.__all__:
         parts.append(_any_text(getattr(quire, name), name, heading="###"))
@@ -187,15 +188,28 @@ def _example(kind: Kind) -> list[str]:
 def _skeleton(kind: Kind) -> str:
     contract = load_target(kind.contract)
     name = contract.__name__
-    lines = ["from quire.sdk import *", "", "", f"class My{name}({name}):"]
-    lines.append('    """What it does, in one line."""')
+    lines = [f"class My{name}({name}):", '    """What it does, in one line."""']
     for member, value in vars(contract).items():
         if member in contract.__abstractmethods__:
             function = getattr(value, "__func__", value)
             header = function_text(function, member, heading=None).splitlines()[1:-1]
             decorator = "    @classmethod\n" if isinstance(value, classmethod) else ""
             lines += ["", decorator + textwrap.indent("\n".join(header), "    ") + ": ..."]
-    return "\n".join(lines)
+    body = "\n".join(lines)
+    used = set(re.findall(r"\w+", body))
+    imports = [statement for name, statement in _IMPORTS.items() if name in used]
+    imports += [f"from quire.sdk import {', '.join(sorted(used & set(quire.sdk.__all__)))}"]
+    return "\n".join([*imports, "", "", body])
+
+
+_IMPORTS = {
+    "Callable": "from collections.abc import Callable",
+    "Mapping": "from collections.abc import Mapping",
+    "Any": "from typing import Any",
+    "torch": "import torch",
+    "Tensor": "from torch import Tensor",
+    "nn": "from torch import nn",
+}
 
 
 def _any_text(value: Any, name: str, heading: str = "###") -> str:

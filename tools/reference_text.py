@@ -113,7 +113,7 @@ class _Field(NamedTuple):
 
     def text(self) -> str:
         """As an item of a list."""
-        description = " ".join(prose(part) for part in (self.shape, self.doc) if part)
+        description = ". ".join(prose(part) for part in (self.shape, self.doc) if part)
         description = re.sub(r"\s*\n\s*", " ", description)
         return f"- `{self.declaration}`" + (f": {description}" if description else "")
 
@@ -140,7 +140,8 @@ def _fields(cls: type) -> Iterator[_Field]:
 
 def prose(text: str) -> str:
     """A docstring as Markdown: its double backticks become single ones, its indented blocks code."""
-    text = inspect.cleandoc(text)
+    text = inspect.cleandoc(text) + "\n"
+    text = re.sub(r"((?:^>>> .*\n)+)", r"```python\n\1```\n", text, flags=re.M).rstrip()
     text = re.sub(r"``(.+?)``", r"`\1`", text)
     text = re.sub(r"::$", ":", text, flags=re.M)
     return re.sub(r"(?<!`)<(?=[A-Za-z/])", r"&lt;", text)

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -82,6 +83,18 @@ def test_every_member_of_a_contract_is_there(key, reference):
         fields = [f for f in inspect.get_annotations(value) if not f.startswith("_")]
         missing += [f"{name}.{field}" for field in fields if f"-`{field}:" not in reference[key]]
     assert seen and not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("key", list(KINDS))
+def test_the_smallest_example_of_a_kind_runs(key, root, monkeypatch):
+    page = (root / "docs" / "reference" / f"{key}.md").read_text()
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```$", page.partition("## The smallest")[2].partition("\n## ")[0], re.M | re.S
+    )
+    module = types.ModuleType(f"example_of_{key}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(example, f"{key}.md", "exec"), vars(module))
+    assert any(isinstance(value, type) and value.__module__ == module.__name__ for value in vars(module).values())
 
 
 def test_every_name_that_an_author_imports_is_there(reference):
