@@ -1,4 +1,4 @@
-"""Columns of a step's outputs say what one object a request would, also after the wire."""
+"""Columns of a step's outputs hold what one object for each request would, also after they were encoded."""
 
 import pytest
 from hypothesis import given
@@ -14,14 +14,14 @@ TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
 
 @given(gained=st.lists(TOKENS), special=st.lists(TOKENS))
 def test_columns_are_what_each_gained(gained: list[list[int]], special: list[list[int]]) -> None:
-    wire = MessageCodec()
-    made = EngineCoreOutputs(
+    codec = MessageCodec()
+    outputs = EngineCoreOutputs(
         [EngineCoreOutput(f"special-{i}", tokens, "length") for i, tokens in enumerate(special)],
         [str(i) for i in range(len(gained))],
         [token for tokens in gained for token in tokens],
         [] if all(len(tokens) == 1 for tokens in gained) else [len(tokens) for tokens in gained],
     )
-    message = wire.decode_from_core(wire.encode(StepOutputs(made)))
+    message = codec.decode_from_core(codec.encode(StepOutputs(outputs)))
     assert isinstance(message, StepOutputs)
     each = message.outputs.expand_outputs()
     assert [o.new_token_ids for o in each] == [*special, *gained]

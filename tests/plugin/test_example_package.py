@@ -1,5 +1,6 @@
 """The example is built and installed for real, then used by name."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,8 @@ def test_installing_it_changes_nothing(site, quire):
 
 
 def test_naming_it_is_enough(site, quire):
-    told = quire("plugins", "explain", "policy/take_turns", site=site).stdout
-    assert "quire-take-turns 1.0.0" in told and "--scheduling-policy-option burst: int = 1" in told
+    explained = quire("plugins", "explain", "policy/take_turns", site=site).stdout
+    assert "quire-take-turns 1.0.0" in explained and "--scheduling-policy-option burst: int = 1" in explained
     assert "checks failed" in quire("plugins", "check", "policy/take_turns", site=site).stdout
 
 
@@ -58,6 +59,15 @@ def test_its_own_tests_pass(site):
     tests = EXAMPLE / "tests"
     result = subprocess.run([*command, tests, "--rootdir", tests], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_it_imports_quire_through_its_public_faces_alone():
+    for path in EXAMPLE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert name.split(".")[0] != "quire" or name in ("quire.sdk", "quire.testing"), f"{path}: {name}"
 
 
 def test_it_is_about_thirty_lines():
