@@ -16,7 +16,7 @@ ARGS ?=
 WORKERS ?= 2
 TESTS ?=
 OLDEST_TRITON := 3.6.0
-OLDEST_TESTS := tests/docs tests/packaging/test_metadata.py tests/loader tests/server/http/test_routes.py
+OLDEST_TESTS := tests/docs tests/packaging/test_metadata.py tests/loading tests/server/http/test_routes.py
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -91,3 +92,8 @@ def test_a_missing_venv_module_is_explained(tmp_path, python):
 def test_a_newer_python_is_only_noted(tmp_path, python):
     error = make("-s", "install", f"VENV={tmp_path}/v", python("3.15.0", ">= (3, 13)", "ensurepip"), code=2).stderr
     assert "note: Python 3.15.0 is newer than those Quire is tested with" in error
+
+
+def test_the_tests_for_the_oldest_dependencies_exist():
+    (paths,) = re.findall(r"^OLDEST_TESTS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert not [path for path in paths.split() if not (ROOT / path).exists()]
