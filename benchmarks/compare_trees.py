@@ -46,13 +46,14 @@ def main() -> int:
         for child in children.values():
             read_reply(child)
         rates: dict[tuple[str, str], list[float]] = {(arm, name): [] for arm in ARMS for name in args.workload}
-        for round_ in range(args.rounds + 1):  # round 0 warms up
+        for child in children.values():
+            for name in args.workload:
+                ask(child, f"{name} warm-up")
+        for round_ in range(args.rounds):
             for turn in range(len(ARMS)):
                 arm = ARMS[(round_ + turn) % len(ARMS)]
                 for name in args.workload:
-                    rate = ask(children[arm], name)
-                    if round_:
-                        rates[arm, name].append(rate)
+                    rates[arm, name].append(ask(children[arm], name))
     finally:
         for child in children.values():
             child.kill()
@@ -119,14 +120,16 @@ def run_engine(args: argparse.Namespace) -> int:
         return time.perf_counter() - start
 
     print("ready", file=answers, flush=True)
-    for name in map(str.strip, sys.stdin):
+    for line in sys.stdin:
+        name, _, warm_up = line.strip().partition(" ")
+        num_prompts = 4 if warm_up else args.num_prompts
         # Only ``make_workload`` and its two fields are used: older trees have them too.
         workload, vocab = make_workload(name), llm.config.model.vocab_size
         prompts = [
             [token % vocab for token in prompt[: max(1, round(len(prompt) * args.scale))]]
-            for prompt in workload.prompts[: args.num_prompts]
+            for prompt in workload.prompts[:num_prompts]
         ]
-        lengths = [max(1, round(n * args.scale)) for n in workload.max_tokens[: args.num_prompts]]
+        lengths = [max(1, round(n * args.scale)) for n in workload.max_tokens[:num_prompts]]
         wall = run(prompts, lengths)
         if name.startswith("decode-"):
             wall -= run(prompts, [1] * len(prompts))
