@@ -123,12 +123,12 @@ class DraftRunner:
             self._table.num_drafts.index_fill_(0, copy_to_device(behind, torch.int64, device), 0)
         return ran_backfill
 
-    def warm_up(self) -> None:
-        """Launch what proposals of every size launch, for padding rows."""
+    def warm_up(self, num_tokens: int) -> None:
+        """Launch what proposals of every size launch, for padding rows; ``num_tokens`` is the length of the drafts."""
         for size in self._capture_sizes:
             rows = self._graph_rows[:size]
-            self._launch_proposal(rows, 1, False)
-            self._launch_proposal(rows, 1, True)
+            self._launch_proposal(rows, num_tokens, False)
+            self._launch_proposal(rows, num_tokens, True)
             if self.proposer.attention_specs():
                 self.proposer.observe_step(self._make_padding_step(size))
 

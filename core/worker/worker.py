@@ -193,7 +193,7 @@ class Worker:
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
             else:
-                runner.warm_up_drafts()
+                runner.warm_up_drafts(runner.max_draft_tokens)
 
         precompile_kernels(launch_all)
         if use_graphs and runner.decode_graphs is None:  # the warm-up failed before it came to the graphs
