@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
-
+from quire.core.engine.incremental_decoder import make_incremental_decoder
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.sampling_params import SamplingParams
 
@@ -16,19 +15,15 @@ class Detokenizer:
     """The text of one continuation. ``text`` only grows, and never shows what a stop string may still swallow."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = params.skip_special_tokens
-        # The last prompt tokens let decoders that look back (spaces before words) join seamlessly.
-        self._stream = DecodeStream(ids=list(prompt_token_ids[-8:]), skip_special_tokens=self._skip_special_tokens)
+        self._decoder = make_incremental_decoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stop_strings = params.stop
         self._include_stop_string = params.include_stop_str_in_output
         # All but one character of a stop string may be there already, and are not shown if it will be cut off.
         longest = max((len(stop) for stop in self._stop_strings), default=1)
         self._num_held_chars = 0 if self._include_stop_string else longest - 1
         self._min_tokens = params.min_tokens  # stop strings count only after these
-        self._num_tokens = 0
-        self._pending_token_ids: list[int] = []  # tokens that gave no text yet
         self._num_taken_chars = 0
+        self._num_tokens = 0
         self.text = ""
 
     def append_tokens(self, token_ids: Sequence[int], last_is_stop_token: bool) -> str | None:
@@ -36,7 +31,7 @@ class Detokenizer:
         num_text_tokens = len(token_ids) - 1 if last_is_stop_token else len(token_ids)
         for token in token_ids[:num_text_tokens]:
             num_chars_before = len(self.text)
-            self.text += self._decode_token(token)
+            self.text += self._decoder.decode_token(token)
             self._num_tokens += 1
             if self._stop_strings and self._num_tokens > self._min_tokens:
                 stop_string = self._cut_at_stop_string(num_chars_before)
@@ -44,30 +39,19 @@ class Detokenizer:
                     return stop_string
         return None
 
-    def flush(self) -> None:
-        """No more tokens will come: bytes that never became a character show as the replacement character."""
-        if self._pending_token_ids:
-            self.text += self._tokenizer.decode(self._pending_token_ids, self._skip_special_tokens)
-            self._pending_token_ids = []
+    def flush(self) -> str | None:
+        """No more tokens will come: bytes that never became a character show as the replacement character. Returns the
+        stop string that this completed, if it did."""
+        num_chars_before = len(self.text)
+        self.text += self._decoder.flush_bytes()
+        is_searched = self._stop_strings and self._num_tokens > self._min_tokens
+        return self._cut_at_stop_string(num_chars_before) if is_searched else None
 
     def take_delta(self, finished: bool) -> str:
         """Text since the last call, less what must be held back."""
         end = len(self.text) if finished else max(len(self.text) - self._num_held_chars, self._num_taken_chars)
         start, self._num_taken_chars = self._num_taken_chars, end
         return self.text[start:end]
-
-    def _decode_token(self, token: int) -> str:
-        try:
-            chunk = self._stream.step(self._tokenizer.backend, token)
-        except Exception:  # tokens that form no valid text can confuse the stream: start afresh
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-            self._pending_token_ids = []
-            chunk = self._stream.step(self._tokenizer.backend, token)
-        if chunk is None:
-            self._pending_token_ids.append(token)
-            return ""
-        self._pending_token_ids = []
-        return chunk
 
     def _cut_at_stop_string(self, num_chars_before: int) -> str | None:
         """Cut the text at the first stop string that ends after ``num_chars_before``, and return it."""
@@ -80,5 +64,4 @@ class Detokenizer:
             return None
         start, stop = first_match
         self.text = self.text[: start + len(stop) if self._include_stop_string else start]
-        self._pending_token_ids = []
         return stop

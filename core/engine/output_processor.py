@@ -169,10 +169,10 @@ class OutputProcessor:
         stop_string = None
         if child.detokenizer is not None:
             stop_string = child.detokenizer.append_tokens(token_ids, finish_reason == "stop")
+            if stop_string is None and finish_reason is not None:
+                stop_string = child.detokenizer.flush()
             if stop_string is not None:
                 child.finish_reason, child.stop_reason = "stop", stop_string
-            elif finish_reason is not None:
-                child.detokenizer.flush()
         child.is_done = child.finish_reason is not None
         return stop_string is not None and finish_reason is None
 

@@ -57,11 +57,58 @@ class Tokenizer:
         piece = self.backend.id_to_token(token_id)
         if piece is None:
             return b""
-        if self._is_byte_level:
+        if self.has_byte_pieces:
             return _undo_byte_level(piece)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return self.convert_id_to_text(token_id).encode()
+
+    @cached_property
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """``convert_id_to_bytes`` of any token, kept once it was asked for."""
+        return _TokenBytes(self, hidden=frozenset())
+
+    @cached_property
+    def visible_bytes(self) -> Mapping[int, bytes]:
+        """The same, special tokens being empty."""
+        return _TokenBytes(self, hidden=self.special_token_ids)
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """The tokens that ``skip_special_tokens`` leaves out."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def byte_of_token(self) -> Mapping[int, int]:
+        """The byte of each token that stands for one (``<0x0A>``); empty unless the decoder falls back to bytes."""
+        if not any(step["type"] == "ByteFallback" for step in self._decoder_steps):
+            return {}
+        pieces = ((f"<0x{byte:02X}>", byte) for byte in range(256))
+        return {i: byte for piece, byte in pieces if (i := self.backend.token_to_id(piece)) is not None}
+
+    @cached_property
+    def spells_by_context(self) -> bool:
+        """Whether the text of a token depends on more than whether it is the first."""
+        types = [step["type"] for step in self._decoder_steps]
+        if types in (["Metaspace"], ["WordPiece"]):
+            return False
+        return not types or not all(_spells_alone(step) for step in self._decoder_steps)
+
+    @cached_property
+    def piece_texts(self) -> tuple[dict[int, str], dict[int, str]]:
+        """By ``skip_special_tokens``: what tokens add to a text that they do not begin. Filled by decoders as they meet
+        them, unless the tokenizer ``spells_by_context``."""
+        return {}, {}
+
+    @cached_property
+    def has_byte_pieces(self) -> bool:
+        """Whether pieces that spell bytes by GPT-2's mapping may end inside a character."""
+        return any(step["type"] == "ByteLevel" for step in self._decoder_steps)
+
+    @cached_property
+    def is_plain_byte_level(self) -> bool:
+        """Whether text is the bytes of its tokens and nothing else."""
+        return [step["type"] for step in self._decoder_steps if step["type"] != "Fuse"] == ["ByteLevel"]
 
     @cached_property
     def max_token_chars(self) -> int:
@@ -69,8 +116,12 @@ class Tokenizer:
         return max((len(piece) for piece in self.backend.get_vocab()), default=1)
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        return "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"] or {})
+    def _decoder_steps(self) -> list[dict[str, Any]]:
+        """What decoding does one after the other, as ``tokenizer.json`` describes it."""
+        if self.backend.decoder is None:
+            return []
+        decoder = json.loads(self.backend.decoder.__getstate__())
+        return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
 
     def read_eos_token_ids(self) -> list[int]:
         """Tokens that end a text: the tokenizer's own, and those of ``generation_config.json`` and ``config.json``."""
@@ -116,6 +167,30 @@ class Tokenizer:
         except Exception as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
         return self.encode(str(text), add_special_tokens=False)
+
+
+class _TokenBytes(dict[int, bytes]):
+    """The bytes of tokens, looked up once each."""
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+        super().__init__(dict.fromkeys(hidden, b""))
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> bytes:
+        value = self[token_id] = self._tokenizer.convert_id_to_bytes(token_id)
+        return value
+
+
+def _spells_alone(step: Mapping[str, Any]) -> bool:
+    """Whether a step of decoding changes a token without regard to its neighbours, but for the first one's space."""
+    match step["type"]:
+        case "ByteFallback" | "Fuse":
+            return True
+        case "Replace":
+            return len(step["pattern"].get("String", "")) == 1
+        case "Strip":
+            return bool(step["start"] <= 1 and step["stop"] == 0)
+    return False
 
 
 def _undo_byte_level(piece: str) -> bytes:

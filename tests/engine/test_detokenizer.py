@@ -18,16 +18,18 @@ def tokenizer(tiny: Path) -> Tokenizer:
     return Tokenizer(str(tiny))
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> tuple[list[str], str | None]:
-    detokenizer = Detokenizer(tokenizer, [], params)
+def stream(
+    tokenizer: Tokenizer, ids: list[int], params: SamplingParams, prompt: list[int] | None = None
+) -> tuple[list[str], str | None]:
+    detokenizer = Detokenizer(tokenizer, prompt or [], params)
     pieces = []
     for token in ids:
         stop = detokenizer.append_tokens([token], False)
         if stop is not None:
             return [*pieces, detokenizer.take_delta(True)], stop
         pieces.append(detokenizer.take_delta(False))
-    detokenizer.flush()
-    return [*pieces, detokenizer.take_delta(True)], None
+    stop = detokenizer.flush()
+    return [*pieces, detokenizer.take_delta(True)], stop
 
 
 @settings(max_examples=150, deadline=None)
@@ -54,3 +56,24 @@ def test_stop_strings_cut_at_the_first(tokenizer: Tokenizer, text: str, stops: l
     else:
         assert found is None
         assert joined == whole
+
+
+@pytest.mark.parametrize("num_cut_bytes", [0, 1, 2, 3])
+def test_no_text_of_the_prompt_is_in_the_answer(tokenizer: Tokenizer, num_cut_bytes: int) -> None:
+    """Also where the prompt ends inside a character, or in U+FFFD itself; and stop strings are not sought there."""
+    for prompt_text in ("a swordfish \N{GRINNING FACE}", "a swordfish \ufffd"):
+        prompt = tokenizer.encode(prompt_text, add_special_tokens=False)
+        prompt, rest = prompt[: len(prompt) - num_cut_bytes], prompt[len(prompt) - num_cut_bytes :]
+        answer = [*rest, *tokenizer.encode(" swims", add_special_tokens=False)]
+        pieces, stop = stream(tokenizer, answer, SamplingParams(stop=["fish", "fish\ufffd"]), prompt)
+        assert stop is None
+        assert "".join(pieces).lstrip("\N{GRINNING FACE}\ufffd") == " swims"
+        if num_cut_bytes and prompt_text.endswith("\N{GRINNING FACE}"):
+            assert "".join(pieces) == "\N{GRINNING FACE} swims", "a character that the answer completes is its own"
+
+
+def test_a_replacement_character_is_text_like_any_other(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a\ufffdb", add_special_tokens=False)
+    pieces, _ = stream(tokenizer, ids, SamplingParams())
+    assert pieces == ["a", "", "", "\ufffd", "b", ""], "U+FFFD itself waits for nothing"
+    assert stream(tokenizer, ids[:2], SamplingParams(stop=["\ufffd"])) == (["a", "", ""], "\ufffd")
