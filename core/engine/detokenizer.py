@@ -12,15 +12,15 @@ __all__ = ["Detokenizer"]
 
 
 class Detokenizer:
-    """The text of one continuation. ``text`` only grows, and never shows what a stop string may still swallow."""
+    """The text of one continuation. ``text`` only grows until a stop string cuts it; ``visible_text`` and the deltas
+    never show what a stop string may still swallow."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._decoder = make_incremental_decoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stop_strings = params.stop
+        # Where each may have begun: a place that was passed over cannot become the beginning of one later.
+        self._match_starts = [0] * len(params.stop)
         self._include_stop_string = params.include_stop_str_in_output
-        # All but one character of a stop string may be there already, and are not shown if it will be cut off.
-        longest = max((len(stop) for stop in self._stop_strings), default=1)
-        self._num_held_chars = 0 if self._include_stop_string else longest - 1
         self._min_tokens = params.min_tokens  # stop strings count only after these
         self._num_taken_chars = 0
         self._num_tokens = 0
@@ -47,11 +47,27 @@ class Detokenizer:
         is_searched = self._stop_strings and self._num_tokens > self._min_tokens
         return self._cut_at_stop_string(num_chars_before) if is_searched else None
 
+    def visible_text(self, finished: bool) -> str:
+        """The text, less what must be held back."""
+        return self.text[: self._num_visible_chars(finished)]
+
     def take_delta(self, finished: bool) -> str:
-        """Text since the last call, less what must be held back."""
-        end = len(self.text) if finished else max(len(self.text) - self._num_held_chars, self._num_taken_chars)
-        start, self._num_taken_chars = self._num_taken_chars, end
-        return self.text[start:end]
+        """What has become visible since the last call."""
+        start, self._num_taken_chars = self._num_taken_chars, self._num_visible_chars(finished)
+        return self.text[start : self._num_taken_chars]
+
+    def _num_visible_chars(self, finished: bool) -> int:
+        """All, but for an end that more text could complete to a stop string, if that will be cut off."""
+        end = len(self.text)
+        if finished or self._include_stop_string:
+            return end
+        for i, stop in enumerate(self._stop_strings):
+            start = self.text.find(stop[0], self._match_starts[i])
+            while start >= 0 and not (len(self.text) - start < len(stop) and stop.startswith(self.text[start:])):
+                start = self.text.find(stop[0], start + 1)
+            self._match_starts[i] = start if start >= 0 else len(self.text)
+            end = min(end, self._match_starts[i])
+        return end
 
     def _cut_at_stop_string(self, num_chars_before: int) -> str | None:
         """Cut the text at the first stop string that ends after ``num_chars_before``, and return it."""

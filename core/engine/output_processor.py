@@ -210,7 +210,7 @@ class OutputProcessor:
             self.remove_request(state.request_id)
 
     def _make_cumulative_output(self, child: ChildRequest) -> CompletionOutput:
-        text = child.detokenizer.text if child.detokenizer else ""
+        text = child.detokenizer.visible_text(child.is_done) if child.detokenizer else ""
         logprobs = None if child.logprobs is None else list(child.logprobs)
         return self._make_completion_output(child, text, list(child.token_ids), logprobs)
 

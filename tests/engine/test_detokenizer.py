@@ -77,3 +77,37 @@ def test_a_replacement_character_is_text_like_any_other(tokenizer: Tokenizer) ->
     pieces, _ = stream(tokenizer, ids, SamplingParams())
     assert pieces == ["a", "", "", "\ufffd", "b", ""], "U+FFFD itself waits for nothing"
     assert stream(tokenizer, ids[:2], SamplingParams(stop=["\ufffd"])) == (["a", "", ""], "\ufffd")
+
+
+def brute_force_held_back(text: str, stops: list[str]) -> int:
+    """The longest end of a text that is the beginning, not the whole, of a stop string."""
+    ends = range(len(text), 0, -1)
+    return next((n for n in ends if any(len(s) > n and s.startswith(text[-n:]) for s in stops)), 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text("ab ", max_size=40),
+    stops=st.lists(st.text("ab ", min_size=1, max_size=12), max_size=3),
+    min_tokens=st.integers(0, 12),
+)
+def test_a_stream_holds_back_only_what_may_become_a_stop_string(
+    tokenizer: Tokenizer, text: str, stops: list[str], min_tokens: int
+) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer, [], SamplingParams(stop=stops, min_tokens=min_tokens, max_tokens=99))
+    shown = ""
+    for token in ids:
+        if detokenizer.append_tokens([token], False) is not None:
+            break
+        shown += detokenizer.take_delta(False)
+        assert shown == detokenizer.visible_text(False)
+        assert len(detokenizer.text) - len(shown) == brute_force_held_back(detokenizer.text, stops)
+    assert detokenizer.text.startswith(shown)
+    assert shown + detokenizer.take_delta(True) == detokenizer.text == detokenizer.visible_text(True)
+
+
+def test_a_long_stop_string_delays_nothing(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("never", add_special_tokens=False)
+    assert stream(tokenizer, ids, SamplingParams(stop=["x" * 500]))[0] == [*"never", ""]
+    assert stream(tokenizer, ids, SamplingParams(stop=["verb" * 99]))[0] == ["n", "e", "", "", "", "ver"]
