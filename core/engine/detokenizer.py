@@ -23,7 +23,8 @@ class Detokenizer:
         self._include_stop_string = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens  # stop strings count only after these
         self._num_taken_chars = 0
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Tokens that gave the text: those after the one that completed a stop string are not among them."""
         self.text = ""
 
     def append_tokens(self, token_ids: Sequence[int], last_is_stop_token: bool) -> str | None:
@@ -32,8 +33,8 @@ class Detokenizer:
         for token in token_ids[:num_text_tokens]:
             num_chars_before = len(self.text)
             self.text += self._decoder.decode_token(token)
-            self._num_tokens += 1
-            if self._stop_strings and self._num_tokens > self._min_tokens:
+            self.num_tokens += 1
+            if self._stop_strings and self.num_tokens > self._min_tokens:
                 stop_string = self._cut_at_stop_string(num_chars_before)
                 if stop_string is not None:
                     return stop_string
@@ -44,7 +45,7 @@ class Detokenizer:
         stop string that this completed, if it did."""
         num_chars_before = len(self.text)
         self.text += self._decoder.flush_bytes()
-        is_searched = self._stop_strings and self._num_tokens > self._min_tokens
+        is_searched = self._stop_strings and self.num_tokens > self._min_tokens
         return self._cut_at_stop_string(num_chars_before) if is_searched else None
 
     def visible_text(self, finished: bool) -> str:

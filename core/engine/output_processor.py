@@ -118,8 +118,9 @@ class OutputProcessor:
                 continue
             child = state.children[request_id]
             if not child.is_done:
+                stopped_early = self._append_tokens(child, tokens, None)
                 gaps += child.record_gaps(len(tokens), now)
-                if self._append_tokens(child, tokens, None):
+                if stopped_early:
                     processed.requests_to_abort.append(request_id)
                     self._record_finished(state, child, "stop", now)
                 self._emit_request_output(state, child, tokens, None, processed)
@@ -149,13 +150,14 @@ class OutputProcessor:
         child.queue_s = max(child.queue_s, output.queue_ns / 1e9)
         if output.prompt_logprobs is not None:
             state.prompt_logprobs = [None, *output.prompt_logprobs]
+        if self._append_tokens(child, token_ids, output.finish_reason):
+            processed.requests_to_abort.append(output.request_id)
         if output.logprobs:
+            del output.logprobs[len(token_ids) :]
             if child.logprobs is None:
                 child.logprobs = []
             child.logprobs.extend(output.logprobs)
             child.cumulative_logprob = (child.cumulative_logprob or 0.0) + sum(p.logprobs[0] for p in output.logprobs)
-        if self._append_tokens(child, token_ids, output.finish_reason):
-            processed.requests_to_abort.append(output.request_id)
         if token_ids:
             self._record_tokens(state, child, len(token_ids), now)
         if child.is_done:
@@ -163,16 +165,19 @@ class OutputProcessor:
         self._emit_request_output(state, child, token_ids, output.logprobs, processed)
 
     def _append_tokens(self, child: ChildRequest, token_ids: list[int], finish_reason: FinishReason | None) -> bool:
-        """Add tokens, which the engine core ended with ``finish_reason``; True if a stop string ended them first."""
-        child.token_ids += token_ids
+        """Add tokens, which the engine core ended with ``finish_reason``; True if a stop string ended them first. Those
+        behind a stop string (accepted drafts) are removed from ``token_ids``: nothing that follows counts them."""
         child.finish_reason = finish_reason
         stop_string = None
         if child.detokenizer is not None:
             stop_string = child.detokenizer.append_tokens(token_ids, finish_reason == "stop")
-            if stop_string is None and finish_reason is not None:
+            if stop_string is not None:
+                del token_ids[child.detokenizer.num_tokens - len(child.token_ids) :]
+            elif finish_reason is not None:
                 stop_string = child.detokenizer.flush()
             if stop_string is not None:
                 child.finish_reason, child.stop_reason = "stop", stop_string
+        child.token_ids += token_ids
         child.is_done = child.finish_reason is not None
         return stop_string is not None and finish_reason is None
 

@@ -111,3 +111,9 @@ def test_a_long_stop_string_delays_nothing(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("never", add_special_tokens=False)
     assert stream(tokenizer, ids, SamplingParams(stop=["x" * 500]))[0] == [*"never", ""]
     assert stream(tokenizer, ids, SamplingParams(stop=["verb" * 99]))[0] == ["n", "e", "", "", "", "ver"]
+
+
+def test_tokens_behind_a_stop_string_are_not_counted(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, [], SamplingParams(stop=["b"]))
+    assert detokenizer.append_tokens(tokenizer.encode("abcd", add_special_tokens=False), False) == "b"
+    assert (detokenizer.text, detokenizer.num_tokens) == ("a", 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from quire import SamplingParams
 from quire.core.testing.oracle import assert_matches_reference
@@ -112,6 +113,20 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
     allocator = llm.engine_core.scheduler.debug_state().allocator
     allocator.check_integrity()
     assert allocator.num_free_blocks() == allocator.num_blocks - 1
+
+
+def test_a_stop_string_among_accepted_drafts_ends_tokens_and_logprobs_where_it_stands(engine) -> None:
+    prompts = make_prompts(5, 6)
+    params = [SamplingParams(temperature=0.9, seed=i, max_tokens=30, ignore_eos=True) for i in range(6)]
+    texts = [output.outputs[0].text for output in engine().generate(prompts, params)]
+    stops = [text[len(text) // 2 :][:1] for text in texts]
+    params = [replace(one, stop=[stop], logprobs=1) for one, stop in zip(params, stops, strict=True)]
+    expected = engine().generate(prompts, params)
+    assert all(output.outputs[0].finish_reason == "stop" for output in expected)
+    for actual, same in zip(engine("itself").generate(prompts, params), expected, strict=True):
+        assert_same_outputs(actual, same)
+        assert len(actual.outputs[0].logprobs) == len(actual.outputs[0].token_ids)
+        assert actual.outputs[0].cumulative_logprob == pytest.approx(same.outputs[0].cumulative_logprob, abs=1e-3)
 
 
 def test_a_model_that_drafts_for_itself_is_accepted(engine) -> None:
