@@ -146,7 +146,8 @@ class OutputProcessor:
             return
         token_ids = output.new_token_ids
         child.stop_reason = output.stop_reason
-        child.num_cached_tokens = max(child.num_cached_tokens, output.num_cached_tokens)
+        if child.index == 0:  # its siblings find in the cache what it has computed, which says nothing of the prompt
+            state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
         child.queue_s = max(child.queue_s, output.queue_ns / 1e9)
         if output.prompt_logprobs is not None:
             state.prompt_logprobs = [None, *output.prompt_logprobs]
@@ -208,7 +209,7 @@ class OutputProcessor:
                 outputs=outputs,
                 finished=finished,
                 prompt_logprobs=state.prompt_logprobs,
-                num_cached_tokens=max(c.num_cached_tokens for c in state.children.values()),
+                num_cached_tokens=state.num_cached_tokens,
             )
         )
         if finished:

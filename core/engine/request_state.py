@@ -30,7 +30,6 @@ class ChildRequest:
     last_token_at: float | None = None
     first_token_at: float | None = None
     queue_s: float = 0.0
-    num_cached_tokens: int = 0
 
     def record_gaps(self, num_tokens: int, now: float) -> list[float]:
         """Note that ``count`` tokens came; the seconds between them and those before."""
@@ -53,6 +52,8 @@ class RequestState:
     arrived_at: float
     children: dict[str, ChildRequest]
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
+    """Of the prompt, as the first of its continuations found it."""
 
     def make_stats(self, child: ChildRequest, finish_reason: str, now: float) -> RequestStats:
         """The figures of one continuation that has ended."""
@@ -61,7 +62,7 @@ class RequestState:
         return RequestStats(
             finish_reason=finish_reason,
             num_prompt_tokens=len(self.prompt_token_ids),
-            num_cached_tokens=child.num_cached_tokens,
+            num_cached_tokens=self.num_cached_tokens,
             num_generation_tokens=num_tokens,
             e2e_s=now - self.arrived_at,
             queue_s=child.queue_s,

@@ -261,7 +261,8 @@ class BatchBuilder:
         batch.record_allocation(row, allocation)
         if not request.first_scheduled_ns:  # else it was preempted
             request.first_scheduled_ns = self._clock()
-            request.num_cached_tokens = computed
+            if forked is None:
+                request.num_cached_tokens = computed
         if request.prompt_logprobs is not None and request.num_output_tokens == 0:
             request.prompt_logprobs = []  # of a prompt that was preempted half way: gathered again from its start
         batch.add_new_request(request, computed)
@@ -283,6 +284,8 @@ class BatchBuilder:
         same = parent.cache_salt == request.cache_salt and parent.token_ids[: parent.prompt_len] == request.token_ids
         if not same or request.prompt_len == 1:
             return None
+        # What the parent computed for both was not in the cache.
+        request.num_cached_tokens = parent.num_cached_tokens
         return self._allocator.fork_blocks(parent, request, request.prompt_len - 1)
 
     def _count_reserved_blocks(self) -> int:

@@ -211,7 +211,8 @@ class OutputUpdater:
             output.num_cached_tokens = request.num_cached_tokens
             output.queue_ns = max(request.first_scheduled_ns - request.arrival_ns, 0)
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-            self.num_prompt_tokens += request.prompt_len
+            if request.parent_id is None:  # the prompt of n continuations counts once
+                self.num_prompt_tokens += request.prompt_len
         for num_output_tokens, token in enumerate(new_token_ids, num_before + 1):
             if token in request.stop_token_ids and num_output_tokens >= request.params.min_tokens:
                 output.finish_reason = "stop"

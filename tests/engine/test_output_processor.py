@@ -1,4 +1,4 @@
-"""What callers and metrics get of a step's outputs: tokens up to a stop string."""
+"""What callers and metrics get of a step's outputs: tokens up to a stop string, and one count for n continuations."""
 
 from __future__ import annotations
 
@@ -115,3 +115,16 @@ def test_a_stop_string_that_the_last_byte_leaves_is_found(tokenizer: Tokenizer) 
     [choice] = output.outputs
     assert (choice.text, choice.finish_reason, choice.stop_reason) == ("a", "stop", "\ufffd")
     assert requests.aborted == []
+
+
+@pytest.mark.parametrize("mode", ["delta", "final"])
+def test_the_prompt_of_n_continuations_is_counted_once(tokenizer: Tokenizer, mode) -> None:
+    """Siblings find the prompt in the cache because the first one computed it: that is no hit of the request."""
+    requests = Requests(tokenizer, mode, n=3, max_tokens=1)
+    outputs: list[RequestOutput] = []
+    for core_id, num_cached in zip(requests.core_ids, (1, 2, 2), strict=True):
+        output = EngineCoreOutput(core_id, requests.encode("a"), finish_reason="length", num_cached_tokens=num_cached)
+        outputs += requests.process(output)
+    assert {output.num_cached_tokens for output in outputs} == {1}
+    assert requests.exporter.num_prompt == len(requests.encode("ask")) and requests.exporter.num_generated == 3
+    assert [stats.num_cached_tokens for stats in requests.exporter.finished] == [1, 1, 1]

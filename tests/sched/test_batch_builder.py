@@ -103,6 +103,16 @@ def test_children_share_the_prompt_of_their_parent(make_engine):
     assert len({tuple(tokens) for tokens in engine.received.values()}) == 4
 
 
+def test_the_prompt_of_a_fork_group_is_counted_once(make_engine):
+    """What children find because their parent computed it is no hit of the request, nor a prompt of its own."""
+    engine = make_engine(budget=64, num_blocks=40)
+    for i in range(3):
+        engine.add_request(f"r{i}", [1] * 30, max_tokens=6, parent="r0" if i else None)
+    engine.run_until_finished()
+    assert [output.num_cached_tokens for output in engine.outputs] == [0] * len(engine.outputs)
+    assert engine.scheduler.stats()["prompt_tokens_total"] == 30
+
+
 def test_children_outlive_their_parent(make_engine):
     for moment in range(4):
         engine = make_engine(budget=10, num_blocks=40)

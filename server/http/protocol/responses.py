@@ -30,15 +30,19 @@ class Usage:
     """Tokens of one answer, counted as outputs pass by. Each prompt is counted once, whatever ``n``."""
 
     def __init__(self) -> None:
-        self.prompt = self.completion = self.cached = 0
-        self._seen: set[int] = set()
+        self.prompt = self.completion = 0
+        self._cached: dict[int, int] = {}  # by prompt
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(self._cached.values())
 
     def add_output(self, prompt_index: int, output: RequestOutput) -> None:
         """Count one output, whose token ids are new ones."""
-        if prompt_index not in self._seen:
-            self._seen.add(prompt_index)
+        if prompt_index not in self._cached:
             self.prompt += len(output.prompt_token_ids)
-            self.cached += output.num_cached_tokens
+        self._cached[prompt_index] = output.num_cached_tokens
         for choice in output.outputs:
             self.completion += len(choice.token_ids)
 

@@ -143,6 +143,25 @@ def test_cached_tokens_are_reported(http: httpx.Client) -> None:
     assert salted["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+@pytest.mark.parametrize("field", ["n", "best_of"])
+def test_usage_of_several_choices_counts_the_prompt_once(server: RunningServer, http: httpx.Client, field: str) -> None:
+    """A prompt that was never seen comes from no cache, whatever ``n``; usage, streams and metrics agree."""
+    body = {"prompt": f"{field}: a prompt longer than two blocks of the cache", "max_tokens": 3, "ignore_eos": True}
+    size = len(body["prompt"])
+    names = [f'quire:{name}_total{{model_name="tiny"}}' for name in ("prompt_tokens", "generation_tokens")]
+    before = [server.metric(name) for name in names]
+    usage = http.post(TEXT, json={**body, field: 4}).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (size, 12)
+    assert [server.metric(name) - value for name, value in zip(names, before, strict=True)] == [size, 12]
+    again = http.post(TEXT, json={**body, field: 4}).json()["usage"]
+    assert 32 <= again["prompt_tokens_details"]["cached_tokens"] < size
+    if field == "n":
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        lines = http.post(TEXT, json={**body, **options, "n": 4}).text.split("data: ")
+        assert json.loads(lines[-2])["usage"] == again
+
+
 def test_a_client_that_leaves_a_stream_frees_its_request(server: RunningServer, http: httpx.Client) -> None:
     before = server.metric(ABORTED)
     with http.stream("POST", TEXT, json={**LONG, "stream": True}) as response:
