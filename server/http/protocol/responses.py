@@ -81,22 +81,17 @@ def format_chat_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, 
 
 
 def format_completion_logprobs(
-    engine: AsyncLLM, rows: Sequence[TokenLogprob | None], offset: int, first: int | None = None
+    engine: AsyncLLM, rows: Sequence[TokenLogprob | None], offsets: Sequence[int], first: int | None = None
 ) -> dict[str, Any]:
-    """``logprobs`` of a plain choice, whose text begins at ``offset``. ``first`` is the token of a row that is None."""
-    tokens: list[str] = []
-    values: list[float | None] = []
-    top: list[dict[str, float] | None] = []
-    offsets: list[int] = []
-    for row in rows:
-        token = row.token_ids[0] if row is not None else first
-        text = engine.convert_id_to_text(token) if token is not None else ""
-        tokens.append(text)
-        offsets.append(offset)
-        offset += len(text)
-        values.append(None if row is None else _clamp_logprob(row.logprobs[0]))
-        top.append(None if row is None else _logprobs_by_text(engine, row))
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+    """``logprobs`` of a plain choice. ``offsets`` are the places of the tokens in its text; ``first`` is the token of a
+    row that is None."""
+    token_ids = [first if row is None else row.token_ids[0] for row in rows]
+    return {
+        "tokens": ["" if token is None else engine.convert_id_to_text(token) for token in token_ids],
+        "token_logprobs": [None if row is None else _clamp_logprob(row.logprobs[0]) for row in rows],
+        "top_logprobs": [None if row is None else _logprobs_by_text(engine, row) for row in rows],
+        "text_offset": list(offsets),
+    }
 
 
 def format_prompt_logprobs(

@@ -24,6 +24,7 @@ from quire.server.http.protocol.responses import (
 )
 from quire.server.http.sse import DONE, ChunkWriter, EventStream, needs_chunk
 from quire.server.http.state import ServerState
+from quire.server.http.text_offsets import TextOffsets, locate_prompt_tokens
 
 __all__ = ["make_router"]
 
@@ -89,7 +90,11 @@ def _format_choice(
     if body.logprobs is not None:
         rows = [*((output.prompt_logprobs or []) if body.echo else []), *sampled_rows]
         first = output.prompt_token_ids[0] if output.prompt_token_ids else None
-        logprobs = format_completion_logprobs(state.engine, rows, 0, first)
+        tokenizer = state.engine.tokenizer
+        offsets = locate_prompt_tokens(tokenizer, output.prompt_token_ids, echoed) if body.echo else []
+        sampled_offsets = _follow_offsets(state, output, body, len(echoed))
+        offsets += sampled_offsets.locate(row.token_ids[0] for row in sampled_rows)
+        logprobs = format_completion_logprobs(state.engine, rows, offsets, first)
     choice_body = {
         "index": index,
         "text": echoed + ("" if body.echo_only else choice.text),
@@ -106,7 +111,8 @@ async def _stream_events(
     state: ServerState, outputs: Outputs, writer: ChunkWriter, body: CompletionBody
 ) -> AsyncGenerator[bytes, None]:
     usage, n = Usage(), body.n or 1
-    lengths: dict[int, int] = {}
+    offsets: dict[int, TextOffsets] = {}
+    started = set[int]()
     try:
         async with contextlib.aclosing(outputs):
             async for prompt, output in outputs:
@@ -116,15 +122,15 @@ async def _stream_events(
                 for choice in output.outputs:
                     index = prompt * n + choice.index
                     data = b""
-                    if index not in lengths:
-                        lengths[index] = 0
+                    if index not in started:
+                        started.add(index)
+                        if body.logprobs is not None:
+                            offsets[index] = _follow_offsets(state, output, body, 0)
                         if body.echo:
                             data = writer.encode_text(index, _prompt_text(state, body.prompt[prompt]))
                     if needs_chunk(choice):
-                        data += writer.encode_text(
-                            index, choice.text, _format_logprobs(state, choice, lengths[index], body)
-                        )
-                        lengths[index] += len(choice.text)
+                        logprobs = _format_logprobs(state, choice, offsets.get(index))
+                        data += writer.encode_text(index, choice.text, logprobs)
                     if choice.finish_reason is not None:
                         data += writer.encode_choice(
                             index,
@@ -143,9 +149,17 @@ async def _stream_events(
 
 
 def _format_logprobs(
-    state: ServerState, choice: CompletionOutput, offset: int, body: CompletionBody
+    state: ServerState, choice: CompletionOutput, offsets: TextOffsets | None
 ) -> dict[str, Any] | None:
-    return None if body.logprobs is None else format_completion_logprobs(state.engine, choice.logprobs or [], offset)
+    if offsets is None:
+        return None
+    rows = choice.logprobs or []
+    return format_completion_logprobs(state.engine, rows, offsets.locate(row.token_ids[0] for row in rows))
+
+
+def _follow_offsets(state: ServerState, output: RequestOutput, body: CompletionBody, start: int) -> TextOffsets:
+    skip_special_tokens = body.skip_special_tokens is not False
+    return TextOffsets(state.engine.tokenizer, output.prompt_token_ids, skip_special_tokens, start)
 
 
 def _prompt_text(state: ServerState, prompt: str | list[int]) -> str:

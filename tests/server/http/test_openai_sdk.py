@@ -130,6 +130,33 @@ def test_echo_with_logprobs(client: openai.OpenAI) -> None:
     assert all(1 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])  # bytes may share a text
 
 
+def test_text_offsets_are_the_places_of_the_tokens(client: openai.OpenAI) -> None:
+    """Tokens that share a character begin where it does; a stream with stop strings says the same."""
+    prompt = "Smile \N{GRINNING FACE} ok"
+    scored = client.completions.create(model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert scored.logprobs.text_offset == [*range(6), 6, 6, 6, 6, *range(7, 10)]
+    ids = [1, *encode_bytes("ok \N{GRINNING FACE}")]
+    scored = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=0).choices[0]
+    lead = len(scored.text) - 4
+    assert scored.logprobs.text_offset == [0, lead, lead + 1, lead + 2, *[lead + 3] * 4]
+    body = {"model": "tiny", "prompt": "What", "max_tokens": 24, "temperature": 0, "logprobs": 0, "stop": ["n" * 40]}
+    whole = client.completions.create(**body).choices[0]
+    assert whole.logprobs.text_offset[0] == 0 and whole.logprobs.text_offset == sorted(whole.logprobs.text_offset)
+    streamed: list[int] = []
+    for chunk in client.completions.create(**body, stream=True):
+        streamed += [offset for c in chunk.choices if c.logprobs for offset in c.logprobs.text_offset]
+    assert streamed == whole.logprobs.text_offset
+
+
+def encode_bytes(text: str) -> list[int]:
+    """Tokens of the tiny model: one a byte, in the order of their letters, but for the special ones."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letter_of = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [letters.index(letter_of[byte]) for byte in text.encode()]
+
+
 def test_prompt_is_scored_without_an_answer(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="hello", max_tokens=0, echo=True, logprobs=0)
     assert answer.choices[0].text == "hello" and len(answer.choices[0].logprobs.tokens) == 5
