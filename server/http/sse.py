@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -81,13 +81,22 @@ class ChunkWriter:
     """Builds the chunks of one streamed answer around constant head and tail.
 
     ``kind`` is ``chat.completion.chunk`` or ``text_completion``. With ``usage``, chunks carry ``"usage": null``, as in
-    the API when the last one will bring the usage.
+    the API when the last one will bring the usage; with ``running_usage``, each carries what that returns.
     """
 
-    def __init__(self, response_id: str, kind: str, created: int, model: str, usage: bool) -> None:
+    def __init__(
+        self,
+        response_id: str,
+        kind: str,
+        created: int,
+        model: str,
+        usage: bool,
+        running_usage: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
         self._fields = {"id": response_id, "object": kind, "created": created, "model": model}
         self._head = b"data: %b" % encode(self._fields)[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage else b"}]}\n\n"
+        self._running_usage = running_usage
         chat = kind.startswith("chat")
         self._before = b',"delta":{"content":' if chat else b',"text":'
         self._after = b"}" if chat else b""
@@ -102,15 +111,20 @@ class ChunkWriter:
             self._after,
             extra,
         )
-        return self._head + middle + self._tail
+        return self._head + middle + self._make_tail()
 
     def encode_choice(self, index: int, **fields: Any) -> bytes:
         """Any other chunk of one choice: its role, its end."""
-        return self._head + b"%d," % index + encode(fields)[1:-1] + self._tail
+        return self._head + b"%d," % index + encode(fields)[1:-1] + self._make_tail()
 
     def encode_usage(self, usage: dict[str, Any]) -> bytes:
         """The last chunk of an answer with ``stream_options.include_usage``."""
         return encode_event({**self._fields, "choices": [], "usage": usage})
+
+    def _make_tail(self) -> bytes:
+        if self._running_usage is None:
+            return self._tail
+        return b'}],"usage":%b}\n\n' % encode(self._running_usage())
 
 
 async def _wait_disconnect(receive: Receive) -> None:

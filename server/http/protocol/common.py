@@ -39,6 +39,8 @@ class StreamOptions(Body):
     """``stream_options``."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """Every chunk says what was used so far, so that a stream that is cut can be billed."""
 
 
 class GenerationBody(Body):
@@ -82,6 +84,11 @@ class GenerationBody(Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def build_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The engine's parameters; ``overrides`` win. Raises InvalidRequestError for values out of range."""

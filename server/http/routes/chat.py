@@ -36,9 +36,17 @@ def make_router(state: ServerState) -> APIRouter:
         prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
         response_id = f"chatcmpl-{get_request_id(request.scope)}"
         if body.stream:
-            writer = ChunkWriter(response_id, "chat.completion.chunk", current_timestamp(), model, body.include_usage)
+            usage = Usage()
+            writer = ChunkWriter(
+                response_id,
+                "chat.completion.chunk",
+                current_timestamp(),
+                model,
+                body.include_usage,
+                usage.to_dict if body.continuous_usage else None,
+            )
             outputs = await stream_outputs(state, request, [prompt], params, body)
-            return EventStream(_stream_events(state, outputs, writer, body))
+            return EventStream(_stream_events(state, outputs, writer, usage, body))
         [output] = await collect_outputs(state, request, [prompt], params, body)
         return Response(_encode_response(state, output, response_id, model, body), media_type="application/json")
 
@@ -77,9 +85,9 @@ def _format_logprobs(state: ServerState, choice: CompletionOutput, body: ChatBod
 
 
 async def _stream_events(
-    state: ServerState, outputs: Outputs, writer: ChunkWriter, body: ChatBody
+    state: ServerState, outputs: Outputs, writer: ChunkWriter, usage: Usage, body: ChatBody
 ) -> AsyncGenerator[bytes, None]:
-    usage, started = Usage(), set[int]()
+    started = set[int]()
     try:
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:

@@ -41,9 +41,17 @@ def make_router(state: ServerState) -> APIRouter:
         params = body.to_sampling_params()
         response_id = f"cmpl-{get_request_id(request.scope)}"
         if body.stream:
-            writer = ChunkWriter(response_id, "text_completion", current_timestamp(), model, body.include_usage)
+            usage = Usage()
+            writer = ChunkWriter(
+                response_id,
+                "text_completion",
+                current_timestamp(),
+                model,
+                body.include_usage,
+                usage.to_dict if body.continuous_usage else None,
+            )
             outputs = await stream_outputs(state, request, body.prompt, params, body)
-            return EventStream(_stream_events(state, outputs, writer, body))
+            return EventStream(_stream_events(state, outputs, writer, usage, body))
         results = await collect_outputs(state, request, body.prompt, params, body)
         return Response(_encode_response(state, results, response_id, model, body), media_type="application/json")
 
@@ -108,9 +116,9 @@ def _format_choice(
 
 
 async def _stream_events(
-    state: ServerState, outputs: Outputs, writer: ChunkWriter, body: CompletionBody
+    state: ServerState, outputs: Outputs, writer: ChunkWriter, usage: Usage, body: CompletionBody
 ) -> AsyncGenerator[bytes, None]:
-    usage, n = Usage(), body.n or 1
+    n = body.n or 1
     offsets: dict[int, TextOffsets] = {}
     started = set[int]()
     try:

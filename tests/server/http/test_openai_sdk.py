@@ -157,6 +157,22 @@ def encode_bytes(text: str) -> list[int]:
     return [letters.index(letter_of[byte]) for byte in text.encode()]
 
 
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_every_chunk_can_bring_the_usage_so_far(client: openai.OpenAI, include_usage: bool) -> None:
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    more = {"ignore_eos": True, "stream_options": options}
+    kept = client.completions.create(model="tiny", prompt="ab", max_tokens=5, stream=True, n=2, extra_body=more)
+    chunks = list(kept)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 10
+    assert all(chunk.usage.total_tokens == 2 + chunk.usage.completion_tokens for chunk in chunks)
+    assert (not chunks[-1].choices) == include_usage
+    talk = [{"role": "user", "content": "hi"}]
+    chat = list(client.chat.completions.create(model="tiny", messages=talk, max_tokens=5, stream=True, extra_body=more))
+    assert all(chunk.usage.prompt_tokens == chat[0].usage.prompt_tokens > 2 for chunk in chat)
+    assert [chunk.usage.completion_tokens for chunk in chat][-1] == 5
+
+
 def test_prompt_is_scored_without_an_answer(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="hello", max_tokens=0, echo=True, logprobs=0)
     assert answer.choices[0].text == "hello" and len(answer.choices[0].logprobs.tokens) == 5
