@@ -57,7 +57,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
 
         # so does abort(), and the caller hears of it
         task = asyncio.create_task(last(engine, [9, 9], LONG, request_id="victim"))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.01)
         with pytest.raises(InvalidRequestError, match="in use"):
             await last(engine, [5], request_id="victim")
         await engine.abort("victim")
@@ -79,7 +79,7 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
 
         # the engine process dies: every caller is told
         task = asyncio.create_task(last(engine, [9, 9], LONG))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await task
