@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ __all__ = ["InputProcessor", "Prompt"]
 
 Prompt = str | Sequence[int]
 
+_log = logging.getLogger("quire.engine")
+
 
 class InputProcessor:
     """Refuses what cannot be served before it reaches the engine core, naming the field."""
@@ -34,7 +37,7 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self._logits_processors = list(logits_processors)
-        self._eos_token_ids = tokenizer.read_eos_token_ids()
+        self._eos_token_ids = self._drop_unknown_ids(tokenizer.read_eos_token_ids())
 
     @classmethod
     def from_config(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
@@ -86,7 +89,16 @@ class InputProcessor:
                 f"{self.max_model_len} tokens: shorten it or raise --max-model-len",
                 "prompt",
             )
-        return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text)
+        if ids and max(ids) >= self.vocab_size:
+            # An added token for which the embedding was never enlarged: it would fail the step, or read other memory.
+            unknown = next(token for token in ids if token >= self.vocab_size)
+            raise InvalidRequestError(
+                f"the prompt holds {self.tokenizer.convert_id_to_text(unknown)!r:.100}, which the tokenizer makes token "
+                f"{unknown}; the model's vocabulary has tokens 0 to {self.vocab_size - 1}: leave it out of the prompt",
+                "prompt",
+            )
+        return ids
 
     def _check_token_ids(self, ids: Sequence[int]) -> list[int]:
         for token in ids:
@@ -111,6 +123,13 @@ class InputProcessor:
                 f"{self.max_model_len} tokens",
                 "min_tokens",
             )
+
+    def _drop_unknown_ids(self, eos_token_ids: list[int]) -> list[int]:
+        """EOS tokens that the model can sample; others would end nothing, and index past its logits."""
+        unknown = [token for token in eos_token_ids if not 0 <= token < self.vocab_size]
+        if unknown:
+            _log.warning("EOS tokens %s are not used: the model has tokens 0 to %d", unknown, self.vocab_size - 1)
+        return [token for token in eos_token_ids if token not in unknown]
 
     def _check_params(self, params: SamplingParams) -> None:
         for token in params.stop_token_ids:

@@ -20,7 +20,7 @@ class MinTokens(LogitsProcessor):
 
     def add_row(self, request: NewRequest) -> bool:
         """Remember the position from which the request may end."""
-        stops = [t for t in request.stop_token_ids if t < self.vocab_size]
+        stops = [t for t in request.stop_token_ids if 0 <= t < self.vocab_size]
         if request.params.min_tokens <= 0 or not stops:
             return False
         self._rows[request.row] = (

@@ -1,0 +1,54 @@
+"""What is refused before it reaches the engine core, and what reaches it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as BackendTokenizer
+
+from quire import LLM, SamplingParams
+from quire.core.errors import InvalidRequestError
+from quire.core.testing.tiny_models import EOS_TOKEN_ID, make_tiny_model
+
+PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A model without a row for its tokenizer's ``[PAD]``, whose EOS list names two tokens that it has not either."""
+    path = make_tiny_model("llama", tmp_path_factory.mktemp("models") / "pad", vocab_size=EOS_TOKEN_ID + 1)
+    tokenizer = BackendTokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    eos = {"eos_token_id": [EOS_TOKEN_ID, EOS_TOKEN_ID + 1, -1]}
+    (path / "generation_config.json").write_text(json.dumps(eos), "utf-8")
+    llm = LLM(model=str(path), device="cpu", num_gpu_blocks_override=32)
+    yield llm
+    llm.shutdown()
+
+
+def test_token_that_the_model_lacks_is_refused_by_name(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"'\[PAD\]', which the tokenizer makes token 259") as refusal:
+        llm.generate(["hello", "hi [PAD] x"], PARAMS)
+    assert refusal.value.param == "prompt"
+
+
+def test_token_that_the_model_lacks_is_refused_in_a_conversation(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="259"):
+        llm.chat([{"role": "user", "content": "hi [PAD]"}], PARAMS)
+
+
+def test_neighbours_of_a_refused_prompt_are_served(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError):
+        llm.generate("[PAD]", PARAMS)
+    assert len(llm.generate("hello", PARAMS)[0].outputs[0].token_ids) == 3
+
+
+def test_eos_tokens_that_the_model_lacks_are_dropped(llm: LLM) -> None:
+    [request] = llm.input_processor.process_inputs("r", "hello", PARAMS)
+    assert request.eos_token_ids == [EOS_TOKEN_ID]
+    params = SamplingParams(temperature=0, max_tokens=8, min_tokens=4)
+    assert len(llm.generate("hello", params)[0].outputs[0].token_ids) >= 4
