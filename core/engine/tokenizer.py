@@ -31,6 +31,9 @@ class Tokenizer:
             raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
         self.backend = self._hf_tokenizer.backend_tokenizer
         """The ``tokenizers.Tokenizer`` itself."""
+        # What tokenizer.json says of training batches (transformers sets it aside too): a prompt is neither cut nor padded.
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self._chat_template = _read_template(chat_template) if chat_template else self._hf_tokenizer.chat_template
         self._folder = path
 
