@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.core.engine.chat import template_variables
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as BackendTokenizer
 
 __all__ = ["Tokenizer"]
 
@@ -29,7 +32,7 @@ class Tokenizer:
             ) from error
         if not self._hf_tokenizer.is_fast:
             raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
-        self.backend = self._hf_tokenizer.backend_tokenizer
+        self.backend = _restore_byte_level(self._hf_tokenizer.backend_tokenizer, Path(path, "tokenizer.json"))
         """The ``tokenizers.Tokenizer`` itself."""
         # What tokenizer.json says of training batches (transformers sets it aside too): a prompt is neither cut nor padded.
         self.backend.no_truncation()
@@ -194,6 +197,27 @@ def _spells_alone(step: Mapping[str, Any]) -> bool:
         case "Strip":
             return bool(step["start"] <= 1 and step["stop"] == 0)
     return False
+
+
+def _restore_byte_level(backend: BackendTokenizer, file: Path) -> BackendTokenizer:
+    """``backend``, unless ``file`` is a byte-level tokenizer that transformers rebuilt as another: its versions before
+    5.22 make SentencePiece of one labelled ``LlamaTokenizer``, which loses spaces. Then the file's own is taken."""
+    if _has_byte_level_decoder(backend) or not file.is_file():
+        return backend
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    original = BackendTokenizer.from_file(str(file))
+    if not _has_byte_level_decoder(original):
+        return backend
+    vocabulary = original.get_vocab()
+    added = sorted(backend.get_added_tokens_decoder().items())  # with those of tokenizer_config.json
+    original.add_tokens([token for token_id, token in added if vocabulary.get(token.content) != token_id])
+    return original
+
+
+def _has_byte_level_decoder(backend: BackendTokenizer) -> bool:
+    """Whether tokens are GPT-2's printable characters for bytes."""
+    return backend.decoder is not None and b"ByteLevel" in backend.decoder.__getstate__()
 
 
 def _undo_byte_level(piece: str) -> bytes:

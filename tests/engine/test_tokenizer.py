@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer
 
 from quire.core.engine.tokenizer import Tokenizer
@@ -41,3 +43,37 @@ def test_prompts_are_neither_cut_nor_padded(tiny: Path, tmp_path: Path, fields: 
         messages = [{"role": "user", "content": text}]
         expected = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert tokenizer.apply_chat_template(messages) == expected
+
+
+def test_byte_level_tokenizer_labelled_llama_keeps_its_spaces(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-R1-Distill-Llama and others, also with the transformers that rebuild them as SentencePiece."""
+    folder = copy_tokenizer(tiny, tmp_path)
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("\u0120", "h"), ("\u0120h", "i"), ("h", "i")]
+    vocab |= {first + second: len(vocab) + i for i, (first, second) in enumerate(merges)}
+    original = BackendTokenizer(models.BPE(vocab, merges))
+    original.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    original.decoder = decoders.ByteLevel()
+    original.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    original.save(str(folder / "tokenizer.json"))
+    edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    load = AutoTokenizer.from_pretrained
+
+    def load_as_transformers_5_15(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = load(*args, **kwargs)
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+        backend.add_tokens([AddedToken("<|extra|>", special=True)])
+        return tokenizer
+
+    text = "hi hi  there\n\n\u00dcber"
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_as_transformers_5_15)
+        tokenizer = Tokenizer(str(folder))
+        assert tokenizer.encode(text) == original.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("hi<|extra|>")[-1] == original.get_vocab_size()
