@@ -52,7 +52,10 @@ class EngineArgs:
         None, group="model", help="folder or name of the tokenizer, if not the model's", metavar="NAME"
     )
     chat_template: str | None = setting(
-        None, group="model", help="file with the Jinja chat template, or the template itself", metavar="FILE"
+        None,
+        group="model",
+        help="file with the Jinja chat template, the template itself, or the name of one of the model's",
+        metavar="FILE",
     )
     revision: str | None = setting(None, group="model", help="branch, tag or commit on the Hugging Face hub")
     download_dir: str | None = setting(

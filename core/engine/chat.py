@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.core.errors import InvalidRequestError, UnsupportedError
 
-__all__ = ["normalize_messages", "template_variables"]
+__all__ = ["normalize_messages", "show_python_objects", "template_variables"]
 
 _ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 """What the caller of a template passes by itself; ``chat_template_kwargs`` cannot replace it."""
@@ -41,16 +41,25 @@ def template_variables(
     }
 
 
-def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def show_python_objects(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether ``text``, rendered from normalized ``messages``, has the arguments of a tool call as Python prints them:
+    the template wants them as JSON text."""
+    functions = [call.get("function") for message in messages for call in message.get("tool_calls", ())]
+    arguments = [function.get("arguments") for function in functions if isinstance(function, Mapping)]
+    return any(isinstance(each, dict) and each and repr(each) in text for each in arguments)
+
+
+def normalize_messages(messages: Sequence[Mapping[str, Any]], *, decode_arguments: bool = True) -> list[dict[str, Any]]:
     """Messages of the OpenAI API as chat templates expect them.
 
     The content becomes one string, its text parts joined by newlines, and the arguments of tool calls, which the API
-    sends as JSON text, become objects. Fields that are None are left out; other fields reach the template unchanged.
+    sends as JSON text, become objects, or stay text without ``decode_arguments``. Fields that are None are left out;
+    other fields reach the template unchanged.
     """
-    return [_normalize_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [_normalize_message(message, f"messages[{i}]", decode_arguments) for i, message in enumerate(messages)]
 
 
-def _normalize_message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _normalize_message(message: Mapping[str, Any], place: str, decode_arguments: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise InvalidRequestError(f"{place}: must be a mapping with a role, got {message!r:.100}", place)
     normalized = {name: value for name, value in message.items() if value is not None}
@@ -58,7 +67,8 @@ def _normalize_message(message: Mapping[str, Any], place: str) -> dict[str, Any]
     if (calls := message.get("tool_calls")) is not None:
         if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
             raise InvalidRequestError(f"{place}.tool_calls: must be a list of objects", f"{place}.tool_calls")
-        normalized["tool_calls"] = [_decode_arguments(call) for call in calls]
+        convert = _decode_arguments if decode_arguments else _encode_arguments
+        normalized["tool_calls"] = [convert(call) for call in calls]
     return normalized
 
 
@@ -84,4 +94,11 @@ def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
             return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
         except ValueError:
             return dict(call)  # some models write arguments that are not JSON; the template sees their text
+    return dict(call)
+
+
+def _encode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, Mapping) and isinstance(arguments := function.get("arguments"), Mapping):
+        return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
     return dict(call)

@@ -94,8 +94,8 @@ class InputProcessor:
             # An added token for which the embedding was never enlarged: it would fail the step, or read other memory.
             unknown = next(token for token in ids if token >= self.vocab_size)
             raise InvalidRequestError(
-                f"the prompt holds {self.tokenizer.convert_id_to_text(unknown)!r:.100}, which the tokenizer makes token "
-                f"{unknown}; the model's vocabulary has tokens 0 to {self.vocab_size - 1}: leave it out of the prompt",
+                f"the prompt holds {self.tokenizer.convert_id_to_text(unknown)!r:.100}, which the tokenizer makes "
+                f"token {unknown}; the model has tokens 0 to {self.vocab_size - 1}: leave it out of the prompt",
                 "prompt",
             )
         return ids

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.core.engine.chat import template_variables
+from quire.core.engine.chat import normalize_messages, show_python_objects, template_variables
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -34,10 +34,13 @@ class Tokenizer:
             raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
         self.backend = _restore_byte_level(self._hf_tokenizer.backend_tokenizer, Path(path, "tokenizer.json"))
         """The ``tokenizers.Tokenizer`` itself."""
-        # What tokenizer.json says of training batches (transformers sets it aside too): a prompt is neither cut nor padded.
+        # What tokenizer.json says of training batches, which transformers sets aside too: no prompt is cut or padded.
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._chat_template = _read_template(chat_template) if chat_template else self._hf_tokenizer.chat_template
+        templates = self._hf_tokenizer.chat_template or {}
+        self._chat_templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
+        if chat_template:
+            self._chat_templates = {"default": self._chat_templates.get(chat_template) or _read_template(chat_template)}
         self._folder = path
 
     @property
@@ -151,14 +154,13 @@ class Tokenizer:
     ) -> list[int]:
         """Normalize messages, render them with the chat template and tokenize; see ``chat.template_variables``.
 
+        ``chat_template`` is a template, or the name of one of the model's; None: as transformers chooses.
         ``InvalidRequestError`` if there is no template or it refuses the messages.
         """
-        template = chat_template or self._chat_template
-        if not template:
-            raise InvalidRequestError(
-                "this model has no chat template; start the server with --chat-template FILE or use /v1/completions",
-                "messages",
-            )
+        if chat_template:
+            template = self._chat_templates.get(chat_template, chat_template)
+        else:
+            template = _select_template(self._chat_templates, bool(tools))
         variables = template_variables(
             messages,
             tools=tools,
@@ -167,12 +169,33 @@ class Tokenizer:
             chat_template_kwargs=chat_template_kwargs,
         )
         try:
-            text = self._hf_tokenizer.apply_chat_template(
-                variables.pop("messages"), chat_template=template, tokenize=False, **variables
-            )
+            text = self._render_template(template, variables, messages)
         except Exception as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        return self.encode(str(text), add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False)
+
+    def _render_template(self, template: str, variables: dict[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
+        """With the arguments of tool calls as objects (Llama, Qwen), or as JSON text where that fails: templates that
+        join them (DeepSeek-R1, functionary) do not say so."""
+        others = {name: value for name, value in variables.items() if name != "messages"}
+
+        def render(conversation: list[dict[str, Any]]) -> str:
+            apply = self._hf_tokenizer.apply_chat_template
+            return str(apply(conversation, chat_template=template, tokenize=False, **others))
+
+        normalized = variables["messages"]
+        if not any(message.get("tool_calls") for message in normalized):
+            return render(normalized)
+        try:
+            text = render(normalized)
+        except Exception as error:
+            try:
+                return render(normalize_messages(messages, decode_arguments=False))
+            except Exception:
+                raise error from None
+        if show_python_objects(text, normalized):
+            return render(normalize_messages(messages, decode_arguments=False))
+        return text
 
 
 class _TokenBytes(dict[int, bytes]):
@@ -234,6 +257,17 @@ def _bytes_of_characters() -> dict[str, int]:
     table = {chr(b): b for b in printable}
     table.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
     return table
+
+
+def _select_template(templates: Mapping[str, str], has_tools: bool) -> str:
+    """The one of several named templates that transformers takes: with tools ``tool_use``, else ``default``."""
+    template = (templates.get("tool_use") if has_tools else None) or templates.get("default")
+    if not template:
+        lacking = f"no default chat template, only {', '.join(sorted(templates))}" if templates else "no chat template"
+        raise InvalidRequestError(
+            f"this model has {lacking}; start the server with --chat-template FILE or use /v1/completions", "messages"
+        )
+    return template
 
 
 def _read_template(source: str) -> str:

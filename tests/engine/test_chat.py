@@ -9,7 +9,9 @@ import pytest
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.chat import normalize_messages, template_variables
 from quire.core.engine.llm import LLM
+from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ConfigError, InvalidRequestError, UnsupportedError
+from quire.core.loading.hub import resolve_model
 from quire.core.sampling_params import SamplingParams
 from quire.server.http.protocol.chat import ChatBody
 
@@ -35,6 +37,27 @@ def test_contents_become_one_string_and_arguments_objects() -> None:
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"zone": "UTC"}
     assert broken["tool_calls"] == [BROKEN]
     assert messages[1]["tool_calls"] == [CALL], "the caller's messages are left as they are"
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ '<' + c.function.arguments + '>' }}",
+        "{{ '<' ~ c.function.arguments }}",
+        "{{ c.function.arguments }}",
+        "{{ c.function.arguments | trim }}",
+        "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+        "{{ c.function.arguments | tojson }}{% endif %}",
+    ],
+)
+def test_templates_that_want_arguments_as_an_object_or_as_text_both_render(printed: str) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}" + printed + "{% endfor %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(str(resolve_model("quire-tiny")), template)
+    ids = tokenizer.apply_chat_template([{"role": "assistant", "content": None, "tool_calls": [CALL]}])
+    assert '{"zone": "UTC"}' in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer
 
 from quire.core.engine.tokenizer import Tokenizer
+from quire.core.errors import InvalidRequestError
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -77,3 +78,35 @@ def test_byte_level_tokenizer_labelled_llama_keeps_its_spaces(
         assert tokenizer.encode(text) == original.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("hi<|extra|>")[-1] == original.get_vocab_size()
+
+
+@pytest.mark.parametrize("in_files", [False, True], ids=["tokenizer_config.json", "additional_chat_templates"])
+def test_of_named_chat_templates_the_one_for_tools_or_the_default_is_taken(
+    tiny: Path, tmp_path: Path, in_files: bool
+) -> None:
+    default = "{% for m in messages %}D:{{ m.content }}{% endfor %}"
+    tool_use = "{% for m in messages %}T{{ (tools or []) | length }}:{{ m.content }}{% endfor %}"
+    folder = copy_tokenizer(tiny, tmp_path)
+    if in_files:
+        edit(folder / "tokenizer_config.json", chat_template=None)
+        (folder / "chat_template.jinja").write_text(default, "utf-8")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use, "utf-8")
+    else:
+        named = [{"name": "default", "template": default}, {"name": "tool_use", "template": tool_use}]
+        edit(folder / "tokenizer_config.json", chat_template=named)
+    tokenizer, reference = Tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    for tools in (None, [{"type": "function", "function": {"name": "f", "parameters": {}}}]):
+        expected = reference.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(tokenizer.apply_chat_template(messages, tools=tools)) == expected
+    assert tokenizer.decode(tokenizer.apply_chat_template(messages, chat_template="tool_use")) == "T0:hi"
+    by_name = Tokenizer(str(folder), "tool_use")
+    assert by_name.decode(by_name.apply_chat_template(messages)) == "T0:hi"
+
+
+def test_named_chat_templates_without_a_default_are_listed(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_tokenizer(tiny, tmp_path)
+    edit(folder / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "{{ messages }}"}])
+    with pytest.raises(InvalidRequestError, match="no default chat template, only rag"):
+        Tokenizer(str(folder)).apply_chat_template([{"role": "user", "content": "hi"}])
