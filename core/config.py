@@ -39,6 +39,10 @@ class ModelConfig:
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     seed: int = 0
     served_names: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    """As the model's files list them; the tokenizer's own is beside them."""
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of requests that name none: by the names of ``SamplingParams``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,19 @@ class EngineArgs:
         help="file with the Jinja chat template, the template itself, or the name of one of the model's",
         metavar="FILE",
     )
+    generation_config: str = setting(
+        "auto",
+        group="model",
+        help="where sampling defaults of requests come from: the model's generation_config.json (auto), that of a "
+        "folder, or none",
+        metavar="FOLDER",
+    )
+    override_generation_config: str | Mapping[str, Any] | None = setting(
+        None,
+        group="model",
+        help='sampling defaults that win over those, as a JSON object: {"temperature": 0.5, "top_k": 20}',
+        metavar="JSON",
+    )
     revision: str | None = setting(None, group="model", help="branch, tag or commit on the Hugging Face hub")
     download_dir: str | None = setting(
         None, group="model", help="where downloads are kept, if not the Hugging Face cache", metavar="DIR"

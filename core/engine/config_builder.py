@@ -42,6 +42,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = _resolve_before_model(plugins, args, context)
 
+    from quire.core.loading.generation_config import read_generation_defaults
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
 
@@ -61,6 +62,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     choices.update(draft_choices)
     _check_options(plugins, draft_choices)
     tokenizer = resolve_model(args.tokenizer) if args.tokenizer else path
+    generation = read_generation_defaults([path, tokenizer], args.generation_config, args.override_generation_config)
     model = ModelConfig(
         model=args.model,
         path=str(path),
@@ -73,6 +75,8 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         load_format=args.load_format,  # type: ignore[arg-type]  # one of its choices, as checked
         seed=args.seed,
         served_names=tuple(args.served_model_name) or (args.model,),
+        eos_token_ids=generation.eos_token_ids,
+        sampling_defaults=generation.sampling_params,
     )
     config = EngineConfig(
         model=model,

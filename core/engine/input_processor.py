@@ -32,12 +32,13 @@ class InputProcessor:
         max_model_len: int,
         vocab_size: int,
         logits_processors: Sequence[type[LogitsProcessor]] = (),
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self._logits_processors = list(logits_processors)
-        self._eos_token_ids = self._drop_unknown_ids(tokenizer.read_eos_token_ids())
+        self._eos_token_ids = self._find_eos_token_ids(eos_token_ids)
 
     @classmethod
     def from_config(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
@@ -45,7 +46,8 @@ class InputProcessor:
         logits_processors = [
             load_target(choice.target, LogitsProcessor) for choice in config.plugins_of("logits_processor")
         ]
-        return cls(tokenizer, config.model.max_model_len, config.model.vocab_size, logits_processors)
+        model = config.model
+        return cls(tokenizer, model.max_model_len, model.vocab_size, logits_processors, model.eos_token_ids)
 
     def process_inputs(
         self,
@@ -124,8 +126,10 @@ class InputProcessor:
                 "min_tokens",
             )
 
-    def _drop_unknown_ids(self, eos_token_ids: list[int]) -> list[int]:
-        """EOS tokens that the model can sample; others would end nothing, and index past its logits."""
+    def _find_eos_token_ids(self, of_model: Sequence[int]) -> list[int]:
+        """The tokenizer's own, and the model's: those that it can sample, as others would index past its logits."""
+        own = self.tokenizer.eos_token_id
+        eos_token_ids = list(dict.fromkeys([*([] if own is None else [own]), *of_model]))
         unknown = [token for token in eos_token_ids if not 0 <= token < self.vocab_size]
         if unknown:
             _log.warning("EOS tokens %s are not used: the model has tokens 0 to %d", unknown, self.vocab_size - 1)

@@ -58,13 +58,14 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete prompts (texts or token ids), in order. One set of parameters serves all, or one each.
+        """Complete prompts (texts or token ids), in order. One set of parameters serves all, or one each; None: the
+        model's defaults.
 
         Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
         """
         batch = _to_batch(prompts)
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params = self.get_default_sampling_params()
         params = [sampling_params] * len(batch) if isinstance(sampling_params, SamplingParams) else sampling_params
         if len(params) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} sampling_params; give one, or one each")
@@ -111,6 +112,11 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Parameters with the defaults of the model's ``generation_config.json``; see ``generation_config`` and
+        ``override_generation_config`` of ``EngineArgs``."""
+        return SamplingParams(**self.config.model.sampling_defaults)
 
     def get_stats(self) -> dict[str, float]:
         """Gauges and counters of the engine."""

@@ -41,7 +41,6 @@ class Tokenizer:
         self._chat_templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
         if chat_template:
             self._chat_templates = {"default": self._chat_templates.get(chat_template) or _read_template(chat_template)}
-        self._folder = path
 
     @property
     def vocab_size(self) -> int:
@@ -132,15 +131,11 @@ class Tokenizer:
         decoder = json.loads(self.backend.decoder.__getstate__())
         return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
 
-    def read_eos_token_ids(self) -> list[int]:
-        """Tokens that end a text: the tokenizer's own, and those of ``generation_config.json`` and ``config.json``."""
-        token_ids = [self._hf_tokenizer.eos_token_id]
-        for name in ("generation_config.json", "config.json"):
-            path = Path(self._folder) / name
-            if path.exists():
-                value = json.loads(path.read_text()).get("eos_token_id")
-                token_ids.extend(value if isinstance(value, list) else [value])
-        return list(dict.fromkeys(token for token in token_ids if isinstance(token, int)))
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that the tokenizer itself ends a text with; a model's files may list more."""
+        token: int | None = self._hf_tokenizer.eos_token_id
+        return token
 
     def apply_chat_template(
         self,

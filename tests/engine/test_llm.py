@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,3 +215,25 @@ def test_fp8_cache_takes_a_quarter_of_float32s_memory_and_says_so() -> None:
 def test_unknown_cache_types_are_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"int3.*choose auto, .*fp8_e5m2"):
         LLM(model="quire-tiny", kv_cache_dtype="int3")
+
+
+def test_defaults_of_the_checkpoint_and_its_eos_tokens_hold(tiny: Path, tmp_path: Path) -> None:
+    """Also with the tokenizer of another folder."""
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    shutil.copytree(tiny, model)
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).rename(tokenizer / name)
+    override = {"temperature": 0.0, "max_new_tokens": 8}
+    settings = {"model": str(model), "tokenizer": str(tokenizer), "device": "cpu", "max_model_len": 256}
+    llm = LLM(**settings, override_generation_config=override)
+    params = llm.get_default_sampling_params()
+    assert params == SamplingParams(temperature=0.0, max_tokens=8)
+    [greedy] = llm.generate([PROMPT])
+    assert greedy.outputs[0].token_ids == llm.generate([PROMPT], params)[0].outputs[0].token_ids
+    llm.shutdown()
+    end = greedy.outputs[0].token_ids[3]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, end]}))
+    llm = LLM(**settings, override_generation_config=override)
+    assert llm.generate([PROMPT])[0].outputs[0].finish_reason == "stop"
+    llm.shutdown()

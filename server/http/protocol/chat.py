@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -62,8 +63,9 @@ class ChatBody(GenerationBody, Conversation):
             arguments["tools"] = None
         return arguments
 
-    def to_sampling_params(self) -> SamplingParams:
-        """The engine's parameters. Raises ApiError or InvalidRequestError."""
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's parameters, with the model's ``defaults`` where the body says nothing. Raises ApiError or
+        InvalidRequestError."""
         self.check_supported()
         if self.tool_choice not in (None, "none", "auto"):
             message = "a tool cannot be enforced yet; use 'auto' or 'none' (tools reach the chat template)"
@@ -75,6 +77,7 @@ class ChatBody(GenerationBody, Conversation):
                 message = f"top_logprobs: must be between 0 and {MAX_LOGPROBS}, got {self.top_logprobs}"
                 raise ApiError(400, message, param="top_logprobs")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        limit = limit if limit is not None else defaults.get("max_tokens")
         return self.build_sampling_params(
-            max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+            defaults, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
         )

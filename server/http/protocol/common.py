@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
@@ -90,10 +90,11 @@ class GenerationBody(Body):
         """Whether every chunk of a stream has the usage so far."""
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def build_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """The engine's parameters; ``overrides`` win. Raises InvalidRequestError for values out of range."""
+    def build_sampling_params(self, defaults: Mapping[str, Any], **overrides: Any) -> SamplingParams:
+        """The engine's parameters: ``defaults`` where the body says nothing; ``overrides`` win. Raises
+        InvalidRequestError for values out of range."""
         values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        return SamplingParams(**values | overrides)
+        return SamplingParams(**{**defaults, **values, **overrides})
 
     def check_supported(self) -> None:
         """Raise ApiError for what Quire knows and cannot do yet: better than an answer that ignores it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -56,8 +57,9 @@ class CompletionBody(GenerationBody):
         """Whether only the prompt is to be echoed: ``max_tokens`` 0, as evaluations ask for."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def to_sampling_params(self) -> SamplingParams:
-        """The engine's parameters, ``n`` being ``best_of`` if it is larger. Raises ApiError or InvalidRequestError."""
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's parameters, ``n`` being ``best_of`` if it is larger, with the model's ``defaults`` where the
+        body says nothing. Raises ApiError or InvalidRequestError."""
         self.check_supported()
         if self.suffix:
             raise unsupported_error("suffix", "insertion is not supported; leave it out")
@@ -77,4 +79,4 @@ class CompletionBody(GenerationBody):
             if self.stream:
                 raise unsupported_error("best_of", "larger than n it is not available in a stream; leave stream out")
             overrides |= {"n": self.best_of, "logprobs": self.logprobs or 0}
-        return self.build_sampling_params(**overrides)
+        return self.build_sampling_params(defaults, **overrides)

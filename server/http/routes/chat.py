@@ -31,7 +31,7 @@ def make_router(state: ServerState) -> APIRouter:
         """Answer a conversation."""
         body = await read_body(request, ChatBody, state)
         model = state.check_model(body.model)
-        params = body.to_sampling_params()
+        params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
         size = len(await request.body())
         prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
         response_id = f"chatcmpl-{get_request_id(request.scope)}"

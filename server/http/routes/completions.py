@@ -38,7 +38,7 @@ def make_router(state: ServerState) -> APIRouter:
         """Continue one or several prompts."""
         body = await read_body(request, CompletionBody, state)
         model = state.check_model(body.model)
-        params = body.to_sampling_params()
+        params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
         response_id = f"cmpl-{get_request_id(request.scope)}"
         if body.stream:
             usage = Usage()
