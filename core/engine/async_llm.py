@@ -167,16 +167,17 @@ class AsyncLLM:
         """One token as bytes."""
         return self.tokenizer.convert_id_to_bytes(token_id)
 
-    async def shutdown(self) -> None:
-        """Stop the engine core. Unfinished requests end with ``EngineDeadError``. Idempotent."""
+    async def shutdown(self, timeout: float = 10.0) -> None:
+        """Stop the engine core, by force after ``timeout`` seconds. Unfinished requests end with ``EngineDeadError``
+        at once. Idempotent."""
         if self._output_handler is not None:
             self._output_handler.cancel()
             await asyncio.gather(self._output_handler, return_exceptions=True)
             self._output_handler = None
         if self._client is not None:
-            await self._client.shutdown()
-            self._client = None
+            client, self._client = self._client, None
             self._fail_all_requests("the engine was shut down")
+            await client.shutdown(timeout)
         self._exporters.close()
 
     def _build_processors(self) -> None:

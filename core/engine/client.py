@@ -58,6 +58,7 @@ class EngineCoreClient:
             raise _to_exception(message)
         assert isinstance(message, EngineReady)
         self.capacity = message
+        self._process.remove_folder()  # both sockets are connected: nothing is left behind, however this process ends
 
     async def get_outputs(self) -> EngineCoreOutputs:
         """The next outputs. Raises ``EngineDeadError`` if the engine core is gone."""
@@ -75,11 +76,12 @@ class EngineCoreClient:
         """End requests; no output follows."""
         self._send_message(AbortRequests(list(request_ids)))
 
-    async def shutdown(self) -> None:
-        """Ask, wait a little, then insist."""
-        with contextlib.suppress(zmq.ZMQError):
-            self._send_message(Shutdown())
-        await asyncio.to_thread(self._process.wait)
+    async def shutdown(self, timeout: float) -> None:
+        """Ask, wait ``timeout`` seconds, then insist."""
+        if timeout > 0:
+            with contextlib.suppress(zmq.ZMQError):
+                self._send_message(Shutdown())
+            await asyncio.to_thread(self._process.wait, timeout)
         self.kill()
 
     def kill(self) -> None:

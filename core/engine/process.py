@@ -13,10 +13,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 from quire.core.env import child_environment
 
 __all__ = ["EngineProcess", "main"]
+
+_PARENT_POLL_S = 0.5
 
 
 class EngineProcess:
@@ -44,7 +48,7 @@ class EngineProcess:
         """How it ended; None while it runs."""
         return self._child.poll()
 
-    def wait(self, seconds: float = 10) -> None:
+    def wait(self, seconds: float) -> None:
         """Wait for its end, and kill it if that does not come. May run in a thread."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(seconds)
@@ -54,6 +58,17 @@ class EngineProcess:
         """End it at once, and clear up. Idempotent."""
         self._child.kill()
         self._child.wait()
+        self.remove_folder()
+
+    def kill_at_once(self) -> None:
+        """``kill`` for a signal handler that is about to end this process: it takes no lock and waits for nothing."""
+        if self._child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGKILL)
+        self.remove_folder()
+
+    def remove_folder(self) -> None:
+        """Remove the sockets' folder. Once both ends are connected nothing needs it. Idempotent."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -62,9 +77,20 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     folder, device, parent_pid = sys.argv[1:]
+    watcher = threading.Thread(target=_end_with_parent, args=(folder, int(parent_pid)), daemon=True)
+    watcher.start()
     from quire.core.engine.core_process import EngineCoreProcess  # seconds
 
     return EngineCoreProcess(folder, device, int(parent_pid)).run()
+
+
+def _end_with_parent(folder: str, parent_pid: int) -> None:
+    """End this process when its parent is gone, even while it imports, loads a model or hangs in a step, and remove the
+    folder that the parent left."""
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_POLL_S)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

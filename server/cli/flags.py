@@ -97,6 +97,8 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
     for name, port in (("--port", settings.port), ("--prometheus-port", settings.prometheus_port or 0)):
         if not 0 <= port <= 65535:
             raise ConfigError(f"{name} must be between 0 and 65535, got {port}")
+    if settings.port and settings.port == settings.prometheus_port:
+        raise ConfigError(f"--prometheus-port {settings.port} is also --port; give it a port of its own")
     if not (math.isfinite(settings.shutdown_timeout) and settings.shutdown_timeout >= 0):
         raise ConfigError(f"--shutdown-timeout must be 0 or more seconds, got {settings.shutdown_timeout}")
     if settings.max_request_bytes < 1:

@@ -15,6 +15,8 @@ from quire.server.cli.flags import (
     make_server_settings,
 )
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
+from quire.server.http.listening import bind_sockets
+from quire.server.http.signals import StopSignals
 
 __all__ = ["add_parser", "run"]
 
@@ -36,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args)]
     engine_args, settings = make_engine_args(args), make_server_settings(args)
-    with EngineProcess(engine_args.device) as process:
+    with bind_sockets(settings) as sockets, StopSignals() as signals, EngineProcess(engine_args.device) as process:
+        signals.call_before_exit(process.kill_at_once)
         from quire.server.http.serving import serve  # seconds, while the process does the same
 
-        return serve(engine_args, settings, process, args, flag_warnings)
+        return serve(engine_args, settings, process, sockets, signals, args, flag_warnings)

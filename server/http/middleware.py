@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import uuid
 
@@ -49,6 +50,12 @@ class RequestMiddleware:
         try:
             self._check_request(scope, headers, is_api)
             await self._app(scope, self._limit_body(receive), answer)
+        except asyncio.CancelledError:
+            if not self._state.draining:
+                raise
+            response = make_error_response(UnavailableError("the server is shutting down; send the request to another"))
+            if not started:
+                await response(scope, receive, answer)
         except Exception as error:
             response = make_error_response(error)
             if not started:

@@ -1,4 +1,4 @@
-"""Run the server: bind, load, announce, answer, drain, stop."""
+"""Run the server: load, announce, answer, drain, stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import gc
 import json
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,9 @@ from quire.core.engine.process import EngineProcess
 from quire.core.errors import ConfigError, PluginError
 from quire.core.log import setup_logging
 from quire.core.version import __version__
+from quire.server.http.listening import allow_restart
 from quire.server.http.settings import ServerSettings
+from quire.server.http.signals import StopSignals
 from quire.server.http.state import ServerState
 
 __all__ = ["drain_requests", "serve"]
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 75
 """Longer than the 60 s for which nginx keeps an idle connection: the server never closes it under a request."""
 _GRACEFUL_SHUTDOWN_S = 2
+_CUT_OFF_S = 1
 _POLL_S = 0.5
 
 
@@ -38,11 +40,13 @@ def serve(
     args: EngineArgs,
     settings: ServerSettings,
     process: EngineProcess,
+    sockets: Sequence[socket.socket],
+    signals: StopSignals,
     arguments: Any = None,
     flag_warnings: Sequence[str] = (),
 ) -> int:
-    """Serve, with the engine core in ``process``, until SIGTERM or SIGINT; returns the exit status: 0, or 1 if the
-    engine died.
+    """Serve on ``sockets``, as ``bind_sockets`` made them, with the engine core in ``process``, until SIGTERM or
+    SIGINT; returns the exit status: 0, or 1 if the engine died.
 
     Raises QuireError if the server cannot start.
     """
@@ -52,24 +56,23 @@ def serve(
     for warning in flag_warnings:
         log.warning("%s", warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(args, settings, process, arguments))
+        return runner.run(_serve(args, settings, process, sockets, signals, arguments))
 
 
-async def _serve(args: EngineArgs, settings: ServerSettings, process: EngineProcess, arguments: Any) -> int:
-    async with contextlib.AsyncExitStack() as stack:
-        signalled = stack.enter_context(_catch_signals())
-        sockets = [stack.enter_context(_bind_socket(settings.host, settings.port, "--port"))]
-        if settings.prometheus_port is not None:
-            sockets.append(
-                stack.enter_context(_bind_socket(settings.host, settings.prometheus_port, "--prometheus-port"))
-            )
-        log_options = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
-        engine = AsyncLLM(args, process=process, **log_options)
-        stack.push_async_callback(engine.shutdown)
+async def _serve(
+    args: EngineArgs,
+    settings: ServerSettings,
+    process: EngineProcess,
+    sockets: Sequence[socket.socket],
+    signals: StopSignals,
+    arguments: Any,
+) -> int:
+    log_options = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
+    engine = AsyncLLM(args, process=process, **log_options)
+    try:
         from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
 
-        if not await _start_engine(engine, signalled):
-            return 130
+        await engine.start()
         app = create_app(engine, settings, arguments)
         engine.plugins.call_hook("quire_extend_app", app=app)
         state: ServerState = app.state.server
@@ -78,25 +81,33 @@ async def _serve(args: EngineArgs, settings: ServerSettings, process: EngineProc
             servers.append(_Server(_uvicorn_config(create_metrics_app(state), args)))
         gc.collect()
         gc.freeze()
-        return await _run(servers, sockets, state, signalled)
+        return await _run(servers, sockets, state, signals)
+    finally:
+        await engine.shutdown()
 
 
 async def _run(
-    servers: Sequence[_Server], sockets: Sequence[socket.socket], state: ServerState, signalled: asyncio.Queue[int]
+    servers: Sequence[_Server], sockets: Sequence[socket.socket], state: ServerState, signals: StopSignals
 ) -> int:
     running = [asyncio.ensure_future(s.serve(sockets=[each])) for s, each in zip(servers, sockets, strict=True)]
-    stop = asyncio.ensure_future(signalled.get())
+    stop: asyncio.Future[int] | None = None
     try:
         while not all(server.started for server in servers) and not any(task.done() for task in running):
             await asyncio.sleep(0.005)
+        signalled = signals.deliver_to_loop()
+        stop = asyncio.ensure_future(signalled.get())
         if not any(task.done() for task in running):
             _print_ready(state, sockets)
         while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
             await asyncio.wait({stop, *running}, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not state.engine.is_dead:
             await drain_requests(state, signalled)
+            if state.in_flight:
+                await _cut_off_requests(state, servers)
+                return 0
     finally:
-        stop.cancel()
+        if stop is not None:
+            stop.cancel()
         for server in servers:
             server.should_exit = True
         results = await asyncio.gather(*running, return_exceptions=True)
@@ -109,6 +120,15 @@ async def _run(
     return 0
 
 
+async def _cut_off_requests(state: ServerState, servers: Sequence[_Server]) -> None:
+    """End every request with an error of its own: the engine fails those that it knows, and those still being read or
+    tokenized are cancelled, which ``RequestMiddleware`` answers."""
+    log.warning("%d requests are cut off", state.in_flight)
+    await state.engine.shutdown(timeout=0)
+    for server in servers:
+        server.config.timeout_graceful_shutdown = _CUT_OFF_S
+
+
 async def drain_requests(state: ServerState, signalled: asyncio.Queue[int]) -> None:
     """Let requests in flight finish. A second signal, or the time limit, ends the wait."""
     state.draining = True
@@ -118,8 +138,6 @@ async def drain_requests(state: ServerState, signalled: asyncio.Queue[int]) -> N
     idle = asyncio.ensure_future(state.wait_idle(limit))
     again = asyncio.ensure_future(signalled.get())
     await asyncio.wait({idle, again}, return_when=asyncio.FIRST_COMPLETED)
-    if state.in_flight:
-        log.warning("%d requests are cut off", state.in_flight)
     idle.cancel()
     again.cancel()
 
@@ -129,8 +147,12 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, once the start-up handlers of plugins have run."""
+        for bound in sockets or ():
+            allow_restart(bound)
         try:
             await super().startup(sockets)
+        except OSError as error:
+            raise ConfigError(f"the port cannot be used: {error.strerror or error}; choose another") from None
         except SystemExit:
             raise PluginError("a plugin's start-up handler failed, as the log shows; leave out its --plugin") from None
 
@@ -152,54 +174,6 @@ def _uvicorn_config(app: Any, args: EngineArgs) -> uvicorn.Config:
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
         server_header=False,
     )
-
-
-@contextlib.contextmanager
-def _catch_signals() -> Iterator[asyncio.Queue[int]]:
-    """SIGTERM and SIGINT arrive in a queue."""
-    queue: asyncio.Queue[int] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    caught = (signal.SIGTERM, signal.SIGINT)
-    for number in caught:
-        loop.add_signal_handler(number, queue.put_nowait, int(number))
-    try:
-        yield queue
-    finally:
-        for number in caught:
-            loop.remove_signal_handler(number)
-
-
-async def _start_engine(engine: AsyncLLM, signalled: asyncio.Queue[int]) -> bool:
-    """Start the engine; False if a signal came first."""
-    start = asyncio.ensure_future(engine.start())
-    stop = asyncio.ensure_future(signalled.get())
-    await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    if not start.done():
-        start.cancel()
-        await asyncio.gather(start, return_exceptions=True)
-        return False
-    start.result()
-    return True
-
-
-def _bind_socket(host: str, port: int, flag: str) -> socket.socket:
-    """A bound socket that does not listen yet: clients are refused, not kept waiting, until the model is loaded."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror or error}; give an address of this machine") from None
-    bound = socket.socket(family, kind, protocol)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"{flag} {port}: {host} port {port} cannot be used: {error.strerror}; choose another"
-        ) from None
-    bound.setblocking(False)
-    return bound
 
 
 def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:

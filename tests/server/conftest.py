@@ -107,6 +107,24 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def child_processes(pid: int) -> list[int]:
+    """Child processes that run Python code of ours, without the resource tracker."""
+    children = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text():
+            children.append(int(child))
+    return children
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is no such process, or only its exit status is left."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return " Z " in stat.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def check_error(response: httpx.Response, status: int, param: str | None = None) -> str:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"

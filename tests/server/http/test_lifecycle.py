@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from quire.server.http.serving import drain_requests
 from quire.server.http.settings import ServerSettings
 from quire.server.http.state import ServerState
 
-from ..conftest import RunningServer, until
+from ..conftest import RunningServer, child_processes, until
 
 TEXT = "/v1/completions"
 LONG = {"prompt": "go on", "max_tokens": 1000, "temperature": 0, "ignore_eos": True}
@@ -105,28 +104,12 @@ def test_a_server_whose_engine_dies_ends(start: Callable[..., RunningServer]) ->
     thread = threading.Thread(target=listen)
     thread.start()
     until(lambda: server.load()["num_requests_running"] == 1)
-    [engine] = _children(server.process.pid)
+    [engine] = child_processes(server.process.pid)
     os.kill(engine, signal.SIGKILL)
     assert server.process.wait(15) == 1
     thread.join()
     assert any("error" in line or "closed" in line or "peer" in line for line in lines[-5:])
     assert "the engine stopped" in server.stderr.read_text()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_end_during_the_first_imports_leaves_no_process(number: int, status: int, tiny_model: str) -> None:
-    """The engine's process is there before anything heavy is imported."""
-    command = [sys.executable, "-m", "quire", "serve", tiny_model, "--port", "0"]
-    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as process:
-        try:
-            until(lambda: bool(_children(process.pid)))
-            [engine] = _children(process.pid)
-            process.send_signal(number)
-            assert process.wait(10) == status
-            until(lambda: not Path(f"/proc/{engine}").exists() or " Z " in Path(f"/proc/{engine}/stat").read_text(), 30)
-            assert number == signal.SIGKILL or "Traceback" not in process.communicate()[1]
-        finally:
-            process.kill()
 
 
 def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal() -> None:
@@ -143,15 +126,6 @@ def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal()
     assert asyncio.run(drained(30, lambda state, signalled: state.end_request(True))) < 5
     assert asyncio.run(drained(30, lambda state, signalled: signalled.put_nowait(2))) < 5
     assert 0.1 < asyncio.run(drained(0.1, lambda state, signalled: None)) < 5
-
-
-def _children(pid: int) -> list[int]:
-    """Child processes that run Python code of ours, without the resource tracker."""
-    children = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text():
-            children.append(int(child))
-    return children
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -207,13 +181,6 @@ def test_a_broken_checkpoint(tiny_model: str, tmp_path: Path, capsys: pytest.Cap
         (tmp_path / source.name).write_bytes(data[: len(data) // 2] if source.suffix == ".safetensors" else data)
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert "model.safetensors" in one_line(capsys)
-
-
-def test_a_port_in_use(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert main(["serve", tiny_model, "--port", port]) == 2
-    assert port in one_line(capsys)
 
 
 def test_the_exit_status_and_the_line_of_a_real_process(tmp_path: Path) -> None:
