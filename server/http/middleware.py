@@ -15,6 +15,7 @@ from quire.server.http.state import ServerState
 __all__ = ["RequestMiddleware", "get_request_id"]
 
 _MAX_REQUEST_ID_CHARS = 128
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestMiddleware:
@@ -67,6 +68,9 @@ class RequestMiddleware:
         if is_api and self._keys and not self._is_authorized(headers.get("authorization", "")):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if not self._keys and scope["method"] not in _SAFE_METHODS and _is_foreign_page(headers):
+            origin = headers["origin"][:200]
+            raise ApiError(403, f"requests from web pages of {origin!r} are refused: start the server with --api-key")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._state.settings.max_request_bytes:
             raise self._too_large_error()
@@ -100,6 +104,15 @@ class RequestMiddleware:
 def get_request_id(scope: Scope) -> str:
     """The id that the middleware gave a request: the client's ``X-Request-Id``, or a fresh one."""
     return str(scope["state"]["request_id"])
+
+
+def _is_foreign_page(headers: Headers) -> bool:
+    """Whether a browser sends this for a web page of another host than the server's own, as the client or the proxy
+    before it names that. Applications and extensions have an ``Origin`` with a scheme of their own and are no pages."""
+    scheme, _, host = headers.get("origin", "").partition("://")
+    if scheme == "null":  # a sandboxed frame, or a file
+        return True
+    return scheme in ("http", "https") and host not in (headers.get("host"), headers.get("x-forwarded-host"))
 
 
 def _choose_request_id(headers: Headers) -> str:

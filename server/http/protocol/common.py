@@ -130,7 +130,8 @@ def unsupported_error(param: str, message: str) -> ApiError:
 
 
 async def read_body(request: Request, model: type[M], state: ServerState) -> M:
-    """Read and check a body, whatever its content type is. Raises ApiError on one line."""
+    """Read and check a JSON body. Raises ApiError on one line."""
+    _check_content_type(request.headers.get("content-type", ""))
     try:
         body = model.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:
@@ -138,6 +139,14 @@ async def read_body(request: Request, model: type[M], state: ServerState) -> M:
     if body.model_extra:
         state.log_unknown_fields(list(body.model_extra), request.url.path)
     return body
+
+
+def _check_content_type(header: str) -> None:
+    """A browser sends other types from any web page without asking; for JSON it asks the server first (CORS)."""
+    media_type = header.partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        given = f"not {media_type[:100]!r}" if media_type else "which is missing"
+        raise ApiError(415, f"the body must be JSON: send 'Content-Type: application/json', {given}")
 
 
 def describe_body(model: type[Body]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from ..conftest import RunningServer, check_error
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+JSON = {"content-type": "application/json"}
 USER = {"role": "user", "content": "hi"}
 
 
@@ -108,13 +109,35 @@ def test_a_prompt_too_long_says_by_how_much(http: httpx.Client) -> None:
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_bad_json_gets_400(http: httpx.Client, path: str, data: bytes) -> None:
-    check_error(http.post(path, content=data), 400)
+    check_error(http.post(path, content=data, headers=JSON), 400)
 
 
-def test_the_content_type_does_not_matter(http: httpx.Client) -> None:
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
+def test_a_body_that_is_not_declared_as_json_gets_415(http: httpx.Client, path: str) -> None:
+    """What any web page can make a browser send, without asking: forms and plain text."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json", None):
+        headers = {} if kind is None else {"content-type": kind}
+        message = check_error(http.post(path, content=b'{"prompt": "x", "max_tokens": 1}', headers=headers), 415)
+        assert "application/json" in message
+
+
+def test_spellings_of_the_json_content_type(http: httpx.Client) -> None:
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
         headers = {"content-type": kind}
         assert http.post(TEXT, content=b'{"prompt": "x", "max_tokens": 1}', headers=headers).status_code == 200
+
+
+def test_web_pages_of_other_hosts_are_refused_without_a_key(http: httpx.Client) -> None:
+    own = f"http://{http.base_url.host}:{http.base_url.port}"
+    body = {"prompt": "x", "max_tokens": 1}
+    for origin in ("https://evil.example", "http://127.0.0.1:1", "null", own + ".evil.example"):
+        check_error(http.post(TEXT, json=body, headers={"origin": origin}), 403)
+        check_error(http.post("/tokenize", json=body, headers={"origin": origin}), 403)
+        assert http.get("/v1/models", headers={"origin": origin}).status_code == 200
+    for origin in (own, "vscode-webview://abc", "app://desktop"):
+        assert http.post(TEXT, json=body, headers={"origin": origin}).status_code == 200
+    behind_proxy = {"origin": "https://llm.example", "x-forwarded-host": "llm.example"}
+    assert http.post(TEXT, json=body, headers=behind_proxy).status_code == 200
 
 
 def test_unknown_model(http: httpx.Client) -> None:
@@ -137,7 +160,7 @@ def test_unknown_fields_are_ignored_and_said_once(http: httpx.Client, server: Ru
 
 
 def test_a_body_too_large_gets_413(http: httpx.Client) -> None:
-    message = check_error(http.post(TEXT, content=b" " * (17 * 1024 * 1024)), 413)
+    message = check_error(http.post(TEXT, content=b" " * (17 * 1024 * 1024), headers=JSON), 413)
     assert "--max-request-bytes" in message
 
     def chunks() -> Iterator[bytes]:
@@ -145,7 +168,7 @@ def test_a_body_too_large_gets_413(http: httpx.Client) -> None:
             yield b" " * (1024 * 1024)
 
     with contextlib.suppress(httpx.WriteError):  # refused while it was still being sent
-        check_error(http.post(TEXT, content=chunks()), 413)
+        check_error(http.post(TEXT, content=chunks(), headers=JSON), 413)
 
 
 def test_nobody_else_is_hurt(server: RunningServer, http: httpx.Client) -> None:

@@ -91,5 +91,5 @@ def test_any_chat(http: httpx.Client, body: dict[str, Any]) -> None:
 @FEW
 @given(data=st.binary(max_size=200))
 def test_any_bytes(http: httpx.Client, data: bytes) -> None:
-    response = http.post(TEXT, content=data)
+    response = http.post(TEXT, content=data, headers={"content-type": "application/json"})
     check_error(response, 400)

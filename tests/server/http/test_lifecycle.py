@@ -52,6 +52,9 @@ def _keys(server: RunningServer, client: httpx.Client) -> None:
         answer = client.get("/v1/models", headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
     assert client.get("/v1/models", headers={"Authorization": "Bearer k2"}).status_code == 200
+    page = {"Authorization": "Bearer k2", "Origin": "https://ui.example"}
+    answer = client.post(TEXT, json={"prompt": "x", "max_tokens": 1}, headers=page)
+    assert answer.status_code == 200, "a page that knows the key may ask"
     assert client.get("/health").status_code == 200, "probes need no key"
     with pytest.raises(openai.AuthenticationError):
         server.openai.models.list()
