@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContextLengthError",
     "EngineDeadError",
     "InvalidRequestError",
     "PluginError",
@@ -37,6 +38,17 @@ class InvalidRequestError(QuireError, ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt, or the answer that it asks for, does not fit into the model's context.
+
+    Clients and gateways recognize it by the beginning of the message, which is OpenAI's, or over HTTP by its code
+    ``context_length_exceeded``.
+    """
+
+    def __init__(self, max_model_len: int, reason: str, param: str = "prompt") -> None:
+        super().__init__(f"This model's maximum context length is {max_model_len} tokens. {reason}", param)
 
 
 class UnsupportedError(InvalidRequestError):

@@ -11,7 +11,7 @@ import msgspec
 from quire.core.config import EngineConfig
 from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
@@ -86,10 +86,10 @@ class InputProcessor:
     def _encode_prompt(self, text: str) -> list[int]:
         min_tokens = len(text) // self.tokenizer.max_token_chars
         if min_tokens >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(text)} characters, so at least {min_tokens} tokens; this model's context is "
-                f"{self.max_model_len} tokens: shorten it or raise --max-model-len",
-                "prompt",
+            raise ContextLengthError(
+                self.max_model_len,
+                f"However, the prompt has {len(text)} characters, so at least {min_tokens} tokens: shorten it or raise "
+                "--max-model-len",
             )
         ids = self.tokenizer.encode(text)
         if ids and max(ids) >= self.vocab_size:
@@ -114,15 +114,16 @@ class InputProcessor:
         if not ids:
             raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
         if len(ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens; this model's context is {self.max_model_len} tokens, "
-                f"so at most {self.max_model_len - 1} can be prompt: shorten it or raise --max-model-len",
-                "prompt",
+            raise ContextLengthError(
+                self.max_model_len,
+                f"However, the prompt has {len(ids)} tokens, and at most {self.max_model_len - 1} can be prompt: "
+                "shorten it or raise --max-model-len",
             )
         if params.min_tokens and len(ids) + params.min_tokens > self.max_model_len:
-            raise InvalidRequestError(
-                f"min_tokens {params.min_tokens} after a prompt of {len(ids)} tokens exceeds the context of "
-                f"{self.max_model_len} tokens",
+            raise ContextLengthError(
+                self.max_model_len,
+                f"However, min_tokens {params.min_tokens} after a prompt of {len(ids)} tokens exceeds it: lower "
+                "min_tokens, shorten the prompt or raise --max-model-len",
                 "min_tokens",
             )
 

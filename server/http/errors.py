@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from quire.core.errors import (
+    ContextLengthError,
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
@@ -146,8 +147,7 @@ def _to_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, QueueFullError):
         return ApiError(429, _to_one_line(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, InvalidRequestError):
-        code = "unsupported" if isinstance(error, UnsupportedError) else "invalid_value"
-        return ApiError(400, _to_one_line(error), param=error.param, code=code)
+        return ApiError(400, _to_one_line(error), param=error.param, code=_invalid_request_code(error))
     if isinstance(error, EngineDeadError):
         return UnavailableError(_to_one_line(error))
     if isinstance(error, RequestFailedError):
@@ -159,6 +159,12 @@ def _to_api_error(error: Exception) -> ApiError | None:
             error.status_code, _HINTS.get(error.status_code, str(error.detail)), headers=dict(error.headers or {})
         )
     return None
+
+
+def _invalid_request_code(error: InvalidRequestError) -> str:
+    if isinstance(error, ContextLengthError):
+        return "context_length_exceeded"
+    return "unsupported" if isinstance(error, UnsupportedError) else "invalid_value"
 
 
 def _to_one_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quire.core.errors import (
     CheckpointError,
     ConfigError,
+    ContextLengthError,
     EngineDeadError,
     InvalidRequestError,
     PluginError,
@@ -17,6 +18,7 @@ from quire.core.errors import (
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContextLengthError",
     "EngineDeadError",
     "InvalidRequestError",
     "PluginError",

@@ -104,6 +104,25 @@ def test_a_prompt_too_long_says_by_how_much(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"prompt": "x" * 3000}),
+        (TEXT, {"prompt": "x" * 300_000}),
+        (TEXT, {"prompt": [5] * 3000}),
+        (TEXT, {"prompt": "x" * 3000, "stream": True}),
+        (TEXT, {"prompt": "x", "max_tokens": 5000, "min_tokens": 5000}),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 3000}]}),
+    ],
+    ids=["text", "a_text_refused_unread", "tokens", "stream", "min_tokens", "chat"],
+)
+def test_a_context_that_overflows_is_told_as_by_openai(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    """Clients and gateways look for the code, or for the beginning of the message, to choose a larger model."""
+    response = http.post(path, json={"model": "tiny", **body})
+    assert check_error(response, 400).startswith("This model's maximum context length is 2048 tokens. However, ")
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
     "data",
     [b"{", b"", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000, b'{"prompt": NaN}'],
 )
