@@ -10,8 +10,13 @@ from quire.core.errors import InvalidRequestError, UnsupportedError
 
 __all__ = ["normalize_messages", "show_python_objects", "template_variables"]
 
-_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
-"""What the caller of a template passes by itself; ``chat_template_kwargs`` cannot replace it."""
+_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
+"""What is a field of a request, and not of its ``chat_template_kwargs``."""
+_ARGUMENTS = (
+    *("self", "conversation", "conversations", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+"""Arguments of transformers' functions that render a template: they never reach it as variables."""
 _TEXT_PARTS = ("text", "input_text")
 
 
@@ -26,14 +31,15 @@ def template_variables(
     """The arguments of transformers' ``apply_chat_template``, apart from the template.
 
     ``add_generation_prompt``: None means yes, unless ``continue_final_message``. ``chat_template_kwargs`` are variables
-    of the template's own, such as ``enable_thinking``. Raises ``InvalidRequestError`` with the place in the messages.
+    of the template's own, such as ``enable_thinking``; a name that could not reach it is refused. Raises
+    ``InvalidRequestError`` with the place in the messages.
     """
+    _check_variable_names(chat_template_kwargs or {})
     if continue_final_message and add_generation_prompt:
         message = "continue_final_message: cannot go with add_generation_prompt=true"
         raise InvalidRequestError(message, "continue_final_message")
-    variables = {name: value for name, value in (chat_template_kwargs or {}).items() if name not in _ARGUMENTS}
     return {
-        **variables,
+        **(chat_template_kwargs or {}),
         "messages": normalize_messages(messages),
         "tools": list(tools) if tools else None,
         "add_generation_prompt": add_generation_prompt is not False and not continue_final_message,
@@ -57,6 +63,14 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], *, decode_argument
     other fields reach the template unchanged.
     """
     return [_normalize_message(message, f"messages[{i}]", decode_arguments) for i, message in enumerate(messages)]
+
+
+def _check_variable_names(variables: Mapping[str, Any]) -> None:
+    for name in variables:
+        if name in _FIELDS or name in _ARGUMENTS:
+            remedy = f"give {name} beside it" if name in _FIELDS else "it is no variable of a template; leave it out"
+            place = f"chat_template_kwargs.{name}"
+            raise InvalidRequestError(f"{place}: cannot be set here; {remedy}", place)
 
 
 def _normalize_message(message: Mapping[str, Any], place: str, decode_arguments: bool) -> dict[str, Any]:
@@ -92,7 +106,7 @@ def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
         try:
             return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-        except ValueError:
+        except (ValueError, RecursionError):  # the second for values that are nested too deeply
             return dict(call)  # some models write arguments that are not JSON; the template sees their text
     return dict(call)
 

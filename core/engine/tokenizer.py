@@ -49,8 +49,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids."""
-        # a batch of one: unlike encode, encode_batch lets other threads run
-        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            # a batch of one: unlike encode, encode_batch lets other threads run
+            return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequestError("the text holds half of a surrogate pair; leave it out", "prompt") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""

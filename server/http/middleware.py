@@ -72,7 +72,7 @@ class RequestMiddleware:
             origin = headers["origin"][:200]
             raise ApiError(403, f"requests from web pages of {origin!r} are refused: start the server with --api-key")
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._state.settings.max_request_bytes:
+        if length.isascii() and length.isdigit() and int(length) > self._state.settings.max_request_bytes:
             raise self._too_large_error()
         if is_api and scope["method"] == "POST" and self._state.draining:
             raise UnavailableError("the server is shutting down; send the request to another")

@@ -88,13 +88,27 @@ def test_the_generation_prompt_gives_way_to_a_continued_message() -> None:
     assert template_variables(messages, continue_final_message=True)["add_generation_prompt"] is False
     with pytest.raises(InvalidRequestError, match="cannot go with add_generation_prompt=true"):
         template_variables(messages, continue_final_message=True, add_generation_prompt=True)
-    assert template_variables(messages, chat_template_kwargs={"tools": [1], "mood": "calm"}) == {
+    assert template_variables(messages, chat_template_kwargs={"mood": "calm"}) == {
         "messages": messages,
         "tools": None,
         "add_generation_prompt": True,
         "continue_final_message": False,
         "mood": "calm",
     }
+
+
+@pytest.mark.parametrize("name", ["tools", "messages", "add_generation_prompt", "padding", "return_dict", "self"])
+def test_a_variable_that_cannot_reach_the_template_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"chat_template_kwargs.{name}: cannot be set here") as caught:
+        template_variables([{"role": "user", "content": "a"}], chat_template_kwargs={name: 1})
+    assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "1" * 5000, '{"a": "b'])
+def test_tool_arguments_that_are_not_json_stay_text(arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    [message] = normalize_messages([{"role": "assistant", "tool_calls": [call]}])
+    assert message["tool_calls"] == [call]
 
 
 def test_offline_and_http_make_the_same_prompt(tmp_path: Path) -> None:

@@ -122,6 +122,40 @@ def test_a_context_that_overflows_is_told_as_by_openai(http: httpx.Client, path:
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+OWN_NAMES = [
+    *("size", "work", "self", "args", "kwargs", "text", "state", "request", "cls", "conversation", "padding", "tools"),
+    *("return_dict", "return_tensors", "chat_template", "messages", "bos_token", "raise_exception", "range"),
+    *("documents", "add_generation_prompt", "continue_final_message", "truncation", "max_length", "tokenize"),
+]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_no_name_that_a_client_chooses_is_our_own(http: httpx.Client, name: str) -> None:
+    """Variables of a template, and unknown fields, may have the name of an argument or an attribute of ours."""
+    body = {"messages": [USER], "max_tokens": 1, "chat_template_kwargs": {name: 1}}
+    response = http.post(CHAT, json=body)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        check_error(response, 400)
+
+
+@pytest.mark.parametrize("name", ["to_sampling_params", "template_arguments", "echo_only", "model_extra", "self"])
+def test_an_unknown_field_may_have_any_name(http: httpx.Client, name: str) -> None:
+    for path, body in ((CHAT, {"messages": [USER]}), (TEXT, {"prompt": "x"})):
+        assert http.post(path, json={**body, "max_tokens": 1, name: 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["[" * 100_000 + "]" * 100_000, '{"a":' * 3000 + "1" + "}" * 3000, '{"a": "\\ud800"}', "9" * 5000, "[1]", "NaN"],
+    ids=["nested", "nested_objects", "surrogate", "digits", "a_list", "nan"],
+)
+def test_no_tool_arguments_are_our_fault(http: httpx.Client, arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    response = http.post(CHAT, json={"messages": [{"role": "assistant", "tool_calls": [call]}, USER], "max_tokens": 1})
+    assert response.status_code in (200, 400), response.text
+
+
 @pytest.mark.parametrize(
     "data",
     [b"{", b"", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000, b'{"prompt": NaN}'],
