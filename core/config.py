@@ -71,7 +71,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 8192
     chunked_prefill: bool = True
     max_queued: int | None = None
-    """Requests beyond this many in the queue are refused (HTTP 429); None: unbounded."""
+    """A request is refused (HTTP 429) while this many wait beyond those for which there are free rows; None: never."""
 
 
 @dataclass(frozen=True, slots=True)

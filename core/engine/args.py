@@ -138,7 +138,10 @@ class EngineArgs:
         None, group="limits", help="most tokens in one step; default: chosen for the device", metavar="N"
     )
     max_num_queued_requests: int | None = setting(
-        None, group="limits", help="queue length beyond which requests get 429", metavar="N"
+        None,
+        group="limits",
+        help="requests that may wait beyond those that may run (--max-num-seqs); more get 429",
+        metavar="N",
     )
     enable_chunked_prefill: bool = setting(
         section_default(SchedulerConfig, "chunked_prefill"),

@@ -200,6 +200,10 @@ def _build_scheduler_config(args: EngineArgs, device: str, max_model_len: int) -
             num_tokens = max(num_tokens, max_model_len)
     if args.max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs must be at least 1, got {args.max_num_seqs}")
+    if args.max_num_queued_requests is not None and args.max_num_queued_requests < 1:
+        raise ConfigError(
+            f"max_num_queued_requests must be at least 1, got {args.max_num_queued_requests}; leave it out for no limit"
+        )
     if num_tokens < args.max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens {num_tokens} is less than max_num_seqs {args.max_num_seqs}; each running request "

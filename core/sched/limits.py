@@ -31,6 +31,7 @@ class RequestLimits:
             )
         self._max_model_len = max_model_len
         self._max_queued = config.max_queued
+        self._max_num_seqs = config.max_num_seqs
         self._block_size = allocator.block_size
         self._num_blocks = allocator.num_blocks - 1  # all but the null block
         # The most tokens of which a request holds blocks at a time: the longest window (the whole context where a group
@@ -40,7 +41,7 @@ class RequestLimits:
         in_flight = config.max_num_batched_tokens + 4 * num_speculative_tokens
         self._max_held_tokens = max(windows) + in_flight + allocator.block_size
 
-    def validate_request(self, message: EngineCoreRequest, num_queued: int) -> Request:
+    def validate_request(self, message: EngineCoreRequest, num_waiting: int, num_running: int) -> Request:
         """The request, or ``InvalidRequestError`` with the numbers that forbid it (``QueueFullError`` if it could be
         served later)."""
         num_prompt_tokens, limit = len(message.prompt_token_ids), self._max_model_len
@@ -54,8 +55,13 @@ class RequestLimits:
             )
         request = Request(message, limit)
         self._check_blocks(request)
-        if self._max_queued is not None and num_queued >= self._max_queued:
-            raise QueueFullError(f"{num_queued} requests are queued and max_queued={self._max_queued}; try again later")
+        if self._max_queued is not None:
+            num_queued = num_waiting + num_running - self._max_num_seqs  # the others have a free row and enter soon
+            if num_queued >= self._max_queued:
+                raise QueueFullError(
+                    f"{num_queued} requests are queued beside {self._max_num_seqs} that may run, and "
+                    f"max_num_queued_requests={self._max_queued}; try again later"
+                )
         return request
 
     def _check_blocks(self, request: Request) -> None:

@@ -152,7 +152,7 @@ class Scheduler:
         """Queue a request. Raises ``InvalidRequestError`` if it can never run, ``QueueFullError`` if not now."""
         if message.request_id in self._requests:
             raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
-        request = self._limits.validate_request(message, self.num_waiting)
+        request = self._limits.validate_request(message, self.num_waiting, len(self._running))
         request.queue_key = (self._policy_guard.admission_key(request), self._num_arrivals)
         self._num_arrivals += 1
         if request.params.prompt_logprobs is not None:

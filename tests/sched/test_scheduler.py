@@ -157,13 +157,23 @@ def test_a_window_needs_fewer_blocks():
     scheduler.add_request(request("r", [1] * 20, max_tokens=40))
 
 
-def test_a_known_id_and_a_full_queue_are_refused():
-    scheduler = make_scheduler(SchedulerConfig(4, 64, max_queued=2))
+def test_a_known_id_is_refused():
+    scheduler = make_scheduler(SchedulerConfig(4, 64))
     scheduler.add_request(request("r", [1]))
     with pytest.raises(InvalidRequestError, match="'r' is already in use"):
         scheduler.add_request(request("r", [1]))
-    scheduler.add_request(request("s", [1]))
-    with pytest.raises(QueueFullError, match="2 requests are queued and max_queued=2; try again later"):
-        scheduler.add_request(request("t", [1]))
+
+
+def test_a_queue_is_full_only_beyond_the_free_rows():
+    scheduler = make_scheduler(SchedulerConfig(4, 64, max_queued=2))
+    for i in range(6):  # four for the rows of an idle engine, and two that wait for one
+        scheduler.add_request(request(f"r{i}", [1]))
+    message = "2 requests are queued beside 4 that may run, and max_num_queued_requests=2; try again later"
+    with pytest.raises(QueueFullError, match=message):
+        scheduler.add_request(request("late", [1]))
     scheduler.schedule()
-    scheduler.add_request(request("t", [1]))
+    assert scheduler.num_waiting == 2
+    with pytest.raises(QueueFullError, match=message):
+        scheduler.add_request(request("late", [1]))
+    scheduler.abort_request("r0")
+    scheduler.add_request(request("late", [1]))
