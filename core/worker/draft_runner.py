@@ -123,14 +123,22 @@ class DraftRunner:
             self._table.num_drafts.index_fill_(0, copy_to_device(behind, torch.int64, device), 0)
         return ran_backfill
 
-    def warm_up(self, num_tokens: int) -> None:
-        """Launch what proposals of every size launch, for padding rows; ``num_tokens`` is the length of the drafts."""
+    def warm_up(self) -> None:
+        """Launch what proposals of one token launch, for padding rows, at every size."""
         for size in self._capture_sizes:
             rows = self._graph_rows[:size]
-            self._launch_proposal(rows, num_tokens, False)
-            self._launch_proposal(rows, num_tokens, True)
+            self._launch_proposal(rows, 1, False)
+            self._launch_proposal(rows, 1, True)
             if self.proposer.attention_specs():
                 self.proposer.observe_step(self._make_padding_step(size))
+
+    def launch_longest_drafts(self) -> None:
+        """Launch drafts of full length at every size, for padding rows: where nothing is captured, the kernels of their
+        later passes are compiled here. A proposer that raises is quarantined."""
+        for size in self._capture_sizes:
+            for greedy in (False, True):
+                rows = self._graph_rows[:size]
+                self._quarantine.call(self._launch_proposal, rows, self.proposer.num_tokens, greedy)
 
     def capture_graphs(self, capturer: GraphCapturer) -> None:
         """Capture proposals of every size and number of tokens, the largest first."""

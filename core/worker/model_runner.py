@@ -92,16 +92,22 @@ class ModelRunner:
             draft_runner.launch_draft_prefill if draft_runner is not None and observes_every_step else None,
         )
         self.decode_graphs.warm_up()
-        self.warm_up_drafts(num_tokens=1)  # longer drafts are launched when they are captured
+        self.warm_up_drafts()
         if all("mixed" in backend.graph_support for backend in self.backends):
             self.prefill_graphs = PrefillGraphs(self.model, self.backends, self.kv_cache, self.table, max_tokens)
             self.prefill_graphs.warm_up()
 
     @torch.inference_mode()
-    def warm_up_drafts(self, num_tokens: int) -> None:
-        """Launch what a device proposer launches for drafts of ``num_tokens`` tokens, for padding requests."""
+    def warm_up_drafts(self) -> None:
+        """Launch what a device proposer launches for its first draft token, for padding requests."""
         if self.draft_runner is not None:
-            self.draft_runner.warm_up(num_tokens)
+            self.draft_runner.warm_up()
+
+    @torch.inference_mode()
+    def launch_longest_drafts(self) -> None:
+        """``DraftRunner.launch_longest_drafts``, if a device proposer drafts."""
+        if self.draft_runner is not None:
+            self.draft_runner.launch_longest_drafts()
 
     @torch.inference_mode()
     def capture_graphs(self, launch_first: bool = False) -> None:

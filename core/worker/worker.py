@@ -193,11 +193,11 @@ class Worker:
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
             else:
-                runner.warm_up_drafts(num_tokens=1)
+                runner.warm_up_drafts()
 
         precompile_kernels(launch_all)
         if not use_graphs:  # a second token is drafted from the first, which only a launch samples
-            runner.warm_up_drafts(runner.max_draft_tokens)
+            runner.launch_longest_drafts()
         if use_graphs and runner.decode_graphs is None:  # the warm-up failed before it came to the graphs
             runner.warm_up_graphs(max_tokens)
 
