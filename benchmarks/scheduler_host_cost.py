@@ -70,7 +70,7 @@ def measure(running: int, waiting: int, steps: int, churn: bool) -> tuple[list[f
         prompt = rng.integers(0, 1000, 16 + i % 16).tolist()
         tokens = 2000 if not churn else 1 + (i if i < running else running)
         params = SamplingParams(max_tokens=tokens, stop_token_ids=[1001], seed=i)
-        scheduler.add_request(EngineCoreRequest(f"request-{i}", prompt, params, i, [1000]))
+        scheduler.add_request(EngineCoreRequest(i, prompt, params, i, [1000]))
     gc.collect()
     gc.freeze()  # as the engine does after its start
     in_flight: deque[SchedulerOutput] = deque()

@@ -47,7 +47,8 @@ ErrorKind = Literal["invalid", "queue_full", "failed"]
 class EngineCoreRequest(msgspec.Struct, array_like=True):
     """One sequence to continue. ``n > 1`` arrives as ``n`` of these, the later ones with ``parent_id`` set."""
 
-    request_id: str
+    request_id: int
+    """A number that the API process gives it and never uses again, whatever ids callers choose."""
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_ns: int
@@ -58,8 +59,10 @@ class EngineCoreRequest(msgspec.Struct, array_like=True):
     """Lower is sooner, as in vLLM."""
     cache_salt: str | None = None
     """Requests share cached prefixes only within one salt."""
-    parent_id: str | None = None
+    parent_id: int | None = None
     """The request whose prompt KV this one may fork (the first of the ``n > 1``)."""
+    external_request_id: str = ""
+    """The caller's id, one for all of the ``n > 1``: for policies and messages, never to find a request by."""
 
 
 # ---- engine core -> worker ---------------------------------------------------------------------------------------
@@ -70,7 +73,7 @@ class NewRequest:
     """A request that enters the worker's table: at its first grant, or again after a preemption."""
 
     row: int
-    request_id: str
+    request_id: int
     token_ids: list[int]
     """Every token so far: the prompt, then what was generated before a preemption."""
     prompt_len: int
@@ -192,7 +195,7 @@ class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
 class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one request gained in one step, where that is more than tokens; see ``EngineCoreOutputs``."""
 
-    request_id: str
+    request_id: int
     new_token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -213,7 +216,7 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
 
     outputs: list[EngineCoreOutput] = []
     """Requests of which there is more to say: a first token, an end, log-probabilities."""
-    request_ids: list[str] = []
+    request_ids: list[int] = []
     """The other requests, none of them twice or in ``outputs``."""
     new_token_ids: list[int] = []
     """Their tokens, one request's after another's."""
@@ -226,7 +229,7 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     steps: list[StepStats] = []
     """The steps that were finished since the last message."""
 
-    def iter_new_tokens(self) -> Iterator[tuple[str, list[int]]]:
+    def iter_new_tokens(self) -> Iterator[tuple[int, list[int]]]:
         """The columns as (request, its tokens)."""
         if not self.num_new_tokens:
             yield from zip(self.request_ids, ([token] for token in self.new_token_ids), strict=True)

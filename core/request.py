@@ -32,6 +32,7 @@ class Request:
         "arrival_ns",
         "block_hashes",
         "cache_salt",
+        "external_request_id",
         "finish_reason",
         "first_scheduled_ns",
         "max_total_tokens",
@@ -56,6 +57,9 @@ class Request:
     def __init__(self, message: EngineCoreRequest, max_model_len: int) -> None:
         params = message.params
         self.request_id = message.request_id
+        """Its number, which no other request of this engine ever has."""
+        self.external_request_id = message.external_request_id
+        """The caller's id; several requests may have the same."""
         self.params: SamplingParams = params
         self.token_ids: list[int] = list(message.prompt_token_ids)
         self.prompt_len = len(self.token_ids)

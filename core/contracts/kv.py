@@ -60,8 +60,8 @@ class KVAllocator(ABC):
 
     Promised by an allocator: no block is writable by two requests; none is both free and referenced; a failed
     ``allocate`` changes nothing; after every request is freed the pool is back at its baseline. Reads of a request
-    are of ``request_id``, ``token_ids``, ``extra_keys``, ``skip_prefix_cache`` and ``block_hashes`` (its scratch).
-    Table entries whose blocks a window has left behind are 0.
+    are of ``request_id`` (a number, never used again), ``token_ids``, ``extra_keys``, ``skip_prefix_cache`` and
+    ``block_hashes`` (its scratch). Table entries whose blocks a window has left behind are 0.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ class RequestInfo:
     """What is known of a request when it arrives."""
 
     request_id: str
+    """The caller's id. The ``n`` continuations of one request share it."""
     arrival_ns: int
     prompt_len: int
     max_tokens: int

@@ -81,7 +81,7 @@ class HostProposer(SpeculativeProposer):
 
     def request_finished(self, request: Request) -> None:
         """The request has finished or was aborted: free what is kept for it. Also called for requests that ``propose``
-        has never seen; the same ``request_id`` may be used again afterwards."""
+        has never seen. No later request has its ``request_id``, a number."""
 
 
 @dataclass(frozen=True, slots=True)

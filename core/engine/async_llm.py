@@ -218,7 +218,7 @@ class AsyncLLM:
         if queue is not None:
             queue.put_nowait(item)
 
-    def _abort_core_requests(self, core_ids: list[str]) -> None:
+    def _abort_core_requests(self, core_ids: list[int]) -> None:
         if core_ids and self._client is not None and self._dead_reason is None:
             self._client.abort_requests(core_ids)
 

@@ -72,7 +72,7 @@ class EngineCoreClient:
         """Queue requests."""
         self._send_message(AddRequests(list(requests)))
 
-    def abort_requests(self, request_ids: Sequence[str]) -> None:
+    def abort_requests(self, request_ids: Sequence[int]) -> None:
         """End requests; no output follows."""
         self._send_message(AbortRequests(list(request_ids)))
 

@@ -75,7 +75,7 @@ class EngineCore:
                 )
             )
 
-    def abort_requests(self, request_ids: list[str]) -> None:
+    def abort_requests(self, request_ids: list[int]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
         for request_id in request_ids:
             self.scheduler.abort_request(request_id)

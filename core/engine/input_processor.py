@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class InputProcessor:
         self.vocab_size = vocab_size
         self._logits_processors = list(logits_processors)
         self._eos_token_ids = self._find_eos_token_ids(eos_token_ids)
+        self._core_request_ids = itertools.count(1)
 
     @classmethod
     def from_config(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
@@ -63,7 +65,7 @@ class InputProcessor:
         self._check_length(prompt_token_ids, params)
         self._check_params(params)
         arrival_ns = time.time_ns()
-        requests = []
+        requests: list[EngineCoreRequest] = []
         for index in range(params.n):
             seed = None if params.seed is None else _wrap_seed(params.seed + index)
             child_params = params if params.n == 1 else msgspec.structs.replace(params, n=1, seed=seed)
@@ -71,14 +73,15 @@ class InputProcessor:
                 child_params = msgspec.structs.replace(child_params, prompt_logprobs=None)
             requests.append(
                 EngineCoreRequest(
-                    request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                    request_id=next(self._core_request_ids),
                     prompt_token_ids=prompt_token_ids,
                     params=child_params,
                     arrival_ns=arrival_ns,
                     eos_token_ids=self._eos_token_ids,
                     priority=priority,
                     cache_salt=cache_salt,
-                    parent_id=f"{request_id}#0" if index else None,
+                    parent_id=requests[0].request_id if index else None,
+                    external_request_id=request_id,
                 )
             )
         return requests

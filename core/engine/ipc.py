@@ -39,7 +39,7 @@ class AddRequests(msgspec.Struct, tag=True, array_like=True):
 class AbortRequests(msgspec.Struct, tag=True, array_like=True):
     """Requests to end."""
 
-    request_ids: list[str]
+    request_ids: list[int]
 
 
 class Shutdown(msgspec.Struct, tag=True, array_like=True):

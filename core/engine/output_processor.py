@@ -52,7 +52,7 @@ class ProcessedOutputs:
     """What came of one batch of outputs."""
 
     request_outputs: list[RequestOutput] = field(default_factory=list)
-    requests_to_abort: list[str] = field(default_factory=list)
+    requests_to_abort: list[int] = field(default_factory=list)
     """Core requests to end that the engine core still runs: a stop string was found, or a sibling failed."""
     failed_requests: list[FailedRequest] = field(default_factory=list)
     """Requests that the engine core refused or could not finish; they are removed."""
@@ -65,7 +65,8 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._exporters = exporters
         self._request_states: dict[str, RequestState] = {}
-        self._state_of_core_request: dict[str, RequestState] = {}
+        # By number: an output that comes late cannot meet a later request to which the caller gave the same id.
+        self._state_of_core_request: dict[int, RequestState] = {}
 
     def __len__(self) -> int:
         return len(self._request_states)
@@ -91,7 +92,7 @@ class OutputProcessor:
         self._request_states[request_id] = state
         self._state_of_core_request.update(dict.fromkeys(children, state))
 
-    def remove_request(self, request_id: str) -> list[str]:
+    def remove_request(self, request_id: str) -> list[int]:
         """Drop the state of a request; returns its core requests that have not ended."""
         state = self._request_states.pop(request_id, None)
         if state is None:
@@ -112,16 +113,16 @@ class OutputProcessor:
             state = self._state_of_core_request.get(output.request_id)
             if state is not None and not state.children[output.request_id].is_done:
                 self._process_output(state, state.children[output.request_id], output, processed, now)
-        for request_id, tokens in outputs.iter_new_tokens():
-            state = self._state_of_core_request.get(request_id)
+        for core_id, tokens in outputs.iter_new_tokens():
+            state = self._state_of_core_request.get(core_id)
             if state is None:
                 continue
-            child = state.children[request_id]
+            child = state.children[core_id]
             if not child.is_done:
                 stopped_early = self._append_tokens(child, tokens, None)
                 gaps += child.record_gaps(len(tokens), now)
                 if stopped_early:
-                    processed.requests_to_abort.append(request_id)
+                    processed.requests_to_abort.append(core_id)
                     self._record_finished(state, child, "stop", now)
                 self._emit_request_output(state, child, tokens, None, processed)
         if gaps:

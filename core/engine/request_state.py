@@ -50,7 +50,8 @@ class RequestState:
     params: SamplingParams
     stream_mode: StreamMode
     arrived_at: float
-    children: dict[str, ChildRequest]
+    children: dict[int, ChildRequest]
+    """By the number of the core request."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int = 0
     """Of the prompt, as the first of its continuations found it."""

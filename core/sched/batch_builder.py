@@ -44,7 +44,7 @@ class BatchBuilder:
         *,
         watermark: int,
         preempt: Callable[[Request], None],
-        requests: dict[str, Request],
+        requests: dict[int, Request],
         clock: Callable[[], int],
         speculation: Speculation | None = None,
     ) -> None:

@@ -216,7 +216,7 @@ def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
 
 def _request_info(request: Request) -> RequestInfo:
     return RequestInfo(
-        request_id=request.request_id,
+        request_id=request.external_request_id,
         arrival_ns=request.arrival_ns,
         prompt_len=request.prompt_len,
         max_tokens=request.max_total_tokens - request.prompt_len,

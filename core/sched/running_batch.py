@@ -148,7 +148,7 @@ class RunningBatch(StateColumns):
         """``num_tokens`` from which the request's output needs an object: its first token, then its last."""
 
         self.requests = np.full(max_num_seqs, None, object)
-        self.request_ids = np.full(max_num_seqs, None, object)
+        self.request_ids = np.zeros(max_num_seqs, np.int64)
         self.token_ids = np.full(max_num_seqs, None, object)
         """The ``token_ids`` lists of the requests, the same objects."""
 
@@ -179,7 +179,8 @@ class RunningBatch(StateColumns):
         self.free_window_at[row] = self._first_window_free
         self.output_object_at[row] = min(request.prompt_len + 1, request.max_total_tokens)
         self.generations[row] = self._last_generation
-        self.requests[row], self.request_ids[row], self.token_ids[row] = request, request.request_id, request.token_ids
+        self.requests[row], self.token_ids[row] = request, request.token_ids
+        self.request_ids[row] = request.request_id
         self._count_stop_tokens(request.stop_token_ids, 1)
         self.rows = np.append(self.rows, row)  # a new array: views of earlier steps keep theirs
         request.row, request.status = row, RequestStatus.RUNNING
@@ -191,7 +192,7 @@ class RunningBatch(StateColumns):
         request.num_in_flight_tokens = int(self.num_in_flight_tokens[row])
         self._count_stop_tokens(request.stop_token_ids, -1)
         self.generations[row] = 0
-        self.requests[row] = self.request_ids[row] = self.token_ids[row] = None
+        self.requests[row] = self.token_ids[row] = None
         self.rows = self.rows[self.rows != row]
         self._free_rows.append(row)
         self._freed_rows.append(row)

@@ -116,7 +116,7 @@ class Scheduler:
             prefix_caching=allocator.prefix_caching,
         )
         self._waiting = WaitingQueue(allocator.block_size)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[int, Request] = {}
         self._fork_groups = ForkGroups()
         self._in_flight: deque[InFlightStep] = deque()
         self.quarantined: list[QuarantinedPlugin] = []
@@ -151,7 +151,7 @@ class Scheduler:
     def add_request(self, message: EngineCoreRequest) -> None:
         """Queue a request. Raises ``InvalidRequestError`` if it can never run, ``QueueFullError`` if not now."""
         if message.request_id in self._requests:
-            raise InvalidRequestError(f"request id {message.request_id!r} is already in use; choose another")
+            raise InvalidRequestError(f"request {message.request_id} is in the engine already")
         request = self._limits.validate_request(message, self.num_waiting, len(self._running))
         request.queue_key = (self._policy_guard.admission_key(request), self._num_arrivals)
         self._num_arrivals += 1
@@ -159,14 +159,14 @@ class Scheduler:
             request.prompt_logprobs = []
         self._requests[request.request_id] = request
         # With n > 1, the later requests wait for the first one's prompt, to share its blocks.
-        parent = self._requests.get(request.parent_id or "")
+        parent = None if request.parent_id is None else self._requests.get(request.parent_id)
         if parent is not None and not self._is_prompt_computed(parent):
             self._fork_groups.add_child(request)
             self._waiting.park_request(request)
         else:
             self._waiting.add_request(request)
 
-    def abort_request(self, request_id: str) -> bool:
+    def abort_request(self, request_id: int) -> bool:
         """End a request now: its blocks and its row are free when this returns, and its tokens in flight are dropped.
         False if there is no such request."""
         request = self._requests.get(request_id)

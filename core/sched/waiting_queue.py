@@ -51,7 +51,7 @@ class WaitingQueue:
         # The rest: a heap of keys, and the requests that are still there by key.
         self._heap: list[tuple[Any, ...]] = []
         self._heap_requests: dict[tuple[Any, ...], Request] = {}
-        self._parked: dict[str, Request] = {}
+        self._parked: dict[int, Request] = {}
 
     def __len__(self) -> int:
         return self.num_ready + len(self._parked)
@@ -161,14 +161,15 @@ class ForkGroups:
     share its blocks. True while any child waits."""
 
     def __init__(self) -> None:
-        self._children: dict[str, list[Request]] = {}  # by the parent's id
+        self._children: dict[int, list[Request]] = {}  # by the parent's id
 
     def __bool__(self) -> bool:
         return bool(self._children)
 
     def add_child(self, child: Request) -> None:
         """The child waits for its ``parent_id``."""
-        self._children.setdefault(child.parent_id or "", []).append(child)
+        assert child.parent_id is not None
+        self._children.setdefault(child.parent_id, []).append(child)
 
     def pop_children(self, parent: Request) -> list[Request]:
         """The children that waited for ``parent``, in order of arrival. They wait no longer."""
@@ -176,8 +177,11 @@ class ForkGroups:
 
     def remove_child(self, request: Request) -> None:
         """The request no longer waits for a parent, if it did."""
-        siblings = self._children.get(request.parent_id or "", [])
+        parent_id = request.parent_id
+        if parent_id is None:
+            return
+        siblings = self._children.get(parent_id, [])
         if request in siblings:
             siblings.remove(request)
             if not siblings:
-                del self._children[request.parent_id or ""]
+                del self._children[parent_id]

@@ -36,7 +36,7 @@ def check_blocks_belong_to_one_request(cls: type[KVAllocator]) -> None:
     allocator = _make(cls, groups=(KVGroup(), KVGroup()))
     seen: list[set[int]] = [set(), set()]
     for i in range(3):
-        allocation = allocator.allocate(_request(f"r{i}", [i] * 9), 9, num_computed_tokens=0)
+        allocation = allocator.allocate(_request(i, [i] * 9), 9, num_computed_tokens=0)
         assert allocation is not None, "refused although blocks are free"
         for group, blocks in enumerate(allocation.new_blocks):
             assert allocation.starts[group] == 0, "a first allocation starts at 0"
@@ -51,7 +51,7 @@ def check_everything_comes_back(cls: type[KVAllocator]) -> None:
     """Freeing returns every block, and freeing twice does no harm."""
     allocator = _make(cls)
     before = allocator.num_free_blocks()
-    requests = [_request(f"r{i}", range(i, i + 10)) for i in range(3)]
+    requests = [_request(i, range(i, i + 10)) for i in range(3)]
     for request in requests:
         allocator.allocate(request, 10, num_computed_tokens=0)
         allocator.cache_full_blocks(request, 10)
@@ -66,7 +66,7 @@ def check_everything_comes_back(cls: type[KVAllocator]) -> None:
 def check_a_refusal_changes_nothing(cls: type[KVAllocator]) -> None:
     """``allocate`` that returns None leaves the pool and what every request references as they were."""
     allocator = _make(cls, num_blocks=8)
-    first, second = _request("first", range(16)), _request("second", range(100, 140))
+    first, second = _request(1, range(16)), _request(2, range(100, 140))
     assert allocator.allocate(first, 16, num_computed_tokens=0) is not None
     free = allocator.num_free_blocks()
     for request, num_tokens, computed in ((second, 40, 0), (first, 60, 16)):
@@ -84,10 +84,10 @@ def check_a_refusal_changes_nothing(cls: type[KVAllocator]) -> None:
 def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
     """``num_reserved_blocks`` blocks remain free, or the request is refused."""
     allocator = _make(cls, num_blocks=8)
-    assert allocator.allocate(_request("a", range(16)), 16, num_computed_tokens=0, num_reserved_blocks=4) is None, (
+    assert allocator.allocate(_request(1, range(16)), 16, num_computed_tokens=0, num_reserved_blocks=4) is None, (
         "the reserve was spent"
     )
-    assert allocator.allocate(_request("b", range(16)), 16, num_computed_tokens=0, num_reserved_blocks=3) is not None, (
+    assert allocator.allocate(_request(2, range(16)), 16, num_computed_tokens=0, num_reserved_blocks=3) is not None, (
         "3 would have been left"
     )
     assert allocator.num_free_blocks() == 3
@@ -96,9 +96,9 @@ def check_the_reserve_stays_free(cls: type[KVAllocator]) -> None:
 def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
     """Cached blocks are found by a request with the same tokens, in every group, also after their request ended."""
     allocator = _caching(cls, groups=(KVGroup(), KVGroup()))
-    first = _request("first", range(10))
+    first = _request(1, range(10))
     blocks = _fill(allocator, first)
-    again = _request("again", [*range(8), 50, 51])
+    again = _request(2, [*range(8), 50, 51])
     for _ in range(2):
         match = allocator.match_prefix(again)
         assert match.num_tokens == 8, f"8 tokens in full blocks were cached, {match.num_tokens} are found"
@@ -111,7 +111,7 @@ def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
         "the matched blocks head the table"
     )
     assert allocator.num_free_blocks() == free - 3, "matched blocks are in use"
-    other = _request("other", [9, *range(1, 10)])
+    other = _request(3, [9, *range(1, 10)])
     assert allocator.match_prefix(other).num_tokens == 0, "a block was found although the tokens before it differ"
     allocator.check_integrity()
 
@@ -119,19 +119,19 @@ def check_prefixes_are_found(cls: type[KVAllocator]) -> None:
 def check_the_last_token_is_never_matched(cls: type[KVAllocator]) -> None:
     """At least one token is left to compute, and prompt log-probabilities forbid a match."""
     allocator = _caching(cls)
-    _fill(allocator, _request("first", range(8)))
-    assert allocator.match_prefix(_request("same", range(8))).num_tokens == 4
-    skipping = _request("skipping", range(8), prompt_logprobs=1)
+    _fill(allocator, _request(1, range(8)))
+    assert allocator.match_prefix(_request(2, range(8))).num_tokens == 4
+    skipping = _request(3, range(8), prompt_logprobs=1)
     assert allocator.match_prefix(skipping).num_tokens == 0, "skip_prefix_cache was not respected"
 
 
 def check_prefixes_are_kept_apart_by_salt(cls: type[KVAllocator]) -> None:
     """A prefix is found only under the ``extra_keys`` it was computed with."""
     allocator = _caching(cls)
-    _fill(allocator, _request("first", range(10), salt="a"))
-    assert allocator.match_prefix(_request("second", range(10), salt="a")).num_tokens == 8
+    _fill(allocator, _request(1, range(10), salt="a"))
+    assert allocator.match_prefix(_request(2, range(10), salt="a")).num_tokens == 8
     for salt in (None, "b"):
-        assert allocator.match_prefix(_request(f"{salt}", range(10), salt=salt)).num_tokens == 0, "the salt was ignored"
+        assert allocator.match_prefix(_request(3, range(10), salt=salt)).num_tokens == 0, "the salt was ignored"
 
 
 def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) -> None:
@@ -139,7 +139,7 @@ def check_a_shared_block_is_copied_before_it_is_written(cls: type[KVAllocator]) 
     for writer_is_parent in (False, True):
         allocator = _make(cls)
         before = allocator.num_free_blocks()
-        parent, child = _request("parent", range(6)), _request("child", range(6))
+        parent, child = _request(1, range(6)), _request(2, range(6))
         allocator.allocate(parent, 6, num_computed_tokens=0)
         forked = allocator.fork_blocks(parent, child, 6)
         assert forked is not None and allocator.num_free_blocks() == before - 2, "a fork takes no new blocks"
@@ -161,7 +161,7 @@ def check_blocks_out_of_the_window_come_back(cls: type[KVAllocator]) -> None:
     """Whole blocks before the position are freed in that group, and only there."""
     allocator = _make(cls, groups=(KVGroup(), KVGroup(window=4)))
     before, pool = allocator.num_free_blocks(), allocator.stats().num_free
-    request = _request("r", range(20))
+    request = _request(1, range(20))
     allocator.allocate(request, 20, num_computed_tokens=0)
     allocator.free_out_of_window_blocks(request, 1, 11)
     left = pool - allocator.stats().num_free
@@ -202,13 +202,13 @@ def _make(cls: type[KVAllocator], *, groups: tuple[KVGroup, ...] = (KVGroup(),),
 def _caching(cls: type[KVAllocator], **sizes: Any) -> KVAllocator:
     """An allocator, unless its kind caches nothing."""
     probe = _make(cls)
-    _fill(probe, _request("probe", range(8)))
-    if probe.match_prefix(_request("same", range(8))).num_tokens == 0:
+    _fill(probe, _request(1, range(8)))
+    if probe.match_prefix(_request(2, range(8))).num_tokens == 0:
         raise unittest.SkipTest("caches no prefixes")
     return _make(cls, **sizes)
 
 
-def _request(request_id: str, tokens: Any, *, salt: str | None = None, **params: Any) -> Request:
+def _request(request_id: int, tokens: Any, *, salt: str | None = None, **params: Any) -> Request:
     message = EngineCoreRequest(request_id, list(tokens), SamplingParams(**params), 0, cache_salt=salt)
     return Request(message, 1024)
 

@@ -98,7 +98,7 @@ def _make_with_request(cls: type[LogitsProcessor]) -> LogitsProcessor:
 
 
 def _request(row: int, params: SamplingParams) -> NewRequest:
-    return NewRequest(row, f"request-{row}", [5, 6, 7], 3, 0, params, seed=1, stop_token_ids=frozenset({2}))
+    return NewRequest(row, row, [5, 6, 7], 3, 0, params, seed=1, stop_token_ids=frozenset({2}))
 
 
 def _batch(rows: list[int]) -> LogitsBatch:

@@ -13,10 +13,10 @@ from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
 
 __all__ = [
+    "check_any_request_may_finish",
     "check_at_most_num_tokens_drafts",
     "check_device_proposer_drafts_for_every_row",
     "check_proposer_derives_from_host_or_device_proposer",
-    "check_request_ids_may_come_again",
     "check_request_is_not_changed",
 ]
 
@@ -30,14 +30,14 @@ def check_at_most_num_tokens_drafts(cls: type[SpeculativeProposer]) -> None:
     """A host proposer returns integers, at most ``num_tokens`` of them, for prompts of any length."""
     proposer = _make_host_proposer(cls)
     for length in (1, 2, 3, 17, 300):
-        drafts = proposer.propose(_make_request(f"r{length}", length), 3)
+        drafts = proposer.propose(_make_request(length, length), 3)
         assert len(drafts) <= 3, f"{len(drafts)} drafts, it was asked for 3"
         assert all(isinstance(token, int) for token in drafts), f"drafts are no integers: {drafts!r}"
 
 
 def check_request_is_not_changed(cls: type[SpeculativeProposer]) -> None:
     """A host proposer changes nothing of the request, while it grows."""
-    proposer, request = _make_host_proposer(cls), _make_request("r", 40)
+    proposer, request = _make_host_proposer(cls), _make_request(1, 40)
     for step in range(20):
         before = list(request.token_ids)
         drafts = proposer.propose(request, 4)
@@ -46,12 +46,12 @@ def check_request_is_not_changed(cls: type[SpeculativeProposer]) -> None:
         request.token_ids.append(step % 3)
 
 
-def check_request_ids_may_come_again(cls: type[SpeculativeProposer]) -> None:
-    """``request_finished`` may be called for any request, and its ``request_id`` may be used again."""
+def check_any_request_may_finish(cls: type[SpeculativeProposer]) -> None:
+    """``request_finished`` may be called for any request, also for one that ``propose`` has never seen."""
     proposer = _make_host_proposer(cls)
-    proposer.request_finished(_make_request("never seen", 4))
+    proposer.request_finished(_make_request(1, 4))
     for length in (30, 5):
-        request = _make_request("again", length)
+        request = _make_request(2, length)
         proposer.propose(request, 2)
         proposer.request_finished(request)
 
@@ -74,6 +74,6 @@ def _make_host_proposer(cls: type[SpeculativeProposer]) -> HostProposer:
     return cls(4, parse_options(cls, {}))
 
 
-def _make_request(name: str, length: int) -> Request:
+def _make_request(number: int, length: int) -> Request:
     tokens = [5 + i % 7 for i in range(length)]
-    return Request(EngineCoreRequest(name, tokens, SamplingParams(seed=0), 0), 4096)
+    return Request(EngineCoreRequest(number, tokens, SamplingParams(seed=0), 0), 4096)

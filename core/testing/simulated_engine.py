@@ -70,6 +70,9 @@ class SimulatedEngine:
         self.outputs: list[EngineCoreOutput] = []
         self.in_flight: deque[SimulatedStep] = deque()
         self._expected: dict[str, list[int]] = {}
+        self.numbers: dict[str, int] = {}
+        """The engine core's number of each request, in order of arrival from 0."""
+        self._names: list[str] = []  # by number
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._max_in_flight = max_in_flight
@@ -89,17 +92,28 @@ class SimulatedEngine:
         """Queue a request. ``params`` are those of ``SamplingParams``."""
         params.setdefault("seed", len(self._expected))
         sampling = SamplingParams(**params)  # type: ignore[arg-type]
+        number = len(self._names)
         self.scheduler.add_request(
             EngineCoreRequest(
-                request_id, list(prompt), sampling, self._num_turns * 1_000_000, list(eos), priority, salt, parent
+                number,
+                list(prompt),
+                sampling,
+                self._num_turns * 1_000_000,
+                list(eos),
+                priority,
+                salt,
+                None if parent is None else self.numbers.get(parent, -1),
+                request_id,
             )
         )
+        self.numbers[request_id] = number
+        self._names.append(request_id)
         self._expected[request_id] = self._expect_tokens(prompt, sampling, eos)
         self.received[request_id] = []
 
     def abort_request(self, request_id: str) -> None:
         """End a request now."""
-        assert self.scheduler.abort_request(request_id)
+        assert self.scheduler.abort_request(self.numbers[request_id])
         self.finished[request_id] = "abort"
 
     def launch_step(self) -> SchedulerOutput | None:
@@ -149,7 +163,7 @@ class SimulatedEngine:
 
     def _check_outputs(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:
-            request_id = output.request_id
+            request_id = self._names[output.request_id]
             assert request_id not in self.finished, f"{request_id} receives something after its end"
             received, expected = self.received[request_id], self._expected[request_id]
             received += output.new_token_ids

@@ -80,6 +80,6 @@ def _make_step(num_tokens: NDArray[np.int32], params: SamplingParams, num_decode
         max_seq_len=int(num_tokens.max()),
         max_seq_lens=num_tokens,
         new_requests=[
-            NewRequest(row, "", [0] * int(n), int(n), 0, params, seed=row) for row, n in enumerate(num_tokens)
+            NewRequest(row, row, [0] * int(n), int(n), 0, params, seed=row) for row, n in enumerate(num_tokens)
         ],
     )

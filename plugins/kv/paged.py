@@ -18,7 +18,7 @@ class PagedDebugState(NamedTuple):
 
     pools: list[BlockPool]
     """By group."""
-    tables: dict[str, list[list[int]]]
+    tables: dict[int, list[list[int]]]
     """By request id: its blocks per group."""
 
 
@@ -41,7 +41,7 @@ class PagedAllocator(KVAllocator):
     ) -> None:
         super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
-        self._tables: dict[str, _BlockTable] = {}
+        self._tables: dict[int, _BlockTable] = {}
         self._num_queries = self._num_hits = 0  # tokens
 
     def match_prefix(self, request: Request) -> PrefixMatch:

@@ -39,7 +39,7 @@ class NgramProposer(HostProposer):
     def __init__(self, num_tokens: int, options: Options | None = None) -> None:
         super().__init__(num_tokens, options or self.Options())
         self._ngram_sizes = range(self.options.prompt_lookup_max, self.options.prompt_lookup_min - 1, -1)
-        self._indexes: dict[str, _NgramIndex] = {}
+        self._indexes: dict[int, _NgramIndex] = {}
 
     @property
     def num_indexed_requests(self) -> int:

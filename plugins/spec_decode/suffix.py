@@ -45,7 +45,7 @@ class SuffixProposer(HostProposer):
         super().__init__(num_tokens, options or self.Options())
         self._automata: OrderedDict[str | None, _SuffixAutomaton] = OrderedDict()
         """By cache salt, the least recently used first."""
-        self._cursors: dict[str, _RequestCursor] = {}
+        self._cursors: dict[int, _RequestCursor] = {}
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Index the request's new tokens, and draft from its longest suffix."""

@@ -16,8 +16,8 @@ TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
 def test_columns_are_what_each_gained(gained: list[list[int]], special: list[list[int]]) -> None:
     codec = MessageCodec()
     outputs = EngineCoreOutputs(
-        [EngineCoreOutput(f"special-{i}", tokens, "length") for i, tokens in enumerate(special)],
-        [str(i) for i in range(len(gained))],
+        [EngineCoreOutput(-i, tokens, "length") for i, tokens in enumerate(special)],
+        list(range(len(gained))),
         [token for tokens in gained for token in tokens],
         [] if all(len(tokens) == 1 for tokens in gained) else [len(tokens) for tokens in gained],
     )
@@ -25,7 +25,7 @@ def test_columns_are_what_each_gained(gained: list[list[int]], special: list[lis
     assert isinstance(message, StepOutputs)
     each = message.outputs.expand_outputs()
     assert [o.new_token_ids for o in each] == [*special, *gained]
-    assert [o.request_id for o in each if o.finish_reason is None] == [str(i) for i in range(len(gained))]
+    assert [o.request_id for o in each if o.finish_reason is None] == list(range(len(gained)))
     assert [o.finish_reason for o in each] == ["length"] * len(special) + [None] * len(gained)
 
 
@@ -35,9 +35,9 @@ def test_columns_are_what_each_gained(gained: list[list[int]], special: list[lis
 )
 def test_an_error_keeps_its_class_on_the_way(kind, cls) -> None:
     codec = MessageCodec()
-    output = EngineCoreOutput("r", [], "error", error="full: of eels", error_kind=kind)
+    output = EngineCoreOutput(1, [], "error", error="full: of eels", error_kind=kind)
     message = codec.decode_from_core(codec.encode(StepOutputs(EngineCoreOutputs([output]))))
     assert isinstance(message, StepOutputs)
     (received,) = message.outputs.outputs
-    error = FailedRequest(received.request_id, received.error, received.error_kind).to_exception()
+    error = FailedRequest("r", received.error, received.error_kind).to_exception()
     assert type(error) is cls and str(error) == "full: of eels"

@@ -48,7 +48,7 @@ class Requests:
         core_requests = InputProcessor(tokenizer, 256, 300).process_inputs("r", "ask", sampling)
         self.core_ids = [request.request_id for request in core_requests]
         self.processor.add_request("r", "ask", core_requests, sampling, mode)
-        self.aborted: list[str] = []
+        self.aborted: list[int] = []
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -56,7 +56,7 @@ class Requests:
     def process(self, *outputs: EngineCoreOutput) -> list[RequestOutput]:
         return self._process(EngineCoreOutputs(list(outputs)))
 
-    def process_columns(self, core_id: str, token_ids: list[int]) -> list[RequestOutput]:
+    def process_columns(self, core_id: int, token_ids: list[int]) -> list[RequestOutput]:
         return self._process(EngineCoreOutputs([], [core_id], token_ids, [len(token_ids)]))
 
     def _process(self, outputs: EngineCoreOutputs) -> list[RequestOutput]:
@@ -74,10 +74,11 @@ def tokenizer(tiny: Path) -> Tokenizer:
 def test_nothing_behind_a_stop_string_is_given_or_counted(tokenizer: Tokenizer, finish_reason) -> None:
     """A step that verifies drafts brings several tokens at once, a stop string may end in their midst."""
     requests = Requests(tokenizer, "final", stop=["d"], logprobs=0, max_tokens=9)
-    requests.process(EngineCoreOutput("r", requests.encode("a"), logprobs=[TokenLogprob([0], [-1.0], 1)]))
+    logprobs = [TokenLogprob([0], [-1.0], 1)]
+    requests.process(EngineCoreOutput(requests.core_ids[0], requests.encode("a"), logprobs=logprobs))
     rows = [TokenLogprob([i], [-2.0], 1) for i in range(4)]
     [output] = requests.process(
-        EngineCoreOutput("r", requests.encode("cdef"), logprobs=rows, finish_reason=finish_reason)
+        EngineCoreOutput(requests.core_ids[0], requests.encode("cdef"), logprobs=rows, finish_reason=finish_reason)
     )
     [choice] = output.outputs
     assert (choice.text, choice.token_ids) == ("ac", requests.encode("acd"))
@@ -86,32 +87,32 @@ def test_nothing_behind_a_stop_string_is_given_or_counted(tokenizer: Tokenizer, 
     assert requests.exporter.num_generated == 3 and requests.exporter.num_gaps == 2
     [stats] = requests.exporter.finished
     assert stats.num_generation_tokens == 3
-    assert requests.aborted == ([] if finish_reason else ["r"])
+    assert requests.aborted == ([] if finish_reason else requests.core_ids)
 
 
 def test_nothing_behind_a_stop_string_is_streamed(tokenizer: Tokenizer) -> None:
     requests = Requests(tokenizer, "delta", stop=["d"], max_tokens=9)
-    outputs = requests.process(EngineCoreOutput("r", requests.encode("a")))
-    outputs += requests.process_columns("r", requests.encode("bc"))
-    outputs += requests.process_columns("r", requests.encode("cdef"))
+    outputs = requests.process(EngineCoreOutput(requests.core_ids[0], requests.encode("a")))
+    outputs += requests.process_columns(requests.core_ids[0], requests.encode("bc"))
+    outputs += requests.process_columns(requests.core_ids[0], requests.encode("cdef"))
     assert [token for output in outputs for token in output.outputs[0].token_ids] == requests.encode("abccd")
     assert "".join(output.outputs[0].text for output in outputs) == "abcc"
-    assert outputs[-1].finished and requests.aborted == ["r"]
+    assert outputs[-1].finished and requests.aborted == requests.core_ids
     assert requests.exporter.num_generated == 5 and requests.exporter.num_gaps == 4
 
 
 def test_text_so_far_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenizer) -> None:
     requests = Requests(tokenizer, "cumulative", stop=["cd"], max_tokens=9)
-    outputs = requests.process(EngineCoreOutput("r", requests.encode("a")))
+    outputs = requests.process(EngineCoreOutput(requests.core_ids[0], requests.encode("a")))
     for text in ("b", "c", "d"):
-        outputs += requests.process_columns("r", requests.encode(text))
+        outputs += requests.process_columns(requests.core_ids[0], requests.encode(text))
     assert [output.outputs[0].text for output in outputs] == ["a", "ab", "ab", "ab"]
 
 
 def test_a_stop_string_that_the_last_byte_leaves_is_found(tokenizer: Tokenizer) -> None:
     requests = Requests(tokenizer, "final", stop=["\ufffd"], max_tokens=2)
     token_ids = [*requests.encode("a"), requests.encode("\N{GRINNING FACE}")[0]]
-    [output] = requests.process(EngineCoreOutput("r", token_ids, finish_reason="length"))
+    [output] = requests.process(EngineCoreOutput(requests.core_ids[0], token_ids, finish_reason="length"))
     [choice] = output.outputs
     assert (choice.text, choice.finish_reason, choice.stop_reason) == ("a", "stop", "\ufffd")
     assert requests.aborted == []

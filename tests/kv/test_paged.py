@@ -29,41 +29,41 @@ def serve(allocator, request):
 
 def test_blocks_without_content_are_taken_before_cached_ones():
     allocator = make(num_blocks=7)
-    cached = serve(allocator, make_request("a", range(8)))
-    assert not set(serve(allocator, make_request("b", [50] * 3))) & set(cached)
-    assert allocator.match_prefix(make_request("again", range(9))).num_tokens == 8
+    cached = serve(allocator, make_request(1, range(8)))
+    assert not set(serve(allocator, make_request(2, [50] * 3))) & set(cached)
+    assert allocator.match_prefix(make_request(3, range(9))).num_tokens == 8
 
 
 def test_the_least_recently_used_chain_goes_first_and_from_its_tail():
     allocator = make(num_blocks=9)
-    serve(allocator, make_request("a", range(16)))
-    serve(allocator, make_request("b", range(100, 116)))
-    serve(allocator, make_request("a again", range(17)))  # needs one more block: b loses its last, a is used anew
-    assert allocator.match_prefix(make_request("x", range(17))).num_tokens == 16
-    assert allocator.match_prefix(make_request("x", range(100, 117))).num_tokens == 12
+    serve(allocator, make_request(1, range(16)))
+    serve(allocator, make_request(2, range(100, 116)))
+    serve(allocator, make_request(3, range(17)))  # needs one more block: b loses its last, a is used anew
+    assert allocator.match_prefix(make_request(4, range(17))).num_tokens == 16
+    assert allocator.match_prefix(make_request(4, range(100, 117))).num_tokens == 12
 
 
 def test_two_requests_that_compute_the_same_keep_their_own_blocks():
     allocator = make()
-    a, b = make_request("a", range(8)), make_request("b", range(8))
+    a, b = make_request(1, range(8)), make_request(2, range(8))
     for each in (a, b):
         allocator.allocate(each, 8, num_computed_tokens=0)
     for each in (a, b):
         allocator.cache_full_blocks(each, 8)
     assert allocator.stats().num_cached == 2 and allocator.num_free_blocks() == 11
     allocator.free(a)
-    assert allocator.match_prefix(make_request("c", range(9))).num_tokens == 8
+    assert allocator.match_prefix(make_request(3, range(9))).num_tokens == 8
     allocator.free(b)
     allocator.check_integrity()
 
 
 def test_a_window_needs_only_its_own_blocks():
     allocator = make((KVGroup(), KVGroup(window=5)))
-    first = make_request("first", range(16))
+    first = make_request(1, range(16))
     allocator.allocate(first, 16, num_computed_tokens=0)
     allocator.cache_full_blocks(first, 16)
     allocator.free_out_of_window_blocks(first, 1, 12)
-    match = allocator.match_prefix(make_request("same", range(17)))
+    match = allocator.match_prefix(make_request(2, range(17)))
     assert match.num_tokens == 16
     assert match.blocks[1][:3] == (0, 0, 0) and match.blocks[1][3] != 0
     assert len(match.blocks[0]) == 4 and 0 not in match.blocks[0]
@@ -71,20 +71,20 @@ def test_a_window_needs_only_its_own_blocks():
 
 def test_all_groups_find_the_same_number_of_tokens():
     allocator = make((KVGroup(window=5), KVGroup()), num_blocks=9)
-    first = make_request("first", range(16))
+    first = make_request(1, range(16))
     allocator.allocate(first, 16, num_computed_tokens=0)
     allocator.cache_full_blocks(first, 16)
     debug = allocator.debug_state()
-    debug.pools[0].evict_block(debug.tables["first"][0][3])
-    assert allocator.match_prefix(make_request("same", range(17))).num_tokens == 12
-    debug.pools[1].evict_block(debug.tables["first"][1][1])
-    match = allocator.match_prefix(make_request("same", range(17)))
+    debug.pools[0].evict_block(debug.tables[1][0][3])
+    assert allocator.match_prefix(make_request(2, range(17))).num_tokens == 12
+    debug.pools[1].evict_block(debug.tables[1][1][1])
+    match = allocator.match_prefix(make_request(2, range(17)))
     assert match.num_tokens == 4 and [len(blocks) for blocks in match.blocks] == [1, 1]
 
 
 def test_a_fork_past_the_window_is_refused():
     allocator = make((KVGroup(window=4),))
-    parent, child = make_request("parent", range(30)), make_request("child", range(10))
+    parent, child = make_request(1, range(30)), make_request(2, range(10))
     allocator.allocate(parent, 30, num_computed_tokens=0)
     allocator.free_out_of_window_blocks(parent, 0, 27)
     free = allocator.num_free_blocks()
@@ -96,23 +96,23 @@ def test_a_fork_past_the_window_is_refused():
 
 def test_without_caching_nothing_is_found():
     allocator = make(prefix_caching=False)
-    serve(allocator, make_request("a", range(8)))
-    assert allocator.match_prefix(make_request("b", range(9))).num_tokens == 0
+    serve(allocator, make_request(1, range(8)))
+    assert allocator.match_prefix(make_request(2, range(9))).num_tokens == 0
     assert allocator.stats().num_cached == 0
 
 
 def test_stats_count_what_was_looked_up_for_requests_that_got_blocks():
     allocator = make()
-    serve(allocator, make_request("a", range(8)))
-    serve(allocator, make_request("b", range(9)))
-    allocator.match_prefix(make_request("c", range(9)))
+    serve(allocator, make_request(1, range(8)))
+    serve(allocator, make_request(2, range(9)))
+    allocator.match_prefix(make_request(3, range(9)))
     stats = allocator.stats()
     assert (stats.num_blocks, stats.num_free, stats.prefix_queries, stats.prefix_hits) == (15, 15, 17, 8)
 
 
 def test_the_chain_covers_everything_before():
     allocator = make()
-    a, b = make_request("a", [1] * 4 + [2] * 4), make_request("b", [2] * 4 + [2] * 4)
+    a, b = make_request(1, [1] * 4 + [2] * 4), make_request(2, [2] * 4 + [2] * 4)
     for each in (a, b):
         serve(allocator, each)
     assert len({*a.block_hashes, *b.block_hashes}) == 4

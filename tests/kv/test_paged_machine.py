@@ -119,7 +119,7 @@ class PagedMachine(RuleBasedStateMachine):
 
     def request(self, tokens):
         self.count += 1
-        return Request(EngineCoreRequest(f"r{self.count}", list(tokens), SamplingParams(), 0), 1024)
+        return Request(EngineCoreRequest(self.count, list(tokens), SamplingParams(), 0), 1024)
 
     def picture(self):
         pools = self.allocator.debug_state().pools

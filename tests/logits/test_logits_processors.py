@@ -18,9 +18,7 @@ CPU, VOCAB = torch.device("cpu"), 32
 
 
 def request(row: int, params: SamplingParams, stops: set[int] = frozenset(), prompt_len: int = 3) -> NewRequest:
-    return NewRequest(
-        row, f"request-{row}", [5] * prompt_len, prompt_len, 0, params, seed=1, stop_token_ids=frozenset(stops)
-    )
+    return NewRequest(row, row, [5] * prompt_len, prompt_len, 0, params, seed=1, stop_token_ids=frozenset(stops))
 
 
 def batch(rows: list[int], max_positions: list[int], positions: list[int] | None = None) -> LogitsBatch:

@@ -55,7 +55,7 @@ def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
         engine.add_request(f"r{i}", [i] * 8, max_tokens=17)
     while engine.scheduler.stats()["num_preemptions_total"] == 0:
         engine.run_step()
-    assert [entry.request_id for entry in engine.scheduler.debug_state().waiting] == ["r1"]
+    assert [entry.external_request_id for entry in engine.scheduler.debug_state().waiting] == ["r1"]
     engine.run_until_finished()
 
 

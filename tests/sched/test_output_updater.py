@@ -16,7 +16,8 @@ def test_a_stop_token_ends_and_the_token_after_it_is_dropped(make_engine):
     engine.add_request("ignored", [1, 2], max_tokens=8, seed=0, eos=[sampled[3]], ignore_eos=True)
     engine.add_request("later", [1, 2], max_tokens=8, seed=0, eos=[sampled[3]], min_tokens=5)
     engine.run_until_finished()
-    ends = {o.request_id: (o.finish_reason, o.stop_reason) for o in engine.outputs if o.finish_reason}
+    names = list(engine.numbers)
+    ends = {names[o.request_id]: (o.finish_reason, o.stop_reason) for o in engine.outputs if o.finish_reason}
     assert ends == {
         "eos": ("stop", None),
         "stop": ("stop", sampled[3]),
@@ -44,10 +45,10 @@ def test_abort_at_any_moment_returns_everything(make_engine):
             engine.run_step()
         if "a" not in engine.finished:
             engine.abort_request("a")
-            assert engine.allocator.debug_state().tables.keys() <= {"b"}
+            assert engine.allocator.debug_state().tables.keys() <= {engine.numbers["b"]}
         engine.run_until_finished()
         assert engine.finished["b"] == "length" and engine.allocator.num_free_blocks() == 19
-    assert not engine.scheduler.abort_request("a")
+    assert not engine.scheduler.abort_request(engine.numbers["a"])
 
 
 def test_a_failed_step_ends_its_own_requests_only(make_engine):
@@ -58,8 +59,8 @@ def test_a_failed_step_ends_its_own_requests_only(make_engine):
     engine.launch_step()
     ended = engine.fail_step()
     assert [(o.request_id, o.finish_reason, o.error) for o in ended] == [
-        ("r0", "error", "the worker failed"),
-        ("r1", "error", "the worker failed"),
+        (engine.numbers["r0"], "error", "the worker failed"),
+        (engine.numbers["r1"], "error", "the worker failed"),
     ]
     assert engine.allocator.stats().num_cached == 0, "what a failed step wrote must not be found"
     engine.run_until_finished()
@@ -76,11 +77,11 @@ def test_logprobs_are_sent_with_their_tokens(make_engine):
     engine.add_request("r", prompt, max_tokens=3, logprobs=0, prompt_logprobs=0)
     engine.add_request("s", [1], max_tokens=3)
     engine.run_until_finished()
-    outputs = [output for output in engine.outputs if output.request_id == "r"]
+    outputs = [output for output in engine.outputs if output.request_id == engine.numbers["r"]]
     assert [output.logprobs[0].token_ids for output in outputs] == [[token] for token in engine.received["r"]]
     assert [position.token_ids[0] for position in outputs[0].prompt_logprobs] == prompt[1:]
     assert all(output.prompt_logprobs is None for output in outputs[1:])
-    assert all(output.logprobs is None for output in engine.outputs if output.request_id == "s")
+    assert all(output.logprobs is None for output in engine.outputs if output.request_id == engine.numbers["s"])
 
 
 def test_prompt_logprobs_survive_preemption(make_engine):
@@ -91,7 +92,8 @@ def test_prompt_logprobs_survive_preemption(make_engine):
         engine.run_step()
     engine.add_request("r", prompt, max_tokens=5, prompt_logprobs=0)
     engine.run_until_finished()
-    (sent,) = [o.prompt_logprobs for o in engine.outputs if o.request_id == "r" and o.prompt_logprobs is not None]
+    number = engine.numbers["r"]
+    (sent,) = [o.prompt_logprobs for o in engine.outputs if o.request_id == number and o.prompt_logprobs is not None]
     assert [position.token_ids[0] for position in sent] == prompt[1:]
 
 
@@ -100,7 +102,8 @@ def test_the_first_output_tells_of_cache_and_queue(make_engine):
     engine.add_request("a", [1] * 9, max_tokens=2)
     engine.add_request("b", [1] * 9, max_tokens=2)
     engine.run_until_finished()
-    first = {o.request_id: o for o in reversed(engine.outputs)}
+    names = list(engine.numbers)
+    first = {names[o.request_id]: o for o in reversed(engine.outputs)}
     assert first["a"].num_cached_tokens == 0 and first["b"].num_cached_tokens == 8
     assert first["b"].queue_ns > first["a"].queue_ns
 

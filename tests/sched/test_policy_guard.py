@@ -144,7 +144,7 @@ def test_a_policy_whose_keys_are_nonsense_is_replaced(make_engine, last):
     engine = make_engine(BadKeys([(3.5,), (2,), (1,), last]), rows=1)
     for i in range(6):
         engine.add_request(f"r{i}", [1, 2], max_tokens=2)
-    assert [request.request_id for request in engine.scheduler.debug_state().waiting.peek_requests(9)] == [
+    assert [request.external_request_id for request in engine.scheduler.debug_state().waiting.peek_requests(9)] == [
         f"r{i}" for i in range(6)
     ]
     engine.run_until_finished()

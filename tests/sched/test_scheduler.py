@@ -84,9 +84,9 @@ def test_rows_are_stable_and_announced_when_freed(make_engine):
     for step in launch_all(engine):
         seen.append((step.freed_rows, [(new.row, new.request_id) for new in step.new_requests]))
     assert [entry for entry in seen if entry != ([], [])] == [
-        ([], [(0, "r0"), (1, "r1")]),
-        ([0], [(0, "r2")]),
-        ([1], [(1, "r3")]),
+        ([], [(0, 0), (1, 1)]),
+        ([0], [(0, 2)]),
+        ([1], [(1, 3)]),
         ([0], []),
     ]
 
@@ -140,40 +140,40 @@ def request(request_id, prompt, **params):
 )
 def test_a_prompt_that_cannot_be_served_is_refused(prompt, message):
     with pytest.raises(InvalidRequestError, match=message) as caught:
-        make_scheduler().add_request(request("r", prompt))
+        make_scheduler().add_request(request(1, prompt))
     assert not isinstance(caught.value, QueueFullError)
 
 
 def test_a_request_that_can_never_fit_is_refused():
     scheduler = make_scheduler(num_blocks=9)
-    scheduler.add_request(request("fits", [1] * 20, max_tokens=13))
+    scheduler.add_request(request(1, [1] * 20, max_tokens=13))
     with pytest.raises(InvalidRequestError, match=r"34 tokens.*9 KV blocks of 4.*has 8.*lower max_tokens"):
-        scheduler.add_request(request("does not", [1] * 20, max_tokens=14))
+        scheduler.add_request(request(2, [1] * 20, max_tokens=14))
     assert scheduler.num_waiting == 1
 
 
 def test_a_window_needs_fewer_blocks():
     scheduler = make_scheduler(SchedulerConfig(4, 8), num_blocks=9, groups=(KVGroup(window=8),))
-    scheduler.add_request(request("r", [1] * 20, max_tokens=40))
+    scheduler.add_request(request(1, [1] * 20, max_tokens=40))
 
 
 def test_a_known_id_is_refused():
     scheduler = make_scheduler(SchedulerConfig(4, 64))
-    scheduler.add_request(request("r", [1]))
-    with pytest.raises(InvalidRequestError, match="'r' is already in use"):
-        scheduler.add_request(request("r", [1]))
+    scheduler.add_request(request(1, [1]))
+    with pytest.raises(InvalidRequestError, match="request 1 is in the engine already"):
+        scheduler.add_request(request(1, [1]))
 
 
 def test_a_queue_is_full_only_beyond_the_free_rows():
     scheduler = make_scheduler(SchedulerConfig(4, 64, max_queued=2))
     for i in range(6):  # four for the rows of an idle engine, and two that wait for one
-        scheduler.add_request(request(f"r{i}", [1]))
+        scheduler.add_request(request(i, [1]))
     message = "2 requests are queued beside 4 that may run, and max_num_queued_requests=2; try again later"
     with pytest.raises(QueueFullError, match=message):
-        scheduler.add_request(request("late", [1]))
+        scheduler.add_request(request(9, [1]))
     scheduler.schedule()
     assert scheduler.num_waiting == 2
     with pytest.raises(QueueFullError, match=message):
-        scheduler.add_request(request("late", [1]))
-    scheduler.abort_request("r0")
-    scheduler.add_request(request("late", [1]))
+        scheduler.add_request(request(9, [1]))
+    scheduler.abort_request(0)
+    scheduler.add_request(request(9, [1]))

@@ -14,7 +14,7 @@ FRONT = 4
 
 
 def make_request(number, key=0):
-    message = EngineCoreRequest(f"r{number}", list(range(1 + number % 7)), SamplingParams(), number, priority=key)
+    message = EngineCoreRequest(number, list(range(1 + number % 7)), SamplingParams(), number, priority=key)
     request = Request(message, 64)
     request.queue_key = ((key,), number)
     return request

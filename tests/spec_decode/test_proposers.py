@@ -16,8 +16,8 @@ from quire.plugins.spec_decode.suffix import SuffixProposer
 from .conftest import get_refusal, make_prompts
 
 
-def make_request(tokens: list[int], name: str = "r", salt: str | None = None) -> Request:
-    return Request(EngineCoreRequest(name, list(tokens), SamplingParams(seed=0), 0, cache_salt=salt), 1000)
+def make_request(tokens: list[int], number: int = 1, salt: str | None = None) -> Request:
+    return Request(EngineCoreRequest(number, list(tokens), SamplingParams(seed=0), 0, cache_salt=salt), 1000)
 
 
 def test_ngram_drafts_what_followed() -> None:
@@ -36,22 +36,22 @@ def test_ngram_drafts_what_followed() -> None:
 def test_ngram_prefers_the_latest_of_the_longest() -> None:
     proposer = NgramProposer(4)
     assert proposer.propose(make_request([1, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3]), 1) == [5]
-    assert proposer.propose(make_request([2, 3, 5, 8, 2, 3, 6, 9, 2, 3], "s"), 1) == [6]
+    assert proposer.propose(make_request([2, 3, 5, 8, 2, 3, 6, 9, 2, 3], 2), 1) == [6]
 
 
 def test_suffixes_are_shared_within_a_salt_alone() -> None:
     proposer = SuffixProposer(4)
-    first = make_request([11, 12, 13, 14, 15, 16], "a", "mine")
+    first = make_request([11, 12, 13, 14, 15, 16], 1, "mine")
     assert list(proposer.propose(first, 4)) == []
     proposer.request_finished(first)
-    assert list(proposer.propose(make_request([3, 12, 13], "b", "mine"), 2)) == [14, 15]
-    assert list(proposer.propose(make_request([3, 12, 13], "c", "yours"), 2)) == []
-    assert list(proposer.propose(make_request([3, 12, 13], "d"), 2)) == []
+    assert list(proposer.propose(make_request([3, 12, 13], 2, "mine"), 2)) == [14, 15]
+    assert list(proposer.propose(make_request([3, 12, 13], 3, "yours"), 2)) == []
+    assert list(proposer.propose(make_request([3, 12, 13], 4), 2)) == []
 
 
 def test_suffixes_of_interleaved_requests() -> None:
     """Against a brute-force search: every draft followed the longest suffix that occurs before."""
-    proposer, requests = SuffixProposer(3), [make_request([5], "x"), make_request([6], "y")]
+    proposer, requests = SuffixProposer(3), [make_request([5], 1), make_request([6], 2)]
     tokens = [1, 2, 1, 2, 3, 1, 2, 3, 4, 1, 2, 1, 2, 3, 4, 5, 1, 2, 3, 3, 1, 2, 1]
     for i, token in enumerate(tokens * 3):
         request = requests[i % 2]

@@ -21,7 +21,7 @@ def make_step(rows, num_tokens, seq_lens, samples=None, new=()) -> SchedulerOutp
         total_num_scheduled_tokens=sum(num_tokens),
         max_seq_len=max(seq_lens),
         max_seq_lens=np.array(seq_lens, np.int32),
-        new_requests=[NewRequest(row, str(row), [], 0, 0, SamplingParams(), 0) for row in new],
+        new_requests=[NewRequest(row, row, [], 0, 0, SamplingParams(), 0) for row in new],
     )
 
 

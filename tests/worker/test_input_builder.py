@@ -58,7 +58,7 @@ def test_inputs_are_those_of_each_request(seed: int) -> None:
     params = SamplingParams()
     table.add_requests(
         [
-            NewRequest(row, str(row), rng.integers(0, 1000, length).tolist(), length, computed, params, 0)
+            NewRequest(row, row, rng.integers(0, 1000, length).tolist(), length, computed, params, 0)
             for row, length, computed in zip(rows, lengths, num_computed, strict=True)
         ]
     )

@@ -21,7 +21,7 @@ def table() -> RequestTable:
 
 
 def new_request(row: int, token_ids: list[int], num_computed_tokens: int = 0, **fields) -> NewRequest:
-    return NewRequest(row, f"r{row}", token_ids, len(token_ids), num_computed_tokens, fields.pop("params", PARAMS), 9)
+    return NewRequest(row, row, token_ids, len(token_ids), num_computed_tokens, fields.pop("params", PARAMS), 9)
 
 
 def test_a_request_fills_its_row_and_no_other(table: RequestTable) -> None:

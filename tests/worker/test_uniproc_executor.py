@@ -57,7 +57,7 @@ def test_capacity_is_what_the_configuration_gives(executor: UniprocExecutor, llm
 def test_steps_in_flight_feed_each_other_on_the_device(executor: UniprocExecutor, tiny: Path) -> None:
     """A prompt in two chunks, then decodes, each launched before the token of the one before is known."""
     capacity = executor.start()
-    request = NewRequest(3, "r", PROMPT, len(PROMPT), 0, GREEDY, seed=0)
+    request = NewRequest(3, 0, PROMPT, len(PROMPT), 0, GREEDY, seed=0)
     blocks = [BlockDiff(0, 3, 0, [5, 2])]
     assert capacity.num_blocks > 5
     steps = [make_step(0, 4, 4, samples=False, new_requests=[request], block_diffs=blocks), make_step(1, 5, 9)]
