@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import msgspec
 
 from quire.core.errors import InvalidRequestError
 
-__all__ = ["MAX_LOGPROBS", "SamplingParams"]
+__all__ = ["MAX_LOGPROBS", "SamplingParams", "check_text", "to_integer"]
 
 MAX_LOGPROBS = 20
 """The most alternatives a caller can ask for at a position, as in the OpenAI API."""
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 64, 4096
+"""The most stop strings of a request, and the longest: they are searched for at every token."""
+MAX_NAMED_TOKENS = 4096
+"""The most token ids in ``stop_token_ids`` and in ``logit_bias``."""
+MAX_EXTRA_ARGS_BYTES = 65_536
+"""The size of ``extra_args``, of which each of the ``n`` continuations has a copy."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -50,34 +60,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", [self.stop])
-        elif self.stop is None:
-            msgspec.structs.force_setattr(self, "stop", [])
-        if self.stop_token_ids is None:
-            msgspec.structs.force_setattr(self, "stop_token_ids", [])
-        if self.top_k == -1:
-            msgspec.structs.force_setattr(self, "top_k", 0)
-        self._validate()
+        """Converts numbers of numpy and the like, copies what can be changed, and refuses everything else by name."""
+        for name, convert in _CONVERTERS.items():
+            value = getattr(self, name)
+            converted = convert(name, value)
+            if converted is not value:
+                msgspec.structs.force_setattr(self, name, converted)
+        self._check_ranges()
 
     @property
     def greedy(self) -> bool:
         """Whether the argmax is taken without noise."""
         return self.temperature == 0.0
 
-    def _validate(self) -> None:
-        whole = ("n", "top_k", "min_tokens")
-        real = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        for name in (*whole, *real):
-            value: Any = getattr(self, name)
-            number = isinstance(value, int if name in whole else int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value):
-                raise InvalidRequestError(f"{name} must be a finite number, got {value!r}", name)
+    def _check_ranges(self) -> None:
         _check_range("n", self.n, 1, 128)
         _check_range("temperature", self.temperature, 0.0, 100.0)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError(f"top_p must be in (0, 1], got {self.top_p}", "top_p")
-        _check_range("top_k", self.top_k, 0, None, "; 0 or -1 turns it off")
+        _check_range("top_k", self.top_k, 0, 2**31 - 1, "; 0 or -1 turns it off")
         _check_range("min_p", self.min_p, 0.0, 1.0)
         if not 0.0 < self.repetition_penalty <= 100.0:
             raise InvalidRequestError(
@@ -94,15 +95,133 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 _check_range(name, value, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _check_range("seed", self.seed, -(2**63), 2**63 - 1)
-        for bias in (self.logit_bias or {}).values():
-            _check_range("logit_bias", bias, -100.0, 100.0)
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise InvalidRequestError(f"stop must hold non-empty strings, got {self.stop!r}", "stop")
+        if self.logit_bias:
+            _check_range("logit_bias", min(self.logit_bias.values()), -100.0, 100.0)
+            _check_range("logit_bias", max(self.logit_bias.values()), -100.0, 100.0)
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids instead", "stop")
+
+
+def to_integer(name: str, value: Any) -> int:
+    """A whole number of 64 bits, as ``int``; what is none is refused."""
+    if type(value) is int:
+        number = value
+    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidRequestError(f"{name} must be a whole number, got {value!r:.60}", name)
+    else:
+        number = operator.index(value)
+    if not -(2**63) <= number < 2**63:
+        raise InvalidRequestError(f"{name} must be below 2**63, got {number}", name)
+    return number
+
+
+def check_text(name: str, text: Any, max_chars: int) -> None:
+    """Refuse what is no string, is longer, or cannot be sent because it holds half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{name} must be a string, got {text!r:.60}", name)
+    if len(text) > max_chars:
+        raise InvalidRequestError(f"{name} has {len(text)} characters, the limit is {max_chars}", name)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError(f"{name} holds half of a surrogate pair, which is no character", name) from None
+
+
+def _to_optional_integer(name: str, value: Any) -> int | None:
+    return None if value is None else to_integer(name, value)
+
+
+def _to_top_k(name: str, value: Any) -> int:
+    number = to_integer(name, value)
+    return 0 if number == -1 else number
+
+
+def _to_real(name: str, value: Any) -> float:
+    real = math.nan
+    if type(value) is float:
+        real = value
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            real = float(value)
+    if not math.isfinite(real):
+        raise InvalidRequestError(f"{name} must be a finite number, got {value!r:.60}", name)
+    return real
+
+
+def _to_boolean(name: str, value: Any) -> bool:
+    if value is not True and value is not False:
+        raise InvalidRequestError(f"{name} must be True or False, got {value!r:.60}", name)
+    return value
+
+
+def _to_stop_strings(name: str, value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else _to_list(name, value, MAX_STOP_STRINGS, "strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequestError(f"{name} must hold non-empty strings, got {string!r:.60}", name)
+        check_text(name, string, MAX_STOP_CHARS)
+    return strings
+
+
+def _to_token_ids(name: str, value: Any) -> list[int]:
+    return [to_integer(name, token) for token in _to_list(name, value, MAX_NAMED_TOKENS, "token ids")]
+
+
+def _to_logit_bias(name: str, value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{name} must map token ids to numbers, got {value!r:.60}", name)
+    _check_length(name, value, MAX_NAMED_TOKENS, "token ids")
+    return {to_integer(name, token): _to_real(name, bias) for token, bias in value.items()}
+
+
+def _to_extra_args(name: str, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InvalidRequestError(f"{name} must be a dict with names as keys, got {value!r:.60}", name)
+    try:
+        num_bytes = len(msgspec.msgpack.encode(value))
+    except Exception as error:  # also what its objects raise
+        raise InvalidRequestError(f"{name} must hold plain values that can be sent: {error}", name) from None
+    if num_bytes > MAX_EXTRA_ARGS_BYTES:
+        raise InvalidRequestError(f"{name} takes {num_bytes} bytes, the limit is {MAX_EXTRA_ARGS_BYTES}", name)
+    return value
+
+
+def _to_list(name: str, value: Any, limit: int, what: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise InvalidRequestError(f"{name} must be a list of {what}, got {value!r:.60}", name)
+    _check_length(name, value, limit, what)
+    return list(value)
+
+
+def _check_length(name: str, value: Sized, limit: int, what: str) -> None:
+    if len(value) > limit:
+        raise InvalidRequestError(f"{name} holds {len(value)} {what}, the limit is {limit}", name)
 
 
 def _check_range(name: str, value: float, low: float, high: float | None, hint: str = "") -> None:
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"between {low} and {high}"
         raise InvalidRequestError(f"{name} must be {limit}, got {value}{hint}", name)
+
+
+_CONVERTERS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("n", "min_tokens"), to_integer),
+    **dict.fromkeys(("max_tokens", "seed", "logprobs", "prompt_logprobs"), _to_optional_integer),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _to_real),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _to_real),
+    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "detokenize"), _to_boolean),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), _to_boolean),
+    "top_k": _to_top_k,
+    "stop": _to_stop_strings,
+    "stop_token_ids": _to_token_ids,
+    "logit_bias": _to_logit_bias,
+    "extra_args": _to_extra_args,
+}
+"""How each field is checked: to a value of its type, or ``InvalidRequestError``."""

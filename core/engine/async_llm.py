@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
@@ -109,8 +109,12 @@ class AsyncLLM:
         or ``EngineDeadError``.
         """
         client = self._require_client()
+        if stream not in get_args(StreamMode):
+            raise InvalidRequestError(f"stream must be one of {get_args(StreamMode)}, got {stream!r:.60}", "stream")
         if request_id is None:
             request_id = f"quire-{next(self._request_counter)}"
+        elif not isinstance(request_id, str):
+            raise InvalidRequestError(f"request_id must be a string, got {request_id!r:.60}", "request_id")
         if request_id in self._output_queues:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         queue = self._output_queues[request_id] = asyncio.Queue()

@@ -69,8 +69,11 @@ class EngineCoreClient:
         return message.outputs
 
     def add_requests(self, requests: Sequence[EngineCoreRequest]) -> None:
-        """Queue requests."""
-        self._send_message(AddRequests(list(requests)))
+        """Queue requests. Raises ``InvalidRequestError`` for what cannot be sent."""
+        try:
+            self._send_message(AddRequests(list(requests)))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise errors.InvalidRequestError(f"the request cannot be sent to the engine: {error}") from error
 
     def abort_requests(self, request_ids: Sequence[int]) -> None:
         """End requests; no output follows."""

@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Any
 
+import msgspec
 import torch
 import zmq
 
@@ -21,11 +22,13 @@ from quire.core.engine.ipc import (
     MessageToCore,
     Shutdown,
     StepOutputs,
+    UnreadableRequest,
     open_socket,
     socket_address,
 )
 from quire.core.errors import QuireError
 from quire.core.log import setup_logging
+from quire.core.messages import EngineCoreRequest
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the API process builds the configuration
 
 __all__ = ["EngineCoreProcess"]
@@ -80,7 +83,7 @@ class EngineCoreProcess:
         while os.getppid() == self._parent_pid:
             if not core.has_work and not self._input_socket.poll(_IDLE_POLL_MS):
                 continue
-            for message in self._receive_messages():
+            for message in self._receive_messages(core):
                 if isinstance(message, Shutdown):
                     return
                 _handle_message(core, message)
@@ -89,13 +92,29 @@ class EngineCoreProcess:
                 if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
                     self._send_message(StepOutputs(outputs))
 
-    def _receive_messages(self) -> list[MessageToCore]:
+    def _receive_messages(self, core: EngineCore) -> list[MessageToCore]:
         messages: list[MessageToCore] = []
         while True:
             try:
-                messages.append(self._codec.decode_to_core(self._input_socket.recv(zmq.NOBLOCK)))
+                data = self._input_socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
+            try:
+                messages.append(self._codec.decode_to_core(data))
+            except Exception as error:  # a fault of one caller or plugin: the others go on
+                _log.error("a message to the engine core cannot be read: %s", error)
+                messages.append(AddRequests(self._reject_unreadable(core, data)))
+
+    def _reject_unreadable(self, core: EngineCore, data: bytes) -> list[EngineCoreRequest]:
+        """Answer those requests of a message that cannot be read; the others."""
+        readable = []
+        with contextlib.suppress(msgspec.DecodeError):
+            for request in self._codec.decode_each_request(data):
+                if isinstance(request, UnreadableRequest):
+                    core.reject_request(request.request_id, request.error, "invalid")
+                else:
+                    readable.append(request)
+        return readable
 
     def _send_message(self, message: Any) -> None:
         self._output_socket.send(self._codec.encode(message))

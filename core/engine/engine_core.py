@@ -20,6 +20,7 @@ from quire.core.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
+    ErrorKind,
     ModelRunnerOutput,
     SchedulerOutput,
 )
@@ -64,16 +65,19 @@ class EngineCore:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""
         try:
             self.scheduler.add_request(request)
+        except QueueFullError as error:
+            self.reject_request(request.request_id, str(error), "queue_full")
         except InvalidRequestError as error:
-            self._rejected_outputs.append(
-                EngineCoreOutput(
-                    request.request_id,
-                    [],
-                    finish_reason="error",
-                    error=str(error),
-                    error_kind="queue_full" if isinstance(error, QueueFullError) else "invalid",
-                )
-            )
+            self.reject_request(request.request_id, str(error), "invalid")
+        except Exception as error:  # whatever was sent, the other requests go on
+            _log.error("request %s could not be queued", request.external_request_id, exc_info=error)
+            self.reject_request(request.request_id, f"{type(error).__name__}: {error}", "failed")
+
+    def reject_request(self, request_id: int, error: str, kind: ErrorKind) -> None:
+        """Answer a request that is not queued: an output with finish reason ``error`` and the reason."""
+        self._rejected_outputs.append(
+            EngineCoreOutput(request_id, [], finish_reason="error", error=error, error_kind=kind)
+        )
 
     def abort_requests(self, request_ids: list[int]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""

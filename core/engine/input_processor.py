@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -15,13 +16,15 @@ from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.target import load_target
-from quire.core.sampling_params import SamplingParams
+from quire.core.sampling_params import SamplingParams, check_text, to_integer
 
 __all__ = ["InputProcessor", "Prompt"]
 
 Prompt = str | Sequence[int]
 
 _log = logging.getLogger("quire.engine")
+_MAX_ID_CHARS = 512
+"""The longest request id and cache salt."""
 
 
 class InputProcessor:
@@ -60,10 +63,19 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> list[EngineCoreRequest]:
-        """One core request for each of the ``n`` continuations; the later ones name the first as their parent."""
+        """One core request for each of the ``n`` continuations; the later ones name the first as their parent.
+
+        Their ``params`` are copies, checked anew: what the caller changes later reaches nobody. Raises
+        ``InvalidRequestError``, whatever the arguments are.
+        """
+        params = self._copy_params(params)
+        check_text("request_id", request_id, _MAX_ID_CHARS)
+        if cache_salt is not None:
+            check_text("cache_salt", cache_salt, _MAX_ID_CHARS)
         prompt_token_ids = self._encode_prompt(prompt) if isinstance(prompt, str) else self._check_token_ids(prompt)
         self._check_length(prompt_token_ids, params)
         self._check_params(params)
+        priority = to_integer("priority", priority)
         arrival_ns = time.time_ns()
         requests: list[EngineCoreRequest] = []
         for index in range(params.n):
@@ -86,6 +98,11 @@ class InputProcessor:
             )
         return requests
 
+    def _copy_params(self, params: SamplingParams) -> SamplingParams:
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"the parameters must be SamplingParams, got {params!r:.60}", "sampling_params")
+        return msgspec.structs.replace(params)
+
     def _encode_prompt(self, text: str) -> list[int]:
         min_tokens = len(text) // self.tokenizer.max_token_chars
         if min_tokens >= self.max_model_len:
@@ -106,22 +123,28 @@ class InputProcessor:
         return ids
 
     def _check_token_ids(self, ids: Sequence[int]) -> list[int]:
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+        if isinstance(ids, bytes | Mapping) or not hasattr(ids, "__len__") or not hasattr(ids, "__iter__"):
+            raise InvalidRequestError(f"the prompt must be text or token ids, got {ids!r:.60}", "prompt")
+        if len(ids) >= self.max_model_len:
+            raise self._too_long_error(len(ids))  # before any of them is looked at
+        token_ids = list(ids)
+        # The common case in three passes without Python code for each token.
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+            return token_ids
+        for i, token in enumerate(token_ids):
+            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
                 raise InvalidRequestError(
-                    f"prompt holds {token!r}, which is no token id; ids go from 0 to {self.vocab_size - 1}", "prompt"
+                    f"prompt holds {token!r:.60}, which is no token id; ids go from 0 to {self.vocab_size - 1}",
+                    "prompt",
                 )
-        return list(ids)
+            token_ids[i] = operator.index(token)  # numpy's integers, for one
+        return token_ids
 
     def _check_length(self, ids: list[int], params: SamplingParams) -> None:
         if not ids:
             raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
         if len(ids) >= self.max_model_len:
-            raise ContextLengthError(
-                self.max_model_len,
-                f"However, the prompt has {len(ids)} tokens, and at most {self.max_model_len - 1} can be prompt: "
-                "shorten it or raise --max-model-len",
-            )
+            raise self._too_long_error(len(ids))
         if params.min_tokens and len(ids) + params.min_tokens > self.max_model_len:
             raise ContextLengthError(
                 self.max_model_len,
@@ -138,6 +161,13 @@ class InputProcessor:
         if unknown:
             _log.warning("EOS tokens %s are not used: the model has tokens 0 to %d", unknown, self.vocab_size - 1)
         return [token for token in eos_token_ids if token not in unknown]
+
+    def _too_long_error(self, num_tokens: int) -> ContextLengthError:
+        return ContextLengthError(
+            self.max_model_len,
+            f"However, the prompt has {num_tokens} tokens, and at most {self.max_model_len - 1} can be prompt: "
+            "shorten it or raise --max-model-len",
+        )
 
     def _check_params(self, params: SamplingParams) -> None:
         for token in params.stop_token_ids:

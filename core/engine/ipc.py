@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -20,6 +21,7 @@ __all__ = [
     "MessageToCore",
     "Shutdown",
     "StartEngine",
+    "UnreadableRequest",
 ]
 
 
@@ -34,6 +36,13 @@ class AddRequests(msgspec.Struct, tag=True, array_like=True):
     """Requests to queue."""
 
     requests: list[EngineCoreRequest]
+
+
+class UnreadableRequest(NamedTuple):
+    """A request of ``AddRequests`` with fields that have no meaning, and the reason."""
+
+    request_id: int
+    error: str
 
 
 class AbortRequests(msgspec.Struct, tag=True, array_like=True):
@@ -97,6 +106,20 @@ class MessageCodec:
         """Decode any later message to the engine core."""
         message: MessageToCore = self._to_core_decoder.decode(data)
         return message
+
+    def decode_each_request(self, data: bytes) -> Iterator[EngineCoreRequest | UnreadableRequest]:
+        """Each request of a message that ``decode_to_core`` could not decode: those that are sound, and which are not
+        and why. Nothing where the message is none of requests."""
+        message = msgspec.msgpack.decode(data)
+        if not isinstance(message, list) or message[:1] != [AddRequests.__name__]:
+            return
+        requests = message[-1]
+        for fields in requests if isinstance(requests, list) else []:
+            try:
+                yield msgspec.convert(fields, EngineCoreRequest)
+            except Exception as error:
+                if isinstance(fields, list) and fields and isinstance(fields[0], int):
+                    yield UnreadableRequest(fields[0], str(error))
 
     def decode_from_core(self, data: bytes) -> MessageFromCore:
         """Decode a message to the API process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["ExporterGroup", "FailedRequest", "OutputProcessor", "ProcessedOutputs"]
+
+_log = logging.getLogger("quire.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class OutputProcessor:
         """Expect outputs for these core requests."""
         ids = requests[0].prompt_token_ids
         children = {
-            r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, params) if params.detokenize else None)
+            r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, r.params) if r.params.detokenize else None)
             for i, r in enumerate(requests)
         }
         state = RequestState(request_id, prompt, ids, params, mode, time.monotonic(), children)
@@ -112,22 +115,35 @@ class OutputProcessor:
         for output in outputs.outputs:
             state = self._state_of_core_request.get(output.request_id)
             if state is not None and not state.children[output.request_id].is_done:
-                self._process_output(state, state.children[output.request_id], output, processed, now)
+                try:
+                    self._process_output(state, state.children[output.request_id], output, processed, now)
+                except Exception as error:
+                    self._fail_request(state, error, processed)
         for core_id, tokens in outputs.iter_new_tokens():
             state = self._state_of_core_request.get(core_id)
             if state is None:
                 continue
             child = state.children[core_id]
             if not child.is_done:
-                stopped_early = self._append_tokens(child, tokens, None)
-                gaps += child.record_gaps(len(tokens), now)
-                if stopped_early:
-                    processed.requests_to_abort.append(core_id)
-                    self._record_finished(state, child, "stop", now)
-                self._emit_request_output(state, child, tokens, None, processed)
+                try:
+                    stopped_early = self._append_tokens(child, tokens, None)
+                    gaps += child.record_gaps(len(tokens), now)
+                    if stopped_early:
+                        processed.requests_to_abort.append(core_id)
+                        self._record_finished(state, child, "stop", now)
+                    self._emit_request_output(state, child, tokens, None, processed)
+                except Exception as error:
+                    self._fail_request(state, error, processed)
         if gaps:
             self._exporters.record_tokens(0, len(gaps), None, gaps)
         return processed
+
+    def _fail_request(self, state: RequestState, error: Exception, processed: ProcessedOutputs) -> None:
+        """The outputs of one request cannot be processed: it ends, and the others go on."""
+        _log.error("the outputs of request %s cannot be processed", state.request_id, exc_info=error)
+        processed.requests_to_abort.extend(self.remove_request(state.request_id))
+        message = f"{type(error).__name__}: {error}"
+        processed.failed_requests.append(FailedRequest(state.request_id, message, "failed"))
 
     def _process_output(
         self,

@@ -157,7 +157,6 @@ class Scheduler:
         self._num_arrivals += 1
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = []
-        self._requests[request.request_id] = request
         # With n > 1, the later requests wait for the first one's prompt, to share its blocks.
         parent = None if request.parent_id is None else self._requests.get(request.parent_id)
         if parent is not None and not self._is_prompt_computed(parent):
@@ -165,6 +164,7 @@ class Scheduler:
             self._waiting.park_request(request)
         else:
             self._waiting.add_request(request)
+        self._requests[request.request_id] = request
 
     def abort_request(self, request_id: int) -> bool:
         """End a request now: its blocks and its row are free when this returns, and its tokens in flight are dropped.

@@ -129,11 +129,12 @@ class WaitingQueue:
 
     def _insert_front(self, key: tuple[Any, ...], request: Request) -> None:
         index = bisect_left(self._front_keys, key)
-        slot = self._free_slots.pop()
+        slot = self._free_slots[-1]
+        self._columns.set_request(slot, request, 0, 0)  # first: where it raises, nothing has changed
+        self._free_slots.pop()
         self._front_keys.insert(index, key)
         self._front_slots.insert(index, slot)
         self._slot_requests[slot] = request
-        self._columns.set_request(slot, request, 0, 0)
 
     def _delete_front(self, index: int) -> Request:
         del self._front_keys[index]
