@@ -121,6 +121,10 @@ class SchedulerOutput:
     The worker applies, in this order: ``freed_rows``, ``new_requests``, ``block_diffs``, ``block_copies``; then runs
     ``num_scheduled_tokens[i]`` tokens of row ``rows[i]`` from its first uncomputed position. Grants of one token to
     requests that decode come first (``num_decodes`` of them), then those with drafts.
+
+    Steps that were launched before the scheduler knew that one before them failed still hold the failed step's rows:
+    what they write for these goes to block 0, until a new request takes the row. A new request replaces whatever its
+    row held, also where the step that freed the row was lost; a row may be named as freed once more.
     """
 
     step: int

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.kv import Allocation, KVAllocator
+from quire.core.contracts.kv import KVAllocator
 from quire.core.messages import SchedulerOutput
 from quire.core.request import Request
 from quire.core.sched.policy_guard import CheckedPlan
 from quire.core.sched.running_batch import NEVER, RunningBatch
-from quire.core.sched.scheduled_batch import ScheduledBatch, ScheduledRows
+from quire.core.sched.scheduled_batch import Fork, ScheduledBatch, ScheduledRows
 from quire.core.sched.speculation import Speculation
 from quire.core.sched.waiting_queue import WaitingQueue
 
@@ -226,12 +226,16 @@ class BatchBuilder:
         # What is computed already: a parent's prompt (all but its last token, which gives the first logits), or a
         # prefix that is cached.
         prefix_match = None
-        forked = self._fork_parent(request)
-        if forked is None:
-            prefix_match = allocator.match_prefix(request)
-            computed = prefix_match.num_tokens
-        else:
+        parent = self._find_fork_parent(request)
+        forked = None if parent is None else allocator.fork_blocks(parent, request, request.prompt_len - 1)
+        if parent is not None and forked is not None:
             computed = request.prompt_len - 1
+            # Steps in flight may still have to compute the parent's prompt, and may fail.
+            committed = min(int(table.num_committed_tokens[parent.row]), computed)
+            num_cached = parent.num_cached_tokens  # what the parent computes for both was not in the cache
+        else:
+            prefix_match = allocator.match_prefix(request)
+            computed = committed = num_cached = prefix_match.num_tokens
         granted = min(num_tokens, total - computed)
         num_slots = computed + granted
         num_slots = max(num_slots, min(num_slots + self._num_lookahead_tokens, request.max_total_tokens - 1))
@@ -253,16 +257,16 @@ class BatchBuilder:
         batch.prefix_hit_refund |= granted < num_tokens
         batch.reserved_blocks += rest
         self._waiting.remove_request(request)
-        row = table.add_row(request, computed, table.next_block_boundary(num_slots - 1))
+        row = table.add_row(request, computed, committed, table.next_block_boundary(num_slots - 1))
         if self._speculation is not None:
             self._speculation.reset_row(row)
-        if forked is not None:
+        if parent is not None and forked is not None:
             batch.record_allocation(row, forked)
+            batch.forks.append(Fork(request, parent))
         batch.record_allocation(row, allocation)
         if not request.first_scheduled_ns:  # else it was preempted
             request.first_scheduled_ns = self._clock()
-            if forked is None:
-                request.num_cached_tokens = computed
+            request.num_cached_tokens = num_cached
         if request.prompt_logprobs is not None and request.num_output_tokens == 0:
             request.prompt_logprobs = []  # of a prompt that was preempted half way: gathered again from its start
         batch.add_new_request(request, computed)
@@ -272,8 +276,8 @@ class BatchBuilder:
         batch.token_budget -= granted
         return True
 
-    def _fork_parent(self, request: Request) -> Allocation | None:
-        """Share the prompt of the request's parent, if the parent runs and earlier steps computed the whole prompt. The
+    def _find_fork_parent(self, request: Request) -> Request | None:
+        """The request's parent, if its prompt can be shared: it runs, and earlier steps compute the whole prompt. The
         child goes on at the last prompt token, so its allocation at once copies the block that both would write; the
         parent keeps its own."""
         if request.parent_id is None or request.num_output_tokens or request.skip_prefix_cache:
@@ -282,11 +286,7 @@ class BatchBuilder:
         if parent is None or parent.row < 0 or self._running.num_computed_tokens[parent.row] < parent.prompt_len:
             return None
         same = parent.cache_salt == request.cache_salt and parent.token_ids[: parent.prompt_len] == request.token_ids
-        if not same or request.prompt_len == 1:
-            return None
-        # What the parent computed for both was not in the cache.
-        request.num_cached_tokens = parent.num_cached_tokens
-        return self._allocator.fork_blocks(parent, request, request.prompt_len - 1)
+        return parent if same and request.prompt_len > 1 else None
 
     def _count_reserved_blocks(self) -> int:
         """Blocks per group that the running requests lack for the tokens that they have."""

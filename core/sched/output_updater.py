@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from quire.core.messages import (
 )
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.running_batch import RunningBatch
+from quire.core.sched.scheduled_batch import Fork
 from quire.core.sched.speculation import Speculation
 
 __all__ = ["InFlightStep", "OutputUpdater"]
@@ -39,12 +40,24 @@ class InFlightStep:
     requests: NDArray[Any]  # (num_reqs,) Request objects
     generations: NDArray[np.int64]  # (num_reqs,)
     num_computed_tokens: NDArray[np.int64]  # (num_reqs,) after the step
+    forks: list[Fork] = field(default_factory=list)
+    """Requests that were admitted with the blocks of their parents."""
 
     @classmethod
-    def from_running(cls, step: SchedulerOutput, running: RunningBatch) -> InFlightStep:
+    def from_running(cls, step: SchedulerOutput, running: RunningBatch, forks: list[Fork]) -> InFlightStep:
         """Take the state right after the step was scheduled."""
         rows = step.rows
-        return cls(step, running.requests[rows], running.generations[rows], running.num_computed_tokens[rows])
+        return cls(step, running.requests[rows], running.generations[rows], running.num_computed_tokens[rows], forks)
+
+    def prompt_requests(self) -> list[Request]:
+        """The requests of whose prompt the step computes a part that children share: all but its last token."""
+        num_computed_before = self.num_computed_tokens - self.step.num_scheduled_tokens
+        requests: list[Request] = self.requests.tolist()
+        return [
+            request
+            for request, num_tokens in zip(requests, num_computed_before.tolist(), strict=True)
+            if num_tokens < request.prompt_len - 1
+        ]
 
 
 class OutputUpdater:

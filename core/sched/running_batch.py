@@ -168,12 +168,13 @@ class RunningBatch(StateColumns):
         """Rows that no request has."""
         return len(self._free_rows)
 
-    def add_row(self, request: Request, num_computed_tokens: int, num_slots: int) -> int:
-        """Give the request a row, with ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``."""
+    def add_row(self, request: Request, num_computed_tokens: int, num_committed_tokens: int, num_slots: int) -> int:
+        """Give the request a row, with ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``. Fewer
+        tokens are committed where steps in flight compute some of them, for the parent of a fork."""
         row = self._free_rows.pop()
         self._last_generation += 1
         self.set_request(row, request, num_computed_tokens, num_slots)
-        self.num_committed_tokens[row] = num_computed_tokens
+        self.num_committed_tokens[row] = num_committed_tokens
         self.num_device_drafts[row] = 0
         self.cache_blocks_at[row] = self.next_block_boundary(num_computed_tokens) if self._prefix_caching else NEVER
         self.free_window_at[row] = self._first_window_free
@@ -202,6 +203,12 @@ class RunningBatch(StateColumns):
         """Rows freed since the last call."""
         freed, self._freed_rows = self._freed_rows, []
         return freed
+
+    def restore_freed_rows(self, rows: list[int]) -> None:
+        """The step that named these rows as freed failed: the next ``take_freed_rows`` names those that are still free,
+        because the worker may not have learned of them."""
+        named, free = set(self._freed_rows), set(self._free_rows)
+        self._freed_rows += [row for row in rows if row in free and row not in named]
 
     def next_block_boundary(self, num_tokens: int) -> int:
         """The first multiple of the block size above ``num_tokens``."""

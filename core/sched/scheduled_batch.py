@@ -12,7 +12,7 @@ from quire.core.contracts.kv import Allocation
 from quire.core.messages import BlockCopy, BlockDiff, NewRequest
 from quire.core.request import Request
 
-__all__ = ["RowCopy", "ScheduledBatch", "ScheduledRows"]
+__all__ = ["Fork", "RowCopy", "ScheduledBatch", "ScheduledRows"]
 
 
 class ScheduledRows(NamedTuple):
@@ -21,6 +21,13 @@ class ScheduledRows(NamedTuple):
     rows: NDArray[np.int64]  # (n,)
     num_scheduled_tokens: NDArray[np.int64]  # (n,) drafts included
     num_draft_tokens: NDArray[np.int64]  # (n,)
+
+
+class Fork(NamedTuple):
+    """A request that was admitted with blocks of its parent, which steps in flight may still have to fill."""
+
+    child: Request
+    parent: Request
 
 
 class RowCopy(NamedTuple):
@@ -49,6 +56,7 @@ class ScheduledBatch:
     new_requests: list[NewRequest] = field(default_factory=list)
     block_diffs: list[BlockDiff] = field(default_factory=list)
     block_copies: list[RowCopy] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
 
     def scheduled_rows(self) -> NDArray[np.int64]:
         """Rows that have their grant of this step."""
@@ -89,3 +97,4 @@ class ScheduledBatch:
         self.new_requests = [new for new in self.new_requests if generations[new.row] > 0]
         self.block_diffs = [diff for diff in self.block_diffs if generations[diff.row] > 0]
         self.block_copies = [copy for copy in self.block_copies if generations[copy.row] > 0]
+        self.forks = [fork for fork in self.forks if fork.child.row >= 0]

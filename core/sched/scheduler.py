@@ -199,12 +199,15 @@ class Scheduler:
         return self._output_updater.update_from_output(self._pop_oldest_step(step), output)
 
     def fail_step(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
-        """``step``, the oldest in flight, failed on the worker: its requests end with ``error``, the others go on."""
+        """``step``, the oldest in flight, failed on the worker: its requests end with ``error``, the others go on. With
+        its requests end those that share a prompt which it was to compute. Nothing of it enters the prefix cache."""
         outputs = []
-        for request in self._pop_oldest_step(step).requests:
+        failed = self._pop_oldest_step(step)
+        for request in (*failed.requests, *self._find_children_of(failed)):
             if request.status is not RequestStatus.FINISHED:
                 self._finish_request(request, "error", None)
                 outputs.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
+        self._running.restore_freed_rows(step.freed_rows)
         return EngineCoreOutputs(outputs)
 
     def retract_step(self, step: SchedulerOutput) -> bool:
@@ -221,8 +224,12 @@ class Scheduler:
         if step.num_draft_tokens is not None:
             never_sampled += step.num_draft_tokens
         self._running.num_in_flight_tokens[step.rows] -= never_sampled
+        entered = {new.request_id for new in step.new_requests}
         for request in in_flight_step.requests:
+            if request.request_id in entered and not request.num_preemptions:
+                request.first_scheduled_ns = request.num_cached_tokens = 0  # it was its first grant
             self._preempt_request(request)
+        self._running.restore_freed_rows(step.freed_rows)
         return True
 
     def disable_speculation(self) -> None:
@@ -308,7 +315,7 @@ class Scheduler:
     def _close_batch(self, batch: ScheduledBatch) -> SchedulerOutput:
         step = self._batch_builder.make_output(batch, self._num_steps)
         self._num_steps += 1
-        in_flight_step = InFlightStep.from_running(step, self._running)
+        in_flight_step = InFlightStep.from_running(step, self._running, batch.forks)
         self._in_flight.append(in_flight_step)
         if self._fork_groups:
             # Requests that sample have their whole prompt computed, in stream order: their children may share it.
@@ -321,6 +328,18 @@ class Scheduler:
         oldest = in_flight_step.step
         assert oldest is step, f"step {step.step} is not the oldest in flight, {oldest.step} is"
         return in_flight_step
+
+    def _find_children_of(self, failed: InFlightStep) -> list[Request]:
+        """Requests in later steps that share blocks which ``failed`` was to fill with a prompt: what those steps sample
+        for them is worthless."""
+        without_prompt = set(failed.prompt_requests())
+        children = []
+        for later in self._in_flight:
+            for fork in later.forks:
+                if fork.parent in without_prompt:
+                    without_prompt.add(fork.child)
+                    children.append(fork.child)
+        return children
 
     # ---- A request leaves its row, or the engine.
 

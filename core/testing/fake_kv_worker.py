@@ -15,6 +15,9 @@ __all__ = ["FakeKVWorker", "compute_expected_tokens"]
 
 _FIRST_MARK = 1
 
+_GARBAGE = -1
+"""The mark of a slot that a failed step was to write (no hash is -1), and the token that is sampled from such slots."""
+
 
 class FakeKVWorker:
     """Executes steps in the order in which they are given, as a device does.
@@ -23,6 +26,9 @@ class FakeKVWorker:
     each position it attends to holds the mark it must hold, so that any mistake in block tables, sharing, copies,
     reuse or freeing of blocks is an ``AssertionError`` in the step that would have computed a wrong token. The token
     sampled depends on the request's seed and on all tokens before it: see ``compute_expected_tokens``.
+
+    A step that fails (``fail_step``) leaves garbage in the slots that it was to write. What a step behind it computes
+    from garbage is garbage as well, and samples the token -1, which no request may ever receive.
 
     Where steps ask for drafts, each of them is right with probability ``draft_accuracy``.
     """
@@ -39,13 +45,12 @@ class FakeKVWorker:
         self._rows: dict[int, _Row] = {}
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # slot -> mark
         self._next_step = 0
+        self._rows_left_with: dict[int, set[int]] = {}  # by failed step: rows that it freed, unknown to the worker
+        self._may_be_freed_again: set[int] = set()
 
     def execute_step(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Apply the differences, compute the grants, sample."""
-        assert step.step == self._next_step, f"step {step.step} came instead of {self._next_step}"
-        self._next_step += 1
-        self._update_states(step)
-        self._check_step(step)
+        self._begin_step(step)
         grants = list(
             zip(step.rows.tolist(), step.num_scheduled_tokens.tolist(), step.sampling_mask.tolist(), strict=True)
         )
@@ -53,8 +58,9 @@ class FakeKVWorker:
         written: list[set[int]] = [set() for _ in self._groups]  # slots, by group
         for (row, count, _), drafted in zip(grants, drafts, strict=True):
             assert drafted == 0 or count == 1 + drafted, "drafts come beside one token"
-            self._rows[row].append_drafts(drafted)
-            self._write_kv(self._rows[row], count, written)
+            if not self._rows[row].is_garbage:
+                self._rows[row].append_drafts(drafted)
+                self._write_kv(self._rows[row], count, written)
         result = ModelRunnerOutput(
             step.step,
             np.zeros((len(grants), 1 + max(drafts)), np.int32),
@@ -62,6 +68,10 @@ class FakeKVWorker:
             num_verified_drafts=None if step.num_draft_tokens is None else step.num_draft_tokens.copy(),
         )
         for index, (row, count, samples) in enumerate(grants):
+            if self._rows[row].is_garbage or self._reads_garbage(self._rows[row]):
+                self._garble_row(self._rows[row], count)
+                result.sampled_token_ids[index, 0], result.num_sampled_tokens[index] = _GARBAGE, samples
+                continue
             assert self._rows[row].num_computed_tokens <= step.max_seq_lens[index], "max_seq_lens is no upper bound"
             self._check_kv_reads(self._rows[row], step.max_seq_len)
             self._sample_tokens(self._rows[row], index, count, samples, drafts[index], result)
@@ -70,11 +80,48 @@ class FakeKVWorker:
             )
         return result
 
+    def fail_step(self, step: SchedulerOutput, *, read_differences: bool) -> None:
+        """Fail on a step: while it is computed, or (without ``read_differences``) before anything of it is known. The
+        rows of its requests are garbage until others take them."""
+        rows_before = dict(self._rows)
+        self._begin_step(step)
+        for row, count in zip(step.rows.tolist(), step.num_scheduled_tokens.tolist(), strict=True):
+            request = self._rows[row]
+            if not request.is_garbage:
+                request.num_computed_tokens += count
+            self._garble_row(request, count)
+        if read_differences:
+            self._may_be_freed_again.update(step.freed_rows)
+        else:
+            self._rows_left_with[step.step] = set(step.freed_rows)
+            failed_rows = {row: rows_before.get(row, self._rows[row]) for row in step.rows.tolist()}
+            self._rows = rows_before | failed_rows
+            for request in failed_rows.values():
+                request.is_garbage = True
+
+    def note_reported_failure(self, step: SchedulerOutput) -> None:
+        """The scheduler knows that the step has failed: from now on it may give away rows that the step freed only if
+        it names them as freed once more."""
+        self._rows_left_with.pop(step.step, None)
+
+    def holds_garbage(self, group: int, block: int) -> bool:
+        """Whether a slot of the block was to be written by a step that failed, and was not written since."""
+        slots, size = self._slots[group], self._block_size
+        return any(slots.get(slot) == _GARBAGE for slot in range(block * size, (block + 1) * size))
+
+    def _begin_step(self, step: SchedulerOutput) -> None:
+        assert step.step == self._next_step, f"step {step.step} came instead of {self._next_step}"
+        self._next_step += 1
+        self._update_states(step)
+        self._check_step(step)
+
     def _update_states(self, step: SchedulerOutput) -> None:
         for row in step.freed_rows:
-            assert self._rows.pop(row, None) is not None, f"row {row} was freed, but no request holds it"
+            is_known = self._rows.pop(row, None) is not None
+            assert is_known or row in self._may_be_freed_again, f"row {row} was freed, but no request holds it"
         for new in step.new_requests:
-            assert new.row not in self._rows, f"row {new.row} is given to {new.request_id}, but was not freed"
+            is_free = new.row not in self._rows or any(new.row in rows for rows in self._rows_left_with.values())
+            assert is_free, f"row {new.row} is given to {new.request_id}, but was not freed"
             self._rows[new.row] = _Row(new, list(new.token_ids), new.num_computed_tokens, [{} for _ in self._groups])
         for diff in step.block_diffs:
             table = self._rows[diff.row].blocks[diff.group]
@@ -83,6 +130,8 @@ class FakeKVWorker:
                 table[diff.start + i] = block
         for draft in step.host_drafts:
             request = self._rows[draft.row]
+            if request.is_garbage:
+                continue
             sampled_since = request.tokens[draft.base_len :]
             agrees = draft.token_ids[: len(sampled_since)] == sampled_since
             request.host_draft = draft.token_ids[len(sampled_since) :] if agrees else []
@@ -124,15 +173,33 @@ class FakeKVWorker:
 
     def _check_kv_reads(self, row: _Row, max_seq_len: int) -> None:
         assert row.num_computed_tokens <= max_seq_len, f"{row.new.request_id} is longer than max_seq_len={max_seq_len}"
-        for group, (spec, table) in enumerate(zip(self._groups, row.blocks, strict=True)):
-            first = 0 if spec.window is None else max(row.num_computed_tokens - spec.window, 0)
-            for position in range(first, row.num_computed_tokens):
-                slot = table[position // self._block_size] * self._block_size + position % self._block_size
-                mark = self._slots[group].get(slot)
+        for group, table in enumerate(row.blocks):
+            marks = self._read_marks(row, group)
+            first = row.num_computed_tokens - len(marks)
+            for position, mark in enumerate(marks, first):
                 assert mark == row.marks[position], (
                     f"{row.new.request_id} reads another's key at position {position}, group {group}, "
-                    f"block {slot // self._block_size}"
+                    f"block {table[position // self._block_size]}"
                 )
+
+    def _reads_garbage(self, row: _Row) -> bool:
+        return any(_GARBAGE in self._read_marks(row, group) for group in range(len(self._groups)))
+
+    def _read_marks(self, row: _Row, group: int) -> list[int | None]:
+        """The marks of the positions that the row's next token attends to in a group."""
+        window, table, size = self._groups[group].window, row.blocks[group], self._block_size
+        first = 0 if window is None else max(row.num_computed_tokens - window, 0)
+        slots = (table[i // size] * size + i % size for i in range(first, row.num_computed_tokens))
+        return [self._slots[group].get(slot) for slot in slots]
+
+    def _garble_row(self, row: _Row, count: int) -> None:
+        """The last ``count`` tokens that count as computed are not, and nothing that comes of the row is to be used."""
+        if not row.is_garbage:
+            row.is_garbage = True
+            for group, table in enumerate(row.blocks):
+                for position in range(row.num_computed_tokens - count, row.num_computed_tokens):
+                    slot = table[position // self._block_size] * self._block_size + position % self._block_size
+                    self._slots[group][slot] = _GARBAGE
 
     def _sample_tokens(
         self, row: _Row, index: int, count: int, samples: bool, drafted: int, result: ModelRunnerOutput
@@ -179,6 +246,7 @@ class _Row:
     blocks: list[dict[int, int]]
     marks: list[int] = field(default_factory=list)
     host_draft: list[int] = field(default_factory=list)
+    is_garbage: bool = False
 
     def append_drafts(self, count: int) -> None:
         """Append ``count`` drafts to the tokens, zeros where there are too few."""

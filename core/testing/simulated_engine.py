@@ -22,7 +22,8 @@ class SimulatedStep(NamedTuple):
     """A step in flight: the worker has executed it, the scheduler has not seen its output."""
 
     step: SchedulerOutput
-    output: ModelRunnerOutput
+    output: ModelRunnerOutput | None
+    """None: the worker failed on the step."""
 
 
 class SimulatedEngine:
@@ -118,34 +119,40 @@ class SimulatedEngine:
 
     def launch_step(self) -> SchedulerOutput | None:
         """Schedule a step and send it to the worker, unless as many as allowed are in flight. None: no step."""
-        self._num_turns += 1
-        if len(self.in_flight) >= self._max_in_flight:
-            return None
-        step = self.scheduler.schedule()
+        step = self._schedule_step()
         if step is not None:
             self.in_flight.append(SimulatedStep(step, self.worker.execute_step(step)))
-        elif not self.in_flight:
-            assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step
 
+    def launch_failing_step(self, *, read_differences: bool = True) -> SchedulerOutput | None:
+        """As ``launch_step``, but the worker fails: while it computes the step, or before it has read the differences
+        to the step before. The scheduler is told of it by ``finish_step``."""
+        step = self._schedule_step()
+        if step is not None:
+            self.worker.fail_step(step, read_differences=read_differences)
+            self.in_flight.append(SimulatedStep(step, None))
+        return step
+
+    def launch_step_out_of_memory(self, *, read_differences: bool = True) -> bool:
+        """As ``launch_failing_step``, but the scheduler is told at once that memory ran out. Whether it computes the
+        step's requests again in smaller ones; if not, or if there was no step, the step has failed."""
+        step = self.launch_failing_step(read_differences=read_differences)
+        if step is None or not self.scheduler.retract_step(step):
+            return False
+        self.worker.note_reported_failure(self.in_flight.pop().step)
+        return True
+
     def finish_step(self) -> list[EngineCoreOutput]:
-        """Apply the output of the oldest step in flight, and check what the requests receive."""
-        outputs = self.scheduler.update_from_output(*self.in_flight.popleft()).expand_outputs()
+        """Apply the output of the oldest step in flight, or tell the scheduler that it failed, and check what the
+        requests receive."""
+        step, output = self.in_flight.popleft()
+        if output is None:
+            self.worker.note_reported_failure(step)
+            outputs = self.scheduler.fail_step(step, "the worker failed").expand_outputs()
+        else:
+            outputs = self.scheduler.update_from_output(step, output).expand_outputs()
         self._check_outputs(outputs)
         return outputs
-
-    def fail_step(self) -> list[EngineCoreOutput]:
-        """Go on as if the oldest step in flight had failed on the worker."""
-        outputs = self.scheduler.fail_step(self.in_flight.popleft().step, "the worker failed").expand_outputs()
-        self._check_outputs(outputs)
-        return outputs
-
-    def retract_step(self) -> bool:
-        """Go on as if the step launched last had run out of memory. Whether it is retried in smaller steps."""
-        retried = self.scheduler.retract_step(self.in_flight[-1].step)
-        if retried:
-            self.in_flight.pop()
-        return retried
 
     def run_step(self) -> None:
         """Do what the engine core does: launch a step, then finish the one before it."""
@@ -160,6 +167,15 @@ class SimulatedEngine:
                 return
             self.run_step()
         raise AssertionError(f"requests are unfinished after {limit} turns: no progress")
+
+    def _schedule_step(self) -> SchedulerOutput | None:
+        self._num_turns += 1
+        if len(self.in_flight) >= self._max_in_flight:
+            return None
+        step = self.scheduler.schedule()
+        if step is None and not self.in_flight:
+            assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
+        return step
 
     def _check_outputs(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:

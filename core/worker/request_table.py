@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.sampler import SamplingTable
@@ -113,6 +114,12 @@ class RequestTable:
             block_ids = [block for diff in group_diffs for block in diff.block_ids]
             packed = copy_to_device([rows, columns, block_ids], torch.int64, self.device)  # (3, n)
             block_table[packed[0], packed[1]] = packed[2].int()
+
+    def clear_block_tables(self, rows: NDArray[np.int32]) -> None:
+        """Make block 0 of all blocks of these rows: what is written for them harms nobody's keys and values."""
+        device_rows = copy_to_device(rows, torch.int64, self.device)
+        for block_table in self.block_tables:
+            block_table.index_fill_(0, device_rows, 0)
 
     def place_host_drafts(self, host_drafts: Sequence[HostDraft], vocab_size: int) -> None:
         """Make drafts of what a proposer on the host expects, where that agrees with what was sampled since."""

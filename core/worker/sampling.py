@@ -123,7 +123,9 @@ class SamplingRunner:
         self._has_penalties[row] = penalties != neutral
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         for active in list(self._processors):  # a copy: quarantine removes from it
-            active.rows.discard(row)  # of the row's last request
+            if row in active.rows:  # of the row's last request, which left with a step that failed
+                active.rows.discard(row)
+                active.quarantine.call(active.processor.remove_row, row)
             if active.processor.argmax_invariant and params.greedy:
                 continue
             if active.quarantine.call(active.processor.add_row, request):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -171,8 +172,12 @@ class Worker:
         """Launch a step; returns before its tokens are known."""
         try:
             readback = self.model_runner.execute_step(step)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
+            # A step launched behind this one may still hold its rows, whose blocks it may not have learned.
+            with suppress(RuntimeError):  # a device that has failed: what happened first is the error to report
+                self.model_runner.table.clear_block_tables(step.rows)
             raise
         if self._compile_counter is not None:
             readback.num_compiled_kernels = self._compile_counter.take_count()

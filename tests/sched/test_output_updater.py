@@ -55,9 +55,9 @@ def test_a_failed_step_ends_its_own_requests_only(make_engine):
     engine = make_engine(rows=2)
     for i in range(3):
         engine.add_request(f"r{i}", [i] * 9, max_tokens=3)
+    engine.launch_failing_step()
     engine.launch_step()
-    engine.launch_step()
-    ended = engine.fail_step()
+    ended = engine.finish_step()
     assert [(o.request_id, o.finish_reason, o.error) for o in ended] == [
         (engine.numbers["r0"], "error", "the worker failed"),
         (engine.numbers["r1"], "error", "the worker failed"),
@@ -66,6 +66,55 @@ def test_a_failed_step_ends_its_own_requests_only(make_engine):
     engine.run_until_finished()
     assert engine.finished == {"r0": "error", "r1": "error", "r2": "length"}
     assert engine.allocator.num_free_blocks() == 63
+
+
+@pytest.mark.parametrize("read_differences", [True, False])
+@pytest.mark.parametrize("num_aborted", [0, 1])
+def test_a_prompt_that_failed_is_not_found_through_its_children(make_engine, read_differences, num_aborted):
+    """With n = 3, the children share blocks that were granted and never computed."""
+    engine = make_engine()
+    prompt = list(range(18))
+    for i in range(3):
+        engine.add_request(f"r{i}", prompt, parent="r0" if i else None, max_tokens=8)
+    engine.launch_failing_step(read_differences=read_differences)
+    engine.launch_step()
+    assert engine.scheduler.num_running == 3, "the children share the prompt before it is known to have failed"
+    for i in range(num_aborted):
+        engine.abort_request(f"r{i}")
+    engine.finish_step()
+    assert engine.finished == {f"r{i}": "abort" if i < num_aborted else "error" for i in range(3)}
+    assert engine.allocator.stats().num_cached == 0
+    engine.add_request("again", prompt, max_tokens=8)
+    engine.run_until_finished()
+    assert engine.outputs[-8].num_cached_tokens == 0 and engine.finished["again"] == "length"
+
+
+def test_children_of_a_computed_prompt_outlive_a_later_step_of_their_parent(make_engine):
+    engine = make_engine(rows=2)
+    for i in range(3):
+        engine.add_request(f"r{i}", [1, 2, 3, 4, 5], parent="r0" if i else None, max_tokens=4)
+    engine.run_step()
+    engine.finish_step()
+    engine.launch_failing_step()  # r0 decodes, r1 is admitted
+    engine.finish_step()
+    engine.run_until_finished()
+    assert engine.finished == {"r0": "error", "r1": "error", "r2": "length"}
+
+
+@pytest.mark.parametrize("read_differences", [True, False])
+def test_a_step_out_of_memory_leaves_no_trace_of_its_grants(make_engine, read_differences):
+    engine = make_engine(rows=2)
+    engine.add_request("a", [9] * 8, max_tokens=1)
+    engine.add_request("b", [8] * 8, max_tokens=30)
+    engine.launch_step()
+    engine.finish_step()  # "a" ends: the next step names its row as freed
+    engine.add_request("c", [9] * 12, max_tokens=3)
+    assert engine.launch_step_out_of_memory(read_differences=read_differences)
+    engine.add_request("d", [7] * 8, max_tokens=3)
+    engine.run_until_finished()
+    assert engine.finished == dict.fromkeys("abcd", "length")
+    cached = {output.request_id: output.num_cached_tokens for output in engine.outputs if output.num_cached_tokens}
+    assert cached == {engine.numbers["c"]: 8}, "what counts as cached is of the grant that was computed"
 
 
 # ---- what is sent

@@ -123,20 +123,38 @@ class SchedulerMachine(RuleBasedStateMachine):
     def launch(self):
         self.engine.launch_step()
 
-    @rule()
-    def run_out_of_memory(self):
-        if self.engine.launch_step() is not None:
-            self.engine.retract_step()
+    @rule(read_differences=st.booleans())
+    def run_out_of_memory(self, read_differences):
+        self.engine.launch_step_out_of_memory(read_differences=read_differences)
+
+    @rule(read_differences=st.booleans())
+    def fail(self, read_differences):
+        self.engine.launch_failing_step(read_differences=read_differences)
 
     @rule()
     @precondition(lambda self: self.engine.in_flight)
     def finish(self):
         self.engine.finish_step()
 
-    @rule()
-    @precondition(lambda self: self.engine.in_flight)
-    def fail(self):
-        self.engine.fail_step()
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=4, max_size=20),
+        family=st.integers(2, 3),
+        read_differences=st.booleans(),
+        then=st.sampled_from(["finish", "abort", "out of memory"]),
+    )
+    def prompt_fails_under_its_children(self, prompt, family, read_differences, then):
+        """Those that could be admitted share the prompt before it is known to have failed."""
+        first = f"r{self.count}"
+        for _ in range(family):
+            name = f"r{self.count}"
+            self.engine.add_request(name, prompt, parent=None if name == first else first, max_tokens=4)
+            self.count += 1
+        self.engine.launch_failing_step(read_differences=read_differences)
+        self.engine.launch_step()
+        if then == "abort" and first in self.alive:
+            self.engine.abort_request(first)
+        elif then == "out of memory":
+            self.engine.launch_step_out_of_memory(read_differences=read_differences)
 
     @rule(turns=st.integers(1, 12))
     def serve(self, turns):
@@ -145,13 +163,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self):
-        """Counts are exact, and a block that a running request will write is its own and not in the prefix cache."""
+        """Counts are exact; a block that a running request will write is its own and not in the prefix cache; and what
+        a failed step was to write is not there either."""
         if not hasattr(self, "engine"):
             return
         allocator, scheduler = self.engine.allocator, self.engine.scheduler
         table, blocks = scheduler.debug_state().running, allocator.debug_state()
         allocator.check_integrity()
         for group, pool in enumerate(blocks.pools):
+            for block in pool.cached_blocks.values():
+                assert not self.engine.worker.holds_garbage(group, block), f"block {block} is cached and not computed"
             writable = Counter()
             for row in table.rows.tolist():
                 computed = int(table.num_computed_tokens[row] - table.max_overcount[row])
