@@ -78,7 +78,7 @@ class Model(nn.Module, ABC):
         exactly once, streaming, and reports what is missing or left over."""
 
     def is_ignored_tensor(self, name: str) -> bool:
-        """Whether a checkpoint tensor may be left out (a tied ``lm_head.weight``, ``rotary_emb.inv_freq``)."""
+        """Whether a checkpoint tensor may be left out (``rotary_emb.inv_freq``)."""
         return False
 
     def process_weights_after_loading(self) -> Iterator[str]:

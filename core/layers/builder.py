@@ -72,12 +72,12 @@ class LayerBuilder:
     ) -> LMHead:
         """The language model's head. ``tied_to`` an embedding, it has no weights but those."""
         if tied_to is not None:
-            return LMHead(vocab_size, self.parallel, tied_to)
+            return LMHead(name, vocab_size, self.parallel, tied_to)
         shard_size = compute_vocab_shard_size(vocab_size, self.parallel)
         linear = self._make_linear(
             name, "lm_head", hidden_size, hidden_size, {name: vocab_size}, [shard_size], "column", False
         )
-        return LMHead(vocab_size, self.parallel, linear)
+        return LMHead(name, vocab_size, self.parallel, linear)
 
     def make_rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
         """An RMS norm, the same on every rank."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from quire.core.layers.parallel import TensorParallel
 from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 
 __all__ = ["LMHead", "VocabEmbedding", "compute_vocab_shard_size"]
+
+_log = logging.getLogger("quire.layers")
 
 
 def compute_vocab_shard_size(vocab_size: int, parallel: TensorParallel) -> int:
@@ -48,28 +52,68 @@ class VocabEmbedding(CheckpointLayer):
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """One for the whole table, of which this rank keeps its shard."""
-        return {f"{self.name}.weight": self._load_weight}
+        return {f"{self.name}.weight": self.load_weight}
 
-    def _load_weight(self, tensor: Tensor) -> None:
+    def load_weight(self, tensor: Tensor) -> None:
+        """Copy this rank's shard of the whole table into place."""
         check_tensor_shape(f"{self.name}.weight", tensor, (self.vocab_size, self.weight.shape[1]))
         shard = tensor[self.vocab_start_index : self.vocab_start_index + self.weight.shape[0]]
         self.weight[: len(shard)].copy_(shard)  # the last rank's padding stays zero
 
 
-class LMHead(nn.Module):
-    """Hidden states -> logits over the whole vocabulary, by a linear layer of its own or the embedding's weights."""
+class LMHead(CheckpointLayer):
+    """Hidden states -> logits over the whole vocabulary, by a linear layer of its own or the embedding's weights.
 
-    def __init__(self, vocab_size: int, parallel: TensorParallel, source: Linear | VocabEmbedding) -> None:
+    A checkpoint whose config.json ties the two may still hold a head (merged fine-tunes): it is used if it differs from
+    the embedding, as transformers does.
+    """
+
+    def __init__(self, name: str, vocab_size: int, parallel: TensorParallel, source: Linear | VocabEmbedding) -> None:
         super().__init__()
+        self.name = name
         self.vocab_size = vocab_size
         self.parallel = parallel
         self.tied = isinstance(source, VocabEmbedding)
         self.weight_source = source
+        self._stored_weight: Tensor | None = None
         self.small_batch_gemm: SmallBatchGemm | None = None
         if isinstance(source, VocabEmbedding):
             shard_size, hidden_size = source.weight.shape
             weight = source.weight
             self.small_batch_gemm = get_small_batch_gemm(weight.device, shard_size, hidden_size, weight.dtype)
+
+    def weight_loaders(self) -> dict[str, WeightLoader]:
+        """Of a tied head; another's weights are loaded by its linear layer."""
+        return {f"{self.name}.weight": self._load_weight} if self.tied else {}
+
+    def optional_tensors(self) -> set[str]:
+        """The weight: a tied head has none of its own."""
+        return set(self.weight_loaders())
+
+    def process_weights_after_loading(self) -> None:
+        """Take the head that the checkpoint holds beside a tied embedding, if they differ."""
+        embedding, stored = self.weight_source, self._stored_weight
+        if stored is None or not isinstance(embedding, VocabEmbedding):
+            return
+        self._stored_weight = None
+        own = VocabEmbedding(
+            self.name,
+            self.vocab_size,
+            embedding.weight.shape[1],
+            self.parallel,
+            embedding.weight.dtype,
+            embedding.weight.device,
+        )
+        own.load_weight(stored)
+        if not torch.equal(own.weight, embedding.weight):
+            _log.warning(
+                "config.json ties %s to the embedding, but the checkpoint has one that differs: used", self.name
+            )
+            self.tied = False
+            self.weight_source = own
+
+    def _load_weight(self, tensor: Tensor) -> None:
+        self._stored_weight = tensor  # the embedding may not be loaded yet
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""

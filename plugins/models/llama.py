@@ -75,8 +75,8 @@ class LlamaForCausalLM(Model):
         return collect_weight_loaders(self)
 
     def is_ignored_tensor(self, name: str) -> bool:
-        """Old checkpoints store rotary frequencies; some store a tied head."""
-        return name.endswith("rotary_emb.inv_freq") or (self.lm_head.tied and name == "lm_head.weight")
+        """Old checkpoints store rotary frequencies."""
+        return name.endswith("rotary_emb.inv_freq")
 
     def process_weights_after_loading(self) -> Iterator[str]:
         """Every layer repacks as its quantization method needs."""

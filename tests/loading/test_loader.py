@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.layers.shards import RankGroup, ThreadRank
 from tests.models.paged import CLASSES, PagedRunner, load
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.parallel import TensorParallel
@@ -90,7 +91,31 @@ def test_tied_head_stored_or_not(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, path / "model.safetensors")
-    load(path)
+    assert load(path).lm_head.tied
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_head_beside_a_tied_embedding_is_used_if_it_differs(tmp_path: Path, shards: int) -> None:
+    """Wherever it stands in the files, as transformers does."""
+    path = make_tiny_model("qwen3", tmp_path, tie_word_embeddings=True, num_hidden_layers=1, shards=shards)
+    [file] = [file for file in path.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(file)]
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=generator) * 0.2
+    if shards == 1:
+        save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    else:
+        save_file({"lm_head.weight": head}, path / "head.safetensors", metadata={"format": "pt"})
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = "head.safetensors"
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, prompt = load(path), list(range(20))
+    assert not model.lm_head.tied
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0, -1]
+    logits = PagedRunner(model, 1).step({0: prompt})[0]
+    torch.testing.assert_close(logits[-1] if logits.ndim == 2 else logits, expected, atol=5e-5, rtol=0)
 
 
 # ---- every way to be wrong: one line, naming what and how to mend it -------------------------------------------------
