@@ -106,6 +106,11 @@ class LinearMethod(ABC):
         """Those of ``tensor_names`` that a checkpoint may lack. ``info`` has one part alone."""
         return ()
 
+    def alias_names(self, info: LayerInfo) -> Mapping[str, str]:
+        """Other suffixes that tools write, and which of ``tensor_names`` each means; ``load_tensor`` gets the latter.
+        ``info`` has one part alone."""
+        return {}
+
     @abstractmethod
     def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int

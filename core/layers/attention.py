@@ -54,7 +54,7 @@ class Attention(nn.Module):
         eps = shape.qk_norm_eps
         self.q_norm = None if eps is None else builder.make_rms_norm(f"{name}.q_norm", shape.head_dim, eps)
         self.k_norm = None if eps is None else builder.make_rms_norm(f"{name}.k_norm", shape.head_dim, eps)
-        self.kv_scales = KVScales(name, builder.device)
+        self.kv_scales = KVScales(name, builder.device, builder.kv_dtype)
         self.spec = AttentionSpec(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,

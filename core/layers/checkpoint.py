@@ -15,6 +15,7 @@ __all__ = [
     "check_tensor_shape",
     "collect_weight_loaders",
     "find_optional_tensors",
+    "find_tensor_aliases",
     "process_weights_after_loading",
 ]
 
@@ -35,6 +36,10 @@ class CheckpointLayer(nn.Module, ABC):
         """Names in ``weight_loaders`` that a checkpoint may lack."""
         return set()
 
+    def tensor_aliases(self) -> dict[str, str]:
+        """Other names that a checkpoint may use, and the name in ``weight_loaders`` that each means."""
+        return {}
+
     def process_weights_after_loading(self) -> None:
         """Repack what was loaded. Called once, after every tensor of the model is in place."""
 
@@ -47,6 +52,11 @@ def collect_weight_loaders(model: nn.Module) -> dict[str, WeightLoader]:
 def find_optional_tensors(model: nn.Module) -> set[str]:
     """Tensors of ``model`` that a checkpoint may lack."""
     return {name for layer in _find_layers(model) for name in layer.optional_tensors()}
+
+
+def find_tensor_aliases(model: nn.Module) -> dict[str, str]:
+    """Other names for tensors of ``model``, and the name of each in its checkpoint map."""
+    return {alias: name for layer in _find_layers(model) for alias, name in layer.tensor_aliases().items()}
 
 
 def process_weights_after_loading(model: nn.Module) -> Iterator[str]:

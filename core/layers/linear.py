@@ -94,6 +94,14 @@ class Linear(CheckpointLayer):
             for tensor_name in self.method.optional_names(self.info.select_part(part))
         }
 
+    def tensor_aliases(self) -> dict[str, str]:
+        """As the method knows them."""
+        return {
+            f"{part_name}.{alias}": f"{part_name}.{tensor_name}"
+            for part, part_name in enumerate(self.info.part_names)
+            for alias, tensor_name in self.method.alias_names(self.info.select_part(part)).items()
+        }
+
     def process_weights_after_loading(self) -> None:
         """Let the method repack."""
         self.method.process_weights_after_loading(self)

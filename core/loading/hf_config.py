@@ -69,7 +69,7 @@ def read_hf_config(path: str | Path) -> Any:
         raise CheckpointError(f"{file} cannot be read ({_format_error(error)}); download it again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object; download it again")
-    quantization = None if "quantization_config" in raw else _read_quantization_file(Path(path))
+    quantization = None if "quantization_config" in raw else _find_other_quantization(raw, Path(path))
     config: Any = _parse_plain_config({**raw, "name_or_path": str(path)}) or _load_with_transformers(raw, file)
     if quantization is not None:
         config.quantization_config = quantization
@@ -139,8 +139,13 @@ def get_context_length(hf_config: Any) -> int:
     return trained
 
 
-def _read_quantization_file(path: Path) -> dict[str, Any] | None:
-    """What older tools wrote into a file of its own in place of ``quantization_config`` in config.json."""
+def _find_other_quantization(raw: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """What older tools wrote in place of ``quantization_config`` in config.json: llmcompressor under another key, and
+    others into a file of its own."""
+    compression = raw.get("compression_config")
+    if isinstance(compression, dict):
+        nested = compression.get("quantization_config")
+        return {**compression, **(nested if isinstance(nested, dict) else {}), "quant_method": "compressed-tensors"}
     for name, method in (("quantize_config", "gptq"), ("quant_config", "awq"), ("hf_quant_config", "modelopt")):
         file = path / f"{name}.json"
         if file.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.builder import LayerBuilder
-from quire.core.layers.checkpoint import find_optional_tensors
+from quire.core.layers.checkpoint import find_optional_tensors, find_tensor_aliases
 from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import get_context_length
 
@@ -99,14 +99,15 @@ def find_weight_files(path: Path) -> list[Path]:
 
 def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None:
     loaders = model.checkpoint_map()
-    optional = find_optional_tensors(model)
+    optional, aliases = find_optional_tensors(model), find_tensor_aliases(model)
     missing_names, unexpected = set(loaders), []
     size = sum(file.stat().st_size for file in files)
     show_bar = progress and sys.stderr.isatty()
     with tqdm(
         total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", disable=not show_bar
     ) as bar:
-        for name, tensor in _iter_tensors(files):
+        for stored_name, tensor in _iter_tensors(files):
+            name = _resolve_name(stored_name, loaders, aliases)
             if name in missing_names:
                 loaders[name](tensor)
                 missing_names.discard(name)
@@ -125,6 +126,15 @@ def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None
             f"{folder!r} has {len(unexpected)} tensors that this architecture does not use: "
             f"{_format_names(sorted(unexpected))}; its config.json names another model, or another quantization"
         )
+
+
+def _resolve_name(stored_name: str, loaders: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
+    """The model's name for a tensor that a checkpoint may spell otherwise, or save without the prefix of the model."""
+    for name in (stored_name, f"model.{stored_name}"):
+        known_name = name if name in loaders else aliases.get(name)
+        if known_name is not None:
+            return known_name
+    return stored_name
 
 
 def _iter_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

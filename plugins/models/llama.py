@@ -75,8 +75,8 @@ class LlamaForCausalLM(Model):
         return collect_weight_loaders(self)
 
     def is_ignored_tensor(self, name: str) -> bool:
-        """Old checkpoints store rotary frequencies."""
-        return name.endswith("rotary_emb.inv_freq")
+        """Old checkpoints store what is derived from config.json: rotary frequencies, their cosines and sines."""
+        return ".rotary_emb." in f".{name}"
 
     def process_weights_after_loading(self) -> Iterator[str]:
         """Every layer repacks as its quantization method needs."""

@@ -94,6 +94,10 @@ class DeferredLinear(LinearMethod):
     def get_stored_tensors(self, info: LayerInfo, part: int) -> Mapping[str, StoredTensor]:
         """The tensors of ``part`` in the checkpoint, by suffix, beside ``bias``."""
 
+    def get_unused_tensors(self) -> tuple[str, ...]:
+        """Suffixes of tensors that a checkpoint may hold and the scheme has no use for."""
+        return ()
+
     @abstractmethod
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
         """Register the layer's parameters, from each part's tensors (on the layer's device) and this rank's share."""
@@ -124,13 +128,13 @@ class DeferredLinear(LinearMethod):
             layer.bias = nn.Parameter(bias, requires_grad=False)
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
-        """What ``get_stored_tensors`` says, and the bias."""
-        return (*self.get_stored_tensors(info, 0), "bias")
+        """What ``get_stored_tensors`` says, the bias, and what is not used."""
+        return (*self.get_stored_tensors(info, 0), "bias", *self.get_unused_tensors())
 
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
         """A bias of zeros is often written where the architecture has none."""
         optional = tuple(name for name, stored in self.get_stored_tensors(info, 0).items() if stored.optional)
-        return optional if info.bias else (*optional, "bias")
+        return (*optional, *self.get_unused_tensors(), *(() if info.bias else ("bias",)))
 
     def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
@@ -140,6 +144,8 @@ class DeferredLinear(LinearMethod):
         shard = _shard(info, part, rank, world_size)
         if tensor_name == "bias":
             _load_bias(layer, info, part, name, tensor, shard)
+            return
+        if tensor_name in self.get_unused_tensors():
             return
         self.get_stored_tensors(info, part)[tensor_name].check(name, tensor)
         self._loaded_tensors.setdefault(part, {})[tensor_name] = tensor

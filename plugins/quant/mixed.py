@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class MixedLinear(LinearMethod):
     def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Of the part's method."""
         return self._methods_by_name[info.name].optional_names(info)
+
+    def alias_names(self, info: LayerInfo) -> Mapping[str, str]:
+        """Of the part's method."""
+        return self._methods_by_name[info.name].alias_names(info)
 
     def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int

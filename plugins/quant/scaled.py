@@ -18,6 +18,9 @@ __all__ = ["Fp8Linear", "Int8Linear", "ScaledFormat", "ScaledLinear"]
 
 BLOCK = 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+_INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
+"""Of static activations; the first is llmcompressor's and vLLM's name, the others transformers' and AutoFP8's."""
 _SCALES = (*_FLOATS, torch.float8_e8m0fnu)
 
 
@@ -87,6 +90,18 @@ class ScaledLinear(DeferredLinear):
     def get_stored_tensors(self, info: LayerInfo, part: int) -> Mapping[str, StoredTensor]:
         """As the format says."""
         return self.form.get_stored_tensors(info.part_totals[part], info.in_total)
+
+    def get_unused_tensors(self) -> tuple[str, ...]:
+        """Scales of activations that get one by token, or are not quantized."""
+        return () if self.form.inputs == "static" else _INPUT_SCALES
+
+    def alias_names(self, info: LayerInfo) -> Mapping[str, str]:
+        """Scales as transformers and older tools call them; ``weight_scale_inv`` is no inverse."""
+        scale_names = [] if self.form.strategy == "none" else [n for n in _WEIGHT_SCALES if n != self.form.scale_name]
+        aliases = dict.fromkeys(scale_names, self.form.scale_name)
+        if self.form.inputs == "static":
+            aliases |= dict.fromkeys(_INPUT_SCALES[1:], _INPUT_SCALES[0])
+        return aliases
 
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
         """Take this rank's share of each part."""

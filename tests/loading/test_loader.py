@@ -94,6 +94,17 @@ def test_tied_head_stored_or_not(tmp_path: Path) -> None:
     assert load(path).lm_head.tied
 
 
+def test_tensors_of_a_model_saved_without_its_head(tmp_path: Path) -> None:
+    """Their names have no prefix; what is derived from config.json is passed over."""
+    path = make_tiny_model("llama", tmp_path, tie_word_embeddings=True, num_hidden_layers=1)
+    expected = load(path).state_dict()
+    tensors = {name.removeprefix("model."): t for name, t in load_file(path / "model.safetensors").items()}
+    tensors |= {f"layers.0.self_attn.rotary_emb.{name}": torch.ones(8) for name in ("inv_freq", "cos_cached")}
+    save_file(tensors, path / "model.safetensors")
+    actual = load(path).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_head_beside_a_tied_embedding_is_used_if_it_differs(tmp_path: Path, shards: int) -> None:
     """Wherever it stands in the files, as transformers does."""

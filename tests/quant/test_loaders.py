@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ ONE_OF_EACH = [
     "gptq-act-order-qwen2",
     "gptq-dynamic-llama",
 ]
+KV_FP8 = torch.float8_e4m3fn
 TOKENS = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
@@ -149,10 +152,13 @@ def test_the_caches_scales_are_the_checkpoints(copy: Path) -> None:
     for spelling, value in (("kv_scale", (0.5, 0.5)), ("k_proj.output_scale", (0.5, 1)), ("v_proj.v_scale", (1, 0.5))):
         change(copy, {**plain, f"{name}.{spelling}": torch.tensor([0.5])})
         assert scales_of(copy) == value
+    change(copy, {**plain, f"{name}.attn.k_scale": torch.tensor([[[0.5]], [[0.25]]]), f"{name}.q_scale": torch.ones(1)})
+    assert scales_of(copy) == (0.5, 1), "of scales by head the largest; queries are not quantized"
     change(copy, {**plain, f"{name}.k_scale": torch.tensor(-1.0)})
-    assert f"tensor '{name}.k_scale' is -1.0 where one positive scale is right" in refused(copy)
-    change(copy, {**plain, f"{name}.k_scale": torch.ones(2, 1, 1)})
-    assert "where one positive scale is right" in refused(copy)
+    assert f"tensor '{name}.k_scale' is -1.0 where a positive scale is right" in refused(copy, kv_dtype=KV_FP8)
+    change(copy, {**plain, f"{name}.k_scale": torch.tensor([1.0, math.inf])})
+    assert "where a positive scale is right" in refused(copy, kv_dtype=KV_FP8)
+    load(copy)  # a cache of another type has no use for them
 
 
 def test_an_fp8_cache_uses_the_checkpoints_scales() -> None:
@@ -170,7 +176,7 @@ def test_an_fp8_cache_uses_the_checkpoints_scales() -> None:
 
 
 def scales_of(path: Path) -> tuple[float, float]:
-    scales = next(module for module in load(path).modules() if isinstance(module, KVScales))
+    scales = next(module for module in load(path, kv_dtype=KV_FP8).modules() if isinstance(module, KVScales))
     return float(scales.k_scale), float(scales.v_scale)
 
 
@@ -267,11 +273,32 @@ def by_block(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {f"{name}.weight": q, f"{name}.weight_scale_inv": scale}, wide
 
 
+def renamed(make: Callable[..., Any], *renames: tuple[str, str]) -> Callable[..., Any]:
+    """``make``, with other names for tensors."""
+
+    def make_renamed(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, wide = make(name, weight)
+        for old, new in renames:
+            tensors[f"{name}.{new}"] = tensors.pop(f"{name}.{old}")
+        return tensors, wide
+
+    return make_renamed
+
+
+TRANSFORMERS = (("weight_scale", "weight_scale_inv"), ("input_scale", "activation_scale"))
 FP8 = {
     "static": (by_tensor, {"quant_method": "fp8", "activation_scheme": "static"}),
     "fbgemm": (by_row, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "block": (by_block, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
-}
+    "static-transformers": (renamed(by_tensor, *TRANSFORMERS), {
+        "quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}),
+    "static-act-scale": (renamed(by_tensor, ("input_scale", "act_scale")), {
+        "quant_method": "fp8", "activation_scheme": "static"}),
+    "dynamic-transformers": (renamed(by_tensor, *TRANSFORMERS), {"quant_method": "fp8", "weight_block_size": None}),
+    "dynamic-with-input-scale": (by_tensor, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
+    "block-weight-scale": (renamed(by_block, ("weight_scale_inv", "weight_scale")), {
+        "quant_method": "fp8", "weight_block_size": [128, 128]}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FP8)
@@ -293,6 +320,18 @@ def test_fp8_checkpoints(kind: str, hidden: int, tmp_path: Path) -> None:
     say(path, modules_to_not_convert=left_out, **settings)
     want = model(torch.tensor([TOKENS])).logits[0].float()
     assert_near(logits(path), want, FLOAT32)
+
+
+def test_compression_config_of_older_llmcompressor(copy: Path) -> None:
+    shutil.rmtree(copy)
+    shutil.copytree(FIXTURES / "ct-fp8-dynamic-qwen3", copy)
+    before = logits_of_fixture(copy)
+    config = json.loads((copy / "config.json").read_text())
+    section = config.pop("quantization_config")
+    method = section.pop("quant_method")
+    for older in ({**section, "quant_method": method}, section, {"quantization_config": section}):
+        (copy / "config.json").write_text(json.dumps({**config, "compression_config": older}))
+        assert torch.equal(logits_of_fixture(copy), before)
 
 
 def test_files_of_older_tools(copy: Path) -> None:
