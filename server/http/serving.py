@@ -20,6 +20,7 @@ from quire.core.engine.process import EngineProcess
 from quire.core.errors import ConfigError, PluginError
 from quire.core.log import setup_logging
 from quire.core.version import __version__
+from quire.server.http.connection_limits import LimitedHttpProtocol
 from quire.server.http.listening import allow_restart
 from quire.server.http.settings import ServerSettings
 from quire.server.http.signals import StopSignals
@@ -165,7 +166,7 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any, args: EngineArgs) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=LimitedHttpProtocol,
         ws="none",
         lifespan="auto",
         log_config=None,
