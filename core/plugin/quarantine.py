@@ -44,7 +44,8 @@ class Quarantine:
         self._on_fault = on_fault
         self._consequence = f"; {replacement} takes over" if replacement else ""
         self._time_limit_s = time_limit_s
-        self._max_slow_calls, self._num_slow_calls = max_slow_calls, 0
+        self._max_slow_calls = max_slow_calls
+        self._num_slow_calls: dict[str, int] = {}  # by function: those in a row, up to the last call
         self._not_faults = not_faults
 
     def call(self, function: Callable[..., _T], *args: object) -> _T | None:
@@ -63,20 +64,25 @@ class Quarantine:
             return None
 
     def call_timed(self, function: Callable[..., _T], *args: object) -> _T | None:
-        """As ``call``. Taking longer than ``time_limit_s``, ``max_slow_calls`` times in a row, is a fault too.
+        """As ``call``. A function that takes longer than ``time_limit_s``, ``max_slow_calls`` times in a row, is a
+        fault too, whatever other functions of the plugin take in between.
 
         Time is measured after the call: a call that never returns cannot be ended.
         """
         start = perf_counter()
         result = self.call(function, *args)
         seconds = perf_counter() - start
-        self._num_slow_calls = self._num_slow_calls + 1 if seconds > self._time_limit_s else 0
-        if self._num_slow_calls < self._max_slow_calls:
+        if seconds <= self._time_limit_s:
+            if self._num_slow_calls:
+                self._num_slow_calls.pop(_name_of(function), None)
+            return result
+        name = _name_of(function)
+        num_slow_calls = self._num_slow_calls[name] = self._num_slow_calls.get(name, 0) + 1
+        if num_slow_calls < self._max_slow_calls:
             return result
         self.switch_off(
             "too_slow",
-            f"{_name_of(function)} took {seconds * 1e3:.0f} ms, over {self._time_limit_s * 1e3:.0f}, "
-            f"{self._num_slow_calls} times in a row",
+            f"{name} took {seconds * 1e3:.0f} ms, over {self._time_limit_s * 1e3:.0f}, {num_slow_calls} times in a row",
         )
         return None
 

@@ -40,8 +40,9 @@ class CheckedPlan:
 class PolicyGuard:
     """Asks the policy; on its first serious fault asks ``fallback`` from then on and calls ``on_quarantine``.
 
-    Faults: it raises; what it returns is of the wrong type or out of range; ``max_slow_plans`` plans in a row took
-    longer than ``time_limit_s``; it granted nothing ``max_empty_plans`` times in a row while the engine was idle.
+    Faults: it raises; what it returns is of the wrong type or out of range; one of its methods took longer than
+    ``time_limit_s``, ``max_slow_calls`` times in a row; it granted nothing ``max_empty_plans`` times in a row while the
+    engine was idle.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class PolicyGuard:
         *,
         name: str | None = None,
         time_limit_s: float = 0.05,
-        max_slow_plans: int = 3,
+        max_slow_calls: int = 3,
         max_empty_plans: int = 8,
     ) -> None:
         self.policy = policy
@@ -64,9 +65,9 @@ class PolicyGuard:
             self._replace_policy,
             replacement=class_path(fallback),
             time_limit_s=time_limit_s,
-            max_slow_calls=max_slow_plans,
+            max_slow_calls=max_slow_calls,
         )
-        self._call: Callable[..., object] = self._quarantine.call
+        self._call: Callable[..., object] = self._quarantine.call_timed
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
         self._key_types: tuple[type, ...] | None = None
 
@@ -77,7 +78,7 @@ class PolicyGuard:
             policy = self.policy
             key = self._call(policy.admission_key, info)
             if self.policy is not policy:
-                continue  # it raised: the fallback is asked
+                continue  # it raised or was too slow: the fallback is asked
             if isinstance(key, Reject) and not self._on_fallback:
                 raise QueueFullError(f"request {info.request_id} was refused by the policy: {key.reason}")
             fault = self._key_fault(key)

@@ -83,6 +83,25 @@ def test_a_slow_policy_is_replaced_after_three_strikes(make_engine, caplog):
     assert "over 50, 3 times in a row" in caplog.text and engine.finished == {"r": "length"}
 
 
+@pytest.mark.parametrize("method", ["admission_key", "request_finished"])
+def test_every_method_of_a_policy_is_timed(make_engine, caplog, method):
+    """Also where quick plans come between its slow calls."""
+
+    def wait(self, *args):
+        time.sleep(0.06)
+        return getattr(FCFSPolicy, method)(self, *args)
+
+    wait.__name__ = method
+    policy = type("Slow", (After,), {method: wait})(make_default_plan)
+    engine = make_engine(policy)
+    for i in range(6):
+        engine.add_request(f"r{i}", [1, 2, 3], max_tokens=2)
+        engine.run_until_finished()
+    assert f"{method} took" in caplog.text and "over 50, 3 times in a row" in caplog.text
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 1
+    assert engine.finished == {f"r{i}": "length" for i in range(6)}
+
+
 def test_one_slow_plan_is_forgiven(make_engine):
     slow = After(lambda view: (time.sleep(0.06) if slow.calls % 3 == 0 else None) or make_default_plan(view))
     engine = make_engine(slow)
