@@ -52,7 +52,7 @@ class EngineCoreRequest(msgspec.Struct, array_like=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_ns: int
-    """Wall clock, nanoseconds since the epoch."""
+    """``time.monotonic_ns``, which all processes of a machine share and no correction of its wall clock moves."""
     eos_token_ids: list[int] = []
     """Tokens that end the request unless ``ignore_eos``."""
     priority: int = 0

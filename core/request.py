@@ -81,7 +81,7 @@ class Request:
         """Tokens of the prompt that were cached (or shared with the parent) when it was first scheduled."""
         self.num_preemptions = 0
         self.first_scheduled_ns = 0
-        """Wall clock of its first grant, nanoseconds since the epoch; 0 before it."""
+        """When it got its first grant, by ``time.monotonic_ns``; 0 before it."""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.queue_key: tuple[Any, ...] = ()

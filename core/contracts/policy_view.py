@@ -21,6 +21,7 @@ class RequestInfo:
     request_id: str
     """The caller's id. The ``n`` continuations of one request share it."""
     arrival_ns: int
+    """``time.monotonic_ns``: later requests have no smaller one, also where the wall clock is set back."""
     prompt_len: int
     max_tokens: int
     """Upper bound of the tokens that it may generate."""
@@ -96,7 +97,7 @@ class StepView:
     ones are 0 .. R-1 and the waiting ones R .. R+W-1. ``Grants.request_indices`` uses these numbers."""
 
     now_ns: int
-    """Wall clock, nanoseconds since the epoch."""
+    """``time.monotonic_ns``: the clock of ``arrival_ns``."""
     token_budget: int
     """Tokens that this step may compute."""
     num_free_rows: int

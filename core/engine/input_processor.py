@@ -76,7 +76,7 @@ class InputProcessor:
         self._check_length(prompt_token_ids, params)
         self._check_params(params)
         priority = to_integer("priority", priority)
-        arrival_ns = time.time_ns()
+        arrival_ns = time.monotonic_ns()
         requests: list[EngineCoreRequest] = []
         for index in range(params.n):
             seed = None if params.seed is None else _wrap_seed(params.seed + index)

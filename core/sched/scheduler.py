@@ -98,7 +98,7 @@ class Scheduler:
         *,
         fallback: BatchingPolicy,
         max_model_len: int,
-        clock: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int] = time.monotonic_ns,
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
         policy_name: str | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,14 @@ def test_defaults_of_the_checkpoint_and_its_eos_tokens_hold(tiny: Path, tmp_path
     llm = LLM(**settings, override_generation_config=override)
     assert llm.generate([PROMPT])[0].outputs[0].finish_reason == "stop"
     llm.shutdown()
+
+
+def test_requests_stay_in_order_when_the_wall_clock_is_set_back(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall_clock = iter(range(2 * 10**18, 0, -(10**15)))
+    monkeypatch.setattr("time.time_ns", lambda: next(wall_clock))
+    before = time.monotonic_ns()
+    params = SamplingParams(max_tokens=1)
+    requests = [llm.input_processor.process_inputs(str(i), PROMPT, params)[0] for i in range(4)]
+    arrivals = [request.arrival_ns for request in requests]
+    assert arrivals == sorted(arrivals)
+    assert before <= arrivals[0] and arrivals[-1] <= time.monotonic_ns()
