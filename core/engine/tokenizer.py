@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from quire.core.engine.chat import normalize_messages, show_python_objects, template_variables
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
 
 __all__ = ["Tokenizer"]
+
+_log = logging.getLogger("quire.engine")
 
 
 class Tokenizer:
@@ -41,6 +48,18 @@ class Tokenizer:
         self._chat_templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
         if chat_template:
             self._chat_templates = {"default": self._chat_templates.get(chat_template) or _read_template(chat_template)}
+        for name, text in self._chat_templates.items():
+            if (problem := _find_syntax_error(text)) is not None:
+                if chat_template:
+                    raise ConfigError(f"--chat-template has a syntax error, {problem}; mend it")
+                _log.warning(
+                    "chat template %r of %s has a syntax error, %s; give one with --chat-template", name, path, problem
+                )
+
+    @property
+    def hf_tokenizer(self) -> Any:
+        """The transformers tokenizer, for callers that want more of it than this class has."""
+        return self._hf_tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -274,5 +293,29 @@ def _read_template(source: str) -> str:
     if "{" not in source:
         if not path.is_file():
             raise ConfigError(f"--chat-template {source}: no such file; give a Jinja file or the template itself")
-        return path.read_text()
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {source}: {error}; give a Jinja file or the template itself") from None
     return source
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}``, by which templates mark the answer for training; transformers renders it as its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> Any:
+        """The statements up to ``{% endgeneration %}``."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _find_syntax_error(template: str) -> str | None:
+    """Where and why a template cannot be compiled; None if it can."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag])
+    try:
+        environment.compile(template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
