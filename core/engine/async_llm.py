@@ -13,9 +13,10 @@ from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import EngineCoreClient, format_ready_line
 from quire.core.engine.config_builder import build_config
-from quire.core.engine.input_processor import InputProcessor, Prompt
+from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.engine.process import EngineProcess
+from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
@@ -59,6 +60,11 @@ class AsyncLLM:
             self._client.kill()
             raise
 
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> AsyncLLM:
+        """From engine arguments, as code for vLLM's ``AsyncLLMEngine`` does it; ``await start()`` is still to come."""
+        return cls(args)
+
     @property
     def exporters(self) -> list[MetricsExporter]:
         """The metrics exporters still in use."""
@@ -94,8 +100,8 @@ class AsyncLLM:
 
     async def generate(
         self,
-        prompt: Prompt,
-        params: SamplingParams,
+        prompt: AnyPrompt,
+        sampling_params: SamplingParams,
         request_id: str | None = None,
         *,
         priority: int = 0,
@@ -111,6 +117,8 @@ class AsyncLLM:
         client = self._require_client()
         if stream not in get_args(StreamMode):
             raise InvalidRequestError(f"stream must be one of {get_args(StreamMode)}, got {stream!r:.60}", "stream")
+        prompt, salt_of_prompt = parse_prompt(prompt)
+        cache_salt = salt_of_prompt if cache_salt is None else cache_salt
         if request_id is None:
             request_id = f"quire-{next(self._request_counter)}"
         elif not isinstance(request_id, str):
@@ -122,12 +130,14 @@ class AsyncLLM:
             scheduling_params: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
             if isinstance(prompt, str) and len(prompt) > _LONG_TEXT_CHARS:
                 requests = await asyncio.to_thread(
-                    self._input_processor.process_inputs, request_id, prompt, params, **scheduling_params
+                    self._input_processor.process_inputs, request_id, prompt, sampling_params, **scheduling_params
                 )
             else:
-                requests = self._input_processor.process_inputs(request_id, prompt, params, **scheduling_params)
+                requests = self._input_processor.process_inputs(
+                    request_id, prompt, sampling_params, **scheduling_params
+                )
             self._output_processor.add_request(
-                request_id, prompt if isinstance(prompt, str) else None, requests, params, stream
+                request_id, prompt if isinstance(prompt, str) else None, requests, sampling_params, stream
             )
             client.add_requests(requests)
             while True:
@@ -146,6 +156,10 @@ class AsyncLLM:
         self._abort_core_requests(self._output_processor.remove_request(request_id))
         if request_id in self._output_queues:
             self._output_queues[request_id].put_nowait(RequestFailedError(f"request {request_id} was aborted"))
+
+    async def get_tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self.tokenizer.hf_tokenizer
 
     def get_stats(self) -> Mapping[str, float]:
         """The latest gauges and counters of the engine core, by the names of ``quire.core.stats.ENGINE_STATS``."""

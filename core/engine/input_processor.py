@@ -12,16 +12,14 @@ import msgspec
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.logits_processor import LogitsProcessor
+from quire.core.engine.prompts import Prompt
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams, check_text, to_integer
 
-__all__ = ["InputProcessor", "Prompt"]
-
-Prompt = str | Sequence[int]
-
+__all__ = ["InputProcessor"]
 _log = logging.getLogger("quire.engine")
 _MAX_ID_CHARS = 512
 """The longest request id and cache salt."""

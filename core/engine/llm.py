@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from tqdm import tqdm
@@ -13,8 +14,9 @@ from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import format_ready_line
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.engine_core import EngineCore
-from quire.core.engine.input_processor import InputProcessor, Prompt
+from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
+from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
@@ -46,6 +48,11 @@ class LLM:
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
 
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> LLM:
+        """From engine arguments, as code for vLLM's ``LLMEngine`` does it."""
+        return cls(**{each.name: getattr(args, each.name) for each in fields(args)})
+
     @property
     def ready_line(self) -> str:
         """What the engine holds."""
@@ -53,28 +60,35 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: AnyPrompt | Sequence[AnyPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = False,
+        *,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts (texts or token ids), in order. One set of parameters serves all, or one each; None: the
-        model's defaults.
+        """Complete prompts (texts, token ids, or mappings with ``prompt`` or ``prompt_token_ids``), in order. One set
+        of parameters serves all, or one each; None: the model's defaults. So does ``priority`` (lower is sooner), where
+        the scheduling policy looks at it.
 
         Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
         """
-        batch = _to_batch(prompts)
+        batch = [parse_prompt(prompt) for prompt in split_prompts(prompts)]
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = [sampling_params] * len(batch) if isinstance(sampling_params, SamplingParams) else sampling_params
         if len(params) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} sampling_params; give one, or one each")
+        priorities = [priority or 0] * len(batch) if priority is None or isinstance(priority, int) else priority
+        if len(priorities) != len(batch):
+            raise InvalidRequestError(f"{len(batch)} prompts but {len(priorities)} priorities; give one, or one each")
         request_ids = [str(next(self._request_counter)) for _ in batch]
         requests = [
-            self.input_processor.process_inputs(request_id, prompt, prompt_params)
-            for request_id, prompt, prompt_params in zip(request_ids, batch, params, strict=True)
+            self.input_processor.process_inputs(request_id, prompt, p, priority=rank, cache_salt=salt)
+            for request_id, (prompt, salt), p, rank in zip(request_ids, batch, params, priorities, strict=True)
         ]
-        for request_id, prompt, prompt_params, core_requests in zip(request_ids, batch, params, requests, strict=True):
+        for request_id, (prompt, _), prompt_params, core_requests in zip(
+            request_ids, batch, params, requests, strict=True
+        ):
             text = prompt if isinstance(prompt, str) else None
             self.output_processor.add_request(request_id, text, core_requests, prompt_params, "final")
             for request in core_requests:
@@ -118,6 +132,10 @@ class LLM:
         ``override_generation_config`` of ``EngineArgs``."""
         return SamplingParams(**self.config.model.sampling_defaults)
 
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self.tokenizer.hf_tokenizer
+
     def get_stats(self) -> dict[str, float]:
         """Gauges and counters of the engine."""
         return self.engine_core.make_stats()
@@ -144,11 +162,3 @@ class LLM:
             for request_id in request_ids:
                 self.engine_core.abort_requests(self.output_processor.remove_request(request_id))
         return [finished[request_id] for request_id in request_ids]
-
-
-def _to_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 from quire.core.version import __version__
 
 if TYPE_CHECKING:
+    from quire.core.engine.args import EngineArgs
     from quire.core.engine.async_llm import AsyncLLM
     from quire.core.engine.llm import LLM
     from quire.core.messages import CompletionOutput, RequestOutput
     from quire.core.plugin.hookspecs import hookimpl
     from quire.core.sampling_params import SamplingParams
 
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "hookimpl"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "hookimpl",
+]
 
 _HOMES = {
     "LLM": "quire.core.engine.llm",
@@ -26,11 +36,20 @@ _HOMES = {
     "RequestOutput": "quire.core.messages",
     "SamplingParams": "quire.core.sampling_params",
     "hookimpl": "quire.core.plugin.hookspecs",
+    "EngineArgs": "quire.core.engine.args",
 }
+_NAMES_IN_VLLM = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM", "LLMEngine": "LLM"}
+"""Other names, as imported from vLLM, of what stands in ``__all__``."""
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that ``quire plugins list`` never pays for torch."""
+    name = _NAMES_IN_VLLM.get(name, name)
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'quire' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Also what is imported on first use."""
+    return sorted({*globals(), *__all__, *_NAMES_IN_VLLM})

@@ -1,0 +1,85 @@
+"""Prompts, arguments and names as scripts for vLLM write them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import quire
+from quire import LLM, AsyncLLM, EngineArgs, SamplingParams
+from quire.core.errors import InvalidRequestError, UnsupportedError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def token_ids(llm: LLM, prompts: object, **options: object) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, **options)]
+
+
+def test_prompts_in_mappings_are_what_they_hold(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("hello there")
+    [expected] = token_ids(llm, "hello there")
+    assert token_ids(llm, {"prompt": "hello there"}) == [expected]
+    assert token_ids(llm, {"prompt_token_ids": ids, "multi_modal_data": None}) == [expected]
+    mixed = [{"prompt_token_ids": ids}, {"prompt": "hello there", "cache_salt": "a"}, "hello there", ids]
+    assert token_ids(llm, mixed) == [expected] * 4
+    [output] = llm.generate([{"prompt": "hello there"}], GREEDY)
+    assert output.prompt == "hello there" and output.prompt_token_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ({}, InvalidRequestError, "holds 'prompt' or 'prompt_token_ids'"),
+        ({"prompt": 3}, InvalidRequestError, "holds 'prompt' or 'prompt_token_ids'"),
+        ({"prompt": "x", "multi_modal_data": {"image": 1}}, UnsupportedError, "'multi_modal_data' is not supported"),
+        ({"prompt_embeds": [0.5]}, UnsupportedError, "'prompt_embeds' is not supported"),
+    ],
+    ids=lambda v: ",".join(v) if isinstance(v, dict) else "",
+)
+def test_other_mappings_are_refused(llm: LLM, prompt: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        llm.generate([prompt], GREEDY)
+
+
+def test_priorities_for_all_or_one_each(llm: LLM) -> None:
+    expected = token_ids(llm, ["a", "b"])
+    assert token_ids(llm, ["a", "b"], priority=[1, 0]) == expected
+    assert token_ids(llm, ["a", "b"], priority=2) == token_ids(llm, ["a", "b"], priority=None) == expected
+    with pytest.raises(InvalidRequestError, match="2 prompts but 1 priorities"):
+        llm.generate(["a", "b"], GREEDY, priority=[1])
+
+
+def test_the_tokenizer_is_transformers(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("hello there"), skip_special_tokens=True) == "hello there"
+
+
+def test_names_of_vllm() -> None:
+    assert quire.AsyncLLMEngine is AsyncLLM and quire.LLMEngine is LLM
+    assert quire.AsyncEngineArgs is EngineArgs
+    assert {"LLM", "AsyncLLM", "AsyncLLMEngine", "EngineArgs", "SamplingParams"} <= set(dir(quire))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = quire.no_such_name
+
+
+def test_an_engine_from_its_arguments(tiny: Path) -> None:
+    args = EngineArgs(model=str(tiny), device="cpu", num_gpu_blocks_override=64, max_model_len=64)
+    engine = quire.LLMEngine.from_engine_args(args)
+    assert engine.config.cache.num_blocks == 64
+    engine.shutdown()
+
+    async def run() -> str:
+        engine = quire.AsyncLLMEngine.from_engine_args(args)
+        try:
+            await engine.start()
+            assert (await engine.get_tokenizer()).encode("x")
+            async for output in engine.generate({"prompt": "x"}, sampling_params=GREEDY, request_id="1"):
+                last = output
+            return last.request_id
+        finally:
+            await engine.shutdown()
+
+    assert asyncio.run(run()) == "1"
