@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["child_environment", "log_level", "num_threads"]
+__all__ = ["child_environment", "log_level", "num_threads", "vllm_variables"]
 
 
 def log_level() -> str:
@@ -17,6 +17,11 @@ def num_threads() -> int | None:
     """``OMP_NUM_THREADS`` (``--cpu-threads``): threads for the model on a CPU. None: not set."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() else None
+
+
+def vllm_variables() -> dict[str, str]:
+    """The variables that are vLLM's, for ``quire serve`` to map or to name; see ``quire.core.engine.vllm_names``."""
+    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
 
 
 def child_environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -9,10 +10,13 @@ from typing import Any
 
 from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig
 from quire.core.engine.setting import section_default, setting
+from quire.core.engine.vllm_names import translate_kwargs
 from quire.core.errors import ConfigError
 from quire.core.plugin.registry import suggest_names
 
 __all__ = ["DTYPES", "KV_CACHE_DTYPES", "EngineArgs"]
+
+_log = logging.getLogger("quire.config")
 
 DTYPES: Mapping[str, str] = MappingProxyType(
     {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
@@ -223,9 +227,13 @@ class EngineArgs:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
-        """From the keyword arguments of ``LLM`` or ``AsyncLLM``. ConfigError for a name that is not a setting."""
+        """From the keyword arguments of ``LLM`` or ``AsyncLLM``. None means the default, and
+        arguments of vLLM's are treated as its flags are. ConfigError for a name that is not a setting."""
         names = [each.name for each in fields(cls)]
-        for name in kwargs:
+        settings, messages = translate_kwargs(kwargs, frozenset(names))
+        for name in settings:
             if name not in names:
                 raise ConfigError(f"{name!r} is not a setting of the engine; {suggest_names(name, names)}")
-        return cls(**kwargs)
+        for message in messages:
+            _log.warning("%s", message)
+        return cls(**settings)

@@ -105,6 +105,7 @@ def call_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
 
 
 def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
+    from quire.core.engine.vllm_names import ABSENT_FLAGS
     from quire.server.cli.vllm_flags import find_boolean_flags, normalize_spelling
 
     command_parser = _find_command_parser(parser, words)
@@ -112,6 +113,8 @@ def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(normalized)
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        if flag in ABSENT_FLAGS:
+            command_parser.error(f"{flag}: {ABSENT_FLAGS[flag]}")
         close = difflib.get_close_matches(flag, command_parser.list_flags(), n=1)
         command_parser.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
     args.flag_warnings = flag_warnings

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from quire.core.engine.process import EngineProcess
+from quire.core.env import vllm_variables
 from quire.server.cli.flags import (
     ENGINE_FLAGS,
     SERVER_FLAGS,
@@ -14,7 +15,7 @@ from quire.server.cli.flags import (
     make_engine_args,
     make_server_settings,
 )
-from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
+from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags, apply_vllm_variables
 from quire.server.http.listening import bind_sockets
 from quire.server.http.signals import StopSignals
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
-    flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args)]
+    flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args), *apply_vllm_variables(args, vllm_variables())]
     engine_args, settings = make_engine_args(args), make_server_settings(args)
     with bind_sockets(settings) as sockets, StopSignals() as signals, EngineProcess(engine_args.device) as process:
         signals.call_before_exit(process.kill_at_once)

@@ -4,64 +4,21 @@ reason."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+from quire.core.engine.vllm_names import VLLM_FLAGS, VLLM_VARIABLES, VllmFlag
 from quire.core.errors import ConfigError
 
-__all__ = ["VLLM_FLAGS", "VllmFlag", "add_vllm_flags", "apply_vllm_flags", "find_boolean_flags", "normalize_spelling"]
+__all__ = [
+    "VLLM_FLAGS",
+    "add_vllm_flags",
+    "apply_vllm_flags",
+    "apply_vllm_variables",
+    "find_boolean_flags",
+    "normalize_spelling",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class VllmFlag:
-    """A flag of vLLM's that Quire understands and that is not its own.
-
-    ``message`` is logged once, or is the reason of the refusal. A refused flag is accepted with ``accepted_values``,
-    which ask for what Quire does.
-    """
-
-    name: str
-    message: str
-    refused: bool = False
-    takes_value: bool = False
-    accepted_values: tuple[str, ...] = ()
-    sets: tuple[str, object] | None = None
-
-
-_LORA = "LoRA adapters are not supported yet; serve a merged checkpoint"
-_TOOLS = "tool calls are not parsed yet; tools are passed to the chat template and the answer comes as text"
-_GUIDED = "structured output is not supported yet; leave it out"
-_REASONING = "reasoning is not parsed yet; the answer comes as text"
-_RAY = "Ray is not supported yet; the engine runs in one process"
 _NOT_NEEDED = "no longer needed: "
-
-VLLM_FLAGS: tuple[VllmFlag, ...] = (
-    VllmFlag("--enable-log-requests", "now --no-disable-log-requests", sets=("disable_log_requests", False)),
-    VllmFlag("--enable-prometheus", _NOT_NEEDED + "metrics are always served at /metrics"),
-    VllmFlag("--swap-space", _NOT_NEEDED + "preempted requests are recomputed, not swapped", takes_value=True),
-    VllmFlag("--disable-log-stats", _NOT_NEEDED + "see /metrics"),
-    VllmFlag("--use-v2-block-manager", _NOT_NEEDED + "there is one block manager"),
-    VllmFlag("--num-scheduler-steps", _NOT_NEEDED + "scheduling is always ahead of the device", takes_value=True),
-    VllmFlag("--async-scheduling", _NOT_NEEDED + "scheduling is always asynchronous"),
-    VllmFlag("--max-seq-len-to-capture", _NOT_NEEDED + "graphs do not depend on the context length", takes_value=True),
-    VllmFlag("--disable-frontend-multiprocessing", _NOT_NEEDED + "the engine core has a process of its own"),
-    VllmFlag(
-        "--distributed-executor-backend", _RAY, refused=True, takes_value=True, accepted_values=("mp", "uni", "auto")
-    ),
-    VllmFlag("--worker-use-ray", _RAY, refused=True),
-    VllmFlag(
-        "--pipeline-parallel-size", "pipeline parallelism is not supported yet; 1 is the only size", refused=True,
-        takes_value=True, accepted_values=("1",),
-    ),
-    VllmFlag("--enable-lora", _LORA, refused=True),
-    VllmFlag("--lora-modules", _LORA, refused=True, takes_value=True),
-    VllmFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),
-    VllmFlag("--max-loras", _LORA, refused=True, takes_value=True),
-    VllmFlag("--enable-auto-tool-choice", _TOOLS, refused=True),
-    VllmFlag("--tool-call-parser", _TOOLS, refused=True, takes_value=True),
-    VllmFlag("--reasoning-parser", _REASONING, refused=True, takes_value=True),
-    VllmFlag("--guided-decoding-backend", _GUIDED, refused=True, takes_value=True),
-)  # fmt: skip
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +47,27 @@ def apply_vllm_flags(args: argparse.Namespace) -> list[str]:
         if flag.sets is not None and getattr(args, flag.sets[0], None) is None:
             setattr(args, *flag.sets)
         messages.append(f"{shown}: {flag.message}")
+    return messages
+
+
+def apply_vllm_variables(args: argparse.Namespace, variables: Mapping[str, str]) -> list[str]:
+    """Set in ``args`` what vLLM's environment variables mean here, where no flag says otherwise; returns the lines to
+    log, which never hold a value: one is a key."""
+    messages = []
+    for name, value in sorted(variables.items()):
+        if not value:
+            continue
+        setting, message = VLLM_VARIABLES.get(name, (None, "not used: Quire has no such variable"))
+        if setting is not None:
+            if getattr(args, setting, None) is not None:
+                message = "not used: the flag wins over it"
+            elif setting == "api_key":
+                args.api_key = [value]
+            elif value.lower() in ("debug", "info", "warning", "error"):
+                setattr(args, setting, value.lower())
+            else:
+                message = "not used: --log-level takes debug, info, warning or error"
+        messages.append(f"{name}: {message}")
     return messages
 
 

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from quire.core.engine.vllm_names import ABSENT_FLAGS
 from quire.server.cli.main import make_parsers
 from quire.server.cli.vllm_flags import VLLM_FLAGS
 
@@ -36,7 +37,7 @@ def known(root) -> set[str]:
     parser, _ = make_parsers()
     scripts = [file for folder in ("tools", "benchmarks", "examples") for file in (root / folder).rglob("*.py")]
     declared = {flag for script in scripts for flag in DECLARED.findall(script.read_text())}
-    return flags_of(parser) | {flag.name for flag in VLLM_FLAGS} | declared
+    return flags_of(parser) | {flag.name for flag in VLLM_FLAGS} | set(ABSENT_FLAGS) | declared
 
 
 def unknown_flags(text: str, known: set[str]) -> list[str]:

@@ -134,5 +134,5 @@ def test_offline_and_http_make_the_same_prompt(tmp_path: Path) -> None:
 def test_a_keyword_that_is_not_a_setting_is_refused_with_the_closest() -> None:
     with pytest.raises(ConfigError, match=r"'max_modl_len' is not a setting of the engine; did you mean max_model_len"):
         EngineArgs.from_kwargs(max_modl_len=3)
-    with pytest.raises(ConfigError, match="'swap_space' is not a setting"):
-        LLM(model="quire-tiny", swap_space=4)
+    with pytest.raises(ConfigError, match="'wings_of_lead' is not a setting"):
+        LLM(model="quire-tiny", wings_of_lead=4)

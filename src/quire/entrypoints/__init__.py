@@ -1,0 +1,1 @@
+"""Names under which vLLM starts its server, for commands of its guides with the word swapped."""

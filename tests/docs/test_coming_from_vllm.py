@@ -1,0 +1,46 @@
+"""docs/coming-from-vllm.md says what the tables in the code say, and names only what is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+
+import quire
+from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_VARIABLES
+from quire.core.stats import ENGINE_STATS
+from quire.server.cli.main import COMMANDS
+
+
+@pytest.fixture(scope="module")
+def page(root) -> str:
+    return (root / "docs" / "coming-from-vllm.md").read_text()
+
+
+def test_every_flag_and_variable_has_its_row(page):
+    rows = [f"| `{name}` | {fate} |" for name, fate in ABSENT_FLAGS.items()]
+    rows += [f"| `{name}` | {fate} |" for name, (_, fate) in VLLM_VARIABLES.items()]
+    assert not [row for row in rows if row not in page]
+
+
+def test_commands_are_there(page):
+    assert set(re.findall(r"`quire (\w+)", page)) <= set(COMMANDS)
+    modules = re.findall(r"python -m (quire[\w.]+)", page)
+    assert modules and all(importlib.util.find_spec(name) for name in modules)
+
+
+def test_metrics_are_exported(page, root):
+    exporter = (root / "plugins" / "metrics" / "prometheus.py").read_text()
+    names = {name.removesuffix("_total") for name in re.findall(r"`vllm:(\w+)`", page)}
+    known = {name.removesuffix("_total") for name in ENGINE_STATS}
+    assert len(names) > 10
+    assert not [name for name in sorted(names) if name not in known and name not in exporter]
+
+
+def test_python_names_can_be_imported(page):
+    section = page.partition("## Python")[2]
+    names = set(re.findall(r"importable as `(\w+)`", section)) | {"LLM", "SamplingParams", "AsyncLLM", "EngineArgs"}
+    assert len(names) == 7 and all(getattr(quire, name) for name in names)
+    methods = re.findall(r"`LLM\.(\w+)`", section)
+    assert methods and all(callable(getattr(quire.LLM, name)) for name in methods)
