@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from quire.core.config import CacheConfig, EngineConfig, ModelConfig, PluginChoice, SchedulerConfig
@@ -49,8 +50,9 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     path = resolve_model(args.model, revision=args.revision, download_dir=args.download_dir)
     hf_config = read_hf_config(path)
     device = _resolve_device(args.device)
-    context.update(device=device, hf_config=hf_config, architectures=[get_architecture(hf_config)])
-    choices = {**choices_before_model, **_resolve_for_model(plugins, args, context, get_architecture(hf_config))}
+    architecture = get_architecture(hf_config, partial(plugins.has_plugin, "model"))
+    context.update(device=device, hf_config=hf_config, architectures=[architecture])
+    choices = {**choices_before_model, **_resolve_for_model(plugins, args, context, architecture)}
     _check_options(plugins, choices)
     max_context_len = get_context_length(hf_config)
     max_model_len = args.max_model_len or max_context_len
@@ -71,7 +73,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         device=device,
         max_model_len=max_model_len,
         vocab_size=int(hf_config.get_text_config().vocab_size),
-        architecture=get_architecture(hf_config),
+        architecture=architecture,
         load_format=args.load_format,  # type: ignore[arg-type]  # one of its choices, as checked
         seed=args.seed,
         served_names=tuple(args.served_model_name) or (args.model,),

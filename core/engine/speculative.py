@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def build_speculation_config(
         raise ConfigError(f"spec_method {resolution.name!r} cannot draft for this model: {'; '.join(reasons)}")
     choices = {"spec_decode": PluginChoice("spec_decode", resolution.name, resolution.target, options)}
     if draft_config is not None:
-        draft_context = dict(context, hf_config=draft_config, architectures=[get_architecture(draft_config)])
-        for kind, name in (("quant", "auto"), ("model", get_architecture(draft_config))):
+        architecture = get_architecture(draft_config, partial(plugins.has_plugin, "model"))
+        draft_context = dict(context, hf_config=draft_config, architectures=[architecture])
+        for kind, name in (("quant", "auto"), ("model", architecture)):
             if kind == "model" and not cls.serves_model:
                 continue
             draft_resolution = plugins.resolve_plugin(kind, name, draft_context, announce=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any
@@ -110,14 +111,15 @@ def _load_with_transformers(raw: dict[str, Any], file: Path) -> Any:
         raise CheckpointError(f"{file} is not a valid configuration: {_format_error(error)}") from error
 
 
-def get_architecture(hf_config: Any) -> str:
-    """The model class that ``config.json`` names, e.g. ``LlamaForCausalLM``. Raises ``CheckpointError``."""
+def get_architecture(hf_config: Any, is_known: Callable[[str], bool] = lambda name: True) -> str:
+    """The model class that ``config.json`` names, e.g. ``LlamaForCausalLM``: of several the first that ``is_known``,
+    or the first. Raises ``CheckpointError``."""
     names = getattr(hf_config, "architectures", None) or []
     if not names:
         raise CheckpointError(
             'config.json names no architecture; add "architectures": ["LlamaForCausalLM"] or whichever it is'
         )
-    return str(names[0])
+    return next((str(name) for name in names if is_known(str(name))), str(names[0]))
 
 
 def get_context_length(hf_config: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from quire.core.loading.hf_config import get_context_length
 
 __all__ = ["find_weight_files", "load_model"]
 
+_log = logging.getLogger("quire.loading")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -71,20 +73,26 @@ def load_model(
 
 def find_weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model folder, by its index or by name. Raises ``CheckpointError`` if none or some
-    are missing; pickles are never read."""
-    index = path / _INDEX
+    are missing; pickles are never read.
+
+    An index beside ``model.safetensors`` that does not name that file is left from an earlier save, as for
+    transformers.
+    """
+    index, single = path / _INDEX, path / "model.safetensors"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
             raise CheckpointError(f"{index} is not a valid index; download it again") from None
+        if single.is_file() and single.name not in names:
+            _log.warning("%s is used, not the files that %s names: it is of another save", single, _INDEX)
+            return [single]
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise CheckpointError(
                 f"{_INDEX} names {_format_names(missing)}, missing from {str(path)!r}; download the model again"
             )
         return [path / name for name in names]
-    single = path / "model.safetensors"
     files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
     if files:
         return files

@@ -103,6 +103,14 @@ class PluginManager:
             self._log_once(resolution)
         return resolution
 
+    def has_plugin(self, kind: str, name: str) -> bool:
+        """Whether ``resolve_plugin`` finds ``name``."""
+        try:
+            self.resolve_plugin(kind, name, announce=False)
+        except PluginError:
+            return False
+        return True
+
     def resolve_plugins(
         self, kind: str, names: Iterable[str] = (), context: Mapping[str, Any] | None = None
     ) -> list[Resolution]:

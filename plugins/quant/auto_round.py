@@ -15,6 +15,9 @@ from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_gr
 __all__ = ["AutoRound"]
 
 _PACKINGS = ("auto_round:auto_gptq", "auto_round:auto_awq")
+"""The first is that of a checkpoint that names none."""
+_EXPRESSION = re.compile(r"[*+?^$()\[\]{}|\\]")
+"""What makes a key of ``extra_config`` a regular expression, which is searched for in names; others are names."""
 
 
 class AutoRound(LayerwiseLoader):
@@ -25,7 +28,7 @@ class AutoRound(LayerwiseLoader):
         """Other methods, packings and data types, and quantized activations."""
         if reasons := cls.check_quant_method(quant_config, "auto-round", "intel/auto-round"):
             return reasons
-        reasons, packing = [], quant_config.get("packing_format")
+        reasons, packing = [], quant_config.get("packing_format", _PACKINGS[0])
         if packing not in _PACKINGS:
             reasons.append(f"auto-round packing {packing!r} is not supported; only {' and '.join(_PACKINGS)} are")
         for config in (quant_config, *(quant_config.get("extra_config") or {}).values()):
@@ -48,13 +51,14 @@ class AutoRound(LayerwiseLoader):
     def get_scheme(self, name: str, kind: str) -> Scheme:
         """What ``extra_config`` says of ``name`` over what is said of all; the head only where it is named."""
         config, extra = self.quant_config, self.quant_config.get("extra_config") or {}
-        override = extra.get(name) or next((extra[key] for key in extra if re.fullmatch(key, name)), None)
+        patterns = (key for key in extra if _EXPRESSION.search(key) and re.search(key, name))
+        override = extra.get(name) or next((extra[key] for key in patterns), None)
         if kind == "lm_head" and override is None and not config.get("lm_head"):
             return None
         config = {**config, **(override or {})}
         bits, size = int(config.get("bits", 4)), int(config.get("group_size", 128))
         if bits >= 16:
             return None
-        if config["packing_format"] == "auto_round:auto_awq":
+        if config.get("packing_format") == "auto_round:auto_awq":
             return GemmFormat(bits, size)
         return GPTQFormat(bits, size, symmetric=bool(config.get("sym", True)))

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from quire.core.errors import CheckpointError
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.config_builder import build_config
+from quire.core.errors import CheckpointError, PluginError
 from quire.core.loading.hf_config import PlainConfig, get_architecture, get_context_length, read_hf_config
+from quire.core.testing.tiny_models import make_tiny_model
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LLAMA = {
@@ -162,6 +165,19 @@ def test_broken_configurations(text: str | None, reason: str, tmp_path: Path) ->
 def test_no_architecture(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names no architecture"):
         get_architecture(read(tmp_path, {"model_type": "llama"}))
+
+
+def test_of_several_architectures_the_first_that_a_plugin_brings_is_taken(tmp_path: Path) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    chosen = "LlamaForCausalLM"
+    for names in (["LlamaOmni", chosen], [chosen, "Qwen3ForCausalLM"]):
+        (path / "config.json").write_text(json.dumps({**config, "architectures": names}))
+        model = build_config(EngineArgs(model=str(path), device="cpu")).config
+        assert (model.model.architecture, model.plugin("model").name) == (chosen, chosen)
+    (path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaOmni", "Other"]}))
+    with pytest.raises(PluginError, match="LlamaOmni"):
+        build_config(EngineArgs(model=str(path), device="cpu"))
 
 
 def read(folder: Path, raw: dict):

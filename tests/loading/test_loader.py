@@ -94,6 +94,19 @@ def test_tied_head_stored_or_not(tmp_path: Path) -> None:
     assert load(path).lm_head.tied
 
 
+def test_index_of_an_earlier_save_beside_one_complete_file(tmp_path: Path) -> None:
+    path = make_tiny_model("llama", tmp_path, num_hidden_layers=1)
+    expected = load(path).state_dict()
+    old = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": {"model.norm.weight": old[0], "lm_head.weight": old[1]}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in [None, *old]:  # also where the old files are still there
+        if name is not None:
+            save_file({"model.norm.weight": torch.zeros(64)}, path / name)
+        actual = load(path).state_dict()
+        assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+
+
 def test_tensors_of_a_model_saved_without_its_head(tmp_path: Path) -> None:
     """Their names have no prefix; what is derived from config.json is passed over."""
     path = make_tiny_model("llama", tmp_path, tie_word_embeddings=True, num_hidden_layers=1)

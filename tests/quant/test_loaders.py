@@ -322,6 +322,20 @@ def test_fp8_checkpoints(kind: str, hidden: int, tmp_path: Path) -> None:
     assert_near(logits(path), want, FLOAT32)
 
 
+def test_auto_round_without_a_packing_and_with_rules_by_search(copy: Path) -> None:
+    shutil.rmtree(copy)
+    shutil.copytree(FIXTURES / "auto-round-qwen3", copy)
+    before = logits_of_fixture(copy)
+    config = json.loads((copy / "config.json").read_text())
+    section = config["quantization_config"]
+    assert section.pop("packing_format") == "auto_round:auto_gptq"
+    section["extra_config"] = {r"self_attn\.[qkv]_proj$": {"bits": section["bits"]}, "proj": {"bits": 8}}
+    section["bits"], bits = 16, section["bits"]
+    section["extra_config"][r"(o|up|gate|down)_proj"] = {"bits": bits}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits_of_fixture(copy), before)
+
+
 def test_compression_config_of_older_llmcompressor(copy: Path) -> None:
     shutil.rmtree(copy)
     shutil.copytree(FIXTURES / "ct-fp8-dynamic-qwen3", copy)
