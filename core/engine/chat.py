@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.core.errors import InvalidRequestError, UnsupportedError
 
-__all__ = ["normalize_messages", "show_python_objects", "template_variables"]
+__all__ = ["drop_broken_arguments", "normalize_messages", "show_python_objects", "template_variables"]
 
 _FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 """What is a field of a request, and not of its ``chat_template_kwargs``."""
@@ -59,10 +59,28 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], *, decode_argument
     """Messages of the OpenAI API as chat templates expect them.
 
     The content becomes one string, its text parts joined by newlines, and the arguments of tool calls, which the API
-    sends as JSON text, become objects, or stay text without ``decode_arguments``. Fields that are None are left out;
-    other fields reach the template unchanged.
+    sends as JSON text, become objects, or stay text without ``decode_arguments``: an empty one where they are blank,
+    null or missing, as models write a call without arguments. Fields that are None are left out; other fields reach the
+    template unchanged.
     """
     return [_normalize_message(message, f"messages[{i}]", decode_arguments) for i, message in enumerate(messages)]
+
+
+def drop_broken_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Normalized messages whose tool calls have ``{}`` where the arguments are not an object, such as text that was cut
+    off. For templates that cannot show them: one broken call must not end a conversation."""
+    repaired = [dict(message) for message in messages]
+    for message in repaired:
+        if "tool_calls" in message:
+            message["tool_calls"] = [_drop_if_broken(call) for call in message["tool_calls"]]
+    return repaired
+
+
+def _drop_if_broken(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": {}}}
 
 
 def _check_variable_names(variables: Mapping[str, Any]) -> None:
@@ -102,17 +120,25 @@ def _join_text(content: Any, place: str) -> str:
 
 
 def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as a value: ``{}`` if they are missing, null or blank, as of a call without any."""
     function = call.get("function")
-    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping):
+        return dict(call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
         try:
-            return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+            arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):  # the second for values that are nested too deeply
             return dict(call)  # some models write arguments that are not JSON; the template sees their text
-    return dict(call)
+    return {**call, "function": {**function, "arguments": {} if arguments is None else arguments}}
 
 
 def _encode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function")
-    if isinstance(function, Mapping) and isinstance(arguments := function.get("arguments"), Mapping):
-        return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-    return dict(call)
+    if not isinstance(function, Mapping):
+        return dict(call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip() not in ("", "null"):
+        return dict(call)
+    as_object = {} if arguments is None or isinstance(arguments, str) else arguments
+    return {**call, "function": {**function, "arguments": json.dumps(as_object, ensure_ascii=False)}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from quire.core.engine.chat import normalize_messages, show_python_objects, template_variables
+from quire.core.engine.chat import drop_broken_arguments, normalize_messages, show_python_objects, template_variables
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ class Tokenizer:
 
     def _render_template(self, template: str, variables: dict[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
         """With the arguments of tool calls as objects (Llama, Qwen), or as JSON text where that fails: templates that
-        join them (DeepSeek-R1, functionary) do not say so."""
+        join them (DeepSeek-R1, functionary) do not say so. Arguments that are no object, such as text that was cut off,
+        are left out where the template fails on them."""
         others = {name: value for name, value in variables.items() if name != "messages"}
 
         def render(conversation: list[dict[str, Any]]) -> str:
@@ -206,10 +208,11 @@ class Tokenizer:
         try:
             text = render(normalized)
         except Exception as error:
-            try:
+            with contextlib.suppress(Exception):
                 return render(normalize_messages(messages, decode_arguments=False))
-            except Exception:
-                raise error from None
+            with contextlib.suppress(Exception):
+                return render(drop_broken_arguments(normalized))
+            raise error
         if show_python_objects(text, normalized):
             return render(normalize_messages(messages, decode_arguments=False))
         return text

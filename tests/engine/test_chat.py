@@ -111,6 +111,29 @@ def test_tool_arguments_that_are_not_json_stay_text(arguments: str) -> None:
     assert message["tool_calls"] == [call]
 
 
+WITHOUT_ARGUMENTS = [{"arguments": ""}, {"arguments": " \n"}, {"arguments": None}, {"arguments": "null"}, {}]
+
+
+@pytest.mark.parametrize("function", WITHOUT_ARGUMENTS)
+def test_a_call_without_arguments_has_an_empty_object(function: dict[str, object]) -> None:
+    talk = [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "now", **function}}]}]
+    [as_object], [as_text] = normalize_messages(talk), normalize_messages(talk, decode_arguments=False)
+    assert as_object["tool_calls"][0]["function"]["arguments"] == {}
+    assert as_text["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+@pytest.mark.parametrize("arguments", ['{"zone": "Europe/Ber', "[1]", "5", "now"])
+def test_a_broken_call_does_not_end_the_conversation(tmp_path: Path, arguments: str) -> None:
+    """A template that goes through the arguments of a call fails on text that was cut off: it sees none."""
+    (tmp_path / "items.jinja").write_text(TEMPLATE)
+    tokenizer = Tokenizer(str(resolve_model("quire-tiny")), str(tmp_path / "items.jinja"))
+    broken = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    talk = [{"role": "assistant", "tool_calls": [broken, CALL]}, {"role": "user", "content": "go on"}]
+    assert (
+        tokenizer.decode(tokenizer.apply_chat_template(talk)) == "[assistant]<now><now zone=UTC>[user]go on[assistant]"
+    )
+
+
 def test_offline_and_http_make_the_same_prompt(tmp_path: Path) -> None:
     template = tmp_path / "plain.jinja"
     template.write_text(TEMPLATE)
