@@ -23,13 +23,16 @@ MAX_NAMED_TOKENS = 4096
 """The most token ids in ``stop_token_ids`` and in ``logit_bias``."""
 MAX_EXTRA_ARGS_BYTES = 65_536
 """The size of ``extra_args``, of which each of the ``n`` continuations has a copy."""
+_MIN_TEMPERATURE = 1e-5
+"""A lower one is greedy: logits divided by it would leave the range of float32."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters, with the names and defaults of the OpenAI and vLLM APIs.
 
     A token is ``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens; temperature 0 is
-    greedy. Order: penalties, logits processors, temperature, min-p, top-k, top-p.
+    greedy, and so are ``top_p`` 0 and temperatures below 1e-5. Order: penalties, logits processors, temperature,
+    min-p, top-k, top-p.
 
     ``max_tokens=None`` means: until the context is full. ``seed=None`` takes a fresh one. ``stop`` strings are cut
     from the text (unless ``include_stop_str_in_output``); ``stop_token_ids`` end a request like EOS does.
@@ -67,6 +70,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if converted is not value:
                 msgspec.structs.force_setattr(self, name, converted)
         self._check_ranges()
+        if self.top_p == 0.0 or 0.0 < self.temperature < _MIN_TEMPERATURE:
+            msgspec.structs.force_setattr(self, "temperature", 0.0)
+            msgspec.structs.force_setattr(self, "top_p", self.top_p or 1.0)
 
     @property
     def greedy(self) -> bool:
@@ -76,8 +82,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def _check_ranges(self) -> None:
         _check_range("n", self.n, 1, 128)
         _check_range("temperature", self.temperature, 0.0, 100.0)
-        if not 0.0 < self.top_p <= 1.0:
-            raise InvalidRequestError(f"top_p must be in (0, 1], got {self.top_p}", "top_p")
+        _check_range("top_p", self.top_p, 0.0, 1.0)
         _check_range("top_k", self.top_k, 0, 2**31 - 1, "; 0 or -1 turns it off")
         _check_range("min_p", self.min_p, 0.0, 1.0)
         if not 0.0 < self.repetition_penalty <= 100.0:

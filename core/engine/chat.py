@@ -8,7 +8,13 @@ from typing import Any
 
 from quire.core.errors import InvalidRequestError, UnsupportedError
 
-__all__ = ["drop_broken_arguments", "normalize_messages", "show_python_objects", "template_variables"]
+__all__ = [
+    "drop_broken_arguments",
+    "normalize_messages",
+    "rename_developer",
+    "show_python_objects",
+    "template_variables",
+]
 
 _FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 """What is a field of a request, and not of its ``chat_template_kwargs``."""
@@ -64,6 +70,18 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], *, decode_argument
     template unchanged.
     """
     return [_normalize_message(message, f"messages[{i}]", decode_arguments) for i, message in enumerate(messages)]
+
+
+def rename_developer(messages: Sequence[Mapping[str, Any]], template: str) -> list[Mapping[str, Any]]:
+    """Messages whose role ``developer``, OpenAI's newer name, is ``system`` unless the template knows it."""
+    if "developer" in template:
+        return list(messages)
+    return [
+        {**message, "role": "system"}
+        if isinstance(message, Mapping) and message.get("role") == "developer"
+        else message
+        for message in messages
+    ]
 
 
 def drop_broken_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

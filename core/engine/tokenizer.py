@@ -14,7 +14,13 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from quire.core.engine.chat import drop_broken_arguments, normalize_messages, show_python_objects, template_variables
+from quire.core.engine.chat import (
+    drop_broken_arguments,
+    normalize_messages,
+    rename_developer,
+    show_python_objects,
+    template_variables,
+)
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -179,6 +185,7 @@ class Tokenizer:
             template = self._chat_templates.get(chat_template, chat_template)
         else:
             template = _select_template(self._chat_templates, bool(tools))
+        messages = rename_developer(messages, template)
         variables = template_variables(
             messages,
             tools=tools,

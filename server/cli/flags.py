@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -93,6 +94,8 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in _values_given(args, SERVER_FLAGS).items()
     }
+    if "allowed_origins" in values:
+        values["allowed_origins"] = _split_origins(values["allowed_origins"])
     settings = ServerSettings(**values)
     for name, port in (("--port", settings.port), ("--prometheus-port", settings.prometheus_port or 0)):
         if not 0 <= port <= 65535:
@@ -122,6 +125,19 @@ def parse_float(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _split_origins(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Origins given as words, or as one JSON list as in vLLM."""
+    if len(words) == 1 and words[0].startswith("["):
+        try:
+            words = tuple(json.loads(words[0]))
+        except ValueError:
+            raise ConfigError(f"--allowed-origins {words[0]}: neither origins nor a JSON list of them") from None
+    for origin in words:
+        if not isinstance(origin, str) or "/" in origin.partition("://")[2]:
+            raise ConfigError(f"--allowed-origins {origin}: not an origin; write it as http://localhost:3000, or *")
+    return words
 
 
 def _option_pairs(args: argparse.Namespace, kind: str) -> list[str]:

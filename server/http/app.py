@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.middleware import Middleware
+from fastapi.middleware.cors import CORSMiddleware
 
 from quire.core.version import __version__
 from quire.server.http.errors import add_error_handlers
@@ -32,7 +33,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
         title="Quire",
         version=__version__,
         root_path=settings.root_path,
-        middleware=[Middleware(RequestMiddleware, state=state)],
+        middleware=[*_cors_middleware(settings), Middleware(RequestMiddleware, state=state)],
     )
     app.state.server = state
     for module in (chat, completions, models, tokens, health, metrics, trace, unsupported):
@@ -48,6 +49,21 @@ def create_metrics_app(state: ServerState) -> FastAPI:
     app.include_router(metrics.make_router(state))
     add_error_handlers(app)
     return app
+
+
+def _cors_middleware(settings: ServerSettings) -> list[Middleware]:
+    """What answers the preflight requests of browsers, which carry no API key, before anything else sees them."""
+    if not settings.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    ]
 
 
 def _describe_bodies(app: FastAPI) -> None:

@@ -50,7 +50,9 @@ class RequestMiddleware:
         self._state.begin_request(is_api)
         try:
             self._check_request(scope, headers, is_api)
-            await self._app(scope, self._limit_body(receive), answer)
+            # HEAD is answered as GET: uvicorn sends the headers alone, and routes need not name both.
+            served_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(served_scope, self._limit_body(receive), answer)
         except asyncio.CancelledError:
             if not self._state.draining:
                 raise
@@ -69,8 +71,10 @@ class RequestMiddleware:
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if not self._keys and scope["method"] not in _SAFE_METHODS and _is_foreign_page(headers):
-            origin = headers["origin"][:200]
-            raise ApiError(403, f"requests from web pages of {origin!r} are refused: start the server with --api-key")
+            origin = headers["origin"]
+            if not {origin, "*"} & set(self._state.settings.allowed_origins):
+                message = f"requests from web pages of {origin[:200]!r} are refused: start the server with --api-key"
+                raise ApiError(403, f"{message} or allow them by --allowed-origins")
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length) > self._state.settings.max_request_bytes:
             raise self._too_large_error()

@@ -18,6 +18,13 @@ class ServerSettings:
     api_key: tuple[str, ...] = setting(
         (), group="server", help="key that clients of /v1 must send; may repeat; default: none", metavar="KEY"
     )
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        group="server",
+        help="origins, such as http://localhost:3000, whose web pages may read answers (CORS); *: any; default: none",
+        metavar="ORIGIN",
+        several_words=True,
+    )
     root_path: str = setting("", group="server", help="path under which a proxy publishes the server", metavar="PATH")
     shutdown_timeout: float = setting(
         30.0, group="server", help="seconds for requests in flight after SIGTERM", metavar="SECONDS"

@@ -134,6 +134,15 @@ def test_a_broken_call_does_not_end_the_conversation(tmp_path: Path, arguments: 
     )
 
 
+def test_a_developer_is_the_system_to_a_template_that_knows_none(tmp_path: Path) -> None:
+    talk = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    for template, shown in ((TEMPLATE, "system"), ("{# developer #}" + TEMPLATE, "developer")):
+        (tmp_path / "roles.jinja").write_text(template)
+        tokenizer = Tokenizer(str(resolve_model("quire-tiny")), str(tmp_path / "roles.jinja"))
+        prompt = tokenizer.decode(tokenizer.apply_chat_template(talk))
+        assert prompt == f"[{shown}]be brief[user]hi[assistant]"
+
+
 def test_offline_and_http_make_the_same_prompt(tmp_path: Path) -> None:
     template = tmp_path / "plain.jinja"
     template.write_text(TEMPLATE)

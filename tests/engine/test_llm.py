@@ -153,7 +153,7 @@ def test_full_context_ends_with_length(llm: LLM) -> None:
     ("fields", "words"),
     [
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.5}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 0}, "n must"),

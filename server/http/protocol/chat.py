@@ -27,8 +27,8 @@ class Conversation(Body):
 
     messages: list[Message] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -38,12 +38,11 @@ class Conversation(Body):
             raise unsupported_error(
                 "chat_template", "templates in requests are not run; start with --chat-template FILE"
             )
-        explicit = "add_generation_prompt" in self.model_fields_set
         return {
             "messages": [message.model_dump(exclude_none=True) for message in self.messages],
             "tools": self.tools,
-            "add_generation_prompt": self.add_generation_prompt if explicit else None,
-            "continue_final_message": self.continue_final_message,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": bool(self.continue_final_message),
             "chat_template_kwargs": self.chat_template_kwargs,
         }
 

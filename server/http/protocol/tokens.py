@@ -15,8 +15,8 @@ class TokenizeBody(Conversation):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list)
-    add_special_tokens: bool = True
+    messages: list[Message] | None = Field(default_factory=list)  # type: ignore[assignment]
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 

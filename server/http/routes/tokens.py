@@ -27,7 +27,9 @@ def make_router(state: ServerState) -> APIRouter:
             raise ApiError(400, "give either prompt or messages", param="prompt")
         size = len(await request.body())
         if body.prompt is not None:
-            tokens = await state.run_tokenizer(size, state.engine.tokenize, body.prompt, body.add_special_tokens)
+            tokens = await state.run_tokenizer(
+                size, state.engine.tokenize, body.prompt, body.add_special_tokens is not False
+            )
         else:
             tokens = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
         texts = [state.engine.convert_id_to_text(token) for token in tokens] if body.return_token_strs else None

@@ -120,6 +120,15 @@ def test_vllm_spellings_are_mapped_and_logged() -> None:
     assert len(args.flag_warnings) == 6
 
 
+def test_origins_are_words_or_a_json_list() -> None:
+    both = ("http://localhost:3000", "https://ui.example")
+    for words in (both, ('["http://localhost:3000", "https://ui.example"]',)):
+        assert make_server_settings(parsed("--allowed-origins", *words)).allowed_origins == both
+    for wrong in ("http://localhost:3000/", "https://ui.example/page", "[oops", "[3]"):
+        with pytest.raises(ConfigError, match="--allowed-origins"):
+            make_server_settings(parsed("--allowed-origins", wrong))
+
+
 def test_what_follows_two_dashes_is_left_alone() -> None:
     assert normalize_spelling(["--a_b", "--", "--c_d"], frozenset()) == (
         ["--a-b", "--", "--c_d"],

@@ -28,7 +28,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "x", "temperature": -1}, "temperature"),
     (TEXT, {"prompt": "x", "temperature": "hot"}, "temperature"),
     (TEXT, {"prompt": "x", "temperature": True}, "temperature"),
-    (TEXT, {"prompt": "x", "top_p": 0}, "top_p"),
+    (TEXT, {"prompt": "x", "top_p": -0.1}, "top_p"),
     (TEXT, {"prompt": "x", "top_p": 1.5}, "top_p"),
     (TEXT, {"prompt": "x", "top_k": -2}, "top_k"),
     (TEXT, {"prompt": "x", "min_p": 2}, "min_p"),

@@ -22,12 +22,16 @@ from quire.core.engine.async_llm import AsyncLLM
 from quire.core.version import __version__
 from quire.server.cli.main import main
 from quire.server.http.app import create_app
+from quire.server.http.protocol.chat import ChatBody
+from quire.server.http.protocol.completion import CompletionBody
+from quire.server.http.protocol.tokens import TokenizeBody
 
 from ..conftest import RunningServer, check_error, until
 
 ROOT = Path(__file__).parents[3]
 TEXT = "/v1/completions"
 LONG = {"prompt": "go on", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
+JSON_HEADERS = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 ABORTED = 'quire:request_success_total{finished_reason="abort",model_name="tiny"}'
 
 
@@ -155,6 +159,66 @@ def test_the_wire_format_of_a_stream(http: httpx.Client) -> None:
         assert {"index", "delta", "logprobs", "finish_reason"} <= set(chunk["choices"][0])
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/tiny", "/metrics", "/version", "/openapi.json"])
+def test_head_is_get_without_a_body(http: httpx.Client, path: str) -> None:
+    answer = http.head(path)
+    assert answer.status_code == 200 and answer.content == b""
+    assert answer.headers["content-type"] == http.get(path).headers["content-type"]
+
+
+def test_head_of_what_cannot_be_got(http: httpx.Client) -> None:
+    assert http.head(TEXT).status_code == 405
+    assert http.head("/v1/nothing").status_code == 404
+    assert http.head("/v1/models/large").status_code == 404
+
+
+def test_tiny_temperatures_and_no_nucleus_are_greedy(http: httpx.Client) -> None:
+    body = {"prompt": "greedy", "max_tokens": 12, "ignore_eos": True}
+    greedy = http.post(TEXT, json={**body, "temperature": 0}).json()["choices"][0]["text"]
+    for field in ({"temperature": 1e-40}, {"temperature": 1e-9, "top_p": 0.5}, {"top_p": 0}, {"top_p": 0, "top_k": 5}):
+        assert http.post(TEXT, json={**body, **field}).json()["choices"][0]["text"] == greedy, field
+
+
+def test_null_is_the_default_of_every_optional_field(http: httpx.Client) -> None:
+    for path, model, body in (
+        ("/v1/chat/completions", ChatBody, {"messages": [{"role": "user", "content": "hi"}]}),
+        (TEXT, CompletionBody, {"prompt": "x"}),
+        ("/tokenize", TokenizeBody, {"prompt": "x"}),
+    ):
+        nothing = dict.fromkeys(name for name, field in model.model_fields.items() if not field.is_required())
+        response = http.post(path, json={**nothing, **body})
+        assert response.status_code == 200, (path, response.text)
+
+
+def test_no_web_page_may_read_answers_unless_it_is_allowed(http: httpx.Client) -> None:
+    answer = http.get("/v1/models", headers={"Origin": "http://localhost:3000"})
+    assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("allowed", ["http://localhost:3000", "*"])
+def test_a_web_page_of_an_allowed_origin(start: Callable[..., RunningServer], allowed: str) -> None:
+    server = start("--allowed-origins", allowed)
+    page = {"Origin": "http://localhost:3000"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with server.http as http:
+        preflight = http.options("/v1/chat/completions", headers={**page, **asked})
+        assert preflight.status_code == 200
+        assert "content-type" in preflight.headers["access-control-allow-headers"]
+        answers = [
+            preflight,
+            http.get("/v1/models", headers=page),
+            http.post(TEXT, json={"prompt": "x", "max_tokens": 1}, headers=page),
+            http.post(TEXT, json={"prompt": "x", "max_tokens": 1, "stream": True}, headers=page),
+            http.post(TEXT, json={"prompt": ""}, headers=page),
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 400]
+        assert {answer.headers["access-control-allow-origin"] for answer in answers} == {allowed}
+        if allowed != "*":
+            foreign = {"Origin": "https://elsewhere.example"}
+            assert http.post(TEXT, json={"prompt": "x"}, headers=foreign).status_code == 403
+            assert "access-control-allow-origin" not in http.get("/v1/models", headers=foreign).headers
+
+
 def test_tokenize_and_back(http: httpx.Client) -> None:
     text = "Grüße, 本!"
     reply = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
@@ -213,7 +277,7 @@ def test_a_client_that_leaves_without_a_stream_frees_its_request(server: Running
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "n": 3}).encode()
     with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON_HEADERS % len(body) + body)
         until(lambda: server.load()["server_load"] == 1)
         time.sleep(0.1)
     until(lambda: server.metric(ABORTED) == before + 3)
@@ -225,7 +289,7 @@ def test_many_clients_that_leave(server: RunningServer, http: httpx.Client) -> N
     body = json.dumps({**LONG, "stream": True}).encode()
     for turn in range(20):
         with socket.create_connection((host, int(port))) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON_HEADERS % len(body) + body)
             if turn % 2:
                 raw.recv(200)
     until(lambda: server.load()["server_load"] == 0)
