@@ -25,7 +25,9 @@ class SuffixProposer(HostProposer):
     """Drafts what followed the most recent earlier occurrence of the longest suffix.
 
     Prompts and outputs of all requests go into one automaton for each cache salt: a request may be drafted from another
-    one's tokens within a salt, and never across. An automaton that holds ``max_tokens`` is replaced by a new one.
+    one's tokens within a salt, and never across. When a request arrives and the automata hold more than ``max_tokens``,
+    those of the least recently used salts are dropped, and an automaton that alone holds as many is replaced by a new
+    one; requests that run keep theirs.
     """
 
     @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class SuffixProposer(HostProposer):
         min_match: int = 2
         """Shortest suffix that is drafted from, in tokens."""
         max_tokens: int = 100_000
-        """Tokens in an automaton before a new one replaces it: about 100 MB."""
+        """Tokens that the automata of all salts hold together: about 100 MB."""
 
         def __post_init__(self) -> None:
             if self.min_match < 1 or self.max_tokens < 1:
@@ -46,6 +48,11 @@ class SuffixProposer(HostProposer):
         self._automata: OrderedDict[str | None, _SuffixAutomaton] = OrderedDict()
         """By cache salt, the least recently used first."""
         self._cursors: dict[int, _RequestCursor] = {}
+
+    @property
+    def num_held_tokens(self) -> int:
+        """Tokens that the automata of all salts hold."""
+        return sum(automaton.num_tokens for automaton in self._automata.values())
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Index the request's new tokens, and draft from its longest suffix."""
@@ -65,7 +72,7 @@ class SuffixProposer(HostProposer):
         if automaton is None or automaton.num_tokens >= self.options.max_tokens:
             automaton = self._automata[salt] = _SuffixAutomaton()
         self._automata.move_to_end(salt)
-        if len(self._automata) > _MAX_SALTS:
+        while len(self._automata) > _MAX_SALTS or self.num_held_tokens > self.options.max_tokens:
             self._automata.popitem(last=False)
         return automaton
 
@@ -82,10 +89,10 @@ class _SuffixAutomaton:
         self.last_occurrence: list[tuple[list[int], int]] = [([], 0)]
         """Tokens of a request, and where in them a sequence of the state ends."""
         self.num_tokens = 0
+        """Tokens of the requests that have occurrences here: what it holds grows with them."""
 
     def append_token(self, last: int, token: int, occurrence: tuple[list[int], int]) -> int:
         """The state of the sequence of ``last`` with ``token`` behind it, which ends at ``occurrence``."""
-        self.num_tokens += 1
         target = self.transitions[last].get(token)
         if target is not None:  # another request has had this sequence
             return target if self.length[target] == self.length[last] + 1 else self._clone_state(last, token, target)
@@ -132,10 +139,12 @@ class _RequestCursor:
     def __init__(self, automaton: _SuffixAutomaton, token_ids: list[int]) -> None:
         self._automaton = automaton
         self._token_ids = token_ids
-        self._num_indexed = self._state = 0
+        self._num_indexed = self._num_counted = self._state = 0
 
     def index_new_tokens(self, max_new_tokens: int) -> None:
         """Append the request's tokens to the automaton, as many as are new and no more than so many."""
+        self._automaton.num_tokens += len(self._token_ids) - self._num_counted
+        self._num_counted = len(self._token_ids)
         for i in range(self._num_indexed, min(len(self._token_ids), self._num_indexed + max_new_tokens)):
             self._state = self._automaton.append_token(self._state, self._token_ids[i], (self._token_ids, i + 1))
             self._num_indexed = i + 1

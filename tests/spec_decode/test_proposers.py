@@ -49,6 +49,18 @@ def test_suffixes_are_shared_within_a_salt_alone() -> None:
     assert list(proposer.propose(make_request([3, 12, 13], 4), 2)) == []
 
 
+@pytest.mark.parametrize("max_tokens", [100, 1000])
+def test_suffixes_of_many_salts_are_bounded_together(max_tokens: int) -> None:
+    """A client that gives every request a salt of its own, and one that ends requests with long prompts at once."""
+    proposer = SuffixProposer(4, SuffixProposer.Options(max_tokens=max_tokens))
+    for number in range(200):
+        request = make_request([number] * (10 if number % 2 else 700), number, salt=f"salt {number}")
+        proposer.propose(request, 4)
+        proposer.request_finished(request)
+        assert proposer.num_held_tokens <= max_tokens + request.num_tokens
+    assert len(proposer.propose(make_request([199, 199], 200, "salt 199"), 4)) > 0, "the latest salt is kept"
+
+
 def test_suffixes_of_interleaved_requests() -> None:
     """Against a brute-force search: every draft followed the longest suffix that occurs before."""
     proposer, requests = SuffixProposer(3), [make_request([5], 1), make_request([6], 2)]
