@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from quire.core.config import SchedulerConfig
-from quire.core.contracts.kv import KVAllocator
+from quire.core.contracts.kv import KVAllocator, KVGroup
 from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreRequest
 from quire.core.request import Request
 
-__all__ = ["RequestLimits", "TokenBudget"]
+__all__ = ["RequestLimits", "TokenBudget", "compute_max_held_tokens"]
 
 _GROW_AFTER_STEPS = 64
 """Steps that must fit into memory before a halved budget is doubled again."""
@@ -34,12 +36,13 @@ class RequestLimits:
         self._max_num_seqs = config.max_num_seqs
         self._block_size = allocator.block_size
         self._num_blocks = allocator.num_blocks - 1  # all but the null block
-        # The most tokens of which a request holds blocks at a time: the longest window (the whole context where a group
-        # has none), what one step adds, the drafts of two steps in flight, of the step being built and of the
-        # proposer behind it, and the block that the window cuts in two.
-        windows = [group.window or max_model_len for group in allocator.groups]
-        in_flight = config.max_num_batched_tokens + 4 * num_speculative_tokens
-        self._max_held_tokens = max(windows) + in_flight + allocator.block_size
+        self._max_held_tokens = compute_max_held_tokens(
+            allocator.groups,
+            allocator.block_size,
+            max_model_len,
+            config.max_num_batched_tokens,
+            num_speculative_tokens,
+        )
 
     def validate_request(self, message: EngineCoreRequest, num_waiting: int, num_running: int) -> Request:
         """The request, or ``InvalidRequestError`` with the numbers that forbid it (``QueueFullError`` if it could be
@@ -104,3 +107,20 @@ class TokenBudget:
         self.num_tokens, self._num_fitting_steps = half, 0
         self.num_shrinks += 1
         return True
+
+
+def compute_max_held_tokens(
+    groups: Sequence[KVGroup],
+    block_size: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    num_speculative_tokens: int,
+) -> int:
+    """The most tokens of which one request holds blocks at a time, in the group where these are most.
+
+    Of a group without a window the whole context; else the window, what one step adds, the drafts of two steps in
+    flight, of the step being built and of the proposer behind it, and the block that the window cuts in two.
+    """
+    windows = [max_model_len if group.window is None else group.window for group in groups]
+    in_flight = max_num_batched_tokens + 4 * num_speculative_tokens
+    return min(max(windows, default=0) + in_flight + block_size, max_model_len)

@@ -119,12 +119,14 @@ def compute_num_blocks(num_bytes: int, bytes_per_block: int, config: CacheConfig
     return min(num_bytes // bytes_per_block, -(-max_tokens // config.block_size) + 1)
 
 
-def validate_max_model_len(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Raise ``ConfigError`` for a context that the pool cannot hold, naming the largest that fits."""
+def validate_max_model_len(num_blocks: int, block_size: int, max_model_len: int, max_held_tokens: int) -> None:
+    """Raise ``ConfigError`` for a context that the pool cannot hold, naming the largest that fits. A request holds
+    blocks of ``max_held_tokens`` tokens at most: fewer than its context where every layer has a window."""
     tokens = (num_blocks - 1) * block_size
-    if tokens < max_model_len:
+    if tokens < max_held_tokens:
+        needed = "" if max_held_tokens == max_model_len else f" and takes {max_held_tokens} at a time"
         raise ConfigError(
-            f"max_model_len {max_model_len} does not fit: the KV cache holds {max(tokens, 0)} tokens; "
+            f"max_model_len {max_model_len} does not fit{needed}: the KV cache holds {max(tokens, 0)} tokens; "
             f"set --max-model-len {max(tokens, 0)} or less, or give the cache more memory"
         )
 

@@ -21,6 +21,7 @@ from quire.core.ops.device_profile import check_device
 from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.sample.forced_acceptance import ForcedAcceptance
 from quire.core.sample.verify import verify_drafts
+from quire.core.sched.limits import compute_max_held_tokens
 from quire.core.worker.compilation import CompileCounter, precompile_kernels
 from quire.core.worker.component_loader import ComponentLoader
 from quire.core.worker.cuda_graphs.decode import choose_verify_query_lens, compute_max_captured_tokens
@@ -146,7 +147,15 @@ class Worker:
         """Allocate ``num_blocks`` blocks in every group. Raises ``ConfigError`` where they do not hold one request of
         the maximum length."""
         config, runner = self._config, self.model_runner
-        validate_max_model_len(num_blocks, config.cache.block_size, config.model.max_model_len)
+        block_size, max_model_len = config.cache.block_size, config.model.max_model_len
+        max_held_tokens = compute_max_held_tokens(
+            runner.kv_cache.groups,
+            block_size,
+            max_model_len,
+            config.scheduler.max_num_batched_tokens,
+            self._components.num_speculative_tokens,
+        )
+        validate_max_model_len(num_blocks, block_size, max_model_len, max_held_tokens)
         runner.allocate_kv_cache(num_blocks)
         self.capacity = KVCapacity(
             groups=runner.kv_cache.groups,

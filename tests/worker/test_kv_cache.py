@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from quire.core.config import CacheConfig
+from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError
 from quire.core.messages import BlockCopy
+from quire.core.sched.limits import compute_max_held_tokens
 from quire.core.testing.attention_problem import make_spec
 from quire.core.worker.kv_cache import KVCache, compute_num_blocks, group_layers, validate_max_model_len
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
@@ -37,11 +39,21 @@ def test_a_number_of_blocks_that_is_given_is_taken() -> None:
 def test_one_request_of_the_maximum_length_fits(num_blocks: int, fits: bool) -> None:
     """64 tokens: four blocks of 16, beside the padding block."""
     if fits:
-        validate_max_model_len(num_blocks, 16, 64)
+        validate_max_model_len(num_blocks, 16, 64, 64)
         return
     largest = max(num_blocks - 1, 0) * 16
     with pytest.raises(ConfigError, match=f"holds {largest} tokens; set --max-model-len {largest} or less"):
-        validate_max_model_len(num_blocks, 16, 64)
+        validate_max_model_len(num_blocks, 16, 64, 64)
+
+
+def test_a_model_whose_layers_all_have_windows_needs_room_for_these_alone() -> None:
+    windows = (KVGroup(window=32), KVGroup(window=48))
+    held = compute_max_held_tokens(windows, 16, 1000, max_num_batched_tokens=64, num_speculative_tokens=0)
+    assert held == 48 + 64 + 16
+    validate_max_model_len(9, 16, 1000, held)
+    with pytest.raises(ConfigError, match="takes 128 at a time: the KV cache holds 112 tokens"):
+        validate_max_model_len(8, 16, 1000, held)
+    assert compute_max_held_tokens((KVGroup(), *windows), 16, 1000, 64, 0) == 1000
 
 
 @pytest.fixture
