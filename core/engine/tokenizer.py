@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,8 @@ class Tokenizer:
         try:
             self._hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{path} has no tokenizer that can be loaded ({reason}); name one with --tokenizer"
+                f"{path} has no tokenizer that can be loaded: {_explain_failure(path, error)}"
             ) from error
         if not self._hf_tokenizer.is_fast:
             raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
@@ -247,6 +247,23 @@ def _spells_alone(step: Mapping[str, Any]) -> bool:
         case "Strip":
             return bool(step["start"] <= 1 and step["stop"] == 0)
     return False
+
+
+def _explain_failure(path: str, error: Exception) -> str:
+    """Why transformers has no tokenizer for ``path``, and what would mend it."""
+    if Path(path, "tokenizer.model").is_file() and not Path(path, "tokenizer.json").is_file():
+        missing = [name for name in ("sentencepiece", "google.protobuf") if not _can_import(name)]
+        if missing:  # transformers then takes the file for tiktoken's, and says so
+            return "tokenizer.model needs more packages to be read; pip install sentencepiece protobuf"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{reason}; name one with --tokenizer"
+
+
+def _can_import(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of its package
+        return False
 
 
 def _restore_byte_level(backend: BackendTokenizer, file: Path) -> BackendTokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer
 
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import CheckpointError, InvalidRequestError
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -110,3 +111,14 @@ def test_named_chat_templates_without_a_default_are_listed(tiny: Path, tmp_path:
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "{{ messages }}"}])
     with pytest.raises(InvalidRequestError, match="no default chat template, only rag"):
         Tokenizer(str(folder)).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def test_tokenizer_model_alone_says_which_packages_read_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_tokenizer(tiny, tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model needs .*; pip install sentencepiece protobuf"):
+        Tokenizer(str(folder))

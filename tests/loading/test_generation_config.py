@@ -60,7 +60,7 @@ def test_every_folder_and_file_adds_its_eos_tokens(tmp_path: Path) -> None:
         ("auto", "{", "is not JSON"),
         ("auto", "[1]", "must be a JSON object"),
         ("auto", {"temprature": 1}, "did you mean temperature"),
-        ("auto", {"top_p": 3}, "top_p must be in"),
+        ("auto", {"top_p": 3}, "top_p must be between"),
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path: Path, source: str, override: Any, reason: str) -> None:
