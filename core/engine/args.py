@@ -144,7 +144,8 @@ class EngineArgs:
     max_num_queued_requests: int | None = setting(
         None,
         group="limits",
-        help="requests that may wait beyond those that may run (--max-num-seqs); more get 429",
+        help="requests that may wait beyond those that may run (--max-num-seqs); more get 429; default over HTTP: 16 "
+        "times --max-num-seqs",
         metavar="N",
     )
     enable_chunked_prefill: bool = setting(

@@ -165,13 +165,19 @@ class AsyncLLM:
         """The latest gauges and counters of the engine core, by the names of ``quire.core.stats.ENGINE_STATS``."""
         return dict(self._stats)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Messages to token ids, by the model's chat template; see ``Tokenizer.apply_chat_template``."""
-        return self.tokenizer.apply_chat_template(messages, **options)
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Any
+    ) -> list[int]:
+        """Messages to token ids, by the model's chat template; see ``Tokenizer.render_chat_template``. More than
+        ``max_tokens``, by default those of a prompt, are refused before they are tokenized whole."""
+        text = self.tokenizer.render_chat_template(messages, **options)
+        return self._input_processor.encode_text(text, add_special_tokens=False, max_tokens=max_tokens)
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids."""
-        return self.tokenizer.encode(text, add_special_tokens)
+    def tokenize(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Text to token ids. With ``max_tokens``, a text of more is refused before it is tokenized whole."""
+        if max_tokens is None:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return self._input_processor.encode_text(text, add_special_tokens, max_tokens)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Token ids to text, special tokens included."""

@@ -96,20 +96,26 @@ class InputProcessor:
             )
         return requests
 
+    def encode_text(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Text to ids. A text that is too long is refused before it is tokenized whole: for a prompt, or where
+        ``max_tokens`` says more."""
+        num_tokens = self.tokenizer.find_excess(text, self.max_model_len - 1 if max_tokens is None else max_tokens)
+        if num_tokens is not None:
+            reason = f"{len(text)} characters, so at least {num_tokens} tokens"
+            if max_tokens is not None:
+                raise InvalidRequestError(f"the text has {reason}; at most {max_tokens} are taken at once", "prompt")
+            raise ContextLengthError(
+                self.max_model_len, f"However, the prompt has {reason}: shorten it or raise --max-model-len"
+            )
+        return self.tokenizer.encode(text, add_special_tokens)
+
     def _copy_params(self, params: SamplingParams) -> SamplingParams:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"the parameters must be SamplingParams, got {params!r:.60}", "sampling_params")
         return msgspec.structs.replace(params)
 
     def _encode_prompt(self, text: str) -> list[int]:
-        min_tokens = len(text) // self.tokenizer.max_token_chars
-        if min_tokens >= self.max_model_len:
-            raise ContextLengthError(
-                self.max_model_len,
-                f"However, the prompt has {len(text)} characters, so at least {min_tokens} tokens: shorten it or raise "
-                "--max-model-len",
-            )
-        ids = self.tokenizer.encode(text)
+        ids = self.encode_text(text)
         if ids and max(ids) >= self.vocab_size:
             # An added token for which the embedding was never enlarged: it would fail the step, or read other memory.
             unknown = next(token for token in ids if token >= self.vocab_size)

@@ -31,6 +31,11 @@ __all__ = ["Tokenizer"]
 
 _log = logging.getLogger("quire.engine")
 
+_CHARS_PER_TOKEN = 8
+"""A text with more characters for each token than this is unusual: it is looked at before it is tokenized whole."""
+_PIECE_CHARS, _TOKENS_PER_CUT = 65_536, 16
+"""How long texts are cut to be counted, and how many tokens a cut adds at most."""
+
 
 class Tokenizer:
     """Wraps a transformers fast tokenizer. Raises ``CheckpointError`` if the folder has none."""
@@ -80,6 +85,23 @@ class Tokenizer:
             return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):
             raise InvalidRequestError("the text holds half of a surrogate pair; leave it out", "prompt") from None
+
+    def find_excess(self, text: str, max_tokens: int) -> int | None:
+        """How many tokens ``text`` has at least, where that is surely more than ``max_tokens``; else None. Takes time
+        and memory for about ``max_tokens`` tokens, however long the text is."""
+        min_tokens = len(text) // self.max_token_chars
+        if min_tokens > max_tokens:
+            return min_tokens
+        if len(text) <= _CHARS_PER_TOKEN * max_tokens:
+            return None  # a text of the usual kind would fit, or is soon tokenized
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            # Where pieces meet, the text may have a few tokens less than both together.
+            num_tokens += len(self.encode(piece, add_special_tokens=False)) - _TOKENS_PER_CUT
+            if num_tokens > max_tokens:
+                return num_tokens
+        return None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
@@ -176,7 +198,28 @@ class Tokenizer:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Normalize messages, render them with the chat template and tokenize; see ``chat.template_variables``.
+        """``render_chat_template``, tokenized."""
+        text = self.render_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Normalize messages and render them with the chat template; see ``chat.template_variables``.
 
         ``chat_template`` is a template, or the name of one of the model's; None: as transformers chooses.
         ``InvalidRequestError`` if there is no template or it refuses the messages.
@@ -194,10 +237,9 @@ class Tokenizer:
             chat_template_kwargs=chat_template_kwargs,
         )
         try:
-            text = self._render_template(template, variables, messages)
+            return self._render_template(template, variables, messages)
         except Exception as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        return self.encode(text, add_special_tokens=False)
 
     def _render_template(self, template: str, variables: dict[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
         """With the arguments of tool calls as objects (Llama, Qwen), or as JSON text where that fails: templates that

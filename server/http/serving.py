@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -35,6 +36,8 @@ _KEEP_ALIVE_S = 75
 _GRACEFUL_SHUTDOWN_S = 2
 _CUT_OFF_S = 1
 _POLL_S = 0.5
+_QUEUED_PER_ROW = 16
+"""Requests that may wait for each of the ``--max-num-seqs`` that may run, unless ``--max-num-queued-requests`` says."""
 
 
 def serve(
@@ -68,6 +71,8 @@ async def _serve(
     signals: StopSignals,
     arguments: Any,
 ) -> int:
+    if args.max_num_queued_requests is None:  # a server has many clients, none of which knows of the others
+        args = replace(args, max_num_queued_requests=_QUEUED_PER_ROW * max(args.max_num_seqs, 1))
     log_options = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
     engine = AsyncLLM(args, process=process, **log_options)
     try:

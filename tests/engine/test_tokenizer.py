@@ -122,3 +122,30 @@ def test_tokenizer_model_alone_says_which_packages_read_it(
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model needs .*; pip install sentencepiece protobuf"):
         Tokenizer(str(folder))
+
+
+def test_a_text_that_is_too_long_is_found_without_tokenizing_it_whole(tiny: Path, monkeypatch) -> None:
+    tokenizer = Tokenizer(str(tiny))
+    encode, lengths = tokenizer.encode, []
+
+    def count(text: str, add_special_tokens: bool = True) -> list[int]:
+        lengths.append(len(text))
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", count)
+    for text in ("a b " * 1_500_000, " " * 6_000_000, "\u00e9" * 6_000_000, "x" * 6_000_000):
+        lengths.clear()
+        num_tokens = tokenizer.find_excess(text, 500)
+        assert num_tokens is not None and num_tokens > 500
+        assert sum(lengths) <= 200_000
+
+
+@pytest.mark.parametrize("text", ["a b ", "hello world", " ", "\n\n\t", "\u00e9\u4e2d", "0123456789", "x"])
+def test_a_text_that_may_fit_is_not_found_too_long(tiny: Path, text: str) -> None:
+    tokenizer = Tokenizer(str(tiny))
+    for length in (1, 100, 5000, 200_000):
+        long_text = (text * length)[:length]
+        num_tokens = len(tokenizer.encode(long_text))
+        assert tokenizer.find_excess(long_text, num_tokens) is None
+        found = tokenizer.find_excess(long_text, num_tokens // 3)
+        assert found is None or found <= num_tokens

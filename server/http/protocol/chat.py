@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from quire.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import Body, GenerationBody, Int32, unsupported_error
+from quire.server.http.protocol.common import MAX_ITEMS, Body, GenerationBody, Int32, unsupported_error
 
 __all__ = ["ChatBody", "Conversation", "Message"]
 
@@ -18,15 +18,15 @@ class Message(Body):
     """One turn, as ``quire.core.engine.chat`` normalizes it. Whatever else it holds reaches the chat template."""
 
     role: str = Field(min_length=1)
-    content: str | list[dict[str, Any]] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS)] | None = None
+    tool_calls: list[dict[str, Any]] | None = Field(None, max_length=MAX_ITEMS)
 
 
 class Conversation(Body):
     """Messages, and how the chat template turns them into a prompt."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_ITEMS)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None

@@ -9,13 +9,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
-from quire.core.sampling_params import SamplingParams
+from quire.core.sampling_params import MAX_NAMED_TOKENS, MAX_STOP_STRINGS, SamplingParams
 from quire.server.http.errors import ApiError, make_validation_error
 from quire.server.http.state import ServerState
 
-__all__ = ["Body", "GenerationBody", "Int32", "StreamOptions", "body_schemas", "describe_body", "read_body"]
+__all__ = [
+    "MAX_ITEMS",
+    "Body",
+    "GenerationBody",
+    "Int32",
+    "StreamOptions",
+    "body_schemas",
+    "describe_body",
+    "read_body",
+]
 
 M = TypeVar("M", bound="Body")
+
+MAX_ITEMS = 4096
+"""The most items of a list in a body, where no other limit is said: messages, parts, tools."""
 
 
 def _refuse_booleans(value: Any) -> Any:
@@ -57,10 +69,10 @@ class GenerationBody(Body):
     repetition_penalty: Real | None = None
     presence_penalty: Real | None = None
     frequency_penalty: Real | None = None
-    logit_bias: dict[Int32, Real] | None = None
+    logit_bias: dict[Int32, Real] | None = Field(None, max_length=MAX_NAMED_TOKENS)
     seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Int32] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = None
+    stop_token_ids: list[Int32] | None = Field(None, max_length=MAX_NAMED_TOKENS)
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Int32 | None = None
@@ -110,13 +122,12 @@ class GenerationBody(Body):
             raise ApiError(400, "stream_options: allowed only with stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise unsupported_error("prompt_logprobs", "not available in a stream; leave stream out")
-        if isinstance(self.stop, list) and len(self.stop) > _MAX_STOP_STRINGS:
-            raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {_MAX_STOP_STRINGS}", param="stop")
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOP_STRINGS:
+            raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {MAX_STOP_STRINGS}", param="stop")
         if self.cache_salt == "":
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
-_MAX_STOP_STRINGS = 64
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),

@@ -13,7 +13,7 @@ from quire.server.http.protocol.common import GenerationBody, Int32, unsupported
 
 __all__ = ["CompletionBody"]
 
-_MAX_PROMPTS = 1024
+_MAX_PROMPTS = _MAX_SEQUENCES = 1024
 
 
 def _normalize_prompts(value: Any) -> Any:
@@ -37,6 +37,8 @@ def _normalize_prompts(value: Any) -> Any:
 
 def _check_token_ids(prompt: str | list[Any]) -> None:
     if isinstance(prompt, list):
+        if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < 2**31:
+            return  # as most are, without Python code for each of what may be millions
         bad = next((each for each in prompt if type(each) is not int or not 0 <= each < 2**31), None)
         if bad is not None:
             raise ValueError(f"holds {bad!r:.40}, which is not a token id")
@@ -79,4 +81,9 @@ class CompletionBody(GenerationBody):
             if self.stream:
                 raise unsupported_error("best_of", "larger than n it is not available in a stream; leave stream out")
             overrides |= {"n": self.best_of, "logprobs": self.logprobs or 0}
-        return self.build_sampling_params(defaults, **overrides)
+        params = self.build_sampling_params(defaults, **overrides)
+        num_sequences = len(self.prompt) * params.n
+        if num_sequences > _MAX_SEQUENCES:
+            message = f"n: {len(self.prompt)} prompts with {params.n} answers each are {num_sequences} sequences"
+            raise ApiError(400, f"{message}, the limit is {_MAX_SEQUENCES}; send several requests", param="n")
+        return params

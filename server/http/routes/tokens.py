@@ -13,6 +13,9 @@ from quire.server.http.state import ServerState
 
 __all__ = ["make_router"]
 
+_MAX_TOKENS = 65_536
+"""What ``/tokenize`` takes at once, or as much as the context, if that is more."""
+
 
 def make_router(state: ServerState) -> APIRouter:
     """The routes."""
@@ -26,14 +29,15 @@ def make_router(state: ServerState) -> APIRouter:
         if (body.prompt is None) == (not body.messages):
             raise ApiError(400, "give either prompt or messages", param="prompt")
         size = len(await request.body())
-        if body.prompt is not None:
-            tokens = await state.run_tokenizer(
-                size, state.engine.tokenize, body.prompt, body.add_special_tokens is not False
-            )
-        else:
-            tokens = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
-        texts = [state.engine.convert_id_to_text(token) for token in tokens] if body.return_token_strs else None
         limit = state.engine.config.model.max_model_len
+        most = max(limit, _MAX_TOKENS)
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            tokens = await state.run_tokenizer(size, state.engine.tokenize, body.prompt, special, most)
+        else:
+            arguments = body.template_arguments()
+            tokens = await state.run_tokenizer(size, state.engine.apply_chat_template, max_tokens=most, **arguments)
+        texts = [state.engine.convert_id_to_text(token) for token in tokens] if body.return_token_strs else None
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}
 
     @routes.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))

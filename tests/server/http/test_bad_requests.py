@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
     (TEXT, {"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
     (TEXT, {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+    (TEXT, {"prompt": "x", "stop": ["a" * 5000]}, "stop"),
+    (TEXT, {"prompt": "x", "stop_token_ids": [1] * 5000}, "stop_token_ids"),
+    (TEXT, {"prompt": "x", "logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "cache_salt": "a" * 600}, "cache_salt"),
+    (TEXT, {"prompt": ["x"] * 64, "n": 17}, "n"),
+    (TEXT, {"prompt": ["x"] * 9, "best_of": 128}, "n"),
+    (CHAT, {"messages": [USER] * 5000}, "messages"),
+    (CHAT, {"messages": [USER], "tools": [{}] * 5000}, "tools"),
     (TEXT, {"prompt": "x", "suffix": "y"}, "suffix"),
     (TEXT, {"prompt": "x", "use_beam_search": True}, "use_beam_search"),
     (TEXT, {"prompt": "x", "priority": "high"}, "priority"),
@@ -244,3 +253,16 @@ def test_nobody_else_is_hurt(server: RunningServer, http: httpx.Client) -> None:
         assert http.post(path, json={"model": "tiny", **body}).status_code == 400
     thread.join(60)
     assert "".join(seen) == alone.choices[0].text
+
+
+def test_texts_far_beyond_the_context_are_refused_before_they_are_tokenized(http: httpx.Client) -> None:
+    text = "a b " * 1_500_000
+    for path, body in (
+        (TEXT, {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+        ("/tokenize", {"prompt": text}),
+        ("/tokenize", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        started = time.monotonic()
+        assert "at least" in check_error(http.post(path, json=body), 400)
+        assert time.monotonic() - started < 5
