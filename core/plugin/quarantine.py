@@ -1,7 +1,7 @@
 """Quarantine: a plugin that the engine can do without is not called any more after a fault.
 
-One class for every kind: policies, logits processors, proposers and metrics exporters. Who owns the plugin says what
-takes its place.
+One class for every kind: policies, samplers, logits processors, proposers and metrics exporters. Who owns the plugin
+says what takes its place.
 """
 
 from __future__ import annotations

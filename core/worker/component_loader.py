@@ -23,6 +23,7 @@ from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
+from quire.core.sample.sampler import GumbelSampler
 from quire.core.worker.cuda_graphs.decode import compute_max_captured_tokens
 from quire.core.worker.draft_runner import DraftRunner
 from quire.core.worker.kv_cache import KVCache, group_layers
@@ -107,6 +108,12 @@ class ComponentLoader:
         options = _parse_plugin_options(sampler_class, choice)
         sampler: Sampler = sampler_class(self._config.model.vocab_size, self._device, options)
         return sampler
+
+    def make_fallback_sampler(self) -> Sampler | None:
+        """What takes over from the sampler if it fails: the bundled one. None if that is the sampler."""
+        if _load_plugin_class(self._config.plugin("sampler"), Sampler) is GumbelSampler:
+            return None
+        return GumbelSampler(self._config.model.vocab_size, self._device)
 
     def make_logits_processors(self) -> list[tuple[str, LogitsProcessor]]:
         """Every chosen logits processor by name, in the order in which they are applied."""

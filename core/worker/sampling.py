@@ -28,7 +28,7 @@ from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput
 from quire.core.ops.pinned import copy_to_device
-from quire.core.plugin.quarantine import Quarantine
+from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.sample.inputs import PenaltyColumns
 from quire.core.sample.logprobs import LogprobsTensors, gather_logprobs
 from quire.core.sample.penalties import apply_penalties
@@ -60,7 +60,7 @@ class SampledTokens:
     """(num_sampling_reqs,) int32, or (num_sampling_reqs, 2 + max_len) as ``verify_drafts`` returns them."""
     logprobs: SampledLogprobs | None = None
     quarantined: list[QuarantinedPlugin] = field(default_factory=list)
-    """Logits processors and proposers that were quarantined since the last step."""
+    """Samplers, logits processors and proposers that were quarantined since the last step."""
     ran_draft_backfill: bool = False
     """Behind the sampling the proposer read tokens that it had passed over before."""
 
@@ -90,8 +90,11 @@ class SamplingRunner:
         self.table = table
         self.draft_verifier = draft_verifier
         self._sampler = sampler
-        self.device_sampler = sampler if sampler.prepare_graph_sampling(max_logits_rows or table.num_rows) else None
+        self._max_logits_rows = max_logits_rows or table.num_rows
+        self.device_sampler = sampler if sampler.prepare_graph_sampling(self._max_logits_rows) else None
         """The sampler, where it can sample from the table by itself."""
+        self._stale_graph_variants: set[str] = set()  # captured with a sampler that was replaced since
+        self._quarantine: Quarantine | None = None  # of a sampler that another one can replace
         self._processors = [_ActiveProcessor(name, each, self._remove_processor) for name, each in processors]
         # Host copies of what the table has on the device: reading that would wait for the step in flight.
         num_rows = table.num_rows
@@ -109,6 +112,17 @@ class SamplingRunner:
             table.presence_penalty,
         )
         self._quarantined: list[QuarantinedPlugin] = []  # since the last step
+
+    def guard_sampler(self, name: str, fallback: Sampler) -> None:
+        """From now on a sampler that raises, or returns no tokens, is quarantined, and ``fallback`` takes over in the
+        same step. Until this is called, what the sampler raises is raised."""
+        self._quarantine = Quarantine(
+            "sampler",
+            name,
+            partial(self._replace_sampler, fallback),
+            replacement=class_path(fallback),
+            not_faults=(torch.OutOfMemoryError,),  # the step is tried again in smaller ones
+        )
 
     def add_row(self, request: NewRequest) -> None:
         """A request enters its row."""
@@ -142,9 +156,10 @@ class SamplingRunner:
         """The captured sampling graph that serves these rows; None where they want more than one can do."""
         if (self._num_logprobs[rows] >= 0).any() or not self._leaves_logits_unchanged(rows):
             return None
-        if not self._is_random[rows].any():
-            return "greedy"
-        return None if self.device_sampler is None else "random"
+        variant: Literal["greedy", "random"] = "random" if self._is_random[rows].any() else "greedy"
+        if variant in self._stale_graph_variants or (variant == "random" and self.device_sampler is None):
+            return None
+        return variant
 
     def all_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether none of these rows has a temperature."""
@@ -160,14 +175,11 @@ class SamplingRunner:
         """
         host_rows, spans, table = step.rows[logits_indices.request_indices], inputs.draft_spans, self.table
         from_table = self.device_sampler is not None and spans.max_len == 1 and self._leaves_logits_unchanged(host_rows)
+        tokens: Tensor | None = None
         if from_table and self.device_sampler is not None:
-            # The logits stay in bf16: kernels convert what they load, and a float32 copy of a row is never written.
-            # Zeros, not empty: a warm-up compiles launches without making them, and what follows indexes with these.
-            tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-            self.device_sampler.sample_from_table(
-                logits, inputs.logits_table_rows, table.sampling, tokens, greedy=self.all_greedy(host_rows)
-            )
-        else:
+            tokens = self._sample_from_table(self.device_sampler, logits, inputs, self.all_greedy(host_rows))
+            from_table = tokens is not None  # else the sampler has failed
+        if tokens is None:
             tokens = self._sample_float32(logits, inputs, host_rows, logits_indices.max_sample_positions)
         sampled = SampledTokens(tokens, quarantined=self._quarantined)
         self._quarantined = []
@@ -179,6 +191,23 @@ class SamplingRunner:
         elif not from_table:
             table.append_tokens(spans.rows, tokens)
         return sampled
+
+    def _sample_from_table(self, sampler: Sampler, logits: Tensor, inputs: StepInputs, greedy: bool) -> Tensor | None:
+        """By ``Sampler.sample_from_table``; None, and the table is as before, if the sampler fails and is replaced."""
+        rows, table = inputs.logits_table_rows, self.table
+        # The logits stay in bf16: kernels convert what they load, and a float32 copy of a row is never written.
+        # Zeros, not empty: a warm-up compiles launches without making them, and what follows indexes with these.
+        tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+        launch = partial(sampler.sample_from_table, logits, rows, table.sampling, tokens, greedy=greedy)
+        if (quarantine := self._quarantine) is None:
+            launch()
+            return tokens
+        quarantine.call(launch)
+        if quarantine.is_active:
+            return tokens
+        # It may have appended tokens to some rows already. A token's position is the number of tokens before it.
+        table.num_tokens[rows] = inputs.logits_positions.to(table.num_tokens.dtype)
+        return None
 
     def _leaves_logits_unchanged(self, rows: NDArray[np.int32]) -> bool:
         """Whether no penalty and no processor works on these rows."""
@@ -196,7 +225,14 @@ class SamplingRunner:
         logits = raw_logits.to(torch.float32, copy=True)
         self._apply_penalties(logits, rows, positions, host_rows, int(max_positions.max()))
         self._apply_processors(logits, positions, host_rows, max_positions)
-        return self._sampler.sample(logits, self._make_sampling_batch(rows, positions, host_rows))
+        batch = self._make_sampling_batch(rows, positions, host_rows)
+        if self._quarantine is None:
+            return self._sampler.sample(logits, batch)
+        tokens = self._quarantine.call(_sample_checked, self._sampler, logits, batch)
+        if tokens is not None:
+            return tokens
+        # It is replaced now, and may have overwritten the logits.
+        return self._sample_float32(raw_logits, inputs, host_rows, max_positions)
 
     def _apply_penalties(
         self, logits: Tensor, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32], max_num_tokens: int
@@ -252,6 +288,22 @@ class SamplingRunner:
         tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
         return SampledLogprobs(logits_indices.request_indices[requested], num_logprobs[requested] + 1, tensors)
 
+    def _replace_sampler(self, fallback: Sampler, plugin: QuarantinedPlugin) -> None:
+        # Where the sampler was captured it was in both graphs, else in none: then greedy ones take the argmax.
+        self._stale_graph_variants = {"random"} if self.device_sampler is None else {"greedy", "random"}
+        if self.device_sampler is not None:
+            self.device_sampler = fallback if fallback.prepare_graph_sampling(self._max_logits_rows) else None
+        self._sampler, self._quarantine = fallback, None
+        self._quarantined.append(plugin)
+
     def _remove_processor(self, active: _ActiveProcessor, plugin: QuarantinedPlugin) -> None:
         self._processors.remove(active)
         self._quarantined.append(plugin)
+
+
+def _sample_checked(sampler: Sampler, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    tokens: object = sampler.sample(logits, batch)
+    if not isinstance(tokens, Tensor) or tokens.shape != (len(logits),) or tokens.is_floating_point():
+        shape = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else repr(tokens)
+        raise ValueError(f"sample returned {shape}, not ({len(logits)},) of torch.int32")
+    return tokens

@@ -83,6 +83,9 @@ class Worker:
         self.build_model_runner()
         self.allocate_kv_cache(self.profile_memory().num_blocks)
         self.capture_graphs()
+        # Before traffic a sampler that fails ends the start.
+        if (fallback := self._components.make_fallback_sampler()) is not None:
+            self.model_runner.sampling_runner.guard_sampler(config.plugin("sampler").name, fallback)
         # From here on a compilation is a stall that requests feel, so each is counted and reported.
         self._compile_counter = CompileCounter() if self._device.type == "cuda" else None
         _log.info("started: %s", self._timer)
