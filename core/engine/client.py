@@ -71,7 +71,7 @@ class EngineCoreClient:
     def add_requests(self, requests: Sequence[EngineCoreRequest]) -> None:
         """Queue requests. Raises ``InvalidRequestError`` for what cannot be sent."""
         try:
-            self._send_message(AddRequests(list(requests)))
+            self._send_message(AddRequests.from_requests(requests))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise errors.InvalidRequestError(f"the request cannot be sent to the engine: {error}") from error
 

@@ -122,7 +122,7 @@ class EngineCoreProcess:
 
 def _handle_message(core: EngineCore, message: MessageToCore) -> None:
     if isinstance(message, AddRequests):
-        for request in message.requests:
+        for request in message.restore_prompts():
             core.add_request(request)
     elif isinstance(message, AbortRequests):
         core.abort_requests(message.request_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,9 +33,31 @@ class StartEngine(msgspec.Struct, tag=True):
 
 
 class AddRequests(msgspec.Struct, tag=True, array_like=True):
-    """Requests to queue."""
+    """Requests to queue. Those with a parent in the same message are sent without their prompt, which is the parent's:
+    with ``n`` of 128 it would be sent, and kept, 128 times."""
 
     requests: list[EngineCoreRequest]
+
+    @classmethod
+    def from_requests(cls, requests: Sequence[EngineCoreRequest]) -> AddRequests:
+        """The message of these requests, which stay as they are."""
+        prompts = {request.request_id: request.prompt_token_ids for request in requests if request.parent_id is None}
+        return cls(
+            [
+                msgspec.structs.replace(request, prompt_token_ids=[])
+                if request.parent_id is not None and prompts.get(request.parent_id) is request.prompt_token_ids
+                else request
+                for request in requests
+            ]
+        )
+
+    def restore_prompts(self) -> list[EngineCoreRequest]:
+        """The requests as they were before they were sent; those of one prompt share one list."""
+        prompts = {r.request_id: r.prompt_token_ids for r in self.requests if r.parent_id is None}
+        for request in self.requests:
+            if request.parent_id is not None and not request.prompt_token_ids:
+                request.prompt_token_ids = prompts.get(request.parent_id, [])
+        return self.requests
 
 
 class UnreadableRequest(NamedTuple):

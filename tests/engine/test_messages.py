@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.core.engine.ipc import MessageCodec, StepOutputs
+from quire.core.engine.ipc import AddRequests, MessageCodec, StepOutputs
 from quire.core.engine.output_processor import FailedRequest
 from quire.core.errors import InvalidRequestError, QueueFullError, RequestFailedError
-from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
+from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from quire.core.sampling_params import SamplingParams
 
 TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
 
@@ -41,3 +42,15 @@ def test_an_error_keeps_its_class_on_the_way(kind, cls) -> None:
     (received,) = message.outputs.outputs
     error = FailedRequest("r", received.error, received.error_kind).to_exception()
     assert type(error) is cls and str(error) == "full: of eels"
+
+
+def test_the_prompt_of_a_family_is_sent_once() -> None:
+    codec, prompt = MessageCodec(), list(range(1000))
+    requests = [EngineCoreRequest(1, prompt, SamplingParams(), 0), EngineCoreRequest(2, [7], SamplingParams(), 0)]
+    requests += [EngineCoreRequest(3 + i, prompt, SamplingParams(), 0, parent_id=1) for i in range(20)]
+    requests.append(EngineCoreRequest(99, [5, 6], SamplingParams(), 0, parent_id=98))  # its parent is not sent with it
+    data = codec.encode(AddRequests.from_requests(requests))
+    assert len(data) < 2 * len(codec.encode(AddRequests(requests[:1])))
+    message = codec.decode_to_core(data)
+    assert isinstance(message, AddRequests)
+    assert message.restore_prompts() == requests
