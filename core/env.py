@@ -20,8 +20,14 @@ def num_threads() -> int | None:
 
 
 def vllm_variables() -> dict[str, str]:
-    """The variables that are vLLM's, for ``quire serve`` to map or to name; see ``quire.core.engine.vllm_names``."""
-    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+    """The variables that are vLLM's, for ``quire serve`` to map or to name; see ``quire.core.engine.vllm_names``.
+
+    Without ``VLLM_LOGGING_LEVEL`` (``--log-level``) where ``QUIRE_LOG_LEVEL`` says it.
+    """
+    variables = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+    if "QUIRE_LOG_LEVEL" in os.environ:
+        variables.pop("VLLM_LOGGING_LEVEL", None)
+    return variables
 
 
 def child_environment() -> dict[str, str]:

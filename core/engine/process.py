@@ -21,6 +21,7 @@ from quire.core.env import child_environment
 __all__ = ["EngineProcess", "main"]
 
 _PARENT_POLL_S = 0.5
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class EngineProcess:
@@ -28,9 +29,14 @@ class EngineProcess:
     configuration is built. As a context manager it ends the process."""
 
     def __init__(self, device: str = "auto") -> None:
-        self.folder = tempfile.mkdtemp(prefix="quire-")  # of the sockets: only this user can enter
-        command = [sys.executable, "-m", __name__, self.folder, device, str(os.getpid())]
-        self._child = subprocess.Popen(command, env=child_environment(), stdin=subprocess.DEVNULL)
+        # Blocked, and so in the child until it ignores them: Ctrl-C reaches the whole group, also while Python starts.
+        mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
+        try:
+            self.folder = tempfile.mkdtemp(prefix="quire-")  # of the sockets: only this user can enter
+            command = [sys.executable, "-m", __name__, self.folder, device, str(os.getpid())]
+            self._child = subprocess.Popen(command, env=child_environment(), stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -74,8 +80,9 @@ class EngineProcess:
 
 def main() -> int:
     """Entry point. Ctrl-C and SIGTERM reach the whole group; the parent decides when this process stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
     folder, device, parent_pid = sys.argv[1:]
     watcher = threading.Thread(target=_end_with_parent, args=(folder, int(parent_pid)), daemon=True)
     watcher.start()

@@ -36,7 +36,8 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
-                env={**child_environment(), **(environment or {})},
+                # a key of the environment would be asked of the benchmark, which has none to send
+                env={**child_environment(), "VLLM_API_KEY": "", **(environment or {})},
             )
         self.url = ""
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from quire.core.errors import QuireError
@@ -32,6 +34,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if argv is None:
+        signal.signal(signal.SIGTERM, _end_orderly)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, subparsers = make_parsers()
@@ -49,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+
+
+def _end_orderly(number: int, frame: FrameType | None) -> NoReturn:
+    """End as on Ctrl-C: servers that a benchmark started are stopped and temporary folders removed."""
+    raise SystemExit(128 + number)
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from quire.core.engine.process import EngineProcess
 from quire.core.env import child_environment
 
 from ..conftest import RunningServer, child_processes, has_ended, until
@@ -92,6 +95,38 @@ def _end_and_check(process: subprocess.Popen[bytes], number: int, status: int, l
     until(lambda: has_ended(engine), 30)
     until(lambda: not folder.exists())
     assert "Traceback" not in log.read_text() and "ready on" not in log.read_text()
+
+
+def test_the_engines_process_ignores_signals_from_its_first_moment() -> None:
+    """Ctrl-C in a terminal reaches it while Python itself still starts; its parent decides when it ends."""
+    process = EngineProcess("cpu")
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, number)
+        ignored = 1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1
+        status = Path(f"/proc/{process.pid}/status")
+        until(lambda: int(re.findall(r"SigIgn:\s*(\w+)", status.read_text())[0], 16) & ignored == ignored)
+        assert process.exit_status is None
+        assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        process.kill()
+
+
+def test_a_benchmark_that_is_ended_stops_its_server(tiny_model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quire", "bench", "startup", tiny_model]
+    environment = {**child_environment(), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            until(lambda: bool(child_processes(process.pid)), 30)
+            [server] = child_processes(process.pid)
+            until(lambda: bool(child_processes(server)), 30)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 143
+            assert has_ended(server)
+            until(lambda: not list(tmp_path.iterdir()))
+            assert process.stderr is not None and b"Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
 
 
 def test_nothing_is_left_of_a_server_that_is_killed(start: Callable[..., RunningServer]) -> None:
