@@ -127,7 +127,8 @@ def validate_max_model_len(num_blocks: int, block_size: int, max_model_len: int,
         needed = "" if max_held_tokens == max_model_len else f" and takes {max_held_tokens} at a time"
         raise ConfigError(
             f"max_model_len {max_model_len} does not fit{needed}: the KV cache holds {max(tokens, 0)} tokens; "
-            f"set --max-model-len {max(tokens, 0)} or less, or give the cache more memory"
+            f"set --max-model-len {max(tokens, 0)} or less, or give the cache more with "
+            "--gpu-memory-utilization, or --num-gpu-blocks-override where that is set"
         )
 
 

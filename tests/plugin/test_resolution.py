@@ -92,6 +92,11 @@ def test_always_on_processors_come_first_and_once():
         ("policy", "nowhere/mine", "scheduling policy 'nowhere/mine' is not known"),
         ("attention", "sdap", r"did you mean sdpa\?"),
         ("flavour", "x", "'flavour' is not a kind of plugin"),
+        (
+            "model",
+            "MixtralForCausalLM",
+            "'MixtralForCausalLM' is not supported; supported: .*LlamaForCausalLM",
+        ),
     ],
 )
 def test_unknown_names_are_one_line_with_the_closest(kind, name, message):

@@ -177,6 +177,7 @@ def test_a_context_that_does_not_fit_the_cache(tiny_model: str, capsys: pytest.C
     assert main(["serve", tiny_model, "--port", "0", "--num-gpu-blocks-override", "11"]) == 2
     message = one_line(capsys)
     assert "2048" in message and "160" in message
+    assert "--max-model-len" in message and "--gpu-memory-utilization" in message, "the flags that would mend it"
 
 
 def test_a_broken_checkpoint(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
