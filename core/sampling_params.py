@@ -36,6 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     ``max_tokens=None`` means: until the context is full. ``seed=None`` takes a fresh one. ``stop`` strings are cut
     from the text (unless ``include_stop_str_in_output``); ``stop_token_ids`` end a request like EOS does.
+    ``add_special_tokens=False`` tokenizes a text without the tokens that the tokenizer adds, such as BOS.
+    ``truncate_prompt_tokens=k`` keeps the last ``k`` tokens of a prompt, -1 as many as leave ``max_tokens`` free.
     ``logprobs=k`` returns the chosen token's log-probability and the ``k`` best, of the model's raw distribution.
     """
 
@@ -60,6 +62,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +102,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             if value is not None:
                 _check_range(name, value, 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _check_range("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None, "; -1 keeps what fits")
         if self.seed is not None:
             _check_range("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logit_bias:
@@ -218,10 +224,12 @@ def _check_range(name: str, value: float, low: float, high: float | None, hint: 
 
 _CONVERTERS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("n", "min_tokens"), to_integer),
-    **dict.fromkeys(("max_tokens", "seed", "logprobs", "prompt_logprobs"), _to_optional_integer),
+    **dict.fromkeys(
+        ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"), _to_optional_integer
+    ),
     **dict.fromkeys(("temperature", "top_p", "min_p"), _to_real),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _to_real),
-    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "detokenize"), _to_boolean),
+    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "detokenize", "add_special_tokens"), _to_boolean),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), _to_boolean),
     "top_k": _to_top_k,
     "stop": _to_stop_strings,

@@ -21,6 +21,7 @@ from quire.core.sampling_params import SamplingParams, check_text, to_integer
 
 __all__ = ["InputProcessor"]
 _log = logging.getLogger("quire.engine")
+_CUT_MARGIN_TOKENS = 256
 _MAX_ID_CHARS = 512
 """The longest request id and cache salt."""
 
@@ -70,7 +71,16 @@ class InputProcessor:
         check_text("request_id", request_id, _MAX_ID_CHARS)
         if cache_salt is not None:
             check_text("cache_salt", cache_salt, _MAX_ID_CHARS)
-        prompt_token_ids = self._encode_prompt(prompt) if isinstance(prompt, str) else self._check_token_ids(prompt)
+        num_kept = self._count_kept_tokens(params)
+        if num_kept is not None and isinstance(prompt, str | list | tuple):
+            prompt = self._keep_end(prompt, num_kept)
+        if isinstance(prompt, str):
+            max_tokens = None if num_kept is None else 4 * len(prompt) + 16  # any number: the text is short enough
+            prompt_token_ids = self._encode_prompt(prompt, params.add_special_tokens, max_tokens)
+        else:
+            prompt_token_ids = self._check_token_ids(prompt)
+        if num_kept is not None:
+            prompt_token_ids = prompt_token_ids[-num_kept:]
         self._check_length(prompt_token_ids, params)
         self._check_params(params)
         priority = to_integer("priority", priority)
@@ -114,8 +124,21 @@ class InputProcessor:
             raise InvalidRequestError(f"the parameters must be SamplingParams, got {params!r:.60}", "sampling_params")
         return msgspec.structs.replace(params)
 
-    def _encode_prompt(self, text: str) -> list[int]:
-        ids = self.encode_text(text)
+    def _count_kept_tokens(self, params: SamplingParams) -> int | None:
+        """How many tokens at the end of a prompt ``truncate_prompt_tokens`` keeps; None: all."""
+        if params.truncate_prompt_tokens == -1:
+            return max(1, self.max_model_len - (params.max_tokens or 1))
+        return params.truncate_prompt_tokens
+
+    def _keep_end(self, prompt: str | Sequence[int], num_kept: int) -> str | Sequence[int]:
+        """Enough of a prompt's end for ``num_kept`` tokens, so that what is cut off takes no time. Of a text some more
+        than that: tokens near a cut differ from those of the whole text."""
+        if not isinstance(prompt, str):
+            return prompt[-num_kept:]
+        return prompt[-(num_kept + _CUT_MARGIN_TOKENS) * self.tokenizer.max_token_chars :]
+
+    def _encode_prompt(self, text: str, add_special_tokens: bool, max_tokens: int | None) -> list[int]:
+        ids = self.encode_text(text, add_special_tokens, max_tokens)
         if ids and max(ids) >= self.vocab_size:
             # An added token for which the embedding was never enlarged: it would fail the step, or read other memory.
             unknown = next(token for token in ids if token >= self.vocab_size)

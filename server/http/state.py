@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.core.errors import EngineDeadError
@@ -38,6 +39,7 @@ class ServerState:
         self._idle = asyncio.Event()
         self._idle.set()
         self._unknown_fields: set[str] = set()
+        self._logged_tools = False
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -85,9 +87,19 @@ class ServerState:
             return False
         return True
 
-    def log_unknown_fields(self, names: list[str], where: str) -> None:
-        """Log unknown fields of a request, each once."""
-        for name in names:
+    def log_unknown_fields(self, names: Mapping[str, Sequence[str]], where: str) -> None:
+        """Log unknown fields of a request, each once, with the closest of the known ones beside it."""
+        for name, known in names.items():
             if name not in self._unknown_fields and len(self._unknown_fields) < _MAX_LOGGED_FIELDS:
                 self._unknown_fields.add(name)
-                log.warning("%s: the field %.64r is unknown and was ignored (logged once)", where, name)
+                close = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.75)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                log.warning("%s: the field %.64r is unknown and was ignored%s (logged once)", where, name, hint)
+
+    def log_unparsed_tools(self) -> None:
+        """Log, once, what comes of ``tools``."""
+        if not self._logged_tools:
+            self._logged_tools = True
+            log.warning(
+                "tools: there is no parser for tool calls yet; they reach the chat template, and calls are text"
+            )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as BackendTokenizer
 
 from quire import LLM, SamplingParams
+from quire.core.engine.input_processor import InputProcessor
+from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError
+from quire.core.loading.hub import resolve_model
 from quire.core.testing.tiny_models import EOS_TOKEN_ID, make_tiny_model
+from quire.server.http.protocol.completion import CompletionBody
 
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
@@ -51,3 +57,24 @@ def test_eos_tokens_that_the_model_lacks_are_dropped(llm: LLM) -> None:
     assert request.eos_token_ids == [EOS_TOKEN_ID]
     params = SamplingParams(temperature=0, max_tokens=8, min_tokens=4)
     assert len(llm.generate("hello", params)[0].outputs[0].token_ids) >= 4
+
+
+def test_special_tokens_that_the_tokenizer_adds_can_be_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "with-bos"
+    shutil.copytree(resolve_model("quire-tiny"), folder)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    bos = next(token["content"] for token in data["added_tokens"] if token["id"] == 0)
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = Tokenizer(str(folder))
+    processor = InputProcessor(tokenizer, 256, tokenizer.vocab_size)
+    [with_bos] = processor.process_inputs("a", "def add(a, b):", SamplingParams())
+    [without] = processor.process_inputs("b", "def add(a, b):", SamplingParams(add_special_tokens=False))
+    assert with_bos.prompt_token_ids == [0, *without.prompt_token_ids]
+    body = CompletionBody.model_validate({"prompt": "x", "add_special_tokens": False})
+    assert body.to_sampling_params({}).add_special_tokens is False

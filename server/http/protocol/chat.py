@@ -9,9 +9,26 @@ from pydantic import Field
 
 from quire.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import MAX_ITEMS, Body, GenerationBody, Int32, unsupported_error
+from quire.server.http.protocol.common import (
+    MAX_ITEMS,
+    Body,
+    GenerationBody,
+    Int32,
+    UnsupportedField,
+    unsupported_error,
+)
 
 __all__ = ["ChatBody", "Conversation", "Message"]
+
+
+_UNSUPPORTED_IN_CHAT = (
+    UnsupportedField("echo", "it belongs to /v1/completions; leave it out", (False,)),
+    UnsupportedField("best_of", "it belongs to /v1/completions; leave it out", (1,)),
+    UnsupportedField("suffix", "it belongs to /v1/completions; leave it out", ("",)),
+    UnsupportedField("functions", "give them as tools"),
+    UnsupportedField("function_call", "a call cannot be enforced yet; give tools and leave it out", ("auto", "none")),
+    UnsupportedField("documents", "give them in chat_template_kwargs"),
+)
 
 
 class Message(Body):
@@ -55,6 +72,11 @@ class ChatBody(GenerationBody, Conversation):
     max_completion_tokens: Int32 | None = None
     tool_choice: str | dict[str, Any] | None = None
 
+    @classmethod
+    def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
+        """Those of completions, and the predecessors of ``tools``."""
+        return (*super().unsupported_fields(), *_UNSUPPORTED_IN_CHAT)
+
     def template_arguments(self) -> dict[str, Any]:
         """As for any conversation; with ``tool_choice: none`` the template sees no tools."""
         arguments = super().template_arguments()
@@ -66,6 +88,8 @@ class ChatBody(GenerationBody, Conversation):
         """The engine's parameters, with the model's ``defaults`` where the body says nothing. Raises ApiError or
         InvalidRequestError."""
         self.check_supported()
+        if self.add_special_tokens:
+            raise unsupported_error("add_special_tokens", "the chat template writes them; leave it out")
         if self.tool_choice not in (None, "none", "auto"):
             message = "a tool cannot be enforced yet; use 'auto' or 'none' (tools reach the chat template)"
             raise unsupported_error("tool_choice", message)

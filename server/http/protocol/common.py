@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
@@ -19,6 +20,7 @@ __all__ = [
     "GenerationBody",
     "Int32",
     "StreamOptions",
+    "UnsupportedField",
     "body_schemas",
     "describe_body",
     "read_body",
@@ -45,6 +47,23 @@ class Body(BaseModel):
     """A request body. Unknown fields are let through, and logged once."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    def unknown_fields(self) -> dict[str, list[str]]:
+        """The fields that nothing reads, those of nested objects with their path, and the known ones beside each."""
+        return {name: list(type(self).model_fields) for name in self.model_extra or {}}
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedField:
+    """A field of other servers that would change the answer. With a neutral value it asks for what is done anyway."""
+
+    name: str
+    remedy: str
+    neutral_values: tuple[Any, ...] = ()
+
+    def is_neutral(self, value: Any) -> bool:
+        """Whether ``value`` changes nothing."""
+        return value is None or value == [] or value in self.neutral_values
 
 
 class StreamOptions(Body):
@@ -81,6 +100,9 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int32 | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: Int32 | None = None
     cache_salt: str | None = None
     user: str | None = None
@@ -92,6 +114,11 @@ class GenerationBody(Body):
     structured_outputs: Any = None
     use_beam_search: bool | None = None
 
+    @classmethod
+    def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
+        """Fields that would change the answer, and are refused."""
+        return _UNSUPPORTED_FIELDS
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
@@ -102,6 +129,15 @@ class GenerationBody(Body):
         """Whether every chunk of a stream has the usage so far."""
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
+    def unknown_fields(self) -> dict[str, list[str]]:
+        """Those of ``stream_options`` too, without those that are refused."""
+        refused = {field.name for field in self.unsupported_fields()}
+        unknown = {name: known for name, known in super().unknown_fields().items() if name not in refused}
+        if self.stream_options is not None:
+            for name, known in self.stream_options.unknown_fields().items():
+                unknown[f"stream_options.{name}"] = [f"stream_options.{each}" for each in known]
+        return unknown
+
     def build_sampling_params(self, defaults: Mapping[str, Any], **overrides: Any) -> SamplingParams:
         """The engine's parameters: ``defaults`` where the body says nothing; ``overrides`` win. Raises
         InvalidRequestError for values out of range."""
@@ -110,6 +146,9 @@ class GenerationBody(Body):
 
     def check_supported(self) -> None:
         """Raise ApiError for what Quire knows and cannot do yet: better than an answer that ignores it."""
+        for field in self.unsupported_fields():
+            if not field.is_neutral((self.model_extra or {}).get(field.name)):
+                raise unsupported_error(field.name, field.remedy)
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"):
             if getattr(self, name) is not None:
                 raise unsupported_error(name, "structured output is not supported yet; leave it out")
@@ -120,18 +159,39 @@ class GenerationBody(Body):
             raise unsupported_error("use_beam_search", "beam search is not supported; sample with n and best_of")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: allowed only with stream=true", param="stream_options")
-        if self.stream and self.prompt_logprobs is not None:
-            raise unsupported_error("prompt_logprobs", "not available in a stream; leave stream out")
+        for name in ("prompt_logprobs", "return_token_ids"):
+            value = getattr(self, name)
+            if self.stream and value is not None and value is not False:
+                raise unsupported_error(name, "not available in a stream; leave stream out")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOP_STRINGS:
             raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {MAX_STOP_STRINGS}", param="stop")
         if self.cache_salt == "":
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
+_BAN = "not supported yet; forbid single tokens with logit_bias"
+_STRUCTURED = "structured output is not supported yet; leave it out"
+_TEXT_ONLY = "Quire takes and gives text only; leave it out"
+_UNSUPPORTED_FIELDS = (
+    UnsupportedField("bad_words", _BAN),
+    UnsupportedField("allowed_token_ids", _BAN),
+    UnsupportedField("logprob_token_ids", "not supported yet; logprobs gives the likeliest tokens"),
+    UnsupportedField("length_penalty", "it belongs to beam search, which is not supported", (1.0,)),
+    UnsupportedField("early_stopping", "it belongs to beam search, which is not supported", (False,)),
+    UnsupportedField("prompt_embeds", "not supported; give text or token ids"),
+    UnsupportedField("logits_processors", "code in requests is not run; write a plugin of the kind logits_processor"),
+    UnsupportedField("audio", _TEXT_ONLY),
+    UnsupportedField("modalities", _TEXT_ONLY, (["text"],)),
+    UnsupportedField("web_search_options", "not supported; leave it out"),
+    UnsupportedField("json_schema", _STRUCTURED),
+    UnsupportedField("regex", _STRUCTURED),
+    UnsupportedField("ebnf", _STRUCTURED),
+    UnsupportedField("structural_tag", _STRUCTURED),
+)
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
-    *("prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
 )
 
 
@@ -147,8 +207,8 @@ async def read_body(request: Request, model: type[M], state: ServerState) -> M:
         body = model.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:
         raise make_validation_error(error.errors(include_url=False)) from None
-    if body.model_extra:
-        state.log_unknown_fields(list(body.model_extra), request.url.path)
+    if unknown := body.unknown_fields():
+        state.log_unknown_fields(unknown, request.url.path)
     return body
 
 

@@ -65,7 +65,9 @@ class CompletionBody(GenerationBody):
         self.check_supported()
         if self.suffix:
             raise unsupported_error("suffix", "insertion is not supported; leave it out")
-        overrides: dict[str, Any] = {}
+        if self.echo and self.truncate_prompt_tokens is not None:
+            raise unsupported_error("truncate_prompt_tokens", "not available with echo; leave one of them out")
+        overrides: dict[str, Any] = {"add_special_tokens": self.add_special_tokens is not False}
         if self.max_tokens is not None:
             overrides["max_tokens"] = 1 if self.echo_only else self.max_tokens
         if self.logprobs is not None:

@@ -73,23 +73,29 @@ def mean_logprob(choice: CompletionOutput) -> float:
     return sum(row.logprobs[0] for row in rows) / max(1, len(rows))
 
 
-def format_chat_logprobs(engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, top: int) -> dict[str, Any] | None:
-    """``logprobs`` of a chat choice."""
+def format_chat_logprobs(
+    engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, top: int, as_ids: bool = False
+) -> dict[str, Any] | None:
+    """``logprobs`` of a chat choice; with ``as_ids`` tokens are called ``token_id:N``, as several may have one text."""
     if rows is None:
         return None
-    return {"content": [_format_chat_position(engine, row, top) for row in rows], "refusal": None}
+    return {"content": [_format_chat_position(engine, row, top, as_ids) for row in rows], "refusal": None}
 
 
 def format_completion_logprobs(
-    engine: AsyncLLM, rows: Sequence[TokenLogprob | None], offsets: Sequence[int], first: int | None = None
+    engine: AsyncLLM,
+    rows: Sequence[TokenLogprob | None],
+    offsets: Sequence[int],
+    first: int | None = None,
+    as_ids: bool = False,
 ) -> dict[str, Any]:
     """``logprobs`` of a plain choice. ``offsets`` are the places of the tokens in its text; ``first`` is the token of a
-    row that is None."""
+    row that is None; with ``as_ids`` tokens are called ``token_id:N``."""
     token_ids = [first if row is None else row.token_ids[0] for row in rows]
     return {
-        "tokens": ["" if token is None else engine.convert_id_to_text(token) for token in token_ids],
+        "tokens": ["" if token is None else _name_token(engine, token, as_ids) for token in token_ids],
         "token_logprobs": [None if row is None else _clamp_logprob(row.logprobs[0]) for row in rows],
-        "top_logprobs": [None if row is None else _logprobs_by_text(engine, row) for row in rows],
+        "top_logprobs": [None if row is None else _logprobs_by_name(engine, row, as_ids) for row in rows],
         "text_offset": list(offsets),
     }
 
@@ -103,25 +109,29 @@ def format_prompt_logprobs(
     return [None if row is None else _logprobs_by_token_id(engine, row) for row in rows]
 
 
-def _format_chat_position(engine: AsyncLLM, row: TokenLogprob, top: int) -> dict[str, Any]:
+def _format_chat_position(engine: AsyncLLM, row: TokenLogprob, top: int, as_ids: bool) -> dict[str, Any]:
     best = zip(row.token_ids[1 : 1 + top], row.logprobs[1 : 1 + top], strict=True)
-    chosen = _format_chat_token(engine, row.token_ids[0], row.logprobs[0])
-    return {**chosen, "top_logprobs": [_format_chat_token(engine, token, value) for token, value in best]}
+    chosen = _format_chat_token(engine, row.token_ids[0], row.logprobs[0], as_ids)
+    return {**chosen, "top_logprobs": [_format_chat_token(engine, token, value, as_ids) for token, value in best]}
 
 
-def _format_chat_token(engine: AsyncLLM, token: int, value: float) -> dict[str, Any]:
+def _format_chat_token(engine: AsyncLLM, token: int, value: float, as_ids: bool) -> dict[str, Any]:
     return {
-        "token": engine.convert_id_to_text(token),
+        "token": _name_token(engine, token, as_ids),
         "logprob": _clamp_logprob(value),
         "bytes": list(engine.convert_id_to_bytes(token)),
     }
 
 
-def _logprobs_by_text(engine: AsyncLLM, row: TokenLogprob) -> dict[str, float]:
+def _name_token(engine: AsyncLLM, token: int, as_id: bool) -> str:
+    return f"token_id:{token}" if as_id else engine.convert_id_to_text(token)
+
+
+def _logprobs_by_name(engine: AsyncLLM, row: TokenLogprob, as_ids: bool) -> dict[str, float]:
     """Best first; the chosen token is always there. Of tokens with the same text the likeliest counts."""
     named: dict[str, float] = {}
     for token, value in [*zip(row.token_ids[1:], row.logprobs[1:], strict=True), (row.token_ids[0], row.logprobs[0])]:
-        named.setdefault(engine.convert_id_to_text(token), _clamp_logprob(value))
+        named.setdefault(_name_token(engine, token, as_ids), _clamp_logprob(value))
     return named
 
 

@@ -21,6 +21,9 @@ from quire.server.http.state import ServerState
 
 __all__ = ["make_router"]
 
+_MAX_TRUNCATED = 8
+"""Contexts that a conversation may fill before ``truncate_prompt_tokens`` cuts it."""
+
 
 def make_router(state: ServerState) -> APIRouter:
     """The route."""
@@ -32,8 +35,13 @@ def make_router(state: ServerState) -> APIRouter:
         body = await read_body(request, ChatBody, state)
         model = state.check_model(body.model)
         params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
+        if body.tools and body.tool_choice != "none":
+            state.log_unparsed_tools()
         size = len(await request.body())
-        prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **body.template_arguments())
+        arguments = body.template_arguments()
+        if body.truncate_prompt_tokens is not None:  # a conversation may be longer than the context, within reason
+            arguments["max_tokens"] = _MAX_TRUNCATED * state.engine.config.model.max_model_len
+        prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **arguments)
         response_id = f"chatcmpl-{get_request_id(request.scope)}"
         if body.stream:
             usage = Usage()
@@ -65,23 +73,30 @@ def _encode_response(state: ServerState, output: RequestOutput, response_id: str
         "usage": usage.to_dict(),
         "system_fingerprint": None,
     }
+    if body.return_token_ids:
+        response["prompt_token_ids"] = output.prompt_token_ids
     if body.prompt_logprobs is not None:
         response["prompt_logprobs"] = format_prompt_logprobs(state.engine, output.prompt_logprobs)
     return msgspec.json.encode(response)
 
 
 def _format_choice(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any]:
+    token_ids = {"token_ids": choice.token_ids} if body.return_token_ids else {}
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
         "logprobs": _format_logprobs(state, choice, body),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
+        **token_ids,
     }
 
 
 def _format_logprobs(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any] | None:
-    return format_chat_logprobs(state.engine, choice.logprobs or [], body.top_logprobs or 0) if body.logprobs else None
+    if not body.logprobs:
+        return None
+    rows, as_ids = choice.logprobs or [], bool(body.return_tokens_as_token_ids)
+    return format_chat_logprobs(state.engine, rows, body.top_logprobs or 0, as_ids)
 
 
 async def _stream_events(

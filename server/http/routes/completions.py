@@ -102,7 +102,7 @@ def _format_choice(
         offsets = locate_prompt_tokens(tokenizer, output.prompt_token_ids, echoed) if body.echo else []
         sampled_offsets = _follow_offsets(state, output, body, len(echoed))
         offsets += sampled_offsets.locate(row.token_ids[0] for row in sampled_rows)
-        logprobs = format_completion_logprobs(state.engine, rows, offsets, first)
+        logprobs = format_completion_logprobs(state.engine, rows, offsets, first, bool(body.return_tokens_as_token_ids))
     choice_body = {
         "index": index,
         "text": echoed + ("" if body.echo_only else choice.text),
@@ -110,6 +110,9 @@ def _format_choice(
         "finish_reason": "length" if body.echo_only else choice.finish_reason,
         "stop_reason": None if body.echo_only else choice.stop_reason,
     }
+    if body.return_token_ids:
+        choice_body["prompt_token_ids"] = output.prompt_token_ids
+        choice_body["token_ids"] = [] if body.echo_only else choice.token_ids
     if body.prompt_logprobs is not None:
         choice_body["prompt_logprobs"] = format_prompt_logprobs(state.engine, output.prompt_logprobs)
     return choice_body
@@ -137,7 +140,7 @@ async def _stream_events(
                         if body.echo:
                             data = writer.encode_text(index, _prompt_text(state, body.prompt[prompt]))
                     if needs_chunk(choice):
-                        logprobs = _format_logprobs(state, choice, offsets.get(index))
+                        logprobs = _format_logprobs(state, choice, offsets.get(index), body)
                         data += writer.encode_text(index, choice.text, logprobs)
                     if choice.finish_reason is not None:
                         data += writer.encode_choice(
@@ -157,12 +160,13 @@ async def _stream_events(
 
 
 def _format_logprobs(
-    state: ServerState, choice: CompletionOutput, offsets: TextOffsets | None
+    state: ServerState, choice: CompletionOutput, offsets: TextOffsets | None, body: CompletionBody
 ) -> dict[str, Any] | None:
     if offsets is None:
         return None
     rows = choice.logprobs or []
-    return format_completion_logprobs(state.engine, rows, offsets.locate(row.token_ids[0] for row in rows))
+    located = offsets.locate(row.token_ids[0] for row in rows)
+    return format_completion_logprobs(state.engine, rows, located, None, bool(body.return_tokens_as_token_ids))
 
 
 def _follow_offsets(state: ServerState, output: RequestOutput, body: CompletionBody, start: int) -> TextOffsets:

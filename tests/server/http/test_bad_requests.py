@@ -100,6 +100,42 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+BAD += [
+    (TEXT, {"prompt": "x", field: value}, field)
+    for field, value in {
+        "bad_words": ["x"],
+        "allowed_token_ids": [1],
+        "logprob_token_ids": [1],
+        "length_penalty": 0.5,
+        "prompt_embeds": "AAAA",
+        "logits_processors": ["x.y"],
+        "audio": {"voice": "alloy"},
+        "modalities": ["text", "audio"],
+        "truncate_prompt_tokens": 0,
+    }.items()
+]
+BAD += [
+    (CHAT, {"messages": [USER], field: value}, field)
+    for field, value in {
+        "echo": True,
+        "best_of": 2,
+        "length_penalty": 0.5,
+        "functions": [{"name": "f"}],
+        "function_call": {"name": "f"},
+        "audio": {"voice": "alloy"},
+        "modalities": ["audio"],
+        "bad_words": ["x"],
+        "documents": [{"text": "x"}],
+        "add_special_tokens": True,
+    }.items()
+]
+BAD += [
+    (TEXT, {"prompt": "x", "echo": True, "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+    (TEXT, {"prompt": "x", "stream": True, "return_token_ids": True}, "return_token_ids"),
+    (TEXT, {"prompt": "x", "stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"), BAD, ids=lambda v: json.dumps(v)[:60] if isinstance(v, dict) else str(v)
 )
@@ -219,6 +255,29 @@ def test_unknown_fields_are_ignored_and_said_once(http: httpx.Client, server: Ru
         body = {"prompt": "x", "max_tokens": 1, "quantum_mode": 1}
         assert http.post(TEXT, json=body).status_code == 200
     assert server.stderr.read_text().count("quantum_mode") == 1
+
+
+def test_a_misspelt_field_is_named_with_the_closest(http: httpx.Client, server: RunningServer) -> None:
+    options = {"stream": True, "stream_options": {"include_usages": True}}
+    assert http.post(TEXT, json={"prompt": "x", "max_tokens": 1, "temprature": 0, **options}).status_code == 200
+    log = server.stderr.read_text()
+    assert "'temprature' is unknown and was ignored; did you mean 'temperature'?" in log
+    assert "'stream_options.include_usages' is unknown and was ignored" in log
+    assert "did you mean 'stream_options.include_usage'?" in log
+
+
+def test_tools_say_once_that_calls_are_not_parsed(http: httpx.Client, server: RunningServer) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+    for _ in range(2):
+        assert http.post(CHAT, json={"messages": [USER], "tools": tools, "max_tokens": 1}).status_code == 200
+    assert server.stderr.read_text().count("there is no parser for tool calls yet") == 1
+
+
+def test_values_that_ask_for_what_is_done_anyway_are_taken(http: httpx.Client) -> None:
+    neutral = {"length_penalty": 1.0, "bad_words": [], "modalities": ["text"], "audio": None}
+    in_chat = {"echo": False, "best_of": 1, "function_call": "auto", "functions": [], "add_special_tokens": False}
+    assert http.post(TEXT, json={"prompt": "x", "max_tokens": 1, **neutral}).status_code == 200
+    assert http.post(CHAT, json={"messages": [USER], "max_tokens": 1, **neutral, **in_chat}).status_code == 200
 
 
 def test_a_body_too_large_gets_413(http: httpx.Client) -> None:

@@ -234,6 +234,32 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": [99999]}).status_code == 400
 
 
+def test_token_ids_beside_the_text(http: httpx.Client) -> None:
+    body = {"max_tokens": 4, "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    plain = http.post(TEXT, json={**body, "prompt": "ids", "logprobs": 1}).json()["choices"][0]
+    assert plain["prompt_token_ids"] == http.post("/tokenize", json={"prompt": "ids"}).json()["tokens"]
+    assert len(plain["token_ids"]) == 4
+    assert plain["logprobs"]["tokens"] == [f"token_id:{token}" for token in plain["token_ids"]]
+    messages = [{"role": "user", "content": "ids"}]
+    chat = http.post("/v1/chat/completions", json={**body, "messages": messages, "logprobs": True}).json()
+    assert chat["prompt_token_ids"] == http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    choice = chat["choices"][0]
+    assert [each["token"] for each in choice["logprobs"]["content"]] == [f"token_id:{t}" for t in choice["token_ids"]]
+
+
+@pytest.mark.parametrize("prompt", ["The end of a long prompt", list(range(5, 30))], ids=["text", "tokens"])
+def test_a_prompt_is_cut_to_its_last_tokens(http: httpx.Client, prompt: str | list[int]) -> None:
+    body = {"prompt": prompt, "max_tokens": 1, "return_token_ids": True}
+    whole = http.post(TEXT, json=body).json()["choices"][0]["prompt_token_ids"]
+    for kept in (1, 3, len(whole), 2000, -1):
+        answer = http.post(TEXT, json={**body, "truncate_prompt_tokens": kept}).json()["choices"][0]
+        assert answer["prompt_token_ids"] == (whole if kept == -1 else whole[-kept:])
+    long = http.post(TEXT, json={**body, "prompt": "x" * 500_000, "max_tokens": 48, "truncate_prompt_tokens": -1})
+    assert long.json()["usage"]["prompt_tokens"] == 2000
+    talk = {"messages": [{"role": "user", "content": "x" * 5000}], "max_tokens": 1, "truncate_prompt_tokens": 4}
+    assert http.post("/v1/chat/completions", json=talk).json()["usage"]["prompt_tokens"] == 4
+
+
 def test_cached_tokens_are_reported(http: httpx.Client) -> None:
     body = {"prompt": "a prompt that is longer than two blocks of the cache, by far", "max_tokens": 1}
     http.post(TEXT, json=body)
