@@ -95,17 +95,19 @@ def check_shards_make_up_the_whole(cls: type[QuantizationLoader]) -> None:
 
 
 def check_a_wrong_shape_is_refused_by_name(cls: type[QuantizationLoader]) -> None:
-    """A tensor that does not fit raises CheckpointError with the name of the tensor."""
+    """A tensor that does not fit raises CheckpointError with the name of the tensor. An optional one, but for the bias,
+    may have no use, and is then left unread whatever its shape."""
     info, layer = _info(), nn.Module()
     method = _example(cls).get_linear_method(info)
     method.create_weights(layer, info, _CPU)
+    may_be_unread = set(method.optional_names(info)) - {"bias"}
     for name in method.tensor_names(info.select_part(1)):
         try:
             method.load_tensor(layer, info, 1, name, torch.zeros(7, 9), 0, 1)
         except CheckpointError as error:
             assert f"part1.{name}" in str(error), f"does not name the tensor part1.{name}: {error}"
         else:
-            raise AssertionError(f"a (7, 9) tensor was loaded as {name} of a layer of (16, 128)")
+            assert name in may_be_unread, f"a (7, 9) tensor was loaded as {name} of a layer of (16, 128)"
 
 
 def _example(cls: type[QuantizationLoader]) -> QuantizationLoader:
