@@ -26,6 +26,7 @@ from quire.core.messages import (
 )
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
+from quire.core.sched.kv_guard import GuardedAllocator
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import QuarantinedPlugin, StepStats
 
@@ -49,6 +50,7 @@ class EngineCore:
         executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
         self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
         self.capacity = self.executor.start()
+        self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator's prefix cache
         try:
             self.scheduler = self._build_scheduler()
         except BaseException:
@@ -57,7 +59,6 @@ class EngineCore:
         self._in_flight: deque[InFlightStep] = deque()
         self._finished_step_stats: list[StepStats] = []
         self._rejected_outputs: list[EngineCoreOutput] = []
-        self._quarantined: list[QuarantinedPlugin] = []  # on the workers
         self._num_compiled_kernels = 0
         self._last_stats_ns = 0
 
@@ -95,6 +96,9 @@ class EngineCore:
         if len(self._in_flight) < _MAX_IN_FLIGHT_STEPS:
             start = time.perf_counter_ns()
             step = self.scheduler.schedule()
+            if self.scheduler.failed_outputs:
+                self._rejected_outputs += self.scheduler.failed_outputs
+                self.scheduler.failed_outputs.clear()
             if step is not None:
                 launched = True
                 self._launch_step(step, start)
@@ -181,7 +185,7 @@ class EngineCore:
         return Scheduler(
             config.scheduler,
             config.cache,
-            allocator,
+            GuardedAllocator(allocator, kv.name, self._quarantined.append),
             self._build_policy("policy"),
             fallback=self._build_policy("policy_fallback"),
             max_model_len=config.model.max_model_len,

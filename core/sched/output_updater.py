@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,17 @@ class InFlightStep:
             for request, num_tokens in zip(requests, num_computed_before.tolist(), strict=True)
             if num_tokens < request.prompt_len - 1
         ]
+
+    def find_children(self, later_steps: Iterable[InFlightStep]) -> list[Request]:
+        """Requests in later steps that share blocks which this one was to fill with a prompt, if it has failed: what
+        those steps sample for them is worthless."""
+        without_prompt, children = set(self.prompt_requests()), []
+        for later in later_steps:
+            for fork in later.forks:
+                if fork.parent in without_prompt:
+                    without_prompt.add(fork.child)
+                    children.append(fork.child)
+        return children
 
 
 class OutputUpdater:

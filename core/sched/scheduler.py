@@ -56,6 +56,7 @@ from quire.core.messages import (
 from quire.core.request import Request, RequestStatus
 from quire.core.sched.batch_builder import BatchBuilder
 from quire.core.sched.draft_length import DraftLengthTuner
+from quire.core.sched.kv_guard import AllocatorError
 from quire.core.sched.limits import RequestLimits, TokenBudget
 from quire.core.sched.output_updater import InFlightStep, OutputUpdater
 from quire.core.sched.policy_guard import PolicyGuard
@@ -121,6 +122,8 @@ class Scheduler:
         self._in_flight: deque[InFlightStep] = deque()
         self.quarantined: list[QuarantinedPlugin] = []
         """The policy and the proposer on the host, if they were quarantined."""
+        self.failed_outputs: list[EngineCoreOutput] = []
+        """Ends of requests for which the allocator raised, to be sent."""
         self._policy_guard = PolicyGuard(policy, fallback, self._note_replaced_policy, name=policy_name)
         self._speculation: Speculation | None = None
         if speculation is not None:
@@ -183,7 +186,11 @@ class Scheduler:
             batch = ScheduledBatch(self._token_budget.num_tokens)
             if self._speculation is not None:
                 batch.reserved_draft_budget = self._speculation.plan_drafts(self._draft_budget())
-            self._fill_batch(batch)
+            try:
+                self._fill_batch(batch)
+            except AllocatorError as fault:
+                self._recover_from(fault)
+                continue
             if batch.groups:
                 self._policy_guard.note_progress()
                 return self._close_batch(batch)
@@ -203,7 +210,7 @@ class Scheduler:
         its requests end those that share a prompt which it was to compute. Nothing of it enters the prefix cache."""
         outputs = []
         failed = self._pop_oldest_step(step)
-        for request in (*failed.requests, *self._find_children_of(failed)):
+        for request in (*failed.requests, *failed.find_children(self._in_flight)):
             if request.status is not RequestStatus.FINISHED:
                 self._finish_request(request, "error", None)
                 outputs.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
@@ -329,17 +336,17 @@ class Scheduler:
         assert oldest is step, f"step {step.step} is not the oldest in flight, {oldest.step} is"
         return in_flight_step
 
-    def _find_children_of(self, failed: InFlightStep) -> list[Request]:
-        """Requests in later steps that share blocks which ``failed`` was to fill with a prompt: what those steps sample
-        for them is worthless."""
-        without_prompt = set(failed.prompt_requests())
-        children = []
-        for later in self._in_flight:
-            for fork in later.forks:
-                if fork.parent in without_prompt:
-                    without_prompt.add(fork.child)
-                    children.append(fork.child)
-        return children
+    def _recover_from(self, fault: AllocatorError) -> None:
+        """The allocator raised half-way through a step: nothing of the step is kept. Its request ends with an error, or
+        all do where it raised for none, and the others go back to the queue."""
+        for request in self._running.requests[self._running.rows].tolist():
+            self._preempt_request(request)
+        for request in list(self._requests.values()):
+            if fault.request in (request, None):
+                self._allocator.free(request)  # what it got while it waited
+                self._finish_request(request, "error", None)
+                output = EngineCoreOutput(request.request_id, [], finish_reason="error", error=str(fault))
+                self.failed_outputs.append(output)
 
     # ---- A request leaves its row, or the engine.
 
