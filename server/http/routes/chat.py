@@ -72,23 +72,20 @@ def _encode_response(state: ServerState, output: RequestOutput, response_id: str
         "choices": [_format_choice(state, choice, body) for choice in sorted(output.outputs, key=lambda c: c.index)],
         "usage": usage.to_dict(),
         "system_fingerprint": None,
+        "prompt_logprobs": format_prompt_logprobs(state.engine, output.prompt_logprobs),
+        "prompt_token_ids": output.prompt_token_ids if body.return_token_ids else None,
     }
-    if body.return_token_ids:
-        response["prompt_token_ids"] = output.prompt_token_ids
-    if body.prompt_logprobs is not None:
-        response["prompt_logprobs"] = format_prompt_logprobs(state.engine, output.prompt_logprobs)
     return msgspec.json.encode(response)
 
 
 def _format_choice(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any]:
-    token_ids = {"token_ids": choice.token_ids} if body.return_token_ids else {}
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
         "logprobs": _format_logprobs(state, choice, body),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
-        **token_ids,
+        "token_ids": choice.token_ids if body.return_token_ids else None,
     }
 
 

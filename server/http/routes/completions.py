@@ -103,19 +103,18 @@ def _format_choice(
         sampled_offsets = _follow_offsets(state, output, body, len(echoed))
         offsets += sampled_offsets.locate(row.token_ids[0] for row in sampled_rows)
         logprobs = format_completion_logprobs(state.engine, rows, offsets, first, bool(body.return_tokens_as_token_ids))
-    choice_body = {
+    sampled_token_ids = [] if body.echo_only else choice.token_ids
+    asked_prompt_logprobs = output.prompt_logprobs if body.prompt_logprobs is not None else None  # not those of echo
+    return {
         "index": index,
         "text": echoed + ("" if body.echo_only else choice.text),
         "logprobs": logprobs,
         "finish_reason": "length" if body.echo_only else choice.finish_reason,
         "stop_reason": None if body.echo_only else choice.stop_reason,
+        "prompt_logprobs": format_prompt_logprobs(state.engine, asked_prompt_logprobs),
+        "prompt_token_ids": output.prompt_token_ids if body.return_token_ids else None,
+        "token_ids": sampled_token_ids if body.return_token_ids else None,
     }
-    if body.return_token_ids:
-        choice_body["prompt_token_ids"] = output.prompt_token_ids
-        choice_body["token_ids"] = [] if body.echo_only else choice.token_ids
-    if body.prompt_logprobs is not None:
-        choice_body["prompt_logprobs"] = format_prompt_logprobs(state.engine, output.prompt_logprobs)
-    return choice_body
 
 
 async def _stream_events(

@@ -247,6 +247,15 @@ def test_token_ids_beside_the_text(http: httpx.Client) -> None:
     assert [each["token"] for each in choice["logprobs"]["content"]] == [f"token_id:{t}" for t in choice["token_ids"]]
 
 
+def test_what_was_not_asked_for_is_null(http: httpx.Client) -> None:
+    plain = http.post(TEXT, json={"prompt": "x", "max_tokens": 1, "echo": True, "logprobs": 1}).json()["choices"][0]
+    assert {plain[name] for name in ("prompt_logprobs", "prompt_token_ids", "token_ids")} == {None}
+    talk = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    chat = http.post("/v1/chat/completions", json=talk).json()
+    fields = (chat["prompt_logprobs"], chat["prompt_token_ids"], chat["choices"][0]["token_ids"])
+    assert fields == (None, None, None)
+
+
 @pytest.mark.parametrize("prompt", ["The end of a long prompt", list(range(5, 30))], ids=["text", "tokens"])
 def test_a_prompt_is_cut_to_its_last_tokens(http: httpx.Client, prompt: str | list[int]) -> None:
     body = {"prompt": prompt, "max_tokens": 1, "return_token_ids": True}
