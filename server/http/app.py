@@ -15,7 +15,7 @@ from quire.server.http.protocol.chat import ChatBody
 from quire.server.http.protocol.common import body_schemas
 from quire.server.http.protocol.completion import CompletionBody
 from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
-from quire.server.http.routes import chat, completions, health, metrics, models, tokens, trace, unsupported
+from quire.server.http.routes import chat, completions, health, invocations, metrics, models, tokens, trace, unsupported
 from quire.server.http.settings import ServerSettings
 from quire.server.http.state import ServerState
 
@@ -36,7 +36,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
         middleware=[*_cors_middleware(settings), Middleware(RequestMiddleware, state=state)],
     )
     app.state.server = state
-    for module in (chat, completions, models, tokens, health, metrics, trace, unsupported):
+    for module in (chat, completions, invocations, models, tokens, health, metrics, trace, unsupported):
         app.include_router(module.make_router(state))
     add_error_handlers(app)
     _describe_bodies(app)

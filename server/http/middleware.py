@@ -46,7 +46,7 @@ class RequestMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        is_api = scope["path"].startswith("/v1/")
+        is_api = scope["path"].startswith("/v1/") or scope["path"] == "/invocations"
         self._state.begin_request(is_api)
         try:
             self._check_request(scope, headers, is_api)

@@ -19,7 +19,7 @@ from quire.server.http.protocol.responses import Usage, current_timestamp, forma
 from quire.server.http.sse import DONE, ChunkWriter, EventStream, needs_chunk
 from quire.server.http.state import ServerState
 
-__all__ = ["make_router"]
+__all__ = ["answer_chat", "make_router"]
 
 _MAX_TRUNCATED = 8
 """Contexts that a conversation may fill before ``truncate_prompt_tokens`` cuts it."""
@@ -32,33 +32,38 @@ def make_router(state: ServerState) -> APIRouter:
     @routes.post("/v1/chat/completions", openapi_extra=describe_body(ChatBody), response_model=None)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        body = await read_body(request, ChatBody, state)
-        model = state.check_model(body.model)
-        params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
-        if body.tools and body.tool_choice != "none":
-            state.log_unparsed_tools()
-        size = len(await request.body())
-        arguments = body.template_arguments()
-        if body.truncate_prompt_tokens is not None:  # a conversation may be longer than the context, within reason
-            arguments["max_tokens"] = _MAX_TRUNCATED * state.engine.config.model.max_model_len
-        prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **arguments)
-        response_id = f"chatcmpl-{get_request_id(request.scope)}"
-        if body.stream:
-            usage = Usage()
-            writer = ChunkWriter(
-                response_id,
-                "chat.completion.chunk",
-                current_timestamp(),
-                model,
-                body.include_usage,
-                usage.to_dict if body.continuous_usage else None,
-            )
-            outputs = await stream_outputs(state, request, [prompt], params, body)
-            return EventStream(_stream_events(state, outputs, writer, usage, body))
-        [output] = await collect_outputs(state, request, [prompt], params, body)
-        return Response(_encode_response(state, output, response_id, model, body), media_type="application/json")
+        return await answer_chat(state, request)
 
     return routes
+
+
+async def answer_chat(state: ServerState, request: Request) -> Response:
+    """The answer to a request whose body is a ``ChatBody``."""
+    body = await read_body(request, ChatBody, state)
+    model = state.check_model(body.model)
+    params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
+    if body.tools and body.tool_choice != "none":
+        state.log_unparsed_tools()
+    size = len(await request.body())
+    arguments = body.template_arguments()
+    if body.truncate_prompt_tokens is not None:  # a conversation may be longer than the context, within reason
+        arguments["max_tokens"] = _MAX_TRUNCATED * state.engine.config.model.max_model_len
+    prompt = await state.run_tokenizer(size, state.engine.apply_chat_template, **arguments)
+    response_id = f"chatcmpl-{get_request_id(request.scope)}"
+    if body.stream:
+        usage = Usage()
+        writer = ChunkWriter(
+            response_id,
+            "chat.completion.chunk",
+            current_timestamp(),
+            model,
+            body.include_usage,
+            usage.to_dict if body.continuous_usage else None,
+        )
+        outputs = await stream_outputs(state, request, [prompt], params, body)
+        return EventStream(_stream_events(state, outputs, writer, usage, body))
+    [output] = await collect_outputs(state, request, [prompt], params, body)
+    return Response(_encode_response(state, output, response_id, model, body), media_type="application/json")
 
 
 def _encode_response(state: ServerState, output: RequestOutput, response_id: str, model: str, body: ChatBody) -> bytes:

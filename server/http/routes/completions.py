@@ -26,7 +26,7 @@ from quire.server.http.sse import DONE, ChunkWriter, EventStream, needs_chunk
 from quire.server.http.state import ServerState
 from quire.server.http.text_offsets import TextOffsets, locate_prompt_tokens
 
-__all__ = ["make_router"]
+__all__ = ["answer_completion", "make_router"]
 
 
 def make_router(state: ServerState) -> APIRouter:
@@ -36,26 +36,31 @@ def make_router(state: ServerState) -> APIRouter:
     @routes.post("/v1/completions", openapi_extra=describe_body(CompletionBody), response_model=None)
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
-        body = await read_body(request, CompletionBody, state)
-        model = state.check_model(body.model)
-        params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
-        response_id = f"cmpl-{get_request_id(request.scope)}"
-        if body.stream:
-            usage = Usage()
-            writer = ChunkWriter(
-                response_id,
-                "text_completion",
-                current_timestamp(),
-                model,
-                body.include_usage,
-                usage.to_dict if body.continuous_usage else None,
-            )
-            outputs = await stream_outputs(state, request, body.prompt, params, body)
-            return EventStream(_stream_events(state, outputs, writer, usage, body))
-        results = await collect_outputs(state, request, body.prompt, params, body)
-        return Response(_encode_response(state, results, response_id, model, body), media_type="application/json")
+        return await answer_completion(state, request)
 
     return routes
+
+
+async def answer_completion(state: ServerState, request: Request) -> Response:
+    """The answer to a request whose body is a ``CompletionBody``."""
+    body = await read_body(request, CompletionBody, state)
+    model = state.check_model(body.model)
+    params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
+    response_id = f"cmpl-{get_request_id(request.scope)}"
+    if body.stream:
+        usage = Usage()
+        writer = ChunkWriter(
+            response_id,
+            "text_completion",
+            current_timestamp(),
+            model,
+            body.include_usage,
+            usage.to_dict if body.continuous_usage else None,
+        )
+        outputs = await stream_outputs(state, request, body.prompt, params, body)
+        return EventStream(_stream_events(state, outputs, writer, usage, body))
+    results = await collect_outputs(state, request, body.prompt, params, body)
+    return Response(_encode_response(state, results, response_id, model, body), media_type="application/json")
 
 
 def _encode_response(

@@ -51,6 +51,7 @@ def _keys(server: RunningServer, client: httpx.Client) -> None:
     for headers in ({}, {"Authorization": "Bearer k3"}, {"Authorization": "Bearer"}, {"Authorization": "k1"}):
         answer = client.get("/v1/models", headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert client.post("/invocations", json={"prompt": "x"}, headers=headers).status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer k2"}).status_code == 200
     page = {"Authorization": "Bearer k2", "Origin": "https://ui.example"}
     answer = client.post(TEXT, json={"prompt": "x", "max_tokens": 1}, headers=page)

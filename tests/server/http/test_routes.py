@@ -247,6 +247,15 @@ def test_token_ids_beside_the_text(http: httpx.Client) -> None:
     assert [each["token"] for each in choice["logprobs"]["content"]] == [f"token_id:{t}" for t in choice["token_ids"]]
 
 
+def test_invocations_are_chats_or_completions(http: httpx.Client) -> None:
+    talk = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert http.post("/invocations", json=talk).json()["object"] == "chat.completion"
+    assert http.post("/invocations", json={"prompt": "x", "max_tokens": 1}).json()["object"] == "text_completion"
+    for content in (b"{", b"[]", b"[" * 5000, b"{}", b'{"messages": 3}', b'{"prompt": "\\ud800"}'):
+        response = http.post("/invocations", content=content, headers={"content-type": "application/json"})
+        check_error(response, 400)
+
+
 def test_what_was_not_asked_for_is_null(http: httpx.Client) -> None:
     plain = http.post(TEXT, json={"prompt": "x", "max_tokens": 1, "echo": True, "logprobs": 1}).json()["choices"][0]
     assert {plain[name] for name in ("prompt_logprobs", "prompt_token_ids", "token_ids")} == {None}

@@ -1,0 +1,34 @@
+"""``/invocations``, under which SageMaker sends every request."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from quire.server.http.protocol.common import describe_body
+from quire.server.http.protocol.completion import CompletionBody
+from quire.server.http.routes.chat import answer_chat
+from quire.server.http.routes.completions import answer_completion
+from quire.server.http.state import ServerState
+
+__all__ = ["make_router"]
+
+
+def make_router(state: ServerState) -> APIRouter:
+    """The route: the body of a chat, if it has messages, or else of a completion."""
+    routes = APIRouter()
+
+    @routes.post("/invocations", openapi_extra=describe_body(CompletionBody), response_model=None)
+    async def invocations(request: Request) -> Response:
+        """Answer a conversation, or continue a prompt."""
+        answer = answer_chat if _has_messages(await request.body()) else answer_completion
+        return await answer(state, request)
+
+    return routes
+
+
+def _has_messages(data: bytes) -> bool:
+    try:
+        return "messages" in msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False  # the completion's own error says what is wrong
