@@ -90,9 +90,8 @@ class FakeKVWorker:
             if not request.is_garbage:
                 request.num_computed_tokens += count
             self._garble_row(request, count)
-        if read_differences:
-            self._may_be_freed_again.update(step.freed_rows)
-        else:
+        self._may_be_freed_again.update(step.freed_rows)
+        if not read_differences:
             self._rows_left_with[step.step] = set(step.freed_rows)
             failed_rows = {row: rows_before.get(row, self._rows[row]) for row in step.rows.tolist()}
             self._rows = rows_before | failed_rows
