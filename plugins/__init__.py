@@ -1,1 +1,1 @@
-"""Bundled plugins, written exactly as a stranger would write them."""
+"""Bundled plugins, written as a third-party author would write them: they import `quire.sdk`, layers and operations."""

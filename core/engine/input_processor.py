@@ -64,7 +64,7 @@ class InputProcessor:
     ) -> list[EngineCoreRequest]:
         """One core request for each of the ``n`` continuations; the later ones name the first as their parent.
 
-        Their ``params`` are copies, checked anew: what the caller changes later reaches nobody. Raises
+        Their ``params`` are copies, checked anew: what the caller changes later has no effect. Raises
         ``InvalidRequestError``, whatever the arguments are.
         """
         params = self._copy_params(params)

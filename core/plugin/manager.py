@@ -221,7 +221,7 @@ class PluginManager:
             *(r.qualified_name for r in self.registry.list_kind(kind) if dist and not r.is_bundled),
         ]
         hint = "" if not refusals else f" ({len(refusals)} plugin(s) were refused: see quire plugins doctor)"
-        if KINDS[kind].flag is None:  # nobody wrote the name: the checkpoint has it, and one spelt alike is no remedy
+        if KINDS[kind].flag is None:  # no user wrote the name: the checkpoint has it, and one spelt alike is no remedy
             names = ", ".join(sorted(known))
             return PluginError(f"{title} {name!r} is not supported; supported: {names}; --plugin adds one{hint}")
         aliases = [alias for r in self.registry.list_kind(kind) for alias in r.aliases]

@@ -116,7 +116,7 @@ class RequestTable:
             block_table[packed[0], packed[1]] = packed[2].int()
 
     def clear_block_tables(self, rows: NDArray[np.int32]) -> None:
-        """Make block 0 of all blocks of these rows: what is written for them harms nobody's keys and values."""
+        """Make block 0 of all blocks of these rows: what is written for them touches no other request."""
         device_rows = copy_to_device(rows, torch.int64, self.device)
         for block_table in self.block_tables:
             block_table.index_fill_(0, device_rows, 0)

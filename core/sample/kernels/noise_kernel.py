@@ -1,6 +1,6 @@
 """The noise of ``quire.core.sample.noise`` inside a kernel: the same bits, the logarithms by approximation.
 
-Only the first word of Philox is needed, of counters whose last two words are zero, so the products that nobody reads
+Only the first word of Philox is needed, of counters whose last two words are zero, so the products that are not read
 are left out: 17 multiplications instead of 40. Each is one 32 x 32 -> 64 bit product, of which both halves are used.
 The noise of a whole vocabulary is what a pass of random sampling spends its instructions on.
 
