@@ -1,4 +1,4 @@
-"""Request ids are the caller's: whatever they are and however soon they come again, nobody gets another's tokens."""
+"""Request ids are the caller's: whatever they are and however soon they return, no request gets another's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a client sends, it gets an answer in the one shape, and nobody else is hurt."""
+"""Whatever a client sends, it gets an answer in the one shape, and no other request is hurt."""
 
 from __future__ import annotations
 

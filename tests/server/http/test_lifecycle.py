@@ -63,7 +63,7 @@ def _keys(server: RunningServer, client: httpx.Client) -> None:
 
 def _queue_limit(server: RunningServer, client: httpx.Client) -> None:
     """One runs, one waits, the third is told to come back; the two are unhurt."""
-    assert client.post(TEXT, json={"prompt": "x", "max_tokens": 1, "n": 2}).status_code == 200, "nobody waits yet"
+    assert client.post(TEXT, json={"prompt": "x", "max_tokens": 1, "n": 2}).status_code == 200, "no request waits yet"
     answers: list[httpx.Response] = []
     threads = [threading.Thread(target=lambda: answers.append(client.post(TEXT, json=LONG))) for _ in range(2)]
     threads[0].start()

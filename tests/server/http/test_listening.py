@@ -1,4 +1,4 @@
-"""The port is taken before anything is loaded, and nobody else gets it meanwhile."""
+"""The port is taken before anything is loaded, and no other process gets it meanwhile."""
 
 from __future__ import annotations
 
