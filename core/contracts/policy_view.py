@@ -119,9 +119,10 @@ class Grants:
     """A plan, in order of service: request ``request_indices[i]`` (numbered as in the view) may compute
     ``num_scheduled_tokens[i]`` tokens.
 
-    ``victims`` are running requests in the order in which they are preempted when blocks run out; by default the
-    youngest first. The core checks everything: grants beyond the budget, the remaining tokens or the free rows are
-    cut, and a request that no longer fits waits.
+    ``victims`` are running requests in the order in which they are preempted when blocks run out; by default, and
+    after them, the largest ``admission_key`` goes first. The running request with the smallest is never preempted. The
+    core checks everything: grants beyond the budget, the remaining tokens or the free rows are cut, and a request that
+    no longer fits waits.
     """
 
     request_indices: NDArray[np.int64]

@@ -4,6 +4,7 @@ requests, and describes the result to the worker."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +31,10 @@ fewer block diffs for the worker."""
 class BatchBuilder:
     """Carries plans out on the running batch, the waiting queue and the allocator.
 
-    A running request that finds no free block preempts others: first the plan's victims, then the youngest, itself
-    included, but never the oldest, so that the oldest always proceeds. A waiting request never causes a preemption:
-    unless nothing runs, it must leave free what the running requests still need, the rest of its own prompt and the
-    watermark.
+    A running request that finds no free block preempts others: first the plan's victims, then those that the policy
+    ranked last when they arrived, itself included, but never the one that it ranked first, so that this one always
+    proceeds. A waiting request never causes a preemption: unless nothing runs, it must leave free what the running
+    requests still need, the rest of its own prompt and the watermark.
     """
 
     def __init__(
@@ -206,15 +207,16 @@ class BatchBuilder:
         return preempted
 
     def _pick_victim(self, victims: list[int]) -> int:
-        """The row that is preempted next: the policy's choice, then the youngest, never the oldest."""
-        rows = self._running.rows
-        assert len(rows) > 1, "the only running request ran out of blocks although it was found to fit"
-        oldest = int(rows[0])
+        """The row that is preempted next: the policy's choice, then the last by its rank, never the first."""
+        running: list[Request] = self._running.requests[self._running.rows].tolist()
+        assert len(running) > 1, "the only running request ran out of blocks although it was found to fit"
+        by_rank = attrgetter("queue_key")
+        first = min(running, key=by_rank)
         while victims:
             row = victims.pop(0)
-            if row != oldest and (rows == row).any():  # it may have been preempted already
+            if row != first.row and self._running.generations[row]:  # it may have been preempted already
                 return row
-        return int(rows[-1])
+        return max(running, key=by_rank).row
 
     def _admit_request(self, batch: ScheduledBatch, request: Request, num_tokens: int) -> bool:
         """Move a request from the queue to the running batch and grant it up to ``num_tokens`` tokens. False, and

@@ -20,7 +20,7 @@ class RequestLimits:
     """The limits that a request must respect to be accepted.
 
     Every accepted request can reach its end if it has the KV cache to itself. The scheduler's progress follows from
-    that: whatever else is preempted, the oldest running request never is.
+    that: whatever else is preempted, the running request that the policy ranked first never is.
     """
 
     def __init__(

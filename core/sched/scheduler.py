@@ -11,7 +11,7 @@ One step, in the order and with the names of the code below::
                 grants = BatchingPolicy.schedule(view)        #   a plugin, or default_policy_plan.py
                 check_grants(grants, view) -> CheckedPlan     #   cut to what is possible; a faulty policy is replaced
             BatchBuilder.apply_plan(batch, plan, ...)         # batch_builder.py
-                _schedule_running: allocate blocks; preempt when there are none, the youngest request first
+                _schedule_running: allocate blocks; preempt when there are none, the last in rank first
                 _admit_request: fork the parent or match the prefix; allocate blocks; RunningBatch.add_row
             again with what is left, if cached prefixes gave budget back
         _close_batch(batch)

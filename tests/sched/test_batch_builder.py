@@ -5,6 +5,7 @@ import numpy as np
 from quire.core.contracts.policy import Grants
 from quire.core.sched.default_policy_plan import make_default_plan
 from quire.plugins.sched.fcfs import FCFSPolicy
+from quire.plugins.sched.priority import PriorityPolicy
 
 # ---- preemption and admission
 
@@ -44,7 +45,21 @@ def test_blocks_ahead_never_pass_the_end(make_engine):
     assert 3 not in held, "many blocks are free, so decoding gets several at a time"
 
 
-def test_the_policy_may_choose_the_victims_but_not_the_oldest(make_engine):
+def test_a_policy_that_only_ranks_ranks_victims(make_engine):
+    """The urgent request came last, when the lazy ones ran already: one of these is preempted, the laziest."""
+    engine = make_engine(PriorityPolicy(), num_blocks=13, watermark=0.0)
+    for name, priority in (("lazy", 1), ("laziest", 2), ("urgent", -1)):
+        engine.add_request(name, [priority + 2] * 8, max_tokens=17, priority=priority)
+        engine.run_step()
+    assert engine.scheduler.num_running == 3
+    while engine.scheduler.stats()["num_preemptions_total"] == 0:
+        engine.run_step()
+    assert [entry.external_request_id for entry in engine.scheduler.debug_state().waiting] == ["laziest"]
+    engine.run_until_finished()
+    assert engine.outputs and list(engine.finished)[-1] == "laziest"
+
+
+def test_the_policy_may_choose_the_victims_but_not_the_first_in_rank(make_engine):
     class OldestFirst(FCFSPolicy):
         def schedule(self, view):
             grants = make_default_plan(view)
