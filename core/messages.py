@@ -34,6 +34,7 @@ __all__ = [
     "RequestOutput",
     "SchedulerOutput",
     "TokenLogprob",
+    "TokenMasks",
 ]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -149,6 +150,17 @@ class SchedulerOutput:
     """Tokens that a proposer on the device drafts after the step for each request that sampled."""
     run_draft_prefill: bool = True
     """Whether a proposer is to read the prompts of the step, and what it has passed over before."""
+
+
+@dataclass(slots=True)
+class TokenMasks:
+    """Which tokens may be sampled at some logits rows of a step; at all others every token may."""
+
+    request_indices: NDArray[np.int32]  # (n,) index into the step's requests, ascending
+    draft_offsets: NDArray[np.int32]  # (n,) drafts of the request before the logits row, ascending: 0 without drafts
+    bits: NDArray[
+        np.int32
+    ]  # (n, ceil(vocab / 32)), C-contiguous: token t is allowed if bit t % 32 of word t // 32 is 1
 
 
 # ---- worker -> engine core ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -59,13 +59,15 @@ def waiting_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from quire.core.worker.worker import Worker
 
-    launch = Worker.execute_step
+    def forbid_waiting(launch: Callable[..., object]) -> Callable[..., object]:
+        def strict(self: Worker, *args: object) -> object:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(self, *args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
-    def strict(self: Worker, step: object) -> object:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return launch(self, step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        return strict
 
-    monkeypatch.setattr(Worker, "execute_step", strict)
+    monkeypatch.setattr(Worker, "execute_model", forbid_waiting(Worker.execute_model))
+    monkeypatch.setattr(Worker, "sample_tokens", forbid_waiting(Worker.sample_tokens))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.kv import KVGroup
-from quire.core.messages import ModelRunnerOutput, SchedulerOutput
+from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
 
 __all__ = ["Executor", "KVCapacity", "StepFuture"]
 
@@ -56,13 +56,25 @@ class Executor(ABC):
     def start(self) -> KVCapacity:
         """Start workers, load the model, profile memory, allocate the KV cache, capture graphs."""
 
-    @abstractmethod
     def execute_step(self, step: SchedulerOutput) -> StepFuture:
-        """Launch a step and return at once.
+        """Launch a step, ``execute_model`` and ``sample_tokens``, and return at once.
 
         Raises ``torch.OutOfMemoryError`` where the step does not fit into memory: its requests are then computed again
         in smaller steps. What fails later is raised by the future's ``result``, and ends the requests of the step.
         """
+        self.execute_model(step)
+        return self.sample_tokens()
+
+    @abstractmethod
+    def execute_model(self, step: SchedulerOutput) -> None:
+        """Launch a step up to its logits and return at once. ``sample_tokens`` follows, before any other step; between
+        the two the engine may wait for the tokens of the step before. Raises as ``execute_step`` does."""
+
+    @abstractmethod
+    def sample_tokens(self, masks: TokenMasks | None = None) -> StepFuture:
+        """Launch the rest of the step that ``execute_model`` began, and return at once: sampling, the drafts for the
+        next step, and the copies to the host. ``masks`` say which tokens some logits rows may become; their bits are
+        not changed before the result of this step is read. Raises as ``execute_step`` does."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
-from quire.core.messages import SchedulerOutput
+from quire.core.messages import SchedulerOutput, TokenMasks
+from quire.core.sample.logprobs import LogprobsTensors
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs
 from quire.core.worker.cuda_graphs.prefill import PrefillGraphs
@@ -55,6 +57,7 @@ class ModelRunner:
         self.prefill_graphs: PrefillGraphs | None = None
         self._vocab_size = vocab_size
         self._prompt_logprobs = PromptLogprobs(table.num_rows)
+        self._launched: _LaunchedStep | None = None
 
     @property
     def bytes_per_block(self) -> int:
@@ -120,30 +123,56 @@ class ModelRunner:
         if self.draft_runner is not None:
             self.draft_runner.capture_graphs(capturer)
 
-    @torch.inference_mode()
     def execute_step(self, step: SchedulerOutput) -> Readback:
         """Launch a step. Its tokens are on their way to the host when this returns."""
+        self.execute_model(step)
+        return self.sample_tokens()
+
+    @torch.inference_mode()
+    def execute_model(self, step: SchedulerOutput) -> None:
+        """Launch a step up to its logits; ``sample_tokens`` comes next."""
         timer = StepTimer(self.table.device)
         self._update_states(step)
+        self._launched = launched = _LaunchedStep(step, timer)
         if self.decode_graphs is not None and self.decode_graphs.can_run_step(step):
-            return self._execute_decode_graphs(step, self.decode_graphs, timer)
-        indices = LogitsIndices.from_step(step)
-        inputs = build_inputs(step, indices, self.table, self.block_size)
+            self.decode_graphs.run_model(step)
+            launched.graphs = self.decode_graphs
+            return
+        launched.indices = indices = LogitsIndices.from_step(step)
+        launched.inputs = inputs = build_inputs(step, indices, self.table, self.block_size)
         if self.prefill_graphs is not None and self.prefill_graphs.can_run_step(inputs):
             hidden = self.prefill_graphs.run_model(inputs)  # (num_tokens, hidden)
         else:
             hidden = self._run_model(inputs)
-        prompt_logprobs = self._prompt_logprobs.gather_prompt_logprobs(step, hidden, self.model, self.table.token_ids)
-        sampled: SampledTokens | None = None
+        launched.prompt_logprobs = self._prompt_logprobs.gather_prompt_logprobs(
+            step, hidden, self.model, self.table.token_ids
+        )
         if len(indices.request_indices):
-            logits = self.model.compute_logits(hidden[inputs.logits_indices])  # (num_logits_rows, vocab)
-            sampled = self.sampling_runner.sample_tokens(logits, step, inputs, indices)
-        if self.draft_runner is not None:
-            self._run_draft_runner(self.draft_runner, step, inputs, sampled)
-        return Readback(step, sampled, prompt_logprobs, timer)
+            launched.logits = self.model.compute_logits(hidden[inputs.logits_indices])  # (num_logits_rows, vocab)
 
-    def _execute_decode_graphs(self, step: SchedulerOutput, graphs: DecodeGraphs, timer: StepTimer) -> Readback:
-        graphs.run_model(step)
+    @property
+    def launched_step(self) -> SchedulerOutput:
+        """The step that ``execute_model`` began."""
+        assert self._launched is not None, "execute_model comes first"
+        return self._launched.step
+
+    @torch.inference_mode()
+    def sample_tokens(self, masks: TokenMasks | None = None) -> Readback:
+        """Launch the rest of the step: its tokens are on their way to the host when this returns."""
+        assert self._launched is not None, "execute_model comes first"
+        launched, self._launched = self._launched, None
+        step = launched.step
+        if launched.graphs is not None:
+            return self._sample_with_graphs(launched, launched.graphs)
+        sampled: SampledTokens | None = None
+        if launched.logits is not None and launched.inputs is not None and launched.indices is not None:
+            sampled = self.sampling_runner.sample_tokens(launched.logits, step, launched.inputs, launched.indices)
+        if self.draft_runner is not None:
+            self._run_draft_runner(self.draft_runner, step, launched.inputs, sampled)
+        return Readback(step, sampled, launched.prompt_logprobs, launched.timer)
+
+    def _sample_with_graphs(self, launched: _LaunchedStep, graphs: DecodeGraphs) -> Readback:
+        step = launched.step
         variant = self.sampling_runner.graph_variant(step.rows)
         if variant is not None:
             sampled = SampledTokens(graphs.sample_tokens(step, variant))
@@ -154,7 +183,7 @@ class ModelRunner:
         if self.draft_runner is not None:
             graphs.run_draft_prefill(step)
             self._run_draft_runner(self.draft_runner, step, None, sampled)
-        return Readback(step, sampled, {}, timer)
+        return Readback(step, sampled, {}, launched.timer)
 
     def _run_draft_runner(
         self,
@@ -196,3 +225,17 @@ class ModelRunner:
             backend.prepare_metadata(batch)
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv_cache.layers, self.kv_cache.group_of)
         return self.model(inputs.input_ids, inputs.positions, context)
+
+
+@dataclass(slots=True)
+class _LaunchedStep:
+    """A step between its model and its sampling."""
+
+    step: SchedulerOutput
+    timer: StepTimer
+    graphs: DecodeGraphs | None = None
+    """Where graphs ran the model, they hold its inputs and logits; else the fields below do."""
+    indices: LogitsIndices | None = None
+    inputs: StepInputs | None = None
+    logits: Tensor | None = None  # (num_logits_rows, vocab); None: no request of the step samples
+    prompt_logprobs: dict[int, LogprobsTensors] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
-from quire.core.messages import ModelRunnerOutput, SchedulerOutput
+from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
 from quire.core.worker.worker import Worker
 
 __all__ = ["UniprocExecutor"]
@@ -23,6 +23,7 @@ class UniprocExecutor(Executor):
         super().__init__(config, options)
         self._worker: Worker | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._model_future: Future[None] | None = None  # in the thread: of ``execute_model``
 
     @property
     def worker(self) -> Worker:
@@ -45,6 +46,21 @@ class UniprocExecutor(Executor):
             return self.worker.execute_step(step)
         return _ThreadedStep(self._thread.submit(self._execute_and_wait, step))
 
+    def execute_model(self, step: SchedulerOutput) -> None:
+        """Launch a step's model and return at once."""
+        if self._thread is None:
+            self.worker.execute_model(step)
+        else:
+            self._model_future = self._thread.submit(self.worker.execute_model, step)
+
+    def sample_tokens(self, masks: TokenMasks | None = None) -> StepFuture:
+        """Launch the rest of the step and return at once."""
+        if self._thread is None:
+            return self.worker.sample_tokens(masks)
+        assert self._model_future is not None, "execute_model comes first"
+        model_future, self._model_future = self._model_future, None
+        return _ThreadedStep(self._thread.submit(self._sample_and_wait, model_future, masks))
+
     def shutdown(self) -> None:
         """Finish the steps in flight and drop the worker."""
         if self._thread is not None:
@@ -54,6 +70,10 @@ class UniprocExecutor(Executor):
 
     def _execute_and_wait(self, step: SchedulerOutput) -> ModelRunnerOutput:
         return self.worker.execute_step(step).result()
+
+    def _sample_and_wait(self, model_future: Future[None], masks: TokenMasks | None) -> ModelRunnerOutput:
+        model_future.result()  # raises what the model raised
+        return self.worker.sample_tokens(masks).result()
 
 
 class _ThreadedStep:

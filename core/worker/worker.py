@@ -16,7 +16,7 @@ from quire.core.contracts.executor import KVCapacity
 from quire.core.contracts.model import Model
 from quire.core.contracts.spec_decode import DeviceProposer
 from quire.core.env import num_threads
-from quire.core.messages import SchedulerOutput
+from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.device_profile import check_device
 from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.sample.forced_acceptance import ForcedAcceptance
@@ -182,18 +182,35 @@ class Worker:
 
     def execute_step(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
+        self.execute_model(step)
+        return self.sample_tokens()
+
+    def execute_model(self, step: SchedulerOutput) -> None:
+        """Launch a step up to its logits; ``sample_tokens`` comes next."""
         try:
-            readback = self.model_runner.execute_step(step)
+            self.model_runner.execute_model(step)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
-            # A step launched behind this one may still hold its rows, whose blocks it may not have learned.
-            with suppress(RuntimeError):  # a device that has failed: what happened first is the error to report
-                self.model_runner.table.clear_block_tables(step.rows)
+            self._recover_from(error, step)
+            raise
+
+    def sample_tokens(self, masks: TokenMasks | None = None) -> Readback:
+        """Launch the rest of the step; returns before its tokens are known."""
+        step = self.model_runner.launched_step
+        try:
+            readback = self.model_runner.sample_tokens(masks)
+        except Exception as error:
+            self._recover_from(error, step)
             raise
         if self._compile_counter is not None:
             readback.num_compiled_kernels = self._compile_counter.take_count()
         return readback
+
+    def _recover_from(self, error: Exception, step: SchedulerOutput) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
+        # A step launched behind this one may still hold its rows, whose blocks it may not have learned.
+        with suppress(RuntimeError):  # a device that has failed: what happened first is the error to report
+            self.model_runner.table.clear_block_tables(step.rows)
 
     def _warm_up_kernels(self) -> None:
         config, runner = self._config, self.model_runner

@@ -76,15 +76,41 @@ def test_steps_in_flight_feed_each_other_on_the_device(executor: UniprocExecutor
     assert tokens == known[len(PROMPT) :]
 
 
+def test_sampling_may_be_launched_when_the_step_before_is_known(executor: UniprocExecutor) -> None:
+    """The two halves of a step give the tokens of ``execute_step``, also where the host reads the step before between
+    them."""
+    executor.start()
+
+    def make_steps(first: int) -> list[SchedulerOutput]:
+        request = NewRequest(3, 0, PROMPT, len(PROMPT), 0, SamplingParams(seed=5, max_tokens=8), seed=5)
+        entering = {"new_requests": [request], "block_diffs": [BlockDiff(0, 3, 0, [5, 2])]}
+        steps = [make_step(first, 4, 4, samples=False, **entering), make_step(first + 1, 5, 9)]
+        return steps + [make_step(first + 2 + i, 1, 10 + i) for i in range(5)]
+
+    whole = [executor.execute_step(step).result().sampled_token_ids.tolist() for step in make_steps(0)]
+    in_halves, future = [], None
+    for step in make_steps(7):
+        executor.execute_model(step)
+        if future is not None:
+            in_halves.append(future.result().sampled_token_ids.tolist())
+        future = executor.sample_tokens()
+    assert future is not None
+    in_halves.append(future.result().sampled_token_ids.tolist())
+    assert in_halves == whole
+
+
 def test_a_step_that_fails_raises_from_its_result(executor: UniprocExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     executor.start()
 
     def fail(step: SchedulerOutput) -> None:
         raise torch.OutOfMemoryError("forced")
 
-    monkeypatch.setattr(executor.worker.model_runner, "execute_step", fail)
+    monkeypatch.setattr(executor.worker.model_runner, "execute_model", fail)
     with pytest.raises(torch.OutOfMemoryError, match="forced"):
         executor.execute_step(make_step(0, 1, 1)).result()
+    executor.execute_model(make_step(1, 1, 1))
+    with pytest.raises(torch.OutOfMemoryError, match="forced"):
+        executor.sample_tokens().result()
 
 
 def test_shutdown_may_be_called_twice(llm: LLM) -> None:
