@@ -97,7 +97,8 @@ class EngineCoreClient:
     async def _receive_message(self) -> MessageFromCore:
         while True:
             try:
-                return self._codec.decode_from_core(await asyncio.wait_for(self._output_socket.recv(), 1.0))
+                async with asyncio.timeout(1.0):
+                    return self._codec.decode_from_core(await self._output_socket.recv())
             except TimeoutError:
                 status = self._process.exit_status
                 if status is not None and not await self._output_socket.poll(100):

@@ -150,9 +150,11 @@ async def run_open_loop(
     sender = asyncio.create_task(send())
     while not sender.done() or in_flight or not finished.empty():
         try:
-            yield await asyncio.wait_for(finished.get(), 0.2)
+            async with asyncio.timeout(0.2):
+                timing = await finished.get()
         except TimeoutError:
             continue
+        yield timing
     sender.result()
 
 

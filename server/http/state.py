@@ -82,7 +82,8 @@ class ServerState:
     async def wait_idle(self, timeout: float) -> bool:
         """Wait until no request is in flight. False if ``timeout`` seconds passed first."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True
