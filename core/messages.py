@@ -225,6 +225,8 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     """Which error the caller gets for it."""
     queue_ns: int = 0
     """Time from arrival to first grant; sent with the first token."""
+    num_preemptions: int = 0
+    """How often the request was preempted so far; the first token after a preemption is sent as such an object."""
 
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -17,6 +17,7 @@ ENGINE_STATS: dict[str, str] = {
     "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1",
     "kv_blocks": "Blocks of the KV cache in each group, the padding block included",
     "kv_block_size": "Tokens in a block",
+    "kv_cache_size_tokens": "Tokens that the KV cache holds",
     "num_preemptions_total": "Requests preempted because blocks ran out",
     "prefix_cache_queries_total": "Tokens looked up in the prefix cache",
     "prefix_cache_hits_total": "Tokens found in the prefix cache",
@@ -87,3 +88,15 @@ class RequestStats:
     """None if it ended before its first token."""
     mean_tpot_s: float | None
     """Mean time per token after the first; None with fewer than two."""
+    prefill_s: float | None = None
+    """From its first step to its first token; None if it ended before that."""
+    decode_s: float | None = None
+    """From its first token to its last; None if it ended before its first."""
+    num_preemptions: int = 0
+    """How often it was preempted before its last token."""
+    max_tokens: int | None = None
+    """The most tokens that it could get: the parameter of that name, cut to what the context holds."""
+    n: int = 1
+    """The parameter of that name: how many continuations the caller asked for, each of which has such statistics."""
+    max_num_generation_tokens: int | None = None
+    """Tokens of the longest of the ``n`` continuations, told with the last of them to end; None with the others."""

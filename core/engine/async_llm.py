@@ -137,7 +137,7 @@ class AsyncLLM:
                     request_id, prompt, sampling_params, **scheduling_params
                 )
             self._output_processor.add_request(
-                request_id, prompt if isinstance(prompt, str) else None, requests, sampling_params, stream
+                request_id, prompt if isinstance(prompt, str) else None, requests, stream
             )
             client.add_requests(requests)
             while True:

@@ -123,6 +123,7 @@ class EngineCore:
         figures["kernels_compiled_total"] = float(self._num_compiled_kernels)
         figures["kv_blocks"] = float(self.capacity.num_blocks)
         figures["kv_block_size"] = float(self.config.cache.block_size)
+        figures["kv_cache_size_tokens"] = figures["kv_block_size"] * (self.capacity.num_blocks - 1)
         return figures
 
     def shutdown(self) -> None:

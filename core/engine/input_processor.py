@@ -65,7 +65,7 @@ class InputProcessor:
         """One core request for each of the ``n`` continuations; the later ones name the first as their parent.
 
         Their ``params`` are copies, checked anew: what the caller changes later has no effect. Raises
-        ``InvalidRequestError``, whatever the arguments are.
+        ``InvalidRequestError``, whatever the arguments are. ``max_tokens`` is set, and cut to what the context holds.
         """
         params = self._copy_params(params)
         check_text("request_id", request_id, _MAX_ID_CHARS)
@@ -83,6 +83,9 @@ class InputProcessor:
             prompt_token_ids = prompt_token_ids[-num_kept:]
         self._check_length(prompt_token_ids, params)
         self._check_params(params)
+        room = self.max_model_len - len(prompt_token_ids)
+        if params.max_tokens is None or params.max_tokens > room:
+            params = msgspec.structs.replace(params, max_tokens=room)
         priority = to_integer("priority", priority)
         arrival_ns = time.monotonic_ns()
         requests: list[EngineCoreRequest] = []

@@ -86,11 +86,9 @@ class LLM:
             self.input_processor.process_inputs(request_id, prompt, p, priority=rank, cache_salt=salt)
             for request_id, (prompt, salt), p, rank in zip(request_ids, batch, params, priorities, strict=True)
         ]
-        for request_id, (prompt, _), prompt_params, core_requests in zip(
-            request_ids, batch, params, requests, strict=True
-        ):
+        for request_id, (prompt, _), core_requests in zip(request_ids, batch, requests, strict=True):
             text = prompt if isinstance(prompt, str) else None
-            self.output_processor.add_request(request_id, text, core_requests, prompt_params, "final")
+            self.output_processor.add_request(request_id, text, core_requests, "final")
             for request in core_requests:
                 self.engine_core.add_request(request)
         return self._run_engine(request_ids, use_tqdm)

@@ -24,7 +24,6 @@ from quire.core.messages import (
     TokenLogprob,
 )
 from quire.core.plugin.quarantine import Quarantine
-from quire.core.sampling_params import SamplingParams
 from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["ExporterGroup", "FailedRequest", "OutputProcessor", "ProcessedOutputs"]
@@ -82,16 +81,16 @@ class OutputProcessor:
         request_id: str,
         prompt: str | None,
         requests: Sequence[EngineCoreRequest],
-        params: SamplingParams,
         mode: StreamMode,
     ) -> None:
         """Expect outputs for these core requests."""
-        ids = requests[0].prompt_token_ids
+        arrived_at = time.monotonic()
+        ids, max_tokens = requests[0].prompt_token_ids, requests[0].params.max_tokens
         children = {
             r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, r.params) if r.params.detokenize else None)
             for i, r in enumerate(requests)
         }
-        state = RequestState(request_id, prompt, ids, params, mode, time.monotonic(), children)
+        state = RequestState(request_id, prompt, ids, max_tokens, mode, arrived_at, children)
         self._request_states[request_id] = state
         self._state_of_core_request.update(dict.fromkeys(children, state))
 
@@ -104,6 +103,7 @@ class OutputProcessor:
             self._state_of_core_request.pop(core_id, None)
         unfinished = [core_id for core_id, child in state.children.items() if not child.is_done]
         for core_id in unfinished:
+            state.children[core_id].is_done = True
             self._record_finished(state, state.children[core_id], "abort", time.monotonic())
         return unfinished
 
@@ -166,6 +166,7 @@ class OutputProcessor:
         if child.index == 0:  # its siblings find in the cache what it has computed, which says nothing of the prompt
             state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
         child.queue_s = max(child.queue_s, output.queue_ns / 1e9)
+        child.num_preemptions = max(child.num_preemptions, output.num_preemptions)
         if output.prompt_logprobs is not None:
             state.prompt_logprobs = [None, *output.prompt_logprobs]
         if self._append_tokens(child, token_ids, output.finish_reason):

@@ -7,7 +7,6 @@ from typing import Literal
 
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.messages import FinishReason, TokenLogprob
-from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats
 
 __all__ = ["ChildRequest", "RequestState", "StreamMode"]
@@ -30,6 +29,7 @@ class ChildRequest:
     last_token_at: float | None = None
     first_token_at: float | None = None
     queue_s: float = 0.0
+    num_preemptions: int = 0
 
     def record_gaps(self, num_tokens: int, now: float) -> list[float]:
         """Note that ``count`` tokens came; the seconds between them and those before."""
@@ -47,7 +47,7 @@ class RequestState:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    params: SamplingParams
+    max_tokens: int | None
     stream_mode: StreamMode
     arrived_at: float
     children: dict[int, ChildRequest]
@@ -59,6 +59,7 @@ class RequestState:
     def make_stats(self, child: ChildRequest, finish_reason: str, now: float) -> RequestStats:
         """The figures of one continuation that has ended."""
         first, num_tokens = child.first_token_at, len(child.token_ids)
+        ttft_s = None if first is None else first - self.arrived_at
         decode_s = None if first is None or child.last_token_at is None else child.last_token_at - first
         return RequestStats(
             finish_reason=finish_reason,
@@ -67,6 +68,17 @@ class RequestState:
             num_generation_tokens=num_tokens,
             e2e_s=now - self.arrived_at,
             queue_s=child.queue_s,
-            ttft_s=None if first is None else first - self.arrived_at,
+            ttft_s=ttft_s,
             mean_tpot_s=None if decode_s is None or num_tokens < 2 else decode_s / (num_tokens - 1),
+            prefill_s=None if ttft_s is None else max(ttft_s - child.queue_s, 0.0),
+            decode_s=decode_s,
+            num_preemptions=child.num_preemptions,
+            max_tokens=self.max_tokens,
+            n=len(self.children),
+            max_num_generation_tokens=self._find_longest(),
         )
+
+    def _find_longest(self) -> int | None:
+        """Tokens of the longest continuation; None while one of them has not ended."""
+        children = self.children.values()
+        return max(len(child.token_ids) for child in children) if all(child.is_done for child in children) else None

@@ -231,6 +231,7 @@ class OutputUpdater:
         log-probabilities of drafts that were not accepted."""
         new_token_ids = output.new_token_ids
         num_before = request.num_output_tokens - len(new_token_ids)
+        output.num_preemptions = request.num_preemptions
         if not num_before:
             output.num_cached_tokens = request.num_cached_tokens
             output.queue_ns = max(request.first_scheduled_ns - request.arrival_ns, 0)

@@ -21,6 +21,9 @@ _ITL = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.
 _E2E = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10, 20, 40, 80, 160, 320)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+_CONTINUATIONS = (1, 2, 5, 10, 20, 50, 100)
+_PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
 _STEP = (1e-5, 2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _PHASES = {
     "schedule": "Planning a step",
@@ -54,8 +57,17 @@ class PrometheusExporter(MetricsExporter):
         self._e2e = _Histogram(_E2E)
         self._queue = _Histogram(_QUEUE)
         self._phases = {name: _Histogram(_STEP) for name in _PHASES}
+        self._inference = _Histogram(_E2E)
+        self._prefill = _Histogram(_TTFT)
+        self._decode = _Histogram(_E2E)
         self._prompt_len = _Histogram(_TOKENS)
+        self._computed_prompt_len = _Histogram(_TOKENS)
         self._generation_len = _Histogram(_TOKENS)
+        self._longest_generation_len = _Histogram(_TOKENS)
+        self._max_tokens = _Histogram(_TOKENS)
+        self._n = _Histogram(_CONTINUATIONS)
+        self._preemptions = _Histogram(_PREEMPTIONS)
+        self._step_tokens = _Histogram(_STEP_TOKENS)
         self._quarantines: Counter[QuarantinedPlugin] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -73,6 +85,17 @@ class PrometheusExporter(MetricsExporter):
         self._generation_len.add_value(stats.num_generation_tokens)
         if stats.mean_tpot_s is not None:
             self._tpot.add_value(stats.mean_tpot_s)
+        self._preemptions.add_value(stats.num_preemptions)
+        if stats.max_tokens is not None:
+            self._max_tokens.add_value(stats.max_tokens)
+        if stats.prefill_s is not None and stats.decode_s is not None:
+            self._prefill.add_value(stats.prefill_s)
+            self._decode.add_value(stats.decode_s)
+            self._inference.add_value(stats.prefill_s + stats.decode_s)
+            self._computed_prompt_len.add_value(stats.num_prompt_tokens - stats.num_cached_tokens)
+        if stats.max_num_generation_tokens is not None:  # the last of the n has ended
+            self._n.add_value(stats.n)
+            self._longest_generation_len.add_value(stats.max_num_generation_tokens)
 
     def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
         """Count tokens, and note the gaps between them."""
@@ -88,7 +111,8 @@ class PrometheusExporter(MetricsExporter):
         self._quarantines[plugin] += 1
 
     def record_step(self, stats: StepStats) -> None:
-        """Note where a step's time went."""
+        """Note a step's size, and where its time went."""
+        self._step_tokens.add_value(stats.num_tokens)
         for name, histogram in self._phases.items():
             histogram.add_value(getattr(stats, f"{name}_us") / 1e6)
 
@@ -117,17 +141,26 @@ class PrometheusExporter(MetricsExporter):
                 yield self._make_gauge(prefix + name, text, value)
                 if name in _OLD_NAMES:
                     yield self._make_gauge(prefix + _OLD_NAMES[name], f"{text} (old name)", value)
-        queries = self._engine_stats.get("prefix_cache_queries_total", 0.0)
-        hits = self._engine_stats.get("prefix_cache_hits_total", 0.0)
-        rate = hits / queries if queries else 0.0
-        yield self._make_gauge(
-            prefix + "gpu_prefix_cache_hit_rate", "Share of looked-up tokens found in the prefix cache", rate
-        )
+        yield from self._collect_cache_rates(prefix)
         yield self._make_cache_config_info(prefix)
         yield from self._collect_by_position(prefix)
         yield self._make_quarantines(prefix)
-        yield self._make_gauge(prefix + "cpu_prefix_cache_hit_rate", "Always 0: blocks are not kept on the host", 0.0)
         yield self._make_gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
+
+    def _collect_cache_rates(self, prefix: str) -> Iterator[Metric]:
+        queries = self._engine_stats.get("prefix_cache_queries_total", 0.0)
+        rate = self._engine_stats.get("prefix_cache_hits_total", 0.0) / queries if queries else 0.0
+        for name, value, text in (
+            ("gpu_prefix_cache_hit_rate", rate, "Share of looked-up tokens found in the prefix cache of the device"),
+            # A dashboard with one panel for each tier must not show a cache that works as one that never hits.
+            (
+                "cpu_prefix_cache_hit_rate",
+                rate,
+                "Share of looked-up tokens found in any tier; the device is the only one",
+            ),
+            ("cpu_cache_usage_perc", 0.0, "Share of KV blocks in use on the host, where there are none: 0"),
+        ):
+            yield self._make_gauge(prefix + name, text, value)
 
     def _collect_by_position(self, prefix: str) -> Iterator[Metric]:
         for start, (name, text) in _BY_POSITION.items():
@@ -147,7 +180,11 @@ class PrometheusExporter(MetricsExporter):
         return family
 
     def _make_cache_config_info(self, prefix: str) -> Metric:
-        sizes = {"block_size": "kv_block_size", "num_gpu_blocks": "kv_blocks"}
+        sizes = {
+            "block_size": "kv_block_size",
+            "num_gpu_blocks": "kv_blocks",
+            "kv_cache_size_tokens": "kv_cache_size_tokens",
+        }
         family = GaugeMetricFamily(
             prefix + "cache_config_info", "Settings of the KV cache, as labels", labels=[*self.labels, *sizes]
         )
@@ -169,8 +206,17 @@ class PrometheusExporter(MetricsExporter):
             ("request_time_per_output_token_seconds", "Mean time per token after the first, by request", self._tpot),
             ("e2e_request_latency_seconds", "From arrival to the last token", self._e2e),
             ("request_queue_time_seconds", "From arrival to the first step", self._queue),
+            ("request_inference_time_seconds", "From the first step to the last token", self._inference),
+            ("request_prefill_time_seconds", "From the first step to the first token", self._prefill),
+            ("request_decode_time_seconds", "From the first token to the last", self._decode),
             ("request_prompt_tokens", "Prompt length of finished requests", self._prompt_len),
+            ("request_prefill_kv_computed_tokens", "Prompt tokens that were not cached", self._computed_prompt_len),
             ("request_generation_tokens", "Answer length of finished requests", self._generation_len),
+            ("request_max_num_generation_tokens", "Longest answer of the n of a request", self._longest_generation_len),
+            ("request_params_n", "Parameter n, by request", self._n),
+            ("request_params_max_tokens", "Parameter max_tokens, cut to the context", self._max_tokens),
+            ("request_num_preemptions", "Preemptions, by request", self._preemptions),
+            ("iteration_tokens_total", "Tokens computed in a step", self._step_tokens),
             *((f"step_{name}_seconds", text, self._phases[name]) for name, text in _PHASES.items()),
         ):
             family = HistogramMetricFamily(prefix + name, text, labels=list(self.labels))

@@ -90,7 +90,7 @@ def test_random_arrivals(family, data: st.DataObject, name: str, seed: int) -> N
                 )
                 name_i = f"{seed}/{i}"
                 requests = llm.input_processor.process_inputs(name_i, prompt, params)
-                llm.output_processor.add_request(name_i, None, requests, params, "final")
+                llm.output_processor.add_request(name_i, None, requests, "final")
                 for request in requests:
                     llm.engine_core.add_request(request)
                 expected[name_i] = (prompt, params)

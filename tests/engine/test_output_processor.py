@@ -47,7 +47,7 @@ class Requests:
         sampling = SamplingParams(**params)
         core_requests = InputProcessor(tokenizer, 256, 300).process_inputs("r", "ask", sampling)
         self.core_ids = [request.request_id for request in core_requests]
-        self.processor.add_request("r", "ask", core_requests, sampling, mode)
+        self.processor.add_request("r", "ask", core_requests, mode)
         self.aborted: list[int] = []
 
     def encode(self, text: str) -> list[int]:

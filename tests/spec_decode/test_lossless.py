@@ -93,7 +93,7 @@ def test_random_arrivals(engine, reference, seed: int, proposer: str) -> None:
                     ignore_eos=True,
                 )
                 requests = llm.input_processor.process_inputs(f"{seed}/{i}", prompt, params)
-                llm.output_processor.add_request(f"{seed}/{i}", None, requests, params, "final")
+                llm.output_processor.add_request(f"{seed}/{i}", None, requests, "final")
                 for request in requests:
                     llm.engine_core.add_request(request)
                 expected[f"{seed}/{i}"] = (prompt, params)
