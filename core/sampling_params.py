@@ -20,7 +20,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 64, 4096
 """The most stop strings of a request, and the longest: they are searched for at every token."""
 MAX_NAMED_TOKENS = 4096
-"""The most token ids in ``stop_token_ids`` and in ``logit_bias``."""
+"""The most token ids in ``stop_token_ids``, ``logit_bias`` and ``allowed_token_ids``, and of all ``bad_words``."""
+MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 1024, 256
+"""The most ``bad_words`` of a request, and the longest."""
 MAX_EXTRA_ARGS_BYTES = 65_536
 """The size of ``extra_args``, of which each of the ``n`` continuations has a copy."""
 _MIN_TEMPERATURE = 1e-5
@@ -39,6 +41,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ``add_special_tokens=False`` tokenizes a text without the tokens that the tokenizer adds, such as BOS.
     ``truncate_prompt_tokens=k`` keeps the last ``k`` tokens of a prompt, -1 as many as leave ``max_tokens`` free.
     ``logprobs=k`` returns the chosen token's log-probability and the ``k`` best, of the model's raw distribution.
+
+    ``allowed_token_ids`` are the only tokens that can be sampled: EOS is one of them only if it is named. ``bad_words``
+    are never generated in the tokens that the tokenizer makes of them, alone and after a space; a model can still spell
+    them in other pieces. ``bad_words_token_ids`` are such sequences of tokens, to which the engine adds ``bad_words``.
     """
 
     n: int = 1
@@ -50,6 +56,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+    bad_words_token_ids: list[list[int]] = []
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -109,6 +118,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.logit_bias:
             _check_range("logit_bias", min(self.logit_bias.values()), -100.0, 100.0)
             _check_range("logit_bias", max(self.logit_bias.values()), -100.0, 100.0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError("allowed_token_ids is empty; name a token, or leave it out", "allowed_token_ids")
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids instead", "stop")
 
@@ -167,16 +178,41 @@ def _to_boolean(name: str, value: Any) -> bool:
 
 
 def _to_stop_strings(name: str, value: Any) -> list[str]:
-    strings = [value] if isinstance(value, str) else _to_list(name, value, MAX_STOP_STRINGS, "strings")
+    return _to_strings(name, [value] if isinstance(value, str) else value, MAX_STOP_STRINGS, MAX_STOP_CHARS)
+
+
+def _to_bad_words(name: str, value: Any) -> list[str]:
+    words = _to_strings(name, value, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+    if not all(word.strip() for word in words):
+        raise InvalidRequestError(f"{name} must hold more than spaces", name)
+    return words
+
+
+def _to_strings(name: str, value: Any, max_strings: int, max_chars: int) -> list[str]:
+    strings = _to_list(name, value, max_strings, "strings")
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidRequestError(f"{name} must hold non-empty strings, got {string!r:.60}", name)
-        check_text(name, string, MAX_STOP_CHARS)
+        check_text(name, string, max_chars)
     return strings
 
 
 def _to_token_ids(name: str, value: Any) -> list[int]:
     return [to_integer(name, token) for token in _to_list(name, value, MAX_NAMED_TOKENS, "token ids")]
+
+
+def _to_optional_token_ids(name: str, value: Any) -> list[int] | None:
+    return None if value is None else _to_token_ids(name, value)
+
+
+def _to_token_sequences(name: str, value: Any) -> list[list[int]]:
+    sequences = [_to_token_ids(name, sequence) for sequence in _to_list(name, value, MAX_NAMED_TOKENS, "sequences")]
+    if not all(sequences):
+        raise InvalidRequestError(f"{name} must hold lists of token ids that are not empty", name)
+    num_tokens = sum(map(len, sequences))
+    if num_tokens > MAX_NAMED_TOKENS:
+        raise InvalidRequestError(f"{name} hold {num_tokens} tokens together, the limit is {MAX_NAMED_TOKENS}", name)
+    return sequences
 
 
 def _to_logit_bias(name: str, value: Any) -> dict[int, float] | None:
@@ -234,6 +270,9 @@ _CONVERTERS: Mapping[str, Callable[[str, Any], Any]] = {
     "top_k": _to_top_k,
     "stop": _to_stop_strings,
     "stop_token_ids": _to_token_ids,
+    "allowed_token_ids": _to_optional_token_ids,
+    "bad_words": _to_bad_words,
+    "bad_words_token_ids": _to_token_sequences,
     "logit_bias": _to_logit_bias,
     "extra_args": _to_extra_args,
 }

@@ -82,6 +82,8 @@ class InputProcessor:
         if num_kept is not None:
             prompt_token_ids = prompt_token_ids[-num_kept:]
         self._check_length(prompt_token_ids, params)
+        if params.bad_words:
+            params = self._tokenize_bad_words(params)
         self._check_params(params)
         room = self.max_model_len - len(prompt_token_ids)
         if params.max_tokens is None or params.max_tokens > room:
@@ -126,6 +128,20 @@ class InputProcessor:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"the parameters must be SamplingParams, got {params!r:.60}", "sampling_params")
         return msgspec.structs.replace(params)
+
+    def _tokenize_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """Each as the tokenizer spells it at the beginning of a text, and after a space."""
+        words = [word.lstrip(" ") for word in params.bad_words]
+        sequences = self.tokenizer.encode_batch([*words, *(f" {word}" for word in words)], add_special_tokens=False)
+        # A token that the model cannot sample ends nothing.
+        known = [s for s in sequences if s and max(s) < self.vocab_size and s not in params.bad_words_token_ids]
+        unique = list(dict.fromkeys(map(tuple, known)))
+        try:
+            return msgspec.structs.replace(
+                params, bad_words_token_ids=[*params.bad_words_token_ids, *map(list, unique)]
+            )
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error).replace("bad_words_token_ids", "bad_words"), "bad_words") from None
 
     def _count_kept_tokens(self, params: SamplingParams) -> int | None:
         """How many tokens at the end of a prompt ``truncate_prompt_tokens`` keeps; None: all."""

@@ -80,9 +80,13 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids."""
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Texts to ids, while other threads run."""
         try:
-            # a batch of one: unlike encode, encode_batch lets other threads run
-            return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
         except (TypeError, UnicodeEncodeError):
             raise InvalidRequestError("the text holds half of a surrogate pair; leave it out", "prompt") from None
 

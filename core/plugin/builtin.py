@@ -80,6 +80,9 @@ def quire_register_logits_processor(register: Registrar) -> None:
     """Register the bundled logits processors."""
     register("min_tokens", "quire.plugins.logits.min_tokens:MinTokens", "forbids stop tokens before min_tokens")
     register("logit_bias", "quire.plugins.logits.logit_bias:LogitBias", "adds the request's logit_bias")
+    target = "quire.plugins.logits.allowed_token_ids:AllowedTokenIds"
+    register("allowed_token_ids", target, "forbids all tokens but the request's allowed_token_ids")
+    register("bad_words", "quire.plugins.logits.bad_words:BadWords", "forbids the request's bad_words")
 
 
 @hookimpl

@@ -87,7 +87,7 @@ _TABLE = (
     Kind("model",            "model",             "plugins/models",      "Model",               None),
     Kind("sampler",          "sampler",           "core/sample",         "Sampler",             "--sampler"),
     Kind("logits_processor", "logits processor",  "plugins/logits",      "LogitsProcessor",     "--logits-processor",
-         always=("min_tokens", "logit_bias")),
+         always=("min_tokens", "logit_bias", "allowed_token_ids", "bad_words")),
     Kind("spec_decode",      "draft proposer",    "plugins/spec_decode", "SpeculativeProposer", "--spec-method"),
     Kind("executor",         "executor",          "core/worker",         "Executor",            "--executor"),
     Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics"),

@@ -81,7 +81,14 @@ def check_argmax_invariant_keeps_the_argmax(cls: type[LogitsProcessor]) -> None:
     assert torch.equal(logits.argmax(-1), before), "the argmax changed"
 
 
-_PARAMS = SamplingParams(max_tokens=8, min_tokens=4, logit_bias={3: 5.0, 4: -100.0}, seed=1)
+_PARAMS = SamplingParams(
+    max_tokens=8,
+    min_tokens=4,
+    logit_bias={3: 5.0, 4: -100.0},
+    allowed_token_ids=[1, 3, 4, 9],
+    bad_words_token_ids=[[9], [7, 4]],
+    seed=1,
+)
 """A request that gives every bundled processor something to do."""
 
 
@@ -93,7 +100,7 @@ def _make_with_request(cls: type[LogitsProcessor]) -> LogitsProcessor:
     """A processor with a request in row 0 that it works on. Skips where it has none for the sample request."""
     processor = _make(cls)
     if not processor.add_row(_request(0, _PARAMS)):
-        raise unittest.SkipTest("has nothing to do for min_tokens and logit_bias")
+        raise unittest.SkipTest("has nothing to do for min_tokens, logit_bias, allowed_token_ids and bad_words")
     return processor
 
 

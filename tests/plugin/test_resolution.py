@@ -81,8 +81,9 @@ def test_a_quantized_checkpoint_is_never_read_as_if_it_were_not():
 
 def test_always_on_processors_come_first_and_once():
     found = PluginManager().resolve_plugins("logits_processor", ["some.where:Mine", "logit_bias"])
-    assert [r.name for r in found] == ["min_tokens", "logit_bias", "some.where:Mine"]
-    assert [r.why for r in found] == ["always on", "always on", "named by its class"]
+    always = ["min_tokens", "logit_bias", "allowed_token_ids", "bad_words"]
+    assert [r.name for r in found] == [*always, "some.where:Mine"]
+    assert [r.why for r in found] == [*["always on"] * len(always), "named by its class"]
 
 
 @pytest.mark.parametrize(

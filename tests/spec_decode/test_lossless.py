@@ -180,3 +180,27 @@ def test_the_distribution_is_unchanged(engine, reference, proposer: str, fields:
     assert not seconds[first][~keep].any()
     statistic = float(((seconds[first] - expected)[keep] ** 2 / expected[keep]).sum())
     assert statistic < 30  # seven degrees of freedom at most: beyond the 1 - 1e-4 quantile
+
+
+@pytest.mark.parametrize("proposer", ["itself", "random", "ngram", "host adversary"])
+def test_banned_tokens_are_not_accepted_from_drafts(engine, proposer: str) -> None:
+    """Drafts know nothing of bans: they hold at each position that a step verifies, after those accepted before it."""
+    bans = [
+        {"temperature": 0.9, "allowed_token_ids": [3, 9, 17, 40]},
+        {"temperature": 0, "bad_words_token_ids": [[t] for t in range(3, 250, 2)] + [[6, 8], [10, 12, 14]]},
+        {
+            "temperature": 0.9,
+            "allowed_token_ids": [4, 5, 6],
+            "bad_words_token_ids": [[4, 5], [5, 5], [6, 4, 6], [6, 6, 6]],
+        },
+    ]
+    prompts = make_prompts(6, len(bans))
+    params = [SamplingParams(seed=i, n=2, max_tokens=24, ignore_eos=True, **ban) for i, ban in enumerate(bans)]
+    expected = engine().generate(prompts, params)
+    for actual, same, one in zip(engine(proposer).generate(prompts, params), expected, params, strict=True):
+        assert_same_outputs(actual, same)
+        for completion in actual.outputs:
+            token_ids = completion.token_ids
+            assert one.allowed_token_ids is None or set(token_ids) <= set(one.allowed_token_ids)
+            for word in one.bad_words_token_ids:
+                assert word not in [token_ids[i : i + len(word)] for i in range(len(token_ids))]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
-from quire.core.sampling_params import MAX_NAMED_TOKENS, MAX_STOP_STRINGS, SamplingParams
+from quire.core.sampling_params import MAX_BAD_WORDS, MAX_NAMED_TOKENS, MAX_STOP_STRINGS, SamplingParams
 from quire.server.http.errors import ApiError, make_validation_error
 from quire.server.http.state import ServerState
 
@@ -89,6 +89,8 @@ class GenerationBody(Body):
     presence_penalty: Real | None = None
     frequency_penalty: Real | None = None
     logit_bias: dict[Int32, Real] | None = Field(None, max_length=MAX_NAMED_TOKENS)
+    allowed_token_ids: list[Int32] | None = Field(None, max_length=MAX_NAMED_TOKENS)
+    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
     seed: Int64 | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = None
     stop_token_ids: list[Int32] | None = Field(None, max_length=MAX_NAMED_TOKENS)
@@ -169,12 +171,9 @@ class GenerationBody(Body):
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
-_BAN = "not supported yet; forbid single tokens with logit_bias"
 _STRUCTURED = "structured output is not supported yet; leave it out"
 _TEXT_ONLY = "Quire takes and gives text only; leave it out"
 _UNSUPPORTED_FIELDS = (
-    UnsupportedField("bad_words", _BAN),
-    UnsupportedField("allowed_token_ids", _BAN),
     UnsupportedField("logprob_token_ids", "not supported yet; logprobs gives the likeliest tokens"),
     UnsupportedField("length_penalty", "it belongs to beam search, which is not supported", (1.0,)),
     UnsupportedField("early_stopping", "it belongs to beam search, which is not supported", (False,)),
@@ -190,6 +189,7 @@ _UNSUPPORTED_FIELDS = (
 )
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("allowed_token_ids", "bad_words"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
     *("prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
 )

@@ -103,8 +103,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 BAD += [
     (TEXT, {"prompt": "x", field: value}, field)
     for field, value in {
-        "bad_words": ["x"],
-        "allowed_token_ids": [1],
+        "bad_words": [" "],
+        "allowed_token_ids": [],
         "logprob_token_ids": [1],
         "length_penalty": 0.5,
         "prompt_embeds": "AAAA",
@@ -124,7 +124,8 @@ BAD += [
         "function_call": {"name": "f"},
         "audio": {"voice": "alloy"},
         "modalities": ["audio"],
-        "bad_words": ["x"],
+        "bad_words": [""],
+        "allowed_token_ids": [99999],
         "documents": [{"text": "x"}],
         "add_special_tokens": True,
     }.items()

@@ -247,6 +247,25 @@ def test_token_ids_beside_the_text(http: httpx.Client) -> None:
     assert [each["token"] for each in choice["logprobs"]["content"]] == [f"token_id:{t}" for t in choice["token_ids"]]
 
 
+def test_bad_words_and_allowed_tokens_hold_in_answers_and_streams(server: RunningServer, http: httpx.Client) -> None:
+    fields = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    plain = http.post(TEXT, json={**fields, "prompt": "ban"}).json()["choices"][0]
+    word = next(char for char in plain["text"] if "!" <= char <= "~")
+    allowed = sorted({*plain["token_ids"][1:], 40, 41})
+    for bans in (
+        {"bad_words": [word]},
+        {"allowed_token_ids": allowed},
+        {"bad_words": [word], "allowed_token_ids": allowed},
+    ):
+        answer = http.post(TEXT, json={**fields, **bans, "prompt": "ban"}).json()["choices"][0]
+        assert "allowed_token_ids" not in bans or set(answer["token_ids"]) <= set(allowed)
+        assert "bad_words" not in bans or word not in answer["text"]
+        talk = {"model": "tiny", "messages": [{"role": "user", "content": "ban"}], "max_tokens": 24, "temperature": 0}
+        chunks = server.openai.chat.completions.create(**talk, stream=True, extra_body=bans)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text and ("bad_words" not in bans or word not in text)
+
+
 def test_invocations_are_chats_or_completions(http: httpx.Client) -> None:
     talk = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     assert http.post("/invocations", json=talk).json()["object"] == "chat.completion"
