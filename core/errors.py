@@ -6,6 +6,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "ControlCallError",
     "EngineDeadError",
     "InvalidRequestError",
     "PluginError",
@@ -61,6 +62,10 @@ class QueueFullError(InvalidRequestError):
 
 class RequestFailedError(QuireError, RuntimeError):
     """The engine could not finish this request, though it was valid. HTTP answers 500."""
+
+
+class ControlCallError(QuireError, RuntimeError):
+    """A control call failed in the engine core or in a worker, or got no reply in time. The engine goes on."""
 
 
 class EngineDeadError(QuireError, RuntimeError):

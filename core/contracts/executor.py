@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.kv import KVGroup
+from quire.core.errors import UnsupportedError
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
 
 __all__ = ["Executor", "KVCapacity", "StepFuture"]
@@ -75,6 +77,15 @@ class Executor(ABC):
         """Launch the rest of the step that ``execute_model`` began, and return at once: sampling, the drafts for the
         next step, and the copies to the host. ``masks`` say which tokens some logits rows may become; their bits are
         not changed before the result of this step is read. Raises as ``execute_step`` does."""
+
+    def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
+        """Call a control method of every worker, behind the steps that are launched and before any other; what each
+        returned, by rank. The name is vLLM's.
+
+        Raises ``InvalidRequestError`` where workers have no such method or it takes other arguments. What it raises on
+        any worker is raised here, once all have ended it.
+        """
+        raise UnsupportedError(f"the executor {type(self).__name__} cannot call methods of its workers", "method")
 
     @abstractmethod
     def shutdown(self) -> None:

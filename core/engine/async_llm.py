@@ -157,6 +157,26 @@ class AsyncLLM:
         if request_id in self._output_queues:
             self._output_queues[request_id].put_nowait(RequestFailedError(f"request {request_id} was aborted"))
 
+    async def call_control(
+        self, method: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 60.0
+    ) -> Any:
+        """Call a control method of the engine core between two steps, such as ``get_stats``; what it returned, as plain
+        values. Requests go on meanwhile, a step later.
+
+        Raises ``InvalidRequestError`` for an unknown method or arguments that do not fit, ``ControlCallError`` if it
+        fails or does not reply within ``timeout`` seconds, and ``EngineDeadError``.
+        """
+        return await self._require_client().call_control(method, arguments or {}, timeout)
+
+    async def collective_rpc(
+        self, method: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 60.0
+    ) -> list[Any]:
+        """Call a control method of every worker, such as ``describe_worker``; what each returned, by rank. Raises what
+        ``call_control`` does."""
+        call = {"method": method, "arguments": dict(arguments or {})}
+        results: list[Any] = await self.call_control("collective_rpc", call, timeout=timeout)
+        return results
+
     async def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""
         return self.tokenizer.hf_tokenizer

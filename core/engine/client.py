@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -15,6 +17,8 @@ from quire.core.contracts.executor import KVCapacity
 from quire.core.engine.ipc import (
     AbortRequests,
     AddRequests,
+    ControlCall,
+    ControlReply,
     EngineFailed,
     EngineReady,
     MessageCodec,
@@ -26,7 +30,7 @@ from quire.core.engine.ipc import (
     socket_address,
 )
 from quire.core.engine.process import EngineProcess
-from quire.core.errors import EngineDeadError
+from quire.core.errors import ControlCallError, EngineDeadError, InvalidRequestError
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
 
 __all__ = ["EngineCoreClient", "format_ready_line"]
@@ -40,6 +44,8 @@ class EngineCoreClient:
     def __init__(self, process: EngineProcess) -> None:
         self._process = process
         self._codec = MessageCodec()
+        self._call_ids = itertools.count()
+        self._pending_calls: dict[int, asyncio.Future[ControlReply]] = {}
         self._context = zmq.asyncio.Context()
         self._input_socket = open_socket(zmq.Context(self._context), zmq.PUSH)
         # A connecting end queues messages before its peer is there: nothing has to wait for the process to start.
@@ -62,22 +68,49 @@ class EngineCoreClient:
 
     async def get_outputs(self) -> EngineCoreOutputs:
         """The next outputs. Raises ``EngineDeadError`` if the engine core is gone."""
-        message = await self._receive_message()
-        if isinstance(message, EngineFailed):
-            raise EngineDeadError(f"the engine stopped: {message.error}")
-        assert isinstance(message, StepOutputs)
-        return message.outputs
+        while True:
+            message = await self._receive_message()
+            if isinstance(message, StepOutputs):
+                return message.outputs
+            if isinstance(message, EngineFailed):
+                self._fail_calls(message.error)
+                raise EngineDeadError(f"the engine stopped: {message.error}")
+            if isinstance(message, ControlReply):
+                self._end_call(message)
 
     def add_requests(self, requests: Sequence[EngineCoreRequest]) -> None:
         """Queue requests. Raises ``InvalidRequestError`` for what cannot be sent."""
         try:
             self._send_message(AddRequests.from_requests(requests))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise errors.InvalidRequestError(f"the request cannot be sent to the engine: {error}") from error
+            raise InvalidRequestError(f"the request cannot be sent to the engine: {error}") from error
 
     def abort_requests(self, request_ids: Sequence[int]) -> None:
         """End requests; no output follows."""
         self._send_message(AbortRequests(list(request_ids)))
+
+    async def call_control(self, method: str, arguments: Mapping[str, Any], timeout: float) -> Any:
+        """Call a control method of the engine core, and wait for what it returns while ``get_outputs`` is awaited.
+
+        Raises ``InvalidRequestError`` for a call that cannot be carried out as asked, ``ControlCallError`` if the
+        method fails or does not reply within ``timeout`` seconds (it may still end later), and ``EngineDeadError``.
+        """
+        call_id = next(self._call_ids)
+        future = self._pending_calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            try:
+                self._send_message(ControlCall(call_id, method, dict(arguments)))
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise InvalidRequestError(f"{method}: the arguments cannot be sent: {error}", "arguments") from error
+            async with asyncio.timeout(timeout):
+                reply = await future
+        except TimeoutError:
+            raise ControlCallError(f"{method}: the engine core did not reply within {timeout:g} s") from None
+        finally:
+            self._pending_calls.pop(call_id, None)
+        if reply.error is None:
+            return reply.result
+        raise InvalidRequestError(reply.error) if reply.error_kind == "invalid" else ControlCallError(reply.error)
 
     async def shutdown(self, timeout: float) -> None:
         """Ask, wait ``timeout`` seconds, then insist."""
@@ -90,6 +123,7 @@ class EngineCoreClient:
     def kill(self) -> None:
         """End the process at once, for one that does not serve yet, and clear up. Idempotent."""
         self._process.kill()
+        self._fail_calls("the engine was shut down")
         self._input_socket.close(linger=0)
         self._output_socket.close(linger=0)
         self._context.term()
@@ -102,7 +136,20 @@ class EngineCoreClient:
             except TimeoutError:
                 status = self._process.exit_status
                 if status is not None and not await self._output_socket.poll(100):
-                    raise EngineDeadError(f"the engine process ended with status {status}; see its log") from None
+                    reason = f"the engine process ended with status {status}; see its log"
+                    self._fail_calls(reason)
+                    raise EngineDeadError(reason) from None
+
+    def _end_call(self, reply: ControlReply) -> None:
+        """Of one that is awaited no more, nothing is kept."""
+        future = self._pending_calls.pop(reply.call_id, None)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def _fail_calls(self, reason: str) -> None:
+        for future in self._pending_calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
 
     def _send_message(self, message: object) -> None:
         self._input_socket.send(self._codec.encode(message), zmq.NOBLOCK)

@@ -16,6 +16,8 @@ from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.ipc import (
     AbortRequests,
     AddRequests,
+    ControlCall,
+    ControlReply,
     EngineFailed,
     EngineReady,
     MessageCodec,
@@ -26,7 +28,7 @@ from quire.core.engine.ipc import (
     open_socket,
     socket_address,
 )
-from quire.core.errors import QuireError
+from quire.core.errors import InvalidRequestError, QuireError
 from quire.core.log import setup_logging
 from quire.core.messages import EngineCoreRequest
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the API process builds the configuration
@@ -86,7 +88,7 @@ class EngineCoreProcess:
             for message in self._receive_messages(core):
                 if isinstance(message, Shutdown):
                     return
-                _handle_message(core, message)
+                self._handle_message(core, message)
             if core.has_work:
                 outputs = core.step()
                 if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
@@ -103,12 +105,31 @@ class EngineCoreProcess:
                 messages.append(self._codec.decode_to_core(data))
             except Exception as error:  # a fault of one caller or plugin: the others go on
                 _log.error("a message to the engine core cannot be read: %s", error)
-                messages.append(AddRequests(self._reject_unreadable(core, data)))
+                messages.append(AddRequests(self._reject_unreadable(core, data, str(error))))
 
-    def _reject_unreadable(self, core: EngineCore, data: bytes) -> list[EngineCoreRequest]:
-        """Answer those requests of a message that cannot be read; the others."""
+    def _handle_message(self, core: EngineCore, message: MessageToCore) -> None:
+        if isinstance(message, AddRequests):
+            for request in message.restore_prompts():
+                core.add_request(request)
+        elif isinstance(message, AbortRequests):
+            core.abort_requests(message.request_ids)
+        elif isinstance(message, ControlCall):
+            self._answer_call(core, message)
+
+    def _answer_call(self, core: EngineCore, call: ControlCall) -> None:
+        try:
+            self._send_message(ControlReply(call.call_id, core.control.call_method(call.method, call.arguments)))
+        except InvalidRequestError as error:
+            self._send_message(ControlReply(call.call_id, error=str(error), error_kind="invalid"))
+        except Exception as error:  # also a result that msgpack cannot hold
+            self._send_message(ControlReply(call.call_id, error=_format_error(error)))
+
+    def _reject_unreadable(self, core: EngineCore, data: bytes, error: str) -> list[EngineCoreRequest]:
+        """Answer the call, or those requests of a message, that cannot be read; the others."""
         readable = []
         with contextlib.suppress(msgspec.DecodeError):
+            if (call_id := self._codec.find_call_id(data)) is not None:
+                self._send_message(ControlReply(call_id, error=error, error_kind="invalid"))
             for request in self._codec.decode_each_request(data):
                 if isinstance(request, UnreadableRequest):
                     core.reject_request(request.request_id, request.error, "invalid")
@@ -118,14 +139,6 @@ class EngineCoreProcess:
 
     def _send_message(self, message: Any) -> None:
         self._output_socket.send(self._codec.encode(message))
-
-
-def _handle_message(core: EngineCore, message: MessageToCore) -> None:
-    if isinstance(message, AddRequests):
-        for request in message.restore_prompts():
-            core.add_request(request)
-    elif isinstance(message, AbortRequests):
-        core.abort_requests(message.request_ids)
 
 
 def _format_error(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from quire.core.contracts.executor import Executor, StepFuture
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
+from quire.core.control import ControlMethods
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -61,6 +62,10 @@ class EngineCore:
         self._rejected_outputs: list[EngineCoreOutput] = []
         self._num_compiled_kernels = 0
         self._last_stats_ns = 0
+        self.control = ControlMethods("engine core")
+        """What control calls may call, between two steps."""
+        self.control.add_method("get_stats", self.make_stats)
+        self.control.add_method("collective_rpc", self.executor.collective_rpc)
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import zmq
@@ -14,6 +14,8 @@ from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
 __all__ = [
     "AbortRequests",
     "AddRequests",
+    "ControlCall",
+    "ControlReply",
     "EngineFailed",
     "EngineReady",
     "MessageCodec",
@@ -73,11 +75,20 @@ class AbortRequests(msgspec.Struct, tag=True, array_like=True):
     request_ids: list[int]
 
 
+class ControlCall(msgspec.Struct, tag=True, array_like=True):
+    """Call a control method of the engine core between two steps; see ``quire.core.control``. A reply follows."""
+
+    call_id: int
+    """A number that the API process gives it and never uses again."""
+    method: str
+    arguments: dict[str, Any]
+
+
 class Shutdown(msgspec.Struct, tag=True, array_like=True):
     """Stop."""
 
 
-MessageToCore = AddRequests | AbortRequests | Shutdown
+MessageToCore = AddRequests | AbortRequests | ControlCall | Shutdown
 
 
 class EngineReady(msgspec.Struct, tag=True, array_like=True):
@@ -104,7 +115,17 @@ class StepOutputs(msgspec.Struct, tag=True, array_like=True):
     outputs: EngineCoreOutputs
 
 
-MessageFromCore = EngineReady | EngineFailed | StepOutputs
+class ControlReply(msgspec.Struct, tag=True, array_like=True):
+    """The end of a control call: what the method returned, or why it did not."""
+
+    call_id: int
+    result: Any = None
+    error: str | None = None
+    error_kind: Literal["invalid", "failed"] = "failed"
+    """The call cannot be carried out as asked, or the method failed."""
+
+
+MessageFromCore = EngineReady | EngineFailed | StepOutputs | ControlReply
 
 
 class MessageCodec:
@@ -113,8 +134,8 @@ class MessageCodec:
     def __init__(self) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._start_decoder = msgspec.msgpack.Decoder(StartEngine)
-        self._to_core_decoder = msgspec.msgpack.Decoder(AddRequests | AbortRequests | Shutdown)
-        self._from_core_decoder = msgspec.msgpack.Decoder(EngineReady | EngineFailed | StepOutputs)
+        self._to_core_decoder = msgspec.msgpack.Decoder(AddRequests | AbortRequests | ControlCall | Shutdown)
+        self._from_core_decoder = msgspec.msgpack.Decoder(EngineReady | EngineFailed | StepOutputs | ControlReply)
 
     def encode(self, message: Any) -> bytes:
         """Encode any message of this module."""
@@ -142,6 +163,12 @@ class MessageCodec:
             except Exception as error:
                 if isinstance(fields, list) and fields and isinstance(fields[0], int):
                     yield UnreadableRequest(fields[0], str(error))
+
+    def find_call_id(self, data: bytes) -> int | None:
+        """The number of a control call that ``decode_to_core`` could not decode; None where the message is none."""
+        message = msgspec.msgpack.decode(data)
+        is_call = isinstance(message, list) and len(message) > 1 and message[0] == ControlCall.__name__
+        return message[1] if is_call and isinstance(message[1], int) else None
 
     def decode_from_core(self, data: bytes) -> MessageFromCore:
         """Decode a message to the API process."""

@@ -125,6 +125,18 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def call_control(self, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Call a control method of the engine core, such as ``get_stats``; what it returned, as plain values. Raises
+        ``InvalidRequestError`` for an unknown method or arguments that do not fit, ``ControlCallError`` if it fails."""
+        return self.engine_core.control.call_method(method, arguments or {})
+
+    def collective_rpc(self, method: str, arguments: Mapping[str, Any] | None = None) -> list[Any]:
+        """Call a control method of every worker, such as ``describe_worker``; what each returned, by rank. Raises what
+        ``call_control`` does."""
+        call = {"method": method, "arguments": dict(arguments or {})}
+        results: list[Any] = self.call_control("collective_rpc", call)
+        return results
+
     def get_default_sampling_params(self) -> SamplingParams:
         """Parameters with the defaults of the model's ``generation_config.json``; see ``generation_config`` and
         ``override_generation_config`` of ``EngineArgs``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
@@ -60,6 +62,13 @@ class UniprocExecutor(Executor):
         assert self._model_future is not None, "execute_model comes first"
         model_future, self._model_future = self._model_future, None
         return _ThreadedStep(self._thread.submit(self._sample_and_wait, model_future, masks))
+
+    def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
+        """Call a control method of the worker."""
+        call = self.worker.control.call_method
+        if self._thread is None:
+            return [call(method, arguments)]
+        return [self._thread.submit(call, method, arguments).result()]
 
     def shutdown(self) -> None:
         """Finish the steps in flight and drop the worker."""

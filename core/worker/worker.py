@@ -9,12 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import msgspec
 import torch
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import KVCapacity
 from quire.core.contracts.model import Model
 from quire.core.contracts.spec_decode import DeviceProposer
+from quire.core.control import ControlMethods
 from quire.core.env import num_threads
 from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.device_profile import check_device
@@ -39,7 +41,7 @@ from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SamplingRunner
 from quire.core.worker.warmup import make_largest_step, run_warmup
 
-__all__ = ["MemoryProfile", "StartupTimer", "Worker"]
+__all__ = ["MemoryProfile", "StartupTimer", "Worker", "WorkerInfo"]
 
 _log = logging.getLogger("quire.worker")
 
@@ -53,6 +55,18 @@ class MemoryProfile:
     """What the largest step needs beside weights and cache; 0 on a CPU, where it is not measured."""
     num_blocks: int
     """Blocks per group that fit. Where several ranks share a model, each allocates the least of theirs."""
+
+
+class WorkerInfo(msgspec.Struct):
+    """What one rank says of itself."""
+
+    rank: int
+    pid: int
+    device: str
+    allocated_bytes: int
+    """Of the device's memory, by tensors; 0 on a CPU."""
+    peak_bytes: int
+    """The most since the start."""
 
 
 class Worker:
@@ -75,6 +89,9 @@ class Worker:
         self._device = torch.device(config.model.device)
         check_device(self._device)
         self._timer = StartupTimer()
+        self.control = ControlMethods("worker")
+        """What ``collective_rpc`` may call, between two steps."""
+        self.control.add_method("describe_worker", self.describe_worker)
         self._components = ComponentLoader(config, self._device)
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the scheduler and the API process, or they slow the worker
@@ -204,6 +221,13 @@ class Worker:
         if self._compile_counter is not None:
             readback.num_compiled_kernels = self._compile_counter.take_count()
         return readback
+
+    def describe_worker(self) -> WorkerInfo:
+        """Where this rank runs, and the memory that it holds."""
+        on_gpu = self._device.type == "cuda"
+        allocated = torch.cuda.memory_allocated(self._device) if on_gpu else 0
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
+        return WorkerInfo(0, os.getpid(), str(self._device), allocated, peak)
 
     def _recover_from(self, error: Exception, step: SchedulerOutput) -> None:
         if isinstance(error, torch.OutOfMemoryError):
