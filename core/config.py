@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig"]
+__all__ = [
+    "CacheConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "PluginChoice",
+    "RecordingConfig",
+    "SchedulerConfig",
+    "SpeculationConfig",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,16 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordingConfig:
+    """A recording of requests and steps, to replay and to simulate."""
+
+    path: str
+    """A file that does not exist."""
+    prompts: bool = False
+    """Whether the tokens of prompts are in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything the engine core is built from. A component gets its section, never the whole."""
 
@@ -100,6 +118,7 @@ class EngineConfig:
     enforce_eager: bool = False
     cpu_threads: int | None = None
     speculation: SpeculationConfig | None = None
+    recording: RecordingConfig | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def plugin(self, kind: str) -> PluginChoice:

@@ -225,6 +225,13 @@ class EngineArgs:
 
     # logging
     disable_log_requests: bool = setting(True, group="logging", help="no line per request in the log")
+    record: str | None = setting(
+        None,
+        group="logging",
+        help="write arrivals, lengths, outcomes and every step to a file, to replay and simulate; no text, no tokens",
+        metavar="FILE",
+    )
+    record_prompts: bool = setting(False, group="logging", help="with --record: the tokens of prompts as well")
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:

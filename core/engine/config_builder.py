@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from quire.core.config import CacheConfig, EngineConfig, ModelConfig, PluginChoice, SchedulerConfig
+from quire.core.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    PluginChoice,
+    RecordingConfig,
+    SchedulerConfig,
+)
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import build_speculation_config, spread_speculative_config
@@ -88,6 +95,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         enforce_eager=args.enforce_eager,
         cpu_threads=args.cpu_threads,
         speculation=speculation,
+        recording=_build_recording_config(args),
         extra={"chat_template": args.chat_template},
     )
     if args.plugins:
@@ -192,6 +200,16 @@ def _build_cache_config(args: EngineArgs) -> CacheConfig:
         dtype=KV_CACHE_DTYPES[args.kv_cache_dtype],
         prefix_caching=args.enable_prefix_caching,
     )
+
+
+def _build_recording_config(args: EngineArgs) -> RecordingConfig | None:
+    if args.record is None:
+        if args.record_prompts:
+            raise ConfigError("record_prompts has nothing to add to: name a file with --record FILE")
+        return None
+    from quire.core.traces.recorder import choose_recording_path
+
+    return RecordingConfig(str(choose_recording_path(args.record)), args.record_prompts)
 
 
 def _build_scheduler_config(args: EngineArgs, device: str, max_model_len: int) -> SchedulerConfig:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,6 +30,7 @@ from quire.core.plugin.target import load_target
 from quire.core.sched.kv_guard import GuardedAllocator
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import QuarantinedPlugin, StepStats
+from quire.core.traces.recorder import TraceRecorder, start_recorder
 
 __all__ = ["EngineCore"]
 
@@ -52,7 +53,9 @@ class EngineCore:
         self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
         self.capacity = self.executor.start()
         self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator's prefix cache
+        self._recorder: TraceRecorder | None = None
         try:
+            self._recorder = start_recorder(config, self.capacity, _MAX_IN_FLIGHT_STEPS)
             self.scheduler = self._build_scheduler()
         except BaseException:
             self.executor.shutdown()
@@ -71,8 +74,12 @@ class EngineCore:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""
         try:
             self.scheduler.add_request(request)
+            if self._recorder is not None:
+                self._recorder.record_arrival(request)
         except QueueFullError as error:
             self.reject_request(request.request_id, str(error), "queue_full")
+            if self._recorder is not None:
+                self._recorder.record_arrival(request, "queue_full")
         except InvalidRequestError as error:
             self.reject_request(request.request_id, str(error), "invalid")
         except Exception as error:  # whatever was sent, the other requests go on
@@ -88,7 +95,8 @@ class EngineCore:
     def abort_requests(self, request_ids: list[int]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
         for request_id in request_ids:
-            self.scheduler.abort_request(request_id)
+            if self.scheduler.abort_request(request_id) and self._recorder is not None:
+                self._recorder.record_abort(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -106,7 +114,12 @@ class EngineCore:
                 self.scheduler.failed_outputs.clear()
             if step is not None:
                 launched = True
+                if self._recorder is not None:
+                    request_ids = self.scheduler.debug_state().running.request_ids[step.rows]
+                    self._recorder.record_step(step, request_ids)
                 self._launch_step(step, start)
+            elif self._recorder is not None:
+                self._recorder.record_no_step()
         outputs = EngineCoreOutputs()
         # A second step is launched before the first is waited for: the device never runs dry between two steps.
         if self._in_flight and not (launched and len(self._in_flight) < _MAX_IN_FLIGHT_STEPS):
@@ -134,6 +147,8 @@ class EngineCore:
     def shutdown(self) -> None:
         """Stop the workers. Idempotent."""
         self.executor.shutdown()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _launch_step(self, step: SchedulerOutput, start: int) -> None:
         scheduled = time.perf_counter_ns()
@@ -147,6 +162,8 @@ class EngineCore:
                     step.step,
                     step.total_num_scheduled_tokens,
                 )
+                if self._recorder is not None:
+                    self._recorder.record_failure(step.step, retracted=True)
                 return
             future = _FailedStep(error)
         self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns()))
@@ -158,7 +175,10 @@ class EngineCore:
             result = in_flight.future.result()
         except Exception as error:
             _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
-            return self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
+            outputs = self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
+            if self._recorder is not None:
+                self._recorder.record_failure(step.step)
+            return outputs
         if result.quarantined:
             self._quarantined += result.quarantined
             if any(plugin.kind == "spec_decode" for plugin in result.quarantined):
@@ -168,6 +188,8 @@ class EngineCore:
         outputs = self.scheduler.update_from_output(step, result)
         step_stats = in_flight.make_step_stats(result, wait_start, tokens_known, time.perf_counter_ns())
         self._finished_step_stats.append(step_stats)
+        if self._recorder is not None:
+            self._recorder.record_output(step_stats, result)
         return outputs
 
     def _make_stats_if_due(self, force: bool) -> dict[str, float] | None:
@@ -199,7 +221,15 @@ class EngineCore:
             proposer=self._build_host_proposer(),
             policy_name=config.plugin("policy").name,
             proposer_name=None if config.speculation is None else config.plugin("spec_decode").name,
+            **self._clocks(),
         )
+
+    def _clocks(self) -> dict[str, Any]:
+        """A recorder keeps what the scheduler, and the guard that times the policy, read of the clock."""
+        recorder = self._recorder
+        if recorder is None:
+            return {}
+        return {"clock": recorder.clock, "timer": recorder.clock, "on_end": recorder.record_end}
 
     def _build_host_proposer(self) -> HostProposer | None:
         spec = self.config.speculation

@@ -88,8 +88,14 @@ class TokenBudget:
         self.num_tokens = config.max_num_batched_tokens
         self.num_shrinks = 0
         self._max_tokens = config.max_num_batched_tokens
+        self._chunked_prefill = config.chunked_prefill
         self._min_tokens = 1 if config.chunked_prefill else max_model_len
         self._num_fitting_steps = 0  # since the budget changed
+
+    def limit_drafts(self, num_ready: int) -> int:
+        """The budget that drafts may share with the tokens of running requests, while ``num_ready`` requests wait.
+        Without chunked prefill there are no drafts while a prompt waits, because it must fit into a step whole."""
+        return self.num_tokens if self._chunked_prefill or not num_ready else 0
 
     def record_fitting_step(self) -> None:
         """A step fitted into memory."""

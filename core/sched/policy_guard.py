@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class PolicyGuard:
 
     Faults: it raises; what it returns is of the wrong type or out of range; one of its methods took longer than
     ``time_limit_s``, ``max_slow_calls`` times in a row; it granted nothing ``max_empty_plans`` times in a row while the
-    engine was idle.
+    engine was idle. ``clock`` gives nanoseconds: a replay gives those that were recorded.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PolicyGuard:
         time_limit_s: float = 0.05,
         max_slow_calls: int = 3,
         max_empty_plans: int = 8,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.policy = policy
         self._fallback = fallback
@@ -66,6 +68,7 @@ class PolicyGuard:
             replacement=class_path(fallback),
             time_limit_s=time_limit_s,
             max_slow_calls=max_slow_calls,
+            clock=clock,
         )
         self._call: Callable[..., object] = self._quarantine.call_timed
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0

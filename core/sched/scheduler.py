@@ -100,16 +100,18 @@ class Scheduler:
         fallback: BatchingPolicy,
         max_model_len: int,
         clock: Callable[[], int] = time.monotonic_ns,
+        timer: Callable[[], int] = time.monotonic_ns,
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
         policy_name: str | None = None,
         proposer_name: str | None = None,
+        on_end: Callable[[Request], None] | None = None,
     ) -> None:
         num_speculative_tokens = 0 if speculation is None else speculation.num_speculative_tokens
         self._limits = RequestLimits(config, allocator, max_model_len, num_speculative_tokens)
         self._config = config
         self._allocator = allocator
-        self._clock = clock
+        self._clock, self._on_end = clock, on_end
         self._running = RunningBatch(
             config.max_num_seqs,
             allocator.block_size,
@@ -124,7 +126,7 @@ class Scheduler:
         """The policy and the proposer on the host, if they were quarantined."""
         self.failed_outputs: list[EngineCoreOutput] = []
         """Ends of requests for which the allocator raised, to be sent."""
-        self._policy_guard = PolicyGuard(policy, fallback, self._note_replaced_policy, name=policy_name)
+        self._policy_guard = PolicyGuard(policy, fallback, self._note_replaced_policy, name=policy_name, clock=timer)
         self._speculation: Speculation | None = None
         if speculation is not None:
             tuner = DraftLengthTuner(
@@ -185,7 +187,8 @@ class Scheduler:
         while True:
             batch = ScheduledBatch(self._token_budget.num_tokens)
             if self._speculation is not None:
-                batch.reserved_draft_budget = self._speculation.plan_drafts(self._draft_budget())
+                draft_budget = self._token_budget.limit_drafts(self._waiting.num_ready)
+                batch.reserved_draft_budget = self._speculation.plan_drafts(draft_budget)
             try:
                 self._fill_batch(batch)
             except AllocatorError as fault:
@@ -302,11 +305,6 @@ class Scheduler:
             if not batch.prefix_hit_refund or batch.out_of_blocks or batch.token_budget <= 0:
                 return
 
-    def _draft_budget(self) -> int:
-        """The budget that drafts may share with the tokens of running requests. Without chunked prefill there are no
-        drafts while a prompt waits, because it must fit into a step whole."""
-        return self._token_budget.num_tokens if self._config.chunked_prefill or not self._waiting.num_ready else 0
-
     def _make_view(self, batch: ScheduledBatch, num_visible: int) -> StepView:
         return StepView(
             now_ns=self._clock(),
@@ -376,6 +374,8 @@ class Scheduler:
         if self._speculation is not None:
             self._speculation.request_finished(request)
         self._policy_guard.request_finished(request, self._clock)
+        if self._on_end is not None:
+            self._on_end(request)
 
     def _free_row_and_blocks(self, request: Request) -> None:
         """Give up row and blocks; full blocks of committed tokens stay in the prefix cache."""

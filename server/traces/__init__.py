@@ -1,0 +1,1 @@
+"""Traces: requests with their arrivals and lengths, from recordings, public data sets and distributions."""

@@ -1,0 +1,115 @@
+"""A trace: requests by arrival, with lengths and prefixes and no text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire.core.errors import ConfigError
+
+__all__ = ["Trace", "TraceRequest"]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request: when it came, what it asked for, and how long its answer was."""
+
+    arrival_s: float
+    """Seconds after the trace began."""
+    prompt_len: int
+    output_len: int
+    """Tokens of the answer, at least one."""
+    max_tokens: int | None = None
+    """The limit that the request named; None: none, or not known."""
+    block_hashes: tuple[int, ...] = ()
+    """One of each full block of ``Trace.hash_block_size`` tokens of prompt and answer, which covers all before it."""
+    priority: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``EngineCoreRequest`` that only some requests have: group, deadline, tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in order of arrival."""
+
+    name: str
+    requests: Sequence[TraceRequest]
+    hash_block_size: int = 0
+    """Tokens that a hash stands for; 0: the trace knows of no shared prefixes."""
+    notes: Sequence[str] = ()
+    """What a reader of figures should know of it: rows left out, lengths that were estimated."""
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def duration_s(self) -> float:
+        """From the first arrival to the last."""
+        return self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return len(self.requests) / self.duration_s if self.duration_s else float("inf")
+
+    def describe(self) -> str:
+        """One line: how many requests, over how long, of what lengths."""
+        prompts = sorted(request.prompt_len for request in self.requests)
+        outputs = sorted(request.output_len for request in self.requests)
+        middle = len(prompts) // 2
+        return (
+            f"{self.name}: {len(self):,} requests in {self.duration_s:,.0f} s ({self.rate:.2f} a second), median "
+            f"{prompts[middle]:,} tokens in, {outputs[middle]:,} out"
+        )
+
+    def cut_window(self, start_s: float, end_s: float) -> Trace:
+        """The requests that arrive in ``[start_s, end_s)``; the new trace begins at ``start_s``."""
+        kept = [
+            dataclasses.replace(request, arrival_s=request.arrival_s - start_s)
+            for request in self.requests
+            if start_s <= request.arrival_s < end_s
+        ]
+        return self._with_requests(kept, f"no request arrives between {start_s:g} and {end_s:g} s")
+
+    def limit_requests(self, count: int) -> Trace:
+        """The first ``count`` requests."""
+        return self._with_requests(list(self.requests[:count]), f"{count} requests are none")
+
+    def scale_time(self, factor: float) -> Trace:
+        """The same requests ``factor`` times as fast one after the other."""
+        if not 0 < factor < float("inf"):
+            raise ConfigError(f"a trace can be sped up by a factor above 0, got {factor:g}")
+        return self.replace_arrivals([request.arrival_s / factor for request in self.requests])
+
+    def scale_lengths(self, factor: float) -> Trace:
+        """Prompts, answers and limits ``factor`` times as long, at least one token. Shared prefixes stay shared."""
+        if not 0 < factor < float("inf"):
+            raise ConfigError(f"lengths can be multiplied by a factor above 0, got {factor:g}")
+
+        def scaled(length: int) -> int:
+            return max(round(length * factor), 1)
+
+        requests = [
+            dataclasses.replace(
+                request,
+                prompt_len=scaled(request.prompt_len),
+                output_len=scaled(request.output_len),
+                max_tokens=None if request.max_tokens is None else scaled(request.max_tokens),
+            )
+            for request in self.requests
+        ]
+        block_size = scaled(self.hash_block_size) if self.hash_block_size else 0
+        return dataclasses.replace(self, requests=requests, hash_block_size=block_size)
+
+    def replace_arrivals(self, arrivals_s: Sequence[float]) -> Trace:
+        """The same requests, in the same order, at these times."""
+        pairs = zip(self.requests, arrivals_s, strict=True)
+        requests = [dataclasses.replace(request, arrival_s=float(arrival)) for request, arrival in pairs]
+        return dataclasses.replace(self, requests=requests)
+
+    def _with_requests(self, requests: list[TraceRequest], if_empty: str) -> Trace:
+        if not requests:
+            raise ConfigError(f"{self.name}: {if_empty}; the trace has {len(self)} over {self.duration_s:,.0f} s")
+        return dataclasses.replace(self, requests=requests)
