@@ -11,6 +11,7 @@ from typing import Any
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
 from quire.core.plugin.registry import KINDS, Registration, Requirement, suggest_names
+from quire.core.plugin.signatures import find_signature_mismatch
 
 __all__ = ["Resolution", "find_missing_requirement", "load_target"]
 
@@ -78,3 +79,5 @@ def _check_contract(target: str, cls: type, contract: type) -> None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"{target}: does not implement {', '.join(missing)} of {name}; write them")
+    if mismatch := find_signature_mismatch(cls, contract):
+        raise PluginError(f"{target}: {mismatch}; take the arguments of {name}")

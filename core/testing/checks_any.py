@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import unittest
-from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.options import find_options_class, parse_options
 from quire.core.plugin.registry import KINDS
+from quire.core.plugin.signatures import find_signature_mismatch
 from quire.core.plugin.target import load_target
 from quire.core.testing.conformance import find_kind
 
@@ -31,31 +30,9 @@ def check_nothing_abstract_is_left(cls: type) -> None:
 
 
 def check_signatures_accept_the_engines_calls(cls: type) -> None:
-    """Each method that the contract declares can be called with the contract's own arguments."""
-    contract = load_target(KINDS[find_kind(cls)].contract)
-    declarations: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):  # the most derived class of the contract's module has the last word
-        if issubclass(base, contract) and base.__module__ == contract.__module__:
-            declarations |= vars(base)
-    for name, declared in declarations.items():
-        function = inspect.unwrap(getattr(declared, "__func__", declared))
-        if name.startswith("_") or not inspect.isfunction(function):
-            continue
-        implementation = inspect.signature(getattr(cls, name))
-        parameters = list(inspect.signature(function).parameters.values())
-        bound = isinstance(inspect.getattr_static(cls, name), classmethod)
-        arguments = parameters[1:] if bound or isinstance(declared, staticmethod | classmethod) else parameters
-        for by_name in (False, True):
-            positional = [] if by_name else [p for p in arguments if p.kind is not p.KEYWORD_ONLY]
-            named = {p.name: None for p in arguments if p.kind is p.KEYWORD_ONLY}
-            first = arguments[:1] if not bound and by_name else []
-            named |= {p.name: None for p in arguments[len(first) :]} if by_name else {}
-            try:
-                implementation.bind(*positional, *first, **named)
-            except TypeError as error:
-                raise AssertionError(
-                    f"{name}{implementation} cannot be called as {inspect.signature(function)}: {error}"
-                ) from None
+    """Each method that the contract declares can be called with the contract's own arguments, and so can the class."""
+    mismatch = find_signature_mismatch(cls, load_target(KINDS[find_kind(cls)].contract))
+    assert mismatch is None, mismatch
 
 
 def check_can_be_found_by_its_path(cls: type) -> None:

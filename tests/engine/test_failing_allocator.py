@@ -28,17 +28,17 @@ class Raises(PagedAllocator):
             if Raises.countdown == 0:
                 raise KeyError("a bug of the allocator")
 
-    def match_prefix(self, *args: Any) -> Any:
+    def match_prefix(self, *args: Any, **options: Any) -> Any:
         self._count("match_prefix")
-        return super().match_prefix(*args)
+        return super().match_prefix(*args, **options)
 
     def allocate(self, *args: Any, **options: Any) -> Any:
         self._count("allocate")
         return super().allocate(*args, **options)
 
-    def cache_full_blocks(self, *args: Any) -> Any:
+    def cache_full_blocks(self, *args: Any, **options: Any) -> Any:
         self._count("cache_full_blocks")
-        return super().cache_full_blocks(*args)
+        return super().cache_full_blocks(*args, **options)
 
     def num_free_blocks(self) -> int:
         self._count("num_free_blocks")
