@@ -28,6 +28,7 @@ __all__ = [
     "ErrorKind",
     "FinishReason",
     "HostDraft",
+    "Logprob",
     "LogprobRows",
     "ModelRunnerOutput",
     "NewRequest",
@@ -266,6 +267,19 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 @dataclass(slots=True)
+class Logprob:
+    """A token that was chosen at some position, or could have been."""
+
+    logprob: float
+    """Of the model's raw distribution, before penalties and temperature."""
+    rank: int | None = None
+    """How likely the token is among all, 1 being the likeliest; None for a token of ``logprob_token_ids``, unless it
+    was chosen."""
+    decoded_token: str | None = None
+    """What the token adds to a text, a space before it included; None with ``detokenize=False``."""
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One of the ``n`` continuations. When streaming with deltas, ``text`` and ``token_ids`` hold the new part."""
 
@@ -273,7 +287,8 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each token, by id: the chosen token first, then the best in order."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -287,6 +302,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    """``None`` for the first position, which nothing predicts."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt, by id: that token first, then the best in order. ``None`` for the first position,
+    which nothing predicts."""
     num_cached_tokens: int = 0

@@ -21,6 +21,8 @@ MAX_STOP_STRINGS, MAX_STOP_CHARS = 64, 4096
 """The most stop strings of a request, and the longest: they are searched for at every token."""
 MAX_NAMED_TOKENS = 4096
 """The most token ids in ``stop_token_ids``, ``logit_bias`` and ``allowed_token_ids``, and of all ``bad_words``."""
+MAX_LOGPROB_TOKENS = 128
+"""The most ``logprob_token_ids``."""
 MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 1024, 256
 """The most ``bad_words`` of a request, and the longest."""
 MAX_EXTRA_ARGS_BYTES = 65_536
@@ -40,7 +42,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     from the text (unless ``include_stop_str_in_output``); ``stop_token_ids`` end a request like EOS does.
     ``add_special_tokens=False`` tokenizes a text without the tokens that the tokenizer adds, such as BOS.
     ``truncate_prompt_tokens=k`` keeps the last ``k`` tokens of a prompt, -1 as many as leave ``max_tokens`` free.
-    ``logprobs=k`` returns the chosen token's log-probability and the ``k`` best, of the model's raw distribution.
+    ``logprobs=k`` returns the chosen token's log-probability and the ``k`` best, of the model's raw distribution; with
+    ``logprob_token_ids`` it is these tokens in place of the best.
 
     ``allowed_token_ids`` are the only tokens that can be sampled: EOS is one of them only if it is named. ``bad_words``
     are never generated in the tokens that the tokenizer makes of them, alone and after a space; a model can still spell
@@ -67,6 +70,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -118,6 +122,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.logit_bias:
             _check_range("logit_bias", min(self.logit_bias.values()), -100.0, 100.0)
             _check_range("logit_bias", max(self.logit_bias.values()), -100.0, 100.0)
+        if self.logprob_token_ids is not None:
+            _check_length("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKENS, "token ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequestError("allowed_token_ids is empty; name a token, or leave it out", "allowed_token_ids")
         if self.stop and not self.detokenize:
@@ -270,7 +276,7 @@ _CONVERTERS: Mapping[str, Callable[[str, Any], Any]] = {
     "top_k": _to_top_k,
     "stop": _to_stop_strings,
     "stop_token_ids": _to_token_ids,
-    "allowed_token_ids": _to_optional_token_ids,
+    **dict.fromkeys(("allowed_token_ids", "logprob_token_ids"), _to_optional_token_ids),
     "bad_words": _to_bad_words,
     "bad_words_token_ids": _to_token_sequences,
     "logit_bias": _to_logit_bias,

@@ -204,12 +204,12 @@ class AsyncLLM:
         return self.tokenizer.decode(ids)
 
     def convert_id_to_text(self, token_id: int) -> str:
-        """One token as text."""
-        return self.tokenizer.convert_id_to_text(token_id)
+        """What one token adds to a text that it does not begin."""
+        return self.tokenizer.token_texts[token_id]
 
     def convert_id_to_bytes(self, token_id: int) -> bytes:
         """One token as bytes."""
-        return self.tokenizer.convert_id_to_bytes(token_id)
+        return self.tokenizer.token_bytes[token_id]
 
     async def shutdown(self, timeout: float = 10.0) -> None:
         """Stop the engine core, by force after ``timeout`` seconds. Unfinished requests end with ``EngineDeadError``

@@ -216,11 +216,13 @@ class InputProcessor:
         )
 
     def _check_params(self, params: SamplingParams) -> None:
-        for token in params.stop_token_ids:
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(
-                    f"stop_token_ids names {token}; ids go from 0 to {self.vocab_size - 1}", "stop_token_ids"
-                )
+        for name, tokens in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logprob_token_ids", params.logprob_token_ids or ()),
+        ):
+            unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+            if unknown is not None:
+                raise InvalidRequestError(f"{name} names {unknown}; ids go from 0 to {self.vocab_size - 1}", name)
         for processor in self._logits_processors:
             processor.validate_params(params, self.vocab_size)
 

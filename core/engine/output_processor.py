@@ -10,6 +10,7 @@ from functools import partial
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.detokenizer import Detokenizer
+from quire.core.engine.logprobs import make_logprobs
 from quire.core.engine.request_state import ChildRequest, RequestState, StreamMode
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, QueueFullError, QuireError, RequestFailedError
@@ -20,8 +21,8 @@ from quire.core.messages import (
     EngineCoreRequest,
     ErrorKind,
     FinishReason,
+    Logprob,
     RequestOutput,
-    TokenLogprob,
 )
 from quire.core.plugin.quarantine import Quarantine
 from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
@@ -85,12 +86,12 @@ class OutputProcessor:
     ) -> None:
         """Expect outputs for these core requests."""
         arrived_at = time.monotonic()
-        ids, max_tokens = requests[0].prompt_token_ids, requests[0].params.max_tokens
+        ids, params = requests[0].prompt_token_ids, requests[0].params
         children = {
             r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, r.params) if r.params.detokenize else None)
             for i, r in enumerate(requests)
         }
-        state = RequestState(request_id, prompt, ids, max_tokens, mode, arrived_at, children)
+        state = RequestState(request_id, prompt, ids, params, mode, arrived_at, children)
         self._request_states[request_id] = state
         self._state_of_core_request.update(dict.fromkeys(children, state))
 
@@ -168,20 +169,25 @@ class OutputProcessor:
         child.queue_s = max(child.queue_s, output.queue_ns / 1e9)
         child.num_preemptions = max(child.num_preemptions, output.num_preemptions)
         if output.prompt_logprobs is not None:
-            state.prompt_logprobs = [None, *output.prompt_logprobs]
+            state.prompt_logprobs = [None, *make_logprobs(output.prompt_logprobs, self._token_texts(state))]
         if self._append_tokens(child, token_ids, output.finish_reason):
             processed.requests_to_abort.append(output.request_id)
+        logprobs = None
         if output.logprobs:
-            del output.logprobs[len(token_ids) :]
-            if child.logprobs is None:
-                child.logprobs = []
-            child.logprobs.extend(output.logprobs)
-            child.cumulative_logprob = (child.cumulative_logprob or 0.0) + sum(p.logprobs[0] for p in output.logprobs)
+            positions = output.logprobs[: len(token_ids)]
+            are_best = not state.params.logprob_token_ids
+            logprobs = make_logprobs(positions, self._token_texts(state), are_best=are_best)
+            child.logprobs = [] if child.logprobs is None else child.logprobs
+            child.logprobs += logprobs
+            child.cumulative_logprob = (child.cumulative_logprob or 0.0) + sum(p.logprobs[0] for p in positions)
         if token_ids:
             self._record_tokens(state, child, len(token_ids), now)
         if child.is_done:
             self._record_finished(state, child, child.finish_reason or "stop", now)
-        self._emit_request_output(state, child, token_ids, output.logprobs, processed)
+        self._emit_request_output(state, child, token_ids, logprobs, processed)
+
+    def _token_texts(self, state: RequestState) -> Mapping[int, str] | None:
+        return self._tokenizer.token_texts if state.params.detokenize else None
 
     def _append_tokens(self, child: ChildRequest, token_ids: list[int], finish_reason: FinishReason | None) -> bool:
         """Add tokens, which the engine core ended with ``finish_reason``; True if a stop string ended them first. Those
@@ -205,7 +211,7 @@ class OutputProcessor:
         state: RequestState,
         child: ChildRequest,
         token_ids: list[int],
-        logprobs: list[TokenLogprob] | None,
+        logprobs: list[dict[int, Logprob]] | None,
         processed: ProcessedOutputs,
     ) -> None:
         """Add what the caller receives of these tokens, if anything; a request that is over is removed."""
@@ -239,7 +245,7 @@ class OutputProcessor:
         return self._make_completion_output(child, text, list(child.token_ids), logprobs)
 
     def _make_completion_output(
-        self, child: ChildRequest, text: str, token_ids: list[int], logprobs: list[TokenLogprob] | None
+        self, child: ChildRequest, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None
     ) -> CompletionOutput:
         return CompletionOutput(
             index=child.index,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.core.engine.detokenizer import Detokenizer
-from quire.core.messages import FinishReason, TokenLogprob
+from quire.core.messages import FinishReason, Logprob
+from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats
 
 __all__ = ["ChildRequest", "RequestState", "StreamMode"]
@@ -21,7 +22,7 @@ class ChildRequest:
     index: int
     detokenizer: Detokenizer | None
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     is_done: bool = False
     finish_reason: FinishReason | None = None
@@ -47,12 +48,13 @@ class RequestState:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    max_tokens: int | None
+    params: SamplingParams
+    """Of its first continuation, as the engine core has them."""
     stream_mode: StreamMode
     arrived_at: float
     children: dict[int, ChildRequest]
     """By the number of the core request."""
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     """Of the prompt, as the first of its continuations found it."""
 
@@ -73,7 +75,7 @@ class RequestState:
             prefill_s=None if ttft_s is None else max(ttft_s - child.queue_s, 0.0),
             decode_s=decode_s,
             num_preemptions=child.num_preemptions,
-            max_tokens=self.max_tokens,
+            max_tokens=self.params.max_tokens,
             n=len(self.children),
             max_num_generation_tokens=self._find_longest(),
         )

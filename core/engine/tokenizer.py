@@ -6,15 +6,16 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from quire.core.engine.byte_level import restore_byte_level, undo_byte_level
 from quire.core.engine.chat import (
     drop_broken_arguments,
     normalize_messages,
@@ -23,9 +24,6 @@ from quire.core.engine.chat import (
     template_variables,
 )
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as BackendTokenizer
 
 __all__ = ["Tokenizer"]
 
@@ -51,7 +49,7 @@ class Tokenizer:
             ) from error
         if not self._hf_tokenizer.is_fast:
             raise CheckpointError(f"{path} has no tokenizer.json; convert it with transformers, or use --tokenizer")
-        self.backend = _restore_byte_level(self._hf_tokenizer.backend_tokenizer, Path(path, "tokenizer.json"))
+        self.backend = restore_byte_level(self._hf_tokenizer.backend_tokenizer, Path(path, "tokenizer.json"))
         """The ``tokenizers.Tokenizer`` itself."""
         # What tokenizer.json says of training batches, which transformers sets aside too: no prompt is cut or padded.
         self.backend.no_truncation()
@@ -112,8 +110,10 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def convert_id_to_text(self, token_id: int) -> str:
-        """One token as text, for log-probabilities; bytes that are no character show as the replacement character."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        """What one token adds to a text that it does not begin, a space before it included; for log-probabilities.
+        Bytes that are no character show as the replacement character."""
+        alone, twice = self.decode([token_id]), self.decode([token_id, token_id])
+        return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
 
     def convert_id_to_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for."""
@@ -121,10 +121,14 @@ class Tokenizer:
         if piece is None:
             return b""
         if self.has_byte_pieces:
-            return _undo_byte_level(piece)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return self.convert_id_to_text(token_id).encode()
+            return undo_byte_level(piece)
+        byte = self.byte_of_token.get(token_id)
+        return self.token_texts[token_id].encode() if byte is None else bytes([byte])
+
+    @cached_property
+    def token_texts(self) -> Mapping[int, str]:
+        """``convert_id_to_text`` of any token, kept once it was asked for."""
+        return _TokenTexts(self)
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:
@@ -271,6 +275,18 @@ class Tokenizer:
         return text
 
 
+class _TokenTexts(dict[int, str]):
+    """The texts of tokens, looked up once each."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._tokenizer.convert_id_to_text(token_id)
+        return text
+
+
 class _TokenBytes(dict[int, bytes]):
     """The bytes of tokens, looked up once each."""
 
@@ -310,43 +326,6 @@ def _can_import(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of its package
         return False
-
-
-def _restore_byte_level(backend: BackendTokenizer, file: Path) -> BackendTokenizer:
-    """``backend``, unless ``file`` is a byte-level tokenizer that transformers rebuilt as another: its versions before
-    5.22 make SentencePiece of one labelled ``LlamaTokenizer``, which loses spaces. Then the file's own is taken."""
-    if _has_byte_level_decoder(backend) or not file.is_file():
-        return backend
-    from tokenizers import Tokenizer as BackendTokenizer
-
-    original = BackendTokenizer.from_file(str(file))
-    if not _has_byte_level_decoder(original):
-        return backend
-    vocabulary = original.get_vocab()
-    added = sorted(backend.get_added_tokens_decoder().items())  # with those of tokenizer_config.json
-    original.add_tokens([token for token_id, token in added if vocabulary.get(token.content) != token_id])
-    return original
-
-
-def _has_byte_level_decoder(backend: BackendTokenizer) -> bool:
-    """Whether tokens are GPT-2's printable characters for bytes."""
-    return backend.decoder is not None and b"ByteLevel" in backend.decoder.__getstate__()
-
-
-def _undo_byte_level(piece: str) -> bytes:
-    """Undo GPT-2's mapping of bytes to printable characters (Radford et al. 2019)."""
-    table = _bytes_of_characters()
-    if all(c in table for c in piece):
-        return bytes(table[c] for c in piece)
-    return piece.encode()
-
-
-@cache
-def _bytes_of_characters() -> dict[str, int]:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(b): b for b in printable}
-    table.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
-    return table
 
 
 def _select_template(templates: Mapping[str, str], has_tools: bool) -> str:

@@ -18,8 +18,9 @@ class LogprobsTensors(NamedTuple):
     ranks: Tensor  # (n,) int32, of the chosen token; 1 is the best
 
 
-def gather_logprobs(logits: Tensor, chosen: Tensor, k: int) -> LogprobsTensors:
-    """Of ``logits`` (n, vocab) in any float dtype, the ``chosen`` (n,) tokens and the ``k`` best.
+def gather_logprobs(logits: Tensor, chosen: Tensor, k: int, named: Tensor | None = None) -> LogprobsTensors:
+    """Of ``logits`` (n, vocab) in any float dtype, the ``chosen`` (n,) tokens and the ``k`` best; in place of these the
+    tokens of ``named`` (n, at least k) int64, where they are not negative.
 
     The log-softmax of a row is never written: ``log p = logit - logsumexp``, for the tokens that are wanted.
     """
@@ -32,6 +33,9 @@ def gather_logprobs(logits: Tensor, chosen: Tensor, k: int) -> LogprobsTensors:
     ids = chosen[:, None].long()
     if k:
         ids = torch.cat((ids, logits.topk(min(k, logits.shape[-1]), dim=-1).indices), 1)
+    if named is not None:
+        ids = torch.nn.functional.pad(ids, (0, 1 + named.shape[1] - ids.shape[1]))
+        ids[:, 1:] = torch.where(named >= 0, named, ids[:, 1:])
     return LogprobsTensors(ids.int(), logits.gather(1, ids).float() - log_sum[:, None], ranks)
 
 

@@ -104,6 +104,7 @@ class SamplingRunner:
         self._has_min_p = np.zeros(num_rows, dtype=bool)
         self._has_penalties = np.zeros(num_rows, dtype=bool)
         self._num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # -1: none, 0: the sampled token's alone
+        self._logprob_token_ids: dict[int, list[int]] = {}  # by row, where a request names them in place of the best
         self._penalty_columns = PenaltyColumns(
             table.token_ids,
             table.prompt_len,
@@ -136,6 +137,10 @@ class SamplingRunner:
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._has_penalties[row] = penalties != neutral
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._logprob_token_ids.pop(row, None)
+        if params.logprob_token_ids:
+            self._logprob_token_ids[row] = params.logprob_token_ids
+            self._num_logprobs[row] = len(params.logprob_token_ids)
         for active in list(self._processors):  # a copy: quarantine removes from it
             if row in active.rows:  # of the row's last request, which left with a step that failed
                 active.rows.discard(row)
@@ -285,8 +290,26 @@ class SamplingRunner:
         if len(requested) < len(num_logprobs):  # the k best of a row are a pass over it: only where they are wanted
             logits_rows = copy_to_device(requested, torch.int64, logits.device)
             logits, tokens = logits[logits_rows], tokens[logits_rows]
-        tensors = gather_logprobs(logits, tokens, int(num_logprobs.max()))
-        return SampledLogprobs(logits_indices.request_indices[requested], num_logprobs[requested] + 1, tensors)
+        num_logprobs = num_logprobs[requested]
+        num_best, named = int(num_logprobs.max()), None
+        if self._logprob_token_ids:
+            num_best, named = self._place_named_tokens(host_rows[requested], num_logprobs, logits.device)
+        tensors = gather_logprobs(logits, tokens, num_best, named)
+        return SampledLogprobs(logits_indices.request_indices[requested], num_logprobs + 1, tensors)
+
+    def _place_named_tokens(
+        self, host_rows: NDArray[np.int32], num_logprobs: NDArray[np.int32], device: torch.device
+    ) -> tuple[int, Tensor]:
+        """How many of the best tokens are wanted, and ``logprob_token_ids`` for ``gather_logprobs``."""
+        named = np.full((len(host_rows), num_logprobs.max()), -1, dtype=np.int64)
+        num_best = 0
+        for i, row in enumerate(host_rows.tolist()):
+            token_ids = self._logprob_token_ids.get(row)
+            if token_ids is None:
+                num_best = max(num_best, int(num_logprobs[i]))
+            else:
+                named[i, : len(token_ids)] = token_ids
+        return num_best, copy_to_device(named, torch.int64, device)
 
     def _replace_sampler(self, fallback: Sampler, plugin: QuarantinedPlugin) -> None:
         # Where the sampler was captured it was in both graphs, else in none: then greedy ones take the argmax.

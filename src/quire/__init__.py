@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quire.core.engine.args import EngineArgs
     from quire.core.engine.async_llm import AsyncLLM
     from quire.core.engine.llm import LLM
-    from quire.core.messages import CompletionOutput, RequestOutput
+    from quire.core.messages import CompletionOutput, Logprob, RequestOutput
     from quire.core.plugin.hookspecs import hookimpl
     from quire.core.sampling_params import SamplingParams
 
@@ -23,6 +23,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineArgs",
+    "Logprob",
     "RequestOutput",
     "SamplingParams",
     "__version__",
@@ -33,6 +34,7 @@ _HOMES = {
     "LLM": "quire.core.engine.llm",
     "AsyncLLM": "quire.core.engine.async_llm",
     "CompletionOutput": "quire.core.messages",
+    "Logprob": "quire.core.messages",
     "RequestOutput": "quire.core.messages",
     "SamplingParams": "quire.core.sampling_params",
     "hookimpl": "quire.core.plugin.hookspecs",

@@ -68,6 +68,8 @@ def test_whatever_is_asked_no_launch_waits_for_the_device(waiting_forbidden: Non
         {"logprobs": 2, "prompt_logprobs": 1},
         {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
         {"min_tokens": 5, "stop_token_ids": [7], "logit_bias": {8: 3.0}},
+        {"bad_words_token_ids": [[7], [8, 9], [10, 9]], "logprob_token_ids": [3, 4]},
+        {"allowed_token_ids": [300, 301, 302], "bad_words_token_ids": [[300, 301], [302]]},
     ]
     batch = [prompt for prompt in prompts(4) for _ in field_sets]
     asked = [SamplingParams(max_tokens=20, **fields) for _ in range(4) for fields in field_sets]

@@ -137,3 +137,24 @@ def test_a_byte_level_decoder_among_others_waits_for_whole_characters(tmp_path: 
     decoder = make_incremental_decoder(tokenizer, ids[:1], True)
     pieces = [decoder.decode_token(i) for i in [*ids[1:], tokenizer.backend.token_to_id("hello"), ids[0]]]
     assert [*pieces, decoder.flush_bytes()] == ["", "", "\U0001f600", "A", "hallo", "", REPLACEMENT]
+
+
+def test_the_text_of_a_token_is_what_it_adds_to_a_text(tokenizer: Tokenizer) -> None:
+    """With the space that SentencePiece writes before a word; byte-fallback tokens stand for their byte."""
+    if tokenizer.spells_by_context and tokenizer.backend.decoder is not None:
+        pytest.skip("its text depends on the tokens beside it")
+    before = tokenizer.backend.token_to_id("a")
+    for token_id in tokenizer.backend.get_vocab().values():
+        decoder = make_incremental_decoder(tokenizer, [before], skip_special_tokens=False)
+        text = decoder.decode_token(token_id) + decoder.flush_bytes()
+        assert tokenizer.convert_id_to_text(token_id) == text == tokenizer.token_texts[token_id]
+        if token_id in tokenizer.byte_of_token:
+            assert tokenizer.convert_id_to_bytes(token_id) == bytes([tokenizer.byte_of_token[token_id]])
+        elif REPLACEMENT not in text:
+            assert tokenizer.convert_id_to_bytes(token_id) == text.encode()
+
+
+def test_the_text_of_a_word_holds_its_space(llama: Tokenizer) -> None:
+    texts = {piece: llama.convert_id_to_text(token_id) for piece, token_id in llama.backend.get_vocab().items()}
+    assert (texts["▁hello"], texts["hello"], texts["<0x41>"], texts["<0xE4>"]) == (" hello", "hello", "A", REPLACEMENT)
+    assert llama.convert_id_to_bytes(llama.backend.token_to_id("▁hello")) == b" hello"

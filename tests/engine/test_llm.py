@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire import LLM, SamplingParams
+from quire import LLM, Logprob, SamplingParams
 from quire.core.errors import ConfigError, InvalidRequestError, PluginError
 
 PROMPT = list(range(5, 25))
@@ -53,13 +53,50 @@ def test_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) -> None:
         logits = reference(torch.tensor([[*PROMPT, *completion.token_ids]])).logits[0, len(PROMPT) - 1 : -1]
     expected = logits.float().log_softmax(-1)
     assert completion.logprobs is not None
-    for place, token in enumerate(completion.logprobs):
-        assert token.token_ids[0] == completion.token_ids[place]
-        assert len(token.token_ids) == 4
-        assert token.logprobs[0] == pytest.approx(expected[place, token.token_ids[0]].item(), abs=1e-4)
-        assert token.logprobs[1:] == pytest.approx(expected[place].topk(3).values.tolist(), abs=1e-4)
-        assert token.rank == 1
-    assert completion.cumulative_logprob == pytest.approx(sum(t.logprobs[0] for t in completion.logprobs))
+    chosen = []
+    for token, position, row in zip(completion.token_ids, completion.logprobs, expected, strict=True):
+        best = row.topk(3)
+        assert list(position) == best.indices.tolist(), "the chosen token comes first, and greedy chooses the best"
+        assert [each.logprob for each in position.values()] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [each.rank for each in position.values()] == [1, 2, 3]
+        assert position[token].decoded_token == llm.tokenizer.convert_id_to_text(token)
+        chosen.append(position[token].logprob)
+    assert completion.cumulative_logprob == pytest.approx(sum(chosen))
+    unlikely = SamplingParams(temperature=100.0, seed=1, max_tokens=6, logprobs=3, detokenize=False, ignore_eos=True)
+    [completion] = llm.generate([PROMPT], unlikely)[0].outputs
+    for token, position in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert next(iter(position)) == token and [each.rank for each in position.values()][1:] == [1, 2, 3]
+        assert position[token].rank > 3 and position[token] == Logprob(position[token].logprob, position[token].rank)
+
+
+def test_logprobs_of_named_tokens(llm: LLM) -> None:
+    """In place of the best, beside requests that want those, drawn alike."""
+    named = [7, 200, 7, 9]
+    common = {"temperature": 0.9, "seed": 4, "max_tokens": 5, "ignore_eos": True}
+    outputs = llm.generate(
+        [PROMPT] * 4,
+        [
+            SamplingParams(logprob_token_ids=named, **common),
+            SamplingParams(logprobs=20, **common),
+            SamplingParams(**common),
+            SamplingParams(logprobs=2, logprob_token_ids=named[:1], n=2, **common),
+        ],
+    )
+    whole = llm.generate([PROMPT], SamplingParams(logit_bias={7: 0.0}, logprobs=20, **common))[0].outputs[0]
+    first, best, without, two = (output.outputs[0] for output in outputs)
+    assert first.token_ids == best.token_ids == whole.token_ids == two.token_ids and without.logprobs is None
+    assert len(outputs[3].outputs[1].logprobs) == 5
+    for token, position, small, likely in zip(
+        first.token_ids, first.logprobs, two.logprobs, best.logprobs, strict=True
+    ):
+        assert list(position) == list(dict.fromkeys([token, *named])) and list(small) == [token, 7]
+        assert position[token].rank == likely[token].rank
+        assert all(position[each].rank is None for each in named if each != token)
+        for each in set(position) & set(likely):
+            assert position[each].logprob == pytest.approx(likely[each].logprob, abs=1e-5)
+    for ids in ([-1], [10**6], list(range(129)), [1.5], 3):
+        with pytest.raises(InvalidRequestError, match="logprob_token_ids"):
+            llm.generate([PROMPT], SamplingParams(logprob_token_ids=ids))
 
 
 def test_each_request_of_a_batch_gets_the_logprobs_it_asked_for(llm: LLM) -> None:
@@ -74,10 +111,11 @@ def test_each_request_of_a_batch_gets_the_logprobs_it_asked_for(llm: LLM) -> Non
             assert found is None
             continue
         assert found is not None
-        for token, whole in zip(found, alone, strict=True):
-            assert token.token_ids == whole.token_ids[: 1 + k]
-            assert token.logprobs == pytest.approx(whole.logprobs[: 1 + k], abs=1e-5)
-            assert token.rank == whole.rank
+        for position, whole in zip(found, alone, strict=True):
+            assert list(position) == list(whole)[: max(k, 1)], "greedy: the chosen token is the best"
+            for token, logprob in position.items():
+                assert logprob.logprob == pytest.approx(whole[token].logprob, abs=1e-5)
+                assert logprob.rank == whole[token].rank
 
 
 def test_prompt_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) -> None:
@@ -89,10 +127,11 @@ def test_prompt_logprobs_are_the_models(llm: LLM, reference: PreTrainedModel) ->
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
     assert len(output.prompt_logprobs) == len(PROMPT)
-    for place, token in enumerate(output.prompt_logprobs[1:], start=1):
-        assert token is not None
-        assert token.token_ids[0] == PROMPT[place]
-        assert token.logprobs[0] == pytest.approx(expected[place - 1, PROMPT[place]].item(), abs=1e-4)
+    for token, position, row in zip(PROMPT[1:], output.prompt_logprobs[1:], expected[:-1], strict=True):
+        assert position is not None and next(iter(position)) == token
+        assert position[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert position[token].rank == 1 + int((row > row[token]).sum())
+        assert set(position) == {token, *row.topk(2).indices.tolist()}
 
 
 def test_logit_bias_forces_and_forbids(llm: LLM) -> None:

@@ -111,3 +111,9 @@ def test_logprobs_and_ranks() -> None:
     assert ids.tolist() == [[2, 1, 2]]
     assert ranks.tolist() == [2]
     torch.testing.assert_close(values[0], logits.log_softmax(-1)[0][[2, 1, 2]])
+    named = torch.tensor([[3, 0, -1]])
+    ids, values, ranks = gather_logprobs(logits, torch.tensor([2]), 0, named)
+    assert ids[0, :3].tolist() == [2, 3, 0] and ranks.tolist() == [2]
+    torch.testing.assert_close(values[0, :3], logits.log_softmax(-1)[0][[2, 3, 0]])
+    ids = gather_logprobs(logits, torch.tensor([2]), 1, torch.full((1, 3), -1)).token_ids
+    assert ids[0, :2].tolist() == [2, 1]

@@ -25,6 +25,7 @@ SAMPLING_PARAMS = [
     {"temperature": 1.0, "seed": 7, "min_tokens": 9, "stop_token_ids": list(range(0, 320, 3)), "max_tokens": 20},
     {"temperature": 0, "logprobs": 3, "max_tokens": 17},
     {"temperature": 0.9, "seed": 8, "prompt_logprobs": 1, "logprobs": 0, "max_tokens": 11},
+    {"temperature": 0, "logprob_token_ids": [4, 90, 7], "max_tokens": 13},
     {"temperature": 0.5, "seed": 9, "max_tokens": 1},
     {"temperature": 0.9, "seed": 10, "max_tokens": 2},
     {"temperature": 0.9, "seed": 11, "n": 3, "max_tokens": 12},

@@ -10,7 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 
-from quire.core.sampling_params import MAX_BAD_WORDS, MAX_NAMED_TOKENS, MAX_STOP_STRINGS, SamplingParams
+from quire.core.sampling_params import (
+    MAX_BAD_WORDS,
+    MAX_LOGPROB_TOKENS,
+    MAX_NAMED_TOKENS,
+    MAX_STOP_STRINGS,
+    SamplingParams,
+)
 from quire.server.http.errors import ApiError, make_validation_error
 from quire.server.http.state import ServerState
 
@@ -98,6 +104,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     min_tokens: Int32 | None = None
     max_tokens: Int32 | None = None
+    logprob_token_ids: list[Int32] | None = Field(None, max_length=MAX_LOGPROB_TOKENS)
     prompt_logprobs: Int32 | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
@@ -165,6 +172,9 @@ class GenerationBody(Body):
             value = getattr(self, name)
             if self.stream and value is not None and value is not False:
                 raise unsupported_error(name, "not available in a stream; leave stream out")
+        logprobs: int | bool | None = getattr(self, "logprobs", None)
+        if self.logprob_token_ids and (logprobs is None or logprobs is False):
+            raise ApiError(400, "logprob_token_ids: allowed only with logprobs", param="logprob_token_ids")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOP_STRINGS:
             raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {MAX_STOP_STRINGS}", param="stop")
         if self.cache_salt == "":
@@ -174,7 +184,6 @@ class GenerationBody(Body):
 _STRUCTURED = "structured output is not supported yet; leave it out"
 _TEXT_ONLY = "Quire takes and gives text only; leave it out"
 _UNSUPPORTED_FIELDS = (
-    UnsupportedField("logprob_token_ids", "not supported yet; logprobs gives the likeliest tokens"),
     UnsupportedField("length_penalty", "it belongs to beam search, which is not supported", (1.0,)),
     UnsupportedField("early_stopping", "it belongs to beam search, which is not supported", (False,)),
     UnsupportedField("prompt_embeds", "not supported; give text or token ids"),
@@ -189,7 +198,7 @@ _UNSUPPORTED_FIELDS = (
 )
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("allowed_token_ids", "bad_words"),
+    *("allowed_token_ids", "bad_words", "logprob_token_ids"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
     *("prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quire.core.messages import CompletionOutput, RequestOutput, TokenLogprob
+from quire.core.messages import CompletionOutput, Logprob, RequestOutput
 from quire.server.http.errors import ApiError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "raise_if_failed",
 ]
 
+Logprobs = Mapping[int, Logprob]
 _MIN_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON cannot say."""
 
@@ -69,81 +70,99 @@ def raise_if_failed(choices: Iterable[CompletionOutput]) -> None:
 
 def mean_logprob(choice: CompletionOutput) -> float:
     """Mean log-probability per token: what ``best_of`` compares."""
-    rows = choice.logprobs or ()
-    return sum(row.logprobs[0] for row in rows) / max(1, len(rows))
+    return (choice.cumulative_logprob or 0.0) / max(1, len(choice.token_ids))
 
 
 def format_chat_logprobs(
-    engine: AsyncLLM, rows: Sequence[TokenLogprob] | None, top: int, as_ids: bool = False
+    engine: AsyncLLM, positions: Sequence[Logprobs] | None, top: int | Collection[int], as_ids: bool = False
 ) -> dict[str, Any] | None:
-    """``logprobs`` of a chat choice; with ``as_ids`` tokens are called ``token_id:N``, as several may have one text."""
-    if rows is None:
+    """``logprobs`` of a chat choice with the ``top`` best tokens, or with those that ``top`` names. With ``as_ids``
+    tokens are called ``token_id:N``, as several may have one text."""
+    if positions is None:
         return None
-    return {"content": [_format_chat_position(engine, row, top, as_ids) for row in rows], "refusal": None}
+    content = []
+    for position in positions:
+        chosen = next(iter(position))
+        others = sorted(
+            (token for token, each in position.items() if _is_listed(token, each, top)),
+            key=lambda token: -position[token].logprob,
+        )
+        if isinstance(top, int):
+            del others[top:]  # ranks of equally likely tokens are equal
+        formatted = [_format_chat_token(engine, token, position[token], as_ids) for token in (chosen, *others)]
+        content.append({**formatted[0], "top_logprobs": formatted[1:]})
+    return {"content": content, "refusal": None}
 
 
 def format_completion_logprobs(
     engine: AsyncLLM,
-    rows: Sequence[TokenLogprob | None],
+    positions: Sequence[Logprobs | None],
     offsets: Sequence[int],
     first: int | None = None,
     as_ids: bool = False,
 ) -> dict[str, Any]:
     """``logprobs`` of a plain choice. ``offsets`` are the places of the tokens in its text; ``first`` is the token of a
-    row that is None; with ``as_ids`` tokens are called ``token_id:N``."""
-    token_ids = [first if row is None else row.token_ids[0] for row in rows]
+    position that is None; with ``as_ids`` tokens are called ``token_id:N``."""
+    chosen = [first if position is None else next(iter(position)) for position in positions]
+    values = [None if each is None else next(iter(each.values())).logprob for each in positions]
     return {
-        "tokens": ["" if token is None else _name_token(engine, token, as_ids) for token in token_ids],
-        "token_logprobs": [None if row is None else _clamp_logprob(row.logprobs[0]) for row in rows],
-        "top_logprobs": [None if row is None else _logprobs_by_name(engine, row, as_ids) for row in rows],
+        "tokens": ["" if token is None else _name_token(engine, token, as_ids, "bytes:") for token in chosen],
+        "token_logprobs": [None if value is None else _clamp_logprob(value) for value in values],
+        "top_logprobs": [None if each is None else _logprobs_by_name(engine, each, as_ids) for each in positions],
         "text_offset": list(offsets),
     }
 
 
-def format_prompt_logprobs(
-    engine: AsyncLLM, rows: Sequence[TokenLogprob | None] | None
-) -> list[dict[str, Any] | None] | None:
+def format_prompt_logprobs(positions: Sequence[Logprobs | None] | None) -> list[dict[str, Any] | None] | None:
     """``prompt_logprobs`` by position: token id -> its log-probability, rank and text."""
-    if rows is None:
+    if positions is None:
         return None
-    return [None if row is None else _logprobs_by_token_id(engine, row) for row in rows]
+    return [None if position is None else _logprobs_by_token_id(position) for position in positions]
 
 
-def _format_chat_position(engine: AsyncLLM, row: TokenLogprob, top: int, as_ids: bool) -> dict[str, Any]:
-    best = zip(row.token_ids[1 : 1 + top], row.logprobs[1 : 1 + top], strict=True)
-    chosen = _format_chat_token(engine, row.token_ids[0], row.logprobs[0], as_ids)
-    return {**chosen, "top_logprobs": [_format_chat_token(engine, token, value, as_ids) for token, value in best]}
+def _is_listed(token: int, logprob: Logprob, top: int | Collection[int]) -> bool:
+    if isinstance(top, int):
+        return logprob.rank is not None and logprob.rank <= top
+    return token in top
 
 
-def _format_chat_token(engine: AsyncLLM, token: int, value: float, as_ids: bool) -> dict[str, Any]:
+def _format_chat_token(engine: AsyncLLM, token: int, logprob: Logprob, as_ids: bool) -> dict[str, Any]:
     return {
         "token": _name_token(engine, token, as_ids),
-        "logprob": _clamp_logprob(value),
+        "logprob": _clamp_logprob(logprob.logprob),
         "bytes": list(engine.convert_id_to_bytes(token)),
     }
 
 
-def _name_token(engine: AsyncLLM, token: int, as_id: bool) -> str:
-    return f"token_id:{token}" if as_id else engine.convert_id_to_text(token)
+def _name_token(engine: AsyncLLM, token: int, as_id: bool, bytes_prefix: str = "") -> str:
+    """Its text. Bytes that are no characters are written as OpenAI does: ``\\xe2\\x80``, with a prefix in completions,
+    which name tokens by their text alone."""
+    if as_id:
+        return f"token_id:{token}"
+    text = engine.convert_id_to_text(token)
+    if "\ufffd" not in text:
+        return text
+    spelled = engine.convert_id_to_bytes(token).decode(errors="backslashreplace")
+    return text if spelled == text else bytes_prefix + spelled
 
 
-def _logprobs_by_name(engine: AsyncLLM, row: TokenLogprob, as_ids: bool) -> dict[str, float]:
+def _logprobs_by_name(engine: AsyncLLM, position: Logprobs, as_ids: bool) -> dict[str, float]:
     """Best first; the chosen token is always there. Of tokens with the same text the likeliest counts."""
     named: dict[str, float] = {}
-    for token, value in [*zip(row.token_ids[1:], row.logprobs[1:], strict=True), (row.token_ids[0], row.logprobs[0])]:
-        named.setdefault(_name_token(engine, token, as_ids), _clamp_logprob(value))
+    for token, logprob in sorted(position.items(), key=lambda item: -item[1].logprob):
+        named.setdefault(_name_token(engine, token, as_ids, "bytes:"), _clamp_logprob(logprob.logprob))
     return named
 
 
-def _logprobs_by_token_id(engine: AsyncLLM, row: TokenLogprob) -> dict[str, Any]:
-    ranks = [row.rank, *range(1, len(row.token_ids))]
-    by_token_id: dict[str, Any] = {}
-    for token, value, rank in zip(row.token_ids, row.logprobs, ranks, strict=True):
-        by_token_id.setdefault(
-            str(token),
-            {"logprob": _clamp_logprob(value), "rank": rank, "decoded_token": engine.convert_id_to_text(token)},
-        )
-    return by_token_id
+def _logprobs_by_token_id(position: Logprobs) -> dict[str, Any]:
+    return {
+        str(token): {
+            "logprob": _clamp_logprob(each.logprob),
+            "rank": each.rank,
+            "decoded_token": each.decoded_token,
+        }
+        for token, each in position.items()
+    }
 
 
 def _clamp_logprob(value: float) -> float:

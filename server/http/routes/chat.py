@@ -77,7 +77,7 @@ def _encode_response(state: ServerState, output: RequestOutput, response_id: str
         "choices": [_format_choice(state, choice, body) for choice in sorted(output.outputs, key=lambda c: c.index)],
         "usage": usage.to_dict(),
         "system_fingerprint": None,
-        "prompt_logprobs": format_prompt_logprobs(state.engine, output.prompt_logprobs),
+        "prompt_logprobs": format_prompt_logprobs(output.prompt_logprobs),
         "prompt_token_ids": output.prompt_token_ids if body.return_token_ids else None,
     }
     return msgspec.json.encode(response)
@@ -97,8 +97,8 @@ def _format_choice(state: ServerState, choice: CompletionOutput, body: ChatBody)
 def _format_logprobs(state: ServerState, choice: CompletionOutput, body: ChatBody) -> dict[str, Any] | None:
     if not body.logprobs:
         return None
-    rows, as_ids = choice.logprobs or [], bool(body.return_tokens_as_token_ids)
-    return format_chat_logprobs(state.engine, rows, body.top_logprobs or 0, as_ids)
+    top = body.logprob_token_ids or body.top_logprobs or 0
+    return format_chat_logprobs(state.engine, choice.logprobs or [], top, bool(body.return_tokens_as_token_ids))
 
 
 async def _stream_events(

@@ -98,16 +98,18 @@ def _format_choice(
     body: CompletionBody,
 ) -> dict[str, Any]:
     echoed = _prompt_text(state, prompt) if body.echo else ""
-    sampled_rows = [] if body.echo_only else (choice.logprobs or [])
+    sampled = [] if body.echo_only else (choice.logprobs or [])
     logprobs = None
     if body.logprobs is not None:
-        rows = [*((output.prompt_logprobs or []) if body.echo else []), *sampled_rows]
+        positions = [*((output.prompt_logprobs or []) if body.echo else []), *sampled]
         first = output.prompt_token_ids[0] if output.prompt_token_ids else None
         tokenizer = state.engine.tokenizer
         offsets = locate_prompt_tokens(tokenizer, output.prompt_token_ids, echoed) if body.echo else []
         sampled_offsets = _follow_offsets(state, output, body, len(echoed))
-        offsets += sampled_offsets.locate(row.token_ids[0] for row in sampled_rows)
-        logprobs = format_completion_logprobs(state.engine, rows, offsets, first, bool(body.return_tokens_as_token_ids))
+        offsets += sampled_offsets.locate(next(iter(position)) for position in sampled)
+        logprobs = format_completion_logprobs(
+            state.engine, positions, offsets, first, bool(body.return_tokens_as_token_ids)
+        )
     sampled_token_ids = [] if body.echo_only else choice.token_ids
     asked_prompt_logprobs = output.prompt_logprobs if body.prompt_logprobs is not None else None  # not those of echo
     return {
@@ -116,7 +118,7 @@ def _format_choice(
         "logprobs": logprobs,
         "finish_reason": "length" if body.echo_only else choice.finish_reason,
         "stop_reason": None if body.echo_only else choice.stop_reason,
-        "prompt_logprobs": format_prompt_logprobs(state.engine, asked_prompt_logprobs),
+        "prompt_logprobs": format_prompt_logprobs(asked_prompt_logprobs),
         "prompt_token_ids": output.prompt_token_ids if body.return_token_ids else None,
         "token_ids": sampled_token_ids if body.return_token_ids else None,
     }
@@ -168,9 +170,9 @@ def _format_logprobs(
 ) -> dict[str, Any] | None:
     if offsets is None:
         return None
-    rows = choice.logprobs or []
-    located = offsets.locate(row.token_ids[0] for row in rows)
-    return format_completion_logprobs(state.engine, rows, located, None, bool(body.return_tokens_as_token_ids))
+    positions = choice.logprobs or []
+    located = offsets.locate(next(iter(position)) for position in positions)
+    return format_completion_logprobs(state.engine, positions, located, None, bool(body.return_tokens_as_token_ids))
 
 
 def _follow_offsets(state: ServerState, output: RequestOutput, body: CompletionBody, start: int) -> TextOffsets:

@@ -46,6 +46,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "stop_token_ids": st.lists(st.integers(-5, 400), max_size=3) | JSON,
     "logit_bias": st.dictionaries(st.integers(-5, 400).map(str), NUMBERS, max_size=3) | JSON,
     "allowed_token_ids": st.lists(st.integers(-5, 400), max_size=3) | JSON,
+    "logprob_token_ids": st.lists(st.integers(-5, 400), max_size=3) | JSON,
     "bad_words": st.lists(st.text(max_size=3), max_size=3) | JSON,
     "stream": st.booleans() | JSON,
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}) | JSON,

@@ -67,6 +67,37 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
         assert isinstance(position.bytes, list)
 
 
+def test_logprobs_of_named_tokens(client: openai.OpenAI) -> None:
+    named, fields = encode_bytes("NoY"), {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    more = {"logprob_token_ids": named, "ignore_eos": True}
+    for stream in (False, True):
+        answer = client.chat.completions.create(**fields, messages=TALK, logprobs=True, stream=stream, extra_body=more)
+        choices = [c.choices[0] for c in answer if c.choices] if stream else answer.choices
+        content = [each for choice in choices for each in (choice.logprobs.content if choice.logprobs else [])]
+        assert len(content) == 3
+        for position in content:
+            assert sorted(each.token for each in position.top_logprobs) == ["N", "Y", "o"]
+            values = [each.logprob for each in position.top_logprobs]
+            assert values == sorted(values, reverse=True) and position.logprob >= values[0]
+        answer = client.completions.create(**fields, prompt="x", logprobs=0, stream=stream, extra_body=more)
+        choices = [c.choices[0] for c in answer] if stream else answer.choices
+        tops = [top for choice in choices if choice.logprobs for top in choice.logprobs.top_logprobs]
+        assert len(tops) == 3 and all(set("NoY") <= set(top) and len(top) <= 4 for top in tops)
+
+
+def test_tokens_that_are_no_characters_show_their_bytes(client: openai.OpenAI) -> None:
+    """As those of OpenAI do, so that several are told apart."""
+    prompt = encode_bytes("a\N{GRINNING FACE}")
+    fields = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 20}
+    scored = client.completions.create(**fields, prompt=prompt).choices[0]
+    assert scored.logprobs.tokens == ["a", r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80"]
+    assert sum("\N{REPLACEMENT CHARACTER}" in name for top in scored.logprobs.top_logprobs[1:] for name in top) == 0
+    only = {"allowed_token_ids": prompt[1:2]}
+    chat = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=1, logprobs=True, extra_body=only)
+    [position] = chat.choices[0].logprobs.content
+    assert (position.token, position.bytes) == (r"\xf0", [0xF0])
+
+
 def test_chat_logprobs_in_a_stream(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny", messages=TALK, max_tokens=5, temperature=0, logprobs=True, stream=True
@@ -127,7 +158,7 @@ def test_echo_with_logprobs(client: openai.OpenAI) -> None:
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 7
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
     assert logprobs.text_offset[:6] == [0, 1, 2, 3, 4, 5]
-    assert all(1 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])  # bytes may share a text
+    assert all(2 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])
 
 
 def test_text_offsets_are_the_places_of_the_tokens(client: openai.OpenAI) -> None:
