@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ class Model(nn.Module, ABC):
     """Whether ``forward`` fills ``aux_hidden_states``."""
     aux_hidden_states: AuxHiddenStates | None = None
     """Set by a proposer before the first step, and filled in every forward pass."""
+
+    @classmethod
+    def example_config(cls) -> Mapping[str, Any]:
+        """The ``config.json`` of a tiny model of this architecture, ``model_type`` included. The conformance checks
+        fill one with random weights and compare it with transformers' class of that type."""
+        return {}
 
     @abstractmethod
     def attention_specs(self) -> list[AttentionSpec]:

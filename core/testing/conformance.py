@@ -11,16 +11,16 @@ import importlib
 import importlib.util
 import inspect
 import unittest
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
-from quire.core.plugin.registry import KINDS, Kind
+from quire.core.plugin.registry import KINDS, Kind, suggest_names
 from quire.core.plugin.target import load_target
 
-__all__ = ["CheckResult", "checks_for", "find_kind", "parametrize_with_checks", "run_checks"]
+__all__ = ["CheckResult", "checks_for", "find_kind", "parametrize_with_checks", "run_check", "run_checks"]
 
 Check = Callable[[type], None]
 
@@ -41,7 +41,17 @@ def checks_for(kind: str) -> list[Check]:
 
 def run_checks(cls: type, kind: str | None = None) -> list[CheckResult]:
     """Run every check on ``cls`` and say how each ended. Stops at nothing but the user's interrupt."""
-    return list(_iter_results(cls, kind or find_kind(cls)))
+    return [_run(check, cls) for check in checks_for(kind or find_kind(cls))]
+
+
+def run_check(cls: type, name: str, kind: str | None = None) -> CheckResult:
+    """Run the check ``name`` alone. PluginError if the kind has none of that name."""
+    check = next((c for c in checks_for(kind or find_kind(cls)) if c.__name__ == name), None)
+    if check is None:
+        raise PluginError(
+            f"{name} is no check; {suggest_names(name, [c.__name__ for c in checks_for(find_kind(cls))])}"
+        )
+    return _run(check, cls)
 
 
 def parametrize_with_checks(
@@ -88,13 +98,11 @@ def _list_checks(name: str) -> list[Check]:
     return [f for f in functions if f.__module__ == module_name]
 
 
-def _iter_results(cls: type, kind: str) -> Iterator[CheckResult]:
-    for check in checks_for(kind):
-        try:
-            check(cls)
-        except unittest.SkipTest as skipped:
-            yield CheckResult(check.__name__, "skipped", str(skipped))
-        except Exception as error:
-            yield CheckResult(check.__name__, "failed", format_error(error))
-        else:
-            yield CheckResult(check.__name__, "passed")
+def _run(check: Check, cls: type) -> CheckResult:
+    try:
+        check(cls)
+    except unittest.SkipTest as skipped:
+        return CheckResult(check.__name__, "skipped", str(skipped))
+    except Exception as error:
+        return CheckResult(check.__name__, "failed", format_error(error))
+    return CheckResult(check.__name__, "passed")

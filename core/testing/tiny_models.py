@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MODEL_FAMILIES", "ROPE_VARIANTS", "make_tiny_model", "save_tiny_tokenizer"]
+__all__ = [
+    "MODEL_FAMILIES",
+    "ROPE_VARIANTS",
+    "make_example_model",
+    "make_tiny_model",
+    "save_example_model",
+    "save_tiny_tokenizer",
+]
 
 MODEL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -96,6 +103,35 @@ def make_tiny_model(
     _save_weights(model.state_dict(), folder, shards, drop_head=bool(config.tie_word_embeddings))
     save_tiny_tokenizer(folder)
     return folder
+
+
+def make_example_model(config: Mapping[str, Any], seed: int = 0) -> Any:
+    """A random float32 model of transformers' class for ``config``, a ``config.json``. Weights are so large that
+    attention is far from uniform and every bias and norm counts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config)
+    hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").to(torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.data.normal_().mul_(1.5 * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def save_example_model(model: Any, folder: Path) -> None:
+    """Save what ``make_example_model`` made as a model folder with a tokenizer; a tied head is left out."""
+    model.config.save_pretrained(folder)
+    by_address: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        by_address.setdefault(tensor.data_ptr(), name)
+    kept = set(by_address.values())
+    _save_weights({n: t for n, t in model.state_dict().items() if n in kept}, folder, shards=1, drop_head=False)
+    save_tiny_tokenizer(folder)
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

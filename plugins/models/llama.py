@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,21 @@ class LlamaForCausalLM(Model):
         self.norm = builder.make_rms_norm("model.norm", config.hidden_size, config.rms_norm_eps)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = builder.make_lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
+
+    @classmethod
+    def example_config(cls) -> Mapping[str, Any]:
+        """Two layers of four heads, which share two of keys and values."""
+        return {
+            "model_type": "llama",
+            "vocab_size": 160,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 128,
+        }
 
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """The attention of ``layer``: what relatives of Llama override."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quire.core.layers import AttentionShape
@@ -12,6 +13,11 @@ __all__ = ["MistralForCausalLM"]
 
 class MistralForCausalLM(LlamaForCausalLM):
     """Every layer sees ``sliding_window`` tokens, or all where it is null."""
+
+    @classmethod
+    def example_config(cls) -> Mapping[str, Any]:
+        """Llama's, with a window of eleven tokens."""
+        return {**super().example_config(), "model_type": "mistral", "sliding_window": 11}
 
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """The same in every layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quire.core.layers import AttentionShape
@@ -12,6 +13,17 @@ __all__ = ["Qwen2ForCausalLM", "get_layer_window"]
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
     """Layers that ``layer_types`` calls ``sliding_attention`` see ``sliding_window`` tokens."""
+
+    @classmethod
+    def example_config(cls) -> Mapping[str, Any]:
+        """Llama's, with a window in the second layer."""
+        return {
+            **super().example_config(),
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 1,
+        }
 
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """Biased projections in, none out."""

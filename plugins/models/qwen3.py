@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quire.core.layers import AttentionShape
@@ -13,6 +14,17 @@ __all__ = ["Qwen3ForCausalLM"]
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
     """Llama's frame with Qwen2's windows and query and key norms."""
+
+    @classmethod
+    def example_config(cls) -> Mapping[str, Any]:
+        """Llama's, with a window in the second layer."""
+        return {
+            **super().example_config(),
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 1,
+        }
 
     def attention_shape(self, config: Any, layer: int) -> AttentionShape:
         """With ``attention_bias`` every projection has one."""

@@ -1,0 +1,73 @@
+"""Ranks of a sharded model without processes: threads that exchange tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from quire.core.layers.parallel import TensorParallel
+
+__all__ = ["RankGroup", "ThreadRank", "run_on_ranks"]
+
+_T = TypeVar("_T")
+_TIME_LIMIT_S = 60
+
+
+@dataclass
+class RankGroup:
+    """What the ranks of one model share, each a thread."""
+
+    barrier: threading.Barrier
+    slots: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class ThreadRank(TensorParallel):
+    """Communicates through a list instead of a process group."""
+
+    rank_group: RankGroup = field(default_factory=lambda: RankGroup(threading.Barrier(1), [None]))
+
+    def __init__(self, rank: int, size: int, rank_group: RankGroup) -> None:
+        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "rank_group", rank_group)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks."""
+        return sum(self._all_gather(x))  # type: ignore[return-value]
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(n, shard) on every rank -> (n, size * shard)."""
+        return torch.cat(self._all_gather(x), dim=-1)
+
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        self.rank_group.slots[self.rank] = x.clone()
+        self.rank_group.barrier.wait(_TIME_LIMIT_S)
+        parts = [part for part in self.rank_group.slots if part is not None]
+        self.rank_group.barrier.wait(_TIME_LIMIT_S)
+        return parts
+
+
+def run_on_ranks(size: int, function: Callable[[TensorParallel], _T]) -> list[_T]:
+    """What ``function`` returns on each of ``size`` ranks, which run at the same time. Raises what the first raises."""
+    group = RankGroup(threading.Barrier(size), [None] * size)
+
+    def run(rank: int) -> _T:
+        try:
+            return function(ThreadRank(rank, size, group))
+        except BaseException:
+            group.barrier.abort()  # or the others wait for this one
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
