@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,10 +30,11 @@ def encode_event(value: Any) -> bytes:
     return b"data: %b\n\n" % encode(value)
 
 
-def needs_chunk(choice: CompletionOutput) -> bool:
+def needs_chunk(choice: CompletionOutput, with_token_ids: bool) -> bool:
     """Whether a chunk of text is due: one for every step that sampled a token, even if its text is still held back for
     the rest of a character or a stop string, since clients time tokens by their chunks."""
-    return bool(choice.text or choice.logprobs or (choice.token_ids and choice.finish_reason is None))
+    is_due = with_token_ids or choice.finish_reason is None
+    return bool(choice.text or choice.logprobs or (choice.token_ids and is_due))
 
 
 class EventStream(Response):
@@ -101,7 +102,7 @@ class ChunkWriter:
         self._before = b',"delta":{"content":' if chat else b',"text":'
         self._after = b"}" if chat else b""
 
-    def encode_text(self, index: int, text: str, logprobs: Any = None) -> bytes:
+    def encode_text(self, index: int, text: str, logprobs: Any = None, token_ids: list[int] | None = None) -> bytes:
         """New text of one choice."""
         extra = b"null" if logprobs is None else encode(logprobs)
         middle = b'%d%b%b%b,"logprobs":%b,"finish_reason":null' % (
@@ -111,11 +112,14 @@ class ChunkWriter:
             self._after,
             extra,
         )
+        if token_ids is not None:
+            middle += b',"token_ids":' + encode(token_ids)
         return self._head + middle + self._make_tail()
 
-    def encode_choice(self, index: int, **fields: Any) -> bytes:
-        """Any other chunk of one choice: its role, its end."""
-        return self._head + b"%d," % index + encode(fields)[1:-1] + self._make_tail()
+    def encode_choice(self, index: int, beside: Mapping[str, Any] | None = None, **fields: Any) -> bytes:
+        """Any other chunk of one choice: its role, its end. ``beside``: fields of the chunk itself."""
+        chunk = self._head + b"%d," % index + encode(fields)[1:-1] + self._make_tail()
+        return chunk.removesuffix(b"}\n\n") + b"," + encode(beside)[1:] + b"\n\n" if beside else chunk
 
     def encode_usage(self, usage: dict[str, Any]) -> bytes:
         """The last chunk of an answer with ``stream_options.include_usage``."""

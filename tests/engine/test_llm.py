@@ -153,6 +153,13 @@ def test_stop_token_ends_after_min_tokens(llm: LLM) -> None:
     assert stop not in later[: first + 2]
 
 
+@pytest.mark.parametrize("max_tokens", [None, 237, 10**9])
+def test_max_tokens_beyond_the_context_are_cut(llm: LLM, max_tokens: int | None) -> None:
+    [output] = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+    [completion] = output.outputs
+    assert len(completion.token_ids) == 256 - len(PROMPT) and completion.finish_reason == "length"
+
+
 def test_stop_string_is_cut(llm: LLM) -> None:
     [free] = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
     text = free.outputs[0].text

@@ -168,10 +168,8 @@ class GenerationBody(Body):
             raise unsupported_error("use_beam_search", "beam search is not supported; sample with n and best_of")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: allowed only with stream=true", param="stream_options")
-        for name in ("prompt_logprobs", "return_token_ids"):
-            value = getattr(self, name)
-            if self.stream and value is not None and value is not False:
-                raise unsupported_error(name, "not available in a stream; leave stream out")
+        if self.stream and self.prompt_logprobs is not None:
+            raise unsupported_error("prompt_logprobs", "not available in a stream; leave stream out")
         logprobs: int | bool | None = getattr(self, "logprobs", None)
         if self.logprob_token_ids and (logprobs is None or logprobs is False):
             raise ApiError(400, "logprob_token_ids: allowed only with logprobs", param="logprob_token_ids")

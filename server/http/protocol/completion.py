@@ -74,8 +74,6 @@ class CompletionBody(GenerationBody):
             overrides["logprobs"] = self.logprobs
             if self.echo:
                 overrides["prompt_logprobs"] = self.logprobs
-                if self.stream:
-                    raise unsupported_error("echo", "with logprobs it is not available in a stream; leave stream out")
         n = self.n if self.n is not None else 1
         if self.best_of is not None and self.best_of != n:
             if self.best_of < n:

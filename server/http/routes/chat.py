@@ -104,7 +104,7 @@ def _format_logprobs(state: ServerState, choice: CompletionOutput, body: ChatBod
 async def _stream_events(
     state: ServerState, outputs: Outputs, writer: ChunkWriter, usage: Usage, body: ChatBody
 ) -> AsyncGenerator[bytes, None]:
-    started = set[int]()
+    started, with_token_ids = set[int](), bool(body.return_token_ids)
     try:
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
@@ -114,9 +114,12 @@ async def _stream_events(
                     if choice.index not in started:
                         started.add(choice.index)
                         role = {"role": "assistant", "content": ""}
-                        data = writer.encode_choice(choice.index, delta=role, logprobs=None, finish_reason=None)
-                    if needs_chunk(choice):
-                        data += writer.encode_text(choice.index, choice.text, _format_logprobs(state, choice, body))
+                        prompt = {"prompt_token_ids": output.prompt_token_ids} if with_token_ids else None
+                        data = writer.encode_choice(choice.index, prompt, delta=role, logprobs=None, finish_reason=None)
+                    if needs_chunk(choice, with_token_ids):
+                        logprobs = _format_logprobs(state, choice, body)
+                        token_ids = choice.token_ids if with_token_ids else None
+                        data += writer.encode_text(choice.index, choice.text, logprobs, token_ids)
                     if choice.finish_reason is not None:
                         data += writer.encode_choice(
                             choice.index,

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from quire.core.messages import CompletionOutput, RequestOutput
+from quire.core.messages import CompletionOutput, Logprob, RequestOutput
 from quire.server.http.errors import make_error_response
 from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
 from quire.server.http.middleware import get_request_id
@@ -101,15 +101,10 @@ def _format_choice(
     sampled = [] if body.echo_only else (choice.logprobs or [])
     logprobs = None
     if body.logprobs is not None:
-        positions = [*((output.prompt_logprobs or []) if body.echo else []), *sampled]
-        first = output.prompt_token_ids[0] if output.prompt_token_ids else None
-        tokenizer = state.engine.tokenizer
-        offsets = locate_prompt_tokens(tokenizer, output.prompt_token_ids, echoed) if body.echo else []
-        sampled_offsets = _follow_offsets(state, output, body, len(echoed))
-        offsets += sampled_offsets.locate(next(iter(position)) for position in sampled)
-        logprobs = format_completion_logprobs(
-            state.engine, positions, offsets, first, bool(body.return_tokens_as_token_ids)
-        )
+        logprobs = _format_logprobs(state, sampled, _follow_offsets(state, output, body, len(echoed)), body)
+        if body.echo:
+            of_prompt = _format_echoed_logprobs(state, output, echoed, body)
+            logprobs = {name: of_prompt[name] + values for name, values in logprobs.items()}
     sampled_token_ids = [] if body.echo_only else choice.token_ids
     asked_prompt_logprobs = output.prompt_logprobs if body.prompt_logprobs is not None else None  # not those of echo
     return {
@@ -129,7 +124,7 @@ async def _stream_events(
 ) -> AsyncGenerator[bytes, None]:
     n = body.n or 1
     offsets: dict[int, TextOffsets] = {}
-    started = set[int]()
+    started, with_token_ids = set[int](), bool(body.return_token_ids)
     try:
         async with contextlib.aclosing(outputs):
             async for prompt, output in outputs:
@@ -141,13 +136,16 @@ async def _stream_events(
                     data = b""
                     if index not in started:
                         started.add(index)
+                        echoed = _prompt_text(state, body.prompt[prompt]) if body.echo else ""
                         if body.logprobs is not None:
-                            offsets[index] = _follow_offsets(state, output, body, 0)
-                        if body.echo:
-                            data = writer.encode_text(index, _prompt_text(state, body.prompt[prompt]))
-                    if needs_chunk(choice):
-                        logprobs = _format_logprobs(state, choice, offsets.get(index), body)
-                        data += writer.encode_text(index, choice.text, logprobs)
+                            offsets[index] = _follow_offsets(state, output, body, len(echoed))
+                        data = _encode_start(state, output, writer, index, echoed, body)
+                    if needs_chunk(choice, with_token_ids):
+                        logprobs = None
+                        if body.logprobs is not None:
+                            logprobs = _format_logprobs(state, choice.logprobs or [], offsets[index], body)
+                        token_ids = choice.token_ids if with_token_ids else None
+                        data += writer.encode_text(index, choice.text, logprobs, token_ids)
                     if choice.finish_reason is not None:
                         data += writer.encode_choice(
                             index,
@@ -165,12 +163,32 @@ async def _stream_events(
     yield DONE
 
 
+def _encode_start(
+    state: ServerState, output: RequestOutput, writer: ChunkWriter, index: int, echoed: str, body: CompletionBody
+) -> bytes:
+    """What comes before the first token of a choice: the prompt, as text and as token ids, where these are wanted."""
+    if not (body.echo or body.return_token_ids):
+        return b""
+    logprobs = None
+    if body.echo and body.logprobs is not None:
+        logprobs = _format_echoed_logprobs(state, output, echoed, body)
+    fields: dict[str, Any] = {}
+    if body.return_token_ids:
+        fields = {"prompt_token_ids": output.prompt_token_ids, "token_ids": []}
+    return writer.encode_choice(index, text=echoed, logprobs=logprobs, finish_reason=None, **fields)
+
+
+def _format_echoed_logprobs(
+    state: ServerState, output: RequestOutput, echoed: str, body: CompletionBody
+) -> dict[str, Any]:
+    offsets = locate_prompt_tokens(state.engine.tokenizer, output.prompt_token_ids, echoed)
+    positions, as_ids = output.prompt_logprobs or [], bool(body.return_tokens_as_token_ids)
+    return format_completion_logprobs(state.engine, positions, offsets, output.prompt_token_ids[0], as_ids)
+
+
 def _format_logprobs(
-    state: ServerState, choice: CompletionOutput, offsets: TextOffsets | None, body: CompletionBody
-) -> dict[str, Any] | None:
-    if offsets is None:
-        return None
-    positions = choice.logprobs or []
+    state: ServerState, positions: Sequence[dict[int, Logprob]], offsets: TextOffsets, body: CompletionBody
+) -> dict[str, Any]:
     located = offsets.locate(next(iter(position)) for position in positions)
     return format_completion_logprobs(state.engine, positions, located, None, bool(body.return_tokens_as_token_ids))
 
@@ -186,4 +204,5 @@ def _prompt_text(state: ServerState, prompt: str | list[int]) -> str:
 
 def _remove_completion(output: RequestOutput) -> None:
     for choice in output.outputs:
-        choice.text, choice.token_ids, choice.logprobs = "", [], None
+        choice.text, choice.token_ids, choice.logprobs, choice.stop_reason = "", [], None, None
+        choice.finish_reason = choice.finish_reason and "length"

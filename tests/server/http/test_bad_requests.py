@@ -132,7 +132,7 @@ BAD += [
 ]
 BAD += [
     (TEXT, {"prompt": "x", "echo": True, "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
-    (TEXT, {"prompt": "x", "stream": True, "return_token_ids": True}, "return_token_ids"),
+    (TEXT, {"prompt": "x", "stream": True, "best_of": 2}, "best_of"),
     (TEXT, {"prompt": "x", "stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
     (TEXT, {"prompt": "x", "logprobs": 0, "logprob_token_ids": [99999]}, "logprob_token_ids"),
     (TEXT, {"prompt": "x", "logprobs": 0, "logprob_token_ids": list(range(129))}, "logprob_token_ids"),

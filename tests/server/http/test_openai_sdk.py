@@ -161,6 +161,49 @@ def test_echo_with_logprobs(client: openai.OpenAI) -> None:
     assert all(2 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])
 
 
+@pytest.mark.parametrize("max_tokens", [0, 6])
+def test_a_stream_echoes_and_scores_as_a_whole_answer_does(client: openai.OpenAI, max_tokens: int) -> None:
+    fields = {
+        "model": "tiny",
+        "prompt": ["hello", "a longer prompt"],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "n": 2,
+    }
+    more = {"ignore_eos": True, "return_token_ids": True}
+    fields |= {"echo": True, "logprobs": 2, "extra_body": more}
+    whole = client.completions.create(**fields)
+    chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    assert chunks.pop().usage == whole.usage
+    for choice in whole.choices:
+        parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        assert parts[0].prompt_token_ids == choice.prompt_token_ids and len(parts[0].prompt_token_ids) >= 5
+        assert [token for part in parts for token in getattr(part, "token_ids", [])] == choice.token_ids
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            streamed = [value for part in parts if part.logprobs for value in getattr(part.logprobs, name)]
+            expected = getattr(choice.logprobs, name)
+            if name in ("tokens", "text_offset"):
+                assert streamed == expected
+            assert len(streamed) == len(expected) == len(choice.prompt_token_ids) + max_tokens
+        assert [part.finish_reason for part in parts if part.finish_reason] == ["length"] == [choice.finish_reason]
+
+
+def test_token_ids_in_a_stream_are_those_of_a_whole_answer(client: openai.OpenAI) -> None:
+    """Also where the text holds them back, and that of the stop token, which has no text."""
+    ids = encode_bytes("\N{GRINNING FACE}n")
+    fields = {"model": "tiny", "messages": TALK, "max_tokens": 12, "seed": 4}
+    more = {"return_token_ids": True, "allowed_token_ids": ids, "stop_token_ids": ids[-1:], "min_tokens": 3}
+    whole = client.chat.completions.create(**fields, extra_body=more)
+    chunks = list(client.chat.completions.create(**fields, extra_body=more, stream=True))
+    streamed = [token for c in chunks for token in getattr(c.choices[0], "token_ids", [])]
+    assert streamed == whole.choices[0].token_ids and len(streamed) > 3
+    assert [chunk.prompt_token_ids for chunk in chunks if hasattr(chunk, "prompt_token_ids")] == [
+        whole.prompt_token_ids
+    ]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+
 def test_text_offsets_are_the_places_of_the_tokens(client: openai.OpenAI) -> None:
     """Tokens that share a character begin where it does; a stream with stop strings says the same."""
     prompt = "Smile \N{GRINNING FACE} ok"
