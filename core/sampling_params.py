@@ -38,8 +38,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     greedy, and so are ``top_p`` 0 and temperatures below 1e-5. Order: penalties, logits processors, temperature,
     min-p, top-k, top-p.
 
-    ``max_tokens=None`` means: until the context is full, where a larger ``max_tokens`` ends too. ``seed=None`` takes a fresh one. ``stop`` strings are cut
-    from the text (unless ``include_stop_str_in_output``); ``stop_token_ids`` end a request like EOS does.
+    ``max_tokens=None`` means: until the context is full, where a larger ``max_tokens`` ends too. ``seed=None`` takes a
+    fresh one. ``stop`` strings are cut from the text (unless ``include_stop_str_in_output``); ``stop_token_ids`` end a
+    request like EOS does.
     ``add_special_tokens=False`` tokenizes a text without the tokens that the tokenizer adds, such as BOS.
     ``truncate_prompt_tokens=k`` keeps the last ``k`` tokens of a prompt, -1 as many as leave ``max_tokens`` free.
     ``logprobs=k`` returns the chosen token's log-probability and the ``k`` best, of the model's raw distribution; with
