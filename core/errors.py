@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "ControlCallError",
+    "DeadlineUnmeetableError",
     "EngineDeadError",
     "InvalidRequestError",
     "PluginError",
@@ -58,6 +59,11 @@ class UnsupportedError(InvalidRequestError):
 
 class QueueFullError(InvalidRequestError):
     """The queue is full or the policy refuses more. HTTP answers 429 with ``Retry-After``."""
+
+
+class DeadlineUnmeetableError(QueueFullError):
+    """The policy found that the answer would come too late to be of use. HTTP answers 429, code
+    ``deadline_unmeetable``."""
 
 
 class RequestFailedError(QuireError, RuntimeError):

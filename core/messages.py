@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.sampling_params import SamplingParams
+from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import QuarantinedPlugin, StepStats
 
 __all__ = [
@@ -39,8 +40,9 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ErrorKind = Literal["invalid", "queue_full", "failed"]
-"""Why a request ended with an error: it cannot be served as asked, the queue refuses it, or the engine failed."""
+ErrorKind = Literal["invalid", "queue_full", "deadline_unmeetable", "failed"]
+"""Why a request ended with an error: it cannot be served as asked, the queue refuses it, the policy finds that its
+answer would come too late, or the engine failed."""
 
 
 # ---- API process -> engine core ----------------------------------------------------------------------------------
@@ -65,6 +67,8 @@ class EngineCoreRequest(msgspec.Struct, array_like=True):
     """The request whose prompt KV this one may fork (the first of the ``n > 1``)."""
     external_request_id: str = ""
     """The caller's id, one for all of the ``n > 1``: for policies and messages, never to find a request by."""
+    scheduling: SchedulingParams | None = None
+    """What the caller tells the batching policy; None: nothing."""
 
 
 # ---- engine core -> worker ---------------------------------------------------------------------------------------

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.core.messages import EngineCoreRequest, FinishReason, TokenLogprob
 from quire.core.sampling_params import SamplingParams
+from quire.core.scheduling_params import SchedulingParams
+
+if TYPE_CHECKING:
+    from quire.core.contracts.policy_view import RequestInfo
 
 __all__ = ["Request", "RequestStatus"]
 
@@ -35,6 +39,8 @@ class Request:
         "external_request_id",
         "finish_reason",
         "first_scheduled_ns",
+        "group_index",
+        "info",
         "max_total_tokens",
         "num_cached_tokens",
         "num_in_flight_tokens",
@@ -47,6 +53,7 @@ class Request:
         "queue_key",
         "request_id",
         "row",
+        "scheduling",
         "seed",
         "status",
         "stop_reason",
@@ -71,6 +78,11 @@ class Request:
         self.arrival_ns = message.arrival_ns
         self.priority = message.priority
         self.cache_salt = message.cache_salt
+        self.scheduling = message.scheduling or _NO_SCHEDULING_PARAMS
+        self.info: RequestInfo | None = None
+        """What the policy is told of the request, once it was asked for a rank."""
+        self.group_index = 0
+        """Index of its group, where the policy divides requests into groups."""
         self.parent_id = message.parent_id
         self.seed = params.seed if params.seed is not None else _derive_seed(message)
         self.status = RequestStatus.WAITING
@@ -113,6 +125,9 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.value}, {self.num_tokens} tokens, row {self.row})"
+
+
+_NO_SCHEDULING_PARAMS = SchedulingParams()
 
 
 def _derive_seed(message: EngineCoreRequest) -> int:

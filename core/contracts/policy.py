@@ -10,10 +10,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from quire.core.contracts.policy_view import Grants, Reject, RequestColumns, RequestInfo, StepView, Usage
-from quire.core.sched.default_policy_plan import make_default_plan
+from quire.core.contracts.policy_view import (
+    NO_DEADLINE,
+    FinishedStep,
+    Grants,
+    GroupColumns,
+    GroupKey,
+    Refusal,
+    Reject,
+    RequestColumns,
+    RequestInfo,
+    StepReport,
+    StepView,
+    Usage,
+)
+from quire.core.sched.default_policy_plan import MIN_PREFILL_TOKENS, make_default_plan
 
-__all__ = ["BatchingPolicy", "Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage"]
+__all__ = [
+    "MIN_PREFILL_TOKENS",
+    "NO_DEADLINE",
+    "BatchingPolicy",
+    "FinishedStep",
+    "Grants",
+    "GroupColumns",
+    "GroupKey",
+    "Refusal",
+    "Reject",
+    "RequestColumns",
+    "RequestInfo",
+    "StepReport",
+    "StepView",
+    "Usage",
+    "make_default_plan",
+]
 
 
 class BatchingPolicy(ABC):
@@ -21,7 +50,11 @@ class BatchingPolicy(ABC):
     schedules is quarantined: ``fcfs`` takes over, a log line and a metric name it, and no request is lost.
 
     Given the same view and the same history, a policy returns the same grants: no clock, no I/O, seeded randomness.
+    Methods that a policy does not override are not called.
     """
+
+    reads_prefix_cache: bool = False
+    """True: ``num_cached_tokens`` and ``prefix_hash`` are looked up, which hashes each prompt when it arrives."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -29,20 +62,32 @@ class BatchingPolicy(ABC):
     @abstractmethod
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...] | Reject:
         """The request's place in the queue, fixed at arrival; the smallest key comes first, ties keep arrival order.
+        When blocks run out, the running request with the largest is preempted first.
 
-        A tuple of numbers or strings, of the same length and types for every request; NaN is refused.
+        A tuple of numbers or strings, of the same length and types for every request; NaN is refused. A policy that
+        takes over from another under load is asked for every request in the engine, running ones included; one that it
+        rejects then goes first.
         """
 
+    def group_key(self, request: RequestInfo) -> GroupKey:
+        """The request's group, fixed at arrival, asked after its admission key. Each group has a queue of its own, in
+        the order of the keys, and the view shows the best few of each (of 512 groups at most), so that ``schedule`` can
+        choose between groups however long one group's queue is. Only of use with a ``schedule``."""
+        return None
+
     def schedule(self, view: StepView) -> Grants:
-        """Divide the step's token budget among requests. The default: decodes first, then running prompts, then
-        waiting requests in key order, prompts in chunks, until the budget is spent. A policy that changes only part
-        of it calls ``super().schedule(view)``.
+        """Divide the step's token budget among requests. The default is ``make_default_plan``: decodes first, then
+        running prompts, then waiting requests in key order, prompts in chunks, until the budget is spent. It takes
+        options, so that a policy that changes only part of it returns ``make_default_plan(view, ...)``.
 
         Called again within the step, with the budget that is left, when waiting requests found part of their prompt
         cached; requests that are already served in the step then have ``num_remaining_tokens`` 0. A policy may grant
         nothing while tokens are in flight, but not when the engine is idle.
         """
         return make_default_plan(view)
+
+    def step_scheduled(self, report: StepReport) -> None:
+        """A step was scheduled: what was really granted, who was preempted, and what came back meanwhile."""
 
     def request_finished(self, request: RequestInfo, usage: Usage) -> None:
         """A request left the engine: it finished, failed or was aborted, also if it never ran."""

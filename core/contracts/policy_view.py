@@ -1,4 +1,4 @@
-"""What a batching policy reads and returns: the view of one step, the columns of its requests, and the grants.
+"""What a batching policy reads and returns: requests, the view of one step, the grants, and what became of them.
 
 A module of its own so that ``quire.core.sched.default_policy_plan`` and the contract can both import it. Authors of
 policies import these names from ``quire.sdk``.
@@ -6,12 +6,34 @@ policies import these names from ``quire.sdk``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage"]
+__all__ = [
+    "NO_DEADLINE",
+    "FinishedStep",
+    "Grants",
+    "GroupColumns",
+    "GroupKey",
+    "Refusal",
+    "Reject",
+    "RequestColumns",
+    "RequestInfo",
+    "StepReport",
+    "StepView",
+    "Usage",
+]
+
+NO_DEADLINE = np.iinfo(np.int64).max
+"""The ``deadline_ns`` of a request without one: later than any other."""
+
+GroupKey = str | int | None
+"""What names a group of requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +51,25 @@ class RequestInfo:
     """Lower is sooner."""
     cache_salt: str | None = None
     """Requests share cached prefixes only within one salt."""
+    request_number: int = -1
+    """The engine's number for this sequence, never used again: the column ``request_number`` of the view."""
+    group: str | None = None
+    """The name of its API key, or where keys have no names what the client calls its group; None: neither."""
+    deadline_ns: int = NO_DEADLINE
+    """When its answer is no longer of use, on the clock of ``arrival_ns``."""
+    ttft_target_ns: int = 0
+    """Time from arrival within which its first token should come; 0: not said."""
+    tpot_target_ns: int = 0
+    """Time that each further token should take on average; 0: not said."""
+    predicted_tokens: int = 0
+    """Tokens that the client expects of the answer, at most ``max_tokens``; 0: not said."""
+    tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What else the client says: at most 16 short texts."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held when it arrived; 0 unless ``BatchingPolicy.reads_prefix_cache``."""
+    prefix_hash: int = 0
+    """Names the longest beginning of its prompt, in whole KV blocks, that an earlier request had too, of those that are
+    remembered (some 100,000 blocks); 0: there was none, or not ``BatchingPolicy.reads_prefix_cache``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +99,10 @@ class RequestColumns:
     ``RequestColumns(num_computed_tokens=..., num_remaining_tokens=..., ...)``.
     """
 
+    request_number: NDArray[np.int64]
+    """``RequestInfo.request_number``."""
+    group: NDArray[np.int64]
+    """Index of the request's group in the columns of ``StepView.groups``; 0 where there are no groups."""
     num_computed_tokens: NDArray[np.int64]
     """Tokens whose KV is computed or in flight: an upper bound (equal to ``min_computed_tokens`` without drafts)."""
     min_computed_tokens: NDArray[np.int64]
@@ -67,13 +112,24 @@ class RequestColumns:
     prefill, 0 for one whose last tokens are in flight."""
     num_in_flight_tokens: NDArray[np.int64]
     """Tokens sampled on the device and not yet read back."""
+    num_cached_tokens: NDArray[np.int64]
+    """Of a waiting request: tokens of it that the prefix cache holds now. 0 if it runs, and for every request unless
+    ``BatchingPolicy.reads_prefix_cache``."""
     prompt_len: NDArray[np.int64]
     output_len: NDArray[np.int64]
     """Tokens generated, including those in flight."""
     max_tokens: NDArray[np.int64]
     """Upper bound of the tokens that the request may generate."""
+    predicted_tokens: NDArray[np.int64]
+    """Tokens that the client expects; 0: not said."""
     priority: NDArray[np.int64]
     arrival_ns: NDArray[np.int64]
+    deadline_ns: NDArray[np.int64]
+    """When the answer is no longer of use; ``NO_DEADLINE``: not said."""
+    ttft_target_ns: NDArray[np.int64]
+    """Time from arrival to first token that the client asks for; 0: not said."""
+    tpot_target_ns: NDArray[np.int64]
+    """Time for each further token that the client asks for; 0: not said."""
     num_held_blocks: NDArray[np.int64]
     """Blocks that preempting the request would free in each group, at most."""
     num_needed_blocks: NDArray[np.int64]
@@ -89,6 +145,24 @@ class RequestColumns:
 
     def __len__(self) -> int:
         return len(self.num_remaining_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupColumns:
+    """The groups of requests, by the key that ``BatchingPolicy.group_key`` gave them: parallel columns.
+
+    A group keeps its index while it has requests in the engine. It is remembered for a while after that, with what it
+    used; then another group may get the index.
+    """
+
+    keys: Sequence[GroupKey]
+    """None where an index is free, which has no requests then (or where that is the key)."""
+    num_running: NDArray[np.int64]
+    num_waiting: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
+    """Prompt tokens that were computed for the group; what the prefix cache held is not in it."""
+    num_output_tokens: NDArray[np.int64]
+    """Generated tokens that were computed for the group, drafts included. The last of an answer never is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +183,21 @@ class StepView:
     running: RequestColumns
     """In order of admission."""
     waiting: RequestColumns
-    """The head of the queue in key order: at most 512 requests, fewer when few rows are free, none when no row is."""
+    """The head of the queue in key order: at most 512 requests, fewer when few rows are free, none when no row is.
+    Where the policy has groups, the best few of each, one group after another."""
     chunked_prefill: bool = True
     """Whether a prompt may be granted in parts; if not, a grant below ``num_remaining_tokens`` is dropped."""
+    step: int = 0
+    """The number of the step that is planned."""
+    groups: GroupColumns | None = None
+    """The groups, if the policy has a ``group_key``."""
+
+
+class Refusal(NamedTuple):
+    """A waiting request that is not worth computing, as the view numbers it, and why."""
+
+    request_index: int
+    reason: str
 
 
 @dataclass(slots=True)
@@ -128,3 +214,40 @@ class Grants:
     request_indices: NDArray[np.int64]
     num_scheduled_tokens: NDArray[np.int64]
     victims: NDArray[np.int64] | None = None
+    refusals: list[Refusal] = field(default_factory=list)
+    """See ``refuse``."""
+
+    def refuse(self, request_index: int, reason: str) -> None:
+        """End a waiting request whose answer would come too late: the client gets HTTP 429, code
+        ``deadline_unmeetable``, and the reason. One that has generated tokens already is not refused."""
+        self.refusals.append(Refusal(request_index, reason))
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step that ran."""
+
+    step: int
+    num_tokens: int
+    """Tokens that it computed."""
+    device_us: float
+    """Microseconds on the device; 0: not measured."""
+    request_numbers: NDArray[np.int64]  # (n,) requests that gained tokens
+    num_new_tokens: NDArray[np.int64]  # (n,) how many each gained, accepted drafts included
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What became of a plan, and what came back since the report before."""
+
+    step: int
+    """The number of the step that was just scheduled."""
+    now_ns: int
+    request_numbers: NDArray[np.int64]  # (n,) requests in the step
+    num_scheduled_tokens: NDArray[np.int64]  # (n,) tokens that each got, drafts included
+    admitted: tuple[int, ...]
+    """Numbers of the requests that began to run in it."""
+    preempted: tuple[int, ...]
+    """Numbers of the requests that were preempted since the report before."""
+    finished_steps: tuple[FinishedStep, ...]
+    """Steps whose output came in since the report before, in order. Of steps that failed nothing is told."""

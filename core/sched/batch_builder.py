@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from quire.core.contracts.kv import KVAllocator
 from quire.core.messages import SchedulerOutput
 from quire.core.request import Request
-from quire.core.sched.policy_guard import CheckedPlan
+from quire.core.sched.checked_plan import CheckedPlan
 from quire.core.sched.running_batch import NEVER, RunningBatch
 from quire.core.sched.scheduled_batch import Fork, ScheduledBatch, ScheduledRows
 from quire.core.sched.speculation import Speculation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quire.core.contracts.policy_view import Grants, StepView
 
@@ -14,19 +15,32 @@ fill a GPU, and one of the sizes for which prompt steps are CUDA graphs: a large
 of the prompts and the decodes in it. ``docs/performance.md`` has the time to first token with and without it."""
 
 
-def make_default_plan(view: StepView) -> Grants:
+def make_default_plan(
+    view: StepView,
+    *,
+    waiting_order: NDArray[np.int64] | None = None,
+    token_budget: int | None = None,
+    min_prefill_tokens: int = MIN_PREFILL_TOKENS,
+    victims: NDArray[np.int64] | None = None,
+) -> Grants:
     """Decodes first, then running prompts, then waiting requests in key order, each cut to what the budget leaves.
 
     A prompt's first token leaves with the step that computes the prompt's last token. So few prompts share a step with
-    decodes: no prompt waits for the ones behind it (``MIN_PREFILL_TOKENS``). Of a long queue, half is computed at once,
+    decodes: no prompt waits for the ones behind it (``min_prefill_tokens``). Of a long queue, half is computed at once,
     which costs the decodes less than many steps would. A prompt is not cut beside another prompt if a step of its own
     would hold it whole: begun now, it would end no sooner, and the prompt before it later.
+
+    ``waiting_order``: indices into ``view.waiting`` in the order in which these are admitted; what is left out waits.
+    ``token_budget``: spend at most this of the view's. ``victims``: see ``Grants``.
     """
     # Tokens that each request asks for: the running ones, then as many of the waiting ones as have a row.
     wanted = view.running.num_remaining_tokens
-    num_running, num_admitted = len(wanted), min(len(view.waiting), view.num_free_rows)
+    num_running = len(wanted)
+    num_admitted = min(len(view.waiting if waiting_order is None else waiting_order), view.num_free_rows)
     if num_admitted:
-        wanted = np.concatenate((wanted, view.waiting.num_remaining_tokens[:num_admitted]))
+        waiting = view.waiting.num_remaining_tokens
+        first = waiting[:num_admitted] if waiting_order is None else waiting[waiting_order[:num_admitted]]
+        wanted = np.concatenate((wanted, first))
     indices = wanted.nonzero()[0]  # 0: its last tokens are in flight, or it is already served in this step
     if np.count_nonzero(wanted[:num_running] > 1):  # a running prompt: decodes must be moved before it
         decodes = indices[wanted[indices] == 1]
@@ -36,9 +50,9 @@ def make_default_plan(view: StepView) -> Grants:
     tokens = wanted[indices]
 
     num_decodes, num_wanted = np.count_nonzero(wanted[:num_running] == 1), np.add.reduce(tokens)
-    budget = view.token_budget
+    budget = view.token_budget if token_budget is None else min(token_budget, view.token_budget)
     if num_decodes and view.chunked_prefill:
-        budget = min(budget, num_decodes + max(MIN_PREFILL_TOKENS, (num_wanted - num_decodes) // 2))
+        budget = min(budget, num_decodes + max(min_prefill_tokens, (num_wanted - num_decodes) // 2))
     if num_wanted > budget:
         uncut = tokens
         # What the requests before each one leave of the budget: the last that gets anything may be cut.
@@ -49,4 +63,7 @@ def make_default_plan(view: StepView) -> Grants:
             tokens[last] = 0
         keep = tokens > 0 if view.chunked_prefill else tokens == uncut
         indices, tokens = indices[keep], tokens[keep]
-    return Grants(indices, tokens)
+    if waiting_order is not None and num_admitted:
+        places = indices[indices >= num_running] - num_running
+        indices = np.concatenate((indices[indices < num_running], num_running + waiting_order[places]))
+    return Grants(indices, tokens, victims)

@@ -28,7 +28,8 @@ class AllocatorError(Exception):
 class GuardedAllocator(KVAllocator):
     """Calls ``allocator``. Nothing else can keep its blocks, so it is not replaced:
 
-    - what only the prefix cache needs (``match_prefix``, ``cache_full_blocks``) is not called any more once it raised;
+    - what only the prefix cache needs (``match_prefix``, ``count_cached_tokens``, ``cache_full_blocks``) is not called
+      any more once it raised;
     - what must not fail (``free``, ``stats``) is logged;
     - whatever else raises is an ``AllocatorError``, which ends the request that it was called for.
     """
@@ -47,6 +48,10 @@ class GuardedAllocator(KVAllocator):
         """Nothing, once the prefix cache has failed."""
         match = self._prefix_cache.call(self.allocator.match_prefix, request)
         return self._no_match if match is None else match
+
+    def count_cached_tokens(self, request: Request) -> int:
+        """0, once the prefix cache has failed."""
+        return self._prefix_cache.call(self.allocator.count_cached_tokens, request) or 0
 
     def allocate(
         self,

@@ -5,37 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quire.core.contracts.policy import (
+    NO_DEADLINE,
     BatchingPolicy,
-    Grants,
+    GroupKey,
     Reject,
     RequestInfo,
+    StepReport,
     StepView,
     Usage,
 )
 from quire.core.errors import QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.request import Request
+from quire.core.sched.checked_plan import CheckedPlan, check_grants
 from quire.core.sched.default_policy_plan import make_default_plan
 from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["CheckedPlan", "PolicyGuard", "check_grants"]
+__all__ = ["PolicyGuard", "RequestRank", "make_request_info"]
 
 
-@dataclass(slots=True)
-class CheckedPlan:
-    """Grants that are safe to carry out: positive, within the budget and what remains, no request twice."""
+class RequestRank(NamedTuple):
+    """Where a request waits."""
 
-    request_indices: NDArray[np.int64]  # (n,) requests as the view numbers them
-    num_scheduled_tokens: NDArray[np.int64]  # (n,)
-    victims: list[int]
-    """Running requests as the view numbers them, in the order in which they are preempted when blocks run out."""
+    key: tuple[Any, ...]
+    group: GroupKey
 
 
 class PolicyGuard:
@@ -58,36 +57,53 @@ class PolicyGuard:
         max_empty_plans: int = 8,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self.policy = policy
         self._fallback = fallback
         self._on_quarantine = on_quarantine
+        self._time_limit_s, self._max_slow_calls, self._clock = time_limit_s, max_slow_calls, clock
+        self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
+        self.replace_policy(policy, name)
+
+    def replace_policy(self, policy: BatchingPolicy, name: str | None = None) -> None:
+        """Ask ``policy`` from now on. Every request then needs a new rank."""
         self._quarantine = Quarantine(
             "policy",
             name or class_path(policy),
-            self._replace_policy,
-            replacement=class_path(fallback),
-            time_limit_s=time_limit_s,
-            max_slow_calls=max_slow_calls,
-            clock=clock,
+            self._use_fallback,
+            replacement=class_path(self._fallback),
+            time_limit_s=self._time_limit_s,
+            max_slow_calls=self._max_slow_calls,
+            clock=self._clock,
         )
-        self._call: Callable[..., object] = self._quarantine.call_timed
-        self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
-        self._key_types: tuple[type, ...] | None = None
+        self._use_policy(policy, self._quarantine.call_timed)
 
-    def admission_key(self, request: Request) -> tuple[Any, ...]:
-        """The request's place in the queue. Raises ``QueueFullError`` if the policy rejects the request."""
-        info = _request_info(request)
+    @property
+    def name(self) -> str:
+        """The name of the policy that is asked."""
+        return class_path(self._fallback) if self._on_fallback else self._quarantine.name
+
+    def rank_request(self, request: Request, *, may_reject: bool = True) -> RequestRank:
+        """Where the request waits. Raises ``QueueFullError`` if the policy rejects the request; one that was accepted
+        before (not ``may_reject``) goes first then."""
+        info = request.info
+        assert info is not None
         while True:
             policy = self.policy
             key = self._call(policy.admission_key, info)
             if self.policy is not policy:
                 continue  # it raised or was too slow: the fallback is asked
             if isinstance(key, Reject) and not self._on_fallback:
-                raise QueueFullError(f"request {info.request_id} was refused by the policy: {key.reason}")
+                if may_reject:
+                    raise QueueFullError(f"request {info.request_id} was refused by the policy: {key.reason}")
+                return RequestRank((), None)  # () is smaller than any other key
             fault = self._key_fault(key)
             if fault is None:
-                assert isinstance(key, tuple)
-                return key
+                group = self._call(policy.group_key, info) if self.has_groups else None
+                if self.policy is not policy:
+                    continue
+                if isinstance(group, str | int | None):
+                    assert isinstance(key, tuple)
+                    return RequestRank(key, group)
+                fault = f"group_key returned {group!r:.100}, not a string, a whole number or None"
             self._report_fault("invalid_result", fault)
 
     def schedule(self, view: StepView) -> CheckedPlan:
@@ -125,9 +141,13 @@ class PolicyGuard:
         """A plan led to a step."""
         self._num_empty_plans = 0
 
+    def report_step(self, report: StepReport) -> None:
+        """Tell the policy what became of its plan."""
+        self._call(self.policy.step_scheduled, report)
+
     def request_finished(self, request: Request, clock: Callable[[], int]) -> None:
         """Tell the policy that a request left the engine, if it wants to know; ``clock`` gives nanoseconds."""
-        if type(self.policy).request_finished is BatchingPolicy.request_finished:
+        if not self._overrides("request_finished"):
             return
         scheduled_ns = request.first_scheduled_ns
         usage = Usage(
@@ -137,7 +157,10 @@ class PolicyGuard:
             num_preemptions=request.num_preemptions,
             run_ns=max(clock() - scheduled_ns, 0) if scheduled_ns else 0,
         )
-        self._call(self.policy.request_finished, _request_info(request), usage)
+        self._call(self.policy.request_finished, request.info, usage)
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self.policy), method) is not getattr(BatchingPolicy, method)
 
     @property
     def _on_fallback(self) -> bool:
@@ -148,11 +171,21 @@ class PolicyGuard:
             raise RuntimeError(f"the fallback policy failed: {detail}")
         self._quarantine.switch_off(reason, detail)
 
-    def _replace_policy(self, plugin: QuarantinedPlugin) -> None:
-        self.policy = self._fallback
-        self._call = _call_unguarded  # an error of the fallback is a bug of ours, and is raised
-        self._key_types = None
+    def _use_fallback(self, plugin: QuarantinedPlugin) -> None:
+        self._use_policy(self._fallback, _call_unguarded)  # an error of the fallback is a bug of ours, and is raised
         self._on_quarantine(plugin)
+
+    def _use_policy(self, policy: BatchingPolicy, call: Callable[..., object]) -> None:
+        self.policy = policy
+        self._call = call
+        self._key_types: tuple[type, ...] | None = None
+        self._num_empty_plans = 0
+        self.has_groups = self._overrides("group_key") and self._overrides("schedule")
+        """Whether the policy divides requests into groups, and chooses between them."""
+        self.wants_reports = self._overrides("step_scheduled")
+        """Whether the policy is told of each step."""
+        self.reads_prefix_cache = bool(getattr(policy, "reads_prefix_cache", False))
+        """Whether the policy wants to know what is cached of prompts."""
 
     def _key_fault(self, key: object) -> str | None:
         if not isinstance(key, tuple) or not all(isinstance(part, (int, float, str, np.number)) for part in key):
@@ -170,71 +203,23 @@ def _call_unguarded(function: Callable[..., object], *args: object) -> object:
     return function(*args)
 
 
-def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
-    """The grants cut to what is possible; or, if they break the contract, a text that says how."""
-    if not isinstance(grants, Grants):
-        return f"schedule returned {type(grants).__name__}, not Grants"
-    num_running, num_waiting = len(view.running), len(view.waiting)
-    for name in ("request_indices", "num_scheduled_tokens"):
-        column = getattr(grants, name)
-        if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
-            return f"Grants.{name} is {column!r}, not a one-dimensional array of integers"
-    indices = grants.request_indices.astype(np.int64, copy=False)
-    tokens = grants.num_scheduled_tokens.astype(np.int64, copy=False)
-    if len(indices) != len(tokens):
-        return f"Grants has {len(indices)} request_indices and {len(tokens)} num_scheduled_tokens"
-    if not len(indices):
-        return CheckedPlan(indices, tokens, [])
-    low, high = np.minimum.reduce(indices), np.maximum.reduce(indices)
-    if low < 0 or high >= num_running + num_waiting:
-        return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
-    if np.count_nonzero(np.bincount(indices)) < len(indices):
-        return f"Grants.request_indices names request {np.bincount(indices).argmax()} twice"
-    if np.minimum.reduce(tokens) < 0:
-        return f"Grants.num_scheduled_tokens must not be negative, got {tokens.min()}"
-    victims = _check_victims(grants.victims, num_running)
-    if isinstance(victims, str):
-        return victims
-
-    # From here on, what is too much is cut: to what each request has left to compute ...
-    remaining = view.running.num_remaining_tokens
-    if num_waiting:
-        remaining = np.concatenate((remaining, view.waiting.num_remaining_tokens))
-    wanted = remaining[indices]
-    tokens = np.minimum(tokens, wanted)
-    # ... to the waiting requests that find a row, in the order of the grants ...
-    if num_waiting:
-        is_waiting = indices >= num_running
-        tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > view.num_free_rows), 0, tokens)
-    # ... to the budget, which the first grants use up ...
-    if np.add.reduce(tokens) > view.token_budget:
-        tokens = np.clip(view.token_budget - (tokens.cumsum() - tokens), 0, tokens)
-    # ... and, where prompts cannot be computed in parts, to whole ones.
-    if not view.chunked_prefill:
-        tokens = np.where(tokens == wanted, tokens, 0)
-    keep = tokens > 0
-    if np.count_nonzero(keep) < len(keep):
-        indices, tokens = indices[keep], tokens[keep]
-    return CheckedPlan(indices, tokens, victims)
-
-
-def _request_info(request: Request) -> RequestInfo:
+def make_request_info(request: Request, num_cached_tokens: int = 0, prefix_hash: int = 0) -> RequestInfo:
+    """What a policy is told of a request."""
+    params, max_tokens = request.scheduling, request.max_total_tokens - request.prompt_len
     return RequestInfo(
         request_id=request.external_request_id,
         arrival_ns=request.arrival_ns,
         prompt_len=request.prompt_len,
-        max_tokens=request.max_total_tokens - request.prompt_len,
+        max_tokens=max_tokens,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        request_number=request.request_id,
+        group=params.group,
+        deadline_ns=NO_DEADLINE if params.deadline_ms is None else request.arrival_ns + int(params.deadline_ms * 1e6),
+        ttft_target_ns=int((params.ttft_target_ms or 0) * 1e6),
+        tpot_target_ns=int((params.tpot_target_ms or 0) * 1e6),
+        predicted_tokens=min(params.predicted_tokens or 0, max_tokens),
+        tags=MappingProxyType(params.tags),
+        num_cached_tokens=num_cached_tokens,
+        prefix_hash=prefix_hash,
     )
-
-
-def _check_victims(victims: object, num_running: int) -> list[int] | str:
-    if victims is None:
-        return []
-    if not isinstance(victims, np.ndarray) or victims.ndim != 1 or victims.dtype.kind not in "iu":
-        return f"Grants.victims is {victims!r}, not a one-dimensional array of integers"
-    if len(victims) and (victims.min() < 0 or victims.max() >= num_running):
-        return f"Grants.victims must lie in 0..{num_running - 1}, got {victims.min()}..{victims.max()}"
-    checked: list[int] = victims.tolist()
-    return checked

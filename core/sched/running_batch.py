@@ -6,10 +6,12 @@ such a table, and the visible part of the waiting queue has one; ``GatheredColum
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy_view import RequestColumns
+from quire.core.contracts.policy_view import RequestColumns, RequestInfo
 from quire.core.request import Request, RequestStatus
 
 __all__ = ["NEVER", "GatheredColumns", "RunningBatch", "StateColumns"]
@@ -44,9 +46,25 @@ class StateColumns:
     max_overcount: NDArray[np.int64]
     """Drafts in flight. They are counted as if all were accepted, so ``num_computed_tokens`` and ``num_tokens`` may be
     too high by as much as this, until the step's output is in."""
+    request_ids: NDArray[np.int64]
+    group: NDArray[np.int64]
+    """Index of the request's group, 0 where there are none."""
+    deadline_ns: NDArray[np.int64]
+    ttft_target_ns: NDArray[np.int64]
+    tpot_target_ns: NDArray[np.int64]
+    predicted_tokens: NDArray[np.int64]
 
     def __init__(self, size: int) -> None:
-        self._data = np.zeros((10, size), np.int64)
+        self._allocate(np.zeros((16, size), np.int64))
+
+    def resize_columns(self, size: int) -> None:
+        """Hold ``size`` requests, not fewer than before."""
+        data = np.zeros((len(self._data), size), np.int64)
+        data[:, : self._data.shape[1]] = self._data
+        self._allocate(data)
+
+    def _allocate(self, data: NDArray[np.int64]) -> None:
+        self._data = data
         (
             self.num_computed_tokens,
             self.num_tokens,
@@ -58,11 +76,18 @@ class StateColumns:
             self.arrival_ns,
             self.num_slots,
             self.max_overcount,
-        ) = self._data
+            self.request_ids,
+            self.group,
+            self.deadline_ns,
+            self.ttft_target_ns,
+            self.tpot_target_ns,
+            self.predicted_tokens,
+        ) = data
 
     def set_request(self, index: int, request: Request, num_computed_tokens: int, num_slots: int) -> None:
         """Write a request that has ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``."""
-        self._data[:, index] = (  # in the order of the names in ``__init__``
+        info = request.info or _NO_INFO
+        self._data[:, index] = (  # in the order of the names in ``_allocate``
             num_computed_tokens,
             len(request.token_ids) + request.num_in_flight_tokens,
             request.max_total_tokens - 1,
@@ -73,16 +98,34 @@ class StateColumns:
             request.arrival_ns,
             num_slots,
             0,
+            request.request_id,
+            request.group_index,
+            info.deadline_ns,
+            info.ttft_target_ns,
+            info.tpot_target_ns,
+            info.predicted_tokens,
         )
 
 
-class GatheredColumns(RequestColumns):
-    """What a policy sees of the requests at ``index`` of a table: each column is gathered when it is first read."""
+_NO_INFO = RequestInfo("", 0, 0, 0, 0)
+"""Of a request of which no policy was told: in tests."""
 
-    def __init__(self, columns: StateColumns, index: NDArray[np.int64], block_size: int) -> None:
+
+class GatheredColumns(RequestColumns):
+    """What a policy sees of the requests at ``index`` of a table: each column is gathered when it is first read.
+    ``count_cached_tokens`` gives the column ``num_cached_tokens``."""
+
+    def __init__(
+        self,
+        columns: StateColumns,
+        index: NDArray[np.int64],
+        block_size: int,
+        count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None,
+    ) -> None:
         self._columns = columns
         self._index = index
         self._block_size = block_size
+        self._count_cached_tokens = count_cached_tokens
 
     def __len__(self) -> int:
         return len(self._index)
@@ -104,6 +147,11 @@ class GatheredColumns(RequestColumns):
             column = self.num_computed_tokens - columns.max_overcount.take(index)
         elif name == "output_len":
             column = columns.num_tokens.take(index) - self.prompt_len
+        elif name == "request_number":
+            column = columns.request_ids.take(index)
+        elif name == "num_cached_tokens":
+            count = self._count_cached_tokens
+            column = np.zeros(len(index), np.int64) if count is None else count()
         elif name == "num_held_blocks":
             column = columns.num_slots.take(index) // self._block_size
         elif name == "num_needed_blocks":
@@ -117,7 +165,10 @@ class GatheredColumns(RequestColumns):
 
 
 _STORED = frozenset(
-    ("num_computed_tokens", "num_in_flight_tokens", "prompt_len", "max_tokens", "priority", "arrival_ns")
+    (
+        *("group", "num_computed_tokens", "num_in_flight_tokens", "prompt_len", "max_tokens"),
+        *("predicted_tokens", "priority", "arrival_ns", "deadline_ns", "ttft_target_ns", "tpot_target_ns"),
+    )
 )
 """Columns of a policy's view that a table stores as they are."""
 
@@ -148,7 +199,6 @@ class RunningBatch(StateColumns):
         """``num_tokens`` from which the request's output needs an object: its first token, then its last."""
 
         self.requests = np.full(max_num_seqs, None, object)
-        self.request_ids = np.zeros(max_num_seqs, np.int64)
         self.token_ids = np.full(max_num_seqs, None, object)
         """The ``token_ids`` lists of the requests, the same objects."""
 
@@ -181,7 +231,6 @@ class RunningBatch(StateColumns):
         self.output_object_at[row] = min(request.prompt_len + 1, request.max_total_tokens)
         self.generations[row] = self._last_generation
         self.requests[row], self.token_ids[row] = request, request.token_ids
-        self.request_ids[row] = request.request_id
         self._count_stop_tokens(request.stop_token_ids, 1)
         self.rows = np.append(self.rows, row)  # a new array: views of earlier steps keep theirs
         request.row, request.status = row, RequestStatus.RUNNING

@@ -15,6 +15,9 @@ from quire.core.request import Request
 __all__ = ["Fork", "RowCopy", "ScheduledBatch", "ScheduledRows"]
 
 
+_NO_ROWS: NDArray[np.int64] = np.empty(0, np.int64)
+
+
 class ScheduledRows(NamedTuple):
     """Grants to some rows of the running batch, in parallel columns."""
 
@@ -60,7 +63,7 @@ class ScheduledBatch:
 
     def scheduled_rows(self) -> NDArray[np.int64]:
         """Rows that have their grant of this step."""
-        return np.concatenate([group.rows for group in self.groups]) if self.groups else np.empty(0, np.int64)
+        return np.concatenate([group.rows for group in self.groups]) if self.groups else _NO_ROWS
 
     def record_allocation(self, row: int, allocation: Allocation) -> None:
         """The row's block tables have changed by this."""

@@ -6,10 +6,10 @@ One step, in the order and with the names of the code below::
         batch = ScheduledBatch(token_budget)                  # scheduled_batch.py: the step being built
         Speculation.plan_drafts()                             # speculation.py: budget reserved for drafts
         _fill_batch(batch), until no budget, no blocks or no requests are left:
-            view = _make_view(batch)                          # running requests and the head of the queue, as columns
-            plan = PolicyGuard.schedule(view)                 # policy_guard.py
+            plan = PolicyRunner.make_plan(batch, ...)         # policy_runner.py
+                view = _make_view(batch, ...)                 #   running requests, the head of the queue, as columns
                 grants = BatchingPolicy.schedule(view)        #   a plugin, or default_policy_plan.py
-                check_grants(grants, view) -> CheckedPlan     #   cut to what is possible; a faulty policy is replaced
+                check_grants(grants, view) -> CheckedPlan     #   cut to what is possible; policy_guard.py replaces
             BatchBuilder.apply_plan(batch, plan, ...)         # batch_builder.py
                 _schedule_running: allocate blocks; preempt when there are none, the last in rank first
                 _admit_request: fork the parent or match the prefix; allocate blocks; RunningBatch.add_row
@@ -42,13 +42,14 @@ import numpy as np
 
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
-from quire.core.contracts.policy import BatchingPolicy, StepView
+from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
+    ErrorKind,
     FinishReason,
     ModelRunnerOutput,
     SchedulerOutput,
@@ -59,7 +60,7 @@ from quire.core.sched.draft_length import DraftLengthTuner
 from quire.core.sched.kv_guard import AllocatorError
 from quire.core.sched.limits import RequestLimits, TokenBudget
 from quire.core.sched.output_updater import InFlightStep, OutputUpdater
-from quire.core.sched.policy_guard import PolicyGuard
+from quire.core.sched.policy_runner import PolicyRunner
 from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduled_batch import ScheduledBatch
 from quire.core.sched.speculation import Speculation
@@ -120,13 +121,26 @@ class Scheduler:
         )
         self._waiting = WaitingQueue(allocator.block_size)
         self._requests: dict[int, Request] = {}
-        self._fork_groups = ForkGroups()
+        self._fork_groups = ForkGroups(self._waiting, self._running)
         self._in_flight: deque[InFlightStep] = deque()
         self.quarantined: list[QuarantinedPlugin] = []
         """The policy and the proposer on the host, if they were quarantined."""
         self.failed_outputs: list[EngineCoreOutput] = []
-        """Ends of requests for which the allocator raised, to be sent."""
-        self._policy_guard = PolicyGuard(policy, fallback, self._note_replaced_policy, name=policy_name, clock=timer)
+        """Ends of requests for which the allocator raised or which the policy refused, to be sent."""
+        self._policy_runner = PolicyRunner(
+            policy,
+            fallback,
+            policy_name,
+            config=config,
+            running=self._running,
+            waiting=self._waiting,
+            allocator=allocator,
+            requests=self._requests,
+            clock=clock,
+            timer=timer,
+            on_quarantine=self.quarantined.append,
+            refuse=lambda request, error: self._end_with_error(request, error, "deadline_unmeetable"),
+        )
         self._speculation: Speculation | None = None
         if speculation is not None:
             tuner = DraftLengthTuner(
@@ -149,7 +163,7 @@ class Scheduler:
             speculation=self._speculation,
         )
         self._token_budget = TokenBudget(config, max_model_len)
-        self._num_arrivals = self._num_steps = self._num_preemptions = 0
+        self._num_steps = self._num_preemptions = 0
 
     # ---- Requests arrive and are aborted.
 
@@ -158,17 +172,11 @@ class Scheduler:
         if message.request_id in self._requests:
             raise InvalidRequestError(f"request {message.request_id} is in the engine already")
         request = self._limits.validate_request(message, self.num_waiting, len(self._running))
-        request.queue_key = (self._policy_guard.admission_key(request), self._num_arrivals)
-        self._num_arrivals += 1
+        self._policy_runner.add_request(request)
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = []
-        # With n > 1, the later requests wait for the first one's prompt, to share its blocks.
         parent = None if request.parent_id is None else self._requests.get(request.parent_id)
-        if parent is not None and not self._is_prompt_computed(parent):
-            self._fork_groups.add_child(request)
-            self._waiting.park_request(request)
-        else:
-            self._waiting.add_request(request)
+        self._fork_groups.add_request(request, parent)
         self._requests[request.request_id] = request
 
     def abort_request(self, request_id: int) -> bool:
@@ -195,18 +203,20 @@ class Scheduler:
                 self._recover_from(fault)
                 continue
             if batch.groups:
-                self._policy_guard.note_progress()
+                self._policy_runner.guard.note_progress()
                 return self._close_batch(batch)
             if self._in_flight or not (len(self._running) or self._waiting.num_ready):
                 return None
             # The engine is idle and has requests: the policy is asked again, and replaced if it goes on like this.
-            if not self._policy_guard.note_empty_plan():
+            if not self._policy_runner.guard.note_empty_plan():
                 return None
 
     def update_from_output(self, step: SchedulerOutput, output: ModelRunnerOutput) -> EngineCoreOutputs:
         """Apply the output of ``step``, the oldest in flight."""
         self._token_budget.record_fitting_step()
-        return self._output_updater.update_from_output(self._pop_oldest_step(step), output)
+        outputs = self._output_updater.update_from_output(self._pop_oldest_step(step), output)
+        self._policy_runner.step_finished(step, output, outputs)
+        return outputs
 
     def fail_step(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
         """``step``, the oldest in flight, failed on the worker: its requests end with ``error``, the others go on. With
@@ -241,6 +251,10 @@ class Scheduler:
             self._preempt_request(request)
         self._running.restore_freed_rows(step.freed_rows)
         return True
+
+    def replace_policy(self, policy: BatchingPolicy, name: str) -> None:
+        """Ask another policy from the next step on. No request is dropped, and each keeps its tokens and its row."""
+        self._policy_runner.replace_policy(policy, name)
 
     def disable_speculation(self) -> None:
         """The proposer failed on the worker: nothing is drafted any more."""
@@ -298,34 +312,23 @@ class Scheduler:
             running_rows, waiting_requests = running.rows, waiting.peek_requests(num_visible)
             if not len(running_rows) and not waiting_requests:
                 return
-            plan = self._policy_guard.schedule(self._make_view(batch, num_visible))
+            plan = self._policy_runner.make_plan(batch, self._num_steps, num_visible, waiting_requests)
             if not len(plan.request_indices):
                 return
             self._batch_builder.apply_plan(batch, plan, running_rows, waiting_requests)
             if not batch.prefix_hit_refund or batch.out_of_blocks or batch.token_budget <= 0:
                 return
 
-    def _make_view(self, batch: ScheduledBatch, num_visible: int) -> StepView:
-        return StepView(
-            now_ns=self._clock(),
-            token_budget=batch.token_budget - batch.reserved_draft_budget,
-            num_free_rows=self._running.num_free_rows,
-            num_free_blocks=self._allocator.num_free_blocks(),
-            block_size=self._allocator.block_size,
-            running=self._running.view_columns(batch.scheduled_rows()),
-            waiting=self._waiting.view_columns(num_visible),
-            chunked_prefill=self._config.chunked_prefill,
-        )
-
     def _close_batch(self, batch: ScheduledBatch) -> SchedulerOutput:
         step = self._batch_builder.make_output(batch, self._num_steps)
         self._num_steps += 1
         in_flight_step = InFlightStep.from_running(step, self._running, batch.forks)
         self._in_flight.append(in_flight_step)
+        self._policy_runner.step_scheduled(step)
         if self._fork_groups:
             # Requests that sample have their whole prompt computed, in stream order: their children may share it.
             for request in in_flight_step.requests[step.sampling_mask]:
-                self._unpark_children(request)
+                self._fork_groups.unpark_children(request)
         return step
 
     def _pop_oldest_step(self, step: SchedulerOutput) -> InFlightStep:
@@ -342,11 +345,14 @@ class Scheduler:
         for request in list(self._requests.values()):
             if fault.request in (request, None):
                 self._allocator.free(request)  # what it got while it waited
-                self._finish_request(request, "error", None)
-                output = EngineCoreOutput(request.request_id, [], finish_reason="error", error=str(fault))
-                self.failed_outputs.append(output)
+                self._end_with_error(request, str(fault), "failed")
 
     # ---- A request leaves its row, or the engine.
+
+    def _end_with_error(self, request: Request, error: str, kind: ErrorKind) -> None:
+        self._finish_request(request, "error", None)
+        output = EngineCoreOutput(request.request_id, [], finish_reason="error", error=error, error_kind=kind)
+        self.failed_outputs.append(output)
 
     def _preempt_request(self, request: Request) -> None:
         """Back to the queue, at its old place. All of it is computed again, except what the prefix cache still has.
@@ -355,6 +361,7 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._num_preemptions += 1
+        self._policy_runner.request_preempted(request)
         if request.num_in_flight_tokens:
             self._waiting.park_request(request)
         else:
@@ -370,10 +377,10 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
         self._fork_groups.remove_child(request)
-        self._unpark_children(request)
+        self._fork_groups.unpark_children(request)
         if self._speculation is not None:
             self._speculation.request_finished(request)
-        self._policy_guard.request_finished(request, self._clock)
+        self._policy_runner.request_finished(request)
         if self._on_end is not None:
             self._on_end(request)
 
@@ -384,17 +391,3 @@ class Scheduler:
         self._allocator.cache_full_blocks(request, num_committed)
         self._allocator.free(request)
         self._running.free_row(request)
-
-    def _is_prompt_computed(self, request: Request) -> bool:
-        return request.row >= 0 and bool(self._running.num_computed_tokens[request.row] >= request.prompt_len)
-
-    def _unpark_children(self, parent: Request) -> None:
-        for child in self._fork_groups.pop_children(parent):
-            self._waiting.unpark_request(child)
-
-    def _note_replaced_policy(self, plugin: QuarantinedPlugin) -> None:
-        """Another policy: new keys for all requests, running ones too, because they may be preempted."""
-        self.quarantined.append(plugin)
-        for request in self._requests.values():
-            request.queue_key = (self._policy_guard.admission_key(request), request.queue_key[1])
-        self._waiting.reorder_requests()

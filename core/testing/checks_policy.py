@@ -10,10 +10,20 @@ import numpy as np
 
 from quire.core.config import SchedulerConfig
 from quire.core.contracts.kv import KVAllocator, KVGroup
-from quire.core.contracts.policy import BatchingPolicy, Reject, RequestColumns, RequestInfo, StepView, Usage
+from quire.core.contracts.policy import (
+    NO_DEADLINE,
+    BatchingPolicy,
+    GroupColumns,
+    Reject,
+    RequestColumns,
+    RequestInfo,
+    StepView,
+    Usage,
+)
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
-from quire.core.sched.policy_guard import check_grants
+from quire.core.sched.checked_plan import check_grants
+from quire.core.scheduling_params import SchedulingParams
 from quire.core.testing.simulated_engine import SimulatedEngine
 
 __all__ = [
@@ -33,9 +43,13 @@ def check_keys_can_be_compared(cls: type[BatchingPolicy]) -> None:
     policy, other = _make(cls), _make(cls)
     keys = []
     for i in range(50):
-        info = RequestInfo(f"r{i}", 10**18 + i, 1 + i * 37 % 900, 1 + i % 7, i % 5 - 2, None if i % 3 else "salt")
+        info = _info(i)
         key, same = policy.admission_key(info), other.admission_key(info)
         assert type(key) is type(same), "two instances with one history disagree"
+        if not isinstance(key, Reject):
+            group = policy.group_key(info)
+            assert isinstance(group, str | int | None), f"group_key returned {group!r}"
+            assert group == other.group_key(info), "two instances with one history disagree"
         if not isinstance(key, Reject):
             assert isinstance(key, tuple), f"admission_key returned {key!r}, not a tuple"
             assert key == same, "two instances with one history disagree"
@@ -64,11 +78,11 @@ def check_plans_are_deterministic(cls: type[BatchingPolicy]) -> None:
 
 
 def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
-    """With nothing in flight and something to do, the policy grants something."""
+    """With nothing in flight and something to do, the policy grants or refuses something."""
     policy = _make(cls)
     for seed in range(50):
-        view = _view(seed, idle=True)
-        assert int(np.sum(policy.schedule(view).num_scheduled_tokens)) > 0, (
+        grants = policy.schedule(_view(seed, idle=True))
+        assert grants.refusals or int(np.sum(grants.num_scheduled_tokens)) > 0, (
             f"view {seed}: nothing was granted to an idle engine"
         )
 
@@ -104,6 +118,28 @@ def check_request_finished_accepts_any_request(cls: type[BatchingPolicy]) -> Non
         policy.request_finished(RequestInfo("r", 0, 10, 5, 0), Usage(10, 0, tokens, 0, tokens * 1000))
 
 
+def _info(i: int) -> RequestInfo:
+    """The ``i``-th of some requests that say much, little or nothing of themselves."""
+    arrival_ns = 10**18 + i
+    return RequestInfo(
+        f"r{i}",
+        arrival_ns,
+        1 + i * 37 % 900,
+        1 + i % 7,
+        i % 5 - 2,
+        None if i % 3 else "salt",
+        request_number=i,
+        group=(None, "a", "b")[i % 3],
+        deadline_ns=NO_DEADLINE if i % 2 else arrival_ns + i * 10**6,
+        ttft_target_ns=0 if i % 4 else 10**8,
+        tpot_target_ns=0 if i % 4 else 10**7,
+        predicted_tokens=i % 3,
+        tags={} if i % 5 else {"tier": "gold"},
+        num_cached_tokens=16 * (i % 3),
+        prefix_hash=i % 4,
+    )
+
+
 def _make(cls: type[BatchingPolicy]) -> BatchingPolicy:
     return cls(parse_options(cls, {}))
 
@@ -118,7 +154,13 @@ def _serve(cls: type[BatchingPolicy], seed: int, *, num_blocks: int, chunked: bo
     engine = SimulatedEngine(allocator, _make(cls), fallback(), config=config, max_model_len=80)
     for i in range(30):
         prompt = [rng.randrange(4) for _ in range(rng.randrange(1, 50))]
-        engine.add_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), priority=rng.randrange(-2, 3))
+        scheduling = SchedulingParams(
+            group=rng.choice([None, "a", "b"]),
+            deadline_ms=rng.choice([None, 1e6]),
+            predicted_tokens=rng.randrange(1, 9),
+        )
+        priority = rng.randrange(-2, 3)
+        engine.add_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), priority=priority, scheduling=scheduling)
         for _ in range(rng.randrange(4)):
             engine.run_step()
     engine.run_until_finished()
@@ -140,6 +182,8 @@ def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_
         block_size=16,
         running=_columns(rng, running, True, idle),
         waiting=_columns(rng, waiting, False, idle),
+        step=seed,
+        groups=GroupColumns(("a", None, "b", 7), *rng.integers(0, 99, (4, 4))),
     )
 
 
@@ -152,7 +196,16 @@ def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) ->
         computed[:] = 0
     awaits_output = decoding & (rng.random(count) < (0.0 if idle else 0.2))
     remaining = np.where(awaits_output, 0, prompt_len + output_len - computed)
+    arrival_ns = 10**18 - rng.integers(0, 10**9, count)
+    deadline_ns = np.where(rng.random(count) < 0.5, NO_DEADLINE, arrival_ns + rng.integers(0, 10**10, count))
     return RequestColumns(
+        request_number=rng.permutation(count) + (0 if running else 1000),
+        group=rng.integers(0, 4, count),
+        num_cached_tokens=np.where(rng.random(count) < 0.5, 0, prompt_len - 1) * (not running),
+        predicted_tokens=rng.integers(0, 3, count),
+        deadline_ns=deadline_ns,
+        ttft_target_ns=rng.choice([0, 10**8], count),
+        tpot_target_ns=rng.choice([0, 10**7], count),
         num_computed_tokens=computed,
         min_computed_tokens=computed.copy(),
         num_remaining_tokens=remaining,
@@ -161,7 +214,7 @@ def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) ->
         output_len=output_len,
         max_tokens=output_len + rng.integers(1, 20, count),
         priority=rng.integers(-2, 3, count),
-        arrival_ns=10**18 - rng.integers(0, 10**9, count),
+        arrival_ns=arrival_ns,
         num_held_blocks=-(-computed // 16),
         num_needed_blocks=-(-(computed + remaining) // 16) - -(-computed // 16),
     )

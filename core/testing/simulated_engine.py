@@ -13,6 +13,7 @@ from quire.core.contracts.spec_decode import HostProposer
 from quire.core.messages import EngineCoreOutput, EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
+from quire.core.scheduling_params import SchedulingParams
 from quire.core.testing.fake_kv_worker import FakeKVWorker, compute_expected_tokens
 
 __all__ = ["SimulatedEngine", "SimulatedStep"]
@@ -88,6 +89,7 @@ class SimulatedEngine:
         priority: int = 0,
         salt: str | None = None,
         parent: str | None = None,
+        scheduling: SchedulingParams | None = None,
         **params: object,
     ) -> None:
         """Queue a request. ``params`` are those of ``SamplingParams``."""
@@ -105,6 +107,7 @@ class SimulatedEngine:
                 salt,
                 None if parent is None else self.numbers.get(parent, -1),
                 request_id,
+                scheduling,
             )
         )
         self.numbers[request_id] = number
@@ -173,6 +176,8 @@ class SimulatedEngine:
         if len(self.in_flight) >= self._max_in_flight:
             return None
         step = self.scheduler.schedule()
+        failed, self.scheduler.failed_outputs[:] = list(self.scheduler.failed_outputs), []
+        self._check_outputs(failed)
         if step is None and not self.in_flight:
             assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step

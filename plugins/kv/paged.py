@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,6 +59,18 @@ class PagedAllocator(KVAllocator):
         length = self._fit_windows(hashes, length)
         blocks = tuple(self._matched_blocks(group, hashes, length) for group in range(len(self.groups)))
         return PrefixMatch(length * self.block_size, blocks)
+
+    def count_cached_tokens(self, request: Request) -> int:
+        """By bisection: free blocks are evicted from the end of a prefix, so that it is cached up to some block."""
+        if not self.prefix_caching or request.skip_prefix_cache:
+            return 0
+        hashes = hash_chain(request, self.block_size, (len(request.token_ids) - 1) // self.block_size)
+        length = len(hashes)
+        for group, pool in zip(self.groups, self._pools, strict=True):
+            if group.window is None:
+                cached = pool.cached_blocks
+                length = bisect_left(range(length), True, key=lambda i: hashes[i] not in cached)
+        return self._fit_windows(hashes, length) * self.block_size
 
     def allocate(
         self,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quire.core.messages import CompletionOutput, Logprob, RequestOutput
     from quire.core.plugin.hookspecs import hookimpl
     from quire.core.sampling_params import SamplingParams
+    from quire.core.scheduling_params import SchedulingParams
 
 __all__ = [
     "LLM",
@@ -26,6 +27,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "SchedulingParams",
     "__version__",
     "hookimpl",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "Logprob": "quire.core.messages",
     "RequestOutput": "quire.core.messages",
     "SamplingParams": "quire.core.sampling_params",
+    "SchedulingParams": "quire.core.scheduling_params",
     "hookimpl": "quire.core.plugin.hookspecs",
     "EngineArgs": "quire.core.engine.args",
 }

@@ -84,6 +84,84 @@ TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(max_examples=60, stateful_step_count=40)
 
 
+class GroupedQueueMachine(RuleBasedStateMachine):
+    """Several groups: of each, the policy sees the first few, whatever was seen before."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = WaitingQueue(block_size=4, max_visible=6)
+        self.groups = {}
+        self.count = 0
+
+    @rule(group=st.integers(0, 8), key=st.integers(-3, 3), many=st.integers(1, 9))
+    def arrive(self, group, key, many):
+        for _ in range(many):
+            request = make_request(self.count, key)
+            request.group_index = group
+            self.count += 1
+            self.queue.add_request(request)
+            self.groups.setdefault(group, []).append(request)
+
+    @rule(data=st.data(), back=st.booleans())
+    @precondition(lambda self: self.groups)
+    def leave(self, data, back):
+        group = data.draw(st.sampled_from(sorted(self.groups)))
+        request = data.draw(st.sampled_from(self.groups[group]))
+        self.queue.remove_request(request)
+        if back:
+            self.queue.add_request(request)
+        else:
+            self.groups[group].remove(request)
+            if not self.groups[group]:
+                del self.groups[group]
+
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.groups) > 1)
+    def regroup(self, data):
+        """As when another policy takes over."""
+        moved = [request for requests in self.groups.values() for request in requests]
+        self.groups = {}
+        for request in moved:
+            request.group_index = data.draw(st.integers(0, 3))
+            self.groups.setdefault(request.group_index, []).append(request)
+        self.queue.reorder_requests()
+
+    @rule(limit=st.integers(1, 6))
+    def look(self, limit):
+        seen = self.queue.peek_requests(limit)
+        by_group = {}
+        for request in seen:
+            by_group.setdefault(request.group_index, []).append(request)
+        for group, requests in by_group.items():
+            assert requests == sorted(self.groups[group], key=lambda request: request.queue_key)[: len(requests)]
+        assert len(seen) <= limit and len(by_group) == min(len(self.groups), limit)
+        assert self.queue.view_columns(limit).group.tolist() == [request.group_index for request in seen]
+
+    @invariant()
+    def nothing_is_lost(self):
+        everyone = [request for requests in self.groups.values() for request in requests]
+        assert self.queue.num_ready == len(self.queue) == len(everyone)
+        assert set(self.queue) == set(everyone)
+
+
+TestGroupedQueue = GroupedQueueMachine.TestCase
+TestGroupedQueue.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+def test_groups_take_turns_where_not_all_can_be_seen():
+    queue = WaitingQueue(block_size=4, max_visible=FRONT)
+    for number in range(200):
+        request = make_request(number)
+        request.group_index = number % 20
+        queue.add_request(request)
+    served = []
+    while queue.num_ready:
+        (first, *_) = queue.peek_requests(FRONT)
+        served.append(first.group_index)
+        queue.remove_request(first)
+    assert sorted(served[:20]) == list(range(20)), "no group is served twice before each was served once"
+
+
 def test_removed_requests_do_not_pile_up():
     queue = WaitingQueue(block_size=4, max_visible=FRONT)
     requests = [make_request(number) for number in range(5000)]

@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     )
     from quire.core.request import Request
     from quire.core.sampling_params import SamplingParams
+    from quire.core.scheduling_params import SchedulingParams
     from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = [
     "ENGINE_STATS",
+    "MIN_PREFILL_TOKENS",
+    "NO_DEADLINE",
     "ActivationFormat",
     "Allocation",
     "AttentionBackend",
@@ -52,10 +55,13 @@ __all__ = [
     "EngineConfig",
     "EngineCoreRequest",
     "Executor",
+    "FinishedStep",
     "ForwardContext",
     "Grants",
     "GraphKey",
     "GraphKind",
+    "GroupColumns",
+    "GroupKey",
     "HostDraft",
     "HostProposer",
     "InputFormat",
@@ -80,6 +86,7 @@ __all__ = [
     "QuantActivation",
     "QuantizationLoader",
     "QuarantinedPlugin",
+    "Refusal",
     "Reject",
     "Request",
     "RequestColumns",
@@ -91,14 +98,17 @@ __all__ = [
     "SamplingTable",
     "SchedulerConfig",
     "SchedulerOutput",
+    "SchedulingParams",
     "SpeculationConfig",
     "SpeculativeProposer",
     "StepFuture",
+    "StepReport",
     "StepStats",
     "StepTokens",
     "StepView",
     "TargetState",
     "Usage",
+    "make_default_plan",
 ]
 
 NAMES_OF_MODULE = {
@@ -108,7 +118,8 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.contracts.kv": ("Allocation", "KVAllocator", "KVGroup", "KVStats", "PrefixMatch"),
     "quire.core.contracts.policy": (
-        "BatchingPolicy", "Grants", "Reject", "RequestColumns", "RequestInfo", "StepView", "Usage",
+        "MIN_PREFILL_TOKENS", "NO_DEADLINE", "BatchingPolicy", "FinishedStep", "Grants", "GroupColumns", "GroupKey",
+        "Refusal", "Reject", "RequestColumns", "RequestInfo", "StepReport", "StepView", "Usage", "make_default_plan",
     ),
     "quire.core.contracts.quant": (
         "ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader",
@@ -131,6 +142,7 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.request": ("Request",),
     "quire.core.sampling_params": ("SamplingParams",),
+    "quire.core.scheduling_params": ("SchedulingParams",),
     "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepStats"),
 }  # fmt: skip
 _MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}

@@ -1,0 +1,103 @@
+"""The plan of a policy, checked: what is too much is cut, and what breaks the contract is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.contracts.policy_view import Grants, Refusal, StepView
+
+__all__ = ["CheckedPlan", "check_grants"]
+
+
+@dataclass(slots=True)
+class CheckedPlan:
+    """Grants that are safe to carry out: positive, within the budget and what remains, no request twice."""
+
+    request_indices: NDArray[np.int64]  # (n,) requests as the view numbers them
+    num_scheduled_tokens: NDArray[np.int64]  # (n,)
+    victims: list[int]
+    """Running requests as the view numbers them, in the order in which they are preempted when blocks run out."""
+    refusals: list[Refusal] = field(default_factory=list)
+    """Waiting requests that the policy refuses; none of them has a grant."""
+
+
+def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
+    """The grants cut to what is possible; or, if they break the contract, a text that says how."""
+    if not isinstance(grants, Grants):
+        return f"schedule returned {type(grants).__name__}, not Grants"
+    num_running, num_waiting = len(view.running), len(view.waiting)
+    for name in ("request_indices", "num_scheduled_tokens"):
+        column = getattr(grants, name)
+        if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
+            return f"Grants.{name} is {column!r}, not a one-dimensional array of integers"
+    indices = grants.request_indices.astype(np.int64, copy=False)
+    tokens = grants.num_scheduled_tokens.astype(np.int64, copy=False)
+    if len(indices) != len(tokens):
+        return f"Grants has {len(indices)} request_indices and {len(tokens)} num_scheduled_tokens"
+    refusals = _check_refusals(grants.refusals, num_running, num_waiting) if grants.refusals != [] else []
+    if isinstance(refusals, str):
+        return refusals
+    if not len(indices):
+        return CheckedPlan(indices, tokens, [], refusals)
+    low, high = np.minimum.reduce(indices), np.maximum.reduce(indices)
+    if low < 0 or high >= num_running + num_waiting:
+        return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
+    if np.count_nonzero(np.bincount(indices)) < len(indices):
+        return f"Grants.request_indices names request {np.bincount(indices).argmax()} twice"
+    if np.minimum.reduce(tokens) < 0:
+        return f"Grants.num_scheduled_tokens must not be negative, got {tokens.min()}"
+    victims = _check_victims(grants.victims, num_running)
+    if isinstance(victims, str):
+        return victims
+    if refusals:
+        is_refused = np.isin(indices, [refusal.request_index for refusal in refusals])
+        indices, tokens = indices[~is_refused], tokens[~is_refused]
+
+    # From here on, what is too much is cut: to what each request has left to compute ...
+    remaining = view.running.num_remaining_tokens
+    if num_waiting:
+        remaining = np.concatenate((remaining, view.waiting.num_remaining_tokens))
+    wanted = remaining[indices]
+    tokens = np.minimum(tokens, wanted)
+    # ... to the waiting requests that find a row, in the order of the grants ...
+    if num_waiting:
+        is_waiting = indices >= num_running
+        tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > view.num_free_rows), 0, tokens)
+    # ... to the budget, which the first grants use up ...
+    if np.add.reduce(tokens) > view.token_budget:
+        tokens = np.clip(view.token_budget - (tokens.cumsum() - tokens), 0, tokens)
+    # ... and, where prompts cannot be computed in parts, to whole ones.
+    if not view.chunked_prefill:
+        tokens = np.where(tokens == wanted, tokens, 0)
+    keep = tokens > 0
+    if np.count_nonzero(keep) < len(keep):
+        indices, tokens = indices[keep], tokens[keep]
+    return CheckedPlan(indices, tokens, victims, refusals)
+
+
+def _check_victims(victims: object, num_running: int) -> list[int] | str:
+    if victims is None:
+        return []
+    if not isinstance(victims, np.ndarray) or victims.ndim != 1 or victims.dtype.kind not in "iu":
+        return f"Grants.victims is {victims!r}, not a one-dimensional array of integers"
+    if len(victims) and (victims.min() < 0 or victims.max() >= num_running):
+        return f"Grants.victims must lie in 0..{num_running - 1}, got {victims.min()}..{victims.max()}"
+    checked: list[int] = victims.tolist()
+    return checked
+
+
+def _check_refusals(refusals: object, num_running: int, num_waiting: int) -> list[Refusal] | str:
+    if not isinstance(refusals, list):
+        return f"Grants.refusals is {refusals!r:.100}, not a list; call refuse"
+    checked: dict[int, Refusal] = {}
+    for refusal in refusals:
+        if not isinstance(refusal, tuple) or len(refusal) != 2 or not isinstance(refusal[0], int | np.integer):
+            return f"Grants.refusals holds {refusal!r:.100}, not a request and a reason; call refuse"
+        index = int(refusal[0])
+        if not num_running <= index < num_running + num_waiting:
+            return f"Grants.refuse takes a waiting request, {num_running}..{num_running + num_waiting - 1}, got {index}"
+        checked[index] = Refusal(index, str(refusal[1]))
+    return list(checked.values())

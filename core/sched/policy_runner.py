@@ -1,0 +1,187 @@
+"""What stands between the scheduler and its policy: requests are ranked and grouped, views made, and events told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.config import SchedulerConfig
+from quire.core.contracts.kv import KVAllocator
+from quire.core.contracts.policy import BatchingPolicy, FinishedStep, StepReport, StepView
+from quire.core.messages import EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
+from quire.core.request import Request
+from quire.core.sched.checked_plan import CheckedPlan
+from quire.core.sched.policy_guard import PolicyGuard, make_request_info
+from quire.core.sched.prefix_lookup import PrefixLookup
+from quire.core.sched.request_groups import GroupTable
+from quire.core.sched.running_batch import RunningBatch
+from quire.core.sched.scheduled_batch import ScheduledBatch
+from quire.core.sched.waiting_queue import WaitingQueue
+from quire.core.stats import QuarantinedPlugin
+
+__all__ = ["PolicyRunner"]
+
+
+class PolicyRunner:
+    """Serves one policy, and the next one after ``replace_policy`` or a quarantine. What a policy does not use (groups,
+    the prefix cache, reports) is not prepared for it."""
+
+    def __init__(
+        self,
+        policy: BatchingPolicy,
+        fallback: BatchingPolicy,
+        name: str | None,
+        *,
+        config: SchedulerConfig,
+        running: RunningBatch,
+        waiting: WaitingQueue,
+        allocator: KVAllocator,
+        requests: dict[int, Request],
+        clock: Callable[[], int],
+        timer: Callable[[], int],
+        on_quarantine: Callable[[QuarantinedPlugin], None],
+        refuse: Callable[[Request, str], None],
+    ) -> None:
+        self._config = config
+        self._running, self._waiting = running, waiting
+        self._allocator = allocator
+        self._requests = requests
+        self._clock = clock
+        self._on_quarantine = on_quarantine
+        self._refuse = refuse
+        self._num_arrivals = 0
+        self._preempted: list[int] = []
+        self._finished_steps: list[FinishedStep] = []
+        self._groups: GroupTable | None = None
+        self._prefixes: PrefixLookup | None = None
+        self.guard = PolicyGuard(policy, fallback, self._note_quarantine, name=name, clock=timer)
+        self._prepare_policy()
+
+    def replace_policy(self, policy: BatchingPolicy, name: str | None = None) -> None:
+        """Ask ``policy`` from now on: all requests get new ranks, running ones too, because they may be preempted.
+        Takes time in proportion to their number."""
+        self.guard.replace_policy(policy, name)
+        self._prepare_policy()
+        self._rank_all_requests()
+
+    def add_request(self, request: Request) -> None:
+        """Give an arriving request its rank and group. Raises ``QueueFullError`` if the policy rejects it."""
+        self._rank_request(request, self._num_arrivals, may_reject=True)
+        self._num_arrivals += 1
+
+    def request_finished(self, request: Request) -> None:
+        """A request left the engine."""
+        if self._groups is not None:
+            self._groups.remove_request(request.group_index)
+        self.guard.request_finished(request, self._clock)
+
+    def request_preempted(self, request: Request) -> None:
+        """A request lost its row."""
+        if self.guard.wants_reports:
+            self._preempted.append(request.request_id)
+
+    def make_plan(
+        self, batch: ScheduledBatch, step: int, num_visible: int, waiting_requests: list[Request]
+    ) -> CheckedPlan:
+        """The policy's plan for what is left of the batch. ``waiting_requests`` are ``peek_requests(num_visible)`` of
+        the queue. Requests that the policy refuses are ended, unless a part of their answer was sent."""
+        plan = self.guard.schedule(self._make_view(batch, step, num_visible, waiting_requests))
+        for index, reason in plan.refusals:
+            request = waiting_requests[index - len(self._running)]
+            if not request.num_output_tokens:
+                self._refuse(request, f"the deadline cannot be met: {reason}")
+                self.guard.note_progress()
+        return plan
+
+    def step_scheduled(self, step: SchedulerOutput) -> None:
+        """Count the tokens of each group, and tell the policy what became of its plan, if it has a use for these."""
+        if self._groups is None and not self.guard.wants_reports:
+            return
+        running, rows = self._running, step.rows
+        tokens = step.num_scheduled_tokens.astype(np.int64)
+        if self._groups is not None:
+            num_computed_before = running.num_computed_tokens[rows] - tokens
+            num_prompt_tokens = np.clip(running.prompt_len[rows] - num_computed_before, 0, tokens)
+            self._groups.count_tokens(running.group[rows], tokens, num_prompt_tokens)
+        if self.guard.wants_reports:
+            report = StepReport(
+                step.step,
+                self._clock(),
+                running.request_ids[rows],
+                tokens,
+                tuple(new.request_id for new in step.new_requests),
+                tuple(self._preempted),
+                tuple(self._finished_steps),
+            )
+            self._preempted.clear()
+            self._finished_steps.clear()
+            self.guard.report_step(report)
+
+    def step_finished(self, step: SchedulerOutput, output: ModelRunnerOutput, outputs: EngineCoreOutputs) -> None:
+        """A step's output is in: for the next report."""
+        if not self.guard.wants_reports:
+            return
+        request_ids, counts = list(outputs.request_ids), outputs.num_new_tokens or [1] * len(outputs.request_ids)
+        gained = [(out.request_id, len(out.new_token_ids)) for out in outputs.outputs if out.new_token_ids]
+        self._finished_steps.append(
+            FinishedStep(
+                step.step,
+                step.total_num_scheduled_tokens,
+                output.device_us,
+                np.array(request_ids + [request_id for request_id, _ in gained], np.int64),
+                np.array(counts + [count for _, count in gained], np.int64),
+            )
+        )
+
+    def _make_view(
+        self, batch: ScheduledBatch, step: int, num_visible: int, waiting_requests: list[Request]
+    ) -> StepView:
+        count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None
+        if self._prefixes is not None:
+            count_cached_tokens = partial(self._prefixes.count_cached_tokens, waiting_requests)
+        running = self._running
+        return StepView(
+            now_ns=self._clock(),
+            token_budget=batch.token_budget - batch.reserved_draft_budget,
+            num_free_rows=running.num_free_rows,
+            num_free_blocks=self._allocator.num_free_blocks(),
+            block_size=self._allocator.block_size,
+            running=running.view_columns(batch.scheduled_rows()),
+            waiting=self._waiting.view_columns(num_visible, count_cached_tokens),
+            chunked_prefill=self._config.chunked_prefill,
+            step=step,
+            groups=None if self._groups is None else self._groups.view_columns(running.group[running.rows]),
+        )
+
+    def _prepare_policy(self) -> None:
+        self._groups = GroupTable() if self.guard.has_groups else None
+        self._prefixes = PrefixLookup(self._allocator) if self.guard.reads_prefix_cache else None
+        self._preempted.clear()
+        self._finished_steps.clear()
+
+    def _rank_request(self, request: Request, arrival: int, *, may_reject: bool) -> None:
+        if self._prefixes is None:
+            request.info = request.info or make_request_info(request)
+        else:
+            request.info = make_request_info(request, *self._prefixes.record_arrival(request))
+        rank = self.guard.rank_request(request, may_reject=may_reject)
+        request.queue_key = (rank.key, arrival)
+        request.group_index = 0 if self._groups is None else self._groups.add_request(rank.group)
+
+    def _rank_all_requests(self) -> None:
+        policy = self.guard.policy
+        for request in self._requests.values():
+            self._rank_request(request, request.queue_key[1], may_reject=False)
+            if self.guard.policy is not policy:
+                return  # it was quarantined meanwhile, and all were ranked again for that
+        running = self._running
+        running.group[running.rows] = [request.group_index for request in running.requests[running.rows].tolist()]
+        self._waiting.reorder_requests()
+
+    def _note_quarantine(self, plugin: QuarantinedPlugin) -> None:
+        self._on_quarantine(plugin)
+        self._prepare_policy()
+        self._rank_all_requests()
