@@ -57,6 +57,12 @@ class SpeculativeProposer(ABC):
         of ``--speculative-model`` and its folder; an empty list means that it can. Called before weights are read."""
         return []
 
+    @classmethod
+    def save_example_model(cls, target: Path, folder: Path) -> None:
+        """Where ``needs_model``: save a tiny random draft to ``folder`` for the model in the folder ``target``, so that
+        the conformance checks can run it. One that ``serves_model`` may leave this out: it gets a small model."""
+        raise NotImplementedError
+
     @abstractmethod
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """Draft tokens: see ``HostProposer.propose`` and ``DeviceProposer.propose``."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import unittest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -11,6 +15,8 @@ from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.options import parse_options
 from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
+from quire.core.testing.example_engine import CONFIG, example_engine, example_model, target_of
+from quire.core.testing.tiny_models import make_example_model, save_example_model
 
 __all__ = [
     "check_any_request_may_finish",
@@ -18,6 +24,7 @@ __all__ = [
     "check_device_proposer_drafts_for_every_row",
     "check_proposer_derives_from_host_or_device_proposer",
     "check_request_is_not_changed",
+    "check_tokens_are_those_of_transformers",
 ]
 
 
@@ -66,6 +73,34 @@ def check_device_proposer_drafts_for_every_row(cls: type[SpeculativeProposer]) -
         assert isinstance(drafts, DraftTokens), f"propose returned {type(drafts).__name__}"
         token_ids = drafts.token_ids
         assert token_ids.shape == (n, count) and not token_ids.is_floating_point(), "not (n, count) integers"
+
+
+def check_tokens_are_those_of_transformers(cls: type[SpeculativeProposer]) -> None:
+    """An engine that drafts with it gives the tokens that it gives without, greedy and at random, in any batch, and
+    quarantines nothing."""
+    with example_model(repetitive=True) as (folder, reference), _example_draft(cls, folder) as draft:
+        config = {"method": target_of(cls), "num_speculative_tokens": 3, "adaptive": False}
+        config |= {} if draft is None else {"model": str(draft)}
+        with example_engine(folder, reference, speculative_config=config) as engine:
+            engine.assert_traffic_is_served(num_tokens=39)
+            if not engine.llm.get_stats()["spec_decode_num_draft_tokens_total"]:
+                raise unittest.SkipTest("it drafted nothing, although texts repeat themselves")
+
+
+@contextmanager
+def _example_draft(cls: type[SpeculativeProposer], target: Path) -> Iterator[Path | None]:
+    """A folder with a draft model, if ``cls`` needs one; SkipTest where there is none to be had."""
+    if not cls.needs_model:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="quire-check-") as name:
+        try:
+            cls.save_example_model(target, Path(name))
+        except NotImplementedError:
+            if not cls.serves_model:
+                raise unittest.SkipTest("save_example_model names no draft model to try it with") from None
+            save_example_model(make_example_model(CONFIG, seed=1), Path(name))
+        yield Path(name)
 
 
 def _make_host_proposer(cls: type[SpeculativeProposer]) -> HostProposer:

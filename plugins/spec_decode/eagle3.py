@@ -18,7 +18,12 @@ from quire.plugins.spec_decode.draft_inputs import (
     prepare_draft_pass,
 )
 from quire.plugins.spec_decode.eagle3_head import Eagle3Config, Eagle3Head
-from quire.plugins.spec_decode.eagle3_weights import init_dummy_weights, load_head_weights, read_head_tensors
+from quire.plugins.spec_decode.eagle3_weights import (
+    init_dummy_weights,
+    load_head_weights,
+    read_head_tensors,
+    save_random_head,
+)
 from quire.sdk import (
     AttentionSpec,
     AuxHiddenStates,
@@ -73,6 +78,11 @@ class Eagle3Proposer(DeviceProposer):
         except CheckpointError as error:
             reasons = [str(error)]
         return [f"{draft_path.name!r} {reason}" for reason in reasons]
+
+    @classmethod
+    def save_example_model(cls, target: Path, folder: Path) -> None:
+        """A random head, untrained."""
+        save_random_head(target, folder)
 
     def load_weights(self, source: DraftSource) -> None:
         """The head, with the target's embedding unless it has one of its own that differs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from quire.core.layers.checkpoint import check_tensor_shape
 from quire.plugins.spec_decode.eagle3_head import Eagle3Config, Eagle3Head
 from quire.sdk import CheckpointError
 
-__all__ = ["init_dummy_weights", "load_head_weights", "read_head_tensors"]
+__all__ = ["init_dummy_weights", "load_head_weights", "read_head_tensors", "save_random_head"]
 
 
 def read_head_tensors(folder: Path) -> dict[str, Tensor]:
@@ -70,6 +71,36 @@ def init_dummy_weights(head: Eagle3Head, seed: int) -> None:
                 parameter.copy_(uniform.uniform_(-bound, bound, generator=generator))
         for _ in process_weights_after_loading(head):
             pass
+
+
+def save_random_head(target: Path, folder: Path) -> None:
+    """Write a head of random weights for the model in ``target``, with half of its heads and a smaller vocabulary."""
+    from safetensors.torch import save_file
+
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    hidden, heads, vocab_size = config["hidden_size"], config["num_attention_heads"] // 2, config["vocab_size"]
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_attention_heads": heads, "vocab_size": vocab_size}
+    head_config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_key_value_heads": heads,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": config["max_position_embeddings"],
+        "draft_vocab_size": vocab_size // 2,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0] * 3},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(head_config | sizes), "utf-8")
+    matrices = {"q_proj": 2 * hidden, "k_proj": 2 * hidden, "v_proj": 2 * hidden, "o_proj": hidden}
+    shapes = {f"midlayer.self_attn.{name}.weight": (hidden, width) for name, width in matrices.items()}
+    shapes |= {f"midlayer.mlp.{name}_proj.weight": (hidden, hidden) for name in ("gate", "up", "down")}
+    shapes |= {"fc.weight": (hidden, 3 * hidden), "lm_head.weight": (vocab_size // 2, hidden)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * shape[1] ** -0.5 for name, shape in shapes.items()}
+    norms = ("norm", *(f"midlayer.{name}" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")))
+    tensors |= {f"{name}.weight": torch.ones(hidden) for name in norms}
+    tensors["d2t"] = torch.arange(vocab_size // 2)  # every other token
+    save_file(tensors, folder / "model.safetensors")
 
 
 def _read_draft_to_target_ids(config: Eagle3Config, tensors: Mapping[str, Tensor], source: str) -> Tensor:
