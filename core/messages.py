@@ -33,6 +33,7 @@ __all__ = [
     "LogprobRows",
     "ModelRunnerOutput",
     "NewRequest",
+    "RequestMetrics",
     "RequestOutput",
     "SchedulerOutput",
     "TokenLogprob",
@@ -298,6 +299,61 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to a request, with the names of vLLM's ``RequestMetrics`` and ``RequestStateStats``.
+
+    Those in ``_ts`` are seconds of ``time.monotonic``, 0.0 until it happened; those in ``_time`` are ``time.time``,
+    None until it happened. One object for all outputs of a request, written when its first token comes and when one of
+    its ``n`` continuations ends.
+    """
+
+    arrival_time: float
+    queued_ts: float
+    """When it arrived."""
+    scheduled_ts: float = 0.0
+    """When a step computed the first of its tokens."""
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    finished_ts: float = 0.0
+    """When the last of its continuations ended."""
+    num_generation_tokens: int = 0
+    """Of the continuations that have ended."""
+
+    @property
+    def first_scheduled_time(self) -> float | None:
+        """``scheduled_ts`` on the wall clock."""
+        return self._to_wall_clock(self.scheduled_ts)
+
+    @property
+    def first_token_time(self) -> float | None:
+        """``first_token_ts`` on the wall clock."""
+        return self._to_wall_clock(self.first_token_ts)
+
+    @property
+    def last_token_time(self) -> float | None:
+        """``last_token_ts`` on the wall clock."""
+        return self._to_wall_clock(self.last_token_ts)
+
+    @property
+    def finished_time(self) -> float | None:
+        """``finished_ts`` on the wall clock."""
+        return self._to_wall_clock(self.finished_ts)
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds between its arrival and the first step that computed some of it."""
+        return self.scheduled_ts - self.queued_ts if self.scheduled_ts else None
+
+    @property
+    def first_token_latency(self) -> float:
+        """Seconds to its first token; 0.0 until then."""
+        return self.first_token_ts - self.queued_ts if self.first_token_ts else 0.0
+
+    def _to_wall_clock(self, timestamp: float) -> float | None:
+        return self.arrival_time + (timestamp - self.queued_ts) if timestamp else None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """What a caller of ``LLM`` and ``AsyncLLM`` receives."""
 
@@ -310,3 +366,4 @@ class RequestOutput:
     """For each token of the prompt, by id: that token first, then the best in order. ``None`` for the first position,
     which nothing predicts."""
     num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None

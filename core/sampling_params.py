@@ -31,12 +31,14 @@ _MIN_TEMPERATURE = 1e-5
 """A lower one is greedy: logits divided by it would leave the range of float32."""
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Sampling parameters, with the names and defaults of the OpenAI and vLLM APIs.
 
     A token is ``argmax(logits / temperature + Gumbel(seed, position))`` over the allowed tokens; temperature 0 is
     greedy, and so are ``top_p`` 0 and temperatures below 1e-5. Order: penalties, logits processors, temperature,
     min-p, top-k, top-p.
+
+    Fields can be set one by one; they are checked again with each request, which keeps a copy.
 
     ``max_tokens=None`` means: until the context is full, where a larger ``max_tokens`` ends too. ``seed=None`` takes a
     fresh one. ``stop`` strings are cut from the text (unless ``include_stop_str_in_output``); ``stop_token_ids`` end a
@@ -86,11 +88,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             converted = convert(name, value)
             if converted is not value:
-                msgspec.structs.force_setattr(self, name, converted)
+                setattr(self, name, converted)
         self._check_ranges()
         if self.top_p == 0.0 or 0.0 < self.temperature < _MIN_TEMPERATURE:
-            msgspec.structs.force_setattr(self, "temperature", 0.0)
-            msgspec.structs.force_setattr(self, "top_p", self.top_p or 1.0)
+            self.temperature, self.top_p = 0.0, self.top_p or 1.0
 
     @property
     def greedy(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -12,16 +11,11 @@ from tqdm import tqdm
 
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import format_ready_line
-from quire.core.engine.config_builder import build_config
-from quire.core.engine.engine_core import EngineCore
-from quire.core.engine.input_processor import InputProcessor
-from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
+from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
-from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
-from quire.core.stats import TRACED_STEPS, StepStats
 
 __all__ = ["LLM"]
 
@@ -38,19 +32,21 @@ class LLM:
     """
 
     def __init__(self, model: str = "quire-tiny", **kwargs: Any) -> None:
-        self.config = build_config(EngineArgs.from_kwargs(model=model, **kwargs)).config
-        self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        self.engine_core = EngineCore(self.config)
+        self.llm_engine = LLMEngine(EngineArgs.from_kwargs(model=model, **kwargs))
+        """The engine that runs the batches, to be stepped by hand."""
+        self.config = self.llm_engine.config
+        self.tokenizer = self.llm_engine.tokenizer
+        self.engine_core = self.llm_engine.engine_core
         """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
-        self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
-        self.output_processor = OutputProcessor(self.tokenizer, ExporterGroup())
-        self._request_counter = itertools.count()
-        self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
+        self.input_processor = self.llm_engine.input_processor
+        self.output_processor = self.llm_engine.output_processor
+        self.steps = self.llm_engine.steps
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
+        self._request_counter = itertools.count()
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
-        """From engine arguments, as code for vLLM's ``LLMEngine`` does it."""
+        """From engine arguments."""
         return cls(**{each.name: getattr(args, each.name) for each in fields(args)})
 
     @property
@@ -81,16 +77,13 @@ class LLM:
         priorities = [priority or 0] * len(batch) if priority is None or isinstance(priority, int) else priority
         if len(priorities) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(priorities)} priorities; give one, or one each")
-        request_ids = [str(next(self._request_counter)) for _ in batch]
+        request_ids = [self._make_request_id() for _ in batch]
         requests = [
             self.input_processor.process_inputs(request_id, prompt, p, priority=rank, cache_salt=salt)
             for request_id, (prompt, salt), p, rank in zip(request_ids, batch, params, priorities, strict=True)
         ]
         for request_id, (prompt, _), core_requests in zip(request_ids, batch, requests, strict=True):
-            text = prompt if isinstance(prompt, str) else None
-            self.output_processor.add_request(request_id, text, core_requests, "final")
-            for request in core_requests:
-                self.engine_core.add_request(request)
+            self.llm_engine.queue_requests(request_id, prompt, core_requests, "final")
         return self._run_engine(request_ids, use_tqdm)
 
     def chat(
@@ -144,31 +137,33 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""
-        return self.tokenizer.hf_tokenizer
+        return self.llm_engine.get_tokenizer()
 
     def get_stats(self) -> dict[str, float]:
         """Gauges and counters of the engine."""
-        return self.engine_core.make_stats()
+        return self.llm_engine.get_stats()
 
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
-        self.engine_core.shutdown()
+        self.llm_engine.shutdown()
+
+    def _make_request_id(self) -> str:
+        return next(name for name in map(str, self._request_counter) if name not in self.output_processor)
 
     def _run_engine(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
+        own_ids = set(request_ids)  # others may have been added to the engine by hand
         progress_bar = tqdm(total=len(request_ids), disable=not use_tqdm, desc="requests", unit="req")
         try:
             while len(finished) < len(request_ids):
-                outputs = self.engine_core.step()
-                self.steps.extend(outputs.steps)
-                processed = self.output_processor.process_outputs(outputs)
-                self.engine_core.abort_requests(processed.requests_to_abort)
+                processed = self.llm_engine.process_step()
                 for failed in processed.failed_requests:
-                    raise RequestFailedError(f"request {failed.request_id}: {failed.error}")
-                finished.update((output.request_id, output) for output in processed.request_outputs)
-                progress_bar.update(len(processed.request_outputs))
+                    if failed.request_id in own_ids:
+                        raise RequestFailedError(f"request {failed.request_id}: {failed.error}")
+                outputs = [output for output in processed.request_outputs if output.request_id in own_ids]
+                finished.update((output.request_id, output) for output in outputs)
+                progress_bar.update(len(outputs))
         finally:
             progress_bar.close()
-            for request_id in request_ids:
-                self.engine_core.abort_requests(self.output_processor.remove_request(request_id))
+            self.llm_engine.abort_request(request_ids)
         return [finished[request_id] for request_id in request_ids]

@@ -22,6 +22,7 @@ from quire.core.messages import (
     ErrorKind,
     FinishReason,
     Logprob,
+    RequestMetrics,
     RequestOutput,
 )
 from quire.core.plugin.quarantine import Quarantine
@@ -36,9 +37,15 @@ _log = logging.getLogger("quire.engine")
 class FailedRequest:
     """A request that ends with an error."""
 
-    request_id: str
     error: str
     error_kind: ErrorKind
+    output: RequestOutput
+    """What there was of it, with the finish reason ``error``."""
+
+    @property
+    def request_id(self) -> str:
+        """The caller's id."""
+        return self.output.request_id
 
     def to_exception(self) -> QuireError:
         """The error that the caller of the request gets."""
@@ -85,13 +92,13 @@ class OutputProcessor:
         mode: StreamMode,
     ) -> None:
         """Expect outputs for these core requests."""
-        arrived_at = time.monotonic()
+        metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
         ids, params = requests[0].prompt_token_ids, requests[0].params
         children = {
             r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, r.params) if r.params.detokenize else None)
             for i, r in enumerate(requests)
         }
-        state = RequestState(request_id, prompt, ids, params, mode, arrived_at, children)
+        state = RequestState(request_id, prompt, ids, params, mode, metrics, children)
         self._request_states[request_id] = state
         self._state_of_core_request.update(dict.fromkeys(children, state))
 
@@ -144,7 +151,7 @@ class OutputProcessor:
         _log.error("the outputs of request %s cannot be processed", state.request_id, exc_info=error)
         processed.requests_to_abort.extend(self.remove_request(state.request_id))
         message = f"{type(error).__name__}: {error}"
-        processed.failed_requests.append(FailedRequest(state.request_id, message, "failed"))
+        processed.failed_requests.append(FailedRequest(message, "failed", self._make_failed_output(state)))
 
     def _process_output(
         self,
@@ -160,7 +167,8 @@ class OutputProcessor:
             self._record_finished(state, child, "error", now)
             processed.requests_to_abort.extend(self.remove_request(state.request_id))
             error = output.error or "the engine could not finish this request"
-            processed.failed_requests.append(FailedRequest(state.request_id, error, output.error_kind))
+            failed = FailedRequest(error, output.error_kind, self._make_failed_output(state))
+            processed.failed_requests.append(failed)
             return
         token_ids = output.new_token_ids
         child.stop_reason = output.stop_reason
@@ -225,19 +233,14 @@ class OutputProcessor:
             outputs = [self._make_cumulative_output(c) for c in state.children.values()]
         else:
             return
-        processed.request_outputs.append(
-            RequestOutput(
-                request_id=state.request_id,
-                prompt=state.prompt,
-                prompt_token_ids=state.prompt_token_ids,
-                outputs=outputs,
-                finished=finished,
-                prompt_logprobs=state.prompt_logprobs,
-                num_cached_tokens=state.num_cached_tokens,
-            )
-        )
+        processed.request_outputs.append(_make_request_output(state, outputs, finished))
         if finished:
             self.remove_request(state.request_id)
+
+    def _make_failed_output(self, state: RequestState) -> RequestOutput:
+        for child in state.children.values():
+            child.finish_reason = child.finish_reason or "error"
+        return _make_request_output(state, [self._make_cumulative_output(c) for c in state.children.values()], True)
 
     def _make_cumulative_output(self, child: ChildRequest) -> CompletionOutput:
         text = child.detokenizer.visible_text(child.is_done) if child.detokenizer else ""
@@ -259,12 +262,29 @@ class OutputProcessor:
 
     def _record_tokens(self, state: RequestState, child: ChildRequest, num_tokens: int, now: float) -> None:
         is_first = child.first_token_at is None
+        if is_first:
+            state.record_first_token(child, now)
         gaps = child.record_gaps(num_tokens, now)
         num_prompt_tokens = len(state.prompt_token_ids) if is_first and child.index == 0 else 0
-        self._exporters.record_tokens(num_prompt_tokens, num_tokens, now - state.arrived_at if is_first else None, gaps)
+        ttft_s = now - state.metrics.queued_ts if is_first else None
+        self._exporters.record_tokens(num_prompt_tokens, num_tokens, ttft_s, gaps)
 
     def _record_finished(self, state: RequestState, child: ChildRequest, finish_reason: str, now: float) -> None:
+        state.record_end(child, now)
         self._exporters.record_request(state.make_stats(child, finish_reason, now))
+
+
+def _make_request_output(state: RequestState, outputs: list[CompletionOutput], finished: bool) -> RequestOutput:
+    return RequestOutput(
+        request_id=state.request_id,
+        prompt=state.prompt,
+        prompt_token_ids=state.prompt_token_ids,
+        outputs=outputs,
+        finished=finished,
+        prompt_logprobs=state.prompt_logprobs,
+        num_cached_tokens=state.num_cached_tokens,
+        metrics=state.metrics,
+    )
 
 
 class ExporterGroup:

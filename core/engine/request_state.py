@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.core.engine.detokenizer import Detokenizer
-from quire.core.messages import FinishReason, Logprob
+from quire.core.messages import FinishReason, Logprob, RequestMetrics
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats
 
@@ -51,24 +51,38 @@ class RequestState:
     params: SamplingParams
     """Of its first continuation, as the engine core has them."""
     stream_mode: StreamMode
-    arrived_at: float
+    metrics: RequestMetrics
     children: dict[int, ChildRequest]
     """By the number of the core request."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     """Of the prompt, as the first of its continuations found it."""
 
+    def record_first_token(self, child: ChildRequest, now: float) -> None:
+        """Note when the first of its continuations to do so began."""
+        if not self.metrics.first_token_ts:
+            self.metrics.first_token_ts = self.metrics.last_token_ts = now
+            self.metrics.scheduled_ts = min(self.metrics.queued_ts + child.queue_s, now)
+
+    def record_end(self, child: ChildRequest, now: float) -> None:
+        """Note that one of its continuations ended."""
+        metrics = self.metrics
+        metrics.num_generation_tokens += len(child.token_ids)
+        metrics.last_token_ts = max(metrics.last_token_ts, child.last_token_at or 0.0)
+        if all(each.is_done for each in self.children.values()):
+            metrics.finished_ts = now
+
     def make_stats(self, child: ChildRequest, finish_reason: str, now: float) -> RequestStats:
         """The figures of one continuation that has ended."""
         first, num_tokens = child.first_token_at, len(child.token_ids)
-        ttft_s = None if first is None else first - self.arrived_at
+        ttft_s = None if first is None else first - self.metrics.queued_ts
         decode_s = None if first is None or child.last_token_at is None else child.last_token_at - first
         return RequestStats(
             finish_reason=finish_reason,
             num_prompt_tokens=len(self.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens,
             num_generation_tokens=num_tokens,
-            e2e_s=now - self.arrived_at,
+            e2e_s=now - self.metrics.queued_ts,
             queue_s=child.queue_s,
             ttft_s=ttft_s,
             mean_tpot_s=None if decode_s is None or num_tokens < 2 else decode_s / (num_tokens - 1),

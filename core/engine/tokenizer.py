@@ -24,8 +24,9 @@ from quire.core.engine.chat import (
     template_variables,
 )
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
+from quire.core.loading.hub import BUNDLED_MODELS, resolve_model
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "get_tokenizer"]
 
 _log = logging.getLogger("quire.engine")
 
@@ -273,6 +274,23 @@ class Tokenizer:
         if show_python_objects(text, normalized):
             return render(normalize_messages(messages, decode_arguments=False))
         return text
+
+
+def get_tokenizer(tokenizer_name: str, *, revision: str | None = None, download_dir: str | None = None) -> Any:
+    """The transformers tokenizer of a model, as ``LLM.get_tokenizer`` gives it, without the model. ``tokenizer_name``
+    is a folder, a name on the hub, or ``quire-tiny``. Raises ``CheckpointError``."""
+    if tokenizer_name in BUNDLED_MODELS or Path(tokenizer_name).expanduser().is_dir():
+        return Tokenizer(str(resolve_model(tokenizer_name))).hf_tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            tokenizer_name, revision=revision, cache_dir=download_dir, trust_remote_code=False
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{tokenizer_name} has no tokenizer that can be loaded: {_explain_failure(tokenizer_name, error)}"
+        ) from error
 
 
 class _TokenTexts(dict[int, str]):

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from quire.core.engine.args import EngineArgs
     from quire.core.engine.async_llm import AsyncLLM
     from quire.core.engine.llm import LLM
-    from quire.core.messages import CompletionOutput, Logprob, RequestOutput
+    from quire.core.engine.llm_engine import LLMEngine
+    from quire.core.engine.tokenizer import get_tokenizer
+    from quire.core.messages import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from quire.core.plugin.hookspecs import hookimpl
     from quire.core.sampling_params import SamplingParams
     from quire.core.scheduling_params import SchedulingParams
@@ -24,26 +26,32 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineArgs",
+    "LLMEngine",
     "Logprob",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "SchedulingParams",
     "__version__",
+    "get_tokenizer",
     "hookimpl",
 ]
 
 _HOMES = {
     "LLM": "quire.core.engine.llm",
+    "LLMEngine": "quire.core.engine.llm_engine",
     "AsyncLLM": "quire.core.engine.async_llm",
     "CompletionOutput": "quire.core.messages",
     "Logprob": "quire.core.messages",
+    "RequestMetrics": "quire.core.messages",
     "RequestOutput": "quire.core.messages",
     "SamplingParams": "quire.core.sampling_params",
     "SchedulingParams": "quire.core.scheduling_params",
+    "get_tokenizer": "quire.core.engine.tokenizer",
     "hookimpl": "quire.core.plugin.hookspecs",
     "EngineArgs": "quire.core.engine.args",
 }
-_NAMES_IN_VLLM = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM", "LLMEngine": "LLM"}
+_NAMES_IN_VLLM = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
 """Other names, as imported from vLLM, of what stands in ``__all__``."""
 
 

@@ -41,6 +41,12 @@ def test_metrics_are_exported(page, root):
 def test_python_names_can_be_imported(page):
     section = page.partition("## Python")[2]
     names = set(re.findall(r"importable as `(\w+)`", section)) | {"LLM", "SamplingParams", "AsyncLLM", "EngineArgs"}
-    assert len(names) == 7 and all(getattr(quire, name) for name in names)
+    assert len(names) == 10 and all(getattr(quire, name) for name in names)
     methods = re.findall(r"`LLM\.(\w+)`", section)
     assert methods and all(callable(getattr(quire.LLM, name)) for name in methods)
+
+
+def test_the_python_of_the_page_runs(python_of, capsys):
+    exec(compile(python_of("coming-from-vllm.md"), "coming-from-vllm.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.partition(" -> ")[0] for line in lines) == ["Paged attention is", "def add(a, b):"]

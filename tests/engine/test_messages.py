@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from quire.core.engine.ipc import AddRequests, MessageCodec, StepOutputs
 from quire.core.engine.output_processor import FailedRequest
 from quire.core.errors import InvalidRequestError, QueueFullError, RequestFailedError
-from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, RequestOutput
 from quire.core.sampling_params import SamplingParams
 
 TOKENS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=4)
@@ -40,7 +40,7 @@ def test_an_error_keeps_its_class_on_the_way(kind, cls) -> None:
     message = codec.decode_from_core(codec.encode(StepOutputs(EngineCoreOutputs([output]))))
     assert isinstance(message, StepOutputs)
     (received,) = message.outputs.outputs
-    error = FailedRequest("r", received.error, received.error_kind).to_exception()
+    error = FailedRequest(received.error, received.error_kind, RequestOutput("r", None, [], [], True)).to_exception()
     assert type(error) is cls and str(error) == "full: of eels"
 
 

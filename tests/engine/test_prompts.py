@@ -9,7 +9,7 @@ import pytest
 
 import quire
 from quire import LLM, AsyncLLM, EngineArgs, SamplingParams
-from quire.core.errors import InvalidRequestError, UnsupportedError
+from quire.core.errors import CheckpointError, InvalidRequestError, UnsupportedError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -55,10 +55,26 @@ def test_priorities_for_all_or_one_each(llm: LLM) -> None:
 def test_the_tokenizer_is_transformers(llm: LLM) -> None:
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode("hello there"), skip_special_tokens=True) == "hello there"
+    assert quire.get_tokenizer(llm.config.model.tokenizer_path).encode("hello there") == tokenizer.encode("hello there")
+    assert quire.get_tokenizer("quire-tiny").chat_template
+    with pytest.raises(CheckpointError, match="no tokenizer that can be loaded"):
+        quire.get_tokenizer("no/such/folder")
+
+
+def test_parameters_are_set_field_by_field(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.temperature, params.ignore_eos = 3, 0, True
+    [output] = llm.generate("hello there", params)
+    params.max_tokens = 7
+    assert len(output.outputs[0].token_ids) == 3 and params.temperature == 0
+    assert len(llm.generate("hello there", params)[0].outputs[0].token_ids) == 7
+    params.top_p = 2.0
+    with pytest.raises(InvalidRequestError, match="top_p"):
+        llm.generate("hello there", params)
 
 
 def test_names_of_vllm() -> None:
-    assert quire.AsyncLLMEngine is AsyncLLM and quire.LLMEngine is LLM
+    assert quire.AsyncLLMEngine is AsyncLLM
     assert quire.AsyncEngineArgs is EngineArgs
     assert {"LLM", "AsyncLLM", "AsyncLLMEngine", "EngineArgs", "SamplingParams"} <= set(dir(quire))
     with pytest.raises(AttributeError, match="no_such_name"):
@@ -67,9 +83,10 @@ def test_names_of_vllm() -> None:
 
 def test_an_engine_from_its_arguments(tiny: Path) -> None:
     args = EngineArgs(model=str(tiny), device="cpu", num_gpu_blocks_override=64, max_model_len=64)
-    engine = quire.LLMEngine.from_engine_args(args)
-    assert engine.config.cache.num_blocks == 64
-    engine.shutdown()
+    for cls in (quire.LLMEngine, LLM):
+        engine = cls.from_engine_args(args)
+        assert engine.config.cache.num_blocks == 64
+        engine.shutdown()
 
     async def run() -> str:
         engine = quire.AsyncLLMEngine.from_engine_args(args)

@@ -1,0 +1,125 @@
+"""``LLMEngine``: the engine in this process, one step at a time, as scripts for vLLM drive it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from quire.core.config import ModelConfig
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.config_builder import build_config
+from quire.core.engine.engine_core import EngineCore
+from quire.core.engine.input_processor import InputProcessor
+from quire.core.engine.output_processor import ExporterGroup, OutputProcessor, ProcessedOutputs
+from quire.core.engine.prompts import AnyPrompt, Prompt, parse_prompt
+from quire.core.engine.request_state import StreamMode
+from quire.core.engine.tokenizer import Tokenizer
+from quire.core.errors import InvalidRequestError
+from quire.core.messages import EngineCoreRequest, RequestOutput
+from quire.core.sampling_params import SamplingParams
+from quire.core.stats import TRACED_STEPS, StepStats
+
+__all__ = ["LLMEngine"]
+
+
+class LLMEngine:
+    """``add_request`` as requests come, ``step`` while ``has_unfinished_requests``.
+
+    >>> engine = LLMEngine.from_engine_args(EngineArgs(model="quire-tiny"))
+    >>> engine.add_request("0", "Paged attention is", SamplingParams(temperature=0, max_tokens=8))
+    >>> while engine.has_unfinished_requests():
+    ...     finished = [output for output in engine.step() if output.finished]
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.config = build_config(args).config
+        self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
+        self.engine_core = EngineCore(self.config)
+        """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
+        self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
+        self.output_processor = OutputProcessor(self.tokenizer, ExporterGroup())
+        self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
+        """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
+        """From engine arguments. Raises a ``QuireError`` that says what to mend."""
+        return cls(args)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """What is known of the model, such as ``max_model_len``."""
+        return self.config.model
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: AnyPrompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        stream: StreamMode = "cumulative",
+    ) -> None:
+        """Queue a request. ``stream`` says what ``step`` returns of it: all so far (``cumulative``), the new part of
+        one continuation (``delta``), or the whole at its end (``final``).
+
+        Raises ``InvalidRequestError`` for what cannot be served, and for an id that is in use.
+        """
+        parsed, salt_of_prompt = parse_prompt(prompt)
+        salt = salt_of_prompt if cache_salt is None else cache_salt
+        requests = self.input_processor.process_inputs(request_id, parsed, params, priority=priority, cache_salt=salt)
+        self.queue_requests(request_id, parsed, requests, stream)
+
+    def queue_requests(
+        self, request_id: str, prompt: Prompt, requests: Sequence[EngineCoreRequest], stream: StreamMode
+    ) -> None:
+        """Queue what ``input_processor`` made of a request."""
+        if request_id in self.output_processor:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
+        text = prompt if isinstance(prompt, str) else None
+        self.output_processor.add_request(request_id, text, requests, stream)
+        for request in requests:
+            self.engine_core.add_request(request)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step of the engine, or wait for one that runs; what it gave, often nothing.
+
+        A request that the engine could not finish is over with the finish reason ``error``; the log says why.
+        """
+        processed = self.process_step()
+        return [*processed.request_outputs, *(failed.output for failed in processed.failed_requests)]
+
+    def process_step(self) -> ProcessedOutputs:
+        """``step``, with the errors of requests that failed."""
+        outputs = self.engine_core.step()
+        self.steps.extend(outputs.steps)
+        processed = self.output_processor.process_outputs(outputs)
+        self.engine_core.abort_requests(processed.requests_to_abort)
+        return processed
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """End one or several requests now: no output follows. Unknown ids are passed over."""
+        for each in [request_id] if isinstance(request_id, str) else request_id:
+            self.engine_core.abort_requests(self.output_processor.remove_request(each))
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether there is a reason to call ``step``."""
+        return self.get_num_unfinished_requests() > 0
+
+    def get_num_unfinished_requests(self) -> int:
+        """Requests that are not over."""
+        return len(self.output_processor)
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self.tokenizer.hf_tokenizer
+
+    def get_stats(self) -> dict[str, float]:
+        """Gauges and counters of the engine."""
+        return self.engine_core.make_stats()
+
+    def shutdown(self) -> None:
+        """Free the model. Idempotent."""
+        self.engine_core.shutdown()
