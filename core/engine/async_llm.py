@@ -24,6 +24,7 @@ from quire.core.messages import RequestOutput
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
+from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import TRACED_STEPS, StepStats
 
 __all__ = ["AsyncLLM"]
@@ -106,10 +107,12 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come: ``delta`` the new part of one continuation, ``cumulative`` all so far, ``final``
-        once. Closing the generator aborts the request and frees its blocks.
+        once. ``scheduling`` is told to the scheduling policy. Closing the generator aborts the request and frees its
+        blocks.
 
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
@@ -127,15 +130,13 @@ class AsyncLLM:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         queue = self._output_queues[request_id] = asyncio.Queue()
         try:
-            scheduling_params: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
+            options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt, "scheduling": scheduling}
             if isinstance(prompt, str) and len(prompt) > _LONG_TEXT_CHARS:
                 requests = await asyncio.to_thread(
-                    self._input_processor.process_inputs, request_id, prompt, sampling_params, **scheduling_params
+                    self._input_processor.process_inputs, request_id, prompt, sampling_params, **options
                 )
             else:
-                requests = self._input_processor.process_inputs(
-                    request_id, prompt, sampling_params, **scheduling_params
-                )
+                requests = self._input_processor.process_inputs(request_id, prompt, sampling_params, **options)
             self._output_processor.add_request(
                 request_id, prompt if isinstance(prompt, str) else None, requests, stream
             )

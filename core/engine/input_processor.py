@@ -18,6 +18,7 @@ from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams, check_text, to_integer
+from quire.core.scheduling_params import SchedulingParams
 
 __all__ = ["InputProcessor"]
 _log = logging.getLogger("quire.engine")
@@ -61,6 +62,7 @@ class InputProcessor:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        scheduling: SchedulingParams | None = None,
     ) -> list[EngineCoreRequest]:
         """One core request for each of the ``n`` continuations; the later ones name the first as their parent.
 
@@ -89,6 +91,8 @@ class InputProcessor:
         if params.max_tokens is None or params.max_tokens > room:
             params = msgspec.structs.replace(params, max_tokens=room)
         priority = to_integer("priority", priority)
+        if scheduling is not None:
+            scheduling = _copy_scheduling(scheduling)
         arrival_ns = time.monotonic_ns()
         requests: list[EngineCoreRequest] = []
         for index in range(params.n):
@@ -107,6 +111,7 @@ class InputProcessor:
                     cache_salt=cache_salt,
                     parent_id=requests[0].request_id if index else None,
                     external_request_id=request_id,
+                    scheduling=scheduling,
                 )
             )
         return requests
@@ -225,6 +230,12 @@ class InputProcessor:
                 raise InvalidRequestError(f"{name} names {unknown}; ids go from 0 to {self.vocab_size - 1}", name)
         for processor in self._logits_processors:
             processor.validate_params(params, self.vocab_size)
+
+
+def _copy_scheduling(scheduling: SchedulingParams) -> SchedulingParams:
+    if not isinstance(scheduling, SchedulingParams):
+        raise InvalidRequestError(f"scheduling must be SchedulingParams, got {scheduling!r:.60}", "scheduling")
+    return msgspec.structs.replace(scheduling)
 
 
 def _wrap_seed(seed: int) -> int:

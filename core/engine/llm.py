@@ -16,6 +16,7 @@ from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
+from quire.core.scheduling_params import SchedulingParams
 
 __all__ = ["LLM"]
 
@@ -61,10 +62,11 @@ class LLM:
         use_tqdm: bool = False,
         *,
         priority: int | Sequence[int] | None = None,
+        scheduling: SchedulingParams | Sequence[SchedulingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts (texts, token ids, or mappings with ``prompt`` or ``prompt_token_ids``), in order. One set
-        of parameters serves all, or one each; None: the model's defaults. So does ``priority`` (lower is sooner), where
-        the scheduling policy looks at it.
+        of parameters serves all, or one each; None: the model's defaults. So do ``priority`` (lower is sooner) and
+        ``scheduling``, where the scheduling policy looks at them.
 
         Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
         """
@@ -77,10 +79,15 @@ class LLM:
         priorities = [priority or 0] * len(batch) if priority is None or isinstance(priority, int) else priority
         if len(priorities) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(priorities)} priorities; give one, or one each")
+        hints = [scheduling] * len(batch) if isinstance(scheduling, SchedulingParams | None) else scheduling
+        if len(hints) != len(batch):
+            raise InvalidRequestError(f"{len(batch)} prompts but {len(hints)} scheduling; give one, or one each")
         request_ids = [self._make_request_id() for _ in batch]
         requests = [
-            self.input_processor.process_inputs(request_id, prompt, p, priority=rank, cache_salt=salt)
-            for request_id, (prompt, salt), p, rank in zip(request_ids, batch, params, priorities, strict=True)
+            self.input_processor.process_inputs(request_id, prompt, p, priority=rank, cache_salt=salt, scheduling=hint)
+            for request_id, (prompt, salt), p, rank, hint in zip(
+                request_ids, batch, params, priorities, hints, strict=True
+            )
         ]
         for request_id, (prompt, _), core_requests in zip(request_ids, batch, requests, strict=True):
             self.llm_engine.queue_requests(request_id, prompt, core_requests, "final")

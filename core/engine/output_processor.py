@@ -13,7 +13,13 @@ from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.logprobs import make_logprobs
 from quire.core.engine.request_state import ChildRequest, RequestState, StreamMode
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import InvalidRequestError, QueueFullError, QuireError, RequestFailedError
+from quire.core.errors import (
+    DeadlineUnmeetableError,
+    InvalidRequestError,
+    QueueFullError,
+    QuireError,
+    RequestFailedError,
+)
 from quire.core.messages import (
     CompletionOutput,
     EngineCoreOutput,
@@ -52,6 +58,7 @@ class FailedRequest:
         cls: type[QuireError] = {
             "invalid": InvalidRequestError,
             "queue_full": QueueFullError,
+            "deadline_unmeetable": DeadlineUnmeetableError,
             "failed": RequestFailedError,
         }[self.error_kind]
         return cls(self.error)

@@ -13,6 +13,7 @@ from quire.core.engine.setting import Setting, settings_of
 from quire.core.errors import ConfigError
 from quire.core.plugin.options import split_key_values
 from quire.core.plugin.registry import KINDS
+from quire.server.http.api_keys import parse_named_key
 from quire.server.http.settings import ServerSettings
 
 __all__ = [
@@ -108,6 +109,11 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
         raise ConfigError(f"--max-request-bytes must be at least 1, got {settings.max_request_bytes}")
     if not all(key.strip() for key in settings.api_key):
         raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none")
+    if settings.admin_api_key is not None and not settings.admin_api_key.strip():
+        raise ConfigError("--admin-api-key is empty; give a key, or leave the flag out to have no routes below /admin")
+    names = [parse_named_key(text).name for text in settings.named_api_key]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--named-api-key: {max(names, key=names.count)!r} names two keys; give each its own name")
     return settings
 
 

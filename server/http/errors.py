@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from quire.core.errors import (
     ContextLengthError,
+    DeadlineUnmeetableError,
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
@@ -145,7 +146,8 @@ def _to_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        return ApiError(429, _to_one_line(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)})
+        code = "deadline_unmeetable" if isinstance(error, DeadlineUnmeetableError) else "queue_full"
+        return ApiError(429, _to_one_line(error), code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, InvalidRequestError):
         return ApiError(400, _to_one_line(error), param=error.param, code=_invalid_request_code(error))
     if isinstance(error, EngineDeadError):

@@ -16,6 +16,7 @@ from quire.server.http.errors import ApiError
 from quire.server.http.middleware import get_request_id
 from quire.server.http.protocol.common import GenerationBody
 from quire.server.http.protocol.responses import raise_if_failed
+from quire.server.http.scheduling import read_scheduling
 from quire.server.http.sse import cancel_on_disconnect
 from quire.server.http.state import ServerState
 
@@ -56,7 +57,9 @@ def _start_generations(
 ) -> list[AsyncIterator[RequestOutput]]:
     state.check_alive()
     unique = uuid.uuid4().hex[:8]
-    options: dict[str, Any] = {"priority": body.priority or 0, "cache_salt": body.cache_salt, "stream": mode}
+    priority, scheduling = read_scheduling(state, request, body)
+    options: dict[str, Any] = {"priority": priority, "scheduling": scheduling}
+    options |= {"cache_salt": body.cache_salt, "stream": mode}
     name = f"{get_request_id(request.scope)}-{unique}"
     return [state.engine.generate(p, params, f"{name}-{i}", **options) for i, p in enumerate(prompts)]
 

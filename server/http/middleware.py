@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ApiError, UnavailableError, make_error_response
 from quire.server.http.state import ServerState
 
-__all__ = ["RequestMiddleware", "get_request_id"]
+__all__ = ["RequestMiddleware", "get_key_name", "get_request_id"]
 
 _MAX_REQUEST_ID_CHARS = 128
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -27,7 +27,9 @@ class RequestMiddleware:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
-        self._keys = [key.encode() for key in state.settings.api_key]
+        self._keys = state.api_keys
+        admin_key = state.settings.admin_api_key
+        self._admin_keys = ApiKeys([] if admin_key is None else [admin_key])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -67,9 +69,15 @@ class RequestMiddleware:
             self._state.end_request(is_api)
 
     def _check_request(self, scope: Scope, headers: Headers, is_api: bool) -> None:
-        if is_api and self._keys and not self._is_authorized(headers.get("authorization", "")):
-            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        is_admin = scope["path"].startswith("/admin/")
+        keys = self._keys if is_api else self._admin_keys if is_admin else None
+        if keys:
+            key = keys.find_key(headers.get("authorization", ""))
+            if key is None:
+                message = f"the {'admin ' if is_admin else ''}API key is missing or wrong; send it as "
+                message += "'Authorization: Bearer KEY'"
+                raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            scope["state"]["key_name"] = key.name
         if not self._keys and scope["method"] not in _SAFE_METHODS and _is_foreign_page(headers):
             origin = headers["origin"]
             if not {origin, "*"} & set(self._state.settings.allowed_origins):
@@ -80,12 +88,6 @@ class RequestMiddleware:
             raise self._too_large_error()
         if is_api and scope["method"] == "POST" and self._state.draining:
             raise UnavailableError("the server is shutting down; send the request to another")
-
-    def _is_authorized(self, header: str) -> bool:
-        scheme, _, key = header.partition(" ")
-        presented = key.strip().encode(errors="replace")
-        matches = [hmac.compare_digest(presented, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
 
     def _limit_body(self, receive: Receive) -> Receive:
         seen = 0
@@ -108,6 +110,12 @@ class RequestMiddleware:
 def get_request_id(scope: Scope) -> str:
     """The id that the middleware gave a request: the client's ``X-Request-Id``, or a fresh one."""
     return str(scope["state"]["request_id"])
+
+
+def get_key_name(scope: Scope) -> str | None:
+    """The name of the API key with which a request came; None if it has none."""
+    name: str | None = scope["state"].get("key_name")
+    return name
 
 
 def _is_foreign_page(headers: Headers) -> bool:

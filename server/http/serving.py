@@ -188,7 +188,7 @@ def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     print(f"Quire {__version__} ready on {shown} - {state.engine.ready_line}")
     for other in sockets[1:]:
         print(f"Metrics also on {_format_addresses(other)[0]}/metrics")
-    key = " -H 'Authorization: Bearer KEY'" if state.settings.api_key else ""
+    key = " -H 'Authorization: Bearer KEY'" if state.api_keys else ""
     messages = [{"role": "user", "content": "What is paged attention?"}]
     body = json.dumps({"model": state.model_names[0], "messages": messages}).replace("'", "'\\''")
     print(f"Try: curl {local}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")

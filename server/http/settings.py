@@ -18,6 +18,15 @@ class ServerSettings:
     api_key: tuple[str, ...] = setting(
         (), group="server", help="key that clients of /v1 must send; may repeat; default: none", metavar="KEY"
     )
+    named_api_key: tuple[str, ...] = setting(
+        (),
+        group="server",
+        help="such a key with a name, which is the group of its requests for the scheduling policy; may repeat",
+        metavar="NAME=KEY",
+    )
+    admin_api_key: str | None = setting(
+        None, group="server", help="key for the routes below /admin, which exist only with it", metavar="KEY"
+    )
     allowed_origins: tuple[str, ...] = setting(
         (),
         group="server",

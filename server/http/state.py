@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.core.errors import EngineDeadError
+from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ModelNotFoundError
 from quire.server.http.settings import ServerSettings
 
@@ -31,6 +32,7 @@ class ServerState:
     def __init__(self, engine: AsyncLLM, settings: ServerSettings, arguments: Any = None) -> None:
         self.engine = engine
         self.settings = settings
+        self.api_keys = ApiKeys(settings.api_key, settings.named_api_key)
         self.arguments = arguments
         """The parsed command line, for plugins that added flags; None when there was none."""
         self.draining = False

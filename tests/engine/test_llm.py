@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire import LLM, Logprob, SamplingParams
+from quire import LLM, Logprob, SamplingParams, SchedulingParams
 from quire.core.errors import ConfigError, InvalidRequestError, PluginError
 
 PROMPT = list(range(5, 25))
@@ -295,3 +295,18 @@ def test_requests_stay_in_order_when_the_wall_clock_is_set_back(llm: LLM, monkey
     arrivals = [request.arrival_ns for request in requests]
     assert arrivals == sorted(arrivals)
     assert before <= arrivals[0] and arrivals[-1] <= time.monotonic_ns()
+
+
+def test_what_the_policy_is_told_changes_no_token(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    told = SchedulingParams(group="a", deadline_ms=1e6, predicted_tokens=3, tags={"tier": "gold"})
+    plain = llm.generate([PROMPT, PROMPT], params)
+    for scheduling in (told, [told, SchedulingParams()]):
+        outputs = llm.generate([PROMPT, PROMPT], params, scheduling=scheduling)
+        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    with pytest.raises(InvalidRequestError, match="2 prompts but 1 scheduling"):
+        llm.generate([PROMPT, PROMPT], params, scheduling=[told])
+    with pytest.raises(InvalidRequestError, match="must be SchedulingParams, got"):
+        llm.generate([PROMPT], params, scheduling=[{"group": "a"}])
+    with pytest.raises(InvalidRequestError, match="deadline_ms must be a number of milliseconds above 0"):
+        SchedulingParams(deadline_ms=float("nan"))

@@ -113,6 +113,13 @@ class GenerationBody(Body):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Int32 | None = None
+    group: str | None = None
+    deadline_ms: Real | None = None
+    ttft_target_ms: Real | None = None
+    tpot_target_ms: Real | None = None
+    predicted_tokens: Int32 | None = None
+    tags: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     cache_salt: str | None = None
     user: str | None = None
     response_format: dict[str, Any] | None = None

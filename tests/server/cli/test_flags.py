@@ -74,8 +74,8 @@ def test_each_flag_sets_its_field(flag: Setting) -> None:
         "int": ("7", 7),
         "float": ("0.5", 0.5),
         "bool": (None, True),
-        "append": ("one", ["one"]),
-        "list": ("one", ["one"]),
+        "append": ("one=1", ["one=1"]),
+        "list": ("one=1", ["one=1"]),
     }[flag.value_type]
     for name in (flag.flag, *flag.aliases):
         args = parsed(name, *([word] if word else []))
