@@ -160,6 +160,8 @@ class AttentionBackend(ABC):
 
     graph_support: frozenset[GraphKind] = frozenset()
     """Kinds of step that may be captured in a CUDA graph. Empty: every step runs eagerly."""
+    batch_invariant: bool = False
+    """Whether a query's result has the same bits whatever requests are beside its own, and however a prompt is cut."""
     writes_kv: bool = False
     """True: ``run`` writes K and V of the step's tokens itself. False: the fused RoPE operation has written them,
     through the strides of ``kv_layout``."""

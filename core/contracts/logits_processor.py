@@ -49,6 +49,14 @@ class LogitsProcessor(ABC):
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
+
+    @classmethod
+    def example_params(cls) -> SamplingParams | None:
+        """A request that it works on, for the conformance checks; its vocabulary has 32 tokens. None: one with
+        ``min_tokens``, ``logit_bias``, ``allowed_token_ids`` and ``bad_words``."""
+        return None
 
     @classmethod
     def validate_params(cls, params: SamplingParams, vocab_size: int) -> None:

@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader"]
+__all__ = [
+    "ActivationFormat",
+    "InputFormat",
+    "LayerInfo",
+    "LinearMethod",
+    "QuantActivation",
+    "QuantizationLoader",
+    "StoredWeight",
+]
 
 InputFormat = Literal["native", "fp8_token", "fp8_tensor", "fp8_group", "int8_token"]
 
@@ -81,11 +89,22 @@ class QuantActivation:
     """Of the activation before it was quantized."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One part of a layer as a checkpoint stores it, and the weight that it stands for."""
+
+    tensors: Mapping[str, Tensor]
+    """By suffix: ``LinearMethod.tensor_names``."""
+    weight: Tensor  # (outputs, inputs)
+
+
 class LinearMethod(ABC):
     """How one layer multiplies. Stateless beyond its settings: weights live on the module as parameters."""
 
     input_format: InputFormat = "native"
     """What the fused norm or activation before the layer should emit."""
+    batch_invariant: bool = False
+    """Whether a token's product has the same bits whatever tokens are beside it."""
 
     def input_scale(self, layer: nn.Module) -> Tensor | None:
         """The scale (1,) float32 of an input in the format ``fp8_tensor``."""
@@ -161,6 +180,12 @@ class QuantizationLoader(ABC):
     def example_config(cls) -> Mapping[str, Any]:
         """A ``quantization_config`` that it reads, for the conformance checks; of a plain checkpoint where it can."""
         return {}
+
+    @classmethod
+    def example_tensors(cls, outputs: int, inputs: int) -> StoredWeight | None:
+        """Random tensors of a layer as ``example_config`` stores them, for the conformance checks: made without the
+        code that loads them, or the checks find nothing. None where it reads plain checkpoints alone."""
+        return None
 
     @abstractmethod
     def get_linear_method(self, info: LayerInfo) -> LinearMethod:

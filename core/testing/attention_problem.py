@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, AttentionSpec, LayerKV
+from quire.core.plugin.options import parse_options
 
 __all__ = [
     "TOLERANCE",
@@ -113,7 +114,8 @@ class AttentionProblem:
         return self.requests[0][0] if self.num_decodes else 1
 
     def make_kv_cache(self, backend: AttentionBackend, device: torch.device) -> LayerKV:
-        """Every request's keys and values in their blocks, as the second of two layers that share each block."""
+        """Every request's keys and values in their blocks, as the second of two layers that share each block; without
+        those of the step for a backend that ``writes_kv``."""
         layout, block_size = backend.kv_layout(), self.spec.block_size
         raw = torch.zeros(int(self.block_table.max()) + 1, 2 * layout.bytes_per_block, dtype=torch.uint8)
         kv = layout.view(raw[:, layout.bytes_per_block :])
@@ -127,10 +129,11 @@ class AttentionProblem:
             first = 0
             if self.spec.window is not None and self.fill_unused_with_nan:
                 first = max(0, length - queries - self.spec.window + 1)
-            position = torch.arange(first, length)
+            last = length - queries if backend.writes_kv else length
+            position = torch.arange(first, last)
             block, offset = self.block_table[row].long()[position // block_size], position % block_size
             for cache, x, scale in ((kv.k, self.keys[row], self.k_scale), (kv.v, self.values[row], _V_SCALE)):
-                cached = (x[first:] / scale if is_fp8 else x[first:]).to(cache.dtype)
+                cached = (x[first:last] / scale if is_fp8 else x[first:last]).to(cache.dtype)
                 if is_fp8:  # of which indexing knows nothing
                     cache, cached = cache.view(torch.uint8), cached.view(torch.uint8)
                 cache.transpose(1, 2)[block, offset] = cached
@@ -138,6 +141,17 @@ class AttentionProblem:
         if is_fp8:
             kv.k_scale, kv.v_scale = (torch.full((1,), x, device=device) for x in (self.k_scale, _V_SCALE))
         return kv
+
+    def step_kv(self, backend: AttentionBackend, device: torch.device) -> dict[str, Tensor]:
+        """The step's own keys and values as arguments of ``run``, for a backend that ``writes_kv``."""
+        if not backend.writes_kv:
+            return {}
+        both = {"k": self.keys, "v": self.values}
+        rows = [length - queries for queries, length in self.requests]
+        return {
+            name: torch.cat([x[first:] for x, first in zip(of_requests, rows, strict=True)]).to(device)
+            for name, of_requests in both.items()
+        }
 
     def locate_token(self, token: int) -> tuple[int, int]:
         """(request, index among its queries) of a token of the step."""
@@ -240,9 +254,9 @@ def run_layer(
     q.copy_(problem.q)
     out = torch.empty(len(q), spec.num_heads, spec.v_head_dim, dtype=spec.dtype, device=device)
     lse_out = torch.empty(len(q), spec.num_heads, device=device) if lse else None
-    if backend.writes_kv:
-        raise unittest.SkipTest("the backend writes K and V itself")
-    backend.run(layer, q, problem.make_kv_cache(backend, device), out, lse_out=lse_out)
+    backend.run(
+        layer, q, problem.make_kv_cache(backend, device), out, lse_out=lse_out, **problem.step_kv(backend, device)
+    )
     return out.cpu(), None if lse_out is None else lse_out.cpu()
 
 
@@ -250,7 +264,7 @@ def make_backend(
     cls: type[AttentionBackend], spec: AttentionSpec, device: torch.device, decode_query_len: int = 1
 ) -> AttentionBackend:
     """A new backend, ready for its first step."""
-    backend = cls(spec, device)
+    backend = cls(spec, device, parse_options(cls, {}))
     backend.allocate_workspaces(AttentionLimits(64, _MAX_MODEL_LEN, device, decode_query_len))
     return backend
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from quire.core.contracts.attention import AttentionBackend, AttentionSpec
+from quire.core.contracts.attention import AttentionBackend, AttentionSpec, GraphKind
+from quire.core.testing.attention_capture import CapturedAttention
 from quire.core.testing.attention_problem import (
     AttentionProblem,
     assert_backend_matches,
@@ -26,8 +27,10 @@ from quire.core.testing.attention_problem import (
 )
 
 __all__ = [
+    "check_batch_invariance",
     "check_block_sizes",
     "check_block_table_does_not_matter",
+    "check_captured_steps",
     "check_chunks",
     "check_decode",
     "check_fp8_cache",
@@ -242,3 +245,60 @@ def check_verification(cls: type[AttentionBackend]) -> None:
         num_decodes=4,
         fill_unused_with_nan=True,
     )
+
+
+def check_captured_steps(cls: type[AttentionBackend]) -> None:
+    """Steps of each kind in ``graph_support`` with other lengths, in the same tensors: replayed as one CUDA graph on a
+    GPU, launched again elsewhere. Each is right."""
+    if not cls.graph_support:
+        raise unittest.SkipTest("says that no step may be captured")
+    steps: dict[GraphKind, tuple[list[tuple[int, int]], ...]] = {
+        "decode": ([(1, 5), (1, 33), (1, 100)], [(1, 200), (1, 1), (1, 16)], [(1, 17), (1, 64), (1, 2)]),
+        "verify": ([(3, 5), (3, 33), (3, 100)], [(3, 200), (3, 3), (3, 16)], [(3, 18), (3, 64), (3, 4)]),
+        "mixed": ([(1, 40), (1, 3), (9, 30), (6, 6)], [(1, 7), (1, 90), (5, 50), (10, 10)]),
+    }
+    spec = make_spec()
+    if torch.cuda.is_available() and not cls.unsupported(_of_dtype(torch.bfloat16), torch.device("cuda")):
+        spec = _of_dtype(torch.bfloat16)
+    for kind in sorted(cls.graph_support):
+        num_decodes = 2 if kind == "mixed" else len(steps[kind][0])
+        problems = [
+            AttentionProblem.random(spec, requests, num_decodes=num_decodes, seed=seed, table_seed=seed)
+            for seed, requests in enumerate(steps[kind])
+        ]
+        captured = CapturedAttention(cls, kind, problems)
+        for problem in (*problems, problems[0]):
+            try:
+                assert_matches(problem, captured.solve(problem))
+            except AssertionError as error:
+                raise AssertionError(f"{kind} steps, captured with other lengths: {error}") from None
+
+
+def check_batch_invariance(cls: type[AttentionBackend]) -> None:
+    """Where it declares itself ``batch_invariant``: a request has the same bits alone, beside others, and in chunks."""
+    if not cls.batch_invariant:
+        raise unittest.SkipTest("does not declare itself batch invariant")
+    for spec in (make_spec(), make_spec(kind="sliding", window=20)):
+        together = AttentionProblem.random(spec, [(1, 300), (1, 40), (24, 24), (9, 90)], num_decodes=2)
+        expected, _ = solve_with(cls, together)
+        start = 0
+        for row, (queries, length) in enumerate(together.requests):
+            for first, last in ((0, queries), (queries - 1, queries)):
+                alone = dataclasses.replace(
+                    together,
+                    requests=[(last - first, length - queries + last)],
+                    num_decodes=int(last - first == 1),
+                    q=together.q[start + first : start + last],
+                    keys=[together.keys[row][: length - queries + last]],
+                    values=[together.values[row][: length - queries + last]],
+                    block_table=together.block_table[row : row + 1],
+                )
+                out, _ = solve_with(cls, alone)
+                assert torch.equal(out, expected[start + first : start + last]), (
+                    f"request {row} of {together.requests}: its queries {first} to {last} have other bits alone\n{spec}"
+                )
+            start += queries
+
+
+def _of_dtype(dtype: torch.dtype) -> AttentionSpec:
+    return make_spec(dtype=dtype, kv_dtype=dtype)

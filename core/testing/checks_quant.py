@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import unittest
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantizationLoader
+from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantizationLoader, StoredWeight
 from quire.core.errors import CheckpointError
 from quire.core.plugin.options import parse_options
 
 __all__ = [
+    "check_a_bias_is_added",
     "check_a_wrong_shape_is_refused_by_name",
+    "check_any_number_of_tokens_multiplies",
     "check_every_layer_has_a_method",
     "check_random_weights_multiply",
     "check_shards_make_up_the_whole",
@@ -67,31 +71,50 @@ def check_random_weights_multiply(cls: type[QuantizationLoader]) -> None:
 
 
 def check_the_product_is_the_dense_one(cls: type[QuantizationLoader]) -> None:
-    """After loading a dense checkpoint, the product is off by a tenth of its size at most, and shape and dtype fit."""
-    x, parts = _input(), _weights()
-    got = _apply(cls, x, parts)
-    want = x @ torch.cat(parts).T
+    """After loading a checkpoint, plain or stored as ``example_tensors`` says, the product is that of the weights: off
+    by a fiftieth of its size at most where they are stored, by a tenth where they are quantized as they are loaded."""
+    x, example = _input(), _example_weights(cls)
+    got, want = _apply(cls, example, x), x @ torch.cat([part.weight for part in example.parts]).T
     assert got.shape == want.shape and got.dtype == x.dtype, f"got {tuple(got.shape)} {got.dtype}"
-    off = ((got - want).norm() / want.norm()).item()
-    assert off < 0.1, f"off by {off:.3f} of the product's size"
+    _close(got, want, "all parts", 0.02 if example.config else 0.1)
+    for i, (of_part, expected) in enumerate(zip(got.split(_PARTS, 1), want.split(_PARTS, 1), strict=True)):
+        _close(of_part, expected, f"part {i} of {len(_PARTS)}", 0.04 if example.config else 0.1)
+
+
+def check_a_bias_is_added(cls: type[QuantizationLoader]) -> None:
+    """``apply`` adds the bias that it is given to each token."""
+    x, example = _input(), _example_weights(cls)
+    bias = torch.linspace(-3, 3, sum(_PARTS))
+    _close(_apply(cls, example, x, bias=bias) - _apply(cls, example, x), bias.expand(len(x), -1), "the bias", 0.02)
+
+
+def check_any_number_of_tokens_multiplies(cls: type[QuantizationLoader]) -> None:
+    """One token, some, and hundreds give what they give together."""
+    example, x = _example_weights(cls), torch.randn(300, _INPUTS, generator=torch.Generator().manual_seed(4))
+    together = _apply(cls, example, x)
+    for count in (1, 2, 17, 129):
+        _close(_apply(cls, example, x[:count]), together[:count], f"{count} tokens", 0.05)
+        if _load(cls, example).method.batch_invariant:
+            same = torch.equal(_apply(cls, example, x[:count]), together[:count])
+            assert same, f"it declares itself batch invariant; {count} tokens give other bits alone than among 300"
 
 
 def check_the_same_input_gives_the_same_bits(cls: type[QuantizationLoader]) -> None:
     """The reduction order is fixed."""
-    x, parts = _input(), _weights()
-    assert torch.equal(_apply(cls, x, parts), _apply(cls, x, parts)), "two products differ"
+    x, example = _input(), _example_weights(cls)
+    assert torch.equal(_apply(cls, example, x), _apply(cls, example, x)), "two products differ"
 
 
 def check_shards_make_up_the_whole(cls: type[QuantizationLoader]) -> None:
     """Two ranks' columns side by side, or two ranks' rows added up, are what one rank computes."""
-    x, parts = _input(), _weights()
-    whole = _apply(cls, x, parts).split(_PARTS, dim=1)
-    shares = [_apply(cls, x, parts, "column", r, 2).split([size // 2 for size in _PARTS], dim=1) for r in range(2)]
+    x, example = _input(), _example_weights(cls)
+    whole = _apply(cls, example, x)
+    shares = [_apply(cls, example, x, "column", r, 2).split([size // 2 for size in _PARTS], dim=1) for r in range(2)]
     side_by_side = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(*shares, strict=True)], dim=1)
-    _close(side_by_side, torch.cat(whole, dim=1), "columns")
+    _close(side_by_side, whole, "columns of two ranks", 0.05)
     halves = x.chunk(2, dim=1)
-    added = sum((_apply(cls, halves[r], parts, "row", r, 2) for r in range(2)), torch.zeros(()))
-    _close(added, torch.cat(whole, dim=1), "rows")
+    added = sum((_apply(cls, example, halves[r], "row", r, 2) for r in range(2)), torch.zeros(()))
+    _close(added, whole, "rows of two ranks", 0.05)
 
 
 def check_a_wrong_shape_is_refused_by_name(cls: type[QuantizationLoader]) -> None:
@@ -118,12 +141,28 @@ def _example(cls: type[QuantizationLoader]) -> QuantizationLoader:
     return cls(config, parse_options(cls, {}))
 
 
-def _loader(cls: type[QuantizationLoader]) -> QuantizationLoader:
-    """A loader of dense checkpoints. Skips the check for those that read only a scheme of their own."""
+@dataclass(frozen=True)
+class _ExampleWeights:
+    config: Mapping[str, Any]
+    """Empty: a plain checkpoint."""
+    parts: list[StoredWeight]
+
+
+def _example_weights(cls: type[QuantizationLoader]) -> _ExampleWeights:
+    """The parts of a layer as ``example_tensors`` stores them, or plain ones for a loader that reads those."""
+    stored = [cls.example_tensors(size, _INPUTS) for size in _PARTS]
+    parts = [part for part in stored if part is not None]
+    if parts:
+        for size, part in zip(_PARTS, parts, strict=True):
+            assert part.weight.shape == (size, _INPUTS), f"example_tensors gave a weight of {tuple(part.weight.shape)}"
+            assert part.weight.std() > 0 and bool(part.weight.isfinite().all()), "its weights are all the same"
+        return _ExampleWeights(cls.example_config(), parts)
     reasons = cls.unsupported({}, _CPU)
-    if reasons:
-        raise unittest.SkipTest(f"cannot load a dense checkpoint on the CPU: {reasons[0]}")
-    return cls({}, parse_options(cls, {}))
+    assert not reasons, (
+        "example_tensors() gives nothing, and it reads no plain checkpoint on the CPU "
+        f"({reasons[0]}): write it, or nothing can be multiplied"
+    )
+    return _ExampleWeights({}, [StoredWeight({"weight": weight}, weight) for weight in _weights()])
 
 
 def _info(
@@ -145,24 +184,44 @@ def _info(
     )
 
 
-def _apply(
+@dataclass(frozen=True)
+class _LoadedLayer:
+    layer: nn.Module
+    method: LinearMethod
+
+
+def _load(
     cls: type[QuantizationLoader],
-    x: Tensor,
-    parts: list[Tensor],
+    example: _ExampleWeights,
     shard: Literal["column", "row"] = "column",
     rank: int = 0,
     world_size: int = 1,
-) -> Tensor:
-    """Load ``parts`` as this rank would, and multiply."""
+) -> _LoadedLayer:
+    """The layer as this rank loads it."""
     info, layer = _info(shard, world_size), nn.Module()
-    method = _loader(cls).get_linear_method(info)
+    method = cls(example.config, parse_options(cls, {})).get_linear_method(info)
     if method.input_format != "native":
         raise unittest.SkipTest(f"takes {method.input_format} inputs")
     method.create_weights(layer, info, _CPU)
-    for i, part in enumerate(parts):
-        method.load_tensor(layer, info, i, "weight", part, rank, world_size)
+    for i, part in enumerate(example.parts):
+        for name, tensor in part.tensors.items():
+            method.load_tensor(layer, info, i, name, tensor, rank, world_size)
     method.process_weights_after_loading(layer)
-    return method.apply(layer, x)
+    return _LoadedLayer(layer, method)
+
+
+def _apply(
+    cls: type[QuantizationLoader],
+    example: _ExampleWeights,
+    x: Tensor,
+    shard: Literal["column", "row"] = "column",
+    rank: int = 0,
+    world_size: int = 1,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Load ``example`` as this rank would, and multiply."""
+    loaded = _load(cls, example, shard, rank, world_size)
+    return loaded.method.apply(loaded.layer, x, bias)
 
 
 def _weights() -> list[Tensor]:
@@ -174,6 +233,13 @@ def _input() -> Tensor:
     return torch.randn(5, _INPUTS, generator=torch.Generator().manual_seed(1))
 
 
-def _close(got: Tensor, want: Tensor, what: str) -> None:
+def _close(got: Tensor, want: Tensor, what: str, limit: float) -> None:
     off = ((got - want).norm() / want.norm()).item()
-    assert off < 0.05, f"{what}: off by {off:.3f} of the product's size"
+    if off < limit:
+        return
+    token, output = divmod(int((got - want).abs().nan_to_num(nan=float("inf")).argmax()), want.shape[1])
+    raise AssertionError(
+        f"{what}: off by {off:.3f} of the product's size, at most {limit} may be rounding; worst at token {token} of "
+        f"{len(want)}, output {output} of {want.shape[1]}: {float(got[token, output]):.4g}, expected "
+        f"{float(want[token, output]):.4g}; parts {_PARTS}, {_INPUTS} inputs"
+    )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from quire.plugins.quant.awq import GemmFormat
-from quire.plugins.quant.gptq import BITS, GPTQFormat
+from quire.plugins.quant.gptq import BITS, GPTQ, GPTQFormat
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.sdk import StoredWeight
 
 __all__ = ["AutoRound"]
 
@@ -47,6 +48,11 @@ class AutoRound(LayerwiseLoader):
     def example_config(cls) -> Mapping[str, Any]:
         """Four bits in groups of 32."""
         return {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+
+    @classmethod
+    def example_tensors(cls, outputs: int, inputs: int) -> StoredWeight:
+        """GPTQ's."""
+        return GPTQ.example_tensors(outputs, inputs)
 
     def get_scheme(self, name: str, kind: str) -> Scheme:
         """What ``extra_config`` says of ``name`` over what is said of all; the head only where it is named."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import StoredTensor
+from quire.plugins.quant.example_weights import RandomCodes, pack_rows
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import AWQ_ORDER, GroupedWeights, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.sdk import StoredWeight
 
 __all__ = ["AWQ", "GemmFormat", "GemvFastFormat", "GemvFormat"]
 
@@ -41,6 +43,17 @@ class AWQ(LayerwiseLoader):
     def example_config(cls) -> Mapping[str, Any]:
         """Four bits in groups of 32."""
         return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+
+    @classmethod
+    def example_tensors(cls, outputs: int, inputs: int) -> StoredWeight:
+        """Columns eight a word, the even ones in the lower half."""
+        random, order = RandomCodes.make(outputs, inputs), (0, 2, 4, 6, 1, 3, 5, 7)
+        tensors = {
+            "qweight": pack_rows(random.codes.T, 4, order),
+            "qzeros": pack_rows(random.zeros.T, 4, order),
+            "scales": random.scales.T.contiguous(),
+        }
+        return StoredWeight(tensors, random.dequantize())
 
     def get_scheme(self, name: str, kind: str) -> Scheme:
         """One format for all layers but the head and those that ``modules_to_not_convert`` has a part of in it."""

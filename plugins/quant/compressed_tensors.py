@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import StoredTensor
+from quire.plugins.quant.example_weights import RandomCodes, pack_rows
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, is_invalid_group_size
 from quire.plugins.quant.scaled import ScaledFormat
+from quire.sdk import StoredWeight
 
 __all__ = ["CompressedTensors", "PackedFormat"]
 
@@ -64,6 +66,17 @@ class CompressedTensors(LayerwiseLoader):
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
         group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
         return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+    @classmethod
+    def example_tensors(cls, outputs: int, inputs: int) -> StoredWeight:
+        """Codes along a row, eight above their value."""
+        random = RandomCodes.make(outputs, inputs)
+        tensors = {
+            "weight_packed": pack_rows(random.codes, 4),
+            "weight_scale": random.scales,
+            "weight_shape": torch.tensor([outputs, inputs]),
+        }
+        return StoredWeight(tensors, random.dequantize(torch.full_like(random.zeros, 8)))
 
     def get_scheme(self, name: str, kind: str) -> Scheme:
         """That of the group with the narrowest target: the name itself, then an expression, then all linear layers."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from quire.plugins.quant.deferred_linear import StoredTensor
+from quire.plugins.quant.example_weights import RandomCodes, pack_rows
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.sdk import StoredWeight
 
 __all__ = ["BITS", "GPTQ", "GPTQFormat"]
 
@@ -47,6 +49,18 @@ class GPTQ(LayerwiseLoader):
     def example_config(cls) -> Mapping[str, Any]:
         """Four bits in groups of 32."""
         return {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+    @classmethod
+    def example_tensors(cls, outputs: int, inputs: int) -> StoredWeight:
+        """Codes packed down a column, zero points less one along a row."""
+        random = RandomCodes.make(outputs, inputs)
+        tensors = {
+            "qweight": pack_rows(random.codes, 4).T.contiguous(),
+            "qzeros": pack_rows(random.zeros.T - 1, 4),
+            "scales": random.scales.T.contiguous(),
+            "g_idx": torch.arange(inputs, dtype=torch.int32) // random.group_size,
+        }
+        return StoredWeight(tensors, random.dequantize())
 
     def get_scheme(self, name: str, kind: str) -> Scheme:
         """The format of most layers, unless ``dynamic`` has another for ``name`` or leaves it out; the head where

@@ -106,6 +106,7 @@ __all__ = [
     "StepStats",
     "StepTokens",
     "StepView",
+    "StoredWeight",
     "TargetState",
     "Usage",
     "make_default_plan",
@@ -123,6 +124,7 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.contracts.quant": (
         "ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "QuantActivation", "QuantizationLoader",
+        "StoredWeight",
     ),
     "quire.core.contracts.model": ("AuxHiddenStates", "ForwardContext", "Model"),
     "quire.core.contracts.sampler": ("Sampler", "SamplingBatch", "SamplingTable"),
