@@ -62,6 +62,8 @@ class KVAllocator(ABC):
     ``allocate`` changes nothing; after every request is freed the pool is back at its baseline. Reads of a request
     are of ``request_id`` (a number, never used again), ``token_ids``, ``extra_keys``, ``skip_prefix_cache`` and
     ``block_hashes`` (its scratch). Table entries whose blocks a window has left behind are 0.
+
+    An allocator that raises is quarantined: the bundled one takes its place, and running requests are computed again.
     """
 
     def __init__(

@@ -133,8 +133,9 @@ def _resolve_before_model(plugins: PluginManager, args: EngineArgs, context: dic
         ("executor", args.executor),
     ):
         choices[kind] = _plugin_choice(plugins.resolve_plugin(kind, name, context), args)
-    fallback = plugins.resolve_plugin("policy", "fcfs", context, announce=False)
-    choices["policy_fallback"] = PluginChoice("policy", fallback.name, fallback.target)
+    for kind, name in (("policy", "fcfs"), ("kv", "paged")):
+        fallback = plugins.resolve_plugin(kind, name, context, announce=False)
+        choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target)
     for kind, name in (("attention", args.attention_backend), ("quant", args.quantization)):
         if name != "auto":
             plugins.resolve_plugin(kind, name, context, announce=False)

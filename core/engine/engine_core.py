@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -52,7 +53,7 @@ class EngineCore:
         executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
         self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
         self.capacity = self.executor.start()
-        self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator's prefix cache
+        self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator
         self._recorder: TraceRecorder | None = None
         try:
             self._recorder = start_recorder(config, self.capacity, _MAX_IN_FLIGHT_STEPS)
@@ -201,19 +202,14 @@ class EngineCore:
 
     def _build_scheduler(self) -> Scheduler:
         config = self.config
-        kv = config.plugin("kv")
-        allocator_class = load_target(kv.target, "quire.core.contracts.kv:KVAllocator")
-        allocator: KVAllocator = allocator_class(
-            self.capacity.groups,
-            self.capacity.num_blocks,
-            config.cache.block_size,
-            prefix_caching=config.cache.prefix_caching,
-            options=parse_options(allocator_class, kv.options),
+        make_replacement = partial(self._build_allocator, "kv_fallback")
+        allocator = GuardedAllocator(
+            self._build_allocator("kv"), config.plugin("kv").name, make_replacement, self._quarantined.append
         )
         return Scheduler(
             config.scheduler,
             config.cache,
-            GuardedAllocator(allocator, kv.name, self._quarantined.append),
+            allocator,
             self._build_policy("policy"),
             fallback=self._build_policy("policy_fallback"),
             max_model_len=config.model.max_model_len,
@@ -240,6 +236,18 @@ class EngineCore:
         if not issubclass(cls, HostProposer):
             return None  # it drafts on the device: the worker builds it
         return cls(spec.num_speculative_tokens, parse_options(cls, choice.options))
+
+    def _build_allocator(self, key: str) -> KVAllocator:
+        config, choice = self.config, self.config.plugin(key)
+        cls = load_target(choice.target, "quire.core.contracts.kv:KVAllocator")
+        allocator: KVAllocator = cls(
+            self.capacity.groups,
+            self.capacity.num_blocks,
+            config.cache.block_size,
+            prefix_caching=config.cache.prefix_caching,
+            options=parse_options(cls, choice.options),
+        )
+        return allocator
 
     def _build_policy(self, kind: str) -> BatchingPolicy:
         choice = self.config.plugin(kind)

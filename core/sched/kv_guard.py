@@ -1,57 +1,75 @@
-"""Guards the engine against its KV allocator: one that raises costs requests at most, never the engine."""
+"""Guards the engine against its KV allocator: one that raises is replaced, and no request is lost."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from quire.core.contracts.kv import Allocation, KVAllocator, KVStats, PrefixMatch
-from quire.core.plugin.quarantine import Quarantine
+from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.request import Request
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["AllocatorError", "GuardedAllocator"]
 
-_log = logging.getLogger("quire.plugin")
 _T = TypeVar("_T")
 
 
 class AllocatorError(Exception):
-    """The allocator raised while a step was scheduled, for ``request``, or for no request in particular."""
+    """The allocator cannot be used any more: once no request keeps blocks, ``guard.replace_allocator`` is due."""
 
-    def __init__(self, message: str, request: Request | None) -> None:
-        super().__init__(message)
-        self.request = request
+    def __init__(self, guard: GuardedAllocator) -> None:
+        super().__init__(guard.fault)
+        self.guard = guard
 
 
 class GuardedAllocator(KVAllocator):
-    """Calls ``allocator``. Nothing else can keep its blocks, so it is not replaced:
+    """Calls ``allocator`` until it raises, in whichever method. Which blocks are free is not known then, nor what the
+    cached ones hold, so it is quarantined as a whole.
 
-    - what only the prefix cache needs (``match_prefix``, ``count_cached_tokens``, ``cache_full_blocks``) is not called
-      any more once it raised;
-    - what must not fail (``free``, ``stats``) is logged;
-    - whatever else raises is an ``AllocatorError``, which ends the request that it was called for.
+    What the engine can do without at that moment (a prefix match, caching, freeing, statistics) is passed over;
+    everything else raises ``AllocatorError``, at the latest when the next step is scheduled. The engine then takes back
+    the blocks of all requests and goes on with what ``make_replacement`` returns; they are computed again.
     """
 
-    def __init__(self, allocator: KVAllocator, name: str, on_quarantine: Callable[[QuarantinedPlugin], None]) -> None:
+    def __init__(
+        self,
+        allocator: KVAllocator,
+        name: str,
+        make_replacement: Callable[[], KVAllocator],
+        on_quarantine: Callable[[QuarantinedPlugin], None],
+    ) -> None:
         super().__init__(
             allocator.groups, allocator.num_blocks, allocator.block_size, prefix_caching=allocator.prefix_caching
         )
         self.allocator = allocator
-        self._name = name
+        self.is_replaced = False
+        """Whether ``allocator`` is a replacement already. If that raises too, requests are at fault: they must end."""
+        self.fault = ""
+        """What the allocator raised."""
+        self.fault_request: Request | None = None
+        """The request for which it was called then; None: no request in particular."""
+        self._make_replacement = make_replacement
+        self._on_quarantine = on_quarantine
+        self._quarantine = self._start_quarantine(name)
         self._no_match = PrefixMatch(0, tuple(() for _ in allocator.groups))
-        self._last_stats = KVStats(0, 0, 0, 0, 0)
-        self._prefix_cache = Quarantine("kv", name, on_quarantine, replacement="no prefix cache")
+        self._last_stats = self._base_stats = KVStats(0, 0, 0, 0, 0)
+
+    def replace_allocator(self) -> None:
+        """Start over with another allocator: every block is free, and nothing is cached."""
+        self._base_stats = self._last_stats
+        self.allocator, self.is_replaced = self._make_replacement(), True
+        self._quarantine = self._start_quarantine(class_path(self.allocator))
 
     def match_prefix(self, request: Request) -> PrefixMatch:
-        """Nothing, once the prefix cache has failed."""
-        match = self._prefix_cache.call(self.allocator.match_prefix, request)
+        """Nothing, if the allocator has failed."""
+        match = self._call("match_prefix", request, partial(self.allocator.match_prefix, request))
         return self._no_match if match is None else match
 
     def count_cached_tokens(self, request: Request) -> int:
-        """0, once the prefix cache has failed."""
-        return self._prefix_cache.call(self.allocator.count_cached_tokens, request) or 0
+        """0, if the allocator has failed."""
+        return self._call("count_cached_tokens", request, partial(self.allocator.count_cached_tokens, request)) or 0
 
     def allocate(
         self,
@@ -63,7 +81,9 @@ class GuardedAllocator(KVAllocator):
         num_reserved_blocks: int = 0,
     ) -> Allocation | None:
         """Raises ``AllocatorError``."""
-        try:
+        if not self._quarantine.is_active:
+            raise AllocatorError(self)
+        try:  # written out: it is called for every block
             return self.allocator.allocate(
                 request,
                 num_tokens,
@@ -72,54 +92,71 @@ class GuardedAllocator(KVAllocator):
                 num_reserved_blocks=num_reserved_blocks,
             )
         except Exception as error:
-            raise self._note_error("allocate", error, request) from error
+            self._note_fault("allocate", error, request)
+            raise AllocatorError(self) from error
 
     def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
-        """Does nothing, once the prefix cache has failed."""
-        self._prefix_cache.call(self.allocator.cache_full_blocks, request, num_tokens)
+        """Does nothing, if the allocator has failed."""
+        self._call("cache_full_blocks", request, partial(self.allocator.cache_full_blocks, request, num_tokens))
 
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Raises ``AllocatorError``."""
-        return self._call("fork_blocks", child, lambda: self.allocator.fork_blocks(parent, child, num_tokens))
+        return self._require("fork_blocks", child, partial(self.allocator.fork_blocks, parent, child, num_tokens))
 
     def free_out_of_window_blocks(self, request: Request, group: int, before: int) -> None:
         """Raises ``AllocatorError``."""
-        free = self.allocator.free_out_of_window_blocks
-        self._call("free_out_of_window_blocks", request, lambda: free(request, group, before))
+        free = partial(self.allocator.free_out_of_window_blocks, request, group, before)
+        self._require("free_out_of_window_blocks", request, free)
 
     def free(self, request: Request) -> None:
-        """Does what it can: blocks may be lost."""
-        try:
-            self.allocator.free(request)
-        except Exception as error:
-            self._note_error("free", error, request)
+        """Does nothing, if the allocator has failed: all blocks will be free."""
+        self._call("free", request, partial(self.allocator.free, request))
 
     def num_free_blocks(self) -> int:
         """Raises ``AllocatorError``."""
-        try:
+        if not self._quarantine.is_active:
+            raise AllocatorError(self)
+        try:  # written out: it is called in every step
             return self.allocator.num_free_blocks()
         except Exception as error:
-            raise self._note_error("num_free_blocks", error, None) from error
+            self._note_fault("num_free_blocks", error, None)
+            raise AllocatorError(self) from error
 
     def stats(self) -> KVStats:
-        """Those of the last call that did not raise."""
-        try:
-            self._last_stats = self.allocator.stats()
-        except Exception as error:
-            self._note_error("stats", error, None)
+        """Those of the last call, if the allocator has failed. Counters go on where those of a replaced one ended."""
+        stats = self._call("stats", None, self.allocator.stats)
+        if stats is not None:
+            stats.prefix_queries += self._base_stats.prefix_queries
+            stats.prefix_hits += self._base_stats.prefix_hits
+            self._last_stats = stats
         return self._last_stats
 
     def check_integrity(self) -> None:
         """As the allocator does."""
         self.allocator.check_integrity()
 
-    def _call(self, method: str, request: Request, call: Callable[[], _T]) -> _T:
+    def _call(self, method: str, request: Request | None, call: Callable[[], _T]) -> _T | None:
+        if not self._quarantine.is_active:
+            return None
         try:
             return call()
         except Exception as error:
-            raise self._note_error(method, error, request) from error
+            self._note_fault(method, error, request)
+            return None
 
-    def _note_error(self, method: str, error: Exception, request: Request | None) -> AllocatorError:
-        text = f"kv/{self._name}: {method} raised {type(error).__name__}: {error}"
-        _log.error("%s", text, exc_info=error)
-        return AllocatorError(text, request)
+    def _require(self, method: str, request: Request, call: Callable[[], _T]) -> _T:
+        if not self._quarantine.is_active:
+            raise AllocatorError(self)
+        try:
+            return call()
+        except Exception as error:
+            self._note_fault(method, error, request)
+            raise AllocatorError(self) from error
+
+    def _note_fault(self, method: str, error: Exception, request: Request | None) -> None:
+        self.fault_request = request
+        self.fault = f"kv/{self._quarantine.name}: {method} raised {type(error).__name__}: {error}"
+        self._quarantine.switch_off("raised", f"{method} raised {type(error).__name__}: {error}", error)
+
+    def _start_quarantine(self, name: str) -> Quarantine:
+        return Quarantine("kv", name, self._on_quarantine, replacement="another allocator")

@@ -338,14 +338,15 @@ class Scheduler:
         return in_flight_step
 
     def _recover_from(self, fault: AllocatorError) -> None:
-        """The allocator raised half-way through a step: nothing of the step is kept. Its request ends with an error, or
-        all do where it raised for none, and the others go back to the queue."""
+        """The allocator failed: nothing of the step is kept, all requests go back to the queue and are computed again
+        with another one. If that had been replaced already, its request ends, or all do where it raised for none."""
         for request in self._running.requests[self._running.rows].tolist():
             self._preempt_request(request)
         for request in list(self._requests.values()):
-            if fault.request in (request, None):
-                self._allocator.free(request)  # what it got while it waited
+            request.block_hashes.clear()  # of the allocator's own kind
+            if fault.guard.is_replaced and fault.guard.fault_request in (request, None):
                 self._end_with_error(request, str(fault), "failed")
+        fault.guard.replace_allocator()
 
     # ---- A request leaves its row, or the engine.
 

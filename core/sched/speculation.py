@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Speculation"]
 
+_TIME_LIMIT_S, _MAX_SLOW_CALLS = 0.05, 3
+"""A proposer on the host is at fault if drafting for a step takes longer, so many times in a row: no step waits for it
+otherwise. The limits of a policy."""
+
 
 class Speculation:
     """A decoding request is granted its drafts beside its one token, as if all were accepted; what was granted for
@@ -51,7 +55,13 @@ class Speculation:
         self._num_accepted_at = np.zeros(self.num_speculative_tokens, np.int64)
         self._num_verifications = self._num_accepted = 0
         self._disabled = False
-        self._quarantine = Quarantine("spec_decode", host_name or class_path(host), self._disable_host)
+        self._quarantine = Quarantine(
+            "spec_decode",
+            host_name or class_path(host),
+            self._disable_host,
+            time_limit_s=_TIME_LIMIT_S,
+            max_slow_calls=_MAX_SLOW_CALLS,
+        )
         self._on_quarantine = on_quarantine
 
     @property
@@ -146,7 +156,7 @@ class Speculation:
     def request_finished(self, request: Request) -> None:
         """Tell a proposer on the host that a request has ended."""
         if self._host is not None and not self._disabled:
-            self._quarantine.call(self._host.request_finished, request)
+            self._quarantine.call_timed(self._host.request_finished, request)
 
     def disable_drafting(self) -> None:
         """The proposer failed: nothing is drafted any more."""
@@ -176,10 +186,10 @@ class Speculation:
         table = self._running
         num_sampled = table.num_in_flight_tokens[rows] - table.max_overcount[rows]
         lengths = (table.num_in_flight_tokens[rows] + limits).tolist()
-        proposed = self._quarantine.call(self._call_proposer, host, rows, limits, lengths)
+        proposed = self._quarantine.call_timed(self._propose, host, rows, limits, lengths)
         return np.zeros(len(rows), np.int64) if proposed is None else np.minimum(limits, proposed - num_sampled)
 
-    def _call_proposer(
+    def _propose(
         self, host: HostProposer, rows: NDArray[np.int64], limits: NDArray[np.int64], lengths: list[int]
     ) -> NDArray[np.int64]:
         """How many tokens the proposer expects to follow for each row; keeps them in ``_host_drafts``."""

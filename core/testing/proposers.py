@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "FailingProposer",
     "KnownAnswerProposer",
     "LastTokenProposer",
+    "SlowHostProposer",
 ]
 
 
@@ -67,6 +69,15 @@ class LastTokenProposer(HostProposer):
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """The last token, ``num_tokens`` times."""
         return [request.token_ids[-1]] * num_tokens
+
+
+class SlowHostProposer(LastTokenProposer):
+    """Takes longer than a step may wait for it."""
+
+    def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
+        """As ``LastTokenProposer``, late."""
+        time.sleep(0.06)
+        return super().propose(request, num_tokens)
 
 
 class AdversarialHostProposer(HostProposer):

@@ -39,6 +39,7 @@ def test_a_foreign_policy_is_chosen_by_name_beside_a_broken_package(install, mod
     config = build_config(EngineArgs(model=model, device="cpu", scheduling_policy="mine")).config
     assert config.plugin("policy").target == "quire_good:Mine"
     assert config.plugin("policy_fallback").target == "quire.plugins.sched.fcfs:FCFSPolicy"
+    assert config.plugin("kv_fallback").target == "quire.plugins.kv.paged:PagedAllocator"
 
 
 @pytest.mark.parametrize(

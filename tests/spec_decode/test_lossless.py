@@ -148,6 +148,16 @@ def test_a_proposer_that_raises_is_switched_off_and_named(engine) -> None:
     assert llm.get_stats()["plugin_quarantines_total"] == 1
 
 
+def test_a_proposer_on_the_host_that_holds_up_steps_is_quarantined(engine, caplog: pytest.LogCaptureFixture) -> None:
+    llm = engine(None, spec_method="quire.core.testing.proposers:SlowHostProposer")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    [output] = llm.generate([[5, 6, 7]], params)
+    assert output.outputs[0].token_ids == engine().generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+    stats = llm.get_stats()
+    assert stats["plugin_quarantines_total"] == 1 and stats["spec_decode_num_speculative_tokens"] == 0
+    assert "SlowHostProposer is quarantined (too_slow)" in caplog.text
+
+
 @pytest.mark.parametrize("proposer", ["draft", "repeater"])
 @pytest.mark.parametrize("fields", [{"temperature": 1.0}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.2}])
 def test_the_distribution_is_unchanged(engine, reference, proposer: str, fields: dict) -> None:
