@@ -46,6 +46,7 @@ class EngineCoreClient:
         self._codec = MessageCodec()
         self._call_ids = itertools.count()
         self._pending_calls: dict[int, asyncio.Future[ControlReply]] = {}
+        self._next_message: asyncio.Future[bytes] | None = None
         self._context = zmq.asyncio.Context()
         self._input_socket = open_socket(zmq.Context(self._context), zmq.PUSH)
         # A connecting end queues messages before its peer is there: nothing has to wait for the process to start.
@@ -130,15 +131,17 @@ class EngineCoreClient:
 
     async def _receive_message(self) -> MessageFromCore:
         while True:
-            try:
-                async with asyncio.timeout(1.0):
-                    return self._codec.decode_from_core(await self._output_socket.recv())
-            except TimeoutError:
-                status = self._process.exit_status
-                if status is not None and not await self._output_socket.poll(100):
-                    reason = f"the engine process ended with status {status}; see its log"
-                    self._fail_calls(reason)
-                    raise EngineDeadError(reason) from None
+            if self._next_message is None:
+                self._next_message = asyncio.ensure_future(self._output_socket.recv())
+            # The wait ends, never what is waited for: a message that came with its cancellation would be lost.
+            if (await asyncio.wait({self._next_message}, timeout=1.0))[0]:
+                received, self._next_message = self._next_message, None
+                return self._codec.decode_from_core(received.result())
+            status = self._process.exit_status
+            if status is not None and not await self._output_socket.poll(100):
+                reason = f"the engine process ended with status {status}; see its log"
+                self._fail_calls(reason)
+                raise EngineDeadError(reason)
 
     def _end_call(self, reply: ControlReply) -> None:
         """Of one that is awaited no more, nothing is kept."""
