@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, get_args
 
 from quire.core.contracts.metrics import MetricsExporter
-from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import EngineCoreClient, format_ready_line
 from quire.core.engine.config_builder import build_config
@@ -110,12 +109,10 @@ class AsyncLLM:
         cache_salt: str | None = None,
         scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
-        shown_token_ids: frozenset[int] = frozenset(),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come: ``delta`` the new part of one continuation, ``cumulative`` all so far, ``final``
         once. ``scheduling`` is told to the scheduling policy. Closing the generator aborts the request and frees its
-        blocks. ``shown_token_ids`` are special tokens that the text has though ``skip_special_tokens`` is on: those
-        that an ``AnswerParser`` reads.
+        blocks.
 
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
@@ -141,7 +138,7 @@ class AsyncLLM:
             else:
                 requests = self._input_processor.process_inputs(request_id, prompt, sampling_params, **options)
             self._output_processor.add_request(
-                request_id, prompt if isinstance(prompt, str) else None, requests, stream, shown_token_ids
+                request_id, prompt if isinstance(prompt, str) else None, requests, stream
             )
             client.add_requests(requests)
             while True:
@@ -197,6 +194,11 @@ class AsyncLLM:
         text = self.tokenizer.render_chat_template(messages, **options)
         return self._input_processor.encode_text(text, add_special_tokens=False, max_tokens=max_tokens)
 
+    def encode_prompt(self, prompt: str | Sequence[int], sampling_params: SamplingParams) -> list[int]:
+        """The token ids that ``generate`` makes of a prompt, and takes in its place: for callers that tokenize in a
+        thread. Raises ``InvalidRequestError``."""
+        return self._input_processor.encode_prompt(prompt, sampling_params)
+
     def tokenize(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Text to token ids. With ``max_tokens``, a text of more is refused before it is tokenized whole."""
         if max_tokens is None:
@@ -234,7 +236,6 @@ class AsyncLLM:
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         self._exporters = ExporterGroup(self._build_exporters())
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
-        self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self._exporters.add_quarantined)
 
     async def _handle_outputs(self) -> None:
         """Put outputs into the queues of their callers until the engine core is gone."""

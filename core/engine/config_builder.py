@@ -50,7 +50,6 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = _resolve_before_model(plugins, args, context)
 
-    from quire.core.loading.chat_template import read_chat_templates
     from quire.core.loading.generation_config import read_generation_defaults
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
@@ -72,10 +71,6 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     choices.update(draft_choices)
     _check_options(plugins, draft_choices)
     tokenizer = resolve_model(args.tokenizer) if args.tokenizer else path
-    context["chat_template"] = read_chat_templates(tokenizer, args.chat_template)
-    parsers = _resolve_parsers(plugins, args, context)
-    choices.update(parsers)
-    _check_options(plugins, parsers)
     generation = read_generation_defaults([path, tokenizer], args.generation_config, args.override_generation_config)
     model = ModelConfig(
         model=args.model,
@@ -101,7 +96,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         cpu_threads=args.cpu_threads,
         speculation=speculation,
         recording=_build_recording_config(args),
-        extra={"chat_template": args.chat_template, "auto_tool_choice": args.enable_auto_tool_choice},
+        extra={"chat_template": args.chat_template},
     )
     if args.plugins:
         plugins.call_hook("quire_configure", config=config)
@@ -141,9 +136,7 @@ def _resolve_before_model(plugins: PluginManager, args: EngineArgs, context: dic
     for kind, name in (("policy", "fcfs"), ("kv", "paged")):
         fallback = plugins.resolve_plugin(kind, name, context, announce=False)
         choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target)
-    later = {"attention": args.attention_backend, "quant": args.quantization}
-    later |= {"tool_parser": args.tool_call_parser, "reasoning_parser": args.reasoning_parser}
-    for kind, name in later.items():
+    for kind, name in (("attention", args.attention_backend), ("quant", args.quantization)):
         if name != "auto":
             plugins.resolve_plugin(kind, name, context, announce=False)
     return choices
@@ -158,12 +151,6 @@ def _resolve_for_model(
         "quant": _plugin_choice(plugins.resolve_plugin("quant", args.quantization, context), args),
         "model": _plugin_choice(plugins.resolve_plugin("model", architecture, context), args),
     }
-
-
-def _resolve_parsers(plugins: PluginManager, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:
-    """The kinds whose choice needs the chat template."""
-    names = {"tool_parser": args.tool_call_parser, "reasoning_parser": args.reasoning_parser}
-    return {kind: _plugin_choice(plugins.resolve_plugin(kind, name, context), args) for kind, name in names.items()}
 
 
 def _plugin_choice(resolution: Resolution, args: EngineArgs) -> PluginChoice:

@@ -109,7 +109,7 @@ class EngineCoreProcess:
 
     def _handle_message(self, core: EngineCore, message: MessageToCore) -> None:
         if isinstance(message, AddRequests):
-            for request in message.restore_prompts():
+            for request in message.restore_children():
                 core.add_request(request)
         elif isinstance(message, AbortRequests):
             core.abort_requests(message.request_ids)

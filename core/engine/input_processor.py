@@ -70,20 +70,10 @@ class InputProcessor:
         ``InvalidRequestError``, whatever the arguments are. ``max_tokens`` is set, and cut to what the context holds.
         """
         params = self._copy_params(params)
+        prompt_token_ids = self._encode_prompt(prompt, params)
         check_text("request_id", request_id, _MAX_ID_CHARS)
         if cache_salt is not None:
             check_text("cache_salt", cache_salt, _MAX_ID_CHARS)
-        num_kept = self._count_kept_tokens(params)
-        if num_kept is not None and isinstance(prompt, str | list | tuple):
-            prompt = self._keep_end(prompt, num_kept)
-        if isinstance(prompt, str):
-            max_tokens = None if num_kept is None else 4 * len(prompt) + 16  # any number: the text is short enough
-            prompt_token_ids = self._encode_prompt(prompt, params.add_special_tokens, max_tokens)
-        else:
-            prompt_token_ids = self._check_token_ids(prompt)
-        if num_kept is not None:
-            prompt_token_ids = prompt_token_ids[-num_kept:]
-        self._check_length(prompt_token_ids, params)
         if params.bad_words:
             params = self._tokenize_bad_words(params)
         self._check_params(params)
@@ -115,6 +105,11 @@ class InputProcessor:
                 )
             )
         return requests
+
+    def encode_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The token ids that ``process_inputs`` makes of a prompt, and takes in its place. Raises
+        ``InvalidRequestError``."""
+        return self._encode_prompt(prompt, self._copy_params(params))
 
     def encode_text(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Text to ids. A text that is too long is refused before it is tokenized whole: for a prompt, or where
@@ -161,7 +156,21 @@ class InputProcessor:
             return prompt[-num_kept:]
         return prompt[-(num_kept + _CUT_MARGIN_TOKENS) * self.tokenizer.max_token_chars :]
 
-    def _encode_prompt(self, text: str, add_special_tokens: bool, max_tokens: int | None) -> list[int]:
+    def _encode_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        num_kept = self._count_kept_tokens(params)
+        if num_kept is not None and isinstance(prompt, str | list | tuple):
+            prompt = self._keep_end(prompt, num_kept)
+        if isinstance(prompt, str):
+            max_tokens = None if num_kept is None else 4 * len(prompt) + 16  # any number: the text is short enough
+            prompt_token_ids = self._encode_prompt_text(prompt, params.add_special_tokens, max_tokens)
+        else:
+            prompt_token_ids = self._check_token_ids(prompt)
+        if num_kept is not None:
+            prompt_token_ids = prompt_token_ids[-num_kept:]
+        self._check_length(prompt_token_ids, params)
+        return prompt_token_ids
+
+    def _encode_prompt_text(self, text: str, add_special_tokens: bool, max_tokens: int | None) -> list[int]:
         ids = self.encode_text(text, add_special_tokens, max_tokens)
         if ids and max(ids) >= self.vocab_size:
             # An added token for which the embedding was never enlarged: it would fail the step, or read other memory.

@@ -10,6 +10,7 @@ import zmq
 
 from quire.core.config import EngineConfig
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
+from quire.core.sampling_params import SamplingParams
 
 __all__ = [
     "AbortRequests",
@@ -35,31 +36,39 @@ class StartEngine(msgspec.Struct, tag=True):
 
 
 class AddRequests(msgspec.Struct, tag=True, array_like=True):
-    """Requests to queue. Those with a parent in the same message are sent without their prompt, which is the parent's:
-    with ``n`` of 128 it would be sent, and kept, 128 times."""
+    """Requests to queue. Those with a parent in the same message are sent without what they have of it, their prompt
+    and all parameters but the seed: with ``n`` of 128 it would be sent, and kept, 128 times."""
 
     requests: list[EngineCoreRequest]
 
     @classmethod
     def from_requests(cls, requests: Sequence[EngineCoreRequest]) -> AddRequests:
         """The message of these requests, which stay as they are."""
-        prompts = {request.request_id: request.prompt_token_ids for request in requests if request.parent_id is None}
-        return cls(
-            [
-                msgspec.structs.replace(request, prompt_token_ids=[])
-                if request.parent_id is not None and prompts.get(request.parent_id) is request.prompt_token_ids
-                else request
-                for request in requests
-            ]
-        )
+        parents = {request.request_id: request for request in requests if request.parent_id is None}
+        return cls([_reduce_child(request, parents.get(request.parent_id or 0)) for request in requests])
 
-    def restore_prompts(self) -> list[EngineCoreRequest]:
+    def restore_children(self) -> list[EngineCoreRequest]:
         """The requests as they were before they were sent; those of one prompt share one list."""
-        prompts = {r.request_id: r.prompt_token_ids for r in self.requests if r.parent_id is None}
+        parents = {request.request_id: request for request in self.requests if request.parent_id is None}
         for request in self.requests:
-            if request.parent_id is not None and not request.prompt_token_ids:
-                request.prompt_token_ids = prompts.get(request.parent_id, [])
+            parent = parents.get(request.parent_id or 0)
+            if parent is not None and not request.prompt_token_ids:
+                request.prompt_token_ids = parent.prompt_token_ids
+                request.params = _make_child_params(parent.params, request.params.seed)
         return self.requests
+
+
+def _reduce_child(request: EngineCoreRequest, parent: EngineCoreRequest | None) -> EngineCoreRequest:
+    if parent is None or request.prompt_token_ids is not parent.prompt_token_ids:
+        return request
+    if request is parent or _make_child_params(parent.params, request.params.seed) != request.params:
+        return request
+    return msgspec.structs.replace(request, prompt_token_ids=[], params=SamplingParams(seed=request.params.seed))
+
+
+def _make_child_params(params: SamplingParams, seed: int | None) -> SamplingParams:
+    """Those of a further continuation. The log-probabilities of a prompt are given with its first one."""
+    return msgspec.structs.replace(params, seed=seed, prompt_logprobs=None)
 
 
 class UnreadableRequest(NamedTuple):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quire.core.config import ModelConfig
-from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.engine_core import EngineCore
@@ -39,9 +38,7 @@ class LLMEngine:
         self.engine_core = EngineCore(self.config)
         """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
         self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
-        exporters = ExporterGroup()
-        self.output_processor = OutputProcessor(self.tokenizer, exporters)
-        self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, exporters.add_quarantined)
+        self.output_processor = OutputProcessor(self.tokenizer, ExporterGroup())
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
 

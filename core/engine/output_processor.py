@@ -97,16 +97,12 @@ class OutputProcessor:
         prompt: str | None,
         requests: Sequence[EngineCoreRequest],
         mode: StreamMode,
-        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """Expect outputs for these core requests. ``shown_token_ids`` are special tokens that ``skip_special_tokens``
-        does not leave out of their text."""
+        """Expect outputs for these core requests."""
         metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
         ids, params = requests[0].prompt_token_ids, requests[0].params
         children = {
-            r.request_id: ChildRequest(
-                i, Detokenizer(self._tokenizer, ids, r.params, shown_token_ids) if r.params.detokenize else None
-            )
+            r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, r.params) if r.params.detokenize else None)
             for i, r in enumerate(requests)
         }
         state = RequestState(request_id, prompt, ids, params, mode, metrics, children)
@@ -316,7 +312,7 @@ class ExporterGroup:
 
     @property
     def num_quarantined(self) -> int:
-        """Plugins of this process that are quarantined: exporters, and parsers of answers."""
+        """The exporters that are."""
         return len(self._quarantined)
 
     def record_engine(self, stats: Mapping[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
@@ -349,10 +345,6 @@ class ExporterGroup:
         for exporter, quarantine in self._guarded.copy().items():
             quarantine.call(exporter.close)
 
-    def add_quarantined(self, plugin: QuarantinedPlugin) -> None:
-        """A plugin of this process was quarantined: the exporters are told with the next figures."""
-        self._quarantined.append(plugin)
-
     def _remove_exporter(self, exporter: MetricsExporter, plugin: QuarantinedPlugin) -> None:
         del self._guarded[exporter]
-        self.add_quarantined(plugin)
+        self._quarantined.append(plugin)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from starlette.requests import Request
@@ -25,18 +26,18 @@ __all__ = ["Outputs", "collect_outputs", "stream_outputs"]
 Prompt = str | list[int]
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 """(index of the prompt, what it gained), in the order things happen."""
+_MAX_PROMPT_TOKENS = 2_000_000
+_MIN_CONTEXTS = 16
+"""Sequences that may have as long a prompt as the context holds."""
+_STARTED_AT_ONCE = 16
+_THREAD_ABOVE_BYTES = 16_384
 
 
 async def collect_outputs(
-    state: ServerState,
-    request: Request,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    body: GenerationBody,
-    shown_token_ids: frozenset[int] = frozenset(),
+    state: ServerState, request: Request, prompts: Sequence[Prompt], params: SamplingParams, body: GenerationBody
 ) -> list[RequestOutput]:
     """The finished outputs, one per prompt. If the client leaves or one fails, all are aborted and it raises."""
-    streams = _start_generations(state, request, prompts, params, body, "final", shown_token_ids)
+    streams = await _start_generations(state, request, prompts, params, body, "final")
     results = await cancel_on_disconnect(request.receive, _gather_final(streams))
     for result in results:
         raise_if_failed(result.outputs)
@@ -44,35 +45,49 @@ async def collect_outputs(
 
 
 async def stream_outputs(
-    state: ServerState,
-    request: Request,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    body: GenerationBody,
-    shown_token_ids: frozenset[int] = frozenset(),
+    state: ServerState, request: Request, prompts: Sequence[Prompt], params: SamplingParams, body: GenerationBody
 ) -> Outputs:
     """New text as it comes. Returns once the first has come, so that a refusal still gets its HTTP status."""
-    outputs = _merge_streams(_start_generations(state, request, prompts, params, body, "delta", shown_token_ids))
+    outputs = _merge_streams(await _start_generations(state, request, prompts, params, body, "delta"))
     first = await cancel_on_disconnect(request.receive, _await_first(outputs))
     return _chain_first(first, outputs)
 
 
-def _start_generations(
+async def _start_generations(
     state: ServerState,
     request: Request,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     body: GenerationBody,
     mode: Literal["delta", "final"],
-    shown_token_ids: frozenset[int],
 ) -> list[AsyncIterator[RequestOutput]]:
     state.check_alive()
+    encode = partial(state.engine.encode_prompt, sampling_params=params)
+    size = len(await request.body())
+    if size < _THREAD_ABOVE_BYTES:
+        encoded = list(map(encode, prompts))
+    else:
+        encoded = await cancel_on_disconnect(request.receive, _encode_in_threads(encode, prompts))
+    _check_prompt_tokens(sum(map(len, encoded)), params.n, state.engine.config.model.max_model_len)
     unique = uuid.uuid4().hex[:8]
     priority, scheduling = read_scheduling(state, request, body)
     options: dict[str, Any] = {"priority": priority, "scheduling": scheduling}
-    options |= {"cache_salt": body.cache_salt, "stream": mode, "shown_token_ids": shown_token_ids}
+    options |= {"cache_salt": body.cache_salt, "stream": mode}
     name = f"{get_request_id(request.scope)}-{unique}"
-    return [state.engine.generate(p, params, f"{name}-{i}", **options) for i, p in enumerate(prompts)]
+    return [state.engine.generate(p, params, f"{name}-{i}", **options) for i, p in enumerate(encoded)]
+
+
+async def _encode_in_threads(encode: Callable[[Prompt], list[int]], prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Prompt by prompt, so that others are served meanwhile and a client that leaves ends it."""
+    return [await asyncio.to_thread(encode, prompt) for prompt in prompts]
+
+
+def _check_prompt_tokens(num_tokens: int, n: int, max_model_len: int) -> None:
+    """Each sequence keeps its prompt, and has it computed where it is preempted."""
+    limit = max(_MAX_PROMPT_TOKENS, _MIN_CONTEXTS * max_model_len)
+    if num_tokens * n > limit:
+        message = f"n: {n} answers to prompts of {num_tokens} tokens are {num_tokens * n} prompt tokens, the limit is"
+        raise ApiError(400, f"{message} {limit}; ask for fewer answers or send several requests", param="n")
 
 
 async def _await_final(stream: Any) -> RequestOutput:
@@ -86,8 +101,12 @@ async def _await_final(stream: Any) -> RequestOutput:
 
 
 async def _gather_final(streams: Sequence[Any]) -> list[RequestOutput]:
-    tasks = [asyncio.ensure_future(_await_final(stream)) for stream in streams]
+    tasks: list[asyncio.Future[RequestOutput]] = []
     try:
+        for stream in streams:
+            tasks.append(asyncio.ensure_future(_await_final(stream)))
+            if len(tasks) % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # others are served, too
         return list(await asyncio.gather(*tasks))
     finally:
         await _cancel_tasks(tasks)
@@ -116,9 +135,13 @@ async def _merge_streams(streams: Sequence[Any]) -> Outputs:
                 yield 0, output
         return
     queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue(maxsize=len(streams))
-    tasks = [asyncio.ensure_future(_forward_outputs(i, stream, queue)) for i, stream in enumerate(streams)]
-    running = len(tasks)
+    tasks: list[asyncio.Future[None]] = []
+    running = len(streams)
     try:
+        for i, stream in enumerate(streams):
+            tasks.append(asyncio.ensure_future(_forward_outputs(i, stream, queue)))
+            if len(tasks) % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         while running:
             index, item = await queue.get()
             if isinstance(item, BaseException):

@@ -63,8 +63,8 @@ class ServerState:
         if self.engine.is_dead:
             raise EngineDeadError("the engine stopped; see its log and restart the server")
 
-    async def run_tokenizer(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """What ``work`` returns, run in a thread if its input is so long that it would hold up the event loop."""
+    async def run_by_size(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What ``work`` returns, run in a thread if its input, of ``size`` bytes, would hold up the event loop."""
         if size < _THREAD_ABOVE_BYTES:
             return work(*args, **kwargs)
         return await asyncio.to_thread(work, *args, **kwargs)
@@ -100,9 +100,9 @@ class ServerState:
                 log.warning("%s: the field %.64r is unknown and was ignored%s (logged once)", where, name, hint)
 
     def log_unparsed_tools(self) -> None:
-        """Log, once, what comes of ``tools`` without a parser."""
+        """Log, once, what comes of ``tools``."""
         if not self._logged_tools:
             self._logged_tools = True
             log.warning(
-                "tools: no tool-call parser is in use, so calls are text; name one with --tool-call-parser NAME"
+                "tools: there is no parser for tool calls yet; they reach the chat template, and calls are text"
             )

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from quire.core.engine.ipc import AddRequests, MessageCodec, StepOutputs
 from quire.core.engine.output_processor import FailedRequest
@@ -44,13 +45,19 @@ def test_an_error_keeps_its_class_on_the_way(kind, cls) -> None:
     assert type(error) is cls and str(error) == "full: of eels"
 
 
-def test_the_prompt_of_a_family_is_sent_once() -> None:
+def test_prompt_and_parameters_of_a_family_are_sent_once() -> None:
     codec, prompt = MessageCodec(), list(range(1000))
-    requests = [EngineCoreRequest(1, prompt, SamplingParams(), 0), EngineCoreRequest(2, [7], SamplingParams(), 0)]
-    requests += [EngineCoreRequest(3 + i, prompt, SamplingParams(), 0, parent_id=1) for i in range(20)]
+    params = SamplingParams(
+        seed=1, stop=["a" * 4096] * 64, logit_bias=dict.fromkeys(range(300), 1.0), prompt_logprobs=2
+    )
+    requests = [EngineCoreRequest(1, prompt, params, 0), EngineCoreRequest(2, [7], SamplingParams(), 0)]
+    for i in range(20):
+        child_params = replace(params, seed=2 + i, prompt_logprobs=None)
+        requests.append(EngineCoreRequest(3 + i, prompt, child_params, 0, parent_id=1))
+    requests.append(EngineCoreRequest(97, prompt, SamplingParams(top_k=3), 0, parent_id=1))  # has its own parameters
     requests.append(EngineCoreRequest(99, [5, 6], SamplingParams(), 0, parent_id=98))  # its parent is not sent with it
     data = codec.encode(AddRequests.from_requests(requests))
     assert len(data) < 2 * len(codec.encode(AddRequests(requests[:1])))
     message = codec.decode_to_core(data)
     assert isinstance(message, AddRequests)
-    assert message.restore_prompts() == requests
+    assert message.restore_children() == requests

@@ -1,14 +1,13 @@
-"""What request bodies have in common: how they are read, and the sampling fields of every generation."""
+"""What request bodies have in common: the sampling fields of every generation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 from pydantic.json_schema import models_json_schema
-from starlette.requests import Request
 
 from quire.core.sampling_params import (
     MAX_BAD_WORDS,
@@ -17,8 +16,7 @@ from quire.core.sampling_params import (
     MAX_STOP_STRINGS,
     SamplingParams,
 )
-from quire.server.http.errors import ApiError, make_validation_error
-from quire.server.http.state import ServerState
+from quire.server.http.errors import ApiError
 
 __all__ = [
     "MAX_ITEMS",
@@ -28,11 +26,9 @@ __all__ = [
     "StreamOptions",
     "UnsupportedField",
     "body_schemas",
+    "check_token_ids",
     "describe_body",
-    "read_body",
 ]
-
-M = TypeVar("M", bound="Body")
 
 MAX_ITEMS = 4096
 """The most items of a list in a body, where no other limit is said: messages, parts, tools."""
@@ -47,6 +43,16 @@ def _refuse_booleans(value: Any) -> Any:
 Int32 = Annotated[int, BeforeValidator(_refuse_booleans), Field(ge=-(2**31), lt=2**31)]
 Int64 = Annotated[int, BeforeValidator(_refuse_booleans), Field(ge=-(2**63), lt=2**63)]
 Real = Annotated[FiniteFloat, BeforeValidator(_refuse_booleans)]
+
+
+def check_token_ids(ids: Any) -> Any:
+    """Refuse with ValueError what is no list of token ids. Any list else is for the next validator to refuse."""
+    if not isinstance(ids, list) or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < 2**31):
+        return ids  # as most are, without Python code for each of what may be many
+    bad = next((each for each in ids if type(each) is not int or not 0 <= each < 2**31), None)
+    if bad is not None:
+        raise ValueError(f"holds {bad!r:.40}, which is not a token id")
+    return ids
 
 
 class Body(BaseModel):
@@ -212,26 +218,6 @@ _SAMPLING_FIELDS = (
 def unsupported_error(param: str, message: str) -> ApiError:
     """The error for a field that is known and not supported."""
     return ApiError(400, f"{param}: {message}", param=param, code="unsupported")
-
-
-async def read_body(request: Request, model: type[M], state: ServerState) -> M:
-    """Read and check a JSON body. Raises ApiError on one line."""
-    _check_content_type(request.headers.get("content-type", ""))
-    try:
-        body = model.model_validate_json(await request.body() or b"{}")
-    except ValidationError as error:
-        raise make_validation_error(error.errors(include_url=False)) from None
-    if unknown := body.unknown_fields():
-        state.log_unknown_fields(unknown, request.url.path)
-    return body
-
-
-def _check_content_type(header: str) -> None:
-    """A browser sends other types from any web page without asking; for JSON it asks the server first (CORS)."""
-    media_type = header.partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        given = f"not {media_type[:100]!r}" if media_type else "which is missing"
-        raise ApiError(415, f"the body must be JSON: send 'Content-Type: application/json', {given}")
 
 
 def describe_body(model: type[Body]) -> dict[str, Any]:

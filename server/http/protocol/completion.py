@@ -9,11 +9,12 @@ from pydantic import BeforeValidator
 
 from quire.core.sampling_params import SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import GenerationBody, Int32, unsupported_error
+from quire.server.http.protocol.common import GenerationBody, Int32, check_token_ids, unsupported_error
 
 __all__ = ["CompletionBody"]
 
 _MAX_PROMPTS = _MAX_SEQUENCES = 1024
+_MAX_STOP_CHARS = 4_194_304
 
 
 def _normalize_prompts(value: Any) -> Any:
@@ -28,20 +29,11 @@ def _normalize_prompts(value: Any) -> Any:
         value = [value]
     if all(isinstance(each, str) for each in value) or all(isinstance(each, list) for each in value):
         for each in value:
-            _check_token_ids(each)
+            check_token_ids(each)
         if len(value) > _MAX_PROMPTS:
             raise ValueError(f"holds {len(value)} prompts, the limit is {_MAX_PROMPTS}; send several requests")
         return value
     raise ValueError("mixes strings, token ids and lists; give one kind")
-
-
-def _check_token_ids(prompt: str | list[Any]) -> None:
-    if isinstance(prompt, list):
-        if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < 2**31:
-            return  # as most are, without Python code for each of what may be millions
-        bad = next((each for each in prompt if type(each) is not int or not 0 <= each < 2**31), None)
-        if bad is not None:
-            raise ValueError(f"holds {bad!r:.40}, which is not a token id")
 
 
 class CompletionBody(GenerationBody):
@@ -86,4 +78,12 @@ class CompletionBody(GenerationBody):
         if num_sequences > _MAX_SEQUENCES:
             message = f"n: {len(self.prompt)} prompts with {params.n} answers each are {num_sequences} sequences"
             raise ApiError(400, f"{message}, the limit is {_MAX_SEQUENCES}; send several requests", param="n")
+        self._check_stop_strings()
         return params
+
+    def _check_stop_strings(self) -> None:
+        """Each prompt's request has its own copy of them."""
+        num_chars = sum(map(len, self.stop)) if isinstance(self.stop, list) else 0
+        if num_chars * len(self.prompt) > _MAX_STOP_CHARS:
+            message = f"stop: {num_chars} characters for each of {len(self.prompt)} prompts; shorten them"
+            raise ApiError(400, f"{message} or send several requests", param="stop")

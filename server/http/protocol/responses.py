@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quire.core.engine.async_llm import AsyncLLM
 
 __all__ = [
+    "LOGPROB_BYTES",
     "Usage",
     "current_timestamp",
     "format_chat_logprobs",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 Logprobs = Mapping[int, Logprob]
+LOGPROB_BYTES = 256
+"""About what the log-probabilities of a prompt's token take in an answer."""
 _MIN_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON cannot say."""
 

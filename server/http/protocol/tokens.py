@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from quire.server.http.protocol.chat import Conversation, Message
-from quire.server.http.protocol.common import MAX_ITEMS, Body, Int32
+from quire.server.http.protocol.common import MAX_ITEMS, Body, check_token_ids
 
 __all__ = ["DetokenizeBody", "TokenizeBody"]
 
-MAX_DETOKENIZED = 1_048_576
+MAX_DETOKENIZED = 524_288
 
 
 class TokenizeBody(Conversation):
@@ -26,4 +28,4 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[Int32] = Field(max_length=MAX_DETOKENIZED)
+    tokens: Annotated[list[Any], BeforeValidator(check_token_ids), Field(max_length=MAX_DETOKENIZED)]

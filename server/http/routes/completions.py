@@ -13,9 +13,11 @@ from quire.core.messages import CompletionOutput, Logprob, RequestOutput
 from quire.server.http.errors import make_error_response
 from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
 from quire.server.http.middleware import get_request_id
-from quire.server.http.protocol.common import describe_body, read_body
+from quire.server.http.protocol.common import describe_body
 from quire.server.http.protocol.completion import CompletionBody
+from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.responses import (
+    LOGPROB_BYTES,
     Usage,
     current_timestamp,
     format_completion_logprobs,
@@ -60,7 +62,9 @@ async def answer_completion(state: ServerState, request: Request) -> Response:
         outputs = await stream_outputs(state, request, body.prompt, params, body)
         return EventStream(_stream_events(state, outputs, writer, usage, body))
     results = await collect_outputs(state, request, body.prompt, params, body)
-    return Response(_encode_response(state, results, response_id, model, body), media_type="application/json")
+    size = LOGPROB_BYTES * sum(len(output.prompt_logprobs or ()) for output in results)
+    encoded = await state.run_by_size(size, _encode_response, state, results, response_id, model, body)
+    return Response(encoded, media_type="application/json")
 
 
 def _encode_response(

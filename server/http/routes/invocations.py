@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from quire.server.http.protocol.common import describe_body
 from quire.server.http.protocol.completion import CompletionBody
+from quire.server.http.protocol.reading import read_json
 from quire.server.http.routes.chat import answer_chat
 from quire.server.http.routes.completions import answer_completion
 from quire.server.http.state import ServerState
@@ -21,7 +22,7 @@ def make_router(state: ServerState) -> APIRouter:
     @routes.post("/invocations", openapi_extra=describe_body(CompletionBody), response_model=None)
     async def invocations(request: Request) -> Response:
         """Answer a conversation, or continue a prompt."""
-        answer = answer_chat if _has_messages(await request.body()) else answer_completion
+        answer = answer_chat if _has_messages(await read_json(request)) else answer_completion
         return await answer(state, request)
 
     return routes

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request
+import msgspec
+from fastapi import APIRouter, Request, Response
 
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import describe_body, read_body
+from quire.server.http.protocol.common import describe_body
+from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 from quire.server.http.state import ServerState
+
+if TYPE_CHECKING:
+    from quire.core.engine.async_llm import AsyncLLM
 
 __all__ = ["make_router"]
 
@@ -21,8 +26,8 @@ def make_router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    @routes.post("/tokenize", openapi_extra=describe_body(TokenizeBody))
-    async def tokenize(request: Request) -> dict[str, Any]:
+    @routes.post("/tokenize", openapi_extra=describe_body(TokenizeBody), response_model=None)
+    async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of messages."""
         body = await read_body(request, TokenizeBody, state)
         state.check_model(body.model)
@@ -33,23 +38,30 @@ def make_router(state: ServerState) -> APIRouter:
         most = max(limit, _MAX_TOKENS)
         if body.prompt is not None:
             special = body.add_special_tokens is not False
-            tokens = await state.run_tokenizer(size, state.engine.tokenize, body.prompt, special, most)
+            tokens = await state.run_by_size(size, state.engine.tokenize, body.prompt, special, most)
         else:
             arguments = body.template_arguments()
-            tokens = await state.run_tokenizer(size, state.engine.apply_chat_template, max_tokens=most, **arguments)
-        texts = [state.engine.convert_id_to_text(token) for token in tokens] if body.return_token_strs else None
-        return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts}
+            tokens = await state.run_by_size(size, state.engine.apply_chat_template, max_tokens=most, **arguments)
+        is_named = bool(body.return_token_strs)
+        encoded = await state.run_by_size(4 * len(tokens), _encode_tokens, state.engine, tokens, limit, is_named)
+        return Response(encoded, media_type="application/json")
 
-    @routes.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))
-    async def detokenize(request: Request) -> dict[str, str]:
+    @routes.post("/detokenize", openapi_extra=describe_body(DetokenizeBody), response_model=None)
+    async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         body = await read_body(request, DetokenizeBody, state)
         state.check_model(body.model)
         size = state.engine.config.model.vocab_size
-        bad = next((token for token in body.tokens if not 0 <= token < size), None)
-        if bad is not None:
+        if max(body.tokens, default=0) >= size:
+            bad = next(token for token in body.tokens if token >= size)
             raise ApiError(400, f"tokens: {bad} is not a token id; they are below {size}", param="tokens")
-        size = len(await request.body())
-        return {"prompt": await state.run_tokenizer(size, state.engine.detokenize, body.tokens)}
+        text = await state.run_by_size(4 * len(body.tokens), state.engine.detokenize, body.tokens)
+        return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
 
     return routes
+
+
+def _encode_tokens(engine: AsyncLLM, token_ids: list[int], max_model_len: int, is_named: bool) -> bytes:
+    texts = [engine.convert_id_to_text(token) for token in token_ids] if is_named else None
+    answer = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids, "token_strs": texts}
+    return msgspec.json.encode(answer)

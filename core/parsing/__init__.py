@@ -1,1 +1,0 @@
-"""From the text of an answer to content, reasoning and tool calls, however the stream is cut."""
