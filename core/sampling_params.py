@@ -93,6 +93,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.top_p == 0.0 or 0.0 < self.temperature < _MIN_TEMPERATURE:
             self.temperature, self.top_p = 0.0, self.top_p or 1.0
 
+    def clone(self) -> SamplingParams:
+        """A copy that can be changed by itself, checked anew."""
+        return msgspec.structs.replace(self)
+
     @property
     def greedy(self) -> bool:
         """Whether the argmax is taken without noise."""

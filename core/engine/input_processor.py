@@ -127,7 +127,7 @@ class InputProcessor:
     def _copy_params(self, params: SamplingParams) -> SamplingParams:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"the parameters must be SamplingParams, got {params!r:.60}", "sampling_params")
-        return msgspec.structs.replace(params)
+        return params.clone()
 
     def _tokenize_bad_words(self, params: SamplingParams) -> SamplingParams:
         """Each as the tokenizer spells it at the beginning of a text, and after a space."""

@@ -13,6 +13,7 @@ from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import format_ready_line
 from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
+from quire.core.engine.vllm_names import check_call_arguments
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
@@ -57,20 +58,27 @@ class LLM:
 
     def generate(
         self,
-        prompts: AnyPrompt | Sequence[AnyPrompt],
+        prompts: AnyPrompt | Sequence[AnyPrompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
         *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         priority: int | Sequence[int] | None = None,
         scheduling: SchedulingParams | Sequence[SchedulingParams] | None = None,
+        **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Complete prompts (texts, token ids, or mappings with ``prompt`` or ``prompt_token_ids``), in order. One set
         of parameters serves all, or one each; None: the model's defaults. So do ``priority`` (lower is sooner) and
-        ``scheduling``, where the scheduling policy looks at them.
+        ``scheduling``, where the scheduling policy looks at them. ``prompt_token_ids`` are prompts too, where there are
+        no others. Other arguments of vLLM's are accepted while they are off, as ``lora_request=None``.
 
         Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
         """
-        batch = [parse_prompt(prompt) for prompt in split_prompts(prompts)]
+        check_call_arguments("generate", vllm_arguments)
+        given = prompt_token_ids if prompts is None else prompts
+        if given is None or (prompts is not None and prompt_token_ids is not None):
+            raise InvalidRequestError("give either prompts or prompt_token_ids", "prompts")
+        batch = [parse_prompt(prompt) for prompt in split_prompts(given)]
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = [sampling_params] * len(batch) if isinstance(sampling_params, SamplingParams) else sampling_params
@@ -104,12 +112,16 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = False,
+        **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a batch of them, in the form of ``/v1/chat/completions``.
 
         ``chat_template`` replaces the model's; ``chat_template_kwargs`` are variables of the template's own, such as
-        ``enable_thinking``. Raises ``InvalidRequestError``, with the place in the messages, for what cannot be served.
+        ``enable_thinking``. Other arguments of vLLM's are accepted while they are off, as ``lora_request=None``.
+
+        Raises ``InvalidRequestError``, with the place in the messages, for what cannot be served.
         """
+        check_call_arguments("chat", vllm_arguments)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [

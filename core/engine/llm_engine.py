@@ -18,6 +18,7 @@ from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineCoreRequest, RequestOutput
 from quire.core.sampling_params import SamplingParams
+from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import TRACED_STEPS, StepStats
 
 __all__ = ["LLMEngine"]
@@ -60,6 +61,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
     ) -> None:
         """Queue a request. ``stream`` says what ``step`` returns of it: all so far (``cumulative``), the new part of
@@ -69,7 +71,9 @@ class LLMEngine:
         """
         parsed, salt_of_prompt = parse_prompt(prompt)
         salt = salt_of_prompt if cache_salt is None else cache_salt
-        requests = self.input_processor.process_inputs(request_id, parsed, params, priority=priority, cache_salt=salt)
+        requests = self.input_processor.process_inputs(
+            request_id, parsed, params, priority=priority, cache_salt=salt, scheduling=scheduling
+        )
         self.queue_requests(request_id, parsed, requests, stream)
 
     def queue_requests(

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, UnsupportedError
 
-__all__ = ["ABSENT_FLAGS", "VLLM_FLAGS", "VLLM_VARIABLES", "VllmFlag", "translate_kwargs"]
+__all__ = [
+    "ABSENT_FLAGS",
+    "VLLM_CALL_ARGUMENTS",
+    "VLLM_FLAGS",
+    "VLLM_VARIABLES",
+    "VllmFlag",
+    "check_call_arguments",
+    "translate_kwargs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +205,28 @@ VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
     "VLLM_LOGGING_CONFIG_PATH": (None, "not used: give --log-level"),
 })  # fmt: skip
 """Environment variables: the setting of ``quire serve`` that takes the value, if there is one, and the line to log."""
+
+
+VLLM_CALL_ARGUMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({
+    "lora_request": (_LORA, ()),
+    "prompt_adapter_request": ("prompt adapters are not supported", ()),
+    "guided_options_request": (_GUIDED, ()),
+    "mm_processor_kwargs": (_MULTIMODAL, ()),
+    "tokenization_kwargs": ("give add_special_tokens and truncate_prompt_tokens in SamplingParams", ()),
+    "chat_template_content_format": ("the template decides how it takes content", ("auto", "string", "openai")),
+})  # fmt: skip
+"""Arguments of ``LLM.generate`` and ``LLM.chat`` that are not Quire's: why they are refused, and what is accepted."""
+
+
+def check_call_arguments(method: str, arguments: Mapping[str, Any]) -> None:
+    """Keyword arguments of a call as scripts for vLLM make it, that are not Quire's: accepted while they are off, as
+    ``lora_request=None``. Raises UnsupportedError for others, and TypeError for unknown names."""
+    for name, value in arguments.items():
+        if name not in VLLM_CALL_ARGUMENTS:
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
+        reason, accepted = VLLM_CALL_ARGUMENTS[name]
+        if value and value not in accepted:
+            raise UnsupportedError(f"{name}={value!r:.100}: {reason}", name)
 
 
 def translate_kwargs(kwargs: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], list[str]]:

@@ -61,6 +61,28 @@ def test_the_tokenizer_is_transformers(llm: LLM) -> None:
         quire.get_tokenizer("no/such/folder")
 
 
+def test_calls_as_scripts_for_vllm_make_them(llm: LLM) -> None:
+    """What is off asks for nothing; what asks for something is refused by name, and so is a typo."""
+    [expected] = token_ids(llm, "hello there")
+    off = {"lora_request": None, "prompt_adapter_request": None, "guided_options_request": None}
+    assert token_ids(llm, "hello there", **off) == [expected]
+    ids = llm.tokenizer.encode("hello there")
+    for prompts in (ids, [ids]):
+        [output] = llm.generate(prompt_token_ids=prompts, sampling_params=GREEDY)
+        assert output.outputs[0].token_ids == expected and output.outputs[0].finished()
+    talk = [{"role": "user", "content": "hi"}]
+    assert llm.chat(talk, GREEDY, use_tqdm=False, lora_request=None, chat_template_content_format="openai")
+    for call in (llm.generate, llm.chat):
+        argument = talk if call == llm.chat else "x"
+        with pytest.raises(UnsupportedError, match=r"lora_request=.*LoRA adapters are not supported yet"):
+            call(argument, GREEDY, lora_request=object())
+        with pytest.raises(TypeError, match="unexpected keyword argument 'use_tdqm'"):
+            call(argument, GREEDY, use_tdqm=True)
+    for wrong in ({}, {"prompts": "x", "prompt_token_ids": ids}):
+        with pytest.raises(InvalidRequestError, match="either prompts or prompt_token_ids"):
+            llm.generate(**wrong)
+
+
 def test_parameters_are_set_field_by_field(llm: LLM) -> None:
     params = llm.get_default_sampling_params()
     params.max_tokens, params.temperature, params.ignore_eos = 3, 0, True
@@ -68,6 +90,9 @@ def test_parameters_are_set_field_by_field(llm: LLM) -> None:
     params.max_tokens = 7
     assert len(output.outputs[0].token_ids) == 3 and params.temperature == 0
     assert len(llm.generate("hello there", params)[0].outputs[0].token_ids) == 7
+    other = params.clone()
+    other.stop = ["x"]
+    assert params.stop == [] and other.max_tokens == 7
     params.top_p = 2.0
     with pytest.raises(InvalidRequestError, match="top_p"):
         llm.generate("hello there", params)
