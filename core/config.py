@@ -25,8 +25,8 @@ class PluginChoice:
     name: str
     target: str
     """``module:Class``."""
-    options: Mapping[str, str] = field(default_factory=dict)
-    """As given on the command line; parsed by the class's own ``Options``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Texts of the command line, or values given in Python; the class's own ``Options`` are made of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def _flag_rows(kind: Kind) -> Iterator[tuple[str, str]]:
         return
     spellings = [kind.flag, *(alias for alias in kind.aliases if alias.startswith("--"))]
     yield "flag", ", ".join(f"`{spelling}`" for spelling in spellings)
-    yield "option flag", f"`{kind.option_flag} KEY=VALUE`"
+    yield "option flag", f"`{kind.option_flag} {'NAME.' if kind.several else ''}KEY=VALUE`"
     if kind.always:
         yield "always on", ", ".join(f"`{name}`" for name in kind.always)
 

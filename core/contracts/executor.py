@@ -53,6 +53,7 @@ class Executor(ABC):
     def __init__(self, config: EngineConfig, options: Any = None) -> None:
         self.config = config
         self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @abstractmethod
     def start(self) -> KVCapacity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from quire.core.messages import BlockCopy
 from quire.core.request import Request
@@ -79,6 +80,8 @@ class KVAllocator(ABC):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.options: Any = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @abstractmethod
     def match_prefix(self, request: Request) -> PrefixMatch:

@@ -21,6 +21,8 @@ class MetricsExporter(ABC):
     def __init__(self, labels: Mapping[str, str], options: Any = None) -> None:
         self.labels = dict(labels)
         """Labels of every metric: ``model_name``, and others in later versions."""
+        self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @abstractmethod
     def record_engine(self, stats: Mapping[str, float]) -> None:

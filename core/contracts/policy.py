@@ -58,6 +58,7 @@ class BatchingPolicy(ABC):
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @abstractmethod
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...] | Reject:

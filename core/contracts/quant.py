@@ -170,6 +170,8 @@ class QuantizationLoader(ABC):
     def __init__(self, quant_config: Mapping[str, Any], options: Any = None) -> None:
         self.quant_config = dict(quant_config)
         """The checkpoint's ``quantization_config``, empty if it has none."""
+        self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @classmethod
     @abstractmethod

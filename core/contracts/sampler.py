@@ -69,6 +69,7 @@ class Sampler(ABC):
         self.vocab_size = vocab_size
         self.device = device
         self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
 
     @abstractmethod
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:

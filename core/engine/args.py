@@ -215,13 +215,18 @@ class EngineArgs:
         plugin_kind="logits_processor",
     )
     metrics: Sequence[str] = setting(
-        ("auto",), group="plugins", help="metrics exporter; may repeat", metavar="NAME", plugin_kind="metrics"
+        (),
+        group="plugins",
+        help="metrics exporter in addition to prometheus; may repeat; none: without prometheus",
+        metavar="NAME",
+        plugin_kind="metrics",
     )
     plugins: Sequence[str] = setting(
         (), group="plugins", help="turn on a distribution's hooks; may repeat", metavar="DIST", flag="--plugin"
     )
-    plugin_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By kind of plugin: the ``key=value`` pairs of the option flags, such as ``--sampler-option``."""
+    plugin_options: Mapping[str, Any] = field(default_factory=dict)
+    """By kind of plugin: option to value, as ``--sampler-option`` gives them, or an object of the plugin's ``Options``.
+    Of kinds of which several may be on, an option is called ``NAME.option``, or stands in a mapping under the name."""
 
     # logging
     disable_log_requests: bool = setting(True, group="logging", help="no line per request in the log")

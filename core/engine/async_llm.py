@@ -13,8 +13,9 @@ from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import EngineCoreClient, format_ready_line
 from quire.core.engine.config_builder import build_config
+from quire.core.engine.exporter_group import ExporterGroup, RenderedMetrics
 from quire.core.engine.input_processor import InputProcessor
-from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
+from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.process import EngineProcess
 from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
@@ -70,6 +71,10 @@ class AsyncLLM:
     def exporters(self) -> list[MetricsExporter]:
         """The metrics exporters still in use."""
         return self._exporters.active
+
+    def render_metrics(self) -> list[RenderedMetrics]:
+        """What the metrics exporters show, by exporter."""
+        return self._exporters.render()
 
     @property
     def is_ready(self) -> bool:

@@ -17,18 +17,17 @@ from quire.core.config import (
     SchedulerConfig,
 )
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
+from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
 from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import build_speculation_config, spread_speculative_config
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.registry import KINDS
-from quire.core.plugin.target import Resolution
 
 __all__ = ["BuiltConfig", "build_config"]
 
 _log = logging.getLogger("quire.config")
-_KINDS_WITH_SEVERAL = ("logits_processor", "metrics")
 _GPU_BATCHED_TOKENS = section_default(SchedulerConfig, "max_num_batched_tokens")
 _CPU_BATCHED_TOKENS = 2048
 
@@ -44,11 +43,12 @@ class BuiltConfig:
 def build_config(args: EngineArgs) -> BuiltConfig:
     """Resolve and check ``args``. Loads no weights. Raises a ``QuireError`` that says what to change."""
     _check_supported(args)
-    args, keys_without_flag = spread_speculative_config(args)
+    args, keys_without_flag = spread_speculative_config(replace_classes_by_names(args))
     plugins = PluginManager(args.plugins)
+    chooser = PluginChooser(plugins, args.plugin_options)
     context: dict[str, Any] = {"device": args.device}
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
-    choices_before_model = _resolve_before_model(plugins, args, context)
+    choices_before_model = _resolve_before_model(plugins, chooser, args, context)
 
     from quire.core.loading.generation_config import read_generation_defaults
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
@@ -59,7 +59,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     device = _resolve_device(args.device)
     architecture = get_architecture(hf_config, partial(plugins.has_plugin, "model"))
     context.update(device=device, hf_config=hf_config, architectures=[architecture])
-    choices = {**choices_before_model, **_resolve_for_model(plugins, args, context, architecture)}
+    choices = {**choices_before_model, **_resolve_for_model(chooser, args, context, architecture)}
     _check_options(plugins, choices)
     max_context_len = get_context_length(hf_config)
     max_model_len = args.max_model_len or max_context_len
@@ -115,24 +115,23 @@ def _check_supported(args: EngineArgs) -> None:
             raise ConfigError(f"{setting.name} {value!r} is not known; choose {', '.join(setting.choices)}")
     if args.cpu_threads is not None and args.cpu_threads < 1:
         raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
-    unknown = set(args.plugin_options) - set(KINDS)
-    if unknown:
-        raise ConfigError(f"plugin_options names {sorted(unknown)[0]!r}, which is not a kind of plugin")
 
 
-def _resolve_before_model(plugins: PluginManager, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:
+def _resolve_before_model(
+    plugins: PluginManager, chooser: PluginChooser, args: EngineArgs, context: dict[str, Any]
+) -> dict[str, PluginChoice]:
     """The kinds whose choice does not depend on the model."""
     choices: dict[str, PluginChoice] = {}
-    for kind, names in (("logits_processor", args.logits_processors), ("metrics", args.metrics)):
-        for i, resolution in enumerate(plugins.resolve_plugins(kind, names, context)):
-            choices[f"{kind}:{i:03d}"] = _plugin_choice(resolution, args)
+    for kind, names, default in (("logits_processor", args.logits_processors, None), ("metrics", args.metrics, "auto")):
+        for i, choice in enumerate(chooser.choose_several(kind, names, context, default)):
+            choices[f"{kind}:{i:03d}"] = choice
     for kind, name in (
         ("kv", args.kv_allocator),
         ("policy", args.scheduling_policy),
         ("sampler", args.sampler),
         ("executor", args.executor),
     ):
-        choices[kind] = _plugin_choice(plugins.resolve_plugin(kind, name, context), args)
+        choices[kind] = chooser.choose(kind, name, context)
     for kind, name in (("policy", "fcfs"), ("kv", "paged")):
         fallback = plugins.resolve_plugin(kind, name, context, announce=False)
         choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target)
@@ -143,26 +142,21 @@ def _resolve_before_model(plugins: PluginManager, args: EngineArgs, context: dic
 
 
 def _resolve_for_model(
-    plugins: PluginManager, args: EngineArgs, context: dict[str, Any], architecture: str
+    chooser: PluginChooser, args: EngineArgs, context: dict[str, Any], architecture: str
 ) -> dict[str, PluginChoice]:
     """The kinds whose choice needs the model or the device."""
     return {
-        "attention": _plugin_choice(plugins.resolve_plugin("attention", args.attention_backend, context), args),
-        "quant": _plugin_choice(plugins.resolve_plugin("quant", args.quantization, context), args),
-        "model": _plugin_choice(plugins.resolve_plugin("model", architecture, context), args),
+        "attention": chooser.choose("attention", args.attention_backend, context),
+        "quant": chooser.choose("quant", args.quantization, context),
+        "model": chooser.choose("model", architecture, context),
     }
 
 
-def _plugin_choice(resolution: Resolution, args: EngineArgs) -> PluginChoice:
-    return PluginChoice(
-        resolution.kind, resolution.name, resolution.target, dict(args.plugin_options.get(resolution.kind, {}))
-    )
-
-
 def _check_options(plugins: PluginManager, choices: dict[str, PluginChoice]) -> None:
-    """Import every chosen class and parse its options, before a weight is read."""
-    for key, choice in choices.items():
-        if key.split(":")[0] in _KINDS_WITH_SEVERAL and not choice.options:
+    """Import every chosen class and parse its options, before a weight is read; what is on by default and has none is
+    imported where it runs."""
+    for choice in choices.values():
+        if KINDS[choice.kind].several and not choice.options and choice.target.startswith("quire."):
             continue
         cls = plugins.load_class(choice.kind, choice.target)
         parse_options(cls, choice.options)

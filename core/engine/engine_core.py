@@ -47,8 +47,10 @@ class EngineCore:
     one step late, and the one token sampled after it is dropped.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, policy: BatchingPolicy | None = None) -> None:
+        """``policy``: an object to schedule with, in place of a new one of the class that ``config`` names."""
         self.config = config
+        self._given_policy = policy
         choice = config.plugin("executor")
         executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
         self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
@@ -210,7 +212,7 @@ class EngineCore:
             config.scheduler,
             config.cache,
             allocator,
-            self._build_policy("policy"),
+            self._given_policy or self._build_policy("policy"),
             fallback=self._build_policy("policy_fallback"),
             max_model_len=config.model.max_model_len,
             speculation=config.speculation,

@@ -25,8 +25,8 @@ __all__ = ["LLM"]
 class LLM:
     """Load a model and complete batches of prompts.
 
-    Keyword arguments are the fields of ``EngineArgs`` (the flags of ``quire serve``). Raises a ``QuireError`` that says
-    what to mend.
+    Keyword arguments are the fields of ``EngineArgs`` (the flags of ``quire serve``). Those that name a plugin take its
+    class as well, and ``scheduling_policy`` an object of it. Raises a ``QuireError`` that says what to mend.
 
     >>> llm = LLM(model="quire-tiny")
     >>> [output] = llm.generate(["Paged attention is"], SamplingParams(temperature=0, max_tokens=8))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quire.core.config import ModelConfig
+from quire.core.contracts.policy import BatchingPolicy
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.engine_core import EngineCore
+from quire.core.engine.exporter_group import ExporterGroup
 from quire.core.engine.input_processor import InputProcessor
-from quire.core.engine.output_processor import ExporterGroup, OutputProcessor, ProcessedOutputs
+from quire.core.engine.output_processor import OutputProcessor, ProcessedOutputs
 from quire.core.engine.prompts import AnyPrompt, Prompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import ConfigError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest, RequestOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
@@ -34,9 +37,13 @@ class LLMEngine:
     """
 
     def __init__(self, args: EngineArgs) -> None:
-        self.config = build_config(args).config
+        policy: Any = args.scheduling_policy
+        if not isinstance(policy, BatchingPolicy):
+            self.config, policy = build_config(args).config, None
+        else:  # the engine is in this process, and can use the object itself
+            self.config = build_config(_name_policy_object(args, policy)).config
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        self.engine_core = EngineCore(self.config)
+        self.engine_core = EngineCore(self.config, policy)
         """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
         self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         self.output_processor = OutputProcessor(self.tokenizer, ExporterGroup())
@@ -127,3 +134,12 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
         self.engine_core.shutdown()
+
+
+def _name_policy_object(args: EngineArgs, policy: BatchingPolicy) -> EngineArgs:
+    """``args`` with the class and the options of ``policy`` in its place, for the configuration."""
+    if "policy" in args.plugin_options:
+        raise ConfigError("scheduling_policy is an object, which has its options: leave out those of plugin_options")
+    own = {} if policy.options is None else {"policy": policy.options}
+    named: Any = type(policy)  # becomes its name
+    return replace(args, scheduling_policy=named, plugin_options={**args.plugin_options, **own})

@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.detokenizer import Detokenizer
+from quire.core.engine.exporter_group import ExporterGroup
 from quire.core.engine.logprobs import make_logprobs
 from quire.core.engine.request_state import ChildRequest, RequestState, StreamMode
 from quire.core.engine.tokenizer import Tokenizer
@@ -31,10 +30,8 @@ from quire.core.messages import (
     RequestMetrics,
     RequestOutput,
 )
-from quire.core.plugin.quarantine import Quarantine
-from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
-__all__ = ["ExporterGroup", "FailedRequest", "OutputProcessor", "ProcessedOutputs"]
+__all__ = ["FailedRequest", "OutputProcessor", "ProcessedOutputs"]
 
 _log = logging.getLogger("quire.engine")
 
@@ -292,59 +289,3 @@ def _make_request_output(state: RequestState, outputs: list[CompletionOutput], f
         num_cached_tokens=state.num_cached_tokens,
         metrics=state.metrics,
     )
-
-
-class ExporterGroup:
-    """The metrics exporters of one process, by name, behind one call. One that raises is quarantined."""
-
-    def __init__(self, exporters: Sequence[tuple[str, MetricsExporter]] = ()) -> None:
-        self._guarded = {
-            exporter: Quarantine("metrics", name, partial(self._remove_exporter, exporter))
-            for name, exporter in exporters
-        }
-        self._quarantined: list[QuarantinedPlugin] = []  # of this process
-        self._recorded: set[QuarantinedPlugin] = set()
-
-    @property
-    def active(self) -> list[MetricsExporter]:
-        """The exporters that are not quarantined."""
-        return list(self._guarded)
-
-    @property
-    def num_quarantined(self) -> int:
-        """The exporters that are."""
-        return len(self._quarantined)
-
-    def record_engine(self, stats: Mapping[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
-        """See ``MetricsExporter``. ``quarantined`` are all plugins of the engine core that are: new ones are told."""
-        for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.record_engine, stats)
-        for plugin in [*quarantined, *self._quarantined]:
-            if plugin not in self._recorded:
-                self._recorded.add(plugin)
-                for exporter, quarantine in self._guarded.copy().items():
-                    quarantine.call(exporter.record_quarantine, plugin)
-
-    def record_request(self, stats: RequestStats) -> None:
-        """See ``MetricsExporter``."""
-        for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.record_request, stats)
-
-    def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
-        """See ``MetricsExporter``."""
-        for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.record_tokens, num_prompt, num_generated, ttft_s, itl_s)
-
-    def record_step(self, stats: StepStats) -> None:
-        """See ``MetricsExporter``."""
-        for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.record_step, stats)
-
-    def close(self) -> None:
-        """Close every exporter."""
-        for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.close)
-
-    def _remove_exporter(self, exporter: MetricsExporter, plugin: QuarantinedPlugin) -> None:
-        del self._guarded[exporter]
-        self._quarantined.append(plugin)

@@ -14,6 +14,7 @@ from quire.core.config import PluginChoice, SpeculationConfig
 from quire.core.engine.args import EngineArgs
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.options import list_option_values
 
 __all__ = ["MAX_SPECULATIVE_TOKENS", "build_speculation_config", "spread_speculative_config"]
 
@@ -48,7 +49,7 @@ def spread_speculative_config(args: EngineArgs) -> tuple[EngineArgs, dict[str, A
         raise ConfigError(f"speculative_config must be a JSON object, got {keys!r}")
     changes: dict[str, Any] = {}
     keys_without_flag: dict[str, Any] = {}
-    options = dict(args.plugin_options.get("spec_decode", {}))
+    options = list_option_values(args.plugin_options.get("spec_decode", {}))
     for key, value in keys.items():
         if key in _FIELD_OF_KEY:
             value_of_flag = getattr(args, _FIELD_OF_KEY[key])
@@ -101,7 +102,7 @@ def build_speculation_config(
     path = None if model is None else resolve_model(model, download_dir=args.download_dir, draft_head=True)
     draft_config = None if path is None else read_hf_config(path)
     resolution = plugins.resolve_plugin("spec_decode", method, dict(context, draft_config=draft_config))
-    options = dict(args.plugin_options.get("spec_decode", {}))
+    options = list_option_values(args.plugin_options.get("spec_decode", {}))
     cls: Any = plugins.load_class("spec_decode", resolution.target)
     if cls.needs_model and path is None:
         raise ConfigError(f"spec_method {resolution.name!r} drafts with a model; name it with --speculative-model")

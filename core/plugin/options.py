@@ -1,7 +1,9 @@
-"""Options of one plugin: ``key=value`` pairs become the frozen dataclass ``Options`` that its class carries."""
+"""Options of one plugin: ``key=value`` pairs, or values in Python, become the frozen dataclass ``Options`` of its
+class."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import types
@@ -13,7 +15,7 @@ from typing import Any
 from quire.core.errors import PluginError
 from quire.core.plugin.registry import suggest_names
 
-__all__ = ["find_options_class", "parse_options", "split_key_values"]
+__all__ = ["find_options_class", "list_option_values", "parse_options", "split_key_values"]
 
 
 def split_key_values(pairs: Iterable[str], flag: str = "option") -> dict[str, str]:
@@ -42,12 +44,22 @@ def find_options_class(cls: type) -> type | None:
     return options
 
 
-def parse_options(cls: type, pairs: Mapping[str, str]) -> Any:
+def list_option_values(options: Any) -> dict[str, Any]:
+    """``options``, a mapping or an ``Options`` object, as values that a configuration can hold: paths become text,
+    members of an enum their names, tuples lists. ``parse_options`` makes an equal object of them."""
+    if dataclasses.is_dataclass(options) and not isinstance(options, type):
+        options = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.init}
+    if not isinstance(options, Mapping):
+        raise PluginError(f"options are a mapping or an Options object, not {options!r:.80}")
+    return {str(key): _to_plain(value) for key, value in options.items()}
+
+
+def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
     """An instance of ``cls.Options`` from ``pairs``; None if the class takes no options and none are given.
 
-    Fields may be str, int, float, bool, Path, an enum, ``Literal[...]``, ``X | None`` ("none") and ``tuple[X, ...]``
-    (comma separated). Raises PluginError on one line: unknown or missing key, a value of the wrong type, or whatever
-    ValueError the dataclass itself raises.
+    Values are texts of a command line, or what ``list_option_values`` gives. Fields may be str, int, float, bool, Path,
+    an enum, ``Literal[...]``, ``X | None`` ("none") and ``tuple[X, ...]`` (comma separated). Raises PluginError on one
+    line: unknown or missing key, a value of the wrong type, or whatever ValueError the dataclass itself raises.
     """
     options = find_options_class(cls)
     if options is None:
@@ -57,11 +69,11 @@ def parse_options(cls: type, pairs: Mapping[str, str]) -> Any:
     hints = typing.get_type_hints(options)
     fields = {f.name: f for f in dataclasses.fields(options) if f.init}
     values: dict[str, Any] = {}
-    for key, text in pairs.items():
+    for key, value in pairs.items():
         name = key.replace("-", "_")
         if name not in fields:
             raise PluginError(f"{cls.__qualname__} has no option {key!r}; {suggest_names(name, fields)}")
-        values[name] = _convert_option(cls, name, text, hints[name])
+        values[name] = _convert_option(cls, name, value, hints[name])
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -76,12 +88,42 @@ def parse_options(cls: type, pairs: Mapping[str, str]) -> Any:
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def _convert_option(cls: type, name: str, text: str, hint: Any) -> Any:
+def _convert_option(cls: type, name: str, value: Any, hint: Any) -> Any:
     try:
-        return _parse_value(text, hint)
+        return _convert_any(value, hint)
     except ValueError as error:
         why = f": {error}" if isinstance(error, _UnknownTypeError) else ""
-        raise PluginError(f"{cls.__qualname__} option {name}={text!r} is not {_describe_type(hint)}{why}") from None
+        raise PluginError(f"{cls.__qualname__} option {name}={value!r} is not {_describe_type(hint)}{why}") from None
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    return [_to_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def _check_value(value: Any, hint: Any) -> Any:
+    """``value``, which is no text, if it is of the type ``hint``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for each in arguments:
+            with contextlib.suppress(ValueError):
+                return None if value is None and each is type(None) else _convert_any(value, each)
+        return _raise_value_error()
+    if origin is typing.Literal:
+        return value if value in arguments else _raise_value_error()
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis and isinstance(value, list | tuple):
+        return tuple(_convert_any(each, arguments[0]) for each in value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    is_exact = hint in (bool, int) and type(value) is hint
+    return value if is_exact else _raise_value_error()
+
+
+def _convert_any(value: Any, hint: Any) -> Any:
+    return _parse_value(value, hint) if isinstance(value, str) else _check_value(value, hint)
 
 
 class _UnknownTypeError(ValueError):

@@ -50,6 +50,8 @@ class Kind:
     """Other names of the kind; those with dashes in front are flags too."""
     always: tuple[str, ...] = ()
     """Implementations that are on without being chosen."""
+    several: bool = False
+    """Whether several are on at once: the flag may repeat, and an option is called ``NAME.key``."""
 
     @property
     def contract(self) -> str:
@@ -87,10 +89,11 @@ _TABLE = (
     Kind("model",            "model",             "plugins/models",      "Model",               None),
     Kind("sampler",          "sampler",           "core/sample",         "Sampler",             "--sampler"),
     Kind("logits_processor", "logits processor",  "plugins/logits",      "LogitsProcessor",     "--logits-processor",
-         always=("min_tokens", "logit_bias", "allowed_token_ids", "bad_words")),
+         several=True, always=("min_tokens", "logit_bias", "allowed_token_ids", "bad_words")),
     Kind("spec_decode",      "draft proposer",    "plugins/spec_decode", "SpeculativeProposer", "--spec-method"),
     Kind("executor",         "executor",          "core/worker",         "Executor",            "--executor"),
-    Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics"),
+    Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics",
+         several=True),
 )  # fmt: skip
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.key: kind for kind in _TABLE})
 """Every kind by its key: the one place where kind, folder, contract and flag meet."""

@@ -62,8 +62,9 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Setting]) -> None
                 name,
                 dest=f"option_{kind}",
                 action="append",
-                metavar="KEY=VALUE",
-                help=f"option of the {KINDS[kind].title}",
+                metavar="NAME.KEY=VALUE" if KINDS[kind].several else "KEY=VALUE",
+                help=f"option of the {KINDS[kind].title}"
+                + ("; NAME. may be left out where one is named" if KINDS[kind].several else ""),
             )
 
 

@@ -108,13 +108,12 @@ def _format_explanation(report: dict[str, Any]) -> str:
     rows = [("summary", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
     if "dist" in report:
         status = "active by default" if report["active"] else "not active by default"
-        options = report["options"]
         rows += [
             ("kind", f"{report['title']}, contract {report['contract']}"),
             ("from", f"{report['dist']} {report['version']} ({report['file']})"),
             ("use", report["flag"] or "by the checkpoint's architecture"),
             ("also", ", ".join(report["aliases"])),
-            ("options", "\n".join(f"{report['option_flag']} {o}" for o in options or ()) or None),
+            ("options", "\n".join(_format_options(report)) or None),
             ("status", f"{status}: {report['why']}"),
             ("missing", report["missing"]),
         ]
@@ -128,6 +127,15 @@ def _format_explanation(report: dict[str, Any]) -> str:
             lead = f"  {label if i == 0 else '':<16} "
             lines.extend(textwrap.wrap(part, width, initial_indent=lead, subsequent_indent=" " * len(lead)))
     return "\n".join(lines)
+
+
+def _format_options(report: dict[str, Any]) -> list[str]:
+    """A line an option: the flag as it is written, and what it means."""
+    prefix = f"{report['spelling']}." if KINDS[report["kind"]].several else ""
+    return [
+        f"{report['option_flag']} {prefix}{declaration}" + (f"  # {meaning}" if meaning else "")
+        for declaration, meaning in zip(report["options"] or (), report["option_meanings"] or (), strict=True)
+    ]
 
 
 def _format_doctor(report: dict[str, Any]) -> str:

@@ -51,14 +51,15 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
     report = _describe_plugin(manager, registration, _active_plugins(manager, kind, context))
     if name.lower() == "auto":
         report["why"] = resolution.why
-    module = registration.target.partition(":")[0]
+    module, options = registration.target.partition(":")[0], read_options(registration.target)
     flag = KINDS[kind].flag
     return report | {
         "title": KINDS[kind].title,
         "contract": KINDS[kind].contract_name,
         "flag": flag and f"{flag} {report['spelling']}",
         "target_file": find_module_file(module),
-        "options": read_options(registration.target),
+        "options": None if options is None else [option.declaration for option in options],
+        "option_meanings": None if options is None else [option.meaning for option in options],
         "option_flag": KINDS[kind].option_flag,
         "missing": find_missing_requirement(registration),
         "rejected": dict(resolution.rejected),

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
 
 from quire.core.plugin.discovery import find_module_file
 
-__all__ = ["read_options"]
+__all__ = ["OptionLine", "read_options"]
 
 
-def read_options(target: str) -> list[str] | None:
-    """The options of the class "module:Class" as ``name: type = default``, read from its file.
+@dataclass(frozen=True, slots=True)
+class OptionLine:
+    """One option, as its author wrote it."""
+
+    declaration: str
+    """``name: type = default``."""
+    meaning: str
+    """The text below it, on one line; empty where there is none."""
+
+
+def read_options(target: str) -> list[OptionLine] | None:
+    """The options of the class "module:Class", read from its file.
 
     Empty if it takes none; None if the file does not say (it is missing, or ``Options`` is imported or inherited).
     """
@@ -40,10 +51,19 @@ def _find_class(body: list[ast.stmt], name: str) -> ast.ClassDef | None:
     return next((s for s in body if isinstance(s, ast.ClassDef) and s.name == name), None)
 
 
-def _list_fields(cls: ast.ClassDef) -> list[str]:
-    return [
-        ast.unparse(s) for s in cls.body if isinstance(s, ast.AnnAssign) and "ClassVar" not in ast.unparse(s.annotation)
-    ]
+def _list_fields(cls: ast.ClassDef) -> list[OptionLine]:
+    lines = []
+    for statement, following in zip(cls.body, [*cls.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
+            lines.append(OptionLine(ast.unparse(statement), _read_text(following)))
+    return lines
+
+
+def _read_text(statement: ast.stmt | None) -> str:
+    """What a string that stands alone says: the documentation of the field before it."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return " ".join(str(statement.value.value).split()) if isinstance(statement.value.value, str) else ""
+    return ""
 
 
 def _assigned_name(statement: ast.Assign | ast.AnnAssign) -> str | None:

@@ -9,8 +9,9 @@ from typing import Literal
 import pytest
 
 from quire.core.contracts.metrics import MetricsExporter
+from quire.core.engine.exporter_group import ExporterGroup
 from quire.core.engine.input_processor import InputProcessor
-from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
+from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, RequestOutput, TokenLogprob
 from quire.core.sampling_params import SamplingParams

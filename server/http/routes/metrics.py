@@ -11,17 +11,28 @@ __all__ = ["make_router"]
 
 
 def make_router(state: ServerState) -> APIRouter:
-    """The route: the first exporter that renders."""
+    """The routes: every exporter that renders, and one of them alone."""
     routes = APIRouter()
 
     @routes.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
-        for exporter in state.engine.exporters:
-            rendered = exporter.render()
-            if rendered is not None:
-                kind, body = rendered
-                return Response(body, headers={"Content-Type": kind})
-        raise ApiError(404, "no metrics exporter that can be scraped is on; start with --metrics prometheus")
+        """Figures of every exporter for Prometheus, one document behind the other; those of another type than the first
+        one's are at ``/metrics/NAME`` alone."""
+        documents = state.engine.render_metrics()
+        if not documents:
+            raise ApiError(404, "no metrics exporter that can be scraped is on; start without --metrics none")
+        kind = documents[0].content_type
+        bodies = [document.body for document in documents if document.content_type == kind]
+        lines = [body if body.endswith(b"\n") or len(bodies) == 1 else body + b"\n" for body in bodies]
+        return Response(b"".join(lines), headers={"Content-Type": kind})
+
+    @routes.get("/metrics/{name:path}", response_model=None)
+    async def metrics_of_exporter(name: str) -> Response:
+        """Figures of one exporter."""
+        documents = {document.name: document for document in state.engine.render_metrics()}
+        if name not in documents:
+            names = ", ".join(documents) or "none"
+            raise ApiError(404, f"no metrics exporter {name!r} that can be scraped is on; on are {names}")
+        return Response(documents[name].body, headers={"Content-Type": documents[name].content_type})
 
     return routes

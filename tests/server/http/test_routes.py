@@ -130,9 +130,9 @@ def test_the_trace_of_the_last_steps(server: RunningServer, http: httpx.Client, 
 
 
 def test_metrics_without_an_exporter_are_not_found() -> None:
-    app = create_app(cast(AsyncLLM, SimpleNamespace(exporters=[])))
+    app = create_app(cast(AsyncLLM, SimpleNamespace(render_metrics=list)))
     with TestClient(app) as client:
-        assert "--metrics prometheus" in check_error(client.get("/metrics"), 404)
+        assert "--metrics none" in check_error(client.get("/metrics"), 404)
 
 
 def test_request_ids(http: httpx.Client) -> None:

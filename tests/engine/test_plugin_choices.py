@@ -1,0 +1,194 @@
+"""Plugins and their options as users give them: by name and text, or in Python as classes and objects."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.config_builder import build_config
+from quire.core.plugin.options import parse_options
+from quire.sdk import BatchingPolicy, LogitsProcessor, MetricsExporter, QuireError
+
+
+class Order(enum.Enum):
+    NEWEST = 1
+    OLDEST = 2
+
+
+class Counting(BatchingPolicy):
+    """By arrival, one way or the other."""
+
+    @dataclass(frozen=True)
+    class Options:
+        order: Order = Order.OLDEST
+        weights: tuple[float, ...] = (1.0,)
+        folder: Path | None = None
+        limit: int | None = None
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options or self.Options())
+        self.num_seen = 0
+
+    def admission_key(self, request: Any) -> tuple[Any, ...]:
+        self.num_seen += 1
+        return (request.arrival_ns,)
+
+
+class Forbid(LogitsProcessor):
+    """One token is never sampled."""
+
+    @dataclass(frozen=True)
+    class Options:
+        token: int = 0
+
+    def add_row(self, request: Any) -> bool:
+        return True
+
+    def remove_row(self, row: int) -> None:
+        pass
+
+    def apply(self, logits: Any, batch: Any) -> None:
+        logits[:, self.options.token] = float("-inf")
+
+
+class Prefer(Forbid):
+    """One token is always sampled."""
+
+    def apply(self, logits: Any, batch: Any) -> None:
+        logits[:, self.options.token] = 1e4
+
+
+class Silent(MetricsExporter):
+    """Records nothing."""
+
+    @dataclass(frozen=True)
+    class Options:
+        port: int = 1
+
+    def record_engine(self, stats: Any) -> None:
+        pass
+
+    def record_request(self, stats: Any) -> None:
+        pass
+
+    def record_tokens(self, num_prompt: int, num_generated: int, ttft_s: float | None, itl_s: list[float]) -> None:
+        pass
+
+
+FORBID, PREFER, SILENT = (f"{__name__}:{cls.__name__}" for cls in (Forbid, Prefer, Silent))
+
+
+def options_of(tiny: Path, kind: str, **arguments: Any) -> dict[str, dict[str, Any]]:
+    config = build_config(EngineArgs.from_kwargs(model=str(tiny), device="cpu", **arguments)).config
+    return {choice.name: dict(choice.options) for choice in config.plugins_of(kind)}
+
+
+def test_an_option_without_a_name_is_for_the_one_that_was_named(tiny: Path) -> None:
+    given = options_of(
+        tiny, "logits_processor", logits_processors=[FORBID], plugin_options={"logits_processor": {"token": "7"}}
+    )
+    assert given[FORBID] == {"token": "7"} and not any(options for name, options in given.items() if name != FORBID)
+
+
+def test_options_of_several_go_by_name(tiny: Path) -> None:
+    by_key = {f"{FORBID}.token": "7", f"{PREFER}.token": 9}
+    by_mapping = {FORBID: Forbid.Options(7), PREFER: {"token": 9}}
+    for options in (by_key, by_mapping):
+        given = options_of(
+            tiny, "logits_processor", logits_processors=[Forbid, Prefer], plugin_options={"logits_processor": options}
+        )
+        assert int(given[FORBID]["token"]) == 7 and given[PREFER] == {"token": 9}
+
+
+def test_exporters_are_added_to_the_default(tiny: Path) -> None:
+    assert list(options_of(tiny, "metrics")) == ["prometheus"]
+    assert list(options_of(tiny, "metrics", metrics=[SILENT])) == ["prometheus", SILENT]
+    assert list(options_of(tiny, "metrics", metrics=["none", Silent])) == [SILENT]
+    assert list(options_of(tiny, "metrics", metrics=["none"])) == []
+    given = options_of(tiny, "metrics", metrics=[SILENT], plugin_options={"metrics": {"port": "9"}})
+    assert given == {"prometheus": {}, SILENT: {"port": "9"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"logits_processors": [FORBID, PREFER], "plugin_options": {"logits_processor": {"token": "1"}}},
+            f"--logits-processor-option token: {FORBID}, {PREFER} are on; say whose it is: --logits-processor-option "
+            f"{FORBID}.token=1",
+        ),
+        (
+            {"plugin_options": {"logits_processor": {"token": "1"}}},
+            "--logits-processor-option token: none was named with --logits-processor",
+        ),
+        (
+            {"logits_processors": [FORBID], "plugin_options": {"logits_processor": {"forbids.token": "1"}}},
+            "forbids.token: no logits processor 'forbids' is on; on are min_tokens",
+        ),
+        (
+            {"logits_processors": [FORBID], "plugin_options": {"logits_processor": {"token": "x"}}},
+            "Forbid option token='x' is not a whole number",
+        ),
+        ({"plugin_options": {"polices": {}}}, "'polices', which is no kind of plugin; did you mean policy?"),
+        (
+            {"scheduling_policy": Counting, "plugin_options": {"policy": {"limit": 1.5}}},
+            "limit=1.5 is not a whole number",
+        ),
+        ({"scheduling_policy": Counting, "plugin_options": {"policy": {"limit": True}}}, "limit=True is not a whole"),
+        ({"scheduling_policy": Counting, "plugin_options": {"policy": 3}}, "a mapping or an Options object, not 3"),
+        ({"sampler": object()}, "sampler is a object, which the engine cannot use; give the class"),
+    ],
+)
+def test_what_is_meant_for_nobody_is_refused(tiny: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuireError) as refused:
+        options_of(tiny, "policy", **arguments)
+    assert message in str(refused.value)
+
+
+def test_a_class_inside_a_function_is_refused(tiny: Path) -> None:
+    class Local(Counting):
+        """By arrival."""
+
+    with pytest.raises(QuireError, match="defined inside a function; define it in a module"):
+        options_of(tiny, "policy", scheduling_policy=Local)
+
+
+def test_options_in_python_are_objects(tiny: Path) -> None:
+    wanted = Counting.Options(Order.NEWEST, (0.5, 2), Path("/tmp"), 3)
+    given = options_of(tiny, "policy", scheduling_policy=Counting, plugin_options={"policy": wanted})
+    assert parse_options(Counting, given[f"{__name__}:Counting"]) == wanted
+    mapping = {"order": "newest", "weights": (0.5, 2), "folder": "/tmp", "limit": 3}
+    given = options_of(tiny, "policy", scheduling_policy=Counting, plugin_options={"policy": mapping})
+    assert parse_options(Counting, given[f"{__name__}:Counting"]) == wanted
+
+
+def test_an_engine_schedules_with_the_object_that_it_is_given(tiny: Path) -> None:
+    policy = Counting(Counting.Options(limit=2))
+    llm = LLM(model=str(tiny), device="cpu", max_model_len=64, scheduling_policy=policy)
+    try:
+        llm.generate(["a", "b"], SamplingParams(max_tokens=2))
+        assert policy.num_seen == 2
+        assert llm.config.plugin("policy").options["limit"] == 2
+    finally:
+        llm.shutdown()
+
+
+def test_options_reach_the_processors_of_a_running_engine(tiny: Path) -> None:
+    llm = LLM(
+        model=str(tiny),
+        device="cpu",
+        max_model_len=64,
+        logits_processors=[Prefer, Forbid],
+        plugin_options={"logits_processor": {PREFER: Prefer.Options(9), FORBID: Forbid.Options(4)}},
+    )
+    try:
+        (output,) = llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))
+        assert output.outputs[0].token_ids == [9, 9, 9]
+    finally:
+        llm.shutdown()

@@ -1,0 +1,76 @@
+"""Several metrics exporters at once: each is served, and one that fails is switched off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.server.conftest import start_server
+
+EXPORTERS = '''
+from dataclasses import dataclass
+from quire.sdk import MetricsExporter
+
+
+class Count(MetricsExporter):
+    """Counts requests."""
+
+    @dataclass(frozen=True)
+    class Options:
+        name: str = "requests"
+
+    content_type = "text/plain; version=1.0.0; charset=utf-8"
+
+    def __init__(self, labels, options=None):
+        super().__init__(labels, options)
+        self.count = 0
+
+    def record_engine(self, stats):
+        pass
+
+    def record_request(self, stats):
+        self.count += 1
+
+    def record_tokens(self, num_prompt, num_generated, ttft_s, itl_s):
+        pass
+
+    def render(self):
+        return self.content_type, f"{self.options.name} {self.count}".encode()
+
+
+class Page(Count):
+    """The same as a page."""
+
+    content_type = "text/html"
+
+
+class Fails(Count):
+    """Renders nothing that could be sent."""
+
+    def render(self):
+        return "text/plain", None
+'''
+
+
+def test_every_exporter_is_served(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exporters.py").write_text(EXPORTERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = [word for name in ("Count", "Page", "Fails") for word in ("--metrics", f"exporters:{name}")]
+    server = start_server(
+        tmp_path / "server", tiny_model, *flags, "--metrics-option", "exporters:Count.name=served", "--device", "cpu"
+    )
+    try:
+        with server.http as http:
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+            content_type = http.get("/metrics/prometheus").headers["content-type"]
+            page = http.get("/metrics")
+            assert page.headers["content-type"] == content_type and "quire:num_requests_running" in page.text
+            assert http.get("/metrics/exporters:Count").text == "served 1"
+            assert http.get("/metrics/exporters:Page").text == "requests 1"
+            answer = http.get("/metrics/exporters:Fails")
+            assert answer.status_code == 404
+            assert "on are prometheus, exporters:Count, exporters:Page" in answer.json()["error"]["message"]
+            assert "served 1" in page.text and "requests 1" not in page.text
+        assert "metrics/exporters:Fails is quarantined (raised)" in server.stderr.read_text()
+    finally:
+        server.stop()
