@@ -14,6 +14,7 @@ __all__ = [
     "RecordingConfig",
     "SchedulerConfig",
     "SpeculationConfig",
+    "WatchdogConfig",
 ]
 
 
@@ -107,6 +108,18 @@ class RecordingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchdogConfig:
+    """What is done about an engine core that hangs or dies."""
+
+    step_timeout_s: float = 60.0
+    """A step that takes longer is a hang; infinite: none is."""
+    on_hang: Literal["restart", "exit"] = "restart"
+    """Replace the engine's process, or let the service end."""
+    max_engine_restarts: int = 3
+    """In an hour; one more hang ends the service."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything the engine core is built from. A component gets its section, never the whole."""
 
@@ -119,6 +132,7 @@ class EngineConfig:
     cpu_threads: int | None = None
     speculation: SpeculationConfig | None = None
     recording: RecordingConfig | None = None
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def plugin(self, kind: str) -> PluginChoice:

@@ -32,6 +32,7 @@ ENGINE_STATS: dict[str, str] = {
     "spec_decode_num_speculative_tokens": "Most tokens drafted for a request, now",
     "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
     "kernels_compiled_total": "Kernels compiled under traffic, each a stall",
+    "engine_restarts_total": "Engine processes started in place of one that hung or died",
     "plugin_quarantines_total": "Plugins quarantined after a fault",
 }
 """Name -> help, as the engine core reports them, those of ``spec_decode`` only where drafts are
@@ -44,7 +45,7 @@ class QuarantinedPlugin(msgspec.Struct, array_like=True, frozen=True):
     kind: str
     name: str
     reason: str
-    """``raised``, ``invalid_result``, ``too_slow`` or ``no_progress``."""
+    """``raised``, ``invalid_result``, ``too_slow``, ``no_progress`` or ``hung``."""
 
 
 class StepStats(msgspec.Struct, array_like=True):

@@ -79,6 +79,12 @@ class Executor(ABC):
         next step, and the copies to the host. ``masks`` say which tokens some logits rows may become; their bits are
         not changed before the result of this step is read. Raises as ``execute_step`` does."""
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a worker compiles kernels at this moment, which the time limit of a step leaves out. Asked from
+        another thread, and never waits."""
+        return False
+
     def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """Call a control method of every worker, behind the steps that are launched and before any other; what each
         returned, by rank. The name is vLLM's.

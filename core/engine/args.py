@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig
+from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig, WatchdogConfig
 from quire.core.engine.setting import section_default, setting
 from quire.core.engine.vllm_names import translate_kwargs
 from quire.core.errors import ConfigError
@@ -201,6 +201,26 @@ class EngineArgs:
     )
     speculative_config: str | Mapping[str, Any] | None = setting(
         None, group="speculation", help="these and more as one JSON object, as in vLLM", metavar="JSON"
+    )
+
+    # faults
+    step_timeout: float | None = setting(
+        None,
+        group="faults",
+        help="seconds after which a step of the engine is a hang; 0: never; default: 60, on a CPU 300",
+        metavar="SECONDS",
+    )
+    on_hang: str = setting(
+        section_default(WatchdogConfig, "on_hang"),
+        group="faults",
+        help="when the engine hangs or dies: start another one, or end the server with status 1",
+        choices=("restart", "exit"),
+    )
+    max_engine_restarts: int = setting(
+        section_default(WatchdogConfig, "max_engine_restarts"),
+        group="faults",
+        help="restarts of the engine in an hour; one more hang or death ends the server with status 1",
+        metavar="N",
     )
 
     # plugins

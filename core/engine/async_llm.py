@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_args
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.client import EngineCoreClient, format_ready_line
+from quire.core.engine.client import EngineCoreClient, EngineFault, format_ready_line
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.exporter_group import ExporterGroup, RenderedMetrics
 from quire.core.engine.input_processor import InputProcessor
@@ -19,6 +21,7 @@ from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.process import EngineProcess
 from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
+from quire.core.engine.restarts import EngineRestarter
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
@@ -26,11 +29,16 @@ from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
-from quire.core.stats import TRACED_STEPS, StepStats
+from quire.core.stats import TRACED_STEPS, QuarantinedPlugin, StepStats
 
 __all__ = ["AsyncLLM"]
 
 _log = logging.getLogger("quire.engine")
+_STATS_OF_NO_ENGINE = MappingProxyType(
+    dict.fromkeys(
+        ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "plugin_quarantines_total"), 0.0
+    )
+)
 _LONG_TEXT_CHARS = 16_384  # characters beyond which tokenizing would hold up the event loop
 
 
@@ -50,13 +58,15 @@ class AsyncLLM:
         """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
         self._output_handler: asyncio.Task[None] | None = None
-        self._dead_reason: str | None = None
+        self._unavailable_reason: str | None = None
+        self._is_dead = False
         args = args or EngineArgs.from_kwargs(**kwargs)
         self._client: EngineCoreClient | None = EngineCoreClient(process or EngineProcess(args.device))
         try:
             built = build_config(args)
             self.config, self.plugins = built.config, built.plugins
             self._client.start_engine(self.config, log_level)
+            self._restarter = EngineRestarter(self.config, log_level)
             self._build_processors()
         except BaseException:
             self._client.kill()
@@ -79,12 +89,23 @@ class AsyncLLM:
     @property
     def is_ready(self) -> bool:
         """Whether requests are served."""
-        return self._output_handler is not None and self._dead_reason is None
+        return self._output_handler is not None and self._unavailable_reason is None
+
+    @property
+    def unavailable_reason(self) -> str | None:
+        """Why requests are not served any more, or not until another engine core has started; None: they are, or the
+        first engine core has not started yet."""
+        return self._unavailable_reason
 
     @property
     def is_dead(self) -> bool:
-        """Whether the engine core stopped by itself."""
-        return self._dead_reason is not None
+        """Whether the engine core hung or died, and none takes its place."""
+        return self._is_dead
+
+    @property
+    def process(self) -> EngineProcess | None:
+        """The process of the engine core, another one after each restart; None after ``shutdown``."""
+        return None if self._client is None else self._client.process
 
     @property
     def ready_line(self) -> str:
@@ -96,13 +117,15 @@ class AsyncLLM:
         """Wait until the engine core has loaded the model. Raises a ``QuireError`` with the reason if it cannot."""
         if self._client is None:
             raise EngineDeadError("the engine was shut down; make another")
+        begin = time.monotonic()
         try:
             await self._client.wait_ready()
         except BaseException:
             self._client.kill()
             self._client = None
             raise
-        self._output_handler = asyncio.create_task(self._handle_outputs(), name="quire-outputs")
+        self._restarter.note_first_start(time.monotonic() - begin)
+        self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
 
     async def generate(
         self,
@@ -122,7 +145,7 @@ class AsyncLLM:
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
         """
-        client = self._require_client()
+        self._require_client()
         if stream not in get_args(StreamMode):
             raise InvalidRequestError(f"stream must be one of {get_args(StreamMode)}, got {stream!r:.60}", "stream")
         prompt, salt_of_prompt = parse_prompt(prompt)
@@ -145,7 +168,7 @@ class AsyncLLM:
             self._output_processor.add_request(
                 request_id, prompt if isinstance(prompt, str) else None, requests, stream
             )
-            client.add_requests(requests)
+            self._require_client().add_requests(requests)
             while True:
                 item = await queue.get()
                 if isinstance(item, QuireError):
@@ -231,9 +254,15 @@ class AsyncLLM:
             self._output_handler = None
         if self._client is not None:
             client, self._client = self._client, None
+            is_serving = self._unavailable_reason is None
             self._fail_all_requests("the engine was shut down")
-            await client.shutdown(timeout)
+            await client.shutdown(timeout if is_serving else 0)
         self._exporters.close()
+
+    def kill_at_once(self) -> None:
+        """End the engine's process, from a signal handler that is about to end this one: waits for nothing."""
+        if self._client is not None:
+            self._client.process.kill_at_once()
 
     def _build_processors(self) -> None:
         """Build what this process needs of the model: everything but its weights."""
@@ -242,31 +271,91 @@ class AsyncLLM:
         self._exporters = ExporterGroup(self._build_exporters())
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
 
-    async def _handle_outputs(self) -> None:
-        """Put outputs into the queues of their callers until the engine core is gone."""
-        assert self._client is not None
+    async def _serve_engines(self) -> None:
+        """Serve with an engine core, and with another when it hangs or dies, until there is to be none."""
         try:
-            while True:
-                outputs = await self._client.get_outputs()
-                processed = self._output_processor.process_outputs(outputs)
-                self._abort_core_requests(processed.requests_to_abort)
-                for output in processed.request_outputs:
-                    self._put_output(output.request_id, output)
-                for failed in processed.failed_requests:
-                    self._put_output(failed.request_id, failed.to_exception())
-                for step in outputs.steps:
-                    self.steps.append(step)
-                    self._exporters.record_step(step)
-                if outputs.stats is not None:
-                    outputs.stats["plugin_quarantines_total"] += self._exporters.num_quarantined
-                    self._stats = outputs.stats
-                    self._exporters.record_engine(outputs.stats, outputs.quarantined)
-        except asyncio.CancelledError:
-            raise
+            while await self._recover_from(await self._serve_until_fault()):
+                pass
         except Exception as error:
-            if not isinstance(error, EngineDeadError):
-                _log.error("reading the engine's outputs failed", exc_info=error)
+            _log.error("reading the engine's outputs failed", exc_info=error)
+            self._is_dead = True
             self._fail_all_requests(str(error))
+
+    async def _serve_until_fault(self) -> EngineFault:
+        assert self._client is not None
+        reading = asyncio.ensure_future(self._handle_outputs(self._client))
+        watching = asyncio.ensure_future(self._client.wait_fault())
+        try:
+            await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return watching.result()
+            try:
+                reading.result()
+            except EngineDeadError as error:
+                return EngineFault(str(error))
+            raise AssertionError("outputs are read until the engine is gone")
+        finally:
+            for task in (reading, watching):
+                task.cancel()
+            await asyncio.gather(reading, watching, return_exceptions=True)
+
+    async def _handle_outputs(self, client: EngineCoreClient) -> None:
+        """Put outputs into the queues of their callers until the engine core is gone."""
+        while True:
+            outputs = await client.get_outputs()
+            processed = self._output_processor.process_outputs(outputs)
+            self._abort_core_requests(processed.requests_to_abort)
+            for output in processed.request_outputs:
+                self._put_output(output.request_id, output)
+            for failed in processed.failed_requests:
+                self._put_output(failed.request_id, failed.to_exception())
+            for step in outputs.steps:
+                self.steps.append(step)
+                self._exporters.record_step(step)
+            if outputs.stats is not None:
+                self._record_stats(outputs.stats, outputs.quarantined)
+
+    async def _recover_from(self, fault: EngineFault) -> bool:
+        """Requests of which callers have got something end with an error, the others run again on another engine core.
+        False if there is none, and every request has ended."""
+        while True:
+            self._unavailable_reason = fault.reason
+            refusal = self._restarter.find_refusal(fault)
+            self._is_dead = refusal is not None
+            for request_id in self._output_processor.remove_delivered_requests():
+                self._put_output(request_id, EngineDeadError(fault.reason))
+            if refusal is not None:
+                _log.error("%s", refusal)
+                self._fail_all_requests(refusal)
+            self._record_stats({**self._stats, **_STATS_OF_NO_ENGINE})
+            assert self._client is not None
+            await self._client.shutdown(timeout=0)
+            if refusal is not None:
+                return False
+            self._client = self._restarter.start_engine(fault)
+            self._record_stats({**self._stats, **_STATS_OF_NO_ENGINE})
+            _log.error("%s; starting another engine (restart %d)", fault.reason, self._restarter.num_restarts)
+            try:
+                async with asyncio.timeout(self._restarter.start_limit_s):
+                    await self._client.wait_ready()
+                break
+            except (QuireError, TimeoutError) as error:
+                why = str(error) or f"it was not ready in {self._restarter.start_limit_s:.0f} s"
+                fault = EngineFault(f"another engine did not start: {why}")
+        self._unavailable_reason = None
+        restarted = self._output_processor.restart_requests()
+        for requests in restarted:
+            self._require_client().add_requests(requests)
+        _log.warning("the engine serves again; %d requests run again", len(restarted))
+        return True
+
+    def _record_stats(self, stats: dict[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
+        """Keep the engine core's figures, with what this process knows beside them."""
+        replaced = self._restarter.replaced_plugins
+        stats["plugin_quarantines_total"] += self._exporters.num_quarantined + len(replaced)
+        stats["engine_restarts_total"] = float(self._restarter.num_restarts)
+        self._stats = stats
+        self._exporters.record_engine(stats, [*quarantined, *replaced])
 
     def _put_output(self, name: str, item: RequestOutput | QuireError) -> None:
         queue = self._output_queues.get(name)
@@ -274,17 +363,17 @@ class AsyncLLM:
             queue.put_nowait(item)
 
     def _abort_core_requests(self, core_ids: list[int]) -> None:
-        if core_ids and self._client is not None and self._dead_reason is None:
+        if core_ids and self._client is not None and self._unavailable_reason is None:
             self._client.abort_requests(core_ids)
 
     def _fail_all_requests(self, reason: str) -> None:
-        self._dead_reason = reason
+        self._unavailable_reason = reason
         for queue in self._output_queues.values():
             queue.put_nowait(EngineDeadError(reason))
 
     def _require_client(self) -> EngineCoreClient:
-        if self._dead_reason is not None:
-            raise EngineDeadError(self._dead_reason)
+        if self._unavailable_reason is not None:
+            raise EngineDeadError(self._unavailable_reason)
         if self._client is None or self._output_handler is None:
             raise EngineDeadError("the engine is not started; await start() first")
         return self._client

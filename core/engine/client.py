@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -20,7 +21,9 @@ from quire.core.engine.ipc import (
     ControlCall,
     ControlReply,
     EngineFailed,
+    EngineHung,
     EngineReady,
+    Heartbeat,
     MessageCodec,
     MessageFromCore,
     Shutdown,
@@ -32,8 +35,24 @@ from quire.core.engine.ipc import (
 from quire.core.engine.process import EngineProcess
 from quire.core.errors import ControlCallError, EngineDeadError, InvalidRequestError
 from quire.core.messages import EngineCoreOutputs, EngineCoreRequest
+from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["EngineCoreClient", "format_ready_line"]
+__all__ = ["EngineCoreClient", "EngineFault", "format_ready_line"]
+
+_START_POLL_S = 0.5
+_FAULT_POLL_S = 0.25
+_MAX_SILENT_POLLS = 18
+"""4.5 s without a heartbeat, of which two a second are sent."""
+_LAST_WORDS_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFault:
+    """Why an engine core cannot serve any more."""
+
+    reason: str
+    plugin: QuarantinedPlugin | None = None
+    """The plugin in which it hangs, if one is known."""
 
 
 class EngineCoreClient:
@@ -42,11 +61,13 @@ class EngineCoreClient:
     capacity: EngineReady
 
     def __init__(self, process: EngineProcess) -> None:
-        self._process = process
+        self.process = process
         self._codec = MessageCodec()
         self._call_ids = itertools.count()
+        self._heartbeats: list[Heartbeat] = []  # since the last look
+        self._was_compiling = False
+        self._hang: EngineHung | None = None
         self._pending_calls: dict[int, asyncio.Future[ControlReply]] = {}
-        self._next_message: asyncio.Future[bytes] | None = None
         self._context = zmq.asyncio.Context()
         self._input_socket = open_socket(zmq.Context(self._context), zmq.PUSH)
         # A connecting end queues messages before its peer is there: nothing has to wait for the process to start.
@@ -60,24 +81,53 @@ class EngineCoreClient:
 
     async def wait_ready(self) -> None:
         """Wait until the engine serves. Raises what it could not start with, by its own error class."""
-        message = await self._receive_message()
-        if isinstance(message, EngineFailed):
-            raise _to_exception(message)
-        assert isinstance(message, EngineReady)
-        self.capacity = message
-        self._process.remove_folder()  # both sockets are connected: nothing is left behind, however this process ends
+        while not (self._heartbeats and hasattr(self, "capacity")):
+            message = await self._receive_or_end()
+            if isinstance(message, EngineFailed):
+                raise _to_exception(message)
+            if isinstance(message, EngineReady):
+                self.capacity = message
+            elif isinstance(message, Heartbeat):
+                self._heartbeats.append(message)
+        self.process.remove_folder()  # all sockets are connected: nothing is left behind, however this process ends
 
     async def get_outputs(self) -> EngineCoreOutputs:
-        """The next outputs. Raises ``EngineDeadError`` if the engine core is gone."""
+        """The next outputs. Raises ``EngineDeadError`` if the engine core says that it ends; see ``wait_fault``."""
         while True:
-            message = await self._receive_message()
+            message = self._codec.decode_from_core(await self._output_socket.recv())
             if isinstance(message, StepOutputs):
                 return message.outputs
             if isinstance(message, EngineFailed):
-                self._fail_calls(message.error)
                 raise EngineDeadError(f"the engine stopped: {message.error}")
-            if isinstance(message, ControlReply):
+            if isinstance(message, Heartbeat):
+                self._heartbeats.append(message)
+            elif isinstance(message, ControlReply):
                 self._end_call(message)
+            elif isinstance(message, EngineHung):
+                self._hang = message
+
+    async def wait_fault(self) -> EngineFault:
+        """Wait until the engine core cannot serve any more, while ``get_outputs`` is awaited: its process has ended,
+        which is known within a second, or sends no heartbeat for five, or says that it hangs."""
+        num_silent_polls = 0  # and no time: while this process is stopped, or busy, none is missed
+        while True:
+            await asyncio.sleep(_FAULT_POLL_S)
+            status = self.process.exit_status
+            if status is not None:
+                await asyncio.sleep(_LAST_WORDS_S)  # what it sent may still arrive
+                return EngineFault(f"the engine process ended with status {status}; see its log")
+            if self._hang is not None:
+                plugin = None
+                if self._hang.plugin_kind is not None and self._hang.plugin_name is not None:
+                    plugin = QuarantinedPlugin(self._hang.plugin_kind, self._hang.plugin_name, "hung")
+                return EngineFault(self._hang.describe(), plugin)
+            num_silent_polls = 0 if self._heartbeats else num_silent_polls + 1
+            may_be_compiling = self._was_compiling and not self.process.is_stopped
+            if self._heartbeats:
+                self._was_compiling = self._heartbeats[-1].is_compiling
+                self._heartbeats.clear()
+            elif num_silent_polls >= _MAX_SILENT_POLLS and not may_be_compiling:
+                return await self._describe_silence()
 
     def add_requests(self, requests: Sequence[EngineCoreRequest]) -> None:
         """Queue requests. Raises ``InvalidRequestError`` for what cannot be sent."""
@@ -100,7 +150,7 @@ class EngineCoreClient:
         future = self._pending_calls[call_id] = asyncio.get_running_loop().create_future()
         try:
             try:
-                self._send_message(ControlCall(call_id, method, dict(arguments)))
+                self._send_message(ControlCall(call_id, method, dict(arguments), timeout))
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise InvalidRequestError(f"{method}: the arguments cannot be sent: {error}", "arguments") from error
             async with asyncio.timeout(timeout):
@@ -114,34 +164,47 @@ class EngineCoreClient:
         raise InvalidRequestError(reply.error) if reply.error_kind == "invalid" else ControlCallError(reply.error)
 
     async def shutdown(self, timeout: float) -> None:
-        """Ask, wait ``timeout`` seconds, then insist."""
+        """Ask, wait ``timeout`` seconds, then insist. Of one that does not answer nothing is asked."""
+        self._fail_calls("the engine was shut down")
         if timeout > 0:
             with contextlib.suppress(zmq.ZMQError):
                 self._send_message(Shutdown())
-            await asyncio.to_thread(self._process.wait, timeout)
-        self.kill()
+            await asyncio.to_thread(self.process.wait, timeout)
+        else:
+            await asyncio.to_thread(self.process.kill)
+        self._close()
 
     def kill(self) -> None:
         """End the process at once, for one that does not serve yet, and clear up. Idempotent."""
-        self._process.kill()
+        self.process.kill()
+        self._close()
+
+    def _close(self) -> None:
         self._fail_calls("the engine was shut down")
         self._input_socket.close(linger=0)
         self._output_socket.close(linger=0)
         self._context.term()
 
-    async def _receive_message(self) -> MessageFromCore:
-        while True:
-            if self._next_message is None:
-                self._next_message = asyncio.ensure_future(self._output_socket.recv())
-            # The wait ends, never what is waited for: a message that came with its cancellation would be lost.
-            if (await asyncio.wait({self._next_message}, timeout=1.0))[0]:
-                received, self._next_message = self._next_message, None
-                return self._codec.decode_from_core(received.result())
-            status = self._process.exit_status
-            if status is not None and not await self._output_socket.poll(100):
-                reason = f"the engine process ended with status {status}; see its log"
-                self._fail_calls(reason)
-                raise EngineDeadError(reason)
+    async def _receive_or_end(self) -> MessageFromCore:
+        """The next message. Raises ``EngineDeadError`` if the process ends before."""
+        # The wait ends, never what is waited for: a message that came with its cancellation would be lost.
+        received = asyncio.ensure_future(self._output_socket.recv())
+        try:
+            while not (await asyncio.wait({received}, timeout=_START_POLL_S))[0]:
+                status = self.process.exit_status
+                if status is not None and not await self._output_socket.poll(100):
+                    raise EngineDeadError(f"the engine process ended with status {status}; see its log")
+            return self._codec.decode_from_core(received.result())
+        finally:
+            received.cancel()
+
+    async def _describe_silence(self) -> EngineFault:
+        reason = f"the engine hangs: its process {self.process.pid} has not answered for 5 s"
+        if self.process.is_stopped:
+            return EngineFault(f"{reason}; it is stopped (SIGSTOP, or a debugger)")
+        self.process.dump_stacks()
+        await asyncio.sleep(_LAST_WORDS_S)
+        return EngineFault(f"{reason}; no Python code can run in it, and its stacks are in the log")
 
     def _end_call(self, reply: ControlReply) -> None:
         """Of one that is awaited no more, nothing is kept."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from quire.core.config import (
     CacheConfig,
@@ -15,6 +16,7 @@ from quire.core.config import (
     PluginChoice,
     RecordingConfig,
     SchedulerConfig,
+    WatchdogConfig,
 )
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
@@ -30,6 +32,8 @@ __all__ = ["BuiltConfig", "build_config"]
 _log = logging.getLogger("quire.config")
 _GPU_BATCHED_TOKENS = section_default(SchedulerConfig, "max_num_batched_tokens")
 _CPU_BATCHED_TOKENS = 2048
+_STEP_TIMEOUT_S = section_default(WatchdogConfig, "step_timeout_s")
+_CPU_STEP_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         cpu_threads=args.cpu_threads,
         speculation=speculation,
         recording=_build_recording_config(args),
+        watchdog=_build_watchdog_config(args, device),
         extra={"chat_template": args.chat_template},
     )
     if args.plugins:
@@ -230,3 +235,15 @@ def _build_scheduler_config(args: EngineArgs, device: str, max_model_len: int) -
             f"than max_model_len {max_model_len}; raise it, or leave chunked prefill on"
         )
     return SchedulerConfig(args.max_num_seqs, num_tokens, args.enable_chunked_prefill, args.max_num_queued_requests)
+
+
+def _build_watchdog_config(args: EngineArgs, device: str) -> WatchdogConfig:
+    seconds = args.step_timeout
+    if seconds is None:
+        seconds = _CPU_STEP_TIMEOUT_S if device == "cpu" else _STEP_TIMEOUT_S
+    if not seconds >= 0:
+        raise ConfigError(f"step_timeout must be at least 0 seconds, got {seconds}; 0 is no limit")
+    if args.max_engine_restarts < 0:
+        raise ConfigError(f"max_engine_restarts must be at least 0, got {args.max_engine_restarts}")
+    on_hang: Literal["restart", "exit"] = "exit" if args.on_hang == "exit" else "restart"
+    return WatchdogConfig(seconds or math.inf, on_hang, args.max_engine_restarts)

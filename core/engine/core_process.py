@@ -19,15 +19,19 @@ from quire.core.engine.ipc import (
     ControlCall,
     ControlReply,
     EngineFailed,
+    EngineHung,
     EngineReady,
+    Heartbeat,
     MessageCodec,
     MessageToCore,
     Shutdown,
     StepOutputs,
     UnreadableRequest,
+    connect_output_socket,
     open_socket,
     socket_address,
 )
+from quire.core.engine.watchdog import StepWatchdog
 from quire.core.errors import InvalidRequestError, QuireError
 from quire.core.log import setup_logging
 from quire.core.messages import EngineCoreRequest
@@ -46,10 +50,9 @@ class EngineCoreProcess:
         self._context = zmq.Context()
         self._input_socket = open_socket(self._context, zmq.PULL)
         self._input_socket.bind(socket_address(folder, "in"))
-        self._output_socket = open_socket(self._context, zmq.PUSH)
-        self._output_socket.setsockopt(zmq.LINGER, 2000)
-        self._output_socket.connect(socket_address(folder, "out"))
-        self._codec = MessageCodec()
+        self._output_socket = connect_output_socket(self._context, folder)
+        self._watchdog_socket = connect_output_socket(self._context, folder)  # a socket belongs to one thread
+        self._codec, self._watchdog_codec = MessageCodec(), MessageCodec()
         self._parent_pid = parent_pid
         _initialize_gpu(device)
 
@@ -64,6 +67,7 @@ class EngineCoreProcess:
             setup_logging(start.log_level)
             core = EngineCore(start.config)
             capacity = core.capacity
+            self._send_from_watchdog(Heartbeat())
             memory = (capacity.weight_bytes, capacity.activation_bytes, capacity.graph_bytes)
             self._send_message(EngineReady(capacity.num_blocks, capacity.bytes_per_block, *memory))
             # What the engine was built from stays: a collection that scans it would stall a step.
@@ -82,17 +86,27 @@ class EngineCoreProcess:
             self._context.destroy(linger=2000)
 
     def _run_busy_loop(self, core: EngineCore) -> None:
-        while os.getppid() == self._parent_pid:
-            if not core.has_work and not self._input_socket.poll(_IDLE_POLL_MS):
-                continue
-            for message in self._receive_messages(core):
-                if isinstance(message, Shutdown):
-                    return
-                self._handle_message(core, message)
-            if core.has_work:
-                outputs = core.step()
-                if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
-                    self._send_message(StepOutputs(outputs))
+        with StepWatchdog(core, self._send_from_watchdog, self._send_heartbeat) as watchdog:
+            while os.getppid() == self._parent_pid:
+                watchdog.num_turns += 1
+                if not core.has_work:
+                    watchdog.is_idle = True
+                    is_readable = self._input_socket.poll(_IDLE_POLL_MS)
+                    watchdog.is_idle = False
+                    if not is_readable:
+                        continue
+                for message in self._receive_messages(core):
+                    if isinstance(message, Shutdown):
+                        return
+                    if isinstance(message, ControlCall):
+                        with watchdog.allow_time(f"the control call {message.method:.80}", message.timeout):
+                            self._answer_call(core, message)
+                    else:
+                        _handle_message(core, message)
+                if core.has_work:
+                    outputs = core.step()
+                    if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
+                        self._send_message(StepOutputs(outputs))
 
     def _receive_messages(self, core: EngineCore) -> list[MessageToCore]:
         messages: list[MessageToCore] = []
@@ -106,15 +120,6 @@ class EngineCoreProcess:
             except Exception as error:  # a fault of one caller or plugin: the others go on
                 _log.error("a message to the engine core cannot be read: %s", error)
                 messages.append(AddRequests(self._reject_unreadable(core, data, str(error))))
-
-    def _handle_message(self, core: EngineCore, message: MessageToCore) -> None:
-        if isinstance(message, AddRequests):
-            for request in message.restore_children():
-                core.add_request(request)
-        elif isinstance(message, AbortRequests):
-            core.abort_requests(message.request_ids)
-        elif isinstance(message, ControlCall):
-            self._answer_call(core, message)
 
     def _answer_call(self, core: EngineCore, call: ControlCall) -> None:
         try:
@@ -139,6 +144,20 @@ class EngineCoreProcess:
 
     def _send_message(self, message: Any) -> None:
         self._output_socket.send(self._codec.encode(message))
+
+    def _send_heartbeat(self, is_compiling: bool) -> None:
+        self._send_from_watchdog(Heartbeat(is_compiling))
+
+    def _send_from_watchdog(self, message: Heartbeat | EngineHung) -> None:
+        self._watchdog_socket.send(self._watchdog_codec.encode(message))
+
+
+def _handle_message(core: EngineCore, message: AddRequests | AbortRequests) -> None:
+    if isinstance(message, AddRequests):
+        for request in message.restore_children():
+            core.add_request(request)
+    else:
+        core.abort_requests(message.request_ids)
 
 
 def _format_error(error: BaseException) -> str:

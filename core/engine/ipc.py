@@ -18,7 +18,9 @@ __all__ = [
     "ControlCall",
     "ControlReply",
     "EngineFailed",
+    "EngineHung",
     "EngineReady",
+    "Heartbeat",
     "MessageCodec",
     "MessageFromCore",
     "MessageToCore",
@@ -91,6 +93,8 @@ class ControlCall(msgspec.Struct, tag=True, array_like=True):
     """A number that the API process gives it and never uses again."""
     method: str
     arguments: dict[str, Any]
+    timeout: float = 0.0
+    """Seconds for which the caller waits: it may take that long without being a hang."""
 
 
 class Shutdown(msgspec.Struct, tag=True, array_like=True):
@@ -134,7 +138,30 @@ class ControlReply(msgspec.Struct, tag=True, array_like=True):
     """The call cannot be carried out as asked, or the method failed."""
 
 
-MessageFromCore = EngineReady | EngineFailed | StepOutputs | ControlReply
+class Heartbeat(msgspec.Struct, tag=True, array_like=True):
+    """Sent twice a second, by a thread of its own, whatever the engine core is doing."""
+
+    is_compiling: bool = False
+    """A compiler may keep all threads from running."""
+
+
+class EngineHung(msgspec.Struct, tag=True, array_like=True):
+    """What the engine core is doing does not end."""
+
+    activity: str
+    """``a step``, or a control call."""
+    seconds: float
+    plugin_kind: str | None = None
+    """The plugin that it is in; None: in none, as far as can be seen."""
+    plugin_name: str | None = None
+
+    def describe(self) -> str:
+        """As a line of a log."""
+        where = "" if self.plugin_kind is None else f", in {self.plugin_kind}/{self.plugin_name}"
+        return f"the engine hangs: {self.activity} has not ended for {self.seconds:.0f} s{where}"
+
+
+MessageFromCore = EngineReady | EngineFailed | StepOutputs | ControlReply | Heartbeat | EngineHung
 
 
 class MessageCodec:
@@ -144,7 +171,9 @@ class MessageCodec:
         self._encoder = msgspec.msgpack.Encoder()
         self._start_decoder = msgspec.msgpack.Decoder(StartEngine)
         self._to_core_decoder = msgspec.msgpack.Decoder(AddRequests | AbortRequests | ControlCall | Shutdown)
-        self._from_core_decoder = msgspec.msgpack.Decoder(EngineReady | EngineFailed | StepOutputs | ControlReply)
+        self._from_core_decoder = msgspec.msgpack.Decoder(
+            EngineReady | EngineFailed | StepOutputs | ControlReply | Heartbeat | EngineHung
+        )
 
     def encode(self, message: Any) -> bytes:
         """Encode any message of this module."""
@@ -196,4 +225,12 @@ def open_socket(context: Any, socket_type: int) -> Any:
     opened.setsockopt(zmq.LINGER, 0)
     opened.setsockopt(zmq.SNDHWM, 0)
     opened.setsockopt(zmq.RCVHWM, 0)
+    return opened
+
+
+def connect_output_socket(context: Any, folder: str) -> Any:
+    """A socket of the engine core to the API process, which sends what it has when its process ends."""
+    opened = open_socket(context, zmq.PUSH)
+    opened.setsockopt(zmq.LINGER, 2000)
+    opened.connect(socket_address(folder, "out"))
     return opened

@@ -98,15 +98,12 @@ class OutputProcessor:
         """Expect outputs for these core requests."""
         metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
         ids, params = requests[0].prompt_token_ids, requests[0].params
-        children = {
-            r.request_id: ChildRequest(i, Detokenizer(self._tokenizer, ids, r.params) if r.params.detokenize else None)
-            for i, r in enumerate(requests)
-        }
-        state = RequestState(request_id, prompt, ids, params, mode, metrics, children)
+        children = {r.request_id: ChildRequest(i, self._make_detokenizer(r, ids)) for i, r in enumerate(requests)}
+        state = RequestState(request_id, prompt, ids, params, mode, metrics, children, requests)
         self._request_states[request_id] = state
         self._state_of_core_request.update(dict.fromkeys(children, state))
 
-    def remove_request(self, request_id: str) -> list[int]:
+    def remove_request(self, request_id: str, finish_reason: FinishReason = "abort") -> list[int]:
         """Drop the state of a request; returns its core requests that have not ended."""
         state = self._request_states.pop(request_id, None)
         if state is None:
@@ -116,8 +113,37 @@ class OutputProcessor:
         unfinished = [core_id for core_id, child in state.children.items() if not child.is_done]
         for core_id in unfinished:
             state.children[core_id].is_done = True
-            self._record_finished(state, state.children[core_id], "abort", time.monotonic())
+            self._record_finished(state, state.children[core_id], finish_reason, time.monotonic())
         return unfinished
+
+    def remove_delivered_requests(self) -> list[str]:
+        """The engine core is gone: drop the requests of which callers have got something, as ended with an error.
+        Returns their ids."""
+        delivered = [request_id for request_id, state in self._request_states.items() if state.is_delivered]
+        for request_id in delivered:
+            self.remove_request(request_id, "error")
+        return delivered
+
+    def restart_requests(self) -> list[list[EngineCoreRequest]]:
+        """For another engine core: the core requests that have not ended, by request, as they were first sent. Whatever
+        came of them is forgotten; a request with a seed, and one without, gets the same tokens again."""
+        restarted = []
+        for state in self._request_states.values():
+            unfinished = [r for r in state.core_requests if not state.children[r.request_id].is_done]
+            for request in unfinished:
+                before = state.children[request.request_id]
+                detokenizer = self._make_detokenizer(request, state.prompt_token_ids)
+                # Its first token was counted, and came when it came.
+                again = ChildRequest(
+                    before.index,
+                    detokenizer,
+                    first_token_at=before.first_token_at,
+                    last_token_at=before.last_token_at,
+                    queue_s=before.queue_s,
+                )
+                state.children[request.request_id] = again
+            restarted.append(unfinished)
+        return restarted
 
     def process_outputs(self, outputs: EngineCoreOutputs) -> ProcessedOutputs:
         """Process one step's outputs. Those of requests that were removed are passed over."""
@@ -149,6 +175,10 @@ class OutputProcessor:
         if gaps:
             self._exporters.record_tokens(0, len(gaps), None, gaps)
         return processed
+
+    def _make_detokenizer(self, request: EngineCoreRequest, prompt_token_ids: list[int]) -> Detokenizer | None:
+        params = request.params
+        return Detokenizer(self._tokenizer, prompt_token_ids, params) if params.detokenize else None
 
     def _fail_request(self, state: RequestState, error: Exception, processed: ProcessedOutputs) -> None:
         """The outputs of one request cannot be processed: it ends, and the others go on."""
@@ -237,6 +267,7 @@ class OutputProcessor:
             outputs = [self._make_cumulative_output(c) for c in state.children.values()]
         else:
             return
+        state.is_delivered = True
         processed.request_outputs.append(_make_request_output(state, outputs, finished))
         if finished:
             self.remove_request(state.request_id)

@@ -7,6 +7,7 @@ process can be started before anything else.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import shutil
 import signal
@@ -20,7 +21,11 @@ from quire.core.env import child_environment
 
 __all__ = ["EngineProcess", "main"]
 
+_DUMP_SIGNAL = signal.SIGUSR1
+
 _PARENT_POLL_S = 0.5
+_KILL_WAIT_S = 10.0
+"""A process that waits for a device that does not answer may outlive SIGKILL: no end waits for it."""
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -54,6 +59,20 @@ class EngineProcess:
         """How it ended; None while it runs."""
         return self._child.poll()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal or a debugger stopped it; False where that cannot be known."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as stat:
+                return stat.read().rpartition(")")[2].split()[0] in "Tt"
+        except (OSError, IndexError):
+            return False
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of its threads to the log, even while no Python code can run in it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._child.send_signal(_DUMP_SIGNAL)
+
     def wait(self, seconds: float) -> None:
         """Wait for its end, and kill it if that does not come. May run in a thread."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -63,7 +82,8 @@ class EngineProcess:
     def kill(self) -> None:
         """End it at once, and clear up. Idempotent."""
         self._child.kill()
-        self._child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_KILL_WAIT_S)
         self.remove_folder()
 
     def kill_at_once(self) -> None:
@@ -83,6 +103,7 @@ def main() -> int:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
+    faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
     folder, device, parent_pid = sys.argv[1:]
     watcher = threading.Thread(target=_end_with_parent, args=(folder, int(parent_pid)), daemon=True)
     watcher.start()

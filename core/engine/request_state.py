@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.core.engine.detokenizer import Detokenizer
-from quire.core.messages import FinishReason, Logprob, RequestMetrics
+from quire.core.messages import EngineCoreRequest, FinishReason, Logprob, RequestMetrics
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import RequestStats
 
@@ -54,6 +55,10 @@ class RequestState:
     metrics: RequestMetrics
     children: dict[int, ChildRequest]
     """By the number of the core request."""
+    core_requests: Sequence[EngineCoreRequest] = ()
+    """What was sent to the engine core, for another one in its place."""
+    is_delivered: bool = False
+    """Whether the caller has got any of it."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     """Of the prompt, as the first of its continuations found it."""

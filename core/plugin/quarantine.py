@@ -6,25 +6,35 @@ says what takes its place.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
+import threading
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import Literal, TypeVar
 
 from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["Quarantine", "QuarantineReason", "class_path"]
+__all__ = ["PluginInterrupt", "Quarantine", "QuarantineReason", "class_path"]
 
-QuarantineReason = Literal["raised", "invalid_result", "too_slow", "no_progress"]
+QuarantineReason = Literal["raised", "invalid_result", "too_slow", "no_progress", "hung"]
 """Why a plugin was quarantined: few words, since they label a metric. The log says what exactly happened."""
 
 _log = logging.getLogger("quire.plugin")
 _T = TypeVar("_T")
 
 
+class PluginInterrupt(BaseException):
+    """Ends a call of a plugin that does not return. No ``Exception``, so that what the plugin catches lets it pass."""
+
+
 class Quarantine:
-    """Guards the calls of one plugin. At its first fault one line is logged, and ``on_fault`` is given the record."""
+    """Guards the calls of one plugin. At its first fault one line is logged, and ``on_fault`` is given the record.
+
+    The calls come from one thread at a time. ``quire.core.engine.watchdog`` finds in that thread's stack which call
+    does not return, and interrupts it from a thread of its own.
+    """
 
     def __init__(
         self,
@@ -35,6 +45,7 @@ class Quarantine:
         replacement: str = "",
         time_limit_s: float = math.inf,
         max_slow_calls: int = 3,
+        hang_limit_s: float = math.inf,
         not_faults: tuple[type[Exception], ...] = (),
         clock: Callable[[], int] = monotonic_ns,
     ) -> None:
@@ -42,6 +53,13 @@ class Quarantine:
         self.name = name
         self.is_active = True
         """Whether the plugin is still called."""
+        self.hang_limit_s = hang_limit_s
+        """A call that takes longer is interrupted; without a limit, the time limit of a step is one."""
+        self.running_call = 0
+        """The number of the call that is running; 0: none is."""
+        self._num_calls = 0
+        self._interrupt_lock = threading.Lock()
+        self._interrupted_thread = 0  # the thread in which the running call is interrupted; 0: it is not
         self._on_fault = on_fault
         self._consequence = f"; {replacement} takes over" if replacement else ""
         self._time_limit_s = time_limit_s
@@ -57,10 +75,21 @@ class Quarantine:
         """
         if not self.is_active:
             return None
+        self._num_calls += 1
         try:
-            return function(*args)
+            try:
+                self.running_call = self._num_calls
+                return function(*args)
+            finally:
+                self.running_call = 0
+                if self._interrupted_thread:
+                    self._end_interrupt()
         except self._not_faults:
             raise
+        except PluginInterrupt:
+            self._end_interrupt()
+            self.switch_off("hung", f"{_name_of(function)} did not return and was interrupted")
+            return None
         except Exception as error:
             self.switch_off("raised", f"{_name_of(function)} raised {type(error).__name__}: {error}", error)
             return None
@@ -69,7 +98,7 @@ class Quarantine:
         """As ``call``. A function that takes longer than ``time_limit_s``, ``max_slow_calls`` times in a row, is a
         fault too, whatever other functions of the plugin take in between.
 
-        Time is measured after the call: a call that never returns cannot be ended.
+        Time is measured after the call: one that never returns is interrupted after ``hang_limit_s``.
         """
         start = self._clock()
         result = self.call(function, *args)
@@ -88,6 +117,22 @@ class Quarantine:
         )
         return None
 
+    def interrupt_call(self, call: int, thread_id: int) -> bool:
+        """From another thread: raise ``PluginInterrupt`` in the running call ``call``, which runs in ``thread_id``, as
+        soon as that thread executes Python code. False, and nothing happens, if the call has ended or was interrupted
+        before."""
+        with self._interrupt_lock:
+            # In this order: the call's end looks at the second after it has changed the first, so that either this
+            # sees the end, or the end waits for the lock and takes the exception back.
+            if self._interrupted_thread:
+                return False  # once is enough: a second exception might be raised behind the call
+            self._interrupted_thread = thread_id
+            if self.running_call != call:
+                self._interrupted_thread = 0
+                return False
+            _raise_in_thread(thread_id, ctypes.py_object(PluginInterrupt))
+            return True
+
     def switch_off(self, reason: QuarantineReason, detail: str, error: Exception | None = None) -> None:
         """Quarantine the plugin for what its owner found out. Does nothing if it is quarantined already."""
         if not self.is_active:
@@ -96,6 +141,19 @@ class Quarantine:
         line = f"{self.kind}/{self.name} is quarantined ({reason}): {detail}{self._consequence}"
         _log.error("%s", line, exc_info=error)
         self._on_fault(QuarantinedPlugin(self.kind, self.name, reason))
+
+    def _end_interrupt(self) -> None:
+        """Nothing is raised in this thread any more, once this has returned."""
+        self.running_call = 0
+        with self._interrupt_lock:
+            if self._interrupted_thread:
+                _raise_in_thread(self._interrupted_thread, None)
+            self._interrupted_thread = 0
+
+
+def _raise_in_thread(thread_id: int, exception: object) -> None:
+    """None takes back an exception that was not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), exception)
 
 
 def class_path(plugin: object) -> str:

@@ -41,8 +41,9 @@ class PolicyGuard:
     """Asks the policy; on its first serious fault asks ``fallback`` from then on and calls ``on_quarantine``.
 
     Faults: it raises; what it returns is of the wrong type or out of range; one of its methods took longer than
-    ``time_limit_s``, ``max_slow_calls`` times in a row; it granted nothing ``max_empty_plans`` times in a row while the
-    engine was idle. ``clock`` gives nanoseconds: a replay gives those that were recorded.
+    ``time_limit_s``, ``max_slow_calls`` times in a row, or does not return within ``hang_limit_s``; it granted nothing
+    ``max_empty_plans`` times in a row while the engine was idle. ``clock`` gives nanoseconds: a replay gives those that
+    were recorded.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class PolicyGuard:
         name: str | None = None,
         time_limit_s: float = 0.05,
         max_slow_calls: int = 3,
+        hang_limit_s: float = 5.0,
         max_empty_plans: int = 8,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._fallback = fallback
         self._on_quarantine = on_quarantine
         self._time_limit_s, self._max_slow_calls, self._clock = time_limit_s, max_slow_calls, clock
+        self._hang_limit_s = hang_limit_s
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
         self.replace_policy(policy, name)
 
@@ -72,6 +75,7 @@ class PolicyGuard:
             replacement=class_path(self._fallback),
             time_limit_s=self._time_limit_s,
             max_slow_calls=self._max_slow_calls,
+            hang_limit_s=self._hang_limit_s,
             clock=self._clock,
         )
         self._use_policy(policy, self._quarantine.call_timed)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Speculation"]
 
-_TIME_LIMIT_S, _MAX_SLOW_CALLS = 0.05, 3
+_TIME_LIMIT_S, _MAX_SLOW_CALLS, _HANG_LIMIT_S = 0.05, 3, 5.0
 """A proposer on the host is at fault if drafting for a step takes longer, so many times in a row: no step waits for it
 otherwise. The limits of a policy."""
 
@@ -60,6 +60,7 @@ class Speculation:
             host_name or class_path(host),
             self._disable_host,
             time_limit_s=_TIME_LIMIT_S,
+            hang_limit_s=_HANG_LIMIT_S,
             max_slow_calls=_MAX_SLOW_CALLS,
         )
         self._on_quarantine = on_quarantine

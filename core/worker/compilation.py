@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 __all__ = ["CompileCounter", "precompile_kernels"]
 
 _log = logging.getLogger("quire.worker")
+_MAX_COMPILE_S = 600.0
 
 
 def precompile_kernels(run_warmup: Callable[[], None]) -> None:
@@ -67,15 +69,29 @@ class CompileCounter:
         import triton
 
         self.count = 0
-        self._previous_hook = triton.knobs.runtime.jit_post_compile_hook
-        triton.knobs.runtime.jit_post_compile_hook = self._hook
+        self._began_at: float | None = None  # the compilation that has not ended
+        runtime = triton.knobs.runtime
+        self._previous_begin_hook, self._previous_end_hook = runtime.jit_cache_hook, runtime.jit_post_compile_hook
+        runtime.jit_cache_hook, runtime.jit_post_compile_hook = self._begin_hook, self._end_hook
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a compilation has begun and not ended. One that takes many minutes has failed."""
+        began_at = self._began_at
+        return began_at is not None and time.monotonic() - began_at < _MAX_COMPILE_S
 
     def take_count(self) -> int:
         """How many since the last call."""
         count, self.count = self.count, 0
         return count
 
-    def _hook(self, **info: Any) -> Any:
+    def _begin_hook(self, **info: Any) -> Any:
+        self._began_at = time.monotonic()
+        # What is true here keeps Triton from compiling.
+        return self._previous_begin_hook(**info) if self._previous_begin_hook is not None else None
+
+    def _end_hook(self, **info: Any) -> Any:
         self.count += 1
+        self._began_at = None
         _log.warning("the kernel %s was compiled under traffic", getattr(info.get("fn"), "name", "?"))
-        return self._previous_hook(**info) if self._previous_hook is not None else None
+        return self._previous_end_hook(**info) if self._previous_end_hook is not None else None

@@ -63,6 +63,12 @@ class UniprocExecutor(Executor):
         model_future, self._model_future = self._model_future, None
         return _ThreadedStep(self._thread.submit(self._sample_and_wait, model_future, masks))
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether the worker compiles a kernel."""
+        worker = self._worker
+        return worker is not None and worker.is_compiling
+
     def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """Call a control method of the worker."""
         call = self.worker.control.call_method

@@ -222,6 +222,11 @@ class Worker:
             readback.num_compiled_kernels = self._compile_counter.take_count()
         return readback
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a kernel is being compiled, by the step that runs."""
+        return self._compile_counter is not None and self._compile_counter.is_compiling
+
     def describe_worker(self) -> WorkerInfo:
         """Where this rank runs, and the memory that it holds."""
         on_gpu = self._device.type == "cuda"

@@ -75,6 +75,7 @@ async def _serve(
         args = replace(args, max_num_queued_requests=_QUEUED_PER_ROW * max(args.max_num_seqs, 1))
     log_options = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
     engine = AsyncLLM(args, process=process, **log_options)
+    signals.call_before_exit(engine.kill_at_once)  # of the process that it has by then
     try:
         from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
 
@@ -121,7 +122,7 @@ async def _run(
         if isinstance(result, BaseException):
             raise result
     if state.engine.is_dead:
-        log.error("the engine stopped by itself; the server ends")
+        log.error("the engine hung or died; the server ends")
         return 1
     return 0
 

@@ -34,7 +34,8 @@ async def idle(engine: AsyncLLM) -> None:
 def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
     async def scenario() -> None:
         process = EngineProcess("cpu")
-        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", max_num_queued_requests=80, process=process)
+        limits = {"max_model_len": 256, "max_num_queued_requests": 80, "max_engine_restarts": 0}
+        engine = AsyncLLM(model=str(tiny), device="cpu", process=process, **limits)
         with pytest.raises(EngineDeadError, match="not started"):
             await last(engine, [5])
         await engine.start()

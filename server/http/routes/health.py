@@ -14,7 +14,7 @@ __all__ = ["make_router"]
 
 
 def make_router(state: ServerState) -> APIRouter:
-    """The routes. 503 when requests should go elsewhere: not loaded yet, draining, or the engine is dead."""
+    """The routes. 503 when requests should go elsewhere: not loaded yet, draining, or the engine hangs or is dead."""
     routes = APIRouter()
 
     def check_ready() -> dict[str, str]:
@@ -22,7 +22,7 @@ def make_router(state: ServerState) -> APIRouter:
             raise UnavailableError("the server is shutting down")
         state.check_alive()
         if not state.engine.is_ready:
-            raise UnavailableError("the model is loading")
+            raise UnavailableError(state.engine.unavailable_reason or "the model is loading")
         return {"status": "ok"}
 
     @routes.get("/health")

@@ -95,8 +95,8 @@ def _drains(server: RunningServer, client: httpx.Client) -> None:
 
 
 def test_a_server_whose_engine_dies_ends(start: Callable[..., RunningServer]) -> None:
-    """Who was being answered is told, and the supervisor sees status 1."""
-    server = start()
+    """Who was being answered is told, and the supervisor sees status 1, where no other engine is to be started."""
+    server = start("--on-hang", "exit")
     lines: list[str] = []
 
     def listen() -> None:
@@ -114,7 +114,7 @@ def test_a_server_whose_engine_dies_ends(start: Callable[..., RunningServer]) ->
     assert server.process.wait(15) == 1
     thread.join()
     assert any("error" in line or "closed" in line or "peer" in line for line in lines[-5:])
-    assert "the engine stopped" in server.stderr.read_text()
+    assert "the engine process ended with status -9" in server.stderr.read_text()
 
 
 def test_draining_ends_with_the_last_request_the_time_limit_or_a_second_signal() -> None:

@@ -1,0 +1,79 @@
+"""Another engine core in place of one that hangs or died: how often, and built from what."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+
+from quire.core.config import EngineConfig
+from quire.core.engine.client import EngineCoreClient, EngineFault
+from quire.core.engine.process import EngineProcess
+from quire.core.stats import QuarantinedPlugin
+
+__all__ = ["EngineRestarter"]
+
+_WINDOW_S = 3600.0
+_MIN_START_LIMIT_S = 120.0
+
+
+class EngineRestarter:
+    """Starts engine processes after the first, as often as ``WatchdogConfig`` allows.
+
+    A plugin that hung, and that the engine can do without, is left out of the next: requests that run again would bring
+    it to the same place. That is one with a fallback in the configuration, which are policies and KV
+    allocators, and a draft proposer.
+    """
+
+    def __init__(self, config: EngineConfig, log_level: str) -> None:
+        self._config = config
+        self._log_level = log_level
+        self._restarted_at: deque[float] = deque()
+        self.num_restarts = 0
+        self.replaced_plugins: list[QuarantinedPlugin] = []
+        """Those that are left out."""
+        self.start_limit_s = _MIN_START_LIMIT_S
+        """How long a start may take before it counts as a hang."""
+
+    def note_first_start(self, seconds: float) -> None:
+        """How long the engine took to start, when nothing was wrong."""
+        self.start_limit_s = max(_MIN_START_LIMIT_S, 3 * seconds)
+
+    def find_refusal(self, fault: EngineFault) -> str | None:
+        """Why no other engine core is to be started; None: one is."""
+        limits = self._config.watchdog
+        if limits.on_hang == "exit":
+            return fault.reason
+        oldest = time.monotonic() - _WINDOW_S
+        while self._restarted_at and self._restarted_at[0] < oldest:
+            self._restarted_at.popleft()
+        if len(self._restarted_at) < limits.max_engine_restarts:
+            return None
+        return f"{fault.reason}; no other is started: --max-engine-restarts {limits.max_engine_restarts} (in an hour)"
+
+    def start_engine(self, fault: EngineFault) -> EngineCoreClient:
+        """Begin to start another engine core."""
+        self._restarted_at.append(time.monotonic())
+        self.num_restarts += 1
+        if fault.plugin is not None:
+            self._leave_out(fault.plugin)
+        config = self._config
+        if config.recording is not None:  # its file is there already, and ends with the engine that wrote it
+            recording = dataclasses.replace(config.recording, path=f"{config.recording.path}.{self.num_restarts}")
+            config = dataclasses.replace(config, recording=recording)
+        client = EngineCoreClient(EngineProcess(config.model.device))
+        client.start_engine(config, self._log_level)
+        return client
+
+    def _leave_out(self, plugin: QuarantinedPlugin) -> None:
+        config = self._config
+        fallback = config.plugins.get(f"{plugin.kind}_fallback")
+        chosen = config.plugins.get(plugin.kind)
+        if fallback is not None and chosen is not None and plugin.name == chosen.name != fallback.name:
+            plugins = {**config.plugins, plugin.kind: fallback}
+            self._config = dataclasses.replace(config, plugins=plugins)
+        elif plugin.kind == "spec_decode" and config.speculation is not None:
+            self._config = dataclasses.replace(config, speculation=None)
+        else:
+            return
+        self.replaced_plugins.append(plugin)

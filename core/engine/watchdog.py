@@ -1,0 +1,138 @@
+"""Notices what does not end: calls of plugins, which it interrupts, and steps, which it reports."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from quire.core.engine.ipc import EngineHung
+from quire.core.plugin.frames import PluginFrames, find_plugin_calls, is_debugged
+
+if TYPE_CHECKING:
+    from quire.core.engine.engine_core import EngineCore
+    from quire.core.plugin.quarantine import Quarantine
+
+__all__ = ["StepWatchdog"]
+
+_log = logging.getLogger("quire.engine")
+_MAX_INTERVAL_S = 0.5
+_GRACE_S = 2.0
+"""What an interrupted plugin, and the step around it, get to end."""
+
+
+class StepWatchdog:
+    """A context manager for the thread that steps an engine core. It looks from a thread of its own, twice a second.
+
+    What is past its limit is found in the stacks of the threads, so that a step pays for one addition. A guarded
+    plugin (``Quarantine``) is interrupted and quarantined; a step that does not end all the same is logged, with the
+    plugin that it is in, and given to ``report_hang``. Time in which a worker compiles, a debugger is attached, or this
+    whole process is stopped, does not count.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        report_hang: Callable[[EngineHung], None] | None = None,
+        on_tick: Callable[[bool], None] | None = None,
+    ) -> None:
+        self.num_turns = 0
+        """To be increased between two steps: the sign that one has ended."""
+        self.is_idle = False
+        """Whether the thread waits for work, for as long as it likes."""
+        self._core = core
+        self._step_timeout_s = core.config.watchdog.step_timeout_s
+        self._activity, self._limit_s = "a step", self._step_timeout_s
+        self._report_hang = report_hang
+        self._on_tick = on_tick
+        self._frames = PluginFrames(core.config)
+        self._calls = _CallTimes()
+        self._thread_id = 0
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> StepWatchdog:
+        self._thread_id = threading.get_ident()
+        self._end.clear()
+        self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def allow_time(self, activity: str, seconds: float) -> Iterator[None]:
+        """What runs inside is no step, and may take ``seconds`` if that is more."""
+        self._activity, self._limit_s = activity, max(seconds, self._step_timeout_s)
+        self.num_turns += 1
+        try:
+            yield
+        finally:
+            self._activity, self._limit_s = "a step", self._step_timeout_s
+            self.num_turns += 1
+
+    def _watch(self) -> None:
+        interval = min(_MAX_INTERVAL_S, self._step_timeout_s / 4)
+        turn, seconds, is_reported, last = -1, 0.0, False, time.monotonic()
+        while not self._end.wait(interval):
+            now = time.monotonic()
+            # Whoever stopped the process, or the machine, stopped this thread as well: that time is left out.
+            elapsed, last = min(now - last, 2 * interval), now
+            is_compiling = self._core.executor.is_compiling
+            if self._on_tick is not None:
+                self._on_tick(is_compiling)
+            if self.num_turns != turn or self.is_idle:
+                turn, seconds, is_reported = self.num_turns, 0.0, False
+                self._calls.clear()
+                continue
+            if is_compiling or is_debugged(self._thread_id):
+                continue
+            seconds += elapsed
+            limit_s = self._limit_s
+            # Of other engines in this process no call is touched that has not run for long itself.
+            self._calls.interrupt_hung(elapsed, limit_s / 2 if seconds >= limit_s else limit_s)
+            if seconds >= limit_s + (_GRACE_S if self._calls.was_interrupted else 0.0) and not is_reported:
+                is_reported = True
+                self._report(seconds)
+
+    def _report(self, seconds: float) -> None:
+        stacks = self._frames.read_stacks(self._thread_id)
+        plugins = [stack.plugin for stack in stacks if stack.plugin is not None]
+        # An executor only waits for what another plugin does in a thread of its own.
+        plugins.sort(key=lambda plugin: plugin[0] == "executor")
+        report = EngineHung(self._activity, seconds, *(plugins[0] if plugins else (None, None)))
+        text = "\n".join(f"thread {stack.thread_name}:\n{stack.text.rstrip()}" for stack in stacks)
+        _log.error("%s\n%s", report.describe(), text)
+        if self._report_hang is not None:
+            self._report_hang(report)
+
+
+class _CallTimes:
+    """How long guarded calls of plugins have been running, as far as they were seen."""
+
+    def __init__(self) -> None:
+        self.was_interrupted = False
+        self._seconds: dict[tuple[Quarantine, int], float] = {}
+
+    def clear(self) -> None:
+        """Every call that was seen has ended."""
+        if self._seconds:
+            self._seconds.clear()
+        self.was_interrupted = False
+
+    def interrupt_hung(self, elapsed: float, limit_s: float) -> None:
+        """Interrupt the calls that are past their own limit, or ``limit_s``."""
+        seen: dict[tuple[Quarantine, int], float] = {}
+        for quarantine, call, thread_id in find_plugin_calls():
+            seconds = seen[quarantine, call] = self._seconds.get((quarantine, call), 0.0) + elapsed
+            is_hung = seconds >= min(quarantine.hang_limit_s, limit_s)
+            if is_hung and quarantine.interrupt_call(call, thread_id):
+                self.was_interrupted = True
+                _log.warning("%s/%s does not return: interrupting it", quarantine.kind, quarantine.name)
+        self._seconds = seen
