@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.core.parsing.message import AssistantMessage
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import QuarantinedPlugin, StepStats
@@ -296,6 +297,8 @@ class CompletionOutput:
     """For each token, by id: the chosen token first, then the best in order."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    message: AssistantMessage | None = None
+    """Of ``LLM.chat``: the text as content, reasoning and tool calls."""
 
     def finished(self) -> bool:
         """Whether it has ended."""

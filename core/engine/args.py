@@ -223,6 +223,25 @@ class EngineArgs:
         metavar="N",
     )
 
+    # tools and reasoning
+    enable_auto_tool_choice: bool = setting(
+        True, group="tools and reasoning", help="find the calls of tools that a model makes of its own accord"
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        group="tools and reasoning",
+        help="tool-call parser: how the model writes calls; auto: by the chat template; none: calls stay text",
+        metavar="NAME",
+        plugin_kind="tool_parser",
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        group="tools and reasoning",
+        help="reasoning parser: how the model reasons; auto: by the chat template; none: it stays in the answer",
+        metavar="NAME",
+        plugin_kind="reasoning_parser",
+    )
+
     # plugins
     sampler: str = setting(
         "auto", group="plugins", help="sampler: how tokens are sampled", metavar="NAME", plugin_kind="sampler"

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from quire.core.contracts.metrics import MetricsExporter
+from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import EngineCoreClient, EngineFault, format_ready_line
 from quire.core.engine.config_builder import build_config
@@ -137,10 +138,12 @@ class AsyncLLM:
         cache_salt: str | None = None,
         scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come: ``delta`` the new part of one continuation, ``cumulative`` all so far, ``final``
         once. ``scheduling`` is told to the scheduling policy. Closing the generator aborts the request and frees its
-        blocks.
+        blocks. ``shown_token_ids`` are special tokens that the text has though ``skip_special_tokens`` is on: those
+        that an ``AnswerParser`` reads.
 
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
@@ -166,7 +169,7 @@ class AsyncLLM:
             else:
                 requests = self._input_processor.process_inputs(request_id, prompt, sampling_params, **options)
             self._output_processor.add_request(
-                request_id, prompt if isinstance(prompt, str) else None, requests, stream
+                request_id, prompt if isinstance(prompt, str) else None, requests, stream, shown_token_ids
             )
             self._require_client().add_requests(requests)
             while True:
@@ -270,6 +273,7 @@ class AsyncLLM:
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         self._exporters = ExporterGroup(self._build_exporters())
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
+        self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self._exporters.add_quarantined)
 
     async def _serve_engines(self) -> None:
         """Serve with an engine core, and with another when it hangs or dies, until there is to be none."""

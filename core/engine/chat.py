@@ -113,6 +113,8 @@ def _normalize_message(message: Mapping[str, Any], place: str, decode_arguments:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise InvalidRequestError(f"{place}: must be a mapping with a role, got {message!r:.100}", place)
     normalized = {name: value for name, value in message.items() if value is not None}
+    if isinstance(normalized.get("reasoning"), str):  # what newer servers and clients call it, and templates do not
+        normalized.setdefault("reasoning_content", normalized["reasoning"])
     normalized["content"] = _join_text(message.get("content"), f"{place}.content")
     if (calls := message.get("tool_calls")) is not None:
         if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):

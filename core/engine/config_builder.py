@@ -54,6 +54,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = _resolve_before_model(plugins, chooser, args, context)
 
+    from quire.core.loading.chat_template import read_chat_templates
     from quire.core.loading.generation_config import read_generation_defaults
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
@@ -75,6 +76,10 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     choices.update(draft_choices)
     _check_options(plugins, draft_choices)
     tokenizer = resolve_model(args.tokenizer) if args.tokenizer else path
+    context["chat_template"] = read_chat_templates(tokenizer, args.chat_template)
+    parsers = _resolve_parsers(chooser, args, context)
+    choices.update(parsers)
+    _check_options(plugins, parsers)
     generation = read_generation_defaults([path, tokenizer], args.generation_config, args.override_generation_config)
     model = ModelConfig(
         model=args.model,
@@ -101,7 +106,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         speculation=speculation,
         recording=_build_recording_config(args),
         watchdog=_build_watchdog_config(args, device),
-        extra={"chat_template": args.chat_template},
+        extra={"chat_template": args.chat_template, "auto_tool_choice": args.enable_auto_tool_choice},
     )
     if args.plugins:
         plugins.call_hook("quire_configure", config=config)
@@ -140,7 +145,9 @@ def _resolve_before_model(
     for kind, name in (("policy", "fcfs"), ("kv", "paged")):
         fallback = plugins.resolve_plugin(kind, name, context, announce=False)
         choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target)
-    for kind, name in (("attention", args.attention_backend), ("quant", args.quantization)):
+    later = {"attention": args.attention_backend, "quant": args.quantization}
+    later |= {"tool_parser": args.tool_call_parser, "reasoning_parser": args.reasoning_parser}
+    for kind, name in later.items():
         if name != "auto":
             plugins.resolve_plugin(kind, name, context, announce=False)
     return choices
@@ -154,6 +161,14 @@ def _resolve_for_model(
         "attention": chooser.choose("attention", args.attention_backend, context),
         "quant": chooser.choose("quant", args.quantization, context),
         "model": chooser.choose("model", architecture, context),
+    }
+
+
+def _resolve_parsers(chooser: PluginChooser, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:
+    """The kinds whose choice needs the chat template."""
+    return {
+        "tool_parser": chooser.choose("tool_parser", args.tool_call_parser, context),
+        "reasoning_parser": chooser.choose("reasoning_parser", args.reasoning_parser, context),
     }
 
 

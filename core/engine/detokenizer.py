@@ -15,8 +15,16 @@ class Detokenizer:
     """The text of one continuation. ``text`` only grows until a stop string cuts it; ``visible_text`` and the deltas
     never show what a stop string may still swallow."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        self._decoder = make_incremental_decoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        shown_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._decoder = make_incremental_decoder(
+            tokenizer, prompt_token_ids, params.skip_special_tokens, shown_token_ids
+        )
         self._stop_strings = params.stop
         # Where each may have begun: a place that was passed over cannot become the beginning of one later.
         self._match_starts = [0] * len(params.stop)

@@ -41,7 +41,7 @@ class ExporterGroup:
 
     @property
     def num_quarantined(self) -> int:
-        """The exporters that are."""
+        """Plugins of this process that are quarantined: exporters, and parsers of answers."""
         return len(self._quarantined)
 
     def record_engine(self, stats: Mapping[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
@@ -83,9 +83,13 @@ class ExporterGroup:
         for exporter, quarantine in self._guarded.copy().items():
             quarantine.call(exporter.close)
 
+    def add_quarantined(self, plugin: QuarantinedPlugin) -> None:
+        """A plugin of this process was quarantined: the exporters are told with the next figures."""
+        self._quarantined.append(plugin)
+
     def _remove_exporter(self, exporter: MetricsExporter, plugin: QuarantinedPlugin) -> None:
         del self._guarded[exporter]
-        self._quarantined.append(plugin)
+        self.add_quarantined(plugin)
 
 
 def _render_checked(exporter: MetricsExporter) -> tuple[str, bytes] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 from typing import Protocol
 
+from quire.core.engine.token_view import TokenView
 from quire.core.engine.tokenizer import Tokenizer
 
 __all__ = ["IncrementalDecoder", "make_incremental_decoder"]
@@ -40,18 +41,22 @@ class IncrementalDecoder(Protocol):
 
 
 def make_incremental_decoder(
-    tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool
+    tokenizer: Tokenizer,
+    prompt_token_ids: Sequence[int],
+    skip_special_tokens: bool,
+    shown_token_ids: frozenset[int] = frozenset(),
 ) -> IncrementalDecoder:
-    """The decoder for what follows a prompt."""
+    """The decoder for what follows a prompt. ``shown_token_ids`` are special tokens that are not skipped."""
     cls = _ByteLevelDecoder if tokenizer.is_plain_byte_level else _PieceDecoder
-    return cls(tokenizer, prompt_token_ids[-_MAX_PROMPT_TOKENS:], skip_special_tokens)
+    view = tokenizer.view_tokens(skip_special_tokens, shown_token_ids)
+    return cls(tokenizer, prompt_token_ids[-_MAX_PROMPT_TOKENS:], view)
 
 
 class _ByteLevelDecoder:
     """Tokens are bytes, whatever stands beside them (GPT-2, Llama 3, Qwen)."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
-        self._token_bytes = tokenizer.visible_bytes if skip_special_tokens else tokenizer.token_bytes
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], view: TokenView) -> None:
+        self._token_bytes = view.token_bytes
         tail = b""
         for token_id in reversed(prompt_token_ids):
             tail = self._token_bytes[token_id] + tail
@@ -92,11 +97,11 @@ class _ByteLevelDecoder:
 class _PieceDecoder:
     """Tokens are pieces of text whose spelling may depend on the token before; some may be single bytes (Llama 2)."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], view: TokenView) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = view.hidden
         self._byte_of_token = tokenizer.byte_of_token
-        self._known_texts = tokenizer.piece_texts[skip_special_tokens]
+        self._known_texts = view.piece_texts
         self._previous: list[int] = []  # the last token that shows: what comes before changes no spelling
         self._held: list[int] = []  # pieces after it that end inside a character
         self._partial = b""  # byte tokens of an incomplete character

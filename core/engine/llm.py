@@ -13,6 +13,7 @@ from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import format_ready_line
 from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
+from quire.core.engine.tool_use import read_tool_use
 from quire.core.engine.vllm_names import check_call_arguments
 from quire.core.engine.watchdog import StepWatchdog
 from quire.core.errors import InvalidRequestError, RequestFailedError
@@ -43,6 +44,7 @@ class LLM:
         """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
         self.input_processor = self.llm_engine.input_processor
         self.output_processor = self.llm_engine.output_processor
+        self.answer_parsers = self.llm_engine.answer_parsers
         self.steps = self.llm_engine.steps
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
         self._request_counter = itertools.count()
@@ -109,6 +111,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template: str | None = None,
@@ -118,6 +122,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or a batch of them, in the form of ``/v1/chat/completions``.
 
+        ``message`` of each completion is its text as content, reasoning and calls of ``tools``; to be called again with
+        what they return, add ``message.to_dict()`` and a message of role ``tool`` for each call.
+
         ``chat_template`` replaces the model's; ``chat_template_kwargs`` are variables of the template's own, such as
         ``enable_thinking``. Other arguments of vLLM's are accepted while they are off, as ``lora_request=None``.
 
@@ -126,10 +133,11 @@ class LLM:
         check_call_arguments("chat", vllm_arguments)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
+        use = read_tool_use(tools, tool_choice, parallel_tool_calls)
         prompts = [
             self.tokenizer.apply_chat_template(
                 conversation,
-                tools=tools,
+                tools=None if use.choice == "none" else tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template=chat_template,
@@ -137,7 +145,16 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
+        for output, of_prompt in zip(outputs, params, strict=True):
+            for completion in output.outputs:
+                completion.message = self.answer_parsers.read_message(
+                    use, output.prompt_token_ids, completion, of_prompt
+                )
+        return outputs
 
     def call_control(self, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Call a control method of the engine core, such as ``get_stats``; what it returned, as plain values. Raises

@@ -9,6 +9,7 @@ from typing import Any
 
 from quire.core.config import ModelConfig
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.engine_core import EngineCore
@@ -46,7 +47,9 @@ class LLMEngine:
         self.engine_core = EngineCore(self.config, policy)
         """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
         self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
-        self.output_processor = OutputProcessor(self.tokenizer, ExporterGroup())
+        exporters = ExporterGroup()
+        self.output_processor = OutputProcessor(self.tokenizer, exporters)
+        self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, exporters.add_quarantined)
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
 

@@ -94,12 +94,19 @@ class OutputProcessor:
         prompt: str | None,
         requests: Sequence[EngineCoreRequest],
         mode: StreamMode,
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """Expect outputs for these core requests."""
+        """Expect outputs for these core requests. ``shown_token_ids`` are special tokens that ``skip_special_tokens``
+        does not leave out of their text."""
         metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
         ids, params = requests[0].prompt_token_ids, requests[0].params
-        children = {r.request_id: ChildRequest(i, self._make_detokenizer(r, ids)) for i, r in enumerate(requests)}
-        state = RequestState(request_id, prompt, ids, params, mode, metrics, children, requests)
+        children = {
+            r.request_id: ChildRequest(i, self._make_detokenizer(r, ids, shown_token_ids))
+            for i, r in enumerate(requests)
+        }
+        state = RequestState(
+            request_id, prompt, ids, params, mode, metrics, children, requests, shown_token_ids=shown_token_ids
+        )
         self._request_states[request_id] = state
         self._state_of_core_request.update(dict.fromkeys(children, state))
 
@@ -132,7 +139,7 @@ class OutputProcessor:
             unfinished = [r for r in state.core_requests if not state.children[r.request_id].is_done]
             for request in unfinished:
                 before = state.children[request.request_id]
-                detokenizer = self._make_detokenizer(request, state.prompt_token_ids)
+                detokenizer = self._make_detokenizer(request, state.prompt_token_ids, state.shown_token_ids)
                 # Its first token was counted, and came when it came.
                 again = ChildRequest(
                     before.index,
@@ -176,9 +183,13 @@ class OutputProcessor:
             self._exporters.record_tokens(0, len(gaps), None, gaps)
         return processed
 
-    def _make_detokenizer(self, request: EngineCoreRequest, prompt_token_ids: list[int]) -> Detokenizer | None:
+    def _make_detokenizer(
+        self, request: EngineCoreRequest, prompt_token_ids: list[int], shown_token_ids: frozenset[int]
+    ) -> Detokenizer | None:
         params = request.params
-        return Detokenizer(self._tokenizer, prompt_token_ids, params) if params.detokenize else None
+        if not params.detokenize:
+            return None
+        return Detokenizer(self._tokenizer, prompt_token_ids, params, shown_token_ids)
 
     def _fail_request(self, state: RequestState, error: Exception, processed: ProcessedOutputs) -> None:
         """The outputs of one request cannot be processed: it ends, and the others go on."""

@@ -57,6 +57,8 @@ class RequestState:
     """By the number of the core request."""
     core_requests: Sequence[EngineCoreRequest] = ()
     """What was sent to the engine core, for another one in its place."""
+    shown_token_ids: frozenset[int] = frozenset()
+    """Special tokens that ``skip_special_tokens`` does not leave out of the text."""
     is_delivered: bool = False
     """Whether the caller has got any of it."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None

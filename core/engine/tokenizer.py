@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from quire.core.engine.chat import (
     show_python_objects,
     template_variables,
 )
+from quire.core.engine.token_view import TokenTable, TokenView
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
 from quire.core.loading.hub import BUNDLED_MODELS, resolve_model
 
@@ -55,6 +56,7 @@ class Tokenizer:
         # What tokenizer.json says of training batches, which transformers sets aside too: no prompt is cut or padded.
         self.backend.no_truncation()
         self.backend.no_padding()
+        self._views: dict[frozenset[int] | None, TokenView] = {}
         templates = self._hf_tokenizer.chat_template or {}
         self._chat_templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
         if chat_template:
@@ -129,17 +131,12 @@ class Tokenizer:
     @cached_property
     def token_texts(self) -> Mapping[int, str]:
         """``convert_id_to_text`` of any token, kept once it was asked for."""
-        return _TokenTexts(self)
+        return TokenTable(self.convert_id_to_text)
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:
         """``convert_id_to_bytes`` of any token, kept once it was asked for."""
-        return _TokenBytes(self, hidden=frozenset())
-
-    @cached_property
-    def visible_bytes(self) -> Mapping[int, bytes]:
-        """The same, special tokens being empty."""
-        return _TokenBytes(self, hidden=self.special_token_ids)
+        return TokenTable(self.convert_id_to_bytes)
 
     @cached_property
     def special_token_ids(self) -> frozenset[int]:
@@ -162,11 +159,22 @@ class Tokenizer:
             return False
         return not types or not all(_spells_alone(step) for step in self._decoder_steps)
 
-    @cached_property
-    def piece_texts(self) -> tuple[dict[int, str], dict[int, str]]:
-        """By ``skip_special_tokens``: what tokens add to a text that they do not begin. Filled by decoders as they meet
-        them, unless the tokenizer ``spells_by_context``."""
-        return {}, {}
+    def view_tokens(self, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> TokenView:
+        """What decoders see: all tokens, or all but special ones that are not ``shown``. Kept for the next decoder."""
+        key = shown if skip_special_tokens else None
+        view = self._views.get(key)
+        if view is None:
+            hidden = frozenset[int]() if key is None else self.special_token_ids - shown
+            view = self._views[key] = TokenView(
+                hidden, TokenTable(self.convert_id_to_bytes, dict.fromkeys(hidden, b"")), {}
+            )
+        return view
+
+    def find_special_tokens(self, texts: Iterable[str]) -> frozenset[int]:
+        """The special tokens that stand in one of ``texts``."""
+        texts = tuple(texts)
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(i for i in self.special_token_ids if any(added[i].content in text for text in texts))
 
     @cached_property
     def has_byte_pieces(self) -> bool:
@@ -291,30 +299,6 @@ def get_tokenizer(tokenizer_name: str, *, revision: str | None = None, download_
         raise CheckpointError(
             f"{tokenizer_name} has no tokenizer that can be loaded: {_explain_failure(tokenizer_name, error)}"
         ) from error
-
-
-class _TokenTexts(dict[int, str]):
-    """The texts of tokens, looked up once each."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token_id: int) -> str:
-        text = self[token_id] = self._tokenizer.convert_id_to_text(token_id)
-        return text
-
-
-class _TokenBytes(dict[int, bytes]):
-    """The bytes of tokens, looked up once each."""
-
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
-        super().__init__(dict.fromkeys(hidden, b""))
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token_id: int) -> bytes:
-        value = self[token_id] = self._tokenizer.convert_id_to_bytes(token_id)
-        return value
 
 
 def _spells_alone(step: Mapping[str, Any]) -> bool:

@@ -40,9 +40,7 @@ class VllmFlag:
 
 
 _LORA = "LoRA adapters are not supported yet; serve a merged checkpoint"
-_TOOLS = "tool calls are not parsed yet; tools are passed to the chat template and the answer comes as text"
 _GUIDED = "structured output is not supported yet; leave it out"
-_REASONING = "reasoning is not parsed yet; the answer comes as text"
 _RAY = "Ray is not supported yet; the engine runs in one process"
 _NOT_NEEDED = "no longer needed: "
 
@@ -85,9 +83,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     VllmFlag("--lora-modules", _LORA, refused=True, takes_value=True),
     VllmFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),
     VllmFlag("--max-loras", _LORA, refused=True, takes_value=True),
-    VllmFlag("--enable-auto-tool-choice", _TOOLS, refused=True),
-    VllmFlag("--tool-call-parser", _TOOLS, refused=True, takes_value=True),
-    VllmFlag("--reasoning-parser", _REASONING, refused=True, takes_value=True),
+    VllmFlag("--enable-reasoning", _NOT_NEEDED + "reasoning is split off by --reasoning-parser"),
     VllmFlag("--guided-decoding-backend", _GUIDED, refused=True, takes_value=True),
 )  # fmt: skip
 """Flags that are accepted, or refused for a value."""
@@ -154,8 +150,7 @@ ABSENT_FLAGS: Mapping[str, str] = MappingProxyType({
     "--worker-extension-cls": "now a plugin: --executor",
     "--middleware": "now a plugin: --plugin DIST, with the hook quire_extend_app",
     "--logits-processor-pattern": "now a plugin: --logits-processor",
-    "--tool-parser-plugin": _TOOLS,
-    "--enable-reasoning": _REASONING,
+    "--tool-parser-plugin": "now a plugin: --tool-call-parser MODULE:CLASS",
     "--guided-decoding-disable-fallback": _GUIDED,
     "--hf-token": "set HF_TOKEN instead",
     "--max-logprobs": "the limit is always 20",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from quire.core.plugin.hookspecs import hookimpl
@@ -109,6 +110,41 @@ def quire_register_metrics(register: Registrar) -> None:
     register("prometheus", target, "Prometheus text at /metrics, under quire: and vllm: names")
 
 
+@hookimpl
+def quire_register_tool_parser(register: Registrar) -> None:
+    """Register the bundled tool-call parsers."""
+    where = "quire.plugins.parsers.tool_calls"
+    register("none", f"{where}:NoToolCalls", "calls stay text")
+    register("hermes", f"{where}:Hermes", "Hermes 2 Pro, Qwen2.5, Qwen3, quire-tiny: JSON between tags")
+    register("llama3_json", f"{where}:Llama3Json", "Llama 3.1 to 3.3: bare JSON", aliases=("llama4_json",))
+    register("llama4_pythonic", f"{where}:Llama4Pythonic", "Llama 4: a Python list between special tokens")
+    register("pythonic", f"{where}:Pythonic", "Llama 3.2 and others: a Python list")
+    register("mistral", f"{where}:Mistral", "Mistral: JSON after a special token")
+    register("qwen3_coder", f"{where}:Qwen3Coder", "Qwen3-Coder: parameters between tags", aliases=("qwen3_xml",))
+    register(
+        "deepseek_v3",
+        f"{where}:DeepSeekV3",
+        "DeepSeek: JSON between special tokens",
+        aliases=("deepseek_v31",),
+    )
+    register("glm45", f"{where}:Glm45", "GLM-4.5 and later: keys and values between tags", aliases=("glm47",))
+    register("kimi_k2", f"{where}:KimiK2", "Kimi K2: JSON between special tokens")
+    register("granite", f"{where}:Granite", "Granite 3: a JSON list after a special token")
+    register("phi4_mini", f"{where}:Phi4Mini", "Phi-4-mini: a JSON list after a word", aliases=("phi4_mini_json",))
+    register("openai", f"{where}:Harmony", "gpt-oss: the commentary channel of harmony", aliases=("harmony",))
+
+
+@hookimpl
+def quire_register_reasoning_parser(register: Registrar) -> None:
+    """Register the bundled reasoning parsers."""
+    where = "quire.plugins.parsers.reasoning"
+    register("none", f"{where}:NoReasoning", "reasoning stays text")
+    register("qwen3", f"{where}:Qwen3", "Qwen3 and others: think tags, where the answer has them", aliases=("glm45",))
+    register("deepseek_r1", f"{where}:DeepSeekR1", "DeepSeek-R1: answers begin with reasoning")
+    register("granite", f"{where}:GraniteReasoning", "Granite 3.2 and 3.3")
+    register("openai_gptoss", f"{where}:HarmonyReasoning", "gpt-oss: harmony", aliases=("openai", "harmony"))
+
+
 @hookimpl(trylast=True)
 def quire_detect_quantization(hf_config: Mapping[str, Any]) -> str | None:
     """Read ``quantization_config.quant_method``, as every checkpoint on the hub spells it."""
@@ -129,6 +165,8 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         if "eagle3" in str(getattr(config.get("draft_config"), "architectures", "")).lower():
             return Choice("eagle3", "an EAGLE-3 head is given")
         return Choice("draft_model", "a draft model is given")
+    if kind in _TEMPLATE_SIGNS:
+        return _choose_parser(kind, str(config.get("chat_template") or ""))
     plain = {
         "kv": Choice("paged", "the default"),
         "policy": Choice("fcfs", "the default"),
@@ -146,3 +184,37 @@ def _choose_attention(device: str) -> Choice:
     if importlib.util.find_spec("triton") is None:
         return Choice("torch_sdpa", "triton is not installed", {"triton": "not installed; pip install triton"})
     return Choice("triton", "the device is a CUDA GPU", {"torch_sdpa": "slower on a GPU"})
+
+
+def _choose_parser(kind: str, template: str) -> Choice:
+    """By what the chat template writes into a conversation, the rarest sign first."""
+    for name, signs in _TEMPLATE_SIGNS[kind]:
+        sign = next((sign for sign in signs if sign in template), None)
+        if sign is not None:
+            return Choice(name, f"the chat template has {sign!r}")
+    return Choice("none", "the chat template has no sign of a known family" if template else "no chat template")
+
+
+_TEMPLATE_SIGNS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = MappingProxyType({
+    "tool_parser": (
+        ("openai", ("<|channel|>commentary", "<|constrain|>")),
+        ("kimi_k2", ("<|tool_call_argument_begin|>", "<|tool_calls_section_begin|>")),
+        ("deepseek_v3", ("<｜tool▁calls▁begin｜>",)),
+        ("glm45", ("<arg_key>",)),
+        ("qwen3_coder", ("<function=",)),
+        ("mistral", ("[TOOL_CALLS]",)),
+        ("llama4_pythonic", ("<|python_start|>",)),
+        ("phi4_mini", ("functools", "<|/tool_call|>", "<|/tool|>")),
+        ("granite", ("<|tool_call|>", "<|start_of_role|>")),
+        ("hermes", ("<tool_call>",)),
+        ("pythonic", ("func_name1(", "[func1(")),
+        ("llama3_json", ("<|python_tag|>", '"parameters": dictionary of argument name')),
+    ),
+    "reasoning_parser": (
+        ("openai_gptoss", ("<|channel|>analysis", "<|channel|>final")),
+        ("granite", ("Here is my thought process:", "Here's my thought process:", "<response>")),
+        ("deepseek_r1", ("<｜Assistant｜><think>",)),
+        ("qwen3", ("<think>", "</think>")),
+    ),
+})  # fmt: skip
+"""By kind: the name of a family, and texts of which its chat templates have one."""

@@ -75,6 +75,16 @@ def quire_register_metrics(register: Registrar) -> None:
     """Name metrics exporters: subclasses of ``quire.sdk.MetricsExporter``."""
 
 
+@hookspec
+def quire_register_tool_parser(register: Registrar) -> None:
+    """Name tool-call parsers: subclasses of ``quire.sdk.ToolParser``."""
+
+
+@hookspec
+def quire_register_reasoning_parser(register: Registrar) -> None:
+    """Name reasoning parsers: subclasses of ``quire.sdk.ReasoningParser``."""
+
+
 # ---- Decisions. Asked of the plugins named by ``--plugin``, the last named first, then of the bundled ones.
 
 
@@ -92,7 +102,8 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | str |
     """Return what ``auto`` means for ``kind``: a name, or a ``Choice`` that also says why and why not the others.
 
     Called once per kind when its name is ``auto``. ``config`` holds what is known then: ``device`` ("cuda", "cpu"),
-    for models ``architectures``, for quantization ``hf_config``; any key may be missing. None means: no opinion.
+    for models ``architectures``, for quantization ``hf_config``, for parsers ``chat_template``; any key may be missing.
+    None means: no opinion.
     """
 
 

@@ -94,6 +94,8 @@ _TABLE = (
     Kind("executor",         "executor",          "core/worker",         "Executor",            "--executor"),
     Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics",
          several=True),
+    Kind("tool_parser",      "tool-call parser",  "plugins/parsers",     "ToolParser",          "--tool-call-parser"),
+    Kind("reasoning_parser", "reasoning parser",  "plugins/parsers",     "ReasoningParser",     "--reasoning-parser"),
 )  # fmt: skip
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.key: kind for kind in _TABLE})
 """Every kind by its key: the one place where kind, folder, contract and flag meet."""

@@ -34,10 +34,15 @@ _THREAD_ABOVE_BYTES = 16_384
 
 
 async def collect_outputs(
-    state: ServerState, request: Request, prompts: Sequence[Prompt], params: SamplingParams, body: GenerationBody
+    state: ServerState,
+    request: Request,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    body: GenerationBody,
+    shown_token_ids: frozenset[int] = frozenset(),
 ) -> list[RequestOutput]:
     """The finished outputs, one per prompt. If the client leaves or one fails, all are aborted and it raises."""
-    streams = await _start_generations(state, request, prompts, params, body, "final")
+    streams = await _start_generations(state, request, prompts, params, body, "final", shown_token_ids)
     results = await cancel_on_disconnect(request.receive, _gather_final(streams))
     for result in results:
         raise_if_failed(result.outputs)
@@ -45,10 +50,16 @@ async def collect_outputs(
 
 
 async def stream_outputs(
-    state: ServerState, request: Request, prompts: Sequence[Prompt], params: SamplingParams, body: GenerationBody
+    state: ServerState,
+    request: Request,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    body: GenerationBody,
+    shown_token_ids: frozenset[int] = frozenset(),
 ) -> Outputs:
     """New text as it comes. Returns once the first has come, so that a refusal still gets its HTTP status."""
-    outputs = _merge_streams(await _start_generations(state, request, prompts, params, body, "delta"))
+    started = await _start_generations(state, request, prompts, params, body, "delta", shown_token_ids)
+    outputs = _merge_streams(started)
     first = await cancel_on_disconnect(request.receive, _await_first(outputs))
     return _chain_first(first, outputs)
 
@@ -60,6 +71,7 @@ async def _start_generations(
     params: SamplingParams,
     body: GenerationBody,
     mode: Literal["delta", "final"],
+    shown_token_ids: frozenset[int],
 ) -> list[AsyncIterator[RequestOutput]]:
     state.check_alive()
     encode = partial(state.engine.encode_prompt, sampling_params=params)
@@ -72,7 +84,7 @@ async def _start_generations(
     unique = uuid.uuid4().hex[:8]
     priority, scheduling = read_scheduling(state, request, body)
     options: dict[str, Any] = {"priority": priority, "scheduling": scheduling}
-    options |= {"cache_salt": body.cache_salt, "stream": mode}
+    options |= {"cache_salt": body.cache_salt, "stream": mode, "shown_token_ids": shown_token_ids}
     name = f"{get_request_id(request.scope)}-{unique}"
     return [state.engine.generate(p, params, f"{name}-{i}", **options) for i, p in enumerate(encoded)]
 

@@ -116,6 +116,11 @@ class ChunkWriter:
             middle += b',"token_ids":' + encode(token_ids)
         return self._head + middle + self._make_tail()
 
+    def encode_delta(self, index: int, delta: dict[str, Any], logprobs: Any, token_ids: list[int] | None) -> bytes:
+        """What is new in a message of one choice beside text."""
+        fields = {"delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return self.encode_choice(index, **(fields if token_ids is None else {**fields, "token_ids": token_ids}))
+
     def encode_choice(self, index: int, beside: Mapping[str, Any] | None = None, **fields: Any) -> bytes:
         """Any other chunk of one choice: its role, its end. ``beside``: fields of the chunk itself."""
         chunk = self._head + b"%d," % index + encode(fields)[1:-1] + self._make_tail()

@@ -100,9 +100,9 @@ class ServerState:
                 log.warning("%s: the field %.64r is unknown and was ignored%s (logged once)", where, name, hint)
 
     def log_unparsed_tools(self) -> None:
-        """Log, once, what comes of ``tools``."""
+        """Log, once, what comes of ``tools`` without a parser."""
         if not self._logged_tools:
             self._logged_tools = True
             log.warning(
-                "tools: there is no parser for tool calls yet; they reach the chat template, and calls are text"
+                "tools: no tool-call parser is in use, so calls are text; name one with --tool-call-parser NAME"
             )

@@ -83,7 +83,10 @@ def test_the_model_of_a_page_computes(python_of, tmp_path, monkeypatch):
     assert not weights and logits.shape == (3, 11) and torch.equal(logits[0], logits[2])
 
 
-EXAMPLES = ("policy_example:ShortestFirst", "spec_decode_example:RepeatLast", "metrics_example:LogRequests")
+EXAMPLES = (
+    *("policy_example:ShortestFirst", "spec_decode_example:RepeatLast", "metrics_example:LogRequests"),
+    *("tool_parser_example:ActionJson", "reasoning_parser_example:Scratchpad"),
+)
 
 
 @pytest.mark.parametrize("target", [*EXAMPLES, "logits_processor_example:ForbidToken"])
@@ -106,10 +109,18 @@ def test_the_client_of_the_server_page_streams(python_of, server, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_the_python_of_the_page_on_tools_calls_one(python_of, server, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("openai")
+    (tmp_path / "page_tools.py").write_text(python_of("tool-calling.md").replace("http://127.0.0.1:8000", server))
+    monkeypatch.syspath_prepend(tmp_path)
+    all_pass(importlib.import_module("page_tools").ActionJson)
+    assert capsys.readouterr().out == "get_current_weather {'location': 'Paris'}\n"
+
+
 def test_every_python_block_is_run(all_blocks):
     pages = {block.where.partition(":")[0] for block in all_blocks if block.language == "python"}
     run_here = {"README.md", "plugins.md", "policies.md", "speculative.md", "models.md", "server.md"}
-    assert pages == run_here | {"coming-from-vllm.md"}
+    assert pages == run_here | {"coming-from-vllm.md", "tool-calling.md"}
 
 
 def test_every_python_block_of_the_readme_is_run(readme):
@@ -126,3 +137,10 @@ def test_openai_client(root, server):
     lines = run(root, "examples/openai_client.py", "--base-url", f"{server}/v1")
     assert lines[0].startswith("quire-tiny: ")
     assert lines[-1].endswith("tokens)")
+
+
+def test_tool_agent(root, server):
+    pytest.importorskip("openai")
+    lines = run(root, "examples/tool_agent.py", "--base-url", f"{server}/v1")
+    assert lines[0].startswith('get_current_weather({"location": "Paris", "unit": "celsius"}) -> {"temperature": 21')
+    assert "21" in lines[-1] and len(lines) == 2

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from quire.core.engine.tool_use import ToolUse, read_tool_use
 from quire.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from quire.server.http.errors import ApiError
 from quire.server.http.protocol.common import (
@@ -71,6 +72,7 @@ class ChatBody(GenerationBody, Conversation):
     top_logprobs: Int32 | None = None
     max_completion_tokens: Int32 | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @classmethod
     def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
@@ -84,15 +86,16 @@ class ChatBody(GenerationBody, Conversation):
             arguments["tools"] = None
         return arguments
 
+    def read_tool_use(self) -> ToolUse:
+        """What the request says of tools. Raises InvalidRequestError."""
+        return read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The engine's parameters, with the model's ``defaults`` where the body says nothing. Raises ApiError or
         InvalidRequestError."""
         self.check_supported()
         if self.add_special_tokens:
             raise unsupported_error("add_special_tokens", "the chat template writes them; leave it out")
-        if self.tool_choice not in (None, "none", "auto"):
-            message = "a tool cannot be enforced yet; use 'auto' or 'none' (tools reach the chat template)"
-            raise unsupported_error("tool_choice", message)
         if self.top_logprobs is not None:
             if not self.logprobs:
                 raise ApiError(400, "top_logprobs: allowed only with logprobs=true", param="top_logprobs")

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from quire.core.contracts.model import *
     from quire.core.contracts.policy import *
     from quire.core.contracts.quant import *
+    from quire.core.contracts.reasoning_parser import *
     from quire.core.contracts.sampler import *
     from quire.core.contracts.spec_decode import *
+    from quire.core.contracts.tool_parser import *
+    from quire.core.contracts.tool_parser_text import *
     from quire.core.messages import (
         BlockCopy,
         EngineCoreRequest,
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
         NewRequest,
         SchedulerOutput,
     )
+    from quire.core.parsing.json_calls import HeaderToolParser, JsonToolParser
+    from quire.core.parsing.python_calls import PythonicToolParser
+    from quire.core.parsing.xml_calls import XmlToolParser
     from quire.core.request import Request
     from quire.core.sampling_params import SamplingParams
     from quire.core.scheduling_params import SchedulingParams
@@ -49,6 +55,7 @@ __all__ = [
     "BatchingPolicy",
     "BlockCopy",
     "CacheConfig",
+    "CallFormat",
     "DeviceProposer",
     "DraftSource",
     "DraftTokens",
@@ -62,9 +69,11 @@ __all__ = [
     "GraphKind",
     "GroupColumns",
     "GroupKey",
+    "HeaderToolParser",
     "HostDraft",
     "HostProposer",
     "InputFormat",
+    "JsonToolParser",
     "KVAllocator",
     "KVCapacity",
     "KVGroup",
@@ -76,6 +85,9 @@ __all__ = [
     "LogitsBatch",
     "LogitsProcessor",
     "LogprobRows",
+    "MalformedCallError",
+    "MarkerMatch",
+    "Markers",
     "MetricsExporter",
     "Model",
     "ModelConfig",
@@ -83,9 +95,12 @@ __all__ = [
     "NewRequest",
     "PluginChoice",
     "PrefixMatch",
+    "PythonicToolParser",
     "QuantActivation",
     "QuantizationLoader",
     "QuarantinedPlugin",
+    "Reading",
+    "ReasoningParser",
     "Refusal",
     "Reject",
     "Request",
@@ -108,7 +123,11 @@ __all__ = [
     "StepView",
     "StoredWeight",
     "TargetState",
+    "TextReader",
+    "ToolCalls",
+    "ToolParser",
     "Usage",
+    "XmlToolParser",
     "make_default_plan",
 ]
 
@@ -135,6 +154,12 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.contracts.executor": ("Executor", "KVCapacity", "StepFuture"),
     "quire.core.contracts.metrics": ("MetricsExporter",),
+    "quire.core.contracts.tool_parser": ("CallFormat", "ToolCalls", "ToolParser"),
+    "quire.core.contracts.tool_parser_text": ("MalformedCallError", "MarkerMatch", "Markers", "Reading", "TextReader"),
+    "quire.core.contracts.reasoning_parser": ("ReasoningParser",),
+    "quire.core.parsing.json_calls": ("HeaderToolParser", "JsonToolParser"),
+    "quire.core.parsing.xml_calls": ("XmlToolParser",),
+    "quire.core.parsing.python_calls": ("PythonicToolParser",),
     "quire.core.config": (
         "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig",
     ),

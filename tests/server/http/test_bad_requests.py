@@ -274,7 +274,7 @@ def test_tools_say_once_that_calls_are_not_parsed(http: httpx.Client, server: Ru
     tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
     for _ in range(2):
         assert http.post(CHAT, json={"messages": [USER], "tools": tools, "max_tokens": 1}).status_code == 200
-    assert server.stderr.read_text().count("there is no parser for tool calls yet") == 1
+    assert server.stderr.read_text().count("no tool-call parser is in use") == 1
 
 
 def test_values_that_ask_for_what_is_done_anyway_are_taken(http: httpx.Client) -> None:

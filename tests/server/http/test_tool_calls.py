@@ -1,0 +1,142 @@
+"""Calls of tools and reasoning over HTTP: what users of the ``openai`` package do with a model that calls tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from ..conftest import RunningServer, check_error, start_server
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_current_weather",
+        "description": "Get the weather for a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "location": {"type": "string"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["location"],
+        },
+    },
+}
+ASK = [{"role": "user", "content": "What is the weather in Paris in celsius?"}]
+FIELDS = {"model": "quire-tiny", "messages": ASK, "tools": [WEATHER], "temperature": 0, "max_tokens": 100}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """quire-tiny, which was trained to call tools."""
+    running = start_server(tmp_path_factory.mktemp("tools"), "quire-tiny")
+    yield running
+    assert running.process.poll() is None, running.stderr.read_text()[-4000:]
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(tiny: RunningServer) -> openai.OpenAI:
+    return tiny.openai
+
+
+def without_ids(message) -> dict:
+    fields = message.model_dump(exclude_none=True, exclude={"parsed"})
+    for call in fields.get("tool_calls", ()):
+        assert call.pop("id").startswith("call_")
+        call.pop("index", None)
+        call["function"].pop("parsed_arguments", None)
+    return fields
+
+
+def test_a_call_and_its_answer(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**FIELDS)
+    [choice] = answer.choices
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert call.function.name == "get_current_weather"
+    assert json.loads(call.function.arguments) == {"location": "Paris", "unit": "celsius"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "unit": "celsius"}'}
+    answer = client.chat.completions.create(**{**FIELDS, "messages": [*ASK, choice.message, result]})
+    assert "21" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop" and not answer.choices[0].message.tool_calls
+
+
+def test_a_stream_adds_up_to_the_same_message(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(**FIELDS)
+    with client.chat.completions.stream(**FIELDS) as stream:
+        streamed = stream.get_final_completion()
+    assert without_ids(streamed.choices[0].message) == without_ids(whole.choices[0].message)
+    assert streamed.choices[0].finish_reason == whole.choices[0].finish_reason
+    plain = {**FIELDS, "messages": [{"role": "user", "content": "What is paged attention?"}]}
+    whole = client.chat.completions.create(**plain)
+    with client.chat.completions.stream(**plain) as stream:
+        streamed = stream.get_final_completion()
+    assert without_ids(streamed.choices[0].message) == without_ids(whole.choices[0].message)
+    assert whole.choices[0].message.content
+
+
+def test_arguments_come_while_they_are_written(client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(**FIELDS, stream=True))
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert deltas[0].function.name == "get_current_weather" and deltas[0].function.arguments == ""
+    assert all(delta.function.name is None and delta.id is None and delta.index == 0 for delta in deltas[1:])
+    assert len(deltas) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
+
+
+def test_calls_with_n_and_logprobs(client: openai.OpenAI) -> None:
+    fields = {**FIELDS, "n": 2, "temperature": 0.01, "seed": 1, "logprobs": True, "top_logprobs": 1}
+    whole = client.chat.completions.create(**fields)
+    assert [len(choice.message.tool_calls) for choice in whole.choices] == [1, 1]
+    counted = [0, 0]
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        for choice in chunk.choices:
+            counted[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
+    assert counted == [len(choice.logprobs.content) for choice in whole.choices]
+
+
+def test_tool_choice_none_and_a_cut_call(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**FIELDS, tool_choice="none")
+    assert not answer.choices[0].message.tool_calls
+    answer = client.chat.completions.create(**{**FIELDS, "max_tokens": 25})
+    [call] = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "length" and call.function.arguments.startswith('{"')
+    answer = client.chat.completions.create(**{**FIELDS, "max_tokens": 5})
+    assert answer.choices[0].message.content.startswith("<tool_call>") and answer.choices[0].finish_reason == "length"
+
+
+def test_functions_that_are_not_declared_are_content(client: openai.OpenAI) -> None:
+    """As those of an allowed subset: the template shows all tools, the model calls the one that may not be called."""
+    other = {"type": "function", "function": {"name": "timer", "parameters": {"type": "object", "properties": {}}}}
+    subset = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "timer"}}]}}
+    fields = {**FIELDS, "tools": [WEATHER, other]}
+    assert client.chat.completions.create(**fields).choices[0].message.tool_calls
+    message = client.chat.completions.create(**fields, tool_choice=subset).choices[0].message
+    assert not message.tool_calls and message.content.startswith("<tool_call>")
+
+
+def test_bad_tools_are_refused(tiny: RunningServer) -> None:
+    with tiny.http as http:
+        for fields, param in (
+            ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+            ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
+        ):
+            check_error(http.post("/v1/chat/completions", json={**FIELDS, **fields}), 400, param)
+
+
+def test_parsers_by_flag(start, tmp_path) -> None:
+    """A model whose template shows nothing, and a template that opens its reasoning."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' }}"
+    flags = ("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--enable-auto-tool-choice")
+    server = start("--served-model-name", "tiny", "--chat-template", template, *flags)
+    fields = {"model": "tiny", "messages": ASK, "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    message = server.openai.chat.completions.create(**fields).choices[0].message
+    assert message.content is None and message.reasoning_content and message.reasoning == message.reasoning_content
+    chunks = list(server.openai.chat.completions.create(**fields, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
+    assert not any(delta.content for delta in deltas)
