@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quire.core.messages import NewRequest
+from quire.core.plugin.arguments import parse_arguments
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["LogitsBatch", "LogitsProcessor"]
@@ -43,6 +44,9 @@ class LogitsProcessor(ABC):
     says so.
     """
 
+    Arguments: ClassVar[type[Any] | None] = None
+    """A frozen dataclass of what a request may say to it in ``extra_args`` (``vllm_xargs`` over HTTP), each field with
+    a default. A name that no plugin declares, and a value of another type, is refused before the request begins."""
     argmax_invariant: bool = False
     """True if it can never change which token is the largest; then it is skipped for greedy requests."""
 
@@ -61,6 +65,11 @@ class LogitsProcessor(ABC):
     @classmethod
     def validate_params(cls, params: SamplingParams, vocab_size: int) -> None:
         """Raise ``InvalidRequestError`` for parameters this processor cannot honour. Runs in the API process."""
+
+    @classmethod
+    def read_arguments(cls, params: SamplingParams) -> Any:
+        """What a request says: an instance of ``Arguments``, with defaults for what it leaves out."""
+        return parse_arguments(cls, params.extra_args)
 
     @abstractmethod
     def add_row(self, request: NewRequest) -> bool:

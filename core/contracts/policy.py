@@ -8,7 +8,7 @@ request each step, and fills the rest of the token budget with chunks of waiting
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from quire.core.contracts.policy_view import (
     NO_DEADLINE,
@@ -24,6 +24,7 @@ from quire.core.contracts.policy_view import (
     StepView,
     Usage,
 )
+from quire.core.plugin.arguments import parse_arguments
 from quire.core.sched.default_policy_plan import MIN_PREFILL_TOKENS, make_default_plan
 
 __all__ = [
@@ -53,12 +54,20 @@ class BatchingPolicy(ABC):
     Methods that a policy does not override are not called.
     """
 
+    Arguments: ClassVar[type[Any] | None] = None
+    """A frozen dataclass of what a request may say to it in ``extra_args`` (``vllm_xargs`` over HTTP), each field with
+    a default. A name that no plugin declares, and a value of another type, is refused before the request begins."""
     reads_prefix_cache: bool = False
     """True: ``num_cached_tokens`` and ``prefix_hash`` are looked up, which hashes each prompt when it arrives."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
         """An instance of the class's ``Options`` dataclass, None without one."""
+
+    @classmethod
+    def read_arguments(cls, request: RequestInfo) -> Any:
+        """What a request says: an instance of ``Arguments``, with defaults for what it leaves out."""
+        return parse_arguments(cls, request.extra_args)
 
     @abstractmethod
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...] | Reject:

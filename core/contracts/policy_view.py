@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,8 @@ class RequestInfo:
     """Tokens that the client expects of the answer, at most ``max_tokens``; 0: not said."""
     tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What else the client says: at most 16 short texts."""
+    extra_args: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What it says to plugins; ``BatchingPolicy.read_arguments`` gives what is said to this one."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache held when it arrived; 0 unless ``BatchingPolicy.reads_prefix_cache``."""
     prefix_hash: int = 0

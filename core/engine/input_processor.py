@@ -12,10 +12,12 @@ import msgspec
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.logits_processor import LogitsProcessor
+from quire.core.contracts.policy import BatchingPolicy
 from quire.core.engine.prompts import Prompt
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest
+from quire.core.plugin.arguments import ArgumentChecker
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams, check_text, to_integer
 from quire.core.scheduling_params import SchedulingParams
@@ -37,22 +39,33 @@ class InputProcessor:
         vocab_size: int,
         logits_processors: Sequence[type[LogitsProcessor]] = (),
         eos_token_ids: Sequence[int] = (),
+        argument_checker: ArgumentChecker | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self._logits_processors = list(logits_processors)
+        self._argument_checker = argument_checker or ArgumentChecker(())
         self._eos_token_ids = self._find_eos_token_ids(eos_token_ids)
         self._core_request_ids = itertools.count(1)
 
     @classmethod
     def from_config(cls, config: EngineConfig, tokenizer: Tokenizer) -> InputProcessor:
         """For an engine: its limits, and the logits processors that may refuse parameters."""
-        logits_processors = [
-            load_target(choice.target, LogitsProcessor) for choice in config.plugins_of("logits_processor")
-        ]
+        choices = config.plugins_of("logits_processor")
+        logits_processors = [load_target(choice.target, LogitsProcessor) for choice in choices]
+        policy = config.plugin("policy")
+        plugins = [(choice.name, each) for choice, each in zip(choices, logits_processors, strict=True)]
+        plugins.append((policy.name, load_target(policy.target, BatchingPolicy)))
         model = config.model
-        return cls(tokenizer, model.max_model_len, model.vocab_size, logits_processors, model.eos_token_ids)
+        return cls(
+            tokenizer,
+            model.max_model_len,
+            model.vocab_size,
+            logits_processors,
+            model.eos_token_ids,
+            ArgumentChecker(plugins),
+        )
 
     def process_inputs(
         self,
@@ -237,6 +250,7 @@ class InputProcessor:
             unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if unknown is not None:
                 raise InvalidRequestError(f"{name} names {unknown}; ids go from 0 to {self.vocab_size - 1}", name)
+        self._argument_checker.check(params.extra_args)
         for processor in self._logits_processors:
             processor.validate_params(params, self.vocab_size)
 

@@ -224,6 +224,7 @@ def make_request_info(request: Request, num_cached_tokens: int = 0, prefix_hash:
         tpot_target_ns=int((params.tpot_target_ms or 0) * 1e6),
         predicted_tokens=min(params.predicted_tokens or 0, max_tokens),
         tags=MappingProxyType(params.tags),
+        extra_args=MappingProxyType(request.params.extra_args or {}),
         num_cached_tokens=num_cached_tokens,
         prefix_hash=prefix_hash,
     )

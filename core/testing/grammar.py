@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,12 @@ class CyclicGrammar(LogitsProcessor):
     """After a token of class ``c`` (its id modulo 3) only tokens of class ``c + 1`` are allowed. On where
     ``extra_args`` has ``cyclic``."""
 
+    @dataclass(frozen=True)
+    class Arguments:
+        """What a request may say."""
+
+        cyclic: bool = False
+
     def __init__(self, vocab_size: int, device: torch.device, options: object = None) -> None:
         super().__init__(vocab_size, device, options)
         self._rows: set[int] = set()
@@ -25,7 +33,7 @@ class CyclicGrammar(LogitsProcessor):
 
     def add_row(self, request: NewRequest) -> bool:
         """Whether the request asked for it."""
-        has_grammar = bool((request.params.extra_args or {}).get("cyclic"))
+        has_grammar: bool = self.read_arguments(request.params).cyclic
         if has_grammar:
             self._rows.add(request.row)
         return has_grammar

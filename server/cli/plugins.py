@@ -114,6 +114,7 @@ def _format_explanation(report: dict[str, Any]) -> str:
             ("use", report["flag"] or "by the checkpoint's architecture"),
             ("also", ", ".join(report["aliases"])),
             ("options", "\n".join(_format_options(report)) or None),
+            ("extra_args", "\n".join(report["arguments"]) or None),
             ("status", f"{status}: {report['why']}"),
             ("missing", report["missing"]),
         ]

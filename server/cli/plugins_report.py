@@ -61,6 +61,10 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
         "options": None if options is None else [option.declaration for option in options],
         "option_meanings": None if options is None else [option.meaning for option in options],
         "option_flag": KINDS[kind].option_flag,
+        "arguments": [
+            argument.declaration + (f"  # {argument.meaning}" if argument.meaning else "")
+            for argument in read_options(registration.target, "Arguments") or ()
+        ],
         "missing": find_missing_requirement(registration),
         "rejected": dict(resolution.rejected),
     }

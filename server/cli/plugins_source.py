@@ -21,10 +21,10 @@ class OptionLine:
     """The text below it, on one line; empty where there is none."""
 
 
-def read_options(target: str) -> list[OptionLine] | None:
-    """The options of the class "module:Class", read from its file.
+def read_options(target: str, dataclass_name: str = "Options") -> list[OptionLine] | None:
+    """The options of the class "module:Class", or what else is declared in a dataclass on it, read from its file.
 
-    Empty if it takes none; None if the file does not say (it is missing, or ``Options`` is imported or inherited).
+    Empty if it takes none; None if the file does not say (it is missing, or the dataclass is imported or inherited).
     """
     module, _, name = target.partition(":")
     file = find_module_file(module)
@@ -37,11 +37,11 @@ def read_options(target: str) -> list[OptionLine] | None:
     cls = _find_class(body, name)
     if cls is None:
         return None
-    nested = _find_class(cls.body, "Options")
+    nested = _find_class(cls.body, dataclass_name)
     if nested is not None:
         return _list_fields(nested)
     for statement in cls.body:
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and _assigned_name(statement) == "Options":
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and _assigned_name(statement) == dataclass_name:
             named = _find_class(body, statement.value.id) if isinstance(statement.value, ast.Name) else None
             return _list_fields(named) if named is not None else None
     return []

@@ -51,6 +51,12 @@ class LogprobRecorder(LogitsProcessor):
     ``has_reference``: False fills ``logprobs`` with the whole distribution, True compares with what is there.
     """
 
+    @dataclass(frozen=True)
+    class Arguments:
+        """What a request may say."""
+
+        quire_eval: dict[str, Any] | None = None
+
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
         super().__init__(vocab_size, device, options)
         self._texts: dict[int, _ScoredText] = {}
@@ -58,7 +64,7 @@ class LogprobRecorder(LogitsProcessor):
 
     def add_row(self, request: NewRequest) -> bool:
         """Remember the text of the row."""
-        task = (request.params.extra_args or {}).get(ARGUMENT)
+        task = self.read_arguments(request.params).quire_eval
         if task is None:
             return False
         self._texts[request.row] = _ScoredText(

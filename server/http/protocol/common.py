@@ -126,6 +126,10 @@ class GenerationBody(Body):
     predicted_tokens: Int32 | None = None
     tags: dict[str, str] | None = None
     metadata: dict[str, Any] | None = None
+    extra_args: dict[str, Any] | None = None
+    """What is said to plugins."""
+    vllm_xargs: dict[str, Any] | None = None
+    """The same by vLLM's name."""
     cache_salt: str | None = None
     user: str | None = None
     response_format: dict[str, Any] | None = None
@@ -164,6 +168,8 @@ class GenerationBody(Body):
         """The engine's parameters: ``defaults`` where the body says nothing; ``overrides`` win. Raises
         InvalidRequestError for values out of range."""
         values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if self.extra_args or self.vllm_xargs:
+            values["extra_args"] = {**(self.vllm_xargs or {}), **(self.extra_args or {})}
         return SamplingParams(**{**defaults, **values, **overrides})
 
     def check_supported(self) -> None:
