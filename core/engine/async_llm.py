@@ -24,6 +24,7 @@ from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.restarts import EngineRestarter
 from quire.core.engine.tokenizer import Tokenizer
+from quire.core.engine.vllm_names import check_call_arguments
 from quire.core.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.plugin.options import parse_options
@@ -139,15 +140,18 @@ class AsyncLLM:
         scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
         shown_token_ids: frozenset[int] = frozenset(),
+        **vllm_arguments: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come: ``delta`` the new part of one continuation, ``cumulative`` all so far, ``final``
         once. ``scheduling`` is told to the scheduling policy. Closing the generator aborts the request and frees its
         blocks. ``shown_token_ids`` are special tokens that the text has though ``skip_special_tokens`` is on: those
-        that an ``AnswerParser`` reads.
+        that an ``AnswerParser`` reads. Other arguments of vLLM's are
+        accepted while they are off, as ``lora_request=None``.
 
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
         """
+        check_call_arguments("generate", vllm_arguments)
         self._require_client()
         if stream not in get_args(StreamMode):
             raise InvalidRequestError(f"stream must be one of {get_args(StreamMode)}, got {stream!r:.60}", "stream")

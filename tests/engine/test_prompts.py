@@ -118,8 +118,13 @@ def test_an_engine_from_its_arguments(tiny: Path) -> None:
         try:
             await engine.start()
             assert (await engine.get_tokenizer()).encode("x")
-            async for output in engine.generate({"prompt": "x"}, sampling_params=GREEDY, request_id="1"):
+            arguments = {"sampling_params": GREEDY, "request_id": "1", "lora_request": None}
+            async for output in engine.generate({"prompt": "x"}, **arguments):
                 last = output
+            with pytest.raises(TypeError, match="unexpected keyword argument 'trace'"):
+                await anext(engine.generate("x", GREEDY, trace=None))
+            with pytest.raises(UnsupportedError, match="LoRA"):
+                await anext(engine.generate("x", GREEDY, lora_request=object()))
             return last.request_id
         finally:
             await engine.shutdown()
