@@ -59,6 +59,11 @@ class BatchingPolicy(ABC):
     a default. A name that no plugin declares, and a value of another type, is refused before the request begins."""
     reads_prefix_cache: bool = False
     """True: ``num_cached_tokens`` and ``prefix_hash`` are looked up, which hashes each prompt when it arrives."""
+    changes_only_at_events: bool = False
+    """A promise to simulators: while the same requests run, all of them decoding, and no waiting request could start,
+    ``schedule`` grants each its one token, and calls that are left out change no later plan. Steps between two events
+    can then be skipped. A policy that leaves ``schedule`` as it is promises it anyway; one that has groups, or hears of
+    each step, cannot."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options

@@ -145,6 +145,15 @@ def quire_register_reasoning_parser(register: Registrar) -> None:
     register("openai_gptoss", f"{where}:HarmonyReasoning", "gpt-oss: harmony", aliases=("openai", "harmony"))
 
 
+@hookimpl
+def quire_register_router(register: Registrar) -> None:
+    """Register the bundled routers."""
+    register("round_robin", "quire.plugins.router.round_robin:RoundRobinRouter", "one replica after the other")
+    register("least_loaded", "quire.plugins.router.least_loaded:LeastLoadedRouter", "the replica with fewest requests")
+    target = "quire.plugins.router.prefix_aware:PrefixAwareRouter"
+    register("prefix_aware", target, "the replica that has most of the prompt cached, unless it has too much to do")
+
+
 @hookimpl(trylast=True)
 def quire_detect_quantization(hf_config: Mapping[str, Any]) -> str | None:
     """Read ``quantization_config.quant_method``, as every checkpoint on the hub spells it."""
@@ -174,6 +183,7 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         "sampler": Choice("gumbel", "the default"),
         "executor": Choice("uniproc", "one device needs one process"),
         "metrics": Choice("prometheus", "the default"),
+        "router": Choice("least_loaded", "the default"),
     }
     return plain.get(kind)
 

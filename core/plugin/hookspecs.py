@@ -85,6 +85,11 @@ def quire_register_reasoning_parser(register: Registrar) -> None:
     """Name reasoning parsers: subclasses of ``quire.sdk.ReasoningParser``."""
 
 
+@hookspec
+def quire_register_router(register: Registrar) -> None:
+    """Name routers: subclasses of ``quire.sdk.Router``."""
+
+
 # ---- Decisions. Asked of the plugins named by ``--plugin``, the last named first, then of the bundled ones.
 
 

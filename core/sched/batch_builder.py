@@ -18,12 +18,12 @@ from quire.core.sched.scheduled_batch import Fork, ScheduledBatch, ScheduledRows
 from quire.core.sched.speculation import Speculation
 from quire.core.sched.waiting_queue import WaitingQueue
 
-__all__ = ["BatchBuilder"]
+__all__ = ["LOOKAHEAD_BLOCKS", "BatchBuilder"]
 
 _RETRY_AFTER_STEPS = 8
 """Steps after which a waiting request that found no blocks is tried again in any case."""
 
-_LOOKAHEAD_BLOCKS = 3
+LOOKAHEAD_BLOCKS = 3
 """Blocks that a decoding request gets beyond the one it needs while many are free: fewer calls of the allocator, and
 fewer block diffs for the worker."""
 
@@ -54,7 +54,7 @@ class BatchBuilder:
         self._allocator = allocator
         self._watermark = watermark  # blocks
         # More free blocks than this: every running request could take its lookahead twice.
-        self._lookahead_above = max(allocator.num_blocks // 4, watermark, 2 * _LOOKAHEAD_BLOCKS * running.max_num_seqs)
+        self.lookahead_above = max(allocator.num_blocks // 4, watermark, 2 * LOOKAHEAD_BLOCKS * running.max_num_seqs)
         self._preempt = preempt
         self._requests = requests
         self._clock = clock
@@ -179,10 +179,10 @@ class BatchBuilder:
         """Give each row blocks for at least ``num_slots`` tokens. Whether a request was preempted for it."""
         table, size = self._running, self._allocator.block_size
         num_slots = -(-num_slots // size) * size  # whole blocks
-        if self._allocator.num_free_blocks() > self._lookahead_above:
+        if self._allocator.num_free_blocks() > self.lookahead_above:
             # Some blocks ahead, but none that the request would never fill.
             unfilled = np.maximum(table.max_computed_tokens[rows] - num_slots + size - 1, 0) // size * size
-            num_slots += np.minimum(_LOOKAHEAD_BLOCKS * size, unfilled)
+            num_slots += np.minimum(LOOKAHEAD_BLOCKS * size, unfilled)
         preempted = False
         columns = (rows, table.requests[rows], computed, num_slots)
         for row, request, start, end in zip(*(column.tolist() for column in columns), strict=True):

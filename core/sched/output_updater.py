@@ -135,6 +135,20 @@ class OutputUpdater:
             del request_ids[i], new_token_ids[i]
         return EngineCoreOutputs(outputs, request_ids, new_token_ids)
 
+    def skip_decodes(self, rows: NDArray[np.int64], num_committed_tokens: NDArray[np.int64], num_steps: int) -> None:
+        """``num_steps`` steps of one token for each of ``rows``, whose outputs no one needs; the tokens are in place.
+        Blocks are cached up to where these steps would have cached them."""
+        table, stride = self._running, _CACHE_EVERY_BLOCKS * self._allocator.block_size
+        self.num_generation_tokens += len(rows) * num_steps
+        table.num_committed_tokens[rows] = num_committed_tokens
+        due = (num_committed_tokens >= table.cache_blocks_at[rows]).nonzero()[0]
+        if len(due):
+            rows, num_committed_tokens = rows[due], num_committed_tokens[due]
+            last = np.maximum(table.cache_blocks_at[rows], num_committed_tokens // stride * stride)
+            for request, num_tokens in zip(table.requests[rows].tolist(), last.tolist(), strict=True):
+                self._allocator.cache_full_blocks(request, num_tokens)
+            table.cache_blocks_at[rows] = num_committed_tokens // stride * stride + stride
+
     def _update_with_drafts(
         self,
         in_flight_step: InFlightStep,

@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import KVCapacity
+from quire.core.contracts.spec_decode import HostProposer
 from quire.core.errors import ConfigError
 from quire.core.messages import EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.plugin.target import load_target
 from quire.core.request import Request
 from quire.core.stats import StepStats
 from quire.core.traces.records import (
@@ -50,10 +52,6 @@ _WRITE_INTERVAL_S = 0.1
 _MAX_PENDING = 200_000
 """Records that may wait for the thread: minutes of steps."""
 _HASH_BYTES = 6  # whole numbers that JSON readers of every language keep exactly
-_RECORDED_FIELDS = frozenset(
-    ("request_id", "prompt_token_ids", "params", "arrival_ns", "eos_token_ids", "priority", "cache_salt", "parent_id")
-)
-"""Fields of a request that ``ArrivalRecord`` has a place for; ``external_request_id`` is the caller's, and left out."""
 
 
 def choose_recording_path(path: str) -> Path:
@@ -251,11 +249,6 @@ class _Encoder:
         if not refused and self._block_size:
             root = self._digest(repr(request.cache_salt).encode())
             hashes, self._chains[request.request_id] = self._hash_blocks(root, request.prompt_token_ids)
-        extra = {
-            name: msgspec.to_builtins(value)
-            for name in request.__struct_fields__
-            if name not in _RECORDED_FIELDS and name != "external_request_id" and (value := getattr(request, name))
-        }
         return ArrivalRecord(
             request.request_id,
             request.arrival_ns,
@@ -266,7 +259,7 @@ class _Encoder:
             request.priority,
             request.parent_id,
             hashes,
-            extra,
+            {} if request.scheduling is None else msgspec.to_builtins(request.scheduling),
             refused,
             list(request.prompt_token_ids) if with_prompt else [],
             clock,
@@ -324,10 +317,13 @@ class _Encoder:
 
 def _describe_speculation(config: EngineConfig) -> dict[str, Any]:
     assert config.speculation is not None
+    target = config.plugin("spec_decode").target
+    proposer = load_target(target, "quire.core.contracts.spec_decode:SpeculativeProposer")
     return {
         "method": config.plugin("spec_decode").name,
         "num_speculative_tokens": config.speculation.num_speculative_tokens,
         "adaptive": config.speculation.adaptive,
+        "on_host": issubclass(proposer, HostProposer),
     }
 
 

@@ -66,8 +66,8 @@ class ArrivalRecord(msgspec.Struct, tag="arrival", tag_field="event", omit_defau
     hashes: list[int] = []
     """One of each full block of the prompt, which covers all before it; equal prefixes have equal hashes within one
     recording, whose key is not kept. Empty without prefix caching."""
-    extra: dict[str, Any] = {}
-    """What else policies may know of it: its group, its deadline, its tags."""
+    scheduling: dict[str, Any] = {}
+    """What its caller told the policy, by the names of ``SchedulingParams``: its group, its deadline, its tags."""
     refused: str = ""
     """Why it was not queued."""
     prompt: list[int] = []

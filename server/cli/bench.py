@@ -160,6 +160,15 @@ def _add_startup(parser: argparse.ArgumentParser) -> None:
     _add_engine_flags(parser, group)
 
 
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--out", required=True, metavar="FILE", help="the step model to write, for quire simulate")
+    group.add_argument(
+        "--seconds", type=parse_float, default=120.0, metavar="S", help="begin no step of the grid after (default: 120)"
+    )
+    _add_engine_flags(parser, group)
+
+
 def _add_ceilings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
     parser.add_argument(
@@ -174,6 +183,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = 
     "latency": (_add_latency, "time of one batch, repeated"),
     "serve": (_add_serve, "load on a running server"),
     "soak": (_add_soak, "more load than a server sustains, for minutes"),
+    "steps": (_add_steps, "a step model for quire simulate: steps by tokens, requests and context"),
     "startup": (_add_startup, "from an empty process to an answer"),
     "ceilings": (_add_ceilings, "memory bandwidth and matrix throughput of this machine"),
 }

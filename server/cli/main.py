@@ -1,5 +1,5 @@
-"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire quantize``, ``quire trace``,
-``quire plugins``.
+"""The command line: ``quire serve``, ``quire bench``, ``quire eval``, ``quire quantize``, ``quire simulate``,
+``quire trace``, ``quire plugins``.
 
 Nothing here imports torch or fastapi; a command does so when it runs. A user's error is one line on stderr,
 ``quire: error: ...``, and exit status 2.
@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "quire.server.cli.bench",
     "eval": "quire.server.evaluation.command",
     "quantize": "quire.server.quantize.command",
+    "simulate": "quire.server.simulate.command",
     "trace": "quire.server.cli.trace",
     "plugins": "quire.server.cli.plugins",
 }

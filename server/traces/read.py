@@ -97,10 +97,10 @@ def _read_conversations(name: str, text: str, count_tokens: Callable[[str], int]
     requests = [TraceRequest(0.0, max(count(t[0]), 1), max(count(t[1]), 1)) for t in turns if len(t) > 1]
     if not requests:
         raise ConfigError(f"{name}: no conversation has a question and an answer")
-    notes = ["it has no times: give it arrivals, as in poisson:rate=8"]
+    notes = ["it has no times: give them with --arrivals, as in poisson:rate=8"]
     if count_tokens is None:
-        notes.append("lengths are estimated at four characters a token; a tokenizer would count them")
-    return Trace(name, requests, notes=notes)
+        notes.append("lengths are estimated at four characters a token; --tokenizer counts them")
+    return Trace(name, requests, notes=notes, has_times=False)
 
 
 def _sorted(requests: Iterator[TraceRequest]) -> list[TraceRequest]:

@@ -141,5 +141,5 @@ def _make_request(arrival: ArrivalRecord, end: EndRecord, origin_ns: int) -> Tra
         arrival.max_tokens,
         (*arrival.hashes, *end.hashes),
         arrival.priority,
-        arrival.extra,
+        arrival.scheduling,
     )

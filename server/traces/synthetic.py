@@ -90,7 +90,7 @@ def make_synthetic_trace(spec: str, seed: int = 0) -> Trace:
         )
         for i in range(count)
     ]
-    return Trace("synthetic", requests, prefix_len if num_prefixes else 0)
+    return Trace("synthetic", requests, prefix_len if num_prefixes else 0, has_times=False)
 
 
 def _draw_lengths(rng: np.random.Generator, spec: str, text: str, count: int) -> NDArray[np.int64]:

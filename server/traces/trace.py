@@ -26,8 +26,8 @@ class TraceRequest:
     block_hashes: tuple[int, ...] = ()
     """One of each full block of ``Trace.hash_block_size`` tokens of prompt and answer, which covers all before it."""
     priority: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``EngineCoreRequest`` that only some requests have: group, deadline, tags."""
+    scheduling: Mapping[str, Any] = field(default_factory=dict)
+    """What policies may use, by the names of ``SchedulingParams``: group, deadline, targets, predicted length, tags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,9 @@ class Trace:
     """Tokens that a hash stands for; 0: the trace knows of no shared prefixes."""
     notes: Sequence[str] = ()
     """What a reader of figures should know of it: rows left out, lengths that were estimated."""
+
+    has_times: bool = True
+    """Whether its source says when requests came."""
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -107,7 +110,7 @@ class Trace:
         """The same requests, in the same order, at these times."""
         pairs = zip(self.requests, arrivals_s, strict=True)
         requests = [dataclasses.replace(request, arrival_s=float(arrival)) for request, arrival in pairs]
-        return dataclasses.replace(self, requests=requests)
+        return dataclasses.replace(self, requests=requests, has_times=True)
 
     def _with_requests(self, requests: list[TraceRequest], if_empty: str) -> Trace:
         if not requests:

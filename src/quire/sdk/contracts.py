@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.policy import *
     from quire.core.contracts.quant import *
     from quire.core.contracts.reasoning_parser import *
+    from quire.core.contracts.router import *
     from quire.core.contracts.sampler import *
     from quire.core.contracts.spec_decode import *
     from quire.core.contracts.tool_parser import *
@@ -103,10 +104,13 @@ __all__ = [
     "ReasoningParser",
     "Refusal",
     "Reject",
+    "ReplicaLoad",
     "Request",
     "RequestColumns",
     "RequestInfo",
     "RequestStats",
+    "RoutedRequest",
+    "Router",
     "Sampler",
     "SamplingBatch",
     "SamplingParams",
@@ -160,6 +164,7 @@ NAMES_OF_MODULE = {
     "quire.core.parsing.json_calls": ("HeaderToolParser", "JsonToolParser"),
     "quire.core.parsing.xml_calls": ("XmlToolParser",),
     "quire.core.parsing.python_calls": ("PythonicToolParser",),
+    "quire.core.contracts.router": ("ReplicaLoad", "RoutedRequest", "Router"),
     "quire.core.config": (
         "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig",
     ),

@@ -1,0 +1,111 @@
+"""``quire bench steps``: times a grid of steps, of decodes and of prompts, and fits a step model to them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.llm import LLM
+from quire.core.errors import ConfigError
+from quire.core.sampling_params import SamplingParams
+from quire.server.bench.report import get_device_name, print_json
+from quire.server.simulate.fit import fit_step_model, import_scipy
+from quire.server.simulate.step_model import save_step_model
+from quire.server.traces.recording import read_recording
+
+__all__ = ["GridPoint", "list_grid_points", "run"]
+
+_CONTEXTS = (128, 1024, 4096, 16384)
+_PROMPTS = (16, 64, 256, 512, 1024, 1536, 2048, 4096, 8192)
+_MAX_POINT_TOKENS = 150_000
+_DECODES = 24
+
+
+class GridPoint(NamedTuple):
+    """Requests that are sent at once."""
+
+    num_reqs: int
+    prompt_len: int
+    output_len: int
+
+
+def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
+    """Time the grid, fit, and write the step model."""
+    import_scipy("optimize", "quire bench steps")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "steps.jsonl.zst"
+        llm = LLM(**vars(dataclasses.replace(engine_args, enable_prefix_caching=False, record=str(path))))
+        try:
+            device, core = get_device_name(llm.config.model.device), llm.engine_core
+            num_slots = (core.capacity.num_blocks - 1) * llm.config.cache.block_size
+            limits = llm.config.scheduler
+            points = list_grid_points(
+                limits.max_num_seqs, limits.max_num_batched_tokens, llm.config.model.max_model_len, num_slots
+            )
+            num_timed = _run_points(llm, points, args.seconds)
+        finally:
+            llm.shutdown()
+        recording = read_recording(path)
+    recording.header.device = device
+    source = f"timed by quire bench steps on {recording.header.started}: {num_timed} of {len(points)} grid points"
+    model = fit_step_model([recording], Path(args.out).stem, source)
+    save_step_model(model, Path(args.out))
+    fit = model.fit
+    print(
+        f"{device}, {model.model}: {fit['num_steps']:,.0f} steps, median error {fit['median_error']:.1%}, p95 "
+        f"{fit['p95_error']:.1%}\nwrote {args.out}; use it with quire simulate --step-model {args.out}"
+    )
+    if args.json:
+        print_json({"step_model": args.out, "device": device, **fit})
+    return 0
+
+
+def list_grid_points(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_slots: int
+) -> list[GridPoint]:
+    """Batches of decodes by context, and prompts by length, as far as the engine holds them."""
+    points: list[GridPoint] = []
+    most = min(num_slots, _MAX_POINT_TOKENS)
+    for context in _CONTEXTS:
+        length = min(context, max_model_len - _DECODES)
+        if length < context // 2 or length < 1:
+            break
+        batch = 1
+        while batch <= max_num_seqs and batch * (length + _DECODES) <= most:
+            points.append(GridPoint(batch, length, _DECODES))
+            batch *= 2
+    for length in _PROMPTS:
+        if length < max_model_len and length <= min(max_num_batched_tokens, most):
+            points += [GridPoint(1, length, 1)] * 4
+    if not points:
+        raise ConfigError("the engine holds no step of the grid: raise --max-model-len or the memory of its cache")
+    return points
+
+
+def _run_points(llm: LLM, points: list[GridPoint], seconds: float) -> int:
+    """As many points as the time allows, at least one; prompts and decodes in turn. How many."""
+    start, done = time.monotonic(), 0
+    for number, point in enumerate(_interleave(points)):
+        if done and time.monotonic() - start > seconds:
+            break
+        vocab_size = llm.config.model.vocab_size
+        prompts = [
+            [(number * 7919 + i * 104729 + j) % (vocab_size - 8) + 4 for j in range(point.prompt_len)]
+            for i in range(point.num_reqs)
+        ]
+        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=point.output_len, ignore_eos=True))
+        done += 1
+    return done
+
+
+def _interleave(points: list[GridPoint]) -> Iterator[GridPoint]:
+    """The order in which points are timed: if time runs out, some of each kind and size are done."""
+    stride = 7
+    for first in range(stride):
+        yield from points[first::stride]

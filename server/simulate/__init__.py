@@ -1,0 +1,1 @@
+"""The simulator: the scheduler, allocator and policy of the engine on a virtual clock, with measured step times."""

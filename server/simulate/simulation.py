@@ -1,0 +1,219 @@
+"""Runs a trace through one or several replicas, in virtual time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from quire.core.contracts.kv import KVAllocator, KVGroup
+from quire.core.contracts.policy import BatchingPolicy
+from quire.core.messages import EngineCoreRequest
+from quire.core.sampling_params import SamplingParams
+from quire.core.scheduling_params import SchedulingParams
+from quire.core.traces.recorder import TraceRecorder
+from quire.core.traces.records import SCHEMA_VERSION, HeaderRecord
+from quire.core.version import __version__
+from quire.server.simulate.length_worker import RequestTokens
+from quire.server.simulate.replica import Replica, RequestLog, StepObserver
+from quire.server.simulate.results import RequestTimes, SimulationResult
+from quire.server.simulate.sequences import FILLER, STOP, make_sequence
+from quire.server.simulate.step_model import EngineLimits, StepTimeModel
+from quire.server.traces.trace import Trace, TraceRequest
+
+__all__ = ["Assignment", "EngineSetup", "run_simulation"]
+
+_SCHEDULING_FIELDS = SchedulingParams.__struct_fields__
+
+Assignment = Callable[[int, EngineCoreRequest, TraceRequest, Sequence[Replica]], int]
+"""Which replica serves the n-th request: called at its arrival, when every replica has come as far."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """What each replica is built from."""
+
+    model: StepTimeModel
+    limits: EngineLimits
+    make_policy: Callable[[], BatchingPolicy]
+    make_fallback: Callable[[], BatchingPolicy]
+    allocator_class: Callable[..., KVAllocator]
+    policy_name: str = ""
+    policy_target: str = ""
+    policy_options: Mapping[str, str] = field(default_factory=dict)
+    prefix_caching: bool = True
+    skip_equal_steps: bool = True
+
+    def build_replica(
+        self, observe_step: StepObserver | None, *, prefix_caching: bool, recorder: TraceRecorder | None = None
+    ) -> Replica:
+        """An engine that has served nothing yet."""
+        limits = self.limits
+        allocator = self.allocator_class(
+            (KVGroup(),), limits.num_blocks, limits.block_size, prefix_caching=prefix_caching
+        )
+        return Replica(
+            self.model,
+            limits,
+            allocator,
+            self.make_policy(),
+            self.make_fallback(),
+            skip_equal_steps=self.skip_equal_steps,
+            observe_step=observe_step,
+            recorder=recorder,
+        )
+
+
+def run_simulation(
+    trace: Trace,
+    setup: EngineSetup,
+    *,
+    num_replicas: int = 1,
+    assign: Assignment | None = None,
+    observe_step: StepObserver | None = None,
+    record_to: Path | None = None,
+) -> SimulationResult:
+    """Serve the trace. Nothing in it depends on the machine or on chance: the same arguments give the same result.
+
+    The prefix cache is left out where the trace knows of no shared prefixes: it could find nothing. ``record_to``: a
+    file in which the (one) replica is recorded as ``quire serve --record`` records a server.
+    """
+    start = time.perf_counter()
+    prefix_caching = setup.prefix_caching and trace.hash_block_size > 0
+    replicas: list[Replica] = []
+    recorder: TraceRecorder | None = None
+    if record_to is not None:
+        recorder = _start_recorder(record_to, setup, prefix_caching, lambda: replicas[0].read_clock())
+    for _ in range(num_replicas):
+        replicas.append(setup.build_replica(observe_step, prefix_caching=prefix_caching, recorder=recorder))
+    chosen: list[Replica] = []
+    queue_depth: list[tuple[float, int, int]] = []
+    make_params = lru_cache(maxsize=4096)(_make_params)
+    max_model_len = setup.limits.max_model_len
+    for number, request in enumerate(trace.requests):
+        arrival_ns = round(request.arrival_s * 1e9)
+        for replica in replicas:
+            replica.advance(arrival_ns)
+        message, tokens = _make_message(number, request, arrival_ns, trace, prefix_caching, make_params, max_model_len)
+        index = 0 if assign is None else assign(number, message, request, replicas)
+        replicas[index].add_request(message, tokens)
+        chosen.append(replicas[index])
+        waiting = sum(replica.scheduler.num_waiting for replica in replicas)
+        running = sum(replica.scheduler.num_running for replica in replicas)
+        queue_depth.append((request.arrival_s, waiting, running))
+    for replica in replicas:
+        replica.advance(1 << 62)
+    if recorder is not None:
+        recorder.close()
+    logs = [replica.logs[number] for number, replica in enumerate(chosen)]
+    first_ns = min((log.arrival_ns for log in logs), default=0)
+    return SimulationResult(
+        policy=setup.policy_name,
+        times=_make_times(logs, trace),
+        duration_s=(max((log.end_ns for log in logs), default=0) - first_ns) / 1e9,
+        num_steps=sum(replica.num_steps for replica in replicas),
+        num_skipped_steps=sum(replica.num_skipped_steps for replica in replicas),
+        device_busy_s=sum(replica.device_busy_ns for replica in replicas) / 1e9,
+        num_replicas=num_replicas,
+        queue_depth=queue_depth,
+        wall_s=time.perf_counter() - start,
+        first_refusal=next((replica.first_refusal for replica in replicas if replica.first_refusal), ""),
+        quarantined=[
+            f"{plugin.name}: {plugin.reason}" for replica in replicas for plugin in replica.scheduler.quarantined
+        ],
+    )
+
+
+def _start_recorder(path: Path, setup: EngineSetup, prefix_caching: bool, clock: Callable[[], int]) -> TraceRecorder:
+    limits = setup.limits
+    engine = {
+        **msgspec.structs.asdict(limits),
+        "max_queued": None,
+        "prefix_caching": prefix_caching,
+        "windows": [None],
+        "enforce_eager": False,
+        "kv": "paged",
+        "speculation": None,
+    }
+    header = HeaderRecord(
+        SCHEMA_VERSION,
+        __version__,
+        "",
+        0,
+        f"simulated {setup.model.name}",
+        setup.model.device,
+        "",
+        engine,
+        {"name": setup.policy_name, "target": setup.policy_target, "options": dict(setup.policy_options)},
+        "simulator",
+    )
+    return TraceRecorder(path, header, block_size=limits.block_size, prefix_caching=prefix_caching, clock=clock)
+
+
+def _make_message(
+    number: int,
+    request: TraceRequest,
+    arrival_ns: int,
+    trace: Trace,
+    prefix_caching: bool,
+    make_params: Callable[[int | None], SamplingParams],
+    max_model_len: int,
+) -> tuple[EngineCoreRequest, RequestTokens]:
+    sequence: np.ndarray[Any, np.dtype[np.int32]] | None = None
+    if prefix_caching:
+        tokens = make_sequence(request, number, trace.hash_block_size)
+        prompt, sequence = tokens[: request.prompt_len], np.array(tokens, np.int32)
+    else:
+        prompt = [FILLER] * request.prompt_len
+    limit = max_model_len if request.max_tokens is None else request.prompt_len + request.max_tokens
+    end_len = request.prompt_len + request.output_len
+    message = EngineCoreRequest(
+        number,
+        prompt,
+        make_params(request.max_tokens),
+        arrival_ns,
+        priority=request.priority,
+        external_request_id=str(number),
+        scheduling=_make_scheduling_params(request),
+    )
+    return message, RequestTokens(min(end_len, limit), end_len < limit, sequence)
+
+
+def _make_scheduling_params(request: TraceRequest) -> SchedulingParams | None:
+    """Of ``TraceRequest.scheduling`` what this version of the engine knows."""
+    known = {name: request.scheduling[name] for name in _SCHEDULING_FIELDS if name in request.scheduling}
+    return SchedulingParams(**known) if known else None
+
+
+def _make_params(max_tokens: int | None) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0, stop_token_ids=[STOP])
+
+
+def _make_times(logs: Sequence[RequestLog], trace: Trace) -> RequestTimes:
+    arrival, first, end = (
+        np.array([getattr(log, name) for log in logs], np.float64)
+        for name in ("arrival_ns", "first_token_ns", "end_ns")
+    )
+    output_len = np.array([log.output_len for log in logs], np.int64)
+    is_served = (first > 0) & np.array([log.reason in ("stop", "length") for log in logs], bool)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tpot = np.where(is_served & (output_len > 1), (end - first) / 1e9 / (output_len - 1), np.nan)
+    groups = [str(request.scheduling.get("group", "")) for request in trace.requests]
+    return RequestTimes(
+        arrival_s=arrival / 1e9,
+        ttft_s=np.where(first > 0, (first - arrival) / 1e9, np.nan),
+        tpot_s=tpot,
+        e2e_s=np.where(is_served, (end - arrival) / 1e9, np.nan),
+        prompt_len=np.array([log.prompt_len for log in logs], np.int64),
+        output_len=output_len,
+        num_cached=np.array([log.num_cached for log in logs], np.int64),
+        num_preemptions=np.array([log.num_preemptions for log in logs], np.int64),
+        is_served=is_served,
+        groups=groups if any(groups) else (),
+    )

@@ -1,0 +1,109 @@
+"""``quire simulate`` on the command line: the same twice, with any policy, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quire.server.cli.main import main
+
+TRACE = ["--trace", "synthetic:requests=80,input=fixed/200,output=exponential/30", "--arrivals", "poisson:rate=20"]
+
+
+@pytest.fixture
+def quire(capsys):
+    def call(*words):
+        status = main(["simulate", *words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_it_prints_json_that_repeats_by_seed(quire):
+    words = (*TRACE, "--policy", "fcfs", "sjf,aging=0", "--slo-ttft-ms", "100", "--json")
+    status, out, _ = quire(*words)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [line["policy"] for line in lines] == ["fcfs", "sjf,aging=0"]
+    assert lines[0]["step_model"] == "h200-llama-3.1-8b-bf16" and lines[0]["served"] == 80
+    assert 0 <= lines[0]["slo_attainment"] <= 1 and lines[0]["load"]["mean"] > 0
+    assert quire(*words)[1] == out
+    assert quire(*words, "--seed", "5")[1] != out
+    assert quire(*words, "--every-step")[1] == out
+
+
+def test_it_names_step_model_trace_and_load(quire):
+    _, out, _ = quire(*TRACE, "--load", "0.5")
+    assert "synthetic: 80 requests" in out and "step model: h200-llama-3.1-8b-bf16: NVIDIA H200" in out
+    assert "load: 0.50 of capacity" in out and "time to first token, p99 ms" in out
+    assert "do not trust" in quire(*TRACE, "--load", "1.1")[1]
+
+
+@pytest.mark.parametrize("router", ["round_robin", "least_loaded", "prefix_aware,min_imbalance=2"])
+def test_replicas_stand_behind_a_router(quire, router):
+    status, out, _ = quire(*TRACE, "--replicas", "3", "--router", router, "--json")
+    figures = json.loads(out)
+    assert status == 0 and figures["served"] == 80 and figures["router"] == router
+
+
+def test_a_policy_of_ones_own_is_named_by_module_and_class(quire, tmp_path, monkeypatch):
+    (tmp_path / "my_policy.py").write_text(
+        "from quire.sdk import BatchingPolicy\n"
+        "class NewestFirst(BatchingPolicy):\n"
+        "    def admission_key(self, request):\n"
+        "        return (-request.arrival_ns,)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    status, out, _ = quire(*TRACE, "--policy", "my_policy:NewestFirst", "--json")
+    assert status == 0 and json.loads(out)["served"] == 80
+
+
+def test_fit_and_replay_take_what_was_recorded(quire, tmp_path):
+    recording, model = str(tmp_path / "t.jsonl.zst"), str(tmp_path / "m.json")
+    mixed = ["--trace", "synthetic:requests=80,input=lognormal/600/1,output=exponential/80", "--arrivals", "burst"]
+    assert quire(*mixed, "--record", recording)[0] == 0
+    status, out, _ = quire("replay", recording)
+    assert status == 0 and "fcfs planned all" in out
+    status, out, _ = quire("replay", recording, "--policy", "sjf,aging=0")
+    assert status == 1 and "then sjf plans something else" in out
+    status, out, _ = quire("fit", recording, "--out", model, "--test", recording)
+    assert status == 0 and "median error 0." in out
+    assert quire("--trace", recording, "--step-model", model, "--json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "--trace is missing"),
+        (["--trace", "no-such-file"], "there is no such file"),
+        (["--trace", "synthetic:requests=5"], "has no times; give them with --arrivals"),
+        ([*TRACE, "--policy", "fcsf"], "did you mean fcfs"),
+        ([*TRACE, "--policy", "sjf,ageing=1"], "did you mean aging"),
+        ([*TRACE, "--policy", "sjf,aging"], "there is no '='"),
+        ([*TRACE, "--step-model", "h200-llama"], "did you mean"),
+        ([*TRACE, "--router", "nearest", "--replicas", "2"], "is not known"),
+        ([*TRACE, "--replicas", "0"], "at least 1"),
+        ([*TRACE, "--load", "70"], "share of the capacity"),
+        ([*TRACE, "--max-num-batched-tokens", "8"], "raise the one or lower the other"),
+        ([*TRACE, "--num-gpu-blocks-override", "1"], "too small"),
+        ([*TRACE, "--record", "x.zst", "--replicas", "2"], "records one engine"),
+        (["replay", "no-such-file"], "cannot be read"),
+        (["fit", "no-such-file", "--out", "x"], "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(quire, words, says):
+    status, _, err = quire(*words)
+    assert status == 2 and says in err and err.count("\n") == 1
+
+
+def test_a_foreign_trace_is_no_recording(quire, tmp_path):
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,3,4\n")
+    status, _, err = quire("replay", str(tmp_path / "t.csv"))
+    assert status == 2 and "line 1 is not one of a recording" in err
+
+
+def test_requests_that_do_not_fit_are_told(quire):
+    _, out, _ = quire("--trace", "synthetic:requests=4,input=fixed/3000,output=fixed/4", "--arrivals", "burst",
+                      "--max-model-len", "2048", "--no-capacity")  # fmt: skip
+    assert "4 requests were not served, the first because the prompt has 3000 tokens" in out

@@ -1,0 +1,141 @@
+"""Step models: fitted to recorded steps they give back what was planted; files are checked; those shipped are sane."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from quire.core.errors import ConfigError
+from quire.server.bench.steps import list_grid_points
+from quire.server.simulate.fit import fit_step_model, measure_errors
+from quire.server.simulate.flags import DEFAULT_MODEL
+from quire.server.simulate.simulation import run_simulation
+from quire.server.simulate.step_model import (
+    StepShape,
+    list_shipped_models,
+    load_step_model,
+    save_step_model,
+)
+from quire.server.traces.recording import read_recording
+
+
+@pytest.fixture
+def root():
+    return Path(__file__).resolve().parents[3]
+
+
+def record(trace, setup, path, noise=0.0):
+    """Simulate, and read the recording with noisy step times."""
+    run_simulation(trace, setup, record_to=path)
+    recording = read_recording(path)
+    rng = np.random.default_rng(0)
+    for record in recording.records:
+        if hasattr(record, "device_us"):
+            record.device_us *= 1 + noise * rng.standard_normal()
+    return recording
+
+
+def test_a_fit_finds_the_planted_model(make_setup, make_trace, tmp_path, model):
+    recording = record(make_trace(count=400, rate=12.0), make_setup(), tmp_path / "t", noise=0.02)
+    other = record(make_trace(count=200, rate=20.0, seed=5), make_setup(), tmp_path / "u")
+    fitted = fit_step_model([recording], "fitted", "a test")
+    report = measure_errors(fitted, [other])
+    assert report.median_error < 0.01 and report.p95_error < 0.03 and abs(report.bias) < 0.01
+    assert fitted.context_us == pytest.approx(model.context_us, rel=0.15)
+    assert fitted.host.arrival_us == pytest.approx(model.host.arrival_us, rel=0.3)
+    assert fitted.host.gap_us == pytest.approx(model.host.gap_us, abs=2)
+    assert fitted.limits == msgspec.structs.replace(model.limits)
+    # What is predicted with it is what would have been.
+    trace = make_trace(count=300, rate=16.0, seed=9)
+    real, predicted = (run_simulation(trace, make_setup(model=each)).summarize() for each in (model, fitted))
+    for figure in ("e2e_p50_ms", "ttft_p50_ms", "ttft_p99_ms", "output_tokens_per_s"):
+        assert predicted[figure] == pytest.approx(real[figure], rel=0.05), figure
+
+
+def test_outliers_do_not_move_a_fit(make_setup, make_trace, tmp_path, model):
+    recording = record(make_trace(count=400, rate=12.0), make_setup(), tmp_path / "t")
+    clean = fit_step_model([recording], "clean", "a test")
+    done = [record for record in recording.records if hasattr(record, "device_us")]
+    for each in done[::50]:
+        each.device_us *= 20
+    spoilt = fit_step_model([recording], "spoilt", "a test")
+    shape = StepShape(20, 20, 8000, 0, False)
+    assert spoilt.device_ns(shape) == pytest.approx(clean.device_ns(shape), rel=0.02)
+
+
+def test_too_few_steps_are_refused(make_setup, make_trace, tmp_path):
+    recording = record(make_trace(count=2, rate=1.0, output="fixed/5"), make_setup(), tmp_path / "t")
+    with pytest.raises(ConfigError, match="too few for a fit"):
+        fit_step_model([recording], "x", "y")
+
+
+def test_recordings_of_two_models_are_refused(make_setup, make_trace, tmp_path):
+    both = [record(make_trace(count=40), make_setup(), tmp_path / name) for name in "ab"]
+    both[1].header.model = "another"
+    with pytest.raises(ConfigError, match="fit one model at a time"):
+        fit_step_model(both, "x", "y")
+
+
+@pytest.mark.parametrize("name", list_shipped_models())
+def test_a_shipped_model_says_what_it_is_and_grows_with_its_work(name):
+    model = load_step_model(name)
+    assert model.name == name and "H200" in model.device and len(model.source) > 20
+    times = [model.device_ns(StepShape(1, n, 0, 0, n > 1)) for n in range(1, 9000, 37)]
+    assert times == sorted(times) and times[0] > 100_000
+    contexts = [1000, 50_000]
+    expected = [model.device_ns(StepShape(8, 8, context, 0, False)) for context in contexts]
+    assert model.decode_ns(8, np.array(contexts)).tolist() == expected
+
+
+def test_shipped_models_tell_the_figures_that_they_were_made_of(root):
+    """Until they are fitted: batches of docs/performance.md at their mean context of 256."""
+    table = (root / "docs" / "performance.md").read_text()
+    assert DEFAULT_MODEL in list_shipped_models()
+    for name, title in (("h200-llama-3.1-8b-bf16", "Llama-3.1-8B, bf16"), ("h200-qwen3-0.6b-bf16", "Qwen3-0.6B, bf16")):
+        model = load_step_model(name)
+        text = table[table.index(f"| {title} |") :]
+        for batch in (1, 32, 256):
+            rate = float(re.search(rf"batch {batch} \| \*\*([\d,]+)\*\*", text)[1].replace(",", ""))
+            step = model.device_ns(StepShape(batch, batch, 256 * batch, 0, False)) / 1e9
+            assert batch / step == pytest.approx(rate, rel=0.03), (name, batch)
+
+
+def test_a_file_is_written_and_read(model, tmp_path):
+    save_step_model(model, tmp_path / "m.json")
+    assert load_step_model(str(tmp_path / "m.json")) == model
+    with pytest.raises(ConfigError, match="can be written"):
+        save_step_model(model, tmp_path / "missing" / "m.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokens": [1]}, "two or more"),
+        ({"tokens": [4, 2, 3, 5]}, "must ascend"),
+        ({"context_us": -1.0}, "negative"),
+        ({"schema": 2}, "schema 2"),
+        ({"context_us": "fast"}, "not a step model"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(model, tmp_path, change, says):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({**msgspec.to_builtins(model), **change}))
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_step_model(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_grid_fits_the_engine():
+    for seqs, tokens, length, slots in ((256, 8192, 131072, 800_000), (8, 512, 256, 2000), (1, 16, 32, 64)):
+        points = list_grid_points(seqs, tokens, length, slots)
+        assert points
+        for point in points:
+            assert point.num_reqs <= seqs and point.prompt_len + point.output_len <= length
+            assert point.num_reqs * (point.prompt_len + point.output_len) <= slots
+    with pytest.raises(ConfigError, match="no step of the grid"):
+        list_grid_points(1, 1, 4, 4)
