@@ -83,7 +83,7 @@ def _restrict(use: ToolUse, tool_choice: Any) -> ToolUse:
         expected = "'none', 'auto', 'required', a function by name or allowed_tools"
         raise InvalidRequestError(f"tool_choice: must be {expected}, got {tool_choice!r:.60}", "tool_choice")
     for name in names:
-        if name not in use.functions:
+        if not isinstance(name, str) or name not in use.functions:
             raise InvalidRequestError(f"tool_choice: there is no function {name!r:.60} in tools", "tool_choice")
     if mode not in ("auto", "required"):
         raise InvalidRequestError(f"tool_choice.mode: must be 'auto' or 'required', got {mode!r:.40}", "tool_choice")

@@ -12,6 +12,8 @@ from quire.core.contracts.tool_parser_text import MalformedCallError, Markers, R
 
 __all__ = ["XmlToolParser"]
 
+_MAX_SCHEMA_DEPTH = 16
+
 
 class XmlToolParser(ToolParser):
     """A name, then keys and values between tags::
@@ -103,19 +105,20 @@ def _escape_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _list_types(schema: Mapping[str, Any] | None) -> set[str]:
-    """The types that a schema allows; empty if it does not say."""
-    if not isinstance(schema, Mapping):
+def _list_types(schema: Any, depth: int = 0) -> set[str]:
+    """The types that a schema allows; empty if it does not say. Whatever it is, as clients send it."""
+    if not isinstance(schema, Mapping) or depth > _MAX_SCHEMA_DEPTH:
         return set()
     declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else set(declared) if isinstance(declared, list | tuple) else set()
+    types = {each for each in (declared if isinstance(declared, list) else [declared]) if isinstance(each, str)}
     for keyword in ("anyOf", "oneOf"):
-        for each in schema.get(keyword) or ():
-            types |= _list_types(each)
+        alternatives = schema.get(keyword)
+        for each in alternatives if isinstance(alternatives, list) else ():
+            types |= _list_types(each, depth + 1)
     values = schema.get("enum")
-    if not types and isinstance(values, list) and all(isinstance(value, str) for value in values):
+    if not types and values and isinstance(values, list) and all(isinstance(value, str) for value in values):
         types = {"string"}
-    return {each for each in types if isinstance(each, str)}
+    return types
 
 
 def _convert_value(text: str, types: set[str]) -> str:

@@ -106,6 +106,12 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
         raise ConfigError(f"--prometheus-port {settings.port} is also --port; give it a port of its own")
     if not (math.isfinite(settings.shutdown_timeout) and settings.shutdown_timeout >= 0):
         raise ConfigError(f"--shutdown-timeout must be 0 or more seconds, got {settings.shutdown_timeout}")
+    for name, number in (
+        ("--max-stored-responses", settings.max_stored_responses),
+        ("--max-stored-response-bytes", settings.max_stored_response_bytes),
+    ):
+        if number < 0:
+            raise ConfigError(f"{name} must be at least 0, got {number}")
     if settings.max_request_bytes < 1:
         raise ConfigError(f"--max-request-bytes must be at least 1, got {settings.max_request_bytes}")
     if not all(key.strip() for key in settings.api_key):

@@ -14,8 +14,20 @@ from quire.server.http.middleware import RequestMiddleware
 from quire.server.http.protocol.chat import ChatBody
 from quire.server.http.protocol.common import body_schemas
 from quire.server.http.protocol.completion import CompletionBody
+from quire.server.http.protocol.response_body import ResponseBody
 from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
-from quire.server.http.routes import chat, completions, health, invocations, metrics, models, tokens, trace, unsupported
+from quire.server.http.routes import (
+    chat,
+    completions,
+    health,
+    invocations,
+    metrics,
+    models,
+    responses,
+    tokens,
+    trace,
+    unsupported,
+)
 from quire.server.http.settings import ServerSettings
 from quire.server.http.state import ServerState
 
@@ -36,7 +48,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
         middleware=[*_cors_middleware(settings), Middleware(RequestMiddleware, state=state)],
     )
     app.state.server = state
-    for module in (chat, completions, invocations, models, tokens, health, metrics, trace, unsupported):
+    for module in (chat, completions, responses, invocations, models, tokens, health, metrics, trace, unsupported):
         app.include_router(module.make_router(state))
     add_error_handlers(app)
     _describe_bodies(app)
@@ -73,7 +85,7 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = plain()
         known = document.setdefault("components", {}).setdefault("schemas", {})
-        known.update(body_schemas([ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]))
+        known.update(body_schemas([ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody]))
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

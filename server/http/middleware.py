@@ -12,7 +12,7 @@ from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ApiError, UnavailableError, make_error_response
 from quire.server.http.state import ServerState
 
-__all__ = ["RequestMiddleware", "get_key_name", "get_request_id"]
+__all__ = ["RequestMiddleware", "get_key", "get_key_name", "get_request_id"]
 
 _MAX_REQUEST_ID_CHARS = 128
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -77,7 +77,7 @@ class RequestMiddleware:
                 message = f"the {'admin ' if is_admin else ''}API key is missing or wrong; send it as "
                 message += "'Authorization: Bearer KEY'"
                 raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-            scope["state"]["key_name"] = key.name
+            scope["state"]["key_name"], scope["state"]["key"] = key.name, key.key
         if not self._keys and scope["method"] not in _SAFE_METHODS and _is_foreign_page(headers):
             origin = headers["origin"]
             if not {origin, "*"} & set(self._state.settings.allowed_origins):
@@ -116,6 +116,12 @@ def get_key_name(scope: Scope) -> str | None:
     """The name of the API key with which a request came; None if it has none."""
     name: str | None = scope["state"].get("key_name")
     return name
+
+
+def get_key(scope: Scope) -> str | None:
+    """The API key with which a request came; None if the server asks for none."""
+    key: str | None = scope["state"].get("key")
+    return key
 
 
 def _is_foreign_page(headers: Headers) -> bool:

@@ -41,6 +41,15 @@ class ServerSettings:
     max_request_bytes: int = setting(
         16 * 1024 * 1024, group="server", help="largest request body; a larger one gets 413", metavar="BYTES"
     )
+    max_stored_responses: int = setting(
+        0,
+        group="server",
+        help="responses kept in memory for previous_response_id of /v1/responses, the latest; 0: none",
+        metavar="N",
+    )
+    max_stored_response_bytes: int = setting(
+        64 * 1024 * 1024, group="server", help="most bytes of all stored responses", metavar="BYTES"
+    )
     prometheus_port: int | None = setting(
         None, group="server", help="second port that serves only /metrics", metavar="PORT"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quire.core.errors import EngineDeadError
 from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ModelNotFoundError
+from quire.server.http.response_store import ResponseStore
 from quire.server.http.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ServerState:
     def __init__(self, engine: AsyncLLM, settings: ServerSettings, arguments: Any = None) -> None:
         self.engine = engine
         self.settings = settings
+        self.responses = ResponseStore(settings.max_stored_responses, settings.max_stored_response_bytes)
         self.api_keys = ApiKeys(settings.api_key, settings.named_api_key)
         self.arguments = arguments
         """The parsed command line, for plugins that added flags; None when there was none."""

@@ -87,3 +87,22 @@ def test_json_arguments_are_unchanged(value):
     text = json.dumps({"key": value}, ensure_ascii=False)
     _, _, [(_, arguments)] = parse(make_parser("hermes"), f'<tool_call>{{"name": "get", "arguments": {text}}}')
     assert arguments == text
+
+
+SCHEMAS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "anyOf", "oneOf", "enum", "properties", "city"]), inner, max_size=4)
+    ),
+)
+
+
+@given(schema=SCHEMAS, value=st.text(max_size=5).filter(lambda text: "<" not in text))
+def test_any_schema_that_a_client_sends(schema, value):
+    """Schemas are the client's: whatever they hold, arguments are JSON and no parser fails."""
+    functions = {"get": schema if isinstance(schema, dict) and schema else {"properties": {"city": schema}}}
+    tools = PluginManager().load_class("tool_parser", "glm45")()
+    text = f"<tool_call>get\n<arg_key>city</arg_key><arg_value>{value}</arg_value></tool_call>"
+    _, _, [(_, arguments)] = parse(AnswerParser(tools, None, functions), [text])
+    assert set(json.loads(arguments)) == {"city"}

@@ -30,11 +30,11 @@ from quire.server.http.protocol.responses import (
 from quire.server.http.sse import DONE, ChunkWriter, EventStream, needs_chunk
 from quire.server.http.state import ServerState
 
-__all__ = ["answer_chat", "make_router"]
+__all__ = ["MAX_TRUNCATED", "answer_chat", "make_router"]
 
 MakeParser = Callable[[], AnswerParser | None]
 
-_MAX_TRUNCATED = 8
+MAX_TRUNCATED = 8
 """Contexts that a conversation may fill before ``truncate_prompt_tokens`` cuts it."""
 
 
@@ -63,7 +63,7 @@ async def answer_chat(state: ServerState, request: Request) -> Response:
     size = len(await request.body())
     arguments = body.template_arguments()
     if body.truncate_prompt_tokens is not None:  # a conversation may be longer than the context, within reason
-        arguments["max_tokens"] = _MAX_TRUNCATED * state.engine.config.model.max_model_len
+        arguments["max_tokens"] = MAX_TRUNCATED * state.engine.config.model.max_model_len
     prompt = await state.run_by_size(size, state.engine.apply_chat_template, **arguments)
     make_parser = partial(parsers.make_parser, use, prompt)
     shown = parsers.find_shown_tokens(use)

@@ -23,7 +23,6 @@ _TUNING = "Quire serves models and does not train them"
 
 UNSUPPORTED_ROUTES: Mapping[str, str] = MappingProxyType(
     {
-        "/v1/responses": "use /v1/chat/completions",
         "/v1/messages": "use /v1/chat/completions",
         "/v1/embeddings": _EMBEDDINGS,
         "/v1/rerank": _EMBEDDINGS,
@@ -63,6 +62,8 @@ def make_router(state: ServerState) -> APIRouter:
         _add_refusal(routes, (path, path + "/{rest:path}"), f"{path} is not supported: {reason}")
     stored = "/v1/chat/completions/{rest:path}"
     _add_refusal(routes, (stored,), "/v1/chat/completions/ID is not supported: completions are not stored")
+    below = "/v1/responses/{name}/{rest:path}"
+    _add_refusal(routes, (below,), "what is below /v1/responses/ID is not supported: an answer comes with its request")
     changed = ("/v1/models/{name:path}",)
     _add_refusal(routes, changed, f"changing a model is not supported: {_TUNING}", ["POST", "PUT", "PATCH", "DELETE"])
     return routes

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ..conftest import RunningServer, check_error
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def post(http: httpx.Client, path: str, body: Any) -> None:
 @FEW
 @given(body=JSON)
 def test_any_json_at_all(http: httpx.Client, body: Any) -> None:
-    for path in (CHAT, TEXT, "/tokenize", "/detokenize"):
+    for path in (CHAT, TEXT, RESPONSES, "/tokenize", "/detokenize"):
         post(http, path, body)
 
 
@@ -89,6 +89,24 @@ def test_any_completion(http: httpx.Client, body: dict[str, Any]) -> None:
 @given(body=st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1, max_size=3)}, optional=FIELDS))
 def test_any_chat(http: httpx.Client, body: dict[str, Any]) -> None:
     post(http, CHAT, {**body, "max_tokens": 2})
+
+
+ITEM = st.fixed_dictionaries(
+    {"type": st.sampled_from(["message", "function_call", "function_call_output", "reasoning"]) | JSON},
+    optional={
+        **dict.fromkeys(("name", "arguments", "call_id"), st.text(max_size=5) | JSON),
+        **dict.fromkeys(("content", "output", "summary"), st.text(max_size=5) | JSON),
+        "role": st.sampled_from(["user", "assistant", "system"]) | JSON,
+    },
+)
+IN_RESPONSES = {name: value for name, value in FIELDS.items() if name not in ("n", "logprobs", "top_logprobs")}
+IN_RESPONSES |= dict.fromkeys(("text", "reasoning", "include", "truncation", "metadata", "previous_response_id"), JSON)
+
+
+@FEW
+@given(body=st.fixed_dictionaries({"input": st.text() | st.lists(ITEM, max_size=3)}, optional=IN_RESPONSES))
+def test_any_response(http: httpx.Client, body: dict[str, Any]) -> None:
+    post(http, RESPONSES, {**body, "max_output_tokens": 2})
 
 
 @FEW

@@ -1,0 +1,101 @@
+"""The body of ``/v1/responses``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from quire.core.engine.tool_use import ToolUse, read_tool_use
+from quire.core.sampling_params import SamplingParams
+from quire.server.http.errors import ApiError
+from quire.server.http.protocol.common import (
+    MAX_ITEMS,
+    GenerationBody,
+    Int32,
+    UnsupportedField,
+    unsupported_error,
+)
+from quire.server.http.protocol.response_input import list_chat_messages, list_chat_tools
+
+__all__ = ["ResponseBody"]
+
+_IN_CHAT = "it belongs to /v1/chat/completions; leave it out"
+_UNSUPPORTED = (
+    UnsupportedField("background", "the answer comes with the request; leave it out", (False,)),
+    UnsupportedField("conversation", "conversations are not stored; send the input"),
+    UnsupportedField("prompt", "there are no stored prompts; give instructions and input"),
+    UnsupportedField("top_logprobs", "not supported here; use /v1/chat/completions", (0,)),
+    UnsupportedField("messages", "give them as input"),
+    UnsupportedField("logprobs", _IN_CHAT, (False,)),
+    UnsupportedField("max_completion_tokens", "give max_output_tokens"),
+)
+_LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponseBody(GenerationBody):
+    """A response: an answer to a conversation, with calls and reasoning as items of their own."""
+
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS)]
+    instructions: str | None = None
+    max_output_tokens: Int32 | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_ITEMS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    truncation: str | None = None
+    include: list[str] | None = Field(None, max_length=MAX_ITEMS)
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
+        """Those of completions, and what only OpenAI's own service has."""
+        return (*super().unsupported_fields(), *_UNSUPPORTED)
+
+    def list_messages(self) -> list[dict[str, Any]]:
+        """The input as messages of a chat. Raises InvalidRequestError."""
+        return list_chat_messages(self.input)
+
+    def template_arguments(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The arguments of ``AsyncLLM.apply_chat_template`` for a conversation, before which the instructions stand."""
+        variables = dict(self.chat_template_kwargs or {})
+        effort = (self.reasoning or {}).get("effort")
+        if effort is not None:
+            variables.setdefault("reasoning_effort", effort)
+        instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        tools = None if self.tool_choice == "none" else list_chat_tools(self.tools)
+        return {"messages": [*instructions, *messages], "tools": tools, "chat_template_kwargs": variables or None}
+
+    def read_tool_use(self) -> ToolUse:
+        """What the request says of tools. Raises InvalidRequestError."""
+        return read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's parameters, with the model's ``defaults`` where the body says nothing. Raises ApiError or
+        InvalidRequestError."""
+        self.check_supported()
+        for name, remedy in (("n", "one answer is given; leave it out"), ("max_tokens", "give max_output_tokens")):
+            if getattr(self, name) not in (None, 1 if name == "n" else None):
+                raise unsupported_error(name, remedy)
+        if _LOGPROBS in (self.include or ()):
+            raise unsupported_error("include", f"{_LOGPROBS!r} is not supported; use /v1/chat/completions")
+        if self.truncation not in (None, "auto", "disabled"):
+            raise ApiError(400, "truncation: must be 'auto' or 'disabled'", param="truncation")
+        kind = self.text_format.get("type", "text")
+        if kind != "text":
+            raise unsupported_error("text.format", f"{kind!r:.40} is not supported yet; only 'text' is")
+        limit = self.max_output_tokens if self.max_output_tokens is not None else defaults.get("max_tokens")
+        cut = {"truncate_prompt_tokens": -1} if self.truncation == "auto" else {}
+        return self.build_sampling_params(defaults, max_tokens=limit, **cut)
+
+    @property
+    def text_format(self) -> dict[str, Any]:
+        """``text.format``; empty if there is none. Raises ApiError."""
+        wanted = (self.text or {}).get("format") or {}
+        if not isinstance(wanted, dict):
+            raise ApiError(400, "text.format: must be an object", param="text.format")
+        return wanted
