@@ -25,7 +25,14 @@ from quire.core.plugin import hookspecs
 from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, normalize_dist_name
 from quire.core.version import __version__
 
-__all__ = ["PluginEntryPoint", "collect_registrations", "find_module_file", "import_entry_point", "scan_entry_points"]
+__all__ = [
+    "PluginEntryPoint",
+    "collect_registrations",
+    "find_module_file",
+    "import_entry_point",
+    "list_hooks",
+    "scan_entry_points",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,14 @@ def collect_registrations(
     except BaseException as error:
         raise PluginError(f"{dist} {version}: {format_error(error)}; mend or uninstall it") from error
     return registrations
+
+
+def list_hooks(plugin: Any) -> list[str]:
+    """The hooks that ``plugin`` implements beside those that register implementations: what ``--plugin`` turns on."""
+    names = (name for name in dir(plugin) if name.startswith("quire_") and not name.startswith("quire_register_"))
+    marked = [name for name in names if hasattr(getattr(plugin, name), "quire_impl")]
+    commands = getattr(plugin, "quire_register_commands", None)
+    return [*marked, *(["quire_register_commands"] if hasattr(commands, "quire_impl") else [])]
 
 
 def find_module_file(module: str) -> str | None:

@@ -7,27 +7,35 @@ import json
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from quire.core.errors import QuireError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import KINDS
+from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 from quire.server.cli.plugins_report import doctor_report, explain_report, list_report, split_subject
 
 __all__ = ["add_parser", "main", "run"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Mount ``plugins`` and its four commands; the parsed arguments carry ``run``."""
+    """Mount ``plugins`` and its five commands; the parsed arguments carry ``run``."""
     parser: argparse.ArgumentParser = subparsers.add_parser("plugins", help="list, explain and check plugins")
     parser.set_defaults(run=run)
-    commands = parser.add_subparsers(dest="plugins_command", required=True, metavar="{list,doctor,explain,check}")
+    commands = parser.add_subparsers(dest="plugins_command", required=True, metavar="{list,doctor,explain,check,new}")
     listing = commands.add_parser("list", help="what is installed, from where, what is active and why")
     listing.add_argument("kind", nargs="?", help=f"one kind alone: {', '.join(KINDS)}")
     doctor = commands.add_parser("doctor", help="try every plugin; exit 1 and name those that are broken")
     doctor.add_argument("--timeout", type=_parse_seconds, default=30.0, help="seconds a plugin may take (default: 30)")
     explain = commands.add_parser("explain", help="all there is to know of one plugin")
     check = commands.add_parser("check", help="run the conformance checks of its kind on one plugin")
+    new = commands.add_parser("new", help="write a package for one plugin, which works and passes its test")
+    new.add_argument("new_kind", metavar="KIND", help=f"one of {', '.join(NEW_KINDS)}")
+    new.add_argument("name", metavar="NAME", help="for example shortest-first; of a model, its architecture")
+    new.add_argument(
+        "--into", type=Path, default=Path(), metavar="DIR", help="folder of the package (default: this one)"
+    )
     for command in (explain, check):
         command.add_argument("subject", metavar="KIND/NAME", help="for example policy/fcfs, attention/auto")
     for command in (listing, explain):
@@ -41,6 +49,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 if the doctor found a problem or a check failed. PluginError: a wrong name."""
+    if args.plugins_command == "new":
+        package = NewPackage.from_words(args.new_kind, args.name)
+        print(package.format_next_steps(package.write(args.into)))
+        return 0
     manager = PluginManager(getattr(args, "plugin", ()))
     if args.plugins_command == "list":
         return _print_report(args, list_report(manager, args.device, args.kind), _format_list)
@@ -97,6 +109,10 @@ def _format_list(report: dict[str, Any]) -> str:
             lines.append(f"  {mark} {p['spelling']:<22} {origin:<18} {p['summary']}")
             if p["active"] or p["dist"] != "quire":
                 lines.append(f"      {p['why']}" + ("" if p["dist"] == "quire" else f"; from {p['file']}"))
+    if report["packages"]:
+        lines.append("packages: what --plugin turns on")
+    for package in report["packages"]:
+        lines.append(f"    {package['dist']:<22} {package['version']:<18} {', '.join(package['hooks'])}")
     if report["refused"]:
         lines.append("refused (see quire plugins doctor):")
         lines.extend(f"  ! {r['refusal']}" for r in report["refused"])
@@ -104,7 +120,19 @@ def _format_list(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _format_package(report: dict[str, Any]) -> str:
+    """What ``explain`` says of a distribution."""
+    lines = [f"{report['dist']} {report['version']} ({report['file']})"]
+    lines.append(f"  use              --plugin {report['dist']}")
+    lines.extend(f"  hook             {name}: {meaning}" for name, meaning in report["hooks"].items())
+    lines.extend(f"  offers           {name}" for name in report["plugins"])
+    lines.extend(f"  !                {problem}" for problem in report["problems"])
+    return "\n".join(lines)
+
+
 def _format_explanation(report: dict[str, Any]) -> str:
+    if "hooks" in report:
+        return _format_package(report)
     rows = [("summary", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
     if "dist" in report:
         status = "active by default" if report["active"] else "not active by default"
@@ -147,7 +175,7 @@ def _format_doctor(report: dict[str, Any]) -> str:
     else:
         lines.append("no CUDA GPU found; Triton's compiler is not needed")
     for entry in report["third_party"]:
-        offers = ", ".join(entry["plugins"]) or "nothing"
+        offers = ", ".join([*entry["plugins"], *(f"the hook {hook}" for hook in entry["hooks"])]) or "nothing"
         took = "" if entry["import_s"] is None else f", imported in {entry['import_s']:.2f} s"
         lines.append(f"{entry['dist']} {entry['version']} ({entry['name']} = {entry['value']}): offers {offers}{took}")
     lines.extend(f"! {p['problem']}" for p in report["problems"])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
-from quire.core.plugin.discovery import PluginEntryPoint, collect_registrations, import_entry_point
+from quire.core.plugin.discovery import PluginEntryPoint, collect_registrations, import_entry_point, list_hooks
 from quire.core.plugin.options import find_options_class
 from quire.core.plugin.registry import KINDS, Registration, Requirement
 from quire.core.plugin.target import find_missing_requirement, load_target
@@ -39,6 +39,8 @@ class Probe:
 
     entry: PluginEntryPoint
     registrations: tuple[Registration, ...] = ()
+    hooks: tuple[str, ...] = ()
+    """Those that ``--plugin`` turns on."""
     problems: tuple[str, ...] = ()
     import_s: float | None = None
 
@@ -79,7 +81,7 @@ def run_child(arguments: str) -> None:
         except PluginError as error:
             write_fact(problem=str(error), done=True)
             return
-        write_fact(registrations=[asdict(r) for r in registrations])
+        write_fact(registrations=[asdict(r) for r in registrations], hooks=list_hooks(plugin))
         if not registrations:
             hint = _unmarked(plugin)
             if hint:
@@ -160,6 +162,7 @@ def _read_facts(entry: PluginEntryPoint, facts_file: Path) -> tuple[Probe, str, 
                 result,
                 import_s=fact.get("import_s", result.import_s),
                 problems=(*result.problems, *([fact["problem"]] if "problem" in fact else [])),
+                hooks=tuple(fact.get("hooks", result.hooks)),
                 registrations=tuple(map(_registration, fact.get("registrations", ()))) or result.registrations,
             )
     return result, stage, done

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
+from quire.core.plugin import hookspecs
 from quire.core.plugin.discovery import PluginEntryPoint, find_module_file
 from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
-from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration
+from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration, suggest_names
 from quire.core.plugin.target import Resolution, find_missing_requirement
 from quire.core.version import __version__
-from quire.server.cli.plugins_probe import probe_entries
+from quire.server.cli.plugins_probe import Probe, probe_entries
 from quire.server.cli.plugins_source import read_options
 
 __all__ = ["doctor_report", "explain_report", "inspect_host", "list_report", "split_subject"]
@@ -22,7 +23,7 @@ __all__ = ["doctor_report", "explain_report", "inspect_host", "list_report", "sp
 
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
     """Every plugin by kind, whether it is active by default, and why; and what was refused."""
-    _probe_unseen(manager)
+    probes = _probe_unseen(manager)
     kinds = [Kind.from_name(kind).key] if kind else list(KINDS)
     context = {"device": device or inspect_host()["device"]}
     return {
@@ -30,12 +31,15 @@ def list_report(manager: PluginManager, device: str | None = None, kind: str | N
         "api": GROUP,
         "device": context["device"],
         "plugins": [entry for key in kinds for entry in _describe_kind(manager, key, context)],
+        "packages": [] if kind else [_describe_package(probe) for probe in probes if probe.hooks],
         "refused": [_describe_refusal(entry, reason) for entry, reason in manager.refused.items()],
     }
 
 
 def explain_report(manager: PluginManager, subject: str, device: str | None = None) -> dict[str, Any]:
     """Everything known about one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
+    if "/" not in subject:
+        return _explain_package(manager, subject)
     kind, name = split_subject(subject)
     if name.lower() != "auto" and ":" not in name and not manager.registry.find_by_name(kind, name):
         _probe_unseen(manager)
@@ -93,7 +97,8 @@ def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
     problems.extend({"dist": "this machine", "problem": text} for text in _find_host_problems(host))
     checked = [
         asdict(p.entry)
-        | {"file": p.entry.file, "import_s": p.import_s, "plugins": [_format_name(r) for r in p.registrations]}
+        | {"file": p.entry.file, "import_s": p.import_s, "hooks": list(p.hooks)}
+        | {"plugins": [_format_name(r) for r in p.registrations]}
         for p in probes
     ]
     return {"version": __version__, "api": GROUP, "host": host, "third_party": checked, "problems": problems}
@@ -107,12 +112,42 @@ def split_subject(subject: str) -> tuple[str, str]:
     return Kind.from_name(kind).key, name
 
 
-def _probe_unseen(manager: PluginManager) -> None:
+def _probe_unseen(manager: PluginManager) -> list[Probe]:
     """Collect the registrations of third parties, each in a process of its own, without importing them here."""
     entries = manager.list_unseen()
-    for result in probe_entries(entries, IMPORT_LIMIT_S, targets=False) if entries else ():
-        fatal = result.problems[0] if result.problems and not result.registrations else None
+    probes = probe_entries(entries, IMPORT_LIMIT_S, targets=False) if entries else []
+    for result in probes:
+        fatal = result.problems[0] if result.problems and not (result.registrations or result.hooks) else None
         manager.record_entry_point(result.entry, result.registrations, fatal)
+    return probes
+
+
+def _explain_package(manager: PluginManager, dist: str) -> dict[str, Any]:
+    """What ``--plugin DIST`` would turn on."""
+    entries = [entry for entry in manager.entry_points if entry.is_of_dist(dist)]
+    if not entries:
+        known = [entry.dist for entry in manager.entry_points]
+        hint = f", or a package: {suggest_names(dist, known)}" if known else ""
+        raise PluginError(f"{dist!r} is not of the form KIND/NAME; write for example policy/fcfs{hint}")
+    probe = probe_entries(entries[:1], IMPORT_LIMIT_S, targets=False)[0]
+    return _describe_package(probe) | {"problems": list(probe.problems)}
+
+
+def _describe_package(probe: Probe) -> dict[str, Any]:
+    hooks = {
+        name: _first_sentence(getattr(hookspecs, name).__doc__) for name in probe.hooks if hasattr(hookspecs, name)
+    }
+    return {
+        "dist": probe.entry.dist,
+        "version": probe.entry.version,
+        "file": probe.entry.file,
+        "hooks": hooks,
+        "plugins": [_format_name(registration) for registration in probe.registrations],
+    }
+
+
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split()).partition(". ")[0].rstrip(".") + "."
 
 
 def _active_plugins(manager: PluginManager, kind: str, context: dict[str, Any]) -> list[Resolution]:

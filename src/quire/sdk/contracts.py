@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from quire.core.sampling_params import SamplingParams
     from quire.core.scheduling_params import SchedulingParams
     from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepStats
+    from quire.core.worker.worker import Worker
 
 __all__ = [
     "ENGINE_STATS",
@@ -131,6 +132,7 @@ __all__ = [
     "ToolCalls",
     "ToolParser",
     "Usage",
+    "Worker",
     "XmlToolParser",
     "make_default_plan",
 ]
@@ -175,6 +177,7 @@ NAMES_OF_MODULE = {
     "quire.core.request": ("Request",),
     "quire.core.sampling_params": ("SamplingParams",),
     "quire.core.scheduling_params": ("SchedulingParams",),
+    "quire.core.worker.worker": ("Worker",),
     "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepStats"),
 }  # fmt: skip
 _MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}

@@ -1,0 +1,179 @@
+"""``quire plugins new``: what it writes installs, passes its test, and serves, untouched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quire.core.testing.tiny_models import make_example_model, make_tiny_model, save_example_model
+from quire.server.cli.main import main
+from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("policy", "logits_processor", "sampler", "spec_decode", "metrics", "route")
+NAMES = {kind: f"fresh-{kind.replace('_', '-')}" for kind in NEW_KINDS} | {"model": "OPTForCausalLM"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new")
+    for kind, name in NAMES.items():
+        assert main(["plugins", "new", kind, name, "--into", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder, tmp_path_factory):
+    """Everything installed by pip, without isolation and without an index."""
+    site = tmp_path_factory.mktemp("site")
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    packages = [str(path) for path in folder.iterdir()]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *flags, "--target", site, *packages], check=True, timeout=300
+    )
+    return site
+
+
+@pytest.mark.parametrize("kind", NEW_KINDS)
+def test_it_is_short(kind):
+    files = NewPackage.from_words(kind, NAMES[kind]).make_files()
+    num_lines = sum(len(text.splitlines()) for text in files.values())
+    assert num_lines <= (60 if kind in SMALL else 160)
+    for text in files.values():
+        assert "emplate" not in text and max(map(len, text.splitlines())) <= 120
+        assert "quire.plugins" not in text and "quire.core" not in text
+
+
+def test_the_tests_of_all_pass(folder, site):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", folder]
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "--rootdir", folder], capture_output=True, text=True, env=environment, cwd=folder, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr
+    assert "passed" in result.stdout
+
+
+def test_ruff_has_nothing_against_them(folder):
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--line-length", "120", "--isolated"]
+    result = subprocess.run([*command, "--select", "E,F,W,I", folder], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+SERVE = """
+import json, sys
+from quire import LLM, SamplingParams
+model, kinds, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+llm = LLM(model=model, device="cpu", max_model_len=96, plugins=["quire-fresh-route", "quire-optfor-causal-lm"], **kinds)
+params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=1 + i % 2) for i in range(len(prompts))]
+outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+stats = llm.get_stats()
+plugins = {key: choice.target for key, choice in llm.config.plugins.items()}
+print(json.dumps([[c.token_ids for o in outputs for c in o.outputs], stats["plugin_quarantines_total"], plugins]))
+llm.shutdown()
+"""
+SETTINGS = {
+    "attention": "attention_backend",
+    "kv": "kv_allocator",
+    "policy": "scheduling_policy",
+    "sampler": "sampler",
+    "executor": "executor",
+    "spec_decode": "spec_method",
+}
+
+
+def serve(site, model, kinds, prompts):
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", SERVE, model, json.dumps(kinds), json.dumps(prompts)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    tokens, num_quarantined, plugins = json.loads(result.stdout.splitlines()[-1])
+    assert num_quarantined == 0, result.stderr
+    return tokens, plugins
+
+
+def assert_greedy(reference, prompts, tokens):
+    rows = iter(tokens)
+    for i, prompt in enumerate(prompts):
+        for _ in range(1 + i % 2):
+            generated = next(rows)
+            with torch.inference_mode():
+                logits = reference(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
+            best, chosen = logits.max(-1).values, logits.gather(-1, torch.tensor(generated)[:, None])[:, 0]
+            assert (best - chosen).max() < 1e-2
+
+
+def test_all_serve_together_by_their_names(site, tmp_path):
+    """The model, with each component but the format of weights."""
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_hidden_layers": 2}
+    config = {"model_type": "opt", "vocab_size": 259, "num_attention_heads": 4, "max_position_embeddings": 128, **sizes}
+    reference = make_example_model({**config, "architectures": ["OPTForCausalLM"], "eos_token_id": 258})
+    save_example_model(reference, tmp_path)
+    kinds = {setting: f"fresh_{kind}" for kind, setting in SETTINGS.items()}
+    kinds |= {"logits_processors": ["fresh_logits_processor"], "metrics": ["fresh_metrics"]}
+    kinds |= {"plugin_options": {"logits_processor": {"penalty": 0.0}}}
+    prompts = [[7, 8, 9] * (2 + 5 * i) for i in range(5)]
+    tokens, plugins = serve(site, str(tmp_path), kinds, prompts)
+    assert_greedy(reference, prompts, tokens)
+    assert {target.partition(":")[0] for target in plugins.values()} > {
+        f"quire_fresh_{kind}.{kind}" for kind in (*SETTINGS, "logits_processor", "metrics")
+    } | {"quire_optfor_causal_lm.model"}
+
+
+def test_a_checkpoint_of_the_new_format_is_served(site, tmp_path):
+    path = make_tiny_model("llama", tmp_path)
+    tensors, stored = load_file(path / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight") or name == "lm_head.weight":
+            scale = tensor.abs().amax(1) / 127
+            stored[name] = (tensor / scale[:, None]).round().to(torch.int8)
+            stored[name.replace(".weight", ".scale")] = scale
+            tensors[name] = stored[name] * scale[:, None]
+        else:
+            stored[name] = tensor
+    from transformers import AutoModelForCausalLM
+
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fresh_quant"}}))
+    prompts = [[7, 8, 9] * (1 + i) for i in range(3)]
+    tokens, plugins = serve(site, str(path), {}, prompts)
+    assert plugins["quant"] == "quire_fresh_quant.quant:FreshQuant"
+    assert_greedy(reference, prompts, tokens)
+
+
+def test_packages_of_hooks_alone_are_shown(site, quire):
+    report = quire("plugins", "list", site=site, json_output=True)
+    (package,) = report["packages"]
+    assert package["dist"] == "quire-fresh-route" and list(package["hooks"]) == ["quire_extend_app"]
+    assert "quire-fresh-route" in quire("plugins", "list", site=site).stdout
+    explained = quire("plugins", "explain", "quire-fresh-route", site=site).stdout
+    assert "--plugin quire-fresh-route" in explained and "Add routes or middleware" in explained
+    report = quire("plugins", "doctor", site=site, json_output=True)
+    assert not report["problems"]
+    by_dist = {entry["dist"]: entry for entry in report["third_party"]}
+    assert by_dist["quire-fresh-route"]["hooks"] == ["quire_extend_app"]
+    assert "no installed" not in quire("plugins", "explain", "policy/fresh_policy", site=site).stdout
+    refused = quire("plugins", "explain", "quire-fresh-rout", site=site, code=2).stderr
+    assert "did you mean quire-fresh-route" in refused
+
+
+def test_nothing_is_overwritten(folder, capsys):
+    assert main(["plugins", "new", "policy", NAMES["policy"], "--into", str(folder)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "name"), [("polcy", "x"), ("policy", "1x"), ("policy", "a/b"), ("policy", "auto")])
+def test_wrong_words_are_refused_on_one_line(kind, name, tmp_path, capsys):
+    assert main(["plugins", "new", kind, name, "--into", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not list(tmp_path.iterdir())
