@@ -22,9 +22,10 @@ from quire.core.engine.output_processor import OutputProcessor
 from quire.core.engine.process import EngineProcess
 from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
-from quire.core.engine.restarts import EngineRestarter
+from quire.core.engine.restarts import EngineRestarter, read_until_fault
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.vllm_names import check_call_arguments
+from quire.core.engine.watchdog import PluginWatchdog
 from quire.core.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.plugin.options import parse_options
@@ -59,6 +60,7 @@ class AsyncLLM:
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
+        self._plugin_watchdog: PluginWatchdog | None = None
         self._output_handler: asyncio.Task[None] | None = None
         self._unavailable_reason: str | None = None
         self._is_dead = False
@@ -127,6 +129,7 @@ class AsyncLLM:
             self._client = None
             raise
         self._restarter.note_first_start(time.monotonic() - begin)
+        self._plugin_watchdog = PluginWatchdog()
         self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
 
     async def generate(
@@ -265,6 +268,8 @@ class AsyncLLM:
             self._fail_all_requests("the engine was shut down")
             await client.shutdown(timeout if is_serving else 0)
         self._exporters.close()
+        if self._plugin_watchdog is not None:
+            self._plugin_watchdog.stop()
 
     def kill_at_once(self) -> None:
         """End the engine's process, from a signal handler that is about to end this one: waits for nothing."""
@@ -282,30 +287,15 @@ class AsyncLLM:
     async def _serve_engines(self) -> None:
         """Serve with an engine core, and with another when it hangs or dies, until there is to be none."""
         try:
-            while await self._recover_from(await self._serve_until_fault()):
-                pass
+            is_served = True
+            while is_served:
+                assert self._client is not None
+                fault = await read_until_fault(self._client, self._handle_outputs(self._client))
+                is_served = await self._recover_from(fault)
         except Exception as error:
             _log.error("reading the engine's outputs failed", exc_info=error)
             self._is_dead = True
             self._fail_all_requests(str(error))
-
-    async def _serve_until_fault(self) -> EngineFault:
-        assert self._client is not None
-        reading = asyncio.ensure_future(self._handle_outputs(self._client))
-        watching = asyncio.ensure_future(self._client.wait_fault())
-        try:
-            await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                return watching.result()
-            try:
-                reading.result()
-            except EngineDeadError as error:
-                return EngineFault(str(error))
-            raise AssertionError("outputs are read until the engine is gone")
-        finally:
-            for task in (reading, watching):
-                task.cancel()
-            await asyncio.gather(reading, watching, return_exceptions=True)
 
     async def _handle_outputs(self, client: EngineCoreClient) -> None:
         """Put outputs into the queues of their callers until the engine core is gone."""
@@ -324,13 +314,13 @@ class AsyncLLM:
                 self._record_stats(outputs.stats, outputs.quarantined)
 
     async def _recover_from(self, fault: EngineFault) -> bool:
-        """Requests of which callers have got something end with an error, the others run again on another engine core.
-        False if there is none, and every request has ended."""
+        """Requests of which callers have got nothing run again on another engine core, once; the others end with an
+        error. False if there is no other, and every request has ended."""
         while True:
             self._unavailable_reason = fault.reason
             refusal = self._restarter.find_refusal(fault)
             self._is_dead = refusal is not None
-            for request_id in self._output_processor.remove_delivered_requests():
+            for request_id in self._output_processor.remove_lost_requests():
                 self._put_output(request_id, EngineDeadError(fault.reason))
             if refusal is not None:
                 _log.error("%s", refusal)

@@ -107,6 +107,8 @@ class EngineCoreProcess:
                     outputs = core.step()
                     if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
                         self._send_message(StepOutputs(outputs))
+                    if core.device_error is not None:
+                        raise core.device_error
 
     def _receive_messages(self, core: EngineCore) -> list[MessageToCore]:
         messages: list[MessageToCore] = []

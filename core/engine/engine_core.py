@@ -38,6 +38,9 @@ __all__ = ["EngineCore"]
 _log = logging.getLogger("quire.engine")
 _MAX_IN_FLIGHT_STEPS = 2  # one runs on the device, the next is queued behind it
 _STATS_INTERVAL_NS = 100_000_000
+_FATAL_CUDA_ERRORS = frozenset((214, 220, 226, 700, 702, 710, *range(714, 721)))
+"""``error_code`` of ``torch.AcceleratorError``, by ``cudaError_t``: ECC and NVLink errors, illegal accesses, assertions
+and failed launches, after which a process can do nothing more with its device."""
 
 
 class EngineCore:
@@ -67,6 +70,8 @@ class EngineCore:
         self._finished_step_stats: list[StepStats] = []
         self._rejected_outputs: list[EngineCoreOutput] = []
         self._num_compiled_kernels = 0
+        self.device_error: Exception | None = None
+        """The device failed, with a step whose requests have ended: no step can run in this process any more."""
         self._last_stats_ns = 0
         self.control = ControlMethods("engine core")
         """What control calls may call, between two steps."""
@@ -181,6 +186,8 @@ class EngineCore:
             outputs = self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
             if self._recorder is not None:
                 self._recorder.record_failure(step.step)
+            if getattr(error, "error_code", None) in _FATAL_CUDA_ERRORS:
+                self.device_error = error
             return outputs
         if result.quarantined:
             self._quarantined += result.quarantined

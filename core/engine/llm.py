@@ -15,7 +15,6 @@ from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.prompts import AnyPrompt, parse_prompt, split_prompts
 from quire.core.engine.tool_use import read_tool_use
 from quire.core.engine.vllm_names import check_call_arguments
-from quire.core.engine.watchdog import StepWatchdog
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.sampling_params import SamplingParams
@@ -100,10 +99,9 @@ class LLM:
                 request_ids, batch, params, priorities, hints, strict=True
             )
         ]
-        with StepWatchdog(self.engine_core) as watchdog:
-            for request_id, (prompt, _), core_requests in zip(request_ids, batch, requests, strict=True):
-                self.llm_engine.queue_requests(request_id, prompt, core_requests, "final")
-            return self._run_engine(request_ids, use_tqdm, watchdog)
+        for request_id, (prompt, _), core_requests in zip(request_ids, batch, requests, strict=True):
+            self.llm_engine.queue_requests(request_id, prompt, core_requests, "final")
+        return self._run_engine(request_ids, use_tqdm)
 
     def chat(
         self,
@@ -188,13 +186,12 @@ class LLM:
     def _make_request_id(self) -> str:
         return next(name for name in map(str, self._request_counter) if name not in self.output_processor)
 
-    def _run_engine(self, request_ids: list[str], use_tqdm: bool, watchdog: StepWatchdog) -> list[RequestOutput]:
+    def _run_engine(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
         own_ids = set(request_ids)  # others may have been added to the engine by hand
         progress_bar = tqdm(total=len(request_ids), disable=not use_tqdm, desc="requests", unit="req")
         try:
             while len(finished) < len(request_ids):
-                watchdog.num_turns += 1
                 processed = self.llm_engine.process_step()
                 for failed in processed.failed_requests:
                     if failed.request_id in own_ids:

@@ -19,6 +19,7 @@ from quire.core.engine.output_processor import OutputProcessor, ProcessedOutputs
 from quire.core.engine.prompts import AnyPrompt, Prompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.tokenizer import Tokenizer
+from quire.core.engine.watchdog import StepWatchdog
 from quire.core.errors import ConfigError, InvalidRequestError
 from quire.core.messages import EngineCoreRequest, RequestOutput
 from quire.core.sampling_params import SamplingParams
@@ -50,6 +51,7 @@ class LLMEngine:
         exporters = ExporterGroup()
         self.output_processor = OutputProcessor(self.tokenizer, exporters)
         self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, exporters.add_quarantined)
+        self._watchdog = StepWatchdog(self.engine_core)
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
 
@@ -94,8 +96,12 @@ class LLMEngine:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         text = prompt if isinstance(prompt, str) else None
         self.output_processor.add_request(request_id, text, requests, stream)
-        for request in requests:
-            self.engine_core.add_request(request)
+        self._watchdog.begin_turn()
+        try:
+            for request in requests:
+                self.engine_core.add_request(request)
+        finally:
+            self._watchdog.end_turn()
 
     def step(self) -> list[RequestOutput]:
         """Run one step of the engine, or wait for one that runs; what it gave, often nothing.
@@ -107,7 +113,11 @@ class LLMEngine:
 
     def process_step(self) -> ProcessedOutputs:
         """``step``, with the errors of requests that failed."""
-        outputs = self.engine_core.step()
+        self._watchdog.begin_turn()
+        try:
+            outputs = self.engine_core.step()
+        finally:
+            self._watchdog.end_turn()
         self.steps.extend(outputs.steps)
         processed = self.output_processor.process_outputs(outputs)
         self.engine_core.abort_requests(processed.requests_to_abort)

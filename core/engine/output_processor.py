@@ -123,19 +123,24 @@ class OutputProcessor:
             self._record_finished(state, state.children[core_id], finish_reason, time.monotonic())
         return unfinished
 
-    def remove_delivered_requests(self) -> list[str]:
-        """The engine core is gone: drop the requests of which callers have got something, as ended with an error.
-        Returns their ids."""
-        delivered = [request_id for request_id, state in self._request_states.items() if state.is_delivered]
-        for request_id in delivered:
+    def remove_lost_requests(self) -> list[str]:
+        """The engine core is gone: drop the requests that cannot run again, as ended with an error. Returns their ids.
+
+        Those are the ones of which callers have got something, and the ones that have run again once before: it may
+        be them by which engines hang or die.
+        """
+        states = self._request_states.items()
+        lost = [request_id for request_id, state in states if state.is_delivered or state.was_restarted]
+        for request_id in lost:
             self.remove_request(request_id, "error")
-        return delivered
+        return lost
 
     def restart_requests(self) -> list[list[EngineCoreRequest]]:
         """For another engine core: the core requests that have not ended, by request, as they were first sent. Whatever
         came of them is forgotten; a request with a seed, and one without, gets the same tokens again."""
         restarted = []
         for state in self._request_states.values():
+            state.was_restarted = True
             unfinished = [r for r in state.core_requests if not state.children[r.request_id].is_done]
             for request in unfinished:
                 before = state.children[request.request_id]

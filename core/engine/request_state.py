@@ -61,6 +61,8 @@ class RequestState:
     """Special tokens that ``skip_special_tokens`` does not leave out of the text."""
     is_delivered: bool = False
     """Whether the caller has got any of it."""
+    was_restarted: bool = False
+    """Whether it runs again, on another engine core than the first."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     """Of the prompt, as the first of its continuations found it."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Coroutine
+from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.engine.client import EngineCoreClient, EngineFault
 from quire.core.engine.process import EngineProcess
+from quire.core.errors import EngineDeadError
 from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["EngineRestarter"]
+__all__ = ["EngineRestarter", "read_until_fault"]
 
 _WINDOW_S = 3600.0
 _MIN_START_LIMIT_S = 120.0
@@ -77,3 +81,22 @@ class EngineRestarter:
         else:
             return
         self.replaced_plugins.append(plugin)
+
+
+async def read_until_fault(client: EngineCoreClient, reading: Coroutine[Any, Any, None]) -> EngineFault:
+    """Run ``reading``, which awaits the outputs of ``client`` for ever, until its engine core cannot serve any more.
+    Raises what ``reading`` raises, but for the end of the engine core."""
+    tasks = asyncio.ensure_future(reading), asyncio.ensure_future(client.wait_fault())
+    reader, watcher = tasks
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not reader.done():
+            return watcher.result()
+        reader.result()
+        raise AssertionError("outputs are read until the engine core is gone")
+    except EngineDeadError as error:
+        return EngineFault(str(error))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

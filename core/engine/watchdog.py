@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,21 +17,26 @@ if TYPE_CHECKING:
     from quire.core.engine.engine_core import EngineCore
     from quire.core.plugin.quarantine import Quarantine
 
-__all__ = ["StepWatchdog"]
+__all__ = ["PluginWatchdog", "StepWatchdog"]
 
 _log = logging.getLogger("quire.engine")
-_MAX_INTERVAL_S = 0.5
+_MIN_INTERVAL_S, _MAX_INTERVAL_S = 0.02, 0.5
+_LINGER_S = 1.0
+"""How long the thread waits for another turn where nobody keeps it."""
 _GRACE_S = 2.0
 """What an interrupted plugin, and the step around it, get to end."""
 
 
 class StepWatchdog:
-    """A context manager for the thread that steps an engine core. It looks from a thread of its own, twice a second.
+    """Looks from a thread of its own, twice a second, at the thread that steps an engine core.
 
-    What is past its limit is found in the stacks of the threads, so that a step pays for one addition. A guarded
-    plugin (``Quarantine``) is interrupted and quarantined; a step that does not end all the same is logged, with the
-    plugin that it is in, and given to ``report_hang``. Time in which a worker compiles, a debugger is attached, or this
-    whole process is stopped, does not count.
+    What is past its limit is found in the stacks of the threads, so that a step pays for little. A guarded plugin
+    (``Quarantine``) is interrupted and quarantined; a step that does not end all the same is logged, with the plugin
+    that it is in, and given to ``report_hang``. Time in which a worker compiles, a debugger is attached, or this whole
+    process is stopped, does not count.
+
+    As a context manager it watches the block, for a loop that says when it is idle. Otherwise each step is put between
+    ``begin_turn`` and ``end_turn``; the thread then ends soon after the last one, and keeps nothing alive.
     """
 
     def __init__(
@@ -50,21 +56,32 @@ class StepWatchdog:
         self._on_tick = on_tick
         self._frames = PluginFrames(core.config)
         self._calls = _CallTimes()
+        self._turn, self._seconds, self._is_reported = -1, 0.0, False  # what was seen of the turn that runs
         self._thread_id = 0
-        self._end = threading.Event()
         self._thread: threading.Thread | None = None
+        self._end = threading.Event()
 
     def __enter__(self) -> StepWatchdog:
         self._thread_id = threading.get_ident()
-        self._end.clear()
-        self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
-        self._thread.start()
+        self._start_thread(math.inf)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end.set()
         if self._thread is not None:
             self._thread.join()
+
+    def begin_turn(self) -> None:
+        """What this thread does from now on is watched."""
+        self._thread_id = threading.get_ident()
+        self.num_turns += 1
+        self.is_idle = False
+        if self._thread is None:
+            self._start_thread(_LINGER_S)
+
+    def end_turn(self) -> None:
+        """It is not, any more."""
+        self.is_idle = True
 
     @contextlib.contextmanager
     def allow_time(self, activity: str, seconds: float) -> Iterator[None]:
@@ -77,29 +94,47 @@ class StepWatchdog:
             self._activity, self._limit_s = "a step", self._step_timeout_s
             self.num_turns += 1
 
-    def _watch(self) -> None:
-        interval = min(_MAX_INTERVAL_S, self._step_timeout_s / 4)
-        turn, seconds, is_reported, last = -1, 0.0, False, time.monotonic()
+    def _start_thread(self, max_idle_s: float) -> None:
+        self._thread = threading.Thread(target=self._watch, args=(max_idle_s,), name="quire-watchdog", daemon=True)
+        self._thread.start()
+
+    def _watch(self, max_idle_s: float) -> None:
+        interval = min(_MAX_INTERVAL_S, max(self._step_timeout_s / 4, _MIN_INTERVAL_S))
+        last, idle_s = time.monotonic(), 0.0
         while not self._end.wait(interval):
             now = time.monotonic()
             # Whoever stopped the process, or the machine, stopped this thread as well: that time is left out.
             elapsed, last = min(now - last, 2 * interval), now
-            is_compiling = self._core.executor.is_compiling
-            if self._on_tick is not None:
-                self._on_tick(is_compiling)
-            if self.num_turns != turn or self.is_idle:
-                turn, seconds, is_reported = self.num_turns, 0.0, False
-                self._calls.clear()
-                continue
-            if is_compiling or is_debugged(self._thread_id):
-                continue
-            seconds += elapsed
-            limit_s = self._limit_s
-            # Of other engines in this process no call is touched that has not run for long itself.
-            self._calls.interrupt_hung(elapsed, limit_s / 2 if seconds >= limit_s else limit_s)
-            if seconds >= limit_s + (_GRACE_S if self._calls.was_interrupted else 0.0) and not is_reported:
-                is_reported = True
-                self._report(seconds)
+            try:
+                self._look(elapsed)
+            except Exception as error:  # an executor's; while this thread lives, the API process hears of hangs
+                _log.error("the watchdog failed", exc_info=error)
+            idle_s = idle_s + elapsed if self.is_idle else 0.0
+            if idle_s > max_idle_s:
+                # In this order: ``begin_turn`` looks at the second after it has changed the first.
+                self._thread = None
+                if self.is_idle:
+                    return
+                self._thread, idle_s = threading.current_thread(), 0.0
+
+    def _look(self, elapsed: float) -> None:
+        is_compiling = self._core.executor.is_compiling
+        if self._on_tick is not None:
+            self._on_tick(is_compiling)
+        if self.num_turns != self._turn or self.is_idle:
+            self._turn, self._seconds, self._is_reported = self.num_turns, 0.0, False
+            self._calls.clear()
+            return
+        if is_compiling or is_debugged(self._thread_id):
+            return
+        self._seconds += elapsed
+        is_late = self._seconds >= self._limit_s
+        # Of other engines in this process no call is touched that has not run for long itself.
+        self._calls.interrupt_hung(elapsed, self._limit_s / 2 if is_late else self._limit_s)
+        grace_s = _GRACE_S if self._calls.was_interrupted else 0.0
+        if is_late and self._seconds >= self._limit_s + grace_s and not self._is_reported:
+            self._is_reported = True
+            self._report(self._seconds)
 
     def _report(self, seconds: float) -> None:
         stacks = self._frames.read_stacks(self._thread_id)
@@ -111,6 +146,27 @@ class StepWatchdog:
         _log.error("%s\n%s", report.describe(), text)
         if self._report_hang is not None:
             self._report_hang(report)
+
+
+class PluginWatchdog:
+    """Interrupts guarded plugins that do not return, in a process that has no steps. ``stop`` ends its thread."""
+
+    def __init__(self) -> None:
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more. Idempotent."""
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        calls, last = _CallTimes(), time.monotonic()
+        while not self._end.wait(_MAX_INTERVAL_S):
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * _MAX_INTERVAL_S), now
+            calls.interrupt_hung(elapsed, math.inf)
 
 
 class _CallTimes:

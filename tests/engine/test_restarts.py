@@ -16,13 +16,15 @@ import pytest
 
 from quire import LLM, AsyncLLM, SamplingParams
 from quire.core.engine.process import EngineProcess
-from quire.core.errors import EngineDeadError
+from quire.core.errors import EngineDeadError, RequestFailedError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=240, ignore_eos=True)
 PLUGINS = """
     import time
     from pathlib import Path
+
+    import torch
 
     from quire.core.worker.uniproc_executor import UniprocExecutor
     from quire.plugins.sched.fcfs import FCFSPolicy
@@ -33,6 +35,11 @@ PLUGINS = """
         '''A step hangs if there is a file.'''
 
         def execute_step(self, step):
+            if (FOLDER / "lost").exists():
+                (FOLDER / "lost").unlink()
+                error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+                error.error_code = 710
+                raise error
             if (FOLDER / "hang").exists():
                 (FOLDER / "inside").touch()
                 hang_in_a_library()
@@ -177,6 +184,49 @@ def test_a_step_that_hangs(tiny: Path, llm: LLM, plugins: Path, capfd: pytest.Ca
     assert "in hang_in_a_library" in capfd.readouterr().err, "the stack is in the log"
 
 
+def test_a_device_that_is_lost(tiny: Path, llm: LLM, plugins: Path) -> None:
+    """The requests of the step that lost it end; the engine of another process serves the others."""
+    [expected] = llm.generate([[5, 6, 7]], GREEDY)
+
+    async def scenario() -> None:
+        options = {"executor": "hanging:Executor", "max_num_seqs": 1, "record": str(plugins / "recording.jsonl")}
+        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", **options)
+        await engine.start()
+        (plugins / "lost").touch()
+        guilty = asyncio.create_task(collect(engine, [4, 4], GREEDY))
+        waiting = asyncio.create_task(collect(engine, [5, 6, 7], GREEDY))
+        with pytest.raises(RequestFailedError, match="device-side assert"):
+            await guilty
+        async with asyncio.timeout(120):
+            assert await waiting == describe(expected)
+        assert engine.get_stats()["engine_restarts_total"] == 1
+        await engine.shutdown()
+        assert sorted(path.name for path in plugins.glob("recording*")) == ["recording.jsonl", "recording.jsonl.1"]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_by_which_engines_die_does_not_end_the_service(tiny: Path, llm: LLM, plugins: Path) -> None:
+    """It runs again once."""
+    [expected] = llm.generate([[5, 6, 7]], GREEDY)
+
+    async def scenario() -> None:
+        options = {"executor": "hanging:Executor", "step_timeout": 0.5}
+        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", **options)
+        await engine.start()
+        (plugins / "hang").touch()
+        with pytest.raises(EngineDeadError, match="in executor/hanging"):
+            async with asyncio.timeout(120):
+                await collect(engine, [4, 4], GREEDY)
+        assert engine.get_stats()["engine_restarts_total"] == 1, "and a second one begins"
+        (plugins / "hang").unlink()
+        await wait_until(lambda: engine.is_ready)
+        assert await collect(engine, [5, 6, 7], GREEDY) == describe(expected)
+        await engine.shutdown()
+
+    asyncio.run(scenario())
+
+
 def test_a_policy_that_cannot_be_interrupted_is_left_out_of_the_next_engine(
     tiny: Path, llm: LLM, plugins: Path
 ) -> None:
@@ -219,6 +269,45 @@ def test_a_process_in_which_no_python_runs(
 
     asyncio.run(scenario())
     assert "in schedule" in capfd.readouterr().err
+
+
+EXPORTER = """
+    import time
+
+    from quire.sdk import MetricsExporter
+
+    class Endless(MetricsExporter):
+        '''It never returns.'''
+
+        def record_engine(self, stats):
+            while True:
+                time.sleep(0.01)
+
+        def record_request(self, stats): ...
+
+        def record_tokens(self, num_prompt, num_generated, ttft_s, itl_s): ...
+"""
+
+
+def test_an_exporter_that_never_returns_is_interrupted(
+    tiny: Path, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in the process that serves HTTP, whose event loop stands still meanwhile; the engine is not to blame."""
+    (tmp_path / "endless_exporter.py").write_text(textwrap.dedent(EXPORTER))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    [expected] = llm.generate([[5, 6, 7]], GREEDY)
+
+    async def scenario() -> None:
+        options: Any = {"metrics": ["prometheus", "endless_exporter:Endless"], "max_engine_restarts": 0}
+        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", **options)
+        await engine.start()
+        async with asyncio.timeout(120):
+            for _ in range(3):
+                assert await collect(engine, [5, 6, 7], GREEDY) == describe(expected)
+        assert len(engine.exporters) == 1 and engine.get_stats()["plugin_quarantines_total"] == 1
+        await engine.shutdown()
+
+    asyncio.run(scenario())
 
 
 def test_an_engine_that_is_shut_down_while_another_starts_leaves_no_process(tiny: Path) -> None:

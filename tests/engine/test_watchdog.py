@@ -19,6 +19,7 @@ from quire.core.engine.ipc import EngineHung
 from quire.core.engine.watchdog import StepWatchdog
 from quire.core.plugin.frames import PluginFrames, find_plugin_calls
 from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
+from quire.core.sample.sampler import GumbelSampler
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.uniproc_executor import UniprocExecutor
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -100,6 +101,44 @@ def test_a_late_step_is_logged_with_its_stack(tiny: Path, caplog: pytest.LogCapt
         assert "in execute_step\n    self.seen.wait(60)" in text
     finally:
         logging.getLogger("quire.engine").removeHandler(handler)
+        engine.shutdown()
+
+
+class EndlessSampler(GumbelSampler):
+    """It never returns once there is traffic."""
+
+    def sample(self, logits: Any, batch: Any) -> Any:
+        while True:
+            time.sleep(0.01)
+
+
+def test_a_sampler_in_the_worker_thread_is_replaced(tiny: Path, llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    params = SamplingParams(temperature=1, seed=3, n=3, max_tokens=20, ignore_eos=True)
+    prompt = list(range(20, 60))
+    [expected] = llm.generate([prompt], params)
+    sampler = f"{__name__}:EndlessSampler"
+    engine = LLM(model=str(tiny), device="cpu", max_model_len=256, sampler=sampler, step_timeout=1.0)
+    try:
+        for _ in range(2):  # the second time with a prefix from the cache
+            [output] = engine.generate([prompt], params)
+            assert [o.token_ids for o in output.outputs] == [o.token_ids for o in expected.outputs]
+        assert f"sampler/{sampler} is quarantined (hung)" in caplog.text
+    finally:
+        engine.shutdown()
+
+
+def test_the_thread_ends_when_nobody_steps(tiny: Path) -> None:
+    """And begins again: an engine that is dropped is not kept alive."""
+    engine = LLM(model=str(tiny), device="cpu", max_model_len=256)
+    try:
+        for _ in range(2):
+            engine.generate([[5, 6, 7]], GREEDY)
+            threads = [thread for thread in threading.enumerate() if thread.name == "quire-watchdog"]
+            assert threads
+            for thread in threads:
+                thread.join(30)
+                assert not thread.is_alive()
+    finally:
         engine.shutdown()
 
 

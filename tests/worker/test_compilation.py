@@ -1,39 +1,44 @@
-"""Kernels are compiled ahead without being run, and those that tune themselves without being judged."""
+"""Kernels that are compiled under traffic are counted, and the time that it takes is known while it passes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
-import torch
 import triton
-import triton.language as tl
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
 
-from quire.core.worker.compilation import precompile_kernels
+from quire.core.worker.compilation import CompileCounter
 
 
-@triton.autotune([triton.Config({"block": 4}), triton.Config({"block": 8})], key=["n"])
-@triton.jit
-def fill(out_ptr, n, block: tl.constexpr):
-    at = tl.arange(0, block)
-    tl.store(out_ptr + at, block, mask=at < n)
+@pytest.fixture
+def hooks() -> Iterator[Any]:
+    """Triton's, as a package has set them before."""
+    runtime = triton.knobs.runtime
+    before = runtime.jit_cache_hook, runtime.jit_post_compile_hook
+    yield runtime
+    runtime.jit_cache_hook, runtime.jit_post_compile_hook = before
 
 
-def test_no_variant_is_chosen_in_the_warm_up() -> None:
-    """Where nothing runs, what seems fastest is chance; the choice would stay."""
-    before, out = (JITFunction.run, Autotuner.run), torch.zeros(8, dtype=torch.int32)
-    precompile_kernels(lambda: fill[(1,)](out, 8))
-    assert out.tolist() == [8] * 8, "the interpreter cannot but run them: the last variant came last"
-    assert fill.cache == {}
-    assert (JITFunction.run, Autotuner.run) == before
+def test_a_compilation_is_seen_from_its_begin_to_its_end(hooks: Any) -> None:
+    told: list[str] = []
+    hooks.jit_cache_hook = lambda **info: told.append("begin")
+    hooks.jit_post_compile_hook = lambda **info: told.append("end")
+    counter = CompileCounter()
+    assert not counter.is_compiling
+    assert not hooks.jit_cache_hook(key="k"), "what is true keeps Triton from compiling"
+    assert counter.is_compiling and counter.take_count() == 0
+    hooks.jit_post_compile_hook(key="k")
+    assert not counter.is_compiling and counter.take_count() == 1 and counter.take_count() == 0
+    assert told == ["begin", "end"], "hooks of others are called as before"
 
 
-def test_a_warm_up_that_fails_is_told_and_left_behind(caplog: pytest.LogCaptureFixture) -> None:
-    before = JITFunction.run, Autotuner.run
-
-    def run_warmup() -> None:
-        raise ValueError("no such kernel")
-
-    precompile_kernels(run_warmup)
-    assert "no such kernel" in caplog.text
-    assert (JITFunction.run, Autotuner.run) == before
+def test_a_compilation_that_never_ends_is_one_no_more(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("quire.core.worker.compilation.time.monotonic", lambda: now[0])
+    counter = CompileCounter()
+    hooks.jit_cache_hook(key="k")
+    now[0] += 599
+    assert counter.is_compiling
+    now[0] += 2
+    assert not counter.is_compiling
