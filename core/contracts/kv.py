@@ -87,10 +87,10 @@ class KVAllocator(ABC):
     def match_prefix(self, request: Request) -> PrefixMatch:
         """The longest cached prefix, at most ``num_tokens - 1``: the last token is always computed. Changes nothing."""
 
-    def count_cached_tokens(self, request: Request) -> int:
-        """``match_prefix(request).num_tokens``, or what it very likely is: policies ask this of many waiting requests
-        in one step. Changes nothing."""
-        return self.match_prefix(request).num_tokens
+    def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
+        """Of each request ``match_prefix(request).num_tokens``, or what it very likely is: policies ask this of many
+        waiting requests in one step. Changes nothing."""
+        return [self.match_prefix(request).num_tokens for request in requests]
 
     @abstractmethod
     def allocate(

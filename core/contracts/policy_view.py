@@ -149,22 +149,35 @@ class RequestColumns:
         return len(self.num_remaining_tokens)
 
 
-@dataclass(frozen=True, slots=True)
 class GroupColumns:
-    """The groups of requests, by the key that ``BatchingPolicy.group_key`` gave them: parallel columns.
+    """The groups of requests, by the key that ``BatchingPolicy.group_key`` gave them: parallel, read-only columns, each
+    of which is computed when it is first read.
 
     A group keeps its index while it has requests in the engine. It is remembered for a while after that, with what it
     used; then another group may get the index.
     """
 
     keys: Sequence[GroupKey]
-    """None where an index is free, which has no requests then (or where that is the key)."""
+    """None where an index is free, which has no requests then (or where that is the key). The same object in every
+    view until an index changes hands."""
     num_running: NDArray[np.int64]
     num_waiting: NDArray[np.int64]
     num_prompt_tokens: NDArray[np.int64]
     """Prompt tokens that were computed for the group; what the prefix cache held is not in it."""
     num_output_tokens: NDArray[np.int64]
     """Generated tokens that were computed for the group, drafts included. The last of an answer never is."""
+
+    def __init__(self, keys: Sequence[GroupKey], **columns: NDArray[np.int64]) -> None:
+        unknown = columns.keys() - GroupColumns.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"no such column: {', '.join(sorted(unknown))}")
+        self.keys = keys
+        for name, column in columns.items():
+            column.flags.writeable = False
+            setattr(self, name, column)
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +247,8 @@ class FinishedStep:
     """Tokens that it computed."""
     device_us: float
     """Microseconds on the device; 0: not measured."""
-    request_numbers: NDArray[np.int64]  # (n,) requests that gained tokens
-    num_new_tokens: NDArray[np.int64]  # (n,) how many each gained, accepted drafts included
+    request_numbers: NDArray[np.int64]  # (n,) requests in the step
+    num_new_tokens: NDArray[np.int64]  # (n,) tokens sampled for each, accepted drafts included; 0: its prompt goes on
 
 
 @dataclass(frozen=True, slots=True)

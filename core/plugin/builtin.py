@@ -38,9 +38,17 @@ def quire_register_kv(register: Registrar) -> None:
 @hookimpl
 def quire_register_policy(register: Registrar) -> None:
     """Register the bundled batching policies."""
-    register("fcfs", "quire.plugins.sched.fcfs:FCFSPolicy", "decode first, then waiting requests in order of arrival")
-    register("priority", "quire.plugins.sched.priority:PriorityPolicy", "by the request's priority, with aging")
-    register("sjf", "quire.plugins.sched.sjf:SJFPolicy", "shortest job first, with aging")
+    where = "quire.plugins.sched"
+    register("fcfs", f"{where}.fcfs:FCFSPolicy", "decode first, then waiting requests in order of arrival")
+    register("priority", f"{where}.priority:PriorityPolicy", "by the request's priority, with aging")
+    register("sjf", f"{where}.sjf:SJFPolicy", "shortest job first, with aging")
+    register("fair_share", f"{where}.fair_share:FairSharePolicy", "groups share by tokens served (VTC), by weight")
+    register("edf", f"{where}.edf:EDFPolicy", "earliest deadline first; refuses what comes too late if told to")
+    register(
+        "prefix_affinity", f"{where}.prefix_affinity:PrefixAffinityPolicy", "longest cached prefix first, with age"
+    )
+    register("fairbatch", f"{where}.fairbatch:FairBatchPolicy", "steps by slack to targets of first and further tokens")
+    register("ewsjf", f"{where}.ewsjf:EWSJFPolicy", "queues by prompt length, waiting time over work")
 
 
 @hookimpl

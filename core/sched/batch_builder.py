@@ -91,6 +91,9 @@ class BatchBuilder:
             elif not self._admit_request(batch, request, num_tokens):
                 batch.out_of_blocks = True
                 self._backoff = _AdmissionBackoff(request, self._allocator.num_free_blocks())
+        if batch.prefix_hit_refund and not self._waiting.count_visible(self._running.num_free_rows):
+            # Where all that run are served, nobody is left who could use what was given back.
+            batch.prefix_hit_refund = batch.num_scheduled_rows < self._running.count_runnable()
 
     def make_output(self, batch: ScheduledBatch, step: int) -> SchedulerOutput:
         """Close the batch: add its grants to the counts of the running batch, and describe the step to the worker."""

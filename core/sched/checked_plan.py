@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.policy_view import Grants, Refusal, StepView
 
-__all__ = ["CheckedPlan", "check_grants"]
+__all__ = ["CheckedPlan", "PlanLimits", "check_grants"]
 
 
 @dataclass(slots=True)
@@ -24,11 +25,28 @@ class CheckedPlan:
     """Waiting requests that the policy refuses; none of them has a grant."""
 
 
-def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
+class PlanLimits(NamedTuple):
+    """What a plan for a view is checked against. Taken before the policy sees the view: whatever it does to it, the
+    check is right."""
+
+    remaining: NDArray[np.int64]  # (num_running + num_waiting,) tokens that each request has left to compute
+    num_running: int
+    num_free_rows: int
+    token_budget: int
+    chunked_prefill: bool
+
+    @classmethod
+    def from_view(cls, view: StepView) -> PlanLimits:
+        """Those of a view, in arrays of their own."""
+        remaining = np.concatenate((view.running.num_remaining_tokens, view.waiting.num_remaining_tokens))
+        return cls(remaining, len(view.running), view.num_free_rows, view.token_budget, view.chunked_prefill)
+
+
+def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
     """The grants cut to what is possible; or, if they break the contract, a text that says how."""
     if not isinstance(grants, Grants):
         return f"schedule returned {type(grants).__name__}, not Grants"
-    num_running, num_waiting = len(view.running), len(view.waiting)
+    num_running, num_waiting = limits.num_running, len(limits.remaining) - limits.num_running
     for name in ("request_indices", "num_scheduled_tokens"):
         column = getattr(grants, name)
         if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
@@ -57,20 +75,18 @@ def check_grants(grants: object, view: StepView) -> CheckedPlan | str:
         indices, tokens = indices[~is_refused], tokens[~is_refused]
 
     # From here on, what is too much is cut: to what each request has left to compute ...
-    remaining = view.running.num_remaining_tokens
-    if num_waiting:
-        remaining = np.concatenate((remaining, view.waiting.num_remaining_tokens))
-    wanted = remaining[indices]
+    wanted = limits.remaining[indices]
     tokens = np.minimum(tokens, wanted)
     # ... to the waiting requests that find a row, in the order of the grants ...
     if num_waiting:
         is_waiting = indices >= num_running
-        tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > view.num_free_rows), 0, tokens)
+        if np.count_nonzero(is_waiting) > limits.num_free_rows:
+            tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > limits.num_free_rows), 0, tokens)
     # ... to the budget, which the first grants use up ...
-    if np.add.reduce(tokens) > view.token_budget:
-        tokens = np.clip(view.token_budget - (tokens.cumsum() - tokens), 0, tokens)
+    if np.add.reduce(tokens) > limits.token_budget:
+        tokens = np.minimum(np.maximum(limits.token_budget - (tokens.cumsum() - tokens), 0), tokens)
     # ... and, where prompts cannot be computed in parts, to whole ones.
-    if not view.chunked_prefill:
+    if not limits.chunked_prefill:
         tokens = np.where(tokens == wanted, tokens, 0)
     keep = tokens > 0
     if np.count_nonzero(keep) < len(keep):

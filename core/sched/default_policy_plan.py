@@ -56,7 +56,7 @@ def make_default_plan(
     if num_wanted > budget:
         uncut = tokens
         # What the requests before each one leave of the budget: the last that gets anything may be cut.
-        tokens = np.clip(budget - (tokens.cumsum() - tokens), 0, tokens)
+        tokens = np.minimum(np.maximum(budget - (tokens.cumsum() - tokens), 0), tokens)
         last = np.count_nonzero(tokens) - 1
         # Drop that last, cut one if a prompt stands before it and a later step can hold it whole beside the decodes.
         if last > 0 and uncut[last - 1] > 1 and tokens[last] < uncut[last] <= budget - num_decodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -67,9 +67,10 @@ class GuardedAllocator(KVAllocator):
         match = self._call("match_prefix", request, partial(self.allocator.match_prefix, request))
         return self._no_match if match is None else match
 
-    def count_cached_tokens(self, request: Request) -> int:
-        """0, if the allocator has failed."""
-        return self._call("count_cached_tokens", request, partial(self.allocator.count_cached_tokens, request)) or 0
+    def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
+        """Zeros, if the allocator has failed."""
+        counts = self._call("count_cached_tokens", None, partial(self.allocator.count_cached_tokens, requests))
+        return counts or [0] * len(requests)
 
     def allocate(
         self,

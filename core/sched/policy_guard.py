@@ -23,7 +23,7 @@ from quire.core.contracts.policy import (
 from quire.core.errors import QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.request import Request
-from quire.core.sched.checked_plan import CheckedPlan, check_grants
+from quire.core.sched.checked_plan import CheckedPlan, PlanLimits, check_grants
 from quire.core.sched.default_policy_plan import make_default_plan
 from quire.core.stats import QuarantinedPlugin
 
@@ -110,25 +110,24 @@ class PolicyGuard:
                 fault = f"group_key returned {group!r:.100}, not a string, a whole number or None"
             self._report_fault("invalid_result", fault)
 
-    def schedule(self, view: StepView) -> CheckedPlan:
-        """The policy's plan for a step, checked."""
-        while True:
-            policy = self.policy
-            # The default plan is the engine's own: neither checked nor timed.
-            if type(policy).schedule is BatchingPolicy.schedule:
-                grants = make_default_plan(view)
-                return CheckedPlan(grants.request_indices, grants.num_scheduled_tokens, [])
-            if self._on_fallback:
-                result = check_grants(policy.schedule(view), view)
-            else:
-                returned = self._quarantine.call_timed(policy.schedule, view)
-                plan_or_fault = self._quarantine.call(check_grants, returned, view)
-                if plan_or_fault is None:
-                    continue  # it raised or was too slow: the fallback is asked
-                result = plan_or_fault
-            if isinstance(result, CheckedPlan):
-                return result
-            self._report_fault("invalid_result", result)
+    def schedule(self, view: StepView) -> CheckedPlan | None:
+        """The policy's plan for a step, checked. None if the policy was replaced for it: the queue is in another order
+        then, and what the policy did to the view is not known, so that the fallback needs a view of its own."""
+        policy = self.policy
+        # The default plan is the engine's own: neither checked nor timed.
+        if type(policy).schedule is BatchingPolicy.schedule:
+            grants = make_default_plan(view)
+            return CheckedPlan(grants.request_indices, grants.num_scheduled_tokens, [])
+        limits = PlanLimits.from_view(view)
+        returned = self._call(policy.schedule, view)
+        if self.policy is not policy:
+            return None  # it raised or was too slow
+        plan_or_fault = self._call(check_grants, returned, limits)
+        if isinstance(plan_or_fault, CheckedPlan):
+            return plan_or_fault
+        if self.policy is policy:
+            self._report_fault("invalid_result", str(plan_or_fault))
+        return None
 
     def note_empty_plan(self) -> bool:
         """The engine is idle, could run something, and the plan led to no step. Whether to ask again."""

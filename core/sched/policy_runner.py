@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from quire.core.config import SchedulerConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, FinishedStep, StepReport, StepView
-from quire.core.messages import EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
+from quire.core.messages import ModelRunnerOutput, SchedulerOutput
 from quire.core.request import Request
 from quire.core.sched.checked_plan import CheckedPlan
 from quire.core.sched.policy_guard import PolicyGuard, make_request_info
@@ -23,6 +25,13 @@ from quire.core.sched.waiting_queue import WaitingQueue
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["PolicyRunner"]
+
+
+class _ReportedStep(NamedTuple):
+    """A step in flight of which the policy was told."""
+
+    step: int
+    request_numbers: NDArray[np.int64]
 
 
 class PolicyRunner:
@@ -55,6 +64,7 @@ class PolicyRunner:
         self._num_arrivals = 0
         self._preempted: list[int] = []
         self._finished_steps: list[FinishedStep] = []
+        self._reported: deque[_ReportedStep] = deque()  # in flight
         self._groups: GroupTable | None = None
         self._prefixes: PrefixLookup | None = None
         self.guard = PolicyGuard(policy, fallback, self._note_quarantine, name=name, clock=timer)
@@ -85,10 +95,13 @@ class PolicyRunner:
 
     def make_plan(
         self, batch: ScheduledBatch, step: int, num_visible: int, waiting_requests: list[Request]
-    ) -> CheckedPlan:
-        """The policy's plan for what is left of the batch. ``waiting_requests`` are ``peek_requests(num_visible)`` of
-        the queue. Requests that the policy refuses are ended, unless a part of their answer was sent."""
+    ) -> CheckedPlan | None:
+        """The policy's plan for what is left of the batch; None if it was replaced for its fault. ``waiting_requests``
+        are ``peek_requests(num_visible)`` of the queue. Requests that the policy refuses are ended, unless a part of
+        their answer was sent."""
         plan = self.guard.schedule(self._make_view(batch, step, num_visible, waiting_requests))
+        if plan is None:
+            return None
         for index, reason in plan.refusals:
             request = waiting_requests[index - len(self._running)]
             if not request.num_output_tokens:
@@ -101,17 +114,22 @@ class PolicyRunner:
         if self._groups is None and not self.guard.wants_reports:
             return
         running, rows = self._running, step.rows
-        tokens = step.num_scheduled_tokens.astype(np.int64)
-        if self._groups is not None:
+        if self._groups is not None and step.num_decodes == len(rows):
+            self._groups.count_output_tokens(running.group[rows])
+        elif self._groups is not None:
+            tokens = step.num_scheduled_tokens.astype(np.int64)
             num_computed_before = running.num_computed_tokens[rows] - tokens
-            num_prompt_tokens = np.clip(running.prompt_len[rows] - num_computed_before, 0, tokens)
+            num_prompt_tokens = np.minimum(np.maximum(running.prompt_len[rows] - num_computed_before, 0), tokens)
             self._groups.count_tokens(running.group[rows], tokens, num_prompt_tokens)
         if self.guard.wants_reports:
+            request_numbers = running.request_ids[rows]
+            request_numbers.flags.writeable = False
+            self._reported.append(_ReportedStep(step.step, request_numbers))
             report = StepReport(
                 step.step,
                 self._clock(),
-                running.request_ids[rows],
-                tokens,
+                request_numbers,
+                step.num_scheduled_tokens.astype(np.int64),
                 tuple(new.request_id for new in step.new_requests),
                 tuple(self._preempted),
                 tuple(self._finished_steps),
@@ -120,20 +138,16 @@ class PolicyRunner:
             self._finished_steps.clear()
             self.guard.report_step(report)
 
-    def step_finished(self, step: SchedulerOutput, output: ModelRunnerOutput, outputs: EngineCoreOutputs) -> None:
+    def step_finished(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """A step's output is in: for the next report."""
-        if not self.guard.wants_reports:
-            return
-        request_ids, counts = list(outputs.request_ids), outputs.num_new_tokens or [1] * len(outputs.request_ids)
-        gained = [(out.request_id, len(out.new_token_ids)) for out in outputs.outputs if out.new_token_ids]
+        while self._reported and self._reported[0].step < step.step:
+            self._reported.popleft()  # it failed
+        if not self._reported or self._reported[0].step != step.step:
+            return  # it was scheduled for another policy
+        request_numbers = self._reported.popleft().request_numbers
+        num_new_tokens = output.num_sampled_tokens.astype(np.int64)
         self._finished_steps.append(
-            FinishedStep(
-                step.step,
-                step.total_num_scheduled_tokens,
-                output.device_us,
-                np.array(request_ids + [request_id for request_id, _ in gained], np.int64),
-                np.array(counts + [count for _, count in gained], np.int64),
-            )
+            FinishedStep(step.step, step.total_num_scheduled_tokens, output.device_us, request_numbers, num_new_tokens)
         )
 
     def _make_view(
@@ -153,7 +167,7 @@ class PolicyRunner:
             waiting=self._waiting.view_columns(num_visible, count_cached_tokens),
             chunked_prefill=self._config.chunked_prefill,
             step=step,
-            groups=None if self._groups is None else self._groups.view_columns(running.group[running.rows]),
+            groups=None if self._groups is None else self._groups.view_columns(lambda: running.group[running.rows]),
         )
 
     def _prepare_policy(self) -> None:
@@ -161,6 +175,7 @@ class PolicyRunner:
         self._prefixes = PrefixLookup(self._allocator) if self.guard.reads_prefix_cache else None
         self._preempted.clear()
         self._finished_steps.clear()
+        self._reported.clear()
 
     def _rank_request(self, request: Request, arrival: int, *, may_reject: bool) -> None:
         if self._prefixes is None:

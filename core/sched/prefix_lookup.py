@@ -35,7 +35,7 @@ class PrefixLookup:
 
     def record_arrival(self, request: Request) -> SharedPrefix:
         """What the prompt shares with those before it, which it joins."""
-        num_cached_tokens = self._allocator.count_cached_tokens(request)
+        (num_cached_tokens,) = self._allocator.count_cached_tokens([request])
         seen, shared = self._seen, b""
         for block_hash in request.block_hashes:
             if block_hash in seen:
@@ -48,5 +48,4 @@ class PrefixLookup:
 
     def count_cached_tokens(self, requests: Sequence[Request]) -> NDArray[np.int64]:
         """Tokens of each request that the prefix cache holds now."""
-        count = self._allocator.count_cached_tokens
-        return np.fromiter((count(request) for request in requests), np.int64, len(requests))
+        return np.array(self._allocator.count_cached_tokens(requests), np.int64)

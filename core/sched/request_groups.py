@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,7 @@ class GroupTable:
     def __init__(self, max_idle_groups: int = MAX_IDLE_GROUPS) -> None:
         self._max_idle_groups = max_idle_groups
         self._keys: list[GroupKey] = []
+        self._shown_keys: tuple[GroupKey, ...] | None = ()  # the same object in every view until a key changes
         self._index_of_key: dict[GroupKey, int] = {}
         self._idle: dict[int, None] = {}  # in the order in which they became idle
         self._free_indices: list[int] = []
@@ -48,7 +51,12 @@ class GroupTable:
             oldest = next(iter(self._idle))
             del self._idle[oldest], self._index_of_key[self._keys[oldest]]
             self._keys[oldest] = None
+            self._shown_keys = None
             self._free_indices.append(oldest)
+
+    def count_output_tokens(self, groups: NDArray[np.int64]) -> None:
+        """A step of decodes was scheduled: one token for a request of each of ``groups``."""
+        self._num_output_tokens += np.bincount(groups, minlength=len(self._num_output_tokens))
 
     def count_tokens(
         self,
@@ -62,19 +70,21 @@ class GroupTable:
         self._num_prompt_tokens += prompt
         self._num_output_tokens += np.bincount(groups, num_scheduled_tokens, size).astype(np.int64) - prompt
 
-    def view_columns(self, running_groups: NDArray[np.int64]) -> GroupColumns:
-        """The groups as a policy sees them; ``running_groups`` holds the group of each running request."""
+    def view_columns(self, running: Callable[[], NDArray[np.int64]]) -> GroupColumns:
+        """The groups as a policy sees them; ``running`` gives the group of each running request."""
+        if self._shown_keys is None:
+            self._shown_keys = tuple(self._keys)
+        return _TableColumns(self._shown_keys, self, running)
+
+    def gather_column(self, name: str, running: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """A column of ``GroupColumns`` by its name, now."""
         size = len(self._keys)
-        num_running = np.bincount(running_groups, minlength=size)[:size]
-        columns = (
-            num_running,
-            self._num_requests[:size] - num_running,
-            self._num_prompt_tokens[:size].copy(),
-            self._num_output_tokens[:size].copy(),
-        )
-        for column in columns:
-            column.flags.writeable = False
-        return GroupColumns(tuple(self._keys), *columns)
+        if name == "num_prompt_tokens":
+            return self._num_prompt_tokens[:size].copy()
+        if name == "num_output_tokens":
+            return self._num_output_tokens[:size].copy()
+        num_running = np.bincount(running(), minlength=size)[:size]
+        return num_running if name == "num_running" else self._num_requests[:size] - num_running
 
     def _open_group(self, key: GroupKey) -> int:
         if self._free_indices:
@@ -88,5 +98,23 @@ class GroupTable:
                 grown = (np.concatenate((column, np.zeros_like(column))) for column in columns)
                 self._num_requests, self._num_prompt_tokens, self._num_output_tokens = grown
         self._index_of_key[key] = index
+        self._shown_keys = None
         self._num_prompt_tokens[index] = self._num_output_tokens[index] = 0
         return index
+
+
+class _TableColumns(GroupColumns):
+    """Columns of a ``GroupTable``, each made when it is first read."""
+
+    def __init__(self, keys: Sequence[GroupKey], table: GroupTable, running: Callable[[], NDArray[np.int64]]) -> None:
+        super().__init__(keys)
+        self._table, self._running = table, running
+
+    def __getattr__(self, name: str) -> NDArray[np.int64]:
+        """Called only for columns that are not there yet."""
+        if name not in GroupColumns.__annotations__:
+            raise AttributeError(name)
+        column = self._table.gather_column(name, self._running)
+        column.flags.writeable = False
+        setattr(self, name, column)
+        return column

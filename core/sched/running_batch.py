@@ -263,6 +263,12 @@ class RunningBatch(StateColumns):
         """The first multiple of the block size above ``num_tokens``."""
         return (num_tokens // self._block_size + 1) * self._block_size
 
+    def count_runnable(self) -> int:
+        """Requests that have tokens to compute, those of the step that is being built included."""
+        rows = self.rows
+        known = np.minimum(self.num_tokens[rows], self.max_computed_tokens[rows])
+        return int(np.count_nonzero(known > self.num_computed_tokens[rows]))
+
     def view_columns(self, scheduled_rows: NDArray[np.int64]) -> RequestColumns:
         """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``."""
         columns = GatheredColumns(self, self.rows, self._block_size)

@@ -61,6 +61,11 @@ class ScheduledBatch:
     block_copies: list[RowCopy] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
 
+    @property
+    def num_scheduled_rows(self) -> int:
+        """How many rows have their grant."""
+        return sum(len(group.rows) for group in self.groups)
+
     def scheduled_rows(self) -> NDArray[np.int64]:
         """Rows that have their grant of this step."""
         return np.concatenate([group.rows for group in self.groups]) if self.groups else _NO_ROWS

@@ -215,7 +215,7 @@ class Scheduler:
         """Apply the output of ``step``, the oldest in flight."""
         self._token_budget.record_fitting_step()
         outputs = self._output_updater.update_from_output(self._pop_oldest_step(step), output)
-        self._policy_runner.step_finished(step, output, outputs)
+        self._policy_runner.step_finished(step, output)
         return outputs
 
     def fail_step(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
@@ -303,7 +303,8 @@ class Scheduler:
     # ---- A step is built.
 
     def _fill_batch(self, batch: ScheduledBatch) -> None:
-        """Ask the policy and carry its plan out; again with what is left, while cached prefixes give budget back."""
+        """Ask the policy and carry its plan out; again with what is left, while cached prefixes give budget back, or
+        if nothing of the plan could be carried out."""
         running, waiting = self._running, self._waiting
         while True:
             batch.prefix_hit_refund = False
@@ -313,9 +314,13 @@ class Scheduler:
             if not len(running_rows) and not waiting_requests:
                 return
             plan = self._policy_runner.make_plan(batch, self._num_steps, num_visible, waiting_requests)
+            if plan is None:
+                continue  # the policy was replaced
             if not len(plan.request_indices):
                 return
             self._batch_builder.apply_plan(batch, plan, running_rows, waiting_requests)
+            if batch.out_of_blocks and not batch.groups:
+                continue  # all was granted to waiting requests that do not fit: those that run are asked for alone
             if not batch.prefix_hit_refund or batch.out_of_blocks or batch.token_budget <= 0:
                 return
 

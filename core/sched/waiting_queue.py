@@ -50,6 +50,8 @@ class WaitingQueue:
         self._free_slots = list(range(max_visible, -1, -1))
         self._columns = StateColumns(max_visible + 1)
         self._slot_requests: list[Request | None] = [None] * (max_visible + 1)
+        self._visible: list[int] = []  # what ``_visible_slots`` gave last,
+        self._visible_limit = -1  # and for which limit; -1: the queue has changed since
         self._no_columns = GatheredColumns(self._columns, np.empty(0, np.int64), block_size)
         self._parked: dict[int, Request] = {}
         self._num_ready = 0
@@ -85,6 +87,7 @@ class WaitingQueue:
             if len(lane.front_keys) > lane.max_front:
                 lane.push_heap(lane.front_keys[-1], self._delete_front(lane, len(lane.front_keys) - 1))
         self._num_ready += 1
+        self._visible_limit = -1
 
     def park_request(self, request: Request) -> None:
         """Keep a request that is not in the queue and has to wait for something before it may be admitted."""
@@ -100,6 +103,7 @@ class WaitingQueue:
             return
         lane = self._lanes[request.group_index]
         self._num_ready -= 1
+        self._visible_limit = -1
         if not lane.remove_from_heap(request.queue_key):
             self._delete_front(lane, bisect_left(lane.front_keys, request.queue_key))
             self._refill_front(lane)
@@ -139,7 +143,7 @@ class WaitingQueue:
             for index in reversed(range(len(lane.front_keys))):
                 self._delete_front(lane, index)
         self._lanes.clear()
-        self._num_ready = 0
+        self._num_ready, self._visible_limit = 0, -1
         for request in ready:
             self.add_request(request)
 
@@ -150,6 +154,11 @@ class WaitingQueue:
             yield from lane.heap_requests.values()
 
     def _visible_slots(self, limit: int) -> list[int]:
+        if limit != self._visible_limit:
+            self._visible, self._visible_limit = self._gather_slots(limit), limit
+        return self._visible
+
+    def _gather_slots(self, limit: int) -> list[int]:
         if len(self._lanes) == 1:
             (lane,) = self._lanes.values()
             self._fit_front(lane, self._max_visible)

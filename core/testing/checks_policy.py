@@ -22,7 +22,7 @@ from quire.core.contracts.policy import (
 )
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
-from quire.core.sched.checked_plan import check_grants
+from quire.core.sched.checked_plan import PlanLimits, check_grants
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.testing.simulated_engine import SimulatedEngine
 
@@ -62,7 +62,7 @@ def check_plans_are_sound(cls: type[BatchingPolicy]) -> None:
     """Grants name requests of the view, each once, are not negative, and leave the view as it is."""
     policy = _make(cls)
     for seed in range(100):
-        result = check_grants(policy.schedule(_view(seed)), _view(seed))
+        result = check_grants(policy.schedule(_view(seed)), PlanLimits.from_view(_view(seed)))
         assert not isinstance(result, str), f"view {seed}: {result}"
 
 
@@ -183,8 +183,11 @@ def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_
         running=_columns(rng, running, True, idle),
         waiting=_columns(rng, waiting, False, idle),
         step=seed,
-        groups=GroupColumns(("a", None, "b", 7), *rng.integers(0, 99, (4, 4))),
+        groups=GroupColumns(("a", None, "b", 7), **dict(zip(_GROUP_COLUMNS, rng.integers(0, 99, (4, 4)), strict=True))),
     )
+
+
+_GROUP_COLUMNS = ("num_running", "num_waiting", "num_prompt_tokens", "num_output_tokens")
 
 
 def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) -> RequestColumns:

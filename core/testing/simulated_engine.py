@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
@@ -25,14 +25,18 @@ class SimulatedStep(NamedTuple):
     step: SchedulerOutput
     output: ModelRunnerOutput | None
     """None: the worker failed on the step."""
+    end_ns: int
+    """When it ends, by the engine's clock."""
 
 
 class SimulatedEngine:
     """Serves requests through a real scheduler, and knows what each must receive.
 
     ``finish_step`` raises ``AssertionError`` if a request receives a token that it would not receive alone, or one
-    after its end; the worker does if a step would read what is not there. The clock shows the number of turns, in
-    milliseconds.
+    after its end; the worker does if a step would read what is not there.
+
+    The clock, ``now_ns``, goes on by a millisecond at each turn. With ``step_time_ms`` it shows what a device would
+    take on which steps run one after another, each for so many milliseconds; ``advance_clock`` passes idle time.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class SimulatedEngine:
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
         draft_accuracy: float = 0.5,
+        step_time_ms: Callable[[SchedulerOutput], float] | None = None,
     ) -> None:
         cache = CacheConfig(block_size=allocator.block_size, num_blocks=allocator.num_blocks, watermark=watermark)
         self.allocator = allocator
@@ -59,14 +64,18 @@ class SimulatedEngine:
             policy,
             fallback=fallback,
             max_model_len=max_model_len,
-            clock=lambda: self._num_turns * 1_000_000,
+            clock=lambda: self.now_ns,
             speculation=speculation,
             proposer=proposer,
         )
         self.worker = FakeKVWorker(
             allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, draft_accuracy
         )
+        self.now_ns = 0
+        """The engine's clock."""
         self.received: dict[str, list[int]] = {}
+        self.token_times_ns: dict[str, list[int]] = {}
+        """When each request received each token."""
         self.finished: dict[str, str] = {}
         """Finish reasons, by request id."""
         self.outputs: list[EngineCoreOutput] = []
@@ -78,7 +87,8 @@ class SimulatedEngine:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._max_in_flight = max_in_flight
-        self._num_turns = 0
+        self._step_time_ms = step_time_ms
+        self._device_free_ns = 0
 
     def add_request(
         self,
@@ -90,9 +100,10 @@ class SimulatedEngine:
         salt: str | None = None,
         parent: str | None = None,
         scheduling: SchedulingParams | None = None,
+        arrival_ns: int | None = None,
         **params: object,
     ) -> None:
-        """Queue a request. ``params`` are those of ``SamplingParams``."""
+        """Queue a request, which came now or at ``arrival_ns``. ``params`` are those of ``SamplingParams``."""
         params.setdefault("seed", len(self._expected))
         sampling = SamplingParams(**params)  # type: ignore[arg-type]
         number = len(self._names)
@@ -101,7 +112,7 @@ class SimulatedEngine:
                 number,
                 list(prompt),
                 sampling,
-                self._num_turns * 1_000_000,
+                self.now_ns if arrival_ns is None else arrival_ns,
                 list(eos),
                 priority,
                 salt,
@@ -113,7 +124,7 @@ class SimulatedEngine:
         self.numbers[request_id] = number
         self._names.append(request_id)
         self._expected[request_id] = self._expect_tokens(prompt, sampling, eos)
-        self.received[request_id] = []
+        self.received[request_id], self.token_times_ns[request_id] = [], []
 
     def abort_request(self, request_id: str) -> None:
         """End a request now."""
@@ -124,7 +135,8 @@ class SimulatedEngine:
         """Schedule a step and send it to the worker, unless as many as allowed are in flight. None: no step."""
         step = self._schedule_step()
         if step is not None:
-            self.in_flight.append(SimulatedStep(step, self.worker.execute_step(step)))
+            output = self.worker.execute_step(step)
+            self.in_flight.append(SimulatedStep(step, output, self._find_end(step, output)))
         return step
 
     def launch_failing_step(self, *, read_differences: bool = True) -> SchedulerOutput | None:
@@ -133,7 +145,7 @@ class SimulatedEngine:
         step = self._schedule_step()
         if step is not None:
             self.worker.fail_step(step, read_differences=read_differences)
-            self.in_flight.append(SimulatedStep(step, None))
+            self.in_flight.append(SimulatedStep(step, None, self.now_ns))
         return step
 
     def launch_step_out_of_memory(self, *, read_differences: bool = True) -> bool:
@@ -148,7 +160,8 @@ class SimulatedEngine:
     def finish_step(self) -> list[EngineCoreOutput]:
         """Apply the output of the oldest step in flight, or tell the scheduler that it failed, and check what the
         requests receive."""
-        step, output = self.in_flight.popleft()
+        step, output, end_ns = self.in_flight.popleft()
+        self.now_ns = max(self.now_ns, end_ns)
         if output is None:
             self.worker.note_reported_failure(step)
             outputs = self.scheduler.fail_step(step, "the worker failed").expand_outputs()
@@ -171,8 +184,22 @@ class SimulatedEngine:
             self.run_step()
         raise AssertionError(f"requests are unfinished after {limit} turns: no progress")
 
+    def advance_clock(self, now_ns: int) -> None:
+        """Nothing happens until ``now_ns``."""
+        self.now_ns = max(self.now_ns, now_ns)
+
+    def _find_end(self, step: SchedulerOutput, output: ModelRunnerOutput) -> int:
+        """When the step ends that is launched now."""
+        if self._step_time_ms is None:
+            return self.now_ns
+        duration_ns = int(self._step_time_ms(step) * 1e6)
+        output.device_us = duration_ns / 1e3
+        self._device_free_ns = max(self._device_free_ns, self.now_ns) + duration_ns
+        return self._device_free_ns
+
     def _schedule_step(self) -> SchedulerOutput | None:
-        self._num_turns += 1
+        if self._step_time_ms is None:
+            self.now_ns += 1_000_000
         if len(self.in_flight) >= self._max_in_flight:
             return None
         step = self.scheduler.schedule()
@@ -188,6 +215,7 @@ class SimulatedEngine:
             assert request_id not in self.finished, f"{request_id} receives something after its end"
             received, expected = self.received[request_id], self._expected[request_id]
             received += output.new_token_ids
+            self.token_times_ns[request_id] += [self.now_ns] * len(output.new_token_ids)
             assert received == expected[: len(received)], f"{request_id} received {received}, not {expected}"
             if output.finish_reason is not None:
                 self.finished[request_id] = output.finish_reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -60,17 +59,30 @@ class PagedAllocator(KVAllocator):
         blocks = tuple(self._matched_blocks(group, hashes, length) for group in range(len(self.groups)))
         return PrefixMatch(length * self.block_size, blocks)
 
-    def count_cached_tokens(self, request: Request) -> int:
+    def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
         """By bisection: free blocks are evicted from the end of a prefix, so that it is cached up to some block."""
-        if not self.prefix_caching or request.skip_prefix_cache:
-            return 0
-        hashes = hash_chain(request, self.block_size, (len(request.token_ids) - 1) // self.block_size)
-        length = len(hashes)
-        for group, pool in zip(self.groups, self._pools, strict=True):
-            if group.window is None:
-                cached = pool.cached_blocks
-                length = bisect_left(range(length), True, key=lambda i: hashes[i] not in cached)
-        return self._fit_windows(hashes, length) * self.block_size
+        pairs = zip(self.groups, self._pools, strict=True)
+        caches = [pool.cached_blocks for group, pool in pairs if group.window is None]
+        has_windows = len(caches) < len(self.groups)
+        counts = []
+        for request in requests:
+            if not self.prefix_caching or request.skip_prefix_cache:
+                counts.append(0)
+                continue
+            length = (len(request.token_ids) - 1) // self.block_size
+            hashes = request.block_hashes
+            if len(hashes) < length:
+                hashes = hash_chain(request, self.block_size, length)
+            for cached in caches:
+                low = length if length and hashes[length - 1] in cached else 0
+                while low < length:
+                    middle = (low + length) // 2
+                    if hashes[middle] in cached:
+                        low = middle + 1
+                    else:
+                        length = middle
+            counts.append((self._fit_windows(hashes, length) if has_windows else length) * self.block_size)
+        return counts
 
     def allocate(
         self,

@@ -103,6 +103,24 @@ def test_a_waiting_request_without_blocks_is_not_tried_in_every_step(make_engine
     engine.run_until_finished()
 
 
+def test_grants_to_who_does_not_fit_do_not_stop_the_others(make_engine):
+    """The policy gives the whole budget to a waiting request, for which there are no blocks."""
+
+    class WaitingFirst(FCFSPolicy):
+        def schedule(self, view):
+            grants = make_default_plan(view)
+            return Grants(grants.request_indices[::-1], np.full(len(grants.request_indices), view.token_budget))
+
+    engine = make_engine(WaitingFirst(), num_blocks=11, watermark=0.0, budget=8)
+    engine.add_request("long", [1] * 30, max_tokens=8)
+    for _ in range(5):
+        engine.run_step()
+    engine.add_request("wide", [2] * 30, max_tokens=1)
+    engine.run_until_finished()
+    assert list(engine.finished) == ["long", "wide"]
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
+
+
 # ---- forks
 
 

@@ -4,6 +4,7 @@ The worker checks every read against what must be there; the simulated engine ev
 would receive alone; the invariants here look into the allocator.
 """
 
+import contextlib
 from collections import Counter
 
 from hypothesis import settings
@@ -13,16 +14,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.core.config import SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVGroup
 from quire.core.contracts.spec_decode import HostProposer
+from quire.core.errors import QueueFullError
+from quire.core.scheduling_params import SchedulingParams
 from quire.core.testing.fake_kv_worker import compute_expected_tokens
 from quire.core.testing.simulated_engine import SimulatedEngine
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
-from quire.plugins.sched.priority import PriorityPolicy
-from quire.plugins.sched.sjf import SJFPolicy
+
+from .adversary import Adversary
+from .test_conformance import BUNDLED
 
 MAX_MODEL_LEN = 32
 VOCAB = 12  # small, so that stop tokens are drawn
-POLICIES = [FCFSPolicy, PriorityPolicy, SJFPolicy]
+POLICIES = [*BUNDLED.values(), Adversary]
 GROUPS = [(KVGroup(),), (KVGroup(), KVGroup(window=6)), (KVGroup(window=5),), (KVGroup(), KVGroup())]
 
 prompts = st.one_of(
@@ -49,18 +53,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.one_of(st.none(), st.integers(1, 40)),
         watermark=st.sampled_from([0.0, 0.1, 0.3]),
         policy=st.sampled_from(POLICIES),
+        seed=st.integers(0, 2**32 - 1),
         depth=st.sampled_from([1, 2, 2, 3]),
         drafts=st.sampled_from([0, 0, 1, 3, 5]),
         skill=st.sampled_from([0.0, 0.6, 1.0]),
         on_host=st.booleans(),
     )
-    def start(self, groups, block_size, spare, caching, rows, budget, watermark, policy, depth, drafts, skill, on_host):
+    def start(
+        self, groups, block_size, spare, caching, rows, budget, watermark, policy, seed, depth, drafts, skill, on_host
+    ):
         """The pool holds one request of full length and a little more; without a budget, prompts go whole."""
+        self.is_trusted = policy is not Adversary
         self.num_blocks = -(-MAX_MODEL_LEN // block_size) + 1 + spare
         allocator = PagedAllocator(groups, self.num_blocks, block_size, prefix_caching=caching)
         self.engine = SimulatedEngine(
             allocator,
-            policy(),
+            policy() if policy is not Adversary else Adversary(seed),
             FCFSPolicy(),
             config=SchedulerConfig(rows, budget or MAX_MODEL_LEN, chunked_prefill=budget is not None),
             watermark=watermark,
@@ -83,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert engine.finished.keys() == engine.received.keys()
         assert engine.allocator.num_free_blocks() == self.num_blocks - 1
         assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
-        assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
+        assert engine.scheduler.stats()["plugin_quarantines_total"] == 0 or not self.is_trusted
 
     @property
     def alive(self):
@@ -99,19 +107,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         salt=st.sampled_from([None, None, "salt"]),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
+        scheduling=st.builds(
+            SchedulingParams,
+            group=st.sampled_from([None, "a", "b", "c"]),
+            deadline_ms=st.sampled_from([None, 5, 1e6]),
+            predicted_tokens=st.sampled_from([None, 1, 9]),
+            tpot_target_ms=st.sampled_from([None, 1]),
+        ),
     )
     def arrive(self, prompt, family, max_tokens, min_tokens, stops, **params):
         first = f"r{self.count}"
         for member in range(family):
-            self.engine.add_request(
-                f"r{self.count}",
-                prompt,
-                parent=first if member else None,
-                max_tokens=max_tokens,
-                min_tokens=min(min_tokens, max_tokens or MAX_MODEL_LEN),
-                stop_token_ids=stops,
-                **params,
-            )
+            try:
+                self.engine.add_request(
+                    f"r{self.count}",
+                    prompt,
+                    parent=first if member else None,
+                    max_tokens=max_tokens,
+                    min_tokens=min(min_tokens, max_tokens or MAX_MODEL_LEN),
+                    stop_token_ids=stops,
+                    **params,
+                )
+            except QueueFullError:
+                assert not self.is_trusted, "it was rejected, and nothing is left of it"
             self.count += 1
 
     @rule(data=st.data())
@@ -147,7 +165,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         first = f"r{self.count}"
         for _ in range(family):
             name = f"r{self.count}"
-            self.engine.add_request(name, prompt, parent=None if name == first else first, max_tokens=4)
+            with contextlib.suppress(QueueFullError):
+                self.engine.add_request(name, prompt, parent=None if name == first else first, max_tokens=4)
             self.count += 1
         self.engine.launch_failing_step(read_differences=read_differences)
         self.engine.launch_step()
@@ -155,6 +174,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.abort_request(first)
         elif then == "out of memory":
             self.engine.launch_step_out_of_memory(read_differences=read_differences)
+
+    @rule(policy=st.sampled_from(POLICIES), seed=st.integers(0, 2**32 - 1))
+    def another_policy_takes_over(self, policy, seed):
+        self.is_trusted &= policy is not Adversary
+        self.engine.scheduler.replace_policy(policy() if policy is not Adversary else Adversary(seed), "next")
 
     @rule(turns=st.integers(1, 12))
     def serve(self, turns):

@@ -1,0 +1,96 @@
+"""Batches by slack, between first tokens and further ones.
+
+H. Lyu, B. Liu, M. Wu, H. Chen, "FairBatching: Fairness-Aware Batch Formation for LLM Inference", 2025
+(arXiv 2510.14392). Token ``j`` of a request is due at ``arrival + ttft_target + j * tpot_target``. A request that is
+ahead of that line can wait a step, so a step goes first to decodes that are about to be late, then to prompts, and last
+to the other decodes; and it is no longer than the tightest decode allows, by a model of step times that is learned.
+
+Left out: the paper's estimate of load for a router of several nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.plugins.sched.step_time import StepTimeModel
+from quire.sdk import BatchingPolicy, Grants, RequestColumns, RequestInfo, StepReport, StepView, make_default_plan
+
+__all__ = ["FairBatchPolicy"]
+
+
+class FairBatchPolicy(BatchingPolicy):
+    """Arrivals in order, steps by slack."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the policy."""
+
+        ttft_target_ms: float = 1000.0
+        """Time to first token of requests that name none."""
+        tpot_target_ms: float = 50.0
+        """Time for each further token of requests that name none."""
+
+        min_prefill_tokens: int = 256
+        """Prompt tokens that a step may compute whatever the targets say, so that prompts never stand still."""
+
+        def __post_init__(self) -> None:
+            for name in ("ttft_target_ms", "tpot_target_ms", "min_prefill_tokens"):
+                if not 0 < getattr(self, name) <= 1e9:
+                    raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options or self.Options())
+        self._ttft_ns = int(self.options.ttft_target_ms * 1e6)
+        self._tpot_ns = int(self.options.tpot_target_ms * 1e6)
+        self._times = StepTimeModel()
+
+    def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
+        """When its first token is due."""
+        return (request.arrival_ns + (request.ttft_target_ns or self._ttft_ns), request.arrival_ns)
+
+    def schedule(self, view: StepView) -> Grants:
+        """Urgent decodes, prompts by deadline, other decodes: each while the step's time lasts."""
+        remaining = view.running.num_remaining_tokens
+        is_decode = (remaining == 1) & (view.running.output_len > 0)
+        has_prompts = len(view.waiting) > 0 or bool(np.count_nonzero(remaining > is_decode))
+        if not has_prompts or not view.chunked_prefill or not is_decode.any():
+            return make_default_plan(view)  # nobody to choose between
+        slack = self._due_ns(view.running) - view.now_ns
+        tightest = float(slack[is_decode].min())
+        # Who is late already cannot be helped by a short step: it then has the time of one token.
+        step_ns = tightest if tightest > 0 else float(self._tpot_ns)
+        budget = self._times.fit_tokens(step_ns, view.token_budget)
+        # A decode is urgent if it would be late when it waited for this step and ran in the next.
+        is_urgent = is_decode & (slack < 2 * self._times.estimate_ns(budget))
+        num_urgent = np.count_nonzero(is_urgent)
+        budget = min(max(budget, num_urgent + self.options.min_prefill_tokens), view.token_budget)
+        prompts = (remaining > is_decode).nonzero()[0]
+        order = np.concatenate(
+            (
+                is_urgent.nonzero()[0],
+                prompts[np.argsort(slack[prompts], kind="stable")],
+                len(remaining) + np.arange(min(len(view.waiting), view.num_free_rows)),
+                (is_decode & ~is_urgent).nonzero()[0],
+            )
+        )
+        wanted = remaining
+        if len(view.waiting):
+            wanted = np.concatenate((remaining, view.waiting.num_remaining_tokens))
+        tokens = wanted[order]
+        tokens = np.minimum(np.maximum(budget - (tokens.cumsum() - tokens), 0), tokens)
+        return Grants(order, tokens)
+
+    def step_scheduled(self, report: StepReport) -> None:
+        """Learn how long steps take."""
+        self._times.record_report(report)
+
+    def _due_ns(self, requests: RequestColumns) -> NDArray[np.int64]:
+        """When the next token of each request is due."""
+        ttft, tpot = requests.ttft_target_ns, requests.tpot_target_ns
+        first = requests.arrival_ns + np.where(ttft > 0, ttft, self._ttft_ns)
+        due: NDArray[np.int64] = first + requests.output_len * np.where(tpot > 0, tpot, self._tpot_ns)
+        return due
