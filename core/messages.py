@@ -155,6 +155,8 @@ class SchedulerOutput:
     """Applied after ``block_copies``: what a proposer on the host expects to follow."""
     num_tokens_to_propose: int = 0
     """Tokens that a proposer on the device drafts after the step for each request that sampled."""
+    return_drafts: bool = False
+    """Whether the host wants to know what a proposer on the device drafted after the step."""
     run_draft_prefill: bool = True
     """Whether a proposer is to read the prompts of the step, and what it has passed over before."""
 
@@ -200,6 +202,7 @@ class ModelRunnerOutput:
     """Plugins of the worker that were quarantined during the step."""
     num_compiled_kernels: int = 0
     """Kernels that had to be compiled to launch the step: none, once the engine is ready."""
+    draft_token_ids: NDArray[np.int32] | None = None  # (num_reqs, k) drafts for the next step, -1 behind the last
     ran_draft_backfill: bool = False
     """A proposer read what it had passed over, which ``device_us`` holds too."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quire.core.messages import EngineCoreRequest, FinishReason, TokenLogprob
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
+from quire.core.structured_output.request_grammar import RequestGrammar
 
 if TYPE_CHECKING:
     from quire.core.contracts.policy_view import RequestInfo
@@ -39,9 +40,11 @@ class Request:
         "external_request_id",
         "finish_reason",
         "first_scheduled_ns",
+        "grammar",
         "group_index",
         "info",
         "max_total_tokens",
+        "min_tokens",
         "num_cached_tokens",
         "num_in_flight_tokens",
         "num_preemptions",
@@ -73,7 +76,10 @@ class Request:
         limit = max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
         self.max_total_tokens = min(limit, max_model_len)
         """Number of tokens, the prompt's included, at which the request ends with finish reason ``length``."""
-        eos = () if params.ignore_eos else message.eos_token_ids
+        # A grammar ends with EOS, and nothing can follow.
+        eos = () if params.ignore_eos and params.structured_outputs is None else message.eos_token_ids
+        self.min_tokens = params.min_tokens if params.structured_outputs is None else 0
+        """Generated tokens before which no stop token ends the request; masks see to it where there is a grammar."""
         self.stop_token_ids: frozenset[int] = frozenset((*eos, *params.stop_token_ids))
         self.arrival_ns = message.arrival_ns
         self.priority = message.priority
@@ -102,6 +108,8 @@ class Request:
         """Gathered chunk by chunk, and sent with the first token; None: not asked for, or sent."""
         self.block_hashes: list[bytes] = []
         """Scratch space of the KV allocator: the hashes of this request's full blocks."""
+        self.grammar: RequestGrammar | None = None
+        """What its answer has to match, where it asks for structured output."""
 
     @property
     def num_tokens(self) -> int:

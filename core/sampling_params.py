@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from quire.core.errors import InvalidRequestError
+from quire.core.structured_outputs import StructuredOutputsParams
 
 __all__ = ["MAX_LOGPROBS", "SamplingParams", "check_text", "to_integer"]
 
@@ -27,6 +28,7 @@ MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 1024, 256
 """The most ``bad_words`` of a request, and the longest."""
 MAX_EXTRA_ARGS_BYTES = 65_536
 """The size of ``extra_args``, of which each of the ``n`` continuations has a copy."""
+_STRUCTURED = "structured_outputs"
 _MIN_TEMPERATURE = 1e-5
 """A lower one is greedy: logits divided by it would leave the range of float32."""
 
@@ -45,6 +47,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     request like EOS does.
     ``add_special_tokens=False`` tokenizes a text without the tokens that the tokenizer adds, such as BOS.
     ``truncate_prompt_tokens=k`` keeps the last ``k`` tokens of a prompt, -1 as many as leave ``max_tokens`` free.
+    ``structured_outputs`` says what the answer has to match (``guided_decoding`` is its name of vLLM until 0.11).
     ``logprobs=k`` returns the chosen token's log-probability and the ``k`` best, of the model's raw distribution; with
     ``logprob_token_ids`` it is these tokens in place of the best.
 
@@ -81,6 +84,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     add_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     extra_args: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Converts numbers of numpy and the like, copies what can be changed, and refuses everything else by name."""
@@ -89,6 +94,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             converted = convert(name, value)
             if converted is not value:
                 setattr(self, name, converted)
+        if self.guided_decoding is not None:
+            if self.structured_outputs is not None:
+                raise InvalidRequestError("structured_outputs and guided_decoding are the same; give one", _STRUCTURED)
+            self.structured_outputs, self.guided_decoding = self.guided_decoding, None
         self._check_ranges()
         if self.top_p == 0.0 or 0.0 < self.temperature < _MIN_TEMPERATURE:
             self.temperature, self.top_p = 0.0, self.top_p or 1.0
@@ -250,6 +259,17 @@ def _to_extra_args(name: str, value: Any) -> dict[str, Any] | None:
     return value
 
 
+def _to_structured_outputs(name: str, value: Any) -> StructuredOutputsParams | None:
+    if isinstance(value, dict):
+        try:
+            value = StructuredOutputsParams(**value)
+        except TypeError as error:
+            raise InvalidRequestError(f"{name}: {error}", name) from None
+    if value is not None and not isinstance(value, StructuredOutputsParams):
+        raise InvalidRequestError(f"{name} must be StructuredOutputsParams, got {value!r:.60}", name)
+    return value
+
+
 def _to_list(name: str, value: Any, limit: int, what: str) -> list[Any]:
     if value is None:
         return []
@@ -287,5 +307,7 @@ _CONVERTERS: Mapping[str, Callable[[str, Any], Any]] = {
     "bad_words_token_ids": _to_token_sequences,
     "logit_bias": _to_logit_bias,
     "extra_args": _to_extra_args,
+    "structured_outputs": _to_structured_outputs,
+    "guided_decoding": _to_structured_outputs,
 }
 """How each field is checked: to a value of its type, or ``InvalidRequestError``."""

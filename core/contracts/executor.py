@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quire.core.config import EngineConfig
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import UnsupportedError
@@ -84,6 +87,10 @@ class Executor(ABC):
         """Whether a worker compiles kernels at this moment, which the time limit of a step leaves out. Asked from
         another thread, and never waits."""
         return False
+
+    def allocate_mask_block(self, num_rows: int, num_words: int) -> NDArray[np.int32]:
+        """Memory (num_rows, num_words) for the bits of ``TokenMasks``, from which the workers copy."""
+        return np.empty((num_rows, num_words), np.int32)
 
     def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """Call a control method of every worker, behind the steps that are launched and before any other; what each

@@ -80,10 +80,11 @@ class HostProposer(SpeculativeProposer):
         """Up to ``num_tokens`` tokens that may follow ``request.token_ids``, which only ever grows; neither it nor
         anything else of the request may be changed.
 
-        Called for every decoding request in every step, between two launches: it may take some microseconds. If all
-        calls of a step take more than 50 ms together, three steps in a row, the proposer is quarantined. Tokens of one
-        request may be used for another only if their ``cache_salt`` is the same. Tokens outside the vocabulary end the
-        draft.
+        Called for decoding requests in every step, between two launches: it may take some microseconds. If all calls of
+        a step take more than 50 ms together, three steps in a row, the proposer is quarantined. Not called for a
+        request whose grammar forces its next tokens, which are drafted then (``GrammarState.forced_tokens``). Tokens of
+        one request may be used for another only if their ``cache_salt`` is the same. Tokens outside the vocabulary end
+        the draft.
         """
 
     def request_finished(self, request: Request) -> None:

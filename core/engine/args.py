@@ -253,6 +253,10 @@ class EngineArgs:
         metavar="NAME",
         plugin_kind="logits_processor",
     )
+    structured_output_backend: str = setting(
+        "auto", group="plugins", help="structured output: how answers are made to match a schema or a grammar",
+        metavar="NAME", plugin_kind="structured_output",
+    )  # fmt: skip
     metrics: Sequence[str] = setting(
         (),
         group="plugins",

@@ -33,6 +33,7 @@ from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import TRACED_STEPS, QuarantinedPlugin, StepStats
+from quire.core.structured_output.checker import ConstraintChecker
 
 __all__ = ["AsyncLLM"]
 
@@ -175,6 +176,7 @@ class AsyncLLM:
                 )
             else:
                 requests = self._input_processor.process_inputs(request_id, prompt, sampling_params, **options)
+            await self._constraint_checker.check_constraint(requests[0].params.structured_outputs)
             self._output_processor.add_request(
                 request_id, prompt if isinstance(prompt, str) else None, requests, stream, shown_token_ids
             )
@@ -267,6 +269,7 @@ class AsyncLLM:
             is_serving = self._unavailable_reason is None
             self._fail_all_requests("the engine was shut down")
             await client.shutdown(timeout if is_serving else 0)
+        self._constraint_checker.close()
         self._exporters.close()
         if self._plugin_watchdog is not None:
             self._plugin_watchdog.stop()
@@ -280,6 +283,7 @@ class AsyncLLM:
         """Build what this process needs of the model: everything but its weights."""
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
+        self._constraint_checker = ConstraintChecker(self.config)
         self._exporters = ExporterGroup(self._build_exporters())
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
         self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self._exporters.add_quarantined)
@@ -350,6 +354,7 @@ class AsyncLLM:
     def _record_stats(self, stats: dict[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
         """Keep the engine core's figures, with what this process knows beside them."""
         replaced = self._restarter.replaced_plugins
+        stats["structured_output_refused_total"] += self._constraint_checker.num_refused
         stats["plugin_quarantines_total"] += self._exporters.num_quarantined + len(replaced)
         stats["engine_restarts_total"] = float(self._restarter.num_restarts)
         self._stats = stats

@@ -139,6 +139,7 @@ def _resolve_before_model(
         ("kv", args.kv_allocator),
         ("policy", args.scheduling_policy),
         ("sampler", args.sampler),
+        ("structured_output", args.structured_output_backend),
         ("executor", args.executor),
     ):
         choices[kind] = chooser.choose(kind, name, context)

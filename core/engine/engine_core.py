@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from numpy.typing import NDArray
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, StepFuture
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
+from quire.core.contracts.structured_output import GrammarState
 from quire.core.control import ControlMethods
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import (
@@ -31,6 +33,7 @@ from quire.core.plugin.target import load_target
 from quire.core.sched.kv_guard import GuardedAllocator
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import QuarantinedPlugin, StepStats
+from quire.core.structured_output.manager import StructuredOutputManager
 from quire.core.traces.recorder import TraceRecorder, start_recorder
 
 __all__ = ["EngineCore"]
@@ -60,6 +63,7 @@ class EngineCore:
         self.capacity = self.executor.start()
         self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator
         self._recorder: TraceRecorder | None = None
+        self._structured_outputs = StructuredOutputManager(config, self.executor.allocate_mask_block)
         try:
             self._recorder = start_recorder(config, self.capacity, _MAX_IN_FLIGHT_STEPS)
             self.scheduler = self._build_scheduler()
@@ -79,9 +83,24 @@ class EngineCore:
         self.control.add_method("collective_rpc", self.executor.collective_rpc)
 
     def add_request(self, request: EngineCoreRequest) -> None:
-        """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason."""
+        """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason. One
+        with a structured output is queued when that is compiled."""
+        if request.params.structured_outputs is not None:
+            self._structured_outputs.prepare_request(request)
+        else:
+            self._queue_request(request)
+
+    def compile_structured_output(self, request: EngineCoreRequest) -> None:
+        """Compile what the answer has to match before the request is added, and wait for it. Raises
+        ``InvalidRequestError`` where that cannot be enforced."""
+        if request.params.structured_outputs is not None:
+            self._structured_outputs.compile_and_wait(request.params.structured_outputs)
+
+    def _queue_request(self, request: EngineCoreRequest, state: GrammarState | None = None) -> None:
         try:
-            self.scheduler.add_request(request)
+            queued = self.scheduler.add_request(request)
+            if state is not None:
+                self._structured_outputs.attach_grammar(queued, state)
             if self._recorder is not None:
                 self._recorder.record_arrival(request)
         except QueueFullError as error:
@@ -103,17 +122,29 @@ class EngineCore:
     def abort_requests(self, request_ids: list[int]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
         for request_id in request_ids:
-            if self.scheduler.abort_request(request_id) and self._recorder is not None:
-                self._recorder.record_abort(request_id)
+            if self.scheduler.abort_request(request_id):
+                if self._recorder is not None:
+                    self._recorder.record_abort(request_id)
+            elif self._structured_outputs.num_waiting:
+                self._structured_outputs.drop_waiting(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._in_flight or self._rejected_outputs or self.scheduler.has_unfinished_requests)
+        return bool(
+            self._in_flight
+            or self._rejected_outputs
+            or self.scheduler.has_unfinished_requests
+            or self._structured_outputs.num_waiting
+        )
 
     def step(self) -> EngineCoreOutputs:
         """Schedule and launch a step if there is one, then wait for the oldest in flight. May return no outputs."""
         launched = False
+        outputs = EngineCoreOutputs()
+        failed_grammars: list[EngineCoreOutput] = []
+        if self._structured_outputs.num_waiting:
+            self._queue_prepared_requests()
         if len(self._in_flight) < _MAX_IN_FLIGHT_STEPS:
             start = time.perf_counter_ns()
             step = self.scheduler.schedule()
@@ -125,10 +156,12 @@ class EngineCore:
                 if self._recorder is not None:
                     request_ids = self.scheduler.debug_state().running.request_ids[step.rows]
                     self._recorder.record_step(step, request_ids)
-                self._launch_step(step, start)
+                if self._structured_outputs.num_requests and self._has_grammar(step):
+                    outputs = self._launch_with_masks(step, start, failed_grammars)
+                else:
+                    self._launch_step(step, start)
             elif self._recorder is not None:
                 self._recorder.record_no_step()
-        outputs = EngineCoreOutputs()
         # A second step is launched before the first is waited for: the device never runs dry between two steps.
         if self._in_flight and not (launched and len(self._in_flight) < _MAX_IN_FLIGHT_STEPS):
             outputs = self._finish_step()
@@ -136,6 +169,7 @@ class EngineCore:
             time.sleep(0.001)  # the policy scheduled nothing though requests wait: do not spin
         if self._rejected_outputs:
             outputs.outputs, self._rejected_outputs = [*self._rejected_outputs, *outputs.outputs], []
+        self._rejected_outputs += failed_grammars  # after their last tokens
         outputs.steps, self._finished_step_stats = self._finished_step_stats, []
         outputs.stats = self._make_stats_if_due(force=not self.has_work)
         if outputs.stats is not None:
@@ -149,14 +183,27 @@ class EngineCore:
         figures["kernels_compiled_total"] = float(self._num_compiled_kernels)
         figures["kv_blocks"] = float(self.capacity.num_blocks)
         figures["kv_block_size"] = float(self.config.cache.block_size)
+        figures.update(self._structured_outputs.stats())
         figures["kv_cache_size_tokens"] = figures["kv_block_size"] * (self.capacity.num_blocks - 1)
         return figures
 
     def shutdown(self) -> None:
         """Stop the workers. Idempotent."""
         self.executor.shutdown()
+        self._structured_outputs.shutdown()
         if self._recorder is not None:
             self._recorder.close()
+
+    def _queue_prepared_requests(self) -> None:
+        for request, state, error in self._structured_outputs.take_prepared_requests():
+            if error is None:
+                self._queue_request(request, state)
+            else:
+                self.reject_request(request.request_id, error, "invalid")
+
+    def _has_grammar(self, step: SchedulerOutput) -> bool:
+        """Whether a request that samples in the step has a grammar."""
+        return self._structured_outputs.has_grammar(step, self.scheduler.debug_state().running.requests[step.rows])
 
     def _launch_step(self, step: SchedulerOutput, start: int) -> None:
         scheduled = time.perf_counter_ns()
@@ -164,17 +211,52 @@ class EngineCore:
         try:
             future = self.executor.execute_step(step)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and self.scheduler.retract_step(step):
-                _log.warning(
-                    "step %d of %d tokens did not fit: retrying in smaller ones",
-                    step.step,
-                    step.total_num_scheduled_tokens,
-                )
-                if self._recorder is not None:
-                    self._recorder.record_failure(step.step, retracted=True)
+            if self._retract_if_out_of_memory(step, error):
                 return
             future = _FailedStep(error)
         self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns()))
+
+    def _launch_with_masks(
+        self, step: SchedulerOutput, start: int, failed_grammars: list[EngineCoreOutput]
+    ) -> EngineCoreOutputs:
+        """As ``_launch_step``, for a step whose sampling needs masks. While its model runs, the step before is read,
+        whose outputs are returned: grammars advance by its tokens, and the masks follow from them."""
+        outputs = EngineCoreOutputs()
+        requests = self.scheduler.debug_state().running.requests[step.rows]
+        step.return_drafts = step.num_tokens_to_propose > 0
+        scheduled = time.perf_counter_ns()
+        future: StepFuture
+        try:
+            self.executor.execute_model(step)
+            waited = time.perf_counter_ns()
+            if self._in_flight:
+                outputs = self._finish_step()
+            masks, failed = self._structured_outputs.make_masks(step, requests)
+            for request in failed:
+                assert request.grammar is not None
+                _log.error("request %s ends: %s", request.external_request_id, request.grammar.error)
+                self.scheduler.abort_request(request.request_id, "error")
+                failed_grammars.append(
+                    EngineCoreOutput(request.request_id, [], finish_reason="error", error=request.grammar.error)
+                )
+            scheduled += time.perf_counter_ns() - waited  # not a part of launching
+            future = self.executor.sample_tokens(masks)
+        except Exception as error:
+            if self._retract_if_out_of_memory(step, error):
+                return outputs
+            future = _FailedStep(error)
+        self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns(), requests))
+        return outputs
+
+    def _retract_if_out_of_memory(self, step: SchedulerOutput, error: Exception) -> bool:
+        if not isinstance(error, torch.OutOfMemoryError) or not self.scheduler.retract_step(step):
+            return False
+        _log.warning(
+            "step %d of %d tokens did not fit: retrying in smaller ones", step.step, step.total_num_scheduled_tokens
+        )
+        if self._recorder is not None:
+            self._recorder.record_failure(step.step, retracted=True)
+        return True
 
     def _finish_step(self) -> EngineCoreOutputs:
         in_flight = self._in_flight.popleft()
@@ -193,6 +275,8 @@ class EngineCore:
             self._quarantined += result.quarantined
             if any(plugin.kind == "spec_decode" for plugin in result.quarantined):
                 self.scheduler.disable_speculation()
+        if in_flight.requests is not None:
+            self._structured_outputs.record_output(step, in_flight.requests, result)
         self._num_compiled_kernels += result.num_compiled_kernels
         tokens_known = time.perf_counter_ns()
         outputs = self.scheduler.update_from_output(step, result)
@@ -274,6 +358,8 @@ class InFlightStep:
     start_ns: int
     scheduled_ns: int
     launched_ns: int
+    requests: NDArray[Any] | None = None
+    """The requests by index, where some have a grammar."""
 
     def make_step_stats(
         self, result: ModelRunnerOutput, wait_start_ns: int, tokens_known_ns: int, updated_ns: int

@@ -25,6 +25,7 @@ from quire.core.scheduling_params import SchedulingParams
 __all__ = ["InputProcessor"]
 _log = logging.getLogger("quire.engine")
 _CUT_MARGIN_TOKENS = 256
+_MAX_CONSTRAINT_BYTES = 1 << 20
 _MAX_ID_CHARS = 512
 """The longest request id and cache salt."""
 
@@ -251,6 +252,8 @@ class InputProcessor:
             if unknown is not None:
                 raise InvalidRequestError(f"{name} names {unknown}; ids go from 0 to {self.vocab_size - 1}", name)
         self._argument_checker.check(params.extra_args)
+        if params.structured_outputs is not None:
+            _check_structured_outputs(params)
         for processor in self._logits_processors:
             processor.validate_params(params, self.vocab_size)
 
@@ -259,6 +262,22 @@ def _copy_scheduling(scheduling: SchedulingParams) -> SchedulingParams:
     if not isinstance(scheduling, SchedulingParams):
         raise InvalidRequestError(f"scheduling must be SchedulingParams, got {scheduling!r:.60}", "scheduling")
     return msgspec.structs.replace(scheduling)
+
+
+def _check_structured_outputs(params: SamplingParams) -> None:
+    for name in ("allowed_token_ids", "bad_words"):
+        if getattr(params, name):
+            raise InvalidRequestError(
+                f"{name} cannot be combined with structured_outputs: nothing might be left to sample; give one of them",
+                name,
+            )
+    num_bytes = params.n * len(msgspec.msgpack.encode(params.structured_outputs))
+    if num_bytes > _MAX_CONSTRAINT_BYTES:
+        raise InvalidRequestError(
+            f"n={params.n} answers with structured_outputs of this size take {num_bytes} bytes, the limit is "
+            f"{_MAX_CONSTRAINT_BYTES}",
+            "n",
+        )
 
 
 def _wrap_seed(seed: int) -> int:

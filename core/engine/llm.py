@@ -99,6 +99,8 @@ class LLM:
                 request_ids, batch, params, priorities, hints, strict=True
             )
         ]
+        for first, *_ in requests:
+            self.engine_core.compile_structured_output(first)
         for request_id, (prompt, _), core_requests in zip(request_ids, batch, requests, strict=True):
             self.llm_engine.queue_requests(request_id, prompt, core_requests, "final")
         return self._run_engine(request_ids, use_tqdm)

@@ -86,6 +86,7 @@ class LLMEngine:
         requests = self.input_processor.process_inputs(
             request_id, parsed, params, priority=priority, cache_salt=salt, scheduling=scheduling
         )
+        self.engine_core.compile_structured_output(requests[0])
         self.queue_requests(request_id, parsed, requests, stream)
 
     def queue_requests(

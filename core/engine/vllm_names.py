@@ -40,7 +40,6 @@ class VllmFlag:
 
 
 _LORA = "LoRA adapters are not supported yet; serve a merged checkpoint"
-_GUIDED = "structured output is not supported yet; leave it out"
 _RAY = "Ray is not supported yet; the engine runs in one process"
 _NOT_NEEDED = "no longer needed: "
 
@@ -84,7 +83,6 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     VllmFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),
     VllmFlag("--max-loras", _LORA, refused=True, takes_value=True),
     VllmFlag("--enable-reasoning", _NOT_NEEDED + "reasoning is split off by --reasoning-parser"),
-    VllmFlag("--guided-decoding-backend", _GUIDED, refused=True, takes_value=True),
 )  # fmt: skip
 """Flags that are accepted, or refused for a value."""
 
@@ -151,7 +149,10 @@ ABSENT_FLAGS: Mapping[str, str] = MappingProxyType({
     "--middleware": "now a plugin: --plugin DIST, with the hook quire_extend_app",
     "--logits-processor-pattern": "now a plugin: --logits-processor",
     "--tool-parser-plugin": "now a plugin: --tool-call-parser MODULE:CLASS",
-    "--guided-decoding-disable-fallback": _GUIDED,
+    "--guided-decoding-disable-fallback": "not needed: there is one backend, and no fallback",
+    "--guided-decoding-disable-any-whitespace": "now disable_any_whitespace of structured_outputs, in requests",
+    "--guided-decoding-disable-additional-properties": "now disable_additional_properties, in requests",
+    "--structured-outputs-config": "now --structured-output-backend",
     "--hf-token": "set HF_TOKEN instead",
     "--max-logprobs": "the limit is always 20",
     "--tokenizer-revision": "give a folder with --tokenizer",
@@ -205,7 +206,7 @@ VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
 VLLM_CALL_ARGUMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({
     "lora_request": (_LORA, ()),
     "prompt_adapter_request": ("prompt adapters are not supported", ()),
-    "guided_options_request": (_GUIDED, ()),
+    "guided_options_request": ("give structured_outputs in SamplingParams", ()),
     "mm_processor_kwargs": (_MULTIMODAL, ()),
     "tokenization_kwargs": ("give add_special_tokens and truncate_prompt_tokens in SamplingParams", ()),
     "chat_template_content_format": ("the template decides how it takes content", ("auto", "string", "openai")),

@@ -100,9 +100,26 @@ def quire_register_spec_decode(register: Registrar) -> None:
     where = "quire.plugins.spec_decode"
     register("draft_model", f"{where}.draft_model:DraftModelProposer", "a smaller model with the same vocabulary")
     register("eagle3", f"{where}.eagle3:Eagle3Proposer", "an EAGLE-3 head over hidden states of the model")
+    target = f"{where}.forced_tokens:ForcedTokensProposer"
+    register("forced_tokens", target, "what a schema or grammar leaves no choice about: keys and braces")
     register("ngram", f"{where}.ngram:NgramProposer", "what followed the last tokens earlier in the request")
     register("suffix", f"{where}.suffix:SuffixProposer", "what followed the longest suffix seen before, in any request")
     register("synthetic", f"{where}.synthetic:SyntheticProposer", "drafts that cost nothing, for benchmarks")
+
+
+@hookimpl
+def quire_register_structured_output(register: Registrar) -> None:
+    """Register the bundled structured-output backends."""
+    register(
+        "llguidance",
+        "quire.plugins.structured_output.guidance:GuidanceBackend",
+        "JSON schemas, expressions, Lark and GBNF grammars by llguidance, which refuses what it cannot enforce",
+        requires=("llguidance",),
+        aliases=("guidance", "outlines", "lm-format-enforcer"),
+    )
+    register(
+        "none", "quire.plugins.structured_output.none:NoBackend", "no structured output; requests for it are refused"
+    )
 
 
 @hookimpl
@@ -184,6 +201,10 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         return Choice("draft_model", "a draft model is given")
     if kind in _TEMPLATE_SIGNS:
         return _choose_parser(kind, str(config.get("chat_template") or ""))
+    if kind == "structured_output":
+        if importlib.util.find_spec("llguidance") is None:
+            return Choice("none", "llguidance is not installed", {"llguidance": "pip install llguidance"})
+        return Choice("llguidance", "the default")
     plain = {
         "kv": Choice("paged", "the default"),
         "policy": Choice("fcfs", "the default"),

@@ -66,6 +66,11 @@ def quire_register_spec_decode(register: Registrar) -> None:
 
 
 @hookspec
+def quire_register_structured_output(register: Registrar) -> None:
+    """Name structured-output backends: subclasses of ``quire.sdk.StructuredOutputBackend``."""
+
+
+@hookspec
 def quire_register_executor(register: Registrar) -> None:
     """Name executors: subclasses of ``quire.sdk.Executor``."""
 

@@ -91,6 +91,8 @@ _TABLE = (
     Kind("logits_processor", "logits processor",  "plugins/logits",      "LogitsProcessor",     "--logits-processor",
          several=True, always=("min_tokens", "logit_bias", "allowed_token_ids", "bad_words")),
     Kind("spec_decode",      "draft proposer",    "plugins/spec_decode", "SpeculativeProposer", "--spec-method"),
+    Kind("structured_output", "structured output", "plugins/structured_output", "StructuredOutputBackend",
+         "--structured-output-backend", aliases=("--guided-decoding-backend",)),
     Kind("executor",         "executor",          "core/worker",         "Executor",            "--executor"),
     Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics",
          several=True),

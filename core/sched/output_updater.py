@@ -253,7 +253,7 @@ class OutputUpdater:
             if request.parent_id is None:  # the prompt of n continuations counts once
                 self.num_prompt_tokens += request.prompt_len
         for num_output_tokens, token in enumerate(new_token_ids, num_before + 1):
-            if token in request.stop_token_ids and num_output_tokens >= request.params.min_tokens:
+            if token in request.stop_token_ids and num_output_tokens >= request.min_tokens:
                 output.finish_reason = "stop"
                 output.stop_reason = token if token in request.params.stop_token_ids else None
             elif request.prompt_len + num_output_tokens >= request.max_total_tokens:

@@ -167,7 +167,7 @@ class Scheduler:
 
     # ---- Requests arrive and are aborted.
 
-    def add_request(self, message: EngineCoreRequest) -> None:
+    def add_request(self, message: EngineCoreRequest) -> Request:
         """Queue a request. Raises ``InvalidRequestError`` if it can never run, ``QueueFullError`` if not now."""
         if message.request_id in self._requests:
             raise InvalidRequestError(f"request {message.request_id} is in the engine already")
@@ -178,14 +178,15 @@ class Scheduler:
         parent = None if request.parent_id is None else self._requests.get(request.parent_id)
         self._fork_groups.add_request(request, parent)
         self._requests[request.request_id] = request
+        return request
 
-    def abort_request(self, request_id: int) -> bool:
+    def abort_request(self, request_id: int, reason: FinishReason = "abort") -> bool:
         """End a request now: its blocks and its row are free when this returns, and its tokens in flight are dropped.
         False if there is no such request."""
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._finish_request(request, "abort", None)
+        self._finish_request(request, reason, None)
         return True
 
     # ---- Steps are scheduled, and come back.

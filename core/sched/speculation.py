@@ -197,7 +197,10 @@ class Speculation:
         num_proposed = np.zeros(len(rows), np.int64)
         for i, (row, length) in enumerate(zip(rows.tolist(), lengths, strict=True)):
             if limits[i] > 0:
-                proposed = host.propose(self._running.get_request(row), length)
+                request = self._running.get_request(row)
+                # What a grammar forces is surer than anything that a proposer expects.
+                forced = () if request.grammar is None else request.grammar.forced_tokens(length)
+                proposed = forced or host.propose(request, length)
                 if len(proposed):
                     self._host_drafts[row] = [int(token) for token in proposed[:length]]
                     num_proposed[i] = len(self._host_drafts[row])

@@ -93,6 +93,7 @@ class ModelRunner:
             self.max_draft_tokens,
             self.sampling_runner.draft_verifier,
             draft_runner.launch_draft_prefill if draft_runner is not None and observes_every_step else None,
+            self.sampling_runner.token_masks,
         )
         self.decode_graphs.warm_up()
         self.warm_up_drafts()
@@ -163,23 +164,25 @@ class ModelRunner:
         launched, self._launched = self._launched, None
         step = launched.step
         if launched.graphs is not None:
-            return self._sample_with_graphs(launched, launched.graphs)
+            return self._sample_with_graphs(launched, launched.graphs, masks)
         sampled: SampledTokens | None = None
         if launched.logits is not None and launched.inputs is not None and launched.indices is not None:
-            sampled = self.sampling_runner.sample_tokens(launched.logits, step, launched.inputs, launched.indices)
+            sampled = self.sampling_runner.sample_tokens(
+                launched.logits, step, launched.inputs, launched.indices, masks
+            )
         if self.draft_runner is not None:
             self._run_draft_runner(self.draft_runner, step, launched.inputs, sampled)
         return Readback(step, sampled, launched.prompt_logprobs, launched.timer)
 
-    def _sample_with_graphs(self, launched: _LaunchedStep, graphs: DecodeGraphs) -> Readback:
+    def _sample_with_graphs(self, launched: _LaunchedStep, graphs: DecodeGraphs, masks: TokenMasks | None) -> Readback:
         step = launched.step
         variant = self.sampling_runner.graph_variant(step.rows)
         if variant is not None:
-            sampled = SampledTokens(graphs.sample_tokens(step, variant))
+            sampled = SampledTokens(graphs.sample_tokens(step, variant, masks))
         else:  # penalties, logits processors or log-probabilities: the model is replayed, sampling is launched
             indices = LogitsIndices.from_step(step)
             captured = graphs.gather_logits(step, indices)
-            sampled = self.sampling_runner.sample_tokens(captured.logits, step, captured.inputs, indices)
+            sampled = self.sampling_runner.sample_tokens(captured.logits, step, captured.inputs, indices, masks)
         if self.draft_runner is not None:
             graphs.run_draft_prefill(step)
             self._run_draft_runner(self.draft_runner, step, None, sampled)
@@ -200,6 +203,10 @@ class ModelRunner:
             sampled.ran_draft_backfill = draft_runner.propose_drafts(
                 step, greedy=self.sampling_runner.all_greedy(step.rows[step.sampling_mask])
             )
+            if step.return_drafts:
+                sampled.draft_token_ids = self.table.gather_drafts(
+                    step.rows[step.sampling_mask], step.num_tokens_to_propose
+                )
         sampled.quarantined += draft_runner.take_quarantined()
 
     def _update_states(self, step: SchedulerOutput) -> None:

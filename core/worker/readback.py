@@ -72,6 +72,8 @@ class Readback:
         self._quarantined = sampled.quarantined if sampled else []
         self._ran_draft_backfill = sampled is not None and sampled.ran_draft_backfill
         self._sampled_buffer = copy_to_host(sampled.token_ids) if sampled else None
+        drafts = sampled.draft_token_ids if sampled else None
+        self._draft_buffer = None if drafts is None else copy_to_host(drafts)
         self._requested_logprobs = sampled.logprobs if sampled else None
         self._logprob_buffers = _copy_logprobs(self._requested_logprobs.tensors) if self._requested_logprobs else None
         self._prompt_logprob_buffers = {i: _copy_logprobs(tensors) for i, tensors in prompt_logprobs.items()}
@@ -100,6 +102,10 @@ class Readback:
             token_ids[step.sampling_mask] = sampled[:, 2:]
         elif self._sampled_buffer is not None:
             token_ids[step.sampling_mask, 0] = sampled
+        draft_token_ids = None
+        if self._draft_buffer is not None:
+            draft_token_ids = np.full((num_reqs, self._draft_buffer.shape[1]), -1, np.int32)
+            draft_token_ids[step.sampling_mask] = self._draft_buffer.numpy()
         return ModelRunnerOutput(
             step=step.step,
             sampled_token_ids=token_ids,
@@ -110,6 +116,7 @@ class Readback:
             device_us=self._timer.device_us(),
             quarantined=self._quarantined,
             num_compiled_kernels=self.num_compiled_kernels,
+            draft_token_ids=draft_token_ids,
             ran_draft_backfill=self._ran_draft_backfill,
         )
 

@@ -143,6 +143,14 @@ class RequestTable:
         lengths = torch.where(agrees, longest - num_sampled, 0).clamp(min=0)
         place_drafts(draft_tokens, lengths, rows, self.sampling, self.num_drafts, vocab_size)
 
+    def gather_drafts(self, rows: NDArray[np.int32], num_tokens: int) -> Tensor:
+        """The drafts that lie behind the tokens of ``rows`` (n,): (n, num_tokens) int32, -1 behind the last of each."""
+        device_rows = copy_to_device(rows, torch.int64, self.device)
+        offset = torch.arange(num_tokens, device=self.device)[None, :]
+        columns = (self.num_tokens[device_rows].long()[:, None] + offset).clamp(max=self.token_ids.shape[1] - 1)
+        is_draft = offset < self.num_drafts[device_rows][:, None]
+        return torch.where(is_draft, self.token_ids[device_rows[:, None], columns], -1)
+
     def append_tokens(self, rows: Tensor, tokens: Tensor) -> None:
         """Write the token sampled for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device."""
         end = self.num_tokens[rows]

@@ -1,11 +1,11 @@
 """Sampling on the worker: from a step's logits to tokens, log-probabilities and accepted drafts.
 
-The order is: log-probabilities of the raw logits, penalties, logits processors, temperature, min-p, top-k, top-p. A
-step takes the cheapest of three ways, by what its requests want:
+The order is: log-probabilities of the raw logits, penalties, logits processors, masks of grammars, temperature, min-p,
+top-k, top-p. A step takes the cheapest of three ways, by what its requests want:
 
-1. a captured graph (``graph_variant``): nothing changes the logits, and no log-probabilities are wanted;
+1. a captured graph (``graph_variant``): nothing but masks changes the logits, and no log-probabilities are wanted;
 2. ``Sampler.sample_from_table``, which reads the parameters from the request table and appends the tokens itself;
-3. a float32 copy of the logits, penalties, processors, and ``Sampler.sample``.
+3. a float32 copy of the logits, penalties, processors, masks, and ``Sampler.sample``.
 
 Nothing here waits for the device. Whether a step needs a feature is answered on the host, from what requests asked for
 when they entered; tokens go to the request table on the device, where the next step finds them, and to the host later
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quire.core.contracts.logits_processor import LogitsBatch, LogitsProcessor
 from quire.core.contracts.sampler import Sampler, SamplingBatch
-from quire.core.messages import NewRequest, SchedulerOutput
+from quire.core.messages import NewRequest, SchedulerOutput, TokenMasks
 from quire.core.ops.pinned import copy_to_device
 from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.sample.inputs import PenaltyColumns
@@ -36,6 +36,7 @@ from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.request_table import RequestTable
+from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 
 __all__ = ["SampledLogprobs", "SampledTokens", "SamplingRunner"]
 
@@ -61,6 +62,7 @@ class SampledTokens:
     logprobs: SampledLogprobs | None = None
     quarantined: list[QuarantinedPlugin] = field(default_factory=list)
     """Samplers, logits processors and proposers that were quarantined since the last step."""
+    draft_token_ids: Tensor | None = None  # (num_sampling_reqs, k) int32: drafts for the next step, -1 behind the last
     ran_draft_backfill: bool = False
     """Behind the sampling the proposer read tokens that it had passed over before."""
 
@@ -86,8 +88,10 @@ class SamplingRunner:
         table: RequestTable,
         max_logits_rows: int = 0,
         draft_verifier: DraftVerifier = verify_drafts,
+        token_masks: TokenMaskBuffer | None = None,
     ) -> None:
         self.table = table
+        self.token_masks = token_masks
         self.draft_verifier = draft_verifier
         self._sampler = sampler
         self._max_logits_rows = max_logits_rows or table.num_rows
@@ -171,7 +175,12 @@ class SamplingRunner:
         return not self._is_random[rows].any()
 
     def sample_tokens(
-        self, logits: Tensor, step: SchedulerOutput, inputs: StepInputs, logits_indices: LogitsIndices
+        self,
+        logits: Tensor,
+        step: SchedulerOutput,
+        inputs: StepInputs,
+        logits_indices: LogitsIndices,
+        masks: TokenMasks | None = None,
     ) -> SampledTokens:
         """Sample from ``logits`` (num_logits_rows, vocab) in the model's dtype, which are not changed.
 
@@ -179,13 +188,22 @@ class SamplingRunner:
         samples a token for each draft, and appends what it accepts itself.
         """
         host_rows, spans, table = step.rows[logits_indices.request_indices], inputs.draft_spans, self.table
-        from_table = self.device_sampler is not None and spans.max_len == 1 and self._leaves_logits_unchanged(host_rows)
+        token_masks = None
+        if masks is not None and self.token_masks is not None:
+            token_masks = self.token_masks
+            token_masks.upload_eager(masks, logits_indices, step.sampling_mask.nonzero()[0])
+        from_table = (
+            self.device_sampler is not None
+            and spans.max_len == 1
+            and token_masks is None
+            and self._leaves_logits_unchanged(host_rows)
+        )
         tokens: Tensor | None = None
         if from_table and self.device_sampler is not None:
             tokens = self._sample_from_table(self.device_sampler, logits, inputs, self.all_greedy(host_rows))
             from_table = tokens is not None  # else the sampler has failed
         if tokens is None:
-            tokens = self._sample_float32(logits, inputs, host_rows, logits_indices.max_sample_positions)
+            tokens = self._sample_float32(logits, inputs, host_rows, logits_indices.max_sample_positions, token_masks)
         sampled = SampledTokens(tokens, quarantined=self._quarantined)
         self._quarantined = []
         sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, logits_indices)
@@ -221,7 +239,12 @@ class SamplingRunner:
         return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
 
     def _sample_float32(
-        self, raw_logits: Tensor, inputs: StepInputs, host_rows: NDArray[np.int32], max_positions: NDArray[np.int64]
+        self,
+        raw_logits: Tensor,
+        inputs: StepInputs,
+        host_rows: NDArray[np.int32],
+        max_positions: NDArray[np.int64],
+        token_masks: TokenMaskBuffer | None,
     ) -> Tensor:
         """By ``Sampler.sample``, after penalties and processors. ``max_positions`` bound ``logits_positions``."""
         rows, positions = inputs.logits_table_rows, inputs.logits_positions
@@ -230,6 +253,8 @@ class SamplingRunner:
         logits = raw_logits.to(torch.float32, copy=True)
         self._apply_penalties(logits, rows, positions, host_rows, int(max_positions.max()))
         self._apply_processors(logits, positions, host_rows, max_positions)
+        if token_masks is not None:
+            token_masks.apply(logits)
         batch = self._make_sampling_batch(rows, positions, host_rows)
         if self._quarantine is None:
             return self._sampler.sample(logits, batch)
@@ -237,7 +262,7 @@ class SamplingRunner:
         if tokens is not None:
             return tokens
         # It is replaced now, and may have overwritten the logits.
-        return self._sample_float32(raw_logits, inputs, host_rows, max_positions)
+        return self._sample_float32(raw_logits, inputs, host_rows, max_positions, token_masks)
 
     def _apply_penalties(
         self, logits: Tensor, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32], max_num_tokens: int

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
@@ -75,6 +79,12 @@ class UniprocExecutor(Executor):
         if self._thread is None:
             return [call(method, arguments)]
         return [self._thread.submit(call, method, arguments).result()]
+
+    def allocate_mask_block(self, num_rows: int, num_words: int) -> NDArray[np.int32]:
+        """Pinned where there is a GPU, so that copies do not wait for it."""
+        pinned = self.config.model.device == "cuda"
+        block: NDArray[np.int32] = torch.empty((num_rows, num_words), dtype=torch.int32, pin_memory=pinned).numpy()
+        return block
 
     def shutdown(self) -> None:
         """Finish the steps in flight and drop the worker."""

@@ -39,6 +39,7 @@ from quire.core.worker.model_runner import ModelRunner
 from quire.core.worker.readback import Readback
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SamplingRunner
+from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 from quire.core.worker.warmup import make_largest_step, run_warmup
 
 __all__ = ["MemoryProfile", "StartupTimer", "Worker", "WorkerInfo"]
@@ -136,12 +137,23 @@ class Worker:
             table,
             compute_max_captured_tokens(max_num_seqs, num_drafts),
             verify_drafts if forced_acceptance is None else ForcedAcceptance(forced_acceptance),
+            self._make_token_mask_buffer(num_drafts),
         )
         self.model_runner = ModelRunner(
             self._model, attention.backends, kv_cache, table, sampling_runner, block_size, vocab_size, num_drafts
         )
         if self._proposer is not None:
             self.model_runner.draft_runner = components.make_draft_runner(self._proposer, sampler, table, kv_cache)
+
+    def _make_token_mask_buffer(self, num_drafts: int) -> TokenMaskBuffer | None:
+        """None where no request may have a grammar."""
+        config = self._config
+        if config.plugin("structured_output").name == "none":
+            return None
+        max_num_seqs = config.scheduler.max_num_seqs
+        max_masks = max_num_seqs * (1 + num_drafts)
+        max_logits_rows = max(max_masks, compute_max_captured_tokens(max_num_seqs, num_drafts))
+        return TokenMaskBuffer(max_masks, max_logits_rows, config.model.vocab_size, self._device)
 
     def profile_memory(self) -> MemoryProfile:
         """Compile the kernels of every kind of step, measure what the largest takes, and compute how many blocks of KV

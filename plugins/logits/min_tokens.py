@@ -21,8 +21,8 @@ class MinTokens(LogitsProcessor):
     def add_row(self, request: NewRequest) -> bool:
         """Remember the position from which the request may end."""
         stops = [t for t in request.stop_token_ids if 0 <= t < self.vocab_size]
-        if request.params.min_tokens <= 0 or not stops:
-            return False
+        if request.params.min_tokens <= 0 or not stops or request.params.structured_outputs is not None:
+            return False  # where a grammar leaves nothing but a stop token, the answer is at its end: its masks know
         self._rows[request.row] = (
             request.prompt_len + request.params.min_tokens,
             copy_to_device(stops, torch.int64, self.device),

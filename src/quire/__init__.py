@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quire.core.plugin.hookspecs import hookimpl
     from quire.core.sampling_params import SamplingParams
     from quire.core.scheduling_params import SchedulingParams
+    from quire.core.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -32,6 +33,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulingParams",
+    "StructuredOutputsParams",
     "__version__",
     "get_tokenizer",
     "hookimpl",
@@ -46,12 +48,17 @@ _HOMES = {
     "RequestMetrics": "quire.core.messages",
     "RequestOutput": "quire.core.messages",
     "SamplingParams": "quire.core.sampling_params",
+    "StructuredOutputsParams": "quire.core.structured_outputs",
     "SchedulingParams": "quire.core.scheduling_params",
     "get_tokenizer": "quire.core.engine.tokenizer",
     "hookimpl": "quire.core.plugin.hookspecs",
     "EngineArgs": "quire.core.engine.args",
 }
-_NAMES_IN_VLLM = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
+_NAMES_IN_VLLM = {
+    "AsyncEngineArgs": "EngineArgs",
+    "AsyncLLMEngine": "AsyncLLM",
+    "GuidedDecodingParams": "StructuredOutputsParams",
+}
 """Other names, as imported from vLLM, of what stands in ``__all__``."""
 
 

@@ -14,6 +14,7 @@ from quire.core.sample.kernels.forced_acceptance_kernel import launch_force_acce
 from quire.core.sample.kernels.launch_sample import launch_sample
 from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
 from quire.core.sample.kernels.penalties_kernel import launch_penalties
+from quire.core.sample.kernels.token_mask_kernel import launch_token_masks
 from quire.core.sample.kernels.verify_kernel import launch_place_drafts, launch_verify_drafts
 from quire.core.sample.kernels.workspace import Workspace
 
@@ -43,6 +44,10 @@ def penalties() -> None:
     launch_penalties(torch.zeros(4, 151936), _LONGS(2), _LONGS(4), _INTS(4), 64, columns)
 
 
+def token_masks(dtype: torch.dtype) -> None:
+    launch_token_masks(torch.zeros(4, 151936, dtype=dtype), _INTS(4), _INTS(2, 4748))
+
+
 def logprobs() -> None:
     launch_logsumexp_and_rank(torch.zeros(2, 151936, dtype=torch.bfloat16), _INTS(2))
 
@@ -70,6 +75,8 @@ SAMPLING: dict[str, Callable[[], None]] = {
     "sample-random": partial(random, torch.bfloat16, 151936, True),
     "sample-random-float32": partial(random, torch.float32, 128256, False),
     "penalties": penalties,
+    "token-masks": partial(token_masks, torch.bfloat16),
+    "token-masks-float32": partial(token_masks, torch.float32),
     "logprobs": logprobs,
     "verify-drafts": partial(verify_drafts, 5),
     "force-acceptance": partial(force_acceptance, 4),

@@ -20,7 +20,7 @@ from torch import Tensor
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.contracts.sampler import Sampler, SamplingBatch
-from quire.core.messages import SchedulerOutput
+from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.inputs import DraftSpans
 from quire.core.sample.verify import DraftVerifier, verify_drafts
@@ -28,6 +28,7 @@ from quire.core.worker.cuda_graphs.capture import CapturedGraph, GraphCapturer
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable
+from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 
 __all__ = [
     "DecodeGraphs",
@@ -99,7 +100,9 @@ class DecodeGraphs:
     Padding requests point at the table's last row, which owns the padding block alone; padding tokens of a request that
     has fewer drafts than others write there too. There are two variants of sampling, both writing the same tokens:
     ``greedy``, and ``random`` for any mix of greedy and random requests, where a ``sampler`` is given that samples from
-    the table by itself. ``launch_draft_prefill`` shows a step's inputs to a proposer that observes every step.
+    the table by itself. With ``token_masks`` each has a second form, ``masked_...``, which applies them before; steps
+    without a grammar replay the first. ``launch_draft_prefill`` shows a step's inputs to a proposer that observes every
+    step.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class DecodeGraphs:
         num_draft_tokens: int = 0,
         draft_verifier: DraftVerifier = verify_drafts,
         launch_draft_prefill: Callable[[StepInputs], None] | None = None,
+        token_masks: TokenMaskBuffer | None = None,
     ) -> None:
         self._launch_draft_prefill = launch_draft_prefill
         self._model = model
@@ -122,7 +126,10 @@ class DecodeGraphs:
         self._block_size = block_size
         self._sampler = sampler
         self._draft_verifier = draft_verifier
+        self._token_masks = token_masks
         self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
+        if token_masks is not None:
+            self._variants += [f"masked_{variant}" for variant in self._variants]
         capture_sizes = choose_capture_sizes(table.num_rows)
         can_verify = all("verify" in backend.graph_support for backend in backends)
         # Batch sizes by query length, both ascending: ``_find_captured`` takes the first that is large enough.
@@ -207,12 +214,19 @@ class DecodeGraphs:
             self._uploaded = rows_and_drafts
         captured.model_graph.replay()
 
-    def sample_tokens(self, step: SchedulerOutput, variant: Literal["greedy", "random"]) -> Tensor:
+    def sample_tokens(
+        self, step: SchedulerOutput, variant: Literal["greedy", "random"], masks: TokenMasks | None = None
+    ) -> Tensor:
         """Sample for every request and append to its row: the token of each (num_reqs,) int32, or what the verifier
-        returns where drafts are verified. The tensor is overwritten by the next step."""
-        captured = self._find_captured(step).sampling_graphs[variant]
-        captured.graph.replay()
-        return captured.output[: len(step.rows)]
+        returns where drafts are verified. The tensor is overwritten by the next step. With ``masks`` the captured
+        logits are overwritten too."""
+        captured = self._find_captured(step)
+        sampling = captured.sampling_graphs[variant]
+        if masks is not None and self._token_masks is not None:
+            self._token_masks.upload_captured(masks, captured.shape.query_len, len(captured.logits))
+            sampling = captured.sampling_graphs[f"masked_{variant}"]
+        sampling.graph.replay()
+        return sampling.output[: len(step.rows)]
 
     def run_draft_prefill(self, step: SchedulerOutput) -> None:
         """Show the step, now that its tokens are sampled, to a proposer that observes every one."""
@@ -323,7 +337,9 @@ class DecodeGraphs:
 
     def _launch_sampling(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
         """Sampling, verification of drafts and the feedback into the table: the second graph."""
-        table, greedy, spans = self._table, variant == "greedy", inputs.draft_spans
+        table, greedy, spans = self._table, variant.endswith("greedy"), inputs.draft_spans
+        if self._token_masks is not None and variant.startswith("masked_"):
+            self._token_masks.apply(logits)
         if spans.max_len > 1:
             if self._sampler is None:
                 tokens = logits.argmax(-1).int()

@@ -17,6 +17,7 @@ from quire.core.sampling_params import (
     SamplingParams,
 )
 from quire.server.http.errors import ApiError
+from quire.server.http.protocol.structured import STRUCTURED_FIELDS, read_structured_outputs
 
 __all__ = [
     "MAX_ITEMS",
@@ -137,7 +138,13 @@ class GenerationBody(Body):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    structured_outputs: Any = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
+    structured_outputs: dict[str, Any] | None = None
     use_beam_search: bool | None = None
 
     @classmethod
@@ -170,6 +177,9 @@ class GenerationBody(Body):
         values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.extra_args or self.vllm_xargs:
             values["extra_args"] = {**(self.vllm_xargs or {}), **(self.extra_args or {})}
+        structured = {name: getattr(self, name) for name in _STRUCTURED_FIELDS}
+        if (constraint := read_structured_outputs(structured)) is not None:
+            values["structured_outputs"] = constraint
         return SamplingParams(**{**defaults, **values, **overrides})
 
     def check_supported(self) -> None:
@@ -177,12 +187,6 @@ class GenerationBody(Body):
         for field in self.unsupported_fields():
             if not field.is_neutral((self.model_extra or {}).get(field.name)):
                 raise unsupported_error(field.name, field.remedy)
-        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"):
-            if getattr(self, name) is not None:
-                raise unsupported_error(name, "structured output is not supported yet; leave it out")
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise unsupported_error("response_format", f"{kind!r:.40} is not supported yet; only 'text' is")
         if self.use_beam_search:
             raise unsupported_error("use_beam_search", "beam search is not supported; sample with n and best_of")
         if self.stream_options is not None and not self.stream:
@@ -198,7 +202,7 @@ class GenerationBody(Body):
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
-_STRUCTURED = "structured output is not supported yet; leave it out"
+_STRUCTURED_FIELDS = (*STRUCTURED_FIELDS, "response_format", "structured_outputs", "guided_whitespace_pattern")
 _TEXT_ONLY = "Quire takes and gives text only; leave it out"
 _UNSUPPORTED_FIELDS = (
     UnsupportedField("length_penalty", "it belongs to beam search, which is not supported", (1.0,)),
@@ -208,10 +212,6 @@ _UNSUPPORTED_FIELDS = (
     UnsupportedField("audio", _TEXT_ONLY),
     UnsupportedField("modalities", _TEXT_ONLY, (["text"],)),
     UnsupportedField("web_search_options", "not supported; leave it out"),
-    UnsupportedField("json_schema", _STRUCTURED),
-    UnsupportedField("regex", _STRUCTURED),
-    UnsupportedField("ebnf", _STRUCTURED),
-    UnsupportedField("structural_tag", _STRUCTURED),
 )
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),

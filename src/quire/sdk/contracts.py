@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.router import *
     from quire.core.contracts.sampler import *
     from quire.core.contracts.spec_decode import *
+    from quire.core.contracts.structured_output import *
     from quire.core.contracts.tool_parser import *
     from quire.core.contracts.tool_parser_text import *
     from quire.core.messages import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         ModelRunnerOutput,
         NewRequest,
         SchedulerOutput,
+        TokenMasks,
     )
     from quire.core.parsing.json_calls import HeaderToolParser, JsonToolParser
     from quire.core.parsing.python_calls import PythonicToolParser
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from quire.core.sampling_params import SamplingParams
     from quire.core.scheduling_params import SchedulingParams
     from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepStats
+    from quire.core.structured_outputs import StructuredOutputsParams
     from quire.core.worker.worker import Worker
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "BlockCopy",
     "CacheConfig",
     "CallFormat",
+    "CompiledGrammar",
     "DeviceProposer",
     "DraftSource",
     "DraftTokens",
@@ -66,6 +70,7 @@ __all__ = [
     "Executor",
     "FinishedStep",
     "ForwardContext",
+    "GrammarState",
     "Grants",
     "GraphKey",
     "GraphKind",
@@ -90,6 +95,7 @@ __all__ = [
     "MalformedCallError",
     "MarkerMatch",
     "Markers",
+    "MaskRequest",
     "MetricsExporter",
     "Model",
     "ModelConfig",
@@ -127,8 +133,12 @@ __all__ = [
     "StepTokens",
     "StepView",
     "StoredWeight",
+    "StructuredOutputBackend",
+    "StructuredOutputsParams",
     "TargetState",
     "TextReader",
+    "TokenMasks",
+    "TokenizerInfo",
     "ToolCalls",
     "ToolParser",
     "Usage",
@@ -158,6 +168,9 @@ NAMES_OF_MODULE = {
         "DeviceProposer", "DraftSource", "DraftTokens", "HostProposer", "SpeculativeProposer", "StepTokens",
         "TargetState",
     ),
+    "quire.core.contracts.structured_output": (
+        "CompiledGrammar", "GrammarState", "MaskRequest", "StructuredOutputBackend", "TokenizerInfo",
+    ),
     "quire.core.contracts.executor": ("Executor", "KVCapacity", "StepFuture"),
     "quire.core.contracts.metrics": ("MetricsExporter",),
     "quire.core.contracts.tool_parser": ("CallFormat", "ToolCalls", "ToolParser"),
@@ -172,12 +185,13 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.messages": (
         "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",
-        "SchedulerOutput",
+        "SchedulerOutput", "TokenMasks",
     ),
     "quire.core.request": ("Request",),
     "quire.core.sampling_params": ("SamplingParams",),
     "quire.core.scheduling_params": ("SchedulingParams",),
     "quire.core.worker.worker": ("Worker",),
+    "quire.core.structured_outputs": ("StructuredOutputsParams",),
     "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepStats"),
 }  # fmt: skip
 _MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}

@@ -67,8 +67,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "x", "priority": "high"}, "priority"),
     (TEXT, {"prompt": "x", "cache_salt": ""}, "cache_salt"),
     (TEXT, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
-    (TEXT, {"prompt": "x", "guided_regex": "a+"}, "guided_regex"),
-    (TEXT, {"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
     (TEXT, {"prompt": ""}, "prompt"),
     (TEXT, {"prompt": []}, "prompt"),
     (TEXT, {"prompt": [[]]}, "prompt"),

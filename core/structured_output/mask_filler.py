@@ -1,0 +1,95 @@
+"""Fills the masks of a step in a thread, so that a grammar that hangs does not take the engine with it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.contracts.structured_output import MaskRequest, StructuredOutputBackend
+
+__all__ = ["MaskFiller"]
+
+_log = logging.getLogger("quire.structured_output")
+_Call = tuple[Sequence[MaskRequest], NDArray[np.int32], "Future[None]"]
+
+
+class MaskFiller:
+    """Calls ``StructuredOutputBackend.fill_masks`` and waits for it, but not for ever."""
+
+    def __init__(self, backend: StructuredOutputBackend, time_limit_s: float) -> None:
+        self._backend = backend
+        self._time_limit_s = time_limit_s
+        self._queue: queue.SimpleQueue[_Call | None] | None = None  # of a thread; None: one is started when needed
+        self.num_lost_threads = 0
+        """Calls that did not return in time, and may still write into the block that they were given."""
+
+    def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> dict[int, str]:
+        """Fill rows of ``block``. Returns, by index into ``requests``, why those that have no masks have failed.
+
+        Where the call raises or does not return, the request that was being filled is to blame. The others are filled
+        by further calls; a backend that fills all requests at once may be asked for one after the other.
+        """
+        failures: dict[int, str] = {}
+        pending = list(range(len(requests)))
+        while pending:
+            reason = self._call([requests[index] for index in pending], block)
+            left = [index for index in pending if not requests[index].is_filled]
+            if not left:
+                break
+            blamed = [index for index in left if requests[index].is_started]
+            if not blamed:
+                if len(pending) > 1:  # a call for all at once says nothing of who is to blame
+                    for index in left:
+                        if reason := self._call([requests[index]], block):
+                            failures[index] = reason
+                    break
+                blamed = left
+            failures.update(dict.fromkeys(blamed, reason or "it left a mask unfilled"))
+            pending = [index for index in left if index not in failures]
+        for index, request in enumerate(requests):
+            if index not in failures and not block[request.first_row].any():
+                failures[index] = "it allows no token"
+        return failures
+
+    def shutdown(self) -> None:
+        """Let the thread end."""
+        if self._queue is not None:
+            self._queue.put(None)
+
+    def _call(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> str:
+        """One call in the thread. Why it failed; empty if it did not."""
+        if self._queue is None:
+            self._queue = queue.SimpleQueue()
+            threading.Thread(target=self._run, args=(self._queue,), name="quire-grammar-masks", daemon=True).start()
+        future: Future[None] = Future()
+        self._queue.put((requests, block, future))
+        try:
+            future.result(self._time_limit_s)
+            return ""
+        except TimeoutError as error:
+            if future.done():
+                return f"TimeoutError: {error}"
+            self._queue.put(None)  # should the call ever return, its thread ends
+            self._queue = None
+            self.num_lost_threads += 1
+            _log.error("a mask was not filled in %.0f s; its thread is given up", self._time_limit_s)
+            return f"its grammar did not return in {self._time_limit_s:.0f} s"
+        except Exception as error:
+            _log.error("a mask could not be filled", exc_info=error)
+            return f"its grammar raised {type(error).__name__}: {error}"
+
+    def _run(self, calls: queue.SimpleQueue[_Call | None]) -> None:
+        while (call := calls.get()) is not None:
+            requests, block, future = call
+            try:
+                self._backend.fill_masks(requests, block)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)

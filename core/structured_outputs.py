@@ -1,0 +1,157 @@
+"""What an answer has to match: a JSON schema, a regular expression, choices, a grammar or tags in free text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from quire.core.errors import InvalidRequestError
+
+__all__ = ["MAX_CONSTRAINT_BYTES", "ConstraintKind", "StructuredOutputsParams"]
+
+MAX_CONSTRAINT_BYTES = 131_072
+"""The longest schema, expression or grammar, as UTF-8. Each of the ``n`` continuations has a copy."""
+MAX_CONSTRAINT_DEPTH = 64
+"""The deepest nesting of a schema or a structural tag, in JSON objects and arrays."""
+MAX_CHOICES = 4096
+
+ConstraintKind = Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
+_KINDS: tuple[ConstraintKind, ...] = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an answer has to match, with the names of vLLM's API. Exactly one of the first six is given.
+
+    ``json``: a JSON schema, as an object or as its text. ``json_object``: any JSON object. ``regex``: a regular
+    expression of the whole answer. ``choice``: one of these texts. ``grammar``: a context-free grammar, in Lark's
+    syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a trigger, one of several
+    structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}``; beside them
+    ``"free_text": false`` (nothing else), ``"at_least_one": true`` and ``"stop_after_first": true``.
+
+    JSON may have white space between its parts, of at most ``whitespace_pattern`` at each place, or of none and the
+    separators ``", "`` and ``": "`` with ``disable_any_whitespace``. ``disable_additional_properties`` closes every
+    object whose schema says nothing of further properties.
+
+    ``reasoning_end``: free text comes first, up to this text, and the constraint holds for what follows. With
+    ``reasoning_start`` as well, free text comes first only if the answer begins with that. ``backend`` and
+    ``disable_fallback`` are accepted from scripts for vLLM and change nothing: the engine has one backend.
+    """
+
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    reasoning_start: str | None = None
+    reasoning_end: str | None = None
+    backend: str | None = None
+    disable_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        """Brings every field into one form, and refuses what is none of its kind or too large."""
+        given: list[ConstraintKind] = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given" if given else "none is given"
+            raise InvalidRequestError(f"structured_outputs takes exactly one of {', '.join(_KINDS)}; {what}", _PARAM)
+        (kind,) = given
+        if kind in ("json", "structural_tag"):
+            self._set(kind, _to_json_text(kind, getattr(self, kind), self.disable_additional_properties))
+        elif kind == "choice":
+            self._set(kind, _to_choices(self.choice))
+        elif kind == "json_object":
+            self._set(kind, True)
+        for name in ("regex", "grammar", "whitespace_pattern", "reasoning_start", "reasoning_end"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        if self.reasoning_start is not None and self.reasoning_end is None:
+            raise InvalidRequestError("reasoning_start needs reasoning_end", _PARAM)
+
+    @property
+    def kind(self) -> ConstraintKind:
+        """Which of the six is given."""
+        return next(name for name in _KINDS if getattr(self, name) is not None)
+
+    def load_json(self) -> Any:
+        """The schema, or the structural tag, as the value that its text stands for."""
+        return json.loads(str(self.json if self.json is not None else self.structural_tag))
+
+    def _set(self, name: str, value: object) -> None:
+        msgspec.structs.force_setattr(self, name, value)
+
+
+_PARAM = "structured_outputs"
+
+
+def _to_json_text(name: str, value: Any, close_objects: bool) -> str:
+    """The compact text of a JSON value, its keys in their order."""
+    if isinstance(value, str):
+        _check_text(name, value)
+        try:
+            value = json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"{name} is not valid JSON: {error}", _PARAM) from None
+    if not isinstance(value, Mapping | bool) or (name != "json" and isinstance(value, bool)):
+        raise InvalidRequestError(f"{name} must be a JSON object, got {value!r:.60}", _PARAM)
+    _check_depth(name, value)
+    if close_objects:
+        value = _close_objects(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{name} is not valid JSON: {error}", _PARAM) from None
+    _check_text(name, text)
+    return text
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Level by level, so that no nesting is too deep to be looked at."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, Mapping | list | tuple)]:
+        depth += 1
+        if depth > MAX_CONSTRAINT_DEPTH:
+            raise InvalidRequestError(f"{name} is nested deeper than {MAX_CONSTRAINT_DEPTH} levels", _PARAM)
+        level = [child for each in level for child in (each.values() if isinstance(each, Mapping) else each)]
+
+
+def _close_objects(schema: Any) -> Any:
+    """The schema with ``additionalProperties: false`` wherever properties are listed and nothing is said of others."""
+    if isinstance(schema, list):
+        return [_close_objects(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = {name: _close_objects(each) for name, each in schema.items()}
+    if isinstance(closed.get("properties"), dict):
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str) or not text:
+        raise InvalidRequestError(f"{name} must be a text that is not empty, got {text!r:.60}", _PARAM)
+    try:
+        num_bytes = len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{name} holds half of a surrogate pair, which is no character", _PARAM) from None
+    if num_bytes > MAX_CONSTRAINT_BYTES:
+        raise InvalidRequestError(f"{name} takes {num_bytes} bytes, the limit is {MAX_CONSTRAINT_BYTES}", _PARAM)
+
+
+def _to_choices(value: Any) -> list[str]:
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_CHOICES:
+        raise InvalidRequestError(f"choice must be a list of 1 to {MAX_CHOICES} texts, got {value!r:.60}", _PARAM)
+    for each in value:
+        if not isinstance(each, str) or not each:
+            raise InvalidRequestError(f"choice must hold texts that are not empty, got {each!r:.60}", _PARAM)
+    _check_text("choice", "".join(value))
+    return list(value)

@@ -1,0 +1,1 @@
+"""Bundled structured-output backends."""

@@ -1,0 +1,223 @@
+"""The bundled structured-output backend: llguidance, Earley parsing over lexemes that are derivatives of expressions.
+
+It refuses what it cannot enforce, and its work is bounded: by the size of a grammar when it compiles, and by "fuel" in
+every step. Masks of all requests are computed in one call, on several threads, without the interpreter's lock.
+https://github.com/guidance-ai/llguidance
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
+from quire.plugins.structured_output.lark import LarkWriter
+from quire.sdk import (
+    CompiledGrammar,
+    GrammarState,
+    InvalidRequestError,
+    MaskRequest,
+    StructuredOutputBackend,
+    StructuredOutputsParams,
+    TokenizerInfo,
+)
+
+__all__ = ["GuidanceBackend"]
+
+_WHITESPACE = r"\x20?|\x0D?\x0A[\x20\x09]{0,40}"
+"""Nothing, a blank, or a line end and an indentation: a model that goes on with blanks does not fill its answer so."""
+
+_MAX_ITEMS_IN_ROW = 5000
+"""Of the parser: enough for an object with a thousand properties, each of which may come next."""
+_PROBED_TOKENS = 8
+"""Tokens of an answer that are tried when a grammar is compiled."""
+
+
+class GuidanceBackend(StructuredOutputBackend):
+    """JSON schemas, regular expressions, choices, Lark and GBNF grammars and structural tags."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the backend."""
+
+        threads: int = 0
+        """Threads that compute masks; 0: four fifths of the processors, at most 32."""
+        max_lexer_states: int = 50_000
+        """States that the lexer of one grammar may build, of 1 to 2 kB each."""
+
+        def __post_init__(self) -> None:
+            if self.threads < 0 or self.max_lexer_states < 1:
+                raise ValueError("threads must be at least 0 and max_lexer_states at least 1")
+
+    def __init__(self, tokenizer: TokenizerInfo, options: Options | None = None) -> None:
+        super().__init__(tokenizer, options)
+        options = options or self.Options()
+        self._tokenizer = llguidance.LLTokenizer(
+            tokenizer.tokenizer_json, n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.eos_token_ids)
+        )
+        added = {token["content"]: token["id"] for token in json.loads(tokenizer.tokenizer_json)["added_tokens"]}
+        # The library takes more for special than the file does: added tokens that look like tags.
+        special_ids = {text: token for text, token in added.items() if self._tokenizer.is_special_token(token)}
+        self._lark = LarkWriter(special_ids)
+        self._limits = llguidance.LLParserLimits(
+            max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
+        )
+        self._executor = llguidance.LLExecutor(options.threads or None)
+
+    @classmethod
+    def validate_params(cls, params: StructuredOutputsParams) -> None:
+        """Refuses by name what a schema asks for and llguidance would pass over."""
+        if params.kind == "json":
+            prepare_schema(params.load_json())
+        elif params.kind == "structural_tag":
+            LarkWriter.check_structural_tag(params.load_json())
+
+    def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
+        """Build the parser, and the first mask, which shows what no answer can match."""
+        try:
+            grammar = self._write_grammar(params)
+        except InvalidRequestError:
+            raise
+        except Exception as error:
+            raise InvalidRequestError(f"{params.kind}: {_first_line(str(error))}", "structured_outputs") from None
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        for each in (matcher, matcher.deep_copy()):
+            if not each.is_error():
+                _walk(each, 0 if each is matcher else _PROBED_TOKENS)
+            if each.is_error():
+                raise InvalidRequestError(_explain_refusal(params, each.get_error()), "structured_outputs")
+        return _Grammar(matcher, frozenset(self.tokenizer.eos_token_ids), len(grammar))
+
+    def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
+        """All rows in one call, or two, which let other threads run."""
+        plain = [(_matcher(request), request.first_row) for request in requests if not request.draft_token_ids]
+        drafting = [
+            (_matcher(request), request.first_row, list(request.draft_token_ids))
+            for request in requests
+            if request.draft_token_ids
+        ]
+        memory = (block.ctypes.data, block.shape[1] * 4, block.shape[0])
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, *memory)
+        if drafting:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafting, *memory)
+        for request in requests:
+            request.is_started = True
+            request.is_filled = not _matcher(request).is_error()
+
+    def _write_grammar(self, params: StructuredOutputsParams) -> str:
+        """A grammar in the form that llguidance takes."""
+        kind = params.kind
+        if kind == "structural_tag":
+            body: dict[str, Any] = {
+                "lark_grammar": self._lark.write_structural_tag(params.load_json(), _json_options(params))
+            }
+        elif kind == "grammar":
+            body = {"lark_grammar": llguidance.gbnf_to_lark.any_to_lark(str(params.grammar))}
+        elif kind == "choice":
+            body = {"lark_grammar": "start: " + " | ".join(json.dumps(text) for text in params.choice or ())}
+        elif kind == "regex":
+            body = {"lark_grammar": f"start: REGEX\nREGEX: /{llguidance.regex_to_lark(str(params.regex))}/"}
+        else:
+            schema = {"type": "object"} if kind == "json_object" else prepare_schema(params.load_json())
+            body = {"json_schema": {**schema, "x-guidance": _json_options(params)}}
+        grammars = [{"name": "answer", **body}]
+        if params.reasoning_end is not None:
+            lark = self._lark.write_reasoning(params.reasoning_start, params.reasoning_end, "answer")
+            grammars.insert(0, {"name": "reasoning", "lark_grammar": lark})
+        return json.dumps({"grammars": grammars})
+
+
+class _Grammar(CompiledGrammar):
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: frozenset[int], num_chars: int) -> None:
+        self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self.num_bytes = (1 << 20) + 64 * num_chars
+
+    def start(self) -> GrammarState:
+        return _State(self._matcher.deep_copy(), self._eos_token_ids)
+
+
+class _State(GrammarState):
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: frozenset[int]) -> None:
+        self.matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._has_ended = False  # an EOS token came, which the matcher is not told: it stops at the last token before
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        if self._has_ended:
+            mask.fill(0)
+            return
+        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._raise_error()
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        if self._has_ended:
+            return 0
+        count = next((i for i, token in enumerate(token_ids) if token in self._eos_token_ids), len(token_ids))
+        num_taken = self.matcher.try_consume_tokens(list(token_ids[:count])) if count else 0
+        self._raise_error()
+        if num_taken == count < len(token_ids) and self.matcher.is_accepting():
+            self._has_ended = True
+            num_taken += 1
+        return num_taken
+
+    def rollback(self, num_tokens: int) -> None:
+        if self._has_ended and num_tokens:
+            self._has_ended = False
+            num_tokens -= 1
+        if num_tokens:
+            self.matcher.rollback(num_tokens)
+
+    def forced_tokens(self, max_tokens: int) -> Sequence[int]:
+        return () if self._has_ended else self.matcher.compute_ff_tokens()[:max_tokens]
+
+    def _raise_error(self) -> None:
+        if self.matcher.is_error():
+            raise RuntimeError(_first_line(self.matcher.get_error()))
+
+
+def _matcher(request: MaskRequest) -> llguidance.LLMatcher:
+    assert isinstance(request.state, _State)
+    return request.state.matcher
+
+
+def _walk(matcher: llguidance.LLMatcher, num_tokens: int) -> None:
+    """Begin some answer, so that a grammar that soon exceeds a limit is refused, and not in the middle of an answer."""
+    matcher.compute_bitmask()
+    for _ in range(num_tokens):
+        if matcher.is_error() or matcher.is_stopped():
+            return
+        token_ids = matcher.compute_ff_tokens()[:1]
+        if not token_ids:
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            token_ids = [int(np.unpackbits(mask, bitorder="little").argmax())]
+        matcher.try_consume_tokens(token_ids)
+
+
+def _json_options(params: StructuredOutputsParams) -> dict[str, Any]:
+    if params.disable_any_whitespace:
+        return {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    pattern = params.whitespace_pattern or _WHITESPACE
+    return {"whitespace_flexible": True, "whitespace_pattern": pattern}
+
+
+def _explain_refusal(params: StructuredOutputsParams, error: str) -> str:
+    line = _first_line(error)
+    if "NoExtension" in line:
+        line = "no answer can match it"
+    if params.kind in ("json", "structural_tag"):
+        keyword = name_refused_keyword(line)
+        return f"{params.kind}: {keyword + ': ' if keyword else ''}{line}"
+    return f"{params.kind}: {line}"
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.replace("<non-verbose/>", "").splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else "it cannot be compiled"

@@ -1,0 +1,147 @@
+"""What of JSON Schema (draft 2020-12) the backend enforces: rewriting what can be said otherwise, and the names of what
+it does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from quire.sdk import InvalidRequestError
+
+__all__ = ["name_refused_keyword", "prepare_schema"]
+
+_REFUSED = {
+    "not": "a negation has no grammar",
+    "if": "conditions have no grammar; write the cases as anyOf",
+    "then": "it belongs to if",
+    "else": "it belongs to if",
+    "contains": "give prefixItems and items",
+    "minContains": "it belongs to contains",
+    "maxContains": "it belongs to contains",
+    "propertyNames": "beside properties, or with more than a pattern, lengths or an enum, it has no grammar",
+    "dependencies": "it is dependentRequired and dependentSchemas since draft 2019-09",
+    "unevaluatedProperties": "give additionalProperties",
+    "unevaluatedItems": "give items",
+    "$dynamicRef": "give $ref",
+    "$recursiveRef": "give $ref",
+}
+"""Keywords that are refused by name, and what to do."""
+_SUBSCHEMAS = ("additionalProperties", "items", "contentSchema", "not", "if", "then", "else", "contains")
+_SUBSCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_FROM_ERROR = re.compile(
+    r"\b(oneOf|allOf|anyOf|format|pattern(?:Properties)?|multipleOf|minimum|maximum|exclusiveM\w+|type|\$ref|enum|const"
+    r"|min\w+|max\w+|required|properties|additionalProperties|items|prefixItems)\b"
+)
+
+
+def prepare_schema(schema: Any) -> dict[str, Any]:
+    """An equal schema that the library takes, made of ``schema``, which is changed. Raises ``InvalidRequestError``,
+    with the keyword and its place, for what would be passed over or fail later."""
+    if schema is False:
+        raise InvalidRequestError("json: no answer can match the schema false", "structured_outputs")
+    if schema is True:
+        return {}
+    for path, each in _walk(schema, ""):
+        _simplify(each)
+        for keyword in each:
+            if keyword in _REFUSED:
+                raise _refuse(keyword, path, _REFUSED[keyword])
+        if each.get("uniqueItems") is True:
+            raise _refuse("uniqueItems", path, "what was written already cannot be excluded")
+        if isinstance(each.get("items"), list):
+            raise _refuse("items", path, "a list of schemas is prefixItems since draft 2020-12")
+        if "additionalItems" in each:
+            raise _refuse("additionalItems", path, "it is items since draft 2020-12")
+    assert isinstance(schema, dict)
+    return schema
+
+
+def _simplify(schema: dict[str, Any]) -> None:
+    """Take out what asserts nothing, and write in other keywords what the library does not know."""
+    if "if" not in schema or not schema.keys() & {"then", "else"}:
+        for keyword in ("if", "then", "else"):
+            schema.pop(keyword, None)
+    if schema.get("minContains") == 0 and "maxContains" not in schema:
+        schema.pop("contains", None)
+    if "contains" not in schema:
+        schema.pop("minContains", None)
+        schema.pop("maxContains", None)
+    if schema.get("not") is False:
+        del schema["not"]
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    for keyword in ("unevaluatedProperties", "unevaluatedItems"):
+        if schema.get(keyword) in (True, {}):
+            del schema[keyword]
+    for keyword in ("contentSchema", "$dynamicAnchor"):  # an annotation, and a name that $dynamicRef alone looks for
+        schema.pop(keyword, None)
+    if isinstance(schema.get("propertyNames"), dict | bool):
+        _write_property_names(schema)
+    for keyword in ("dependentRequired", "dependentSchemas"):
+        dependencies = schema.get(keyword)
+        if isinstance(dependencies, dict):
+            del schema[keyword]
+            for name, needed in dependencies.items():
+                needs = {"required": needed} if keyword == "dependentRequired" else needed
+                cases = {"anyOf": [{"properties": {name: False}}, needs]}
+                schema["allOf"] = [*schema.get("allOf", ()), cases]
+
+
+def _write_property_names(schema: dict[str, Any]) -> None:
+    """``propertyNames`` as ``patternProperties``, or as ``properties`` for an enum, where no others are listed."""
+    names = schema["propertyNames"]
+    if names is True or (
+        isinstance(names, dict) and not names.keys() - {"type"} and names.get("type") in (None, "string")
+    ):
+        del schema["propertyNames"]
+        return
+    if not isinstance(names, dict) or schema.keys() & {"properties", "patternProperties", "required"}:
+        return
+    rest = names.keys() - {"type"}
+    value = schema.get("additionalProperties", True)
+    if rest == {"pattern"}:
+        properties = {"patternProperties": {names["pattern"]: value}}
+    elif rest <= {"minLength", "maxLength"}:
+        length = f"{names.get('minLength', 0)},{names.get('maxLength', '')}"
+        properties = {"patternProperties": {f"^(.|\\n){{{length}}}$": value}}
+    elif rest == {"enum"} and all(isinstance(name, str) for name in names["enum"]):
+        properties = {"properties": dict.fromkeys(names["enum"], value)}
+    else:
+        return
+    del schema["propertyNames"]
+    schema.update(properties, additionalProperties=False)
+
+
+def name_refused_keyword(error: str) -> str:
+    """The keyword that a message of the library is about, if it is not named in it."""
+    if "regex parse error" in error:
+        return "pattern"
+    if _FROM_ERROR.search(error) or error.startswith("Unimplemented keys"):
+        return ""
+    if "Unsatisfiable" in error or "NoExtension" in error or "match" in error:
+        return "schema"
+    return ""
+
+
+def _walk(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema inside ``schema``, with its place. ``StructuredOutputsParams`` has bounded the depth."""
+    if not isinstance(schema, dict):
+        return
+    yield path, schema
+    for keyword, value in schema.items():
+        where = f"{path}/{keyword}"
+        if keyword in _SUBSCHEMAS:
+            yield from _walk(value, where)
+        elif keyword in _SUBSCHEMA_LISTS and isinstance(value, list):
+            for index, each in enumerate(value):
+                yield from _walk(each, f"{where}/{index}")
+        elif keyword in _SUBSCHEMA_MAPS and isinstance(value, dict):
+            for name, each in value.items():
+                yield from _walk(each, f"{where}/{name}")
+
+
+def _refuse(keyword: str, path: str, why: str) -> InvalidRequestError:
+    place = f" at {path[:100]}" if path else ""
+    return InvalidRequestError(f"json: the keyword {keyword!r}{place} is not supported: {why}", "structured_outputs")

@@ -1,0 +1,76 @@
+"""What ``StructuredOutputsParams`` takes, and how it says no."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from quire import SamplingParams, StructuredOutputsParams
+from quire.core.errors import InvalidRequestError
+from quire.core.structured_outputs import MAX_CONSTRAINT_BYTES
+
+
+def test_a_schema_is_kept_as_text_in_the_order_of_its_keys() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {"const": "é"}}}
+    params = StructuredOutputsParams(json=schema)
+    assert params.json == '{"type":"object","properties":{"b":{},"a":{"const":"é"}}}'
+    assert StructuredOutputsParams(json=json.dumps(schema, indent=2)) == params
+    assert params.kind == "json"
+    assert params.load_json() == schema
+    decoded = msgspec.msgpack.decode(
+        msgspec.msgpack.encode(SamplingParams(structured_outputs=params)), type=SamplingParams
+    )
+    assert decoded.structured_outputs == params
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one .*none is given"),
+        ({"json": {}, "regex": "a"}, "json and regex are given"),
+        ({"json": "{"}, "json is not valid JSON"),
+        ({"json": "[1]"}, "must be a JSON object"),
+        ({"json": 3}, "must be a JSON object"),
+        ({"json": '{"a": NaN}'}, "NaN is no JSON number"),
+        ({"json": {"a": float("nan")}}, "not valid JSON"),
+        ({"json": {"a": object()}}, "not valid JSON"),
+        ({"json": '{"a":' * 3000 + "1" + "}" * 3000}, "json is .*(recursion|deeper)"),
+        ({"json": '{"a":' * 65 + "1" + "}" * 65}, "nested deeper than 64"),
+        ({"json": {"enum": ["x" * 99] * 2000}}, f"the limit is {MAX_CONSTRAINT_BYTES}"),
+        ({"regex": "a" * 200_000}, "the limit is"),
+        ({"regex": ""}, "not empty"),
+        ({"regex": 3}, "must be a text"),
+        ({"regex": "\ud800"}, "surrogate"),
+        ({"choice": []}, "list of 1 to"),
+        ({"choice": "abc"}, "list of 1 to"),
+        ({"choice": ["a", 3]}, "must hold texts"),
+        ({"structural_tag": True}, "must be a JSON object"),
+        ({"choice": ["a"], "reasoning_start": "<think>"}, "needs reasoning_end"),
+    ],
+)
+def test_what_is_malformed_is_refused_by_name(fields, message) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        StructuredOutputsParams(**fields)
+    assert caught.value.param == "structured_outputs"
+    assert "\n" not in str(caught.value)
+
+
+def test_the_depth_of_nested_objects_costs_no_stack() -> None:
+    value: dict = {}
+    for _ in range(100_000):
+        value = {"a": value}
+    with pytest.raises(InvalidRequestError):
+        StructuredOutputsParams(json=value)
+    while value:  # taken apart level by level: freeing it at once would recurse
+        value = value["a"]
+
+
+def test_sampling_params_take_a_dict_and_refuse_others() -> None:
+    assert SamplingParams(structured_outputs={"choice": ["a"]}).structured_outputs == StructuredOutputsParams(
+        choice=["a"]
+    )
+    for value in ("json", {"nonsense": 1}, 3):
+        with pytest.raises(InvalidRequestError, match="structured_outputs"):
+            SamplingParams(structured_outputs=value)
