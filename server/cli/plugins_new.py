@@ -28,6 +28,8 @@ _SUMMARIES: Mapping[str, str] = MappingProxyType(
         "spec_decode": "drafts what followed the last two tokens before",
         "executor": "one worker in the engine's process",
         "metrics": "counts requests and tokens",
+        "tool_parser": "calls between ACTION and DONE",
+        "reasoning_parser": "reasoning in a scratchpad",
     }
 )
 NEW_KINDS = (*_SUMMARIES, _ROUTE)

@@ -140,3 +140,18 @@ def test_parsers_by_flag(start, tmp_path) -> None:
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
     assert not any(delta.content for delta in deltas)
+
+
+def test_speculation_and_small_chunks_change_no_message(client: openai.OpenAI, tmp_path) -> None:
+    """Drafts make deltas of several tokens, small steps cut prompts: the message is the same."""
+    flags = ("--spec-method", "ngram", "--num-speculative-tokens", "4", "--max-num-batched-tokens", "64")
+    server = start_server(tmp_path, "quire-tiny", *flags, "--max-num-seqs", "4")
+    try:
+        expected = client.chat.completions.create(**FIELDS).choices[0].message
+        for _ in range(2):  # the second finds its prompt in the cache
+            with server.openai.chat.completions.stream(**FIELDS) as stream:
+                streamed = stream.get_final_completion().choices[0].message
+            assert without_ids(streamed) == without_ids(expected)
+        assert server.metric('quire:spec_decode_num_draft_tokens_total{model_name="quire-tiny"}') > 0
+    finally:
+        server.stop()
