@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test coverage architecture aot aotold oldest lint format types docs wheel bench check clean
+.PHONY: help serve install dev test coverage architecture aot aotold oldest fuzzapi lint format types docs wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -53,6 +53,9 @@ aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Tr
 
 oldest: $(VENV)/oldest/.installed ## some tests with the oldest version of each dependency that pyproject.toml takes
 	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) -W default $(OLDEST_TESTS)
+
+fuzzapi: $(VENV)/fuzz/.installed $(VENV)/.installed-dev ## a minute of random HTTP requests, by schemathesis; ARGS="--seconds S --seed N"
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/server/fuzz_api.py --schemathesis $(VENV)/fuzz/bin/schemathesis $(ARGS)
 
 lint: dev ## ruff: rules and format
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status
@@ -102,6 +105,14 @@ $(VENV)/oldest/.installed: $(VENV)/.installed-dev
 	@rm -rf $(@D)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --target $(@D) \
 	  $$($(BIN)/python tools/oldest_dependencies.py --except torch triton setuptools)
+	@touch $@
+
+# schemathesis narrows what Quire leaves open, such as pytest's version, and needs nothing of Quire.
+$(VENV)/fuzz/.installed: $(VENV)/.installed
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) $$($(BIN)/python -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

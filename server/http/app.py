@@ -11,11 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from quire.core.version import __version__
 from quire.server.http.errors import add_error_handlers
 from quire.server.http.middleware import RequestMiddleware
-from quire.server.http.protocol.chat import ChatBody
-from quire.server.http.protocol.common import body_schemas
-from quire.server.http.protocol.completion import CompletionBody
-from quire.server.http.protocol.response_body import ResponseBody
-from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
+from quire.server.http.openapi import describe_app
 from quire.server.http.routes import (
     chat,
     completions,
@@ -51,7 +47,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
     for module in (chat, completions, responses, invocations, models, tokens, health, metrics, trace, unsupported):
         app.include_router(module.make_router(state))
     add_error_handlers(app)
-    _describe_bodies(app)
+    describe_app(app, has_api_keys=bool(settings.api_key))
     return app
 
 
@@ -76,16 +72,3 @@ def _cors_middleware(settings: ServerSettings) -> list[Middleware]:
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     ]
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Add the request bodies, which routes read themselves, to the OpenAPI document."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        known = document.setdefault("components", {}).setdefault("schemas", {})
-        known.update(body_schemas([ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody]))
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from quire.core.errors import (
     ContextLengthError,
@@ -133,13 +134,22 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer every error in the one shape."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return make_error_response(error)
+        response = make_error_response(error)
+        if response.status_code == 405 and (methods := _find_methods(app, request.url.path)):
+            response.headers["Allow"] = ", ".join(methods)  # the framework names those of one of several routes
+        return response
 
     handler: Callable[[Request, Exception], Awaitable[Response]] = handle
     known = (ApiError, QuireError, HTTPException, RequestValidationError, ValidationError, ClientDisconnectedError)
     for kind in known:
         app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, handler)
+
+
+def _find_methods(app: FastAPI, path: str) -> list[str]:
+    """The methods that a path takes, by the OpenAPI document."""
+    described = app.openapi()["paths"].items()
+    return [method.upper() for known, methods in described if compile_path(known)[0].match(path) for method in methods]
 
 
 def _to_api_error(error: Exception) -> ApiError | None:

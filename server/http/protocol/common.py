@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, Strict
 
 from quire.core.sampling_params import (
     MAX_BAD_WORDS,
@@ -21,14 +20,13 @@ from quire.server.http.protocol.structured import STRUCTURED_FIELDS, read_struct
 
 __all__ = [
     "MAX_ITEMS",
+    "TOKEN_IDS_SCHEMA",
     "Body",
     "GenerationBody",
     "Int32",
     "StreamOptions",
     "UnsupportedField",
-    "body_schemas",
     "check_token_ids",
-    "describe_body",
 ]
 
 MAX_ITEMS = 4096
@@ -42,24 +40,29 @@ def _refuse_booleans(value: Any) -> Any:
 
 
 Int32 = Annotated[int, BeforeValidator(_refuse_booleans), Field(ge=-(2**31), lt=2**31)]
+TokenKey = Annotated[Int32, Strict(False)]
+"""A token as the key of a JSON object, which is text."""
 Int64 = Annotated[int, BeforeValidator(_refuse_booleans), Field(ge=-(2**63), lt=2**63)]
 Real = Annotated[FiniteFloat, BeforeValidator(_refuse_booleans)]
+
+
+TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}}
 
 
 def check_token_ids(ids: Any) -> Any:
     """Refuse with ValueError what is no list of token ids. Any list else is for the next validator to refuse."""
     if not isinstance(ids, list) or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < 2**31):
         return ids  # as most are, without Python code for each of what may be many
-    bad = next((each for each in ids if type(each) is not int or not 0 <= each < 2**31), None)
-    if bad is not None:
-        raise ValueError(f"holds {bad!r:.40}, which is not a token id")
+    for each in ids:
+        if type(each) is not int or not 0 <= each < 2**31:
+            raise ValueError(f"holds {each!r:.40}, which is not a token id")
     return ids
 
 
 class Body(BaseModel):
-    """A request body. Unknown fields are let through, and logged once."""
+    """A request body. Unknown fields are let through, and logged once; a number or a boolean is not taken from text."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
     def unknown_fields(self) -> dict[str, list[str]]:
         """The fields that nothing reads, those of nested objects with their path, and the known ones beside each."""
@@ -101,7 +104,7 @@ class GenerationBody(Body):
     repetition_penalty: Real | None = None
     presence_penalty: Real | None = None
     frequency_penalty: Real | None = None
-    logit_bias: dict[Int32, Real] | None = Field(None, max_length=MAX_NAMED_TOKENS)
+    logit_bias: dict[TokenKey, Real] | None = Field(None, max_length=MAX_NAMED_TOKENS)
     allowed_token_ids: list[Int32] | None = Field(None, max_length=MAX_NAMED_TOKENS)
     bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
     seed: Int64 | None = None
@@ -224,20 +227,3 @@ _SAMPLING_FIELDS = (
 def unsupported_error(param: str, message: str) -> ApiError:
     """The error for a field that is known and not supported."""
     return ApiError(400, f"{param}: {message}", param=param, code="unsupported")
-
-
-def describe_body(model: type[Body]) -> dict[str, Any]:
-    """The OpenAPI description of a body that its route reads itself; see ``body_schemas``."""
-    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def body_schemas(models: Sequence[type[Body]]) -> dict[str, Any]:
-    """The schemas that ``describe_body`` refers to, by name."""
-    wanted = [(model, "validation") for model in models]
-    _, document = models_json_schema(wanted, ref_template=_REFERENCE)  # type: ignore[arg-type]
-    definitions: dict[str, Any] = document["$defs"]
-    return definitions
-
-
-_REFERENCE = "#/components/schemas/{model}"

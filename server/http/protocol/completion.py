@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from quire.core.sampling_params import SamplingParams
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import GenerationBody, Int32, check_token_ids, unsupported_error
+from quire.server.http.protocol.common import (
+    TOKEN_IDS_SCHEMA,
+    GenerationBody,
+    Int32,
+    check_token_ids,
+    unsupported_error,
+)
 
 __all__ = ["CompletionBody"]
 
 _MAX_PROMPTS = _MAX_SEQUENCES = 1024
 _MAX_STOP_CHARS = 4_194_304
+
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": _MAX_PROMPTS},
+        {**TOKEN_IDS_SCHEMA, "minItems": 1},
+        {"type": "array", "items": TOKEN_IDS_SCHEMA, "minItems": 1, "maxItems": _MAX_PROMPTS},
+    ]
+}
 
 
 def _normalize_prompts(value: Any) -> Any:
@@ -39,7 +55,7 @@ def _normalize_prompts(value: Any) -> Any:
 class CompletionBody(GenerationBody):
     """A completion."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_normalize_prompts)]
+    prompt: Annotated[list[Any], BeforeValidator(_normalize_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     """Whatever form it came in: a list of prompts, each a string or a list of token ids."""
     logprobs: Int32 | None = None
     echo: bool | None = None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from quire.server.http.protocol.chat import Conversation, Message
-from quire.server.http.protocol.common import MAX_ITEMS, Body, check_token_ids
+from quire.server.http.protocol.common import MAX_ITEMS, TOKEN_IDS_SCHEMA, Body, check_token_ids
 
 __all__ = ["DetokenizeBody", "TokenizeBody"]
 
 MAX_DETOKENIZED = 524_288
+_TOKENS_SCHEMA = {**TOKEN_IDS_SCHEMA, "maxItems": MAX_DETOKENIZED}
 
 
 class TokenizeBody(Conversation):
@@ -28,4 +29,6 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: Annotated[list[Any], BeforeValidator(check_token_ids), Field(max_length=MAX_DETOKENIZED)]
+    tokens: Annotated[
+        list[Any], BeforeValidator(check_token_ids), Field(max_length=MAX_DETOKENIZED), WithJsonSchema(_TOKENS_SCHEMA)
+    ]

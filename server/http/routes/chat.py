@@ -17,8 +17,10 @@ from quire.core.parsing.message import AssistantMessage
 from quire.server.http.errors import make_error_response
 from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
 from quire.server.http.middleware import get_request_id
+from quire.server.http.openapi import GENERATION_ERRORS, describe_operation
+from quire.server.http.protocol.answers import ChatChunk, ChatCompletion
 from quire.server.http.protocol.chat import ChatBody
-from quire.server.http.protocol.common import describe_body, unsupported_error
+from quire.server.http.protocol.common import unsupported_error
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.responses import (
     LOGPROB_BYTES,
@@ -42,7 +44,13 @@ def make_router(state: ServerState) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", openapi_extra=describe_body(ChatBody), response_model=None)
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=None,
+        openapi_extra=describe_operation(
+            "chat_completions", ChatCompletion, body=ChatBody, chunk=ChatChunk, errors=GENERATION_ERRORS
+        ),
+    )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await answer_chat(state, request)

@@ -13,7 +13,8 @@ from quire.core.messages import CompletionOutput, Logprob, RequestOutput
 from quire.server.http.errors import make_error_response
 from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
 from quire.server.http.middleware import get_request_id
-from quire.server.http.protocol.common import describe_body
+from quire.server.http.openapi import GENERATION_ERRORS, describe_operation
+from quire.server.http.protocol.answers import Completion, CompletionChunk
 from quire.server.http.protocol.completion import CompletionBody
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.responses import (
@@ -35,7 +36,13 @@ def make_router(state: ServerState) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", openapi_extra=describe_body(CompletionBody), response_model=None)
+    @routes.post(
+        "/v1/completions",
+        response_model=None,
+        openapi_extra=describe_operation(
+            "completions", Completion, body=CompletionBody, chunk=CompletionChunk, errors=GENERATION_ERRORS
+        ),
+    )
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
         return await answer_completion(state, request)

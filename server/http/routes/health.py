@@ -8,6 +8,8 @@ from fastapi import APIRouter
 
 from quire.core.version import __version__
 from quire.server.http.errors import UnavailableError
+from quire.server.http.openapi import describe_operation
+from quire.server.http.protocol.answers import Health, Load, Version
 from quire.server.http.state import ServerState
 
 __all__ = ["make_router"]
@@ -25,27 +27,29 @@ def make_router(state: ServerState) -> APIRouter:
             raise UnavailableError(state.engine.unavailable_reason or "the model is loading")
         return {"status": "ok"}
 
-    @routes.get("/health")
+    @routes.get("/health", openapi_extra=describe_operation("health", Health, errors=(503,)))
     async def health() -> dict[str, str]:
         """Whether requests can be served."""
         return check_ready()
 
-    @routes.get("/ready")
+    @routes.get("/ready", openapi_extra=describe_operation("ready", Health, errors=(503,)))
     async def ready() -> dict[str, str]:
         """The same, under the name that orchestrators ask for."""
         return check_ready()
 
-    @routes.api_route("/ping", methods=["GET", "POST"])
+    @routes.api_route(
+        "/ping", methods=["GET", "POST"], openapi_extra=describe_operation("ping", Health, errors=(413, 503))
+    )
     async def ping() -> dict[str, str]:
         """The same, under the name that SageMaker asks for."""
         return check_ready()
 
-    @routes.get("/version")
+    @routes.get("/version", openapi_extra=describe_operation("version", Version))
     async def version() -> dict[str, str]:
         """The version of Quire."""
         return {"version": __version__}
 
-    @routes.get("/load")
+    @routes.get("/load", openapi_extra=describe_operation("load", Load))
     async def load() -> dict[str, Any]:
         """What a load balancer wants to know."""
         stats = state.engine.get_stats()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
 from quire.server.http.errors import ApiError
+from quire.server.http.openapi import describe_operation
 from quire.server.http.state import ServerState
 
 __all__ = ["make_router"]
@@ -14,7 +16,12 @@ def make_router(state: ServerState) -> APIRouter:
     """The routes: every exporter that renders, and one of them alone."""
     routes = APIRouter()
 
-    @routes.get("/metrics", response_model=None)
+    @routes.get(
+        "/metrics",
+        response_model=None,
+        response_class=PlainTextResponse,
+        openapi_extra=describe_operation("metrics", None, errors=(404,)),
+    )
     async def metrics() -> Response:
         """Figures of every exporter for Prometheus, one document behind the other; those of another type than the first
         one's are at ``/metrics/NAME`` alone."""
@@ -26,7 +33,12 @@ def make_router(state: ServerState) -> APIRouter:
         lines = [body if body.endswith(b"\n") or len(bodies) == 1 else body + b"\n" for body in bodies]
         return Response(b"".join(lines), headers={"Content-Type": kind})
 
-    @routes.get("/metrics/{name:path}", response_model=None)
+    @routes.get(
+        "/metrics/{name:path}",
+        response_model=None,
+        response_class=PlainTextResponse,
+        openapi_extra=describe_operation("metrics_of_exporter", None, errors=(404,)),
+    )
     async def metrics_of_exporter(name: str) -> Response:
         """Figures of one exporter."""
         documents = {document.name: document for document in state.engine.render_metrics()}

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from quire.server.http.openapi import describe_operation
+from quire.server.http.protocol.answers import ModelCard, ModelList
 from quire.server.http.protocol.responses import current_timestamp
 from quire.server.http.state import ServerState
 
@@ -22,12 +24,12 @@ def make_router(state: ServerState) -> APIRouter:
         card = {"id": name, "object": "model", "created": created, "owned_by": "quire", "root": model.model}
         return {**card, "parent": None, "max_model_len": model.max_model_len}
 
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", openapi_extra=describe_operation("list_models", ModelList))
     async def list_models() -> dict[str, Any]:
         """The names by which requests may call the model."""
         return {"object": "list", "data": [describe_model(name) for name in state.model_names]}
 
-    @routes.get("/v1/models/{name:path}")
+    @routes.get("/v1/models/{name:path}", openapi_extra=describe_operation("get_model", ModelCard, errors=(404,)))
     async def get_model(name: str) -> dict[str, Any]:
         """One of them."""
         return describe_model(state.check_model(name))

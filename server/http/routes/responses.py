@@ -17,7 +17,9 @@ from quire.core.parsing.events import ContentDelta, ParserEvent
 from quire.server.http.errors import make_error_response
 from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
 from quire.server.http.middleware import get_key
-from quire.server.http.protocol.common import describe_body, unsupported_error
+from quire.server.http.openapi import GENERATION_ERRORS, describe_operation
+from quire.server.http.protocol.answers import DeletedResponse, ResponseAnswer, ResponseEvent
+from quire.server.http.protocol.common import unsupported_error
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.response_body import ResponseBody
 from quire.server.http.protocol.response_input import list_chat_messages
@@ -34,18 +36,31 @@ def make_router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    @routes.post("/v1/responses", openapi_extra=describe_body(ResponseBody), response_model=None)
+    @routes.post(
+        "/v1/responses",
+        response_model=None,
+        openapi_extra=describe_operation(
+            "create_response", ResponseAnswer, body=ResponseBody, chunk=ResponseEvent, errors=GENERATION_ERRORS
+        ),
+    )
     async def create_response(request: Request) -> Response:
         """Answer a conversation, with calls and reasoning as items of their own."""
         return await _answer(state, request)
 
-    @routes.get("/v1/responses/{response_id}", response_model=None)
+    @routes.get(
+        "/v1/responses/{response_id}",
+        response_model=None,
+        openapi_extra=describe_operation("get_response", ResponseAnswer, errors=(400, 404)),
+    )
     async def get_response(request: Request, response_id: str) -> Response:
         """A response that was stored."""
         stored = state.responses.find_response(response_id, get_key(request.scope))
         return Response(stored.response, media_type="application/json")
 
-    @routes.delete("/v1/responses/{response_id}")
+    @routes.delete(
+        "/v1/responses/{response_id}",
+        openapi_extra=describe_operation("delete_response", DeletedResponse, errors=(400, 404)),
+    )
     async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
         """Forget a response that was stored."""
         state.responses.delete_response(response_id, get_key(request.scope))

@@ -8,7 +8,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from quire.server.http.errors import ApiError
-from quire.server.http.protocol.common import describe_body
+from quire.server.http.openapi import describe_operation
+from quire.server.http.protocol.answers import DetokenizedText, TokenizedText
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 from quire.server.http.state import ServerState
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_router"]
 
+_ERRORS = (400, 404, 413, 415)
 _MAX_TOKENS = 65_536
 """What ``/tokenize`` takes at once, or as much as the context, if that is more."""
 
@@ -26,7 +28,11 @@ def make_router(state: ServerState) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    @routes.post("/tokenize", openapi_extra=describe_body(TokenizeBody), response_model=None)
+    @routes.post(
+        "/tokenize",
+        response_model=None,
+        openapi_extra=describe_operation("tokenize", TokenizedText, body=TokenizeBody, errors=_ERRORS),
+    )
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of messages."""
         body = await read_body(request, TokenizeBody, state)
@@ -46,7 +52,11 @@ def make_router(state: ServerState) -> APIRouter:
         encoded = await state.run_by_size(4 * len(tokens), _encode_tokens, state.engine, tokens, limit, is_named)
         return Response(encoded, media_type="application/json")
 
-    @routes.post("/detokenize", openapi_extra=describe_body(DetokenizeBody), response_model=None)
+    @routes.post(
+        "/detokenize",
+        response_model=None,
+        openapi_extra=describe_operation("detokenize", DetokenizedText, body=DetokenizeBody, errors=_ERRORS),
+    )
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         body = await read_body(request, DetokenizeBody, state)

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Query
 
 from quire.core.stats import TRACED_STEPS
+from quire.server.http.openapi import describe_operation
+from quire.server.http.protocol.answers import StepTrace
 from quire.server.http.state import ServerState
 from quire.server.http.trace import make_chrome_trace
 
@@ -18,7 +20,7 @@ def make_router(state: ServerState) -> APIRouter:
     """The route. Steps are always traced; asking costs nothing until now."""
     routes = APIRouter()
 
-    @routes.get("/trace")
+    @routes.get("/trace", openapi_extra=describe_operation("trace", StepTrace, errors=(400,)))
     async def trace(steps: int = Query(TRACED_STEPS, ge=1, le=TRACED_STEPS)) -> dict[str, Any]:
         """The last ``steps`` steps, for ui.perfetto.dev."""
         kept = state.engine.steps
