@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin-policy"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plugins" / "take-turns"
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    source = tmp_path_factory.mktemp("source") / "plugin-policy"
+    source = tmp_path_factory.mktemp("source") / "take-turns"
     shutil.copytree(EXAMPLE, source)
     site = tmp_path_factory.mktemp("site")
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]

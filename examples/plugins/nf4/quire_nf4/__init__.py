@@ -1,0 +1,8 @@
+"""NF4 weights: checkpoints whose ``quantization_config`` has the ``quant_method`` ``nf4``."""
+
+from quire.sdk import hookimpl
+
+
+@hookimpl
+def quire_register_quant(register):
+    register("nf4", "quire_nf4.loader:NF4", "4-bit NormalFloat weights in groups of 64")
