@@ -7,6 +7,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from quire.core.config import (
@@ -127,6 +128,17 @@ def _check_supported(args: EngineArgs) -> None:
         raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
 
 
+def _translate_structured_backend(name: str) -> str:
+    """What takes the place of a backend that vLLM has by this name, perhaps with its options behind a colon."""
+    name_in_vllm = name.partition(":")[0] if isinstance(name, str) else name
+    if name_in_vllm not in ("outlines", "lm-format-enforcer", "guidance", "xgrammar"):
+        return name
+    if name_in_vllm == "xgrammar" and find_spec("xgrammar") is not None:
+        return "xgrammar"
+    _log.warning("structured output backend %s: llguidance takes its place", name)
+    return "llguidance"
+
+
 def _resolve_before_model(
     plugins: PluginManager, chooser: PluginChooser, args: EngineArgs, context: dict[str, Any]
 ) -> dict[str, PluginChoice]:
@@ -139,7 +151,7 @@ def _resolve_before_model(
         ("kv", args.kv_allocator),
         ("policy", args.scheduling_policy),
         ("sampler", args.sampler),
-        ("structured_output", args.structured_output_backend),
+        ("structured_output", _translate_structured_backend(args.structured_output_backend)),
         ("executor", args.executor),
     ):
         choices[kind] = chooser.choose(kind, name, context)

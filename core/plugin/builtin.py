@@ -115,8 +115,10 @@ def quire_register_structured_output(register: Registrar) -> None:
         "quire.plugins.structured_output.guidance:GuidanceBackend",
         "JSON schemas, expressions, Lark and GBNF grammars by llguidance, which refuses what it cannot enforce",
         requires=("llguidance",),
-        aliases=("guidance", "outlines", "lm-format-enforcer"),
+        aliases=("guidance",),
     )
+    target = "quire.plugins.structured_output.xgrammar:XGrammarBackend"
+    register("xgrammar", target, "plain JSON schemas, expressions and EBNF by XGrammar", requires=("xgrammar",))
     register(
         "none", "quire.plugins.structured_output.none:NoBackend", "no structured output; requests for it are refused"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from quire.sdk import InvalidRequestError
 
-__all__ = ["name_refused_keyword", "prepare_schema"]
+__all__ = ["name_refused_keyword", "prepare_schema", "walk_schemas"]
 
 _REFUSED = {
     "not": "a negation has no grammar",
@@ -43,7 +43,7 @@ def prepare_schema(schema: Any) -> dict[str, Any]:
         raise InvalidRequestError("json: no answer can match the schema false", "structured_outputs")
     if schema is True:
         return {}
-    for path, each in _walk(schema, ""):
+    for path, each in walk_schemas(schema, ""):
         _simplify(each)
         for keyword in each:
             if keyword in _REFUSED:
@@ -125,7 +125,7 @@ def name_refused_keyword(error: str) -> str:
     return ""
 
 
-def _walk(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def walk_schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema inside ``schema``, with its place. ``StructuredOutputsParams`` has bounded the depth."""
     if not isinstance(schema, dict):
         return
@@ -133,13 +133,13 @@ def _walk(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for keyword, value in schema.items():
         where = f"{path}/{keyword}"
         if keyword in _SUBSCHEMAS:
-            yield from _walk(value, where)
+            yield from walk_schemas(value, where)
         elif keyword in _SUBSCHEMA_LISTS and isinstance(value, list):
             for index, each in enumerate(value):
-                yield from _walk(each, f"{where}/{index}")
+                yield from walk_schemas(each, f"{where}/{index}")
         elif keyword in _SUBSCHEMA_MAPS and isinstance(value, dict):
             for name, each in value.items():
-                yield from _walk(each, f"{where}/{name}")
+                yield from walk_schemas(each, f"{where}/{name}")
 
 
 def _refuse(keyword: str, path: str, why: str) -> InvalidRequestError:
