@@ -63,6 +63,9 @@ def find_interpreter(recipe: Recipe, python: str | None) -> str:
     hint = f"install it with: pip install 'quire[{recipe.extra}]'"
     if recipe.extra == "optimum":
         hint += " --no-build-isolation (in an environment of its own, named with --python)"
+    elif recipe.extra == "quantize":  # it pins transformers, which would decide with what Quire serves
+        hint = "install it with: pip install 'llmcompressor>=0.14,<0.15'"
+        hint += " (in an environment of its own, named with --python)"
     if python is None:
         if importlib.util.find_spec(recipe.module) is None:
             raise ConfigError(f"{recipe.tool} is not installed; {hint}")
