@@ -29,7 +29,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     expression of the whole answer. ``choice``: one of these texts. ``grammar``: a context-free grammar, in Lark's
     syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a trigger, one of several
     structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}``; beside them
-    ``"free_text": false`` (nothing else), ``"at_least_one": true`` and ``"stop_after_first": true``.
+    ``"free_text": false`` (nothing else), ``"at_least_one": true``, ``"stop_after_first": true`` and
+    ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text).
 
     JSON may have white space between its parts, of at most ``whitespace_pattern`` at each place, or of none and the
     separators ``", "`` and ``": "`` with ``disable_any_whitespace``. ``disable_additional_properties`` closes every

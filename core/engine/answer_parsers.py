@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from msgspec.structs import replace
+
 from quire.core.config import EngineConfig
 from quire.core.contracts.reasoning_parser import ReasoningParser
 from quire.core.contracts.tool_parser import ToolParser
+from quire.core.engine.call_constraints import EnforcedCalls, write_structural_tag
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.tool_use import ToolUse
+from quire.core.errors import InvalidRequestError
 from quire.core.messages import CompletionOutput
 from quire.core.parsing.answer_parser import AnswerParser
 from quire.core.parsing.message import AssistantMessage
@@ -20,6 +24,7 @@ from quire.core.plugin.quarantine import Quarantine
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import QuarantinedPlugin
+from quire.core.structured_outputs import StructuredOutputsParams
 
 __all__ = ["AnswerParsers"]
 
@@ -44,9 +49,12 @@ class AnswerParsers:
         self._auto_tool_choice = auto_tool_choice
         self._tools_quarantine = Quarantine("tool_parser", names[0], on_quarantine)
         self._reasoning_quarantine = Quarantine("reasoning_parser", names[1], on_quarantine)
+        self._enforced = EnforcedCalls()
         texts = (*reasoning.begin, *reasoning.end, *reasoning.dropped)
         self._reasoning_tokens = tokenizer.find_special_tokens(texts)
-        self._all_tokens = self._reasoning_tokens | tokenizer.find_special_tokens(tools.markers)
+        self._call_tokens = {
+            parser: tokenizer.find_special_tokens(parser.markers) for parser in (tools, self._enforced)
+        }
 
     @classmethod
     def from_config(
@@ -70,22 +78,44 @@ class AnswerParsers:
 
     def find_calls_in(self, use: ToolUse) -> bool:
         """Whether calls are looked for in the answer of a request."""
-        is_on = self._auto_tool_choice or use.choice == "required"
-        return bool(use.functions) and use.choice != "none" and is_on and self._has_tools
+        return self._choose_tools(use) is not None
 
     def find_shown_tokens(self, use: ToolUse) -> frozenset[int]:
         """The special tokens that the parser of a request's answers has to see."""
-        return self._all_tokens if self.find_calls_in(use) else self._reasoning_tokens
+        tools = self._choose_tools(use)
+        return self._reasoning_tokens if tools is None else self._reasoning_tokens | self._call_tokens[tools]
+
+    def constrain_params(self, use: ToolUse, prompt_token_ids: Sequence[int], params: SamplingParams) -> SamplingParams:
+        """The parameters with what the tools of a request ask for as structured output, which begins where the
+        reasoning of the answer ends. Where the answer has to be JSON, it may be calls instead; where it has another
+        form, calls of the model's own accord are not possible. Raises ``InvalidRequestError`` for a call that is
+        required beside a form of the answer."""
+        constraint, tools = params.structured_outputs, self._choose_tools(use)
+        if constraint is not None and use.choice == "required":
+            what = "a call that is required leaves no room for a response_format or structured_outputs"
+            raise InvalidRequestError(f"tool_choice: {what}; give one of them", "tool_choice")
+        if tools is not None and (constraint is None or constraint.kind in ("json", "json_object")):
+            constraint = _add_calls(constraint, use, tools)
+        if constraint is None:
+            return params
+        reasoning = self._reasoning if self._reasoning.begin else None
+        if reasoning is not None and constraint.reasoning_end is None:
+            prompt_end = self._find_prompt_end(prompt_token_ids)
+            if not prompt_end.rstrip().endswith(reasoning.end):
+                is_open = self._reasoning_quarantine.call(reasoning.is_reasoning_open, prompt_end)
+                begin = None if is_open else reasoning.begin[0]
+                constraint = replace(constraint, reasoning_start=begin, reasoning_end=reasoning.end[0])
+        return replace(params, structured_outputs=constraint)
 
     def make_parser(self, use: ToolUse, prompt_token_ids: Sequence[int]) -> AnswerParser | None:
         """The parser for one answer; None if there is nothing to look for."""
-        tools = self._tools if self.find_calls_in(use) else None
+        tools = self._choose_tools(use)
         reasoning = self._reasoning if self._reasoning.begin and self._reasoning_quarantine.is_active else None
         if tools is None and reasoning is None:
             return None
         in_reasoning = None
         if reasoning is not None:
-            prompt_end = self._tokenizer.decode(prompt_token_ids[-_PROMPT_END_TOKENS:])
+            prompt_end = self._find_prompt_end(prompt_token_ids)
             in_reasoning = self._reasoning_quarantine.call(reasoning.is_reasoning_open, prompt_end)
         return AnswerParser(
             tools,
@@ -112,6 +142,18 @@ class AnswerParsers:
             return AssistantMessage(content=text)
         return AssistantMessage.from_events([*parser.feed(text), *parser.finish()])
 
+    def _choose_tools(self, use: ToolUse) -> ToolParser | None:
+        """The parser of a request's calls: another one where the family cannot be made to write a required call."""
+        if use.choice == "none" or not use.functions:
+            return None
+        if use.choice == "required":
+            can_enforce = self._has_tools and all(self._tools.format_call(name) for name in use.functions)
+            return self._tools if can_enforce else self._enforced
+        return self._tools if self._auto_tool_choice and self._has_tools else None
+
+    def _find_prompt_end(self, prompt_token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(prompt_token_ids[-_PROMPT_END_TOKENS:])
+
     @property
     def _has_tools(self) -> bool:
         return bool(self._tools.begin or self._tools.begin_first) and self._tools_quarantine.is_active
@@ -119,3 +161,18 @@ class AnswerParsers:
 
 def _switch_off(quarantine: Quarantine, error: Exception) -> None:
     quarantine.switch_off("raised", f"parse_calls raised {type(error).__name__}: {error}", error)
+
+
+def _add_calls(
+    constraint: StructuredOutputsParams | None, use: ToolUse, tools: ToolParser
+) -> StructuredOutputsParams | None:
+    """What an answer has to match that may be calls, too."""
+    schema = None
+    if constraint is not None:
+        schema = constraint.load_json() if constraint.kind == "json" else {"type": "object"}
+    tag = write_structural_tag(use, tools, schema)
+    if tag is None:
+        return constraint
+    if constraint is None:
+        return StructuredOutputsParams(structural_tag=tag)
+    return replace(constraint, json=None, json_object=None, structural_tag=tag)

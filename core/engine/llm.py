@@ -147,8 +147,11 @@ class LLM:
         ]
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(params) == len(prompts):  # otherwise they are refused by name
+            constrain = self.answer_parsers.constrain_params
+            params = [constrain(use, prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
         for output, of_prompt in zip(outputs, params, strict=True):
             for completion in output.outputs:
                 completion.message = self.answer_parsers.read_message(

@@ -40,11 +40,16 @@ class LarkWriter:
             if not isinstance(structure.get("schema", {}), dict | bool):
                 raise _refuse("'schema' of a structure must be a JSON schema")
             prepare_schema(structure.get("schema", {}))
+        if "answer" in tag:
+            if not isinstance(tag["answer"], dict | bool):
+                raise _refuse("'answer' must be a JSON schema")
+            prepare_schema(tag["answer"])
 
     def write_structural_tag(self, tag: Any, json_options: dict[str, Any]) -> str:
-        """Free text, in which after a trigger one of the structures that begin with it follows."""
+        """Free text, in which after a trigger one of the structures that begin with it follows; or the structures
+        alone, or in their place JSON."""
         self.check_structural_tag(tag)
-        free_text = tag.get("free_text") is not False
+        free_text = tag.get("free_text") is not False and "answer" not in tag
         rules, segments = [_TEXT], []
         for index, trigger in enumerate(tag["triggers"]):
             bodies = []
@@ -73,6 +78,9 @@ class LarkWriter:
             start = segment if tag.get("at_least_one") or not free_text else f"{segment} | TEXT"
         else:
             start = f"{segment}{'+' if tag.get('at_least_one') or not free_text else '*'}{tail}"
+        if "answer" in tag:
+            rules.append(f"answer: %json {json.dumps({**prepare_schema(tag['answer']), 'x-guidance': json_options})}")
+            start = f"answer | {start}"
         return "\n".join(("%llguidance {}", f"start: {start}", *rules, ""))
 
     def write_reasoning(self, start: str | None, end: str, answer: str) -> str:

@@ -19,6 +19,7 @@ from quire.core.loading.chat_template import read_chat_templates
 from quire.core.messages import CompletionOutput
 from quire.core.plugin.manager import PluginManager
 from quire.core.sampling_params import SamplingParams as Params
+from quire.core.structured_outputs import StructuredOutputsParams
 from quire.sdk import JsonToolParser
 
 TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}]
@@ -124,6 +125,52 @@ def test_calls_of_the_models_own_accord_can_be_turned_off(tokenizer):
     parsers = make_parsers(tokenizer, "hermes", auto_tool_choice=False)
     assert not parsers.find_calls_in(read_tool_use(TOOLS))
     assert parsers.find_calls_in(read_tool_use(TOOLS, "required"))
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "prompt", "expected"),
+    [
+        ("none", "Hm?", (None, None)),
+        ("qwen3", "Hm?", ("<think>", "</think>")),
+        ("qwen3", "Hm?<think>\n", (None, "</think>")),
+        ("qwen3", "Hm?<think>\n\n</think>\n\n", (None, None)),
+        ("deepseek_r1", "Hm?", (None, "</think>")),
+    ],
+)
+def test_a_constraint_begins_where_reasoning_ends(tokenizer, reasoning, prompt, expected):
+    parsers = make_parsers(tokenizer, "hermes", reasoning)
+    prompt_token_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    given = Params(structured_outputs=StructuredOutputsParams(json_object=True))
+    for use, params in ((ToolUse(), given), (read_tool_use(TOOLS, "required"), Params())):
+        constraint = parsers.constrain_params(use, prompt_token_ids, params).structured_outputs
+        assert (constraint.reasoning_start, constraint.reasoning_end) == expected
+    for use in (ToolUse(), read_tool_use(TOOLS), read_tool_use(TOOLS, "none")):
+        params = Params()
+        assert parsers.constrain_params(use, prompt_token_ids, params) is params
+
+
+@pytest.mark.parametrize(
+    ("family", "trigger"), [("mistral", "[TOOL_CALLS]"), ("glm45", "<tool_call>"), ("none", "<tool_call>")]
+)
+def test_required_calls_are_read_in_the_form_that_is_enforced(tokenizer, family, trigger):
+    parsers, use = make_parsers(tokenizer, family), read_tool_use(TOOLS, "required")
+    tag = parsers.constrain_params(use, [5], Params()).structured_outputs.load_json()
+    assert tag["triggers"] == [trigger] and tag["free_text"] is False and tag["at_least_one"] is True
+    [structure] = tag["structures"]
+    message = parsers.read_message(use, [5], answer(tokenizer, structure["begin"] + "{}" + structure["end"]), Params())
+    assert message.content is None and [call.name for call in message.tool_calls] == ["get_time"]
+
+
+def test_strict_functions_keep_their_schema_beside_others(tokenizer):
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    strict = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    parsers = make_parsers(tokenizer, "hermes")
+    tag = parsers.constrain_params(read_tool_use([*TOOLS, strict]), [5], Params()).structured_outputs.load_json()
+    assert tag["free_text"] is True and tag["at_least_one"] is False
+    assert [each["schema"] for each in tag["structures"]] == [{"type": "object"}, schema]
+    with pytest.raises(InvalidRequestError, match="tool_choice"):
+        given = Params(structured_outputs=StructuredOutputsParams(json_object=True))
+        parsers.constrain_params(read_tool_use(TOOLS, "required"), [5], given)
 
 
 def function(name):

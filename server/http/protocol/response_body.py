@@ -9,6 +9,7 @@ from pydantic import Field
 
 from quire.core.engine.tool_use import ToolUse, read_tool_use
 from quire.core.sampling_params import SamplingParams
+from quire.core.structured_outputs import StructuredOutputsParams
 from quire.server.http.errors import ApiError
 from quire.server.http.protocol.common import (
     MAX_ITEMS,
@@ -85,17 +86,22 @@ class ResponseBody(GenerationBody):
             raise unsupported_error("include", f"{_LOGPROBS!r} is not supported; use /v1/chat/completions")
         if self.truncation not in (None, "auto", "disabled"):
             raise ApiError(400, "truncation: must be 'auto' or 'disabled'", param="truncation")
-        kind = self.text_format.get("type", "text")
-        if kind != "text":
-            raise unsupported_error("text.format", f"{kind!r:.40} is not supported yet; only 'text' is")
+        if self.response_format is not None:
+            raise unsupported_error("response_format", "give it as text.format")
         limit = self.max_output_tokens if self.max_output_tokens is not None else defaults.get("max_tokens")
         cut = {"truncate_prompt_tokens": -1} if self.truncation == "auto" else {}
-        return self.build_sampling_params(defaults, max_tokens=limit, **cut)
+        constraint = _read_format((self.text or {}).get("format"))
+        form = {} if constraint is None else {"structured_outputs": constraint}
+        return self.build_sampling_params(defaults, max_tokens=limit, **cut, **form)
 
-    @property
-    def text_format(self) -> dict[str, Any]:
-        """``text.format``; empty if there is none. Raises ApiError."""
-        wanted = (self.text or {}).get("format") or {}
-        if not isinstance(wanted, dict):
-            raise ApiError(400, "text.format: must be an object", param="text.format")
-        return wanted
+
+def _read_format(wanted: Any) -> StructuredOutputsParams | None:
+    """``text.format``: text, a JSON object, or JSON of a schema."""
+    if wanted is None or (isinstance(wanted, dict) and wanted.get("type", "text") == "text"):
+        return None
+    if isinstance(wanted, dict) and wanted.get("type") == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if isinstance(wanted, dict) and wanted.get("type") == "json_schema" and wanted.get("schema") is not None:
+        return StructuredOutputsParams(json=wanted["schema"])
+    message = "text.format: must have the type text, json_object, or json_schema with a schema"
+    raise ApiError(400, f"{message}, got {wanted!r:.60}", param="text.format")

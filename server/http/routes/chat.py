@@ -20,7 +20,6 @@ from quire.server.http.middleware import get_request_id
 from quire.server.http.openapi import GENERATION_ERRORS, describe_operation
 from quire.server.http.protocol.answers import ChatChunk, ChatCompletion
 from quire.server.http.protocol.chat import ChatBody
-from quire.server.http.protocol.common import unsupported_error
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.responses import (
     LOGPROB_BYTES,
@@ -64,8 +63,6 @@ async def answer_chat(state: ServerState, request: Request) -> Response:
     model = state.check_model(body.model)
     params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
     parsers, use = state.engine.answer_parsers, body.read_tool_use()
-    if use.choice == "required":
-        raise unsupported_error("tool_choice", "a call cannot be enforced yet; use 'auto' or 'none'")
     if use.choice != "none" and not parsers.find_calls_in(use):
         state.log_unparsed_tools()
     size = len(await request.body())
@@ -73,6 +70,7 @@ async def answer_chat(state: ServerState, request: Request) -> Response:
     if body.truncate_prompt_tokens is not None:  # a conversation may be longer than the context, within reason
         arguments["max_tokens"] = MAX_TRUNCATED * state.engine.config.model.max_model_len
     prompt = await state.run_by_size(size, state.engine.apply_chat_template, **arguments)
+    params = parsers.constrain_params(use, prompt, params)
     make_parser = partial(parsers.make_parser, use, prompt)
     shown = parsers.find_shown_tokens(use)
     response_id = f"chatcmpl-{get_request_id(request.scope)}"

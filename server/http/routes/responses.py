@@ -19,7 +19,6 @@ from quire.server.http.generation import Outputs, collect_outputs, stream_output
 from quire.server.http.middleware import get_key
 from quire.server.http.openapi import GENERATION_ERRORS, describe_operation
 from quire.server.http.protocol.answers import DeletedResponse, ResponseAnswer, ResponseEvent
-from quire.server.http.protocol.common import unsupported_error
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.response_body import ResponseBody
 from quire.server.http.protocol.response_input import list_chat_messages
@@ -112,8 +111,6 @@ async def _answer(state: ServerState, request: Request) -> Response:
     model = state.check_model(body.model)
     params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
     parsers, use = state.engine.answer_parsers, body.read_tool_use()
-    if use.choice == "required":
-        raise unsupported_error("tool_choice", "a call cannot be enforced yet; use 'auto' or 'none'")
     messages = body.list_messages()
     if body.previous_response_id is not None:
         before = state.responses.find_response(
@@ -125,6 +122,7 @@ async def _answer(state: ServerState, request: Request) -> Response:
         arguments["max_tokens"] = MAX_TRUNCATED * state.engine.config.model.max_model_len
     size = len(await request.body()) + sum(len(str(message.get("content"))) for message in messages)
     prompt = await state.run_by_size(size, state.engine.apply_chat_template, **arguments)
+    params = parsers.constrain_params(use, prompt, params)
     answer = _Answer(state, request, body, model, messages)
     answer.parser = parsers.make_parser(use, prompt)
     shown = parsers.find_shown_tokens(use)

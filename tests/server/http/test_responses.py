@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from ..conftest import RunningServer, check_error, start_server
 
@@ -155,6 +157,31 @@ def test_nothing_is_stored_unless_asked(http: httpx.Client) -> None:
     check_error(http.delete(f"{PATH}/resp_1"), 400)
 
 
+def test_structured_text(client: openai.OpenAI) -> None:
+    class Rating(BaseModel):
+        grade: Literal["a", "b"]
+        is_good: bool
+
+    fields = {"model": "quire-tiny", "input": "What is paged attention?", "temperature": 0, "max_output_tokens": 200}
+    response = client.responses.parse(**fields, text_format=Rating)
+    assert isinstance(response.output_parsed, Rating)
+    with client.responses.stream(**fields, text_format=Rating) as stream:
+        assert stream.get_final_response().output_parsed == response.output_parsed
+    schema = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
+    schema["additionalProperties"] = False
+    form = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert "x" in json.loads(client.responses.create(**fields, text=form).output_text)
+
+
+def test_a_call_is_required(client: openai.OpenAI) -> None:
+    fields = {**FIELDS, "input": "What is paged attention?", "tool_choice": "required", "parallel_tool_calls": False}
+    [call] = client.responses.create(**fields).output
+    assert call.type == "function_call" and "location" in json.loads(call.arguments)
+    named = {"type": "function", "name": "get_current_weather"}
+    [call] = client.responses.create(**{**fields, "tool_choice": named}).output
+    assert call.name == "get_current_weather"
+
+
 def test_reasoning_is_an_item(start) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' }}"
     server = start("--served-model-name", "tiny", "--chat-template", template, "--reasoning-parser", "qwen3")
@@ -181,6 +208,9 @@ def test_reasoning_is_an_item(start) -> None:
         ({"input": [{"type": "function_call", "name": 3}]}, "input[0].name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, None),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
         ({"n": 2}, "n"),

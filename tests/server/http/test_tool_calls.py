@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from ..conftest import RunningServer, check_error, start_server
 
@@ -155,3 +157,99 @@ def test_speculation_and_small_chunks_change_no_message(client: openai.OpenAI, t
         assert server.metric('quire:spec_decode_num_draft_tokens_total{model_name="quire-tiny"}') > 0
     finally:
         server.stop()
+
+
+def calls_of(answer) -> list[tuple[str, dict]]:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in answer.choices[0].message.tool_calls]
+
+
+STRICT = {
+    "type": "object",
+    "properties": {"grade": {"enum": ["a", "b"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["grade", "count"],
+    "additionalProperties": False,
+}
+RATE = {"type": "function", "function": {"name": "rate", "parameters": STRICT, "strict": True}}
+PLAIN = {
+    "model": "quire-tiny",
+    "messages": [{"role": "user", "content": "What is paged attention?"}],
+    "max_tokens": 200,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_a_required_call_is_made_and_is_valid(client: openai.OpenAI, stream: bool, temperature: float) -> None:
+    fields = {**PLAIN, "tools": [WEATHER, RATE], "temperature": temperature, "seed": 3}
+    fields["tool_choice"] = {"type": "function", "function": {"name": "rate"}}
+    if stream:
+        with client.chat.completions.stream(**fields) as events:
+            answer = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(**fields)
+    [(name, arguments)] = calls_of(answer)
+    assert name == "rate" and arguments["grade"] in ("a", "b") and 0 <= arguments["count"] <= 99
+    assert answer.choices[0].message.content is None and answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_one_of_the_tools_is_required(client: openai.OpenAI) -> None:
+    fields = {**PLAIN, "tools": [WEATHER, RATE], "tool_choice": "required", "temperature": 0}
+    calls = calls_of(client.chat.completions.create(**fields, parallel_tool_calls=False))
+    assert len(calls) == 1 and calls[0][0] in ("get_current_weather", "rate")
+    assert calls_of(client.chat.completions.create(**FIELDS, tool_choice="required"))[0] == (
+        "get_current_weather", {"location": "Paris", "unit": "celsius"},
+    )  # fmt: skip
+
+
+def test_strict_tools_of_the_models_own_accord(client: openai.OpenAI) -> None:
+    """Text stays free; a call that is made keeps its schema."""
+    schema = {**WEATHER["function"]["parameters"], "additionalProperties": False}
+    strict = {"type": "function", "function": {**WEATHER["function"], "parameters": schema, "strict": True}}
+    [(_, arguments)] = calls_of(client.chat.completions.create(**{**FIELDS, "tools": [strict, RATE]}))
+    assert arguments == {"location": "Paris", "unit": "celsius"}
+    answer = client.chat.completions.create(**PLAIN, tools=[strict], temperature=0)
+    free = client.chat.completions.create(**PLAIN, tools=[WEATHER], temperature=0)
+    assert answer.choices[0].message.content == free.choices[0].message.content
+
+
+def test_a_required_call_leaves_no_room_for_another_form(tiny: RunningServer) -> None:
+    with tiny.http as http:
+        fields = {"tool_choice": "required", "response_format": {"type": "json_object"}}
+        check_error(http.post("/v1/chat/completions", json={**FIELDS, **fields}), 400, "tool_choice")
+
+
+def test_a_required_call_of_a_model_without_a_parser(server: RunningServer) -> None:
+    """A random model, whose template shows no tools: the grammar alone makes the call."""
+    tools = [{"type": "function", "function": {"name": "rate", "parameters": STRICT}}]
+    answer = server.openai.chat.completions.create(
+        model="tiny", messages=ASK, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=400
+    )
+    [(name, arguments)] = calls_of(answer)
+    assert name == "rate" and arguments["grade"] in ("a", "b")
+
+
+def test_parse_of_the_sdk(client: openai.OpenAI) -> None:
+    class Rating(BaseModel):
+        grade: Literal["a", "b"]
+        is_good: bool
+
+    fields = {**PLAIN, "temperature": 0, "max_tokens": 300}
+    parsed = client.chat.completions.parse(**fields, response_format=Rating).choices[0].message.parsed
+    assert isinstance(parsed, Rating)
+    tool = openai.pydantic_function_tool(Rating, name="rate")
+    fields |= {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    message = client.chat.completions.parse(**fields).choices[0].message
+    assert isinstance(message.tool_calls[0].function.parsed_arguments, Rating)
+
+
+def test_calls_beside_a_form_of_the_answer(client: openai.OpenAI) -> None:
+    """An agent with tools and a ``response_format``: the model calls, or answers in JSON, and nothing else."""
+    form = {"type": "json_schema", "json_schema": {"name": "rating", "schema": STRICT}}
+    calls = calls_of(client.chat.completions.create(**FIELDS, response_format=form))
+    assert calls == [("get_current_weather", {"location": "Paris", "unit": "celsius"})]
+    fields = {**PLAIN, "tools": [WEATHER], "response_format": form, "temperature": 0}
+    message = client.chat.completions.create(**fields).choices[0].message
+    if not message.tool_calls:
+        assert json.loads(message.content)["grade"] in ("a", "b")
+    answer = client.chat.completions.create(**fields, tool_choice="none")
+    assert json.loads(answer.choices[0].message.content)["grade"] in ("a", "b")
