@@ -174,7 +174,7 @@ ABSENT_FLAGS: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """Flags that Quire does not take, and what became of each."""
 
-_NO_TIMEOUT = "not used: the engine has no such time limit"
+_TIMEOUT = "not used: give --step-timeout"
 _NO_STATS = "not needed: Quire sends nothing home"
 
 VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
@@ -193,8 +193,10 @@ VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
     "VLLM_CACHE_ROOT": (None, "not used: kernels are kept where Triton keeps them, downloads in --download-dir"),
     "VLLM_USE_MODELSCOPE": (None, "not supported: models come from folders and the Hugging Face hub"),
     "VLLM_TORCH_PROFILER_DIR": (None, "not used: fetch the last steps with `quire trace`"),
-    "VLLM_ENGINE_ITERATION_TIMEOUT_S": (None, _NO_TIMEOUT),
-    "VLLM_RPC_TIMEOUT": (None, _NO_TIMEOUT),
+    "VLLM_ENGINE_ITERATION_TIMEOUT_S": (None, _TIMEOUT),
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": (None, _TIMEOUT),
+    "VLLM_RPC_TIMEOUT": (None, "not used: an engine that is silent for 5 s hangs"),
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": (None, "not used: --on-hang says what happens then"),
     "VLLM_NO_USAGE_STATS": (None, _NO_STATS),
     "VLLM_DO_NOT_TRACK": (None, _NO_STATS),
     "VLLM_CONFIGURE_LOGGING": (None, "not used: give --log-level"),

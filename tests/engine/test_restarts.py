@@ -99,13 +99,14 @@ STOPPED = SamplingParams(temperature=1, seed=3, max_tokens=150, min_tokens=100, 
 
 
 def test_a_service_outlives_its_engines(tiny: Path, llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
-    """Killed, then stopped, then killed once too often."""
+    """Killed, then stopped, then killed once too often; with drafts, and too few blocks for all at once."""
     caplog.set_level(logging.INFO, "quire")
     calls = [([5, 6, 7], LONG), ([8, 9], SEEDED), ([5, 6, 7, 11], STOPPED)]
     expected = [describe(llm.generate([prompt], params)[0]) for prompt, params in calls]
 
     async def scenario() -> None:
-        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", max_engine_restarts=2)
+        options: Any = {"max_num_seqs": 8, "num_gpu_blocks_override": 40, "spec_method": "ngram"}
+        engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", max_engine_restarts=2, **options)
         await engine.start()
         first = pid_of(engine)
 
