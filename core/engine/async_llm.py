@@ -39,9 +39,7 @@ __all__ = ["AsyncLLM"]
 
 _log = logging.getLogger("quire.engine")
 _STATS_OF_NO_ENGINE = MappingProxyType(
-    dict.fromkeys(
-        ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "plugin_quarantines_total"), 0.0
-    )
+    dict.fromkeys(("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"), 0.0)
 )
 _LONG_TEXT_CHARS = 16_384  # characters beyond which tokenizing would hold up the event loop
 
@@ -61,6 +59,7 @@ class AsyncLLM:
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
         self._stats: dict[str, float] = {}
+        self._core_stats: dict[str, float] = {}  # the engine core's own
         self._plugin_watchdog: PluginWatchdog | None = None
         self._output_handler: asyncio.Task[None] | None = None
         self._unavailable_reason: str | None = None
@@ -329,13 +328,13 @@ class AsyncLLM:
             if refusal is not None:
                 _log.error("%s", refusal)
                 self._fail_all_requests(refusal)
-            self._record_stats({**self._stats, **_STATS_OF_NO_ENGINE})
+            self._record_stats({**self._core_stats, **_STATS_OF_NO_ENGINE})
             assert self._client is not None
             await self._client.shutdown(timeout=0)
             if refusal is not None:
                 return False
             self._client = self._restarter.start_engine(fault)
-            self._record_stats({**self._stats, **_STATS_OF_NO_ENGINE})
+            self._record_stats({**self._core_stats, **_STATS_OF_NO_ENGINE})
             _log.error("%s; starting another engine (restart %d)", fault.reason, self._restarter.num_restarts)
             try:
                 async with asyncio.timeout(self._restarter.start_limit_s):
@@ -351,14 +350,17 @@ class AsyncLLM:
         _log.warning("the engine serves again; %d requests run again", len(restarted))
         return True
 
-    def _record_stats(self, stats: dict[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
+    def _record_stats(self, core_stats: dict[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
         """Keep the engine core's figures, with what this process knows beside them."""
         replaced = self._restarter.replaced_plugins
-        stats["structured_output_refused_total"] += self._constraint_checker.num_refused
-        stats["plugin_quarantines_total"] += self._exporters.num_quarantined + len(replaced)
-        stats["engine_restarts_total"] = float(self._restarter.num_restarts)
-        self._stats = stats
-        self._exporters.record_engine(stats, [*quarantined, *replaced])
+        own_stats = {
+            "structured_output_refused_total": self._constraint_checker.num_refused,
+            "plugin_quarantines_total": self._exporters.num_quarantined + len(replaced),
+            "engine_restarts_total": self._restarter.num_restarts,
+        }
+        self._core_stats = core_stats
+        self._stats = core_stats | {name: core_stats.get(name, 0.0) + count for name, count in own_stats.items()}
+        self._exporters.record_engine(self._stats, [*quarantined, *replaced])
 
     def _put_output(self, name: str, item: RequestOutput | QuireError) -> None:
         queue = self._output_queues.get(name)
