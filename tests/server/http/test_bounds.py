@@ -128,3 +128,22 @@ def test_the_event_loop_answers_others_meanwhile(model: Path) -> None:
     finally:
         gc.unfreeze()
     assert max(longest.values()) < 0.25, longest  # some 30 ms on an idle machine
+
+
+def test_a_thousand_clients_at_once_lose_nothing_on_a_default_server(http: httpx.Client) -> None:
+    async def scenario() -> list[int]:
+        limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)
+        async with httpx.AsyncClient(base_url=http.base_url, limits=limits, timeout=300) as client:
+            body = {"prompt": "x", "max_tokens": 1}
+            responses = await asyncio.gather(*(client.post(TEXT, json=body) for _ in range(1024)))
+        return [response.status_code for response in responses]
+
+    assert asyncio.run(scenario()) == [200] * 1024
+
+
+def test_the_queue_of_a_server_is_bounded_by_default(start: Callable[..., RunningServer]) -> None:
+    """16 requests wait for each that may run."""
+    with start("--max-num-seqs", "1").http as client:
+        response = client.post(TEXT, json={"prompt": ["x"] * 40, "max_tokens": 50, "ignore_eos": True})
+        assert "max_num_queued_requests=16" in check_error(response, 429)
+        assert client.post(TEXT, json={"prompt": ["x"] * 16, "max_tokens": 1}).status_code == 200
