@@ -60,10 +60,11 @@ class EngineCore:
         choice = config.plugin("executor")
         executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
         self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
+        # First: its backend reads the tokenizer in a thread, while the workers load the model.
+        self._structured_outputs = StructuredOutputManager(config, self.executor.allocate_mask_block)
         self.capacity = self.executor.start()
         self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator
         self._recorder: TraceRecorder | None = None
-        self._structured_outputs = StructuredOutputManager(config, self.executor.allocate_mask_block)
         try:
             self._recorder = start_recorder(config, self.capacity, _MAX_IN_FLIGHT_STEPS)
             self.scheduler = self._build_scheduler()

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 
 import jsonschema
 import openai
@@ -148,6 +149,34 @@ def make_hostile_bodies() -> dict[str, str]:
     doubling = "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(40)) + '\na40: "x"\n'
     bodies["doubling grammar"] = json.dumps({"prompt": "x", "max_tokens": 4, "guided_grammar": doubling})
     return bodies
+
+
+def count_resident_bytes(pid: int) -> int:
+    """Of a process and its children."""
+    total = 0
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            total += 1024 * int(line.split()[1])
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return total + sum(count_resident_bytes(int(child)) for child in children)
+
+
+def test_what_was_refused_leaves_no_memory_behind(server: RunningServer) -> None:
+    def send_all(tag: str) -> None:
+        with server.http as http:
+            for body in make_hostile_bodies().values():
+                changed = body.replace('"prompt": "x"', f'"prompt": "x{tag}"')
+                answer = http.post("/v1/completions", content=changed, headers={"Content-Type": "application/json"})
+                assert 400 <= answer.status_code < 500
+            for i in range(40):  # other constraints each time: nothing is known yet
+                regex = {"prompt": "x", "max_tokens": 2, "guided_regex": f"({tag}{i}[ab]*a[ab]{{25}}"}
+                assert http.post("/v1/completions", json=regex).status_code == 400
+
+    send_all("a")
+    before = count_resident_bytes(server.process.pid)
+    for tag in "bcd":
+        send_all(tag)
+    assert count_resident_bytes(server.process.pid) - before < 64 << 20
 
 
 def test_hostile_schemas_are_refused_while_a_stream_goes_on(server: RunningServer, client: openai.OpenAI) -> None:
