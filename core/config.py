@@ -28,6 +28,8 @@ class PluginChoice:
     """``module:Class``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Texts of the command line, or values given in Python; the class's own ``Options`` are made of them."""
+    is_bundled: bool = False
+    """Whether it comes with Quire itself: what other authors wrote is watched more closely."""
 
 
 @dataclass(frozen=True, slots=True)

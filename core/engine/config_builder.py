@@ -157,7 +157,7 @@ def _resolve_before_model(
         choices[kind] = chooser.choose(kind, name, context)
     for kind, name in (("policy", "fcfs"), ("kv", "paged")):
         fallback = plugins.resolve_plugin(kind, name, context, announce=False)
-        choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target)
+        choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target, is_bundled=True)
     later = {"attention": args.attention_backend, "quant": args.quantization}
     later |= {"tool_parser": args.tool_call_parser, "reasoning_parser": args.reasoning_parser}
     for kind, name in later.items():
@@ -189,7 +189,7 @@ def _check_options(plugins: PluginManager, choices: dict[str, PluginChoice]) -> 
     """Import every chosen class and parse its options, before a weight is read; what is on by default and has none is
     imported where it runs."""
     for choice in choices.values():
-        if KINDS[choice.kind].several and not choice.options and choice.target.startswith("quire."):
+        if KINDS[choice.kind].several and not choice.options and choice.is_bundled:
             continue
         cls = plugins.load_class(choice.kind, choice.target)
         parse_options(cls, choice.options)

@@ -31,6 +31,7 @@ from quire.core.messages import (
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sched.kv_guard import GuardedAllocator
+from quire.core.sched.kv_ownership import WatchedAllocator
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import QuarantinedPlugin, StepStats
 from quire.core.structured_output.manager import StructuredOutputManager
@@ -341,7 +342,7 @@ class EngineCore:
             prefix_caching=config.cache.prefix_caching,
             options=parse_options(cls, choice.options),
         )
-        return allocator
+        return allocator if choice.is_bundled else WatchedAllocator(allocator)
 
     def _build_policy(self, kind: str) -> BatchingPolicy:
         choice = self.config.plugin(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from quire.core.config import PluginChoice
@@ -13,10 +14,10 @@ from quire.core.engine.setting import Setting, settings_of
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import list_option_values
-from quire.core.plugin.registry import KINDS, Kind, normalize_name, suggest_names
+from quire.core.plugin.registry import KINDS, PROJECT, Kind, normalize_name, suggest_names
 from quire.core.plugin.target import Resolution
 
-__all__ = ["PluginChooser", "replace_classes_by_names"]
+__all__ = ["PluginChooser", "make_choice", "replace_classes_by_names"]
 
 NO_DEFAULT = "none"
 """Among the names of a kind of which several may be on: without what is on by default."""
@@ -63,7 +64,7 @@ class PluginChooser:
 
     def choose(self, kind: str, name: str, context: Mapping[str, Any]) -> PluginChoice:
         """The one plugin of ``kind`` that ``name`` stands for."""
-        return self._make_choice(self._manager.resolve_plugin(kind, name, context), self._options.get(kind, {}))
+        return make_choice(self._manager.resolve_plugin(kind, name, context), self._options.get(kind, {}))
 
     def choose_several(
         self, kind: str, names: Sequence[str], context: Mapping[str, Any], default: str | None = None
@@ -82,15 +83,17 @@ class PluginChooser:
         # Options without a name are meant for what the user has named, else for what ``auto`` has chosen.
         meant = list(name_by_target) or [resolution.target for resolution in by_default[-1:] if defaults]
         choices = [
-            self._make_choice(resolution, addressed.take(resolution, name_by_target.get(target), [target] == meant))
+            make_choice(resolution, addressed.take(resolution, name_by_target.get(target), [target] == meant))
             for target, resolution in by_target.items()
         ]
         addressed.check_all_taken([by_target[target].name for target in meant], list(by_target.values()))
         return choices
 
-    @staticmethod
-    def _make_choice(resolution: Resolution, options: Any) -> PluginChoice:
-        return PluginChoice(resolution.kind, resolution.name, resolution.target, list_option_values(options))
+
+def make_choice(resolution: Resolution, options: Any = MappingProxyType({})) -> PluginChoice:
+    """What a configuration keeps of ``resolution``, with ``options`` as a mapping or an ``Options`` object."""
+    values, is_bundled = list_option_values(options), resolution.dist == PROJECT
+    return PluginChoice(resolution.kind, resolution.name, resolution.target, values, is_bundled=is_bundled)
 
 
 @dataclass

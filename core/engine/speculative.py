@@ -12,6 +12,7 @@ from typing import Any
 
 from quire.core.config import PluginChoice, SpeculationConfig
 from quire.core.engine.args import EngineArgs
+from quire.core.engine.plugin_choices import make_choice
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import list_option_values
@@ -116,7 +117,7 @@ def build_speculation_config(
         )
     if reasons:
         raise ConfigError(f"spec_method {resolution.name!r} cannot draft for this model: {'; '.join(reasons)}")
-    choices = {"spec_decode": PluginChoice("spec_decode", resolution.name, resolution.target, options)}
+    choices = {"spec_decode": make_choice(resolution, options)}
     if draft_config is not None:
         architecture = get_architecture(draft_config, partial(plugins.has_plugin, "model"))
         draft_context = dict(context, hf_config=draft_config, architectures=[architecture])
@@ -124,7 +125,7 @@ def build_speculation_config(
             if kind == "model" and not cls.serves_model:
                 continue
             draft_resolution = plugins.resolve_plugin(kind, name, draft_context, announce=False)
-            choices[f"draft_{kind}"] = PluginChoice(kind, draft_resolution.name, draft_resolution.target)
+            choices[f"draft_{kind}"] = make_choice(draft_resolution)
     return _build_section(keys_without_flag, num_tokens, path), choices
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 from quire.core.contracts.kv import Allocation, KVAllocator, KVStats, PrefixMatch
 from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.request import Request
+from quire.core.sched.kv_ownership import BrokenAllocationError
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["AllocatorError", "GuardedAllocator"]
@@ -156,8 +157,10 @@ class GuardedAllocator(KVAllocator):
 
     def _note_fault(self, method: str, error: Exception, request: Request | None) -> None:
         self.fault_request = request
-        self.fault = f"kv/{self._quarantine.name}: {method} raised {type(error).__name__}: {error}"
-        self._quarantine.switch_off("raised", f"{method} raised {type(error).__name__}: {error}", error)
+        is_broken = isinstance(error, BrokenAllocationError)
+        detail = f"{method} {error}" if is_broken else f"{method} raised {type(error).__name__}: {error}"
+        self.fault = f"kv/{self._quarantine.name}: {detail}"
+        self._quarantine.switch_off("invalid_result" if is_broken else "raised", detail, error)
 
     def _start_quarantine(self, name: str) -> Quarantine:
         return Quarantine("kv", name, self._on_quarantine, replacement="another allocator")
