@@ -13,9 +13,6 @@ from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["ExporterGroup", "RenderedMetrics"]
 
-_HANG_LIMIT_S = 5.0
-"""After which a call of an exporter is interrupted: no request is served meanwhile."""
-
 
 @dataclass(frozen=True, slots=True)
 class RenderedMetrics:
@@ -31,7 +28,7 @@ class ExporterGroup:
 
     def __init__(self, exporters: Sequence[tuple[str, MetricsExporter]] = ()) -> None:
         self._guarded = {
-            exporter: Quarantine("metrics", name, partial(self._remove_exporter, exporter), hang_limit_s=_HANG_LIMIT_S)
+            exporter: Quarantine("metrics", name, partial(self._remove_exporter, exporter))
             for name, exporter in exporters
         }
         self._quarantined: list[QuarantinedPlugin] = []  # of this process

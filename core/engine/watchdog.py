@@ -149,9 +149,11 @@ class StepWatchdog:
 
 
 class PluginWatchdog:
-    """Interrupts guarded plugins that do not return, in a process that has no steps. ``stop`` ends its thread."""
+    """Interrupts guarded plugins that do not return in the thread that constructs it, an event loop's: nothing else
+    happens in it meanwhile. ``stop`` ends the watch."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float = 5.0) -> None:
+        self._limit_s, self._thread_id = limit_s, threading.get_ident()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
         self._thread.start()
@@ -166,7 +168,7 @@ class PluginWatchdog:
         while not self._end.wait(_MAX_INTERVAL_S):
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * _MAX_INTERVAL_S), now
-            calls.interrupt_hung(elapsed, math.inf)
+            calls.interrupt_hung(elapsed, self._limit_s, self._thread_id)
 
 
 class _CallTimes:
@@ -182,10 +184,12 @@ class _CallTimes:
             self._seconds.clear()
         self.was_interrupted = False
 
-    def interrupt_hung(self, elapsed: float, limit_s: float) -> None:
-        """Interrupt the calls that are past their own limit, or ``limit_s``."""
+    def interrupt_hung(self, elapsed: float, limit_s: float, only_thread: int | None = None) -> None:
+        """Interrupt the calls, of all threads or one, that are past their own limit, or ``limit_s``."""
         seen: dict[tuple[Quarantine, int], float] = {}
         for quarantine, call, thread_id in find_plugin_calls():
+            if only_thread not in (None, thread_id):
+                continue
             seconds = seen[quarantine, call] = self._seconds.get((quarantine, call), 0.0) + elapsed
             is_hung = seconds >= min(quarantine.hang_limit_s, limit_s)
             if is_hung and quarantine.interrupt_call(call, thread_id):

@@ -16,7 +16,7 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.core.config import PluginChoice, WatchdogConfig
 from quire.core.engine.ipc import EngineHung
-from quire.core.engine.watchdog import StepWatchdog
+from quire.core.engine.watchdog import PluginWatchdog, StepWatchdog
 from quire.core.plugin.frames import PluginFrames, find_plugin_calls
 from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
 from quire.core.sample.sampler import GumbelSampler
@@ -214,6 +214,24 @@ def test_a_plugin_that_cannot_be_interrupted_is_reported_by_its_name(reported: A
         assert quarantine.call(reported.wait, 60) is None, "interrupted as soon as Python code runs again"
     [hang] = reported.reports
     assert (hang.plugin_kind, hang.plugin_name) == ("policy", "deaf")
+
+
+def test_a_guarded_plugin_that_holds_up_an_event_loop_is_interrupted() -> None:
+    """Calls in other threads may take their time: they belong to an engine, which watches them itself."""
+    told: list[QuarantinedPlugin] = []
+    elsewhere = Quarantine("sampler", "slow", told.append)
+    done = threading.Event()
+    thread = threading.Thread(target=elsewhere.call, args=(done.wait, 60))
+    thread.start()
+    watchdog = PluginWatchdog(limit_s=0.6)
+    try:
+        assert Quarantine("tool_parser", "mine", told.append).call(spin) is None
+        assert told == [QuarantinedPlugin("tool_parser", "mine", "hung")]
+    finally:
+        watchdog.stop()
+        done.set()
+        thread.join()
+    assert elsewhere.is_active
 
 
 # ---- Interrupting a call
