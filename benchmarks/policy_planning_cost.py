@@ -95,7 +95,7 @@ def measure(policy: BatchingPolicy, running: int, waiting: int, steps: int, chur
         params = SamplingParams(max_tokens=tokens, seed=i)
         said = SchedulingParams(group=f"g{i % 64}", deadline_ms=1e8, predicted_tokens=tokens)
         scheduler.add_request(EngineCoreRequest(i, prompt, params, start + i, [1000], 0, None, None, "", said))
-    timed = TimedRunner(scheduler._policy_runner)
+    timed = TimedRunner(scheduler.policy_runner)
     gc.collect()
     gc.freeze()
     in_flight: deque[SchedulerOutput] = deque()

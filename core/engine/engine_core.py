@@ -19,6 +19,7 @@ from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
 from quire.core.contracts.structured_output import GrammarState
 from quire.core.control import ControlMethods
+from quire.core.engine.policy_control import PolicyControl, make_policy
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -83,6 +84,7 @@ class EngineCore:
         """What control calls may call, between two steps."""
         self.control.add_method("get_stats", self.make_stats)
         self.control.add_method("collective_rpc", self.executor.collective_rpc)
+        PolicyControl(self.scheduler.policy_runner, config.plugin("policy"), self._recorder).add_methods(self.control)
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason. One
@@ -345,10 +347,7 @@ class EngineCore:
         return allocator if choice.is_bundled else WatchedAllocator(allocator)
 
     def _build_policy(self, kind: str) -> BatchingPolicy:
-        choice = self.config.plugin(kind)
-        cls = load_target(choice.target, "quire.core.contracts.policy:BatchingPolicy")
-        policy: BatchingPolicy = cls(parse_options(cls, choice.options))
-        return policy
+        return make_policy(self.config.plugin(kind))
 
 
 @dataclass(slots=True)

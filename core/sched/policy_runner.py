@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from quire.core.sched.checked_plan import CheckedPlan
 from quire.core.sched.policy_guard import PolicyGuard, make_request_info
 from quire.core.sched.prefix_lookup import PrefixLookup
 from quire.core.sched.request_groups import GroupTable
+from quire.core.sched.request_log import RequestLog, WaitReason
 from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduled_batch import ScheduledBatch
 from quire.core.sched.waiting_queue import WaitingQueue
@@ -62,6 +63,9 @@ class PolicyRunner:
         self._on_quarantine = on_quarantine
         self._refuse = refuse
         self._num_arrivals = 0
+        self._now_ns, self._step = 0, 0  # of the last plan
+        self.log = RequestLog()
+        """Why the last requests waited."""
         self._preempted: list[int] = []
         self._finished_steps: list[FinishedStep] = []
         self._reported: deque[_ReportedStep] = deque()  # in flight
@@ -81,17 +85,20 @@ class PolicyRunner:
         """Give an arriving request its rank and group. Raises ``QueueFullError`` if the policy rejects it."""
         self._rank_request(request, self._num_arrivals, may_reject=True)
         self._num_arrivals += 1
+        self.log.request_arrived(request, self.guard.name)
 
     def request_finished(self, request: Request) -> None:
         """A request left the engine."""
         if self._groups is not None:
             self._groups.remove_request(request.group_index)
         self.guard.request_finished(request, self._clock)
+        self.log.request_finished(request, self._step, max(self._now_ns, request.arrival_ns))
 
     def request_preempted(self, request: Request) -> None:
         """A request lost its row."""
         if self.guard.wants_reports:
             self._preempted.append(request.request_id)
+        self.log.request_preempted(request, self._step, self._now_ns)
 
     def make_plan(
         self, batch: ScheduledBatch, step: int, num_visible: int, waiting_requests: list[Request]
@@ -109,8 +116,15 @@ class PolicyRunner:
                 self.guard.note_progress()
         return plan
 
-    def step_scheduled(self, step: SchedulerOutput) -> None:
-        """Count the tokens of each group, and tell the policy what became of its plan, if it has a use for these."""
+    def explain_requests(self, request_id: str) -> list[dict[str, Any]]:
+        """What is known of the requests of a caller's id; see ``RequestLog``."""
+        now_ns = self._clock()
+        return [self.log.explain_request(number, now_ns) for number in self.log.find_requests(request_id)]
+
+    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
+        """Log the step; count the tokens of each group, and tell the policy what became of its plan, if it has a use
+        for these."""
+        self._log_step(step, batch)
         if self._groups is None and not self.guard.wants_reports:
             return
         running, rows = self._running, step.rows
@@ -150,6 +164,16 @@ class PolicyRunner:
             FinishedStep(step.step, step.total_num_scheduled_tokens, output.device_us, request_numbers, num_new_tokens)
         )
 
+    def _log_step(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
+        for new in step.new_requests:
+            self.log.request_admitted(new.request_id, new.row, step.step, new.num_computed_tokens, self._now_ns)
+        num_waiting = self._waiting.num_ready
+        reason: WaitReason = "step"
+        if num_waiting:
+            lacks = (not self._running.num_free_rows, batch.out_of_blocks, batch.token_budget <= 0)
+            reason = "rows" if lacks[0] else "blocks" if lacks[1] else "tokens" if lacks[2] else "policy"
+        self.log.step_scheduled(step, self._now_ns, num_waiting, reason)
+
     def _make_view(
         self, batch: ScheduledBatch, step: int, num_visible: int, waiting_requests: list[Request]
     ) -> StepView:
@@ -157,8 +181,9 @@ class PolicyRunner:
         if self._prefixes is not None:
             count_cached_tokens = partial(self._prefixes.count_cached_tokens, waiting_requests)
         running = self._running
+        self._now_ns, self._step = self._clock(), step
         return StepView(
-            now_ns=self._clock(),
+            now_ns=self._now_ns,
             token_budget=batch.token_budget - batch.reserved_draft_budget,
             num_free_rows=running.num_free_rows,
             num_free_blocks=self._allocator.num_free_blocks(),

@@ -127,7 +127,7 @@ class Scheduler:
         """The policy and the proposer on the host, if they were quarantined."""
         self.failed_outputs: list[EngineCoreOutput] = []
         """Ends of requests for which the allocator raised or which the policy refused, to be sent."""
-        self._policy_runner = PolicyRunner(
+        self.policy_runner = PolicyRunner(
             policy,
             fallback,
             policy_name,
@@ -172,7 +172,7 @@ class Scheduler:
         if message.request_id in self._requests:
             raise InvalidRequestError(f"request {message.request_id} is in the engine already")
         request = self._limits.validate_request(message, self.num_waiting, len(self._running))
-        self._policy_runner.add_request(request)
+        self.policy_runner.add_request(request)
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = []
         parent = None if request.parent_id is None else self._requests.get(request.parent_id)
@@ -204,19 +204,19 @@ class Scheduler:
                 self._recover_from(fault)
                 continue
             if batch.groups:
-                self._policy_runner.guard.note_progress()
+                self.policy_runner.guard.note_progress()
                 return self._close_batch(batch)
             if self._in_flight or not (len(self._running) or self._waiting.num_ready):
                 return None
             # The engine is idle and has requests: the policy is asked again, and replaced if it goes on like this.
-            if not self._policy_runner.guard.note_empty_plan():
+            if not self.policy_runner.guard.note_empty_plan():
                 return None
 
     def update_from_output(self, step: SchedulerOutput, output: ModelRunnerOutput) -> EngineCoreOutputs:
         """Apply the output of ``step``, the oldest in flight."""
         self._token_budget.record_fitting_step()
         outputs = self._output_updater.update_from_output(self._pop_oldest_step(step), output)
-        self._policy_runner.step_finished(step, output)
+        self.policy_runner.step_finished(step, output)
         return outputs
 
     def fail_step(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
@@ -252,10 +252,6 @@ class Scheduler:
             self._preempt_request(request)
         self._running.restore_freed_rows(step.freed_rows)
         return True
-
-    def replace_policy(self, policy: BatchingPolicy, name: str) -> None:
-        """Ask another policy from the next step on. No request is dropped, and each keeps its tokens and its row."""
-        self._policy_runner.replace_policy(policy, name)
 
     def disable_speculation(self) -> None:
         """The proposer failed on the worker: nothing is drafted any more."""
@@ -314,7 +310,7 @@ class Scheduler:
             running_rows, waiting_requests = running.rows, waiting.peek_requests(num_visible)
             if not len(running_rows) and not waiting_requests:
                 return
-            plan = self._policy_runner.make_plan(batch, self._num_steps, num_visible, waiting_requests)
+            plan = self.policy_runner.make_plan(batch, self._num_steps, num_visible, waiting_requests)
             if plan is None:
                 continue  # the policy was replaced
             if not len(plan.request_indices):
@@ -330,7 +326,7 @@ class Scheduler:
         self._num_steps += 1
         in_flight_step = InFlightStep.from_running(step, self._running, batch.forks)
         self._in_flight.append(in_flight_step)
-        self._policy_runner.step_scheduled(step)
+        self.policy_runner.step_scheduled(step, batch)
         if self._fork_groups:
             # Requests that sample have their whole prompt computed, in stream order: their children may share it.
             for request in in_flight_step.requests[step.sampling_mask]:
@@ -368,7 +364,7 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._num_preemptions += 1
-        self._policy_runner.request_preempted(request)
+        self.policy_runner.request_preempted(request)
         if request.num_in_flight_tokens:
             self._waiting.park_request(request)
         else:
@@ -387,7 +383,7 @@ class Scheduler:
         self._fork_groups.unpark_children(request)
         if self._speculation is not None:
             self._speculation.request_finished(request)
-        self._policy_runner.request_finished(request)
+        self.policy_runner.request_finished(request)
         if self._on_end is not None:
             self._on_end(request)
 

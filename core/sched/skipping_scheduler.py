@@ -90,7 +90,7 @@ class SkippingScheduler(Scheduler):
         self._num_steps += num_steps
 
     def _promises_equal_plans(self) -> bool:
-        guard = self._policy_runner.guard
+        guard = self.policy_runner.guard
         policy = type(guard.policy)
         promised = policy.changes_only_at_events or policy.schedule is BatchingPolicy.schedule
         return promised and not guard.wants_reports and not guard.has_groups

@@ -40,6 +40,7 @@ from quire.core.traces.records import (
     EndRecord,
     FailRecord,
     HeaderRecord,
+    PolicyRecord,
     Record,
     StepRecord,
 )
@@ -184,6 +185,11 @@ class TraceRecorder:
         """The output of a step was applied."""
         clock = self._take_clock_reads()
         self._append(lambda: _make_done(stats, output, clock))
+
+    def record_policy(self, name: str, target: str, options: dict[str, str]) -> None:
+        """Another scheduling policy took over."""
+        clock = self._take_clock_reads()
+        self._append(lambda: PolicyRecord(name, target, options, clock))
 
     def record_end(self, request: Request) -> None:
         """A request left the engine."""

@@ -19,6 +19,7 @@ __all__ = [
     "EndRecord",
     "FailRecord",
     "HeaderRecord",
+    "PolicyRecord",
     "Record",
     "StepRecord",
 ]
@@ -129,6 +130,15 @@ class FailRecord(msgspec.Struct, tag="fail", tag_field="event", omit_defaults=Tr
     clock: list[int] = []
 
 
+class PolicyRecord(msgspec.Struct, tag="policy", tag_field="event", omit_defaults=True):
+    """Another scheduling policy took over."""
+
+    name: str
+    target: str
+    options: dict[str, str] = {}
+    clock: list[int] = []
+
+
 class EndRecord(msgspec.Struct, tag="end", tag_field="event", omit_defaults=True):
     """A request left the engine."""
 
@@ -143,5 +153,5 @@ class EndRecord(msgspec.Struct, tag="end", tag_field="event", omit_defaults=True
     """Those of its full blocks behind the ones of ``ArrivalRecord.hashes``."""
 
 
-Record = HeaderRecord | ArrivalRecord | AbortRecord | StepRecord | DoneRecord | FailRecord | EndRecord
+Record = HeaderRecord | ArrivalRecord | AbortRecord | StepRecord | DoneRecord | FailRecord | PolicyRecord | EndRecord
 """Any line."""

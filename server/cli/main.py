@@ -28,6 +28,8 @@ COMMANDS = {
     "quantize": "quire.server.quantize.command",
     "simulate": "quire.server.simulate.command",
     "trace": "quire.server.cli.trace",
+    "policy": "quire.server.cli.policy",
+    "explain": "quire.server.cli.explain",
     "plugins": "quire.server.cli.plugins",
 }
 """The module of each command, with ``add_parser(subparsers)`` and ``run(args) -> int``."""

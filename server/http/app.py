@@ -13,6 +13,7 @@ from quire.server.http.errors import add_error_handlers
 from quire.server.http.middleware import RequestMiddleware
 from quire.server.http.openapi import describe_app
 from quire.server.http.routes import (
+    admin,
     chat,
     completions,
     health,
@@ -46,8 +47,10 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
     app.state.server = state
     for module in (chat, completions, responses, invocations, models, tokens, health, metrics, trace, unsupported):
         app.include_router(module.make_router(state))
+    if settings.admin_api_key is not None:
+        app.include_router(admin.make_router(state))
     add_error_handlers(app)
-    describe_app(app, has_api_keys=bool(settings.api_key))
+    describe_app(app, has_api_keys=bool(state.api_keys))
     return app
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from quire.server.http.protocol import answers
+from quire.server.http.protocol.admin import PolicyBody
 from quire.server.http.protocol.chat import ChatBody
 from quire.server.http.protocol.common import Body
 from quire.server.http.protocol.completion import CompletionBody
@@ -22,14 +23,21 @@ from quire.server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 
 __all__ = ["GENERATION_ERRORS", "describe_app", "describe_operation"]
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatBody,
+    CompletionBody,
+    ResponseBody,
+    TokenizeBody,
+    DetokenizeBody,
+    PolicyBody,
+)
 _ANSWERS: tuple[type[BaseModel], ...] = tuple(getattr(answers, name) for name in answers.__all__)
 _REFERENCE = "#/components/schemas/{model}"
 _HTTP_METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 _ERRORS = {
     400: "The request cannot be served as it is: the error says which field is to be changed",
     401: "The API key is missing or wrong",
-    403: "The request comes from a web page of another site",
+    403: "The request comes from a web page of another site, or names the group of another API key",
     404: "There is no such model, or nothing that could answer",
     413: "The body is too large",
     415: "The body is not sent as JSON",

@@ -14,10 +14,20 @@ from quire.core.contracts.kv import KVAllocator, KVGroup
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
 from quire.core.scheduling_params import SchedulingParams
-from quire.core.traces.records import AbortRecord, ArrivalRecord, DoneRecord, EndRecord, FailRecord, StepRecord
+from quire.core.traces.records import (
+    AbortRecord,
+    ArrivalRecord,
+    DoneRecord,
+    EndRecord,
+    FailRecord,
+    PolicyRecord,
+    StepRecord,
+)
 from quire.server.simulate.sequences import FILLER, STOP, make_sequence
 from quire.server.traces.recording import Recording
 from quire.server.traces.trace import TraceRequest
@@ -125,12 +135,18 @@ class _Replay:
                     yield record.step
             elif isinstance(record, DoneRecord):
                 self._finish_step(record)
+            elif isinstance(record, PolicyRecord):
+                self._replace_policy(record)
             elif isinstance(record, FailRecord):
                 step = self._steps.pop()[0] if record.retracted else self._steps.popleft()[0]
                 if record.retracted:
                     self._scheduler.retract_step(step)
                 else:
                     self._scheduler.fail_step(step, "as recorded")
+
+    def _replace_policy(self, record: PolicyRecord) -> None:
+        cls = load_target(record.target, "quire.core.contracts.policy:BatchingPolicy")
+        self._scheduler.policy_runner.replace_policy(cls(parse_options(cls, record.options)), record.name)
 
     def _add_request(self, record: ArrivalRecord) -> None:
         end = self._ends.get(record.id)

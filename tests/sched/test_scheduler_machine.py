@@ -178,7 +178,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(policy=st.sampled_from(POLICIES), seed=st.integers(0, 2**32 - 1))
     def another_policy_takes_over(self, policy, seed):
         self.is_trusted &= policy is not Adversary
-        self.engine.scheduler.replace_policy(policy() if policy is not Adversary else Adversary(seed), "next")
+        self.engine.scheduler.policy_runner.replace_policy(
+            policy() if policy is not Adversary else Adversary(seed), "next"
+        )
 
     @rule(turns=st.integers(1, 12))
     def serve(self, turns):

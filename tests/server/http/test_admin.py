@@ -1,0 +1,72 @@
+"""What an operator does with a running server: switch its policy under load, and ask why a request waited."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from quire.server.cli.main import main
+
+from ..conftest import RunningServer, check_error, until
+
+TEXT = "/v1/completions"
+
+
+def test_the_policy_is_switched_under_load_and_a_request_explained(
+    start: Callable[..., RunningServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = start(
+        "--admin-api-key", "boss", "--api-key", "k", "--max-num-seqs", "2", "--max-num-queued-requests", "64"
+    )
+    admin = ["--url", server.url, "--admin-api-key", "boss"]
+    answers: list[httpx.Response] = []
+
+    def ask(number: int) -> None:
+        body = {"prompt": "go on", "max_tokens": 150, "ignore_eos": True, "priority": number % 3}
+        headers = {"Authorization": "Bearer k", "X-Request-Id": f"mine-{number}"}
+        answers.append(httpx.post(f"{server.url}{TEXT}", json=body, headers=headers, timeout=120))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    until(lambda: server.load()["num_requests_waiting"] >= 4, 60)
+    switches = ("priority aging=1", "priority aging=5", "fair_share weights=a=2,b=1", "edf drop=true")
+    for words in map(str.split, switches):
+        assert main(["policy", "set", *words, *admin]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "priority (aging=1), switched 1 times" and said[3] == "edf (drop=true), switched 4 times"
+    assert main(["explain", "mine-15", *admin]) == 0
+    assert "request mine-15-" in capsys.readouterr().out
+    for thread in threads:
+        thread.join(120)
+    assert [answer.status_code for answer in answers] == [200] * 16, "nothing was dropped"
+    assert main(["policy", "show", *admin]) == 0 and "edf (drop=true)" in capsys.readouterr().out
+
+    with httpx.Client(base_url=server.url, headers={"Authorization": "Bearer boss"}, timeout=60) as client:
+        waited = [client.get(f"/admin/requests/cmpl-mine-{i}").json()["requests"][0]["waited_ms"] for i in range(16)]
+        assert sum(each["rows"] > 0 for each in waited) >= 8
+        check_error(client.get("/admin/requests/nobody"), 404)
+        for name, options in (("nosuch", {}), ("priority", {"aging": "soon"}), ("fcfs", {"x": 1})):
+            check_error(client.post("/admin/policy", json={"name": name, "options": options}), 400)
+        check_error(client.post("/admin/policy", json={}), 400, "name")
+        assert client.get("/admin/policy").json()["name"] == "edf"
+        for headers in ({}, {"Authorization": "Bearer k"}):
+            client.headers.pop("Authorization", None)
+            check_error(client.get("/admin/policy", headers=headers), 401)
+            check_error(client.post("/admin/policy", json={"name": "fcfs"}, headers=headers), 401)
+    assert main(["explain", "nobody", *admin]) == 2 and "no request 'nobody'" in capsys.readouterr().err
+    assert server.stderr.read_text().count("the scheduling policy is") == 4
+
+
+def test_without_the_key_there_is_nothing_below_admin(
+    server: RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        check_error(client.get("/admin/policy"), 404)
+        check_error(client.post("/admin/policy", json={"name": "sjf"}), 404)
+        check_error(client.get("/admin/requests/x"), 404)
+    assert main(["policy", "show", "--url", server.url, "--admin-api-key", "x"]) == 2
+    assert "start it with --admin-api-key" in capsys.readouterr().err
