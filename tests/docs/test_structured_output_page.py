@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from quire import LLM, SamplingParams, StructuredOutputsParams
+from quire.core.errors import InvalidRequestError
 
 
 def test_the_blocks_run(root, tmp_path, monkeypatch):
     text = (root / "docs" / "structured-output.md").read_text(encoding="utf-8")
     use, backend = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     exec(use, {})
-    (tmp_path / "only_tokens.py").write_text(backend)
+    (tmp_path / "one_of.py").write_text(backend)
     monkeypatch.syspath_prepend(str(tmp_path))
-    llm = LLM("quire-tiny", device="cpu", max_model_len=64, structured_output_backend="only_tokens:OnlyTokens")
+    llm = LLM("quire-tiny", device="cpu", max_model_len=64, structured_output_backend="one_of:OneOf")
+    choices = ["a bird", "a big bird", "a plane"]
     params = SamplingParams(
-        temperature=1, seed=1, max_tokens=12, structured_outputs=StructuredOutputsParams(choice=["300", "301"])
+        temperature=1, seed=1, n=4, max_tokens=12, structured_outputs=StructuredOutputsParams(choice=choices)
     )
-    token_ids = llm.generate("x", params)[0].outputs[0].token_ids
-    assert set(token_ids) <= {300, 301, *llm.config.model.eos_token_ids}
+    [output] = llm.generate("It is", params)
+    assert all(completion.text in choices for completion in output.outputs)
+    with pytest.raises(InvalidRequestError, match="choices alone"):
+        llm.generate("It is", SamplingParams(structured_outputs=StructuredOutputsParams(regex="a")))
     llm.shutdown()
+
+
+def test_the_page_shows_the_example(root):
+    text = (root / "docs" / "structured-output.md").read_text(encoding="utf-8")
+    example = (root / "examples" / "kinds" / "structured_output_example.py").read_text(encoding="utf-8")
+    assert example.partition('."""\n\n')[2] in text
