@@ -230,6 +230,8 @@ class _CallWriter:
     def add_arguments(self, text: str) -> None:
         if text and not self._is_left_out:
             self._has_arguments = True
+            if not text.isascii():  # an escape in a value may stand for half of a character, which cannot be sent
+                text = text.encode(errors="replace").decode()
             self._events.append(ArgumentsDelta(self.count - 1, text))
 
     def end_call(self) -> None:

@@ -16,19 +16,26 @@ _SINGLE = r"'(?:[^'\\]++|\\.)*+'"
 
 @dataclass(frozen=True, slots=True)
 class BalancedSyntax:
-    """What stands between brackets: ``plain`` runs over text and whole strings, ``stops`` are no part of a value."""
+    """What stands between brackets: ``plain`` runs over text, whole strings and brackets around these; ``stops`` are no
+    part of a value."""
 
     plain: re.Pattern[str]
     stops: str = ""
 
 
-JSON_VALUE = BalancedSyntax(re.compile(rf'(?:[^"{{}}\[\]<`]++|{_DOUBLE})*+', re.DOTALL), "<`")
+def _skip_balanced(text: str) -> re.Pattern[str]:
+    """Runs over ``text``, patterns of plain text and of whole strings, and over brackets that hold nothing else."""
+    return re.compile(rf"(?:{text}|\[(?:{text})*+\]|\{{(?:{text})*+\}})*+", re.DOTALL)
+
+
+JSON_VALUE = BalancedSyntax(_skip_balanced(rf'[^"{{}}\[\]<`]++|{_DOUBLE}'), "<`")
 """JSON. Neither ``<`` nor a backquote can stand outside of its strings: there a value that is cut short has ended."""
-PYTHON_VALUE = BalancedSyntax(re.compile(rf"(?:[^'\"(){{}}\[\]]++|{_DOUBLE}|{_SINGLE})*+", re.DOTALL))
+PYTHON_VALUE = BalancedSyntax(_skip_balanced(rf"[^'\"(){{}}\[\]]++|{_DOUBLE}|{_SINGLE}"))
 """Python literals. Triple quotes count as they do: an empty string beside another."""
 
 _STRING = {'"': re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL), "'": re.compile(r"(?:[^'\\]++|\\.)*+", re.DOTALL)}
-_OPENING, _QUOTES = "{[(", "\"'"
+_QUOTES = "\"'"
+_OPENINGS, _CLOSINGS = re.compile(r"[{\[(]++"), re.compile(r"[}\])]++")
 
 
 def copy_balanced(text: TextReader, syntax: BalancedSyntax, emit: Callable[[str], object]) -> Reading[bool]:
@@ -60,14 +67,19 @@ def copy_balanced(text: TextReader, syntax: BalancedSyntax, emit: Callable[[str]
                 if position > text.position:
                     emit(text.take(position))
                 return False
-            position += 1
-            if char in _OPENING:
-                depth += 1
-            elif char in _QUOTES:
+            if char in _QUOTES:
                 quote = char
+                position += 1
+            elif run := _OPENINGS.match(buffer, position):
+                depth += run.end() - position
+                position = run.end()
             else:
-                depth -= 1
-                ended = depth <= 0
+                run = _CLOSINGS.match(buffer, position)
+                assert run is not None
+                num_closed = min(run.end() - position, depth)
+                depth -= num_closed
+                position += num_closed
+                ended = depth == 0
         if position > text.position:
             emit(text.take(position))
         if ended:

@@ -233,6 +233,18 @@ def test_answers_that_look_like_calls_stay_content(parser, text):
     assert read(text, parser) == (text, "", [])
 
 
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [
+        (Pythonic(), "[get(key='\\ud800é')]"),
+        (Hermes(), '<tool_call>{"name": "get", "arguments": "{\\"key\\": \\"\\ud800\\u00e9\\"}"}</tool_call>'),
+    ],
+)
+def test_half_a_character_can_be_sent(parser, text):
+    _, _, [(_, arguments)] = read(text, parser)
+    assert json.loads(arguments.encode()) == {"key": "?é"}
+
+
 def test_harmony_channels():
     text = (
         "<|channel|>analysis<|message|>Weather.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"

@@ -71,6 +71,8 @@ class ChatBody(GenerationBody, Conversation):
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
     max_completion_tokens: Int32 | None = None
+    reasoning_effort: str | None = None
+    """The variable ``reasoning_effort`` of the chat template."""
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -84,6 +86,9 @@ class ChatBody(GenerationBody, Conversation):
         arguments = super().template_arguments()
         if self.tool_choice == "none":
             arguments["tools"] = None
+        if self.reasoning_effort is not None:
+            variables = {"reasoning_effort": self.reasoning_effort, **(self.chat_template_kwargs or {})}
+            arguments["chat_template_kwargs"] = variables
         return arguments
 
     def read_tool_use(self) -> ToolUse:
