@@ -29,7 +29,6 @@ from quire.core.engine.watchdog import PluginWatchdog
 from quire.core.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import RequestOutput
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.stats import TRACED_STEPS, QuarantinedPlugin, StepStats
@@ -293,7 +292,7 @@ class AsyncLLM:
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         self._constraint_checker = ConstraintChecker(self.config)
-        self._exporters = ExporterGroup(self._build_exporters())
+        self._exporters = ExporterGroup.from_config(self.config)
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
         self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self._exporters.add_quarantined)
 
@@ -392,11 +391,3 @@ class AsyncLLM:
         if self._client is None or self._output_handler is None:
             raise EngineDeadError("the engine is not started; await start() first")
         return self._client
-
-    def _build_exporters(self) -> list[tuple[str, MetricsExporter]]:
-        exporters = []
-        labels = {"model_name": self.config.model.served_names[0]}
-        for choice in self.config.plugins_of("metrics"):
-            cls = load_target(choice.target, MetricsExporter)
-            exporters.append((choice.name, cls(labels, parse_options(cls, choice.options))))
-        return exporters

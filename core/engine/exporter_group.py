@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from quire.core.config import EngineConfig
 from quire.core.contracts.metrics import MetricsExporter
+from quire.core.plugin.options import parse_options
 from quire.core.plugin.quarantine import Quarantine
+from quire.core.plugin.target import load_target
 from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
 
 __all__ = ["ExporterGroup", "RenderedMetrics"]
@@ -33,6 +36,16 @@ class ExporterGroup:
         }
         self._quarantined: list[QuarantinedPlugin] = []  # of this process
         self._recorded: set[QuarantinedPlugin] = set()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> ExporterGroup:
+        """Those that the configuration names."""
+        labels = {"model_name": config.model.served_names[0]}
+        exporters = []
+        for choice in config.plugins_of("metrics"):
+            exporter = load_target(choice.target, MetricsExporter)
+            exporters.append((choice.name, exporter(labels, parse_options(exporter, choice.options))))
+        return cls(exporters)
 
     @property
     def active(self) -> list[MetricsExporter]:
