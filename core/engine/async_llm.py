@@ -218,13 +218,11 @@ class AsyncLLM:
 
     async def set_policy(self, name: str, options: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Ask another scheduling policy, or the same with other options, from the next step on; what the control method
-        ``get_policy`` returns then. No request is dropped. Raises ``PluginError`` if there is no such policy or it
-        refuses its options, and what ``call_control`` does."""
+        ``get_policy`` returns then. No request is dropped. Raises ``PluginError``, and what ``call_control`` does."""
         choice = self.plugins.resolve_plugin("policy", name)
         parse_options(self.plugins.load_class(choice), dict(options or {}))
         arguments = {"name": choice.name, "target": choice.target, "options": dict(options or {})}
-        policy: dict[str, Any] = await self.call_control("set_policy", arguments)
-        return policy
+        return dict(await self.call_control("set_policy", arguments))
 
     async def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""

@@ -26,6 +26,7 @@ WaitReason = Literal["rows", "blocks", "tokens", "policy", "step"]
 and the policy granted it nothing; or nobody waited, and who came then waits for the next step to be planned."""
 
 _REASONS: tuple[WaitReason, ...] = ("rows", "blocks", "tokens", "policy", "step")
+_INDEX_OF_REASON = {reason: index for index, reason in enumerate(_REASONS)}
 
 
 class _LoggedStep(NamedTuple):
@@ -72,9 +73,11 @@ class RequestLog:
     def __init__(self, max_requests: int = MAX_LOGGED_REQUESTS, max_steps: int = MAX_LOGGED_STEPS) -> None:
         self._max_requests = max_requests
         self._requests: dict[int, _LoggedRequest] = {}  # by number, in order of arrival
-        self._steps: deque[_LoggedStep] = deque(maxlen=max_steps)
+        self._steps: deque[tuple[Any, ...]] = deque(
+            maxlen=max_steps
+        )  # the fields of ``_LoggedStep``: made in each step
         self._waited_ns = [0] * len(_REASONS)  # by the queue as a whole, up to ``_counted_ns``
-        self._reason, self._counted_ns = _REASONS.index("step"), 0  # what holds since then
+        self._reason, self._counted_ns = _INDEX_OF_REASON["step"], 0  # what holds since then
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -130,8 +133,8 @@ class RequestLog:
         if now_ns > self._counted_ns:
             self._waited_ns[self._reason] += now_ns - self._counted_ns if self._counted_ns else 0
             self._counted_ns = now_ns
-        self._reason = _REASONS.index(reason)
-        self._steps.append(_LoggedStep(step.step, now_ns, step.rows, step.num_scheduled_tokens, num_waiting, reason))
+        self._reason = _INDEX_OF_REASON[reason]
+        self._steps.append((step.step, now_ns, step.rows, step.num_scheduled_tokens, num_waiting, reason))
 
     def find_requests(self, request_id: str, limit: int = 128) -> list[int]:
         """The numbers of the requests of a caller's id, or of an HTTP request's id, the newest first."""
@@ -185,7 +188,7 @@ class RequestLog:
         many it got nothing."""
         runs: list[dict[str, int]] = []
         num_steps = num_skipped = 0
-        for each in self._steps:
+        for each in map(_LoggedStep._make, self._steps):
             if each.step < stint.first_step or (stint.end_step >= 0 and each.step >= stint.end_step):
                 continue
             num_steps += 1
