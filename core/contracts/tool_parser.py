@@ -48,7 +48,7 @@ class ToolParser(ABC):
     A family whose syntax is a usual one derives from ``JsonToolParser``, ``HeaderToolParser``, ``XmlToolParser`` or
     ``PythonicToolParser`` and sets a few attributes; any other writes ``parse_calls``. Called in the API process, on
     its event loop. What a parser reads and does not begin a call with is shown as text. One that raises something
-    else than MalformedCallError is quarantined, and the text is shown as it is.
+    else than MalformedCallError, or does not return, is quarantined, and the text is shown as it is.
     """
 
     begin_first: tuple[str, ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -11,6 +10,7 @@ from msgspec.structs import replace
 from quire.core.config import EngineConfig
 from quire.core.contracts.reasoning_parser import ReasoningParser
 from quire.core.contracts.tool_parser import ToolParser
+from quire.core.contracts.tool_parser_text import MalformedCallError
 from quire.core.engine.call_constraints import EnforcedCalls, write_structural_tag
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class AnswerParsers:
     ) -> None:
         self._tools, self._reasoning, self._tokenizer = tools, reasoning, tokenizer
         self._auto_tool_choice = auto_tool_choice
-        self._tools_quarantine = Quarantine("tool_parser", names[0], on_quarantine)
+        self._tools_quarantine = Quarantine("tool_parser", names[0], on_quarantine, not_faults=(MalformedCallError,))
         self._reasoning_quarantine = Quarantine("reasoning_parser", names[1], on_quarantine)
         self._enforced = EnforcedCalls()
         texts = (*reasoning.begin, *reasoning.end, *reasoning.dropped)
@@ -123,7 +123,7 @@ class AnswerParsers:
             use.functions,
             in_reasoning=bool(in_reasoning),
             max_calls=use.max_calls,
-            on_fault=partial(_switch_off, self._tools_quarantine),
+            quarantine=self._tools_quarantine,
         )
 
     def read_message(
@@ -157,10 +157,6 @@ class AnswerParsers:
     @property
     def _has_tools(self) -> bool:
         return bool(self._tools.begin or self._tools.begin_first) and self._tools_quarantine.is_active
-
-
-def _switch_off(quarantine: Quarantine, error: Exception) -> None:
-    quarantine.switch_off("raised", f"parse_calls raised {type(error).__name__}: {error}", error)
 
 
 def _add_calls(

@@ -13,8 +13,11 @@ from quire.core.contracts.reasoning_parser import ReasoningParser
 from quire.core.contracts.tool_parser import ToolParser
 from quire.core.contracts.tool_parser_text import MalformedCallError, Markers, Reading, TextReader
 from quire.core.parsing.events import ArgumentsDelta, ContentDelta, ParserEvent, ReasoningDelta, ToolCallStart
+from quire.core.plugin.quarantine import Quarantine
 
 __all__ = ["AnswerParser"]
+
+_DONE = object()
 
 
 class AnswerParser:
@@ -22,7 +25,8 @@ class AnswerParser:
 
     White space is no content where it stands beside what was taken out: around reasoning, between the answer and a
     call, between calls. A call needs the name of one of ``functions`` (their JSON schemas by name); what is none is
-    content, or reasoning where it stands in it. Calls beyond ``max_calls`` are left out.
+    content, or reasoning where it stands in it. Calls beyond ``max_calls`` are left out. ``quarantine`` guards the
+    tool-call parser: without it, what the parser raises is raised here.
     """
 
     def __init__(
@@ -33,12 +37,12 @@ class AnswerParser:
         *,
         in_reasoning: bool = False,
         max_calls: int | None = None,
-        on_fault: Callable[[Exception], None] | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._reader = TextReader()
         self._tools = tools if functions else None
         self._reasoning = reasoning
-        self._on_fault = on_fault
+        self._quarantine = quarantine
         self._in_reasoning = in_reasoning
         self._events: list[ParserEvent] = []
         self._calls = _CallWriter(self._reader, self._events, tools, functions or {}, max_calls, self._leave_text)
@@ -133,16 +137,13 @@ class AnswerParser:
         is_call = False
         reader.hold()
         try:
-            yield from tools.parse_calls(reader, self._calls)
+            if self._quarantine is None:
+                yield from tools.parse_calls(reader, self._calls)
+            else:
+                yield from self._parse_guarded(tools, self._quarantine)
             is_call = True
         except MalformedCallError:
             pass
-        except Exception as error:
-            self._tools = None
-            self._markers = self._collect_markers()
-            if self._on_fault is None:
-                raise
-            self._on_fault(error)
         self._calls.close_call()
         text = reader.release()
         has_begun = self._calls.num_begun > num_begun
@@ -151,6 +152,22 @@ class AnswerParser:
         if not text and not has_begun:
             text = reader.take(reader.position + len(marker))
         self._add_text(text)
+
+    def _parse_guarded(self, tools: ToolParser, quarantine: Quarantine) -> Reading[None]:
+        """As ``parse_calls``. A parser that raises, or does not return, is not called any more."""
+        reading = quarantine.call(tools.parse_calls, self._reader, self._calls)
+
+        def parse_calls() -> object:
+            assert reading is not None
+            return next(reading, _DONE)
+
+        while quarantine.is_active and quarantine.call(parse_calls) is not _DONE:
+            if quarantine.is_active:
+                yield
+        if not quarantine.is_active:
+            self._tools = None
+            self._markers = self._collect_markers()
+            raise MalformedCallError
 
     def _leave_text(self) -> None:
         """A call begins: the reasoning, or the content before it, is over."""

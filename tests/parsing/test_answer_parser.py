@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from quire.core.engine.watchdog import PluginWatchdog
 from quire.core.parsing.answer_parser import AnswerParser
 from quire.core.parsing.events import ArgumentsDelta, ToolCallStart
+from quire.core.plugin.quarantine import Quarantine
+from quire.core.stats import QuarantinedPlugin
 from quire.plugins.parsers.reasoning import DeepSeekR1, HarmonyReasoning, Qwen3
 from quire.plugins.parsers.tool_calls import (
     DeepSeekV3,
@@ -282,9 +285,28 @@ def test_a_parser_that_fails_leaves_the_text():
             raise RuntimeError("no")
 
     faults = []
-    parser = AnswerParser(Breaks(), None, FUNCTIONS, on_fault=faults.append)
+    quarantine = Quarantine("tool_parser", "breaks", faults.append)
+    parser = AnswerParser(Breaks(), None, FUNCTIONS, quarantine=quarantine)
     assert parse(parser, list(f"A {CALL} B {CALL}")) == (f"A {CALL} B {CALL}", "", [])
-    assert [str(fault) for fault in faults] == ["no"]
+    assert faults == [QuarantinedPlugin("tool_parser", "breaks", "raised")]
+
+
+def test_a_parser_that_does_not_return_leaves_the_text():
+    class Hangs(Hermes):
+        def parse_calls(self, text, calls):
+            yield from text.accept("<tool_call>")
+            while True:
+                pass
+
+    faults = []
+    quarantine = Quarantine("tool_parser", "hangs", faults.append)
+    watchdog = PluginWatchdog(limit_s=0.3)
+    try:
+        parser = AnswerParser(Hangs(), None, FUNCTIONS, quarantine=quarantine)
+        assert parse(parser, list(f"A {CALL} B")) == (f"A {CALL} B", "", [])
+    finally:
+        watchdog.stop()
+    assert faults == [QuarantinedPlugin("tool_parser", "hangs", "hung")]
 
 
 def test_arguments_are_json():
