@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quire.core.parsing.message import AssistantMessage
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
-from quire.core.stats import QuarantinedPlugin, StepStats
+from quire.core.stats import QuarantinedPlugin, StepFailure, StepStats
 
 __all__ = [
     "BlockCopy",
@@ -254,6 +254,8 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     """Gauges and counters of the engine core, for ``/metrics`` and ``/load``."""
     quarantined: list[QuarantinedPlugin] = []
     """Every plugin of the engine core that is quarantined, oldest first; sent with ``stats``."""
+    step_failures: list[StepFailure] = []
+    """Steps that failed since the last message."""
     steps: list[StepStats] = []
     """The steps that were finished since the last message."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-__all__ = ["ENGINE_STATS", "TRACED_STEPS", "QuarantinedPlugin", "RequestStats", "StepStats"]
+__all__ = ["ENGINE_STATS", "TRACED_STEPS", "QuarantinedPlugin", "RequestStats", "StepFailure", "StepStats"]
 
 TRACED_STEPS = 4096
 """How many of the last steps are kept."""
@@ -37,6 +37,7 @@ ENGINE_STATS: dict[str, str] = {
     "structured_output_masks_total": "Masks of tokens filled",
     "structured_output_mask_seconds_total": "Time that took, beside the model",
     "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
+    "step_failures_total": "Steps that failed, and ended their requests with an error",
     "kernels_compiled_total": "Kernels compiled under traffic, each a stall",
     "engine_restarts_total": "Engine processes started in place of one that hung or died",
     "plugin_quarantines_total": "Plugins quarantined after a fault",
@@ -52,6 +53,14 @@ class QuarantinedPlugin(msgspec.Struct, array_like=True, frozen=True):
     name: str
     reason: str
     """``raised``, ``invalid_result``, ``too_slow``, ``no_progress`` or ``hung``."""
+
+
+class StepFailure(msgspec.Struct, array_like=True, frozen=True):
+    """A step that failed, and the plugin in which."""
+
+    kind: str
+    """Empty if it was in none."""
+    name: str
 
 
 class StepStats(msgspec.Struct, array_like=True):

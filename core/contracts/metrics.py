@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
+from quire.core.stats import QuarantinedPlugin, RequestStats, StepFailure, StepStats
 
 __all__ = ["MetricsExporter"]
 
@@ -39,6 +39,10 @@ class MetricsExporter(ABC):
 
     def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
         """A plugin was quarantined: called once for each. The stat ``plugin_quarantines_total`` is their number."""
+
+    def record_step_failure(self, failure: StepFailure) -> None:
+        """An engine step failed, and its requests ended with an error; the log has the exception. The stat
+        ``step_failures_total`` is the number of these."""
 
     def record_step(self, stats: StepStats) -> None:
         """An engine step was finished. Called for every step, so it has microseconds."""

@@ -320,6 +320,8 @@ class AsyncLLM:
             for step in outputs.steps:
                 self.steps.append(step)
                 self._exporters.record_step(step)
+            for failure in outputs.step_failures:
+                self._exporters.record_step_failure(failure)
             if outputs.stats is not None:
                 self._record_stats(outputs.stats, outputs.quarantined)
 

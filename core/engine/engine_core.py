@@ -20,6 +20,7 @@ from quire.core.contracts.spec_decode import HostProposer
 from quire.core.contracts.structured_output import GrammarState
 from quire.core.control import ControlMethods
 from quire.core.engine.policy_control import PolicyControl, make_policy
+from quire.core.engine.step_failures import StepFailures
 from quire.core.errors import InvalidRequestError, QueueFullError
 from quire.core.messages import (
     EngineCoreOutput,
@@ -77,6 +78,7 @@ class EngineCore:
         self._finished_step_stats: list[StepStats] = []
         self._rejected_outputs: list[EngineCoreOutput] = []
         self._num_compiled_kernels = 0
+        self._step_failures = StepFailures(config)
         self.device_error: Exception | None = None
         """The device failed, with a step whose requests have ended: no step can run in this process any more."""
         self._last_stats_ns = 0
@@ -184,6 +186,7 @@ class EngineCore:
         """Gauges and counters, by the names of ``quire.core.stats.ENGINE_STATS``."""
         figures = self.scheduler.stats()
         figures["plugin_quarantines_total"] += len(self._quarantined)
+        figures["step_failures_total"] = float(self._step_failures.num_failures)
         figures["kernels_compiled_total"] = float(self._num_compiled_kernels)
         figures["kv_blocks"] = float(self.capacity.num_blocks)
         figures["kv_block_size"] = float(self.config.cache.block_size)
@@ -268,8 +271,7 @@ class EngineCore:
         try:
             result = in_flight.future.result()
         except Exception as error:
-            _log.error("step %d failed; its requests end with an error", step.step, exc_info=error)
-            outputs = self.scheduler.fail_step(step, f"{type(error).__name__}: {error}")
+            outputs = self._step_failures.fail_step(self.scheduler, step, error)
             if self._recorder is not None:
                 self._recorder.record_failure(step.step)
             if getattr(error, "error_code", None) in _FATAL_CUDA_ERRORS:

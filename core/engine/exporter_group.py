@@ -12,7 +12,7 @@ from quire.core.contracts.metrics import MetricsExporter
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.quarantine import Quarantine
 from quire.core.plugin.target import load_target
-from quire.core.stats import QuarantinedPlugin, RequestStats, StepStats
+from quire.core.stats import QuarantinedPlugin, RequestStats, StepFailure, StepStats
 
 __all__ = ["ExporterGroup", "RenderedMetrics"]
 
@@ -76,6 +76,11 @@ class ExporterGroup:
         """See ``MetricsExporter``."""
         for exporter, quarantine in self._guarded.copy().items():
             quarantine.call(exporter.record_tokens, num_prompt, num_generated, ttft_s, itl_s)
+
+    def record_step_failure(self, failure: StepFailure) -> None:
+        """See ``MetricsExporter``."""
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.record_step_failure, failure)
 
     def record_step(self, stats: StepStats) -> None:
         """See ``MetricsExporter``."""

@@ -57,18 +57,28 @@ class PluginFrames:
                 stacks.append((thread_id != main_thread_id, ThreadStack(names.get(thread_id, "?"), plugin, text)))
         return [stack for _, stack in sorted(stacks, key=lambda each: each[0])]
 
-    def _find_plugin(self, frame: FrameType) -> tuple[str, str] | None:
-        for each in _walk_outwards(frame):
-            if each.f_code is Quarantine.call.__code__:
-                quarantine = each.f_locals["self"]
-                return quarantine.kind, quarantine.name
-            for cls in type(each.f_locals.get("self")).__mro__:
-                if plugin := self._by_class.get(f"{cls.__module__}:{cls.__qualname__}"):
-                    return plugin
-            module = str(each.f_globals.get("__name__"))
-            if plugin := self._by_module.get(module) or self._by_package.get(module.partition(".")[0]):
+    def find_raiser(self, error: BaseException) -> tuple[str, str] | None:
+        """Kind and name of the plugin that was innermost when ``error`` was raised; None if it was none. An executor
+        only runs what others raise: it must have raised the error itself."""
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for frame in reversed(frames):
+            plugin = self._match_frame(frame)
+            if plugin is not None and (plugin[0] != "executor" or frame is frames[-1]):
                 return plugin
         return None
+
+    def _find_plugin(self, frame: FrameType) -> tuple[str, str] | None:
+        return next(filter(None, map(self._match_frame, _walk_outwards(frame))), None)
+
+    def _match_frame(self, frame: FrameType) -> tuple[str, str] | None:
+        if frame.f_code is Quarantine.call.__code__:
+            quarantine = frame.f_locals["self"]
+            return quarantine.kind, quarantine.name
+        for cls in type(frame.f_locals.get("self")).__mro__:
+            if plugin := self._by_class.get(f"{cls.__module__}:{cls.__qualname__}"):
+                return plugin
+        module = str(frame.f_globals.get("__name__"))
+        return self._by_module.get(module) or self._by_package.get(module.partition(".")[0])
 
 
 def find_plugin_calls() -> list[PluginCall]:

@@ -7,7 +7,7 @@ import unittest
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.plugin.options import parse_options
-from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats
+from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepFailure
 
 __all__ = [
     "check_does_not_block",
@@ -84,6 +84,7 @@ def _make_exporter(cls: type[MetricsExporter]) -> MetricsExporter:
 
 def _record_everything(exporter: MetricsExporter) -> None:
     exporter.record_engine(dict.fromkeys(ENGINE_STATS, 1.0))
+    exporter.record_step_failure(StepFailure("attention", "some_backend"))
     exporter.record_quarantine(QuarantinedPlugin("policy", "some_policy", "raised"))
     exporter.record_tokens(12, 1, 0.05, [])
     exporter.record_tokens(0, 2, None, [0.01, 0.02])

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from quire.sdk import ENGINE_STATS, MetricsExporter, QuarantinedPlugin, RequestStats, StepStats
+from quire.sdk import ENGINE_STATS, MetricsExporter, QuarantinedPlugin, RequestStats, StepFailure, StepStats
 
 __all__ = ["PrometheusExporter"]
 
@@ -39,7 +39,7 @@ _BY_POSITION = {
 }
 """The engine core counts each place by a name of its own."""
 _FINISH_REASONS = ("stop", "length", "abort", "error")
-_NOT_AS_REPORTED = ("prompt_tokens_total", "generation_tokens_total", "plugin_quarantines_total")
+_NOT_AS_REPORTED = ("prompt_tokens_total", "generation_tokens_total", "plugin_quarantines_total", "step_failures_total")
 """Counters of the engine core that are counted here instead: tokens as they reach callers, quarantines with labels."""
 
 
@@ -69,6 +69,7 @@ class PrometheusExporter(MetricsExporter):
         self._preemptions = _Histogram(_PREEMPTIONS)
         self._step_tokens = _Histogram(_STEP_TOKENS)
         self._quarantines: Counter[QuarantinedPlugin] = Counter()
+        self._step_failures: Counter[StepFailure] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -110,6 +111,10 @@ class PrometheusExporter(MetricsExporter):
         """Count it by kind, name and reason."""
         self._quarantines[plugin] += 1
 
+    def record_step_failure(self, failure: StepFailure) -> None:
+        """Count it by the kind and name of the plugin."""
+        self._step_failures[failure] += 1
+
     def record_step(self, stats: StepStats) -> None:
         """Note a step's size, and where its time went."""
         self._step_tokens.add_value(stats.num_tokens)
@@ -145,6 +150,7 @@ class PrometheusExporter(MetricsExporter):
         yield self._make_cache_config_info(prefix)
         yield from self._collect_by_position(prefix)
         yield self._make_quarantines(prefix)
+        yield self._make_step_failures(prefix)
         yield self._make_gauge(prefix + "num_requests_swapped", "Always 0: preempted requests are recomputed", 0.0)
 
     def _collect_cache_rates(self, prefix: str) -> Iterator[Metric]:
@@ -177,6 +183,13 @@ class PrometheusExporter(MetricsExporter):
         family = CounterMetricFamily(prefix + "plugin_quarantines", text, labels=[*self.labels, *names])
         for plugin, count in self._quarantines.items():
             family.add_metric([*self.labels.values(), plugin.kind, plugin.name, plugin.reason], count)
+        return family
+
+    def _make_step_failures(self, prefix: str) -> Metric:
+        text = ENGINE_STATS["step_failures_total"]
+        family = CounterMetricFamily(prefix + "step_failures", text, labels=[*self.labels, "kind", "name"])
+        for failure, count in self._step_failures.items():
+            family.add_metric([*self.labels.values(), failure.kind, failure.name], count)
         return family
 
     def _make_cache_config_info(self, prefix: str) -> Metric:

@@ -43,8 +43,9 @@ def test_the_prefix_cache_holds_nothing_of_a_failed_step(tiny: Path, llm: LLM, m
 
     try:
         monkeypatch.setattr(model_class, "forward", fail_once)
-        with pytest.raises(RequestFailedError, match="a kernel refused its launch"):
+        with pytest.raises(RequestFailedError, match="failed in model/LlamaForCausalLM; the engine's log") as failure:
             engine.generate([PROMPT], SamplingParams(temperature=0, max_tokens=12, n=2, ignore_eos=True))
+        assert "refused" not in str(failure.value) and engine.get_stats()["step_failures_total"] == 1
         [output] = engine.generate([PROMPT], GREEDY)
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
         assert output.num_cached_tokens == 0

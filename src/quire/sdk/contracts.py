@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from quire.core.request import Request
     from quire.core.sampling_params import SamplingParams
     from quire.core.scheduling_params import SchedulingParams
-    from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepStats
+    from quire.core.stats import ENGINE_STATS, QuarantinedPlugin, RequestStats, StepFailure, StepStats
     from quire.core.structured_outputs import StructuredOutputsParams
     from quire.core.worker.worker import Worker
 
@@ -127,6 +127,7 @@ __all__ = [
     "SchedulingParams",
     "SpeculationConfig",
     "SpeculativeProposer",
+    "StepFailure",
     "StepFuture",
     "StepReport",
     "StepStats",
@@ -192,7 +193,7 @@ NAMES_OF_MODULE = {
     "quire.core.scheduling_params": ("SchedulingParams",),
     "quire.core.worker.worker": ("Worker",),
     "quire.core.structured_outputs": ("StructuredOutputsParams",),
-    "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepStats"),
+    "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepFailure", "StepStats"),
 }  # fmt: skip
 _MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}
 
