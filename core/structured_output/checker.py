@@ -50,14 +50,19 @@ class ConstraintChecker:
         else:
             self._verdicts.move_to_end(key)
         # Shielded: a caller that leaves does not end the check for those who wait for the same.
-        if reason := await asyncio.shield(verdict):
+        try:
+            reason = await asyncio.shield(verdict)
+        except Exception:  # no process could be started: nothing is known of the constraint
+            self._verdicts.pop(key, None)
+            raise
+        if reason:
             self.num_refused += 1
             raise InvalidRequestError(reason, "structured_outputs")
 
     def close(self) -> None:
         """End the processes. Idempotent."""
         for process in self._all_processes:
-            process.kill()
+            process.close()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 

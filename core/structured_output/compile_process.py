@@ -11,13 +11,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from multiprocessing.connection import Connection, Pipe
 
 import msgspec
 
 from quire.core.config import EngineConfig
 from quire.core.env import child_environment
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.structured_output.compiler import make_backend
 from quire.core.structured_outputs import StructuredOutputsParams
 
@@ -39,16 +40,14 @@ class CompileProcess:
         self._config = config
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._is_ready = False
+        self._is_ready = self._is_closed = False
+        self._lock = threading.Lock()  # of starting and ending the child, for ``close`` comes from another thread
 
     def check_constraint(self, params: StructuredOutputsParams) -> None:
-        """Return if the constraint compiles within the limits. Raises ``InvalidRequestError`` with the reason if not.
-        Waits for it: to be called in a thread."""
-        connection = self._start() if self._connection is None else self._connection
+        """Return if the constraint compiles within the limits. Raises ``InvalidRequestError`` with the reason if not,
+        and ``RequestFailedError`` if that cannot be found out. Waits for it: to be called in a thread."""
+        connection = self._wait_ready()
         try:
-            if not self._is_ready:
-                _receive(connection, _READY_SECONDS)
-                self._is_ready = True
             connection.send_bytes(msgspec.msgpack.encode(params))
             error = _receive(connection, _MAX_WALL_SECONDS)
         except TimeoutError:
@@ -60,37 +59,60 @@ class CompileProcess:
         if error:
             raise InvalidRequestError(error, "structured_outputs")
 
-    def kill(self) -> None:
-        """End it at once. Idempotent."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-        self._connection, self._child, self._is_ready = None, None, False
+    def close(self) -> None:
+        """End it at once, and start no other. Idempotent."""
+        self._is_closed = True
+        self._kill()
+
+    def _wait_ready(self) -> Connection:
+        try:
+            connection = self._connection or self._start()
+            if not self._is_ready:
+                _receive(connection, _READY_SECONDS)
+                self._is_ready = True
+            return connection
+        except (EOFError, OSError):  # a time-out is one, too
+            self._kill()
+            message = "the process that compiles schemas and grammars did not start; see the log"
+            raise RequestFailedError(message) from None
 
     def _start(self) -> Connection:
-        own_end, child_end = Pipe()
-        command = [sys.executable, "-m", __name__, str(child_end.fileno())]
-        self._child = subprocess.Popen(
-            command, env=child_environment(), stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()]
-        )
-        child_end.close()
-        self._connection = own_end
+        with self._lock:
+            if self._is_closed:
+                raise ProcessLookupError
+            own_end, child_end = Pipe()
+            command = [sys.executable, "-m", __name__, str(child_end.fileno())]
+            self._child = subprocess.Popen(
+                command, env=child_environment(), stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()]
+            )
+            child_end.close()
+            self._connection = own_end
         own_end.send_bytes(msgspec.msgpack.encode(self._config))
         return own_end
 
     def _restart(self) -> None:
         """Another process begins at once, so that the next constraint waits less for it."""
-        self.kill()
-        with contextlib.suppress(OSError):
+        self._kill()
+        try:
             self._start()
+        except OSError:
+            self._kill()
+
+    def _kill(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            if self._child is not None:
+                self._child.kill()
+                self._child.wait()
+            self._connection, self._child, self._is_ready = None, None, False
 
     def _explain_end(self, params: StructuredOutputsParams) -> str:
-        assert self._child is not None
+        if (child := self._child) is None:
+            return f"{params.kind}: the server shuts down"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(1.0)
-        if self._child.returncode == -signal.SIGPROF:
+            child.wait(1.0)
+        if child.returncode == -signal.SIGPROF:
             return f"{params.kind}: compiling it takes longer than {MAX_COMPILE_SECONDS:.0f} s; simplify it"
         return f"{params.kind}: compiling it takes more than {_MAX_MEMORY_BYTES >> 20} MiB; simplify it"
 

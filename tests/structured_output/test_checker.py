@@ -12,7 +12,7 @@ import pytest
 from quire import StructuredOutputsParams
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.structured_output.checker import ConstraintChecker
 from quire.core.structured_output.compile_process import CompileProcess
 
@@ -27,7 +27,7 @@ def make_config(backend: str):
 def faulty() -> Iterator[CompileProcess]:
     process = CompileProcess(make_config(FAULTY))
     yield process
-    process.kill()
+    process.close()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,24 @@ def test_a_model_without_an_eos_token_has_no_structured_output(tmp_path) -> None
         with pytest.raises(InvalidRequestError, match="no EOS token"):
             process.check_constraint(StructuredOutputsParams(choice=["ok"]))
     finally:
-        process.kill()
+        process.close()
+
+
+def test_a_process_that_does_not_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request fails, the constraint is not taken for a bad one, and the next request tries again."""
+
+    async def run() -> None:
+        checker = ConstraintChecker(make_config(FAULTY))
+        params = StructuredOutputsParams(choice=["ok"])
+        with monkeypatch.context() as broken:
+            broken.setattr("sys.executable", "/bin/false")
+            with pytest.raises(RequestFailedError, match="did not start"):
+                await checker.check_constraint(params)
+        await checker.check_constraint(params)
+        assert checker.num_refused == 0
+        checker.close()
+
+    asyncio.run(run())
 
 
 def test_the_process_imports_no_torch() -> None:
