@@ -104,7 +104,7 @@ class RecordingConfig:
     """A recording of requests and steps, to replay and to simulate."""
 
     path: str
-    """A file that does not exist."""
+    """A file; where there is one already, the next free number comes before its suffixes."""
     prompts: bool = False
     """Whether the tokens of prompts are in it."""
 

@@ -237,7 +237,8 @@ def _build_recording_config(args: EngineArgs) -> RecordingConfig | None:
         return None
     from quire.core.traces.recorder import choose_recording_path
 
-    return RecordingConfig(str(choose_recording_path(args.record)), args.record_prompts)
+    choose_recording_path(args.record)  # raises where none can be written
+    return RecordingConfig(args.record, args.record_prompts)
 
 
 def _build_scheduler_config(args: EngineArgs, device: str, max_model_len: int) -> SchedulerConfig:

@@ -108,7 +108,7 @@ def start_recorder(config: EngineConfig, capacity: KVCapacity, max_in_flight_ste
         executor=config.plugin("executor").name,
     )
     recorder = TraceRecorder(
-        Path(config.recording.path),
+        choose_recording_path(config.recording.path),  # here: an engine that is started again goes on in another file
         header,
         block_size=cache.block_size,
         prefix_caching=cache.prefix_caching,

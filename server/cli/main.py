@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "quire.server.evaluation.command",
     "quantize": "quire.server.quantize.command",
     "simulate": "quire.server.simulate.command",
+    "ab": "quire.server.ab.command",
     "trace": "quire.server.cli.trace",
     "policy": "quire.server.cli.policy",
     "explain": "quire.server.cli.explain",

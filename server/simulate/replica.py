@@ -122,6 +122,14 @@ class Replica:
         self.logs[request.request_id] = RequestLog(request.arrival_ns, len(request.prompt_token_ids))
         self._pending.append((request.arrival_ns + round(self._model.host.arrival_us * 1e3), request))
 
+    def change_policy(self, policy: BatchingPolicy, name: str) -> None:
+        """Ask another policy from now on, as ``POST /admin/policy`` does."""
+        self.scheduler.replace_policy(policy, name)
+
+    def change_model(self, model: StepTimeModel) -> None:
+        """Steps take other times from now on."""
+        self._model = model
+
     def advance(self, until_ns: int) -> None:
         """Serve up to ``until_ns``: the turn that begins before it is carried out whole."""
         while self.now_ns < until_ns:

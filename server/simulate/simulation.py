@@ -27,7 +27,7 @@ from quire.server.simulate.sequences import FILLER, STOP, make_sequence
 from quire.server.simulate.step_model import EngineLimits, StepTimeModel
 from quire.server.traces.trace import Trace, TraceRequest
 
-__all__ = ["Assignment", "EngineSetup", "run_simulation"]
+__all__ = ["Assignment", "EngineSetup", "SimulatedServer", "run_simulation"]
 
 _SCHEDULING_FIELDS = SchedulingParams.__struct_fields__
 
@@ -85,49 +85,99 @@ def run_simulation(
     file in which the (one) replica is recorded as ``quire serve --record`` records a server.
     """
     start = time.perf_counter()
-    prefix_caching = setup.prefix_caching and trace.hash_block_size > 0
-    replicas: list[Replica] = []
-    recorder: TraceRecorder | None = None
-    if record_to is not None:
-        recorder = _start_recorder(record_to, setup, prefix_caching, lambda: replicas[0].read_clock())
-    for _ in range(num_replicas):
-        replicas.append(setup.build_replica(observe_step, prefix_caching=prefix_caching, recorder=recorder))
-    chosen: list[Replica] = []
-    queue_depth: list[tuple[float, int, int]] = []
-    make_params = lru_cache(maxsize=4096)(_make_params)
-    max_model_len = setup.limits.max_model_len
-    for number, request in enumerate(trace.requests):
-        arrival_ns = round(request.arrival_s * 1e9)
-        for replica in replicas:
-            replica.advance(arrival_ns)
-        message, tokens = _make_message(number, request, arrival_ns, trace, prefix_caching, make_params, max_model_len)
-        index = 0 if assign is None else assign(number, message, request, replicas)
-        replicas[index].add_request(message, tokens)
-        chosen.append(replicas[index])
-        waiting = sum(replica.scheduler.num_waiting for replica in replicas)
-        running = sum(replica.scheduler.num_running for replica in replicas)
-        queue_depth.append((request.arrival_s, waiting, running))
-    for replica in replicas:
-        replica.advance(1 << 62)
-    if recorder is not None:
-        recorder.close()
-    logs = [replica.logs[number] for number, replica in enumerate(chosen)]
-    first_ns = min((log.arrival_ns for log in logs), default=0)
-    return SimulationResult(
-        policy=setup.policy_name,
-        times=_make_times(logs, trace),
-        duration_s=(max((log.end_ns for log in logs), default=0) - first_ns) / 1e9,
-        num_steps=sum(replica.num_steps for replica in replicas),
-        num_skipped_steps=sum(replica.num_skipped_steps for replica in replicas),
-        device_busy_s=sum(replica.device_busy_ns for replica in replicas) / 1e9,
-        num_replicas=num_replicas,
-        queue_depth=queue_depth,
-        wall_s=time.perf_counter() - start,
-        first_refusal=next((replica.first_refusal for replica in replicas if replica.first_refusal), ""),
-        quarantined=[
-            f"{plugin.name}: {plugin.reason}" for replica in replicas for plugin in replica.scheduler.quarantined
-        ],
+    server = SimulatedServer(
+        trace, setup, num_replicas=num_replicas, assign=assign, observe_step=observe_step, record_to=record_to
     )
+    server.serve_arrivals(float("inf"))
+    times = server.finish()
+    return server.make_result(times, time.perf_counter() - start)
+
+
+class SimulatedServer:
+    """Replicas that serve a trace, for those who do something meanwhile; ``run_simulation`` is for all others."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        setup: EngineSetup,
+        *,
+        num_replicas: int = 1,
+        assign: Assignment | None = None,
+        observe_step: StepObserver | None = None,
+        record_to: Path | None = None,
+    ) -> None:
+        self._trace, self._setup, self._assign = trace, setup, assign
+        self._prefix_caching = setup.prefix_caching and trace.hash_block_size > 0
+        self._replicas: list[Replica] = []
+        self._recorder: TraceRecorder | None = None
+        if record_to is not None:
+            self._recorder = _start_recorder(
+                record_to, setup, self._prefix_caching, lambda: self._replicas[0].read_clock()
+            )
+        for _ in range(num_replicas):
+            self._replicas.append(
+                setup.build_replica(observe_step, prefix_caching=self._prefix_caching, recorder=self._recorder)
+            )
+        self._chosen: list[Replica] = []  # by request
+        self._queue_depth: list[tuple[float, int, int]] = []
+        self._make_params = lru_cache(maxsize=4096)(_make_params)
+
+    def serve_arrivals(self, until_s: float) -> None:
+        """Let the requests arrive that come before ``until_s``."""
+        trace, replicas = self._trace, self._replicas
+        for number in range(len(self._chosen), len(trace)):
+            request = trace.requests[number]
+            if request.arrival_s >= until_s:
+                return
+            arrival_ns = round(request.arrival_s * 1e9)
+            for replica in replicas:
+                replica.advance(arrival_ns)
+            message, tokens = _make_message(
+                number, request, arrival_ns, trace, self._prefix_caching, self._make_params,
+                self._setup.limits.max_model_len,
+            )  # fmt: skip
+            index = 0 if self._assign is None else self._assign(number, message, request, replicas)
+            replicas[index].add_request(message, tokens)
+            self._chosen.append(replicas[index])
+            waiting = sum(replica.scheduler.num_waiting for replica in replicas)
+            running = sum(replica.scheduler.num_running for replica in replicas)
+            self._queue_depth.append((request.arrival_s, waiting, running))
+
+    def switch(self, at_s: float, policy: BatchingPolicy, name: str, model: StepTimeModel) -> None:
+        """From ``at_s`` on, the (one) replica has another policy, and steps take what ``model`` says."""
+        (replica,) = self._replicas
+        replica.advance(round(at_s * 1e9))
+        replica.change_policy(policy, name)
+        replica.change_model(model)
+
+    def finish(self) -> RequestTimes:
+        """Serve what has arrived to its end."""
+        for replica in self._replicas:
+            replica.advance(1 << 62)
+        if self._recorder is not None:
+            self._recorder.close()
+        return _make_times([replica.logs[number] for number, replica in enumerate(self._chosen)], self._trace)
+
+    def make_result(self, times: RequestTimes, wall_s: float) -> SimulationResult:
+        """The result, after ``finish``."""
+        replicas = self._replicas
+        logs = [replica.logs[number] for number, replica in enumerate(self._chosen)]
+        first_ns = min((log.arrival_ns for log in logs), default=0)
+        return SimulationResult(
+            policy=self._setup.policy_name,
+            times=times,
+            duration_s=(max((log.end_ns for log in logs), default=0) - first_ns) / 1e9,
+            num_steps=sum(replica.num_steps for replica in replicas),
+            num_skipped_steps=sum(replica.num_skipped_steps for replica in replicas),
+            device_busy_s=sum(replica.device_busy_ns for replica in replicas) / 1e9,
+            num_replicas=len(replicas),
+            queue_depth=self._queue_depth,
+            wall_s=wall_s,
+            first_refusal=next((replica.first_refusal for replica in replicas if replica.first_refusal), ""),
+            quarantined=[
+                f"{plugin.name}: {plugin.reason}" for replica in replicas for plugin in replica.scheduler.quarantined
+            ],
+        )
 
 
 def _start_recorder(path: Path, setup: EngineSetup, prefix_caching: bool, clock: Callable[[], int]) -> TraceRecorder:
@@ -204,7 +254,7 @@ def _make_times(logs: Sequence[RequestLog], trace: Trace) -> RequestTimes:
     is_served = (first > 0) & np.array([log.reason in ("stop", "length") for log in logs], bool)
     with np.errstate(invalid="ignore", divide="ignore"):
         tpot = np.where(is_served & (output_len > 1), (end - first) / 1e9 / (output_len - 1), np.nan)
-    groups = [str(request.scheduling.get("group", "")) for request in trace.requests]
+    groups = [str(request.scheduling.get("group", "")) for request in trace.requests[: len(logs)]]
     return RequestTimes(
         arrival_s=arrival / 1e9,
         ttft_s=np.where(first > 0, (first - arrival) / 1e9, np.nan),

@@ -38,3 +38,11 @@ def test_the_commands_of_the_page_on_simulating_run(all_blocks, files, capsys):
     for words in lines:
         assert main(words[1:]) == 0, words
         assert capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_on_ab_tests_run(all_blocks, files, capsys):
+    lines = commands(all_blocks, "ab-testing.md")
+    assert len(lines) == 3
+    for words in lines:
+        assert main(words[1:]) == 0, words
+        assert capsys.readouterr().out.startswith("# A/B: ")

@@ -1,0 +1,135 @@
+"""The designs of an A/B test, from the command line to what was observed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import msgspec
+
+from quire.core.errors import ConfigError
+from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.options import split_key_values
+from quire.server.ab.equality import check_arms, describe_setup, find_differences
+from quire.server.ab.run import Arm, Experiment
+from quire.server.ab.simulated import (
+    cut_windows,
+    plan_blocks,
+    run_paired_simulation,
+    run_switchback_simulation,
+)
+from quire.server.simulate.capacity import measure_capacity
+from quire.server.simulate.setup import PluginSpec, make_setup, resolve_spec
+from quire.server.simulate.simulation import EngineSetup, run_simulation
+from quire.server.simulate.step_model import EngineLimits
+from quire.server.traces.options import load_trace
+from quire.server.traces.trace import Trace
+
+__all__ = ["run_experiment"]
+
+
+def run_experiment(args: argparse.Namespace) -> Experiment:
+    """Raises ``ConfigError`` for arms that cannot be compared."""
+    plugins = PluginManager(args.plugins or ())
+    names = (args.a, args.a if args.aa else args.b)
+    policies = [resolve_spec(args.kind, name, plugins) for name in names]
+    if args.url:
+        return _run_live(args, policies)
+    args.every_step = False
+    setups = [
+        _change_limits(make_setup(args, policy, plugins), changes, letter)
+        for policy, changes, letter in zip(policies, (args.a_set, args.b_set), "AB", strict=True)
+    ]
+    engines = [describe_setup(setup) for setup in setups]
+    warnings = check_arms(find_differences(*engines), allow_unequal=args.allow_unequal)
+    arms = _make_arms(names, engines)
+    if args.design == "switchback":
+        return _rehearse_switchback(args, setups, arms, warnings)
+    make_again = (lambda number: _load(args, setups[0], args.seed + number)) if _is_made_up(args) else None
+    trace = _load(args, setups[0], args.seed)
+    windows = cut_windows(trace, args.pairs, make_again)
+    stretch = sum(window.duration_s for window in windows) / len(windows)
+    washout = round(min(args.washout, stretch / 5), 1)
+    measured = run_paired_simulation(windows, setups, washout)
+    depth = [
+        (at, waiting, arm)
+        for arm, setup in enumerate(setups)
+        for at, waiting, _ in run_simulation(windows[0], setup).queue_depth
+    ]
+    return Experiment(
+        "simulation", arms, measured, round(stretch, 1), washout, trace.describe(), warnings, depth, trace.notes
+    )
+
+
+def _rehearse_switchback(
+    args: argparse.Namespace, setups: list[EngineSetup], arms: tuple[Arm, Arm], warnings: list[str]
+) -> Experiment:
+    blocks = plan_blocks(args.pairs, args.block, args.seed)
+    trace = _load(args, setups[0], args.seed)
+    measured = run_switchback_simulation(trace, setups, blocks, args.washout)
+    return Experiment(
+        "switchback", arms, measured, args.block, args.washout, trace.describe(), warnings, (),
+        (*trace.notes, "a rehearsal in virtual time; with --url it changes a server's policy"),
+    )  # fmt: skip
+
+
+def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experiment:
+    from quire.server.ab.live import describe_server, run_live_switchback, run_paired_replay, run_split
+
+    if args.load is not None:
+        raise ConfigError("--load needs a simulated engine; give the rate with --arrivals or --time-scale")
+    trace = load_trace(args)
+    names = [policy.text for policy in policies]
+    engines = [describe_server(url, args.api_key) for url in args.url]
+    if args.design == "switchback":
+        engines = [engines[0], engines[0]]
+    warnings = check_arms(find_differences(*engines), allow_unequal=args.allow_unequal)
+    arms = _make_arms(names, engines)
+    blocks = plan_blocks(args.pairs, args.block, args.seed)
+    stretch = args.block
+    if args.design == "switchback":
+        measured = run_live_switchback(
+            trace, args.url[0], args.api_key, args.admin_key, policies, blocks, args.washout, args.vocab_size
+        )
+    elif args.design == "replay":
+        windows = cut_windows(trace, args.pairs, None)
+        stretch = round(trace.duration_s / args.pairs, 1)
+        measured = run_paired_replay(windows, args.url, args.api_key, args.vocab_size, args.washout)
+    else:
+        measured = run_split(trace, args.url, args.api_key, args.vocab_size, blocks, args.seed)
+    notes = list(trace.notes)
+    if len(args.url) == 2:
+        notes.append("two servers on two devices differ by 1 to 4 % by themselves: run --aa on them first")
+    return Experiment(args.design, arms, measured, stretch, args.washout, trace.describe(), warnings, (), notes)
+
+
+def _make_arms(names: Any, engines: list[dict[str, Any]]) -> tuple[Arm, Arm]:
+    return Arm("A", names[0], engines[0]), Arm("B", names[1], engines[1])
+
+
+def _change_limits(setup: EngineSetup, pairs: list[str], letter: str) -> EngineSetup:
+    """What ``--a-set`` and ``--b-set`` change."""
+    flag = f"--{letter.lower()}-set"
+    changes: dict[str, Any] = {}
+    for key, text in split_key_values(pairs, flag).items():
+        if key not in EngineLimits.__struct_fields__:
+            raise ConfigError(
+                f"{flag} {key}: there is no such limit; choose {', '.join(EngineLimits.__struct_fields__)}"
+            )
+        try:
+            changes[key] = msgspec.convert(text, type(getattr(setup.limits, key)), strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{flag} {key}={text}: {error}") from None
+    return dataclasses.replace(setup, limits=msgspec.structs.replace(setup.limits, **changes))
+
+
+def _is_made_up(args: argparse.Namespace) -> bool:
+    return bool(args.trace.partition(":")[0] == "synthetic")
+
+
+def _load(args: argparse.Namespace, setup: EngineSetup, seed: int) -> Trace:
+    trace = load_trace(argparse.Namespace(**{**vars(args), "seed": seed}))
+    if args.load is not None:
+        trace = trace.scale_time(args.load * measure_capacity(trace, setup) / trace.rate)
+    return trace

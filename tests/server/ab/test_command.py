@@ -1,0 +1,129 @@
+"""``quire ab``: a report that can be pasted, arms that are equal, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quire.server.cli.main import main
+
+TRACE = ["--trace", "synthetic:requests=120,input=lognormal/800/1,output=exponential/40"]
+
+
+@pytest.fixture
+def quire(capsys):
+    def call(*words):
+        status = main(["ab", *words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_a_paired_simulation_gives_a_report_with_plots(quire, tmp_path):
+    words = ("--a", "fcfs", "--b", "sjf,aging=0", *TRACE, "--load", "0.9", "--pairs", "12", "--slo-ttft-ms", "500")
+    status, out, _ = quire(*words, "--out", str(tmp_path / "report"))
+    assert status == 0 and out.startswith("# A/B: `fcfs` against `sjf,aging=0`\n\n**B is better in time to first token")
+    table = "| metric | A | B | effect of B | 95 % interval | p | visible | for 5% |"
+    other = ("| objectives kept |", "12 pairs", "equal but for the policy", "`quire ab --a fcfs --b sjf,aging=0")
+    for text in (table, *other, "queues do not settle"):
+        assert text in out, text
+    assert (tmp_path / "report" / "report.md").read_text().strip() == out.strip()
+    for plot in ("latencies.png", "effects.png", "queue.png"):
+        assert f"]({plot})" in out
+        assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_arguments_give_the_same_verdict(quire):
+    words = ("--a", "fcfs", "--b", "sjf,aging=0", *TRACE, "--load", "0.8", "--pairs", "12", "--json")
+    first, second, other = quire(*words)[1], quire(*words)[1], quire(*words, "--seed", "90")[1]
+    assert first == second != other
+    assert json.loads(first)["effects"]["ttft_p50"].keys() >= {"low", "high", "corrected_p", "recommended_pairs"}
+
+
+def test_equal_arms_are_equal_in_a_paired_simulation(quire):
+    _, out, _ = quire("--a", "fcfs", "--aa", *TRACE, "--load", "0.5", "--pairs", "12")
+    assert "**No difference was found.**" in out and "the noise floor" in out
+
+
+def test_a_switchback_is_rehearsed_in_virtual_time(quire):
+    traffic = ["--trace", "synthetic:requests=1300,input=fixed/200,output=fixed/20", "--arrivals", "poisson:rate=10"]
+    design = ["--design", "switchback", "--pairs", "12", "--block", "5", "--washout", "0.5"]
+    status, out, _ = quire("--a", "fcfs", "--b", "sjf", *traffic, *design)
+    assert status == 0 and "Switchback: one server changed its policy" in out and "12 pairs" in out
+
+
+def test_a_synchronous_arm_is_refused_and_where_allowed_flagged(quire):
+    """vLLM RFC 42185: +7.4 % became +0.2 % when both arms were asynchronous."""
+    words = ("--a", "fcfs", "--aa", "--a-set", "max_in_flight_steps=1", *TRACE, "--load", "0.5", "--pairs", "12")
+    status, _, err = quire(*words)
+    assert status == 2 and "differ in max_in_flight_steps: 1 in A, 2 in B; one arm waits for each step" in err
+    status, out, _ = quire(*words, "--allow-unequal")
+    assert status == 0 and "> **Unequal arms**: the arms differ in max_in_flight_steps" in out
+    assert "B is better in" in out  # what the trap looks like: the same policy, and a difference
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ("max_num_batched_tokens=4096", "token budget"),
+        ("num_blocks=9000", "the KV cache decides"),
+        ("max_num_seqs=64", "queueing"),
+        ("chunked_prefill=false", "chunked_prefill"),
+    ],
+)
+def test_arms_of_other_budgets_are_refused(quire, changed, why):
+    status, _, err = quire("--a", "fcfs", "--b", "sjf", "--b-set", changed, *TRACE, "--load", "0.5")
+    assert status == 2 and why in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--a", "fcfs"], "name the arms"),
+        (["--a", "fcfs", "--b", "sjf", "--aa", *TRACE], "leave out --b"),
+        (["--a", "fcfs", "--b", "sjf"], "--trace is missing"),
+        (["--a", "fcfs", "--b", "sfj", *TRACE, "--load", "1"], "did you mean sjf"),
+        (["--a", "fcfs", "--b", "sjf,age=1", *TRACE, "--load", "1"], "no option 'age'"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--pairs", "4"], "12 are needed"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--primary", "p50", "--pairs", "12"], "choose from ttft"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--a-set", "num_block=3"], "choose max_num_seqs"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--a-set", "num_blocks=many"], "num_blocks=many"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--design", "split"], "feel the other's policy"),
+        (["--a", "gumbel", "--aa", "--kind", "sampler", *TRACE], "--design split"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--design", "replay"], "two: --url URL_A URL_B, got 0"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--design", "switchback", "--block", "9"], "twice the --washout"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "0.5", "--design", "switchback"], "fewer --pairs"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--arrivals", "poisson:rate=9", "--design", "replay", "--url",
+          "http://127.0.0.1:9", "http://127.0.0.1:9"], "cannot be asked what it serves"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(quire, words, says):
+    status, _, err = quire(*words)
+    assert status == 2 and says in err and err.count("\n") == 1, err
+
+
+LIVE = ["--trace", "synthetic:requests=96,input=fixed/12,output=fixed/3", "--arrivals", "uniform:rate=12",
+        "--pairs", "12", "--block", "0.3", "--washout", "0.05", "--vocab-size", "200"]  # fmt: skip
+
+
+def test_two_servers_are_compared_on_the_same_traffic(quire, server):
+    status, out, err = quire("--a", "fcfs", "--aa", "--design", "replay", "--url", server.url, server.url, *LIVE)
+    assert status == 0, err
+    assert "Paired replay: each stretch of traffic was sent to both servers at once." in out and "12 pairs" in out
+
+
+def test_samplers_may_be_compared_by_a_split_of_requests(quire, server):
+    words = ("--kind", "sampler", "--a", "gumbel", "--aa", "--design", "split", "--url", server.url, server.url)
+    status, out, err = quire(*words, *LIVE)
+    assert status == 0, err
+    assert "Split by request" in out
+
+
+def test_a_server_says_what_it_is(server):
+    from quire.server.ab.live import describe_server
+
+    described = describe_server(server.url)
+    assert described["model"] == "tiny" and described["num_blocks"] > 1 and described["block_size"] == 16
+    assert described.get("asynchronous") in (True, False, None)
