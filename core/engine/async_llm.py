@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, get_args
 
+from quire.core.config import PluginChoice
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
@@ -219,10 +220,13 @@ class AsyncLLM:
     async def set_policy(self, name: str, options: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Ask another scheduling policy, or the same with other options, from the next step on; what the control method
         ``get_policy`` returns then. No request is dropped. Raises ``PluginError``, and what ``call_control`` does."""
-        choice = self.plugins.resolve_plugin("policy", name)
-        parse_options(self.plugins.load_class(choice), dict(options or {}))
-        arguments = {"name": choice.name, "target": choice.target, "options": dict(options or {})}
-        return dict(await self.call_control("set_policy", arguments))
+        found = self.plugins.resolve_plugin("policy", name)
+        choice = PluginChoice("policy", found.name, found.target, dict(options or {}))
+        parse_options(self.plugins.load_class(found), choice.options)
+        arguments = {"name": choice.name, "target": choice.target, "options": choice.options}
+        policy = dict(await self.call_control("set_policy", arguments))
+        self._restarter.note_policy(choice)
+        return policy
 
     async def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""

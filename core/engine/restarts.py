@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
-from quire.core.config import EngineConfig
+from quire.core.config import EngineConfig, PluginChoice
 from quire.core.engine.client import EngineCoreClient, EngineFault
 from quire.core.engine.process import EngineProcess
 from quire.core.errors import EngineDeadError
@@ -42,6 +42,10 @@ class EngineRestarter:
     def note_first_start(self, seconds: float) -> None:
         """How long the engine took to start, when nothing was wrong."""
         self.start_limit_s = max(_MIN_START_LIMIT_S, 3 * seconds)
+
+    def note_policy(self, choice: PluginChoice) -> None:
+        """Another scheduling policy took over: the next engine starts with it too."""
+        self._config = dataclasses.replace(self._config, plugins={**self._config.plugins, "policy": choice})
 
     def find_refusal(self, fault: EngineFault) -> str | None:
         """Why no other engine core is to be started; None: one is."""

@@ -109,6 +109,7 @@ def test_a_service_outlives_its_engines(tiny: Path, llm: LLM, caplog: pytest.Log
         engine = AsyncLLM(model=str(tiny), max_model_len=256, device="cpu", max_engine_restarts=2, **options)
         await engine.start()
         first = pid_of(engine)
+        await engine.set_policy("priority", {"aging": "3"})
 
         # one caller has got something, three nothing, and one has left when the engine comes back
         stream = engine.generate([9, 9], LONG, stream="delta")
@@ -132,6 +133,8 @@ def test_a_service_outlives_its_engines(tiny: Path, llm: LLM, caplog: pytest.Log
         assert engine.is_ready and engine.unavailable_reason is None and pid_of(engine) != first
         assert engine.get_stats()["engine_restarts_total"] == 1
         assert "3 requests run again" in caplog.text
+        policy = await engine.call_control("get_policy")
+        assert (policy["name"], policy["options"]) == ("priority", {"aging": "3"}), "the one that it was switched to"
 
         # stopped while nothing runs: missed heartbeats tell
         second = pid_of(engine)
