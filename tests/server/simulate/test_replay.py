@@ -15,7 +15,7 @@ from quire.core.plugin.registry import Registrar
 from quire.core.plugin.target import load_target
 from quire.core.scheduling_params import SchedulingParams
 from quire.core.testing.tiny_models import make_tiny_model
-from quire.core.traces.records import AbortRecord, DoneRecord, EndRecord, StepRecord
+from quire.core.traces.records import AbortRecord, DoneRecord, EndRecord, PolicyRecord, StepRecord
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.server.simulate.replay import PlanDifference, replay_recording
@@ -47,9 +47,9 @@ def tiny(tmp_path_factory):
     return str(path)
 
 
-def serve(tiny, path, policy, **settings):
+def serve(tiny, path, policy, switch_to=None, **settings):
     """Record an engine under a load that leaves out nothing: shared prefixes, n > 1, preemption, aborts, stop tokens,
-    deadlines, groups, chunks, a queue, and arrivals between steps."""
+    deadlines, groups, chunks, a queue, and arrivals between steps; and, half-way, a switch to another policy."""
     llm = LLM(
         model=tiny, device="cpu", max_model_len=256, scheduling_policy=policy, record=str(path), seed=1,
         **{"max_num_seqs": 6, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 18, **settings},
@@ -67,6 +67,9 @@ def serve(tiny, path, policy, **settings):
         )
         for parent in (None, number) if number % 6 == 5 else (None,):
             add_request(core, number, prompt, params, scheduling, parent)
+        if number == 12 and switch_to is not None:
+            target = bundled_policies()[switch_to]
+            llm.call_control("set_policy", {"name": switch_to, "target": target, "options": {}})
         for _ in range(number % 3):
             core.step()
         if number % 8 == 7:
@@ -96,6 +99,13 @@ def test_a_replay_plans_what_the_server_planned(tiny, tmp_path, name):
     assert num_preemptions > 0
     reasons = {record.reason for record in recording.records if isinstance(record, EndRecord)}
     assert reasons >= {"stop", "length", "abort"} and any(isinstance(r, AbortRecord) for r in recording.records)
+
+
+def test_a_replay_switches_the_policy_where_the_server_did(tiny, tmp_path):
+    recording, _ = serve(tiny, tmp_path / "t", "sjf", switch_to="fair_share")
+    steps = [record.step for record in recording.records if isinstance(record, StepRecord) and record.step >= 0]
+    assert replay(recording, make_policy(bundled_policies()["sjf"])) == steps
+    assert [record.name for record in recording.records if isinstance(record, PolicyRecord)] == ["fair_share"]
 
 
 def test_a_replay_with_drafts_is_given_the_recorded_step_times(tiny, tmp_path):
