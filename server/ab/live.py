@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -206,7 +205,7 @@ async def _set_policy(url: str, admin_key: str | None, policy: PluginSpec) -> No
     body = {"name": policy.text.partition(",")[0], "options": policy.options}
     try:
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
-            answer = await client.post("/admin/policy", content=json.dumps(body))
+            answer = await client.post("/admin/policy", json=body)
     except httpx.HTTPError as error:
         raise ConfigError(f"{url}/admin/policy cannot be reached: {error}") from None
     if answer.status_code == 404:

@@ -127,3 +127,22 @@ def test_a_server_says_what_it_is(server):
     described = describe_server(server.url)
     assert described["model"] == "tiny" and described["num_blocks"] > 1 and described["block_size"] == 16
     assert described.get("asynchronous") in (True, False, None)
+
+
+def test_a_servers_policy_changes_between_stretches_and_is_given_back(quire, start):
+    running = start("--admin-api-key", "secret")
+    words = ("--a", "fcfs", "--b", "sjf,aging=0", "--design", "switchback", "--url", running.url, *LIVE)
+    status, _, err = quire(*words)
+    assert status == 2 and "/admin/policy answered 401" in err and err.count("\n") == 1
+    status, out, err = quire(*words, "--admin-key", "secret")
+    assert status == 0, err
+    assert "Switchback: one server changed its policy" in out and "no request" not in err
+    with running.http as client:
+        policy = client.get("/admin/policy", headers={"Authorization": "Bearer secret"}).json()
+    assert policy["name"] == "fcfs" and policy["num_switches"] >= 24
+
+
+def test_a_server_without_an_admin_key_is_told_of(quire, server):
+    words = ("--a", "fcfs", "--b", "sjf", "--design", "switchback", "--url", server.url, *LIVE)
+    status, _, err = quire(*words)
+    assert status == 2 and "start the server with --admin-api-key" in err

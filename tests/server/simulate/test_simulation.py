@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import msgspec
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 from quire.core.contracts.policy import BatchingPolicy
+from quire.core.plugin.builtin import quire_register_policy
+from quire.core.plugin.registry import Registrar
+from quire.core.plugin.target import load_target
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.plugins.sched.priority import PriorityPolicy
 from quire.plugins.sched.sjf import SJFPolicy
@@ -18,6 +22,8 @@ from quire.server.simulate.results import Objectives
 from quire.server.simulate.simulation import run_simulation
 from quire.server.simulate.step_model import StepShape
 from quire.server.traces.trace import Trace, TraceRequest
+
+CONTRACT = "quire.core.contracts.policy:BatchingPolicy"
 
 
 def figures(result):
@@ -155,6 +161,23 @@ def test_the_load_is_told_and_warned_of_beyond_what_can_be_trusted(make_setup, m
     assert "do not trust these latencies" in warned
     doubled = measure_load(scale_to_load(trace, setup, 0.5, 2), setup, 2)
     assert doubled["mean"] == pytest.approx(0.5, rel=0.01)
+
+
+def bundled_policies():
+    registrar = Registrar("policy")
+    quire_register_policy(registrar)
+    return [load_target(each.target, CONTRACT) for each in registrar.registrations]
+
+
+@pytest.mark.parametrize("policy", bundled_policies(), ids=lambda policy: policy.__name__)
+def test_skipped_steps_change_no_digit_with_any_bundled_policy(make_setup, make_trace, policy):
+    trace = make_trace(rate=4.0, turns=True, count=60)
+    requests = [
+        dataclasses.replace(request, scheduling={"group": "ab"[i % 2], "deadline_ms": 3000.0, "predicted_tokens": 40})
+        for i, request in enumerate(trace.requests)
+    ]
+    trace = dataclasses.replace(trace, requests=requests)
+    assert_same(*(run_simulation(trace, make_setup(policy, skip=skip, max_num_seqs=8)) for skip in (False, True)))
 
 
 class Counts(FCFSPolicy):
