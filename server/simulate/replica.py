@@ -124,7 +124,7 @@ class Replica:
 
     def change_policy(self, policy: BatchingPolicy, name: str) -> None:
         """Ask another policy from now on, as ``POST /admin/policy`` does."""
-        self.scheduler.replace_policy(policy, name)
+        self.scheduler.policy_runner.replace_policy(policy, name)
 
     def change_model(self, model: StepTimeModel) -> None:
         """Steps take other times from now on."""
