@@ -87,14 +87,15 @@ class AnswerParsers:
 
     def constrain_params(self, use: ToolUse, prompt_token_ids: Sequence[int], params: SamplingParams) -> SamplingParams:
         """The parameters with what the tools of a request ask for as structured output, which begins where the
-        reasoning of the answer ends. Where the answer has to be JSON, it may be calls instead; where it has another
-        form, calls of the model's own accord are not possible. Raises ``InvalidRequestError`` for a call that is
-        required beside a form of the answer."""
+        reasoning of the answer ends. Where the answer has to be JSON, it may be calls instead, and is calls alone where
+        one is required; where it has another form, calls of the model's own accord are not possible. Raises
+        ``InvalidRequestError`` for a call that is required beside such a form."""
         constraint, tools = params.structured_outputs, self._choose_tools(use)
-        if constraint is not None and use.choice == "required":
-            what = "a call that is required leaves no room for a response_format or structured_outputs"
+        may_be_calls = constraint is None or constraint.kind in ("json", "json_object")
+        if use.choice == "required" and not may_be_calls:
+            what = "a call that is required leaves no room for structured_outputs other than JSON"
             raise InvalidRequestError(f"tool_choice: {what}; give one of them", "tool_choice")
-        if tools is not None and (constraint is None or constraint.kind in ("json", "json_object")):
+        if tools is not None and may_be_calls:
             constraint = _add_calls(constraint, use, tools)
         if constraint is None:
             return params
@@ -164,7 +165,7 @@ def _add_calls(
 ) -> StructuredOutputsParams | None:
     """What an answer has to match that may be calls, too."""
     schema = None
-    if constraint is not None:
+    if constraint is not None and use.choice != "required":
         schema = constraint.load_json() if constraint.kind == "json" else {"type": "object"}
     tag = write_structural_tag(use, tools, schema)
     if tag is None:

@@ -214,8 +214,22 @@ def test_strict_tools_of_the_models_own_accord(client: openai.OpenAI) -> None:
 
 def test_a_required_call_leaves_no_room_for_another_form(tiny: RunningServer) -> None:
     with tiny.http as http:
-        fields = {"tool_choice": "required", "response_format": {"type": "json_object"}}
+        fields = {"tool_choice": "required", "structured_outputs": {"regex": "[a-z]+"}}
         check_error(http.post("/v1/chat/completions", json={**FIELDS, **fields}), 400, "tool_choice")
+
+
+@pytest.mark.parametrize("form", [{"type": "json_object"}, {"type": "json_schema"}])
+def test_a_required_call_comes_before_json(client: openai.OpenAI, form: dict) -> None:
+    """As of OpenAI and vLLM: a form of JSON is one of the text, of which an answer of calls has none."""
+    if form["type"] == "json_schema":
+        form = {**form, "json_schema": {"name": "rating", "schema": STRICT}}
+    fields = {**PLAIN, "tools": [WEATHER, RATE], "response_format": form, "temperature": 0}
+    fields["tool_choice"] = {"type": "function", "function": {"name": "rate"}}
+    answer = client.chat.completions.create(**fields)
+    [(name, arguments)] = calls_of(answer)
+    assert name == "rate" and arguments["grade"] in ("a", "b") and answer.choices[0].message.content is None
+    calls = calls_of(client.chat.completions.create(**{**FIELDS, "tool_choice": "required", "response_format": form}))
+    assert ("get_current_weather", {"location": "Paris", "unit": "celsius"}) in calls
 
 
 def test_a_required_call_of_a_model_without_a_parser(server: RunningServer) -> None:
