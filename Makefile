@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test coverage architecture aot aotold oldest fuzz fuzzapi lint format types docs wheel bench check clean
+.PHONY: help serve install dev test coverage architecture aot aotold oldest fuzz fuzzapi clients lint format types docs wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -59,6 +59,9 @@ fuzz: dev ## an hour of random requests under pressure, compared with themselves
 
 fuzzapi: $(VENV)/fuzz/.installed $(VENV)/.installed-dev ## a minute of random HTTP requests, by schemathesis; ARGS="--seconds S --seed N"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/server/fuzz_api.py --schemathesis $(VENV)/fuzz/bin/schemathesis $(ARGS)
+
+clients: $(VENV)/clients/.installed $(VENV)/.installed-dev ## agents on the server through OpenAI's SDK, LangChain, LiteLLM, instructor and pydantic-ai
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py --python $(VENV)/clients/bin/python $(ARGS)
 
 lint: dev ## ruff: rules and format
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status
@@ -110,12 +113,13 @@ $(VENV)/oldest/.installed: $(VENV)/.installed-dev
 	  $$($(BIN)/python tools/oldest_dependencies.py --except torch triton setuptools)
 	@touch $@
 
-# schemathesis narrows what Quire leaves open, such as pytest's version, and needs nothing of Quire.
-$(VENV)/fuzz/.installed: $(VENV)/.installed
+# An environment of its own for each of these extras: they narrow what Quire leaves open, such as pytest's version, and
+# need nothing of Quire.
+$(VENV)/fuzz/.installed $(VENV)/clients/.installed: $(VENV)/%/.installed: $(VENV)/.installed
 	@rm -rf $(@D)
 	@$(BIN)/python -m venv $(@D)
 	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) $$($(BIN)/python -c \
-	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])')
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
