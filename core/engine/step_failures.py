@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from quire.core.config import EngineConfig
 from quire.core.messages import EngineCoreOutputs, SchedulerOutput
 from quire.core.plugin.frames import PluginFrames
@@ -23,12 +25,13 @@ class StepFailures:
         self._config = config
 
     def fail_step(self, scheduler: Scheduler, step: SchedulerOutput, error: Exception) -> EngineCoreOutputs:
-        """End the requests of ``step``, which raised ``error``. They are told the plugin whose frame was innermost, and
-        not what the exception says: that may hold anything, paths and values of other requests included."""
+        """End the requests of ``step``, which raised ``error``. They are told the plugin whose frame was innermost and
+        whether memory ran out, not what the exception says: that may hold anything, also of other requests."""
         kind, name = PluginFrames(self._config).find_raiser(error) or ("", "")
         place = f" in {kind}/{name}" if kind else ""
         _log.error("step %d failed%s; its requests end with an error", step.step, place, exc_info=error)
         self.num_failures += 1
-        outputs = scheduler.fail_step(step, f"a step of the engine failed{place}; the engine's log says why")
+        what = "ran out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+        outputs = scheduler.fail_step(step, f"a step of the engine {what}{place}; the engine's log says why")
         outputs.step_failures = [StepFailure(kind, name)]
         return outputs

@@ -220,7 +220,7 @@ def serve_under_pressure(rng: random.Random, engine: LLMEngine, requests: dict[s
         for output in processed.request_outputs:
             requests[output.request_id].add_output(output)
         for failed in processed.failed_requests:
-            assert "forced" in failed.error, failed.error
+            assert "FailingExecutor" in failed.error, failed.error
             running.remove(failed.request_id)
             happened["failed"] += 1
         running = [name for name in running if not requests[name].is_over]

@@ -169,7 +169,7 @@ def test_strict_functions_keep_their_schema_beside_others(tokenizer):
     assert tag["free_text"] is True and tag["at_least_one"] is False
     assert [each["schema"] for each in tag["structures"]] == [{"type": "object"}, schema]
     with pytest.raises(InvalidRequestError, match="tool_choice"):
-        given = Params(structured_outputs=StructuredOutputsParams(json_object=True))
+        given = Params(structured_outputs=StructuredOutputsParams(regex="a+"))
         parsers.constrain_params(read_tool_use(TOOLS, "required"), [5], given)
 
 

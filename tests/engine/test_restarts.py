@@ -188,7 +188,7 @@ def test_a_step_that_hangs(tiny: Path, llm: LLM, plugins: Path, capfd: pytest.Ca
     assert "in hang_in_a_library" in capfd.readouterr().err, "the stack is in the log"
 
 
-def test_a_device_that_is_lost(tiny: Path, llm: LLM, plugins: Path) -> None:
+def test_a_device_that_is_lost(tiny: Path, llm: LLM, plugins: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The requests of the step that lost it end; the engine of another process serves the others."""
     [expected] = llm.generate([[5, 6, 7]], GREEDY)
 
@@ -199,7 +199,7 @@ def test_a_device_that_is_lost(tiny: Path, llm: LLM, plugins: Path) -> None:
         (plugins / "lost").touch()
         guilty = asyncio.create_task(collect(engine, [4, 4], GREEDY))
         waiting = asyncio.create_task(collect(engine, [5, 6, 7], GREEDY))
-        with pytest.raises(RequestFailedError, match="device-side assert"):
+        with pytest.raises(RequestFailedError, match="a step of the engine failed in executor/hanging:Executor"):
             await guilty
         async with asyncio.timeout(120):
             assert await waiting == describe(expected)
@@ -208,6 +208,7 @@ def test_a_device_that_is_lost(tiny: Path, llm: LLM, plugins: Path) -> None:
         assert sorted(path.name for path in plugins.glob("recording*")) == ["recording.jsonl", "recording.jsonl.1"]
 
     asyncio.run(scenario())
+    assert "device-side assert" in capfd.readouterr().err, "the log says why"
 
 
 def test_a_request_by_which_engines_die_does_not_end_the_service(tiny: Path, llm: LLM, plugins: Path) -> None:

@@ -123,7 +123,7 @@ def test_several_workloads_in_one_engine(tiny_model: str, tmp_path: Path, capsys
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert measured["bytes_s"] > 1e8 and measured["flops_s"] > 1e8
     words = ["bench", "throughput", "--model", tiny_model, "--workload", "decode-bs2,prefill", "nano-sampled"]
-    words += ["--num-prompts", "2", "--scale", "0.02", "--no-compare", "--json", "--cpu-threads", "1"]
+    words += ["--num-prompts", "2", "--scale", "0.1", "--no-compare", "--json", "--cpu-threads", "1"]
     assert main([*words, "--ceilings", str(file)]) == 0
     runs = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [each["workload"] for each in runs] == ["decode-bs2", "prefill", "nano-sampled"]
