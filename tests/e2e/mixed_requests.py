@@ -57,8 +57,9 @@ class FailingExecutor(UniprocExecutor):
     def execute_step(self, step: SchedulerOutput) -> StepFuture:
         chance = 1.0 if self.rng is None else self.rng.random()
         if chance < 0.02:
-            # A step of one token cannot be made smaller, and fails.
-            self.num_failed += step.total_num_scheduled_tokens == 1
+            # What cannot be halved fails: one token, or less than two whole prompts where these are not chunked.
+            smallest = 1 if self.config.scheduler.chunked_prefill else self.config.model.max_model_len
+            self.num_failed += step.total_num_scheduled_tokens < 2 * smallest
             raise torch.OutOfMemoryError("CUDA out of memory (forced)")
         if chance < 0.03:
             self.num_failed += 1
