@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 
 from quire.server.cli.main import main
@@ -47,7 +48,7 @@ def test_equal_arms_are_equal_in_a_paired_simulation(quire):
     assert "**No difference was found.**" in out and "the noise floor" in out
 
 
-def test_a_switchback_is_rehearsed_in_virtual_time(quire):
+def test_a_switchback_is_simulated_in_virtual_time(quire):
     traffic = ["--trace", "synthetic:requests=1300,input=fixed/200,output=fixed/20", "--arrivals", "poisson:rate=10"]
     design = ["--design", "switchback", "--pairs", "12", "--block", "5", "--washout", "0.5"]
     status, out, _ = quire("--a", "fcfs", "--b", "sjf", *traffic, *design)
@@ -124,6 +125,8 @@ def test_samplers_may_be_compared_by_a_split_of_requests(quire, server):
 def test_a_server_says_what_it_is(server):
     from quire.server.ab.live import describe_server
 
+    body = {"prompt": "x", "max_tokens": 2}  # the engine reports its blocks with its first step
+    assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200
     described = describe_server(server.url)
     assert described["model"] == "tiny" and described["num_blocks"] > 1 and described["block_size"] == 16
     assert described.get("asynchronous") in (True, False, None)
