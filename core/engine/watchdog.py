@@ -22,7 +22,7 @@ __all__ = ["PluginWatchdog", "StepWatchdog"]
 _log = logging.getLogger("quire.engine")
 _MIN_INTERVAL_S, _MAX_INTERVAL_S = 0.02, 0.5
 _LINGER_S = 1.0
-"""How long the thread waits for another turn where nobody keeps it."""
+"""How long the thread waits for another turn where no loop keeps it."""
 _GRACE_S = 2.0
 """What an interrupted plugin, and the step around it, get to end."""
 

@@ -92,7 +92,7 @@ class BatchBuilder:
                 batch.out_of_blocks = True
                 self._backoff = _AdmissionBackoff(request, self._allocator.num_free_blocks())
         if batch.prefix_hit_refund and not self._waiting.count_visible(self._running.num_free_rows):
-            # Where all that run are served, nobody is left who could use what was given back.
+            # Where all that run are served, no request is left that could use what was given back.
             batch.prefix_hit_refund = batch.num_scheduled_rows < self._running.count_runnable()
 
     def make_output(self, batch: ScheduledBatch, step: int) -> SchedulerOutput:

@@ -23,7 +23,7 @@ _MAX_RUNS = 64
 
 WaitReason = Literal["rows", "blocks", "tokens", "policy", "step"]
 """What the queue lacked after a step: free rows (``max_num_seqs``), KV blocks, the token budget of the step; nothing,
-and the policy granted it nothing; or nobody waited, and who came then waits for the next step to be planned."""
+and the policy granted it nothing; or no request waited, and one that came then waits for the next plan."""
 
 _REASONS: tuple[WaitReason, ...] = ("rows", "blocks", "tokens", "policy", "step")
 _INDEX_OF_REASON = {reason: index for index, reason in enumerate(_REASONS)}

@@ -2,7 +2,7 @@
 
 Y. Sheng, S. Cao, D. Li, B. Zhu, Z. Li, D. Zhuo, J. E. Gonzalez, I. Stoica, "Fairness in Serving Large Language Models",
 OSDI 2024 (arXiv 2401.00588). Each group has a counter of the tokens that it was served; who has the smallest goes next.
-A group that comes back is lifted to the smallest counter of those that wait, so that nobody saves up credit. Between
+A group that comes back is lifted to the smallest counter of those that wait, so that no group saves up credit. Between
 two groups that always have requests waiting, service then differs by a constant, however long they run.
 """
 

@@ -58,7 +58,7 @@ class FairBatchPolicy(BatchingPolicy):
         is_decode = (remaining == 1) & (view.running.output_len > 0)
         has_prompts = len(view.waiting) > 0 or bool(np.count_nonzero(remaining > is_decode))
         if not has_prompts or not view.chunked_prefill or not is_decode.any():
-            return make_default_plan(view)  # nobody to choose between
+            return make_default_plan(view)  # no request to choose
         slack = self._due_ns(view.running) - view.now_ns
         tightest = float(slack[is_decode].min())
         # Who is late already cannot be helped by a short step: it then has the time of one token.

@@ -28,7 +28,7 @@ class PrefixAffinityPolicy(BatchingPolicy):
         """Options of the policy."""
 
         bonus: float = 10.0
-        """Seconds of waiting that a thousand cached tokens outweigh: nobody is overtaken by who comes later than this
+        """Seconds of waiting that a thousand cached tokens outweigh: no request is overtaken by one this much later
         for each thousand tokens of the longest cached prefix."""
 
         def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ def run_experiment(args: argparse.Namespace) -> Experiment:
     warnings = check_arms(find_differences(*engines), allow_unequal=args.allow_unequal)
     arms = _make_arms(names, engines)
     if args.design == "switchback":
-        return _rehearse_switchback(args, setups, arms, warnings)
+        return _simulate_switchback(args, setups, arms, warnings)
     make_again = (lambda number: _load(args, setups[0], args.seed + number)) if _is_made_up(args) else None
     trace = _load(args, setups[0], args.seed)
     windows = cut_windows(trace, args.pairs, make_again)
@@ -62,7 +62,7 @@ def run_experiment(args: argparse.Namespace) -> Experiment:
     )
 
 
-def _rehearse_switchback(
+def _simulate_switchback(
     args: argparse.Namespace, setups: list[EngineSetup], arms: tuple[Arm, Arm], warnings: list[str]
 ) -> Experiment:
     blocks = plan_blocks(args.pairs, args.block, args.seed)
@@ -70,7 +70,7 @@ def _rehearse_switchback(
     measured = run_switchback_simulation(trace, setups, blocks, args.washout)
     return Experiment(
         "switchback", arms, measured, args.block, args.washout, trace.describe(), warnings, (),
-        (*trace.notes, "a rehearsal in virtual time; with --url it changes a server's policy"),
+        (*trace.notes, "a simulation in virtual time; with --url it changes a server's policy"),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A/B tests in virtual time: both arms on the same stretches of a trace, or a rehearsal of a live switchback."""
+"""A/B tests in virtual time: both arms on the same stretches of a trace, or a simulated switchback."""
 
 from __future__ import annotations
 

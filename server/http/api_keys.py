@@ -21,7 +21,7 @@ class ApiKey(NamedTuple):
 
 
 class ApiKeys:
-    """The keys of a server. None known: everybody is let in."""
+    """The keys of a server. None known: all requests are let in."""
 
     def __init__(self, keys: Sequence[str], named_keys: Sequence[str] = ()) -> None:
         self._keys = [*(ApiKey(key) for key in keys), *map(parse_named_key, named_keys)]

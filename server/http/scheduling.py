@@ -95,7 +95,7 @@ def _choose_group(state: ServerState, request: Request, named: str | None, user:
 
 
 def _to_tags(metadata: dict[str, Any]) -> dict[str, str]:
-    """What of OpenAI's ``metadata`` can be tags. Clients put other things there too, which nobody needs to see."""
+    """What of OpenAI's ``metadata`` can be tags. Clients put other things there too, which no policy needs to see."""
     texts = ((key, value) for key, value in metadata.items() if isinstance(value, str))
     fitting = [(k, v) for k, v in texts if len(k) <= MAX_TAG_KEY_CHARS and len(v) <= MAX_TAG_CHARS]
     return dict(fitting[:MAX_TAGS])

@@ -240,7 +240,7 @@ def serve_under_pressure(rng: random.Random, engine: LLMEngine, requests: dict[s
 
 
 def check_nothing_is_left(engine: LLMEngine) -> None:
-    """Every block came back, and nobody was quarantined."""
+    """Every block came back, and no plugin was quarantined."""
     scheduler = engine.engine_core.scheduler
     allocator = scheduler.debug_state().allocator
     allocator.check_integrity()

@@ -108,7 +108,7 @@ def test_calls_of_a_service(tiny: Path, llm: LLM, extended: str) -> None:
         with pytest.raises(InvalidRequestError, match="engine core; did you mean get_stats"):
             await engine.call_control("get_stat")
 
-        # a call that is given up replies later, to nobody
+        # a call that is given up replies later, and no caller waits
         with pytest.raises(ControlCallError, match=r"within 0\.05 s"):
             await engine.collective_rpc("block", {"seconds": 0.5}, timeout=0.05)
         assert await engine.collective_rpc("block", {"seconds": 0.0}) == ["late"]

@@ -184,7 +184,9 @@ def test_the_longest_prefix_first_hits_more_and_overtakes_within_its_bound():
     assert hits["affinity"] > 3 * max(hits["fcfs"], 320)
     for i, start in enumerate(starts):
         overtakers = [arrivals[j].at_ms - arrivals[i].at_ms for j in range(len(starts)) if starts[j] < start]
-        assert max(overtakers, default=0) <= 2000 * 0.352, "nobody is overtaken by who came later than the bonus"
+        assert max(overtakers, default=0) <= 2000 * 0.352, (
+            "no request is overtaken by one that came later than the bonus"
+        )
 
 
 def burst():

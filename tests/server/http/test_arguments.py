@@ -38,7 +38,7 @@ class Always(LogitsProcessor):
 
 
 class Bouncer(BatchingPolicy):
-    """Lets nobody in who is not on the list."""
+    """Lets in only those on the list."""
 
     @dataclass(frozen=True)
     class Arguments:
