@@ -1,0 +1,131 @@
+"""Adapter method: how fine-tunes that are stored apart from their base model change what its layers compute."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.quant import LayerInfo
+
+__all__ = ["AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"]
+
+AdapterTensors = Sequence[Tensor | None]
+"""What is copied into a slot: one for each of ``slot_buffers``, of its dtype and of its shape but for the first
+dimension, which may be shorter: the rest of the buffer stays as it is. None: all of it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What an adapter method is made for."""
+
+    num_slots: int
+    """Adapters that a step can use: each has a slot, 0 to ``num_slots - 1``."""
+    max_rank: int
+    max_num_tokens: int
+    """Tokens of the largest step, padding included."""
+    dtype: torch.dtype
+    """In which adapters are kept and multiplied."""
+    device: torch.device
+
+
+class AdapterLayer(ABC):
+    """One linear layer's part of every adapter, on one rank: its slots' buffers, and how they change its output."""
+
+    @abstractmethod
+    def slot_buffers(self, slot: int) -> Sequence[Tensor]:
+        """The slot's tensors on the device, dense, which live as long as the layer. The engine copies into them what
+        ``make_tensors`` returns, between steps, in parts and in this order."""
+
+    @abstractmethod
+    def make_tensors(self, adapter: Any) -> AdapterTensors:
+        """Of ``adapter``, which ``read_adapter`` returned, this rank's share of the layer, on the host and in the form
+        of ``slot_buffers``. An adapter that leaves the layer alone has some too, which say so. Called in a thread of
+        its own while steps run. Raises ``CheckpointError`` naming the module."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, out: Tensor) -> None:
+        """Add to ``out`` what the adapter of each token makes of ``x``, for the slots that ``prepare_metadata`` was
+        called with last.
+
+        ``x`` (num_tokens, in_features) is the layer's input as it was before any quantization, ``out`` (num_tokens,
+        out_features) the layer's output, both dense, in the model's dtype. Rows of tokens without an adapter keep
+        their bits. Of a row-sharded layer both are this rank's share, and ``out`` is summed over the ranks later.
+        Allocates no memory that must outlive the step, and reads no device tensor on the host: it may be captured.
+        """
+
+
+class AdapterMethod(ABC):
+    """How adapters of one type multiply: for the whole model, on one rank.
+
+    What a method may rely on: every layer is made before the first step; slots are filled and cleared between steps,
+    in the order of the device's stream; ``prepare_metadata`` is called before each step that has a token with an
+    adapter, and for no other; all calls but ``read_adapter`` and ``make_tensors`` come from one thread.
+    """
+
+    is_active: bool = False
+    """Whether a token of the step that runs has an adapter: layers call ``apply`` in those steps alone. Set by the
+    engine."""
+
+    def __init__(self, limits: AdapterLimits, options: Any = None) -> None:
+        self.limits = limits
+        self.options = options
+        """An instance of the class's ``Options`` dataclass, None without one."""
+
+    @classmethod
+    def unsupported(cls, info: LayerInfo) -> str | None:
+        """Why no adapter can change a layer ("a language model's head"), or None. Such a layer has no
+        ``AdapterLayer``, and an adapter that names it is refused with this reason."""
+        return None if info.kind == "linear" else f"a layer of kind {info.kind}"
+
+    @classmethod
+    @abstractmethod
+    def read_adapter(
+        cls,
+        path: Path,
+        *,
+        max_rank: int,
+        module_shapes: Mapping[str, tuple[int, int]] | None = None,
+        dtype: torch.dtype | None = None,
+        content_hash: str | None = None,
+    ) -> Any:
+        """Read and check the adapter in the folder ``path``: whatever ``make_tensors`` takes.
+
+        ``module_shapes`` are the layers that can have adapters: name in the base's checkpoint -> (out_features,
+        in_features) of the whole layer; None: any. ``dtype`` is that of ``AdapterLimits``; None: as stored.
+        ``content_hash`` is what the folder had when it was registered: it is refused if it has changed. Raises
+        ``CheckpointError``, one line that names the file, field or tensor.
+        """
+
+    @abstractmethod
+    def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> AdapterLayer:
+        """The slots of one layer, allocated, none of which changes anything yet."""
+
+    def slot_buffers(self, slot: int) -> Sequence[Tensor]:
+        """Tensors of a slot that its layers share, as ``AdapterLayer.slot_buffers``."""
+        return ()
+
+    def make_tensors(self, adapter: Any) -> AdapterTensors:
+        """Of ``adapter`` what its layers share, as ``AdapterLayer.make_tensors``."""
+        return ()
+
+    @abstractmethod
+    def clear_slot(self, slot: int) -> None:
+        """The slot changes nothing any more, until another adapter is copied into it. Called between steps: launches
+        little, and waits for nothing."""
+
+    @abstractmethod
+    def prepare_metadata(self, token_slots: NDArray[np.int32], *, is_captured: bool = False) -> None:
+        """Prepare what every layer of the next step shares, from the slot of each of its tokens (num_tokens,), -1
+        where it has no adapter.
+
+        Called outside of a capture. ``is_captured``: the step is captured or replayed as a CUDA graph, so ``apply``
+        launches the same for any slots of as many tokens, and reads them from tensors that live as long as this.
+        """
