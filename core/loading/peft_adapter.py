@@ -1,0 +1,271 @@
+"""A LoRA adapter in the folder that PEFT writes: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+LoRA (Hu et al., 2021, arXiv:2106.09685) adds ``B A x`` times a scaling to the output of a linear layer. The format is
+that of ``peft.LoraConfig`` and ``PeftModel.save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor
+
+from quire.core.errors import CheckpointError
+
+__all__ = ["LoraWeights", "PeftAdapter", "PeftConfig", "read_adapter"]
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class PeftConfig(msgspec.Struct, frozen=True):
+    """The fields of ``adapter_config.json`` that change what an adapter computes; nothing else in it is read."""
+
+    r: int
+    lora_alpha: float
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    target_modules: list[str] | str | None = None
+    """Names of modules, or the ends of such; a text is a regular expression. What counts is which tensors there are."""
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    bias: str = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    use_qalora: bool = False
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Any = None
+    target_parameters: list[str] | None = None
+    layer_replication: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    init_lora_weights: bool | str | None = True
+
+    def find_unsupported(self) -> str | None:
+        """The first field that asks for what is not LoRA as Quire computes it, and what to do; None: there is none."""
+        base_changed = str(self.init_lora_weights).lower().startswith(("pissa", "olora", "corda"))
+        reasons = {
+            f"peft_type {self.peft_type}": self.peft_type != "LORA",
+            "use_dora: DoRA": self.use_dora,
+            "use_qalora": self.use_qalora,
+            "fan_in_fan_out": self.fan_in_fan_out,
+            f"modules_to_save {self.modules_to_save}: whole modules": bool(self.modules_to_save),
+            "trainable_token_indices: trained embeddings": bool(self.trainable_token_indices),
+            f"target_parameters {self.target_parameters}": bool(self.target_parameters),
+            "layer_replication": bool(self.layer_replication),
+            "alora_invocation_tokens: activated LoRA": bool(self.alora_invocation_tokens),
+            f"bias {self.bias}: trained biases": self.bias != "none",
+            "lora_bias": self.lora_bias,
+            f"init_lora_weights {self.init_lora_weights}: an adapter of a base with other weights": base_changed,
+        }
+        return next((name for name, applies in reasons.items() if applies), None)
+
+    def get_rank(self, module: str) -> int:
+        """The rank of ``module``."""
+        return self.r if (key := _find_pattern(self.rank_pattern, module)) is None else self.rank_pattern[key]
+
+    def get_scaling(self, module: str) -> float:
+        """By what ``B A x`` of ``module`` is multiplied: alpha over the rank, or over its root (rsLoRA)."""
+        rank = self.get_rank(module)
+        key = _find_pattern(self.alpha_pattern, module)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """What an adapter adds to one module: ``scaling * b @ a @ x``."""
+
+    a: Tensor  # (rank, in_features)
+    b: Tensor  # (out_features, rank)
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Of this module; modules may differ."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """An adapter in host memory."""
+
+    config: PeftConfig
+    content_hash: str
+    """Of both files: adapters with the same hash compute the same."""
+    modules: Mapping[str, LoraWeights]
+    """By the module's name in the base's checkpoint, such as ``model.layers.0.self_attn.q_proj``."""
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any module."""
+        return max(weights.rank for weights in self.modules.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(each.a.nbytes + each.b.nbytes for each in self.modules.values())
+
+
+def read_adapter(
+    path: str | Path,
+    *,
+    max_rank: int,
+    module_shapes: Mapping[str, tuple[int, int]] | None = None,
+    dtype: torch.dtype | None = None,
+    content_hash: str | None = None,
+) -> PeftAdapter:
+    """Read and check the adapter in the folder ``path``.
+
+    ``module_shapes`` are the linear layers of the base, whole: name in its checkpoint -> (out_features, in_features);
+    an adapter that names others, or has other shapes, is refused. ``dtype`` is that of the tensors; None: as stored.
+    ``content_hash`` is what the adapter had when it was registered: it is refused if its files have changed since.
+
+    Raises ``CheckpointError``, one line that names the file, field or tensor and says what to do.
+    """
+    folder = Path(path)
+    config_bytes, weight_bytes = _read_file(folder, CONFIG_NAME), _read_file(folder, WEIGHTS_NAME)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (config_bytes, weight_bytes):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    if content_hash is not None and digest.hexdigest() != content_hash:
+        raise CheckpointError(f"the files of adapter {str(path)!r} have changed since it was loaded; load it again")
+    config = _parse_config(folder, config_bytes)
+    if (unsupported := config.find_unsupported()) is not None:
+        raise CheckpointError(
+            f"adapter {str(path)!r} is not plain LoRA ({unsupported}); train it without, or merge it into its base"
+        )
+    tensors = _parse_weights(folder, weight_bytes)
+    del weight_bytes
+    try:
+        modules = _pair_tensors(config, tensors, max_rank, module_shapes, dtype)
+    except CheckpointError as error:
+        base = config.base_model_name_or_path
+        trained_on = f", trained on {base!r}" if base else ""
+        raise CheckpointError(f"adapter {str(path)!r}{trained_on}: {error}") from None
+    return PeftAdapter(config, digest.hexdigest(), modules)
+
+
+def _read_file(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        if not folder.is_dir():
+            reason = "is not a folder; give one that PEFT wrote"
+        elif name == WEIGHTS_NAME and (folder / "adapter_model.bin").is_file():
+            reason = (
+                "has only adapter_model.bin, a pickle, which can run code when loaded and is refused; save it again as "
+                "safetensors"
+            )
+        elif isinstance(error, FileNotFoundError):
+            reason = f"has no {name}; give a folder that PEFT wrote"
+        else:
+            reason = f"has a {name} that cannot be read ({error.strerror})"
+        raise CheckpointError(f"adapter {str(folder)!r} {reason}") from None
+
+
+def _parse_config(folder: Path, data: bytes) -> PeftConfig:
+    try:
+        config = msgspec.json.decode(data, type=PeftConfig)
+        if min(config.r, *config.rank_pattern.values(), 1) < 1:
+            raise ValueError("r must be at least 1")
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            re.compile(pattern)
+        if not all(math.isfinite(alpha) for alpha in (config.lora_alpha, *config.alpha_pattern.values())):
+            raise ValueError("lora_alpha must be finite")
+    except (ValueError, re.error) as error:  # msgspec's errors are ValueErrors
+        raise CheckpointError(f"{folder / CONFIG_NAME} is not an adapter's configuration: {error}") from None
+    return config
+
+
+def _parse_weights(folder: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return parse_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME} is truncated or not a safetensors file ({reason}); save it again"
+        ) from None
+
+
+def _pair_tensors(
+    config: PeftConfig,
+    tensors: dict[str, Tensor],
+    max_rank: int,
+    module_shapes: Mapping[str, tuple[int, int]] | None,
+    dtype: torch.dtype | None,
+) -> dict[str, LoraWeights]:
+    """A and B of every module. Takes the tensors out of ``tensors`` as it converts them."""
+    if isinstance(config.target_modules, list) and module_shapes is not None:
+        _check_targets(config.target_modules, module_shapes)
+    matrices: dict[str, dict[Literal["A", "B"], str]] = {}
+    for key in sorted(tensors):
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise CheckpointError(f"its tensor {key!r} is not lora_A or lora_B of a linear layer; train it without")
+        module = _resolve_module(found["module"].removeprefix(_PREFIX), module_shapes)
+        matrices.setdefault(module, {})[found["matrix"]] = key  # type: ignore[index]  # A or B, as matched
+    if not matrices:
+        raise CheckpointError("it has no tensors")
+    modules = {}
+    for module, keys in matrices.items():
+        if len(keys) != 2:
+            raise CheckpointError(f"module {module!r} has only one of lora_A and lora_B")
+        a, b = tensors.pop(keys["A"]), tensors.pop(keys["B"])
+        _check_pair(config, module, a, b, max_rank, None if module_shapes is None else module_shapes[module])
+        modules[module] = LoraWeights(a.to(dtype or a.dtype), b.to(dtype or b.dtype), config.get_scaling(module))
+    return modules
+
+
+def _check_targets(target_modules: list[str], module_shapes: Mapping[str, tuple[int, int]]) -> None:
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in module_shapes):
+            kinds = sorted({name.rpartition(".")[2] for name in module_shapes})
+            raise CheckpointError(f"its target module {target!r} is none of the model's: {', '.join(kinds)}")
+
+
+def _resolve_module(stored_name: str, module_shapes: Mapping[str, tuple[int, int]] | None) -> str:
+    """The module's name in the base's checkpoint, also where the adapter was trained on the model without its head."""
+    if module_shapes is None:
+        return f"model.{stored_name}" if stored_name.startswith("layers.") else stored_name
+    for name in (stored_name, f"model.{stored_name}"):
+        if name in module_shapes:
+            return name
+    raise CheckpointError(f"it has weights for {stored_name!r}, which is no linear layer of this model; check its base")
+
+
+def _check_pair(
+    config: PeftConfig, module: str, a: Tensor, b: Tensor, max_rank: int, shape: tuple[int, int] | None
+) -> None:
+    rank = config.get_rank(module)
+    if rank > max_rank:
+        raise CheckpointError(f"rank {rank} is above --max-lora-rank {max_rank}; raise that")
+    out_features, in_features = shape or (b.shape[0] if b.ndim == 2 else 0, a.shape[1] if a.ndim == 2 else 0)
+    for matrix, tensor, expected in (("A", a, (rank, in_features)), ("B", b, (out_features, rank))):
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                f"lora_{matrix} of {module!r} has shape {list(tensor.shape)}, not {list(expected)}; it is not an "
+                f"adapter of this model"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"lora_{matrix} of {module!r} is {tensor.dtype}; save it as 32 or 16-bit floats")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"lora_{matrix} of {module!r} has infinite or undefined numbers; train it again")
+
+
+def _find_pattern(patterns: Iterable[str], module: str) -> str | None:
+    """The first pattern that matches the end of the module's name, as PEFT looks it up."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
