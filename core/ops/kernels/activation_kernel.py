@@ -19,10 +19,10 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.core.ops.kernels.quantize_kernel import (
-    FORMAT_CODES,
+    ACTIVATION_FORMAT_CODES,
     NATIVE_FORMAT,
-    allocate_output,
-    get_num_warps,
+    allocate_activation,
+    get_row_warps,
     quantize_and_store_row,
 )
 
@@ -34,8 +34,8 @@ _BLOCK = 1024
 def launch_silu_and_mul(gate_up: Tensor, output_format: ActivationFormat = NATIVE_FORMAT) -> Any:
     """As ``quire.core.ops.silu_and_mul`` and ``gated_activation``. ``gate_up`` (num_tokens, 2 * features), dense."""
     rows, width = gate_up.shape
-    out, values, scale = allocate_output(gate_up, width // 2, output_format)
-    kind = FORMAT_CODES[output_format.kind]
+    out, values, scale = allocate_activation(gate_up, width // 2, output_format)
+    kind = ACTIVATION_FORMAT_CODES[output_format.kind]
     block = triton.next_power_of_2(width // 2) if kind else _BLOCK  # a quantized row is one program's
     grid = (rows, triton.cdiv(width // 2, block))
     enable_pdl = supports_pdl(gate_up.device)
@@ -47,7 +47,7 @@ def launch_silu_and_mul(gate_up: Tensor, output_format: ActivationFormat = NATIV
         kind=kind,
         block=block,
         enable_pdl=enable_pdl,
-        num_warps=get_num_warps(block),
+        num_warps=get_row_warps(block),
         launch_pdl=enable_pdl,
     )
     return out

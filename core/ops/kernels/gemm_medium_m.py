@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_epilogue, store_output
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_epilogue, store_gemm_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_gemm_medium_m"]
@@ -84,7 +84,7 @@ def gemm_medium_m_kernel(
 ):
     """Grid: (features / block_n,)."""
     tile = tl.program_id(0)
-    offs_n = get_rows(tile, features, block_n, gated)
+    offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_m = tl.arange(0, block_m)
     offs_k = tl.arange(0, block_k)
     x_row = tl.minimum(offs_m, num_tokens - 1) * inputs  # a clamped row needs no mask, and is never stored
@@ -104,4 +104,4 @@ def gemm_medium_m_kernel(
     pdl_launch_dependents(enable_pdl)
     if has_bias:
         acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-    store_output(acc, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)
+    store_gemm_output(acc, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_operands, store_output
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_gemm_operands, store_gemm_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_gemm_small_m"]
@@ -44,7 +44,7 @@ def launch_gemm_small_m(
 
     At most ``block_m`` (8 at least) tokens. A program has ``slice_k`` warps, each with ``block_k`` inputs at a time.
     """
-    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
     gemm_small_m_kernel[(triton.cdiv(weight.shape[0], block_n),)](
         x,
         weight,
@@ -85,7 +85,7 @@ def gemm_small_m_kernel(
 ):
     """Grid: (features / block_n,)."""
     tile = tl.program_id(0)
-    offs_n = get_rows(tile, features, block_n, gated)
+    offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_m = tl.arange(0, block_m)
     offs_k = tl.arange(0, slice_k)[:, None] * block_k + tl.arange(0, block_k)[None, :]  # (slice_k, block_k)
     mask_m = (offs_m < num_tokens)[None, None, :]
@@ -118,4 +118,4 @@ def gemm_small_m_kernel(
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-    store_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)
+    store_gemm_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

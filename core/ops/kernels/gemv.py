@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_operands, store_output
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_gemm_operands, store_gemm_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_gemv", "launch_gemv_k_loop"]
@@ -46,7 +46,7 @@ def launch_gemv(
     At most ``block_m`` tokens. A program takes ``tiles_per_program`` tiles of ``block_n`` rows, one after the other.
     """
     features, inputs = weight.shape
-    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
     vectors = triton.next_power_of_2(triton.cdiv(inputs, 8))
     gemv_kernel[(triton.cdiv(features, block_n * tiles_per_program),)](
         x,
@@ -75,7 +75,7 @@ def launch_gemv_k_loop(
     **epilogue: Unpack[Epilogue],
 ) -> None:
     """As ``launch_gemv``, for one token; a program takes ``block_n`` rows, ``block_k`` inputs at a time."""
-    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
     gemv_k_loop_kernel[(triton.cdiv(weight.shape[0], block_n),)](
         x, weight, *operands, block_n=block_n, block_k=block_k, num_warps=num_warps, **options
     )
@@ -109,7 +109,7 @@ def gemv_kernel(
     mask_k = offs_k < inputs
     weights = weight_ptr + offs_k[None, :, :]
     # int64: a vocabulary's weight has more than 2^31 bytes
-    first_row = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
+    first_row = get_weight_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
     # weights and gains never change: their loads start before the kernels before have ended
     w = tl.load(weights + first_row * inputs, mask=mask_k[None, :, :], other=0.0, eviction_policy="evict_first")
     if has_norm:
@@ -127,15 +127,15 @@ def gemv_kernel(
     for turn in range(tiles_per_program):
         tile = first + turn
         # the next tile's weights travel while this one's are multiplied
-        next_row = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
+        next_row = get_weight_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
         next_mask = mask_k[None, :, :] & (turn + 1 < tiles_per_program)
         w_next = tl.load(weights + next_row * inputs, mask=next_mask, other=0.0, eviction_policy="evict_first")
         w_f32 = w.to(tl.float32)
         for token in tl.static_range(block_m):
             y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1)
             if has_bias:
-                y += tl.load(bias_ptr + get_rows(tile, features, block_n, gated)).to(tl.float32)
-            store_output(
+                y += tl.load(bias_ptr + get_weight_rows(tile, features, block_n, gated)).to(tl.float32)
+            store_gemm_output(
                 y[:, None],
                 tile,
                 token + tl.zeros((1,), dtype=tl.int32),
@@ -170,7 +170,7 @@ def gemv_k_loop_kernel(
     enable_pdl: tl.constexpr,
 ):
     """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
-    offs_n = get_rows(tl.program_id(0), features, block_n, gated)
+    offs_n = get_weight_rows(tl.program_id(0), features, block_n, gated)
     offs_k = tl.arange(0, block_k // _VECTOR)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
     weights = weight_ptr + offs_n.to(tl.int64)[:, None, None] * inputs + offs_k[None, :, :]
     w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
@@ -195,7 +195,7 @@ def gemv_k_loop_kernel(
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)
-    store_output(
+    store_gemm_output(
         y[:, None],
         tl.program_id(0),
         tl.zeros((1,), dtype=tl.int32),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Epilogue", "get_rows", "pack_epilogue", "pack_operands", "store_output"]
+__all__ = ["Epilogue", "get_weight_rows", "pack_epilogue", "pack_gemm_operands", "store_gemm_output"]
 
 
 class Epilogue(TypedDict):
@@ -41,7 +41,7 @@ def pack_epilogue(
     return stand_in if bias is None else bias, stand_in if residual is None else residual, options
 
 
-def pack_operands(
+def pack_gemm_operands(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -59,7 +59,7 @@ def pack_operands(
 
 
 @triton.jit
-def get_rows(tile, features: tl.constexpr, block_n: tl.constexpr, gated: tl.constexpr):
+def get_weight_rows(tile, features: tl.constexpr, block_n: tl.constexpr, gated: tl.constexpr):
     """The weight's rows of a tile, within bounds. Gated, they are pairs of a gate and its up projection."""
     offs_n = tile * block_n + tl.arange(0, block_n)
     if gated:
@@ -68,7 +68,7 @@ def get_rows(tile, features: tl.constexpr, block_n: tl.constexpr, gated: tl.cons
 
 
 @triton.jit
-def store_output(
+def store_gemm_output(
     y,  # (block_n, block_m) float32; gated: gate and up in turns
     tile,
     offs_m,  # (block_m,)

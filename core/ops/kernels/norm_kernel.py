@@ -20,10 +20,10 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.core.ops.kernels.quantize_kernel import (
-    FORMAT_CODES,
+    ACTIVATION_FORMAT_CODES,
     NATIVE_FORMAT,
-    allocate_output,
-    get_num_warps,
+    allocate_activation,
+    get_row_warps,
     quantize_and_store_row,
 )
 
@@ -35,7 +35,7 @@ def launch_rms_norm(
 ) -> tuple[Any, Tensor]:
     """As ``quire.core.ops.norm.rms_norm_quantized``. ``x`` and ``residual`` (num_tokens, features), rows dense."""
     rows, features = x.shape
-    out, values, scale = allocate_output(x, features, output_format)
+    out, values, scale = allocate_activation(x, features, output_format)
     summed = x if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(features)
     enable_pdl = supports_pdl(x.device)
@@ -50,10 +50,10 @@ def launch_rms_norm(
         eps,
         features=features,
         has_residual=residual is not None,
-        kind=FORMAT_CODES[output_format.kind],
+        kind=ACTIVATION_FORMAT_CODES[output_format.kind],
         block=block,
         enable_pdl=enable_pdl,
-        num_warps=get_num_warps(block),
+        num_warps=get_row_warps(block),
         launch_pdl=enable_pdl,
     )
     return out, summed

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 
-__all__ = ["FORMAT_CODES", "NATIVE_FORMAT", "allocate_output", "get_num_warps", "quantize_and_store_row"]
+__all__ = ["ACTIVATION_FORMAT_CODES", "NATIVE_FORMAT", "allocate_activation", "get_row_warps", "quantize_and_store_row"]
 
-FORMAT_CODES = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3, "fp8_group": 4}
+ACTIVATION_FORMAT_CODES = {"native": 0, "fp8_tensor": 1, "fp8_token": 2, "int8_token": 3, "fp8_group": 4}
 """The ``kind`` of ``quantize_and_store_row``."""
 NATIVE_FORMAT = ActivationFormat()
 
 
-def allocate_output(
+def allocate_activation(
     x: Tensor, features: int, output_format: ActivationFormat
 ) -> tuple[Tensor | QuantActivation, Tensor, Tensor]:
     """(what to return, its values, its scale) for as many rows as ``x`` has; the scale of a native one is not read."""
@@ -42,7 +42,7 @@ def allocate_output(
     return QuantActivation(values, scale, dtype=x.dtype), values, scale
 
 
-def get_num_warps(block: int) -> int:
+def get_row_warps(block: int) -> int:
     """Warps of a program that holds a row of ``block`` numbers."""
     return min(32 if block > 16384 else 16, max(1, block // 256))
 

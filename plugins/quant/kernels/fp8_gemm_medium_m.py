@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_epilogue, store_output
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_epilogue, store_gemm_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_fp8_gemm_medium_m"]
@@ -105,7 +105,7 @@ def fp8_gemm_medium_m_kernel(
 ):
     """Grid: (num_tokens / tokens, features / rows): programs that share weights run at the same time."""
     tile = tl.program_id(1)
-    offs_n = get_rows(tile, features, block_n, gated)
+    offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     offs_k = tl.arange(0, block_k)
     x_row, w_row = offs_m.to(tl.int64) * inputs, offs_n.to(tl.int64) * inputs
@@ -143,4 +143,4 @@ def fp8_gemm_medium_m_kernel(
         y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)[None, :]
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-    store_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)
+    store_gemm_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

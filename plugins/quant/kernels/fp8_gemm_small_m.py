@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_epilogue, store_output
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_epilogue, store_gemm_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_fp8_gemm_small_m"]
@@ -92,7 +92,7 @@ def fp8_gemm_small_m_kernel(
 ):
     """Grid: (features / rows,)."""
     tile = tl.program_id(0)
-    offs_n = get_rows(tile, features, block_n, gated)
+    offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_m = tl.arange(0, block_m)
     split = tl.arange(0, slice_k)
     offs_k = split[:, None] * block_k + tl.arange(0, block_k)[None, :]  # (slice_k, block_k)
@@ -123,4 +123,4 @@ def fp8_gemm_small_m_kernel(
         y *= tl.load(scale_ptr + offs_n)[:, None]
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-    store_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)
+    store_gemm_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_rows, pack_operands, store_output
+from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_gemm_operands, store_gemm_output
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_fp8_gemv", "launch_fp8_gemv_k_loop"]
@@ -45,7 +45,7 @@ def launch_fp8_gemv(
     ``block_n`` rows, one after the other. ``inputs`` is a multiple of 16.
     """
     features, inputs = weight.shape
-    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
     fp8_gemv_kernel[(triton.cdiv(features, block_n * tiles_per_program),)](
         x,
         weight.view(torch.int32),
@@ -79,7 +79,7 @@ def launch_fp8_gemv_k_loop(
 
     ``scale`` is (features,), or (features / 128, inputs / 128), both rounded up.
     """
-    operands, options = pack_operands(x, weight, bias, out, norm, **epilogue)
+    operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
     fp8_gemv_k_loop_kernel[(triton.cdiv(weight.shape[0], block_n),)](
         x,
         weight,
@@ -132,7 +132,7 @@ def fp8_gemv_kernel(
     word = vector * 4 + tl.arange(0, 4)[None, :]
     mask_words = (word < inputs // 4)[None, :, :]
     weights = weight_ptr + word[None, :, :]
-    first_row = get_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
+    first_row = get_weight_rows(first, features, block_n, gated).to(tl.int64)[:, None, None]
     w = tl.load(weights + first_row * (inputs // 4), mask=mask_words, other=0, eviction_policy="evict_first")
     offs_k = vector * 16 + tl.arange(0, 16)[None, :]
     mask_k = offs_k < inputs
@@ -149,7 +149,7 @@ def fp8_gemv_kernel(
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
     for turn in range(tiles_per_program):
         tile = first + turn
-        next_row = get_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
+        next_row = get_weight_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
         w_next = tl.load(
             weights + next_row * (inputs // 4),
             mask=mask_words & (turn + 1 < tiles_per_program),
@@ -157,13 +157,13 @@ def fp8_gemv_kernel(
             eviction_policy="evict_first",
         )
         w_f32 = unpack_bytes(w, is_int8)
-        offs_n = get_rows(tile, features, block_n, gated)
+        offs_n = get_weight_rows(tile, features, block_n, gated)
         scale = tl.load(scale_ptr + offs_n)
         for token in tl.static_range(block_m):
             y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1) * scale
             if has_bias:
                 y += tl.load(bias_ptr + offs_n).to(tl.float32)
-            store_output(
+            store_gemm_output(
                 y[:, None],
                 tile,
                 token + tl.zeros((1,), dtype=tl.int32),
@@ -200,7 +200,7 @@ def fp8_gemv_k_loop_kernel(
     enable_pdl: tl.constexpr,
 ):
     """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
-    offs_n = get_rows(tl.program_id(0), features, block_n, gated)
+    offs_n = get_weight_rows(tl.program_id(0), features, block_n, gated)
     offs_k = tl.arange(0, block_k // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     weights = weight_ptr + offs_n.to(tl.int64)[:, None, None] * inputs + offs_k[None, :, :]
     w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
@@ -231,7 +231,7 @@ def fp8_gemv_k_loop_kernel(
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)
-    store_output(
+    store_gemm_output(
         y[:, None],
         tl.program_id(0),
         tl.zeros((1,), dtype=tl.int32),

@@ -11,7 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
-from quire.core.ops.kernels.quantize_kernel import FORMAT_CODES, allocate_output, get_num_warps, quantize_and_store_row
+from quire.core.ops.kernels.quantize_kernel import (
+    ACTIVATION_FORMAT_CODES,
+    allocate_activation,
+    get_row_warps,
+    quantize_and_store_row,
+)
 from quire.core.ops.quantize import quantize_activation as twin
 from quire.sdk import ActivationFormat, QuantActivation
 
@@ -30,7 +35,7 @@ def quantize_activation(x: Tensor, output_format: ActivationFormat) -> QuantActi
 def launch_quantize_activation(x: Tensor, output_format: ActivationFormat) -> QuantActivation:
     """The kernel: a program a row."""
     rows, features = x.shape
-    out, values, scale = allocate_output(x, features, output_format)
+    out, values, scale = allocate_activation(x, features, output_format)
     block = triton.next_power_of_2(features)
     enable_pdl = supports_pdl(x.device)
     _quantize_kernel[(rows,)](
@@ -39,10 +44,10 @@ def launch_quantize_activation(x: Tensor, output_format: ActivationFormat) -> Qu
         scale,
         x.stride(0),
         features=features,
-        kind=FORMAT_CODES[output_format.kind],
+        kind=ACTIVATION_FORMAT_CODES[output_format.kind],
         block=block,
         enable_pdl=enable_pdl,
-        num_warps=get_num_warps(block),
+        num_warps=get_row_warps(block),
         launch_pdl=enable_pdl,
     )
     assert isinstance(out, QuantActivation)
