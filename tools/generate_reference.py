@@ -32,7 +32,7 @@ from quire.core.plugin import builtin, hookspecs  # noqa: E402
 from quire.core.plugin.options import find_options_class  # noqa: E402
 from quire.core.plugin.registry import KINDS, Kind, Registrar  # noqa: E402
 from quire.core.plugin.target import load_target  # noqa: E402
-from quire.sdk import contracts, errors, hooks, options  # noqa: E402
+from quire.sdk import contracts, errors, hooks, layers, ops, options  # noqa: E402
 
 FOLDER = ROOT / "docs" / "reference"
 EXAMPLES = ROOT / "examples" / "kinds"
@@ -44,6 +44,7 @@ def pages() -> dict[str, str]:
     texts = {"index.md": index_page(), "hooks.md": hooks_page()}
     texts |= {f"{kind.key}.md": kind_page(kind) for kind in KINDS.values()}
     texts |= {"data.md": data_page(), "python.md": python_page()}
+    texts |= {"ops.md": module_page("Operations", ops), "layers.md": module_page("Layers", layers)}
     return {name: GENERATED + "\n" + text.rstrip() + "\n" for name, text in texts.items()}
 
 
@@ -66,6 +67,8 @@ def index_page() -> str:
         "",
         "- [Hooks](hooks.md): what a plugin's module may define, and when each is called.",
         "- [Data](data.md): configuration, messages, requests and errors that contracts and hooks are given.",
+        "- [Operations](ops.md): `quire.sdk.ops`, what plugins call and what their kernels are made of.",
+        "- [Layers](layers.md): `quire.sdk.layers`, of which a model is made.",
         "- [Python](python.md): `LLM`, `AsyncLLM` and the rest of what `import quire` offers.",
     ]
     return "\n".join(lines)
@@ -120,6 +123,13 @@ def data_page() -> str:
             parts += [_any_text(getattr(module, name), name, heading="###") for name in names]
     parts.append("## Errors")
     parts += [class_text(getattr(errors, name), heading="###", members=False) for name in errors.__all__]
+    return "\n\n".join(parts)
+
+
+def module_page(title: str, module: Any) -> str:
+    """Every name of one module of the SDK."""
+    parts = [f"# {title}", prose(inspect.getdoc(module) or "")]
+    parts += [_any_text(getattr(module, name), name, heading="##") for name in module.__all__]
     return "\n\n".join(parts)
 
 
@@ -215,6 +225,7 @@ _IMPORTS = {
 def _any_text(value: Any, name: str, heading: str = "###") -> str:
     if inspect.isclass(value):
         return class_text(value, heading=heading)
+    value = getattr(value, "fn", value)  # of a kernel's helper: the function behind the decorator
     if inspect.isfunction(value):
         return function_text(value, name, heading=heading)
     if isinstance(value, (dict, tuple, list, frozenset)):

@@ -34,7 +34,7 @@ class LogitsBatch:
 
 class LogitsProcessor(ABC):
     """Keeps state per row. Called between two graphs, so it may run any tensor code, but never reads the device, nor
-    waits for it: ``quire.core.ops.pinned.copy_to_device`` brings values there, and ``index_fill_`` writes a number
+    waits for it: ``quire.sdk.ops.copy_to_device`` brings values there, and ``index_fill_`` writes a number
     where an assignment through an index (``x[rows] = 0``) waits for the step in flight.
 
     What it does to a row of the logits depends on the request and on the ``num_tokens`` tokens before it alone: those

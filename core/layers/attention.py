@@ -1,4 +1,4 @@
-"""The attention layer: norm, project, rotate, cache, attend, project, add."""
+"""The attention layer: norm, project, rotate, cache, attend, project, add. The norm and the rotation may be absent."""
 
 from __future__ import annotations
 
@@ -37,9 +37,21 @@ class AttentionShape:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions over the paged KV cache; heads are divided between the ranks."""
+    """Grouped-query attention over the paged KV cache, with rotary positions or none; heads are divided between the
+    ranks."""
 
-    def __init__(self, builder: LayerBuilder, name: str, layer: int, shape: AttentionShape, cos_sin: Tensor) -> None:
+    def __init__(
+        self,
+        builder: LayerBuilder,
+        name: str,
+        layer: int,
+        shape: AttentionShape,
+        cos_sin: Tensor | None = None,
+        *,
+        out_name: str = "o_proj",
+    ) -> None:
+        """``name`` is the module's in the checkpoint, with ``q_proj``, ``k_proj``, ``v_proj`` and ``out_name`` in it;
+        ``cos_sin`` a table of ``LayerBuilder.make_rope_table``, None where the model has positions of another kind."""
         super().__init__()
         self.layer = layer
         self.cos_sin = cos_sin  # (max_positions, rotary_dim) float32, shared by the layers
@@ -49,7 +61,7 @@ class Attention(nn.Module):
             name, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.qkv_bias
         )
         self.o_proj = builder.make_row_parallel_linear(
-            f"{name}.o_proj", shape.num_heads * shape.head_dim, shape.hidden_size, shape.o_bias
+            f"{name}.{out_name}", shape.num_heads * shape.head_dim, shape.hidden_size, shape.o_bias
         )
         eps = shape.qk_norm_eps
         self.q_norm = None if eps is None else builder.make_rms_norm(f"{name}.q_norm", shape.head_dim, eps)
@@ -74,9 +86,18 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in
         ``Linear.forward_add_residual``."""
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv, stream = self.qkv_proj.forward_after_norm(norm, x, residual)
         assert isinstance(qkv, Tensor), "only an activation is emitted quantized"
+        return self.o_proj.forward_add_residual(self._attend(qkv, positions, context), stream)
+
+    def forward_plain(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """Attention alone, of what the model has normed itself: ``x`` (num_tokens, hidden) -> (num_tokens, hidden)."""
+        out: Tensor = self.o_proj(self._attend(self.qkv_proj(x), positions, context))
+        return out
+
+    def _attend(self, qkv: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """(num_tokens, sizes of q, k and v) -> (num_tokens, num_heads * head_dim)."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
         q = q.unflatten(1, (self.num_heads, self.head_dim))  # (num_tokens, num_heads, head_dim)
         k = k.unflatten(1, (self.num_kv_heads, self.head_dim))  # (num_tokens, num_kv_heads, head_dim)
@@ -85,23 +106,36 @@ class Attention(nn.Module):
         backend, kv = context.backends[group], context.kv[self.layer]
         if self.spec.kv_dtype.itemsize == 1:
             kv = LayerKV(kv.k, kv.v, self.kv_scales.k_scale, self.kv_scales.v_scale)
-        # One kernel norms and rotates queries and keys and writes keys and values into the cache, unless the backend
-        # writes them itself.
-        q, k = ops.rope_and_cache(
-            q,
-            k,
-            v,
-            positions,
-            self.cos_sin,
-            None if backend.writes_kv else kv,
-            context.slot_mapping[group],
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
-            k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+        q, k = self._rotate_and_cache(
+            q, k, v, positions, None if backend.writes_kv else kv, context.slot_mapping[group]
         )
         out = q.new_empty(q.shape)
         if backend.writes_kv:
             backend.run(self.layer, q, kv, out, k=k, v=v)
         else:
             backend.run(self.layer, q, kv, out)
-        return self.o_proj.forward_add_residual(out.flatten(1), stream)
+        return out.flatten(1)
+
+    def _rotate_and_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv: LayerKV | None, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Norm and rotate queries and keys, where the layer does, and write keys and values, unless ``kv`` is None: the
+        backend will."""
+        if self.cos_sin is None:
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if kv is not None:
+                ops.write_kv(k, v, kv, slots)
+            return q, k
+        return ops.rope_and_cache(
+            q,
+            k,
+            v,
+            positions,
+            self.cos_sin,
+            kv,
+            slots,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+        )

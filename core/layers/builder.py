@@ -13,8 +13,9 @@ from quire.core.contracts.quant import LayerInfo, QuantizationLoader
 from quire.core.errors import ConfigError
 from quire.core.layers.embedding import LMHead, VocabEmbedding, compute_vocab_shard_size
 from quire.core.layers.linear import Linear
-from quire.core.layers.norm import RMSNorm
+from quire.core.layers.norm import LayerNorm, RMSNorm
 from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.position import LearnedPositions
 from quire.core.layers.rotary import make_rope_table
 
 __all__ = ["LayerBuilder"]
@@ -50,27 +51,11 @@ class LayerBuilder:
         self, name: str, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False
     ) -> Linear:
         """The query, key and value projections of the attention module ``name``, fused, sharded by head."""
-        self.count_local_heads(num_heads, num_kv_heads)
+        local_heads, local_kv_heads = self.count_local_heads(num_heads, num_kv_heads)
         num_heads_by_part = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
-        parts = {f"{name}.{part}": count for part, count in num_heads_by_part.items()}
-        return self.make_head_parallel_linear(f"{name}.qkv_proj", hidden_size, parts, head_dim, bias)
-
-    def make_head_parallel_linear(
-        self, name: str, in_features: int, parts: Mapping[str, int], head_dim: int, bias: bool = False
-    ) -> Linear:
-        """A linear layer whose output features are whole heads. ``parts`` are the checkpoint names and numbers of heads
-        of the projections that it fuses; several ranks hold the same head of a part that has fewer than ranks."""
-        totals = {part: num_heads * head_dim for part, num_heads in parts.items()}
-        sizes = [max(1, num_heads // self.parallel.size) * head_dim for num_heads in parts.values()]
-        return self._make_linear(name, "linear", in_features, in_features, totals, sizes, "column", bias)
-
-    def make_replicated_linear(
-        self, name: str, in_features: int, parts: Mapping[str, int], bias: bool = False
-    ) -> Linear:
-        """A linear layer that every rank holds whole: its result is whole on each without a collective."""
-        return self._make_linear(
-            name, "linear", in_features, in_features, parts, list(parts.values()), "replicated", bias
-        )
+        parts = {f"{name}.{part}": count * head_dim for part, count in num_heads_by_part.items()}
+        sizes = [local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim]
+        return self._make_linear(f"{name}.qkv_proj", "linear", hidden_size, hidden_size, parts, sizes, "column", bias)
 
     def make_row_parallel_linear(self, name: str, in_features: int, out_features: int, bias: bool = False) -> Linear:
         """A linear layer whose input features are divided between the ranks; the ranks' results are summed."""
@@ -99,6 +84,14 @@ class LayerBuilder:
         """An RMS norm, the same on every rank."""
         return RMSNorm(name, size, eps, self.dtype, self.device)
 
+    def make_layer_norm(self, name: str, size: int, eps: float = 1e-5, bias: bool = True) -> LayerNorm:
+        """A layer norm, the same on every rank."""
+        return LayerNorm(name, size, eps, self.dtype, self.device, bias)
+
+    def make_learned_positions(self, name: str, num_rows: int, hidden_size: int, offset: int = 0) -> LearnedPositions:
+        """A table of positions, the same on every rank; ``offset`` is the row of position 0."""
+        return LearnedPositions(name, num_rows, hidden_size, self.dtype, self.device, offset)
+
     def make_rope_table(self, hf_config: Any, head_dim: int) -> Tensor:
         """The table of ``rotary.make_rope_table``, made once for equal parameters and shared by the layers."""
         if self.max_positions is None:
@@ -115,14 +108,10 @@ class LayerBuilder:
             raise ConfigError(
                 f"{num_heads} attention heads cannot share {num_kv_heads} KV heads evenly; mend config.json"
             )
-
-        def is_possible(size: int) -> bool:
-            return num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
-
-        if not is_possible(size):
-            reason = f"num_attention_heads is {num_heads} and num_key_value_heads is {num_kv_heads}"
-            raise self.parallel.refuse_size(reason, is_possible)
-        return num_heads // size, max(1, num_kv_heads // size)
+        local_heads = self.parallel.divide_evenly(num_heads, "num_attention_heads")
+        if num_kv_heads < size and size % num_kv_heads == 0:
+            return local_heads, 1
+        return local_heads, self.parallel.divide_evenly(num_kv_heads, "num_key_value_heads")
 
     def _make_linear(
         self,
@@ -132,7 +121,7 @@ class LayerBuilder:
         in_total: int,
         parts: Mapping[str, int],
         part_sizes: list[int],
-        shard: Literal["column", "row", "replicated"],
+        shard: Literal["column", "row"],
         bias: bool,
     ) -> Linear:
         info = LayerInfo(

@@ -16,6 +16,9 @@ __all__ = [
     "collect_weight_loaders",
     "find_optional_tensors",
     "find_tensor_aliases",
+    "make_copy_loader",
+    "make_split_loader",
+    "make_transposed_loader",
     "process_weights_after_loading",
 ]
 
@@ -30,10 +33,7 @@ class CheckpointLayer(nn.Module, ABC):
 
     @abstractmethod
     def weight_loaders(self) -> dict[str, WeightLoader]:
-        """Checkpoint tensor name -> what takes that tensor, whole, and copies this rank's shard into its parameters.
-
-        The tensor is mapped from a file: slice it before anything else, and no more than the slice is read.
-        """
+        """Checkpoint tensor name -> what takes that tensor, whole, and copies this rank's shard into its parameters."""
 
     def optional_tensors(self) -> set[str]:
         """Names in ``weight_loaders`` that a checkpoint may lack."""
@@ -76,6 +76,39 @@ def check_tensor_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> No
             f"tensor {name!r} has shape {list(tensor.shape)}, but config.json asks for {list(expected)}; "
             f"the weights and config.json are not of the same model"
         )
+
+
+def make_copy_loader(name: str, parameter: Tensor) -> WeightLoader:
+    """Copies checkpoint tensor ``name`` into ``parameter``, of which every rank has the whole."""
+
+    def load(tensor: Tensor) -> None:
+        check_tensor_shape(name, tensor, parameter.shape)
+        parameter.copy_(tensor)
+
+    return load
+
+
+def make_transposed_loader(load: WeightLoader) -> WeightLoader:
+    """Takes a matrix that the checkpoint stores as (inputs, features), as GPT-2 does, where ``load`` wants
+    (features, inputs)."""
+    return lambda tensor: load(tensor.t())
+
+
+def make_split_loader(loads: Sequence[WeightLoader], sizes: Sequence[int] | None = None) -> WeightLoader:
+    """Takes one tensor of a checkpoint that holds several parts behind each other in its first dimension, a fused
+    ``qkv`` for example, and gives each of ``loads`` its own: ``sizes`` rows, or equal shares."""
+
+    def load(tensor: Tensor) -> None:
+        rows = [len(tensor) // len(loads)] * len(loads) if sizes is None else list(sizes)
+        if sum(rows) != len(tensor):
+            raise CheckpointError(
+                f"a tensor of shape {list(tensor.shape)} cannot be split into {len(loads)} parts of {rows} rows; "
+                f"the weights and config.json are not of the same model"
+            )
+        for load_part, part in zip(loads, tensor.split(rows), strict=True):
+            load_part(part)
+
+    return load
 
 
 def _find_layers(model: nn.Module) -> list[CheckpointLayer]:

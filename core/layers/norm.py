@@ -1,16 +1,17 @@
-"""RMS norm as a layer."""
+"""Norms as layers."""
 
 from __future__ import annotations
 
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.core import ops
-from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, check_tensor_shape
+from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, make_copy_loader
 
-__all__ = ["RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm"]
 
 
 class RMSNorm(CheckpointLayer):
@@ -33,8 +34,25 @@ class RMSNorm(CheckpointLayer):
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """The weight."""
-        return {f"{self.name}.weight": self._load_weight}
+        return {f"{self.name}.weight": make_copy_loader(f"{self.name}.weight", self.weight)}
 
-    def _load_weight(self, tensor: Tensor) -> None:
-        check_tensor_shape(f"{self.name}.weight", tensor, self.weight.shape)
-        self.weight.copy_(tensor)
+
+class LayerNorm(CheckpointLayer):
+    """Layer norm over the last dimension (Ba et al., 2016, arXiv:1607.06450), the same on every rank."""
+
+    def __init__(
+        self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)  # (size,)
+        self.bias = nn.Parameter(torch.zeros_like(self.weight), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (..., size), normed, scaled and shifted."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def weight_loaders(self) -> dict[str, WeightLoader]:
+        """The weight, and the bias if there is one."""
+        return {f"{self.name}.{key}": make_copy_loader(f"{self.name}.{key}", p) for key, p in self.named_parameters()}

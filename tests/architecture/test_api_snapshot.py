@@ -1,4 +1,4 @@
-"""The plugin API may only grow: ``api_snapshot.json`` keeps every hook signature, contract member and public name.
+"""The plugin API may only grow: ``api_snapshot.json`` keeps each hook signature, contract member, public name and call.
 
 ``python tests/architecture/test_api_snapshot.py`` adds what is new to the snapshot. It refuses to remove or change
 anything: that is a new major version of the plugin API. (Until 0.1 is released, delete the file first and run it.)
@@ -15,10 +15,12 @@ SNAPSHOT = Path(__file__).with_name("api_snapshot.json")
 FACES = (
     "quire",
     "quire.sdk",
-    *(f"quire.sdk.{part}" for part in ("contracts", "errors", "hooks", "options")),
+    *(f"quire.sdk.{part}" for part in ("contracts", "errors", "hooks", "layers", "ops", "options")),
     "quire.testing",
 )
 """The modules that users and authors import."""
+MADE_BY_BUILDER = {"LMHead", "LayerNorm", "LearnedPositions", "Linear", "RMSNorm", "VocabEmbedding"}
+"""Layers whose constructors authors do not call: ``LayerBuilder`` does."""
 
 
 def current():
@@ -46,8 +48,31 @@ def current():
                 contracts[where] = _members(value)
             elif dataclasses.is_dataclass(value):
                 types[where] = {f.name: _optional(f) for f in dataclasses.fields(value)}
+    calls = {}
+    for where in ("quire.sdk.layers", "quire.sdk.ops"):
+        module = importlib.import_module(where)
+        calls |= {f"{where}:{name}": _callables(getattr(module, name)) for name in module.__all__}
+    calls["quire.sdk.contracts:Worker"] = _callables(importlib.import_module("quire.sdk.contracts").Worker)
     faces = {name: sorted(importlib.import_module(name).__all__) for name in FACES}
-    return {"hooks": hooks, "contracts": contracts, "types": types, "names": faces}
+    calls = {where: members for where, members in sorted(calls.items()) if members}
+    return {"hooks": hooks, "contracts": contracts, "types": types, "calls": calls, "names": faces}
+
+
+def _callables(value):
+    """What authors call: a function under ``""``, the methods and fields of a class under their names."""
+    value = getattr(value, "fn", value)  # what a kernel calls, behind its decorator
+    if inspect.isfunction(value):
+        parameters = inspect.signature(value).parameters.values()
+        return {"": "(" + ", ".join(_parameter(p) for p in parameters) + ")"}
+    if not inspect.isclass(value):
+        return {}
+    members = _members(value)
+    if value.__name__ in MADE_BY_BUILDER:
+        del members["__init__"]
+    if not dataclasses.is_dataclass(value):
+        return members
+    fields = {f.name for f in dataclasses.fields(value)}
+    return {name: text for name, text in members.items() if name not in fields or not name.startswith("_")}
 
 
 def _members(cls):
@@ -63,7 +88,7 @@ def _members(cls):
             text = "(" + ", ".join(_parameter(p) for p in parameters) + ")"
         else:
             text = "attribute"
-        members[name] = ("abstract " if name in cls.__abstractmethods__ else "") + text
+        members[name] = ("abstract " if name in getattr(cls, "__abstractmethods__", ()) else "") + text
     for name in getattr(cls, "__annotations__", {}):
         members.setdefault(name, "attribute")
     return members
@@ -98,9 +123,21 @@ def breaks(old, new):
             found += [f"{where}.{m} was {t!r}, is {now.get(m)!r}" for m, t in members.items() if now.get(m) != t]
             added = {m: t for m, t in now.items() if m not in members}
             found += [f"{where}.{m} is new and must have a default" for m, t in added.items() if _demands(t)]
+    for where, members in old["calls"].items():
+        now = new["calls"].get(where, {})
+        changed = [(m, t) for m, t in members.items() if not _has_grown(t, now.get(m))]
+        found += [f"{where}.{m} was {t!r}, is {now.get(m)!r}" for m, t in changed]
     for module, names in old["names"].items():
         found += [f"{module}.{name} is gone" for name in names if name not in new["names"].get(module, ())]
     return found
+
+
+def _has_grown(old, new):
+    """Whether what could be called as ``old`` still can: parameters keep their order, and what is new has a default."""
+    if new is None or not old.startswith("(") or not new.startswith("("):
+        return old == new
+    was, now = (text[1:-1].split(", ") if text != "()" else [] for text in (old, new))
+    return now[: len(was)] == was and all("=" in each or each == "*" for each in now[len(was) :])
 
 
 def _demands(text):
@@ -130,12 +167,14 @@ def test_the_comparison_finds_what_breaks():
         "hooks": {"a": {"arguments": ["x"], "firstresult": False}, "b": {"arguments": [], "firstresult": True}},
         "contracts": {"m:C": {"f": "abstract (self)", "g": "(self, x)"}},
         "types": {"m:T": {"n": "required"}},
+        "calls": {"m:f": {"": "(x, y)"}},
         "names": {"m": ["a"]},
     }
     grown = {
         "hooks": {**old["hooks"], "a": {"arguments": ["x", "y"], "firstresult": False}, "c": {}},
         "contracts": {"m:C": {**old["contracts"]["m:C"], "h": "(self)"}, "m:D": {"f": "abstract (self)"}},
         "types": {"m:T": {"n": "required", "k": "optional"}},
+        "calls": {"m:f": {"": "(x, y, z=...)"}},
         "names": {"m": ["a", "b"], "n": ["c"]},
     }
     assert breaks(old, grown) == []
@@ -143,9 +182,10 @@ def test_the_comparison_finds_what_breaks():
         "hooks": {"a": {"arguments": ["y"], "firstresult": False}},
         "contracts": {"m:C": {"f": "abstract (self, more)", "h": "abstract (self)"}},
         "types": {"m:T": {"n": "required", "k": "required"}},
+        "calls": {"m:f": {"": "(x, y, z)"}},
         "names": {"m": ["b"]},
     }
-    assert len(breaks(old, broken)) == 7
+    assert len(breaks(old, broken)) == 8
 
 
 if __name__ == "__main__":

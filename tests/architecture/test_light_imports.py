@@ -59,7 +59,7 @@ def test_import_quire_is_light(root):
 @pytest.mark.parametrize(
     "line",
     [
-        "import quire.sdk, quire.sdk.contracts, quire.testing",
+        "import quire.sdk, quire.sdk.contracts, quire.sdk.ops, quire.testing",
         "from quire.sdk import BatchingPolicy, MetricsExporter, PluginError, hookimpl, parse_options",
         "from quire.testing import parametrize_with_checks, run_checks",
     ],

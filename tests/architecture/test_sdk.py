@@ -10,10 +10,10 @@ import quire
 import quire.sdk
 import quire.testing
 from quire.core.plugin.registry import KINDS
-from quire.sdk import contracts, errors, hooks, options
+from quire.sdk import contracts, errors, hooks, layers, ops, options
 
 
-@pytest.mark.parametrize("module", [quire, quire.sdk, contracts, errors, hooks, options, quire.testing])
+@pytest.mark.parametrize("module", [quire, quire.sdk, contracts, errors, hooks, layers, ops, options, quire.testing])
 def test_every_name_is_there(module):
     assert len(set(module.__all__)) == len(module.__all__)
     for name in module.__all__:
@@ -34,9 +34,18 @@ def test_every_contract_is_in_the_sdk():
         assert sorted(importlib.import_module(module).__all__) == sorted(contracts.NAMES_OF_MODULE[module])
 
 
-def test_names_are_listed_once():
-    listed = [name for names in contracts.NAMES_OF_MODULE.values() for name in names]
-    assert sorted(listed) == sorted(contracts.__all__)
+@pytest.mark.parametrize("module", [contracts, ops])
+def test_names_are_listed_once(module):
+    listed = [name for names in module.NAMES_OF_MODULE.values() for name in names]
+    assert sorted(listed) == sorted(module.__all__)
+
+
+def test_operations_and_layers_are_in_the_sdk():
+    from quire.core import layers as core_layers
+    from quire.core import ops as core_ops
+
+    assert set(core_layers.__all__) <= set(layers.__all__)
+    assert set(core_ops.__all__) <= set(ops.__all__)
 
 
 def test_every_error_is_in_the_sdk():

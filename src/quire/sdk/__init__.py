@@ -2,7 +2,7 @@
 
 ``from quire.sdk import BatchingPolicy, hookimpl`` loads the contract that is named and nothing else: torch only where
 that contract speaks of tensors. Within one major version of the plugin API, names and signatures are only added.
-Operations (``quire.core.ops``) and layers (``quire.core.layers``) will join.
+``quire.sdk.ops`` has operations and what kernels are made of, ``quire.sdk.layers`` the layers of models.
 """
 
 from __future__ import annotations

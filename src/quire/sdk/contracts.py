@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quire.core.config import *
-    from quire.core.contracts.adapter import *
     from quire.core.contracts.attention import *
     from quire.core.contracts.executor import *
     from quire.core.contracts.kv import *
@@ -52,11 +51,6 @@ __all__ = [
     "MIN_PREFILL_TOKENS",
     "NO_DEADLINE",
     "ActivationFormat",
-    "AdapterConfig",
-    "AdapterLayer",
-    "AdapterLimits",
-    "AdapterMethod",
-    "AdapterTensors",
     "Allocation",
     "AttentionBackend",
     "AttentionBatch",
@@ -155,7 +149,6 @@ __all__ = [
 ]
 
 NAMES_OF_MODULE = {
-    "quire.core.contracts.adapter": ("AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"),
     "quire.core.contracts.attention": (
         "AttentionBackend", "AttentionBatch", "AttentionLimits", "AttentionSpec", "GraphKey", "GraphKind",
         "KVLayout", "LayerKV",
@@ -189,8 +182,7 @@ NAMES_OF_MODULE = {
     "quire.core.parsing.python_calls": ("PythonicToolParser",),
     "quire.core.contracts.router": ("ReplicaLoad", "RoutedRequest", "Router"),
     "quire.core.config": (
-        "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig",
-        "SpeculationConfig",
+        "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig",
     ),
     "quire.core.messages": (
         "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",

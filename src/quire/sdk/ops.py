@@ -1,0 +1,96 @@
+"""Operations that plugins call, and what their Triton kernels are made of. Each is imported at its first use.
+
+``write_kv``, ``copy_to_device``, the norms, the activation, the rotary embedding and the quantization of activations
+run anywhere. The helpers of kernels (``pdl_wait``, ``store_gemm_output`` ...) need Triton.
+``NAMES_OF_MODULE`` says which name lives where: the docstrings there are the reference.
+"""
+# ruff: noqa: F403, F405 - the stars are for type checkers, and __all__ is checked by a test
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quire.core.ops.activation import *
+    from quire.core.ops.device_profile import OLDEST_CAPABILITY, DeviceProfile
+    from quire.core.ops.embedding import *
+    from quire.core.ops.kernels.linear_epilogue import *
+    from quire.core.ops.kernels.pdl import *
+    from quire.core.ops.kernels.quantize_kernel import (
+        ACTIVATION_FORMAT_CODES,
+        allocate_activation,
+        get_row_warps,
+        quantize_and_store_row,
+    )
+    from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, fit_stages, get_launch_steps
+    from quire.core.ops.linear import *
+    from quire.core.ops.norm import *
+    from quire.core.ops.pinned import copy_to_device, copy_to_host
+    from quire.core.ops.quantize import *
+    from quire.core.ops.rope import *
+
+__all__ = [
+    "ACTIVATION_FORMAT_CODES",
+    "OLDEST_CAPABILITY",
+    "DeviceProfile",
+    "Epilogue",
+    "Launch",
+    "LaunchStep",
+    "SmallBatchGemm",
+    "allocate_activation",
+    "apply_rope",
+    "copy_to_device",
+    "copy_to_host",
+    "embedding",
+    "find_launches",
+    "fit_stages",
+    "gated_activation",
+    "get_launch_steps",
+    "get_row_warps",
+    "get_small_batch_gemm",
+    "get_weight_rows",
+    "pack_epilogue",
+    "pack_gemm_operands",
+    "pdl_launch_dependents",
+    "pdl_wait",
+    "quantize_activation",
+    "quantize_and_store_row",
+    "rms_norm",
+    "rms_norm_quantized",
+    "rope_and_cache",
+    "silu_and_mul",
+    "store_gemm_output",
+    "supports_pdl",
+    "write_kv",
+]
+
+NAMES_OF_MODULE = {
+    "quire.core.ops.rope": ("write_kv", "rope_and_cache", "apply_rope"),
+    "quire.core.ops.norm": ("rms_norm", "rms_norm_quantized"),
+    "quire.core.ops.activation": ("silu_and_mul", "gated_activation"),
+    "quire.core.ops.embedding": ("embedding",),
+    "quire.core.ops.quantize": ("quantize_activation",),
+    "quire.core.ops.linear": ("SmallBatchGemm", "get_small_batch_gemm"),
+    "quire.core.ops.pinned": ("copy_to_device", "copy_to_host"),
+    "quire.core.ops.device_profile": ("DeviceProfile", "OLDEST_CAPABILITY"),
+    "quire.core.ops.launch_table": ("Launch", "LaunchStep", "find_launches", "fit_stages", "get_launch_steps"),
+    "quire.core.ops.kernels.pdl": ("supports_pdl", "pdl_wait", "pdl_launch_dependents"),
+    "quire.core.ops.kernels.linear_epilogue": (
+        "Epilogue", "pack_epilogue", "pack_gemm_operands", "get_weight_rows", "store_gemm_output",
+    ),
+    "quire.core.ops.kernels.quantize_kernel": (
+        "ACTIVATION_FORMAT_CODES", "allocate_activation", "get_row_warps", "quantize_and_store_row",
+    ),
+}  # fmt: skip
+_MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF_NAME:
+        return getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    raise AttributeError(f"module 'quire.sdk.ops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
