@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.core.ops.pinned import copy_to_device
 from quire.sdk import LogitsBatch, LogitsProcessor, NewRequest
+from quire.sdk.ops import copy_to_device
 
 __all__ = ["MinTokens"]
 

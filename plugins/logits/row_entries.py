@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.core.ops.pinned import copy_to_device
+from quire.sdk.ops import copy_to_device
 
 __all__ = ["RowEntries"]
 

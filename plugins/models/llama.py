@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quire.core.layers import (
+from quire.sdk import AttentionSpec, ForwardContext, Model
+from quire.sdk.layers import (
     Attention,
     AttentionShape,
     GatedMLP,
@@ -15,7 +16,6 @@ from quire.core.layers import (
     collect_weight_loaders,
     process_weights_after_loading,
 )
-from quire.sdk import AttentionSpec, ForwardContext, Model
 
 __all__ = ["DecoderLayer", "LlamaForCausalLM"]
 

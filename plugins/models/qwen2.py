@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quire.core.layers import AttentionShape
 from quire.plugins.models.llama import LlamaForCausalLM, get_head_dim
+from quire.sdk.layers import AttentionShape
 
 __all__ = ["Qwen2ForCausalLM", "get_layer_window"]
 

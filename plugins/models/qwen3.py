@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quire.core.layers import AttentionShape
 from quire.plugins.models.llama import LlamaForCausalLM, get_head_dim
 from quire.plugins.models.qwen2 import get_layer_window
+from quire.sdk.layers import AttentionShape
 
 __all__ = ["Qwen3ForCausalLM"]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.core.layers.checkpoint import check_tensor_shape
-from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 from quire.sdk import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
+from quire.sdk.layers import check_tensor_shape
+from quire.sdk.ops import SmallBatchGemm, get_small_batch_gemm
 
 __all__ = ["Unquantized", "UnquantizedLinear"]
 

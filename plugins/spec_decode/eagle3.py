@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.core.layers.embedding import VocabEmbedding
 from quire.plugins.spec_decode.draft_inputs import (
     DraftPassInputs,
     build_forward_context,
@@ -37,6 +36,7 @@ from quire.sdk import (
     StepTokens,
     TargetState,
 )
+from quire.sdk.layers import VocabEmbedding
 
 __all__ = ["Eagle3Proposer"]
 
@@ -96,7 +96,7 @@ class Eagle3Proposer(DeviceProposer):
         builder, shared_embedding = source.make_builder(source.config), _find_embedding(model)
         head_embedding = tensors.get("embed_tokens.weight")
         if head_embedding is not None and (
-            shared_embedding is None or not _is_same_embedding(head_embedding, shared_embedding)
+            shared_embedding is None or not _is_same_embedding(head_embedding, shared_embedding.weight)
         ):
             shared_embedding = None
         elif shared_embedding is None or shared_embedding.weight.shape[1] != config.layer_config.hidden_size:
@@ -183,10 +183,7 @@ def _find_embedding(target: Model) -> VocabEmbedding | None:
     return next((module for module in target.modules() if isinstance(module, VocabEmbedding)), None)
 
 
-def _is_same_embedding(head_weight: Tensor, target: VocabEmbedding) -> bool:
-    """Whether every rank's tokens have the same embedding: the ranks agree, since they look tokens up together."""
-    if head_weight.shape != (target.vocab_size, target.weight.shape[1]):
+def _is_same_embedding(head_weight: Tensor, target_weight: Tensor) -> bool:
+    if head_weight.shape != target_weight.shape:
         return False
-    shard = head_weight[target.vocab_start_index :][: len(target.weight)]
-    is_same = torch.equal(shard.to(target.weight.dtype), target.weight[: len(shard)].cpu())
-    return bool(target.parallel.stack(target.weight.new_full((1,), is_same)).all())
+    return torch.equal(head_weight.to(target_weight.dtype), target_weight.cpu())

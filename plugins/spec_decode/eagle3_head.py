@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.core import ops
-from quire.core.layers import GatedMLP, LayerBuilder
-from quire.core.layers.embedding import VocabEmbedding
 from quire.sdk import AttentionSpec, CheckpointError, ForwardContext
+from quire.sdk.layers import GatedMLP, LayerBuilder, VocabEmbedding
+from quire.sdk.ops import rope_and_cache
 
 __all__ = ["Eagle3Config", "Eagle3Head"]
 
@@ -109,17 +108,16 @@ class Eagle3Head(nn.Module):
         if embedding is None:
             self.embed_tokens = embedding = builder.make_embedding("embed_tokens", config.vocab_size, hidden)
         self._embedding = (embedding,)  # in a tuple: the target's is no module of the head
-        self.fc = builder.make_replicated_linear("fc", config.aux_hidden_size, {"fc": hidden})
+        self.fc = builder.make_column_parallel_linear("fc", config.aux_hidden_size, {"fc": hidden})
         self.input_layernorm = builder.make_rms_norm(f"{name}.input_layernorm", hidden, eps)
         self.hidden_norm = builder.make_rms_norm(f"{name}.hidden_norm", hidden, eps)
         attn, bias = f"{name}.self_attn", bool(getattr(c, "attention_bias", False))
-        num_heads, num_kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.q_proj = builder.make_head_parallel_linear(
-            f"{attn}.q_proj", 2 * hidden, {f"{attn}.q_proj": num_heads}, self.head_dim, bias
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = builder.make_column_parallel_linear(f"{attn}.q_proj", 2 * hidden, {f"{attn}.q_proj": q}, bias)
+        self.kv_proj = builder.make_column_parallel_linear(
+            f"{attn}.kv_proj", 2 * hidden, {f"{attn}.k_proj": kv, f"{attn}.v_proj": kv}, bias
         )
-        kv_parts = {f"{attn}.k_proj": num_kv_heads, f"{attn}.v_proj": num_kv_heads}
-        self.kv_proj = builder.make_head_parallel_linear(f"{attn}.kv_proj", 2 * hidden, kv_parts, self.head_dim, bias)
-        self.o_proj = builder.make_row_parallel_linear(f"{attn}.o_proj", num_heads * self.head_dim, hidden, bias)
+        self.o_proj = builder.make_row_parallel_linear(f"{attn}.o_proj", q, hidden, bias)
         self.post_attention_layernorm = builder.make_rms_norm(f"{name}.post_attention_layernorm", hidden, eps)
         self.mlp = GatedMLP(
             builder, f"{name}.mlp", hidden, c.intermediate_size, c.hidden_act, bool(getattr(c, "mlp_bias", False))
@@ -146,7 +144,7 @@ class Eagle3Head(nn.Module):
         next tokens are ``ids`` (n,)."""
         k, v = self._project_kv(self._combine_inputs(ids, hidden)[0])
         no_queries = k[:, :0]
-        ops.rope_and_cache(no_queries, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
+        rope_and_cache(no_queries, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
 
     def forward(self, ids: Tensor, hidden: Tensor, positions: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """As ``write_kv``, and ``(normed, hidden)``, each (n, hidden): what ``compute_logits`` takes, and what stands
@@ -154,7 +152,7 @@ class Eagle3Head(nn.Module):
         combined, residual_stream = self._combine_inputs(ids, hidden)
         k, v = self._project_kv(combined)
         q = self.q_proj(combined).unflatten(1, (self.num_heads, self.head_dim))
-        q, _ = ops.rope_and_cache(q, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
+        q, _ = rope_and_cache(q, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
         out = torch.empty_like(q)
         context.backends[0].run(0, q, context.kv[0], out)
         x, residual = self.o_proj.forward_add_residual(out.flatten(1), residual_stream)

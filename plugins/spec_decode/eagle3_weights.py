@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.layers import collect_weight_loaders, process_weights_after_loading
-from quire.core.layers.checkpoint import check_tensor_shape
 from quire.plugins.spec_decode.eagle3_head import Eagle3Config, Eagle3Head
 from quire.sdk import CheckpointError
+from quire.sdk.layers import check_tensor_shape, collect_weight_loaders, process_weights_after_loading
 
 __all__ = ["init_dummy_weights", "load_head_weights", "read_head_tensors", "save_random_head"]
 

@@ -7,8 +7,11 @@ import re
 
 import pytest
 
-FOR_PLUGINS = ("quire.core.layers", "quire.core.ops", "quire.sdk")
-"""What a bundled plugin may import of Quire beside its top-level names: what an author may, and the building blocks."""
+FOR_AUTHORS = ("quire.sdk",)
+"""What a plugin may import of Quire beside its top-level names, whoever wrote it."""
+FOR_TESTS_OF_AUTHORS = (*FOR_AUTHORS, "quire.testing")
+OF_EXAMPLES = (*FOR_TESTS_OF_AUTHORS, "quire.examples")
+"""The last is how a module beside the example is called here."""
 
 _BUNDLED = re.compile(r"quire\.(plugins|server)\b[\w.]*(:\w+)?")
 
@@ -25,15 +28,17 @@ def violations(source):
             found.append(source.at(node, f"core imports {name}"))
         elif source.folder == "server" and layer == "plugins":
             found.append(source.at(node, f"server imports {name}; it reaches plugins through core"))
-        elif source.folder == "plugins" and top == "quire" and not _open_to_plugins(name):
+        elif source.folder == "plugins" and top == "quire" and not _is_open(name, (*FOR_AUTHORS, "quire.plugins")):
             found.append(source.at(node, f"a plugin imports {name}, which is not open to plugins"))
+        elif source.folder == "examples" and top == "quire" and not _is_open(name, OF_EXAMPLES):
+            found.append(source.at(node, f"an example imports {name}, which is not open to its reader"))
     return found + _named(source)
 
 
-def _open_to_plugins(name):
-    if name.startswith("quire.plugins.") or any(f"{name}.".startswith(f"{allowed}.") for allowed in FOR_PLUGINS):
+def _is_open(name, allowed):
+    if any(f"{name}.".startswith(f"{each}.") for each in allowed):
         return True
-    return name == "quire" or (name.count(".") == 1 and name != "quire.core")
+    return name == "quire" or (name.count(".") == 1 and name not in ("quire.core", "quire.plugins", "quire.server"))
 
 
 def _named(source):
@@ -43,6 +48,18 @@ def _named(source):
     return [
         source.at(n, f"names {n.value}; only core/plugin/builtin.py may") for n in texts if _BUNDLED.fullmatch(n.value)
     ]
+
+
+def test_what_authors_read_imports_what_they_may(root):
+    """The templates of ``quire plugins new``, and every block of the documentation."""
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("examples/**/*.md")]
+    found = []
+    for path in [*pages, *root.glob("server/plugin_templates/*.txt")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            match = re.match(r"\s*(?:>>> )?(?:from|import) (quire\.[\w.]+)", line)
+            if match and not _is_open(f"{match[1]}.name", FOR_TESTS_OF_AUTHORS):
+                found.append(f"{path.relative_to(root)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
 
 
 def test_the_tree_keeps_its_layers(everything):
@@ -63,6 +80,10 @@ def test_the_tree_keeps_its_layers(everything):
         ("plugins/kv/a.py", "from quire.core.engine.engine_core import EngineCore"),
         ("plugins/kv/a.py", "from quire.core import builtin"),
         ("plugins/kv/a.py", "from quire.core.contracts.kv import KVAllocator"),
+        ("plugins/kv/a.py", "from quire.core.ops import rms_norm"),
+        ("plugins/kv/a.py", "from quire.core.layers.builder import LayerBuilder"),
+        ("examples/plugins/a/a.py", "from quire.core.ops import write_kv"),
+        ("examples/plugins/a/a.py", "from quire.plugins.kv.pool import NULL_BLOCK"),
         ("tests/a.py", "from core.request import Request"),
         ("tools/a.py", "import server"),
     ],
@@ -78,6 +99,8 @@ def test_a_breach_is_seen(source, path, text):
         ("core/plugin/builtin.py", "TARGET = 'quire.plugins.kv.paged:PagedAllocator'"),
         ("server/a.py", "from quire.core.engine.async_llm import AsyncLLM"),
         ("plugins/kv/a.py", "from quire.sdk import KVAllocator\nfrom quire.plugins.kv.pool import NULL_BLOCK"),
+        ("plugins/kv/a.py", "from quire.sdk.ops import write_kv\nfrom quire.sdk.layers import LayerBuilder"),
+        ("examples/plugins/a/a.py", "from quire import LLM\nfrom quire.testing import run_checks"),
         ("plugins/kv/a.py", "from quire import SamplingParams\nfrom .pool import NULL_BLOCK\nimport torch"),
     ],
 )

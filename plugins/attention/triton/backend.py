@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from quire.core.ops.device_profile import OLDEST_CAPABILITY, DeviceProfile
 from quire.plugins.attention.triton.decode import launch_paged_decode
 from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 from quire.plugins.attention.triton.hopper_prefill import HopperPrefill
@@ -25,6 +24,7 @@ from quire.sdk import (
     GraphKey,
     LayerKV,
 )
+from quire.sdk.ops import OLDEST_CAPABILITY, DeviceProfile
 
 __all__ = ["TritonBackend"]
 

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.pdl import pdl_wait, supports_pdl
 from quire.plugins.attention.triton.decode_work_list import DecodeWorkList
 from quire.plugins.attention.triton.fp8 import (
     has_fp8_conversion,
@@ -33,6 +32,7 @@ from quire.plugins.attention.triton.fp8 import (
 )
 from quire.plugins.attention.triton.online_softmax import LN2, merge_splits, normalize_rows, scale_scores
 from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
+from quire.sdk.ops import pdl_wait, supports_pdl
 
 __all__ = ["launch_paged_decode"]
 

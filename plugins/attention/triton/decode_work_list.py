@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.attention.triton.tuning import choose_decode_tile
 from quire.sdk import AttentionBatch, AttentionLimits, AttentionSpec
+from quire.sdk.ops import DeviceProfile
 
 __all__ = ["DecodeWorkList"]
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.core.ops.device_profile import DeviceProfile
+from quire.sdk.ops import DeviceProfile
 
 __all__ = ["has_fp8_conversion", "load_kv_scale", "prepare_fp8_queries", "unpack_fp8_pairs"]
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.attention.triton.hopper_prefill_kernel import BLOCK_N, hopper_prefill_kernel
 from quire.plugins.attention.triton.hopper_tile_scheduler import BLOCK_M
 from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
+from quire.sdk.ops import DeviceProfile
 
 __all__ = ["HopperPrefill", "make_page_descriptor"]
 

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.attention.triton.fp8 import prepare_fp8_queries
 from quire.plugins.attention.triton.online_softmax import LN2, normalize_rows, scale_scores
 from quire.sdk import AttentionBatch, AttentionSpec, LayerKV
+from quire.sdk.ops import DeviceProfile
 
 __all__ = ["launch_prefill"]
 

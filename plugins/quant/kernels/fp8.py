@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from quire.core.ops.device_profile import DeviceProfile
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
 from quire.sdk import ActivationFormat, InputFormat, QuantActivation
+from quire.sdk.ops import DeviceProfile
 
 __all__ = ["apply_linear", "can_implement", "get_input_format", "quantize_activation", "quantize_weight"]
 

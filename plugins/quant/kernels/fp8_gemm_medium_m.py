@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_epilogue, store_gemm_output
-from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
+from quire.sdk.ops import Epilogue, get_weight_rows, pack_epilogue, pdl_launch_dependents, pdl_wait, store_gemm_output
 
 __all__ = ["launch_fp8_gemm_medium_m"]
 

@@ -18,15 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.ops.device_profile import DeviceProfile
-from quire.core.ops.kernels.pdl import supports_pdl
-from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, fit_stages, get_launch_steps
-from quire.core.ops.norm import rms_norm, rms_norm_quantized
 from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium_m
 from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
 from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
 from quire.sdk import ActivationFormat, QuantActivation
+from quire.sdk.ops import (
+    DeviceProfile,
+    Launch,
+    LaunchStep,
+    find_launches,
+    fit_stages,
+    get_launch_steps,
+    rms_norm,
+    rms_norm_quantized,
+    supports_pdl,
+)
 
 __all__ = [
     "LAUNCHERS",

@@ -10,21 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
-from quire.core.ops.kernels.quantize_kernel import (
+from quire.sdk import ActivationFormat, QuantActivation
+from quire.sdk.ops import (
     ACTIVATION_FORMAT_CODES,
     allocate_activation,
     get_row_warps,
+    pdl_launch_dependents,
+    pdl_wait,
     quantize_and_store_row,
+    supports_pdl,
 )
-from quire.core.ops.quantize import quantize_activation as twin
-from quire.sdk import ActivationFormat, QuantActivation
+from quire.sdk.ops import quantize_activation as twin
 
 __all__ = ["dequantize_activation", "quantize_activation"]
 
 
 def quantize_activation(x: Tensor, output_format: ActivationFormat) -> QuantActivation:
-    """As ``quire.core.ops.quantize``, which is its twin. ``x`` (num_tokens, features), rows dense."""
+    """As ``quire.sdk.ops.quantize_activation``, which is its twin. ``x`` (num_tokens, features), rows dense."""
     if not x.is_cuda:
         out = twin(x, output_format)
         assert isinstance(out, QuantActivation)

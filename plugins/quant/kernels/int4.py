@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.core.ops.kernels.pdl import supports_pdl
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, launch_dequantize_int4
 from quire.plugins.quant.kernels.int4_table import select_launch
 from quire.plugins.quant.kernels.int4_weights import IntWeights, dequantize_to_float64, pack_weights
+from quire.sdk.ops import supports_pdl
 
 __all__ = ["IntWeights", "apply_linear", "dequantize_weights", "pack_weights", "reference_linear"]
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 from quire.plugins.quant.kernels.int4_words import (
     get_rows,
     get_scales,
@@ -26,6 +25,7 @@ from quire.plugins.quant.kernels.int4_words import (
     store_output,
     unpack_words,
 )
+from quire.sdk.ops import pdl_launch_dependents, pdl_wait
 
 __all__ = ["int4_gemm_small_m_kernel"]
 

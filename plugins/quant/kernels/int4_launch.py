@@ -11,8 +11,6 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, pack_epilogue
-from quire.core.ops.kernels.pdl import supports_pdl
 from quire.plugins.quant.kernels.int4_gemm_hopper import int4_gemm_hopper_kernel
 from quire.plugins.quant.kernels.int4_gemm_medium_m import (
     combine_split_k_kernel,
@@ -21,6 +19,7 @@ from quire.plugins.quant.kernels.int4_gemm_medium_m import (
 )
 from quire.plugins.quant.kernels.int4_gemm_small_m import int4_gemm_small_m_kernel
 from quire.plugins.quant.kernels.int4_weights import IntWeights
+from quire.sdk.ops import Epilogue, pack_epilogue, supports_pdl
 
 __all__ = [
     "LAUNCHERS",

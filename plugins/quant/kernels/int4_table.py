@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quire.core.ops.device_profile import DeviceProfile
-from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, get_launch_steps
 from quire.plugins.quant.kernels.int4_weights import IntWeights
+from quire.sdk.ops import DeviceProfile, Launch, LaunchStep, find_launches, get_launch_steps
 
 __all__ = ["choose_launch", "get_int4_steps", "select_launch"]
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
 from quire.sdk import ActivationFormat, InputFormat, QuantActivation
+from quire.sdk.ops import pdl_launch_dependents, pdl_wait, supports_pdl
 
 __all__ = ["apply_linear", "can_implement", "get_input_format", "quantize_activation", "quantize_weight"]
 
