@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "AdapterConfig",
     "CacheConfig",
     "EngineConfig",
     "ModelConfig",
@@ -100,6 +101,21 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """Adapters beside the model. How they multiply is the plugin of kind ``adapter``."""
+
+    max_loras: int
+    """Adapters that one step can use, each of which has memory on the device."""
+    max_lora_rank: int
+    max_cpu_loras: int
+    """Adapters that are kept in host memory."""
+    dtype: str = "auto"
+    """In which adapters are kept, as torch calls it; ``auto``: the model's."""
+    target_modules: tuple[str, ...] = ()
+    """Last parts of the names of the modules that adapters may change (``q_proj``); empty: every linear layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class RecordingConfig:
     """A recording of requests and steps, to replay and to simulate."""
 
@@ -133,6 +149,8 @@ class EngineConfig:
     enforce_eager: bool = False
     cpu_threads: int | None = None
     speculation: SpeculationConfig | None = None
+    adapters: AdapterConfig | None = None
+    """None: there are none, and nothing is spent on them."""
     recording: RecordingConfig | None = None
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     extra: Mapping[str, Any] = field(default_factory=dict)

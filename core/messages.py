@@ -92,6 +92,8 @@ class NewRequest:
     """Resolved seed, never None."""
     stop_token_ids: frozenset[int] = frozenset()
     """EOS (unless ignored) and the caller's stop tokens: what ``min_tokens`` forbids."""
+    adapter_slot: int = -1
+    """Where the worker keeps the request's adapter, for as long as it has the row; -1: none."""
 
 
 @dataclass(slots=True)

@@ -135,7 +135,9 @@ class LinearMethod(ABC):
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
     ) -> None:
         """Copy one checkpoint tensor (``weight``, ``bias``, ``qweight`` ...) of part ``part`` into place, taking this
-        rank's shard. Raises ``CheckpointError`` naming the tensor if its shape is wrong."""
+        rank's shard. Raises ``CheckpointError`` naming the tensor if its shape is wrong.
+
+        ``tensor`` is whole, and mapped from a file: slice it first, and no more than the slice is read."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack after everything is loaded."""

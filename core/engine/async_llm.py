@@ -8,7 +8,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, get_args
 
 from quire.core.config import PluginChoice
@@ -17,6 +16,7 @@ from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import EngineCoreClient, EngineFault, format_ready_line
 from quire.core.engine.config_builder import build_config
+from quire.core.engine.engine_stats import EngineStats
 from quire.core.engine.exporter_group import ExporterGroup, RenderedMetrics
 from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import OutputProcessor
@@ -32,15 +32,12 @@ from quire.core.messages import RequestOutput
 from quire.core.plugin.options import parse_options
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
-from quire.core.stats import TRACED_STEPS, QuarantinedPlugin, StepStats
+from quire.core.stats import TRACED_STEPS, StepStats
 from quire.core.structured_output.checker import ConstraintChecker
 
 __all__ = ["AsyncLLM"]
 
 _log = logging.getLogger("quire.engine")
-_STATS_OF_NO_ENGINE = MappingProxyType(
-    dict.fromkeys(("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"), 0.0)
-)
 _LONG_TEXT_CHARS = 16_384  # characters beyond which tokenizing would hold up the event loop
 
 
@@ -58,8 +55,6 @@ class AsyncLLM:
         self._request_counter = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
-        self._stats: dict[str, float] = {}
-        self._core_stats: dict[str, float] = {}  # the engine core's own
         self._plugin_watchdog: PluginWatchdog | None = None
         self._output_handler: asyncio.Task[None] | None = None
         self._unavailable_reason: str | None = None
@@ -129,6 +124,7 @@ class AsyncLLM:
             self._client = None
             raise
         self._restarter.note_first_start(time.monotonic() - begin)
+        self._stats.record(self._client.capacity.stats)
         self._plugin_watchdog = PluginWatchdog()
         self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
 
@@ -234,7 +230,7 @@ class AsyncLLM:
 
     def get_stats(self) -> Mapping[str, float]:
         """The latest gauges and counters of the engine core, by the names of ``quire.core.stats.ENGINE_STATS``."""
-        return dict(self._stats)
+        return dict(self._stats.latest)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Any
@@ -295,6 +291,7 @@ class AsyncLLM:
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         self._constraint_checker = ConstraintChecker(self.config)
         self._exporters = ExporterGroup.from_config(self.config)
+        self._stats = EngineStats(self._restarter, self._constraint_checker, self._exporters)
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
         self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self._exporters.add_quarantined)
 
@@ -327,7 +324,7 @@ class AsyncLLM:
             for failure in outputs.step_failures:
                 self._exporters.record_step_failure(failure)
             if outputs.stats is not None:
-                self._record_stats(outputs.stats, outputs.quarantined)
+                self._stats.record(outputs.stats, outputs.quarantined)
 
     async def _recover_from(self, fault: EngineFault) -> bool:
         """Requests of which callers have got nothing run again on another engine core, once; the others end with an
@@ -341,13 +338,13 @@ class AsyncLLM:
             if refusal is not None:
                 _log.error("%s", refusal)
                 self._fail_all_requests(refusal)
-            self._record_stats({**self._core_stats, **_STATS_OF_NO_ENGINE})
+            self._stats.record_no_engine()
             assert self._client is not None
             await self._client.shutdown(timeout=0)
             if refusal is not None:
                 return False
             self._client = self._restarter.start_engine(fault)
-            self._record_stats({**self._core_stats, **_STATS_OF_NO_ENGINE})
+            self._stats.record_no_engine()
             _log.error("%s; starting another engine (restart %d)", fault.reason, self._restarter.num_restarts)
             try:
                 async with asyncio.timeout(self._restarter.start_limit_s):
@@ -356,24 +353,13 @@ class AsyncLLM:
             except (QuireError, TimeoutError) as error:
                 why = str(error) or f"it was not ready in {self._restarter.start_limit_s:.0f} s"
                 fault = EngineFault(f"another engine did not start: {why}")
+        self._stats.record(self._client.capacity.stats)
         self._unavailable_reason = None
         restarted = self._output_processor.restart_requests()
         for requests in restarted:
             self._require_client().add_requests(requests)
         _log.warning("the engine serves again; %d requests run again", len(restarted))
         return True
-
-    def _record_stats(self, core_stats: dict[str, float], quarantined: Sequence[QuarantinedPlugin] = ()) -> None:
-        """Keep the engine core's figures, with what this process knows beside them."""
-        replaced = self._restarter.replaced_plugins
-        own_stats = {
-            "structured_output_refused_total": self._constraint_checker.num_refused,
-            "plugin_quarantines_total": self._exporters.num_quarantined + len(replaced),
-            "engine_restarts_total": self._restarter.num_restarts,
-        }
-        self._core_stats = core_stats
-        self._stats = core_stats | {name: core_stats.get(name, 0.0) + count for name, count in own_stats.items()}
-        self._exporters.record_engine(self._stats, [*quarantined, *replaced])
 
     def _put_output(self, name: str, item: RequestOutput | QuireError) -> None:
         queue = self._output_queues.get(name)

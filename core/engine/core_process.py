@@ -69,7 +69,7 @@ class EngineCoreProcess:
             capacity = core.capacity
             self._send_from_watchdog(Heartbeat())
             memory = (capacity.weight_bytes, capacity.activation_bytes, capacity.graph_bytes)
-            self._send_message(EngineReady(capacity.num_blocks, capacity.bytes_per_block, *memory))
+            self._send_message(EngineReady(capacity.num_blocks, capacity.bytes_per_block, *memory, core.make_stats()))
             # What the engine was built from stays: a collection that scans it would stall a step.
             gc.collect()
             gc.freeze()

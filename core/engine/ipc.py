@@ -112,6 +112,8 @@ class EngineReady(msgspec.Struct, tag=True, array_like=True):
     weight_bytes: int
     activation_bytes: int
     graph_bytes: int
+    stats: dict[str, float] = {}
+    """The first gauges and counters, as ``EngineCoreOutputs.stats`` has them later."""
 
 
 class EngineFailed(msgspec.Struct, tag=True, array_like=True):

@@ -51,11 +51,27 @@ class LayerBuilder:
         self, name: str, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False
     ) -> Linear:
         """The query, key and value projections of the attention module ``name``, fused, sharded by head."""
-        local_heads, local_kv_heads = self.count_local_heads(num_heads, num_kv_heads)
+        self.count_local_heads(num_heads, num_kv_heads)
         num_heads_by_part = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
-        parts = {f"{name}.{part}": count * head_dim for part, count in num_heads_by_part.items()}
-        sizes = [local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim]
-        return self._make_linear(f"{name}.qkv_proj", "linear", hidden_size, hidden_size, parts, sizes, "column", bias)
+        parts = {f"{name}.{part}": count for part, count in num_heads_by_part.items()}
+        return self.make_head_parallel_linear(f"{name}.qkv_proj", hidden_size, parts, head_dim, bias)
+
+    def make_head_parallel_linear(
+        self, name: str, in_features: int, parts: Mapping[str, int], head_dim: int, bias: bool = False
+    ) -> Linear:
+        """A linear layer whose output features are whole heads. ``parts`` are the checkpoint names and numbers of heads
+        of the projections that it fuses; several ranks hold the same head of a part that has fewer than ranks."""
+        totals = {part: num_heads * head_dim for part, num_heads in parts.items()}
+        sizes = [max(1, num_heads // self.parallel.size) * head_dim for num_heads in parts.values()]
+        return self._make_linear(name, "linear", in_features, in_features, totals, sizes, "column", bias)
+
+    def make_replicated_linear(
+        self, name: str, in_features: int, parts: Mapping[str, int], bias: bool = False
+    ) -> Linear:
+        """A linear layer that every rank holds whole: its result is whole on each without a collective."""
+        return self._make_linear(
+            name, "linear", in_features, in_features, parts, list(parts.values()), "replicated", bias
+        )
 
     def make_row_parallel_linear(self, name: str, in_features: int, out_features: int, bias: bool = False) -> Linear:
         """A linear layer whose input features are divided between the ranks; the ranks' results are summed."""
@@ -108,10 +124,14 @@ class LayerBuilder:
             raise ConfigError(
                 f"{num_heads} attention heads cannot share {num_kv_heads} KV heads evenly; mend config.json"
             )
-        local_heads = self.parallel.divide_evenly(num_heads, "num_attention_heads")
-        if num_kv_heads < size and size % num_kv_heads == 0:
-            return local_heads, 1
-        return local_heads, self.parallel.divide_evenly(num_kv_heads, "num_key_value_heads")
+
+        def is_possible(size: int) -> bool:
+            return num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+
+        if not is_possible(size):
+            reason = f"num_attention_heads is {num_heads} and num_key_value_heads is {num_kv_heads}"
+            raise self.parallel.refuse_size(reason, is_possible)
+        return num_heads // size, max(1, num_kv_heads // size)
 
     def _make_linear(
         self,
@@ -121,7 +141,7 @@ class LayerBuilder:
         in_total: int,
         parts: Mapping[str, int],
         part_sizes: list[int],
-        shard: Literal["column", "row"],
+        shard: Literal["column", "row", "replicated"],
         bias: bool,
     ) -> Linear:
         info = LayerInfo(

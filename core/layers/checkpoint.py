@@ -33,7 +33,10 @@ class CheckpointLayer(nn.Module, ABC):
 
     @abstractmethod
     def weight_loaders(self) -> dict[str, WeightLoader]:
-        """Checkpoint tensor name -> what takes that tensor, whole, and copies this rank's shard into its parameters."""
+        """Checkpoint tensor name -> what takes that tensor, whole, and copies this rank's shard into its parameters.
+
+        The tensor is mapped from a file: slice it before anything else, and no more than the slice is read.
+        """
 
     def optional_tensors(self) -> set[str]:
         """Names in ``weight_loaders`` that a checkpoint may lack."""

@@ -1,17 +1,20 @@
-"""Tensor parallelism as a layer sees it: which shard it is, and the two collectives that it needs."""
+"""Tensor parallelism as a layer sees it: which shard it is, and the collectives that it needs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from quire.core.errors import ConfigError
 
 __all__ = ["TensorParallel"]
+
+_MOST_NAMED_RANKS = 64
+"""Larger numbers of ranks are not proposed."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,26 @@ class TensorParallel:
         """(n, shard) on every rank -> (n, size * shard), the shards side by side in order of rank."""
         if self.size == 1:
             return x
-        shards = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(shards, x.contiguous(), group=self.group)
-        return torch.cat(shards, dim=-1)
+        return self.stack(x).transpose(0, 1).reshape(len(x), -1)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """(...) on every rank -> (size, ...), in order of rank: one collective into one buffer."""
+        if self.size == 1:
+            return x[None]
+        stacked = x.new_empty((self.size, *x.shape))
+        dist.all_gather_into_tensor(stacked, x.contiguous(), group=self.group)
+        return stacked
 
     def divide_evenly(self, total: int, name: str) -> int:
         """``total`` over the number of ranks. Raises ``ConfigError``, naming it ``name``, where that is not whole."""
         if total % self.size:
-            raise ConfigError(
-                f"{name} is {total}, which {self.size} ranks cannot share evenly; "
-                f"use a tensor_parallel_size that divides it"
-            )
+            raise self.refuse_size(f"{name} is {total}", lambda size: total % size == 0)
         return total // self.size
+
+    def refuse_size(self, reason: str, is_possible: Callable[[int], bool]) -> ConfigError:
+        """The error for a model that this many ranks cannot share for ``reason``; it names the sizes that can."""
+        sizes = [str(size) for size in range(1, _MOST_NAMED_RANKS + 1) if is_possible(size)]
+        return ConfigError(
+            f"{reason}, which {self.size} ranks cannot share evenly; "
+            f"use a tensor_parallel_size of {', '.join(sizes[:-1])}{' or ' if sizes[:-1] else ''}{sizes[-1]}"
+        )

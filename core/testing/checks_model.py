@@ -92,7 +92,7 @@ def check_requests_do_not_mix(cls: type[Model]) -> None:
 
 
 def check_shards_make_up_the_whole(cls: type[Model]) -> None:
-    """Two ranks that share every layer compute what one does."""
+    """Two and four ranks that share every layer compute what one does."""
     with _example(cls) as example:
         prompt = example.make_tokens(3, 30)
 
@@ -100,12 +100,15 @@ def check_shards_make_up_the_whole(cls: type[Model]) -> None:
             runner = PagedRunner(example.load(parallel), 1, 64)
             return [runner.step({0: chunk})[0] for chunk in _split(prompt, [20, 9, 1])]
 
-        try:
-            by_rank = run_on_ranks(2, run_rank)
-        except (ConfigError, UnsupportedError) as refusal:
-            raise unittest.SkipTest(f"cannot be shared by two ranks: {refusal}") from None
-        for rank, logits in enumerate(by_rank):
-            example.assert_logits(prompt, logits, f"rank {rank} of 2")
+        for size in (2, 4):
+            try:
+                by_rank = run_on_ranks(size, run_rank)
+            except (ConfigError, UnsupportedError) as refusal:
+                if size > 2:
+                    return
+                raise unittest.SkipTest(f"cannot be shared by two ranks: {refusal}") from None
+            for rank, logits in enumerate(by_rank):
+                example.assert_logits(prompt, logits, f"rank {rank} of {size}")
 
 
 def check_random_weights_are_computed(cls: type[Model]) -> None:

@@ -40,18 +40,15 @@ class ThreadRank(TensorParallel):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks."""
-        return sum(self._all_gather(x))  # type: ignore[return-value]
+        return self.stack(x).sum(0)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """(n, shard) on every rank -> (n, size * shard)."""
-        return torch.cat(self._all_gather(x), dim=-1)
-
-    def _all_gather(self, x: Tensor) -> list[Tensor]:
+    def stack(self, x: Tensor) -> Tensor:
+        """(...) on every rank -> (size, ...)."""
         self.rank_group.slots[self.rank] = x.clone()
         self.rank_group.barrier.wait(_TIME_LIMIT_S)
-        parts = [part for part in self.rank_group.slots if part is not None]
+        stacked = torch.stack([part for part in self.rank_group.slots if part is not None])
         self.rank_group.barrier.wait(_TIME_LIMIT_S)
-        return parts
+        return stacked
 
 
 def run_on_ranks(size: int, function: Callable[[TensorParallel], _T]) -> list[_T]:

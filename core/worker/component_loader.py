@@ -19,6 +19,7 @@ from quire.core.contracts.sampler import Sampler
 from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, TargetState
 from quire.core.errors import ConfigError
 from quire.core.layers.builder import LayerBuilder
+from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.plugin.options import parse_options
@@ -45,12 +46,14 @@ class AttentionGroups:
 class ComponentLoader:
     """Imports the class of each plugin that ``config`` names and constructs it on ``device`` with its own options.
 
-    Names were resolved to ``module:Class`` strings before the worker started: nothing is looked up here.
+    Names were resolved to ``module:Class`` strings before the worker started: nothing is looked up here. Models are
+    the shard of the rank that ``parallel`` says.
     """
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+    def __init__(self, config: EngineConfig, device: torch.device, parallel: TensorParallel | None = None) -> None:
         self._config = config
         self._device = device
+        self._parallel = parallel or TensorParallel()
         spec = config.speculation
         self.num_speculative_tokens = 0 if spec is None else spec.num_speculative_tokens
         """The most drafts that a step verifies for a request."""
@@ -169,6 +172,8 @@ class ComponentLoader:
             quant=self._make_quantization_loader(quant_key, hf_config),
             load_format=model.load_format,
             seed=model.seed,
+            parallel=self._parallel,
+            progress=self._parallel.rank == 0,
         )
 
     def _make_draft_source(self, target: Model, draft_model_path: str | None) -> DraftSource:
@@ -178,7 +183,9 @@ class ComponentLoader:
 
         def make_builder(hf_config: Any) -> LayerBuilder:
             quant = self._make_quantization_loader("draft_quant", hf_config)
-            return LayerBuilder(dtype, self._device, dtype, block_size, quant, max_positions=model.max_model_len)
+            return LayerBuilder(
+                dtype, self._device, dtype, block_size, quant, self._parallel, max_positions=model.max_model_len
+            )
 
         return DraftSource(
             path=folder,

@@ -41,9 +41,9 @@ class UniprocExecutor(Executor):
         """Build the worker."""
         if self.config.model.device == "cpu":
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-worker")
-            self._worker = self._thread.submit(Worker, self.config).result()
+            self._worker = self._thread.submit(_start_worker, self.config).result()
         else:
-            self._worker = Worker(self.config)
+            self._worker = _start_worker(self.config)
         return self._worker.capacity
 
     def execute_step(self, step: SchedulerOutput) -> StepFuture:
@@ -99,6 +99,12 @@ class UniprocExecutor(Executor):
     def _sample_and_wait(self, model_future: Future[None], masks: TokenMasks | None) -> ModelRunnerOutput:
         model_future.result()  # raises what the model raised
         return self.worker.sample_tokens(masks).result()
+
+
+def _start_worker(config: EngineConfig) -> Worker:
+    worker = Worker(config)
+    worker.start()
+    return worker
 
 
 class _ThreadedStep:

@@ -18,6 +18,7 @@ from quire.core.contracts.model import Model
 from quire.core.contracts.spec_decode import DeviceProposer
 from quire.core.control import ControlMethods
 from quire.core.env import num_threads
+from quire.core.layers.parallel import TensorParallel
 from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.device_profile import check_device
 from quire.core.ops.pinned import reserve_pinned_memory
@@ -71,10 +72,11 @@ class WorkerInfo(msgspec.Struct):
 
 
 class Worker:
-    """Once constructed, ``capacity`` is final and ``execute_step`` may be called.
+    """Once started, ``capacity`` is final and ``execute_step`` may be called.
 
-    The constructor drives the stages of a start in this order: ``load_model``, ``build_model_runner``,
-    ``profile_memory``, ``allocate_kv_cache``, ``capture_graphs``. Between any two of them several ranks may agree.
+    ``start`` drives the stages of a start in this order: ``load_model``, ``build_model_runner``, ``profile_memory``,
+    ``allocate_kv_cache``, ``capture_graphs``, ``end_start``. An executor of several ranks drives them itself, since
+    the ranks agree between two of them.
     """
 
     model_runner: ModelRunner
@@ -85,28 +87,33 @@ class Worker:
     _proposer: DeviceProposer | None
     _memory_profile: MemoryProfile
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
+        """``parallel``: the place of this rank among those that share every layer; its GPU is the one of that number.
+        None: the model is whole."""
         self._config = config
+        self._parallel = parallel or TensorParallel()
         self._device = torch.device(config.model.device)
+        if self._parallel.size > 1 and self._device.type == "cuda":
+            self._device = torch.device("cuda", self._parallel.rank)
         check_device(self._device)
         self._timer = StartupTimer()
         self.control = ControlMethods("worker")
         """What ``collective_rpc`` may call, between two steps."""
         self.control.add_method("describe_worker", self.describe_worker)
-        self._components = ComponentLoader(config, self._device)
+        self._components = ComponentLoader(config, self._device, self._parallel)
+        self._compile_counter: CompileCounter | None = None
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the scheduler and the API process, or they slow the worker
-            torch.set_num_threads(config.cpu_threads or num_threads() or max(1, (os.cpu_count() or 2) - 1))
+            num_cores = max(1, ((os.cpu_count() or 2) - 1) // self._parallel.size)
+            torch.set_num_threads(config.cpu_threads or num_threads() or num_cores)
+
+    def start(self) -> None:
+        """Do everything that comes before the first step, as the only rank."""
         self.load_model()
         self.build_model_runner()
         self.allocate_kv_cache(self.profile_memory().num_blocks)
         self.capture_graphs()
-        # Before traffic a sampler that fails ends the start.
-        if (fallback := self._components.make_fallback_sampler()) is not None:
-            self.model_runner.sampling_runner.guard_sampler(config.plugin("sampler").name, fallback)
-        # From here on a compilation is a stall that requests feel, so each is counted and reported.
-        self._compile_counter = CompileCounter() if self._device.type == "cuda" else None
-        _log.info("started: %s", self._timer)
+        self.end_start()
 
     def load_model(self) -> None:
         """Load the weights: the target's, and those of a proposer that drafts on the device."""
@@ -209,6 +216,15 @@ class Worker:
         if self._device.type == "cuda":
             reserve_pinned_memory()
 
+    def end_start(self) -> None:
+        """The last stage: from here on traffic may come, and the worker survives what plugins do."""
+        # Before traffic a sampler that fails ends the start.
+        if (fallback := self._components.make_fallback_sampler()) is not None:
+            self.model_runner.sampling_runner.guard_sampler(self._config.plugin("sampler").name, fallback)
+        # From here on a compilation is a stall that requests feel, so each is counted and reported.
+        self._compile_counter = CompileCounter() if self._device.type == "cuda" else None
+        _log.info("started: %s", self._timer)
+
     def execute_step(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""
         self.execute_model(step)
@@ -244,7 +260,7 @@ class Worker:
         on_gpu = self._device.type == "cuda"
         allocated = torch.cuda.memory_allocated(self._device) if on_gpu else 0
         peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
-        return WorkerInfo(0, os.getpid(), str(self._device), allocated, peak)
+        return WorkerInfo(self._parallel.rank, os.getpid(), str(self._device), allocated, peak)
 
     def _recover_from(self, error: Exception, step: SchedulerOutput) -> None:
         if isinstance(error, torch.OutOfMemoryError):

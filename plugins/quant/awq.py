@@ -14,6 +14,7 @@ from quire.plugins.quant.example_weights import RandomCodes, pack_rows
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import AWQ_ORDER, GroupedWeights, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.plugins.quant.shards import COLUMNS, ROWS, Axis
 from quire.sdk import StoredWeight
 
 __all__ = ["AWQ", "GemmFormat", "GemvFastFormat", "GemvFormat"]
@@ -76,9 +77,9 @@ class GemmFormat(GroupedFormat):
         """Three tensors."""
         groups = self.count_groups(inputs)
         return {
-            "qweight": StoredTensor((inputs, outputs // 8), (torch.int32,)),
-            "qzeros": StoredTensor((groups, outputs // 8), (torch.int32,)),
-            "scales": StoredTensor((groups, outputs), FLOATS),
+            "qweight": StoredTensor((inputs, outputs // 8), (torch.int32,), (COLUMNS, Axis("rows", 8))),
+            "qzeros": StoredTensor((groups, outputs // 8), (torch.int32,), (self.group_axis, Axis("rows", 8))),
+            "scales": StoredTensor((groups, outputs), FLOATS, (self.group_axis, ROWS)),
         }
 
     def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
@@ -95,6 +96,11 @@ class GemvFormat(GroupedFormat):
     """``qweight`` int32 (out, in / 8) in order; scales and zeros (out, groups), padded to what the kernel reads."""
 
     @property
+    def columns_can_be_cut(self) -> bool:
+        """No: a word holds the zero points of eight groups, and the padding is that of the whole."""
+        return False
+
+    @property
     def size_multiples(self) -> tuple[int, int]:
         """Whole words and whole groups."""
         return 1, max(8, self.group_size)
@@ -103,9 +109,9 @@ class GemvFormat(GroupedFormat):
         """Three tensors."""
         words = self.count_zero_words(inputs)
         return {
-            "qweight": StoredTensor((outputs, inputs // 8), (torch.int32,)),
-            "qzeros": StoredTensor((outputs, words), (torch.int32,)),
-            "scales": StoredTensor((outputs, words * 8), FLOATS),
+            "qweight": StoredTensor((outputs, inputs // 8), (torch.int32,), (ROWS,)),
+            "qzeros": StoredTensor((outputs, words), (torch.int32,), (ROWS,)),
+            "scales": StoredTensor((outputs, words * 8), FLOATS, (ROWS,)),
         }
 
     def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:
@@ -140,9 +146,9 @@ class GemvFastFormat(GemvFormat):
         """Three tensors."""
         groups = self.count_zero_words(inputs) * 8
         return {
-            "qweight": StoredTensor((outputs // 4, inputs), (torch.int16,)),
-            "qzeros": StoredTensor((groups, outputs), FLOATS),
-            "scales": StoredTensor((groups, outputs), FLOATS),
+            "qweight": StoredTensor((outputs // 4, inputs), (torch.int16,), (Axis("rows", 4),)),
+            "qzeros": StoredTensor((groups, outputs), FLOATS, (None, ROWS)),
+            "scales": StoredTensor((groups, outputs), FLOATS, (None, ROWS)),
         }
 
     def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:

@@ -16,6 +16,7 @@ from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_block, is_invalid_group_size
 from quire.plugins.quant.scaled import ScaledFormat
+from quire.plugins.quant.shards import COLUMNS, ROWS, Axis
 from quire.sdk import StoredWeight
 
 __all__ = ["CompressedTensors", "PackedFormat"]
@@ -97,19 +98,28 @@ class PackedFormat(GroupedFormat):
     permuted: bool = False
     """Whether ``weight_g_idx`` says which group an input is of."""
 
+    @property
+    def index_name(self) -> str:
+        """``weight_g_idx``."""
+        return "weight_g_idx"
+
     def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """And the weight's shape before it was packed."""
         groups = self.count_groups(inputs)
         stored = {
-            "weight_packed": StoredTensor((outputs, -(-inputs * self.bits // 32)), (torch.int32,)),
-            "weight_scale": StoredTensor((outputs, groups), FLOATS),
+            "weight_packed": StoredTensor(
+                (outputs, -(-inputs * self.bits // 32)), (torch.int32,), (ROWS, Axis("columns", 32, self.bits))
+            ),
+            "weight_scale": StoredTensor((outputs, groups), FLOATS, (ROWS, self.group_axis)),
             "weight_shape": StoredTensor((2,), (torch.int64, torch.int32), expected_values=(outputs, inputs)),
         }
         if not self.symmetric:
-            stored["weight_zero_point"] = StoredTensor((-(-outputs * self.bits // 32), groups), (torch.int32,))
+            stored["weight_zero_point"] = StoredTensor(
+                (-(-outputs * self.bits // 32), groups), (torch.int32,), (Axis("rows", 32, self.bits), self.group_axis)
+            )
         if self.permuted:
             stored["weight_g_idx"] = StoredTensor(
-                (inputs,), (torch.int32, torch.int64), upper_bound=groups, optional=True
+                (inputs,), (torch.int32, torch.int64), (COLUMNS,), optional=True, upper_bound=groups
             )
         return stored
 

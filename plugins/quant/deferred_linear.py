@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quire.plugins.quant.none import UnquantizedLinear
+from quire.plugins.quant.shards import Axis, CutPart, Dimension, Shard, cut_to_shard
 from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantActivation
 from quire.sdk.layers import check_tensor_shape
 
-__all__ = ["DeferredLinear", "Shard", "StoredTensor"]
+__all__ = ["DeferredLinear", "StoredTensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class StoredTensor:
     shape: tuple[int, ...] | None
     """None: one number, written with whatever shape."""
     dtypes: tuple[torch.dtype, ...]
+    axes: tuple[Axis | None, ...] = ()
+    """What its dimensions run over, for a rank to read its share alone; of those that are not named here, nothing."""
     optional: bool = False
     upper_bound: int | None = None
     """Its numbers are from 0 to one less than this."""
@@ -54,23 +57,10 @@ class StoredTensor:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The rows and columns of one part's whole weight that belong to this rank."""
-
-    first_row: int
-    num_rows: int
-    first_column: int
-    num_columns: int
-    rows: int
-    """Rows that the layer keeps for the part: more than ``num_rows`` where a vocabulary is padded."""
-    whole_shape: tuple[int, int]
-    """Rows and columns of the whole part."""
-
-
 class DeferredLinear(LinearMethod):
     """Keeps checkpoint tensors as they came until a part is whole, then reads it on the layer's device, so that beside
-    the finished layers there is never more than one layer in another form.
+    the finished layers there is never more than one layer in another form. What came is mapped from a file: of it only
+    this rank's share, in whole words and groups, is read and moved.
 
     Where no kernel takes the layer (always on the CPU) its weights are widened once, to the model's dtype: exact up to
     that rounding, and as large as an unquantized layer.
@@ -97,6 +87,11 @@ class DeferredLinear(LinearMethod):
     def get_unused_tensors(self) -> tuple[str, ...]:
         """Suffixes of tensors that a checkpoint may hold and the scheme has no use for."""
         return ()
+
+    def choose_cut_dimensions(self, tensors: dict[str, Tensor]) -> Sequence[Dimension]:
+        """Along which dimensions the stored tensors of a part may be cut to a rank's share; tensors that say nothing
+        may be taken out. What is not cut is read whole, and left to ``assemble``."""
+        return "rows", "columns"
 
     @abstractmethod
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
@@ -205,12 +200,15 @@ class DeferredLinear(LinearMethod):
     def _assemble_loaded(self, layer: nn.Module) -> None:
         info = self._info
         assert info is not None
-        parts = [
-            ({n: t.to(self._device) for n, t in self._loaded_tensors.pop(i, {}).items()}, _shard(info, i, *self._ranks))
-            for i in range(len(info.part_names))
-        ]
+        cuts = [self._cut_part(info, part) for part in range(len(info.part_names))]
+        parts = [({name: t.to(self._device) for name, t in cut.tensors.items()}, cut.shard) for cut in cuts]
         self.assemble(layer, info, parts)
         self._is_assembled = True
+
+    def _cut_part(self, info: LayerInfo, part: int) -> CutPart:
+        tensors, shard = self._loaded_tensors.pop(part, {}), _shard(info, part, *self._ranks)
+        axes = {name: stored.axes for name, stored in self.get_stored_tensors(info, part).items()}
+        return cut_to_shard(tensors, axes, shard, self.choose_cut_dimensions(tensors))
 
 
 def _shard(info: LayerInfo, part: int, rank: int, world_size: int) -> Shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from quire.plugins.quant.example_weights import RandomCodes, pack_rows
 from quire.plugins.quant.grouped import FLOATS, GroupedFormat
 from quire.plugins.quant.grouped_weights import GroupedWeights, group_by_index, unpack_codes
 from quire.plugins.quant.layerwise import LayerwiseLoader, Scheme, is_invalid_group_size
+from quire.plugins.quant.shards import COLUMNS, ROWS, Axis
 from quire.sdk import StoredWeight
 
 __all__ = ["BITS", "GPTQ", "GPTQFormat"]
@@ -100,17 +102,31 @@ class GPTQFormat(GroupedFormat):
     @property
     def size_multiples(self) -> tuple[int, int]:
         """Whole words."""
-        whole = 32 if self.bits == 3 else 32 // self.bits
-        return whole, whole
+        return self._word[0], self._word[0]
+
+    @property
+    def index_name(self) -> str:
+        """``g_idx``."""
+        return "g_idx"
+
+    @property
+    def _word(self) -> tuple[int, int]:
+        """Codes of the fewest whole words, and how many words those are."""
+        words = self.bits // math.gcd(self.bits, 32)
+        return words * 32 // self.bits, words
 
     def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """``g_idx`` where it is not simply in order."""
         groups = self.count_groups(inputs)
         return {
-            "qweight": StoredTensor((inputs * self.bits // 32, outputs), (torch.int32,)),
-            "qzeros": StoredTensor((groups, outputs * self.bits // 32), (torch.int32,)),
-            "scales": StoredTensor((groups, outputs), FLOATS),
-            "g_idx": StoredTensor((inputs,), (torch.int32, torch.int64), optional=True, upper_bound=groups),
+            "qweight": StoredTensor(
+                (inputs * self.bits // 32, outputs), (torch.int32,), (Axis("columns", *self._word), ROWS)
+            ),
+            "qzeros": StoredTensor(
+                (groups, outputs * self.bits // 32), (torch.int32,), (self.group_axis, Axis("rows", *self._word))
+            ),
+            "scales": StoredTensor((groups, outputs), FLOATS, (self.group_axis, ROWS)),
+            "g_idx": StoredTensor((inputs,), (torch.int32, torch.int64), (COLUMNS,), True, groups),
         }
 
     def unpack_tensors(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> GroupedWeights:

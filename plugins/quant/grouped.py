@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.plugins.quant.deferred_linear import DeferredLinear, Shard, StoredTensor
-from quire.plugins.quant.grouped_weights import GroupedWeights
+from quire.plugins.quant.deferred_linear import DeferredLinear, StoredTensor
+from quire.plugins.quant.grouped_weights import GroupedWeights, is_in_order
+from quire.plugins.quant.shards import Axis, Dimension, Shard
 from quire.sdk import CheckpointError, LayerInfo, QuantActivation
 
 __all__ = ["FLOATS", "GroupedFormat", "GroupedLinear"]
@@ -36,9 +37,24 @@ class GroupedFormat(ABC):
     """Without zero points: all are ``2 ** (bits - 1)``."""
 
     @property
+    def index_name(self) -> str | None:
+        """The tensor that may say which group an input is of."""
+        return None
+
+    @property
+    def columns_can_be_cut(self) -> bool:
+        """Whether the stored tensors of some inputs, in whole words and groups, are those of a smaller weight."""
+        return True
+
+    @property
     def size_multiples(self) -> tuple[int, int]:
         """What the outputs and the inputs of a layer must be multiples of."""
         return 1, 1
+
+    @property
+    def group_axis(self) -> Axis | None:
+        """The dimension of a stored tensor that has an entry for each group."""
+        return None if self.group_size == -1 else Axis("columns", self.group_size)
 
     def count_groups(self, inputs: int) -> int:
         """Scales of a row; the last may be of fewer inputs."""
@@ -75,6 +91,15 @@ class GroupedLinear(DeferredLinear):
                 f"{type(self.form).__name__} cannot pack; config.json is not of this model"
             )
         return self.form.get_stored_tensors(info.part_totals[part], info.in_total)
+
+    def choose_cut_dimensions(self, tensors: dict[str, Tensor]) -> Sequence[Dimension]:
+        """Both, but for packings that are of one piece along the inputs, and inputs that are not in order of group."""
+        index = self.form.index_name
+        if index in tensors:
+            if not is_in_order(tensors[index], self.form.group_size):
+                return ("rows",)
+            del tensors[index]  # it would count from the first group of the whole
+        return ("rows", "columns") if self.form.columns_can_be_cut else ("rows",)
 
     def assemble(self, layer: nn.Module, info: LayerInfo, parts: Sequence[tuple[Mapping[str, Tensor], Shard]]) -> None:
         """Read each part, take this rank's share, and pack the whole."""
@@ -122,7 +147,8 @@ class GroupedLinear(DeferredLinear):
         if self._packed is None:
             self.register_dense_weight(layer, info, weights.dequantize_weights())
             return
-        self._perm = weights.perm
+        # A column without an input is zero, whatever it meets.
+        self._perm = None if weights.perm is None else weights.perm.clamp(min=0)
         for name, value in vars(self._packed).items():  # parameters, so that the memory they take is counted
             if isinstance(value, Tensor):
                 layer.register_parameter(f"packed_{name}", nn.Parameter(value, requires_grad=False))

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quire.plugins.quant.deferred_linear import Shard
+from quire.plugins.quant.shards import Shard
 
-__all__ = ["AWQ_ORDER", "GroupedWeights", "group_by_index", "unpack_codes"]
+__all__ = ["AWQ_ORDER", "GroupedWeights", "group_by_index", "is_in_order", "unpack_codes"]
 
+
+_PADDED_GROUP = 32
+"""Inputs of the smallest group that kernels take."""
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ's GEMM packing keeps each of eight columns: nibble ``AWQ_ORDER[i]`` of a word is column ``i``."""
@@ -33,7 +36,8 @@ class GroupedWeights:
     bits: int
     """4 or 8: what fewer than 4 bits hold fits into 4."""
     perm: Tensor | None = None
-    """(in,) int32: input ``perm[i]`` meets column ``i`` (GPTQ's activation order); None: as they come."""
+    """(in,) int32: input ``perm[i]`` meets column ``i`` (GPTQ's activation order), -1: none does, and the column is
+    zero; None: as they come."""
 
     @property
     def group_size(self) -> int:
@@ -45,9 +49,7 @@ class GroupedWeights:
         weight = _dequantize_codes(self.codes, self.scales, self.zeros, 1 << (self.bits - 1))
         if self.perm is None:
             return weight
-        inputs_first = torch.empty_like(weight)
-        inputs_first[:, self.perm.long()] = weight
-        return inputs_first
+        return weight[:, self._find_columns(self.perm)]
 
     def split_groups(self, group_size: int) -> GroupedWeights:
         """The same weights in smaller groups."""
@@ -59,7 +61,7 @@ class GroupedWeights:
         """The same weights with inputs as they come, which leaves no groups where they were permuted."""
         if self.perm is None:
             return self
-        single, inverse = self.split_groups(1), torch.argsort(self.perm)
+        single, inverse = self.split_groups(1), self._find_columns(self.perm)
         zeros = None if single.zeros is None else single.zeros[:, inverse]
         return replace(self, codes=self.codes[:, inverse], scales=single.scales[:, inverse], zeros=zeros, perm=None)
 
@@ -75,9 +77,16 @@ class GroupedWeights:
             zeros=None if columns.zeros is None else _pad_rows(columns.zeros[rows], pad),
         )
 
+    @staticmethod
+    def _find_columns(perm: Tensor) -> Tensor:
+        """The column of each input."""
+        return torch.argsort(perm)[int((perm < 0).sum()) :]
+
     def _take_columns(self, first: int, count: int) -> GroupedWeights:
         if count == self.codes.shape[1]:
             return self
+        if self.perm is not None and self.group_size > 1:
+            return self._take_permuted(self.perm.long(), first, count)
         whole = self.undo_permutation()
         if whole.scales.shape[1] > 1:  # else every rank's inputs are one group, as the whole's are
             size = math.gcd(whole.group_size, first, count)
@@ -87,6 +96,28 @@ class GroupedWeights:
             groups = slice(0, 1)
         zeros = None if whole.zeros is None else whole.zeros[:, groups]
         return replace(whole, codes=whole.codes[:, first : first + count], scales=whole.scales[:, groups], zeros=zeros)
+
+    def _take_permuted(self, perm: Tensor, first: int, count: int) -> GroupedWeights:
+        """Inputs ``first`` to ``first + count`` by group. A rank has some of every group's inputs, each group another
+        number of them: each is filled up to whole smaller groups, as kernels take them, with columns that are zero."""
+        size = math.gcd(self.group_size, _PADDED_GROUP)
+        columns = ((perm >= first) & (perm < first + count)).nonzero()[:, 0]
+        group = columns // self.group_size
+        num_inputs = torch.bincount(group, minlength=self.scales.shape[1])
+        num_parts = -(-num_inputs // size)
+        group_of_part = torch.repeat_interleave(torch.arange(len(num_parts), device=perm.device), num_parts)
+        start = num_parts.cumsum(0) * size - num_parts * size
+        place = (
+            start[group] + torch.arange(len(columns), device=perm.device) - (num_inputs.cumsum(0) - num_inputs)[group]
+        )
+        zeros = None if self.zeros is None else self.zeros[:, group_of_part]
+        scales = self.scales[:, group_of_part]
+        zero_codes = torch.full_like(scales, 1 << (self.bits - 1), dtype=torch.uint8) if zeros is None else zeros
+        codes = zero_codes.repeat_interleave(size, dim=1)
+        codes[:, place] = self.codes[:, columns]
+        new_perm = torch.full((codes.shape[1],), -1, dtype=torch.int32, device=perm.device)
+        new_perm[place] = (perm[columns] - first).int()
+        return GroupedWeights(codes, scales, zeros, self.bits, new_perm)
 
     @classmethod
     def from_codes(
@@ -143,15 +174,20 @@ def group_by_index(
     (out, groups). Inputs are sorted by group; where groups are of another size than ``group_size``, every input gets a
     scale of its own."""
     inputs = codes.shape[1]
-    in_order = torch.arange(inputs, device=codes.device) // group_size
-    if group_of is None or torch.equal(group_of.long(), in_order):
+    if group_of is None or is_in_order(group_of, group_size):
         return GroupedWeights.from_codes(codes, scales, zeros, bits, group_size)
     group_of = group_of.long()
     perm = torch.argsort(group_of, stable=True)
-    if torch.equal(group_of[perm], in_order) and inputs % group_size == 0:
+    if is_in_order(group_of[perm], group_size) and inputs % group_size == 0:
         sorted_ = GroupedWeights.from_codes(codes[:, perm], scales, zeros, bits, group_size)
         return replace(sorted_, perm=perm.to(torch.int32))
     return GroupedWeights.from_codes(codes, scales[:, group_of], None if zeros is None else zeros[:, group_of], bits, 1)
+
+
+def is_in_order(group_of: Tensor, group_size: int) -> bool:
+    """Whether inputs ``group_of`` (in,) follow one another by group, ``group_size`` in each; -1: all are in one."""
+    size = len(group_of) if group_size == -1 else group_size
+    return torch.equal(group_of.long(), torch.arange(len(group_of), device=group_of.device) // size)
 
 
 def unpack_codes(words: Tensor, bits: int, count: int | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quire.plugins.quant.deferred_linear import DeferredLinear, Shard, StoredTensor
+from quire.plugins.quant.deferred_linear import DeferredLinear, StoredTensor
+from quire.plugins.quant.shards import COLUMNS, ROWS, Axis, Dimension, Shard
 from quire.sdk import LayerInfo, QuantActivation
 
 __all__ = ["Fp8Linear", "Int8Linear", "ScaledFormat", "ScaledLinear"]
@@ -41,17 +42,16 @@ class ScaledFormat:
     def get_stored_tensors(self, outputs: int, inputs: int) -> Mapping[str, StoredTensor]:
         """The tensors of a whole (outputs, inputs) weight, by suffix."""
         if self.strategy == "none":
-            return {"weight": StoredTensor((outputs, inputs), _FLOATS)}
+            return {"weight": StoredTensor((outputs, inputs), _FLOATS, (ROWS, COLUMNS))}
         rows, columns = self.block
-        shape = {
-            "tensor": None,
-            "channel": (outputs, 1),
-            "block": (-(-outputs // rows), -(-inputs // columns)),
+        scale = {
+            "tensor": StoredTensor(None, _SCALES),
+            "channel": StoredTensor((outputs, 1), _SCALES, (ROWS,)),
+            "block": StoredTensor(
+                (-(-outputs // rows), -(-inputs // columns)), _SCALES, (Axis("rows", rows), Axis("columns", columns))
+            ),
         }[self.strategy]
-        stored = {
-            "weight": StoredTensor((outputs, inputs), (self.dtype,)),
-            self.scale_name: StoredTensor(shape, _SCALES),
-        }
+        stored = {"weight": StoredTensor((outputs, inputs), (self.dtype,), (ROWS, COLUMNS)), self.scale_name: scale}
         if self.inputs == "static":
             stored["input_scale"] = StoredTensor(None, _FLOATS)
         return stored
@@ -90,6 +90,10 @@ class ScaledLinear(DeferredLinear):
     def get_stored_tensors(self, info: LayerInfo, part: int) -> Mapping[str, StoredTensor]:
         """As the format says."""
         return self.form.get_stored_tensors(info.part_totals[part], info.in_total)
+
+    def choose_cut_dimensions(self, tensors: dict[str, Tensor]) -> Sequence[Dimension]:
+        """Weights that get a scale by row at load are read in whole rows, or each rank would find another scale."""
+        return ("rows",) if self.form.strategy == "none" else ("rows", "columns")
 
     def get_unused_tensors(self) -> tuple[str, ...]:
         """Scales of activations that get one by token, or are not quantized."""

@@ -96,7 +96,7 @@ class Eagle3Proposer(DeviceProposer):
         builder, shared_embedding = source.make_builder(source.config), _find_embedding(model)
         head_embedding = tensors.get("embed_tokens.weight")
         if head_embedding is not None and (
-            shared_embedding is None or not _is_same_embedding(head_embedding, shared_embedding.weight)
+            shared_embedding is None or not _is_same_embedding(head_embedding, shared_embedding)
         ):
             shared_embedding = None
         elif shared_embedding is None or shared_embedding.weight.shape[1] != config.layer_config.hidden_size:
@@ -183,7 +183,10 @@ def _find_embedding(target: Model) -> VocabEmbedding | None:
     return next((module for module in target.modules() if isinstance(module, VocabEmbedding)), None)
 
 
-def _is_same_embedding(head_weight: Tensor, target_weight: Tensor) -> bool:
-    if head_weight.shape != target_weight.shape:
+def _is_same_embedding(head_weight: Tensor, target: VocabEmbedding) -> bool:
+    """Whether every rank's tokens have the same embedding: the ranks agree, since they look tokens up together."""
+    if head_weight.shape != (target.vocab_size, target.weight.shape[1]):
         return False
-    return torch.equal(head_weight.to(target_weight.dtype), target_weight.cpu())
+    shard = head_weight[target.vocab_start_index :][: len(target.weight)]
+    is_same = torch.equal(shard.to(target.weight.dtype), target.weight[: len(shard)].cpu())
+    return bool(target.parallel.stack(target.weight.new_full((1,), is_same)).all())

@@ -108,16 +108,17 @@ class Eagle3Head(nn.Module):
         if embedding is None:
             self.embed_tokens = embedding = builder.make_embedding("embed_tokens", config.vocab_size, hidden)
         self._embedding = (embedding,)  # in a tuple: the target's is no module of the head
-        self.fc = builder.make_column_parallel_linear("fc", config.aux_hidden_size, {"fc": hidden})
+        self.fc = builder.make_replicated_linear("fc", config.aux_hidden_size, {"fc": hidden})
         self.input_layernorm = builder.make_rms_norm(f"{name}.input_layernorm", hidden, eps)
         self.hidden_norm = builder.make_rms_norm(f"{name}.hidden_norm", hidden, eps)
         attn, bias = f"{name}.self_attn", bool(getattr(c, "attention_bias", False))
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = builder.make_column_parallel_linear(f"{attn}.q_proj", 2 * hidden, {f"{attn}.q_proj": q}, bias)
-        self.kv_proj = builder.make_column_parallel_linear(
-            f"{attn}.kv_proj", 2 * hidden, {f"{attn}.k_proj": kv, f"{attn}.v_proj": kv}, bias
+        num_heads, num_kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.q_proj = builder.make_head_parallel_linear(
+            f"{attn}.q_proj", 2 * hidden, {f"{attn}.q_proj": num_heads}, self.head_dim, bias
         )
-        self.o_proj = builder.make_row_parallel_linear(f"{attn}.o_proj", q, hidden, bias)
+        kv_parts = {f"{attn}.k_proj": num_kv_heads, f"{attn}.v_proj": num_kv_heads}
+        self.kv_proj = builder.make_head_parallel_linear(f"{attn}.kv_proj", 2 * hidden, kv_parts, self.head_dim, bias)
+        self.o_proj = builder.make_row_parallel_linear(f"{attn}.o_proj", num_heads * self.head_dim, hidden, bias)
         self.post_attention_layernorm = builder.make_rms_norm(f"{name}.post_attention_layernorm", hidden, eps)
         self.mlp = GatedMLP(
             builder, f"{name}.mlp", hidden, c.intermediate_size, c.hidden_act, bool(getattr(c, "mlp_bias", False))

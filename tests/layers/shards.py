@@ -1,4 +1,4 @@
-"""Ranks without processes: threads that exchange, or one alone whose collectives are left to the test."""
+"""Ranks without processes: one alone, whose collectives are left to the test."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from quire.core.layers import LayerBuilder
 from quire.core.layers.parallel import TensorParallel
-from quire.core.testing.thread_ranks import RankGroup, ThreadRank
 from quire.plugins.quant.none import Unquantized
 
-__all__ = ["Alone", "RankGroup", "ThreadRank", "load_tensors", "make_builder"]
+__all__ = ["Alone", "load_tensors", "make_builder"]
 
 CPU = torch.device("cpu")
 

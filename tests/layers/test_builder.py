@@ -44,8 +44,9 @@ def test_heads_are_divided_and_few_kv_heads_are_held_by_several_ranks(
     ("ranks", "heads", "kv_heads", "message"),
     [
         (1, 7, 2, "7 attention heads cannot share 2 KV heads evenly"),
-        (3, 8, 8, "num_attention_heads is 8, which 3 ranks cannot share evenly"),
-        (4, 12, 6, "num_key_value_heads is 6, which 4 ranks cannot share evenly"),
+        (3, 8, 8, "num_attention_heads is 8 and .* which 3 ranks cannot share evenly; .* of 1, 2, 4 or 8"),
+        (4, 12, 6, "num_key_value_heads is 6, which 4 ranks cannot share evenly; .* of 1, 2, 3, 6 or 12"),
+        (5, 7, 7, "5 ranks cannot share evenly; use a tensor_parallel_size of 1 or 7"),
     ],
 )
 def test_heads_that_cannot_be_divided_are_refused(ranks: int, heads: int, kv_heads: int, message: str) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.layers.shards import RankGroup, ThreadRank
 from tests.models.paged import CLASSES, PagedRunner, load
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quire.core.errors import CheckpointError, ConfigError
 from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
+from quire.core.testing.thread_ranks import run_on_ranks
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.plugins.quant.none import Unquantized
 
@@ -219,27 +217,15 @@ def test_configurations_that_cannot_be_served(copy: Path, change: dict, reason: 
     ("llama", 2, {"attention_bias": True, "mlp_bias": True, "vocab_size": 321}),
     ("qwen2", 4, {}),
     ("qwen3", 2, {"tie_word_embeddings": True}),
+    ("mistral", 4, {"num_key_value_heads": 1, "vocab_size": 321}),
 ])  # fmt: skip
 def test_ranks_together_equal_one(family: str, size: int, overrides: dict, tmp_path: Path) -> None:
     """KV heads fewer than the ranks are held twice; a vocabulary that does not divide is padded."""
     path = make_tiny_model(family, tmp_path, **overrides)
     prompt = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = PagedRunner(load(path), 1).step({0: prompt})[0]
-    group = RankGroup(threading.Barrier(size), [None] * size)
-    results: list[Tensor | None] = [None] * size
-
-    def work(rank: int) -> None:
-        model = load(path, parallel=ThreadRank(rank, size, group))
-        results[rank] = PagedRunner(model, 1).step({0: prompt})[0]
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for result in results:
-        assert result is not None
-        torch.testing.assert_close(result, expected, atol=5e-5, rtol=0)
+    for logits in run_on_ranks(size, lambda parallel: PagedRunner(load(path, parallel=parallel), 1).step({0: prompt})):
+        torch.testing.assert_close(logits[0], expected, atol=5e-5, rtol=0)
 
 
 def test_ranks_that_do_not_divide(tiny: Path) -> None:

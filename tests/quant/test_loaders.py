@@ -1,11 +1,10 @@
-"""What loaders do with checkpoints that are sharded, wrong, not supported, not quantized, or spelled by older tools."""
+"""What loaders do with checkpoints that are wrong, not supported, not quantized, or spelled by older tools."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.layers.shards import RankGroup, ThreadRank
 from tests.models.paged import PagedRunner
-from tests.quant.test_fixtures import FIXTURES, NAMES, load
+from tests.quant.test_fixtures import FIXTURES, load
 from tests.quant.tolerances import FLOAT32, assert_near
 from torch import Tensor, nn
 
@@ -64,29 +62,6 @@ def say(path: Path, **settings: Any) -> None:
 
 def logits(path: Path, **options: Any) -> Tensor:
     return PagedRunner(load(path, **options), 1, max_len=32).step({0: TOKENS})[0]
-
-
-# ---- tensor parallelism ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_together_equal_one(name: str) -> None:
-    """Groups and blocks are cut, permuted inputs shared out, and two heads for keys and values are one on each."""
-    expected = load_file(FIXTURES / name / "expected.safetensors")
-    group, results = RankGroup(threading.Barrier(2), [None] * 2), [torch.empty(0)] * 2
-
-    runners = [PagedRunner(load(FIXTURES / name, parallel=ThreadRank(r, 2, group)), 1, max_len=32) for r in range(2)]
-
-    def work(rank: int) -> None:
-        results[rank] = runners[rank].step({0: expected["tokens"].tolist()})[0]
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for result in results:
-        assert_near(result, expected["logits"], FLOAT32)
 
 
 # ---- wrong checkpoints -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quire.core.config import *
+    from quire.core.contracts.adapter import *
     from quire.core.contracts.attention import *
     from quire.core.contracts.executor import *
     from quire.core.contracts.kv import *
@@ -51,6 +52,11 @@ __all__ = [
     "MIN_PREFILL_TOKENS",
     "NO_DEADLINE",
     "ActivationFormat",
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterLimits",
+    "AdapterMethod",
+    "AdapterTensors",
     "Allocation",
     "AttentionBackend",
     "AttentionBatch",
@@ -149,6 +155,7 @@ __all__ = [
 ]
 
 NAMES_OF_MODULE = {
+    "quire.core.contracts.adapter": ("AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"),
     "quire.core.contracts.attention": (
         "AttentionBackend", "AttentionBatch", "AttentionLimits", "AttentionSpec", "GraphKey", "GraphKind",
         "KVLayout", "LayerKV",
@@ -182,7 +189,8 @@ NAMES_OF_MODULE = {
     "quire.core.parsing.python_calls": ("PythonicToolParser",),
     "quire.core.contracts.router": ("ReplicaLoad", "RoutedRequest", "Router"),
     "quire.core.config": (
-        "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig", "SpeculationConfig",
+        "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig",
+        "SpeculationConfig",
     ),
     "quire.core.messages": (
         "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",

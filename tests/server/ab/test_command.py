@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 
 from quire.server.cli.main import main
@@ -125,8 +124,6 @@ def test_samplers_may_be_compared_by_a_split_of_requests(quire, server):
 def test_a_server_says_what_it_is(server):
     from quire.server.ab.live import describe_server
 
-    body = {"prompt": "x", "max_tokens": 2}  # the engine reports its blocks with its first step
-    assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200
     described = describe_server(server.url)
     assert described["model"] == "tiny" and described["num_blocks"] > 1 and described["block_size"] == 16
     assert described.get("asynchronous") in (True, False, None)
