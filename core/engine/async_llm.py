@@ -124,8 +124,8 @@ class AsyncLLM:
             self._client = None
             raise
         self._restarter.note_first_start(time.monotonic() - begin)
-        self._stats.record(self._client.capacity.stats)
         self._plugin_watchdog = PluginWatchdog()
+        self._stats.record(self._client.capacity.stats)
         self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
 
     async def generate(
