@@ -6,12 +6,13 @@ says what takes its place.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
-from time import monotonic_ns
 from typing import Literal, TypeVar
 
 from quire.core.stats import QuarantinedPlugin
@@ -47,7 +48,7 @@ class Quarantine:
         max_slow_calls: int = 3,
         hang_limit_s: float = math.inf,
         not_faults: tuple[type[Exception], ...] = (),
-        clock: Callable[[], int] = monotonic_ns,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.kind = kind
         self.name = name
@@ -130,7 +131,7 @@ class Quarantine:
             if self.running_call != call:
                 self._interrupted_thread = 0
                 return False
-            _raise_in_thread(thread_id, ctypes.py_object(PluginInterrupt))
+            _raise_in_thread(thread_id, PluginInterrupt)
             return True
 
     def switch_off(self, reason: QuarantineReason, detail: str, error: Exception | None = None) -> None:
@@ -146,14 +147,27 @@ class Quarantine:
         """Nothing is raised in this thread any more, once this has returned."""
         self.running_call = 0
         with self._interrupt_lock:
-            if self._interrupted_thread:
-                _raise_in_thread(self._interrupted_thread, None)
-            self._interrupted_thread = 0
+            thread_id, self._interrupted_thread = self._interrupted_thread, 0
+        if thread_id:
+            _absorb_interrupt(thread_id)
 
 
-def _raise_in_thread(thread_id: int, exception: object) -> None:
-    """None takes back an exception that was not raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), exception)
+def _raise_in_thread(thread_id: int, exception: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), ctypes.py_object(exception))
+
+
+def _absorb_interrupt(thread_id: int) -> None:
+    """Raise and catch, in the thread that calls this, the exception that waits for it, if one does.
+
+    It is asked for once more, in the place of one that waits, so that one surely comes. One that is only taken back (a
+    null pointer in its place) leaves the interpreter's signal set: every check for signals is slow from then on, and
+    with Python 3.11 a traced function (coverage, a debugger) never begins, since its first instruction is tried again
+    for as long as the signal is set.
+    """
+    with contextlib.suppress(PluginInterrupt):
+        _raise_in_thread(thread_id, PluginInterrupt)
+        while True:
+            time.sleep(0)
 
 
 def class_path(plugin: object) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 
 import pytest
 
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.output_processor import ExporterGroup
-from quire.core.plugin.quarantine import Quarantine
+from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
 from quire.core.stats import QuarantinedPlugin
 
 
@@ -76,3 +78,28 @@ def test_exporters_hear_of_each_quarantined_plugin_once() -> None:
         group.record_engine({}, [processor])
     assert group.active == [good] and group.num_quarantined == 1
     assert good.quarantined == [processor, QuarantinedPlugin("metrics", "bad", "raised")]
+
+
+def test_an_interrupt_that_the_plugin_swallows_leaves_nothing_behind() -> None:
+    """With Python 3.11 functions that are traced, as under coverage, would never begin again."""
+    told: list[QuarantinedPlugin] = []
+    quarantine = Quarantine("policy", "mine", told.append)
+
+    def swallow() -> str:
+        try:
+            quarantine.interrupt_call(quarantine.running_call, threading.get_ident())
+            while True:
+                time.sleep(0)
+        except PluginInterrupt:
+            return "swallowed"
+
+    traced: list[str] = []
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: traced.append(frame.f_code.co_name))
+    try:
+        result = quarantine.call(swallow)
+        quotient = quarantine.call(divide, 6, 3)
+    finally:
+        sys.settrace(before)
+    assert (result, quotient, told) == ("swallowed", 2, [])
+    assert "divide" in traced
