@@ -207,6 +207,9 @@ class ModelRunnerOutput:
     draft_token_ids: NDArray[np.int32] | None = None  # (num_reqs, k) drafts for the next step, -1 behind the last
     ran_draft_backfill: bool = False
     """A proposer read what it had passed over, which ``device_us`` holds too."""
+    row_faults: dict[int, int] = field(default_factory=dict)
+    """By index into the step: why no token could be sampled (``quire.core.sample.row_faults``). Another token stands in
+    its place above, and the request cannot go on."""
 
 
 # ---- engine core -> API process ----------------------------------------------------------------------------------

@@ -115,6 +115,10 @@ class KVAllocator(ABC):
         """The KV of the first ``num_tokens`` tokens is written (or will be, in stream order) and their ids are known:
         blocks that are full now enter the prefix cache."""
 
+    def evict_prefix(self, request: Request) -> None:
+        """What was computed for the request is wrong: none of its blocks may be found, or enter, the prefix cache. By
+        default nothing is done, which is right where nothing is cached."""
+
     @abstractmethod
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Start ``child`` with references to the parent's blocks of the first ``num_tokens`` tokens. ``None``: the

@@ -24,6 +24,7 @@ from quire.core.engine.process import EngineProcess
 from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.restarts import EngineRestarter, read_until_fault
+from quire.core.engine.step_failures import StepHealth
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.vllm_names import check_call_arguments
 from quire.core.engine.watchdog import PluginWatchdog
@@ -55,6 +56,7 @@ class AsyncLLM:
         self._request_counter = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
+        self.step_health = StepHealth()
         self._plugin_watchdog: PluginWatchdog | None = None
         self._output_handler: asyncio.Task[None] | None = None
         self._unavailable_reason: str | None = None
@@ -318,11 +320,9 @@ class AsyncLLM:
                 self._put_output(output.request_id, output)
             for failed in processed.failed_requests:
                 self._put_output(failed.request_id, failed.to_exception())
-            for step in outputs.steps:
-                self.steps.append(step)
-                self._exporters.record_step(step)
-            for failure in outputs.step_failures:
-                self._exporters.record_step_failure(failure)
+            self.steps.extend(outputs.steps)
+            self.step_health.note_outputs(outputs)
+            self._exporters.record_steps(outputs)
             if outputs.stats is not None:
                 self._stats.record(outputs.stats, outputs.quarantined)
 

@@ -98,7 +98,7 @@ class EngineCoreClient:
             if isinstance(message, StepOutputs):
                 return message.outputs
             if isinstance(message, EngineFailed):
-                raise EngineDeadError(f"the engine stopped: {message.error}")
+                raise EngineDeadError(f"the engine stopped: {_describe_failure(message)}")
             if isinstance(message, Heartbeat):
                 self._heartbeats.append(message)
             elif isinstance(message, ControlReply):
@@ -222,10 +222,18 @@ class EngineCoreClient:
 
 
 def _to_exception(message: EngineFailed) -> Exception:
+    cls = _find_error_class(message)
+    return EngineDeadError(f"the engine could not start: {message.error}") if cls is None else cls(message.error)
+
+
+def _describe_failure(message: EngineFailed) -> str:
+    """For callers: in our own words, or by the kind of error alone, whose text is for the log."""
+    return f"{message.error_class}; its log says why" if _find_error_class(message) is None else message.error
+
+
+def _find_error_class(message: EngineFailed) -> type[errors.QuireError] | None:
     cls = getattr(errors, message.error_class, None)
-    if isinstance(cls, type) and issubclass(cls, errors.QuireError):
-        return cls(message.error)
-    return EngineDeadError(f"the engine could not start: {message.error}")
+    return cls if isinstance(cls, type) and issubclass(cls, errors.QuireError) else None
 
 
 def format_ready_line(config: EngineConfig, capacity: KVCapacity | EngineReady) -> str:

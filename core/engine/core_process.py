@@ -105,7 +105,8 @@ class EngineCoreProcess:
                         _handle_message(core, message)
                 if core.has_work:
                     outputs = core.step()
-                    if outputs.request_ids or outputs.outputs or outputs.stats or outputs.steps:
+                    steps = (outputs.steps, outputs.step_failures)
+                    if any((outputs.request_ids, outputs.outputs, outputs.stats, *steps)):
                         self._send_message(StepOutputs(outputs))
                     if core.device_error is not None:
                         raise core.device_error

@@ -78,7 +78,7 @@ class EngineCore:
         self._finished_step_stats: list[StepStats] = []
         self._rejected_outputs: list[EngineCoreOutput] = []
         self._num_compiled_kernels = 0
-        self._step_failures = StepFailures(config)
+        self._step_failures = StepFailures(config, self._recorder)
         self.device_error: Exception | None = None
         """The device failed, with a step whose requests have ended: no step can run in this process any more."""
         self._last_stats_ns = 0
@@ -117,7 +117,7 @@ class EngineCore:
             self.reject_request(request.request_id, str(error), "invalid")
         except Exception as error:  # whatever was sent, the other requests go on
             _log.error("request %s could not be queued", request.external_request_id, exc_info=error)
-            self.reject_request(request.request_id, f"{type(error).__name__}: {error}", "failed")
+            self.reject_request(request.request_id, "it could not be queued; the engine's log says why", "failed")
 
     def reject_request(self, request_id: int, error: str, kind: ErrorKind) -> None:
         """Answer a request that is not queued: an output with finish reason ``error`` and the reason."""
@@ -285,7 +285,7 @@ class EngineCore:
             self._structured_outputs.record_output(step, in_flight.requests, result)
         self._num_compiled_kernels += result.num_compiled_kernels
         tokens_known = time.perf_counter_ns()
-        outputs = self.scheduler.update_from_output(step, result)
+        outputs = self._step_failures.update_from_output(self.scheduler, step, result)
         step_stats = in_flight.make_step_stats(result, wait_start, tokens_known, time.perf_counter_ns())
         self._finished_step_stats.append(step_stats)
         if self._recorder is not None:

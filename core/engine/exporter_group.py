@@ -9,10 +9,11 @@ from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.metrics import MetricsExporter
+from quire.core.messages import EngineCoreOutputs
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.quarantine import Quarantine
 from quire.core.plugin.target import load_target
-from quire.core.stats import QuarantinedPlugin, RequestStats, StepFailure, StepStats
+from quire.core.stats import QuarantinedPlugin, RequestStats
 
 __all__ = ["ExporterGroup", "RenderedMetrics"]
 
@@ -77,15 +78,13 @@ class ExporterGroup:
         for exporter, quarantine in self._guarded.copy().items():
             quarantine.call(exporter.record_tokens, num_prompt, num_generated, ttft_s, itl_s)
 
-    def record_step_failure(self, failure: StepFailure) -> None:
-        """See ``MetricsExporter``."""
+    def record_steps(self, outputs: EngineCoreOutputs) -> None:
+        """The steps that were finished, and those that failed; see ``MetricsExporter``."""
         for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.record_step_failure, failure)
-
-    def record_step(self, stats: StepStats) -> None:
-        """See ``MetricsExporter``."""
-        for exporter, quarantine in self._guarded.copy().items():
-            quarantine.call(exporter.record_step, stats)
+            for stats in outputs.steps:
+                quarantine.call(exporter.record_step, stats)
+            for failure in outputs.step_failures:
+                quarantine.call(exporter.record_step_failure, failure)
 
     def render(self) -> list[RenderedMetrics]:
         """The documents of those that have one, in order."""

@@ -200,7 +200,7 @@ class OutputProcessor:
         """The outputs of one request cannot be processed: it ends, and the others go on."""
         _log.error("the outputs of request %s cannot be processed", state.request_id, exc_info=error)
         processed.requests_to_abort.extend(self.remove_request(state.request_id))
-        message = f"{type(error).__name__}: {error}"
+        message = "its outputs could not be processed; the server's log says why"
         processed.failed_requests.append(FailedRequest(message, "failed", self._make_failed_output(state)))
 
     def _process_output(

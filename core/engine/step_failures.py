@@ -1,28 +1,36 @@
-"""What becomes of a step that failed on the worker: its requests end, the log has the exception, callers the place."""
+"""What becomes of a step that failed on the worker, or of some of its rows: requests end with the place, and the log
+has the reason."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
 from quire.core.config import EngineConfig
-from quire.core.messages import EngineCoreOutputs, SchedulerOutput
+from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
 from quire.core.plugin.frames import PluginFrames
+from quire.core.sample.row_faults import FIRST_PROCESSOR, MASKED, NO_TOKEN
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import StepFailure
+from quire.core.traces.recorder import TraceRecorder
 
-__all__ = ["StepFailures"]
+__all__ = ["StepFailures", "StepHealth"]
 
 _log = logging.getLogger("quire.engine")
+_MAX_FAILED_STEPS, _RETRY_AFTER_S = 3, 30.0
+_LAYER_KINDS = ("attention", "quant", "model", "op")
+"""What computes logits. Of these, what other authors wrote is at fault before what is bundled."""
 
 
 class StepFailures:
     """Ends the requests of failed steps, and counts these steps by the plugin in which they failed."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, recorder: TraceRecorder | None = None) -> None:
         self.num_failures = 0
         self._config = config
+        self._recorder = recorder
 
     def fail_step(self, scheduler: Scheduler, step: SchedulerOutput, error: Exception) -> EngineCoreOutputs:
         """End the requests of ``step``, which raised ``error``. They are told the plugin whose frame was innermost and
@@ -35,3 +43,71 @@ class StepFailures:
         outputs = scheduler.fail_step(step, f"a step of the engine {what}{place}; the engine's log says why")
         outputs.step_failures = [StepFailure(kind, name)]
         return outputs
+
+    def update_from_output(
+        self, scheduler: Scheduler, step: SchedulerOutput, output: ModelRunnerOutput
+    ) -> EngineCoreOutputs:
+        """Apply the output of ``step``, the oldest in flight. Requests for which it has no token, their logits being
+        invalid, end before; what the prefix cache has of them is dropped. The others go on."""
+        if not output.row_faults:
+            return scheduler.update_from_output(step, output)
+        requests, ended, failures = scheduler.in_flight[0].requests, [], []
+        for index, fault in output.row_faults.items():
+            request, (error, failure) = requests[index], self._describe_fault(fault)
+            if scheduler.abort_request(request.request_id, "error", evict_prefix=True):
+                _log.error("request %s ends: %s", request.external_request_id, error)
+                ended.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
+                failures.append(failure)
+                if self._recorder is not None:
+                    self._recorder.record_abort(request.request_id)
+        outputs = scheduler.update_from_output(step, output)
+        outputs.outputs[:0] = ended
+        outputs.step_failures = list(dict.fromkeys(failures))
+        self.num_failures += len(outputs.step_failures)
+        return outputs
+
+    def _describe_fault(self, fault: int) -> tuple[str, StepFailure]:
+        """What is told of a row, and to whom it is counted."""
+        if fault <= FIRST_PROCESSOR:
+            choice = self._config.plugins_of("logits_processor")[FIRST_PROCESSOR - fault]
+            error = f"logits_processor/{choice.name} left no token that can be sampled (NaN, or all minus infinity)"
+            return error, StepFailure(choice.kind, choice.name)
+        if fault == NO_TOKEN:
+            name = self._config.plugin("sampler").name
+            return f"sampler/{name} returned a token that is not in the vocabulary", StepFailure("sampler", name)
+        if fault == MASKED:
+            return "the request's constraints together leave no token that can be sampled", StepFailure("", "")
+        chosen = [choice for key, choice in self._config.plugins.items() if key.partition(":")[0] in _LAYER_KINDS]
+        foreign = [choice for choice in chosen if not choice.is_bundled]
+        what = "the model computed logits without a token that can be sampled (NaN, or all minus infinity)"
+        if not foreign:
+            return f"{what}: every layer is bundled, so that the weights are at fault, or Quire is", StepFailure("", "")
+        names = " or ".join(f"{choice.kind}/{choice.name}" for choice in foreign)
+        return f"{what}; at fault is {names}, or the weights are", StepFailure(foreign[0].kind, foreign[0].name)
+
+
+class StepHealth:
+    """Whether steps fail one after the other: then requests should go elsewhere. One that fails now and then, or with a
+    request that brings it about, is no such sign."""
+
+    def __init__(self) -> None:
+        self._num_failed = 0  # steps in a row
+        self._last_failure: StepFailure | None = None
+        self._last_failed_at = 0.0
+
+    def note_outputs(self, outputs: EngineCoreOutputs) -> None:
+        """What one message of the engine core holds. A step from which any request got a token has not failed."""
+        if outputs.request_ids or any(output.new_token_ids for output in outputs.outputs):
+            self._num_failed = 0
+        elif outputs.step_failures:
+            self._num_failed += len(outputs.step_failures)
+            self._last_failure, self._last_failed_at = outputs.step_failures[-1], time.monotonic()
+
+    def describe_failures(self) -> str | None:
+        """Why requests should go elsewhere; None: they are served. After a while without requests they may come again,
+        to see."""
+        if self._num_failed < _MAX_FAILED_STEPS or time.monotonic() - self._last_failed_at > _RETRY_AFTER_S:
+            return None
+        failure = self._last_failure
+        place = f", in {failure.kind}/{failure.name}" if failure is not None and failure.kind else ""
+        return f"the last {self._num_failed} steps failed{place}; the engine's log says why"

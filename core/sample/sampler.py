@@ -16,6 +16,7 @@ from quire.core.contracts.sampler import Sampler, SamplingBatch, SamplingTable
 from quire.core.sample.filters import apply_filters
 from quire.core.sample.inputs import SamplingColumns
 from quire.core.sample.noise import gumbel
+from quire.core.sample.row_faults import NO_LOGITS, find_invalid_rows, mark_invalid_rows
 
 if TYPE_CHECKING:  # triton is imported on a GPU alone
     from quire.core.sample.kernels.workspace import Workspace
@@ -31,6 +32,9 @@ class GumbelSampler(Sampler):
 
     def __init__(self, vocab_size: int, device: torch.device, options: Any = None) -> None:
         super().__init__(vocab_size, device, options)
+        self.marks_invalid_rows = False
+        """Whether a fault (``row_faults``) stands in the place of a token for a row with a NaN, or with no logit above
+        minus infinity. For the sampler of requests alone: proposers look the tokens up in an embedding."""
         self._workspace: Workspace | None = None
 
     def prepare_graph_sampling(self, max_rows: int) -> bool:
@@ -55,23 +59,28 @@ class GumbelSampler(Sampler):
 
         workspace, t = self._workspace_for(logits), table
         if greedy:
-            launch_argmax(logits, workspace, tokens, rows, t.token_ids, t.num_tokens)
+            launch_argmax(
+                logits, workspace, tokens, rows, t.token_ids, t.num_tokens, mark_invalid=self.marks_invalid_rows
+            )
             return
         columns = SamplingColumns(t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.num_tokens)
-        launch_sample(logits, columns, workspace, tokens, rows, t.token_ids)
+        launch_sample(logits, columns, workspace, tokens, rows, t.token_ids, mark_invalid=self.marks_invalid_rows)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """``logits`` (n, vocab) float32 -> (n,) int32."""
         if logits.device.type == "cuda":
             return self._sample_with_kernels(logits, batch)
         if not batch.any_random:
-            return logits.argmax(-1).int()
+            tokens = logits.argmax(-1).int()
+            return mark_invalid_rows(logits, tokens) if self.marks_invalid_rows else tokens
+        is_invalid = find_invalid_rows(logits) if self.marks_invalid_rows else None
         random = batch.temperature > 0
         logits.div_(torch.where(random, batch.temperature, 1.0)[:, None])
         logits = apply_filters(logits, batch)
         noise = gumbel(batch.seed, batch.position, logits.shape[-1])
         # Filters keep the best token of every row, so they do not change what a greedy row takes.
-        return torch.where(random[:, None], logits + noise, logits).argmax(-1).int()
+        tokens = torch.where(random[:, None], logits + noise, logits).argmax(-1).int()
+        return tokens if is_invalid is None else torch.where(is_invalid, NO_LOGITS, tokens)
 
     def _sample_with_kernels(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         from quire.core.sample.kernels.argmax_kernel import launch_argmax
@@ -81,9 +90,9 @@ class GumbelSampler(Sampler):
         b, workspace = batch, self._workspace_for(logits)
         if b.any_random:
             columns = SamplingColumns(b.temperature, b.top_k, b.top_p, b.min_p, b.seed, b.position)
-            launch_sample(logits, columns, workspace, tokens)
+            launch_sample(logits, columns, workspace, tokens, mark_invalid=self.marks_invalid_rows)
         else:
-            launch_argmax(logits, workspace, tokens)
+            launch_argmax(logits, workspace, tokens, mark_invalid=self.marks_invalid_rows)
         return tokens
 
     def _workspace_for(self, logits: Tensor) -> Workspace:

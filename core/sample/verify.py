@@ -27,9 +27,10 @@ def verify_drafts(
 ) -> Tensor:
     """Append to each row its accepted drafts and the token sampled after them, at most ``spans.max_len`` tokens.
 
-    ``sampled`` (num_logits_rows,) int32. Drafts lie in ``table.token_ids`` behind a row's ``num_tokens``; the first
-    ``num_drafts`` (rows,) int32 of them are real, and none is afterwards. ``num_computed`` (rows,) int32 becomes
-    ``num_tokens - 1``: the keys and values of the last token are not yet computed.
+    ``sampled`` (num_logits_rows,) int32: tokens, or faults (``row_faults``), which no draft equals. Drafts lie in
+    ``table.token_ids`` behind a row's ``num_tokens``; the first ``num_drafts`` (rows,) int32 of them are real, and none
+    is afterwards. ``num_computed`` (rows,) int32 becomes ``num_tokens - 1``: the keys and values of the last token are
+    not yet computed.
     Returns (n, 2 + max_len) int32: how many tokens were appended, how many drafts were verified, the tokens.
     """
     if sampled.is_cuda:
@@ -46,7 +47,7 @@ def verify_drafts(
     drafts = table.token_ids[rows[:, None], base + offset]
     accepted = (drafts == tokens) & (offset < num_verified[:, None])
     count = 1 + accepted.int().cumprod(1)[:, : max_len - 1].sum(1) if max_len > 1 else torch.ones_like(rows)
-    table.token_ids[rows[:, None], base + offset] = torch.where(offset < count[:, None], tokens, drafts)
+    table.token_ids[rows[:, None], base + offset] = torch.where(offset < count[:, None], tokens.clamp(min=0), drafts)
     end = (base[:, 0] + count).int()
     table.num_tokens[rows] = end
     num_computed[rows] = end - 1

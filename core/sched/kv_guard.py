@@ -21,7 +21,7 @@ class AllocatorError(Exception):
     """The allocator cannot be used any more: once no request keeps blocks, ``guard.replace_allocator`` is due."""
 
     def __init__(self, guard: GuardedAllocator) -> None:
-        super().__init__(guard.fault)
+        super().__init__(f"kv/{guard.name} failed; the engine's log says why")  # its requests are told this
         self.guard = guard
 
 
@@ -47,8 +47,6 @@ class GuardedAllocator(KVAllocator):
         self.allocator = allocator
         self.is_replaced = False
         """Whether ``allocator`` is a replacement already. If that raises too, requests are at fault: they must end."""
-        self.fault = ""
-        """What the allocator raised."""
         self.fault_request: Request | None = None
         """The request for which it was called then; None: no request in particular."""
         self._make_replacement = make_replacement
@@ -56,6 +54,11 @@ class GuardedAllocator(KVAllocator):
         self._quarantine = self._start_quarantine(name)
         self._no_match = PrefixMatch(0, tuple(() for _ in allocator.groups))
         self._last_stats = self._base_stats = KVStats(0, 0, 0, 0, 0)
+
+    @property
+    def name(self) -> str:
+        """The allocator's."""
+        return self._quarantine.name
 
     def replace_allocator(self) -> None:
         """Start over with another allocator: every block is free, and nothing is cached."""
@@ -100,6 +103,10 @@ class GuardedAllocator(KVAllocator):
     def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
         """Does nothing, if the allocator has failed."""
         self._call("cache_full_blocks", request, partial(self.allocator.cache_full_blocks, request, num_tokens))
+
+    def evict_prefix(self, request: Request) -> None:
+        """Does nothing, if the allocator has failed: what it has cached is never read again."""
+        self._call("evict_prefix", request, partial(self.allocator.evict_prefix, request))
 
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Raises ``AllocatorError``."""
@@ -159,7 +166,6 @@ class GuardedAllocator(KVAllocator):
         self.fault_request = request
         is_broken = isinstance(error, BrokenAllocationError)
         detail = f"{method} {error}" if is_broken else f"{method} raised {type(error).__name__}: {error}"
-        self.fault = f"kv/{self._quarantine.name}: {detail}"
         self._quarantine.switch_off("invalid_result" if is_broken else "raised", detail, error)
 
     def _start_quarantine(self, name: str) -> Quarantine:

@@ -83,6 +83,10 @@ class WatchedAllocator(KVAllocator):
         """As the allocator does."""
         self.allocator.cache_full_blocks(request, num_tokens)
 
+    def evict_prefix(self, request: Request) -> None:
+        """As the allocator does."""
+        self.allocator.evict_prefix(request)
+
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Checks that the child's blocks are those of its parent."""
         allocation = self.allocator.fork_blocks(parent, child, num_tokens)

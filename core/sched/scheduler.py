@@ -122,7 +122,8 @@ class Scheduler:
         self._waiting = WaitingQueue(allocator.block_size)
         self._requests: dict[int, Request] = {}
         self._fork_groups = ForkGroups(self._waiting, self._running)
-        self._in_flight: deque[InFlightStep] = deque()
+        self.in_flight: deque[InFlightStep] = deque()
+        """Steps that were scheduled and not applied, the oldest first. To look at."""
         self.quarantined: list[QuarantinedPlugin] = []
         """The policy and the proposer on the host, if they were quarantined."""
         self.failed_outputs: list[EngineCoreOutput] = []
@@ -139,7 +140,9 @@ class Scheduler:
             clock=clock,
             timer=timer,
             on_quarantine=self.quarantined.append,
-            refuse=lambda request, error: self._end_with_error(request, error, "deadline_unmeetable"),
+            refuse=lambda request, error: self.failed_outputs.append(
+                self._end_with_error(request, error, "deadline_unmeetable")
+            ),
         )
         self._speculation: Speculation | None = None
         if speculation is not None:
@@ -180,12 +183,14 @@ class Scheduler:
         self._requests[request.request_id] = request
         return request
 
-    def abort_request(self, request_id: int, reason: FinishReason = "abort") -> bool:
+    def abort_request(self, request_id: int, reason: FinishReason = "abort", *, evict_prefix: bool = False) -> bool:
         """End a request now: its blocks and its row are free when this returns, and its tokens in flight are dropped.
-        False if there is no such request."""
+        With ``evict_prefix`` its blocks leave the prefix cache. False if there is no such request."""
         request = self._requests.get(request_id)
         if request is None:
             return False
+        if evict_prefix:
+            self._allocator.evict_prefix(request)
         self._finish_request(request, reason, None)
         return True
 
@@ -206,7 +211,7 @@ class Scheduler:
             if batch.groups:
                 self.policy_runner.guard.note_progress()
                 return self._close_batch(batch)
-            if self._in_flight or not (len(self._running) or self._waiting.num_ready):
+            if self.in_flight or not (len(self._running) or self._waiting.num_ready):
                 return None
             # The engine is idle and has requests: the policy is asked again, and replaced if it goes on like this.
             if not self.policy_runner.guard.note_empty_plan():
@@ -222,12 +227,9 @@ class Scheduler:
     def fail_step(self, step: SchedulerOutput, error: str) -> EngineCoreOutputs:
         """``step``, the oldest in flight, failed on the worker: its requests end with ``error``, the others go on. With
         its requests end those that share a prompt which it was to compute. Nothing of it enters the prefix cache."""
-        outputs = []
         failed = self._pop_oldest_step(step)
-        for request in (*failed.requests, *failed.find_children(self._in_flight)):
-            if request.status is not RequestStatus.FINISHED:
-                self._finish_request(request, "error", None)
-                outputs.append(EngineCoreOutput(request.request_id, [], finish_reason="error", error=error))
+        requests = (*failed.requests, *failed.find_children(self.in_flight))
+        outputs = [self._end_with_error(each, error) for each in requests if each.status is not RequestStatus.FINISHED]
         self._running.restore_freed_rows(step.freed_rows)
         return EngineCoreOutputs(outputs)
 
@@ -237,7 +239,7 @@ class Scheduler:
         if steps cannot get smaller."""
         if not self._token_budget.shrink_budget(step.total_num_scheduled_tokens):
             return False
-        in_flight_step = self._in_flight.pop()
+        in_flight_step = self.in_flight.pop()
         newest = in_flight_step.step
         assert newest is step, f"step {step.step} is not the newest in flight, {newest.step} is"
         # What the step would have sampled will never come: the requests wait for other steps' tokens only.
@@ -325,7 +327,7 @@ class Scheduler:
         step = self._batch_builder.make_output(batch, self._num_steps)
         self._num_steps += 1
         in_flight_step = InFlightStep.from_running(step, self._running, batch.forks)
-        self._in_flight.append(in_flight_step)
+        self.in_flight.append(in_flight_step)
         self.policy_runner.step_scheduled(step, batch)
         if self._fork_groups:
             # Requests that sample have their whole prompt computed, in stream order: their children may share it.
@@ -334,7 +336,7 @@ class Scheduler:
         return step
 
     def _pop_oldest_step(self, step: SchedulerOutput) -> InFlightStep:
-        in_flight_step = self._in_flight.popleft()
+        in_flight_step = self.in_flight.popleft()
         oldest = in_flight_step.step
         assert oldest is step, f"step {step.step} is not the oldest in flight, {oldest.step} is"
         return in_flight_step
@@ -347,15 +349,14 @@ class Scheduler:
         for request in list(self._requests.values()):
             request.block_hashes.clear()  # of the allocator's own kind
             if fault.guard.is_replaced and fault.guard.fault_request in (request, None):
-                self._end_with_error(request, str(fault), "failed")
+                self.failed_outputs.append(self._end_with_error(request, str(fault)))
         fault.guard.replace_allocator()
 
     # ---- A request leaves its row, or the engine.
 
-    def _end_with_error(self, request: Request, error: str, kind: ErrorKind) -> None:
+    def _end_with_error(self, request: Request, error: str, kind: ErrorKind = "failed") -> EngineCoreOutput:
         self._finish_request(request, "error", None)
-        output = EngineCoreOutput(request.request_id, [], finish_reason="error", error=error, error_kind=kind)
-        self.failed_outputs.append(output)
+        return EngineCoreOutput(request.request_id, [], finish_reason="error", error=error, error_kind=kind)
 
     def _preempt_request(self, request: Request) -> None:
         """Back to the queue, at its old place. All of it is computed again, except what the prefix cache still has.

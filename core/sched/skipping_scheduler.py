@@ -28,11 +28,11 @@ class SkippingScheduler(Scheduler):
         from it, or may."""
         table, allocator = self._running, self._allocator
         rows = table.rows
-        if not len(rows) or len(self._in_flight) != 1 or self._speculation is not None:
+        if not len(rows) or len(self.in_flight) != 1 or self._speculation is not None:
             return 0
         if len(self._waiting) and (table.num_free_rows or self._waiting.num_ready != len(self._waiting)):
             return 0
-        step = self._in_flight[0].step
+        step = self.in_flight[0].step
         # The step in flight is one of decodes, of all that run.
         if step.num_decodes != len(rows) or len(step.rows) != len(rows) or not step.sampling_mask.all():
             return 0
@@ -78,7 +78,7 @@ class SkippingScheduler(Scheduler):
         for row, new in zip(rows.tolist(), token_ids, strict=True):
             table.token_ids[row].extend(new)
         # As ``OutputUpdater`` does: the tokens of the step that was in flight, and of all but the last that is now.
-        in_flight_step = self._in_flight[0]
+        in_flight_step = self.in_flight[0]
         step = in_flight_step.step
         table.num_computed_tokens[rows] = computed + num_steps
         table.num_tokens[rows] += num_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ from quire.core.structured_output.request_grammar import RequestGrammar
 from quire.core.structured_outputs import StructuredOutputsParams
 
 __all__ = ["PreparedRequest", "StepMasks", "StructuredOutputManager"]
+
+_log = logging.getLogger("quire.structured_output")
 
 _COMPILE_TIME_LIMIT_S = 10.0
 """Over HTTP a constraint has compiled within a second of processor time before it comes here; this is for the rest."""
@@ -223,7 +226,8 @@ def _prepare(request: EngineCoreRequest, future: Future[CompiledGrammar]) -> Pre
     except InvalidRequestError as error:
         return PreparedRequest(request, None, str(error))
     except Exception as error:
-        return PreparedRequest(request, None, f"the grammar raised {type(error).__name__}: {error}")
+        _log.error("a grammar could not be started", exc_info=error)
+        return PreparedRequest(request, None, "its grammar failed; the engine's log says why")
 
 
 def _forbid_early_end(mask_request: MaskRequest, request: Request, bits: NDArray[np.int32]) -> None:

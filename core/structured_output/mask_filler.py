@@ -74,7 +74,8 @@ class MaskFiller:
             return ""
         except TimeoutError as error:
             if future.done():
-                return f"TimeoutError: {error}"
+                _log.error("a mask could not be filled", exc_info=error)
+                return "its grammar failed; the engine's log says why"
             self._queue.put(None)  # should the call ever return, its thread ends
             self._queue = None
             self.num_lost_threads += 1
@@ -82,7 +83,7 @@ class MaskFiller:
             return f"its grammar did not return in {self._time_limit_s:.0f} s"
         except Exception as error:
             _log.error("a mask could not be filled", exc_info=error)
-            return f"its grammar raised {type(error).__name__}: {error}"
+            return "its grammar failed; the engine's log says why"
 
     def _run(self, calls: queue.SimpleQueue[_Call | None]) -> None:
         while (call := calls.get()) is not None:

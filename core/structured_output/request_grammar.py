@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from quire.core.contracts.structured_output import GrammarState
 
 __all__ = ["RequestGrammar"]
+
+_log = logging.getLogger("quire.structured_output")
 
 
 class RequestGrammar:
@@ -34,7 +37,8 @@ class RequestGrammar:
         try:
             num_taken = self.state.advance(new_token_ids)
         except Exception as error:
-            self.error = f"its grammar raised {type(error).__name__}: {error}"
+            _log.error("a grammar failed", exc_info=error)
+            self.error = "its grammar failed; the engine's log says why"
             return False
         if num_taken != len(new_token_ids):
             self.error = f"its grammar does not take token {new_token_ids[num_taken]}, which it had allowed"
@@ -49,5 +53,6 @@ class RequestGrammar:
         try:
             return self.state.forced_tokens(max_tokens)
         except Exception as error:
-            self.error = f"its grammar raised {type(error).__name__}: {error}"
+            _log.error("a grammar failed", exc_info=error)
+            self.error = "its grammar failed; the engine's log says why"
             return ()

@@ -24,6 +24,7 @@ from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
+from quire.core.sample.checked_sampler import CheckedSampler
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.worker.cuda_graphs.decode import compute_max_captured_tokens
 from quire.core.worker.draft_runner import DraftRunner
@@ -105,7 +106,16 @@ class ComponentLoader:
         return AttentionGroups(backends, groups.group_of)
 
     def make_sampler(self) -> Sampler:
-        """The sampler."""
+        """The sampler of requests: in the place of a token it gives a fault (``row_faults``) where none can be
+        sampled."""
+        sampler = self.make_draft_sampler()
+        if type(sampler) is not GumbelSampler:
+            return CheckedSampler(sampler)
+        sampler.marks_invalid_rows = True
+        return sampler
+
+    def make_draft_sampler(self) -> Sampler:
+        """The sampler, for a proposer: it always gives tokens of the vocabulary."""
         choice = self._config.plugin("sampler")
         sampler_class = _load_plugin_class(choice, Sampler)
         options = _parse_plugin_options(sampler_class, choice)
@@ -116,7 +126,9 @@ class ComponentLoader:
         """What takes over from the sampler if it fails: the bundled one. None if that is the sampler."""
         if _load_plugin_class(self._config.plugin("sampler"), Sampler) is GumbelSampler:
             return None
-        return GumbelSampler(self._config.model.vocab_size, self._device)
+        fallback = GumbelSampler(self._config.model.vocab_size, self._device)
+        fallback.marks_invalid_rows = True
+        return fallback
 
     def make_logits_processors(self) -> list[tuple[str, LogitsProcessor]]:
         """Every chosen logits processor by name, in the order in which they are applied."""
@@ -127,9 +139,7 @@ class ComponentLoader:
             processors.append((choice.name, processor_class(self._config.model.vocab_size, self._device, options)))
         return processors
 
-    def make_draft_runner(
-        self, proposer: DeviceProposer, sampler: Sampler, table: RequestTable, target_kv_cache: KVCache
-    ) -> DraftRunner:
+    def make_draft_runner(self, proposer: DeviceProposer, table: RequestTable, target_kv_cache: KVCache) -> DraftRunner:
         """What runs ``proposer``, attached to the target. Its own layers live under the block ids of the target's group
         of layers that keeps every token."""
         config = self._config
@@ -140,6 +150,8 @@ class ComponentLoader:
         target_group = full_groups[0] if full_groups else 0
         attention = self.make_attention_groups(layer_specs)
         kv_cache = KVCache(attention.backends, attention.group_of, self._device)
+        sampler = self.make_draft_sampler()
+        sampler.prepare_graph_sampling(config.scheduler.max_num_seqs)
         proposer.attach_target(
             TargetState(
                 sampler=sampler,

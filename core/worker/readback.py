@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quire.core.messages import LogprobRows, ModelRunnerOutput, SchedulerOutput
 from quire.core.ops.pinned import copy_to_host
@@ -102,6 +103,7 @@ class Readback:
             token_ids[step.sampling_mask] = sampled[:, 2:]
         elif self._sampled_buffer is not None:
             token_ids[step.sampling_mask, 0] = sampled
+        row_faults = self._take_row_faults(token_ids, num_sampled)
         draft_token_ids = None
         if self._draft_buffer is not None:
             draft_token_ids = np.full((num_reqs, self._draft_buffer.shape[1]), -1, np.int32)
@@ -118,7 +120,18 @@ class Readback:
             num_compiled_kernels=self.num_compiled_kernels,
             draft_token_ids=draft_token_ids,
             ran_draft_backfill=self._ran_draft_backfill,
+            row_faults=row_faults,
         )
+
+    def _take_row_faults(self, token_ids: NDArray[np.int32], num_sampled: NDArray[np.int32]) -> dict[int, int]:
+        """The faults that stand in the place of tokens, by index into the step; they are overwritten. Only the last
+        token of a request can be one: no draft equals a fault, so what comes before it was accepted."""
+        if not token_ids.size or token_ids.min() >= 0:
+            return {}
+        last = token_ids[np.arange(len(token_ids)), np.maximum(num_sampled - 1, 0)]
+        faults = {int(i): int(last[i]) for i in ((last < 0) & (num_sampled > 0)).nonzero()[0]}
+        np.maximum(token_ids, 0, out=token_ids)
+        return faults
 
     def _split_logprobs(self) -> dict[int, LogprobRows]:
         """By index into the step. All were gathered with the largest k: each request gets the columns it asked for."""

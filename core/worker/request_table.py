@@ -152,7 +152,8 @@ class RequestTable:
         return torch.where(is_draft, self.token_ids[device_rows[:, None], columns], -1)
 
     def append_tokens(self, rows: Tensor, tokens: Tensor) -> None:
-        """Write the token sampled for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device."""
+        """Write the token sampled for each row at its end: ``rows`` (n,) int64, ``tokens`` (n,) int32, device. A fault
+        in the place of a token (``row_faults``) is written as token 0."""
         end = self.num_tokens[rows]
-        self.token_ids[rows, end.long()] = tokens
+        self.token_ids[rows, end.long()] = tokens.clamp(min=0)
         self.num_tokens[rows] = end + 1

@@ -29,9 +29,11 @@ from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import NewRequest, SchedulerOutput, TokenMasks
 from quire.core.ops.pinned import copy_to_device
 from quire.core.plugin.quarantine import Quarantine, class_path
+from quire.core.sample.checked_sampler import check_sampled_tokens
 from quire.core.sample.inputs import PenaltyColumns
 from quire.core.sample.logprobs import LogprobsTensors, gather_logprobs
 from quire.core.sample.penalties import apply_penalties
+from quire.core.sample.row_faults import FIRST_PROCESSOR, MASKED, NO_LOGITS, find_invalid_rows
 from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
@@ -58,7 +60,8 @@ class SampledTokens:
     """What a step sampled; tensors on the device."""
 
     token_ids: Tensor
-    """(num_sampling_reqs,) int32, or (num_sampling_reqs, 2 + max_len) as ``verify_drafts`` returns them."""
+    """(num_sampling_reqs,) int32, or (num_sampling_reqs, 2 + max_len) as ``verify_drafts`` returns them. A negative
+    one is a fault (``row_faults``)."""
     logprobs: SampledLogprobs | None = None
     quarantined: list[QuarantinedPlugin] = field(default_factory=list)
     """Samplers, logits processors and proposers that were quarantined since the last step."""
@@ -71,9 +74,15 @@ class _ActiveProcessor:
     """A logits processor that is not quarantined, and the rows for which it has something to do."""
 
     def __init__(
-        self, name: str, processor: LogitsProcessor, on_fault: Callable[[_ActiveProcessor, QuarantinedPlugin], None]
+        self,
+        name: str,
+        processor: LogitsProcessor,
+        fault: int,
+        on_fault: Callable[[_ActiveProcessor, QuarantinedPlugin], None],
     ) -> None:
         self.processor = processor
+        self.fault = fault
+        """What stands in the place of a token where it left a row invalid."""
         self.rows: set[int] = set()
         self.quarantine = Quarantine("logits_processor", name, partial(on_fault, self))
 
@@ -99,7 +108,10 @@ class SamplingRunner:
         """The sampler, where it can sample from the table by itself."""
         self._stale_graph_variants: set[str] = set()  # captured with a sampler that was replaced since
         self._quarantine: Quarantine | None = None  # of a sampler that another one can replace
-        self._processors = [_ActiveProcessor(name, each, self._remove_processor) for name, each in processors]
+        self._processors = [
+            _ActiveProcessor(name, each, FIRST_PROCESSOR - i, self._remove_processor)
+            for i, (name, each) in enumerate(processors)
+        ]
         # Host copies of what the table has on the device: reading that would wait for the step in flight.
         num_rows = table.num_rows
         self._is_random = np.zeros(num_rows, dtype=bool)
@@ -252,15 +264,19 @@ class SamplingRunner:
         # logits are wanted for log-probabilities, and may belong to a graph.
         logits = raw_logits.to(torch.float32, copy=True)
         self._apply_penalties(logits, rows, positions, host_rows, int(max_positions.max()))
-        self._apply_processors(logits, positions, host_rows, max_positions)
+        faults = self._apply_processors(logits, positions, host_rows, max_positions)
         if token_masks is not None:
             token_masks.apply(logits)
         batch = self._make_sampling_batch(rows, positions, host_rows)
         if self._quarantine is None:
-            return self._sampler.sample(logits, batch)
-        tokens = self._quarantine.call(_sample_checked, self._sampler, logits, batch)
+            tokens: Tensor | None = self._sampler.sample(logits, batch)
+        else:
+            tokens = self._quarantine.call(_sample_checked, self._sampler, logits, batch)
         if tokens is not None:
-            return tokens
+            # Where processors left a row valid, a mask has made it invalid.
+            if faults is None:
+                return tokens
+            return torch.where((tokens == NO_LOGITS) | (faults == NO_LOGITS), faults, tokens)
         # It is replaced now, and may have overwritten the logits.
         return self._sample_float32(raw_logits, inputs, host_rows, max_positions, token_masks)
 
@@ -276,9 +292,11 @@ class SamplingRunner:
 
     def _apply_processors(
         self, logits: Tensor, positions: Tensor, host_rows: NDArray[np.int32], max_positions: NDArray[np.int64]
-    ) -> None:
+    ) -> Tensor | None:
+        """What made each row invalid, (n,) int32, or has to if it is later found to be. None: no processor has work."""
         if not any(active.rows for active in self._processors):
-            return
+            return None
+        faults = torch.where(find_invalid_rows(logits), NO_LOGITS, MASKED).int()
         rows = host_rows.tolist()
         batch = LogitsBatch(rows, max_positions.tolist(), self.table.token_ids, positions)
         for active in list(self._processors):
@@ -289,6 +307,9 @@ class SamplingRunner:
             active.quarantine.call(active.processor.apply, logits, batch)
             if not active.quarantine.is_active:
                 logits.copy_(before)
+                continue
+            faults = torch.where(find_invalid_rows(logits) & (faults == MASKED), active.fault, faults)
+        return faults
 
     def _make_sampling_batch(self, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table
@@ -315,6 +336,7 @@ class SamplingRunner:
         if len(requested) < len(num_logprobs):  # the k best of a row are a pass over it: only where they are wanted
             logits_rows = copy_to_device(requested, torch.int64, logits.device)
             logits, tokens = logits[logits_rows], tokens[logits_rows]
+        tokens = tokens.clamp(min=0)  # in the place of faults
         num_logprobs = num_logprobs[requested]
         num_best, named = int(num_logprobs.max()), None
         if self._logprob_token_ids:
@@ -350,8 +372,4 @@ class SamplingRunner:
 
 
 def _sample_checked(sampler: Sampler, logits: Tensor, batch: SamplingBatch) -> Tensor:
-    tokens: object = sampler.sample(logits, batch)
-    if not isinstance(tokens, Tensor) or tokens.shape != (len(logits),) or tokens.is_floating_point():
-        shape = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else repr(tokens)
-        raise ValueError(f"sample returned {shape}, not ({len(logits)},) of torch.int32")
-    return tokens
+    return check_sampled_tokens(sampler.sample(logits, batch), len(logits))

@@ -137,9 +137,8 @@ class Worker:
             lookahead=num_drafts,
         )
         forced_acceptance = None if config.speculation is None else config.speculation.forced_acceptance
-        sampler = components.make_sampler()
         sampling_runner = SamplingRunner(
-            sampler,
+            components.make_sampler(),
             components.make_logits_processors(),
             table,
             compute_max_captured_tokens(max_num_seqs, num_drafts),
@@ -150,7 +149,7 @@ class Worker:
             self._model, attention.backends, kv_cache, table, sampling_runner, block_size, vocab_size, num_drafts
         )
         if self._proposer is not None:
-            self.model_runner.draft_runner = components.make_draft_runner(self._proposer, sampler, table, kv_cache)
+            self.model_runner.draft_runner = components.make_draft_runner(self._proposer, table, kv_cache)
 
     def _make_token_mask_buffer(self, num_drafts: int) -> TokenMaskBuffer | None:
         """None where no request may have a grammar."""

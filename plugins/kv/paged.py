@@ -145,6 +145,17 @@ class PagedAllocator(KVAllocator):
                     pool.insert_cached(blocks[i], hashes[i])
         table.num_cached = max(table.num_cached, num_full)
 
+    def evict_prefix(self, request: Request) -> None:
+        """Of all groups, by the hashes of its tokens: also where its blocks were freed before."""
+        if not self.prefix_caching:
+            return
+        hashes = hash_chain(request, self.block_size, len(request.token_ids) // self.block_size)
+        for pool in self._pools:
+            for block in [pool.cached_blocks[each] for each in hashes if each in pool.cached_blocks]:
+                pool.evict_block(block)
+        if (table := self._tables.get(request.request_id)) is not None:
+            table.num_cached = max(len(blocks) for blocks in table.blocks)
+
     def fork_blocks(self, parent: Request, child: Request, num_tokens: int) -> Allocation | None:
         """Share the parent's blocks. The request that first writes into a shared one copies it (see ``allocate``)."""
         source = self._tables[parent.request_id]

@@ -29,11 +29,14 @@ def launch_sample(
     out: Tensor,
     rows: Tensor | None = None,
     token_ids: Tensor | None = None,
+    *,
+    mark_invalid: bool = False,
 ) -> None:
     """``logits`` (n, vocab), rows dense, bf16, f16 or f32 -> ``out`` (n,) int32, as ``GumbelSampler.sample``.
 
     With ``rows`` (n,) int64 and ``token_ids`` (rows, length) the columns are the request table's, ``position`` being
     its ``num_tokens``, and each token is appended to its row, but for the table's last row, which stands for padding.
+    With ``mark_invalid`` a row with a NaN, or without a logit above minus infinity, gets ``NO_LOGITS`` in ``out``.
     """
     n, w = len(logits), workspace
     # Triton has no null pointers: where nothing is appended, ``out`` stands for what the kernels then do not follow.
@@ -41,10 +44,11 @@ def launch_sample(
     parameters = (logits, rows, *columns)
     strides = (logits.stride(0), token_ids.stride(0), len(columns.temperature) - 1)  # the last row is padding
     modes = {"append": append, "fast": not triton.knobs.runtime.interpret}  # the interpreter runs no inline PTX
+    marks = {"mark_invalid": mark_invalid}
     sample_scan_kernel[(w.num_chunks, n)](*parameters, *w.chunks, w.group_max, *strides, **w.scan_constants, **modes)
     sample_topk_candidates_kernel[(n,)](
-        *parameters, w.group_max, *w.candidates, out, token_ids, *strides, **w.topk_constants, **modes
+        *parameters, w.group_max, *w.candidates, out, token_ids, *strides, **w.topk_constants, **modes, **marks
     )
     sample_resolve_kernel[(w.num_parts, n)](
-        *parameters, *w.chunks, *w.parts, out, token_ids, *strides, **w.resolve_constants, **modes
+        *parameters, *w.chunks, *w.parts, out, token_ids, *strides, **w.resolve_constants, **modes, **marks
     )

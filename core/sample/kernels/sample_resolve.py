@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.core.sample.kernels.sample_row import best_noised_of_chunk, store_sampled_token, sum_masses
+from quire.core.sample.kernels.sample_row import best_noised_of_chunk, max_or_nan, store_sampled_token, sum_masses
 
 __all__ = ["sample_resolve_kernel"]
 
@@ -60,6 +60,7 @@ def sample_resolve_kernel(
     chunk_size: tl.constexpr,
     num_parts: tl.constexpr,
     append: tl.constexpr,
+    mark_invalid: tl.constexpr,
     fast: tl.constexpr,
 ):
     """Grid (num_parts, n). Rows with a top-k are ``sample_topk_candidates``'s."""
@@ -80,19 +81,21 @@ def sample_resolve_kernel(
             start = logits_row * num_chunks
             bests = tl.load(chunk_noised_ptr + start + chunks, mask=inside, other=float("-inf"))
             tokens = tl.load(chunk_token_ptr + start + chunks, mask=inside, other=vocab_size)
-            best = tl.max(bests, axis=0)
+            best = max_or_nan(bests, 0, fast)  # noise leaves NaN out: only of a greedy row it is one
             token = tl.min(tl.where(bests == best, tokens, vocab_size), axis=0)
             # Where the table is fed, ``position`` is its ``num_tokens``.
             if temperature <= 0.0:
                 store_sampled_token(
-                    token, logits_row, row, out_ptr, token_ids_ptr, position_ptr, token_stride, vocab_size, append
-                )
+                    token, best, logits_row, row, out_ptr, token_ids_ptr, position_ptr, token_stride, vocab_size,
+                    append, mark_invalid,
+                )  # fmt: skip
             else:
                 inv_temperature = 1.0 / temperature
                 logits = tl.load(chunk_logit_ptr + start + chunks, mask=inside, other=float("-inf"))
                 logit = tl.max(tl.where(tokens == token, logits, float("-inf")), axis=0)
                 chunk_max = tl.load(chunk_max_ptr + start + chunks, mask=inside, other=float("-inf"))
-                max_logit = tl.maximum(tl.max(chunk_max, axis=0), -1e30)  # finite, also where the whole row is masked
+                row_max = max_or_nan(chunk_max, 0, fast)
+                max_logit = tl.maximum(row_max, -1e30)  # finite, also where the whole row is masked
                 min_p = tl.load(min_p_ptr + row)
                 # p >= min_p * p_max  <=>  logit >= max_logit + log(min_p): min-p needs no softmax.
                 min_logit = tl.where(min_p > 0.0, max_logit + tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
@@ -141,8 +144,9 @@ def sample_resolve_kernel(
                                 )  # fmt: skip
                         refused = (token < vocab_size) & (above >= mass_limit) & (above > 0.0)
                     store_sampled_token(
-                        token, logits_row, row, out_ptr, token_ids_ptr, position_ptr, token_stride, vocab_size, append
-                    )
+                        token, row_max, logits_row, row, out_ptr, token_ids_ptr, position_ptr, token_stride,
+                        vocab_size, append, mark_invalid,
+                    )  # fmt: skip
 
 
 @triton.jit

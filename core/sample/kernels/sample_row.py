@@ -15,6 +15,7 @@ __all__ = [
     "best_noised_of_chunk",
     "count_at_least",
     "load_chunk",
+    "max_or_nan",
     "sample_whole_row",
     "store_sampled_token",
     "sum_masses",
@@ -27,6 +28,22 @@ def load_chunk(logits_ptr, index, inv_temperature, vocab_size: tl.constexpr, chu
     tokens = index * chunk_size + tl.arange(0, chunk_size)
     x = tl.load(logits_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32) * inv_temperature
     return tokens, x
+
+
+@triton.jit
+def max_or_nan(x, axis: tl.constexpr, fast: tl.constexpr):
+    """The largest of ``x`` along ``axis``, or NaN where one of them is: hardware has an instruction for it, so that a
+    wrong model is noticed for nothing."""
+    if fast:
+        return tl.reduce(x, axis, _larger_or_nan)
+    # The interpreter would run the function above for each element.
+    has_nan = tl.max((x != x).to(tl.int32), axis=axis) > 0
+    return tl.where(has_nan, float("nan"), tl.max(x, axis=axis))
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -127,6 +144,7 @@ def sample_whole_row(
 @triton.jit
 def store_sampled_token(
     token,
+    max_logit,
     logits_row,
     row,
     out_ptr,
@@ -135,12 +153,19 @@ def store_sampled_token(
     token_stride,
     vocab_size: tl.constexpr,
     append: tl.constexpr,
+    mark_invalid: tl.constexpr,
 ):
     """Store ``token`` for ``logits_row``; with ``append`` also at the end of ``row`` of the request table, so that the
-    next step, which may be queued already, finds it without the host."""
+    next step, which may be queued already, finds it without the host.
+
+    ``max_logit`` is the row's largest logit, NaN if it has one. With ``mark_invalid`` a row without a number above
+    minus infinity stores ``NO_LOGITS``; the table gets a token of the vocabulary all the same."""
     # A row of logits without any number (all NaN) must not send an index out of the vocabulary into the embedding.
     token = tl.minimum(token, vocab_size - 1).to(tl.int32)
-    tl.store(out_ptr + logits_row, token)
+    stored = token
+    if mark_invalid:
+        stored = tl.where(max_logit > float("-inf"), token, -1)  # NO_LOGITS of ``row_faults``
+    tl.store(out_ptr + logits_row, stored)
     if append:
         end = tl.load(num_tokens_ptr + row)
         tl.store(token_ids_ptr + row * token_stride + end, token)

@@ -5,6 +5,8 @@ What a chunk of a row leaves behind depends on what the row asks for, read on th
 - greedy: its best token;
 - top-k: the best logit of each group. No noise: few tokens will need any;
 - anything else: the best noised token with its logit, the largest logit, the sum of exponentials.
+
+The largest logit of a chunk or group with a NaN is NaN: the passes that follow find it there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 
 from quire.core.sample.kernels.noise_kernel import device_exp, device_gumbel
+from quire.core.sample.kernels.sample_row import max_or_nan
 
 __all__ = ["sample_scan_kernel"]
 
@@ -60,13 +63,13 @@ def sample_scan_kernel(
         x = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
         result = logits_row * num_chunks + chunk
         if temperature <= 0.0:
-            best = tl.max(x)
+            best = max_or_nan(max_or_nan(x, 1, fast), 0, fast)
             tl.store(chunk_noised_ptr + result, best)
             tl.store(chunk_token_ptr + result, tl.min(tl.where(x == best, tokens, vocab_size)))
         else:
             inv_temperature = 1.0 / temperature
-            group_max = tl.max(x, axis=1) * inv_temperature  # scaling keeps the order: one product a group
-            max_logit = tl.max(group_max, axis=0)
+            group_max = max_or_nan(x, 1, fast) * inv_temperature  # scaling keeps the order: one product a group
+            max_logit = max_or_nan(group_max, 0, fast)
             tl.store(chunk_max_ptr + result, max_logit)
             if top_k > 0:
                 tl.store(group_max_ptr + result * groups_per_chunk + tl.arange(0, groups_per_chunk), group_max)

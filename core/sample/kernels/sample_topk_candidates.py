@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from quire.core.sample.kernels.noise_kernel import device_exp, device_gumbel
-from quire.core.sample.kernels.sample_row import sample_whole_row, store_sampled_token
+from quire.core.sample.kernels.sample_row import max_or_nan, sample_whole_row, store_sampled_token
 
 __all__ = ["sample_topk_candidates_kernel"]
 
@@ -51,6 +51,7 @@ def sample_topk_candidates_kernel(
     block: tl.constexpr,
     other_block: tl.constexpr,
     append: tl.constexpr,
+    mark_invalid: tl.constexpr,
     fast: tl.constexpr,
 ):
     """Grid (n,). Rows without a top-k are ``sample_resolve``'s."""
@@ -69,7 +70,8 @@ def sample_topk_candidates_kernel(
             group_max = tl.load(
                 group_max_ptr + logits_row * num_groups + groups, mask=groups < num_groups, other=float("-inf")
             )  # fmt: skip
-            max_logit = tl.maximum(tl.max(group_max, axis=0), -1e30)  # finite, also where the whole row is masked
+            row_max = max_or_nan(group_max, 0, fast)
+            max_logit = tl.maximum(row_max, -1e30)  # finite, also where the whole row is masked
             min_p = tl.load(min_p_ptr + row)
             # p >= min_p * p_max  <=>  logit >= max_logit + log(min_p): min-p needs no softmax.
             min_logit = tl.where(min_p > 0.0, max_logit + tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
@@ -110,8 +112,9 @@ def sample_topk_candidates_kernel(
                 )
             # Where the table is fed, ``position`` is its ``num_tokens``.
             store_sampled_token(
-                token, logits_row, row, out_ptr, token_ids_ptr, position_ptr, token_stride, vocab_size, append
-            )
+                token, row_max, logits_row, row, out_ptr, token_ids_ptr, position_ptr, token_stride, vocab_size, append,
+                mark_invalid,
+            )  # fmt: skip
 
 
 @triton.jit

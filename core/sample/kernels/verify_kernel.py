@@ -67,7 +67,7 @@ def verify_drafts_kernel(
         drafts = tl.load(draft_ptr, mask=own, other=-2)
         rejected = tl.min(tl.where((tokens == drafts) & (offset < num_verified), block, offset), axis=0)
         count = tl.minimum(rejected, num_verified) + 1  # the token sampled after the accepted drafts comes for free
-        tl.store(draft_ptr, tokens, mask=offset < count)
+        tl.store(draft_ptr, tl.maximum(tokens, 0), mask=offset < count)  # a fault of ``row_faults`` is no token
         tl.store(num_tokens_ptr + row, base + count)
         tl.store(computed_ptr + row, base + count - 1)  # the last token's keys and values are the next step's
         tl.store(num_drafts_ptr + row, 0)

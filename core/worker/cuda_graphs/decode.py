@@ -23,6 +23,7 @@ from quire.core.contracts.sampler import Sampler, SamplingBatch
 from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.inputs import DraftSpans
+from quire.core.sample.row_faults import mark_invalid_rows
 from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.worker.cuda_graphs.capture import CapturedGraph, GraphCapturer
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
@@ -342,7 +343,7 @@ class DecodeGraphs:
             self._token_masks.apply(logits)
         if spans.max_len > 1:
             if self._sampler is None:
-                tokens = logits.argmax(-1).int()
+                tokens = mark_invalid_rows(logits, logits.argmax(-1).int())
             else:
                 batch = SamplingBatch.from_table(
                     table.sampling, inputs.logits_table_rows, inputs.logits_positions.long(), not greedy
@@ -353,7 +354,7 @@ class DecodeGraphs:
         if self._sampler is not None:
             self._sampler.sample_from_table(logits, inputs.rows, table.sampling, tokens, greedy=greedy)
             return tokens
-        tokens.copy_(logits.argmax(-1))
+        tokens.copy_(mark_invalid_rows(logits, logits.argmax(-1).int()))
         table.append_tokens(inputs.rows, tokens)
         table.num_tokens[table.padding_row :].zero_()  # what padding requests appended, or their row would run over
         return tokens

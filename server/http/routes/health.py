@@ -16,7 +16,8 @@ __all__ = ["make_router"]
 
 
 def make_router(state: ServerState) -> APIRouter:
-    """The routes. 503 when requests should go elsewhere: not loaded yet, draining, or the engine hangs or is dead."""
+    """The routes. 503 when requests should go elsewhere: not loaded yet, draining, the engine hangs or is dead, or its
+    steps fail one after the other."""
     routes = APIRouter()
 
     def check_ready() -> dict[str, str]:
@@ -25,6 +26,8 @@ def make_router(state: ServerState) -> APIRouter:
         state.check_alive()
         if not state.engine.is_ready:
             raise UnavailableError(state.engine.unavailable_reason or "the model is loading")
+        if (failures := state.engine.step_health.describe_failures()) is not None:
+            raise UnavailableError(failures)
         return {"status": "ok"}
 
     @routes.get("/health", openapi_extra=describe_operation("health", Health, errors=(503,)))
