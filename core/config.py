@@ -11,6 +11,7 @@ __all__ = [
     "CacheConfig",
     "EngineConfig",
     "ModelConfig",
+    "ParallelConfig",
     "PluginChoice",
     "RecordingConfig",
     "SchedulerConfig",
@@ -73,6 +74,14 @@ class CacheConfig:
     prefix_caching: bool = True
     watermark: float = 0.01
     """Share of the blocks that requests must leave free when they are admitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Over how many workers a model is split. The same on every rank: which one a worker is, the executor tells it."""
+
+    tensor_parallel_size: int = 1
+    """Workers that share every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +162,7 @@ class EngineConfig:
     """None: there are none, and nothing is spent on them."""
     recording: RecordingConfig | None = None
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def plugin(self, kind: str) -> PluginChoice:

@@ -15,6 +15,8 @@ __all__ = [
     "QuireError",
     "RequestFailedError",
     "UnsupportedError",
+    "WorkerDiedError",
+    "WorkerError",
 ]
 
 
@@ -76,3 +78,18 @@ class ControlCallError(QuireError, RuntimeError):
 
 class EngineDeadError(QuireError, RuntimeError):
     """The engine core stopped; no request can be served. HTTP answers 503."""
+
+
+class WorkerDiedError(EngineDeadError):
+    """A worker has ended, hangs, or did something else than the others: the executor can run no step any more."""
+
+
+class WorkerError(QuireError, RuntimeError):
+    """What a worker in another process raised, all workers alike; the executor goes on."""
+
+    def __init__(self, message: str, plugin: tuple[str, str] | None = None, error_code: int | None = None) -> None:
+        super().__init__(message)
+        self.plugin = plugin
+        """Kind and name of the plugin in which it was raised."""
+        self.error_code = error_code
+        """``cudaError_t``, where the device raised."""

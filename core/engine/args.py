@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from quire.core.config import CacheConfig, ModelConfig, SchedulerConfig, WatchdogConfig
-from quire.core.engine.setting import section_default, setting
+from quire.core.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, WatchdogConfig
+from quire.core.engine.setting import section_default, setting, settings_of
 from quire.core.engine.vllm_names import translate_kwargs
 from quire.core.errors import ConfigError
 from quire.core.plugin.registry import suggest_names
@@ -120,7 +120,11 @@ class EngineArgs:
         metavar="SHARE",
     )
     tensor_parallel_size: int = setting(
-        1, group="device", help="GPUs to split the model over", metavar="N", aliases=("-tp",)
+        section_default(ParallelConfig, "tensor_parallel_size"),
+        group="device",
+        help="GPUs of this host that share every layer of the model, each with a process",
+        metavar="N",
+        aliases=("-tp",),
     )
     enforce_eager: bool = setting(False, group="device", help="no CUDA graphs")
     executor: str = setting(
@@ -281,15 +285,26 @@ class EngineArgs:
     )
     record_prompts: bool = setting(False, group="logging", help="with --record: the tokens of prompts as well")
 
+    @property
+    def core_device(self) -> str:
+        """What the process of the engine core initializes: no GPU where workers have processes of their own."""
+        return self.device if self.tensor_parallel_size == 1 else "cpu"
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
         """From the keyword arguments of ``LLM`` or ``AsyncLLM``. None means the default, and
         arguments of vLLM's are treated as its flags are. ConfigError for a name that is not a setting."""
         names = [each.name for each in fields(cls)]
-        settings, messages = translate_kwargs(kwargs, frozenset(names))
+        aliases = {_name_of_flag(alias): each.name for each in settings_of(cls) for alias in each.aliases}
+        arguments = {aliases.get(name, name): value for name, value in kwargs.items()}
+        settings, messages = translate_kwargs(arguments, frozenset(names))
         for name in settings:
             if name not in names:
                 raise ConfigError(f"{name!r} is not a setting of the engine; {suggest_names(name, names)}")
         for message in messages:
             _log.warning("%s", message)
         return cls(**settings)
+
+
+def _name_of_flag(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")

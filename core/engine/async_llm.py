@@ -62,7 +62,7 @@ class AsyncLLM:
         self._unavailable_reason: str | None = None
         self._is_dead = False
         args = args or EngineArgs.from_kwargs(**kwargs)
-        self._client: EngineCoreClient | None = EngineCoreClient(process or EngineProcess(args.device))
+        self._client: EngineCoreClient | None = EngineCoreClient(process or EngineProcess(args.core_device))
         try:
             built = build_config(args)
             self.config, self.plugins = built.config, built.plugins

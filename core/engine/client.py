@@ -237,10 +237,13 @@ def _find_error_class(message: EngineFailed) -> type[errors.QuireError] | None:
 
 
 def format_ready_line(config: EngineConfig, capacity: KVCapacity | EngineReady) -> str:
-    """Weights, activations, graphs, KV cache, and how many full-length requests it holds."""
+    """Weights, activations, graphs, KV cache, and how many full-length requests it holds. Where several devices share
+    the model, each has so much."""
     num_tokens = (capacity.num_blocks - 1) * config.cache.block_size
     dtype_suffix = "" if config.cache.dtype == "auto" else f" in {config.cache.dtype}"
-    parts = [f"weights {_format_bytes(capacity.weight_bytes)}"]
+    num_ranks = config.parallel.tensor_parallel_size
+    each = "" if num_ranks == 1 else "on each "
+    parts = [f"{each}weights {_format_bytes(capacity.weight_bytes)}"]
     if capacity.activation_bytes:
         parts.append(f"activations {_format_bytes(capacity.activation_bytes)}")
     if capacity.graph_bytes:
@@ -249,7 +252,8 @@ def format_ready_line(config: EngineConfig, capacity: KVCapacity | EngineReady) 
     parts.append(f"KV cache {cache_size} = {num_tokens:,} tokens{dtype_suffix}")
     max_model_len = config.model.max_model_len
     parts.append(f"{num_tokens / max_model_len:.1f} requests of {max_model_len:,} tokens at once")
-    return f"{config.model.served_names[0]} ({config.model.dtype} on {config.model.device}): {', '.join(parts)}"
+    device = config.model.device if num_ranks == 1 else f"{num_ranks} x {config.model.device}"
+    return f"{config.model.served_names[0]} ({config.model.dtype} on {device}): {', '.join(parts)}"
 
 
 def _format_bytes(num_bytes: int) -> str:

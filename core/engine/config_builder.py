@@ -14,6 +14,7 @@ from quire.core.config import (
     CacheConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     PluginChoice,
     RecordingConfig,
     SchedulerConfig,
@@ -51,7 +52,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     args, keys_without_flag = spread_speculative_config(replace_classes_by_names(args))
     plugins = PluginManager(args.plugins)
     chooser = PluginChooser(plugins, args.plugin_options)
-    context: dict[str, Any] = {"device": args.device}
+    context: dict[str, Any] = {"device": args.device, "tensor_parallel_size": args.tensor_parallel_size}
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = _resolve_before_model(plugins, chooser, args, context)
 
@@ -63,6 +64,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     path = resolve_model(args.model, revision=args.revision, download_dir=args.download_dir)
     hf_config = read_hf_config(path)
     device = _resolve_device(args.device)
+    parallel = _build_parallel_config(args, device, hf_config)
     architecture = get_architecture(hf_config, partial(plugins.has_plugin, "model"))
     context.update(device=device, hf_config=hf_config, architectures=[architecture])
     choices = {**choices_before_model, **_resolve_for_model(chooser, args, context, architecture)}
@@ -107,6 +109,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         speculation=speculation,
         recording=_build_recording_config(args),
         watchdog=_build_watchdog_config(args, device),
+        parallel=parallel,
         extra={"chat_template": args.chat_template, "auto_tool_choice": args.enable_auto_tool_choice},
     )
     if args.plugins:
@@ -118,8 +121,10 @@ def build_config(args: EngineArgs) -> BuiltConfig:
 def _check_supported(args: EngineArgs) -> None:
     if args.trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
-    if args.tensor_parallel_size != 1:
-        raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size} is not supported yet; leave it at 1")
+    if args.tensor_parallel_size < 1:
+        raise ConfigError(f"tensor_parallel_size must be at least 1, got {args.tensor_parallel_size}")
+    if args.executor == "ray":
+        raise ConfigError("executor 'ray' is not supported yet: use multiproc (mp), which takes the GPUs of one host")
     for setting in settings_of(EngineArgs):
         value = getattr(args, setting.name)
         if setting.choices and value not in setting.choices:
@@ -212,6 +217,30 @@ def _resolve_dtype(requested: str, device: str, hf_config: Any) -> str:
         checkpoint_dtype = str(getattr(hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
         return checkpoint_dtype if checkpoint_dtype in ("float16", "bfloat16") else "bfloat16"
     return DTYPES[requested]
+
+
+def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> ParallelConfig:
+    """Raises ``ConfigError`` where there are too few GPUs, or where ranks cannot share the model evenly."""
+    import torch
+
+    size = args.tensor_parallel_size
+    if device == "cuda" and size > (num_gpus := torch.cuda.device_count()):
+        names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(gpu) for gpu in range(num_gpus)))
+        raise ConfigError(
+            f"tensor_parallel_size {size} needs as many GPUs, and {num_gpus} can be seen ({names}); lower it, or look "
+            "at CUDA_VISIBLE_DEVICES"
+        )
+    text_config = hf_config.get_text_config()
+    heads = int(getattr(text_config, "num_attention_heads", 0))
+    kv_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
+    if heads and size > 1:
+        sizes = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        if size not in sizes:
+            raise ConfigError(
+                f"tensor_parallel_size {size} does not divide the {heads} attention heads and {kv_heads} KV heads of "
+                f"{args.model}; give {', '.join(map(str, sizes))}"
+            )
+    return ParallelConfig(size)
 
 
 def _build_cache_config(args: EngineArgs) -> CacheConfig:

@@ -21,7 +21,7 @@ from quire.core.contracts.structured_output import GrammarState
 from quire.core.control import ControlMethods
 from quire.core.engine.policy_control import PolicyControl, make_policy
 from quire.core.engine.step_failures import StepFailures
-from quire.core.errors import InvalidRequestError, QueueFullError
+from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from quire.core.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -256,6 +256,8 @@ class EngineCore:
         return outputs
 
     def _retract_if_out_of_memory(self, step: SchedulerOutput, error: Exception) -> bool:
+        if isinstance(error, EngineDeadError):
+            raise error  # the executor can run no other step either
         if not isinstance(error, torch.OutOfMemoryError) or not self.scheduler.retract_step(step):
             return False
         _log.warning(

@@ -9,6 +9,7 @@ import time
 import torch
 
 from quire.core.config import EngineConfig
+from quire.core.errors import EngineDeadError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
 from quire.core.plugin.frames import PluginFrames
 from quire.core.sample.row_faults import FIRST_PROCESSOR, MASKED, NO_TOKEN
@@ -34,7 +35,12 @@ class StepFailures:
 
     def fail_step(self, scheduler: Scheduler, step: SchedulerOutput, error: Exception) -> EngineCoreOutputs:
         """End the requests of ``step``, which raised ``error``. They are told the plugin whose frame was innermost and
-        whether memory ran out, not what the exception says: that may hold anything, also of other requests."""
+        whether memory ran out, not what the exception says: that may hold anything, also of other requests.
+
+        Raises ``error`` where it is the end of the engine: the requests may run again in another.
+        """
+        if isinstance(error, EngineDeadError):
+            raise error
         kind, name = PluginFrames(self._config).find_raiser(error) or ("", "")
         place = f" in {kind}/{name}" if kind else ""
         _log.error("step %d failed%s; its requests end with an error", step.step, place, exc_info=error)

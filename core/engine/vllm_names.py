@@ -40,7 +40,7 @@ class VllmFlag:
 
 
 _LORA = "LoRA adapters are not supported yet; serve a merged checkpoint"
-_RAY = "Ray is not supported yet; the engine runs in one process"
+_RAY = "Ray is not supported yet; --executor multiproc takes the GPUs of one host"
 _NOT_NEEDED = "no longer needed: "
 
 VLLM_FLAGS: tuple[VllmFlag, ...] = (
@@ -55,15 +55,12 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     VllmFlag("--disable-frontend-multiprocessing", _NOT_NEEDED + "the engine core has a process of its own"),
     VllmFlag("--disable-uvicorn-access-log", _NOT_NEEDED + "requests are logged with --no-disable-log-requests alone"),
     VllmFlag("--uvicorn-log-level", _NOT_NEEDED + "--log-level is for all of it", takes_value=True),
-    VllmFlag("--disable-custom-all-reduce", _NOT_NEEDED + "the model is not split over GPUs"),
+    VllmFlag("--disable-custom-all-reduce", _NOT_NEEDED + "the engine chooses how ranks sum"),
     VllmFlag("--enable-server-load-tracking", _NOT_NEEDED + "the load is always at /load"),
     VllmFlag("--enable-prompt-tokens-details", _NOT_NEEDED + "usage always has them"),
     VllmFlag(
         "--tokenizer-mode", "there is one mode: the fast tokenizer", refused=True, takes_value=True,
         accepted_values=("auto",),
-    ),
-    VllmFlag(
-        "--distributed-executor-backend", _RAY, refused=True, takes_value=True, accepted_values=("mp", "uni", "auto")
     ),
     VllmFlag("--worker-use-ray", _RAY, refused=True),
     VllmFlag(
@@ -91,7 +88,7 @@ _HF_CONFIG = "not supported: change config.json in the model's folder"
 _COMPILATION = "there is nothing to choose; --enforce-eager turns CUDA graphs off"
 _TLS = "not supported: let a proxy in front speak TLS"
 _POOLING = "not supported: Quire generates text alone"
-_DISTRIBUTED = "not supported yet: the engine runs on one device"
+_DISTRIBUTED = "not supported yet; the GPUs of one host share a model with --tensor-parallel-size"
 _KV_TRANSFER = "not supported yet: the KV cache stays on the device"
 _TUNED = "decided by the engine; a scheduling policy of your own can be chosen with --scheduling-policy"
 _SPECULATION = "now a key of --speculative-config"

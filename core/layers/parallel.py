@@ -43,7 +43,8 @@ class TensorParallel:
         if self.size == 1:
             return x[None]
         stacked = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(stacked, x.contiguous(), group=self.group)
+        # gloo takes the ranks as more rows of the first dimension alone
+        dist.all_gather_into_tensor(stacked.flatten(0, 1), x.contiguous(), group=self.group)
         return stacked
 
     def divide_evenly(self, total: int, name: str) -> int:

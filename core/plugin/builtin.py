@@ -127,7 +127,18 @@ def quire_register_structured_output(register: Registrar) -> None:
 @hookimpl
 def quire_register_executor(register: Registrar) -> None:
     """Register the bundled executors."""
-    register("uniproc", "quire.core.worker.uniproc_executor:UniprocExecutor", "one worker in the engine's own process")
+    register(
+        "uniproc",
+        "quire.core.worker.uniproc_executor:UniprocExecutor",
+        "one worker in the engine's own process",
+        aliases=("uni",),
+    )
+    register(
+        "multiproc",
+        "quire.core.worker.multiproc.executor:MultiprocExecutor",
+        "a process for each device of this host",
+        aliases=("mp",),
+    )
 
 
 @hookimpl
@@ -212,11 +223,17 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         "policy": Choice("fcfs", "the default"),
         "quant": Choice("none", "the checkpoint names no quantization" if config.get("hf_config") else "the default"),
         "sampler": Choice("gumbel", "the default"),
-        "executor": Choice("uniproc", "one device needs one process"),
+        "executor": _choose_executor(int(config.get("tensor_parallel_size") or 1)),
         "metrics": Choice("prometheus", "the default"),
         "router": Choice("least_loaded", "the default"),
     }
     return plain.get(kind)
+
+
+def _choose_executor(num_workers: int) -> Choice:
+    if num_workers > 1:
+        return Choice("multiproc", f"{num_workers} devices share the model")
+    return Choice("uniproc", "one device needs one process")
 
 
 def _choose_attention(device: str) -> Choice:

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from quire.core.config import EngineConfig
+from quire.core.errors import WorkerError
 from quire.core.plugin.quarantine import Quarantine
 
 __all__ = ["PluginCall", "PluginFrames", "ThreadStack", "find_plugin_calls", "is_debugged"]
@@ -59,7 +60,9 @@ class PluginFrames:
 
     def find_raiser(self, error: BaseException) -> tuple[str, str] | None:
         """Kind and name of the plugin that was innermost when ``error`` was raised; None if it was none. An executor
-        only runs what others raise: it must have raised the error itself."""
+        only runs what others raise: it must have raised the error itself. A worker in another process says it."""
+        if isinstance(error, WorkerError):
+            return error.plugin
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         for frame in reversed(frames):
             plugin = self._match_frame(frame)

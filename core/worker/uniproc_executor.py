@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
+from quire.core.errors import ConfigError
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
 from quire.core.worker.worker import Worker
 
@@ -27,6 +28,11 @@ class UniprocExecutor(Executor):
 
     def __init__(self, config: EngineConfig, options: object = None) -> None:
         super().__init__(config, options)
+        if (size := config.parallel.tensor_parallel_size) > 1:
+            raise ConfigError(
+                f"the executor {config.plugin('executor').name!r} runs one worker, and tensor_parallel_size is {size}; "
+                "use --executor multiproc"
+            )
         self._worker: Worker | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._model_future: Future[None] | None = None  # in the thread: of ``execute_model``

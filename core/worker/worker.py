@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -248,6 +249,30 @@ class Worker:
         if self._compile_counter is not None:
             readback.num_compiled_kernels = self._compile_counter.take_count()
         return readback
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
+    def num_unchecked_tokens(self) -> int:
+        """Steps of at most so many tokens need no ``has_memory_for``: those without prompts, which CUDA graphs run in
+        memory of their own. What fits into a host's memory cannot be known."""
+        return sys.maxsize if self._device.type == "cpu" else self._config.scheduler.max_num_seqs
+
+    def has_memory_for(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens fits, by the measured need of the largest. Where several ranks run it, all
+        are asked before any begins: one that ran out of memory in the middle would leave the others waiting for it."""
+        if num_tokens <= self.num_unchecked_tokens:
+            return True
+        share = num_tokens / self._config.scheduler.max_num_batched_tokens
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        needed = int(self._memory_profile.activation_bytes * share)
+        if needed <= kept or needed <= kept + torch.cuda.mem_get_info(self._device)[0]:
+            return True
+        torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
+        return False
 
     @property
     def is_compiling(self) -> bool:

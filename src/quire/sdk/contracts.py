@@ -107,6 +107,7 @@ __all__ = [
     "ModelConfig",
     "ModelRunnerOutput",
     "NewRequest",
+    "ParallelConfig",
     "PluginChoice",
     "PrefixMatch",
     "PythonicToolParser",
@@ -189,8 +190,8 @@ NAMES_OF_MODULE = {
     "quire.core.parsing.python_calls": ("PythonicToolParser",),
     "quire.core.contracts.router": ("ReplicaLoad", "RoutedRequest", "Router"),
     "quire.core.config": (
-        "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "PluginChoice", "SchedulerConfig",
-        "SpeculationConfig",
+        "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "ParallelConfig", "PluginChoice",
+        "SchedulerConfig", "SpeculationConfig",
     ),
     "quire.core.messages": (
         "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",

@@ -15,6 +15,8 @@ from quire.core.errors import (
     QuireError,
     RequestFailedError,
     UnsupportedError,
+    WorkerDiedError,
+    WorkerError,
 )
 
 __all__ = [
@@ -30,4 +32,6 @@ __all__ = [
     "QuireError",
     "RequestFailedError",
     "UnsupportedError",
+    "WorkerDiedError",
+    "WorkerError",
 ]

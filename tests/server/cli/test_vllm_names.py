@@ -80,11 +80,13 @@ def test_variables_name_settings_that_are_there() -> None:
 def test_keyword_arguments_of_scripts_for_vllm(caplog: pytest.LogCaptureFixture) -> None:
     """None is the default, and what is off asks for nothing."""
     off = {"enable_lora": False, "cpu_offload_gb": 0, "rope_scaling": None, "limit_mm_per_prompt": {}}
-    same = {"tokenizer_mode": "auto", "pipeline_parallel_size": 1, "distributed_executor_backend": "mp"}
+    same = {"tokenizer_mode": "auto", "pipeline_parallel_size": 1, "distributed_executor_backend": None}
     with caplog.at_level(logging.WARNING, "quire.config"):
         args = EngineArgs.from_kwargs(model="m", quantization=None, seed=None, dtype=None, **off, **same)
         assert args == EngineArgs(model="m") and not caplog.records
         assert EngineArgs.from_kwargs(model="m", swap_space=4, disable_log_stats=True) == args
+    named = EngineArgs.from_kwargs(tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert named == EngineArgs(tensor_parallel_size=2, executor="mp")
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "swap_space=4",
         "disable_log_stats=True",

@@ -1,0 +1,284 @@
+"""One rank in its process: follows the messages of the executor, and answers."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch._C._distributed_c10d import TCPStore
+
+from quire.core.config import EngineConfig
+from quire.core.errors import QuireError
+from quire.core.layers.parallel import TensorParallel
+from quire.core.log import setup_logging
+from quire.core.messages import TokenMasks
+from quire.core.plugin.frames import PluginFrames
+from quire.core.plugin.target import load_target
+from quire.core.worker.multiproc.broadcast_ring import RingReader, SharedMemory
+from quire.core.worker.multiproc.messages import (
+    AllocateKVCache,
+    CallMethod,
+    CallReply,
+    CheckMemory,
+    CompareStep,
+    MemoryChecked,
+    MessageFromRank,
+    MessageToRank,
+    RankCodec,
+    RankLoaded,
+    RankReady,
+    RunStep,
+    SampleTokens,
+    StartFailed,
+    StartRank,
+    StepDone,
+    StepFailed,
+    StepOutcome,
+)
+from quire.core.worker.multiproc.rank_processes import MASK_BLOCK, NEW_RING, NEXT_MESSAGE, STATUS
+from quire.core.worker.readback import Readback
+from quire.core.worker.worker import Worker
+
+__all__ = ["RankWorker"]
+
+_log = logging.getLogger("quire.worker")
+_STATUS_INTERVAL_S = 0.25
+_MAX_KEPT_OUTCOMES = 64
+
+
+class RankWorker:
+    """Runs until the executor closes the socket. The main thread launches steps; on a GPU another one waits for what
+    they sampled, so that the next step is launched meanwhile."""
+
+    def __init__(self, rank: int, size: int, connection: socket.socket, store_fd: int) -> None:
+        self._rank, self._size = rank, size
+        self._socket, self._store_fd = connection, store_fd
+        self._send_lock = threading.Lock()
+        self._codec, self._send_codec = RankCodec(), RankCodec()
+        self._ring: RingReader | None = None
+        self._status: NDArray[np.uint8] | None = None  # by rank: whether it compiles
+        self._mask_blocks: list[NDArray[np.int32]] = []
+        self._outcomes: dict[int, str] = {}
+        self._launched_number = 0
+        self._failed_number = -1  # the step whose model could not be launched: its second half is passed over
+        self._results: queue.SimpleQueue[Callable[[], None]] | None = None
+        self._worker: Worker | None = None
+        self._frames: PluginFrames | None = None
+
+    def run(self) -> int:
+        """Follow messages until there are no more."""
+        while (message := self._receive()) is not None:
+            try:
+                self._handle(message)
+            except Exception as error:
+                if not isinstance(error, QuireError):
+                    _log.error("rank %d could not start", self._rank, exc_info=error)
+                self._send(StartFailed(_format_error(error), type(error).__name__))
+        # Without the destructors of communication libraries: they may wait for a rank that has ended.
+        os._exit(0)
+
+    def _handle(self, message: MessageToRank) -> None:
+        if isinstance(message, RunStep):
+            self._run_step(message)
+        elif isinstance(message, SampleTokens):
+            self._sample_tokens(message)
+        elif isinstance(message, CheckMemory):
+            self._send(MemoryChecked(self.worker.has_memory_for(message.num_tokens)))
+        elif isinstance(message, CompareStep):
+            self._after_results(lambda: self._send_outcome(message.number))
+        elif isinstance(message, CallMethod):
+            self._call_method(message)
+        elif isinstance(message, StartRank):
+            self._load(message)
+        else:
+            self._end_start(message)
+
+    @property
+    def worker(self) -> Worker:
+        """The worker, once it is loaded."""
+        assert self._worker is not None, "StartRank comes first"
+        return self._worker
+
+    # ---- The start.
+
+    def _load(self, message: StartRank) -> None:
+        setup_logging(message.log_level, rank=self._rank)
+        config = message.config
+        self._frames = PluginFrames(config)
+        if config.model.device == "cuda":
+            torch.cuda.set_device(self._rank)
+        parallel = self._join_group(config, message.store_port)
+        worker_class = load_target(message.worker_target, f"{Worker.__module__}:{Worker.__name__}")
+        self._worker = worker = worker_class(config, parallel)
+        worker.load_model()
+        worker.build_model_runner()
+        self._send(RankLoaded(worker.profile_memory()))
+
+    def _join_group(self, config: EngineConfig, store_port: int) -> TensorParallel:
+        if self._size == 1:
+            return TensorParallel()
+        # A rank that hangs is found by the executor, which knows how long a step may take.
+        limit = timedelta(days=365)
+        store = TCPStore(
+            "127.0.0.1",
+            store_port,
+            self._size,
+            is_master=self._rank == 0,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=self._store_fd if self._rank == 0 else None,
+        )
+        backend = "nccl" if config.model.device == "cuda" else "gloo"
+        device = torch.device("cuda", self._rank) if backend == "nccl" else None
+        dist.init_process_group(
+            backend, store=store, rank=self._rank, world_size=self._size, timeout=limit, device_id=device
+        )
+        return TensorParallel(self._rank, self._size)
+
+    def _end_start(self, message: AllocateKVCache) -> None:
+        worker = self.worker
+        worker.allocate_kv_cache(message.num_blocks)
+        worker.capture_graphs()
+        worker.end_start()
+        if worker.device.type == "cuda":  # on a CPU nothing is compiled, and a step has ended when it is launched
+            threading.Thread(target=self._report_status, name="quire-status", daemon=True).start()
+            self._results = queue.SimpleQueue()
+            threading.Thread(target=self._wait_for_results, args=(self._results,), daemon=True).start()
+        gc.collect()
+        gc.freeze()  # a collection that scans what the worker was built from would stall a step
+        self._send(RankReady(worker.capacity, worker.num_unchecked_tokens))
+
+    # ---- Steps.
+
+    def _run_step(self, message: RunStep) -> None:
+        self._launched_number = message.number
+        try:
+            if message.stage == "model":
+                self.worker.execute_model(message.step)
+                return
+            readback = self.worker.execute_step(message.step)
+        except Exception as error:
+            self._failed_number = message.number
+            self._note_failure(message.number, error)
+            return
+        self._after_results(lambda: self._send_result(message.number, readback))
+
+    def _sample_tokens(self, message: SampleTokens) -> None:
+        number = self._launched_number
+        if number == self._failed_number:
+            return
+        try:
+            readback = self.worker.sample_tokens(self._read_masks(message))
+        except Exception as error:
+            self._note_failure(number, error)
+            return
+        self._after_results(lambda: self._send_result(number, readback))
+
+    def _read_masks(self, message: SampleTokens) -> TokenMasks | None:
+        if message.request_indices is None or message.draft_offsets is None:
+            return None
+        bits = message.bits
+        if bits is None:
+            end = message.offset + len(message.request_indices) * message.num_words
+            bits = self._mask_blocks[message.block][message.offset : end].reshape(-1, message.num_words)
+        return TokenMasks(message.request_indices, message.draft_offsets, bits)
+
+    def _send_result(self, number: int, readback: Readback) -> None:
+        try:
+            output = readback.result()
+        except Exception as error:
+            self._note_failure(number, error)
+            return
+        if output.quarantined:
+            self._keep_outcome(number, ", ".join(sorted(f"{p.kind}/{p.name} {p.reason}" for p in output.quarantined)))
+        if self._rank == 0 or output.quarantined:
+            self._send(StepDone(number, output))
+
+    def _note_failure(self, number: int, error: Exception) -> None:
+        text = _format_error(error)
+        self._keep_outcome(number, f"raised {type(error).__name__}")
+        plugin = None if self._frames is None else self._frames.find_raiser(error)
+        code = getattr(error, "error_code", None)
+        lines = "".join(traceback.format_exception(error))
+        self._send(StepFailed(number, text, type(error).__name__, code, plugin, lines))
+
+    def _keep_outcome(self, number: int, outcome: str) -> None:
+        self._outcomes[number] = outcome
+        while len(self._outcomes) > _MAX_KEPT_OUTCOMES:
+            del self._outcomes[next(iter(self._outcomes))]
+
+    def _send_outcome(self, number: int) -> None:
+        self._send(StepOutcome(number, self._outcomes.get(number, "")))
+
+    # ---- Everything else.
+
+    def _call_method(self, message: CallMethod) -> None:
+        try:
+            self._send(CallReply(self.worker.control.call_method(message.method, message.arguments)))
+        except Exception as error:  # also a result that msgpack cannot hold
+            self._send(CallReply(None, str(error), type(error).__name__))
+
+    def _after_results(self, function: Callable[[], None]) -> None:
+        """Call ``function`` once the results of the steps before have been sent; it may wait for the device."""
+        if self._results is None:
+            function()
+        else:
+            self._results.put(function)
+
+    def _wait_for_results(self, results: queue.SimpleQueue[Callable[[], None]]) -> None:
+        torch.cuda.set_device(self._rank)
+        while True:
+            results.get()()
+
+    def _report_status(self) -> None:
+        while True:
+            if self._status is not None:
+                self._status[self._rank] = self.worker.is_compiling
+            time.sleep(_STATUS_INTERVAL_S)
+
+    def _receive(self) -> MessageToRank | None:
+        """The next message; None when the executor has closed the socket. Waits without using the processor."""
+        while True:
+            kind, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
+            if not kind:
+                return None
+            if kind == NEXT_MESSAGE:
+                assert self._ring is not None
+                return self._codec.decode_to_rank(self._ring.read())
+            memory = SharedMemory(fds[0])
+            memory.close()  # the mapping is enough
+            if kind == NEW_RING:
+                self._ring = RingReader(memory, self._size, self._rank)
+            elif kind == STATUS:
+                self._status = np.frombuffer(memory.map, np.uint8)
+            elif kind == MASK_BLOCK:
+                self._mask_blocks.append(_pin(np.frombuffer(memory.map, np.int32)))
+
+    def _send(self, message: MessageFromRank) -> None:
+        with self._send_lock:
+            data = self._send_codec.encode(message)
+            self._socket.sendall(len(data).to_bytes(4, "little") + data)
+
+
+def _pin(block: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Page-lock shared memory where there is a GPU, so that copies from it do not wait. Without, they do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.cudart().cudaHostRegister(block.ctypes.data, block.nbytes, 0)
+    return block
+
+
+def _format_error(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, QuireError) else f"{type(error).__name__}: {text}"

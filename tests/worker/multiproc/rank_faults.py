@@ -1,0 +1,44 @@
+"""A worker that does wrong when it is told to: imported by ranks, which are processes of their own."""
+
+from __future__ import annotations
+
+import time
+
+from quire.core.worker.multiproc.executor import MultiprocExecutor
+from quire.core.worker.worker import Worker
+
+
+class FaultyWorker(Worker):
+    """What ``set_fault`` names goes wrong, on one rank or on all."""
+
+    def __init__(self, config, parallel=None):
+        super().__init__(config, parallel)
+        self.rank = 0 if parallel is None else parallel.rank
+        self.fault, self.faulty_rank = "", None
+        self.control.add_method("set_fault", self.set_fault)
+
+    def set_fault(self, fault: str, rank: int | None = None) -> None:
+        self.fault, self.faulty_rank = fault, rank
+
+    def has_fault(self, fault):
+        return self.fault == fault and self.faulty_rank in (None, self.rank)
+
+    @property
+    def num_unchecked_tokens(self):
+        return 0
+
+    def has_memory_for(self, num_tokens):
+        return not self.has_fault("memory") or num_tokens <= 24
+
+    def execute_model(self, step):
+        if self.has_fault("raise"):
+            raise ValueError("forced")
+        if self.has_fault("hang"):
+            time.sleep(10_000)
+        super().execute_model(step)
+
+
+class FaultyExecutor(MultiprocExecutor):
+    """Its workers go wrong."""
+
+    worker_target = "rank_faults:FaultyWorker"
