@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test coverage architecture aot aotold oldest fuzz fuzzapi clients lint format types docs wheel bench check clean
+.PHONY: help serve install dev test coverage architecture aot aotold oldest fuzz loras fuzzapi clients lint format types docs wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -56,6 +56,9 @@ oldest: $(VENV)/oldest/.installed ## some tests with the oldest version of each 
 
 fuzz: dev ## an hour of random requests under pressure, compared with themselves alone; ARGS="--seconds S" or "--seed N"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/e2e/mixed_requests.py $(ARGS)
+
+loras: dev ## ten thousand random events of adapters: load, unload, reload, request, abort
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.sched.test_adapter_machine
 
 fuzzapi: $(VENV)/fuzz/.installed $(VENV)/.installed-dev ## a minute of random HTTP requests, by schemathesis; ARGS="--seconds S --seed N"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/server/fuzz_api.py --schemathesis $(VENV)/fuzz/bin/schemathesis $(ARGS)

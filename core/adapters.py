@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["AdapterRef", "LoRARequest"]
+__all__ = ["AdapterActivity", "AdapterRef", "LoRARequest"]
 
 
 class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
@@ -39,3 +39,12 @@ class LoRARequest(msgspec.Struct, frozen=True):
     def name(self) -> str:
         """As ``lora_name``."""
         return self.lora_name
+
+
+class AdapterActivity(msgspec.Struct, frozen=True, array_like=True):
+    """How many requests an adapter has in the engine core."""
+
+    name: str
+    num_running: int
+    """That have begun."""
+    num_waiting: int

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.core.adapters import AdapterActivity, AdapterRef
 from quire.core.parsing.message import AssistantMessage
 from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
@@ -71,6 +72,8 @@ class EngineCoreRequest(msgspec.Struct, array_like=True):
     """The caller's id, one for all of the ``n > 1``: for policies and messages, never to find a request by."""
     scheduling: SchedulingParams | None = None
     """What the caller tells the batching policy; None: nothing."""
+    adapter: AdapterRef | None = None
+    """The adapter that changes the model for it; None: none does."""
 
 
 # ---- engine core -> worker ---------------------------------------------------------------------------------------
@@ -263,6 +266,8 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True):
     """Steps that failed since the last message."""
     steps: list[StepStats] = []
     """The steps that were finished since the last message."""
+    adapters: list[AdapterActivity] = []
+    """Those that have requests; sent with ``stats``."""
 
     def iter_new_tokens(self) -> Iterator[tuple[int, list[int]]]:
         """The columns as (request, its tokens)."""

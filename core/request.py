@@ -34,6 +34,8 @@ class Request:
     """
 
     __slots__ = (
+        "adapter",
+        "adapter_slot",
         "arrival_ns",
         "block_hashes",
         "cache_salt",
@@ -84,6 +86,10 @@ class Request:
         self.arrival_ns = message.arrival_ns
         self.priority = message.priority
         self.cache_salt = message.cache_salt
+        self.adapter = message.adapter
+        """The adapter that changes the model for it; None: none does."""
+        self.adapter_slot = -1
+        """Where the workers keep the adapter, from its first grant on; -1 before that, and without an adapter."""
         self.scheduling = message.scheduling or _NO_SCHEDULING_PARAMS
         self.info: RequestInfo | None = None
         """What the policy is told of the request, once it was asked for a rank."""
@@ -123,8 +129,9 @@ class Request:
 
     @property
     def extra_keys(self) -> tuple[str, ...]:
-        """What besides tokens makes a cached prefix different: the salt (later: adapters, images)."""
-        return () if self.cache_salt is None else (f"salt:{self.cache_salt}",)
+        """What besides tokens makes a cached prefix different: the salt, and the content of the adapter."""
+        keys = () if self.cache_salt is None else (f"salt:{self.cache_salt}",)
+        return keys if self.adapter is None else (*keys, f"adapter:{self.adapter.content_hash}")
 
     @property
     def skip_prefix_cache(self) -> bool:

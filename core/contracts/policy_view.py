@@ -72,6 +72,8 @@ class RequestInfo:
     prefix_hash: int = 0
     """Names the longest beginning of its prompt, in whole KV blocks, that an earlier request had too, of those that are
     remembered (some 100,000 blocks); 0: there was none, or not ``BatchingPolicy.reads_prefix_cache``."""
+    adapter: str | None = None
+    """The name of the LoRA adapter that it asks for; None: the base model."""
 
 
 @dataclass(frozen=True, slots=True)

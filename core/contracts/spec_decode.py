@@ -83,7 +83,7 @@ class HostProposer(SpeculativeProposer):
         Called for decoding requests in every step, between two launches: it may take some microseconds. If all calls of
         a step take more than 50 ms together, three steps in a row, the proposer is quarantined. Not called for a
         request whose grammar forces its next tokens, which are drafted then (``GrammarState.forced_tokens``). Tokens of
-        one request may be used for another only if their ``cache_salt`` is the same. Tokens outside the vocabulary end
+        one request may be used for another only if their ``extra_keys`` are the same. Tokens outside the vocabulary end
         the draft.
         """
 

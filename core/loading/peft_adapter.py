@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["LoraWeights", "PeftAdapter", "PeftConfig", "read_adapter"]
+__all__ = ["LoraWeights", "PeftAdapter", "PeftConfig", "compute_content_hash", "read_adapter"]
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -137,64 +136,71 @@ def read_adapter(
     Raises ``CheckpointError``, one line that names the file, field or tensor and says what to do.
     """
     folder = Path(path)
-    config_bytes, weight_bytes = _read_file(folder, CONFIG_NAME), _read_file(folder, WEIGHTS_NAME)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (config_bytes, weight_bytes):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    if content_hash is not None and digest.hexdigest() != content_hash:
+    found_hash = compute_content_hash(folder)
+    if content_hash is not None and found_hash != content_hash:
         raise CheckpointError(f"the files of adapter {str(path)!r} have changed since it was loaded; load it again")
-    config = _parse_config(folder, config_bytes)
+    config = _read_config(folder)
     if (unsupported := config.find_unsupported()) is not None:
         raise CheckpointError(
             f"adapter {str(path)!r} is not plain LoRA ({unsupported}); train it without, or merge it into its base"
         )
-    tensors = _parse_weights(folder, weight_bytes)
-    del weight_bytes
+    tensors = _read_weights(folder)
+    if compute_content_hash(folder) != found_hash:
+        raise CheckpointError(f"the files of adapter {str(path)!r} changed while they were read; load it again")
     try:
         modules = _pair_tensors(config, tensors, max_rank, module_shapes, dtype)
     except CheckpointError as error:
         base = config.base_model_name_or_path
         trained_on = f", trained on {base!r}" if base else ""
         raise CheckpointError(f"adapter {str(path)!r}{trained_on}: {error}") from None
-    return PeftAdapter(config, digest.hexdigest(), modules)
+    return PeftAdapter(config, found_hash, modules)
 
 
-def _read_file(folder: Path, name: str) -> bytes:
+def compute_content_hash(path: str | Path) -> str:
+    """The hash of the files of the adapter in the folder ``path``, whatever its method. Raises ``CheckpointError``."""
+    folder, digest = Path(path), hashlib.blake2b(digest_size=16)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise CheckpointError(f"adapter {str(path)!r} {_explain_unreadable(folder, name, error)}") from None
+    return digest.hexdigest()
+
+
+def _explain_unreadable(folder: Path, name: str, error: OSError) -> str:
+    if not folder.is_dir():
+        return "is not a folder; give one that PEFT wrote"
+    if name == WEIGHTS_NAME and (folder / "adapter_model.bin").is_file():
+        return (
+            "has only adapter_model.bin, a pickle, which can run code when loaded and is refused; save it again as "
+            "safetensors"
+        )
+    if isinstance(error, FileNotFoundError):
+        return f"has no {name}; give a folder that PEFT wrote"
+    return f"has a {name} that cannot be read ({error.strerror})"
+
+
+def _read_config(folder: Path) -> PeftConfig:
     try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        if not folder.is_dir():
-            reason = "is not a folder; give one that PEFT wrote"
-        elif name == WEIGHTS_NAME and (folder / "adapter_model.bin").is_file():
-            reason = (
-                "has only adapter_model.bin, a pickle, which can run code when loaded and is refused; save it again as "
-                "safetensors"
-            )
-        elif isinstance(error, FileNotFoundError):
-            reason = f"has no {name}; give a folder that PEFT wrote"
-        else:
-            reason = f"has a {name} that cannot be read ({error.strerror})"
-        raise CheckpointError(f"adapter {str(folder)!r} {reason}") from None
-
-
-def _parse_config(folder: Path, data: bytes) -> PeftConfig:
-    try:
-        config = msgspec.json.decode(data, type=PeftConfig)
+        config = msgspec.json.decode((folder / CONFIG_NAME).read_bytes(), type=PeftConfig)
         if min(config.r, *config.rank_pattern.values(), 1) < 1:
             raise ValueError("r must be at least 1")
         for pattern in (*config.rank_pattern, *config.alpha_pattern):
             re.compile(pattern)
         if not all(math.isfinite(alpha) for alpha in (config.lora_alpha, *config.alpha_pattern.values())):
             raise ValueError("lora_alpha must be finite")
-    except (ValueError, re.error) as error:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, re.error) as error:  # msgspec's errors are ValueErrors
         raise CheckpointError(f"{folder / CONFIG_NAME} is not an adapter's configuration: {error}") from None
     return config
 
 
-def _parse_weights(folder: Path, data: bytes) -> dict[str, Tensor]:
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
-        return parse_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        with safe_open(folder / WEIGHTS_NAME, framework="pt", device="cpu") as file:
+            # One by one, so that no other thread waits for long; copies, which later writes to the file do not reach.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder / WEIGHTS_NAME} is truncated or not a safetensors file ({reason}); save it again"

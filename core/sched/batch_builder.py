@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from quire.core.contracts.kv import KVAllocator
 from quire.core.messages import SchedulerOutput
 from quire.core.request import Request
+from quire.core.sched.adapter_slots import AdapterSlots
 from quire.core.sched.checked_plan import CheckedPlan
 from quire.core.sched.running_batch import NEVER, RunningBatch
 from quire.core.sched.scheduled_batch import Fork, ScheduledBatch, ScheduledRows
@@ -48,6 +49,7 @@ class BatchBuilder:
         requests: dict[int, Request],
         clock: Callable[[], int],
         speculation: Speculation | None = None,
+        adapter_slots: AdapterSlots | None = None,
     ) -> None:
         self._running = running
         self._waiting = waiting
@@ -59,6 +61,7 @@ class BatchBuilder:
         self._requests = requests
         self._clock = clock
         self._speculation = speculation
+        self._adapter_slots = adapter_slots
         self._num_lookahead_tokens = 0 if speculation is None else speculation.num_lookahead_tokens
         self._backoff = _AdmissionBackoff(None, 0)
         self._window_of_group = {
@@ -265,6 +268,8 @@ class BatchBuilder:
         row = table.add_row(request, computed, committed, table.next_block_boundary(num_slots - 1))
         if self._speculation is not None:
             self._speculation.reset_row(row)
+        if self._adapter_slots is not None and request.adapter is not None:
+            self._adapter_slots.admit_request(request)
         if parent is not None and forked is not None:
             batch.record_allocation(row, forked)
             batch.forks.append(Fork(request, parent))
@@ -290,7 +295,7 @@ class BatchBuilder:
         parent = self._requests.get(request.parent_id)
         if parent is None or parent.row < 0 or self._running.num_computed_tokens[parent.row] < parent.prompt_len:
             return None
-        same = parent.cache_salt == request.cache_salt and parent.token_ids[: parent.prompt_len] == request.token_ids
+        same = parent.extra_keys == request.extra_keys and parent.token_ids[: parent.prompt_len] == request.token_ids
         return parent if same and request.prompt_len > 1 else None
 
     def _count_reserved_blocks(self) -> int:

@@ -226,4 +226,5 @@ def make_request_info(request: Request, num_cached_tokens: int = 0, prefix_hash:
         extra_args=MappingProxyType(request.params.extra_args or {}),
         num_cached_tokens=num_cached_tokens,
         prefix_hash=prefix_hash,
+        adapter=None if request.adapter is None else request.adapter.name,
     )

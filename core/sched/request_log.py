@@ -21,11 +21,12 @@ MAX_LOGGED_REQUESTS, MAX_LOGGED_STEPS = 10_000, 4096
 _MAX_STINTS = 16
 _MAX_RUNS = 64
 
-WaitReason = Literal["rows", "blocks", "tokens", "policy", "step"]
+WaitReason = Literal["rows", "blocks", "tokens", "policy", "step", "adapter"]
 """What the queue lacked after a step: free rows (``max_num_seqs``), KV blocks, the token budget of the step; nothing,
-and the policy granted it nothing; or no request waited, and one that came then waits for the next plan."""
+and the policy granted it nothing; or no request waited, and one that came then waits for the next plan. Or what a
+single request lacked while it was out of the queue: its adapter had no slot."""
 
-_REASONS: tuple[WaitReason, ...] = ("rows", "blocks", "tokens", "policy", "step")
+_REASONS: tuple[WaitReason, ...] = ("rows", "blocks", "tokens", "policy", "step", "adapter")
 _INDEX_OF_REASON = {reason: index for index, reason in enumerate(_REASONS)}
 
 
@@ -54,13 +55,15 @@ class _LoggedRequest:
 
     __slots__ = (
         *("facts", "finish_ns", "finish_reason", "num_output_tokens", "num_preemptions"),
-        *("stints", "waited_ns", "waiting_since"),
+        *("held_since_ns", "stints", "waited_ns", "waiting_since"),
     )
 
     def __init__(self, facts: dict[str, Any], waiting_since: list[int]) -> None:
         self.facts = facts
         self.waiting_since: list[int] | None = waiting_since
         """The counts of the queue when it began to wait; None while it does not."""
+        self.held_since_ns: int | None = None
+        """When it began to wait for its adapter; None while it does not."""
         self.waited_ns = [0] * len(_REASONS)
         self.stints: list[_Stint] = []
         self.num_preemptions = self.num_output_tokens = self.finish_ns = 0
@@ -95,6 +98,7 @@ class RequestLog:
             "max_tokens": request.max_total_tokens - request.prompt_len,
             "priority": request.priority,
             "group": None if info is None else info.group,
+            "adapter": None if request.adapter is None else request.adapter.name,
             "deadline_ms": params.deadline_ms,
             "policy": policy,
             "admission_key": repr(request.queue_key[0])[:200],
@@ -111,6 +115,20 @@ class RequestLog:
         if len(logged.stints) < _MAX_STINTS:
             logged.stints.append(_Stint(step, now_ns, row, num_cached_tokens))
 
+    def request_held_back(self, request: Request, now_ns: int) -> None:
+        """A request left the queue, or did not enter it, for its adapter has no slot."""
+        logged = self._requests.get(request.request_id)
+        if logged is not None:
+            self._end_wait(logged, now_ns)
+            logged.held_since_ns = now_ns
+
+    def request_let_in(self, request: Request, now_ns: int) -> None:
+        """A request that was held back is in the queue."""
+        logged = self._requests.get(request.request_id)
+        if logged is not None:
+            _end_hold(logged, now_ns)
+            logged.waiting_since = self._count_until(now_ns)
+
     def request_preempted(self, request: Request, step: int, now_ns: int) -> None:
         """A request lost its row, and waits again."""
         logged = self._requests.get(request.request_id)
@@ -124,6 +142,7 @@ class RequestLog:
         logged = self._requests.get(request.request_id)
         if logged is not None:
             self._end_wait(logged, now_ns)
+            _end_hold(logged, now_ns)
             _end_stint(logged, step, now_ns)
             logged.finish_ns, logged.finish_reason = now_ns, request.finish_reason or ""
             logged.num_output_tokens = request.num_output_tokens
@@ -153,12 +172,15 @@ class RequestLog:
         waited = list(logged.waited_ns)
         if logged.waiting_since is not None:
             waited = _add_wait(waited, logged.waiting_since, self._count_until(now_ns))
+        if logged.held_since_ns is not None:
+            waited[_INDEX_OF_REASON["adapter"]] += now_ns - logged.held_since_ns
 
         def since(ns: int) -> float:
             return round((ns - arrival_ns) / 1e6, 3)
 
         facts = {name: value for name, value in logged.facts.items() if name != "arrival_ns"}
-        state = logged.finish_reason or ("running" if logged.waiting_since is None else "waiting")
+        is_waiting = logged.waiting_since is not None or logged.held_since_ns is not None
+        state = logged.finish_reason or ("waiting" if is_waiting else "running")
         stints = []
         for stint in logged.stints:
             granted, num_steps, num_skipped = self._find_grants(stint)
@@ -218,6 +240,12 @@ class RequestLog:
 
 def _add_wait(waited: list[int], since: list[int], until: list[int]) -> list[int]:
     return [total + max(end - start, 0) for total, start, end in zip(waited, since, until, strict=True)]
+
+
+def _end_hold(logged: _LoggedRequest, now_ns: int) -> None:
+    if logged.held_since_ns is not None:
+        logged.waited_ns[_INDEX_OF_REASON["adapter"]] += now_ns - logged.held_since_ns
+        logged.held_since_ns = None
 
 
 def _end_stint(logged: _LoggedRequest, step: int, now_ns: int) -> None:

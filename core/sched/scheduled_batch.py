@@ -90,6 +90,7 @@ class ScheduledBatch:
                 params=request.params,
                 seed=request.seed,
                 stop_token_ids=request.stop_token_ids,
+                adapter_slot=request.adapter_slot,
             )
         )
 

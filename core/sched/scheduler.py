@@ -36,7 +36,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -55,7 +54,9 @@ from quire.core.messages import (
     SchedulerOutput,
 )
 from quire.core.request import Request, RequestStatus
+from quire.core.sched.adapter_slots import AdapterSlots
 from quire.core.sched.batch_builder import BatchBuilder
+from quire.core.sched.debug_state import SchedulerDebugState
 from quire.core.sched.draft_length import DraftLengthTuner
 from quire.core.sched.kv_guard import AllocatorError
 from quire.core.sched.limits import RequestLimits, TokenBudget
@@ -67,17 +68,7 @@ from quire.core.sched.speculation import Speculation
 from quire.core.sched.waiting_queue import ForkGroups, WaitingQueue
 from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["Scheduler", "SchedulerDebugState"]
-
-
-class SchedulerDebugState(NamedTuple):
-    """The scheduler's live parts, for tests and debugging: to look at, not to change."""
-
-    running: RunningBatch
-    waiting: WaitingQueue
-    fork_groups: ForkGroups
-    allocator: KVAllocator
-    speculation: Speculation | None
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -106,6 +97,7 @@ class Scheduler:
         proposer: HostProposer | None = None,
         policy_name: str | None = None,
         proposer_name: str | None = None,
+        max_loras: int = 0,
         on_end: Callable[[Request], None] | None = None,
     ) -> None:
         num_speculative_tokens = 0 if speculation is None else speculation.num_speculative_tokens
@@ -127,7 +119,7 @@ class Scheduler:
         self.quarantined: list[QuarantinedPlugin] = []
         """The policy and the proposer on the host, if they were quarantined."""
         self.failed_outputs: list[EngineCoreOutput] = []
-        """Ends of requests for which the allocator raised or which the policy refused, to be sent."""
+        """Ends of requests between steps, to be sent."""
         self.policy_runner = PolicyRunner(
             policy,
             fallback,
@@ -141,7 +133,7 @@ class Scheduler:
             timer=timer,
             on_quarantine=self.quarantined.append,
             refuse=lambda request, error: self.failed_outputs.append(
-                self._end_with_error(request, error, "deadline_unmeetable")
+                self.end_with_error(request, error, "deadline_unmeetable")
             ),
         )
         self._speculation: Speculation | None = None
@@ -155,6 +147,12 @@ class Scheduler:
         self._output_updater = OutputUpdater(
             self._running, allocator, self._finish_request, self._waiting.unpark_request, self._speculation
         )
+        self.adapter_slots: AdapterSlots | None = None
+        """Where there are adapters, which of them have slots."""
+        if max_loras:
+            self.adapter_slots = AdapterSlots(
+                max_loras, self._waiting, self.in_flight, self.policy_runner.log, clock=clock
+            )
         self._batch_builder = BatchBuilder(
             self._running,
             self._waiting,
@@ -164,6 +162,7 @@ class Scheduler:
             requests=self._requests,
             clock=clock,
             speculation=self._speculation,
+            adapter_slots=self.adapter_slots,
         )
         self._token_budget = TokenBudget(config, max_model_len)
         self._num_steps = self._num_preemptions = 0
@@ -229,7 +228,7 @@ class Scheduler:
         its requests end those that share a prompt which it was to compute. Nothing of it enters the prefix cache."""
         failed = self._pop_oldest_step(step)
         requests = (*failed.requests, *failed.find_children(self.in_flight))
-        outputs = [self._end_with_error(each, error) for each in requests if each.status is not RequestStatus.FINISHED]
+        outputs = [self.end_with_error(each, error) for each in requests if each.status is not RequestStatus.FINISHED]
         self._running.restore_freed_rows(step.freed_rows)
         return EngineCoreOutputs(outputs)
 
@@ -297,6 +296,7 @@ class Scheduler:
             "out_of_memory_total": float(self._token_budget.num_shrinks),
             "plugin_quarantines_total": float(len(self.quarantined)),
             **({} if self._speculation is None else self._speculation.stats()),
+            **({} if self.adapter_slots is None else self.adapter_slots.stats()),
         }
 
     # ---- A step is built.
@@ -349,12 +349,13 @@ class Scheduler:
         for request in list(self._requests.values()):
             request.block_hashes.clear()  # of the allocator's own kind
             if fault.guard.is_replaced and fault.guard.fault_request in (request, None):
-                self.failed_outputs.append(self._end_with_error(request, str(fault)))
+                self.failed_outputs.append(self.end_with_error(request, str(fault)))
         fault.guard.replace_allocator()
 
     # ---- A request leaves its row, or the engine.
 
-    def _end_with_error(self, request: Request, error: str, kind: ErrorKind = "failed") -> EngineCoreOutput:
+    def end_with_error(self, request: Request, error: str, kind: ErrorKind = "failed") -> EngineCoreOutput:
+        """End a request for whatever reason; what its caller is to be sent."""
         self._finish_request(request, "error", None)
         return EngineCoreOutput(request.request_id, [], finish_reason="error", error=error, error_kind=kind)
 
@@ -384,6 +385,8 @@ class Scheduler:
         self._fork_groups.unpark_children(request)
         if self._speculation is not None:
             self._speculation.request_finished(request)
+        if self.adapter_slots is not None and request.adapter is not None:
+            self.adapter_slots.request_finished(request)
         self.policy_runner.request_finished(request)
         if self._on_end is not None:
             self._on_end(request)

@@ -55,6 +55,8 @@ class WaitingQueue:
         self._no_columns = GatheredColumns(self._columns, np.empty(0, np.int64), block_size)
         self._parked: dict[int, Request] = {}
         self._num_ready = 0
+        self.hold_back: Callable[[Request], bool] | None = None
+        """Asked of each request that is to be queued: if true, it is parked instead."""
 
     def __len__(self) -> int:
         return self._num_ready + len(self._parked)
@@ -74,7 +76,10 @@ class WaitingQueue:
         return sum(len(lane.heap) for lane in self._lanes.values())
 
     def add_request(self, request: Request) -> None:
-        """Queue a request at its ``queue_key``, which no other request may have."""
+        """Queue a request at its ``queue_key``, which no other request may have; or park it, if ``hold_back`` says."""
+        if self.hold_back is not None and self.hold_back(request):
+            self.park_request(request)
+            return
         lane = self._lanes.get(request.group_index)
         if lane is None:
             lane = _Lane(max(self._max_visible // (1 + len(self._lanes)), 1))

@@ -25,7 +25,8 @@ class FakeKVWorker:
     The key and value of a position are a mark: a hash of all tokens up to it and of the salt. Every step checks that
     each position it attends to holds the mark it must hold, so that any mistake in block tables, sharing, copies,
     reuse or freeing of blocks is an ``AssertionError`` in the step that would have computed a wrong token. The token
-    sampled depends on the request's seed and on all tokens before it: see ``compute_expected_tokens``.
+    sampled depends on the request's seed and on all tokens before it: see ``compute_expected_tokens``. Marks and tokens
+    also depend on what the request's adapter slot holds when they are computed.
 
     A step that fails (``fail_step``) leaves garbage in the slots that it was to write. What a step behind it computes
     from garbage is garbage as well, and samples the token -1, which no request may ever receive.
@@ -44,6 +45,7 @@ class FakeKVWorker:
         self._vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # slot -> mark
+        self._adapters: dict[int, str] = {}  # slot -> hash of the adapter's content
         self._next_step = 0
         self._rows_left_with: dict[int, set[int]] = {}  # by failed step: rows that it freed, unknown to the worker
         self._may_be_freed_again: set[int] = set()
@@ -79,6 +81,19 @@ class FakeKVWorker:
                 self._propose_drafts(self._rows[row], step.num_tokens_to_propose) if samples else []
             )
         return result
+
+    @property
+    def loaded_adapters(self) -> dict[int, str]:
+        """What each slot holds: the hash of an adapter's content."""
+        return dict(self._adapters)
+
+    def load_adapter(self, slot: int, content_hash: str) -> None:
+        """From here on the slot holds this adapter."""
+        self._adapters[slot] = content_hash
+
+    def unload_adapter(self, slot: int) -> None:
+        """From here on the slot holds nothing."""
+        del self._adapters[slot]
 
     def fail_step(self, step: SchedulerOutput, *, read_differences: bool) -> None:
         """Fail on a step: while it is computed, or (without ``read_differences``) before anything of it is known. The
@@ -122,6 +137,8 @@ class FakeKVWorker:
             is_free = new.row not in self._rows or any(new.row in rows for rows in self._rows_left_with.values())
             assert is_free, f"row {new.row} is given to {new.request_id}, but was not freed"
             self._rows[new.row] = _Row(new, list(new.token_ids), new.num_computed_tokens, [{} for _ in self._groups])
+            slot = new.adapter_slot
+            assert slot < 0 or slot in self._adapters, f"{new.request_id} has slot {slot}, which is empty"
         for diff in step.block_diffs:
             table = self._rows[diff.row].blocks[diff.group]
             for i, block in enumerate(diff.block_ids):
@@ -159,7 +176,7 @@ class FakeKVWorker:
         assert row.num_computed_tokens + count <= len(row.tokens), (
             f"{row.new.request_id}: granted tokens that are not known"
         )
-        row.extend_marks(row.num_computed_tokens + count)
+        row.extend_marks(row.num_computed_tokens + count, self._get_adapter(row))
         for group, table in enumerate(row.blocks):
             for position in range(row.num_computed_tokens, row.num_computed_tokens + count):
                 block = table[position // self._block_size]
@@ -215,25 +232,33 @@ class FakeKVWorker:
         known = len(row.tokens) - drafted
         offered, sampled = row.tokens[known:], list[int]()
         while not sampled or (len(sampled) <= drafted and sampled[-1] == offered[len(sampled) - 1]):
-            sampled.append(_compute_next_token(new.seed, row.tokens[:known] + sampled, self._vocab_size))
+            tokens = row.tokens[:known] + sampled
+            sampled.append(_compute_next_token(new.seed, tokens, self._vocab_size, self._get_adapter(row)))
         row.replace_drafts(known, sampled)
         result.sampled_token_ids[index, : len(sampled)] = sampled
         result.num_sampled_tokens[index] = len(sampled)
         if params.logprobs is not None:
             result.logprobs[index] = _make_logprob_rows(sampled + [0] * (1 + drafted - len(sampled)))
 
+    def _get_adapter(self, row: _Row) -> str:
+        """What the row's slot holds now; empty for the base model."""
+        return "" if row.new.adapter_slot < 0 else self._adapters[row.new.adapter_slot]
+
     def _propose_drafts(self, row: _Row, count: int) -> list[int]:
-        expected = compute_expected_tokens(row.new.seed, row.tokens, count, self._vocab_size)
+        expected = compute_expected_tokens(row.new.seed, row.tokens, count, self._vocab_size, self._get_adapter(row))
         return [
             token if self._rng.random() < self._draft_accuracy else (token + 1) % self._vocab_size for token in expected
         ]
 
 
-def compute_expected_tokens(seed: int, prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
-    """What a request samples if nothing goes wrong: ``count`` tokens, stops not considered."""
+def compute_expected_tokens(
+    seed: int, prompt: Sequence[int], count: int, vocab_size: int, adapter: str = ""
+) -> list[int]:
+    """What a request samples if nothing goes wrong: ``count`` tokens, stops not considered. ``adapter`` is the hash of
+    its adapter's content."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(_compute_next_token(seed, tokens, vocab_size))
+        tokens.append(_compute_next_token(seed, tokens, vocab_size, adapter))
     return tokens[len(prompt) :]
 
 
@@ -261,13 +286,15 @@ class _Row:
         self.num_computed_tokens = len(self.tokens) - 1
         del self.marks[self.num_computed_tokens :]
 
-    def extend_marks(self, length: int) -> None:
+    def extend_marks(self, length: int, adapter: str) -> None:
+        first = _FIRST_MARK if not adapter else hash((_FIRST_MARK, adapter))
         for token in self.tokens[len(self.marks) : length]:
-            self.marks.append(hash((self.marks[-1] if self.marks else _FIRST_MARK, token)))
+            self.marks.append(hash((self.marks[-1] if self.marks else first, token)))
 
 
-def _compute_next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
-    return hash((seed, len(tokens), *tokens[-3:])) % vocab_size
+def _compute_next_token(seed: int, tokens: list[int], vocab_size: int, adapter: str) -> int:
+    key = (seed, adapter) if adapter else (seed,)
+    return hash((*key, len(tokens), *tokens[-3:])) % vocab_size
 
 
 def _make_logprob_rows(tokens: list[int]) -> LogprobRows:

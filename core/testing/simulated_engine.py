@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from quire.core.adapters import AdapterRef
 from quire.core.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy
@@ -37,6 +38,8 @@ class SimulatedEngine:
 
     The clock, ``now_ns``, goes on by a millisecond at each turn. With ``step_time_ms`` it shows what a device would
     take on which steps run one after another, each for so many milliseconds; ``advance_clock`` passes idle time.
+
+    ``max_loras`` adapters fit on the device; each takes ``staging_turns`` turns to read.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class SimulatedEngine:
         proposer: HostProposer | None = None,
         draft_accuracy: float = 0.5,
         step_time_ms: Callable[[SchedulerOutput], float] | None = None,
+        max_loras: int = 0,
+        staging_turns: int = 0,
     ) -> None:
         cache = CacheConfig(block_size=allocator.block_size, num_blocks=allocator.num_blocks, watermark=watermark)
         self.allocator = allocator
@@ -67,7 +72,10 @@ class SimulatedEngine:
             clock=lambda: self.now_ns,
             speculation=speculation,
             proposer=proposer,
+            max_loras=max_loras,
         )
+        self._staging_turns = staging_turns
+        self._turns_left: dict[int, int] = {}  # by adapter, until it is in host memory
         self.worker = FakeKVWorker(
             allocator.groups, allocator.num_blocks, allocator.block_size, vocab_size, draft_accuracy
         )
@@ -99,6 +107,7 @@ class SimulatedEngine:
         priority: int = 0,
         salt: str | None = None,
         parent: str | None = None,
+        adapter: AdapterRef | None = None,
         scheduling: SchedulingParams | None = None,
         arrival_ns: int | None = None,
         **params: object,
@@ -119,11 +128,12 @@ class SimulatedEngine:
                 None if parent is None else self.numbers.get(parent, -1),
                 request_id,
                 scheduling,
+                adapter,
             )
         )
         self.numbers[request_id] = number
         self._names.append(request_id)
-        self._expected[request_id] = self._expect_tokens(prompt, sampling, eos)
+        self._expected[request_id] = self._expect_tokens(prompt, sampling, eos, adapter)
         self.received[request_id], self.token_times_ns[request_id] = [], []
 
     def abort_request(self, request_id: str) -> None:
@@ -202,12 +212,31 @@ class SimulatedEngine:
             self.now_ns += 1_000_000
         if len(self.in_flight) >= self._max_in_flight:
             return None
+        self._load_adapters()
         step = self.scheduler.schedule()
         failed, self.scheduler.failed_outputs[:] = list(self.scheduler.failed_outputs), []
         self._check_outputs(failed)
-        if step is None and not self.in_flight:
+        slots = self.scheduler.adapter_slots
+        if step is None and not self.in_flight and (slots is None or not slots.has_work):
             assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step
+
+    def _load_adapters(self) -> None:
+        """Give slots to adapters that requests wait for. Each is in host memory ``staging_turns`` turns after it was
+        first waited for."""
+        slots = self.scheduler.adapter_slots
+        if slots is None or not slots.has_work:
+            return
+        for ref in slots.find_unstaged():
+            turns_left = self._turns_left.setdefault(ref.adapter_id, self._staging_turns)
+            self._turns_left[ref.adapter_id] = turns_left - 1
+            slots.set_staged(ref.adapter_id, turns_left <= 0)
+        loads = slots.assign_slots()
+        for slot in slots.take_cleared_slots():
+            self.worker.unload_adapter(slot)
+        for load in loads:
+            self.worker.load_adapter(load.slot, load.adapter.content_hash)
+            slots.open_adapter(load.adapter.adapter_id)
 
     def _check_outputs(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:
@@ -225,12 +254,15 @@ class SimulatedEngine:
                 assert received != expected, f"{request_id} has all its tokens, but did not end"
         self.outputs += outputs
 
-    def _expect_tokens(self, prompt: Sequence[int], params: SamplingParams, eos: Sequence[int]) -> list[int]:
+    def _expect_tokens(
+        self, prompt: Sequence[int], params: SamplingParams, eos: Sequence[int], adapter: AdapterRef | None
+    ) -> list[int]:
         """What the request receives alone: up to its stop token or its length."""
         limit = self._max_model_len - len(prompt)
         count = limit if params.max_tokens is None else min(params.max_tokens, limit)
         seed = params.seed or 0
-        tokens = compute_expected_tokens(seed, prompt, count, self._vocab_size)
+        content_hash = "" if adapter is None else adapter.content_hash
+        tokens = compute_expected_tokens(seed, prompt, count, self._vocab_size, content_hash)
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
         for i, token in enumerate(tokens):
             if token in stops and i + 1 >= params.min_tokens:

@@ -17,17 +17,17 @@ __all__ = ["SuffixProposer"]
 
 _MAX_NEW_TOKENS_PER_STEP = 256
 """Tokens of a request that are indexed in one step, so that a long prompt does not hold up the step."""
-_MAX_SALTS = 32
-"""Cache salts whose automata are kept, the most recently used ones."""
+_MAX_AUTOMATA = 32
+"""Automata that are kept, the most recently used ones."""
 
 
 class SuffixProposer(HostProposer):
     """Drafts what followed the most recent earlier occurrence of the longest suffix.
 
-    Prompts and outputs of all requests go into one automaton for each cache salt: a request may be drafted from another
-    one's tokens within a salt, and never across. When a request arrives and the automata hold more than ``max_tokens``,
-    those of the least recently used salts are dropped, and an automaton that alone holds as many is replaced by a new
-    one; requests that run keep theirs.
+    Prompts and outputs of all requests go into one automaton for each cache salt and adapter: a request may be drafted
+    from another one's tokens within these, and never across. When a request arrives and the automata hold
+    more than ``max_tokens``, the least recently used are dropped, and an automaton that alone holds as many is replaced
+    by a new one; requests that run keep theirs.
     """
 
     @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SuffixProposer(HostProposer):
         min_match: int = 2
         """Shortest suffix that is drafted from, in tokens."""
         max_tokens: int = 100_000
-        """Tokens that the automata of all salts hold together: about 100 MB."""
+        """Tokens that all automata hold together: about 100 MB."""
 
         def __post_init__(self) -> None:
             if self.min_match < 1 or self.max_tokens < 1:
@@ -45,20 +45,20 @@ class SuffixProposer(HostProposer):
 
     def __init__(self, num_tokens: int, options: Options | None = None) -> None:
         super().__init__(num_tokens, options or self.Options())
-        self._automata: OrderedDict[str | None, _SuffixAutomaton] = OrderedDict()
-        """By cache salt, the least recently used first."""
+        self._automata: OrderedDict[tuple[str, ...], _SuffixAutomaton] = OrderedDict()
+        """By ``Request.extra_keys``, the least recently used first."""
         self._cursors: dict[int, _RequestCursor] = {}
 
     @property
     def num_held_tokens(self) -> int:
-        """Tokens that the automata of all salts hold."""
+        """Tokens that all automata hold."""
         return sum(automaton.num_tokens for automaton in self._automata.values())
 
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Index the request's new tokens, and draft from its longest suffix."""
         cursor = self._cursors.get(request.request_id)
         if cursor is None:
-            automaton = self._get_automaton(request.cache_salt)
+            automaton = self._get_automaton(request.extra_keys)
             cursor = self._cursors[request.request_id] = _RequestCursor(automaton, request.token_ids)
         cursor.index_new_tokens(_MAX_NEW_TOKENS_PER_STEP)
         return cursor.draft_tokens(num_tokens, self.options.min_match)
@@ -67,12 +67,12 @@ class SuffixProposer(HostProposer):
         """Its tokens stay in the automaton."""
         self._cursors.pop(request.request_id, None)
 
-    def _get_automaton(self, salt: str | None) -> _SuffixAutomaton:
-        automaton = self._automata.get(salt)
+    def _get_automaton(self, keys: tuple[str, ...]) -> _SuffixAutomaton:
+        automaton = self._automata.get(keys)
         if automaton is None or automaton.num_tokens >= self.options.max_tokens:
-            automaton = self._automata[salt] = _SuffixAutomaton()
-        self._automata.move_to_end(salt)
-        while len(self._automata) > _MAX_SALTS or self.num_held_tokens > self.options.max_tokens:
+            automaton = self._automata[keys] = _SuffixAutomaton()
+        self._automata.move_to_end(keys)
+        while len(self._automata) > _MAX_AUTOMATA or self.num_held_tokens > self.options.max_tokens:
             self._automata.popitem(last=False)
         return automaton
 

@@ -20,6 +20,7 @@ _REASONS = {
     "tokens": "for the token budget: --max-num-batched-tokens were spent on others",
     "policy": "by choice of the policy: there was room, and it granted others or held back",
     "step": "for the next step to be planned",
+    "adapter": "for its adapter to be loaded: --max-loras others had requests, or it was read from disk",
 }
 
 
@@ -34,11 +35,12 @@ def add_parser(subparsers: Any) -> None:
 
 def format_explanation(request: dict[str, Any]) -> str:
     """What ``/admin/requests/ID`` says of one request, for people."""
+    adapter = f", adapter {request['adapter']}" if request["adapter"] else ""
     lines = [
         f"request {request['request_id']} (number {request['request_number']}): {request['state']} after "
         f"{request['age_ms']:.0f} ms",
         f"  {request['prompt_len']} prompt tokens, at most {request['max_tokens']} to generate; priority "
-        f"{request['priority']}, group {request['group'] or 'none'}; ranked {request['admission_key']} by "
+        f"{request['priority']}, group {request['group'] or 'none'}{adapter}; ranked {request['admission_key']} by "
         f"{request['policy']}",
     ]
     for reason, text in _REASONS.items():
