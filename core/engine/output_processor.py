@@ -98,7 +98,8 @@ class OutputProcessor:
     ) -> None:
         """Expect outputs for these core requests. ``shown_token_ids`` are special tokens that ``skip_special_tokens``
         does not leave out of their text."""
-        metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
+        queued_ts = requests[0].arrival_ns / 1e9  # from which the engine core counts as well
+        metrics = RequestMetrics(time.time() - (time.monotonic() - queued_ts), queued_ts)
         ids, params = requests[0].prompt_token_ids, requests[0].params
         children = {
             r.request_id: ChildRequest(i, self._make_detokenizer(r, ids, shown_token_ids))

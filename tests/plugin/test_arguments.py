@@ -164,7 +164,7 @@ def test_a_policy_ranks_by_what_requests_say(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=4, extra_args={"rank": -i}) for i in range(6)]
     outputs = llm.generate(prompts, params)
     started = [output.metrics.scheduled_ts for output in outputs]
-    # those of one step begin at the same time, but for the rounding of two clocks
+    # those of one step begin one after the other, but for the rounding of a sum
     assert all(later > earlier - 0.001 for later, earlier in itertools.pairwise(started)) and started[0] > started[-1]
 
 
