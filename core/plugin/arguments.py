@@ -5,15 +5,13 @@ They arrive as ``SamplingParams.extra_args``: by name, each for the plugin that 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import enum
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quire.core.errors import InvalidRequestError, PluginError
+from quire.core.plugin.annotations import convert_value, describe_type, find_fields_class
 from quire.core.plugin.registry import suggest_names
 
 __all__ = ["ArgumentChecker", "find_arguments_class", "parse_arguments"]
@@ -22,17 +20,13 @@ __all__ = ["ArgumentChecker", "find_arguments_class", "parse_arguments"]
 def find_arguments_class(cls: type) -> type | None:
     """The ``Arguments`` of a plugin class, None if it takes none. PluginError if it is no frozen dataclass whose fields
     all have defaults: most requests give none."""
-    arguments = getattr(cls, "Arguments", None)
+    arguments = find_fields_class(cls, "Arguments")
     if arguments is None:
         return None
-    name = f"{cls.__qualname__}.Arguments"
-    if not (isinstance(arguments, type) and dataclasses.is_dataclass(arguments)):
-        raise PluginError(f"{name} is not a dataclass; decorate it with @dataclass(frozen=True)")
-    if not arguments.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise PluginError(f"{name} is not frozen; decorate it with @dataclass(frozen=True)")
     for field in dataclasses.fields(arguments):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise PluginError(f"{name}.{field.name} has no default; most requests say nothing of it")
+            name = f"{cls.__qualname__}.Arguments.{field.name}"
+            raise PluginError(f"{name} has no default; most requests say nothing of it")
     return arguments
 
 
@@ -55,9 +49,9 @@ def parse_arguments(cls: type, given: Mapping[str, Any] | None, plugin: str = ""
         if field.name in given:
             value = given[field.name]
             try:
-                values[field.name] = _convert(value, hints[field.name])
+                values[field.name] = convert_value(value, hints[field.name])
             except ValueError:
-                expected = _describe(hints[field.name])
+                expected = describe_type(hints[field.name], as_json=True)
                 raise InvalidRequestError(
                     f"extra_args: {field.name} of {owner} must be {expected}, got {value!r:.60}", "extra_args"
                 ) from None
@@ -97,48 +91,3 @@ class ArgumentChecker:
         spelled = suggest_names(name[:60], self._owners)
         owners = {owner for known, owner in self._owners.items() if known in spelled}
         return f"{spelled.rstrip('?')} of {', '.join(sorted(owners))}" + ("?" if spelled.endswith("?") else "")
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """``value``, as JSON gives it, as one of type ``hint``; ValueError if it is of another."""
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        for member in members:
-            with contextlib.suppress(ValueError):
-                return _convert(value, member)
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif origin is typing.Literal:
-        for choice in members:
-            if type(value) is type(choice) and value == choice:
-                return value
-    elif origin is tuple and len(members) == 2 and isinstance(value, list | tuple):
-        return tuple(_convert(each, members[0]) for each in value)
-    elif (origin is dict or hint is dict) and isinstance(value, dict):
-        return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
-        by_name = {member.name.lower(): member for member in hint}
-        if isinstance(value, str) and value.lower() in by_name:
-            return by_name[value.lower()]
-    elif hint in (bool, int, str) and type(value) is hint:
-        return value
-    raise ValueError
-
-
-def _describe(hint: Any) -> str:
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if member is type(None) else _describe(member) for member in members)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, members))
-    if origin is tuple:
-        return f"a list, each {_describe(members[0])}"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return "one of " + ", ".join(repr(member.name.lower()) for member in hint)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
-    return words.get(origin or hint, getattr(hint, "__name__", str(hint)))
