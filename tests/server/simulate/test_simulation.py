@@ -135,8 +135,8 @@ def test_the_mean_wait_is_that_of_pollaczek_and_khinchine(make_setup, model):
         host=type(model.host)(0, 0, 0, 0, 0, 0, 0, 0, 0),
     )  # fmt: skip
     rng = np.random.default_rng(7)
-    answers = np.maximum(rng.exponential(20, 20_000).astype(int), 1)
-    arrivals = rng.exponential(0.32, 20_000).cumsum()
+    answers = np.maximum(rng.exponential(20, 8_000).astype(int), 1)
+    arrivals = rng.exponential(0.32, 8_000).cumsum()
     requests = [TraceRequest(float(t), 1, int(n)) for t, n in zip(arrivals, answers, strict=True)]
     result = run_simulation(Trace("mg1", requests), make_setup(model=flat, max_num_seqs=1))
     # Two steps are in flight: a request's row is free one step after its last token is sampled.
