@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, LayerKV
+
+if TYPE_CHECKING:
+    from quire.core.layers.vocab import VocabShard
 
 __all__ = ["AuxHiddenStates", "ForwardContext", "Model"]
 
@@ -56,6 +59,8 @@ class Model(nn.Module, ABC):
     and quantization.
     """
 
+    vocab_shard: VocabShard | None = None
+    """Where ranks share the vocabulary and ``compute_local_logits`` is offered: this rank's part of it."""
     supports_aux_hidden_states: bool = False
     """Whether ``forward`` fills ``aux_hidden_states``."""
     aux_hidden_states: AuxHiddenStates | None = None
@@ -77,7 +82,12 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) -> (n, vocab) in the model's dtype."""
+        """(n, hidden) -> (n, vocab) in the model's dtype, on every rank."""
+
+    def compute_local_logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab_shard.size): the logits of this rank's tokens, which
+        ``vocab_shard.gather_logits`` makes into those of ``compute_logits``. Without ``vocab_shard`` never called."""
+        raise NotImplementedError
 
     @abstractmethod
     def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:

@@ -7,6 +7,7 @@ from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.mlp import GatedMLP
 from quire.core.layers.norm import RMSNorm
+from quire.core.layers.vocab import VocabShard
 
 __all__ = [
     "Attention",
@@ -18,6 +19,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "VocabEmbedding",
+    "VocabShard",
     "collect_weight_loaders",
     "process_weights_after_loading",
 ]

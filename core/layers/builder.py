@@ -11,12 +11,13 @@ from torch import Tensor
 
 from quire.core.contracts.quant import LayerInfo, QuantizationLoader
 from quire.core.errors import ConfigError
-from quire.core.layers.embedding import LMHead, VocabEmbedding, compute_vocab_shard_size
+from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.norm import LayerNorm, RMSNorm
 from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.position import LearnedPositions
 from quire.core.layers.rotary import make_rope_table
+from quire.core.layers.vocab import VocabShard
 
 __all__ = ["LayerBuilder"]
 
@@ -90,7 +91,7 @@ class LayerBuilder:
         """The language model's head. ``tied_to`` an embedding, it has no weights but those."""
         if tied_to is not None:
             return LMHead(name, vocab_size, self.parallel, tied_to)
-        shard_size = compute_vocab_shard_size(vocab_size, self.parallel)
+        shard_size = VocabShard(vocab_size, self.parallel).size
         linear = self._make_linear(
             name, "lm_head", hidden_size, hidden_size, {name: vocab_size}, [shard_size], "column", False
         )

@@ -12,16 +12,12 @@ from quire.core import ops
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, check_tensor_shape
 from quire.core.layers.linear import Linear
 from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.vocab import VocabShard
 from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
 
-__all__ = ["LMHead", "VocabEmbedding", "compute_vocab_shard_size"]
+__all__ = ["LMHead", "VocabEmbedding"]
 
 _log = logging.getLogger("quire.layers")
-
-
-def compute_vocab_shard_size(vocab_size: int, parallel: TensorParallel) -> int:
-    """Tokens of the vocabulary on each rank, the last rank's padded."""
-    return -(-vocab_size // parallel.size)
 
 
 class VocabEmbedding(CheckpointLayer):
@@ -40,9 +36,9 @@ class VocabEmbedding(CheckpointLayer):
         self.name = name
         self.vocab_size = vocab_size
         self.parallel = parallel
-        shard_size = compute_vocab_shard_size(vocab_size, parallel)
-        self.vocab_start_index = parallel.rank * shard_size
-        weight = torch.zeros(shard_size, hidden_size, dtype=dtype, device=device)
+        shard = VocabShard(vocab_size, parallel)
+        self.vocab_start_index = shard.first_token_id
+        weight = torch.zeros(shard.size, hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)  # (shard_size, hidden)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -73,6 +69,7 @@ class LMHead(CheckpointLayer):
         self.name = name
         self.vocab_size = vocab_size
         self.parallel = parallel
+        self.vocab_shard = VocabShard(vocab_size, parallel)
         self.tied = isinstance(source, VocabEmbedding)
         self.weight_source = source
         self._stored_weight: Tensor | None = None
@@ -117,11 +114,14 @@ class LMHead(CheckpointLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""
-        if isinstance(self.weight_source, VocabEmbedding):
-            weight = self.weight_source.weight
-            logits = None if self.small_batch_gemm is None else self.small_batch_gemm(hidden, weight)
-            if logits is None:  # no kernel for this device or shape, or so many rows that cuBLAS is faster
-                logits = F.linear(hidden, weight)
-        else:
-            logits = self.weight_source(hidden)
-        return self.parallel.all_gather(logits)[:, : self.vocab_size]
+        return self.vocab_shard.gather_logits(self.compute_local_logits(hidden))
+
+    def compute_local_logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab_shard.size): of this rank's tokens, padding behind them."""
+        if not isinstance(self.weight_source, VocabEmbedding):
+            own_logits: Tensor = self.weight_source(hidden)
+            return own_logits
+        weight = self.weight_source.weight
+        logits = None if self.small_batch_gemm is None else self.small_batch_gemm(hidden, weight)
+        # None: no kernel for this device or shape, or so many rows that cuBLAS is faster.
+        return F.linear(hidden, weight) if logits is None else logits

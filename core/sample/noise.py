@@ -31,12 +31,13 @@ def philox(counter0: Tensor, counter1: Tensor, seed: Tensor, rounds: int = 10) -
     return c0
 
 
-def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise for each token: ``seed`` and ``position`` (n,) int64 -> (n, vocab_size) float32.
+def gumbel(seed: Tensor, position: Tensor, num_tokens: int, first_token_id: int = 0) -> Tensor:
+    """Standard Gumbel noise for each token: ``seed`` and ``position`` (n,) int64 -> (n, num_tokens) float32, for the
+    tokens from ``first_token_id`` on.
 
     ``-log(-log(1 - u))`` with ``u`` kept precise near 0, where the large values come from: they reach 22.
     """
-    token = torch.arange(vocab_size, device=seed.device)
+    token = torch.arange(first_token_id, first_token_id + num_tokens, device=seed.device)
     bits = philox(token[None, :].expand(len(seed), -1), position[:, None], seed[:, None])
     # Half a step above 0 keeps the logarithm finite there; the clamp does so at 1, which float32 would round up to.
     u = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)

@@ -26,6 +26,7 @@ from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sample.checked_sampler import CheckedSampler
 from quire.core.sample.sampler import GumbelSampler
+from quire.core.sample.vocab_parallel import VocabParallelSampler
 from quire.core.worker.cuda_graphs.decode import compute_max_captured_tokens
 from quire.core.worker.draft_runner import DraftRunner
 from quire.core.worker.kv_cache import KVCache, group_layers
@@ -121,6 +122,14 @@ class ComponentLoader:
         options = _parse_plugin_options(sampler_class, choice)
         sampler: Sampler = sampler_class(self._config.model.vocab_size, self._device, options)
         return sampler
+
+    def make_vocab_sampler(self, model: Model, max_rows: int) -> VocabParallelSampler | None:
+        """What samples from one rank's part of ``model``'s vocabulary, up to ``max_rows`` rows at once. None where the
+        model is whole on a rank, or a sampler is chosen of which only whole logits are known to be right."""
+        is_bundled = _load_plugin_class(self._config.plugin("sampler"), Sampler) is GumbelSampler
+        if model.vocab_shard is None or not is_bundled:
+            return None
+        return VocabParallelSampler(model.vocab_shard, self._device, max_rows)
 
     def make_fallback_sampler(self) -> Sampler | None:
         """What takes over from the sampler if it fails: the bundled one. None if that is the sampler."""

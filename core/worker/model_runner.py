@@ -56,6 +56,9 @@ class ModelRunner:
         self.decode_graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
         self._vocab_size = vocab_size
+        # One rank's part of the vocabulary, where the sampler takes that.
+        is_local = sampling_runner.vocab_sampler is not None
+        self._compute_logits = model.compute_local_logits if is_local else model.compute_logits
         self._prompt_logprobs = PromptLogprobs(table.num_rows)
         self._launched: _LaunchedStep | None = None
 
@@ -94,6 +97,7 @@ class ModelRunner:
             self.sampling_runner.draft_verifier,
             draft_runner.launch_draft_prefill if draft_runner is not None and observes_every_step else None,
             self.sampling_runner.token_masks,
+            self.sampling_runner.vocab_sampler,
         )
         self.decode_graphs.warm_up()
         self.warm_up_drafts()
@@ -149,7 +153,7 @@ class ModelRunner:
             step, hidden, self.model, self.table.token_ids
         )
         if len(indices.request_indices):
-            launched.logits = self.model.compute_logits(hidden[inputs.logits_indices])  # (num_logits_rows, vocab)
+            launched.logits = self._compute_logits(hidden[inputs.logits_indices])  # (num_logits_rows, vocab)
 
     @property
     def launched_step(self) -> SchedulerOutput:
@@ -176,7 +180,7 @@ class ModelRunner:
 
     def _sample_with_graphs(self, launched: _LaunchedStep, graphs: DecodeGraphs, masks: TokenMasks | None) -> Readback:
         step = launched.step
-        variant = self.sampling_runner.graph_variant(step.rows)
+        variant = self.sampling_runner.graph_variant(step.rows, masked=masks is not None)
         if variant is not None:
             sampled = SampledTokens(graphs.sample_tokens(step, variant, masks))
         else:  # penalties, logits processors or log-probabilities: the model is replayed, sampling is launched

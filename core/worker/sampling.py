@@ -7,6 +7,9 @@ top-k, top-p. A step takes the cheapest of three ways, by what its requests want
 2. ``Sampler.sample_from_table``, which reads the parameters from the request table and appends the tokens itself;
 3. a float32 copy of the logits, penalties, processors, masks, and ``Sampler.sample``.
 
+Where ranks share the vocabulary, logits are this rank's part of them. A ``VocabParallelSampler`` samples from those in
+place of 2, and in graphs, where it can; the others gather whole logits first.
+
 Nothing here waits for the device. Whether a step needs a feature is answered on the host, from what requests asked for
 when they entered; tokens go to the request table on the device, where the next step finds them, and to the host later
 (``readback.py``).
@@ -17,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -31,28 +34,21 @@ from quire.core.ops.pinned import copy_to_device
 from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.sample.checked_sampler import check_sampled_tokens
 from quire.core.sample.inputs import PenaltyColumns
-from quire.core.sample.logprobs import LogprobsTensors, gather_logprobs
 from quire.core.sample.penalties import apply_penalties
 from quire.core.sample.row_faults import FIRST_PROCESSOR, MASKED, NO_LOGITS, find_invalid_rows
 from quire.core.sample.verify import DraftVerifier, verify_drafts
+from quire.core.sample.vocab_parallel import MAX_TOP_K, VocabParallelSampler
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.request_table import RequestTable
+from quire.core.worker.sampled_logprobs import RequestedLogprobs, SampledLogprobs
 from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 
-__all__ = ["SampledLogprobs", "SampledTokens", "SamplingRunner"]
+__all__ = ["SampledTokens", "SamplingRunner", "SamplingVariant"]
 
-
-@dataclass(slots=True)
-class SampledLogprobs:
-    """Log-probabilities of a step's tokens, of those requests alone that want any."""
-
-    request_indices: NDArray[np.int64]
-    """(m,) index into the step's requests; a request that verifies drafts has one entry for each of its logits rows."""
-    num_columns: NDArray[np.int32]
-    """(m,) columns of ``tensors`` that the request wants: 1 + k."""
-    tensors: LogprobsTensors
-    """m rows, for the largest k."""
+SamplingVariant: TypeAlias = Literal["greedy", "random", "local_random", "local_filters"]
+"""A captured sampling graph. Those that are ``local`` sample from one rank's part of the vocabulary, for rows without
+filters and for rows with those of which the ranks can find the threshold; ``greedy`` does so too where it is shared."""
 
 
 @dataclass(slots=True)
@@ -98,9 +94,12 @@ class SamplingRunner:
         max_logits_rows: int = 0,
         draft_verifier: DraftVerifier = verify_drafts,
         token_masks: TokenMaskBuffer | None = None,
+        vocab_sampler: VocabParallelSampler | None = None,
     ) -> None:
         self.table = table
         self.token_masks = token_masks
+        self.vocab_sampler = vocab_sampler
+        """Where ranks share the vocabulary and the sampler's rule is known: logits are then this rank's part."""
         self.draft_verifier = draft_verifier
         self._sampler = sampler
         self._max_logits_rows = max_logits_rows or table.num_rows
@@ -118,9 +117,9 @@ class SamplingRunner:
         self._has_top_k = np.zeros(num_rows, dtype=bool)
         self._has_top_p = np.zeros(num_rows, dtype=bool)
         self._has_min_p = np.zeros(num_rows, dtype=bool)
+        self._needs_whole_logits = np.zeros(num_rows, dtype=bool)  # by its filters, where ranks share the vocabulary
         self._has_penalties = np.zeros(num_rows, dtype=bool)
-        self._num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # -1: none, 0: the sampled token's alone
-        self._logprob_token_ids: dict[int, list[int]] = {}  # by row, where a request names them in place of the best
+        self._logprobs = RequestedLogprobs(num_rows)
         self._penalty_columns = PenaltyColumns(
             table.token_ids,
             table.prompt_len,
@@ -149,14 +148,12 @@ class SamplingRunner:
         self._has_top_k[row] = params.top_k > 0 and not params.greedy
         self._has_top_p[row] = params.top_p < 1 and not params.greedy
         self._has_min_p[row] = params.min_p > 0 and not params.greedy
+        without_bound = params.top_k > MAX_TOP_K or (params.top_p < 1 and params.top_k <= 0)
+        self._needs_whole_logits[row] = without_bound and not params.greedy
         neutral = (1.0, 0.0, 0.0)
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._has_penalties[row] = penalties != neutral
-        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._logprob_token_ids.pop(row, None)
-        if params.logprob_token_ids:
-            self._logprob_token_ids[row] = params.logprob_token_ids
-            self._num_logprobs[row] = len(params.logprob_token_ids)
+        self._logprobs.set_row(row, params)
         for active in list(self._processors):  # a copy: quarantine removes from it
             if row in active.rows:  # of the row's last request, which left with a step that failed
                 active.rows.discard(row)
@@ -173,11 +170,15 @@ class SamplingRunner:
                 active.rows.discard(row)
                 active.quarantine.call(active.processor.remove_row, row)
 
-    def graph_variant(self, rows: NDArray[np.int32]) -> Literal["greedy", "random"] | None:
+    def graph_variant(self, rows: NDArray[np.int32], masked: bool = False) -> SamplingVariant | None:
         """The captured sampling graph that serves these rows; None where they want more than one can do."""
-        if (self._num_logprobs[rows] >= 0).any() or not self._leaves_logits_unchanged(rows):
+        if self._logprobs.is_any_requested(rows) or not self._leaves_logits_unchanged(rows):
             return None
-        variant: Literal["greedy", "random"] = "random" if self._is_random[rows].any() else "greedy"
+        variant: SamplingVariant = "random" if self._is_random[rows].any() else "greedy"
+        is_local = self.vocab_sampler is not None and not masked and not self._needs_whole_logits[rows].any()
+        if is_local and variant == "random":
+            filters = self._has_top_k[rows].any() or self._has_min_p[rows].any()
+            return "local_filters" if filters else "local_random"
         if variant in self._stale_graph_variants or (variant == "random" and self.device_sampler is None):
             return None
         return variant
@@ -194,7 +195,8 @@ class SamplingRunner:
         logits_indices: LogitsIndices,
         masks: TokenMasks | None = None,
     ) -> SampledTokens:
-        """Sample from ``logits`` (num_logits_rows, vocab) in the model's dtype, which are not changed.
+        """Sample from ``logits`` (num_logits_rows, vocab) in the model's dtype, which are not changed; with a
+        ``vocab_sampler`` from this rank's part of them.
 
         The tokens, of drafts those accepted, are appended to the request table. Verification (``max_len`` above 1)
         samples a token for each draft, and appends what it accepts itself.
@@ -211,14 +213,20 @@ class SamplingRunner:
             and self._leaves_logits_unchanged(host_rows)
         )
         tokens: Tensor | None = None
-        if from_table and self.device_sampler is not None:
+        if self.vocab_sampler is not None:
+            if self._can_sample_local(host_rows, token_masks):
+                batch = self._make_sampling_batch(inputs.logits_table_rows, inputs.logits_positions, host_rows)
+                tokens, from_table = self.vocab_sampler.sample(logits, batch), False
+            else:
+                logits = self.vocab_sampler.vocab.gather_logits(logits)
+        if tokens is None and from_table and self.device_sampler is not None:
             tokens = self._sample_from_table(self.device_sampler, logits, inputs, self.all_greedy(host_rows))
             from_table = tokens is not None  # else the sampler has failed
         if tokens is None:
             tokens = self._sample_float32(logits, inputs, host_rows, logits_indices.max_sample_positions, token_masks)
         sampled = SampledTokens(tokens, quarantined=self._quarantined)
         self._quarantined = []
-        sampled.logprobs = self._gather_logprobs(logits, tokens, host_rows, logits_indices)
+        sampled.logprobs = self._logprobs.gather(logits, tokens, host_rows, logits_indices)
         if spans.max_len > 1:
             sampled.token_ids = self.draft_verifier(
                 tokens, spans, table.sampling, table.num_computed_tokens, table.num_drafts
@@ -243,6 +251,13 @@ class SamplingRunner:
         # It may have appended tokens to some rows already. A token's position is the number of tokens before it.
         table.num_tokens[rows] = inputs.logits_positions.to(table.num_tokens.dtype)
         return None
+
+    def _can_sample_local(self, rows: NDArray[np.int32], token_masks: TokenMaskBuffer | None) -> bool:
+        """Whether this rank's logits are enough: nothing changes them, filters have bounds, and nobody wants to see
+        probabilities."""
+        if token_masks is not None or self._needs_whole_logits[rows].any() or self._logprobs.is_any_requested(rows):
+            return False
+        return self._leaves_logits_unchanged(rows)
 
     def _leaves_logits_unchanged(self, rows: NDArray[np.int32]) -> bool:
         """Whether no penalty and no processor works on these rows."""
@@ -325,38 +340,6 @@ class SamplingRunner:
             any_top_p=bool(self._has_top_p[host_rows].any()),
             any_min_p=bool(self._has_min_p[host_rows].any()),
         )
-
-    def _gather_logprobs(
-        self, logits: Tensor, tokens: Tensor, host_rows: NDArray[np.int32], logits_indices: LogitsIndices
-    ) -> SampledLogprobs | None:
-        num_logprobs = self._num_logprobs[host_rows]
-        requested = np.flatnonzero(num_logprobs >= 0)
-        if not len(requested):
-            return None
-        if len(requested) < len(num_logprobs):  # the k best of a row are a pass over it: only where they are wanted
-            logits_rows = copy_to_device(requested, torch.int64, logits.device)
-            logits, tokens = logits[logits_rows], tokens[logits_rows]
-        tokens = tokens.clamp(min=0)  # in the place of faults
-        num_logprobs = num_logprobs[requested]
-        num_best, named = int(num_logprobs.max()), None
-        if self._logprob_token_ids:
-            num_best, named = self._place_named_tokens(host_rows[requested], num_logprobs, logits.device)
-        tensors = gather_logprobs(logits, tokens, num_best, named)
-        return SampledLogprobs(logits_indices.request_indices[requested], num_logprobs + 1, tensors)
-
-    def _place_named_tokens(
-        self, host_rows: NDArray[np.int32], num_logprobs: NDArray[np.int32], device: torch.device
-    ) -> tuple[int, Tensor]:
-        """How many of the best tokens are wanted, and ``logprob_token_ids`` for ``gather_logprobs``."""
-        named = np.full((len(host_rows), num_logprobs.max()), -1, dtype=np.int64)
-        num_best = 0
-        for i, row in enumerate(host_rows.tolist()):
-            token_ids = self._logprob_token_ids.get(row)
-            if token_ids is None:
-                num_best = max(num_best, int(num_logprobs[i]))
-            else:
-                named[i, : len(token_ids)] = token_ids
-        return num_best, copy_to_device(named, torch.int64, device)
 
     def _replace_sampler(self, fallback: Sampler, plugin: QuarantinedPlugin) -> None:
         # Where the sampler was captured it was in both graphs, else in none: then greedy ones take the argmax.

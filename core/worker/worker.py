@@ -138,13 +138,15 @@ class Worker:
             lookahead=num_drafts,
         )
         forced_acceptance = None if config.speculation is None else config.speculation.forced_acceptance
+        max_logits_rows = compute_max_captured_tokens(max_num_seqs, num_drafts)
         sampling_runner = SamplingRunner(
             components.make_sampler(),
             components.make_logits_processors(),
             table,
-            compute_max_captured_tokens(max_num_seqs, num_drafts),
+            max_logits_rows,
             verify_drafts if forced_acceptance is None else ForcedAcceptance(forced_acceptance),
             self._make_token_mask_buffer(num_drafts),
+            components.make_vocab_sampler(self._model, max(max_logits_rows, max_num_seqs * (1 + num_drafts))),
         )
         self.model_runner = ModelRunner(
             self._model, attention.backends, kv_cache, table, sampling_runner, block_size, vocab_size, num_drafts

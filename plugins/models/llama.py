@@ -36,6 +36,8 @@ class LlamaForCausalLM(Model):
         self.norm = builder.make_rms_norm("model.norm", config.hidden_size, config.rms_norm_eps)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = builder.make_lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
+        if builder.parallel.size > 1:
+            self.vocab_shard = self.lm_head.vocab_shard
 
     @classmethod
     def example_config(cls) -> Mapping[str, Any]:
@@ -84,6 +86,10 @@ class LlamaForCausalLM(Model):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab)."""
         return self.lm_head(hidden)
+
+    def compute_local_logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocab_shard.size)."""
+        return self.lm_head.compute_local_logits(hidden)
 
     def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:
         """Collected from the layers, which know their names in the checkpoint."""

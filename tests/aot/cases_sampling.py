@@ -8,6 +8,8 @@ from functools import partial
 import torch
 
 from quire.core.contracts.sampler import SamplingTable
+from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.vocab import VocabShard
 from quire.core.sample.inputs import DraftSpans, PenaltyColumns, SamplingColumns
 from quire.core.sample.kernels.argmax_kernel import launch_argmax
 from quire.core.sample.kernels.forced_acceptance_kernel import launch_force_acceptance
@@ -16,6 +18,7 @@ from quire.core.sample.kernels.logprobs_kernel import launch_logsumexp_and_rank
 from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.kernels.token_mask_kernel import launch_token_masks
 from quire.core.sample.kernels.verify_kernel import launch_place_drafts, launch_verify_drafts
+from quire.core.sample.kernels.vocab_pick_kernel import PickWorkspace
 from quire.core.sample.kernels.workspace import Workspace
 
 __all__ = ["SAMPLING", "empty_sampling_table", "place_drafts", "verify_drafts"]
@@ -37,6 +40,15 @@ def random(dtype: torch.dtype, vocab: int, from_table: bool) -> None:
     columns = SamplingColumns(_FLOATS(3), _INTS(3), _FLOATS(3), _FLOATS(3), _LONGS(3), _INTS(3))
     table = (torch.arange(2), _INTS(3, 64)) if from_table else ()
     launch_sample(torch.zeros(2, vocab, dtype=dtype), columns, Workspace(2, vocab, _CPU), _INTS(2), *table)
+
+
+def vocab_picks(random: bool, from_table: bool) -> None:
+    vocab = VocabShard(128256, TensorParallel())
+    columns = SamplingColumns(_FLOATS(3), _INTS(3), _FLOATS(3), _FLOATS(3), _LONGS(3), _INTS(3))
+    workspace, rows = PickWorkspace(2, vocab, _CPU), torch.arange(2) if from_table else None
+    thresholds = _FLOATS(2) if random else None
+    workspace.pick(torch.zeros(2, 128256, dtype=torch.bfloat16), columns, thresholds, random=random, rows=rows)
+    workspace.merge(vocab.parallel, _INTS(2), rows, empty_sampling_table() if from_table else None)
 
 
 def penalties() -> None:
@@ -74,6 +86,9 @@ SAMPLING: dict[str, Callable[[], None]] = {
     "argmax-float32": partial(argmax, torch.float32, 50257),
     "sample-random": partial(random, torch.bfloat16, 151936, True),
     "sample-random-float32": partial(random, torch.float32, 128256, False),
+    "vocab-picks": partial(vocab_picks, False, True),
+    "vocab-picks-random": partial(vocab_picks, True, True),
+    "vocab-picks-of-drafts": partial(vocab_picks, True, False),
     "penalties": penalties,
     "token-masks": partial(token_masks, torch.bfloat16),
     "token-masks-float32": partial(token_masks, torch.float32),

@@ -11,7 +11,8 @@ from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.sample.logprobs import LogprobsTensors
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.readback import Readback, StepTimer
-from quire.core.worker.sampling import SampledLogprobs, SampledTokens
+from quire.core.worker.sampled_logprobs import SampledLogprobs
+from quire.core.worker.sampling import SampledTokens
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from quire.core.ops.pinned import copy_to_device
 from quire.core.sample.inputs import DraftSpans
 from quire.core.sample.row_faults import mark_invalid_rows
 from quire.core.sample.verify import DraftVerifier, verify_drafts
+from quire.core.sample.vocab_parallel import VocabParallelSampler
 from quire.core.worker.cuda_graphs.capture import CapturedGraph, GraphCapturer
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.kv_cache import KVCache
@@ -102,8 +103,9 @@ class DecodeGraphs:
     has fewer drafts than others write there too. There are two variants of sampling, both writing the same tokens:
     ``greedy``, and ``random`` for any mix of greedy and random requests, where a ``sampler`` is given that samples from
     the table by itself. With ``token_masks`` each has a second form, ``masked_...``, which applies them before; steps
-    without a grammar replay the first. ``launch_draft_prefill`` shows a step's inputs to a proposer that observes every
-    step.
+    without a grammar replay the first. With a ``vocab_sampler`` logits are one rank's part: ``greedy`` and two more
+    variants, ``local_...``, sample from those, the others gather whole ones. ``launch_draft_prefill`` shows a step's
+    inputs to a proposer that observes every step.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class DecodeGraphs:
         draft_verifier: DraftVerifier = verify_drafts,
         launch_draft_prefill: Callable[[StepInputs], None] | None = None,
         token_masks: TokenMaskBuffer | None = None,
+        vocab_sampler: VocabParallelSampler | None = None,
     ) -> None:
         self._launch_draft_prefill = launch_draft_prefill
         self._model = model
@@ -128,9 +131,12 @@ class DecodeGraphs:
         self._sampler = sampler
         self._draft_verifier = draft_verifier
         self._token_masks = token_masks
+        self._vocab_sampler = vocab_sampler
         self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
         if token_masks is not None:
             self._variants += [f"masked_{variant}" for variant in self._variants]
+        if vocab_sampler is not None:
+            self._variants += ["local_random", "local_filters"]
         capture_sizes = choose_capture_sizes(table.num_rows)
         can_verify = all("verify" in backend.graph_support for backend in backends)
         # Batch sizes by query length, both ascending: ``_find_captured`` takes the first that is large enough.
@@ -215,9 +221,7 @@ class DecodeGraphs:
             self._uploaded = rows_and_drafts
         captured.model_graph.replay()
 
-    def sample_tokens(
-        self, step: SchedulerOutput, variant: Literal["greedy", "random"], masks: TokenMasks | None = None
-    ) -> Tensor:
+    def sample_tokens(self, step: SchedulerOutput, variant: str, masks: TokenMasks | None = None) -> Tensor:
         """Sample for every request and append to its row: the token of each (num_reqs,) int32, or what the verifier
         returns where drafts are verified. The tensor is overwritten by the next step. With ``masks`` the captured
         logits are overwritten too."""
@@ -334,11 +338,18 @@ class DecodeGraphs:
             inputs.logits_table_rows.view(-1, query_len).copy_(inputs.rows[:, None])
             torch.add(inputs.positions, 1, out=inputs.logits_positions)
         context = ForwardContext(self._backends, inputs.slot_mapping, self._kv_cache.layers, self._kv_cache.group_of)
-        return self._model.compute_logits(self._model(inputs.input_ids, inputs.positions, context))
+        hidden = self._model(inputs.input_ids, inputs.positions, context)
+        if self._vocab_sampler is not None:
+            return self._model.compute_local_logits(hidden)
+        return self._model.compute_logits(hidden)
 
     def _launch_sampling(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
         """Sampling, verification of drafts and the feedback into the table: the second graph."""
         table, greedy, spans = self._table, variant.endswith("greedy"), inputs.draft_spans
+        if self._vocab_sampler is not None:
+            if variant == "greedy" or variant.startswith("local_"):
+                return self._launch_local_sampling(self._vocab_sampler, variant, inputs, logits)
+            logits = self._vocab_sampler.vocab.gather_logits(logits)
         if self._token_masks is not None and variant.startswith("masked_"):
             self._token_masks.apply(logits)
         if spans.max_len > 1:
@@ -357,4 +368,21 @@ class DecodeGraphs:
         tokens.copy_(mark_invalid_rows(logits, logits.argmax(-1).int()))
         table.append_tokens(inputs.rows, tokens)
         table.num_tokens[table.padding_row :].zero_()  # what padding requests appended, or their row would run over
+        return tokens
+
+    def _launch_local_sampling(
+        self, sampler: VocabParallelSampler, variant: str, inputs: StepInputs, local_logits: Tensor
+    ) -> Tensor:
+        """``_launch_sampling`` from this rank's part of the vocabulary."""
+        table, spans, filters = self._table, inputs.draft_spans, variant == "local_filters"
+        if spans.max_len > 1:
+            positions = inputs.logits_positions.long()
+            batch = SamplingBatch.from_table(table.sampling, inputs.logits_table_rows, positions, variant != "greedy")
+            batch.any_top_k = batch.any_top_p = batch.any_min_p = filters
+            tokens = sampler.sample(local_logits, batch)
+            return self._draft_verifier(tokens, spans, table.sampling, table.num_computed_tokens, table.num_drafts)
+        tokens = self._sampled_token_ids[: len(local_logits)]
+        sampler.sample_from_table(
+            local_logits, inputs.rows, table.sampling, tokens, random=variant != "greedy", filters=filters
+        )
         return tokens

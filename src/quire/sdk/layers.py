@@ -22,6 +22,7 @@ from quire.core.layers.mlp import GatedMLP
 from quire.core.layers.norm import LayerNorm, RMSNorm
 from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.position import LearnedPositions
+from quire.core.layers.vocab import VocabShard
 
 __all__ = [
     "Attention",
@@ -36,6 +37,7 @@ __all__ = [
     "RMSNorm",
     "TensorParallel",
     "VocabEmbedding",
+    "VocabShard",
     "WeightLoader",
     "check_tensor_shape",
     "collect_weight_loaders",
