@@ -257,6 +257,14 @@ class EngineArgs:
         metavar="NAME",
         plugin_kind="logits_processor",
     )
+    op: Sequence[str] | Mapping[str, Any] = setting(
+        (),
+        group="plugins",
+        help="operation (rms_norm, silu_and_mul, rope_and_cache, embedding, lm_head, or all) and the plugin that runs "
+        "it; may repeat",
+        metavar="NAME=PLUGIN",
+        plugin_kind="op",
+    )
     structured_output_backend: str = setting(
         "auto", group="plugins", help="structured output: how answers are made to match a schema or a grammar",
         metavar="NAME", plugin_kind="structured_output",

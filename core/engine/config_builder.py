@@ -152,6 +152,8 @@ def _resolve_before_model(
     for kind, names, default in (("logits_processor", args.logits_processors, None), ("metrics", args.metrics, "auto")):
         for i, choice in enumerate(chooser.choose_several(kind, names, context, default)):
             choices[f"{kind}:{i:03d}"] = choice
+    if args.op:
+        choices |= {f"op:{name}": choice for name, choice in chooser.choose_operations(list(args.op), context).items()}
     for kind, name in (
         ("kv", args.kv_allocator),
         ("policy", args.scheduling_policy),

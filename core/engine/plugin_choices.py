@@ -19,6 +19,8 @@ from quire.core.plugin.target import Resolution
 
 __all__ = ["PluginChooser", "make_choice", "replace_classes_by_names"]
 
+ALL_OPERATIONS = "all"
+"""In place of an operation's name: every one that the plugin has."""
 NO_DEFAULT = "none"
 """Among the names of a kind of which several may be on: without what is on by default."""
 
@@ -29,6 +31,9 @@ def replace_classes_by_names(args: EngineArgs) -> EngineArgs:
     for setting in settings_of(EngineArgs):
         value = getattr(args, setting.name)
         if setting.plugin_kind is None or isinstance(value, str):
+            continue
+        if setting.plugin_kind == "op" and isinstance(value, Mapping):
+            changes[setting.name] = [f"{operation}={_name_of(setting, each)}" for operation, each in value.items()]
             continue
         one = isinstance(value, type) or not isinstance(value, Sequence)
         names = [_name_of(setting, each) for each in ([value] if one else value)]
@@ -88,6 +93,26 @@ class PluginChooser:
         ]
         addressed.check_all_taken([by_target[target].name for target in meant], list(by_target.values()))
         return choices
+
+    def choose_operations(self, entries: Sequence[str], context: Mapping[str, Any]) -> dict[str, PluginChoice]:
+        """By operation, the plugin that runs it, from ``entries`` such as ``rms_norm=my_norm``: the last of each."""
+        from quire.core.contracts.op import OPERATIONS  # loads torch
+
+        name_by_operation: dict[str, str] = {}
+        for entry in entries:
+            operation, equals, name = entry.partition("=")
+            if not equals or not name:
+                raise ConfigError(f"--op {entry}: write NAME=PLUGIN, such as rms_norm=torch, or all={entry or 'torch'}")
+            if operation not in (*OPERATIONS, ALL_OPERATIONS):
+                known = [*OPERATIONS, ALL_OPERATIONS]
+                raise ConfigError(f"--op {entry}: {operation!r} is no operation; {suggest_names(operation, known)}")
+            name_by_operation[operation] = name
+        names = list(dict.fromkeys(name_by_operation.values()))
+        by_target = {choice.target: choice for choice in self.choose_several("op", names, context)}
+        return {
+            operation: by_target[self._manager.resolve_plugin("op", name, context, announce=False).target]
+            for operation, name in name_by_operation.items()
+        }
 
 
 def make_choice(resolution: Resolution, options: Any = MappingProxyType({})) -> PluginChoice:

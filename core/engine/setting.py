@@ -102,7 +102,7 @@ def _setting_of(declared_field: Field[Any], annotation: Any) -> Setting:
 def _value_type(annotation: Any, several_words: bool) -> ValueType:
     """From the annotation of the field, such as ``int | None`` or ``Sequence[str]``."""
     members = {annotation, *getattr(annotation, "__args__", ())}
-    if getattr(annotation, "__origin__", None) in (tuple, Sequence):
+    if any(getattr(member, "__origin__", None) in (tuple, Sequence) for member in members):
         return "list" if several_words else "append"
     if bool in members:
         return "bool"

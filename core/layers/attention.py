@@ -54,6 +54,7 @@ class Attention(nn.Module):
         ``cos_sin`` a table of ``LayerBuilder.make_rope_table``, None where the model has positions of another kind."""
         super().__init__()
         self.layer = layer
+        self.operations = builder.operations
         self.cos_sin = cos_sin  # (max_positions, rotary_dim) float32, shared by the layers
         self.head_dim = shape.head_dim
         self.num_heads, self.num_kv_heads = builder.count_local_heads(shape.num_heads, shape.num_kv_heads)
@@ -127,7 +128,7 @@ class Attention(nn.Module):
             if kv is not None:
                 ops.write_kv(k, v, kv, slots)
             return q, k
-        return ops.rope_and_cache(
+        return self.operations.rope_and_cache(
             q,
             k,
             v,

@@ -18,6 +18,7 @@ from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.position import LearnedPositions
 from quire.core.layers.rotary import make_rope_table
 from quire.core.layers.vocab import VocabShard
+from quire.core.ops.operation_table import OperationTable
 
 __all__ = ["LayerBuilder"]
 
@@ -38,6 +39,8 @@ class LayerBuilder:
     parallel: TensorParallel = field(default_factory=TensorParallel)
     max_positions: int | None = None
     """Positions that rotary tables cover; without it none can be made."""
+    operations: OperationTable = field(default_factory=OperationTable)
+    """What runs norms, activations, rotary positions, embedding and head."""
     _rope_tables: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def make_column_parallel_linear(
@@ -83,23 +86,23 @@ class LayerBuilder:
 
     def make_embedding(self, name: str, vocab_size: int, hidden_size: int) -> VocabEmbedding:
         """The token embedding."""
-        return VocabEmbedding(name, vocab_size, hidden_size, self.parallel, self.dtype, self.device)
+        return VocabEmbedding(name, vocab_size, hidden_size, self.parallel, self.dtype, self.device, self.operations)
 
     def make_lm_head(
         self, name: str, vocab_size: int, hidden_size: int, tied_to: VocabEmbedding | None = None
     ) -> LMHead:
         """The language model's head. ``tied_to`` an embedding, it has no weights but those."""
         if tied_to is not None:
-            return LMHead(name, vocab_size, self.parallel, tied_to)
+            return LMHead(name, vocab_size, self.parallel, tied_to, self.operations)
         shard_size = VocabShard(vocab_size, self.parallel).size
         linear = self._make_linear(
             name, "lm_head", hidden_size, hidden_size, {name: vocab_size}, [shard_size], "column", False
         )
-        return LMHead(name, vocab_size, self.parallel, linear)
+        return LMHead(name, vocab_size, self.parallel, linear, self.operations)
 
     def make_rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
         """An RMS norm, the same on every rank."""
-        return RMSNorm(name, size, eps, self.dtype, self.device)
+        return RMSNorm(name, size, eps, self.dtype, self.device, self.operations)
 
     def make_layer_norm(self, name: str, size: int, eps: float = 1e-5, bias: bool = True) -> LayerNorm:
         """A layer norm, the same on every rank."""
@@ -159,6 +162,6 @@ class LayerBuilder:
             bias=bias,
         )
         method = self.quant.get_linear_method(info)
-        layer = Linear(info, method, self.parallel)
+        layer = Linear(info, method, self.parallel, self.operations)
         method.create_weights(layer, info, self.device)
         return layer

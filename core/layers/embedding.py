@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.core import ops
+from quire.core.errors import ConfigError
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, check_tensor_shape
 from quire.core.layers.linear import Linear
 from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.vocab import VocabShard
 from quire.core.ops.linear import SmallBatchGemm, get_small_batch_gemm
+from quire.core.ops.operation_table import OperationTable
 
 __all__ = ["LMHead", "VocabEmbedding"]
 
@@ -31,9 +32,11 @@ class VocabEmbedding(CheckpointLayer):
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,
+        operations: OperationTable | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.operations = operations or OperationTable()
         self.vocab_size = vocab_size
         self.parallel = parallel
         shard = VocabShard(vocab_size, parallel)
@@ -44,7 +47,7 @@ class VocabEmbedding(CheckpointLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """(num_tokens,) int -> (num_tokens, hidden)."""
         whole = self.parallel.size == 1
-        return self.parallel.all_reduce(ops.embedding(ids, self.weight, self.vocab_start_index, whole))
+        return self.parallel.all_reduce(self.operations.embedding(ids, self.weight, self.vocab_start_index, whole))
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """One for the whole table, of which this rank keeps its shard."""
@@ -64,8 +67,16 @@ class LMHead(CheckpointLayer):
     the embedding, as transformers does.
     """
 
-    def __init__(self, name: str, vocab_size: int, parallel: TensorParallel, source: Linear | VocabEmbedding) -> None:
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        parallel: TensorParallel,
+        source: Linear | VocabEmbedding,
+        operations: OperationTable | None = None,
+    ) -> None:
         super().__init__()
+        self.operations = operations or OperationTable()
         self.name = name
         self.vocab_size = vocab_size
         self.parallel = parallel
@@ -100,6 +111,7 @@ class LMHead(CheckpointLayer):
             self.parallel,
             embedding.weight.dtype,
             embedding.weight.device,
+            embedding.operations,
         )
         own.load_weight(stored)
         if not torch.equal(own.weight, embedding.weight):
@@ -112,12 +124,27 @@ class LMHead(CheckpointLayer):
     def _load_weight(self, tensor: Tensor) -> None:
         self._stored_weight = tensor  # the embedding may not be loaded yet
 
+    def _get_dense_weight(self) -> Tensor:
+        """(rows of this rank, hidden). Raises ``ConfigError`` where the head is stored in another way."""
+        source, weight = self.weight_source, getattr(self.weight_source, "weight", None)
+        if isinstance(source, Linear):
+            expected = (source.info.out_features, source.info.in_features)
+            if not isinstance(weight, Tensor) or weight.shape != expected or weight.dtype != source.info.dtype:
+                raise ConfigError(
+                    f"--op lm_head: the weights of {self.name} are quantized, and an operation takes plain ones; "
+                    f"leave the flag out"
+                )
+        assert isinstance(weight, Tensor)
+        return weight
+
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_size) in the model's dtype."""
         return self.vocab_shard.gather_logits(self.compute_local_logits(hidden))
 
     def compute_local_logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocab_shard.size): of this rank's tokens, padding behind them."""
+        if self.operations.lm_head is not None:
+            return self.operations.lm_head(hidden, self._get_dense_weight())
         if not isinstance(self.weight_source, VocabEmbedding):
             own_logits: Tensor = self.weight_source(hidden)
             return own_logits

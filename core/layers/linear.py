@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quire.core import ops
 from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 from quire.core.layers.norm import RMSNorm
 from quire.core.layers.parallel import TensorParallel
-from quire.core.ops.norm import rms_norm_quantized
+from quire.core.ops.operation_table import OperationTable
 
 __all__ = ["Linear"]
 
@@ -21,12 +20,21 @@ class Linear(CheckpointLayer):
     of the input features and sums over the ranks. The method owns the weights: this class never looks at them.
     """
 
-    def __init__(self, info: LayerInfo, method: LinearMethod, parallel: TensorParallel) -> None:
+    def __init__(
+        self,
+        info: LayerInfo,
+        method: LinearMethod,
+        parallel: TensorParallel,
+        operations: OperationTable | None = None,
+    ) -> None:
         super().__init__()
         self.name = info.name
         self.info = info
         self.method = method
         self.parallel = parallel
+        self.operations = operations or OperationTable()
+        self._fuses_norm = "rms_norm" not in self.operations.replaced
+        self._fuses_activation = "silu_and_mul" not in self.operations.replaced
 
     def forward(self, x: Tensor | QuantActivation) -> Tensor:
         """``x`` (num_tokens, in_features) -> (num_tokens, out_features)."""
@@ -56,17 +64,21 @@ class Linear(CheckpointLayer):
         the layer ``consumer`` that reads it.
         """
         bias = getattr(self, "bias", None)
-        if residual is None:
+        is_whole = activation is None or self._fuses_activation  # whether one kernel may run all that is asked for
+        if residual is None and self._fuses_norm and is_whole:
             out = self.method.apply_fused(self, x, bias, norm=(norm.weight, norm.eps), activation=activation)
             if out is not None:
                 return out, x
-        y, stream = rms_norm_quantized(self.input_format, x, norm.weight, norm.eps, residual)
-        out = None if activation is None else self.method.apply_fused(self, y, bias, activation=activation)
+        y, stream = self.operations.rms_norm(x, norm.weight, norm.eps, residual, self.input_format)
+        out = None
+        if activation is not None and self._fuses_activation:
+            out = self.method.apply_fused(self, y, bias, activation=activation)
         if out is None:
             out = self(y)
             if activation is not None:
                 output_format = ActivationFormat() if consumer is None else consumer.input_format
-                return ops.gated_activation(activation, out, output_format), stream
+                assert activation == "silu"
+                return self.operations.silu_and_mul(out, output_format), stream
         return out, stream
 
     def forward_add_residual(self, x: Tensor | QuantActivation, stream: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,18 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.core import ops
+from quire.core.contracts.quant import ActivationFormat
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, make_copy_loader
+from quire.core.ops.operation_table import OperationTable
 
 __all__ = ["LayerNorm", "RMSNorm"]
+
+_NATIVE = ActivationFormat()
 
 
 class RMSNorm(CheckpointLayer):
     """RMS norm over the last dimension; the weight is the same on every rank."""
 
-    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        eps: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        operations: OperationTable | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
+        self.operations = operations or OperationTable()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)  # (size,)
 
@@ -29,7 +41,8 @@ class RMSNorm(CheckpointLayer):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``x`` (..., size). With a residual: ``(norm(x + residual), x + residual)``."""
-        y, summed = ops.rms_norm(x, self.weight, self.eps, residual)
+        y, summed = self.operations.rms_norm(x, self.weight, self.eps, residual, _NATIVE)
+        assert isinstance(y, Tensor)
         return y if residual is None else (y, summed)
 
     def weight_loaders(self) -> dict[str, WeightLoader]:

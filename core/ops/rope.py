@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import LayerKV
-from quire.core.ops.norm import rms_norm
+from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.norm import rms_norm_in_torch
 
-__all__ = ["apply_rope", "rope_and_cache", "write_kv"]
+__all__ = ["apply_rope", "rope_and_cache", "rope_and_cache_in_torch", "write_kv"]
 
 
 def rope_and_cache(
@@ -35,13 +36,36 @@ def rope_and_cache(
         from quire.core.ops.kernels import rope_kernel as rope
 
         return rope.launch_rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps)
+    return rope_and_cache_in_torch(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm=q_norm, k_norm=k_norm, eps=eps)
+
+
+def rope_and_cache_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv: LayerKV | None,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """``rope_and_cache`` on any device; ``q`` and ``k`` stay as they are."""
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, eps)[0], rms_norm(k, k_norm, eps)[0]
+        q, k = (_norm_heads(x, weight, eps) for x, weight in ((q, q_norm), (k, k_norm)))
     table = cos_sin[positions]  # (num_tokens, rotary_dim) float32
     q, k = apply_rope(q, table), apply_rope(k, table)
     if kv is not None:
         write_kv(k, v, kv, slot_mapping)
     return q, k
+
+
+def _norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, _ = rms_norm_in_torch(x, weight, eps, None, ActivationFormat())
+    assert isinstance(y, Tensor)
+    return y
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -184,6 +184,15 @@ def quire_register_reasoning_parser(register: Registrar) -> None:
 
 
 @hookimpl
+def quire_register_op(register: Registrar) -> None:
+    """Register the bundled implementations of operations."""
+    where = "quire.core.ops.implementations"
+    register("torch", f"{where}:TorchOperations", "every operation in torch, on any device; the reference")
+    target = f"{where}:TritonOperations"
+    register("triton", target, "fused kernels for norm, activation and rotary positions", requires=("triton",))
+
+
+@hookimpl
 def quire_register_router(register: Registrar) -> None:
     """Register the bundled routers."""
     register("round_robin", "quire.plugins.router.round_robin:RoundRobinRouter", "one replica after the other")
@@ -205,6 +214,9 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
     """Say what ``auto`` means when no other plugin has an opinion."""
     if kind == "attention":
         return _choose_attention(str(config.get("device", "cpu")))
+    if kind == "op":
+        on_gpu = _choose_attention(str(config.get("device", "cpu"))).name == "triton"
+        return Choice("triton", "on a GPU, for what it has") if on_gpu else Choice("torch", "no CUDA GPU")
     if kind == "model":
         architectures = list(config.get("architectures") or ())
         return Choice(architectures[0], "the checkpoint's architecture") if architectures else None

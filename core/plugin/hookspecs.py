@@ -91,6 +91,11 @@ def quire_register_reasoning_parser(register: Registrar) -> None:
 
 
 @hookspec
+def quire_register_op(register: Registrar) -> None:
+    """Name what runs operations of a forward pass: subclasses of ``quire.sdk.Operations``."""
+
+
+@hookspec
 def quire_register_router(register: Registrar) -> None:
     """Name routers: subclasses of ``quire.sdk.Router``."""
 

@@ -14,6 +14,7 @@ from quire.core.config import EngineConfig, PluginChoice
 from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
 from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.contracts.model import Model
+from quire.core.contracts.op import Operations
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.contracts.sampler import Sampler
 from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, TargetState
@@ -22,6 +23,7 @@ from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
+from quire.core.ops.operation_table import OperationTable, check_operation_name
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sample.checked_sampler import CheckedSampler
@@ -59,6 +61,7 @@ class ComponentLoader:
         spec = config.speculation
         self.num_speculative_tokens = 0 if spec is None else spec.num_speculative_tokens
         """The most drafts that a step verifies for a request."""
+        self._operations = self._make_operation_table()
 
     def load_target_model(self) -> Model:
         """The model that is served, with its weights."""
@@ -178,6 +181,27 @@ class ComponentLoader:
         name = config.plugin("spec_decode").name
         return DraftRunner(name, proposer, table, config.model.vocab_size, kv_cache, target_group)
 
+    def _make_operation_table(self) -> OperationTable:
+        """What runs each operation of a forward pass. Raises ``ConfigError`` where a chosen plugin does not have it,
+        or cannot run on this device."""
+        plugins: dict[str, Operations] = {}
+        made: dict[str, Operations] = {}
+        chosen = {key.partition(":")[2]: c for key, c in self._config.plugins.items() if c.kind == "op"}
+        for operation, choice in sorted(chosen.items(), key=lambda each: each[0] != "all"):  # a name has the last word
+            plugin_class = _load_plugin_class(choice, Operations)
+            if reasons := plugin_class.unsupported(self._device):
+                raise ConfigError(
+                    f"--op {operation}={choice.name}: it cannot run on {self._device.type}: {'; '.join(reasons)}; "
+                    f"choose another, or leave the flag out"
+                )
+            if choice.target not in made:
+                made[choice.target] = plugin_class(self._device, _parse_plugin_options(plugin_class, choice))
+            if operation != "all":
+                check_operation_name(operation, plugin_class, choice.name)
+            names = plugin_class.list_operations() if operation == "all" else [operation]
+            plugins |= dict.fromkeys(names, made[choice.target])
+        return OperationTable().replace_operations(plugins) if plugins else OperationTable()
+
     def _load_model(self, path: str, model_key: str, quant_key: str) -> Model:
         model, cache = self._config.model, self._config.cache
         hf_config = read_hf_config(Path(path))
@@ -195,6 +219,7 @@ class ComponentLoader:
             seed=model.seed,
             parallel=self._parallel,
             progress=self._parallel.rank == 0,
+            operations=self._operations,
         )
 
     def _make_draft_source(self, target: Model, draft_model_path: str | None) -> DraftSource:
@@ -205,7 +230,14 @@ class ComponentLoader:
         def make_builder(hf_config: Any) -> LayerBuilder:
             quant = self._make_quantization_loader("draft_quant", hf_config)
             return LayerBuilder(
-                dtype, self._device, dtype, block_size, quant, self._parallel, max_positions=model.max_model_len
+                dtype,
+                self._device,
+                dtype,
+                block_size,
+                quant,
+                self._parallel,
+                max_positions=model.max_model_len,
+                operations=self._operations,
             )
 
         return DraftSource(

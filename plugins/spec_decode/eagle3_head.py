@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from quire.sdk import AttentionSpec, CheckpointError, ForwardContext
 from quire.sdk.layers import GatedMLP, LayerBuilder, VocabEmbedding
-from quire.sdk.ops import rope_and_cache
 
 __all__ = ["Eagle3Config", "Eagle3Head"]
 
@@ -102,6 +101,7 @@ class Eagle3Head(nn.Module):
         super().__init__()
         c, name = config.layer_config, "layers.0"
         hidden, eps, self.head_dim = c.hidden_size, c.rms_norm_eps, _get_head_dim(c)
+        self._run_rope = builder.operations.rope_and_cache
         self.num_heads, self.num_kv_heads = builder.count_local_heads(c.num_attention_heads, c.num_key_value_heads)
         self.norm_before_residual = config.norm_before_residual
         self.embed_tokens: VocabEmbedding | None = None
@@ -145,7 +145,7 @@ class Eagle3Head(nn.Module):
         next tokens are ``ids`` (n,)."""
         k, v = self._project_kv(self._combine_inputs(ids, hidden)[0])
         no_queries = k[:, :0]
-        rope_and_cache(no_queries, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
+        self._rotate_and_cache(no_queries, k, v, positions, context)
 
     def forward(self, ids: Tensor, hidden: Tensor, positions: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """As ``write_kv``, and ``(normed, hidden)``, each (n, hidden): what ``compute_logits`` takes, and what stands
@@ -153,7 +153,7 @@ class Eagle3Head(nn.Module):
         combined, residual_stream = self._combine_inputs(ids, hidden)
         k, v = self._project_kv(combined)
         q = self.q_proj(combined).unflatten(1, (self.num_heads, self.head_dim))
-        q, _ = rope_and_cache(q, k, v, positions, self.cos_sin, context.kv[0], context.slot_mapping[0])
+        q = self._rotate_and_cache(q, k, v, positions, context)
         out = torch.empty_like(q)
         context.backends[0].run(0, q, context.kv[0], out)
         x, residual = self.o_proj.forward_add_residual(out.flatten(1), residual_stream)
@@ -163,6 +163,10 @@ class Eagle3Head(nn.Module):
     def compute_logits(self, normed: Tensor) -> Tensor:
         """(n, hidden) -> (n, draft_vocab_size); ``draft_to_target_ids`` says which tokens those are."""
         return self.lm_head(normed)
+
+    def _rotate_and_cache(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        kv, slots = context.kv[0], context.slot_mapping[0]
+        return self._run_rope(q, k, v, positions, self.cos_sin, kv, slots, q_norm=None, k_norm=None, eps=0.0)[0]
 
     def _combine_inputs(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's input (n, 2 * hidden), and the residual stream (n, hidden)."""

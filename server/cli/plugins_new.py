@@ -26,6 +26,7 @@ _SUMMARIES: Mapping[str, str] = MappingProxyType(
         "sampler": "the Gumbel-max trick with hashed noise",
         "logits_processor": "makes one token less likely",
         "spec_decode": "drafts what followed the last two tokens before",
+        "op": "the RMS norm",
         "executor": "one worker in the engine's process",
         "metrics": "counts requests and tokens",
         "tool_parser": "calls between ACTION and DONE",
@@ -125,6 +126,7 @@ class NewPackage:
         flag = KINDS[self.kind].flag
         lines.append(f"quire plugins check {self.kind}/{self.registered_name}")
         use = {"quant": "quire serve MODEL", "model": "quire serve MODEL --plugin " + self.dist}
+        use["op"] = f"quire serve --op all={self.registered_name}"
         return "\n".join([*lines, use.get(self.kind, f"quire serve {flag} {self.registered_name}")])
 
 

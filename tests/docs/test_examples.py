@@ -87,7 +87,7 @@ def test_the_model_of_a_page_computes(python_of, tmp_path, monkeypatch):
 EXAMPLES = (
     *("policy_example:ShortestFirst", "spec_decode_example:RepeatLast", "metrics_example:LogRequests"),
     *("tool_parser_example:ActionJson", "reasoning_parser_example:Scratchpad"),
-    *("router_example:ByGroup", "structured_output_example:OneOf"),
+    *("router_example:ByGroup", "structured_output_example:OneOf", "op_example:Swish"),
 )
 
 

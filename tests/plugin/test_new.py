@@ -16,7 +16,7 @@ from quire.server.cli.main import main
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("policy", "logits_processor", "sampler", "spec_decode", "metrics", "tool_parser", "reasoning_parser", "route")
+SMALL = {*NEW_KINDS} - {"attention", "kv", "quant", "model", "executor"}
 NAMES = {kind: f"fresh-{kind.replace('_', '-')}" for kind in NEW_KINDS} | {"model": "OPTForCausalLM"}
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
-from quire.core.ops import gated_activation, rms_norm
+from quire.core.ops import rms_norm, silu_and_mul_quantized
 from quire.core.ops.kernels import activation_kernel as activation
 from quire.core.ops.kernels import norm_kernel as norm
 from quire.core.ops.norm import rms_norm_quantized
@@ -209,19 +209,19 @@ def test_producers(wanted: ActivationFormat) -> None:
     same(fp8_quantize.launch_quantize_activation(x, wanted), quantize_activation(x.cpu(), near))
     for residual in (None, r):
         got, stream = norm.launch_rms_norm(x, gain, EPS, residual, wanted)
-        twin, summed = rms_norm_quantized(near, x.cpu(), gain.cpu(), EPS, None if residual is None else r.cpu())
+        twin, summed = rms_norm_quantized(x.cpu(), gain.cpu(), EPS, None if residual is None else r.cpu(), near)
         same(got, twin)
         assert torch.equal(stream.cpu(), summed)
-    same(activation.launch_silu_and_mul(x, wanted), gated_activation("silu", x.cpu(), near))
+    same(activation.launch_silu_and_mul(x, wanted), silu_and_mul_quantized(x.cpu(), near))
 
 
 def test_a_native_activation_stays_as_it_is() -> None:
     x, gain = torch.randn(3, 64), torch.rand(64)
     native = ActivationFormat()
     assert quantize_activation(x, native) is x
-    y, _ = rms_norm_quantized(native, x, gain, EPS)
+    y, _ = rms_norm_quantized(x, gain, EPS, None, native)
     assert isinstance(y, Tensor) and torch.equal(y, rms_norm(x, gain, EPS)[0])
-    assert torch.equal(gated_activation("silu", x, native), F.silu(x[:, :32]) * x[:, 32:])
+    assert torch.equal(silu_and_mul_quantized(x, native), F.silu(x[:, :32]) * x[:, 32:])
 
 
 @pytest.mark.parametrize("kind", ["fp8_group", "fp8_token", "int8_token"])

@@ -32,7 +32,7 @@ _BLOCK = 1024
 
 
 def launch_silu_and_mul(gate_up: Tensor, output_format: ActivationFormat = NATIVE_FORMAT) -> Any:
-    """As ``quire.core.ops.silu_and_mul`` and ``gated_activation``. ``gate_up`` (num_tokens, 2 * features), dense."""
+    """As ``quire.core.ops.silu_and_mul_quantized``. ``gate_up`` (num_tokens, 2 * features), dense."""
     rows, width = gate_up.shape
     out, values, scale = allocate_activation(gate_up, width // 2, output_format)
     kind = ACTIVATION_FORMAT_CODES[output_format.kind]

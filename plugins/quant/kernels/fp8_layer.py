@@ -165,7 +165,11 @@ class EightBitGemm:
             output_format = ActivationFormat("fp8_tensor", input_scale.reshape(1))
         elif output_format.kind == "fp8_token" and blocks:
             output_format = ActivationFormat("fp8_group")
-        y = quantize_activation(x, output_format) if norm is None else rms_norm_quantized(output_format, x, *norm)[0]
+        y = (
+            quantize_activation(x, output_format)
+            if norm is None
+            else rms_norm_quantized(x, *norm, None, output_format)[0]
+        )
         assert isinstance(y, QuantActivation)
         return y
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.logits_processor import *
     from quire.core.contracts.metrics import *
     from quire.core.contracts.model import *
+    from quire.core.contracts.op import *
     from quire.core.contracts.policy import *
     from quire.core.contracts.quant import *
     from quire.core.contracts.reasoning_parser import *
@@ -51,6 +52,7 @@ __all__ = [
     "ENGINE_STATS",
     "MIN_PREFILL_TOKENS",
     "NO_DEADLINE",
+    "OPERATIONS",
     "ActivationFormat",
     "AdapterConfig",
     "AdapterLayer",
@@ -107,6 +109,7 @@ __all__ = [
     "ModelConfig",
     "ModelRunnerOutput",
     "NewRequest",
+    "Operations",
     "ParallelConfig",
     "PluginChoice",
     "PrefixMatch",
@@ -171,6 +174,7 @@ NAMES_OF_MODULE = {
         "StoredWeight",
     ),
     "quire.core.contracts.model": ("AuxHiddenStates", "ForwardContext", "Model"),
+    "quire.core.contracts.op": ("OPERATIONS", "Operations"),
     "quire.core.contracts.sampler": ("Sampler", "SamplingBatch", "SamplingTable"),
     "quire.core.contracts.logits_processor": ("LogitsBatch", "LogitsProcessor"),
     "quire.core.contracts.spec_decode": (

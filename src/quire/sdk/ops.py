@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quire.core.ops.activation import *
+    from quire.core.ops.activation import silu_and_mul, silu_and_mul_quantized
     from quire.core.ops.device_profile import OLDEST_CAPABILITY, DeviceProfile
     from quire.core.ops.embedding import *
     from quire.core.ops.kernels.linear_epilogue import *
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     )
     from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, fit_stages, get_launch_steps
     from quire.core.ops.linear import *
-    from quire.core.ops.norm import *
+    from quire.core.ops.norm import rms_norm, rms_norm_quantized
     from quire.core.ops.pinned import copy_to_device, copy_to_host
     from quire.core.ops.quantize import *
-    from quire.core.ops.rope import *
+    from quire.core.ops.rope import apply_rope, rope_and_cache, write_kv
 
 __all__ = [
     "ACTIVATION_FORMAT_CODES",
@@ -45,7 +45,6 @@ __all__ = [
     "embedding",
     "find_launches",
     "fit_stages",
-    "gated_activation",
     "get_launch_steps",
     "get_row_warps",
     "get_small_batch_gemm",
@@ -60,6 +59,7 @@ __all__ = [
     "rms_norm_quantized",
     "rope_and_cache",
     "silu_and_mul",
+    "silu_and_mul_quantized",
     "store_gemm_output",
     "supports_pdl",
     "write_kv",
@@ -68,7 +68,7 @@ __all__ = [
 NAMES_OF_MODULE = {
     "quire.core.ops.rope": ("write_kv", "rope_and_cache", "apply_rope"),
     "quire.core.ops.norm": ("rms_norm", "rms_norm_quantized"),
-    "quire.core.ops.activation": ("silu_and_mul", "gated_activation"),
+    "quire.core.ops.activation": ("silu_and_mul", "silu_and_mul_quantized"),
     "quire.core.ops.embedding": ("embedding",),
     "quire.core.ops.quantize": ("quantize_activation",),
     "quire.core.ops.linear": ("SmallBatchGemm", "get_small_batch_gemm"),
