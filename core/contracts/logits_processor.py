@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,13 +40,16 @@ class LogitsProcessor(ABC):
     What it does to a row of the logits depends on the request and on the ``num_tokens`` tokens before it alone: those
     of drafts may be rejected, and then never count.
 
-    A processor that raises in ``add_row`` or ``apply`` is quarantined: it is skipped from then on, and a metric
-    says so.
+    After one that raises in ``add_row`` or ``apply``, the requests for which it has something to do end with an error
+    that names it: a constraint is never lifted in silence. One that may be left out says so in ``on_failure``.
     """
 
     Arguments: ClassVar[type[Any] | None] = None
     """A frozen dataclass of what a request may say to it in ``extra_args`` (``vllm_xargs`` over HTTP), each field with
     a default. A name that no plugin declares, and a value of another type, is refused before the request begins."""
+    on_failure: Literal["fail", "skip"] = "fail"
+    """What becomes of a request if the processor fails: it ends with an error; or, with ``skip``, it goes on, and the
+    processor is quarantined, which is right for one that only biases."""
     argmax_invariant: bool = False
     """True if it can never change which token is the largest; then it is skipped for greedy requests."""
 

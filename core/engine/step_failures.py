@@ -12,7 +12,7 @@ from quire.core.config import EngineConfig
 from quire.core.errors import EngineDeadError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
 from quire.core.plugin.frames import PluginFrames
-from quire.core.sample.row_faults import FIRST_PROCESSOR, MASKED, NO_TOKEN
+from quire.core.sample.row_faults import MASKED, NO_TOKEN, parse_processor_fault
 from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import StepFailure
 from quire.core.traces.recorder import TraceRecorder
@@ -74,9 +74,12 @@ class StepFailures:
 
     def _describe_fault(self, fault: int) -> tuple[str, StepFailure]:
         """What is told of a row, and to whom it is counted."""
-        if fault <= FIRST_PROCESSOR:
-            choice = self._config.plugins_of("logits_processor")[FIRST_PROCESSOR - fault]
-            error = f"logits_processor/{choice.name} left no token that can be sampled (NaN, or all minus infinity)"
+        if (of_processor := parse_processor_fault(fault)) is not None:
+            choice = self._config.plugins_of("logits_processor")[of_processor.place]
+            what = "left no token that can be sampled (NaN, or all minus infinity)"
+            if of_processor.has_raised:
+                what = "failed; the engine's log says why"
+            error = f"logits_processor/{choice.name} {what}"
             return error, StepFailure(choice.kind, choice.name)
         if fault == NO_TOKEN:
             name = self._config.plugin("sampler").name

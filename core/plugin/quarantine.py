@@ -44,6 +44,7 @@ class Quarantine:
         on_fault: Callable[[QuarantinedPlugin], None],
         *,
         replacement: str = "",
+        outcome: str = "is quarantined",
         time_limit_s: float = math.inf,
         max_slow_calls: int = 3,
         hang_limit_s: float = math.inf,
@@ -62,6 +63,7 @@ class Quarantine:
         self._interrupt_lock = threading.Lock()
         self._interrupted_thread = 0  # the thread in which the running call is interrupted; 0: it is not
         self._on_fault = on_fault
+        self._outcome = outcome
         self._consequence = f"; {replacement} takes over" if replacement else ""
         self._time_limit_s = time_limit_s
         self._max_slow_calls = max_slow_calls
@@ -139,7 +141,7 @@ class Quarantine:
         if not self.is_active:
             return
         self.is_active = False
-        line = f"{self.kind}/{self.name} is quarantined ({reason}): {detail}{self._consequence}"
+        line = f"{self.kind}/{self.name} {self._outcome} ({reason}): {detail}{self._consequence}"
         _log.error("%s", line, exc_info=error)
         self._on_fault(QuarantinedPlugin(self.kind, self.name, reason))
 

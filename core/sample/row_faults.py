@@ -6,10 +6,22 @@ gets a token of the vocabulary in their place: steps that are queued already go 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["FIRST_PROCESSOR", "MASKED", "NO_LOGITS", "NO_TOKEN", "find_invalid_rows", "mark_invalid_rows"]
+__all__ = [
+    "MASKED",
+    "NO_LOGITS",
+    "NO_TOKEN",
+    "ProcessorFault",
+    "fault_of_failed_processor",
+    "fault_of_processor",
+    "find_invalid_rows",
+    "mark_invalid_rows",
+    "parse_processor_fault",
+]
 
 NO_LOGITS = -1
 """The logits that the model computed have a NaN, or none above minus infinity."""
@@ -17,8 +29,31 @@ NO_TOKEN = -2
 """What the sampler returned is no token of the vocabulary."""
 MASKED = -3
 """Logits processors and the mask of a grammar together allow no token."""
-FIRST_PROCESSOR = -4
-"""The first logits processor made the row invalid; the second one has the number before this, and so on."""
+_FIRST_PROCESSOR = -4
+
+
+class ProcessorFault(NamedTuple):
+    """A row that a logits processor left without a token, or for which it raised."""
+
+    place: int
+    """Of the processor the order in which they are applied."""
+    has_raised: bool
+
+
+def fault_of_processor(index: int) -> int:
+    """The fault of rows in which this logits processor left no token."""
+    return _FIRST_PROCESSOR - 2 * index
+
+
+def fault_of_failed_processor(index: int) -> int:
+    """The fault of rows for which it raised, or did not return."""
+    return _FIRST_PROCESSOR - 2 * index - 1
+
+
+def parse_processor_fault(fault: int) -> ProcessorFault | None:
+    """Which processor a fault is of; None: of none."""
+    place, has_raised = divmod(_FIRST_PROCESSOR - fault, 2)
+    return None if fault > _FIRST_PROCESSOR else ProcessorFault(place, bool(has_raised))
 
 
 def find_invalid_rows(logits: Tensor) -> Tensor:

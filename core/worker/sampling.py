@@ -17,7 +17,7 @@ when they entered; tokens go to the request table on the device, where the next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeAlias
@@ -35,11 +35,12 @@ from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.sample.checked_sampler import check_sampled_tokens
 from quire.core.sample.inputs import PenaltyColumns
 from quire.core.sample.penalties import apply_penalties
-from quire.core.sample.row_faults import FIRST_PROCESSOR, MASKED, NO_LOGITS, find_invalid_rows
+from quire.core.sample.row_faults import MASKED, NO_LOGITS
 from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.sample.vocab_parallel import MAX_TOP_K, VocabParallelSampler
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
+from quire.core.worker.logits_processors import LogitsProcessors
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampled_logprobs import RequestedLogprobs, SampledLogprobs
 from quire.core.worker.token_mask_buffer import TokenMaskBuffer
@@ -66,23 +67,6 @@ class SampledTokens:
     """Behind the sampling the proposer read tokens that it had passed over before."""
 
 
-class _ActiveProcessor:
-    """A logits processor that is not quarantined, and the rows for which it has something to do."""
-
-    def __init__(
-        self,
-        name: str,
-        processor: LogitsProcessor,
-        fault: int,
-        on_fault: Callable[[_ActiveProcessor, QuarantinedPlugin], None],
-    ) -> None:
-        self.processor = processor
-        self.fault = fault
-        """What stands in the place of a token where it left a row invalid."""
-        self.rows: set[int] = set()
-        self.quarantine = Quarantine("logits_processor", name, partial(on_fault, self))
-
-
 class SamplingRunner:
     """Samples a step's tokens. Keeps what each request wants on the host, by row, so that a step pays for no more."""
 
@@ -107,10 +91,7 @@ class SamplingRunner:
         """The sampler, where it can sample from the table by itself."""
         self._stale_graph_variants: set[str] = set()  # captured with a sampler that was replaced since
         self._quarantine: Quarantine | None = None  # of a sampler that another one can replace
-        self._processors = [
-            _ActiveProcessor(name, each, FIRST_PROCESSOR - i, self._remove_processor)
-            for i, (name, each) in enumerate(processors)
-        ]
+        self._processors = LogitsProcessors(processors, self._note_quarantine)
         # Host copies of what the table has on the device: reading that would wait for the step in flight.
         num_rows = table.num_rows
         self._is_random = np.zeros(num_rows, dtype=bool)
@@ -154,21 +135,11 @@ class SamplingRunner:
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._has_penalties[row] = penalties != neutral
         self._logprobs.set_row(row, params)
-        for active in list(self._processors):  # a copy: quarantine removes from it
-            if row in active.rows:  # of the row's last request, which left with a step that failed
-                active.rows.discard(row)
-                active.quarantine.call(active.processor.remove_row, row)
-            if active.processor.argmax_invariant and params.greedy:
-                continue
-            if active.quarantine.call(active.processor.add_row, request):
-                active.rows.add(row)
+        self._processors.add_row(request)
 
     def remove_row(self, row: int) -> None:
         """The row's request left."""
-        for active in list(self._processors):
-            if row in active.rows:
-                active.rows.discard(row)
-                active.quarantine.call(active.processor.remove_row, row)
+        self._processors.remove_row(row)
 
     def graph_variant(self, rows: NDArray[np.int32], masked: bool = False) -> SamplingVariant | None:
         """The captured sampling graph that serves these rows; None where they want more than one can do."""
@@ -261,9 +232,7 @@ class SamplingRunner:
 
     def _leaves_logits_unchanged(self, rows: NDArray[np.int32]) -> bool:
         """Whether no penalty and no processor works on these rows."""
-        if self._has_penalties[rows].any():
-            return False
-        return all(active.rows.isdisjoint(rows.tolist()) for active in self._processors if active.rows)
+        return not (self._has_penalties[rows].any() or self._processors.works_on_any(rows))
 
     def _sample_float32(
         self,
@@ -279,7 +248,11 @@ class SamplingRunner:
         # logits are wanted for log-probabilities, and may belong to a graph.
         logits = raw_logits.to(torch.float32, copy=True)
         self._apply_penalties(logits, rows, positions, host_rows, int(max_positions.max()))
-        faults = self._apply_processors(logits, positions, host_rows, max_positions)
+        faults = self._processors.apply(
+            logits,
+            lambda rows: LogitsBatch(rows, max_positions.tolist(), self.table.token_ids, positions),
+            host_rows,
+        )
         if token_masks is not None:
             token_masks.apply(logits)
         batch = self._make_sampling_batch(rows, positions, host_rows)
@@ -291,7 +264,7 @@ class SamplingRunner:
             # Where processors left a row valid, a mask has made it invalid.
             if faults is None:
                 return tokens
-            return torch.where((tokens == NO_LOGITS) | (faults == NO_LOGITS), faults, tokens)
+            return torch.where((tokens == NO_LOGITS) | (faults != MASKED), faults, tokens)
         # It is replaced now, and may have overwritten the logits.
         return self._sample_float32(raw_logits, inputs, host_rows, max_positions, token_masks)
 
@@ -304,27 +277,6 @@ class SamplingRunner:
         logits_rows = copy_to_device(penalized, torch.int64, logits.device)
         # A token's position is also the number of tokens before it.
         apply_penalties(logits, logits_rows, rows, positions, max_num_tokens, self._penalty_columns)
-
-    def _apply_processors(
-        self, logits: Tensor, positions: Tensor, host_rows: NDArray[np.int32], max_positions: NDArray[np.int64]
-    ) -> Tensor | None:
-        """What made each row invalid, (n,) int32, or has to if it is later found to be. None: no processor has work."""
-        if not any(active.rows for active in self._processors):
-            return None
-        faults = torch.where(find_invalid_rows(logits), NO_LOGITS, MASKED).int()
-        rows = host_rows.tolist()
-        batch = LogitsBatch(rows, max_positions.tolist(), self.table.token_ids, positions)
-        for active in list(self._processors):
-            if active.rows.isdisjoint(rows):
-                continue
-            # A processor may raise half-way; the step then goes on with the logits that it was given.
-            before = logits.clone()
-            active.quarantine.call(active.processor.apply, logits, batch)
-            if not active.quarantine.is_active:
-                logits.copy_(before)
-                continue
-            faults = torch.where(find_invalid_rows(logits) & (faults == MASKED), active.fault, faults)
-        return faults
 
     def _make_sampling_batch(self, rows: Tensor, positions: Tensor, host_rows: NDArray[np.int32]) -> SamplingBatch:
         table = self.table
@@ -349,8 +301,7 @@ class SamplingRunner:
         self._sampler, self._quarantine = fallback, None
         self._quarantined.append(plugin)
 
-    def _remove_processor(self, active: _ActiveProcessor, plugin: QuarantinedPlugin) -> None:
-        self._processors.remove(active)
+    def _note_quarantine(self, plugin: QuarantinedPlugin) -> None:
         self._quarantined.append(plugin)
 
 

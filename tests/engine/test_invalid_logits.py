@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from quire import LLM, AsyncLLM, SamplingParams
+from quire import LLM, SamplingParams
 from quire.core.engine.llm_engine import LLMEngine
 from quire.core.engine.step_failures import StepHealth
 from quire.core.errors import RequestFailedError
@@ -193,26 +192,3 @@ def test_steps_that_fail_one_after_the_other_make_the_service_unhealthy(monkeypa
     assert health.describe_failures() is not None
     health.note_outputs(served)
     assert health.describe_failures() is None
-
-
-def test_an_async_engine_tells_its_health(tiny: Path) -> None:
-    async def run() -> tuple[str | None, str | None, str]:
-        llm = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256, attention_backend=NaNAttention)
-        try:
-            await llm.start()
-            for _ in range(3):
-                with pytest.raises(RequestFailedError, match="at fault is attention/"):
-                    async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, GREEDY):
-                        pass
-            unhealthy = llm.step_health.describe_failures()
-            async for _ in llm.generate({"prompt_token_ids": [5] * 9}, GREEDY):
-                pass
-            return unhealthy, llm.step_health.describe_failures(), llm.render_metrics()[0].body.decode()
-        finally:
-            await llm.shutdown()
-
-    unhealthy, healthy, metrics = asyncio.run(run())
-    assert unhealthy is not None and f"3 steps failed, in attention/{__name__}:NaNAttention" in unhealthy
-    assert healthy is None
-    name = f'kind="attention",model_name="{tiny}",name="{__name__}:NaNAttention"'
-    assert f"quire:step_failures_total{{{name}}} 3.0" in metrics

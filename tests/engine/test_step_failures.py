@@ -59,21 +59,24 @@ def test_the_plugin_is_named_and_the_exception_kept_for_the_log(
         llm.shutdown()
 
 
-def test_failures_are_counted_by_plugin(tiny: Path) -> None:
+def test_failures_are_counted_by_plugin_and_three_in_a_row_are_unhealthy(tiny: Path) -> None:
     async def run() -> str:
         llm = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256, attention_backend=FailingAttention)
         try:
             await llm.start()
-            for _ in range(2):
+            for _ in range(3):
+                assert llm.step_health.describe_failures() is None
                 with pytest.raises(RequestFailedError, match="failed in attention/"):
                     async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS):
                         pass
+            assert "the last 3 steps failed, in attention/" in str(llm.step_health.describe_failures())
             async for _ in llm.generate({"prompt_token_ids": [5] * 9}, PARAMS):
                 pass
+            assert llm.step_health.describe_failures() is None
             return llm.render_metrics()[0].body.decode()
         finally:
             await llm.shutdown()
 
     text = asyncio.run(run())
     name = f'kind="attention",model_name="{tiny}",name="{__name__}:FailingAttention"'
-    assert f"quire:step_failures_total{{{name}}} 2.0" in text
+    assert f"quire:step_failures_total{{{name}}} 3.0" in text
