@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.spec_decode.captured_steps import capture_steps
 from tests.spec_decode.conftest import get_model_runner
-from tests.spec_decode.test_verify_graphs import RepeatingCapturer, TableSampler
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.core.layers.parallel import TensorParallel
@@ -36,25 +36,7 @@ def captured(folders: ModelFolders) -> Iterator[tuple[LLM, DecodeGraphs]]:
     with open_engine(folders, "llama", "ngram", max_num_seqs=2, num_speculative_tokens=1) as llm:
         runner, vocab_size = get_model_runner(llm), llm.config.model.vocab_size
         vocab_sampler = VocabParallelSampler(VocabShard(vocab_size, TensorParallel()), CPU, 64, use_kernels=True)
-        sampler = TableSampler(vocab_size, CPU)
-        sampler.prepare_graph_sampling(64)
-        runner.sampling_runner.device_sampler = sampler
-        runner.sampling_runner.vocab_sampler = vocab_sampler
-        for backend in runner.backends:
-            backend.graph_support = frozenset({"decode", "verify"})
-        with torch.inference_mode():
-            runner.decode_graphs = DecodeGraphs(
-                runner.model,
-                runner.backends,
-                runner.kv_cache,
-                runner.table,
-                runner.block_size,
-                sampler,
-                runner.max_draft_tokens,
-                token_masks=runner.sampling_runner.token_masks,
-                vocab_sampler=vocab_sampler,
-            )
-            runner.decode_graphs.capture_graphs(RepeatingCapturer())
+        capture_steps(llm, vocab_sampler)
         yield llm, runner.decode_graphs
 
 

@@ -10,76 +10,19 @@ import torch
 
 from quire import SamplingParams
 from quire.core.config import SchedulerConfig
-from quire.core.sample.sampler import GumbelSampler
-from quire.core.worker.cuda_graphs.capture import CapturedGraph
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_query_lens
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.warmup import make_warmup_steps
 
+from .captured_steps import capture_steps
 from .conftest import assert_same_outputs, get_model_runner, make_prompts
-
-
-class RepeatedLaunch:
-    """What a CUDA graph does: the same work on the same buffers, into the same results."""
-
-    def __init__(self, launch, output) -> None:
-        self._launch, self._output = launch, output
-        self.count = 0
-
-    def replay(self) -> None:
-        self.count += 1
-        output = self._launch()
-        if self._output is not None:
-            self._output.copy_(output)
-
-
-class RepeatingCapturer:
-    """A ``GraphCapturer`` that captures nothing and capturer again."""
-
-    def __init__(self) -> None:
-        self.graphs: list[RepeatedLaunch] = []
-
-    def capture_graph(self, launch):
-        output = launch()
-        self.graphs.append(RepeatedLaunch(launch, output))
-        return CapturedGraph(self.graphs[-1], output)
-
-
-class TableSampler(GumbelSampler):
-    """Samples from the table with kernels, as on a GPU."""
-
-    def prepare_graph_sampling(self, max_rows: int) -> bool:
-        self.allocate_workspace(max_rows)
-        return True
 
 
 @pytest.fixture(scope="module", params=["itself", "eagle3"])
 def captured(engine, request):
     """An engine that drafts in captured steps: with a model, and with a head that reads every step."""
     llm = engine(request.param, max_num_seqs=3)
-    runner = get_model_runner(llm)
-    capturer = RepeatingCapturer()
-    sampling_runner = runner.sampling_runner
-    sampler = TableSampler(llm.config.model.vocab_size, torch.device("cpu"))
-    sampler.prepare_graph_sampling(64)
-    sampling_runner.device_sampler = sampler
-    with torch.inference_mode():
-        for backend in runner.backends:
-            backend.graph_support = frozenset({"decode", "verify"})
-        runner.decode_graphs = DecodeGraphs(
-            runner.model,
-            runner.backends,
-            runner.kv_cache,
-            runner.table,
-            runner.block_size,
-            sampler,
-            runner.max_draft_tokens,
-            launch_draft_prefill=runner.draft_runner.launch_draft_prefill
-            if runner.draft_runner.proposer.observes_every_step
-            else None,
-        )
-        runner.decode_graphs.capture_graphs(capturer)
-        runner.draft_runner.capture_graphs(capturer)
+    capturer = capture_steps(llm)
     return llm, capturer
 
 

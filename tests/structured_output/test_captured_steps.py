@@ -7,13 +7,11 @@ import re
 from collections.abc import Iterator
 
 import pytest
-import torch
-from tests.spec_decode.conftest import PROPOSERS, get_model_runner
-from tests.spec_decode.test_verify_graphs import RepeatingCapturer, TableSampler
+from tests.spec_decode.captured_steps import RepeatingCapturer, capture_steps
+from tests.spec_decode.conftest import PROPOSERS
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.core.testing.tiny_models import make_tiny_model
-from quire.core.worker.cuda_graphs.decode import DecodeGraphs
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 EXPRESSIONS = ["[0-9]{3}-[a-f]{4}", "(ab|cd){2,4}", r"\{ ?\"k\": ?(true|null) ?\}"]
@@ -49,25 +47,7 @@ def captured(model: str, request) -> Iterator[tuple[LLM, RepeatingCapturer]]:
     if settings:
         settings |= {"speculative_config": {"adaptive": False}, "num_speculative_tokens": 2}
     llm = LLM(model, device="cpu", max_model_len=96, max_num_seqs=3, block_size=4, **settings)
-    runner, capturer = get_model_runner(llm), RepeatingCapturer()
-    sampler = TableSampler(llm.config.model.vocab_size, torch.device("cpu"))
-    sampler.prepare_graph_sampling(64)
-    runner.sampling_runner.device_sampler = sampler
-    with torch.inference_mode():
-        for backend in runner.backends:
-            backend.graph_support = frozenset({"decode", "verify"})
-        runner.decode_graphs = DecodeGraphs(
-            runner.model,
-            runner.backends,
-            runner.kv_cache,
-            runner.table,
-            runner.block_size,
-            sampler,
-            runner.max_draft_tokens,
-            token_masks=runner.sampling_runner.token_masks,
-        )
-        runner.decode_graphs.capture_graphs(capturer)
-    yield llm, capturer
+    yield llm, capture_steps(llm)
     llm.shutdown()
 
 
