@@ -105,6 +105,8 @@ class SpeculationConfig:
     """Folder of the draft model or head."""
     adaptive: bool = True
     """Draft fewer tokens, or none, where that is faster."""
+    draft_tensor_parallel_size: int = 1
+    """Workers that share the draft model or head: 1, where each has the whole of it, or as many as share the target."""
     forced_acceptance: float | None = None
     """For benchmarks alone, and the tokens are then wrong: accept each draft with this probability."""
 

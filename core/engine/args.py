@@ -201,7 +201,10 @@ class EngineArgs:
         None, group="speculation", help="most draft tokens for a request in a step; default: 4", metavar="N"
     )
     speculative_draft_tensor_parallel_size: int | None = setting(
-        None, group="speculation", help="GPUs to split the draft model over", metavar="N"
+        None,
+        group="speculation",
+        help="GPUs to split the draft model over: 1, or as many as the target, the default where its heads divide",
+        metavar="N",
     )
     speculative_config: str | Mapping[str, Any] | None = setting(
         None, group="speculation", help="these and more as one JSON object, as in vLLM", metavar="JSON"

@@ -83,9 +83,12 @@ def build_speculation_config(
         if args.plugin_options.get("spec_decode"):
             raise ConfigError("--spec-option is given, but nothing is drafted; choose a proposer with --spec-method")
         return None, {}
-    if args.speculative_draft_tensor_parallel_size not in (None, 1):
-        size = args.speculative_draft_tensor_parallel_size
-        raise ConfigError(f"speculative_draft_tensor_parallel_size {size} is not supported yet; leave it at 1")
+    draft_size, target_size = args.speculative_draft_tensor_parallel_size, args.tensor_parallel_size
+    if draft_size not in (None, 1, target_size):
+        raise ConfigError(
+            f"speculative_draft_tensor_parallel_size {draft_size} is neither 1, a whole draft model on each GPU, "
+            f"nor the target's tensor_parallel_size {target_size}"
+        )
     if method == "auto" and model is None:
         raise ConfigError(
             f"num_speculative_tokens {num_tokens} says how much to draft, but not how; add "
@@ -126,10 +129,22 @@ def build_speculation_config(
                 continue
             draft_resolution = plugins.resolve_plugin(kind, name, draft_context, announce=False)
             choices[f"draft_{kind}"] = make_choice(draft_resolution)
-    return _build_section(keys_without_flag, num_tokens, path), choices
+    if draft_size is None:
+        draft_size = target_size if _can_share(draft_config, target_size) else 1
+    return _build_section(keys_without_flag, num_tokens, path, draft_size), choices
 
 
-def _build_section(keys_without_flag: Mapping[str, Any], count: int, path: Path | None) -> SpeculationConfig:
+def _can_share(draft_config: Any, size: int) -> bool:
+    """Whether ``size`` ranks can share the draft's attention heads, as far as its ``config.json`` says how many."""
+    config = None if draft_config is None else draft_config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None) or size
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+
+
+def _build_section(
+    keys_without_flag: Mapping[str, Any], count: int, path: Path | None, draft_size: int
+) -> SpeculationConfig:
     forced_acceptance, adaptive = keys_without_flag.get("forced_acceptance"), keys_without_flag.get("adaptive", True)
     if forced_acceptance is not None and not (
         isinstance(forced_acceptance, int | float) and 0 <= forced_acceptance <= 1
@@ -141,4 +156,4 @@ def _build_section(keys_without_flag: Mapping[str, Any], count: int, path: Path 
         )
     if not isinstance(adaptive, bool):
         raise ConfigError(f"adaptive must be true or false, got {adaptive!r}")
-    return SpeculationConfig(count, None if path is None else str(path), adaptive, forced_acceptance)
+    return SpeculationConfig(count, None if path is None else str(path), adaptive, draft_size, forced_acceptance)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,18 +20,12 @@ _T = TypeVar("_T")
 
 
 class ThreadRanksExecutor(Executor):
-    """Runs every step on each rank, on the CPU, and fails a step of which the ranks do not give the same tokens."""
+    """Runs every step on ``tensor_parallel_size`` ranks, on the CPU, and fails a step of which they do not give the
+    same tokens."""
 
-    @dataclass(frozen=True)
-    class Options:
-        """Options of the executor."""
-
-        size: int = 2
-        """Ranks that share every layer."""
-
-    def __init__(self, config: EngineConfig, options: Options | None = None) -> None:
+    def __init__(self, config: EngineConfig, options: Any = None) -> None:
         super().__init__(config, options)
-        self._size = (options or self.Options()).size
+        self._size = config.parallel.tensor_parallel_size
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"quire-rank-{i}") for i in range(self._size)]
         self._group = RankGroup(threading.Barrier(self._size), [None] * self._size)
         self.workers: list[Worker] = []

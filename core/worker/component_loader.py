@@ -62,10 +62,12 @@ class ComponentLoader:
         self.num_speculative_tokens = 0 if spec is None else spec.num_speculative_tokens
         """The most drafts that a step verifies for a request."""
         self._operations = self._make_operation_table()
+        is_draft_whole = spec is None or spec.draft_tensor_parallel_size == 1
+        self._draft_parallel = TensorParallel() if is_draft_whole else self._parallel
 
     def load_target_model(self) -> Model:
         """The model that is served, with its weights."""
-        return self._load_model(self._config.model.path, "model", "quant")
+        return self._load_model(self._config.model.path, "model", "quant", self._parallel)
 
     def load_proposer(self, target: Model) -> DeviceProposer | None:
         """The proposer that drafts on the device, with its weights; None where none does."""
@@ -202,7 +204,7 @@ class ComponentLoader:
             plugins |= dict.fromkeys(names, made[choice.target])
         return OperationTable().replace_operations(plugins) if plugins else OperationTable()
 
-    def _load_model(self, path: str, model_key: str, quant_key: str) -> Model:
+    def _load_model(self, path: str, model_key: str, quant_key: str, parallel: TensorParallel) -> Model:
         model, cache = self._config.model, self._config.cache
         hf_config = read_hf_config(Path(path))
         dtype = getattr(torch, model.dtype)
@@ -217,7 +219,7 @@ class ComponentLoader:
             quant=self._make_quantization_loader(quant_key, hf_config),
             load_format=model.load_format,
             seed=model.seed,
-            parallel=self._parallel,
+            parallel=parallel,
             progress=self._parallel.rank == 0,
             operations=self._operations,
         )
@@ -235,7 +237,7 @@ class ComponentLoader:
                 dtype,
                 block_size,
                 quant,
-                self._parallel,
+                self._draft_parallel,
                 max_positions=model.max_model_len,
                 operations=self._operations,
             )
@@ -245,7 +247,9 @@ class ComponentLoader:
             target=target,
             target_config=read_hf_config(Path(model.path)),
             make_builder=make_builder,
-            load_model=partial(self._load_model, str(draft_model_path), "draft_model", "draft_quant"),
+            load_model=partial(
+                self._load_model, str(draft_model_path), "draft_model", "draft_quant", self._draft_parallel
+            ),
             load_format=model.load_format,
             config=None if folder is None else read_hf_config(folder),
             # A step of prompts runs with its tokens and the decodes beside it padded to a captured shape.

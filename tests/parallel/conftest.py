@@ -92,8 +92,7 @@ def open_engine(
     if settings:
         settings |= {"speculative_config": {"adaptive": False}, "num_speculative_tokens": 3}
     if size > 1:
-        options = {"executor": {"size": str(size)}, **settings.pop("plugin_options", {})}
-        settings |= {"executor": EXECUTOR, "plugin_options": options}
+        settings |= {"executor": EXECUTOR, "tensor_parallel_size": size}
     sizes = {"max_model_len": 160, "max_num_seqs": 8, "block_size": 4, "max_num_batched_tokens": 48, "cpu_threads": 1}
     llm = LLM(str(folders.get(family)), device="cpu", **(sizes | settings | arguments))
     try:

@@ -7,9 +7,11 @@ import itertools
 import pytest
 
 from quire import RequestOutput
+from quire.core.errors import ConfigError
 from quire.core.sample.sampler import GumbelSampler
+from quire.core.testing.tiny_models import make_tiny_model
 
-from .conftest import FAMILIES, PROMPTS, PROPOSERS, ModelFolders, assert_same, make_params, open_engine
+from .conftest import EXECUTOR, FAMILIES, PROMPTS, PROPOSERS, ModelFolders, assert_same, make_params, open_engine
 
 SAMPLE = [("llama", "none", 2), ("mistral", "ngram", 4), ("qwen2", "draft", 4), ("qwen3", "eagle3", 2)]
 """Each family, each kind of proposer, both sizes."""
@@ -50,6 +52,27 @@ def test_tokens_are_those_of_one_rank(folders, expected, family: str, proposer: 
         assert stats["num_preemptions_total"] > 0 and stats["prefix_cache_hits_total"] > 0
         assert proposer in ("none", "suffix") or stats["spec_decode_num_draft_tokens_total"] > 0
         assert_same(llm, expected[family], params[:4])
+
+
+@pytest.mark.parametrize("proposer", ["draft", pytest.param("eagle3", marks=pytest.mark.parallel)])
+def test_a_draft_may_be_whole_on_every_rank(folders, expected, proposer: str) -> None:
+    """``--speculative-draft-tensor-parallel-size 1``: it is as good, and takes part in no collective of its own."""
+    with open_engine(folders, "qwen2", proposer, 2, speculative_draft_tensor_parallel_size=1) as llm:
+        assert_same(llm, expected["qwen2"], make_params()[:5])
+        assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
+        draft = next(iter(llm.engine_core.executor.workers[1].model_runner.draft_runner.proposer.parameters()))
+        assert draft.shape[0] in (323, 64), "not a half of the embedding, nor of the fused hidden states"
+
+
+def test_a_draft_whose_heads_do_not_divide_is_whole(folders, expected, tmp_path) -> None:
+    """Where nothing is said, and refused by name where it is."""
+    draft = make_tiny_model("llama", tmp_path / "draft", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
+    settings = {"tensor_parallel_size": 2, "speculative_model": str(draft)}
+    with open_engine(folders, "llama", **settings, executor=EXECUTOR) as llm:
+        assert llm.config.speculation.draft_tensor_parallel_size == 1
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size 2 is neither 1, .* tensor_parallel_size 4"):
+        settings |= {"tensor_parallel_size": 4, "speculative_draft_tensor_parallel_size": 2}
+        open_engine(folders, "llama", **settings, executor=EXECUTOR).__enter__()
 
 
 def test_a_sampler_of_another_author_sees_whole_logits(folders, expected) -> None:

@@ -135,7 +135,7 @@ def test_bad_input_is_refused_with_the_reason(models, tmp_path) -> None:
         ({"spec_method": "ngram", "num_speculative_tokens": 17}, "between 1 and 16, got 17"),
         ({"spec_method": "ngram", "num_speculative_tokens": True}, "got True"),
         ({"spec_method": "ngrm"}, "did you mean"),
-        ({"spec_method": "ngram", "speculative_draft_tensor_parallel_size": 2}, "not supported yet"),
+        ({"spec_method": "ngram", "speculative_draft_tensor_parallel_size": 2}, "is neither 1, a whole draft"),
         ({"speculative_config": "{"}, "is not JSON"),
         ({"speculative_config": "[]"}, "must be a JSON object"),
         ({"speculative_config": {"method": "ngram", "forced_acceptance": 2}}, "between 0 and 1"),
