@@ -63,7 +63,8 @@ class AdapterLayer(ABC):
 
 
 class AdapterMethod(ABC):
-    """How adapters of one type multiply: for the whole model, on one rank.
+    """How adapters of one type multiply: for the whole model, on one rank. What an adapter adds to a layer's output
+    depends on the layer's input alone, and not on its weights.
 
     What a method may rely on: every layer is made before the first step; slots are filled and cleared between steps,
     in the order of the device's stream; ``prepare_metadata`` is called before each step that has a token with an
@@ -103,6 +104,15 @@ class AdapterMethod(ABC):
         ``content_hash`` is what the folder had when it was registered: it is refused if it has changed. Raises
         ``CheckpointError``, one line that names the file, field or tensor.
         """
+
+    @classmethod
+    def save_example_adapter(
+        cls, path: Path, module_shapes: Mapping[str, tuple[int, int]], seed: int
+    ) -> Mapping[str, Tensor]:
+        """Save a random adapter of these modules to the new folder ``path``, of a rank of 2 to 16, for the conformance
+        checks: what it adds to each module's weight, (out_features, in_features). Made without the code that reads
+        adapters, or the checks find nothing."""
+        raise NotImplementedError
 
     @abstractmethod
     def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> AdapterLayer:

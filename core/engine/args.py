@@ -272,6 +272,10 @@ class EngineArgs:
         "auto", group="plugins", help="structured output: how answers are made to match a schema or a grammar",
         metavar="NAME", plugin_kind="structured_output",
     )  # fmt: skip
+    adapter_method: str = setting(
+        "auto", group="plugins", help="adapter method: how adapters beside the model multiply", metavar="NAME",
+        plugin_kind="adapter",
+    )  # fmt: skip
     metrics: Sequence[str] = setting(
         (),
         group="plugins",

@@ -159,6 +159,7 @@ def _resolve_before_model(
         ("policy", args.scheduling_policy),
         ("sampler", args.sampler),
         ("structured_output", _translate_structured_backend(args.structured_output_backend)),
+        ("adapter", args.adapter_method),
         ("executor", args.executor),
     ):
         choices[kind] = chooser.choose(kind, name, context)

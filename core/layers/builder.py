@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.core.contracts.quant import LayerInfo, QuantizationLoader
 from quire.core.errors import ConfigError
+from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.norm import LayerNorm, RMSNorm
@@ -41,6 +42,8 @@ class LayerBuilder:
     """Positions that rotary tables cover; without it none can be made."""
     operations: OperationTable = field(default_factory=OperationTable)
     """What runs norms, activations, rotary positions, embedding and head."""
+    adapters: ModelAdapters | None = None
+    """Where it is given, linear layers can have adapters, and are entered there."""
     _rope_tables: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def make_column_parallel_linear(
@@ -162,6 +165,8 @@ class LayerBuilder:
             bias=bias,
         )
         method = self.quant.get_linear_method(info)
+        if self.adapters is not None:
+            method = self.adapters.wrap_method(info, method, self.parallel.rank, self.parallel.size)
         layer = Linear(info, method, self.parallel, self.operations)
         method.create_weights(layer, info, self.device)
         return layer

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from quire.core.contracts.model import Model
 from quire.core.contracts.quant import QuantizationLoader
 from quire.core.errors import CheckpointError, ConfigError
+from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.checkpoint import find_optional_tensors, find_tensor_aliases
 from quire.core.layers.parallel import TensorParallel
@@ -46,13 +47,14 @@ def load_model(
     progress: bool = True,
     max_positions: int | None = None,
     operations: OperationTable = OperationTable(),
+    adapters: ModelAdapters | None = None,
 ) -> Model:
     """Build ``model_class`` for this rank and fill it from ``path``.
 
     ``load_format`` is ``auto`` (safetensors), ``safetensors``, or ``dummy``: random weights from ``seed``, no files
     read. ``max_positions`` bounds the rotary tables; None: the whole context of ``hf_config``. ``progress`` draws a bar
-    on stderr where that is a terminal; ``operations`` run norms and the like. Raises ``CheckpointError``, one line
-    naming the file or tensor.
+    on stderr where that is a terminal; ``operations`` run norms and the like; ``adapters`` gets the layers that can
+    have adapters. Raises ``CheckpointError``, one line naming the file or tensor.
     """
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ConfigError(f"load_format {load_format!r} is unknown; choose auto, safetensors or dummy")
@@ -62,7 +64,7 @@ def load_model(
             f"with --quantization"
         )
     max_positions = max_positions or get_context_length(hf_config)
-    builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions, operations)
+    builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions, operations, adapters)
     with torch.inference_mode(False), torch.no_grad():
         model = model_class(hf_config, builder)
         if load_format == "dummy":

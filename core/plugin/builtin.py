@@ -125,6 +125,12 @@ def quire_register_structured_output(register: Registrar) -> None:
 
 
 @hookimpl
+def quire_register_adapter(register: Registrar) -> None:
+    """Register the bundled adapter methods."""
+    register("lora", "quire.plugins.adapters.lora.method:Lora", "LoRA, several adapters of any rank in one batch")
+
+
+@hookimpl
 def quire_register_executor(register: Registrar) -> None:
     """Register the bundled executors."""
     register(
@@ -235,6 +241,7 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         "policy": Choice("fcfs", "the default"),
         "quant": Choice("none", "the checkpoint names no quantization" if config.get("hf_config") else "the default"),
         "sampler": Choice("gumbel", "the default"),
+        "adapter": Choice("lora", "the default"),
         "executor": _choose_executor(int(config.get("tensor_parallel_size") or 1)),
         "metrics": Choice("prometheus", "the default"),
         "router": Choice("least_loaded", "the default"),

@@ -71,6 +71,11 @@ def quire_register_structured_output(register: Registrar) -> None:
 
 
 @hookspec
+def quire_register_adapter(register: Registrar) -> None:
+    """Name adapter methods: subclasses of ``quire.sdk.AdapterMethod``."""
+
+
+@hookspec
 def quire_register_executor(register: Registrar) -> None:
     """Name executors: subclasses of ``quire.sdk.Executor``."""
 

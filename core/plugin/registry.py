@@ -93,6 +93,7 @@ _TABLE = (
     Kind("spec_decode",      "draft proposer",    "plugins/spec_decode", "SpeculativeProposer", "--spec-method"),
     Kind("structured_output", "structured output", "plugins/structured_output", "StructuredOutputBackend",
          "--structured-output-backend", aliases=("--guided-decoding-backend",)),
+    Kind("adapter",          "adapter method",    "plugins/adapters",    "AdapterMethod",       "--adapter-method"),
     Kind("executor",         "executor",          "core/worker",         "Executor",            "--executor",
          aliases=("--distributed-executor-backend",)),
     Kind("metrics",          "metrics exporter",  "plugins/metrics",     "MetricsExporter",     "--metrics",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from quire.core.config import EngineConfig, PluginChoice
+from quire.core.contracts.adapter import AdapterLimits, AdapterMethod
 from quire.core.contracts.attention import AttentionBackend, AttentionLimits, AttentionSpec
 from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.contracts.model import Model
@@ -19,6 +20,7 @@ from quire.core.contracts.quant import QuantizationLoader
 from quire.core.contracts.sampler import Sampler
 from quire.core.contracts.spec_decode import DeviceProposer, DraftSource, SpeculativeProposer, TargetState
 from quire.core.errors import ConfigError
+from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.parallel import TensorParallel
 from quire.core.loading.hf_config import read_hf_config
@@ -29,7 +31,7 @@ from quire.core.plugin.target import load_target
 from quire.core.sample.checked_sampler import CheckedSampler
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.sample.vocab_parallel import VocabParallelSampler
-from quire.core.worker.cuda_graphs.decode import compute_max_captured_tokens
+from quire.core.worker.cuda_graphs.capture_sizes import compute_max_captured_tokens
 from quire.core.worker.draft_runner import DraftRunner
 from quire.core.worker.kv_cache import KVCache, group_layers
 from quire.core.worker.request_table import RequestTable
@@ -65,9 +67,26 @@ class ComponentLoader:
         is_draft_whole = spec is None or spec.draft_tensor_parallel_size == 1
         self._draft_parallel = TensorParallel() if is_draft_whole else self._parallel
 
-    def load_target_model(self) -> Model:
-        """The model that is served, with its weights."""
-        return self._load_model(self._config.model.path, "model", "quant", self._parallel)
+    def load_target_model(self, adapters: ModelAdapters | None = None) -> Model:
+        """The model that is served, with its weights; ``adapters`` gets its layers."""
+        return self._load_model(self._config.model.path, "model", "quant", self._parallel, adapters)
+
+    def make_adapters(self) -> ModelAdapters | None:
+        """What takes the layers that can have adapters; None where no request has any."""
+        config = self._config.adapters
+        if config is None:
+            return None
+        choice = self._config.plugin("adapter")
+        method_class = _load_plugin_class(choice, AdapterMethod)
+        limits = AdapterLimits(
+            num_slots=config.max_loras,
+            max_rank=config.max_lora_rank,
+            max_num_tokens=self._max_padded_tokens,
+            dtype=getattr(torch, self._config.model.dtype if config.dtype == "auto" else config.dtype),
+            device=self._device,
+        )
+        method: AdapterMethod = method_class(limits, _parse_plugin_options(method_class, choice))
+        return ModelAdapters(method, config.target_modules)
 
     def load_proposer(self, target: Model) -> DeviceProposer | None:
         """The proposer that drafts on the device, with its weights; None where none does."""
@@ -204,7 +223,14 @@ class ComponentLoader:
             plugins |= dict.fromkeys(names, made[choice.target])
         return OperationTable().replace_operations(plugins) if plugins else OperationTable()
 
-    def _load_model(self, path: str, model_key: str, quant_key: str, parallel: TensorParallel) -> Model:
+    def _load_model(
+        self,
+        path: str,
+        model_key: str,
+        quant_key: str,
+        parallel: TensorParallel,
+        adapters: ModelAdapters | None = None,
+    ) -> Model:
         model, cache = self._config.model, self._config.cache
         hf_config = read_hf_config(Path(path))
         dtype = getattr(torch, model.dtype)
@@ -222,10 +248,11 @@ class ComponentLoader:
             parallel=parallel,
             progress=self._parallel.rank == 0,
             operations=self._operations,
+            adapters=adapters,
         )
 
     def _make_draft_source(self, target: Model, draft_model_path: str | None) -> DraftSource:
-        model, limits = self._config.model, self._config.scheduler
+        model = self._config.model
         dtype, block_size = getattr(torch, model.dtype), self._config.cache.block_size
         folder = None if draft_model_path is None else Path(draft_model_path)
 
@@ -252,9 +279,15 @@ class ComponentLoader:
             ),
             load_format=model.load_format,
             config=None if folder is None else read_hf_config(folder),
-            # A step of prompts runs with its tokens and the decodes beside it padded to a captured shape.
-            max_num_tokens=limits.max_num_batched_tokens
-            + compute_max_captured_tokens(limits.max_num_seqs, self.num_speculative_tokens),
+            max_num_tokens=self._max_padded_tokens,
+        )
+
+    @property
+    def _max_padded_tokens(self) -> int:
+        """A step of prompts runs with its tokens and the decodes beside it padded to a captured shape."""
+        limits = self._config.scheduler
+        return limits.max_num_batched_tokens + compute_max_captured_tokens(
+            limits.max_num_seqs, self.num_speculative_tokens
         )
 
     def _make_quantization_loader(self, key: str, hf_config: Any) -> QuantizationLoader:

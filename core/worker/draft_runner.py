@@ -19,7 +19,7 @@ from quire.core.plugin.quarantine import Quarantine
 from quire.core.sample.verify import place_drafts
 from quire.core.stats import QuarantinedPlugin
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
-from quire.core.worker.cuda_graphs.decode import choose_verify_capture_sizes, choose_verify_query_lens
+from quire.core.worker.cuda_graphs.capture_sizes import choose_verify_capture_sizes, choose_verify_query_lens
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable

@@ -12,6 +12,7 @@ from quire.core.contracts.attention import AttentionBackend
 from quire.core.contracts.model import ForwardContext, Model
 from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.sample.logprobs import LogprobsTensors
+from quire.core.worker.adapter_runner import AdapterRunner
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs
 from quire.core.worker.cuda_graphs.prefill import PrefillGraphs
@@ -53,6 +54,8 @@ class ModelRunner:
         self.max_draft_tokens = max_draft_tokens
         self.draft_runner: DraftRunner | None = None
         """Where a proposer drafts on the device."""
+        self.adapters: AdapterRunner | None = None
+        """Where requests may have adapters."""
         self.decode_graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
         self._vocab_size = vocab_size
@@ -98,11 +101,14 @@ class ModelRunner:
             draft_runner.launch_draft_prefill if draft_runner is not None and observes_every_step else None,
             self.sampling_runner.token_masks,
             self.sampling_runner.vocab_sampler,
+            self.adapters,
         )
         self.decode_graphs.warm_up()
         self.warm_up_drafts()
         if all("mixed" in backend.graph_support for backend in self.backends):
-            self.prefill_graphs = PrefillGraphs(self.model, self.backends, self.kv_cache, self.table, max_tokens)
+            self.prefill_graphs = PrefillGraphs(
+                self.model, self.backends, self.kv_cache, self.table, max_tokens, adapters=self.adapters
+            )
             self.prefill_graphs.warm_up()
 
     @torch.inference_mode()
@@ -138,6 +144,8 @@ class ModelRunner:
         """Launch a step up to its logits; ``sample_tokens`` comes next."""
         timer = StepTimer(self.table.device)
         self._update_states(step)
+        if self.adapters is not None:
+            self.adapters.begin_step(step)
         self._launched = launched = _LaunchedStep(step, timer)
         if self.decode_graphs is not None and self.decode_graphs.can_run_step(step):
             self.decode_graphs.run_model(step)
@@ -234,6 +242,8 @@ class ModelRunner:
         """Launch the model kernel by kernel: hidden states (num_tokens, hidden)."""
         for backend, batch in zip(self.backends, inputs.batches, strict=True):
             backend.prepare_metadata(batch)
+        if self.adapters is not None:
+            self.adapters.prepare_step()
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv_cache.layers, self.kv_cache.group_of)
         return self.model(inputs.input_ids, inputs.positions, context)
 

@@ -24,18 +24,23 @@ def run_warmup(
     config: SchedulerConfig,
     max_model_len: int,
     query_lens: Sequence[int] = (),
+    num_adapter_slots: int = 0,
 ) -> None:
-    """Launch ``make_warmup_steps``, one after another."""
+    """Launch ``make_warmup_steps``, one after another; where there are slots for adapters, again with adapters."""
     for step in make_warmup_steps(config, max_model_len, query_lens):
         execute_step(step)
+    if num_adapter_slots:
+        for step in make_warmup_steps(config, max_model_len, query_lens):
+            execute_step(_use_adapters(step, num_adapter_slots))
 
 
-def make_largest_step(config: SchedulerConfig, max_model_len: int) -> SchedulerOutput:
-    """As many tokens and requests as a step may have, shared out evenly, all sampled with every filter."""
+def make_largest_step(config: SchedulerConfig, max_model_len: int, num_adapter_slots: int = 0) -> SchedulerOutput:
+    """As many tokens and requests as a step may have, shared out evenly, all sampled with every filter, and each with
+    an adapter where there are slots for some."""
     num_reqs = min(config.max_num_seqs, config.max_num_batched_tokens)
     num_tokens = np.full(num_reqs, config.max_num_batched_tokens // num_reqs, dtype=np.int32)
     num_tokens[: config.max_num_batched_tokens - int(num_tokens.sum())] += 1
-    return _make_step(np.minimum(num_tokens, max_model_len - 1), _RANDOM)
+    return _use_adapters(_make_step(np.minimum(num_tokens, max_model_len - 1), _RANDOM), num_adapter_slots)
 
 
 def make_warmup_steps(
@@ -65,6 +70,13 @@ def make_warmup_steps(
     for params in (*_PENALIZED, _LOGPROBS):
         yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
     yield make_largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long
+
+
+def _use_adapters(step: SchedulerOutput, num_slots: int) -> SchedulerOutput:
+    """``step`` with a slot for each request, in turns."""
+    for request in step.new_requests if num_slots else ():
+        request.adapter_slot = request.row % num_slots
+    return step
 
 
 def _make_step(num_tokens: NDArray[np.int32], params: SamplingParams, num_decodes: int = 0) -> SchedulerOutput:

@@ -19,6 +19,7 @@ from quire.core.contracts.model import Model
 from quire.core.contracts.spec_decode import DeviceProposer
 from quire.core.control import ControlMethods
 from quire.core.env import num_threads
+from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.parallel import TensorParallel
 from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.device_profile import check_device
@@ -26,9 +27,10 @@ from quire.core.ops.pinned import reserve_pinned_memory
 from quire.core.sample.forced_acceptance import ForcedAcceptance
 from quire.core.sample.verify import verify_drafts
 from quire.core.sched.limits import compute_max_held_tokens
+from quire.core.worker.adapter_runner import AdapterRunner, CopyLimits
 from quire.core.worker.compilation import CompileCounter, precompile_kernels
 from quire.core.worker.component_loader import ComponentLoader
-from quire.core.worker.cuda_graphs.decode import choose_verify_query_lens, compute_max_captured_tokens
+from quire.core.worker.cuda_graphs.capture_sizes import choose_verify_query_lens, compute_max_captured_tokens
 from quire.core.worker.kv_cache import (
     KVCache,
     compute_kv_cache_bytes,
@@ -86,6 +88,7 @@ class Worker:
 
     _model: Model
     _proposer: DeviceProposer | None
+    _adapters: ModelAdapters | None
     _memory_profile: MemoryProfile
 
     def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
@@ -118,7 +121,8 @@ class Worker:
 
     def load_model(self) -> None:
         """Load the weights: the target's, and those of a proposer that drafts on the device."""
-        self._model = self._components.load_target_model()
+        self._adapters = self._components.make_adapters()
+        self._model = self._components.load_target_model(self._adapters)
         self._proposer = self._components.load_proposer(self._model)
         self._timer.end_phase("weights")
 
@@ -151,8 +155,16 @@ class Worker:
         self.model_runner = ModelRunner(
             self._model, attention.backends, kv_cache, table, sampling_runner, block_size, vocab_size, num_drafts
         )
+        if self._adapters is not None:
+            copy_limits = CopyLimits() if self._device.type == "cuda" else None
+            self._add_adapter_runner(AdapterRunner(self._adapters, table.num_rows, self._device, copy_limits))
         if self._proposer is not None:
             self.model_runner.draft_runner = components.make_draft_runner(self._proposer, table, kv_cache)
+
+    def _add_adapter_runner(self, runner: AdapterRunner) -> None:
+        self.model_runner.adapters = runner
+        for method in (runner.stage_adapter, runner.load_adapter, runner.unload_adapter, runner.forget_adapter):
+            self.control.add_method(method.__name__, method)
 
     def _make_token_mask_buffer(self, num_drafts: int) -> TokenMaskBuffer | None:
         """None where no request may have a grammar."""
@@ -174,7 +186,7 @@ class Worker:
             runner.allocate_kv_cache(1)  # the padding block, in which every token of the warm-up is written
             self._warm_up_kernels()
             self._timer.end_phase("kernels")
-            largest_step = make_largest_step(config.scheduler, config.model.max_model_len)
+            largest_step = make_largest_step(config.scheduler, config.model.max_model_len, self._num_adapter_slots)
             activation_bytes = measure_peak_bytes(lambda: runner.execute_step(largest_step).result())
             self._timer.end_phase("profile")
         kv_cache_bytes = compute_kv_cache_bytes(config.cache, self._device, weight_bytes, activation_bytes)
@@ -217,6 +229,8 @@ class Worker:
             self._timer.end_phase("graphs")
         if self._device.type == "cuda":
             reserve_pinned_memory()
+            if self.model_runner.adapters is not None:
+                self.model_runner.adapters.reserve_pinned_memory()
 
     def end_start(self) -> None:
         """The last stage: from here on traffic may come, and the worker survives what plugins do."""
@@ -288,6 +302,10 @@ class Worker:
         peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
         return WorkerInfo(self._parallel.rank, os.getpid(), str(self._device), allocated, peak)
 
+    @property
+    def _num_adapter_slots(self) -> int:
+        return 0 if self._config.adapters is None else self._config.adapters.max_loras
+
     def _recover_from(self, error: Exception, step: SchedulerOutput) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
@@ -306,7 +324,8 @@ class Worker:
         max_tokens = config.scheduler.max_num_batched_tokens
 
         def launch_all() -> None:
-            run_warmup(runner.execute_step, config.scheduler, config.model.max_model_len, query_lens)
+            max_model_len, num_slots = config.model.max_model_len, self._num_adapter_slots
+            run_warmup(runner.execute_step, config.scheduler, max_model_len, query_lens, num_slots)
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
             else:

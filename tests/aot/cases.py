@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tests.aot.cases_adapters import ADAPTERS
 from tests.aot.cases_attention import ATTENTION
 from tests.aot.cases_drafts import DRAFTS
 from tests.aot.cases_gemm import GEMMS
@@ -89,6 +90,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8-quantized-static": partial(quantized, "fp8_tensor"),
     "int8-quantized": partial(quantized, "int8_token"),
     "int8-rescaled": rescaled,
+    **ADAPTERS,
     **DRAFTS,
     **GEMMS,
     **SAMPLING,

@@ -88,6 +88,7 @@ EXAMPLES = (
     *("policy_example:ShortestFirst", "spec_decode_example:RepeatLast", "metrics_example:LogRequests"),
     *("tool_parser_example:ActionJson", "reasoning_parser_example:Scratchpad"),
     *("router_example:ByGroup", "structured_output_example:OneOf", "op_example:Swish"),
+    "adapter_example:RankOne",
 )
 
 

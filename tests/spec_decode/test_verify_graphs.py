@@ -10,7 +10,8 @@ import torch
 
 from quire import SamplingParams
 from quire.core.config import SchedulerConfig
-from quire.core.worker.cuda_graphs.decode import DecodeGraphs, choose_verify_query_lens
+from quire.core.worker.cuda_graphs.capture_sizes import choose_verify_query_lens
+from quire.core.worker.cuda_graphs.decode import DecodeGraphs
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.warmup import make_warmup_steps
 
@@ -58,7 +59,7 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     graphs = DecodeGraphs(
         runner.model, runner.backends, runner.kv_cache, table, runner.block_size, num_draft_tokens=drafts
     )
-    assert max(size for queries, size in graphs.shapes if queries == 1) == 100
+    assert max(size for queries, size, _ in graphs.shapes if queries == 1) == 100
 
 
 def test_steps_that_verify_are_warmed_up(engine):

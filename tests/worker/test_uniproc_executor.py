@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams
 from quire.core.messages import BlockDiff, NewRequest, SchedulerOutput
-from quire.core.worker.cuda_graphs.decode import choose_verify_query_lens
+from quire.core.worker.cuda_graphs.capture_sizes import choose_verify_query_lens
 from quire.core.worker.uniproc_executor import UniprocExecutor
 from quire.core.worker.warmup import make_largest_step, make_warmup_steps
 

@@ -26,46 +26,19 @@ from quire.core.sample.inputs import DraftSpans
 from quire.core.sample.row_faults import mark_invalid_rows
 from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.sample.vocab_parallel import VocabParallelSampler
+from quire.core.worker.adapter_runner import AdapterRunner
 from quire.core.worker.cuda_graphs.capture import CapturedGraph, GraphCapturer
+from quire.core.worker.cuda_graphs.capture_sizes import (
+    choose_capture_sizes,
+    choose_verify_capture_sizes,
+    choose_verify_query_lens,
+)
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.kv_cache import KVCache
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 
-__all__ = [
-    "DecodeGraphs",
-    "DecodeShape",
-    "StepLogits",
-    "choose_verify_capture_sizes",
-    "choose_verify_query_lens",
-    "compute_max_captured_tokens",
-]
-
-_MAX_VERIFY_REQS = 256
-"""Most requests of a captured step that verifies drafts."""
-
-
-def choose_capture_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes, ascending: close together where launches dominate, steps of 8, 16 and 32 above."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
-    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
-
-
-def choose_verify_capture_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes of steps that verify drafts: fewer above 64 requests, since there is a set of them for each
-    query length."""
-    sizes = [size for size in choose_capture_sizes(max_num_seqs) if size <= 64 or not size % 64 or size == max_num_seqs]
-    return [size for size in sizes if size <= _MAX_VERIFY_REQS]
-
-
-def compute_max_captured_tokens(max_num_seqs: int, num_draft_tokens: int) -> int:
-    """Tokens, and logits rows, of the largest captured step."""
-    return max(max_num_seqs, choose_verify_capture_sizes(max_num_seqs)[-1] * (1 + num_draft_tokens))
-
-
-def choose_verify_query_lens(num_draft_tokens: int) -> list[int]:
-    """Query tokens of a request in steps that verify up to ``num_draft_tokens`` drafts: one more than 1, 2 and all."""
-    return sorted({1 + count for count in (1, 2, num_draft_tokens) if 0 < count <= num_draft_tokens})
+__all__ = ["DecodeGraphs", "DecodeShape", "StepLogits"]
 
 
 class DecodeShape(NamedTuple):
@@ -75,6 +48,8 @@ class DecodeShape(NamedTuple):
     """Tokens of each request: 1, or 1 + the most drafts that it may verify."""
     num_reqs: int
     """Padding included."""
+    has_adapters: bool = False
+    """Of steps in which a request has an adapter; the others run what they would without this shape."""
 
 
 @dataclass(slots=True)
@@ -104,8 +79,8 @@ class DecodeGraphs:
     ``greedy``, and ``random`` for any mix of greedy and random requests, where a ``sampler`` is given that samples from
     the table by itself. With ``token_masks`` each has a second form, ``masked_...``, which applies them before; steps
     without a grammar replay the first. With a ``vocab_sampler`` logits are one rank's part: ``greedy`` and two more
-    variants, ``local_...``, sample from those, the others gather whole ones. ``launch_draft_prefill`` shows a step's
-    inputs to a proposer that observes every step.
+    variants, ``local_...``, sample from those, the others gather whole ones. With ``adapters`` every shape is captured
+    twice, with and without them. ``launch_draft_prefill`` shows a step's inputs to a proposer that observes every step.
     """
 
     def __init__(
@@ -121,6 +96,7 @@ class DecodeGraphs:
         launch_draft_prefill: Callable[[StepInputs], None] | None = None,
         token_masks: TokenMaskBuffer | None = None,
         vocab_sampler: VocabParallelSampler | None = None,
+        adapters: AdapterRunner | None = None,
     ) -> None:
         self._launch_draft_prefill = launch_draft_prefill
         self._model = model
@@ -132,6 +108,7 @@ class DecodeGraphs:
         self._draft_verifier = draft_verifier
         self._token_masks = token_masks
         self._vocab_sampler = vocab_sampler
+        self._adapters = adapters
         self._variants = ["greedy"] if sampler is None else ["greedy", "random"]
         if token_masks is not None:
             self._variants += [f"masked_{variant}" for variant in self._variants]
@@ -166,7 +143,12 @@ class DecodeGraphs:
     @property
     def shapes(self) -> list[DecodeShape]:
         """Every shape that is captured, the largest first."""
-        shapes = [DecodeShape(query_len, size) for query_len, sizes in self._capture_sizes.items() for size in sizes]
+        shapes = [
+            DecodeShape(query_len, size, has_adapters)
+            for query_len, sizes in self._capture_sizes.items()
+            for size in sizes
+            for has_adapters in ((False,) if self._adapters is None else (False, True))
+        ]
         return sorted(shapes, key=lambda shape: -shape.query_len * shape.num_reqs)
 
     def can_run_step(self, step: SchedulerOutput) -> bool:
@@ -219,6 +201,8 @@ class DecodeGraphs:
         if self._uploaded is None or not np.array_equal(self._uploaded, rows_and_drafts):
             self._rows_and_drafts[:, :size] = copy_to_device(rows_and_drafts, torch.int64, self._rows_and_drafts.device)
             self._uploaded = rows_and_drafts
+        if self._adapters is not None:
+            self._adapters.prepare_decodes(size, captured.shape.query_len)
         captured.model_graph.replay()
 
     def sample_tokens(self, step: SchedulerOutput, variant: str, masks: TokenMasks | None = None) -> Tensor:
@@ -262,11 +246,14 @@ class DecodeGraphs:
         max_drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
         query_len = next(query_len for query_len in sorted(self._capture_sizes) if query_len > max_drafts)
         size = next(size for size in self._capture_sizes[query_len] if size >= len(step.rows))
-        return self._captured[query_len, size]  # type: ignore[index]  # equal to the named tuple, and sooner made
+        has_adapters = self._adapters is not None and self._adapters.is_active
+        return self._captured[query_len, size, has_adapters]  # type: ignore[index]  # equal to the named tuple, and sooner made
 
     def _launch_step(self, shape: DecodeShape) -> StepLogits:
         """All that a step of this shape launches."""
         inputs = self._make_static_inputs(shape)
+        if self._adapters is not None:
+            self._adapters.prepare_padding(shape.num_reqs * shape.query_len if shape.has_adapters else None)
         logits = self._launch_model(inputs)
         for variant in self._variants:
             self._launch_sampling(variant, inputs, logits)
@@ -276,7 +263,7 @@ class DecodeGraphs:
 
     def _make_static_inputs(self, shape: DecodeShape) -> StepInputs:
         """Views of the buffers that a graph of this shape reads and writes."""
-        query_len, size = shape
+        query_len, size = shape.query_len, shape.num_reqs
         num_tokens = size * query_len
         query_start_loc = (self._arange[: size + 1] * query_len).int()
         batches = [

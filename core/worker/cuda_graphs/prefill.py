@@ -10,7 +10,7 @@ computes is dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, GraphKey
 from quire.core.contracts.model import ForwardContext, Model
+from quire.core.worker.adapter_runner import AdapterRunner
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.kv_cache import KVCache
@@ -51,7 +52,7 @@ class PrefillShapes:
 
 @dataclass(slots=True)
 class _PrefillShape:
-    """Views of the static buffers for so many decodes and prompt tokens, and the graph once it is captured."""
+    """Views of the static buffers for so many decodes and prompt tokens, and the graphs once they are captured."""
 
     num_decodes: int
     num_prompt_tokens: int
@@ -59,7 +60,7 @@ class _PrefillShape:
     positions: Tensor  # (num_decodes + num_prompt_tokens,)
     slot_mapping: list[Tensor]  # by group: (num_decodes + num_prompt_tokens,)
     batches: list[AttentionBatch]  # by group: num_decodes + max_prompts requests
-    graph: torch.cuda.CUDAGraph | None = None
+    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)  # by whether the step has adapters
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +79,10 @@ class PrefillGraphs:
         table: RequestTable,
         max_tokens: int,
         shapes: PrefillShapes = PrefillShapes(),
+        adapters: AdapterRunner | None = None,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._backends = backends
         self._kv_cache = kv_cache
         self._max_padding = shapes.max_padding
@@ -125,10 +128,13 @@ class PrefillGraphs:
         shape = self._find_shape(batch)
         assert shape is not None, "can_run_step comes first"
         self._copy_inputs(inputs, shape)
-        if shape.graph is None:
+        if self._adapters is not None:
+            self._adapters.prepare_prefill(num_decodes, shape.num_decodes, shape.num_tokens)
+        graph = shape.graphs.get(self._adapters is not None and self._adapters.is_active)
+        if graph is None:
             hidden = self._launch_model(shape)
         else:
-            shape.graph.replay()
+            graph.replay()
             assert self._hidden is not None
             hidden = self._hidden
         # The padding between decodes and prompts goes, so that rows are the step's tokens again.
@@ -142,17 +148,30 @@ class PrefillGraphs:
         kernels are chosen by the number of tokens where there are few of them."""
         for shape in self._shapes:
             if shape.num_prompt_tokens in self._warm_up_tokens:
-                self._launch_model(shape)
+                for has_adapters in self._adapter_states():
+                    self._prepare_padding(shape, has_adapters)
+                    self._launch_model(shape)
 
     def capture_graphs(self, capturer: GraphCapturer, launch_first: bool = False) -> None:
         """Capture every shape, the largest first so that the others fit into its memory. ``launch_first``, for kernels
         that tune themselves or allocate something when they are first launched: launch each shape before."""
         for shape in sorted(self._shapes, key=lambda shape: -shape.num_tokens):
-            if self._hidden is None or launch_first:
-                hidden = self._launch_model(shape)
-                if self._hidden is None:
-                    self._hidden = torch.empty_like(hidden)
-            shape.graph = capturer.capture_graph(partial(self._launch_into_hidden, shape)).graph
+            for has_adapters in self._adapter_states():
+                self._prepare_padding(shape, has_adapters)
+                if self._hidden is None or launch_first:
+                    hidden = self._launch_model(shape)
+                    if self._hidden is None:
+                        self._hidden = torch.empty_like(hidden)
+                captured = capturer.capture_graph(partial(self._launch_into_hidden, shape))
+                shape.graphs[has_adapters] = captured.graph
+
+    def _adapter_states(self) -> tuple[bool, ...]:
+        """Whether steps have adapters: with and without them other kernels are launched."""
+        return (False,) if self._adapters is None else (True, False)
+
+    def _prepare_padding(self, shape: _PrefillShape, has_adapters: bool) -> None:
+        if self._adapters is not None:
+            self._adapters.prepare_padding(shape.num_tokens if has_adapters else None)
 
     def _launch_into_hidden(self, shape: _PrefillShape) -> None:
         # Graphs share their memory: a result that each kept for itself would be as much again for every shape.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.structured_output import *
     from quire.core.contracts.tool_parser import *
     from quire.core.contracts.tool_parser_text import *
+    from quire.core.loading.peft_adapter import LoraWeights, PeftAdapter, PeftConfig, read_adapter
     from quire.core.messages import (
         BlockCopy,
         EngineCoreRequest,
@@ -100,6 +101,7 @@ __all__ = [
     "LogitsBatch",
     "LogitsProcessor",
     "LogprobRows",
+    "LoraWeights",
     "MalformedCallError",
     "MarkerMatch",
     "Markers",
@@ -111,6 +113,8 @@ __all__ = [
     "NewRequest",
     "Operations",
     "ParallelConfig",
+    "PeftAdapter",
+    "PeftConfig",
     "PluginChoice",
     "PrefixMatch",
     "PythonicToolParser",
@@ -156,6 +160,7 @@ __all__ = [
     "Worker",
     "XmlToolParser",
     "make_default_plan",
+    "read_adapter",
 ]
 
 NAMES_OF_MODULE = {
@@ -197,6 +202,7 @@ NAMES_OF_MODULE = {
         "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "ParallelConfig", "PluginChoice",
         "SchedulerConfig", "SpeculationConfig",
     ),
+    "quire.core.loading.peft_adapter": ("LoraWeights", "PeftAdapter", "PeftConfig", "read_adapter"),
     "quire.core.messages": (
         "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",
         "SchedulerOutput", "TokenMasks",

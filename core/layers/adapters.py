@@ -1,0 +1,127 @@
+"""Adapters on a model's linear layers: a linear method around another, which adds what the adapters compute."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quire.core import ops
+from quire.core.contracts.adapter import AdapterLayer, AdapterMethod
+from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantActivation
+
+__all__ = ["AdaptedLinearMethod", "ModelAdapters"]
+
+
+class ModelAdapters:
+    """The layers of a model that can have adapters, filled while the model is built."""
+
+    def __init__(self, method: AdapterMethod, target_modules: Collection[str] = ()) -> None:
+        self.method = method
+        self.layers: dict[str, AdapterLayer] = {}
+        """By the name of the fused layer, in order of construction."""
+        self.module_shapes: dict[str, tuple[int, int]] = {}
+        """What an adapter may name: module in the base's checkpoint -> (out_features, in_features), of all ranks."""
+        self._target_modules = frozenset(target_modules)
+
+    def wrap_method(self, info: LayerInfo, inner: LinearMethod, rank: int, world_size: int) -> LinearMethod:
+        """``inner``, with adapters where the layer can have any."""
+        targets = [name for name in info.part_names if self._is_target(name)]
+        if not targets or self.method.unsupported(info) is not None:
+            return inner
+        layer = self.layers[info.name] = self.method.make_layer(info, rank, world_size)
+        for name, size in zip(info.part_names, info.part_totals, strict=True):
+            if name in targets:
+                self.module_shapes[name] = (size, info.in_total)
+        return AdaptedLinearMethod(inner, self.method, layer)
+
+    def _is_target(self, name: str) -> bool:
+        return not self._target_modules or name.rpartition(".")[2] in self._target_modules
+
+
+class AdaptedLinearMethod(LinearMethod):
+    """``inner``'s product, and in steps that have adapters what they add.
+
+    A layer is entered in three ways: plainly, after a norm and before an addition, and all three end in a method. So
+    this is the one place where adapters come in, and the layer has none of it. Adapters read the activation as it is
+    before quantization: in their steps ``inner`` quantizes its input itself. Whatever is fused behind the product comes
+    after the adapters, so an activation function is not; the addition of the residual is, since sums may be in any
+    order. Of a row-sharded layer the ranks' sums hold the adapters' shares.
+    """
+
+    def __init__(self, inner: LinearMethod, adapters: AdapterMethod, adapter_layer: AdapterLayer) -> None:
+        self.inner = inner
+        self._adapters = adapters
+        self._adapter_layer = adapter_layer
+
+    @property
+    def input_format(self) -> InputFormat:  # type: ignore[override]  # a constant of most methods
+        """As it is, in steps that have adapters."""
+        return "native" if self._adapters.is_active else self.inner.input_format
+
+    def input_scale(self, layer: nn.Module) -> Tensor | None:
+        """Of ``inner``."""
+        return self.inner.input_scale(layer)
+
+    def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
+        """Those of ``inner``."""
+        self.inner.create_weights(layer, info, device)
+
+    def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
+        """Of ``inner``."""
+        return self.inner.tensor_names(info)
+
+    def optional_names(self, info: LayerInfo) -> tuple[str, ...]:
+        """Of ``inner``."""
+        return self.inner.optional_names(info)
+
+    def alias_names(self, info: LayerInfo) -> Mapping[str, str]:
+        """Of ``inner``."""
+        return self.inner.alias_names(info)
+
+    def load_tensor(
+        self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
+    ) -> None:
+        """By ``inner``."""
+        self.inner.load_tensor(layer, info, part, tensor_name, tensor, rank, world_size)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """By ``inner``."""
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
+        """``inner``'s product, and the adapters'."""
+        out = self.inner.apply(layer, x, bias)
+        if self._adapters.is_active:
+            self._adapter_layer.apply(_get_native(x), out)
+        return out
+
+    def apply_fused(
+        self,
+        layer: nn.Module,
+        x: Tensor | QuantActivation,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """What ``inner`` offers; with adapters no activation function, which comes behind them."""
+        if not self._adapters.is_active:
+            return self.inner.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
+        if activation is not None:
+            return None
+        out = self.inner.apply_fused(layer, x, bias, norm=norm, residual=residual)
+        if out is not None:
+            native = _get_native(x)
+            # A kernel that norms its input does not show the result. It is normed once more rather than apart, so
+            # that rows without adapters keep their bits.
+            self._adapter_layer.apply(native if norm is None else ops.rms_norm(native, *norm)[0], out)
+        return out
+
+
+def _get_native(x: Tensor | QuantActivation) -> Tensor:
+    native = x.native if isinstance(x, QuantActivation) else x
+    assert native is not None, "input_format is native in steps that have adapters"
+    return native

@@ -1,0 +1,231 @@
+"""Adapters of one rank: reads them, copies them into slots between steps, and tells layers which token has which."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.core.contracts.adapter import AdapterTensors
+from quire.core.errors import InvalidRequestError
+from quire.core.layers.adapters import ModelAdapters
+from quire.core.messages import SchedulerOutput
+
+__all__ = ["AdapterRunner", "CopyLimits"]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyLimits:
+    """How much of an adapter is copied before one step: 0.4 ms of a PCIe 5 link, and as much of launching."""
+
+    num_bytes: int = 16 << 20
+    num_tensors: int = 64
+
+
+class _Copy(NamedTuple):
+    destination: Tensor
+    source: Tensor
+
+
+class AdapterRunner:
+    """Loads adapters in two phases, so that no step waits for one.
+
+    *Staging* reads an adapter in a thread and leaves its tensors in host memory (pinned, on a GPU) as the slots hold
+    them. *Loading* copies them into a slot on the device, behind the steps that are launched and some before each step
+    that follows; a step that names the slot gets the rest first. So a step uses what was loaded before it, whole.
+    """
+
+    def __init__(
+        self, adapters: ModelAdapters, num_rows: int, device: torch.device, copy_limits: CopyLimits | None = None
+    ) -> None:
+        """``copy_limits`` None: an adapter is copied whole where it is loaded."""
+        self._adapters = adapters
+        self._method = adapters.method
+        self._device = device
+        self._copy_limits = copy_limits
+        self._slot_of_row = np.full(num_rows + 1, -1, np.int32)  # of the request table
+        self._step_slots = np.zeros(0, np.int32)  # (num_reqs,) of the step that runs
+        self._num_scheduled_tokens = np.zeros(0, np.int32)  # (num_reqs,) likewise
+        self._prepared: NDArray[np.int32] | None = None  # what a captured step was prepared with last
+        self._staged: dict[int, Future[list[AdapterTensors]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._adapter_of_slot: dict[int, int] = {}
+        self._copies: dict[int, deque[_Copy]] = {}  # by slot: what is not copied yet, oldest first
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a token of the step that runs has an adapter."""
+        return self._method.is_active
+
+    # ---- adapters
+
+    def stage_adapter(self, adapter_id: int, path: str, content_hash: str = "") -> bool:
+        """Read the adapter in the folder ``path``, unless ``adapter_id`` is staged. Returns at once, and whether it is
+        staged: call again to ask. Raises ``CheckpointError`` where it cannot be used, and forgets it."""
+        future = self._staged.get(adapter_id)
+        if future is None:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-adapters")
+            self._staged[adapter_id] = self._pool.submit(self._make_tensors, Path(path), content_hash or None)
+            return False
+        if not future.done():
+            return False
+        self._take_tensors(adapter_id)
+        return True
+
+    def load_adapter(self, slot: int, adapter_id: int) -> bool:
+        """From the next step on ``slot`` holds the adapter, in place of any other. Waits if it is not staged yet.
+
+        Returns whether the last of its copies is queued: a step that names the slot before that pays for the others.
+        Call again to ask, which queues some more where no step does.
+        """
+        self._check_slot(slot)
+        if self._adapter_of_slot.get(slot) == adapter_id:
+            self._copy_some()
+            return slot not in self._copies
+        if adapter_id not in self._staged:
+            raise InvalidRequestError(f"adapter {adapter_id} is not staged; call stage_adapter first", "adapter_id")
+        tensors = self._take_tensors(adapter_id)
+        self.unload_adapter(slot)
+        self._copies[slot] = deque(
+            _Copy(buffer[: len(source)], source)
+            for buffers, sources in zip(self._list_buffers(slot), tensors, strict=True)
+            for buffer, source in zip(buffers, sources, strict=True)
+            if source is not None
+        )
+        self._adapter_of_slot[slot] = adapter_id
+        if self._copy_limits is None:
+            self._finish_copies(slot)
+        return slot not in self._copies
+
+    @torch.inference_mode()
+    def unload_adapter(self, slot: int) -> None:
+        """From the next step on ``slot`` changes nothing."""
+        self._check_slot(slot)
+        self._copies.pop(slot, None)
+        self._adapter_of_slot.pop(slot, None)
+        self._method.clear_slot(slot)
+
+    def forget_adapter(self, adapter_id: int) -> None:
+        """Free the host's copy. Slots keep theirs."""
+        future = self._staged.pop(adapter_id, None)
+        if future is not None:
+            future.cancel()
+
+    def reserve_pinned_memory(self) -> None:
+        """Let torch keep pinned memory for one adapter of the largest rank: to pin more waits for the device."""
+        buffers = [buffer for of_layer in self._list_buffers(0) for buffer in of_layer]
+        blocks = [torch.empty_like(buffer, device="cpu", pin_memory=True) for buffer in buffers]
+        blocks.clear()
+
+    # ---- steps
+
+    def begin_step(self, step: SchedulerOutput) -> None:
+        """Note the slots of requests that enter, copy some of what is being loaded, and see whether the step has
+        adapters; one of the ``prepare`` methods comes next."""
+        for request in step.new_requests:
+            self._slot_of_row[request.row] = request.adapter_slot
+        self._step_slots, self._num_scheduled_tokens = self._slot_of_row[step.rows], step.num_scheduled_tokens
+        self._method.is_active = bool((self._step_slots >= 0).any())
+        if self._copies:
+            for slot in [slot for slot in self._copies if slot in self._step_slots]:
+                self._finish_copies(slot)
+            self._copy_some()
+
+    def prepare_step(self) -> None:
+        """The step runs as it is."""
+        if self.is_active:
+            self._prepared = None
+            self._method.prepare_metadata(np.repeat(self._step_slots, self._num_scheduled_tokens))
+
+    def prepare_decodes(self, size: int, query_len: int) -> None:
+        """The step runs padded to ``size`` requests of ``query_len`` tokens each, as captured."""
+        if self.is_active:
+            token_slots = np.full(size * query_len, -1, np.int32)
+            token_slots[: len(self._step_slots) * query_len] = np.repeat(self._step_slots, query_len)
+            self._prepare_captured(token_slots)
+
+    def prepare_prefill(self, num_decodes: int, padded_decodes: int, num_tokens: int) -> None:
+        """The step runs padded to ``num_tokens``, as captured: its first ``num_decodes``, padding up to
+        ``padded_decodes``, the others, and padding."""
+        if self.is_active:
+            of_tokens = np.repeat(self._step_slots, self._num_scheduled_tokens)
+            token_slots = np.full(num_tokens, -1, np.int32)
+            token_slots[:num_decodes] = of_tokens[:num_decodes]
+            token_slots[padded_decodes : padded_decodes + len(of_tokens) - num_decodes] = of_tokens[num_decodes:]
+            self._prepare_captured(token_slots)
+
+    def prepare_padding(self, num_tokens: int | None) -> None:
+        """What is launched next is captured with ``num_tokens``, none of which has an adapter, or without adapters."""
+        self._method.is_active = num_tokens is not None
+        if num_tokens is not None:
+            self._prepare_captured(np.full(num_tokens, -1, np.int32))
+
+    def _prepare_captured(self, token_slots: NDArray[np.int32]) -> None:
+        # Most decodes have the requests of the step before: then nothing is copied to the device.
+        if self._prepared is None or not np.array_equal(self._prepared, token_slots):
+            self._method.prepare_metadata(token_slots, is_captured=True)
+            self._prepared = token_slots
+
+    # ---- copies
+
+    def _list_buffers(self, slot: int) -> list[Sequence[Tensor]]:
+        """What the layers share, then each layer's."""
+        return [self._method.slot_buffers(slot), *(each.slot_buffers(slot) for each in self._adapters.layers.values())]
+
+    def _make_tensors(self, path: Path, content_hash: str | None) -> list[AdapterTensors]:
+        """In the thread: what the layers share of an adapter, and of each layer."""
+        limits = self._method.limits
+        adapter = self._method.read_adapter(
+            path,
+            max_rank=limits.max_rank,
+            module_shapes=self._adapters.module_shapes,
+            dtype=limits.dtype,
+            content_hash=content_hash,
+        )
+        tensors = [self._method.make_tensors(adapter)]
+        tensors += [layer.make_tensors(adapter) for layer in self._adapters.layers.values()]
+        return [_pin(of_layer) for of_layer in tensors] if self._device.type == "cuda" else tensors
+
+    def _take_tensors(self, adapter_id: int) -> list[AdapterTensors]:
+        try:
+            return self._staged[adapter_id].result()
+        except BaseException:
+            del self._staged[adapter_id]
+            raise
+
+    @torch.inference_mode()
+    def _copy_some(self) -> None:
+        if not self._copies or self._copy_limits is None:
+            return
+        num_bytes, num_tensors = self._copy_limits.num_bytes, self._copy_limits.num_tensors
+        for slot in list(self._copies):
+            while self._copies[slot] and num_bytes > 0 and num_tensors > 0:
+                copy = self._copies[slot].popleft()
+                copy.destination.copy_(copy.source, non_blocking=True)
+                num_bytes -= copy.source.nbytes
+                num_tensors -= 1
+            if not self._copies[slot]:
+                del self._copies[slot]
+
+    @torch.inference_mode()
+    def _finish_copies(self, slot: int) -> None:
+        for copy in self._copies.pop(slot):
+            copy.destination.copy_(copy.source, non_blocking=True)
+
+    def _check_slot(self, slot: int) -> None:
+        num_slots = self._method.limits.num_slots
+        if not 0 <= slot < num_slots:
+            raise InvalidRequestError(f"slot {slot} is none of the {num_slots} slots", "slot")
+
+
+def _pin(tensors: Sequence[Tensor | None]) -> AdapterTensors:
+    return [None if tensor is None else tensor.pin_memory() for tensor in tensors]

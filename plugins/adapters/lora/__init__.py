@@ -1,0 +1,1 @@
+"""LoRA: low-rank adapters, many beside one another in a batch."""

@@ -1,0 +1,91 @@
+"""Which tokens of a step have which adapter: sorted once a step, for every layer of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.sdk import AdapterLimits
+from quire.sdk.ops import copy_to_device
+
+__all__ = ["AdapterBatch", "SegmentShape"]
+
+_FEW_TOKENS = 512
+"""Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentShape:
+    """How the tokens of a step are cut."""
+
+    num_tokens: int
+    num_segments: int
+    """Of a captured step as many as there may be for any slots; those behind the last are empty."""
+    max_rows: int
+    """Tokens of the longest segment."""
+
+
+class AdapterBatch:
+    """The tokens of a step that have an adapter, sorted by slot, and cut into segments of one slot each.
+
+    Device tensors are int32 and stay where they are: ``segments`` (3, max_segments) has the slot, the first sorted
+    token and the number of tokens of each segment, ``token_indices`` (max_num_tokens,) the sorted tokens.
+    """
+
+    def __init__(self, limits: AdapterLimits) -> None:
+        self._limits = limits
+        max_tokens = limits.max_num_tokens
+        largest = (max_tokens, min(max_tokens, _FEW_TOKENS))  # of each length of segments
+        self._max_segments = max(self._choose_shape(num_tokens).num_segments for num_tokens in largest)
+        size = 3 * self._max_segments + max_tokens
+        self._packed = torch.zeros(size, dtype=torch.int32, device=limits.device)  # so that one copy brings all
+        self.segments = self._packed[: 3 * self._max_segments].view(3, -1)
+        self.token_indices = self._packed[3 * self._max_segments :]
+        self.shape = SegmentShape(0, 0, 16)
+        self.single_slot: int | None = None
+        """The slot of every token of the step, where that is one and the step is not captured."""
+        self._sorted = np.zeros(0, np.int64)
+        self._slots = np.zeros(0, np.int32)  # of the sorted tokens
+
+    def update(self, token_slots: NDArray[np.int32], *, is_captured: bool) -> None:
+        """Sort the tokens of a step: ``token_slots`` (num_tokens,) is the slot of each, -1 where it has no adapter."""
+        num_tokens = len(token_slots)
+        has_adapter = np.flatnonzero(token_slots >= 0)
+        slots = token_slots[has_adapter]
+        self.single_slot = None
+        if not is_captured and len(has_adapter) == num_tokens and (slots == slots[0]).all():
+            self.single_slot = int(slots[0])
+            return
+        order = np.argsort(slots, kind="stable")
+        self._sorted, self._slots = has_adapter[order], slots[order]
+        self.shape = shape = self._choose_shape(num_tokens)
+        counts = np.bincount(slots, minlength=self._limits.num_slots)
+        segments_of_slot = -(-counts // shape.max_rows)
+        num_segments = int(segments_of_slot.sum())
+        if not is_captured:
+            self.shape = shape = SegmentShape(num_tokens, num_segments, shape.max_rows)
+        host = np.zeros(len(self._packed) - self._limits.max_num_tokens + num_tokens, np.int32)
+        segments = host[: 3 * self._max_segments].reshape(3, -1)[:, :num_segments]
+        segments[0] = segment_slots = np.repeat(np.arange(len(counts)), segments_of_slot)
+        first_of_slot = (segments_of_slot.cumsum() - segments_of_slot)[segment_slots]
+        offsets = (np.arange(num_segments) - first_of_slot) * shape.max_rows  # within the slot's tokens
+        segments[1] = (counts.cumsum() - counts)[segment_slots] + offsets
+        segments[2] = np.minimum(counts[segment_slots] - offsets, shape.max_rows)
+        host[3 * self._max_segments :][: len(order)] = self._sorted
+        self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
+
+    def iter_slots(self) -> Iterator[tuple[int, Tensor]]:
+        """Each slot and its tokens' indices, for the CPU."""
+        for slot in np.unique(self._slots):
+            yield int(slot), torch.from_numpy(self._sorted[self._slots == slot])
+
+    def _choose_shape(self, num_tokens: int) -> SegmentShape:
+        """The most segments: all are full but the last of each slot, and none is empty."""
+        max_rows = 16 if num_tokens <= _FEW_TOKENS else 64
+        most = num_tokens // max_rows + min(self._limits.num_slots, num_tokens)
+        return SegmentShape(num_tokens, min(most, num_tokens), max_rows)

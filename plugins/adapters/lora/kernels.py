@@ -1,0 +1,202 @@
+"""LoRA for many adapters in one batch, as two kernels behind a layer: shrink, ``v = A x``, and expand, ``y += B v``.
+
+Algorithm: tokens are sorted by adapter and cut into segments of one adapter each (Punica's SGMV: Chen et al., 2023,
+arXiv:2310.18547). A program of *shrink* multiplies a segment by 16 rows of A, over a part of the inputs (split-K); the
+parts are float32 and are added by *expand*, in order, so that no atomics are needed and every sum has one order.
+Projections that a layer fuses share their tokens and one shrink, with A concatenated. A program of *expand* multiplies
+the segment's ranks by a tile of B, which lies rank by rank, and adds the result to the layer's output.
+
+An adapter's rank is read on the device: what a slot leaves unused is neither loaded nor multiplied. The grid is fixed
+by the number of tokens, so both may be captured; programs of empty segments exit. Both are started while the kernel
+before still runs (PDL): segments and ranks are copied before the step, so they are read before the wait.
+
+Shapes: ``x`` (M, K), A (slots, parts, R, K), B (slots, R, N), ``v`` (splits, M, parts, R) float32, ``out`` (M, N).
+Grid: shrink ``(segments, parts * R / 16, splits)``; expand ``(segments, tiles of N)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.plugins.adapters.lora.batch import AdapterBatch
+from quire.sdk.ops import pdl_launch_dependents, pdl_wait, supports_pdl
+
+__all__ = ["launch_lora"]
+
+_BLOCK_R = 16
+_BLOCK_N = 128
+_MAX_PARTS = 3
+
+
+def launch_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, part_sizes: tuple[int, ...],
+                batch: AdapterBatch) -> None:  # fmt: skip
+    """Add to ``out`` (num_tokens, features) what the adapters of ``batch`` make of ``x`` (num_tokens, inputs).
+
+    ``a`` (slots, parts, max_rank, inputs), ``b`` (slots, max_rank, features), the scaling in it, ``ranks`` (slots,
+    parts) int32, 0 where an adapter leaves a part alone. ``part_sizes``: features of each part, three parts at most.
+    """
+    num_tokens, inputs = x.shape
+    _, parts, max_rank, _ = a.shape
+    shape = batch.shape
+    if not shape.num_segments:
+        return
+    assert num_tokens == shape.num_tokens, f"prepared for {shape.num_tokens} tokens, not {num_tokens}"
+    enable_pdl = supports_pdl(x.device)
+    splits = choose_splits(num_tokens, inputs)
+    v = torch.empty(splits, num_tokens, parts * max_rank, dtype=torch.float32, device=x.device)
+    options = {"max_rank": max_rank, "parts": parts, "rows": shape.max_rows, "block_r": _BLOCK_R, "splits": splits}
+    options |= {"enable_pdl": enable_pdl, "launch_pdl": enable_pdl}
+    block_k = 128 if inputs % 128 == 0 or inputs > 128 else 64
+    lora_shrink_kernel[(shape.num_segments, parts * (max_rank // _BLOCK_R), splits)](
+        x,
+        a,
+        ranks,
+        batch.segments,
+        batch.token_indices,
+        v,
+        num_tokens,
+        batch.segments.stride(0),
+        inputs=inputs,
+        block_k=block_k,
+        num_warps=4,
+        num_stages=3,
+        **options,
+    )
+    sizes = (*part_sizes, *(0 for _ in range(_MAX_PARTS - len(part_sizes))))
+    tiles = sum(triton.cdiv(size, _BLOCK_N) for size in part_sizes)
+    lora_expand_kernel[(shape.num_segments, tiles)](
+        v,
+        b,
+        ranks,
+        batch.segments,
+        batch.token_indices,
+        out,
+        num_tokens,
+        batch.segments.stride(0),
+        size_0=sizes[0],
+        size_1=sizes[1],
+        size_2=sizes[2],
+        block_n=_BLOCK_N,
+        num_warps=4,
+        **options,
+    )
+
+
+def choose_splits(num_tokens: int, inputs: int) -> int:
+    """Parts of the inputs of a shrink: few tokens are few programs, which must be short; many tokens have enough."""
+    most = 16 if num_tokens <= 64 else 8 if num_tokens <= 256 else 2 if num_tokens <= 1024 else 1
+    return max(1, min(most, inputs // 512))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "segment_stride"])
+def lora_shrink_kernel(
+    x_ptr,  # (num_tokens, inputs)
+    a_ptr,  # (slots, parts, max_rank, inputs)
+    ranks_ptr,  # (slots, parts)
+    segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
+    tokens_ptr,  # (num_tokens,)
+    v_ptr,  # (splits, num_tokens, parts * max_rank) float32, by sorted token
+    num_tokens,
+    segment_stride,
+    inputs: tl.constexpr,
+    parts: tl.constexpr,
+    max_rank: tl.constexpr,
+    rows: tl.constexpr,
+    block_r: tl.constexpr,
+    block_k: tl.constexpr,
+    splits: tl.constexpr,
+    enable_pdl: tl.constexpr,
+):
+    """Grid: (segments, parts * max_rank / block_r, splits)."""
+    segment, split = tl.program_id(0), tl.program_id(2)
+    part, first_rank = tl.program_id(1) * block_r // max_rank, tl.program_id(1) * block_r % max_rank
+    slot = tl.load(segments_ptr + segment)
+    start = tl.load(segments_ptr + segment_stride + segment)
+    count = tl.load(segments_ptr + 2 * segment_stride + segment)
+    rank = tl.load(ranks_ptr + slot * parts + part)
+    offs_m = tl.arange(0, rows)
+    mask_m = offs_m < count
+    tokens = tl.load(tokens_ptr + start + offs_m, mask=mask_m, other=0)
+    # Every program waits, the empty ones too: the kernel behind this one must not begin before those before it end.
+    pdl_wait(enable_pdl)
+    if (count > 0) & (first_rank < rank):
+        offs_r = first_rank + tl.arange(0, block_r)
+        offs_k = tl.arange(0, block_k)
+        split_k: tl.constexpr = (inputs + splits * block_k - 1) // (splits * block_k) * block_k
+        first_k = split * split_k
+        x_rows = x_ptr + tokens.to(tl.int64)[:, None] * inputs
+        a_rows = a_ptr + ((slot * parts + part).to(tl.int64) * max_rank + offs_r)[None, :] * inputs
+        mask_r = offs_r < rank
+        acc = tl.zeros((rows, block_r), dtype=tl.float32)
+        for k in range(first_k, first_k + split_k, block_k):
+            mask_k = k + offs_k < inputs
+            x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            a = tl.load(a_rows + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+            acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
+        v_rows = v_ptr + (split * num_tokens + start + offs_m).to(tl.int64)[:, None] * (parts * max_rank)
+        tl.store(v_rows + part * max_rank + offs_r[None, :], acc, mask=mask_m[:, None])
+    pdl_launch_dependents(enable_pdl)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "segment_stride"])
+def lora_expand_kernel(
+    v_ptr,  # (splits, num_tokens, parts * max_rank) float32, by sorted token
+    b_ptr,  # (slots, max_rank, features)
+    ranks_ptr,  # (slots, parts)
+    segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
+    tokens_ptr,  # (num_tokens,)
+    out_ptr,  # (num_tokens, features)
+    num_tokens,
+    segment_stride,
+    size_0: tl.constexpr,
+    size_1: tl.constexpr,
+    size_2: tl.constexpr,
+    parts: tl.constexpr,
+    max_rank: tl.constexpr,
+    rows: tl.constexpr,
+    block_r: tl.constexpr,
+    block_n: tl.constexpr,
+    splits: tl.constexpr,
+    enable_pdl: tl.constexpr,
+):
+    """Grid: (segments, tiles of all parts)."""
+    features: tl.constexpr = size_0 + size_1 + size_2
+    tiles_0: tl.constexpr = (size_0 + block_n - 1) // block_n
+    tiles_1: tl.constexpr = (size_1 + block_n - 1) // block_n
+    segment, tile = tl.program_id(0), tl.program_id(1)
+    part = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
+    first = tl.where(part == 0, 0, tl.where(part == 1, size_0, size_0 + size_1))  # feature of the part
+    size = tl.where(part == 0, size_0, tl.where(part == 1, size_1, size_2))
+    tile -= tl.where(part == 0, 0, tl.where(part == 1, tiles_0, tiles_0 + tiles_1))
+    slot = tl.load(segments_ptr + segment)
+    start = tl.load(segments_ptr + segment_stride + segment)
+    count = tl.load(segments_ptr + 2 * segment_stride + segment)
+    rank = tl.load(ranks_ptr + slot * parts + part)
+    offs_m = tl.arange(0, rows)
+    mask_m = offs_m < count
+    tokens = tl.load(tokens_ptr + start + offs_m, mask=mask_m, other=0)
+    pdl_wait(enable_pdl)  # also where there is nothing to add, see above
+    if (count > 0) & (rank > 0):
+        offs_n = tile * block_n + tl.arange(0, block_n)
+        mask_n = offs_n < size
+        acc = tl.zeros((rows, block_n), dtype=tl.float32)
+        for r in range(0, rank, block_r):
+            offs_r = r + tl.arange(0, block_r)
+            mask_r = offs_r < rank
+            v_rows = v_ptr + (start + offs_m).to(tl.int64)[:, None] * (parts * max_rank)
+            v_at = v_rows + part * max_rank + offs_r[None, :]
+            mask_v = mask_m[:, None] & mask_r[None, :]
+            v = tl.zeros((rows, block_r), dtype=tl.float32)
+            for split in tl.static_range(splits):
+                v += tl.load(v_at + split * num_tokens.to(tl.int64) * (parts * max_rank), mask=mask_v, other=0.0)
+            b_rows = b_ptr + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * features
+            b = tl.load(b_rows + first + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(v.to(b.dtype), b, acc, input_precision="ieee")
+        out_at = out_ptr + tokens.to(tl.int64)[:, None] * features + first + offs_n[None, :]
+        mask_out = mask_m[:, None] & mask_n[None, :]
+        y = tl.load(out_at, mask=mask_out, other=0.0).to(tl.float32) + acc
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask_out)
+    pdl_launch_dependents(enable_pdl)

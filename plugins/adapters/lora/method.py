@@ -1,0 +1,148 @@
+"""LoRA (Hu et al., 2021, arXiv:2106.09685): a layer's output plus ``scaling * B A x``, for many adapters at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quire.plugins.adapters.lora.batch import AdapterBatch
+from quire.plugins.adapters.lora.reference import apply_lora, apply_one_adapter
+from quire.sdk import (
+    AdapterLayer,
+    AdapterLimits,
+    AdapterMethod,
+    AdapterTensors,
+    LayerInfo,
+    LoraWeights,
+    PeftAdapter,
+    read_adapter,
+)
+
+__all__ = ["Lora", "LoraLayer"]
+
+_RANK_MULTIPLE = 16
+"""Ranks are padded to what a tensor core multiplies at a time."""
+
+
+class Lora(AdapterMethod):
+    """Adapters of any rank up to ``max_rank`` beside one another, each from a folder that PEFT wrote."""
+
+    def __init__(self, limits: AdapterLimits, options: Any = None) -> None:
+        super().__init__(limits, options)
+        self._batch = AdapterBatch(limits)
+        self._layers: list[LoraLayer] = []
+
+    @classmethod
+    def read_adapter(
+        cls,
+        path: Path,
+        *,
+        max_rank: int,
+        module_shapes: Mapping[str, tuple[int, int]] | None = None,
+        dtype: torch.dtype | None = None,
+        content_hash: str | None = None,
+    ) -> PeftAdapter:
+        """The folder's matrices A and B by module."""
+        return read_adapter(
+            path, max_rank=max_rank, module_shapes=module_shapes, dtype=dtype, content_hash=content_hash
+        )
+
+    @classmethod
+    def save_example_adapter(
+        cls, path: Path, module_shapes: Mapping[str, tuple[int, int]], seed: int
+    ) -> Mapping[str, Tensor]:
+        """Ranks of 2 to 5, and a scaling that is no power of two."""
+        generator = torch.Generator().manual_seed(seed)
+        ranks = {True: 4 - seed % 3, False: 5 - seed % 3}  # of keys' projections and the others
+        config = {"peft_type": "LORA", "r": ranks[False], "lora_alpha": 7, "rank_pattern": {"k_proj": ranks[True]}}
+        tensors: dict[str, Tensor] = {}
+        deltas: dict[str, Tensor] = {}
+        for name, (outputs, inputs) in module_shapes.items():
+            rank = ranks[name.endswith("k_proj")]
+            a, b = (torch.randn(*shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            deltas[name] = b @ a * (7 / rank)
+        path.mkdir()
+        save_file(tensors, path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        return deltas
+
+    def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
+        """Room for each slot's A and B."""
+        layer = LoraLayer(info, self.limits, self._batch, rank, world_size)
+        self._layers.append(layer)
+        return layer
+
+    def clear_slot(self, slot: int) -> None:
+        """Zero all that the slot holds: its ranks, and its weights, of which nothing stays behind."""
+        buffers = [buffer for layer in self._layers for buffer in layer.slot_buffers(slot)]
+        for dtype in {buffer.dtype for buffer in buffers}:
+            torch._foreach_zero_([buffer for buffer in buffers if buffer.dtype == dtype])
+
+    def prepare_metadata(self, token_slots: NDArray[np.int32], *, is_captured: bool = False) -> None:
+        """Sort the step's tokens by adapter."""
+        self._batch.update(token_slots, is_captured=is_captured)
+
+
+class LoraLayer(AdapterLayer):
+    """A and B of every slot for one layer, whose fused parts have matrices of their own.
+
+    Of a column-sharded layer A is whole on every rank and B is this rank's rows; of a row-sharded one A is this rank's
+    columns and B is whole. So a rank's result belongs to its share of the layer's output, and no other collective is
+    needed than the layer's own.
+    """
+
+    def __init__(self, info: LayerInfo, limits: AdapterLimits, batch: AdapterBatch, rank: int, world_size: int) -> None:
+        self._info = info
+        self._batch = batch
+        self._rank, self._world_size = rank, world_size
+        max_rank = -(-limits.max_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        slots, parts, device = limits.num_slots, len(info.part_sizes), limits.device
+        self._a = torch.zeros(slots, parts, max_rank, info.in_features, dtype=limits.dtype, device=device)
+        self._b = torch.zeros(slots, max_rank, info.out_features, dtype=limits.dtype, device=device)
+        self._ranks = torch.zeros(slots, parts, dtype=torch.int32, device=device)
+
+    def slot_buffers(self, slot: int) -> Sequence[Tensor]:
+        """A of each part (max_rank, in_features), B of all (max_rank, out_features), and the parts' ranks."""
+        return (*self._a[slot].unbind(0), self._b[slot], self._ranks[slot])
+
+    def make_tensors(self, adapter: PeftAdapter) -> AdapterTensors:
+        """As many rows as the adapter's rank; B has the scaling in it."""
+        weights = [adapter.modules.get(name) for name in self._info.part_names]
+        ranks = [0 if each is None else each.rank for each in weights]
+        if not any(ranks):
+            return [None] * (len(weights) + 2)
+        start, width = self._info.in_range(self._rank)
+        a = [None if each is None else each.a[:, start : start + width].to(self._a.dtype) for each in weights]
+        b = torch.zeros(max(ranks), self._info.out_features, dtype=self._b.dtype)
+        at = 0
+        for part, (each, size) in enumerate(zip(weights, self._info.part_sizes, strict=True)):
+            if each is not None:
+                b[: each.rank, at : at + size] = self._take_rows(each, part)
+            at += size
+        return [*(each if each is None else each.contiguous() for each in a), b, torch.tensor(ranks, dtype=torch.int32)]
+
+    def apply(self, x: Tensor, out: Tensor) -> None:
+        """By the kernels on a GPU; where all tokens have one adapter and the step is not captured, by the library."""
+        sizes, slot = self._info.part_sizes, self._batch.single_slot
+        if slot is not None:
+            apply_one_adapter(x, out, self._a[slot], self._b[slot], sizes)
+        elif x.is_cuda:
+            from quire.plugins.adapters.lora.kernels import launch_lora
+
+            launch_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch)
+        else:
+            apply_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch)
+
+    def _take_rows(self, weights: LoraWeights, part: int) -> Tensor:
+        """This rank's share of B of ``part``, times the scaling: (rank, rows)."""
+        first, count = self._info.out_range(part, self._rank, self._world_size)
+        return (weights.b[first : first + count].float() * weights.scaling).T
