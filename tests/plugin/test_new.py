@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,17 @@ def test_a_checkpoint_of_the_new_format_is_served(site, tmp_path):
     assert_greedy(reference, prompts, tokens)
 
 
-def test_packages_of_hooks_alone_are_shown(site, quire):
+@pytest.fixture
+def site_of_two(site, tmp_path):
+    """A package of hooks alone, and a policy."""
+    for name in ("quire_fresh_route", "quire_fresh_policy"):
+        for path in site.glob(f"{name}*"):
+            shutil.copytree(path, tmp_path / path.name)
+    return tmp_path
+
+
+def test_packages_of_hooks_alone_are_shown(site_of_two, quire):
+    site = site_of_two
     report = quire("plugins", "list", site=site, json_output=True)
     (package,) = report["packages"]
     assert package["dist"] == "quire-fresh-route" and list(package["hooks"]) == ["quire_extend_app"]
