@@ -14,8 +14,19 @@ from quire.server.cli.vllm_flags import VLLM_FLAGS
 FLAG = re.compile(r"(?<![\w/-])--(?>[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)(?![-{])")
 """A flag, but not the beginning of one that is put together, such as ``--no-...`` or ``--{kind}-option``."""
 DECLARED = re.compile(r"""add_argument\(\s*["'](--[\w-]+)""")
-OTHER_PROGRAMS = {"--branch", "--depth", "--extra-index-url", "--format", "--no-build-isolation", "--query-gpu"}
-"""Flags of git, pip and nvidia-smi."""
+OTHER_PROGRAMS = {
+    *(
+        "--branch",
+        "--depth",
+        "--extra-index-url",
+        "--format",
+        "--ipc",
+        "--no-build-isolation",
+        "--query-gpu",
+        "--shm-size",
+    ),
+}
+"""Flags of git, pip, nvidia-smi and docker."""
 PLACEHOLDERS = {"--flag", "--flag-with-underscores", "--no-flag", "--some-flag"}
 """What texts write for any flag."""
 

@@ -90,7 +90,7 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"priority": 1.5},
     {"priority": 2**63},
     {"cache_salt": 7},
-    {"arrival_ns": "now"},
+    {"parent_id": "the first"},
     {"eos_token_ids": None},
 ]
 
