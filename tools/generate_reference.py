@@ -15,7 +15,6 @@ import importlib
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from quire.core.plugin.options import find_options_class  # noqa: E402
 from quire.core.plugin.registry import KINDS, Kind, Registrar  # noqa: E402
 from quire.core.plugin.target import load_target  # noqa: E402
 from quire.sdk import contracts, errors, hooks, layers, ops, options  # noqa: E402
+from quire.server.cli.plugins_new import NEW_KINDS, NewPackage  # noqa: E402
 
 FOLDER = ROOT / "docs" / "reference"
 EXAMPLES = ROOT / "examples" / "kinds"
@@ -188,38 +188,30 @@ def _option_fields(plugin: type) -> str:
 
 
 def _example(kind: Kind) -> list[str]:
-    path = EXAMPLES / f"{kind.key}_example.py"
-    if path.exists():
-        where = path.relative_to(ROOT).as_posix()
-        return [f"`{where}`, which a test runs.", f"```python\n{path.read_text().rstrip()}\n```"]
-    return ["The members that a class must define:", f"```python\n{_skeleton(kind)}\n```"]
+    """What ``quire plugins new`` writes; of a kind without a template, the file in ``examples/kinds``."""
+    if kind.key not in NEW_KINDS:
+        path = EXAMPLES / f"{kind.key}_example.py"
+        (name,) = re.findall(rf"^class (\w+)\({kind.contract_class}\)", path.read_text(), re.M)
+        words = f"`{path.relative_to(ROOT).as_posix()}`, which a test runs. In its folder this checks it:"
+        check = f"PYTHONPATH=. quire plugins check {kind.key}/{path.stem}:{name}"
+        return [words, f"```sh\n{check}\n```", _python(path.read_text())]
+    name = "OPTForCausalLM" if kind.key == "model" else f"my-{kind.title.lower().replace(' ', '-')}"
+    package = NewPackage.from_words(kind.key, name)
+    files, file = package.make_files(), f"{package.module}/{kind.key}.py"
+    _, *steps = package.format_next_steps(Path(package.dist)).splitlines()
+    return [
+        "Made, installed, tested, checked and used by:",
+        "```sh\n" + "\n".join([f"quire plugins new {kind.key} {name}", *steps]) + "\n```",
+        f"The package has {sum(len(text.splitlines()) for text in files.values())} lines, for you to change. "
+        f"`{file}`, as the first command writes it:",
+        _python(files[file]),
+        f"`{package.module}/__init__.py`, to which the entry point of `pyproject.toml` leads, gives it its name:",
+        _python(files[f"{package.module}/__init__.py"]),
+    ]
 
 
-def _skeleton(kind: Kind) -> str:
-    contract = load_target(kind.contract)
-    name = contract.__name__
-    lines = [f"class My{name}({name}):", '    """What it does, in one line."""']
-    for member, value in vars(contract).items():
-        if member in contract.__abstractmethods__:
-            function = getattr(value, "__func__", value)
-            header = function_text(function, member, heading=None).splitlines()[1:-1]
-            decorator = "    @classmethod\n" if isinstance(value, classmethod) else ""
-            lines += ["", decorator + textwrap.indent("\n".join(header), "    ") + ": ..."]
-    body = "\n".join(lines)
-    used = set(re.findall(r"\w+", body))
-    imports = [statement for name, statement in _IMPORTS.items() if name in used]
-    imports += [f"from quire.sdk import {', '.join(sorted(used & set(quire.sdk.__all__)))}"]
-    return "\n".join([*imports, "", "", body])
-
-
-_IMPORTS = {
-    "Callable": "from collections.abc import Callable",
-    "Mapping": "from collections.abc import Mapping",
-    "Any": "from typing import Any",
-    "torch": "import torch",
-    "Tensor": "from torch import Tensor",
-    "nn": "from torch import nn",
-}
+def _python(source: str) -> str:
+    return f"```python\n{source.rstrip()}\n```"
 
 
 def _any_text(value: Any, name: str, heading: str = "###") -> str:

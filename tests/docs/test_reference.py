@@ -15,6 +15,8 @@ import quire.testing
 from quire.core.plugin import hookspecs
 from quire.core.plugin.registry import KINDS
 from quire.sdk import contracts
+from quire.server.cli.main import make_parsers
+from quire.server.cli.plugins_new import NEW_KINDS
 
 
 def normalized(text):
@@ -85,16 +87,31 @@ def test_every_member_of_a_contract_is_there(key, reference):
     assert seen and not missing, "\n".join(missing)
 
 
+def smallest_example(key, root):
+    page = (root / "docs" / "reference" / f"{key}.md").read_text()
+    return page.partition("## The smallest example")[2].partition("\n## ")[0]
+
+
 @pytest.mark.parametrize("key", list(KINDS))
 def test_the_smallest_example_of_a_kind_runs(key, root, monkeypatch):
-    page = (root / "docs" / "reference" / f"{key}.md").read_text()
-    (example,) = re.findall(
-        r"^```python\n(.*?)^```$", page.partition("## The smallest")[2].partition("\n## ")[0], re.M | re.S
-    )
+    """The class and the hook that registers it; ``tests/plugin/test_new.py`` serves with each of them."""
+    source, *hook = re.findall(r"^```python\n(.*?)^```$", smallest_example(key, root), re.M | re.S)
     module = types.ModuleType(f"example_of_{key}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(example, f"{key}.md", "exec"), vars(module))
-    assert any(isinstance(value, type) and value.__module__ == module.__name__ for value in vars(module).values())
+    exec(compile("\n".join([source, *hook]), f"{key}.md", "exec"), vars(module))
+    classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    assert any(issubclass(each, getattr(contracts, KINDS[key].contract_class)) for each in classes)
+    assert (f"quire_register_{key}" in vars(module)) == (key in NEW_KINDS)
+
+
+@pytest.mark.parametrize("key", list(KINDS))
+def test_the_commands_of_the_smallest_example_are_understood(key, root):
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", smallest_example(key, root), re.M | re.S)
+    lines = re.findall(r"^(?:PYTHONPATH=\. )?quire (.*)$", commands, re.M)
+    assert any(line.startswith("plugins check ") for line in lines)
+    for line in lines:
+        parser, _ = make_parsers()
+        assert parser.parse_known_args(line.split())[1] == []
 
 
 def test_every_name_that_an_author_imports_is_there(reference):
