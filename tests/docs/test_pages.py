@@ -44,7 +44,9 @@ def test_files_that_pages_name_exist(pages, root):
 
 def test_the_index_names_every_page(root):
     index = (root / "docs" / "index.md").read_text()
-    missing = [page.name for page in (root / "docs").glob("*.md") if f"({page.name})" not in index]
+    docs = root / "docs"
+    pages = [page for folder in (".", "decisions", "tutorials") for page in (docs / folder).glob("*.md")]
+    missing = [page.name for page in pages if f"({page.relative_to(docs)})" not in index]
     assert missing == ["index.md"]
 
 
