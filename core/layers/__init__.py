@@ -7,6 +7,7 @@ from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.mlp import GatedMLP
 from quire.core.layers.norm import RMSNorm
+from quire.core.layers.parallel import PartialSum
 from quire.core.layers.vocab import VocabShard
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LMHead",
     "LayerBuilder",
     "Linear",
+    "PartialSum",
     "RMSNorm",
     "VocabEmbedding",
     "VocabShard",

@@ -12,6 +12,7 @@ from quire.core.contracts.model import ForwardContext
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.kv_scales import KVScales
 from quire.core.layers.norm import RMSNorm
+from quire.core.layers.parallel import PartialSum
 
 __all__ = ["Attention", "AttentionShape"]
 
@@ -83,8 +84,8 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, positions: Tensor, context: ForwardContext
-    ) -> tuple[Tensor, Tensor | None]:
+        self, norm: RMSNorm, x: Tensor | PartialSum, residual: Tensor | None, positions: Tensor, context: ForwardContext
+    ) -> tuple[Tensor | PartialSum, Tensor | None]:
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in
         ``Linear.forward_add_residual``."""
         qkv, stream = self.qkv_proj.forward_after_norm(norm, x, residual)

@@ -7,7 +7,7 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 from quire.core.layers.norm import RMSNorm
-from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.parallel import PartialSum, TensorParallel
 from quire.core.ops.operation_table import OperationTable
 
 __all__ = ["Linear"]
@@ -52,7 +52,7 @@ class Linear(CheckpointLayer):
     def forward_after_norm(
         self,
         norm: RMSNorm,
-        x: Tensor,
+        x: Tensor | PartialSum,
         residual: Tensor | None,
         activation: str | None = None,
         consumer: Linear | None = None,
@@ -65,11 +65,11 @@ class Linear(CheckpointLayer):
         """
         bias = getattr(self, "bias", None)
         is_whole = activation is None or self._fuses_activation  # whether one kernel may run all that is asked for
-        if residual is None and self._fuses_norm and is_whole:
+        if residual is None and isinstance(x, Tensor) and self._fuses_norm and is_whole:
             out = self.method.apply_fused(self, x, bias, norm=(norm.weight, norm.eps), activation=activation)
             if out is not None:
                 return out, x
-        y, stream = self.operations.rms_norm(x, norm.weight, norm.eps, residual, self.input_format)
+        y, stream = norm.norm_stream(x, residual, self.input_format)
         out = None
         if activation is not None and self._fuses_activation:
             out = self.method.apply_fused(self, y, bias, activation=activation)
@@ -81,13 +81,19 @@ class Linear(CheckpointLayer):
                 return self.operations.silu_and_mul(out, output_format), stream
         return out, stream
 
-    def forward_add_residual(self, x: Tensor | QuantActivation, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward_add_residual(
+        self, x: Tensor | QuantActivation, stream: Tensor
+    ) -> tuple[Tensor | PartialSum, Tensor | None]:
         """The layer's result and the residual stream: ``(result + stream, None)``, or ``(result, stream)`` where the
-        method leaves the addition to the norm that follows."""
+        method leaves the addition to the norm that follows. Where ranks share the layer they leave their exchange to
+        it as well."""
+        bias = getattr(self, "bias", None)
         if self.info.shard != "row" or self.parallel.size == 1:
-            out = self.method.apply_fused(self, x, getattr(self, "bias", None), residual=stream)
+            out = self.method.apply_fused(self, x, bias, residual=stream)
             if out is not None:
                 return out, None
+        elif bias is None:
+            return PartialSum(self.method.apply(self, x), self.parallel), stream
         return self(x), stream
 
     def weight_loaders(self) -> dict[str, WeightLoader]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from quire.core.errors import CheckpointError
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.norm import RMSNorm
+from quire.core.layers.parallel import PartialSum
 
 __all__ = ["GatedMLP"]
 
@@ -32,7 +33,9 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = builder.make_column_parallel_linear(f"{name}.gate_up_proj", hidden_size, parts, bias)
         self.down_proj = builder.make_row_parallel_linear(f"{name}.down_proj", intermediate_size, hidden_size, bias)
 
-    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, norm: RMSNorm, x: Tensor | PartialSum, residual: Tensor | None
+    ) -> tuple[Tensor | PartialSum, Tensor | None]:
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in
         ``Linear.forward_add_residual``."""
         y, stream = self.gate_up_proj.forward_after_norm(norm, x, residual, activation="silu", consumer=self.down_proj)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.core.contracts.quant import ActivationFormat
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader, make_copy_loader
+from quire.core.layers.parallel import PartialSum
 from quire.core.ops.operation_table import OperationTable
 
 __all__ = ["LayerNorm", "RMSNorm"]
@@ -36,14 +37,27 @@ class RMSNorm(CheckpointLayer):
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)  # (size,)
 
     @overload
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor | PartialSum) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | PartialSum, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor | PartialSum, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``x`` (..., size). With a residual: ``(norm(x + residual), x + residual)``."""
-        y, summed = self.operations.rms_norm(x, self.weight, self.eps, residual, _NATIVE)
+        y, summed = self.norm_stream(x, residual, _NATIVE)
         assert isinstance(y, Tensor)
         return y if residual is None else (y, summed)
+
+    def norm_stream(
+        self, x: Tensor | PartialSum, residual: Tensor | None, output_format: ActivationFormat
+    ) -> tuple[Tensor | QuantActivation, Tensor]:
+        """``(norm(s), s)`` of the residual stream ``s = x + residual`` (``x`` where that is None), the first in
+        ``output_format``; in one kernel with the exchange of a partial sum where the ranks offer it."""
+        if isinstance(x, PartialSum):
+            if residual is not None and "rms_norm" not in self.operations.replaced:
+                fused = x.parallel.all_reduce_add_norm(x.part, residual, self.weight, self.eps, output_format)
+                if fused is not None:
+                    return fused.normed, fused.stream
+            x = x.reduce()
+        return self.operations.rms_norm(x, self.weight, self.eps, residual, output_format)
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """The weight."""

@@ -9,12 +9,22 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.errors import ConfigError
 
-__all__ = ["TensorParallel"]
+__all__ = ["NormedSum", "PartialSum", "TensorParallel"]
 
 _MOST_NAMED_RANKS = 64
 """Larger numbers of ranks are not proposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormedSum:
+    """What a norm leaves of a sum."""
+
+    normed: Tensor | QuantActivation
+    stream: Tensor
+    """The sum, residual included: what the next addition takes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,14 @@ class TensorParallel:
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
+
+    def all_reduce_add_norm(
+        self, part: Tensor, residual: Tensor, weight: Tensor, eps: float, output_format: ActivationFormat
+    ) -> NormedSum | None:
+        """The RMS norm of ``residual`` plus the sum of ``part`` over the ranks, both (num_tokens, features), in one
+        kernel; None where that is not offered: then the caller does one after the other. Every rank gets the same
+        answer."""
+        return None
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, shard) on every rank -> (n, size * shard), the shards side by side in order of rank."""
@@ -60,3 +78,19 @@ class TensorParallel:
             f"{reason}, which {self.size} ranks cannot share evenly; "
             f"use a tensor_parallel_size of {', '.join(sizes[:-1])}{' or ' if sizes[:-1] else ''}{sizes[-1]}"
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartialSum:
+    """The result of a row-parallel layer before the ranks have exchanged it: each has a part of the sum.
+
+    It stands for the tensor between the layer and the norm that follows, so that one kernel can exchange, add the
+    residual and norm. ``RMSNorm`` and ``Linear.forward_after_norm`` take it; anything else takes ``reduce()``.
+    """
+
+    part: Tensor  # (num_tokens, features)
+    parallel: TensorParallel
+
+    def reduce(self) -> Tensor:
+        """The sum, on every rank. Once."""
+        return self.parallel.all_reduce(self.part)

@@ -13,6 +13,7 @@ from quire.sdk.layers import (
     AttentionShape,
     GatedMLP,
     LayerBuilder,
+    PartialSum,
     collect_weight_loaders,
     process_weights_after_loading,
 )
@@ -75,10 +76,11 @@ class LlamaForCausalLM(Model):
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """(num_tokens,) -> (num_tokens, hidden), after the final norm."""
-        x = self.embed_tokens(input_ids)
+        x: Tensor | PartialSum = self.embed_tokens(input_ids)
         residual: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            if self.aux_hidden_states is not None:
+            if self.aux_hidden_states is not None and index in self.aux_hidden_states.layers:
+                x = x.reduce() if isinstance(x, PartialSum) else x
                 self.aux_hidden_states.capture_layer(index, x, residual)
             x, residual = layer(x, residual, positions, context)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
@@ -121,9 +123,10 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, positions: Tensor, context: ForwardContext
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream is ``x + residual``, both (num_tokens, hidden), or ``x`` where ``residual`` is None."""
+        self, x: Tensor | PartialSum, residual: Tensor | None, positions: Tensor, context: ForwardContext
+    ) -> tuple[Tensor | PartialSum, Tensor | None]:
+        """The residual stream is ``x + residual``, both (num_tokens, hidden), or ``x`` where ``residual`` is None. Of a
+        partial sum ranks have yet to exchange their parts."""
         x, residual = self.self_attn(self.input_layernorm, x, residual, positions, context)
         return self.mlp(self.post_attention_layernorm, x, residual)
 

@@ -20,7 +20,7 @@ from quire.core.layers.embedding import LMHead, VocabEmbedding
 from quire.core.layers.linear import Linear
 from quire.core.layers.mlp import GatedMLP
 from quire.core.layers.norm import LayerNorm, RMSNorm
-from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.parallel import PartialSum, TensorParallel
 from quire.core.layers.position import LearnedPositions
 from quire.core.layers.vocab import VocabShard
 
@@ -34,6 +34,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "PartialSum",
     "RMSNorm",
     "TensorParallel",
     "VocabEmbedding",
