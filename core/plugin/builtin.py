@@ -199,6 +199,17 @@ def quire_register_op(register: Registrar) -> None:
 
 
 @hookimpl
+def quire_register_quantizer(register: Registrar) -> None:
+    """Register the bundled quantizers. ``--tool`` chooses among those of one method."""
+    where = "quire.plugins.quantizer.quantizers"
+    register("awq", f"{where}:AWQQuantizer", "AWQ, 4 bits, by autoawq")
+    register("gptq", f"{where}:GPTQQuantizer", "GPTQ, 4 bits, by llmcompressor")
+    register("gptq-optimum", f"{where}:OptimumGPTQQuantizer", "GPTQ, 4 bits, by optimum over gptqmodel")
+    register("fp8", f"{where}:Fp8Quantizer", "FP8 weights, by llmcompressor")
+    register("int8", f"{where}:Int8Quantizer", "INT8 weights and activations, by llmcompressor")
+
+
+@hookimpl
 def quire_register_router(register: Registrar) -> None:
     """Register the bundled routers."""
     register("round_robin", "quire.plugins.router.round_robin:RoundRobinRouter", "one replica after the other")
@@ -245,6 +256,7 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         "executor": _choose_executor(int(config.get("tensor_parallel_size") or 1)),
         "metrics": Choice("prometheus", "the default"),
         "router": Choice("least_loaded", "the default"),
+        "quantizer": Choice("fp8", "it needs no text"),
     }
     return plain.get(kind)
 

@@ -101,6 +101,11 @@ def quire_register_op(register: Registrar) -> None:
 
 
 @hookspec
+def quire_register_quantizer(register: Registrar) -> None:
+    """Name quantizers, which ``quire quantize`` runs: subclasses of ``quire.sdk.Quantizer``."""
+
+
+@hookspec
 def quire_register_router(register: Registrar) -> None:
     """Name routers: subclasses of ``quire.sdk.Router``."""
 

@@ -101,6 +101,7 @@ _TABLE = (
     Kind("tool_parser",      "tool-call parser",  "plugins/parsers",     "ToolParser",          "--tool-call-parser"),
     Kind("reasoning_parser", "reasoning parser",  "plugins/parsers",     "ReasoningParser",     "--reasoning-parser"),
     Kind("op",               "operation",         "core/ops",            "Operations",          "--op", several=True),
+    Kind("quantizer",        "quantizer",         "plugins/quantizer",   "Quantizer",           "--method"),
     Kind("router",           "router",            "plugins/router",      "Router",              "--router"),
 )  # fmt: skip
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.key: kind for kind in _TABLE})

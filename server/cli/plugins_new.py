@@ -27,6 +27,7 @@ _SUMMARIES: Mapping[str, str] = MappingProxyType(
         "logits_processor": "makes one token less likely",
         "spec_decode": "drafts what followed the last two tokens before",
         "op": "the RMS norm",
+        "quantizer": "FP8 weights by rounding",
         "executor": "one worker in the engine's process",
         "metrics": "counts requests and tokens",
         "tool_parser": "calls between ACTION and DONE",
@@ -126,6 +127,7 @@ class NewPackage:
         flag = KINDS[self.kind].flag
         lines.append(f"quire plugins check {self.kind}/{self.registered_name}")
         use = {"quant": "quire serve MODEL", "model": "quire serve MODEL --plugin " + self.dist}
+        use["quantizer"] = f"quire quantize MODEL --method {self.registered_name} --out DIR"
         use["op"] = f"quire serve --op all={self.registered_name}"
         return "\n".join([*lines, use.get(self.kind, f"quire serve {flag} {self.registered_name}")])
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from quire.core.errors import CheckpointError, ConfigError
+from quire.core.contracts.quantizer import QuantizationJob, Quantizer
+from quire.core.errors import CheckpointError, ConfigError, PluginError, QuireError
+from quire.core.plugin.discovery import format_error
+from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.options import parse_options
 from quire.server.cli.flags import parse_float, parse_int
-from quire.server.quantize.recipes import METHODS, TOOLS, Recipe, find_interpreter, find_recipe, tool_environment
 
 __all__ = ["add_parser", "run"]
 
 _ABOUT = """Quantize MODEL with a tool made for it, write the checkpoint to DIR, and compare the two as quire eval
 --compare does. Exit status 1 if the quantized model loses more than --max-loss."""
 
+_METHODS = ("awq", "gptq", "fp8", "int8")
 _SAMPLES, _LENGTH, _GROUP = 128, 512, 128
 
 #: Files that belong to a model and that quantization does not touch.
@@ -35,10 +37,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("quantize", help="make a quantized checkpoint, and measure it", description=_ABOUT)
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of the model")
-    parser.add_argument("--method", required=True, metavar="|".join(METHODS), help="how")
+    parser.add_argument(
+        "--method", required=True, metavar="NAME", help=f"how: {', '.join(_METHODS)}, or a quantizer of another package"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the checkpoint")
     how = parser.add_argument_group("how")
-    how.add_argument("--tool", metavar="|".join(TOOLS), help="tool that quantizes (default: the method's first)")
+    how.add_argument("--tool", metavar="NAME", help="tool that quantizes: optimum, for gptq (default: llmcompressor)")
+    how.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the quantizer")
     how.add_argument("--scheme", metavar="NAME", help="variant of the method (default: its first)")
     how.add_argument(
         "--group-size", type=parse_int, metavar="N", help=f"weights that share a scale (default: {_GROUP})"
@@ -61,64 +66,90 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, quantize, compare."""
     for warning in args.flag_warnings:
         print(warning, file=sys.stderr)
-    recipe = find_recipe(args.method, args.tool, args.scheme)
-    scheme = args.scheme or recipe.schemes[0]
-    _check_arguments(args, recipe, scheme)
-    python = find_interpreter(recipe, args.python)
-    length = 0 if scheme in recipe.uncalibrated else args.sequence_length or _LENGTH
-    folder = _resolve_source(args.model, recipe, args.group_size or _GROUP, length)
+    name, quantizer = _load_quantizer(args)
+    scheme = args.scheme or quantizer.schemes[0]
+    _check_arguments(args, name, quantizer, scheme)
+    if (missing := quantizer.find_missing(args.python)) is not None:
+        raise ConfigError(missing)
+    length = 0 if scheme in quantizer.uncalibrated else args.sequence_length or _LENGTH
+    folder = _resolve_source(args.model, quantizer, args.group_size or _GROUP, length)
     samples: list[list[int]] = []
     if length:
         from quire.core.engine.tokenizer import Tokenizer
         from quire.server.quantize.calibration import load_samples
 
         samples = load_samples(Tokenizer(str(folder)), args.calibration, args.samples or _SAMPLES, length)
-    summary = f"{args.model}: {recipe.method} ({scheme}) by {recipe.tool}"
+    summary = f"{args.model}: {name} ({scheme})"
     if samples:
         summary += f", calibrated on {len(samples)} samples of {len(samples[0])} tokens"
     print(summary, file=sys.stderr)
-    job = {
-        "tool": recipe.tool,
-        "scheme": scheme,
-        "model": str(folder),
-        "samples": samples,
-        "group_size": args.group_size or _GROUP,
-        "device": args.device,
-    }
     started = time.perf_counter()
-    version = _run_tool(job, python, args.python is not None, folder, args.out)
+    made_by = _run_quantizer(name, quantizer, folder, scheme, samples, args)
     source_bytes, quantized_bytes = _weight_bytes(folder), _weight_bytes(args.out)
     print(
         f"{args.out}: {quantized_bytes / 1e6:,.1f} MB of weights, {quantized_bytes / source_bytes:.0%} of the "
         f"{source_bytes / 1e6:,.1f} MB before; "
-        f"{recipe.tool} {version}, {time.perf_counter() - started:.0f} s; try it with quire serve {args.out}"
+        f"{made_by}, {time.perf_counter() - started:.0f} s; try it with quire serve {args.out}"
     )
     return 0 if args.no_eval else _compare_models(args)
 
 
-def _check_arguments(args: argparse.Namespace, recipe: Recipe, scheme: str) -> None:
+def _load_quantizer(args: argparse.Namespace) -> tuple[str, Quantizer]:
+    """The name and the quantizer that ``--method`` and ``--tool`` stand for."""
+    plugins = PluginManager()
+    name = args.method
+    if args.tool is not None:
+        name = _find_tool(plugins, name, args.tool)
+    try:
+        resolution = plugins.resolve_plugin("quantizer", name)
+    except PluginError as error:
+        raise ConfigError(f"--method {args.method!r} is not known; choose {', '.join(_METHODS)}, or: {error}") from None
+    cls = plugins.load_class(resolution)
+    quantizer: Quantizer = cls(parse_options(cls, dict(_split_option(each) for each in args.option)))
+    return resolution.name, quantizer
+
+
+def _find_tool(plugins: PluginManager, method: str, tool: str) -> str:
+    """The bundled quantizer that does ``method`` with ``tool``."""
+    names = [name for name in plugins.list_names("quantizer") if name == method or name.startswith(f"{method}-")]
+    by_tool = {getattr(plugins.load_class("quantizer", name), "tool", name): name for name in names}
+    if by_tool and tool not in by_tool:
+        raise ConfigError(f"--tool {tool} is not for --method {method}; choose {', '.join(by_tool)}")
+    return by_tool.get(tool, method)
+
+
+def _split_option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--option {text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _check_arguments(args: argparse.Namespace, name: str, quantizer: Quantizer, scheme: str) -> None:
+    if scheme not in quantizer.schemes:
+        raise ConfigError(f"--scheme {scheme!r} is none of {name}; choose {', '.join(quantizer.schemes)}")
     out: Path = args.out
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a new folder")
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty; give a new folder, or empty this one")
-    for name, least in (("samples", 1), ("sequence_length", 16), ("limit", 1), ("max_loss", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for flag, least in (("samples", 1), ("sequence_length", 16), ("limit", 1), ("max_loss", 0)):
+        if (value := getattr(args, flag)) is not None and value < least:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
     if args.group_size is not None:
-        if not recipe.grouped:
-            raise ConfigError(f"--group-size is for awq and gptq; {args.method} has no groups: leave it out")
+        if not quantizer.is_grouped:
+            raise ConfigError(f"--group-size is for awq and gptq; {name} has no groups: leave it out")
         if args.group_size != -1 and args.group_size < 8:
             raise ConfigError(f"--group-size must be -1 (a whole column) or at least 8, got {args.group_size}")
-    if scheme in recipe.uncalibrated:
-        for name in ("calibration", "samples", "sequence_length"):
-            if getattr(args, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')}: {args.method} {scheme} needs no text; leave it out")
+    if scheme in quantizer.uncalibrated:
+        for flag in ("calibration", "samples", "sequence_length"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(f"--{flag.replace('_', '-')}: {name} {scheme} needs no text; leave it out")
     if args.no_eval and (args.limit is not None or args.max_loss is not None):
         raise ConfigError("--limit and --max-loss are for the comparison; leave out --no-eval")
 
 
-def _resolve_source(name: str, recipe: Recipe, group_size: int, length: int) -> Path:
+def _resolve_source(name: str, quantizer: Quantizer, group_size: int, length: int) -> Path:
     """The model's folder. Refuses one that is quantized, or that does not fit groups or samples."""
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
     from quire.core.loading.hub import resolve_model
@@ -137,7 +168,7 @@ def _resolve_source(name: str, recipe: Recipe, group_size: int, length: int) -> 
             f"samples of {length} tokens are longer than the context of {name}, {context}; give a smaller "
             f"--sequence-length"
         )
-    if recipe.grouped and group_size != -1:
+    if quantizer.is_grouped and group_size != -1:
         for field in ("hidden_size", "intermediate_size"):
             width = getattr(config.get_text_config(), field, None)
             if isinstance(width, int) and width % group_size:
@@ -148,13 +179,11 @@ def _resolve_source(name: str, recipe: Recipe, group_size: int, length: int) -> 
     return folder
 
 
-def _run_tool(job: dict[str, Any], python: str, elsewhere: bool, model: Path, out: Path) -> str:
-    """Run the tool in a folder beside ``out``, and move its checkpoint to ``out`` once it is complete.
-
-    Returns the tool's version.
-    """
-    script = Path(__file__).with_name("tools.py")
-    env = tool_environment(elsewhere=elsewhere)
+def _run_quantizer(
+    name: str, quantizer: Quantizer, model: Path, scheme: str, samples: list[list[int]], args: argparse.Namespace
+) -> str:
+    """Let it write into a folder beside ``--out``, and move its checkpoint there once it is complete. What made it."""
+    out: Path = args.out
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -162,23 +191,27 @@ def _run_tool(job: dict[str, Any], python: str, elsewhere: bool, model: Path, ou
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot write there ({error}); give another folder") from None
     with work:
-        model_folder, result = Path(work.name) / "model", Path(work.name) / "result.json"
-        command = [python, "-P", "-W", "ignore", str(script)]
-        text = json.dumps({**job, "out": str(model_folder), "result": str(result)})
-        completed = subprocess.run(command, input=text, text=True, stdout=2, env=env, check=False)
-        outcome = json.loads(result.read_text("utf-8")) if result.is_file() else {}
-        if "version" not in outcome:
-            reason = outcome.get("error") or f"it ended with status {completed.returncode}"
-            raise ConfigError(f"{job['tool']} could not quantize {model}: {reason}; what it printed is above")
-        for name in _COPIED_FILES:
-            if (model / name).is_file():
-                shutil.copyfile(model / name, model_folder / name)
-        for path in model_folder.iterdir():
+        folder = Path(work.name) / "model"
+        group_size = args.group_size or _GROUP
+        job = QuantizationJob(model, folder, scheme, samples, group_size, args.device, args.python)
+        made_by: object = None
+        try:
+            made_by = quantizer.quantize(job)
+        except (QuireError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a plugin may raise anything, SystemExit included
+            raise ConfigError(f"quantizer/{name} could not quantize {model}: {format_error(error)}") from None
+        if not isinstance(made_by, str) or not (folder / "config.json").is_file() or not _weight_bytes(folder):
+            raise ConfigError(f"quantizer/{name} wrote no checkpoint: config.json or safetensors are missing")
+        for file_name in _COPIED_FILES:
+            if (model / file_name).is_file() and not (folder / file_name).exists():
+                shutil.copyfile(model / file_name, folder / file_name)
+        for path in folder.iterdir():
             path.chmod(0o644)
         if out.is_dir():
             out.rmdir()
-        model_folder.rename(out)
-    return str(outcome["version"])
+        folder.rename(out)
+    return made_by
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -17,7 +17,7 @@ from quire.server.cli.main import main
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 
 ROOT = Path(__file__).parents[2]
-SMALL = {*NEW_KINDS} - {"attention", "kv", "quant", "model", "executor"}
+SMALL = {*NEW_KINDS} - {"attention", "kv", "quant", "model", "quantizer", "executor"}
 NAMES = {kind: f"fresh-{kind.replace('_', '-')}" for kind in NEW_KINDS} | {"model": "OPTForCausalLM"}
 
 

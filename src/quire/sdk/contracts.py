@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.op import *
     from quire.core.contracts.policy import *
     from quire.core.contracts.quant import *
+    from quire.core.contracts.quantizer import *
     from quire.core.contracts.reasoning_parser import *
     from quire.core.contracts.router import *
     from quire.core.contracts.sampler import *
@@ -119,7 +120,9 @@ __all__ = [
     "PrefixMatch",
     "PythonicToolParser",
     "QuantActivation",
+    "QuantizationJob",
     "QuantizationLoader",
+    "Quantizer",
     "QuarantinedPlugin",
     "Reading",
     "ReasoningParser",
@@ -156,6 +159,7 @@ __all__ = [
     "TokenizerInfo",
     "ToolCalls",
     "ToolParser",
+    "ToolQuantizer",
     "Usage",
     "Worker",
     "XmlToolParser",
@@ -197,6 +201,7 @@ NAMES_OF_MODULE = {
     "quire.core.parsing.json_calls": ("HeaderToolParser", "JsonToolParser"),
     "quire.core.parsing.xml_calls": ("XmlToolParser",),
     "quire.core.parsing.python_calls": ("PythonicToolParser",),
+    "quire.core.contracts.quantizer": ("QuantizationJob", "Quantizer", "ToolQuantizer"),
     "quire.core.contracts.router": ("ReplicaLoad", "RoutedRequest", "Router"),
     "quire.core.config": (
         "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "ParallelConfig", "PluginChoice",

@@ -56,7 +56,7 @@ def test_every_field_has_a_flag_and_every_flag_a_field() -> None:
 def test_every_kind_of_plugin_has_its_flag() -> None:
     names = {name for flag in ENGINE_FLAGS for name in (flag.flag, *flag.aliases)}
     for kind in KINDS.values():
-        if kind.key not in ("model", "router"):  # chosen by the checkpoint; of simulated engines
+        if kind.key not in ("model", "router", "quantizer"):  # chosen by the checkpoint; of simulated engines
             assert kind.flag in names and kind.option_flag in option_flags()
             assert {alias for alias in kind.aliases if alias.startswith("--")} <= names
 

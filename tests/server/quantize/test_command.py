@@ -12,16 +12,23 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tests.server.quantize.test_checks import write_example
 
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ConfigError
 from quire.core.loading.hub import resolve_model
 from quire.core.testing.tiny_models import make_tiny_model
+from quire.plugins.quantizer import quantizers
 from quire.server.cli.main import main
 from quire.server.quantize.calibration import load_samples
-from quire.server.quantize.recipes import RECIPES
 
 ROOT = Path(__file__).parents[3]
+TOOLS = [
+    ("awq", quantizers.AWQQuantizer),
+    ("gptq", quantizers.GPTQQuantizer),
+    ("gptq", quantizers.OptimumGPTQQuantizer),
+]
+TOOLS += [("fp8", quantizers.Fp8Quantizer), ("int8", quantizers.Int8Quantizer)]
 
 
 @pytest.fixture
@@ -48,8 +55,8 @@ def refusal(capsys, *words):
             ["--method", "awq", "--tool", "llmcompressor"],
             "--tool llmcompressor is not for --method awq; choose autoawq",
         ),
-        (["--method", "awq", "--tool", "bnb"], "--tool 'bnb' is not known; choose autoawq, llmcompressor, optimum"),
-        (["--method", "fp8", "--scheme", "gemm"], "--scheme 'gemm' is none of fp8 by llmcompressor; choose dynamic"),
+        (["--method", "awq", "--tool", "bnb"], "--tool bnb is not for --method awq; choose autoawq"),
+        (["--method", "fp8", "--scheme", "gemm"], "--scheme 'gemm' is none of fp8; choose dynamic"),
         (["--method", "fp8", "--group-size", "64"], "--group-size is for awq and gptq"),
         (["--method", "awq", "--group-size", "0"], "--group-size must be -1 (a whole column) or at least 8, got 0"),
         (["--method", "fp8", "--samples", "9"], "--samples: fp8 dynamic needs no text"),
@@ -73,21 +80,21 @@ def test_where_it_may_write(capsys, tmp_path):
     assert (tmp_path / "full" / "config.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.method}-{r.tool}")
-def test_a_tool_that_is_missing_is_named_with_its_extra(recipe, capsys, tmp_path):
+@pytest.mark.parametrize(("method", "quantizer"), TOOLS)
+def test_a_tool_that_is_missing_is_named_with_its_extra(method, quantizer, capsys, tmp_path):
     """In this environment and in another one; the extras named are in pyproject.toml and bring the tool."""
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
-    words = ["quire-tiny", "--method", recipe.method, "--tool", recipe.tool, "--out", str(tmp_path / "out")]
+    words = ["quire-tiny", "--method", method, "--tool", quantizer.tool, "--out", str(tmp_path / "out")]
     message = refusal(capsys, *words, "--python", str(bare))
-    assert f"{recipe.tool} is not installed for {bare}" in message
+    assert f"{quantizer.tool} is not installed for {bare}" in message
     [wanted] = re.findall(rf"{re.escape(str(bare))} -m pip install '(\S+)'", message)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     if wanted.startswith("quire["):
-        assert any(line.startswith(recipe.tool) for line in extras[wanted[len("quire[") : -1]])
+        assert any(line.startswith(quantizer.tool) for line in extras[wanted[len("quire[") : -1]])
     else:  # in an environment of its own, without Quire
-        assert wanted in extras[recipe.extra] and "environment of its own" in message
+        assert wanted in extras["quantize"] and "environment of its own" in message
 
 
 def test_models_that_cannot_be_quantized(everything_installed, capsys, tmp_path):
@@ -109,6 +116,42 @@ def test_a_tool_that_dies_leaves_nothing_behind(everything_installed, capsys, tm
     words = ["--method", "fp8", "--out", str(tmp_path / "deep" / "out"), "--python", everything_installed]
     assert "llmcompressor could not quantize" in refusal(capsys, "quire-tiny", *words)
     assert os.listdir(tmp_path / "deep") == []
+
+
+@pytest.mark.parametrize("mode", ["raises", "exits", "writes nothing", "returns nothing"])
+def test_a_quantizer_of_another_package_that_fails(mode, capsys, tmp_path, monkeypatch):
+    code = """
+from quire.sdk import Quantizer
+
+class Fails(Quantizer):
+    uncalibrated = schemes = ("one",)
+
+    def quantize(self, job):
+        if MODE == "raises":
+            raise ValueError("no such layer")
+        if MODE == "exits":
+            raise SystemExit(3)
+        if MODE == "returns nothing":
+            job.out.mkdir()
+        return "fails 1.0"
+"""
+    (tmp_path / "failing_quantizer.py").write_text(f"MODE = {mode!r}\n" + code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "failing_quantizer", raising=False)
+    words = ["--method", "failing_quantizer:Fails", "--out", str(tmp_path / "deep" / "out")]
+    assert "quantizer/failing_quantizer:Fails" in refusal(capsys, "quire-tiny-draft", *words)
+    assert os.listdir(tmp_path / "deep") == []
+
+
+def test_a_quantizer_of_another_package_writes_a_checkpoint(capfd, tmp_path, monkeypatch):
+    """What ``quire plugins new`` writes: its checkpoint, with the tokenizer beside it. Checks serve such a one."""
+    write_example(tmp_path, monkeypatch)
+    out = tmp_path / "out"
+    words = ["--method", "round_to_fp8:RoundToFp8", "--out", str(out), "--no-eval"]
+    assert main(["quantize", "quire-tiny-draft", *words]) == 0
+    text = capfd.readouterr().out
+    assert "% of the 2.3 MB before; round-to-fp8 0.1.0" in text
+    assert (out / "tokenizer.json").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +210,7 @@ def test_calibration_that_is_none(tokenizer, tmp_path, name, content, message):
 )
 def test_the_real_tool_and_the_comparison(method, tool, more, tmp_path, capfd):
     """Where the tool is installed: quire-tiny-draft, quantized, loads and says much the same."""
-    pytest.importorskip(next(r.module for r in RECIPES if r.tool == tool))
+    pytest.importorskip(next(quantizer.module for _, quantizer in TOOLS if quantizer.tool == tool))
     out = tmp_path / "out"
     words = ["quantize", "quire-tiny-draft", "--method", method, "--tool", tool, "--out", str(out), "--limit", "1"]
     assert main([*words, *more, "--device", "cpu"]) == 0
@@ -180,7 +223,7 @@ def test_the_real_tool_and_the_comparison(method, tool, more, tmp_path, capfd):
 
 def test_the_tools_start_without_quire():
     """They may run in an environment that has no Quire, under an interpreter that has no PYTHONPATH."""
-    script = ROOT / "server" / "quantize" / "tools.py"
+    script = ROOT / "plugins" / "quantizer" / "tools.py"
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(script)], input="{}", capture_output=True, text=True, timeout=60, check=False
     )
@@ -193,5 +236,5 @@ def test_the_documentation_lists_every_flag():
     _, subparsers = make_parsers()
     text = (ROOT / "docs" / "cli.md").read_text().partition("## `quire quantize`")[2]
     quantize_flags = [n for n in subparsers.choices["quantize"].list_flags() if n not in ("-h", "--help")]
-    assert len(quantize_flags) == 13
+    assert len(quantize_flags) == 14
     assert [name for name in quantize_flags if f"`{name}" not in text] == []

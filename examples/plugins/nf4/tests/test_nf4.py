@@ -1,11 +1,17 @@
 import torch
 from quire_nf4.loader import NF4, dequantize, quantize
+from quire_nf4.quantizer import NF4Quantizer
 
 from quire.testing import parametrize_with_checks
 
 
 @parametrize_with_checks(NF4)
 def test_keeps_its_contract(check):
+    check()
+
+
+@parametrize_with_checks(NF4Quantizer)
+def test_the_quantizer_keeps_its_contract(check):
     check()
 
 

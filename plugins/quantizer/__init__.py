@@ -1,0 +1,1 @@
+"""Bundled quantizers: tools made for it, each in a process of its own."""
