@@ -58,6 +58,7 @@ class AdapterRunner:
         self._staged: dict[int, Future[list[AdapterTensors]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._adapter_of_slot: dict[int, int] = {}
+        self._has_copied = False  # before a step, since ``load_adapter`` asked last
         self._copies: dict[int, deque[_Copy]] = {}  # by slot: what is not copied yet, oldest first
 
     @property
@@ -89,7 +90,9 @@ class AdapterRunner:
         """
         self._check_slot(slot)
         if self._adapter_of_slot.get(slot) == adapter_id:
-            self._copy_some()
+            if not self._has_copied:
+                self._copy_some()
+            self._has_copied = False
             return slot not in self._copies
         if adapter_id not in self._staged:
             raise InvalidRequestError(f"adapter {adapter_id} is not staged; call stage_adapter first", "adapter_id")
@@ -139,6 +142,7 @@ class AdapterRunner:
             for slot in [slot for slot in self._copies if slot in self._step_slots]:
                 self._finish_copies(slot)
             self._copy_some()
+            self._has_copied = True
 
     def prepare_step(self) -> None:
         """The step runs as it is."""

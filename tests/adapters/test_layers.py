@@ -1,0 +1,183 @@
+"""A layer is entered in three ways, plain or fused with its neighbours, and adapters come in once in each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.core.contracts.adapter import AdapterLimits
+from quire.core.contracts.quant import LayerInfo, QuantActivation
+from quire.core.layers import LayerBuilder, Linear, RMSNorm
+from quire.core.layers.adapters import AdaptedLinearMethod, ModelAdapters
+from quire.core.layers.parallel import TensorParallel
+from quire.core.testing.thread_ranks import run_on_ranks
+from quire.plugins.adapters.lora.method import Lora
+from quire.plugins.quant.none import Unquantized, UnquantizedLinear
+
+CPU = torch.device("cpu")
+HIDDEN, INNER, NUM_TOKENS = 32, 48, 5
+SLOTS = [0, -1, 1, -1, 0]
+SHAPES = {
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+
+
+class EightBitLinear(UnquantizedLinear):
+    """Wants its input in int8, as kernels on a GPU do."""
+
+    input_format = "int8_token"
+
+    def apply(self, layer, x, bias=None):
+        self.saw_quantized = isinstance(x, QuantActivation)
+        wide = x.values.float() * x.scale if isinstance(x, QuantActivation) else x
+        return F.linear(wide, layer.weight, bias)
+
+    def apply_fused(self, layer, x, bias=None, *, norm=None, activation=None, residual=None):
+        return None
+
+
+class FusedLinear(UnquantizedLinear):
+    """Fuses what stands beside it, as kernels on a GPU do."""
+
+    def apply_fused(self, layer, x, bias=None, *, norm=None, activation=None, residual=None):
+        if norm is not None:
+            x = F.rms_norm(x, (x.shape[1],), *norm)
+        out = F.linear(x, layer.weight, bias)
+        if activation is not None:
+            gate, up = out.chunk(2, 1)
+            out = F.silu(gate) * up
+        return out if residual is None else out + residual
+
+
+class Loader(Unquantized):
+    method_class: type[UnquantizedLinear] = UnquantizedLinear
+
+    def get_linear_method(self, info: LayerInfo) -> UnquantizedLinear:
+        return self.method_class()
+
+
+class Layers:
+    """Gate and up in one layer, and down, with adapters in two slots; and what each adds to which weight."""
+
+    def __init__(
+        self, path: Path, method_class: type[UnquantizedLinear], parallel: TensorParallel | None = None
+    ) -> None:
+        parallel = parallel or TensorParallel()
+        self.method = Lora(AdapterLimits(2, 16, 16, torch.float32, CPU))
+        self.adapters = ModelAdapters(self.method)
+        loader = Loader({})
+        loader.method_class = method_class
+        builder = LayerBuilder(torch.float32, CPU, torch.float32, 4, loader, parallel, adapters=self.adapters)
+        gate_up = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), INNER)
+        self.gate_up = builder.make_column_parallel_linear("mlp.gate_up_proj", HIDDEN, gate_up)
+        self.down = builder.make_row_parallel_linear("mlp.down_proj", INNER, HIDDEN, bias=True)
+        generator = torch.Generator().manual_seed(0)
+        self.weights = {name: torch.randn(*shape, generator=generator) * 0.2 for name, shape in SHAPES.items()}
+        bias = torch.randn(HIDDEN, generator=generator)
+        for layer in (self.gate_up, self.down):
+            for name, load in layer.weight_loaders().items():
+                load(bias if name.endswith("bias") else self.weights[name.removesuffix(".weight")])
+        self.bias = bias
+        self.norm = RMSNorm("norm", HIDDEN, 1e-5, torch.float32, CPU)
+        self.norm.weight.data.uniform_(0.5, 1.5)
+        self.deltas = []
+        for slot in range(2):
+            folder = path / f"{slot}"
+            if not folder.is_dir():
+                self.deltas.append(Lora.save_example_adapter(folder, SHAPES, slot))
+            adapter = Lora.read_adapter(folder, max_rank=16, module_shapes=SHAPES)
+            for each in self.adapters.layers.values():
+                for buffer, tensor in zip(each.slot_buffers(slot), each.make_tensors(adapter), strict=True):
+                    if tensor is not None:
+                        buffer[: len(tensor)].copy_(tensor)
+
+    def prepare(self, slots: list[int]) -> None:
+        self.method.is_active = max(slots) >= 0
+        if self.method.is_active:
+            self.method.prepare_metadata(np.array(slots, np.int32))
+
+    def multiply(self, name: str, x: Tensor, slots: list[int]) -> Tensor:
+        rows = [
+            row @ (self.weights[name] + (self.deltas[slot][name] if slot >= 0 else 0)).T
+            for row, slot in zip(x, slots, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("method_class", [UnquantizedLinear, FusedLinear, EightBitLinear])
+@pytest.mark.parametrize("slots", [SLOTS, [1] * NUM_TOKENS, [-1] * NUM_TOKENS], ids=["mixed", "one", "none"])
+def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: list[int]) -> None:
+    layers, tolerance = Layers(tmp_path, method_class), 0.03 if method_class is EightBitLinear else 1e-5
+    layers.prepare(slots)
+    generator = torch.Generator().manual_seed(1)
+    x, residual = torch.randn(2, NUM_TOKENS, HIDDEN, generator=generator)
+    for residual_in in (None, residual):
+        stream = x if residual_in is None else x + residual_in
+        normed = F.rms_norm(stream, (HIDDEN,), layers.norm.weight, 1e-5)
+        gate, up = (layers.multiply(f"mlp.{name}_proj", normed, slots) for name in ("gate", "up"))
+        out, kept = layers.gate_up.forward_after_norm(layers.norm, x, residual_in)
+        assert_close(out, torch.cat([gate, up], 1), tolerance)
+        assert_close(kept, stream, 1e-6)
+        y, _ = layers.gate_up.forward_after_norm(layers.norm, x, residual_in, activation="silu", consumer=layers.down)
+        hidden = F.silu(gate) * up
+        expected = layers.multiply("mlp.down_proj", hidden, slots) + layers.bias + stream
+        result, rest = layers.down.forward_add_residual(y, stream)
+        assert_close(result if rest is None else result + rest, expected, tolerance)
+        if method_class is EightBitLinear:  # in steps without adapters inputs are quantized by the operation before
+            assert layers.down.method.inner.saw_quantized == (max(slots) < 0)
+    assert_close(layers.down(hidden), layers.multiply("mlp.down_proj", hidden, slots) + layers.bias, tolerance)
+
+
+def test_rows_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:
+    """In a step with adapters, where the same kernels run."""
+    layers = Layers(tmp_path, FusedLinear)
+    x = torch.randn(NUM_TOKENS, HIDDEN)
+    layers.prepare([-1] * NUM_TOKENS)
+    plain, _ = layers.gate_up.forward_after_norm(layers.norm, x, None)
+    layers.prepare(SLOTS)
+    mixed, _ = layers.gate_up.forward_after_norm(layers.norm, x, None)
+    base = torch.tensor(SLOTS) < 0
+    assert torch.equal(mixed[base], plain[base]) and not torch.allclose(mixed[~base], plain[~base])
+
+
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    """Each has its share of an adapter, and the layers' own sum over the ranks is the only one."""
+    whole = Layers(tmp_path, UnquantizedLinear)
+    x = torch.randn(NUM_TOKENS, HIDDEN)
+    whole.prepare(SLOTS)
+    gate_up, _ = whole.gate_up.forward_after_norm(whole.norm, x, None, activation="silu")
+    expected = whole.down(gate_up)
+
+    def run_rank(parallel: TensorParallel) -> Tensor:
+        layers = Layers(tmp_path, UnquantizedLinear, parallel)
+        layers.norm.weight.data.copy_(whole.norm.weight)
+        layers.prepare(SLOTS)
+        share, _ = layers.gate_up.forward_after_norm(layers.norm, x, None, activation="silu")
+        return layers.down(share)
+
+    for got in run_on_ranks(2, run_rank):
+        assert_close(got, expected, 1e-5)
+
+
+def test_target_modules_bound_what_can_be_adapted() -> None:
+    """Other layers are as without adapters: they hold nothing for them."""
+    adapters = ModelAdapters(Lora(AdapterLimits(2, 16, 16, torch.float32, CPU)), ["up_proj", "down_proj"])
+    builder = LayerBuilder(torch.float32, CPU, torch.float32, 4, Unquantized({}), adapters=adapters)
+    gate_up = builder.make_column_parallel_linear("gate_up_proj", 32, {"gate_proj": 16, "up_proj": 16})
+    qkv = builder.make_qkv_parallel_linear("self_attn", 32, 2, 1, 16)
+    head = builder.make_lm_head("lm_head", 64, 32)
+    assert isinstance(gate_up.method, AdaptedLinearMethod) and isinstance(qkv.method, UnquantizedLinear)
+    assert isinstance(head.weight_source, Linear) and isinstance(head.weight_source.method, UnquantizedLinear)
+    assert adapters.module_shapes == {"up_proj": (16, 32)} and list(adapters.layers) == ["gate_up_proj"]
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    assert (got - expected).norm() <= tolerance * expected.norm()
