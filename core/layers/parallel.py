@@ -62,7 +62,8 @@ class TensorParallel:
             return x[None]
         stacked = x.new_empty((self.size, *x.shape))
         # gloo takes the ranks as more rows of the first dimension alone
-        dist.all_gather_into_tensor(stacked.flatten(0, 1), x.contiguous(), group=self.group)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # of which newer torch warns
+        gather(stacked.flatten(0, 1), x.contiguous(), group=self.group)
         return stacked
 
     def divide_evenly(self, total: int, name: str) -> int:

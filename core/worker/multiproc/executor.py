@@ -184,9 +184,6 @@ class MultiprocExecutor(Executor):
     def wait_step(self, number: int) -> ModelRunnerOutput:
         """The output of a step; ``_RankStep`` calls it. Raises what all ranks raised, or ``WorkerDiedError``."""
         self._wait_until(lambda: self._is_known(number), self._step_limit_s, f"step {number}")
-        for unusual in sorted(self._unusual):
-            self._compare_step(unusual)
-        self._unusual.clear()
         if failure := self._failures.pop(number, None):
             _log.error("%s", failure.traceback.rstrip())
             raise _to_exception(failure)
@@ -221,7 +218,7 @@ class MultiprocExecutor(Executor):
         """The replies of this class, one of each rank. ``limit_s``: None is that of a step."""
         during_start = reply_class in (RankLoaded, RankReady)
         limit_s = math.inf if during_start else self._step_limit_s if limit_s is None else limit_s
-        what = reply_class.__name__
+        what = "a control call" if reply_class is CallReply else "a step" if not during_start else "the start"
         self._wait_until(lambda: all(reply_class in replies for replies in self._replies), limit_s, what)
         return [replies.pop(reply_class) for replies in self._replies]
 
@@ -231,7 +228,10 @@ class MultiprocExecutor(Executor):
         if self._dead is not None:
             raise self._dead
         seconds, last = 0.0, time.monotonic()
-        while not condition():
+        while True:
+            self._compare_unusual_steps()
+            if condition():
+                return
             if seconds >= limit_s:
                 self._end(WorkerDiedError(self._describe_hang(seconds, what)))
             self._receive(min(_POLL_S, max(limit_s - seconds, 0.001)))
@@ -259,6 +259,11 @@ class MultiprocExecutor(Executor):
                 self._fail_start(rank, message)
             else:
                 self._replies[rank][type(message)] = message
+
+    def _compare_unusual_steps(self) -> None:
+        """First of all: a rank that left the others keeps them from answering anything."""
+        while self._unusual:
+            self._compare_step(self._unusual.pop())
 
     def _compare_step(self, number: int) -> None:
         """End unless all ranks say the same of a step, which was out of the ordinary for one."""

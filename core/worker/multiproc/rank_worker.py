@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import queue
 import socket
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from quire.core.config import EngineConfig
+from quire.core.engine.watchdog import PluginWatchdog
 from quire.core.errors import QuireError
 from quire.core.layers.parallel import TensorParallel
 from quire.core.log import setup_logging
@@ -74,6 +76,7 @@ class RankWorker:
         self._launched_number = 0
         self._failed_number = -1  # the step whose model could not be launched: its second half is passed over
         self._results: queue.SimpleQueue[Callable[[], None]] | None = None
+        self._step_timeout_s = math.inf
         self._worker: Worker | None = None
         self._frames: PluginFrames | None = None
 
@@ -117,6 +120,7 @@ class RankWorker:
         setup_logging(message.log_level, rank=self._rank)
         config = message.config
         self._frames = PluginFrames(config)
+        self._step_timeout_s = config.watchdog.step_timeout_s
         if config.model.device == "cuda":
             torch.cuda.set_device(self._rank)
         parallel = self._join_group(config, message.store_port)
@@ -156,6 +160,8 @@ class RankWorker:
             threading.Thread(target=self._report_status, name="quire-status", daemon=True).start()
             self._results = queue.SimpleQueue()
             threading.Thread(target=self._wait_for_results, args=(self._results,), daemon=True).start()
+        # Half of what a step may take: then the step ends before the executor takes it for a hang.
+        PluginWatchdog(self._step_timeout_s / 2)
         gc.collect()
         gc.freeze()  # a collection that scans what the worker was built from would stall a step
         self._send(RankReady(worker.capacity, worker.num_unchecked_tokens))
