@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test coverage architecture aot aotold oldest fuzz loras fuzzapi clients lint format types docs wheel bench check clean
+.PHONY: help serve install dev test parallel coverage architecture aot aotold oldest fuzz loras fuzzapi clients lint format types docs wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -41,6 +41,9 @@ coverage: dev ## the same, and the share of the code's lines that it ran
 	$(PYTEST) -n $(WORKERS) --cov --cov-report= $(TESTS)
 	@$(BIN)/coverage report
 	@echo "coverage: $$($(BIN)/coverage report --format=total) % of lines"
+
+parallel: dev ## models over several ranks: every family, quantization and proposer, and faults; TESTS=path for a part
+	$(PYTEST) -n $(WORKERS) -m parallel $(TESTS)
 
 architecture: dev ## the tests of layering, names and file sizes alone
 	$(PYTEST) tests/architecture
