@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quire.core.contracts.structured_output import *
     from quire.core.contracts.tool_parser import *
     from quire.core.contracts.tool_parser_text import *
-    from quire.core.loading.peft_adapter import LoraWeights, PeftAdapter, PeftConfig, read_adapter
+    from quire.core.loading.peft_adapter import LoraWeights, PeftAdapter, PeftConfig, compute_content_hash, read_adapter
     from quire.core.messages import (
         BlockCopy,
         EngineCoreRequest,
@@ -163,6 +163,7 @@ __all__ = [
     "Usage",
     "Worker",
     "XmlToolParser",
+    "compute_content_hash",
     "make_default_plan",
     "read_adapter",
 ]
@@ -207,7 +208,9 @@ NAMES_OF_MODULE = {
         "AdapterConfig", "CacheConfig", "EngineConfig", "ModelConfig", "ParallelConfig", "PluginChoice",
         "SchedulerConfig", "SpeculationConfig",
     ),
-    "quire.core.loading.peft_adapter": ("LoraWeights", "PeftAdapter", "PeftConfig", "read_adapter"),
+    "quire.core.loading.peft_adapter": (
+        "LoraWeights", "PeftAdapter", "PeftConfig", "compute_content_hash", "read_adapter",
+    ),
     "quire.core.messages": (
         "BlockCopy", "EngineCoreRequest", "HostDraft", "LogprobRows", "ModelRunnerOutput", "NewRequest",
         "SchedulerOutput", "TokenMasks",
