@@ -21,11 +21,12 @@ import numpy as np
 
 from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVGroup
-from quire.core.messages import EngineCoreRequest, ModelRunnerOutput, SchedulerOutput
+from quire.core.messages import EngineCoreRequest, SchedulerOutput
 from quire.core.sampling_params import SamplingParams
 from quire.core.sched.scheduler import Scheduler
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
+from quire.server.plugin_bench.host_benches import make_output
 
 BLOCK = 16
 
@@ -90,11 +91,6 @@ def measure(running: int, waiting: int, steps: int, churn: bool) -> tuple[list[f
             scheduled.append(duration)
             updated.append(time.perf_counter() - began)
     return scheduled, updated
-
-
-def make_output(step: SchedulerOutput, rng: np.random.Generator) -> ModelRunnerOutput:
-    tokens = rng.integers(0, 1000, (len(step.rows), 1), dtype=np.int32)
-    return ModelRunnerOutput(step.step, tokens, step.sampling_mask.astype(np.int32))
 
 
 if __name__ == "__main__":

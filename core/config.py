@@ -163,6 +163,8 @@ class EngineConfig:
     adapters: AdapterConfig | None = None
     """None: there are none, and nothing is spent on them."""
     recording: RecordingConfig | None = None
+    capture_shapes: str | None = None
+    """A file in which the shapes of steps are counted, for benchmarks of kernels."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -9,16 +9,17 @@ bytes at the read bandwidth, or operations at the bf16 rate, measured on the sam
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, AttentionSpec
+from quire.core.contracts.attention import AttentionBackend, AttentionSpec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.server.bench.workloads import make_workload
+from quire.server.plugin_bench.attention_step import MemoryPool
+from quire.server.plugin_bench.timer import time_graph
 
 READ_BANDWIDTH = 4.29e12
 """Bytes a second, H200."""
@@ -33,86 +34,6 @@ FA3_DECODE |= {(256, 4096): 1027.43}  # (batch, context): microseconds
 FA3_PREFILL = {(1, 2048, 2048): 77.17, (4, 4096, 4096): 1059.24, (1, 2048, 8192): 427.38}  # (batch, new, context)
 
 FP8_SHAPES = ((1, 1024), (1, 4096), (32, 1024), (64, 300), (128, 150), (256, 150), (256, 256), (256, 800), (256, 4096))
-
-
-class MemoryPool:
-    """Random memory, from which each measurement takes its KV cache."""
-
-    def __init__(self, num_bytes: int = POOL_BYTES) -> None:
-        self.device = torch.device("cuda")
-        self._raw = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device=self.device).normal_().view(torch.uint8)
-
-    def make_step(
-        self,
-        spec: AttentionSpec,
-        query_lens: Sequence[int],
-        seq_lens: Sequence[int],
-        make_backend: Callable[..., AttentionBackend],
-        decode_query_len: int = 1,
-    ) -> tuple[Callable[[], None], int]:
-        """(function that runs a step over every layer, number of layers)."""
-        device = self.device
-        num_blocks_of = [-(-seq_len // BLOCK_SIZE) for seq_len in seq_lens]
-        num_blocks = sum(num_blocks_of) + 1  # the null block
-        backend = make_backend(spec, device)
-        max_seq_len = max(4096, max(seq_lens))
-        backend.allocate_workspaces(AttentionLimits(max(256, len(seq_lens)), max_seq_len, device, decode_query_len))
-        layer_bytes = backend.kv_layout().bytes_per_block
-        num_layers = min(
-            max(8, -(-(256 << 20) // (num_blocks * layer_bytes))), len(self._raw) // (num_blocks * layer_bytes), 256
-        )
-        raw = self._raw[: num_blocks * num_layers * layer_bytes].view(num_blocks, num_layers * layer_bytes)
-        kv_caches = [
-            backend.kv_layout().view(raw[:, i * layer_bytes : (i + 1) * layer_bytes]) for i in range(num_layers)
-        ]
-        if spec.kv_dtype.itemsize == 1:
-            for kv in kv_caches:
-                kv.k_scale = kv.v_scale = torch.ones(1, device=device)
-        max_blocks = max(-(-max_seq_len // BLOCK_SIZE), max(num_blocks_of))
-        block_table = torch.zeros(len(seq_lens), max_blocks, dtype=torch.int32)
-        random_blocks, used = torch.randperm(num_blocks - 1) + 1, 0
-        for request, count in enumerate(num_blocks_of):
-            block_table[request, :count] = random_blocks[used : used + count]
-            used += count
-        batch = AttentionBatch(
-            query_start_loc=torch.tensor([0, *query_lens]).cumsum(0).int().to(device),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
-            block_table=block_table.to(device),
-            num_reqs=len(seq_lens),
-            num_tokens=sum(query_lens),
-            max_query_len=max(query_lens),
-            max_seq_len=max_seq_len,
-            num_decodes=sum(query_len == decode_query_len for query_len in query_lens),
-            decode_query_len=decode_query_len,
-        )
-        num_heads, num_kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.qk_head_dim
-        qkv = torch.randn(sum(query_lens), num_heads + 2 * num_kv_heads, head_dim, device=device).bfloat16()
-        q, out = qkv[:, :num_heads], torch.empty(len(qkv), num_heads, head_dim, dtype=torch.bfloat16, device=device)
-
-        def run_step() -> None:
-            backend.prepare_metadata(batch)
-            for layer, kv in enumerate(kv_caches):
-                backend.run(layer, q, kv, out)
-
-        return run_step, num_layers
-
-
-def time_graph(run: Callable[[], None], repeats: int = 9) -> float:
-    """Median seconds of a replay."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:])
 
 
 def make_spec(
@@ -142,8 +63,8 @@ def measure_decode(
 ) -> None:
     """Print one decode step: microseconds, bandwidth, share of the bound, FlashAttention-3's microseconds."""
     spec = make_spec(num_heads, kv_dtype=kv_dtype)
-    run_step, num_layers = pool.make_step(spec, [query_len] * len(seq_lens), seq_lens, make_backend, query_len)
-    seconds = time_graph(run_step) / num_layers
+    step = pool.make_step(spec, [query_len] * len(seq_lens), seq_lens, make_backend, query_len)
+    seconds = time_graph(step.run, step.num_layers)
     num_bytes = sum(seq_lens) * spec.num_kv_heads * spec.kv_dtype.itemsize + query_len * len(seq_lens) * num_heads * 2
     num_bytes *= 2 * spec.qk_head_dim
     comparison = "" if fa3 is None else f"  FA3 {fa3:8.2f} us  x{fa3 * 1e-6 / seconds:.2f}"
@@ -174,8 +95,8 @@ def measure_prefill(
 ) -> None:
     """Print one step of prompts: microseconds, TFLOP/s of the causal half, share of the bound, FlashAttention-3's."""
     spec = make_spec(num_heads)
-    run_step, num_layers = pool.make_step(spec, [query_len] * num_reqs, [seq_len] * num_reqs, make_backend)
-    seconds = time_graph(run_step, 5) / num_layers
+    step = pool.make_step(spec, [query_len] * num_reqs, [seq_len] * num_reqs, make_backend)
+    seconds = time_graph(step.run, step.num_layers, 5)
     num_pairs = num_reqs * (query_len * (seq_len - query_len) + query_len * (query_len + 1) // 2)
     flops = 4 * num_pairs * num_heads * spec.qk_head_dim
     fa3 = FA3_PREFILL.get((num_reqs, query_len, seq_len)) if num_heads == 32 else None
@@ -189,7 +110,7 @@ def measure_prefill(
 
 def main(tables: Sequence[str]) -> None:
     """Print the tables named, or all."""
-    pool = MemoryPool()
+    pool = MemoryPool(POOL_BYTES, torch.device("cuda"))
     tables = tables or ("decode", "skewed", "fp8", "verify", "prefill")
     if "decode" in tables:
         for heads in (16, 32):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from quire.core.worker.request_table import RequestTable
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.quant.none import Unquantized
 from quire.plugins.spec_decode.eagle3 import Eagle3Proposer
+from quire.server.plugin_bench.timer import time_graph
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 SEQ_LEN, MAX_NUM_REQS, BLOCK_SIZE, NUM_DRAFTS = 1000, 64, 16, 4
@@ -66,12 +66,12 @@ def main() -> None:
             columns = [f"{num_reqs:3} requests"]
             for query_len in (1, 1 + NUM_DRAFTS):
                 observe_step = partial(proposer.observe_step, make_step(target, rows, query_len))
-                columns.append(f"observe {query_len}: {time_graph(observe_step, args.cpu):7.1f} us")
+                columns.append(f"observe {query_len}: {time_launch(observe_step, args.cpu):7.1f} us")
             for num_tokens in (1, NUM_DRAFTS):
                 for greedy in (True, False):
                     propose = partial(proposer.propose, rows, num_tokens, greedy=greedy)
                     columns.append(
-                        f"{num_tokens} {'greedy' if greedy else 'random'}: {time_graph(propose, args.cpu):7.1f} us"
+                        f"{num_tokens} {'greedy' if greedy else 'random'}: {time_launch(propose, args.cpu):7.1f} us"
                     )
             print(", ".join(columns), flush=True)
         observe_us, draft_us = compute_bounds(proposer)
@@ -140,26 +140,17 @@ def make_step(target: TargetState, rows: torch.Tensor, query_len: int) -> StepTo
     return StepTokens(target.table.token_ids[token_rows, positions], positions, slot_mapping, rows, batch)
 
 
-def time_graph(launch: Callable[[], object], once: bool, repeats: int = 30) -> float:
+def time_launch(launch: Callable[[], object], once: bool, repeats: int = 30) -> float:
     """Median microseconds in a CUDA graph of four launches; 0 with ``once``, which only launches."""
     launch()
     if once:
         return 0.0
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch_four() -> None:
         for _ in range(4):
             launch()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / 4)
-    return statistics.median(times)
+
+    return 1e6 * time_graph(launch_four, 4, repeats, num_warmups=0)
 
 
 def compute_bounds(proposer: Eagle3Proposer) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +33,7 @@ from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
 from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
+from quire.server.plugin_bench.timer import time_graph
 
 MODELS = Path(__file__).parents[1] / "models"
 KERNELS: dict[str, Callable[..., None]] = {
@@ -164,23 +164,12 @@ def launch(layer: Layer, tokens: int, kernel: str, options: Options, tensors: Op
 
 def measure(call: Callable[[Tensor], object], weights: list[Tensor], replays: int = 7) -> float:
     """Microseconds a call: the median replay of a graph with a call for every copy of the weight, twice."""
-    for weight in weights[:2]:
-        call(weight)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch() -> None:
         for weight in weights * 2:
             call(weight)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / (2 * len(weights)))
-    return statistics.median(times)
+
+    return 1e6 * time_graph(launch, 2 * len(weights), replays, num_warmups=1)
 
 
 def exact(layer: Layer, tensors: Options, weight: Tensor) -> Tensor:

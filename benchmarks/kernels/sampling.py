@@ -10,7 +10,6 @@ with random weights, nearly the whole vocabulary is in the nucleus.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -23,6 +22,7 @@ from quire.core.sample.kernels.penalties_kernel import launch_penalties
 from quire.core.sample.noise import gumbel
 from quire.core.sample.penalties import apply_penalties_torch
 from quire.core.sample.sampler import GumbelSampler
+from quire.server.plugin_bench.timer import time_graph
 
 READ = 4.29e12
 """Bytes a second, H200."""
@@ -124,21 +124,12 @@ def table_of(rows: int, params: tuple[float, int, float, float]) -> SamplingTabl
 
 def replay_us(work: Callable[[int], None], turns: int = 12, repeats: int = 11) -> float:
     """Median over replays of the time of one turn, microseconds."""
-    work(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch() -> None:
         for turn in range(turns):
             work(turn)
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / turns)
-    return statistics.median(times)
+
+    return 1e6 * time_graph(launch, turns, repeats, num_warmups=0)
 
 
 if __name__ == "__main__":

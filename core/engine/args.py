@@ -298,6 +298,12 @@ class EngineArgs:
         help="write arrivals, lengths, outcomes and every step to a file, to replay and simulate; no text, no tokens",
         metavar="FILE",
     )
+    capture_shapes: str | None = setting(
+        None,
+        group="logging",
+        help="count the shapes of steps in a file, for quire plugins bench --shapes; no text, no tokens",
+        metavar="FILE",
+    )
     record_prompts: bool = setting(False, group="logging", help="with --record: the tokens of prompts as well")
 
     @property

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from quire.core.config import (
@@ -108,6 +109,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         cpu_threads=args.cpu_threads,
         speculation=speculation,
         recording=_build_recording_config(args),
+        capture_shapes=args.capture_shapes,
         watchdog=_build_watchdog_config(args, device),
         parallel=parallel,
         extra={"chat_template": args.chat_template, "auto_tool_choice": args.enable_auto_tool_choice},
@@ -119,6 +121,8 @@ def build_config(args: EngineArgs) -> BuiltConfig:
 
 
 def _check_supported(args: EngineArgs) -> None:
+    if args.capture_shapes is not None and not Path(args.capture_shapes).absolute().parent.is_dir():
+        raise ConfigError(f"--capture-shapes {args.capture_shapes}: its folder does not exist; make it first")
     if args.trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
     if args.tensor_parallel_size < 1:

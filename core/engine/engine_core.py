@@ -19,6 +19,7 @@ from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
 from quire.core.contracts.structured_output import GrammarState
 from quire.core.control import ControlMethods
+from quire.core.engine.executor_start import make_executor
 from quire.core.engine.policy_control import PolicyControl, make_policy
 from quire.core.engine.step_failures import StepFailures
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -60,9 +61,7 @@ class EngineCore:
         """``policy``: an object to schedule with, in place of a new one of the class that ``config`` names."""
         self.config = config
         self._given_policy = policy
-        choice = config.plugin("executor")
-        executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
-        self.executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
+        self.executor: Executor = make_executor(config)
         # First: its backend reads the tokenizer in a thread, while the workers load the model.
         self._structured_outputs = StructuredOutputManager(config, self.executor.allocate_mask_block)
         self.capacity = self.executor.start()

@@ -31,7 +31,7 @@ from quire.core.plugin.registry import (
     normalize_dist_name,
     suggest_names,
 )
-from quire.core.plugin.target import Resolution, find_missing_requirement, load_target
+from quire.core.plugin.target import Resolution, find_missing_requirement, load_target, resolve_file
 from quire.core.version import __version__
 
 __all__ = ["IMPORT_LIMIT_S", "PluginManager"]
@@ -83,13 +83,15 @@ class PluginManager:
     def resolve_plugin(
         self, kind: str, name: str = "auto", context: Mapping[str, Any] | None = None, *, announce: bool = True
     ) -> Resolution:
-        """Find what ``name`` stands for: ``auto``, a name or alias, ``dist/name``, or ``module:Class``.
+        """Find what ``name`` stands for: ``auto``, a name or alias, ``dist/name``, ``module:Class``
+        or ``FILE.py:Class``.
 
         ``context`` is what ``auto`` may look at: ``device``, ``architectures``, ``hf_config`` (a mapping, or an object
         with ``to_dict``). Imports no implementation. The log says once what was chosen and why, unless ``announce`` is
         False. Raises PluginError with the closest known names if there is none.
         """
         kind = Kind.from_name(kind).key
+        name = resolve_file(name) if ".py:" in name else name
         if name.lower() == "auto":
             resolution = self._resolve_auto(kind, dict(context or {}))
         elif ":" in name:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
@@ -13,7 +15,7 @@ from quire.core.plugin.discovery import format_error
 from quire.core.plugin.registry import KINDS, Registration, Requirement, suggest_names
 from quire.core.plugin.signatures import find_signature_mismatch
 
-__all__ = ["Resolution", "find_missing_requirement", "load_target"]
+__all__ = ["Resolution", "find_missing_requirement", "load_target", "resolve_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,20 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     if contract is not None:
         _check_contract(target, resolved, load_target(contract) if isinstance(contract, str) else contract)
     return resolved
+
+
+def resolve_file(name: str) -> str:
+    """``module:Class`` for ``FILE.py:Class``. The folder of the file becomes the first on ``sys.path``, which processes
+    of the engine inherit. PluginError if there is no such file, or its name is no name of a module."""
+    file, _, class_name = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise PluginError(f"{name}: there is no file {path}; write FILE.py:Class, or module:Class")
+    if not path.stem.isidentifier():
+        raise PluginError(f"{name}: {path.stem!r} cannot be imported; give the file a name of letters, digits and '_'")
+    if str(path.parent) not in sys.path[:1]:
+        sys.path.insert(0, str(path.parent))
+    return f"{path.stem}:{class_name}"
 
 
 def find_missing_requirement(plugin: Resolution | Registration) -> str | None:

@@ -13,23 +13,28 @@ from typing import Any
 from quire.core.errors import QuireError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import KINDS
+from quire.server.cli.plugins_bench import add_bench_flags, run_bench, split_or_find
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
-from quire.server.cli.plugins_report import doctor_report, explain_report, list_report, split_subject
+from quire.server.cli.plugins_report import doctor_report, explain_report, list_report
 
 __all__ = ["add_parser", "main", "run"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Mount ``plugins`` and its five commands; the parsed arguments carry ``run``."""
+    """Mount ``plugins`` and its commands; the parsed arguments carry ``run``."""
     parser: argparse.ArgumentParser = subparsers.add_parser("plugins", help="list, explain and check plugins")
     parser.set_defaults(run=run)
-    commands = parser.add_subparsers(dest="plugins_command", required=True, metavar="{list,doctor,explain,check,new}")
+    commands = parser.add_subparsers(
+        dest="plugins_command", required=True, metavar="{list,doctor,explain,check,bench,new}"
+    )
     listing = commands.add_parser("list", help="what is installed, from where, what is active and why")
     listing.add_argument("kind", nargs="?", help=f"one kind alone: {', '.join(KINDS)}")
     doctor = commands.add_parser("doctor", help="try every plugin; exit 1 and name those that are broken")
     doctor.add_argument("--timeout", type=_parse_seconds, default=30.0, help="seconds a plugin may take (default: 30)")
     explain = commands.add_parser("explain", help="all there is to know of one plugin")
     check = commands.add_parser("check", help="run the conformance checks of its kind on one plugin")
+    bench = commands.add_parser("bench", help="time one plugin beside every other of its kind")
+    add_bench_flags(bench)
     new = commands.add_parser("new", help="write a package for one plugin, which works and passes its test")
     new.add_argument("new_kind", metavar="KIND", help=f"one of {', '.join(NEW_KINDS)}")
     new.add_argument("name", metavar="NAME", help="for example shortest-first; of a model, its architecture")
@@ -37,7 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--into", type=Path, default=Path(), metavar="DIR", help="folder of the package (default: this one)"
     )
     for command in (explain, check):
-        command.add_argument("subject", metavar="KIND/NAME", help="for example policy/fcfs, attention/auto")
+        command.add_argument(
+            "subject", metavar="KIND/NAME", help="for example policy/fcfs, attention/auto, or FILE.py:Class"
+        )
     for command in (listing, explain):
         command.add_argument("--device", choices=("cpu", "cuda"), help="as if on this device (default: this machine's)")
     for command in (listing, doctor, explain, check):
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         return _print_report(args, list_report(manager, args.device, args.kind), _format_list)
     if args.plugins_command == "explain":
         return _print_report(args, explain_report(manager, args.subject, args.device), _format_explanation)
+    if args.plugins_command == "bench":
+        return run_bench(manager, args)
     if args.plugins_command == "doctor":
         report = doctor_report(manager, args.timeout)
         return _print_report(args, report, _format_doctor) or (1 if report["problems"] else 0)
@@ -80,7 +89,7 @@ def _check_plugin(manager: PluginManager, subject: str) -> dict[str, Any]:
     """Load the class and run its kind's checks; this one command imports what it checks."""
     from quire.core.testing.conformance import run_checks
 
-    kind, name = split_subject(subject)
+    kind, name = split_or_find(subject)
     resolution = manager.resolve_plugin(kind, name)
     results = run_checks(manager.load_class(resolution), kind)
     return {

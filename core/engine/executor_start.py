@@ -1,0 +1,46 @@
+"""Constructs the executor of an engine core, and lets steps be counted on their way to it where that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quire.core.config import EngineConfig
+from quire.core.contracts.executor import Executor
+from quire.core.messages import SchedulerOutput
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target
+
+__all__ = ["make_executor"]
+
+
+def make_executor(config: EngineConfig) -> Executor:
+    """The executor that ``config`` names, not yet started. With ``capture_shapes`` its methods that run a step are
+    wrapped; without it they are the plugin's own."""
+    choice = config.plugin("executor")
+    executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
+    executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
+    if config.capture_shapes is not None:
+        _count_shapes(executor, config.capture_shapes)
+    return executor
+
+
+def _count_shapes(executor: Any, path: str) -> None:
+    from quire.core.traces.step_shapes import ShapeRecorder
+
+    recorder = ShapeRecorder(Path(path))
+    run_step, run_model, shutdown = executor.execute_step, executor.execute_model, executor.shutdown
+
+    def execute_step(step: SchedulerOutput) -> Any:
+        recorder.record_step(step)
+        return run_step(step)
+
+    def execute_model(step: SchedulerOutput) -> Any:
+        recorder.record_step(step)
+        return run_model(step)
+
+    def shut_down() -> None:
+        shutdown()
+        recorder.close()
+
+    executor.execute_step, executor.execute_model, executor.shutdown = execute_step, execute_model, shut_down

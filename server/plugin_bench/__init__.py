@@ -1,0 +1,1 @@
+"""``quire plugins bench``: one plugin beside every other of its kind."""
