@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help serve install dev test parallel coverage architecture aot aotold oldest fuzz loras fuzzapi clients lint format types docs wheel bench check clean
+.PHONY: help serve install dev test parallel coverage architecture aot aotold oldest hostile fuzz loras fuzzapi clients lint format types docs wheel bench check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -56,6 +56,9 @@ aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Tr
 
 oldest: $(VENV)/oldest/.installed ## some tests with the oldest version of each dependency that pyproject.toml takes
 	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) -W default $(OLDEST_TESTS)
+
+hostile: dev ## plugins that hang or end their process, and what becomes of the requests beside them
+	$(PYTEST) -m hostile $(TESTS)
 
 fuzz: dev ## an hour of random requests under pressure, compared with themselves alone; ARGS="--seconds S" or "--seed N"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/e2e/mixed_requests.py $(ARGS)

@@ -78,7 +78,7 @@ class EngineCore:
         self._rejected_outputs: list[EngineCoreOutput] = []
         self._num_compiled_kernels = 0
         self._step_failures = StepFailures(config, self._recorder)
-        self.device_error: Exception | None = None
+        self.device_error: BaseException | None = None
         """The device failed, with a step whose requests have ended: no step can run in this process any more."""
         self._last_stats_ns = 0
         self.control = ControlMethods("engine core")
@@ -216,7 +216,7 @@ class EngineCore:
         future: StepFuture
         try:
             future = self.executor.execute_step(step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if self._retract_if_out_of_memory(step, error):
                 return
             future = _FailedStep(error)
@@ -247,14 +247,14 @@ class EngineCore:
                 )
             scheduled += time.perf_counter_ns() - waited  # not a part of launching
             future = self.executor.sample_tokens(masks)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if self._retract_if_out_of_memory(step, error):
                 return outputs
             future = _FailedStep(error)
         self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns(), requests))
         return outputs
 
-    def _retract_if_out_of_memory(self, step: SchedulerOutput, error: Exception) -> bool:
+    def _retract_if_out_of_memory(self, step: SchedulerOutput, error: BaseException) -> bool:
         if isinstance(error, EngineDeadError):
             raise error  # the executor can run no other step either
         if not isinstance(error, torch.OutOfMemoryError) or not self.scheduler.retract_step(step):
@@ -271,7 +271,7 @@ class EngineCore:
         step, wait_start = in_flight.step, time.perf_counter_ns()
         try:
             result = in_flight.future.result()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             outputs = self._step_failures.fail_step(self.scheduler, step, error)
             if self._recorder is not None:
                 self._recorder.record_failure(step.step)
@@ -389,7 +389,7 @@ class InFlightStep:
 class _FailedStep:
     """A step that could not even be launched."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self._error = error
 
     def result(self) -> NoReturn:

@@ -33,7 +33,7 @@ class StepFailures:
         self._config = config
         self._recorder = recorder
 
-    def fail_step(self, scheduler: Scheduler, step: SchedulerOutput, error: Exception) -> EngineCoreOutputs:
+    def fail_step(self, scheduler: Scheduler, step: SchedulerOutput, error: BaseException) -> EngineCoreOutputs:
         """End the requests of ``step``, which raised ``error``. They are told the plugin whose frame was innermost and
         whether memory ran out, not what the exception says: that may hold anything, also of other requests.
 

@@ -22,6 +22,7 @@ import pluggy
 
 from quire.core.errors import PluginError
 from quire.core.plugin import hookspecs
+from quire.core.plugin.import_guard import guard_import
 from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, normalize_dist_name
 from quire.core.version import __version__
 
@@ -87,7 +88,9 @@ def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) ->
 
     def run() -> None:
         try:
-            outcome.append(_import_value(entry.value))
+            with guard_import(entry.value):
+                value = _import_value(entry.value)
+            outcome.append(value)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may raise anything at all, SystemExit included

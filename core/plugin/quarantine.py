@@ -93,7 +93,7 @@ class Quarantine:
             self._end_interrupt()
             self.switch_off("hung", f"{_name_of(function)} did not return and was interrupted")
             return None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.switch_off("raised", f"{_name_of(function)} raised {type(error).__name__}: {error}", error)
             return None
 
@@ -136,7 +136,7 @@ class Quarantine:
             _raise_in_thread(thread_id, PluginInterrupt)
             return True
 
-    def switch_off(self, reason: QuarantineReason, detail: str, error: Exception | None = None) -> None:
+    def switch_off(self, reason: QuarantineReason, detail: str, error: BaseException | None = None) -> None:
         """Quarantine the plugin for what its owner found out. Does nothing if it is quarantined already."""
         if not self.is_active:
             return

@@ -12,7 +12,8 @@ from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
-from quire.core.plugin.registry import KINDS, Registration, Requirement, suggest_names
+from quire.core.plugin.import_guard import guard_import
+from quire.core.plugin.registry import KINDS, PROJECT, Registration, Requirement, suggest_names
 from quire.core.plugin.signatures import find_signature_mismatch
 
 __all__ = ["Resolution", "find_missing_requirement", "load_target", "resolve_file"]
@@ -45,8 +46,8 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     if not module or not path:
         raise PluginError(f"{target!r} is not of the form module:Class; write for example my_package.policy:MyPolicy")
     try:
-        resolved: Any = importlib.import_module(module)
-    except KeyboardInterrupt:
+        resolved: Any = _import_guarded(module, target)
+    except (KeyboardInterrupt, PluginError):
         raise
     except BaseException as error:
         raise PluginError(f"{target}: cannot be imported: {format_error(error)}; mend it or choose another") from error
@@ -83,6 +84,13 @@ def find_missing_requirement(plugin: Resolution | Registration) -> str | None:
         if importlib.util.find_spec(need.module.partition(".")[0]) is None:
             return f"needs the module {need.module!r}, which is not installed; {need.install}"
     return None
+
+
+def _import_guarded(module: str, target: str) -> Any:
+    if module in sys.modules or module.partition(".")[0] == PROJECT:
+        return importlib.import_module(module)
+    with guard_import(target):
+        return importlib.import_module(module)
 
 
 def _check_contract(target: str, cls: type, contract: type) -> None:

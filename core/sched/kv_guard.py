@@ -96,7 +96,7 @@ class GuardedAllocator(KVAllocator):
                 prefix_match=prefix_match,
                 num_reserved_blocks=num_reserved_blocks,
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._note_fault("allocate", error, request)
             raise AllocatorError(self) from error
 
@@ -127,7 +127,7 @@ class GuardedAllocator(KVAllocator):
             raise AllocatorError(self)
         try:  # written out: it is called in every step
             return self.allocator.num_free_blocks()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._note_fault("num_free_blocks", error, None)
             raise AllocatorError(self) from error
 
@@ -149,7 +149,7 @@ class GuardedAllocator(KVAllocator):
             return None
         try:
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._note_fault(method, error, request)
             return None
 
@@ -158,11 +158,11 @@ class GuardedAllocator(KVAllocator):
             raise AllocatorError(self)
         try:
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._note_fault(method, error, request)
             raise AllocatorError(self) from error
 
-    def _note_fault(self, method: str, error: Exception, request: Request | None) -> None:
+    def _note_fault(self, method: str, error: BaseException, request: Request | None) -> None:
         self.fault_request = request
         is_broken = isinstance(error, BrokenAllocationError)
         detail = f"{method} {error}" if is_broken else f"{method} raised {type(error).__name__}: {error}"

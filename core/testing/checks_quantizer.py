@@ -26,8 +26,8 @@ __all__ = [
 
 _WIDTH = 128
 """Of the model that is quantized: whole groups of 64 and 128 weights."""
-_MAX_DIFFERENCE = 0.75
-"""Of log-probabilities, on average: 4 bits lose about 0.2 here, and wrong weights some units."""
+_MAX_DIFFERENCE = 1.5
+"""Of log-probabilities, on average: 4 bits lose about 0.9 of this random model, and wrong weights twice that."""
 _PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 2 * i)] for i in range(8)]
 
 

@@ -250,7 +250,7 @@ class Worker:
         """Launch a step up to its logits; ``sample_tokens`` comes next."""
         try:
             self.model_runner.execute_model(step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._recover_from(error, step)
             raise
 
@@ -259,7 +259,7 @@ class Worker:
         step = self.model_runner.launched_step
         try:
             readback = self.model_runner.sample_tokens(masks)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._recover_from(error, step)
             raise
         if self._compile_counter is not None:
@@ -306,7 +306,7 @@ class Worker:
     def _num_adapter_slots(self) -> int:
         return 0 if self._config.adapters is None else self._config.adapters.max_loras
 
-    def _recover_from(self, error: Exception, step: SchedulerOutput) -> None:
+    def _recover_from(self, error: BaseException, step: SchedulerOutput) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
         # A step launched behind this one may still hold its rows, whose blocks it may not have learned.

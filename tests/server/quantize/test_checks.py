@@ -30,7 +30,7 @@ def write_example(folder, monkeypatch):
 def change_scales(job):
     path = job.out / "model.safetensors"
     tensors = load_file(path)
-    save_file({k: v * 3 if k.endswith("scale") else v for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({k: v * 8 if k.endswith("scale") else v for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def leave_unquantized(job):
