@@ -36,14 +36,21 @@ ENGINE_STATS: dict[str, str] = {
     "structured_output_refused_total": "Requests refused because their schema or grammar could not be compiled",
     "structured_output_masks_total": "Masks of tokens filled",
     "structured_output_mask_seconds_total": "Time that took, beside the model",
+    "lora_adapters_in_slots": "LoRA adapters on the device",
+    "lora_adapters_in_host_memory": "LoRA adapters in host memory",
+    "lora_requests_waiting_for_load": "Requests that wait for their adapter to be read",
+    "lora_requests_waiting_for_slot": "Requests that wait for a slot for their adapter",
+    "lora_loads_total": "Adapters copied into a slot",
+    "lora_evictions_total": "Adapters that lost their slot",
+    "lora_host_evictions_total": "Adapters dropped from host memory to make room",
     "out_of_memory_total": "Steps that did not fit into device memory and were retried smaller",
     "step_failures_total": "Steps that failed, and ended their requests with an error",
     "kernels_compiled_total": "Kernels compiled under traffic, each a stall",
     "engine_restarts_total": "Engine processes started in place of one that hung or died",
     "plugin_quarantines_total": "Plugins quarantined after a fault",
 }
-"""Name -> help, as the engine core reports them, those of ``spec_decode`` only where drafts are
-made. Names ending in ``_total`` are monotonic counters, others gauges."""
+"""Name -> help, as the engine core reports them, those of ``spec_decode`` only where drafts are made, and those of
+``lora`` where there are adapters. Names ending in ``_total`` are monotonic counters, others gauges."""
 
 
 class QuarantinedPlugin(msgspec.Struct, array_like=True, frozen=True):
@@ -116,3 +123,5 @@ class RequestStats:
     """The parameter of that name: how many continuations the caller asked for, each of which has such statistics."""
     max_num_generation_tokens: int | None = None
     """Tokens of the longest of the ``n`` continuations, told with the last of them to end; None with the others."""
+    adapter: str | None = None
+    """The name of its LoRA adapter; None: the model alone answered."""

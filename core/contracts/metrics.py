@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quire.core.adapters import AdapterActivity
 from quire.core.stats import QuarantinedPlugin, RequestStats, StepFailure, StepStats
 
 __all__ = ["MetricsExporter"]
@@ -39,6 +40,10 @@ class MetricsExporter(ABC):
 
     def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
         """A plugin was quarantined: called once for each. The stat ``plugin_quarantines_total`` is their number."""
+
+    def record_adapters(self, adapters: Sequence[AdapterActivity], max_loras: int) -> None:
+        """The LoRA adapters that have requests, and how many a step can use: called with ``record_engine`` where there
+        may be adapters. Names are those that callers gave, and there may be any number of them."""
 
     def record_step_failure(self, failure: StepFailure) -> None:
         """An engine step failed, and its requests ended with an error; the log has the exception. The stat

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from quire.core.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, WatchdogConfig
+from quire.core.config import AdapterConfig, CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, WatchdogConfig
 from quire.core.engine.setting import section_default, setting, settings_of
 from quire.core.engine.vllm_names import translate_kwargs
 from quire.core.errors import ConfigError
@@ -185,6 +185,39 @@ class EngineArgs:
         None, group="cache", help="KV blocks, whatever the memory; default: as many as fit", metavar="N"
     )
     kv_allocator: str = setting("auto", group="cache", help="allocator of KV blocks", metavar="NAME", plugin_kind="kv")
+
+    # adapters
+    enable_lora: bool = setting(
+        False, group="adapters", help="serve LoRA adapters beside the model; --lora-modules turns it on too"
+    )
+    lora_modules: Sequence[str] = setting(
+        (),
+        group="adapters",
+        help="adapters to load, by the names that requests give as their model; the path is a folder or a name on the "
+        'hub; also vLLM\'s {"name": NAME, "path": PATH}',
+        metavar="NAME=PATH",
+        several_words=True,
+    )
+    max_loras: int | None = setting(
+        None,
+        group="adapters",
+        help="adapters that one step can use, each with memory on the device; default: as many as --lora-modules "
+        "names, 1 to 8",
+        metavar="N",
+    )
+    max_lora_rank: int = setting(16, group="adapters", help="largest rank of an adapter", metavar="N")
+    max_cpu_loras: int | None = setting(
+        None,
+        group="adapters",
+        help="adapters that are kept in host memory; the least recently used make room; default: twice --max-loras",
+        metavar="N",
+    )
+    lora_dtype: str = setting(
+        section_default(AdapterConfig, "dtype"),
+        group="adapters",
+        help="precision of adapters; auto: the model's",
+        choices=("auto", *DTYPES),
+    )
 
     # speculation
     spec_method: str = setting(

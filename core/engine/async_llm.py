@@ -10,8 +10,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, get_args
 
+from quire.core.adapters import AdapterRef, LoRARequest
 from quire.core.config import PluginChoice
 from quire.core.contracts.metrics import MetricsExporter
+from quire.core.engine.adapter_manager import AdapterManager
+from quire.core.engine.adapter_registry import AdapterRegistry
 from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import EngineCoreClient, EngineFault, format_ready_line
@@ -68,6 +71,8 @@ class AsyncLLM:
             self.config, self.plugins = built.config, built.plugins
             self._client.start_engine(self.config, log_level)
             self._restarter = EngineRestarter(self.config, log_level)
+            self.adapters = AdapterManager(AdapterRegistry(self.config), self.call_control)
+            """The LoRA adapters: to load, unload and find by name."""
             self._build_processors()
         except BaseException:
             self._client.kill()
@@ -129,6 +134,8 @@ class AsyncLLM:
         self._plugin_watchdog = PluginWatchdog()
         self._stats.record(self._client.capacity.stats)
         self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
+        for module in self.config.extra["lora_modules"]:
+            await self.adapters.load_adapter(module.name, module.path)
 
     async def generate(
         self,
@@ -141,13 +148,14 @@ class AsyncLLM:
         scheduling: SchedulingParams | None = None,
         stream: StreamMode = "cumulative",
         shown_token_ids: frozenset[int] = frozenset(),
+        lora_request: LoRARequest | AdapterRef | None = None,
         **vllm_arguments: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come: ``delta`` the new part of one continuation, ``cumulative`` all so far, ``final``
         once. ``scheduling`` is told to the scheduling policy. Closing the generator aborts the request and frees its
         blocks. ``shown_token_ids`` are special tokens that the text has though ``skip_special_tokens`` is on: those
-        that an ``AnswerParser`` reads. Other arguments of vLLM's are
-        accepted while they are off, as ``lora_request=None``.
+        that an ``AnswerParser`` reads. ``lora_request`` is a LoRA adapter, which is loaded if it is not
+        yet. Other arguments of vLLM's are accepted while they are off, as ``prompt_adapter_request=None``.
 
         Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
         or ``EngineDeadError``.
@@ -167,6 +175,7 @@ class AsyncLLM:
         queue = self._output_queues[request_id] = asyncio.Queue()
         try:
             options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt, "scheduling": scheduling}
+            options["adapter"] = await self.adapters.find_or_load(lora_request)
             if isinstance(prompt, str) and len(prompt) > _LONG_TEXT_CHARS:
                 requests = await asyncio.to_thread(
                     self._input_processor.process_inputs, request_id, prompt, sampling_params, **options
@@ -325,6 +334,8 @@ class AsyncLLM:
             self._exporters.record_steps(outputs)
             if outputs.stats is not None:
                 self._stats.record(outputs.stats, outputs.quarantined)
+                if self.config.adapters is not None:
+                    self._exporters.record_adapters(outputs.adapters, self.config.adapters.max_loras)
 
     async def _recover_from(self, fault: EngineFault) -> bool:
         """Requests of which callers have got nothing run again on another engine core, once; the others end with an

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quire.core.config import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -21,6 +22,7 @@ from quire.core.config import (
     SchedulerConfig,
     WatchdogConfig,
 )
+from quire.core.engine.adapter_registry import parse_lora_modules
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
 from quire.core.engine.setting import section_default, settings_of
@@ -37,6 +39,8 @@ _GPU_BATCHED_TOKENS = section_default(SchedulerConfig, "max_num_batched_tokens")
 _CPU_BATCHED_TOKENS = 2048
 _STEP_TIMEOUT_S = section_default(WatchdogConfig, "step_timeout_s")
 _CPU_STEP_TIMEOUT_S = 300.0
+_MAX_DEFAULT_LORAS = 8
+_MAX_LORA_RANK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +112,17 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         enforce_eager=args.enforce_eager,
         cpu_threads=args.cpu_threads,
         speculation=speculation,
+        adapters=_build_adapter_config(args),
         recording=_build_recording_config(args),
         capture_shapes=args.capture_shapes,
         watchdog=_build_watchdog_config(args, device),
         parallel=parallel,
-        extra={"chat_template": args.chat_template, "auto_tool_choice": args.enable_auto_tool_choice},
+        extra={
+            "chat_template": args.chat_template,
+            "auto_tool_choice": args.enable_auto_tool_choice,
+            "lora_modules": parse_lora_modules(args.lora_modules),
+            "download_dir": args.download_dir,
+        },
     )
     if args.plugins:
         plugins.call_hook("quire_configure", config=config)
@@ -264,6 +274,23 @@ def _build_cache_config(args: EngineArgs) -> CacheConfig:
         dtype=KV_CACHE_DTYPES[args.kv_cache_dtype],
         prefix_caching=args.enable_prefix_caching,
     )
+
+
+def _build_adapter_config(args: EngineArgs) -> AdapterConfig | None:
+    num_modules = len(args.lora_modules)
+    if not args.enable_lora and not num_modules:
+        return None
+    max_loras = min(max(num_modules, 1), _MAX_DEFAULT_LORAS) if args.max_loras is None else args.max_loras
+    max_cpu_loras = max(2 * max_loras, num_modules) if args.max_cpu_loras is None else args.max_cpu_loras
+    if max_loras < 1:
+        raise ConfigError(f"max_loras must be at least 1, got {max_loras}")
+    if max_cpu_loras < max_loras:
+        raise ConfigError(f"max_cpu_loras {max_cpu_loras} is less than max_loras {max_loras}; raise the one")
+    if not 1 <= args.max_lora_rank <= _MAX_LORA_RANK:
+        raise ConfigError(f"max_lora_rank must be 1 to {_MAX_LORA_RANK}, got {args.max_lora_rank}")
+    if args.record is not None:
+        raise ConfigError("record is not supported beside adapters yet: a replay could not load them; leave one out")
+    return AdapterConfig(max_loras, args.max_lora_rank, max_cpu_loras, DTYPES.get(args.lora_dtype, "auto"))
 
 
 def _build_recording_config(args: EngineArgs) -> RecordingConfig | None:

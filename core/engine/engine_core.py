@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, StepFuture
@@ -19,7 +17,9 @@ from quire.core.contracts.policy import BatchingPolicy
 from quire.core.contracts.spec_decode import HostProposer
 from quire.core.contracts.structured_output import GrammarState
 from quire.core.control import ControlMethods
+from quire.core.engine.adapter_loader import AdapterLoader
 from quire.core.engine.executor_start import make_executor
+from quire.core.engine.in_flight_step import FailedStep, InFlightStep
 from quire.core.engine.policy_control import PolicyControl, make_policy
 from quire.core.engine.step_failures import StepFailures
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -28,7 +28,6 @@ from quire.core.messages import (
     EngineCoreOutputs,
     EngineCoreRequest,
     ErrorKind,
-    ModelRunnerOutput,
     SchedulerOutput,
 )
 from quire.core.plugin.options import parse_options
@@ -86,6 +85,12 @@ class EngineCore:
         self.control.add_method("get_stats", self.make_stats)
         self.control.add_method("collective_rpc", self.executor.collective_rpc)
         PolicyControl(self.scheduler.policy_runner, config.plugin("policy"), self._recorder).add_methods(self.control)
+        self._adapter_loader: AdapterLoader | None = None
+        if config.adapters is not None and self.scheduler.adapter_slots is not None:
+            self._adapter_loader = AdapterLoader(
+                config.adapters, self.scheduler.adapter_slots, self.executor, self._fail_adapter_requests
+            )
+            self._adapter_loader.add_methods(self.control)
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a request. One that cannot be served gets an output with finish reason ``error`` and the reason. One
@@ -124,6 +129,11 @@ class EngineCore:
             EngineCoreOutput(request_id, [], finish_reason="error", error=error, error_kind=kind)
         )
 
+    def _fail_adapter_requests(self, adapter_id: int, error: str) -> None:
+        assert self.scheduler.adapter_slots is not None
+        for request in self.scheduler.adapter_slots.take_requests(adapter_id):
+            self.scheduler.failed_outputs.append(self.scheduler.end_with_error(request, error))
+
     def abort_requests(self, request_ids: list[int]) -> None:
         """End requests now; their blocks are free when this returns. Unknown ids are passed over."""
         for request_id in request_ids:
@@ -141,6 +151,7 @@ class EngineCore:
             or self._rejected_outputs
             or self.scheduler.has_unfinished_requests
             or self._structured_outputs.num_waiting
+            or (self._adapter_loader is not None and self._adapter_loader.has_work)
         )
 
     def step(self) -> EngineCoreOutputs:
@@ -150,6 +161,8 @@ class EngineCore:
         failed_grammars: list[EngineCoreOutput] = []
         if self._structured_outputs.num_waiting:
             self._queue_prepared_requests()
+        if self._adapter_loader is not None and self._adapter_loader.has_work:
+            self._adapter_loader.advance()
         if len(self._in_flight) < _MAX_IN_FLIGHT_STEPS:
             start = time.perf_counter_ns()
             step = self.scheduler.schedule()
@@ -178,6 +191,8 @@ class EngineCore:
         outputs.steps, self._finished_step_stats = self._finished_step_stats, []
         outputs.stats = self._make_stats_if_due(force=not self.has_work)
         if outputs.stats is not None:
+            if self.scheduler.adapter_slots is not None:
+                outputs.adapters = self.scheduler.adapter_slots.list_activity()
             outputs.quarantined = [*self.scheduler.quarantined, *self._quarantined]
         return outputs
 
@@ -190,6 +205,8 @@ class EngineCore:
         figures["kv_blocks"] = float(self.capacity.num_blocks)
         figures["kv_block_size"] = float(self.config.cache.block_size)
         figures.update(self._structured_outputs.stats())
+        if self._adapter_loader is not None:
+            figures.update(self._adapter_loader.stats())
         figures["kv_cache_size_tokens"] = figures["kv_block_size"] * (self.capacity.num_blocks - 1)
         return figures
 
@@ -219,7 +236,7 @@ class EngineCore:
         except (Exception, SystemExit) as error:
             if self._retract_if_out_of_memory(step, error):
                 return
-            future = _FailedStep(error)
+            future = FailedStep(error)
         self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns()))
 
     def _launch_with_masks(
@@ -250,7 +267,7 @@ class EngineCore:
         except (Exception, SystemExit) as error:
             if self._retract_if_out_of_memory(step, error):
                 return outputs
-            future = _FailedStep(error)
+            future = FailedStep(error)
         self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns(), requests))
         return outputs
 
@@ -317,6 +334,7 @@ class EngineCore:
             proposer=self._build_host_proposer(),
             policy_name=config.plugin("policy").name,
             proposer_name=None if config.speculation is None else config.plugin("spec_decode").name,
+            max_loras=0 if config.adapters is None else config.adapters.max_loras,
             **self._clocks(),
         )
 
@@ -351,49 +369,3 @@ class EngineCore:
 
     def _build_policy(self, kind: str) -> BatchingPolicy:
         return make_policy(self.config.plugin(kind))
-
-
-@dataclass(slots=True)
-class InFlightStep:
-    """A launched step, and when it was scheduled and launched; nanoseconds of one monotonic clock."""
-
-    step: SchedulerOutput
-    future: StepFuture
-    start_ns: int
-    scheduled_ns: int
-    launched_ns: int
-    requests: NDArray[Any] | None = None
-    """The requests by index, where some have a grammar."""
-
-    def make_step_stats(
-        self, result: ModelRunnerOutput, wait_start_ns: int, tokens_known_ns: int, updated_ns: int
-    ) -> StepStats:
-        """The step's shape, and where its time went."""
-        return StepStats(
-            step=self.step.step,
-            num_reqs=len(self.step.rows),
-            num_decodes=self.step.num_decodes,
-            num_tokens=self.step.total_num_scheduled_tokens,
-            start_us=self.start_ns / 1e3,
-            schedule_us=(self.scheduled_ns - self.start_ns) / 1e3,
-            launch_us=(self.launched_ns - self.scheduled_ns) / 1e3,
-            device_us=result.device_us,
-            wait_us=(tokens_known_ns - wait_start_ns) / 1e3,
-            end_us=tokens_known_ns / 1e3,
-            update_us=(updated_ns - tokens_known_ns) / 1e3,
-            num_drafts=0 if result.num_verified_drafts is None else int(result.num_verified_drafts.sum()),
-            num_accepted=int(result.num_sampled_tokens.sum() - self.step.sampling_mask.sum()),
-        )
-
-
-class _FailedStep:
-    """A step that could not even be launched."""
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def result(self) -> NoReturn:
-        raise self._error
-
-    def done(self) -> bool:
-        return True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from quire.core.adapters import AdapterActivity
 from quire.core.config import EngineConfig
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.messages import EngineCoreOutputs
@@ -67,6 +68,11 @@ class ExporterGroup:
                 self._recorded.add(plugin)
                 for exporter, quarantine in self._guarded.copy().items():
                     quarantine.call(exporter.record_quarantine, plugin)
+
+    def record_adapters(self, adapters: Sequence[AdapterActivity], max_loras: int) -> None:
+        """See ``MetricsExporter``."""
+        for exporter, quarantine in self._guarded.copy().items():
+            quarantine.call(exporter.record_adapters, adapters, max_loras)
 
     def record_request(self, stats: RequestStats) -> None:
         """See ``MetricsExporter``."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from quire.core.adapters import AdapterRef
 from quire.core.config import EngineConfig
 from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.contracts.policy import BatchingPolicy
@@ -77,6 +78,7 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str | None = None,
         scheduling: SchedulingParams | None = None,
+        adapter: AdapterRef | None = None,
     ) -> list[EngineCoreRequest]:
         """One core request for each of the ``n`` continuations; the later ones name the first as their parent.
 
@@ -116,6 +118,7 @@ class InputProcessor:
                     parent_id=requests[0].request_id if index else None,
                     external_request_id=request_id,
                     scheduling=scheduling,
+                    adapter=adapter,
                 )
             )
         return requests

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from tqdm import tqdm
 
+from quire.core.adapters import AdapterRef, LoRARequest
+from quire.core.engine.adapter_registry import AdapterRegistry
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.client import format_ready_line
 from quire.core.engine.llm_engine import LLMEngine
@@ -21,6 +24,8 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.scheduling_params import SchedulingParams
 
 __all__ = ["LLM"]
+
+_ADAPTER_POLL_S = 0.002
 
 
 class LLM:
@@ -47,6 +52,14 @@ class LLM:
         self.steps = self.llm_engine.steps
         """The last steps of the engine; ``quire.server.http.trace.make_chrome_trace`` makes a picture of them."""
         self._request_counter = itertools.count()
+        self.adapters = AdapterRegistry(self.config)
+        """The LoRA adapters that are loaded, by name."""
+        try:
+            for module in self.config.extra["lora_modules"]:
+                self.load_adapter(module.name, module.path)
+        except BaseException:
+            self.shutdown()
+            raise
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
@@ -67,14 +80,17 @@ class LLM:
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         priority: int | Sequence[int] | None = None,
         scheduling: SchedulingParams | Sequence[SchedulingParams] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Complete prompts (texts, token ids, or mappings with ``prompt`` or ``prompt_token_ids``), in order. One set
         of parameters serves all, or one each; None: the model's defaults. So do ``priority`` (lower is sooner) and
-        ``scheduling``, where the scheduling policy looks at them. ``prompt_token_ids`` are prompts too, where there are
-        no others. Other arguments of vLLM's are accepted while they are off, as ``lora_request=None``.
+        ``scheduling``, where the scheduling policy looks at them, and ``lora_request``, an adapter, which is loaded if
+        it is not yet. ``prompt_token_ids`` are prompts too, where there are no others. Other arguments of vLLM's are
+        accepted while they are off, as ``prompt_adapter_request=None``.
 
-        Raises ``InvalidRequestError`` before anything runs if one of them cannot be served.
+        Raises ``InvalidRequestError`` before anything runs if one of them cannot be served, and ``CheckpointError`` for
+        an adapter that cannot be read.
         """
         check_call_arguments("generate", vllm_arguments)
         given = prompt_token_ids if prompts is None else prompts
@@ -92,11 +108,17 @@ class LLM:
         hints = [scheduling] * len(batch) if isinstance(scheduling, SchedulingParams | None) else scheduling
         if len(hints) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(hints)} scheduling; give one, or one each")
+        wanted = list(lora_request) if isinstance(lora_request, Sequence) else [lora_request] * len(batch)
+        if len(wanted) != len(batch):
+            raise InvalidRequestError(f"{len(batch)} prompts but {len(wanted)} lora_request; give one, or one each")
+        adapters = [self._find_adapter(request) for request in wanted]
         request_ids = [self._make_request_id() for _ in batch]
         requests = [
-            self.input_processor.process_inputs(request_id, prompt, p, priority=rank, cache_salt=salt, scheduling=hint)
-            for request_id, (prompt, salt), p, rank, hint in zip(
-                request_ids, batch, params, priorities, hints, strict=True
+            self.input_processor.process_inputs(
+                request_id, prompt, p, priority=rank, cache_salt=salt, scheduling=hint, adapter=adapter
+            )
+            for request_id, (prompt, salt), p, rank, hint, adapter in zip(
+                request_ids, batch, params, priorities, hints, adapters, strict=True
             )
         ]
         for first, *_ in requests:
@@ -117,6 +139,7 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = False,
         **vllm_arguments: Any,
     ) -> list[RequestOutput]:
@@ -126,7 +149,8 @@ class LLM:
         what they return, add ``message.to_dict()`` and a message of role ``tool`` for each call.
 
         ``chat_template`` replaces the model's; ``chat_template_kwargs`` are variables of the template's own, such as
-        ``enable_thinking``. Other arguments of vLLM's are accepted while they are off, as ``lora_request=None``.
+        ``enable_thinking``. ``lora_request`` is as for ``generate``. Other arguments of vLLM's are accepted while they
+        are off.
 
         Raises ``InvalidRequestError``, with the place in the messages, for what cannot be served.
         """
@@ -151,13 +175,31 @@ class LLM:
         if len(params) == len(prompts):  # otherwise they are refused by name
             constrain = self.answer_parsers.constrain_params
             params = [constrain(use, prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
         for output, of_prompt in zip(outputs, params, strict=True):
             for completion in output.outputs:
                 completion.message = self.answer_parsers.read_message(
                     use, output.prompt_token_ids, completion, of_prompt
                 )
         return outputs
+
+    def load_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+        """Load a LoRA adapter from a folder that PEFT wrote, or from the hub: ``lora_request=LoRARequest(name)`` uses
+        it. ``load_inplace`` replaces the one that has the name; requests that have begun keep that. Raises
+        ``InvalidRequestError`` and ``CheckpointError``."""
+        ref = self.adapters.read_adapter(name, path, load_inplace=load_inplace)
+        while not self.call_control("add_adapter", {"adapter": ref}):
+            time.sleep(_ADAPTER_POLL_S)
+        replaced = self.adapters.add_adapter(ref)
+        if replaced is not None:
+            self.call_control("remove_adapter", {"adapter_id": replaced.adapter_id})
+        return ref
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop a LoRA adapter, once the requests that use it have ended. Raises ``InvalidRequestError``."""
+        self.call_control("remove_adapter", {"adapter_id": self.adapters.remove_adapter(name).adapter_id})
+        while self.engine_core.has_work and not self.engine_core.scheduler.has_unfinished_requests:
+            self.llm_engine.process_step()  # the last step, which may name its slot
 
     def call_control(self, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Call a control method of the engine core, such as ``get_stats``; what it returned, as plain values. Raises
@@ -187,6 +229,12 @@ class LLM:
     def shutdown(self) -> None:
         """Free the model. Idempotent."""
         self.llm_engine.shutdown()
+
+    def _find_adapter(self, request: LoRARequest | None) -> AdapterRef | None:
+        ref = self.adapters.find_requested(request)
+        if ref is not None or request is None:
+            return ref
+        return self.load_adapter(request.lora_name, request.lora_path, load_inplace=request.load_inplace)
 
     def _make_request_id(self) -> str:
         return next(name for name in map(str, self._request_counter) if name not in self.output_processor)

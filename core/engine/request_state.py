@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quire.core.adapters import AdapterRef
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.messages import EngineCoreRequest, FinishReason, Logprob, RequestMetrics
 from quire.core.sampling_params import SamplingParams
@@ -67,6 +68,11 @@ class RequestState:
     num_cached_tokens: int = 0
     """Of the prompt, as the first of its continuations found it."""
 
+    @property
+    def adapter(self) -> AdapterRef | None:
+        """What changes the model for it; None: nothing does."""
+        return self.core_requests[0].adapter if self.core_requests else None
+
     def record_first_token(self, child: ChildRequest, now: float) -> None:
         """Note when the first of its continuations to do so began."""
         if not self.metrics.first_token_ts:
@@ -101,6 +107,7 @@ class RequestState:
             max_tokens=self.params.max_tokens,
             n=len(self.children),
             max_num_generation_tokens=self._find_longest(),
+            adapter=None if self.adapter is None else self.adapter.name,
         )
 
     def _find_longest(self) -> int | None:

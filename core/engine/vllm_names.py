@@ -39,7 +39,6 @@ class VllmFlag:
     sets: tuple[str, object] | None = None
 
 
-_LORA = "LoRA adapters are not supported yet; serve a merged checkpoint"
 _RAY = "Ray is not supported yet; --executor multiproc takes the GPUs of one host"
 _NOT_NEEDED = "no longer needed: "
 
@@ -75,10 +74,6 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
         "--api-server-count", "a server has one API process; 1 is the only count", refused=True,
         takes_value=True, accepted_values=("1",),
     ),
-    VllmFlag("--enable-lora", _LORA, refused=True),
-    VllmFlag("--lora-modules", _LORA, refused=True, takes_value=True),
-    VllmFlag("--max-lora-rank", _LORA, refused=True, takes_value=True),
-    VllmFlag("--max-loras", _LORA, refused=True, takes_value=True),
     VllmFlag("--enable-reasoning", _NOT_NEEDED + "reasoning is split off by --reasoning-parser"),
 )  # fmt: skip
 """Flags that are accepted, or refused for a value."""
@@ -165,8 +160,11 @@ ABSENT_FLAGS: Mapping[str, str] = MappingProxyType({
     "--max-log-len": "not needed: prompts are never logged",
     "--log-config-file": "now --log-level",
     "--response-role": "the role is always assistant",
-    "--lora-extra-vocab-size": _LORA,
-    "--fully-sharded-loras": _LORA,
+    "--lora-extra-vocab-size": "not supported: an adapter changes linear layers alone, and no embedding",
+    "--fully-sharded-loras": "not needed: adapters are split over GPUs as their layers are",
+    "--enable-lora-bias": "not supported: an adapter with trained biases is refused",
+    "--long-lora-scaling-factors": "not supported: train the adapter on a model with the longer context",
+    "--default-mm-loras": _MULTIMODAL,
     "--prompt-adapter": "prompt adapters are not supported",
 })  # fmt: skip
 """Flags that Quire does not take, and what became of each."""
@@ -203,7 +201,6 @@ VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
 
 
 VLLM_CALL_ARGUMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({
-    "lora_request": (_LORA, ()),
     "prompt_adapter_request": ("prompt adapters are not supported", ()),
     "guided_options_request": ("give structured_outputs in SamplingParams", ()),
     "mm_processor_kwargs": (_MULTIMODAL, ()),
@@ -215,7 +212,7 @@ VLLM_CALL_ARGUMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyTyp
 
 def check_call_arguments(method: str, arguments: Mapping[str, Any]) -> None:
     """Keyword arguments of a call as scripts for vLLM make it, that are not Quire's: accepted while they are off, as
-    ``lora_request=None``. Raises UnsupportedError for others, and TypeError for unknown names."""
+    ``prompt_adapter_request=None``. Raises UnsupportedError for others, and TypeError for unknown names."""
     for name, value in arguments.items():
         if name not in VLLM_CALL_ARGUMENTS:
             raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
@@ -227,8 +224,8 @@ def check_call_arguments(method: str, arguments: Mapping[str, Any]) -> None:
 def translate_kwargs(kwargs: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], list[str]]:
     """Keyword arguments as scripts for vLLM give them: those called ``names``, and the lines to log for the others.
 
-    None means the default. What is not a setting is accepted while it is off, as ``enable_lora=False``, and otherwise
-    treated as its flag is. Raises ConfigError for what is refused; an unknown name is left in, for the caller.
+    None means the default. What is not a setting is accepted while it is off, as ``enable_sleep_mode=False``, and
+    otherwise treated as its flag is. Raises ConfigError for what is refused; an unknown name is left in for the caller.
     """
     translated: dict[str, Any] = {}
     messages: list[str] = []

@@ -7,14 +7,18 @@ from pathlib import Path
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["BUNDLED_MODELS", "resolve_model"]
+__all__ = ["BUNDLED_ADAPTERS", "BUNDLED_MODELS", "resolve_adapter", "resolve_model"]
 
 BUNDLED_MODELS = ("quire-tiny", "quire-tiny-draft")
 """Models that come with the package, in ``core/assets``."""
 
+BUNDLED_ADAPTERS = ("quire-tiny-upper", "quire-tiny-json")
+"""LoRA adapters of quire-tiny that come with it."""
+
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _PICKLED_WEIGHTS = "pytorch_model.bin"  # in which some drafting heads are published
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def resolve_model(
@@ -42,6 +46,19 @@ def resolve_model(
     return _download_model(name, revision, download_dir, draft_head)
 
 
+def resolve_adapter(name: str, *, download_dir: str | Path | None = None) -> Path:
+    """The local folder of the LoRA adapter ``name``: a bundled one, a path, or a repository on the hub, of which only
+    the configuration and safetensors are fetched. Raises ``CheckpointError``."""
+    if name in BUNDLED_ADAPTERS:
+        return _ASSETS / name
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path.resolve()
+    if path.exists() or _looks_like_path(name):
+        raise CheckpointError(f"adapter {name!r} is not a folder; give one that PEFT wrote, or a name on the hub")
+    return _fetch_snapshot("adapter", name, None, download_dir, _ADAPTER_PATTERNS)
+
+
 def _find_bundled_model(name: str) -> Path:
     path = _ASSETS / name
     if not (path / "config.json").is_file():
@@ -54,37 +71,10 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _download_model(name: str, revision: str | None, download_dir: str | Path | None, draft_head: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    cache = None if download_dir is None else str(Path(download_dir).expanduser())
     at = f" at revision {revision!r}" if revision else ""
-    try:
-        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_DOWNLOAD_PATTERNS))
-        if draft_head and not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=_PICKLED_WEIGHTS)
-    except errors.HFValidationError:
-        raise CheckpointError(
-            f"model {name!r} is neither a folder nor a valid name on the hub (owner/name){_suggest_name(name)}"
-        ) from None
-    except errors.GatedRepoError:
-        raise CheckpointError(
-            f"model {name!r} is gated; accept its terms on the hub, then set HF_TOKEN to a token that may read it"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"model {name!r} is neither a folder nor a repository on the hub, or it is private: check the name, or set "
-            f"HF_TOKEN{_suggest_name(name)}"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise CheckpointError(f"model {name!r} has no revision {revision!r}; check --revision") from None
-    except errors.LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"model {name!r}{at} is not in the cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
-            f"set); go online, or give a local folder{_suggest_name(name)}"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"model {name!r}{at} could not be downloaded ({reason}); try again") from None
+    folder = _fetch_snapshot("model", name, revision, download_dir, _DOWNLOAD_PATTERNS)
+    if draft_head and not any(folder.glob("*.safetensors")):
+        _fetch_snapshot("model", name, revision, download_dir, [_PICKLED_WEIGHTS])
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"repository {name!r}{at} has no config.json; it is not a model in Hugging Face layout")
     if not any(folder.glob("*.safetensors")) and not (draft_head and (folder / _PICKLED_WEIGHTS).is_file()):
@@ -93,6 +83,40 @@ def _download_model(name: str, revision: str | None, download_dir: str | Path | 
             f"are refused; convert the model, or choose a revision that has safetensors"
         )
     return folder
+
+
+def _fetch_snapshot(
+    what: str, name: str, revision: str | None, download_dir: str | Path | None, patterns: list[str]
+) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    cache = None if download_dir is None else str(Path(download_dir).expanduser())
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=patterns))
+    except errors.HFValidationError:
+        raise CheckpointError(
+            f"{what} {name!r} is neither a folder nor a valid name on the hub (owner/name){_suggest_name(name)}"
+        ) from None
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{what} {name!r} is gated; accept its terms on the hub, then set HF_TOKEN to a token that may read it"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{what} {name!r} is neither a folder nor a repository on the hub, or it is private: check the name, or "
+            f"set HF_TOKEN{_suggest_name(name)}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{what} {name!r} has no revision {revision!r}; check --revision") from None
+    except errors.LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{what} {name!r}{at} is not in the cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
+            f"set); go online, or give a local folder{_suggest_name(name)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{what} {name!r}{at} could not be downloaded ({reason}); try again") from None
 
 
 def _suggest_name(name: str) -> str:

@@ -115,7 +115,7 @@ class AdapterSlots:
     # ---- Slots are given away, between two steps.
 
     @property
-    def has_work(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether a call of ``assign_slots`` or ``take_cleared_slots`` may do anything."""
         return bool(self._held or self._retiring or self._cleared)
 
@@ -171,6 +171,10 @@ class AdapterSlots:
         """Whether requests wait for the adapter to be copied into a slot, or it is being copied."""
         adapter = self._adapters.get(adapter_id)
         return adapter is not None and (adapter.is_loading or (bool(adapter.held) and adapter.slot < 0))
+
+    def list_slots(self) -> dict[int, int]:
+        """The slot of each adapter that has one, by the adapter's number."""
+        return {adapter.ref.adapter_id: adapter.slot for adapter in self._residents()}
 
     def list_activity(self) -> list[AdapterActivity]:
         """Adapters that have requests."""

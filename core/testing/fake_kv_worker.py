@@ -87,11 +87,11 @@ class FakeKVWorker:
         """What each slot holds: the hash of an adapter's content."""
         return dict(self._adapters)
 
-    def load_adapter(self, slot: int, content_hash: str) -> None:
+    def fill_slot(self, slot: int, content_hash: str) -> None:
         """From here on the slot holds this adapter."""
         self._adapters[slot] = content_hash
 
-    def unload_adapter(self, slot: int) -> None:
+    def empty_slot(self, slot: int) -> None:
         """From here on the slot holds nothing."""
         del self._adapters[slot]
 

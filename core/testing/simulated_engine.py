@@ -217,7 +217,7 @@ class SimulatedEngine:
         failed, self.scheduler.failed_outputs[:] = list(self.scheduler.failed_outputs), []
         self._check_outputs(failed)
         slots = self.scheduler.adapter_slots
-        if step is None and not self.in_flight and (slots is None or not slots.has_work):
+        if step is None and not self.in_flight and (slots is None or not slots.has_pending):
             assert not self.scheduler.has_unfinished_requests, "nothing is in flight, and nothing is scheduled"
         return step
 
@@ -225,7 +225,7 @@ class SimulatedEngine:
         """Give slots to adapters that requests wait for. Each is in host memory ``staging_turns`` turns after it was
         first waited for."""
         slots = self.scheduler.adapter_slots
-        if slots is None or not slots.has_work:
+        if slots is None or not slots.has_pending:
             return
         for ref in slots.find_unstaged():
             turns_left = self._turns_left.setdefault(ref.adapter_id, self._staging_turns)
@@ -233,9 +233,9 @@ class SimulatedEngine:
             slots.set_staged(ref.adapter_id, turns_left <= 0)
         loads = slots.assign_slots()
         for slot in slots.take_cleared_slots():
-            self.worker.unload_adapter(slot)
+            self.worker.empty_slot(slot)
         for load in loads:
-            self.worker.load_adapter(load.slot, load.adapter.content_hash)
+            self.worker.fill_slot(load.slot, load.adapter.content_hash)
             slots.open_adapter(load.adapter.adapter_id)
 
     def _check_outputs(self, outputs: list[EngineCoreOutput]) -> None:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from quire.sdk import ENGINE_STATS, MetricsExporter, QuarantinedPlugin, RequestStats, StepFailure, StepStats
+from quire.plugins.metrics.adapter_metrics import AdapterMetrics
+from quire.sdk import (
+    ENGINE_STATS,
+    AdapterActivity,
+    MetricsExporter,
+    QuarantinedPlugin,
+    RequestStats,
+    StepFailure,
+    StepStats,
+)
 
 __all__ = ["PrometheusExporter"]
 
@@ -70,6 +79,7 @@ class PrometheusExporter(MetricsExporter):
         self._step_tokens = _Histogram(_STEP_TOKENS)
         self._quarantines: Counter[QuarantinedPlugin] = Counter()
         self._step_failures: Counter[StepFailure] = Counter()
+        self._adapters = AdapterMetrics()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -79,6 +89,7 @@ class PrometheusExporter(MetricsExporter):
 
     def record_request(self, stats: RequestStats) -> None:
         """Count a finished request, and note its times."""
+        self._adapters.record_request(stats)
         self._finished[stats.finish_reason] = self._finished.get(stats.finish_reason, 0) + 1
         self._e2e.add_value(stats.e2e_s)
         self._queue.add_value(stats.queue_s)
@@ -107,6 +118,10 @@ class PrometheusExporter(MetricsExporter):
         for gap in itl_s:
             self._itl.add_value(gap)
 
+    def record_adapters(self, adapters: Sequence[AdapterActivity], max_loras: int) -> None:
+        """Keep which adapters have requests."""
+        self._adapters.record_adapters(adapters, max_loras)
+
     def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
         """Count it by kind, name and reason."""
         self._quarantines[plugin] += 1
@@ -134,6 +149,7 @@ class PrometheusExporter(MetricsExporter):
         for prefix in _PREFIXES:
             yield from self._collect_engine_metrics(prefix)
             yield from self._collect_request_metrics(prefix)
+            yield from self._adapters.collect(prefix, self.labels)
 
     def _collect_engine_metrics(self, prefix: str) -> Iterator[Metric]:
         for name, value in self._engine_stats.items():

@@ -13,6 +13,7 @@ from quire.server.http.errors import add_error_handlers
 from quire.server.http.middleware import RequestMiddleware
 from quire.server.http.openapi import describe_app
 from quire.server.http.routes import (
+    adapters,
     admin,
     chat,
     completions,
@@ -45,6 +46,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
         middleware=[*_cors_middleware(settings), Middleware(RequestMiddleware, state=state)],
     )
     app.state.server = state
+    if settings.admin_api_key is not None and engine.adapters.is_on:
+        app.include_router(adapters.make_router(state))
     for module in (chat, completions, responses, invocations, models, tokens, health, metrics, trace, unsupported):
         app.include_router(module.make_router(state))
     if settings.admin_api_key is not None:

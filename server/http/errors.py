@@ -54,6 +54,7 @@ _HINTS = {
     405: "this path does not take this method; /docs lists the routes",
 }
 RETRY_AFTER_S = 1
+_MAX_NAMES = 32
 
 
 class ApiError(Exception):
@@ -76,7 +77,8 @@ class ModelNotFoundError(ApiError):
     """A request for a model that is not served."""
 
     def __init__(self, name: str, served: Sequence[str]) -> None:
-        names = ", ".join(repr(each) for each in served)
+        names = ", ".join(repr(each) for each in served[:_MAX_NAMES])
+        names += f" and {len(served) - _MAX_NAMES} more" if len(served) > _MAX_NAMES else ""
         super().__init__(
             404, f"the model {name[:200]!r} does not exist; served here: {names}", param="model", code="model_not_found"
         )

@@ -15,6 +15,7 @@ from quire.server.http.state import ServerState
 __all__ = ["RequestMiddleware", "get_key", "get_key_name", "get_request_id"]
 
 _MAX_REQUEST_ID_CHARS = 128
+_ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -69,8 +70,8 @@ class RequestMiddleware:
             self._state.end_request(is_api)
 
     def _check_request(self, scope: Scope, headers: Headers, is_api: bool) -> None:
-        is_admin = scope["path"].startswith("/admin/")
-        keys = self._keys if is_api else self._admin_keys if is_admin else None
+        is_admin = scope["path"].startswith("/admin/") or (scope["path"] in _ADMIN_PATHS and bool(self._admin_keys))
+        keys = self._admin_keys if is_admin else self._keys if is_api else None
         if keys:
             key = keys.find_key(headers.get("authorization", ""))
             if key is None:

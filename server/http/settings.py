@@ -25,7 +25,16 @@ class ServerSettings:
         metavar="NAME=KEY",
     )
     admin_api_key: str | None = setting(
-        None, group="server", help="key for the routes below /admin, which exist only with it", metavar="KEY"
+        None,
+        group="server",
+        help="key for the routes below /admin and those that load adapters, which exist only with it",
+        metavar="KEY",
+    )
+    lora_root: str | None = setting(
+        None,
+        group="adapters",
+        help="folder below which /v1/load_lora_adapter may read adapters; links out of it are refused",
+        metavar="DIR",
     )
     allowed_origins: tuple[str, ...] = setting(
         (),

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quire.core.adapters import AdapterRef
 from quire.core.errors import EngineDeadError
 from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ModelNotFoundError
@@ -52,13 +53,21 @@ class ServerState:
         return model.served_names or (model.model,)
 
     def check_model(self, name: str | None) -> str:
-        """The name to answer with. Raises ModelNotFoundError if ``name`` is not served; None means the first."""
+        """The name to answer with: the model's or an adapter's. Raises ModelNotFoundError if ``name`` is not served;
+        None means the first."""
         names = self.model_names
         if name is None:
             return names[0]
-        if name not in names:
-            raise ModelNotFoundError(name, names)
+        if name not in names and self.engine.adapters.find_adapter(name) is None:
+            adapters = [ref.name for ref in self.engine.adapters.list_adapters()]
+            raise ModelNotFoundError(name, [*names, *adapters])
         return name
+
+    def find_adapter(self, name: str | None) -> AdapterRef | None:
+        """The adapter of a request for the model ``name``. Raises ModelNotFoundError if there is no such model any
+        more, so that an adapter that was unloaded is never answered by the model without it."""
+        self.check_model(name)
+        return None if name is None else self.engine.adapters.find_adapter(name)
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if no request can be served any more."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quire.core.version import __version__
 
 if TYPE_CHECKING:
+    from quire.core.adapters import LoRARequest
     from quire.core.engine.args import EngineArgs
     from quire.core.engine.async_llm import AsyncLLM
     from quire.core.engine.llm import LLM
@@ -28,6 +29,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",
+    "LoRARequest",
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
@@ -44,6 +46,7 @@ _HOMES = {
     "LLMEngine": "quire.core.engine.llm_engine",
     "AsyncLLM": "quire.core.engine.async_llm",
     "CompletionOutput": "quire.core.messages",
+    "LoRARequest": "quire.core.adapters",
     "Logprob": "quire.core.messages",
     "RequestMetrics": "quire.core.messages",
     "RequestOutput": "quire.core.messages",

@@ -74,8 +74,10 @@ def test_calls_as_scripts_for_vllm_make_them(llm: LLM) -> None:
     assert llm.chat(talk, GREEDY, use_tqdm=False, lora_request=None, chat_template_content_format="openai")
     for call in (llm.generate, llm.chat):
         argument = talk if call == llm.chat else "x"
-        with pytest.raises(UnsupportedError, match=r"lora_request=.*LoRA adapters are not supported yet"):
-            call(argument, GREEDY, lora_request=object())
+        with pytest.raises(UnsupportedError, match=r"prompt_adapter_request=3: prompt adapters are not supported"):
+            call(argument, GREEDY, prompt_adapter_request=3)
+        with pytest.raises(InvalidRequestError, match="lora_request must be a LoRARequest, got 3"):
+            call(argument, GREEDY, lora_request=3)
         with pytest.raises(TypeError, match="unexpected keyword argument 'use_tdqm'"):
             call(argument, GREEDY, use_tdqm=True)
     for wrong in ({}, {"prompts": "x", "prompt_token_ids": ids}):
@@ -123,8 +125,8 @@ def test_an_engine_from_its_arguments(tiny: Path) -> None:
                 last = output
             with pytest.raises(TypeError, match="unexpected keyword argument 'trace'"):
                 await anext(engine.generate("x", GREEDY, trace=None))
-            with pytest.raises(UnsupportedError, match="LoRA"):
-                await anext(engine.generate("x", GREEDY, lora_request=object()))
+            with pytest.raises(InvalidRequestError, match="adapters are off"):
+                await anext(engine.generate("x", GREEDY, lora_request=quire.LoRARequest("a", 1, "/a")))
             return last.request_id
         finally:
             await engine.shutdown()

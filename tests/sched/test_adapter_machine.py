@@ -72,7 +72,7 @@ class AdapterMachine(SchedulerMachine):
             self.unload(name)
         for _ in range(2):
             self.engine.run_step()
-        assert not self.slots.has_work
+        assert not self.slots.has_pending
         assert not self.engine.worker.loaded_adapters
         assert not self.slots.list_activity()
         assert self.slots.stats()["lora_adapters_in_slots"] == 0

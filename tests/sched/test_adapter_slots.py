@@ -208,4 +208,4 @@ def test_requests_whose_adapter_cannot_be_read_end_and_no_others(make_engine):
         engine.scheduler.failed_outputs.append(engine.scheduler.end_with_error(request, "unreadable"))
     engine.run_until_finished()
     assert engine.finished == {"x": "error", "y": "error", "base": "length"}
-    assert not get_slots(engine).has_work
+    assert not get_slots(engine).has_pending

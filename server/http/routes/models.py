@@ -21,13 +21,17 @@ def make_router(state: ServerState) -> APIRouter:
 
     def describe_model(name: str) -> dict[str, Any]:
         model = state.engine.config.model
-        card = {"id": name, "object": "model", "created": created, "owned_by": "quire", "root": model.model}
-        return {**card, "parent": None, "max_model_len": model.max_model_len}
+        adapter = state.engine.adapters.find_adapter(name)
+        card = {"id": name, "object": "model", "created": created, "owned_by": "quire"}
+        card["root"] = model.model if adapter is None else adapter.path
+        card["parent"] = None if adapter is None else state.model_names[0]
+        return {**card, "max_model_len": model.max_model_len}
 
     @routes.get("/v1/models", openapi_extra=describe_operation("list_models", ModelList))
     async def list_models() -> dict[str, Any]:
-        """The names by which requests may call the model."""
-        return {"object": "list", "data": [describe_model(name) for name in state.model_names]}
+        """The names by which requests may call the model, and its adapters."""
+        adapters = [ref.name for ref in state.engine.adapters.list_adapters()]
+        return {"object": "list", "data": [describe_model(name) for name in (*state.model_names, *adapters)]}
 
     @routes.get("/v1/models/{name:path}", openapi_extra=describe_operation("get_model", ModelCard, errors=(404,)))
     async def get_model(name: str) -> dict[str, Any]:

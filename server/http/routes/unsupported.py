@@ -19,6 +19,7 @@ __all__ = ["UNSUPPORTED_ROUTES", "make_router"]
 _EMBEDDINGS = "Quire serves models that generate text"
 _MEDIA = "Quire takes and gives text only"
 _STORED = "Quire stores nothing between requests"
+_ADAPTERS = "it was started without --enable-lora or without --admin-api-key"
 _TUNING = "Quire serves models and does not train them"
 
 UNSUPPORTED_ROUTES: Mapping[str, str] = MappingProxyType(
@@ -46,8 +47,8 @@ UNSUPPORTED_ROUTES: Mapping[str, str] = MappingProxyType(
         "/v1/threads": _STORED,
         "/v1/fine_tuning": _TUNING,
         "/v1/evals": _TUNING,
-        "/v1/load_lora_adapter": "serve a merged checkpoint",
-        "/v1/unload_lora_adapter": "serve a merged checkpoint",
+        "/v1/load_lora_adapter": _ADAPTERS,
+        "/v1/unload_lora_adapter": _ADAPTERS,
     }
 )
 """Path, whatever follows it included, and what to do instead or why it is not there."""

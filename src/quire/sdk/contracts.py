@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quire.core.adapters import AdapterActivity
     from quire.core.config import *
     from quire.core.contracts.adapter import *
     from quire.core.contracts.attention import *
@@ -56,6 +57,7 @@ __all__ = [
     "NO_DEADLINE",
     "OPERATIONS",
     "ActivationFormat",
+    "AdapterActivity",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterLimits",
@@ -220,6 +222,7 @@ NAMES_OF_MODULE = {
     "quire.core.scheduling_params": ("SchedulingParams",),
     "quire.core.worker.worker": ("Worker",),
     "quire.core.structured_outputs": ("StructuredOutputsParams",),
+    "quire.core.adapters": ("AdapterActivity",),
     "quire.core.stats": ("ENGINE_STATS", "QuarantinedPlugin", "RequestStats", "StepFailure", "StepStats"),
 }  # fmt: skip
 _MODULE_OF_NAME = {name: module for module, names in NAMES_OF_MODULE.items() for name in names}
