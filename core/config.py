@@ -82,6 +82,8 @@ class ParallelConfig:
 
     tensor_parallel_size: int = 1
     """Workers that share every layer."""
+    all_reduce: Literal["nccl", "symmetric_memory"] = "nccl"
+    """How GPUs sum: by the library, or messages up to some MiB by Quire's kernels in memory that all of them map."""
 
 
 @dataclass(frozen=True, slots=True)

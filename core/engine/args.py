@@ -126,6 +126,12 @@ class EngineArgs:
         metavar="N",
         aliases=("-tp",),
     )
+    all_reduce: str = setting(
+        section_default(ParallelConfig, "all_reduce"),
+        group="device",
+        help="how GPUs that share a model sum: nccl, or symmetric_memory, Quire's kernels over NVLink (experimental)",
+        choices=("nccl", "symmetric_memory"),
+    )
     enforce_eager: bool = setting(False, group="device", help="no CUDA graphs")
     executor: str = setting(
         "auto", group="device", help="executor: how workers are run", metavar="NAME", plugin_kind="executor"

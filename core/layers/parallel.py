@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.errors import ConfigError
+from quire.core.ops.all_reduce import AllReduceKernels
 
 __all__ = ["NormedSum", "PartialSum", "TensorParallel"]
 
@@ -35,11 +36,17 @@ class TensorParallel:
     size: int = 1
     group: Any = None
     """A ``torch.distributed`` process group; None is the default group. Unused where ``size`` is 1."""
+    kernels: AllReduceKernels | None = None
+    """Quire's own sums, where the ranks are GPUs that map each other's memory."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of ``x`` over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+        """The sum of ``x`` over the ranks, perhaps in place."""
+        if self.size == 1:
+            return x
+        summed = None if self.kernels is None else self.kernels.all_reduce(x)
+        if summed is not None:
+            return summed
+        dist.all_reduce(x, group=self.group)
         return x
 
     def all_reduce_add_norm(
@@ -48,7 +55,10 @@ class TensorParallel:
         """The RMS norm of ``residual`` plus the sum of ``part`` over the ranks, both (num_tokens, features), in one
         kernel; None where that is not offered: then the caller does one after the other. Every rank gets the same
         answer."""
-        return None
+        fused = None
+        if self.kernels is not None:
+            fused = self.kernels.all_reduce_add_norm(part, residual, weight, eps, output_format)
+        return None if fused is None else NormedSum(*fused)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, shard) on every rank -> (n, size * shard), the shards side by side in order of rank."""

@@ -11,7 +11,7 @@ import torch
 
 from quire.core.errors import ConfigError
 
-__all__ = ["INTERPRETER", "OLDEST_CAPABILITY", "PROFILES", "DeviceProfile", "check_device"]
+__all__ = ["INTERPRETER", "OLDEST_CAPABILITY", "PROFILES", "AllReduceLimits", "DeviceProfile", "check_device"]
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: bfloat16 on the tensor cores, and asynchronous copies to shared memory."""
@@ -21,6 +21,17 @@ _SHARED_MEMORY = {
     (10, 0): 227 * _KIB, (10, 3): 227 * _KIB, (12, 0): 99 * _KIB, (12, 1): 99 * _KIB,
 }  # fmt: skip
 """Bytes of a program by capability (CUDA C++ Programming Guide, "Compute Capabilities"); elsewhere the least."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduceLimits:
+    """The longest messages, in bytes of a rank, that each way of summing over GPUs is chosen for."""
+
+    one_shot_bytes: int
+    fused_norm_bytes: int
+    """One shot, with the residual and the norm behind it in the same kernel."""
+    two_shot_bytes: int
+    """Longer ones are NCCL's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,8 @@ class DeviceProfile:
     """Bytes a second, by the data sheet; None: not known."""
     launch_table: str | None = None
     """Names the launch tables that were measured on this card; None: launches come from the rules."""
+    all_reduce: tuple[tuple[int, AllReduceLimits], ...] = ()
+    """By number of GPUs of one host that map each other's memory; none: NCCL sums."""
 
     @property
     def is_hopper(self) -> bool:
@@ -55,6 +68,10 @@ class DeviceProfile:
     def has_fp8(self) -> bool:
         """The type e4m3 in conversions and on the tensor cores: Ada, Hopper and later."""
         return self.capability >= (8, 9)
+
+    def get_all_reduce_limits(self, size: int) -> AllReduceLimits | None:
+        """For ``size`` such GPUs of one host; None where no figures say that Quire's kernels are faster than NCCL."""
+        return dict(self.all_reduce).get(size)
 
     @staticmethod
     @cache
@@ -86,6 +103,15 @@ class DeviceProfile:
         return profile
 
 
+# Set by what torch's kernels of the same kinds took on two of them (one shot and two shots cross near 64 KiB, two shots
+# and NCCL beyond 8 MiB), and by the bytes that a rank sends with more; ``benchmarks/kernels/all_reduce.py`` measures
+# ours.
+_NVLINK_ALL_REDUCE = (
+    (2, AllReduceLimits(64 * _KIB, 512 * _KIB, 16 << 20)),
+    (4, AllReduceLimits(32 * _KIB, 256 * _KIB, 16 << 20)),
+    (8, AllReduceLimits(16 * _KIB, 128 * _KIB, 16 << 20)),
+)
+
 # By NVIDIA's data sheets.
 PROFILES: tuple[DeviceProfile, ...] = (
     DeviceProfile("A100", (8, 0), 108, _SHARED_MEMORY[8, 0], 40 << 20, 1.56e12),  # 2.04e12 of the 80 GB models
@@ -94,7 +120,9 @@ PROFILES: tuple[DeviceProfile, ...] = (
     DeviceProfile("RTX 4090", (8, 9), 128, _SHARED_MEMORY[8, 9], 72 << 20, 1.01e12),
     DeviceProfile("H100", (9, 0), 132, 227 * _KIB, 50 << 20, 3.35e12),
     DeviceProfile("H100", (9, 0), 114, 227 * _KIB, 50 << 20, 2.04e12),  # the PCIe card
-    DeviceProfile("H200", (9, 0), 132, 227 * _KIB, 50 << 20, 4.8e12, launch_table="h200"),
+    DeviceProfile(
+        "H200", (9, 0), 132, 227 * _KIB, 50 << 20, 4.8e12, launch_table="h200", all_reduce=_NVLINK_ALL_REDUCE
+    ),
     DeviceProfile("B200", (10, 0), 148, 227 * _KIB, 126 << 20, 8.0e12),
 )
 """The cards known by name, capability and number of SMs: a slice (MIG) of one of them is another card."""

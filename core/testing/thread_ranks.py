@@ -36,6 +36,7 @@ class ThreadRank(TensorParallel):
     def __init__(self, rank: int, size: int, rank_group: RankGroup) -> None:
         object.__setattr__(self, "rank", rank)
         object.__setattr__(self, "size", size)
+        object.__setattr__(self, "kernels", None)
         object.__setattr__(self, "rank_group", rank_group)
 
     def all_reduce(self, x: Tensor) -> Tensor:

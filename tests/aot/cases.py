@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tests.aot.cases_adapters import ADAPTERS
+from tests.aot.cases_all_reduce import ALL_REDUCE
 from tests.aot.cases_attention import ATTENTION
 from tests.aot.cases_drafts import DRAFTS
 from tests.aot.cases_gemm import GEMMS
@@ -91,6 +92,7 @@ CASES: dict[str, Callable[[], None]] = {
     "int8-quantized": partial(quantized, "int8_token"),
     "int8-rescaled": rescaled,
     **ADAPTERS,
+    **ALL_REDUCE,
     **DRAFTS,
     **GEMMS,
     **SAMPLING,

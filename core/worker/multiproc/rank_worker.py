@@ -26,6 +26,7 @@ from quire.core.errors import QuireError
 from quire.core.layers.parallel import TensorParallel
 from quire.core.log import setup_logging
 from quire.core.messages import TokenMasks
+from quire.core.ops.all_reduce import AllReduceKernels
 from quire.core.plugin.frames import PluginFrames
 from quire.core.plugin.target import load_target
 from quire.core.worker.multiproc.broadcast_ring import RingReader, SharedMemory
@@ -149,7 +150,10 @@ class RankWorker:
         dist.init_process_group(
             backend, store=store, rank=self._rank, world_size=self._size, timeout=limit, device_id=device
         )
-        return TensorParallel(self._rank, self._size)
+        kernels = None
+        if device is not None and config.parallel.all_reduce == "symmetric_memory":
+            kernels = AllReduceKernels.open(self._rank, self._size, None, device)
+        return TensorParallel(self._rank, self._size, kernels=kernels)
 
     def _end_start(self, message: AllocateKVCache) -> None:
         worker = self.worker

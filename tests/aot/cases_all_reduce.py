@@ -1,0 +1,50 @@
+"""Cases of the sums over GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.kernels.all_reduce_kernel import (
+    MAX_PROGRAMS,
+    SymmetricLayout,
+    launch_one_shot,
+    launch_one_shot_norm,
+    launch_two_shot,
+)
+
+__all__ = ["ALL_REDUCE"]
+
+
+def one_shot(ranks: int, features: int, kind: Any = None) -> None:
+    layout = SymmetricLayout(ranks)
+    x, memory = torch.empty(4, features, dtype=torch.bfloat16), _make_memory(layout)
+    if kind is None:
+        launch_one_shot(x, *memory, layout, 1)
+        return
+    wanted = ActivationFormat(kind, torch.ones(1) if kind == "fp8_tensor" else None)
+    weight = torch.empty(features, dtype=torch.bfloat16)
+    launch_one_shot_norm(x, x.clone(), weight, 1e-6, wanted, *memory, layout, 1)
+
+
+def two_shot(ranks: int) -> None:
+    layout = SymmetricLayout(ranks)
+    launch_two_shot(torch.empty(512, 4096, dtype=torch.bfloat16), *_make_memory(layout), layout, 1)
+
+
+def _make_memory(layout: SymmetricLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(layout.ranks, dtype=torch.int64), torch.zeros(3, MAX_PROGRAMS, dtype=torch.int32)
+
+
+ALL_REDUCE: dict[str, Callable[[], None]] = {
+    "all-reduce-one-shot": partial(one_shot, 2, 4096),
+    "all-reduce-norm": partial(one_shot, 2, 8192, "native"),
+    "all-reduce-norm-of-eight": partial(one_shot, 8, 4096, "native"),
+    "fp8-all-reduce-norm": partial(one_shot, 4, 4096, "fp8_token"),
+    "all-reduce-two-shot": partial(two_shot, 2),
+    "all-reduce-two-shot-of-eight": partial(two_shot, 8),
+}

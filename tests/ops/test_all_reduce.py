@@ -1,0 +1,102 @@
+"""All-reduce kernels: their arithmetic in the interpreter, where one process is all ranks in turn. What the ranks do at
+the same time is tested on several GPUs (``test_all_reduce_gpu.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.kernels.all_reduce_kernel import (
+    MAX_PROGRAMS,
+    SymmetricLayout,
+    launch_one_shot,
+    launch_one_shot_norm,
+    launch_two_shot,
+)
+from quire.core.ops.kernels.norm_kernel import launch_rms_norm
+
+
+class Ranks:
+    """The memory of several ranks in one process."""
+
+    def __init__(self, ranks: int, **sizes: int) -> None:
+        self.layout = SymmetricLayout(ranks, **sizes)
+        self.memory = [torch.zeros(self.layout.total_bytes, dtype=torch.uint8) for _ in range(ranks)]
+        self.buffers = torch.tensor([each.data_ptr() for each in self.memory])
+        self.epochs = [torch.zeros(3, MAX_PROGRAMS, dtype=torch.int32) for _ in range(ranks)]
+
+    def run(self, launch: Any, arguments: list[tuple], num_phases: int) -> list[Any]:
+        """Each phase on every rank before the next; what each rank has after the last."""
+        for phase in range(1, num_phases + 1):
+            results = [
+                launch(*mine, self.buffers, self.epochs[rank], self.layout, rank, phase)
+                for rank, mine in enumerate(arguments)
+            ]
+        return results
+
+
+def make_parts(ranks: int, rows: int, features: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, features, generator=generator).to(dtype) for _ in range(ranks)]
+
+
+def sum_in_order(parts: list[Tensor]) -> Tensor:
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for part in parts:
+        total += part.float()
+    return total.to(parts[0].dtype)
+
+
+@pytest.mark.parametrize(("ranks", "rows", "features"), [(2, 1, 96), (4, 3, 64), (3, 5, 33)])
+def test_one_shot_sums_in_order_of_rank(ranks: int, rows: int, features: int) -> None:
+    """Every rank gets the same bits, call after call, with rows of other calls' sizes between."""
+    group = Ranks(ranks, max_row_bytes=512, max_bytes=4096)
+    for call, (num_rows, width) in enumerate([(rows, features), (rows + 1, features // 2), (rows, features)]):
+        parts = make_parts(ranks, num_rows, width, torch.float16, call)
+        for summed in group.run(launch_one_shot, [(part,) for part in parts], 2):
+            assert torch.equal(summed, sum_in_order(parts))
+
+
+@pytest.mark.parametrize("kind", ["native", "int8_token"])
+def test_the_norm_follows_in_the_same_kernel(kind: Any) -> None:
+    """The same bits as the sum and the norm's own kernel one after the other."""
+    parts, residual = make_parts(2, 3, 96, torch.float32), torch.randn(3, 96)
+    weight, wanted = torch.rand(96) + 0.5, ActivationFormat(kind)
+    expected, stream = launch_rms_norm(sum_in_order(parts), weight, 1e-5, residual, wanted)
+    group = Ranks(2, max_row_bytes=512, max_bytes=4096)
+    arguments = [(part, residual, weight, 1e-5, wanted) for part in parts]
+    for normed, summed in group.run(launch_one_shot_norm, arguments, 2):
+        assert torch.equal(summed, stream)
+        if kind == "native":
+            assert torch.equal(normed, expected)
+        else:
+            assert torch.equal(normed.values, expected.values) and torch.equal(normed.scale, expected.scale)
+
+
+@pytest.mark.parametrize(("ranks", "rows", "features"), [(2, 3, 104), (4, 2, 1036), (3, 40, 128), (2, 1, 8)])
+def test_two_shots_sum_in_order_of_rank(ranks: int, rows: int, features: int) -> None:
+    """Shares and chunks that do not divide, some ranks' empty."""
+    group = Ranks(ranks, max_row_bytes=16, max_bytes=65536)
+    for call in range(2):
+        parts = make_parts(ranks, rows, features, torch.float16, call)
+        for summed in group.run(launch_two_shot, [(part,) for part in parts], 3):
+            assert torch.equal(summed, sum_in_order(parts))
+
+
+def test_programs_keep_to_their_own_memory() -> None:
+    """What a program writes overlaps neither another one's nor the flags, whatever the sizes of a call: the flags of
+    one program say nothing of another's."""
+    layout = SymmetricLayout(2, max_row_bytes=64, max_bytes=1 << 23)
+    assert layout.chunk_bytes >= layout.max_bytes // (2 * MAX_PROGRAMS)
+    assert layout.rows_offset >= 4 * 3 * MAX_PROGRAMS * 2
+    assert layout.chunks_offset == layout.rows_offset + 2 * MAX_PROGRAMS * 2 * 64
+    assert layout.total_bytes == layout.chunks_offset + 2 * MAX_PROGRAMS * 2 * layout.chunk_bytes
+    group = Ranks(2, max_row_bytes=64, max_bytes=4096)
+    group.run(launch_one_shot, [(torch.full((1, 16), 1.0),)] * 2, 2)  # 64 bytes of program 0, of each rank
+    written = group.memory[0].nonzero()[:, 0]
+    first = layout.rows_offset + MAX_PROGRAMS * 2 * 64  # the second buffer: calls count from 1
+    assert first <= int(written.min()) and int(written.max()) < first + 2 * 64
