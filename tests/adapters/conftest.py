@@ -39,13 +39,18 @@ class SlotByToken(UniprocExecutor):
         execute_model = runner.execute_model
 
         def execute_with_slots(step: SchedulerOutput) -> None:
-            for request in step.new_requests:
-                slot = request.token_ids[0] - FIRST_ADAPTER_TOKEN
-                request.adapter_slot = slot if 0 <= slot < NUM_SLOTS else -1
+            name_slots(step)
             execute_model(step)
 
         runner.execute_model = execute_with_slots  # type: ignore[method-assign]
         return capacity
+
+
+def name_slots(step: SchedulerOutput) -> None:
+    """Give new requests the slots that their first tokens name."""
+    for request in step.new_requests:
+        slot = request.token_ids[0] - FIRST_ADAPTER_TOKEN
+        request.adapter_slot = slot if 0 <= slot < NUM_SLOTS else -1
 
 
 def load_adapters(llm: LLM, folders: dict[int, Path]) -> None:
