@@ -59,7 +59,7 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     graphs = DecodeGraphs(
         runner.model, runner.backends, runner.kv_cache, table, runner.block_size, num_draft_tokens=drafts
     )
-    assert max(size for queries, size, _ in graphs.shapes if queries == 1) == 100
+    assert max(size for queries, size in graphs.shapes if queries == 1) == 100
 
 
 def test_steps_that_verify_are_warmed_up(engine):

@@ -48,8 +48,6 @@ class DecodeShape(NamedTuple):
     """Tokens of each request: 1, or 1 + the most drafts that it may verify."""
     num_reqs: int
     """Padding included."""
-    has_adapters: bool = False
-    """Of steps in which a request has an adapter; the others run what they would without this shape."""
 
 
 @dataclass(slots=True)
@@ -64,8 +62,9 @@ class StepLogits:
 class _CapturedStep:
     shape: DecodeShape
     inputs: StepInputs
-    logits: Tensor  # (num_reqs * query_len, vocab): written by ``model_graph``, read by ``sampling_graphs``
+    logits: Tensor  # (num_reqs * query_len, vocab): written by the model's graphs, read by ``sampling_graphs``
     model_graph: torch.cuda.CUDAGraph
+    adapter_graph: torch.cuda.CUDAGraph | None  # ``model_graph`` of steps in which a request has an adapter
     sampling_graphs: dict[str, CapturedGraph[Tensor]]  # by variant
     draft_prefill_graph: torch.cuda.CUDAGraph | None
 
@@ -79,8 +78,9 @@ class DecodeGraphs:
     ``greedy``, and ``random`` for any mix of greedy and random requests, where a ``sampler`` is given that samples from
     the table by itself. With ``token_masks`` each has a second form, ``masked_...``, which applies them before; steps
     without a grammar replay the first. With a ``vocab_sampler`` logits are one rank's part: ``greedy`` and two more
-    variants, ``local_...``, sample from those, the others gather whole ones. With ``adapters`` every shape is captured
-    twice, with and without them. ``launch_draft_prefill`` shows a step's inputs to a proposer that observes every step.
+    variants, ``local_...``, sample from those, the others gather whole ones. With ``adapters`` the model of every
+    shape is captured twice, with and without them, and both write the same logits. ``launch_draft_prefill`` shows a
+    step's inputs to a proposer that observes every step.
     """
 
     def __init__(
@@ -143,12 +143,7 @@ class DecodeGraphs:
     @property
     def shapes(self) -> list[DecodeShape]:
         """Every shape that is captured, the largest first."""
-        shapes = [
-            DecodeShape(query_len, size, has_adapters)
-            for query_len, sizes in self._capture_sizes.items()
-            for size in sizes
-            for has_adapters in ((False,) if self._adapters is None else (False, True))
-        ]
+        shapes = [DecodeShape(query_len, size) for query_len, sizes in self._capture_sizes.items() for size in sizes]
         return sorted(shapes, key=lambda shape: -shape.query_len * shape.num_reqs)
 
     def can_run_step(self, step: SchedulerOutput) -> bool:
@@ -184,8 +179,14 @@ class DecodeGraphs:
             draft_prefill_graph = None
             if self._launch_draft_prefill is not None:
                 draft_prefill_graph = capturer.capture_graph(partial(self._launch_draft_prefill, inputs)).graph
+            adapter_graph = None
+            if self._adapters is not None:
+                self._adapters.prepare_padding(shape.num_reqs * shape.query_len)
+                launch = partial(self._launch_model_into, model.output, inputs)
+                adapter_graph = capturer.capture_graph(launch).graph
+                self._adapters.prepare_padding(None)
             self._captured[shape] = _CapturedStep(
-                shape, inputs, model.output, model.graph, sampling_graphs, draft_prefill_graph
+                shape, inputs, model.output, model.graph, adapter_graph, sampling_graphs, draft_prefill_graph
             )
 
     def run_model(self, step: SchedulerOutput) -> None:
@@ -203,6 +204,9 @@ class DecodeGraphs:
             self._uploaded = rows_and_drafts
         if self._adapters is not None:
             self._adapters.prepare_decodes(size, captured.shape.query_len)
+            if self._adapters.is_active and captured.adapter_graph is not None:
+                captured.adapter_graph.replay()
+                return
         captured.model_graph.replay()
 
     def sample_tokens(self, step: SchedulerOutput, variant: str, masks: TokenMasks | None = None) -> Tensor:
@@ -246,14 +250,15 @@ class DecodeGraphs:
         max_drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
         query_len = next(query_len for query_len in sorted(self._capture_sizes) if query_len > max_drafts)
         size = next(size for size in self._capture_sizes[query_len] if size >= len(step.rows))
-        has_adapters = self._adapters is not None and self._adapters.is_active
-        return self._captured[query_len, size, has_adapters]  # type: ignore[index]  # equal to the named tuple, and sooner made
+        return self._captured[query_len, size]  # type: ignore[index]  # equal to the named tuple, and sooner made
 
     def _launch_step(self, shape: DecodeShape) -> StepLogits:
         """All that a step of this shape launches."""
         inputs = self._make_static_inputs(shape)
         if self._adapters is not None:
-            self._adapters.prepare_padding(shape.num_reqs * shape.query_len if shape.has_adapters else None)
+            self._adapters.prepare_padding(shape.num_reqs * shape.query_len)
+            self._launch_model(inputs)
+            self._adapters.prepare_padding(None)
         logits = self._launch_model(inputs)
         for variant in self._variants:
             self._launch_sampling(variant, inputs, logits)
@@ -329,6 +334,9 @@ class DecodeGraphs:
         if self._vocab_sampler is not None:
             return self._model.compute_local_logits(hidden)
         return self._model.compute_logits(hidden)
+
+    def _launch_model_into(self, logits: Tensor, inputs: StepInputs) -> None:
+        logits.copy_(self._launch_model(inputs))
 
     def _launch_sampling(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
         """Sampling, verification of drafts and the feedback into the table: the second graph."""
