@@ -7,7 +7,10 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
+
+import torch
 
 __all__ = ["CompileCounter", "precompile_kernels"]
 
@@ -54,12 +57,20 @@ def precompile_kernels(run_warmup: Callable[[], None]) -> None:
 
     JITFunction.run, Autotuner.run = compile_only, compile_all
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, CompileAhead(pool):
+        with ThreadPoolExecutor(os.cpu_count(), initializer=_use_device_of_caller()) as pool, CompileAhead(pool):
             run_warmup()
     except Exception as error:
         _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)
     finally:
         JITFunction.run, Autotuner.run = launch, autotune
+
+
+def _use_device_of_caller() -> Callable[[], None]:
+    """What a thread calls first, so that kernels are loaded onto the GPU on which they will be launched: a thread begins
+    with the first one, and a rank has one of its own."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class CompileCounter:
