@@ -345,11 +345,6 @@ class EngineArgs:
     )
     record_prompts: bool = setting(False, group="logging", help="with --record: the tokens of prompts as well")
 
-    @property
-    def core_device(self) -> str:
-        """What the process of the engine core initializes: no GPU where workers have processes of their own."""
-        return self.device if self.tensor_parallel_size == 1 else "cpu"
-
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
         """From the keyword arguments of ``LLM`` or ``AsyncLLM``. None means the default, and

@@ -65,7 +65,9 @@ class AsyncLLM:
         self._unavailable_reason: str | None = None
         self._is_dead = False
         args = args or EngineArgs.from_kwargs(**kwargs)
-        self._client: EngineCoreClient | None = EngineCoreClient(process or EngineProcess(args.core_device))
+        self._client: EngineCoreClient | None = EngineCoreClient(
+            process or EngineProcess(args.device, args.tensor_parallel_size)
+        )
         try:
             built = build_config(args)
             self.config, self.plugins = built.config, built.plugins

@@ -13,6 +13,7 @@ import torch
 import zmq
 
 from quire.core.engine.engine_core import EngineCore
+from quire.core.engine.executor_start import make_executor
 from quire.core.engine.ipc import (
     AbortRequests,
     AddRequests,
@@ -36,6 +37,7 @@ from quire.core.errors import InvalidRequestError, QuireError
 from quire.core.log import setup_logging
 from quire.core.messages import EngineCoreRequest
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the API process builds the configuration
+from quire.core.worker.multiproc.rank_processes import RankProcesses
 
 __all__ = ["EngineCoreProcess"]
 
@@ -46,7 +48,8 @@ _IDLE_POLL_MS = 1000
 class EngineCoreProcess:
     """Runs an engine core, and handles messages between its steps. Ends on ``Shutdown``, or when its parent is gone."""
 
-    def __init__(self, folder: str, device: str, parent_pid: int) -> None:
+    def __init__(self, folder: str, device: str, parent_pid: int, rank_processes: RankProcesses | None = None) -> None:
+        """``rank_processes``: for the executor, started before this process imported anything."""
         self._context = zmq.Context()
         self._input_socket = open_socket(self._context, zmq.PULL)
         self._input_socket.bind(socket_address(folder, "in"))
@@ -54,6 +57,7 @@ class EngineCoreProcess:
         self._watchdog_socket = connect_output_socket(self._context, folder)  # a socket belongs to one thread
         self._codec, self._watchdog_codec = MessageCodec(), MessageCodec()
         self._parent_pid = parent_pid
+        self._rank_processes = rank_processes
         _initialize_gpu(device)
 
     def run(self) -> int:
@@ -65,7 +69,7 @@ class EngineCoreProcess:
                     return 1  # the API process ended before it had a configuration
             start = self._codec.decode_start(self._input_socket.recv())
             setup_logging(start.log_level)
-            core = EngineCore(start.config)
+            core = EngineCore(start.config, executor=make_executor(start.config, self._rank_processes))
             capacity = core.capacity
             self._send_from_watchdog(Heartbeat())
             memory = (capacity.weight_bytes, capacity.activation_bytes, capacity.graph_bytes)
@@ -83,6 +87,8 @@ class EngineCoreProcess:
         finally:
             if core is not None:
                 core.shutdown()
+            elif self._rank_processes is not None:
+                self._rank_processes.kill()
             self._context.destroy(linger=2000)
 
     def _run_busy_loop(self, core: EngineCore) -> None:

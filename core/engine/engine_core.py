@@ -56,11 +56,12 @@ class EngineCore:
     one step late, and the one token sampled after it is dropped.
     """
 
-    def __init__(self, config: EngineConfig, policy: BatchingPolicy | None = None) -> None:
-        """``policy``: an object to schedule with, in place of a new one of the class that ``config`` names."""
-        self.config = config
-        self._given_policy = policy
-        self.executor: Executor = make_executor(config)
+    def __init__(
+        self, config: EngineConfig, policy: BatchingPolicy | None = None, executor: Executor | None = None
+    ) -> None:
+        """``policy``, ``executor``: objects to use in place of new ones of the classes that ``config`` names."""
+        self.config, self._given_policy = config, policy
+        self.executor = executor or make_executor(config)
         # First: its backend reads the tokenizer in a thread, while the workers load the model.
         self._structured_outputs = StructuredOutputManager(config, self.executor.allocate_mask_block)
         self.capacity = self.executor.start()

@@ -10,16 +10,24 @@ from quire.core.contracts.executor import Executor
 from quire.core.messages import SchedulerOutput
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
+from quire.core.worker.multiproc.executor import MultiprocExecutor
+from quire.core.worker.multiproc.rank_processes import RankProcesses
 
 __all__ = ["make_executor"]
 
 
-def make_executor(config: EngineConfig) -> Executor:
+def make_executor(config: EngineConfig, processes: RankProcesses | None = None) -> Executor:
     """The executor that ``config`` names, not yet started. With ``capture_shapes`` its methods that run a step are
-    wrapped; without it they are the plugin's own."""
+    wrapped; without it they are the plugin's own. ``processes`` were started while the configuration was built: an
+    executor that has no use for them ends them."""
     choice = config.plugin("executor")
     executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
     executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
+    if processes is not None:
+        if isinstance(executor, MultiprocExecutor) and processes.size == config.parallel.tensor_parallel_size:
+            executor.use_processes(processes)
+        else:
+            processes.kill()
     if config.capture_shapes is not None:
         _count_shapes(executor, config.capture_shapes)
     return executor

@@ -1,6 +1,6 @@
 """The process of an engine core: its parent's handle of it, and its entry point.
 
-It is ``python -m quire.core.engine.process FOLDER DEVICE PARENT``. This module imports nothing heavy, so that the
+It is ``python -m quire.core.engine.process FOLDER DEVICE RANKS PARENT``. This module imports nothing heavy, so that the
 process can be started before anything else.
 """
 
@@ -26,19 +26,22 @@ _DUMP_SIGNAL = signal.SIGUSR1
 _PARENT_POLL_S = 0.5
 _KILL_WAIT_S = 10.0
 """A process that waits for a device that does not answer may outlive SIGKILL: no end waits for it."""
+_MAX_EARLY_RANKS = 16
+"""More are started when the configuration has been checked."""
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class EngineProcess:
     """Starts when constructed: it imports what it needs, and initializes a GPU unless ``device`` is ``cpu``, while its
-    configuration is built. As a context manager it ends the process."""
+    configuration is built. Where ``num_ranks`` workers share a model, a process of each does so in its place. As a
+    context manager it ends the process."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", num_ranks: int = 1) -> None:
         # Blocked, and so in the child until it ignores them: Ctrl-C reaches the whole group, also while Python starts.
         mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
         try:
             self.folder = tempfile.mkdtemp(prefix="quire-")  # of the sockets: only this user can enter
-            command = [sys.executable, "-m", __name__, self.folder, device, str(os.getpid())]
+            command = [sys.executable, "-m", __name__, self.folder, device, str(num_ranks), str(os.getpid())]
             self._child = subprocess.Popen(command, env=child_environment(), stdin=subprocess.DEVNULL)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
@@ -104,12 +107,20 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
     faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
-    folder, device, parent_pid = sys.argv[1:]
+    folder, device, num_ranks, parent_pid = sys.argv[1:]
     watcher = threading.Thread(target=_end_with_parent, args=(folder, int(parent_pid)), daemon=True)
     watcher.start()
+    ranks = None
+    if 1 < int(num_ranks) <= _MAX_EARLY_RANKS:
+        from quire.core.errors import ConfigError
+        from quire.core.worker.multiproc.rank_processes import RankProcesses
+
+        with contextlib.suppress(ConfigError):  # it comes again when the executor starts, and is reported
+            ranks = RankProcesses(int(num_ranks), device)
+            device = "cpu"
     from quire.core.engine.core_process import EngineCoreProcess  # seconds
 
-    return EngineCoreProcess(folder, device, int(parent_pid)).run()
+    return EngineCoreProcess(folder, device, int(parent_pid), ranks).run()
 
 
 def _end_with_parent(folder: str, parent_pid: int) -> None:

@@ -69,8 +69,7 @@ class EngineRestarter:
         if config.recording is not None:  # its file is there already, and ends with the engine that wrote it
             recording = dataclasses.replace(config.recording, path=f"{config.recording.path}.{self.num_restarts}")
             config = dataclasses.replace(config, recording=recording)
-        has_workers = config.parallel.tensor_parallel_size > 1  # in processes of their own
-        client = EngineCoreClient(EngineProcess("cpu" if has_workers else config.model.device))
+        client = EngineCoreClient(EngineProcess(config.model.device, config.parallel.tensor_parallel_size))
         client.start_engine(config, self._log_level)
         return client
 

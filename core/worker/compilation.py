@@ -66,7 +66,7 @@ def precompile_kernels(run_warmup: Callable[[], None]) -> None:
 
 
 def _use_device_of_caller() -> Callable[[], None]:
-    """What a thread calls first, so that kernels are loaded onto the GPU on which they will be launched: a thread begins
+    """What a thread calls first, so that kernels are loaded onto the GPU on which they will be launched: threads begin
     with the first one, and a rank has one of its own."""
     if not torch.cuda.is_initialized():
         return lambda: None

@@ -72,6 +72,7 @@ class MultiprocExecutor(Executor):
         self._size = config.parallel.tensor_parallel_size
         self._codec = RankCodec()
         self._ranks: RankProcesses | None = None
+        self._early_processes: RankProcesses | None = None
         self._mask_blocks: list[tuple[NDArray[np.int32], SharedMemory]] = []
         self._num_steps = 0
         self._num_unchecked_tokens = 0
@@ -86,9 +87,13 @@ class MultiprocExecutor(Executor):
         """The processes, by rank: for tests and tools."""
         return [] if self._ranks is None else self._ranks.pids
 
+    def use_processes(self, processes: RankProcesses) -> None:
+        """Let the ranks be ``processes``, which were started before; otherwise ``start`` starts some."""
+        self._early_processes = processes
+
     def start(self) -> KVCapacity:
         """Start the ranks, which load and measure at the same time, and agree on the number of blocks."""
-        self._ranks = ranks = RankProcesses(self._size)
+        self._ranks = ranks = self._early_processes or RankProcesses(self._size, self.config.model.device)
         self._replies = [{} for _ in range(self._size)]
         try:
             level = logging.getLevelName(_log.getEffectiveLevel())

@@ -1,4 +1,4 @@
-"""The entry point of a rank's process: ``python -m ...multiproc.rank_main RANK SIZE SOCKET STORE PARENT``.
+"""The entry point of a rank's process: ``python -m ...multiproc.rank_main RANK SIZE DEVICE SOCKET STORE PARENT``.
 
 It imports nothing heavy before it is sure to end with its parent.
 """
@@ -26,12 +26,13 @@ def main() -> int:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
+    device = sys.argv.pop(3)
     rank, size, socket_fd, store_fd, parent_pid = (int(word) for word in sys.argv[1:])
     _end_with_parent(parent_pid)
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     from quire.core.worker.multiproc.rank_worker import RankWorker  # seconds
 
-    return RankWorker(rank, size, socket.socket(fileno=socket_fd), store_fd).run()
+    return RankWorker(rank, size, device, socket.socket(fileno=socket_fd), store_fd).run()
 
 
 def _end_with_parent(parent_pid: int) -> None:

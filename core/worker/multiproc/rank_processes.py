@@ -59,7 +59,10 @@ class RankProcesses:
     one, so that sending never waits. Each answers over a socket of its own, whose end is the end of the process.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "auto") -> None:
+        """``device``: unless it is ``cpu``, each initializes the GPU of its number, if it is there."""
+        self.size = size
+        self._device = device
         self._ring = RingWriter(_RING_BYTES, size)
         listener = socket.create_server(("127.0.0.1", 0), backlog=size)
         self.store_port: int = listener.getsockname()[1]
@@ -191,7 +194,7 @@ class RankProcesses:
     def _start_process(self, rank: int, size: int, listener: socket.socket) -> None:
         ours, theirs = socket.socketpair()
         listener_fd = listener.fileno() if rank == 0 else -1
-        words = [str(number) for number in (rank, size, theirs.fileno(), listener_fd, os.getpid())]
+        words = [str(word) for word in (rank, size, self._device, theirs.fileno(), listener_fd, os.getpid())]
         process = subprocess.Popen(
             [sys.executable, "-m", "quire.core.worker.multiproc.rank_main", *words],
             env={**_GLOO_STAYS_ON_THIS_HOST, **child_environment()},

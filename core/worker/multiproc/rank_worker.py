@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
@@ -65,8 +66,12 @@ class RankWorker:
     """Runs until the executor closes the socket. The main thread launches steps; on a GPU another one waits for what
     they sampled, so that the next step is launched meanwhile."""
 
-    def __init__(self, rank: int, size: int, connection: socket.socket, store_fd: int) -> None:
+    def __init__(self, rank: int, size: int, device: str, connection: socket.socket, store_fd: int) -> None:
         self._rank, self._size = rank, size
+        with contextlib.suppress(Exception):  # what is wrong comes again, and is reported, when the worker starts
+            if device != "cpu" and torch.cuda.is_available():
+                torch.cuda.set_device(rank)
+                torch.zeros(1, device="cuda")  # creates the context
         self._socket, self._store_fd = connection, store_fd
         self._send_lock = threading.Lock()
         self._codec, self._send_codec = RankCodec(), RankCodec()
@@ -179,7 +184,7 @@ class RankWorker:
                 self.worker.execute_model(message.step)
                 return
             readback = self.worker.execute_step(message.step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failed_number = message.number
             self._note_failure(message.number, error)
             return
@@ -191,7 +196,7 @@ class RankWorker:
             return
         try:
             readback = self.worker.sample_tokens(self._read_masks(message))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._note_failure(number, error)
             return
         self._after_results(lambda: self._send_result(number, readback))
@@ -208,7 +213,7 @@ class RankWorker:
     def _send_result(self, number: int, readback: Readback) -> None:
         try:
             output = readback.result()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._note_failure(number, error)
             return
         if output.quarantined:
@@ -216,7 +221,7 @@ class RankWorker:
         if self._rank == 0 or output.quarantined:
             self._send(StepDone(number, output))
 
-    def _note_failure(self, number: int, error: Exception) -> None:
+    def _note_failure(self, number: int, error: BaseException) -> None:
         text = _format_error(error)
         self._keep_outcome(number, f"raised {type(error).__name__}")
         plugin = None if self._frames is None else self._frames.find_raiser(error)
