@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,8 @@ from quire.core.messages import SchedulerOutput
 
 __all__ = ["AdapterRunner", "CopyLimits"]
 
+_log = logging.getLogger("quire.worker")
+
 
 @dataclass(frozen=True, slots=True)
 class CopyLimits:
@@ -35,12 +38,23 @@ class _Copy(NamedTuple):
     source: Tensor
 
 
+@dataclass(slots=True)
+class _SlotLoad:
+    """An adapter on its way into a slot."""
+
+    tensors: Future[list[AdapterTensors]]
+    copies: deque[_Copy] | None = (
+        None  # what is not queued yet, oldest first; None: the tensors have not been looked at
+    )
+
+
 class AdapterRunner:
     """Loads adapters in two phases, so that no step waits for one.
 
-    *Staging* reads an adapter in a thread and leaves its tensors in host memory (pinned, on a GPU) as the slots hold
-    them. *Loading* copies them into a slot on the device, behind the steps that are launched and some before each step
-    that follows; a step that names the slot gets the rest first. So a step uses what was loaded before it, whole.
+    *Staging* reads an adapter in a thread and leaves its tensors in host memory as the slots hold them. *Loading*
+    copies them into a slot: on a GPU first, in another thread, into pinned memory, of which enough for one adapter is
+    kept; then to the device, behind the steps that are launched and some before each step that follows. A step that
+    names the slot gets the rest first. So a step uses what was loaded before it, whole.
     """
 
     def __init__(
@@ -56,10 +70,11 @@ class AdapterRunner:
         self._num_scheduled_tokens = np.zeros(0, np.int32)  # (num_reqs,) likewise
         self._prepared: NDArray[np.int32] | None = None  # what a captured step was prepared with last
         self._staged: dict[int, Future[list[AdapterTensors]]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._reading_pool = ThreadPoolExecutor(1, thread_name_prefix="quire-read-adapter")
+        self._pinning_pool = ThreadPoolExecutor(1, thread_name_prefix="quire-pin-adapter")
         self._adapter_of_slot: dict[int, int] = {}
         self._has_copied = False  # before a step, since ``load_adapter`` asked last
-        self._copies: dict[int, deque[_Copy]] = {}  # by slot: what is not copied yet, oldest first
+        self._loads: dict[int, _SlotLoad] = {}  # by slot
 
     @property
     def is_active(self) -> bool:
@@ -73,9 +88,7 @@ class AdapterRunner:
         staged: call again to ask. Raises ``CheckpointError`` where it cannot be used, and forgets it."""
         future = self._staged.get(adapter_id)
         if future is None:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-adapters")
-            self._staged[adapter_id] = self._pool.submit(self._make_tensors, Path(path), content_hash or None)
+            self._staged[adapter_id] = self._reading_pool.submit(self._make_tensors, Path(path), content_hash or None)
             return False
         if not future.done():
             return False
@@ -93,27 +106,27 @@ class AdapterRunner:
             if not self._has_copied:
                 self._copy_some()
             self._has_copied = False
-            return slot not in self._copies
+            return slot not in self._loads
         if adapter_id not in self._staged:
             raise InvalidRequestError(f"adapter {adapter_id} is not staged; call stage_adapter first", "adapter_id")
         tensors = self._take_tensors(adapter_id)
         self.unload_adapter(slot)
-        self._copies[slot] = deque(
-            _Copy(buffer[: len(source)], source)
-            for buffers, sources in zip(self._list_buffers(slot), tensors, strict=True)
-            for buffer, source in zip(buffers, sources, strict=True)
-            if source is not None
+        is_on_gpu = self._device.type == "cuda"
+        self._loads[slot] = _SlotLoad(
+            self._pinning_pool.submit(_pin_tensors, tensors, self._list_buffers(slot))
+            if is_on_gpu
+            else self._staged[adapter_id]
         )
         self._adapter_of_slot[slot] = adapter_id
         if self._copy_limits is None:
-            self._finish_copies(slot)
-        return slot not in self._copies
+            self._finish_load(slot)
+        return slot not in self._loads
 
     @torch.inference_mode()
     def unload_adapter(self, slot: int) -> None:
         """From the next step on ``slot`` changes nothing."""
         self._check_slot(slot)
-        self._copies.pop(slot, None)
+        self._loads.pop(slot, None)
         self._adapter_of_slot.pop(slot, None)
         self._method.clear_slot(slot)
 
@@ -125,8 +138,7 @@ class AdapterRunner:
 
     def reserve_pinned_memory(self) -> None:
         """Let torch keep pinned memory for one adapter of the largest rank: to pin more waits for the device."""
-        buffers = [buffer for of_layer in self._list_buffers(0) for buffer in of_layer]
-        blocks = [torch.empty_like(buffer, device="cpu", pin_memory=True) for buffer in buffers]
+        blocks = [_make_pinned(buffer) for buffers in self._list_buffers(0) for buffer in buffers]
         blocks.clear()
 
     # ---- steps
@@ -138,9 +150,9 @@ class AdapterRunner:
             self._slot_of_row[request.row] = request.adapter_slot
         self._step_slots, self._num_scheduled_tokens = self._slot_of_row[step.rows], step.num_scheduled_tokens
         self._method.is_active = bool((self._step_slots >= 0).any())
-        if self._copies:
-            for slot in [slot for slot in self._copies if slot in self._step_slots]:
-                self._finish_copies(slot)
+        if self._loads:
+            for slot in [slot for slot in self._loads if slot in self._step_slots]:
+                self._finish_load(slot)
             self._copy_some()
             self._has_copied = True
 
@@ -197,7 +209,7 @@ class AdapterRunner:
         )
         tensors = [self._method.make_tensors(adapter)]
         tensors += [layer.make_tensors(adapter) for layer in self._adapters.layers.values()]
-        return [_pin(of_layer) for of_layer in tensors] if self._device.type == "cuda" else tensors
+        return tensors
 
     def _take_tensors(self, adapter_id: int) -> list[AdapterTensors]:
         try:
@@ -208,22 +220,36 @@ class AdapterRunner:
 
     @torch.inference_mode()
     def _copy_some(self) -> None:
-        if not self._copies or self._copy_limits is None:
+        if not self._loads or self._copy_limits is None:
             return
         num_bytes, num_tensors = self._copy_limits.num_bytes, self._copy_limits.num_tensors
-        for slot in list(self._copies):
-            while self._copies[slot] and num_bytes > 0 and num_tensors > 0:
-                copy = self._copies[slot].popleft()
+        for slot, load in list(self._loads.items()):
+            if not load.tensors.done():
+                continue
+            copies = self._list_copies(slot, load)
+            while copies and num_bytes > 0 and num_tensors > 0:
+                copy = copies.popleft()
                 copy.destination.copy_(copy.source, non_blocking=True)
                 num_bytes -= copy.source.nbytes
                 num_tensors -= 1
-            if not self._copies[slot]:
-                del self._copies[slot]
+            if not copies:
+                del self._loads[slot]
 
     @torch.inference_mode()
-    def _finish_copies(self, slot: int) -> None:
-        for copy in self._copies.pop(slot):
+    def _finish_load(self, slot: int) -> None:
+        for copy in self._list_copies(slot, self._loads.pop(slot)):
             copy.destination.copy_(copy.source, non_blocking=True)
+
+    def _list_copies(self, slot: int, load: _SlotLoad) -> deque[_Copy]:
+        """What is not queued yet. Waits for the tensors."""
+        if load.copies is None:
+            load.copies = deque(
+                _Copy(buffer[: len(source)], source)
+                for buffers, sources in zip(self._list_buffers(slot), load.tensors.result(), strict=True)
+                for buffer, source in zip(buffers, sources, strict=True)
+                if source is not None
+            )
+        return load.copies
 
     def _check_slot(self, slot: int) -> None:
         num_slots = self._method.limits.num_slots
@@ -231,5 +257,21 @@ class AdapterRunner:
             raise InvalidRequestError(f"slot {slot} is none of the {num_slots} slots", "slot")
 
 
-def _pin(tensors: Sequence[Tensor | None]) -> AdapterTensors:
-    return [None if tensor is None else tensor.pin_memory() for tensor in tensors]
+def _pin_tensors(tensors: list[AdapterTensors], buffers: list[Sequence[Tensor]]) -> list[AdapterTensors]:
+    """Copies in pinned memory, or the tensors themselves where there is none left: copies to the device then wait."""
+    try:
+        return [
+            [
+                None if source is None else _make_pinned(buffer)[: len(source)].copy_(source)
+                for buffer, source in zip(buffers_of_layer, sources, strict=True)
+            ]
+            for buffers_of_layer, sources in zip(buffers, tensors, strict=True)
+        ]
+    except RuntimeError as error:
+        _log.warning("an adapter is copied from memory that is not pinned, which steps wait for: %s", error)
+        return tensors
+
+
+def _make_pinned(buffer: Tensor) -> Tensor:
+    """Of ``buffer``'s size, also for a smaller rank: torch keeps pinned blocks by their size."""
+    return torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
