@@ -32,6 +32,7 @@ __all__ = [
     "find_module_file",
     "import_entry_point",
     "list_hooks",
+    "list_start_code",
     "scan_entry_points",
 ]
 
@@ -134,6 +135,20 @@ def collect_registrations(
     except BaseException as error:
         raise PluginError(f"{dist} {version}: {format_error(error)}; mend or uninstall it") from error
     return registrations
+
+
+def list_start_code(dist: str) -> list[str]:
+    """What a distribution runs at the start of every Python process, each with its file: lines of ``.pth`` files that
+    are code, and modules that ``site`` imports. Reads files alone."""
+    found = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError, UnicodeDecodeError):
+        for file in importlib.metadata.distribution(dist).files or ():
+            if file.name in ("sitecustomize.py", "usercustomize.py"):
+                found.append(file.name)
+            elif file.suffix == ".pth" and len(file.parts) == 1:
+                lines = Path(str(file.locate())).read_text("utf-8").splitlines()
+                found += [f"{file.name}: {line.strip()}" for line in lines if line.startswith(("import ", "import\t"))]
+    return found
 
 
 def list_hooks(plugin: Any) -> list[str]:

@@ -14,6 +14,7 @@ from quire.core.errors import QuireError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import KINDS
 from quire.server.cli.plugins_bench import add_bench_flags, run_bench, split_or_find
+from quire.server.cli.plugins_diff import add_diff_flags, format_diff, make_diff_report, write_record
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 from quire.server.cli.plugins_report import doctor_report, explain_report, list_report
 
@@ -25,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser: argparse.ArgumentParser = subparsers.add_parser("plugins", help="list, explain and check plugins")
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(
-        dest="plugins_command", required=True, metavar="{list,doctor,explain,check,bench,new}"
+        dest="plugins_command", required=True, metavar="{list,doctor,explain,check,bench,diff,record,new}"
     )
     listing = commands.add_parser("list", help="what is installed, from where, what is active and why")
     listing.add_argument("kind", nargs="?", help=f"one kind alone: {', '.join(KINDS)}")
@@ -35,6 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     check = commands.add_parser("check", help="run the conformance checks of its kind on one plugin")
     bench = commands.add_parser("bench", help="time one plugin beside every other of its kind")
     add_bench_flags(bench)
+    diff = commands.add_parser("diff", help="what another version changes for a package; exit 1 if something breaks")
+    record = commands.add_parser("record", help="write the contracts of this version, for diff")
+    add_diff_flags(diff, record)
     new = commands.add_parser("new", help="write a package for one plugin, which works and passes its test")
     new.add_argument("new_kind", metavar="KIND", help=f"one of {', '.join(NEW_KINDS)}")
     new.add_argument("name", metavar="NAME", help="for example shortest-first; of a model, its architecture")
@@ -60,6 +64,12 @@ def run(args: argparse.Namespace) -> int:
         package = NewPackage.from_words(args.new_kind, args.name)
         print(package.format_next_steps(package.write(args.into)))
         return 0
+    if args.plugins_command == "record":
+        print(write_record(args.file))
+        return 0
+    if args.plugins_command == "diff":
+        report = make_diff_report(args.old, args.new, args.package)
+        return _print_report(args, report, format_diff) or int(report["breaking"] > 0)
     manager = PluginManager(getattr(args, "plugin", ()))
     if args.plugins_command == "list":
         return _print_report(args, list_report(manager, args.device, args.kind), _format_list)
@@ -187,6 +197,7 @@ def _format_doctor(report: dict[str, Any]) -> str:
         offers = ", ".join([*entry["plugins"], *(f"the hook {hook}" for hook in entry["hooks"])]) or "nothing"
         took = "" if entry["import_s"] is None else f", imported in {entry['import_s']:.2f} s"
         lines.append(f"{entry['dist']} {entry['version']} ({entry['name']} = {entry['value']}): offers {offers}{took}")
+        lines.extend(f"    runs at every start of Python: {line}" for line in entry["start_code"])
     lines.extend(f"! {p['problem']}" for p in report["problems"])
     count = len(report["problems"])
     lines.append("no problems" if not count else f"{count} problem{'s' if count > 1 else ''}")

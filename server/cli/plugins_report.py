@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin import hookspecs
-from quire.core.plugin.discovery import PluginEntryPoint, find_module_file
+from quire.core.plugin.discovery import PluginEntryPoint, find_module_file, list_start_code
 from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
 from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration, suggest_names
 from quire.core.plugin.target import Resolution, find_missing_requirement
@@ -93,12 +94,16 @@ def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
             problems.extend(
                 {"dist": registration.dist, "problem": text} for text in _describe_clashes(manager, registration)
             )
+    start_code = {result.entry.dist: list_start_code(result.entry.dist) for result in probes}
+    for entry in {result.entry.dist: result.entry for result in probes}.values():
+        texts = _describe_start_code(f"{entry.dist} {entry.version}", start_code[entry.dist])
+        problems.extend({"dist": entry.dist, "problem": text} for text in texts)
     host = inspect_host()
     problems.extend({"dist": "this machine", "problem": text} for text in _find_host_problems(host))
     checked = [
         asdict(p.entry)
         | {"file": p.entry.file, "import_s": p.import_s, "hooks": list(p.hooks)}
-        | {"plugins": [_format_name(r) for r in p.registrations]}
+        | {"plugins": [_format_name(r) for r in p.registrations], "start_code": start_code[p.entry.dist]}
         for p in probes
     ]
     return {"version": __version__, "api": GROUP, "host": host, "third_party": checked, "problems": problems}
@@ -110,6 +115,15 @@ def split_subject(subject: str) -> tuple[str, str]:
     if not slash or not name:
         raise PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs")
     return Kind.from_name(kind).key, name
+
+
+def _describe_start_code(dist: str, lines: Sequence[str]) -> list[str]:
+    """Of what it runs at every start, all but the finder of an editable install, which setuptools writes."""
+    return [
+        f"{dist}: runs code in every Python process: {line:.160}; read it, and uninstall what you did not expect"
+        for line in lines
+        if not line.startswith("__editable__")
+    ]
 
 
 def _probe_unseen(manager: PluginManager) -> list[Probe]:

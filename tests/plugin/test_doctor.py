@@ -53,6 +53,11 @@ def site(tmp_path_factory, distribution, policy_source):
     distribution(site, "quirelike", "quirelike", "1/0", group="quirelike.v1")
     distribution(site, "quire-value", "quire_value", "1/0", value="quire-value")
     distribution(site, "Strange..Name__Z", "strange_name", "1/0")
+    distribution(site, "quire-start", "quire_start", policy_source.format(name="started"))
+    (site / "quire_start.pth").write_text("# a comment\nimport quire_start_early\n")
+    (site / "__editable__.quire_start.pth").write_text("import __editable___quire_start_finder\n")
+    record = "quire_start.py,,\nquire_start.pth,,\n__editable__.quire_start.pth,,\nsitecustomize.py,,\n"
+    (site / "quire_start-2.5.dist-info" / "RECORD").write_text(record)
     return site
 
 
@@ -73,6 +78,8 @@ def report(site, quire):
         ("quire-glued", "entry-point group 'quirev1' is never read; rename it to 'quire.v1'"),
         ("quire-value", "entry point main = 'quire-value' is not a module or module:object"),
         ("Strange..Name__Z", "cannot be imported: ZeroDivisionError"),
+        ("quire-start", "runs code in every Python process: quire_start.pth: import quire_start_early; read it"),
+        ("quire-start", "runs code in every Python process: sitecustomize.py"),
     ],
 )
 def test_the_doctor_names_each_with_its_reason(report, name, reason):
@@ -91,6 +98,7 @@ def test_the_doctor_has_nothing_against_the_good_one(report):
 def test_the_doctor_in_words(site, quire):
     result = quire("plugins", "doctor", site=site, code=1)
     assert re.search(r"^! quire-raises 2\.5 .*; mend or uninstall it$", result.stdout, re.MULTILINE)
+    assert "    runs at every start of Python: __editable__.quire_start.pth: import" in result.stdout
     assert result.stderr == "" and "hello" not in result.stdout.splitlines()
 
 
