@@ -18,6 +18,7 @@ from quire.core.testing.tiny_adapters import make_tiny_adapter
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.core.worker.cuda_graphs.decode import DecodeGraphs
 from quire.core.worker.cuda_graphs.prefill import PrefillGraphs
+from quire.plugins.spec_decode.eagle3 import Eagle3Proposer
 from quire.testing import assert_matches_reference
 
 SLOTS = [-1, 0, 1, 2, 3, 0, -1, 2]
@@ -98,11 +99,16 @@ def test_chunks_preemption_several_answers_and_cached_prefixes(make_llm, folders
     assert stats["num_preemptions_total"] > 0 and stats["prefix_cache_hits_total"] > 0
 
 
-@pytest.mark.parametrize("proposer", ["itself", "ngram", "random", "repeater"])
-def test_drafts_have_no_adapter_and_change_nothing(make_llm, base, folders, references, proposer: str) -> None:
+@pytest.mark.parametrize("proposer", ["itself", "eagle3", "ngram", "random", "repeater"])
+def test_drafts_have_no_adapter_and_change_nothing(
+    make_llm, base, folders, references, tmp_path: Path, proposer: str
+) -> None:
     settings = dict(PROPOSERS[proposer])
     if "speculative_model" in settings:
         settings["speculative_model"] = str(base)
+    if proposer == "eagle3":  # it reads hidden states of the target, the adapters' part in them
+        Eagle3Proposer.save_example_model(base, tmp_path)
+        settings["speculative_model"] = str(tmp_path)
     llm = make_llm(num_speculative_tokens=2, speculative_config={"adaptive": False}, **settings)
     load_adapters(llm, folders)
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
