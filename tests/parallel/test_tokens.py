@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from tests.quant.test_fixtures import FIXTURES, NAMES
 
-from quire import RequestOutput
+from quire import LLM, RequestOutput
 from quire.core.errors import ConfigError
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.testing.tiny_models import make_tiny_model
@@ -52,6 +53,23 @@ def test_tokens_are_those_of_one_rank(folders, expected, family: str, proposer: 
         assert stats["num_preemptions_total"] > 0 and stats["prefix_cache_hits_total"] > 0
         assert proposer in ("none", "suffix") or stats["spec_decode_num_draft_tokens_total"] > 0
         assert_same(llm, expected[family], params[:4])
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", NAMES)
+def test_every_quantization(folders: ModelFolders, name: str) -> None:
+    """Packed shards under requests of every kind, with drafts and without."""
+    params, prompts = make_params(8), [[token % 60 for token in prompt] for prompt in PROMPTS]
+    params = [each for each in params if each.structured_outputs is None and each.allowed_token_ids is None]
+    arguments = {"tokenizer": str(folders.get("llama")), "max_model_len": 160, "max_num_seqs": 8, "device": "cpu"}
+    answers = []
+    for size, proposer in ((1, "none"), (2, "ngram"), (4, "none")):
+        ranks = {} if size == 1 else {"tensor_parallel_size": size, "executor": EXECUTOR}
+        llm = LLM(str(FIXTURES / name), **arguments, **ranks, **PROPOSERS[proposer], cpu_threads=1)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts[: len(params)]], params)
+        answers.append([each.token_ids for output in outputs for each in output.outputs])
+        llm.shutdown()
+    assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.parametrize("proposer", ["draft", pytest.param("eagle3", marks=pytest.mark.parallel)])
