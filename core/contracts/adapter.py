@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.quant import LayerInfo
+from quire.core.ops.norm import rms_norm
 
 __all__ = ["AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"]
 
@@ -60,6 +61,11 @@ class AdapterLayer(ABC):
         their bits. Of a row-sharded layer both are this rank's share, and ``out`` is summed over the ranks later.
         Allocates no memory that must outlive the step, and reads no device tensor on the host: it may be captured.
         """
+
+    def apply_after_norm(self, x: Tensor, norm: tuple[Tensor, float], out: Tensor) -> None:
+        """``apply`` of the RMS norm of ``x``, with ``norm``'s weight (in_features,) and epsilon: where a layer's own
+        kernel norms its input, and does not show it."""
+        self.apply(rms_norm(x, *norm)[0], out)
 
 
 class AdapterMethod(ABC):

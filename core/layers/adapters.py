@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from quire.core import ops
 from quire.core.contracts.adapter import AdapterLayer, AdapterMethod
 from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantActivation
 
@@ -113,11 +112,14 @@ class AdaptedLinearMethod(LinearMethod):
         if activation is not None:
             return None
         out = self.inner.apply_fused(layer, x, bias, norm=norm, residual=residual)
-        if out is not None:
-            native = _get_native(x)
-            # A kernel that norms its input does not show the result. It is normed once more rather than apart, so
-            # that rows without adapters keep their bits.
-            self._adapter_layer.apply(native if norm is None else ops.rms_norm(native, *norm)[0], out)
+        if out is None:
+            return None
+        # A kernel that norms its input does not show the result. The adapters norm it once more, rather than both
+        # reading what a third kernel normed, so that rows without adapters keep their bits.
+        if norm is None:
+            self._adapter_layer.apply(_get_native(x), out)
+        else:
+            self._adapter_layer.apply_after_norm(_get_native(x), norm, out)
         return out
 
 

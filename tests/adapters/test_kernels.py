@@ -103,6 +103,25 @@ def test_many_tokens_are_cut_into_long_segments(device: str, dtype: torch.dtype,
     assert (out.cpu().double() - exact).norm() <= tolerance * exact.norm()
 
 
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), [PLACES[0], PLACES[1]])
+@pytest.mark.parametrize("slots", [[2], [1, -1, 0, 1, 4, 3, -1, 2]], ids=["one token", "mixed"])
+def test_a_norm_is_folded_in(device: str, dtype: torch.dtype, tolerance: float, slots: list[int]) -> None:
+    problem = Problem(device, dtype, (48, 16, 16), 1100, 32)
+    x, out = problem.make_rows(len(slots))
+    x, weight = x * 3, torch.rand(1100).to(device, dtype) + 0.5
+    normed = torch.nn.functional.rms_norm(x.double(), (1100,), weight.double(), 1e-5)
+    exact, before = problem.compute_exact(normed, out, slots), out.clone()
+    twin, batch = out.clone().cpu(), problem.make_batch(slots, is_captured=True)
+    sizes, norm = problem.part_sizes, (weight, 1e-5)
+    launch_lora(x, out, problem.a, problem.b, problem.ranks, sizes, batch, norm)
+    operands = [tensor.cpu() for tensor in (problem.a, problem.b, problem.ranks)]
+    apply_lora(x.cpu(), twin, *operands, sizes, batch, (weight.cpu(), 1e-5))
+    base = torch.tensor(slots) < 0
+    for got in (out.cpu(), twin):
+        assert (got.double() - exact).norm() <= max(tolerance, 3e-6) * exact.norm()
+        assert torch.equal(got[base], before.cpu()[base]), "a row without an adapter changed"
+
+
 def test_what_lies_beyond_a_rank_is_not_read() -> None:
     """Another adapter's weights, or numbers that are none."""
     problem = Problem("cpu", torch.float32, (32, 16), 64, 32)

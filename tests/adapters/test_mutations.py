@@ -24,7 +24,7 @@ MUTATIONS = [
          "check_slots_hold_other_adapters"),
         ("apply_one_adapter(x, out, self._a[slot], self._b[slot], sizes)",
          "apply_one_adapter(x, out, self._a[0], self._b[0], sizes)", "check_a_token_does_not_depend_on_others"),
-        ("apply_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch)\n\n",
+        ("apply_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch, norm)\n\n",
          "apply_one_adapter(x, out, self._a[0], self._b[0], sizes)\n\n",
          "check_rows_without_an_adapter_keep_their_bits"),
         ("module_shapes=module_shapes, dtype", "module_shapes=None, dtype", "check_other_modules_are_refused_by_name"),

@@ -14,7 +14,9 @@ from quire.sdk import AdapterLimits
 __all__ = ["ADAPTERS"]
 
 
-def lora(num_tokens: int, part_sizes: tuple[int, ...], inputs: int, max_rank: int, half: bool = False) -> None:
+def lora(
+    num_tokens: int, part_sizes: tuple[int, ...], inputs: int, max_rank: int, half: bool = False, norm: bool = False
+) -> None:
     """With PDL, where the target has it."""
     dtype = torch.float16 if half else torch.bfloat16
     batch = AdapterBatch(AdapterLimits(8, max_rank, 4096, dtype, torch.device("cpu")))
@@ -28,11 +30,12 @@ def lora(num_tokens: int, part_sizes: tuple[int, ...], inputs: int, max_rank: in
         torch.empty(8, parts, dtype=torch.int32),
         part_sizes,
         batch,
+        (torch.empty(inputs, dtype=dtype), 1e-5) if norm else None,
     )
 
 
 ADAPTERS = {
-    "lora-qkv-1": partial(lora, 1, (4096, 1024, 1024), 4096, 16),
+    "lora-qkv-1": partial(lora, 1, (4096, 1024, 1024), 4096, 16, norm=True),
     "lora-qkv-300-f16": partial(lora, 300, (4096, 1024, 1024), 4096, 64, half=True),
     "lora-gate-up-64": partial(lora, 64, (14336, 14336), 4096, 16),
     "lora-down-256-rank-64": partial(lora, 256, (4096,), 14336, 64),

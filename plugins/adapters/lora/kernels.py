@@ -10,6 +10,9 @@ An adapter's rank is read on the device: what a slot leaves unused is neither lo
 by the number of tokens, so both may be captured; programs of empty segments exit. Both are started while the kernel
 before still runs (PDL): segments and ranks are copied before the step, so they are read before the wait.
 
+An RMS norm before the layer may be folded in, as ``gemm_small_m`` does: with ``s = 1 / sqrt(mean(x^2) + eps)``,
+``A (g * x * s) = s * A (g * x)``, and the squares are summed beside the products.
+
 Shapes: ``x`` (M, K), A (slots, parts, R, K), B (slots, R, N), ``v`` (splits, M, parts, R) float32, ``out`` (M, N).
 Grid: shrink ``(segments, parts * R / 16, splits)``; expand ``(segments, tiles of N)``.
 """
@@ -31,12 +34,21 @@ _BLOCK_N = 128
 _MAX_PARTS = 3
 
 
-def launch_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, part_sizes: tuple[int, ...],
-                batch: AdapterBatch) -> None:  # fmt: skip
+def launch_lora(
+    x: Tensor,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    part_sizes: tuple[int, ...],
+    batch: AdapterBatch,
+    norm: tuple[Tensor, float] | None = None,
+) -> None:
     """Add to ``out`` (num_tokens, features) what the adapters of ``batch`` make of ``x`` (num_tokens, inputs).
 
     ``a`` (slots, parts, max_rank, inputs), ``b`` (slots, max_rank, features), the scaling in it, ``ranks`` (slots,
     parts) int32, 0 where an adapter leaves a part alone. ``part_sizes``: features of each part, three parts at most.
+    ``norm``, weight (inputs,) and epsilon: the adapters read the RMS norm of ``x``.
     """
     num_tokens, inputs = x.shape
     _, parts, max_rank, _ = a.shape
@@ -47,7 +59,10 @@ def launch_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, par
     enable_pdl = supports_pdl(x.device)
     splits = choose_splits(num_tokens, inputs)
     v = torch.empty(splits, num_tokens, parts * max_rank, dtype=torch.float32, device=x.device)
+    has_norm = norm is not None
+    squares = torch.empty(splits, num_tokens, parts, dtype=torch.float32, device=x.device) if has_norm else v
     options = {"max_rank": max_rank, "parts": parts, "rows": shape.max_rows, "block_r": _BLOCK_R, "splits": splits}
+    options |= {"inputs": inputs, "has_norm": has_norm}
     options |= {"enable_pdl": enable_pdl, "launch_pdl": enable_pdl}
     block_k = 128 if inputs % 128 == 0 or inputs > 128 else 64
     lora_shrink_kernel[(shape.num_segments, parts * (max_rank // _BLOCK_R), splits)](
@@ -56,10 +71,11 @@ def launch_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, par
         ranks,
         batch.segments,
         batch.token_indices,
+        x if norm is None else norm[0],
         v,
+        squares,
         num_tokens,
         batch.segments.stride(0),
-        inputs=inputs,
         block_k=block_k,
         num_warps=4,
         num_stages=3,
@@ -69,6 +85,7 @@ def launch_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, par
     tiles = sum(triton.cdiv(size, _BLOCK_N) for size in part_sizes)
     lora_expand_kernel[(shape.num_segments, tiles)](
         v,
+        squares,
         b,
         ranks,
         batch.segments,
@@ -76,6 +93,7 @@ def launch_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, par
         out,
         num_tokens,
         batch.segments.stride(0),
+        0.0 if norm is None else norm[1],
         size_0=sizes[0],
         size_1=sizes[1],
         size_2=sizes[2],
@@ -98,10 +116,13 @@ def lora_shrink_kernel(
     ranks_ptr,  # (slots, parts)
     segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
     tokens_ptr,  # (num_tokens,)
+    norm_ptr,  # (inputs,)
     v_ptr,  # (splits, num_tokens, parts * max_rank) float32, by sorted token
+    squares_ptr,  # (splits, num_tokens, parts) float32, likewise
     num_tokens,
     segment_stride,
     inputs: tl.constexpr,
+    has_norm: tl.constexpr,
     parts: tl.constexpr,
     max_rank: tl.constexpr,
     rows: tl.constexpr,
@@ -131,19 +152,30 @@ def lora_shrink_kernel(
         a_rows = a_ptr + ((slot * parts + part).to(tl.int64) * max_rank + offs_r)[None, :] * inputs
         mask_r = offs_r < rank
         acc = tl.zeros((rows, block_r), dtype=tl.float32)
+        squares = tl.zeros((rows, block_k), dtype=tl.float32)  # dropped by the compiler without a norm
         for k in range(first_k, first_k + split_k, block_k):
             mask_k = k + offs_k < inputs
             x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            if has_norm:  # all but the division by the root, which ``expand`` does for the few ranks
+                x_f32 = x.to(tl.float32)
+                squares += x_f32 * x_f32
+                g = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+                x = (x_f32 * g[None, :]).to(x.dtype)
             a = tl.load(a_rows + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_r[None, :], other=0.0)
             acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
         v_rows = v_ptr + (split * num_tokens + start + offs_m).to(tl.int64)[:, None] * (parts * max_rank)
         tl.store(v_rows + part * max_rank + offs_r[None, :], acc, mask=mask_m[:, None])
+        if has_norm:  # noqa: SIM102 - decided when it is compiled, the other when it runs
+            if first_rank == 0:
+                of_rows = (split * num_tokens + start + offs_m).to(tl.int64) * parts + part
+                tl.store(squares_ptr + of_rows, tl.sum(squares, axis=1), mask=mask_m)
     pdl_launch_dependents(enable_pdl)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segment_stride"])
 def lora_expand_kernel(
     v_ptr,  # (splits, num_tokens, parts * max_rank) float32, by sorted token
+    squares_ptr,  # (splits, num_tokens, parts) float32, likewise
     b_ptr,  # (slots, max_rank, features)
     ranks_ptr,  # (slots, parts)
     segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
@@ -151,9 +183,12 @@ def lora_expand_kernel(
     out_ptr,  # (num_tokens, features)
     num_tokens,
     segment_stride,
+    eps,
     size_0: tl.constexpr,
     size_1: tl.constexpr,
     size_2: tl.constexpr,
+    inputs: tl.constexpr,
+    has_norm: tl.constexpr,
     parts: tl.constexpr,
     max_rank: tl.constexpr,
     rows: tl.constexpr,
@@ -183,6 +218,12 @@ def lora_expand_kernel(
         offs_n = tile * block_n + tl.arange(0, block_n)
         mask_n = offs_n < size
         acc = tl.zeros((rows, block_n), dtype=tl.float32)
+        if has_norm:
+            total = tl.zeros((rows,), dtype=tl.float32)
+            for split in tl.static_range(splits):
+                of_rows = (split * num_tokens + start + offs_m).to(tl.int64) * parts + part
+                total += tl.load(squares_ptr + of_rows, mask=mask_m, other=0.0)
+            scale = tl.rsqrt(total / inputs + eps)
         for r in range(0, rank, block_r):
             offs_r = r + tl.arange(0, block_r)
             mask_r = offs_r < rank
@@ -192,6 +233,8 @@ def lora_expand_kernel(
             v = tl.zeros((rows, block_r), dtype=tl.float32)
             for split in tl.static_range(splits):
                 v += tl.load(v_at + split * num_tokens.to(tl.int64) * (parts * max_rank), mask=mask_v, other=0.0)
+            if has_norm:
+                v *= scale[:, None]
             b_rows = b_ptr + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * features
             b = tl.load(b_rows + first + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(v.to(b.dtype), b, acc, input_precision="ieee")

@@ -25,6 +25,7 @@ from quire.sdk import (
     PeftAdapter,
     read_adapter,
 )
+from quire.sdk.ops import rms_norm
 
 __all__ = ["Lora", "LoraLayer"]
 
@@ -132,15 +133,26 @@ class LoraLayer(AdapterLayer):
 
     def apply(self, x: Tensor, out: Tensor) -> None:
         """By the kernels on a GPU; where all tokens have one adapter and the step is not captured, by the library."""
+        self._apply(x, out, None)
+
+    def apply_after_norm(self, x: Tensor, norm: tuple[Tensor, float], out: Tensor) -> None:
+        """In the same kernels; float16 would not hold the product of ``x`` and the norm's weight."""
+        if self._batch.single_slot is not None or x.dtype == torch.float16:
+            x, norm_in_kernel = rms_norm(x, *norm)[0], None
+        else:
+            norm_in_kernel = norm
+        self._apply(x, out, norm_in_kernel)
+
+    def _apply(self, x: Tensor, out: Tensor, norm: tuple[Tensor, float] | None) -> None:
         sizes, slot = self._info.part_sizes, self._batch.single_slot
         if slot is not None:
             apply_one_adapter(x, out, self._a[slot], self._b[slot], sizes)
         elif x.is_cuda:
             from quire.plugins.adapters.lora.kernels import launch_lora
 
-            launch_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch)
+            launch_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch, norm)
         else:
-            apply_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch)
+            apply_lora(x, out, self._a, self._b, self._ranks, sizes, self._batch, norm)
 
     def _take_rows(self, weights: LoraWeights, part: int) -> Tensor:
         """This rank's share of B of ``part``, times the scaling: (rank, rows)."""

@@ -5,13 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.plugins.adapters.lora.batch import AdapterBatch
+from quire.sdk.ops import rms_norm
 
 __all__ = ["apply_lora", "apply_one_adapter"]
 
 
-def apply_lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, part_sizes: tuple[int, ...],
-               batch: AdapterBatch) -> None:  # fmt: skip
+def apply_lora(
+    x: Tensor,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    part_sizes: tuple[int, ...],
+    batch: AdapterBatch,
+    norm: tuple[Tensor, float] | None = None,
+) -> None:
     """As ``kernels.launch_lora``, an adapter at a time."""
+    if norm is not None:
+        x = rms_norm(x, *norm)[0]
     for slot, tokens in batch.iter_slots():
         if int(ranks[slot].max()):
             rows = out[tokens]
