@@ -139,7 +139,9 @@ class RequestTable:
         last_column = self.token_ids.shape[1] - 1
         known_tokens = self.token_ids[rows[:, None], (base_len[:, None] + offset).clamp(max=last_column)]
         agrees = ((known_tokens == draft_tokens) | (offset >= num_sampled[:, None])).all(1)
-        draft_tokens = draft_tokens.gather(1, (offset + num_sampled[:, None]).clamp(max=longest - 1))
+        # Fewer tokens than the proposer saw: the step that brought the request failed, and nothing of the row counts.
+        agrees &= num_sampled >= 0
+        draft_tokens = draft_tokens.gather(1, (offset + num_sampled[:, None]).clamp(0, longest - 1))
         lengths = torch.where(agrees, longest - num_sampled, 0).clamp(min=0)
         place_drafts(draft_tokens, lengths, rows, self.sampling, self.num_drafts, vocab_size)
 

@@ -91,3 +91,10 @@ def test_host_drafts_are_kept_as_far_as_they_agree(
     assert table.num_drafts[1] == len(drafts) and table.token_ids[1, 3 : 3 + len(drafts)].tolist() == drafts
     assert table.num_drafts[2] == 1 and table.token_ids[2, 2] == 50
     assert table.num_tokens.tolist()[1:3] == [3, 2], "drafts are no tokens yet"
+
+
+def test_drafts_for_a_row_whose_request_never_came(table: RequestTable) -> None:
+    """The step that brought it failed, when the step that verifies its drafts was on its way."""
+    table.add_requests([new_request(1, [5, 6, 7]), new_request(2, [5, 6])])
+    table.place_host_drafts([HostDraft(1, 16, [50, 51]), HostDraft(2, 2, [50])], vocab_size=100)
+    assert table.num_drafts.tolist()[1:3] == [0, 1] and table.token_ids[2, 2] == 50
