@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.all_reduce import AllReduceKernels
+from quire.core.ops.device_profile import PROFILES, AllReduceLimits
 from quire.core.ops.kernels.all_reduce_kernel import (
     MAX_PROGRAMS,
     SymmetricLayout,
@@ -100,3 +102,32 @@ def test_programs_keep_to_their_own_memory() -> None:
     written = group.memory[0].nonzero()[:, 0]
     first = layout.rows_offset + MAX_PROGRAMS * 2 * 64  # the second buffer: calls count from 1
     assert first <= int(written.min()) and int(written.max()) < first + 2 * 64
+
+
+def test_the_kernel_is_chosen_by_the_size_of_the_message() -> None:
+    """One rank, whose flags are its own: the whole of a call, waiting included, again and again."""
+    layout = SymmetricLayout(1, max_row_bytes=256, max_bytes=4096)
+    memory = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+    limits = AllReduceLimits(one_shot_bytes=512, fused_norm_bytes=1024, two_shot_bytes=4096)
+    kernels = AllReduceKernels(0, torch.tensor([memory.data_ptr()]), layout, limits)
+    weight, wanted = torch.rand(64).half() + 0.5, ActivationFormat()
+    for rows in (1, 4, 3, 8, 1):  # 128 bytes each
+        x, residual = make_parts(2, rows, 64, torch.float16, rows)
+        summed, fused = kernels.all_reduce(x), kernels.all_reduce_add_norm(x, residual, weight, 1e-5, wanted)
+        assert summed is not None and torch.equal(summed, x)
+        assert fused is not None
+        expected, stream = launch_rms_norm(x, weight, 1e-5, residual, wanted)
+        assert torch.equal(fused[0], expected) and torch.equal(fused[1], stream)
+    x, residual = make_parts(2, 9, 64, torch.float16)
+    assert kernels.all_reduce_add_norm(x, residual, weight, 1e-5, wanted) is None, "beyond its limit"
+    assert torch.equal(kernels.all_reduce(x), x), "two shots"
+    others = [torch.zeros(33, 64).half(), torch.zeros(4, 64), torch.zeros(3, 33).half(), torch.zeros(4, 64).half().T]
+    assert all(kernels.all_reduce(each) is None for each in others), "too long, too wide a type, not eights, no rows"
+
+
+def test_cards_without_figures_leave_sums_to_nccl() -> None:
+    """So does a number of GPUs for which none are known."""
+    profiles = {profile.name: profile for profile in PROFILES}
+    assert profiles["A100"].get_all_reduce_limits(2) is None and profiles["H200"].get_all_reduce_limits(3) is None
+    limits = profiles["H200"].get_all_reduce_limits(2)
+    assert limits is not None and limits.one_shot_bytes <= limits.fused_norm_bytes <= limits.two_shot_bytes
