@@ -23,6 +23,7 @@ OTHER_PROGRAMS = {
         "--ipc",
         "--no-build-isolation",
         "--query-gpu",
+        "--upgrade",
         "--shm-size",
     ),
 }

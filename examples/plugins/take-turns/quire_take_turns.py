@@ -16,7 +16,8 @@ class TakeTurns(BatchingPolicy):
 
     @dataclass(frozen=True)
     class Options:
-        burst: int = 1  # requests that a tenant may queue in one turn
+        burst: int = 1
+        """Requests that a tenant may queue in one turn."""
 
         def __post_init__(self) -> None:
             if self.burst < 1:
