@@ -27,7 +27,7 @@ from quire.core.engine.process import EngineProcess
 from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
 from quire.core.engine.restarts import EngineRestarter, read_until_fault
-from quire.core.engine.step_failures import StepHealth
+from quire.core.engine.step_health import StepHealth
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.vllm_names import check_call_arguments
 from quire.core.engine.watchdog import PluginWatchdog
@@ -59,7 +59,6 @@ class AsyncLLM:
         self._request_counter = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
-        self.step_health = StepHealth()
         self._plugin_watchdog: PluginWatchdog | None = None
         self._output_handler: asyncio.Task[None] | None = None
         self._unavailable_reason: str | None = None
@@ -72,6 +71,7 @@ class AsyncLLM:
             built = build_config(args)
             self.config, self.plugins = built.config, built.plugins
             self._client.start_engine(self.config, log_level)
+            self.step_health = StepHealth(self.config)
             self._restarter = EngineRestarter(self.config, log_level)
             self.adapters = AdapterManager(AdapterRegistry(self.config), self.call_control)
             """The LoRA adapters: to load, unload and find by name."""
@@ -321,8 +321,8 @@ class AsyncLLM:
             self._is_dead = True
             self._fail_all_requests(str(error))
 
-    async def _handle_outputs(self, client: EngineCoreClient) -> None:
-        """Put outputs into the queues of their callers until the engine core is gone."""
+    async def _handle_outputs(self, client: EngineCoreClient) -> EngineFault:
+        """Put outputs into the queues of their callers until the engine core is gone, or its plugins keep failing."""
         while True:
             outputs = await client.get_outputs()
             processed = self._output_processor.process_outputs(outputs)
@@ -333,6 +333,8 @@ class AsyncLLM:
                 self._put_output(failed.request_id, failed.to_exception())
             self.steps.extend(outputs.steps)
             self.step_health.note_outputs(outputs)
+            if (fault := self.step_health.find_fault()) is not None:
+                return fault
             self._exporters.record_steps(outputs)
             if outputs.stats is not None:
                 self._stats.record(outputs.stats, outputs.quarantined)

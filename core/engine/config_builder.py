@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -27,10 +28,10 @@ from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
 from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import build_speculation_config, spread_speculative_config
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, PluginError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.registry import KINDS
+from quire.core.plugin.registry import KINDS, PROJECT
 
 __all__ = ["BuiltConfig", "build_config"]
 
@@ -72,7 +73,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     parallel = _build_parallel_config(args, device, hf_config)
     architecture = get_architecture(hf_config, partial(plugins.has_plugin, "model"))
     context.update(device=device, hf_config=hf_config, architectures=[architecture])
-    choices = {**choices_before_model, **_resolve_for_model(chooser, args, context, architecture)}
+    choices = {**choices_before_model, **_resolve_for_model(plugins, chooser, args, context, architecture)}
     _check_options(plugins, choices)
     max_context_len = get_context_length(hf_config)
     max_model_len = args.max_model_len or max_context_len
@@ -189,14 +190,24 @@ def _resolve_before_model(
 
 
 def _resolve_for_model(
-    chooser: PluginChooser, args: EngineArgs, context: dict[str, Any], architecture: str
+    plugins: PluginManager, chooser: PluginChooser, args: EngineArgs, context: dict[str, Any], architecture: str
 ) -> dict[str, PluginChoice]:
-    """The kinds whose choice needs the model or the device."""
-    return {
+    """The kinds whose choice needs the model or the device, and what takes the place of another author's if that keeps
+    failing: the bundled attention of the device, and the bundled loader of the checkpoint if it has one."""
+    choices = {
         "attention": chooser.choose("attention", args.attention_backend, context),
         "quant": chooser.choose("quant", args.quantization, context),
         "model": chooser.choose("model", architecture, context),
     }
+    bundled_attention = "triton" if context["device"] == "cuda" else "torch_sdpa"
+    for kind, name in (("attention", bundled_attention), ("quant", "auto")):
+        if choices[kind].is_bundled:
+            continue
+        with suppress(PluginError):
+            found = plugins.resolve_plugin(kind, name, context, announce=False)
+            if found.dist == PROJECT:
+                choices[f"{kind}_fallback"] = PluginChoice(kind, found.name, found.target, is_bundled=True)
+    return choices
 
 
 def _resolve_parsers(chooser: PluginChooser, args: EngineArgs, context: dict[str, Any]) -> dict[str, PluginChoice]:

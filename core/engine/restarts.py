@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -17,6 +18,7 @@ from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["EngineRestarter", "read_until_fault"]
 
+_log = logging.getLogger("quire.engine")
 _WINDOW_S = 3600.0
 _MIN_START_LIMIT_S = 120.0
 
@@ -24,9 +26,10 @@ _MIN_START_LIMIT_S = 120.0
 class EngineRestarter:
     """Starts engine processes after the first, as often as ``WatchdogConfig`` allows.
 
-    A plugin that hung, and that the engine can do without, is left out of the next: requests that run again would bring
-    it to the same place. That is one with a fallback in the configuration, which are policies and KV
-    allocators, and a draft proposer.
+    A plugin that hung or keeps failing, and that the engine can do without, is left out of the next: requests that run
+    again would bring it to the same place. That is one with a fallback in the configuration, which are policies, KV
+    allocators, attention and quantization of other authors, and a draft proposer. Where one keeps failing that has no
+    fallback there is no next engine.
     """
 
     def __init__(self, config: EngineConfig, log_level: str) -> None:
@@ -52,6 +55,8 @@ class EngineRestarter:
         limits = self._config.watchdog
         if limits.on_hang == "exit":
             return fault.reason
+        if fault.plugin is not None and fault.plugin.reason != "hung" and not self._can_leave_out(fault.plugin):
+            return f"{fault.reason}, and nothing can take its place; mend it or choose another"
         oldest = time.monotonic() - _WINDOW_S
         while self._restarted_at and self._restarted_at[0] < oldest:
             self._restarted_at.popleft()
@@ -73,11 +78,16 @@ class EngineRestarter:
         client.start_engine(config, self._log_level)
         return client
 
+    def _can_leave_out(self, plugin: QuarantinedPlugin) -> bool:
+        fallback = self._config.plugins.get(f"{plugin.kind}_fallback")
+        chosen = self._config.plugins.get(plugin.kind)
+        return fallback is not None and chosen is not None and plugin.name == chosen.name != fallback.name
+
     def _leave_out(self, plugin: QuarantinedPlugin) -> None:
         config = self._config
-        fallback = config.plugins.get(f"{plugin.kind}_fallback")
-        chosen = config.plugins.get(plugin.kind)
-        if fallback is not None and chosen is not None and plugin.name == chosen.name != fallback.name:
+        if self._can_leave_out(plugin):
+            fallback = config.plugins[f"{plugin.kind}_fallback"]
+            _log.error("%s/%s is left out; %s takes its place", plugin.kind, plugin.name, fallback.name)
             plugins = {**config.plugins, plugin.kind: fallback}
             self._config = dataclasses.replace(config, plugins=plugins)
         elif plugin.kind == "spec_decode" and config.speculation is not None:
@@ -87,17 +97,14 @@ class EngineRestarter:
         self.replaced_plugins.append(plugin)
 
 
-async def read_until_fault(client: EngineCoreClient, reading: Coroutine[Any, Any, None]) -> EngineFault:
-    """Run ``reading``, which awaits the outputs of ``client`` for ever, until its engine core cannot serve any more.
-    Raises what ``reading`` raises, but for the end of the engine core."""
+async def read_until_fault(client: EngineCoreClient, reading: Coroutine[Any, Any, EngineFault]) -> EngineFault:
+    """Run ``reading``, which awaits the outputs of ``client`` until it finds a fault, until its engine core cannot
+    serve any more. Raises what ``reading`` raises, but for the end of the engine core."""
     tasks = asyncio.ensure_future(reading), asyncio.ensure_future(client.wait_fault())
     reader, watcher = tasks
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not reader.done():
-            return watcher.result()
-        reader.result()
-        raise AssertionError("outputs are read until the engine core is gone")
+        return reader.result() if reader.done() else watcher.result()
     except EngineDeadError as error:
         return EngineFault(str(error))
     finally:

@@ -4,7 +4,6 @@ has the reason."""
 from __future__ import annotations
 
 import logging
-import time
 
 import torch
 
@@ -17,11 +16,10 @@ from quire.core.sched.scheduler import Scheduler
 from quire.core.stats import StepFailure
 from quire.core.traces.recorder import TraceRecorder
 
-__all__ = ["StepFailures", "StepHealth"]
+__all__ = ["LAYER_KINDS", "StepFailures"]
 
 _log = logging.getLogger("quire.engine")
-_MAX_FAILED_STEPS, _RETRY_AFTER_S = 3, 30.0
-_LAYER_KINDS = ("attention", "quant", "model", "op")
+LAYER_KINDS = ("attention", "quant", "model", "op")
 """What computes logits. Of these, what other authors wrote is at fault before what is bundled."""
 
 
@@ -86,37 +84,10 @@ class StepFailures:
             return f"sampler/{name} returned a token that is not in the vocabulary", StepFailure("sampler", name)
         if fault == MASKED:
             return "the request's constraints together leave no token that can be sampled", StepFailure("", "")
-        chosen = [choice for key, choice in self._config.plugins.items() if key.partition(":")[0] in _LAYER_KINDS]
+        chosen = [choice for key, choice in self._config.plugins.items() if key.partition(":")[0] in LAYER_KINDS]
         foreign = [choice for choice in chosen if not choice.is_bundled]
         what = "the model computed logits without a token that can be sampled (NaN, or all minus infinity)"
         if not foreign:
             return f"{what}: every layer is bundled, so that the weights are at fault, or Quire is", StepFailure("", "")
         names = " or ".join(f"{choice.kind}/{choice.name}" for choice in foreign)
         return f"{what}; at fault is {names}, or the weights are", StepFailure(foreign[0].kind, foreign[0].name)
-
-
-class StepHealth:
-    """Whether steps fail one after the other: then requests should go elsewhere. One that fails now and then, or with a
-    request that brings it about, is no such sign."""
-
-    def __init__(self) -> None:
-        self._num_failed = 0  # steps in a row
-        self._last_failure: StepFailure | None = None
-        self._last_failed_at = 0.0
-
-    def note_outputs(self, outputs: EngineCoreOutputs) -> None:
-        """What one message of the engine core holds. A step from which any request got a token has not failed."""
-        if outputs.request_ids or any(output.new_token_ids for output in outputs.outputs):
-            self._num_failed = 0
-        elif outputs.step_failures:
-            self._num_failed += len(outputs.step_failures)
-            self._last_failure, self._last_failed_at = outputs.step_failures[-1], time.monotonic()
-
-    def describe_failures(self) -> str | None:
-        """Why requests should go elsewhere; None: they are served. After a while without requests they may come again,
-        to see."""
-        if self._num_failed < _MAX_FAILED_STEPS or time.monotonic() - self._last_failed_at > _RETRY_AFTER_S:
-            return None
-        failure = self._last_failure
-        place = f", in {failure.kind}/{failure.name}" if failure is not None and failure.kind else ""
-        return f"the last {self._num_failed} steps failed{place}; the engine's log says why"

@@ -12,7 +12,7 @@ import torch
 
 from quire import LLM, SamplingParams
 from quire.core.engine.llm_engine import LLMEngine
-from quire.core.engine.step_failures import StepHealth
+from quire.core.engine.step_health import StepHealth
 from quire.core.errors import RequestFailedError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
 from quire.core.stats import StepFailure
@@ -171,10 +171,12 @@ def test_the_plugin_is_named(
         llm.shutdown()
 
 
-def test_steps_that_fail_one_after_the_other_make_the_service_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_fail_one_after_the_other_make_the_service_unhealthy(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
-    monkeypatch.setattr("quire.core.engine.step_failures.time.monotonic", lambda: now[0])
-    health, failure = StepHealth(), StepFailure("attention", "some_backend")
+    monkeypatch.setattr("quire.core.engine.step_health.time.monotonic", lambda: now[0])
+    health, failure = StepHealth(engine.config), StepFailure("attention", "some_backend")
     failed = EngineCoreOutputs([EngineCoreOutput(1, [], finish_reason="error")], step_failures=[failure])
     served = EngineCoreOutputs(request_ids=[2], new_token_ids=[5])
     for _ in range(2):

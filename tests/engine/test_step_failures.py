@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, SamplingParams
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.config_builder import build_config
+from quire.core.engine.restarts import EngineRestarter
+from quire.core.engine.step_health import StepHealth
 from quire.core.errors import RequestFailedError
+from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
+from quire.core.stats import StepFailure
 from quire.core.worker.uniproc_executor import UniprocExecutor
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 
@@ -59,7 +66,7 @@ def test_the_plugin_is_named_and_the_exception_kept_for_the_log(
         llm.shutdown()
 
 
-def test_failures_are_counted_by_plugin_and_three_in_a_row_are_unhealthy(tiny: Path) -> None:
+def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(tiny: Path) -> None:
     async def run() -> str:
         llm = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256, attention_backend=FailingAttention)
         try:
@@ -73,10 +80,47 @@ def test_failures_are_counted_by_plugin_and_three_in_a_row_are_unhealthy(tiny: P
             async for _ in llm.generate({"prompt_token_ids": [5] * 9}, PARAMS):
                 pass
             assert llm.step_health.describe_failures() is None
-            return llm.render_metrics()[0].body.decode()
+            metrics = llm.render_metrics()[0].body.decode()
+            # Eight in a row: it is replaced, and the same request is served.
+            for _ in range(8):
+                with pytest.raises(RequestFailedError, match="failed in attention/"):
+                    async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS):
+                        pass
+            async with asyncio.timeout(90):
+                while llm.get_stats().get("engine_restarts_total") != 1 or not llm.is_ready:
+                    await asyncio.sleep(0.02)
+            outputs = [output async for output in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS)]
+            assert len(outputs[-1].outputs[0].token_ids) == 4
+            return metrics
         finally:
             await llm.shutdown()
 
     text = asyncio.run(run())
     name = f'kind="attention",model_name="{tiny}",name="{__name__}:FailingAttention"'
     assert f"quire:step_failures_total{{{name}}} 3.0" in text
+
+
+@pytest.mark.parametrize(("kind", "can_be_replaced"), [("attention", True), ("model", False)])
+def test_what_cannot_be_replaced_ends_the_service(tiny: Path, kind: str, can_be_replaced: bool) -> None:
+    args = EngineArgs(model=str(tiny), device="cpu", attention_backend=FailingAttention)  # type: ignore[arg-type]
+    config = build_config(args).config
+    name = config.plugin("attention").name
+    if kind == "model":
+        choice = dataclasses.replace(config.plugin("model"), name=name, is_bundled=False)
+        config = dataclasses.replace(config, plugins={**config.plugins, "model": choice})
+    health, restarter = StepHealth(config), EngineRestarter(config, "INFO")
+    failed = EngineCoreOutputs(
+        [EngineCoreOutput(1, [], finish_reason="error")], step_failures=[StepFailure(kind, name)]
+    )
+    for _ in range(7):
+        health.note_outputs(failed)
+        assert health.find_fault() is None
+    health.note_outputs(failed)
+    fault = health.find_fault()
+    assert fault is not None and f"8 steps in a row failed in {kind}/{name}" in fault.reason
+    assert health.find_fault() is None, "it is told once"
+    refusal = restarter.find_refusal(fault)
+    if can_be_replaced:
+        assert refusal is None and config.plugin("attention_fallback").name == "torch_sdpa"
+    else:
+        assert refusal is not None and "nothing can take its place" in refusal
