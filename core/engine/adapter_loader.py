@@ -119,7 +119,8 @@ class AdapterLoader:
 
     def _stage(self, ref: AdapterRef) -> None:
         adapter_id = ref.adapter_id
-        if self._staged.get(adapter_id) or (adapter_id not in self._staged and not self._make_room()):
+        is_added = adapter_id in self._wanted
+        if self._staged.get(adapter_id) or (adapter_id not in self._staged and not self._make_room(is_added)):
             return
         self._staged.setdefault(adapter_id, False)
         try:
@@ -135,9 +136,15 @@ class AdapterLoader:
             self._staged[adapter_id] = True
             self._slots.set_staged(adapter_id, True)
 
-    def _make_room(self) -> bool:
-        """Room for one more adapter in host memory. False if all of those there are needed."""
-        unused = [each for each, is_staged in self._staged.items() if is_staged and not self._slots.is_used(each)]
+    def _make_room(self, is_added: bool) -> bool:
+        """Room for one more adapter in host memory. False if all of those there are needed. For one that is added, of
+        which somebody waits to hear whether it can be used, those that wait for a slot make room as well: they are read
+        again."""
+        loading = {load.adapter.adapter_id for load in self._loading}
+        staged = [each for each, is_staged in self._staged.items() if is_staged and each not in loading]
+        unused = [each for each in staged if not self._slots.is_used(each)]
+        if is_added:
+            unused += [each for each in staged if each not in unused]
         while len(self._staged) >= self._max_staged and unused:
             self._forget(unused.pop(0))
             self._num_forgotten += 1
