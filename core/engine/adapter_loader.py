@@ -12,7 +12,7 @@ from quire.core.adapters import AdapterRef
 from quire.core.config import AdapterConfig
 from quire.core.contracts.executor import Executor
 from quire.core.control import ControlMethods
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import EngineDeadError, InvalidRequestError
 from quire.core.sched.adapter_slots import AdapterSlots, SlotLoad
 
 __all__ = ["AdapterLoader", "LoadedAdapter"]
@@ -127,6 +127,8 @@ class AdapterLoader:
             is_staged = all(
                 self._call("stage_adapter", adapter_id=adapter_id, path=ref.path, content_hash=ref.content_hash)
             )
+        except EngineDeadError:
+            raise
         except Exception as error:  # whatever a file or a plugin does, it is the error of this adapter
             self._forget(adapter_id)
             self._fail(ref, str(error))
@@ -154,6 +156,8 @@ class AdapterLoader:
         adapter_id = load.adapter.adapter_id
         try:
             is_loaded = all(self._call("load_adapter", slot=load.slot, adapter_id=adapter_id))
+        except EngineDeadError:
+            raise
         except Exception as error:
             self._loading.remove(load)
             self._slots.release_slot(adapter_id)

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from quire.core import errors
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
-from quire.core.errors import ControlCallError, EngineDeadError, InvalidRequestError, WorkerDiedError, WorkerError
+from quire.core.errors import (
+    ContextLengthError,
+    ControlCallError,
+    EngineDeadError,
+    QuireError,
+    WorkerDiedError,
+    WorkerError,
+)
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
 from quire.core.worker.multiproc.broadcast_ring import SharedMemory
 from quire.core.worker.multiproc.messages import (
@@ -173,9 +180,10 @@ class MultiprocExecutor(Executor):
         replies = self._gather(CallReply, math.inf)
         for rank, reply in enumerate(replies):
             if reply.error is not None:
-                cls = getattr(errors, reply.error_class, ControlCallError)
-                known = issubclass(cls, InvalidRequestError) or cls is ControlCallError
-                raise cls(reply.error) if known else ControlCallError(f"rank {rank}: {reply.error}")
+                known = _make_known_error(reply.error_class, reply.error)
+                if known is None or isinstance(known, ControlCallError):
+                    raise ControlCallError(f"rank {rank}: {reply.error}")
+                raise known
         return [reply.result for reply in replies]
 
     def shutdown(self) -> None:
@@ -295,9 +303,8 @@ class MultiprocExecutor(Executor):
 
     def _fail_start(self, rank: int, message: StartFailed) -> None:
         assert self._ranks is not None
-        cls = getattr(errors, message.error_class, None)
-        if isinstance(cls, type) and issubclass(cls, errors.QuireError) and cls is not WorkerError:
-            raise cls(message.error)
+        if known := _make_known_error(message.error_class, message.error):
+            raise known
         time.sleep(_CAUSE_S)  # another rank may have ended, of which this is but the consequence
         if ended := self._ranks.find_ended():
             raise EngineDeadError(self._ranks.describe_end(ended))
@@ -335,6 +342,14 @@ class _RankStep:
 
     def done(self) -> bool:
         return self._output is not None or self._executor.is_step_done(self._number)
+
+
+def _make_known_error(class_name: str, message: str) -> QuireError | None:
+    """One of the errors that a user can mend, as the rank raised it; None for others."""
+    cls = getattr(errors, class_name, None)
+    if not isinstance(cls, type) or not issubclass(cls, QuireError) or issubclass(cls, ContextLengthError):
+        return None
+    return cls(message)
 
 
 def _to_exception(failure: StepFailed) -> Exception:

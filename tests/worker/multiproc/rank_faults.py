@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from quire.core.errors import CheckpointError
 from quire.core.worker.multiproc.executor import MultiprocExecutor
 from quire.core.worker.worker import Worker
 
@@ -16,9 +17,13 @@ class FaultyWorker(Worker):
         self.rank = 0 if parallel is None else parallel.rank
         self.fault, self.faulty_rank = "", None
         self.control.add_method("set_fault", self.set_fault)
+        self.control.add_method("read_file", self.read_file)
 
     def set_fault(self, fault: str, rank: int | None = None) -> None:
         self.fault, self.faulty_rank = fault, rank
+
+    def read_file(self, path: str) -> None:
+        raise CheckpointError(f"{path} is no checkpoint") if path else OSError("forced")
 
     def has_fault(self, fault):
         return self.fault == fault and self.faulty_rank in (None, self.rank)

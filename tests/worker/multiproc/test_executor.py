@@ -14,7 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
-from quire.core.errors import ConfigError, InvalidRequestError, RequestFailedError, WorkerDiedError
+from quire.core.errors import (
+    CheckpointError,
+    ConfigError,
+    ControlCallError,
+    InvalidRequestError,
+    RequestFailedError,
+    WorkerDiedError,
+)
 from quire.core.testing.oracle import assert_matches_reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -100,8 +107,13 @@ def test_methods_are_called_on_every_rank(two: LLM) -> None:
     workers = call("collective_rpc", {"method": "describe_worker", "arguments": {}})
     assert [worker["rank"] for worker in workers] == [0, 1]
     assert [worker["pid"] for worker in workers] == pids(two)
-    with pytest.raises(InvalidRequestError, match="not a control method"):
-        call("collective_rpc", {"method": "describe_wurker", "arguments": {}})
+    for method, arguments, error, message in (
+        ("describe_wurker", {}, InvalidRequestError, "not a control method"),
+        ("read_file", {"path": "x"}, CheckpointError, "^x is no checkpoint$"),
+        ("read_file", {"path": ""}, ControlCallError, "^rank 0: read_file: OSError: forced"),
+    ):
+        with pytest.raises(error, match=message):
+            call("collective_rpc", {"method": method, "arguments": arguments})
 
 
 def test_a_step_that_does_not_fit_on_one_rank_is_run_by_none(two: LLM, reference: Any) -> None:
