@@ -65,6 +65,7 @@ fuzz: dev ## an hour of random requests under pressure, compared with themselves
 
 loras: dev ## ten thousand random events of adapters: load, unload, reload, request, abort
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.sched.test_adapter_machine
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.adapter_traffic $(ARGS)
 
 fuzzapi: $(VENV)/fuzz/.installed $(VENV)/.installed-dev ## a minute of random HTTP requests, by schemathesis; ARGS="--seconds S --seed N"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/server/fuzz_api.py --schemathesis $(VENV)/fuzz/bin/schemathesis $(ARGS)
