@@ -64,11 +64,14 @@ def cut_windows(trace: Trace, num_pairs: int, make_again: Callable[[int], Trace]
 
 
 def run_paired_simulation(windows: Sequence[Trace], arms: Sequence[EngineSetup], washout_s: float) -> list[ArmTimes]:
-    """Each stretch through both arms, from an idle engine; arrivals before ``washout_s`` are not measured."""
+    """Each stretch through both arms, from an idle engine; arrivals before ``washout_s`` are not measured. Raises
+    ``ConfigError`` where a policy was quarantined."""
     measured = []
     for pair, window in enumerate(windows):
         for arm, setup in enumerate(arms):
-            times = run_simulation(window, setup).times
+            result = run_simulation(window, setup)
+            _check_quarantines(result.quarantined)
+            times = result.times
             end = float(times.arrival_s[-1])
             measured.append(ArmTimes(pair, arm, max(end - washout_s, 1e-9), select_measured(times, washout_s, end + 1)))
     return measured
@@ -90,11 +93,20 @@ def run_switchback_simulation(
         server.switch(block.start_s, setup.make_policy(), setup.policy_name, setup.model)
         server.serve_arrivals(block.end_s)
     times = server.finish()
+    _check_quarantines(server.make_result(times, 0.0).quarantined)
     measured = []
     for block in blocks:
         start, end = block.get_measured(washout_s)
         measured.append(ArmTimes(block.pair, block.arm, end - start, select_measured(times, start, end)))
     return measured
+
+
+def _check_quarantines(quarantined: Sequence[str]) -> None:
+    if quarantined:
+        raise ConfigError(
+            f"a policy was quarantined ({quarantined[0]}), and the one that took over would be measured in its place; "
+            "mend it, and run quire plugins check policy/NAME"
+        )
 
 
 def select_measured(times: RequestTimes, start_s: float, end_s: float) -> RequestTimes:

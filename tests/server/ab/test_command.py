@@ -35,6 +35,19 @@ def test_a_paired_simulation_gives_a_report_with_plots(quire, tmp_path):
         assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("design", [[], ["--design", "switchback", "--block", "1", "--washout", "0.1"]])
+def test_a_policy_that_is_quarantined_gets_no_verdict(quire, design, tmp_path, monkeypatch):
+    source = "from quire.sdk import BatchingPolicy\nclass Raises(BatchingPolicy):\n    'x'\n"
+    source += "    def admission_key(self, request):\n        return request.no_such_field\n"
+    (tmp_path / "policy_that_raises.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    load = ["--arrivals", "uniform:rate=4"] if design else ["--load", "0.5"]
+    arms = ("--a", "fcfs", "--b", "policy_that_raises:Raises")
+    status, out, err = quire(*arms, *TRACE, *load, "--pairs", "12", *design)
+    assert status == 2 and not out
+    assert "a policy was quarantined (policy_that_raises:Raises: raised), and the one that took over" in err
+
+
 def test_the_same_arguments_give_the_same_verdict(quire):
     words = ("--a", "fcfs", "--b", "sjf,aging=0", *TRACE, "--load", "0.8", "--pairs", "12", "--json")
     first, second, other = quire(*words)[1], quire(*words)[1], quire(*words, "--seed", "90")[1]
