@@ -11,7 +11,15 @@ import torch
 
 from quire.core.errors import ConfigError
 
-__all__ = ["INTERPRETER", "OLDEST_CAPABILITY", "PROFILES", "AllReduceLimits", "DeviceProfile", "check_device"]
+__all__ = [
+    "INTERPRETER",
+    "OLDEST_CAPABILITY",
+    "PROFILES",
+    "AllReduceLimits",
+    "DeviceProfile",
+    "check_device",
+    "get_shared_memory",
+]
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: bfloat16 on the tensor cores, and asynchronous copies to shared memory."""
@@ -90,7 +98,7 @@ class DeviceProfile:
                 properties.name,
                 (properties.major, properties.minor),
                 properties.multi_processor_count,
-                _SHARED_MEMORY.get((properties.major, properties.minor), 99 * _KIB),
+                get_shared_memory((properties.major, properties.minor)),
                 properties.L2_cache_size,
             )
         if profile.launch_table is None:
@@ -129,6 +137,11 @@ PROFILES: tuple[DeviceProfile, ...] = (
 
 INTERPRETER = DeviceProfile("interpreter", (99, 0), 4, 227 * _KIB, 0)
 """Stands in for a GPU where Triton's interpreter runs the kernels: it can do everything, and has few SMs."""
+
+
+def get_shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes that a program may have on a GPU of ``capability``; where that is not known, the least of any."""
+    return _SHARED_MEMORY.get(capability, 99 * _KIB)
 
 
 def check_device(device: torch.device) -> None:

@@ -10,9 +10,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from quire.core.errors import QuireError
+from quire.core.errors import PluginError, QuireError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import KINDS
+from quire.server.cli.plugins_aot import compile_report, format_compile_report
 from quire.server.cli.plugins_bench import add_bench_flags, run_bench, split_or_find
 from quire.server.cli.plugins_diff import add_diff_flags, format_diff, make_diff_report, write_record
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
@@ -34,6 +35,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     doctor.add_argument("--timeout", type=_parse_seconds, default=30.0, help="seconds a plugin may take (default: 30)")
     explain = commands.add_parser("explain", help="all there is to know of one plugin")
     check = commands.add_parser("check", help="run the conformance checks of its kind on one plugin")
+    check.add_argument("--only", metavar="TEXT", help="the checks whose name has TEXT in it")
+    check.add_argument(
+        "--aot",
+        metavar="TARGETS",
+        help="only compile its Triton kernels, for GPUs such as sm_80,sm_90,sm_100, and say what they take",
+    )
     bench = commands.add_parser("bench", help="time one plugin beside every other of its kind")
     add_bench_flags(bench)
     diff = commands.add_parser("diff", help="what another version changes for a package; exit 1 if something breaks")
@@ -80,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plugins_command == "doctor":
         report = doctor_report(manager, args.timeout)
         return _print_report(args, report, _format_doctor) or (1 if report["problems"] else 0)
-    report = _check_plugin(manager, args.subject)
+    if args.aot is not None:
+        report = compile_report(manager, args.subject, args.aot)
+        return _print_report(args, report, format_compile_report) or (1 if report["failed"] else 0)
+    report = _check_plugin(manager, args.subject, args.only)
     return _print_report(args, report, _format_checks) or (1 if report["failed"] else 0)
 
 
@@ -95,13 +105,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _check_plugin(manager: PluginManager, subject: str) -> dict[str, Any]:
+def _check_plugin(manager: PluginManager, subject: str, only: str | None) -> dict[str, Any]:
     """Load the class and run its kind's checks; this one command imports what it checks."""
-    from quire.core.testing.conformance import run_checks
+    from quire.core.testing.conformance import checks_for, run_check, run_checks
 
     kind, name = split_or_find(subject)
     resolution = manager.resolve_plugin(kind, name)
-    results = run_checks(manager.load_class(resolution), kind)
+    cls = manager.load_class(resolution)
+    if only is None:
+        results = run_checks(cls, kind)
+    else:
+        names = [check.__name__ for check in checks_for(kind) if only in check.__name__]
+        if not names:
+            raise PluginError(f"--only {only}: no check of {kind} has that in its name")
+        results = [run_check(cls, name, kind) for name in names]
     return {
         "subject": subject,
         "target": resolution.target,

@@ -54,7 +54,7 @@ class AttentionBench(KindBench):
     def list_cases(self, target: type) -> Sequence[BenchCase]:
         """Decodes at three sizes of batch, a prompt, a chunk, and decodes beside a chunk."""
         if self.device.type != "cuda":
-            shapes = {"decode 4 x 96": _decode(4, 96), "prefill 1 x 48": StepShape((48,), (48,))}
+            shapes = {"decode 2 x 40": _decode(2, 40), "prefill 1 x 20": StepShape((20,), (20,))}
             return [BenchCase(name, shape) for name, shape in shapes.items()]
         shapes = {f"decode {n} x {length}": _decode(n, length) for n in (1, 32, 256) for length in (1024, 4096)}
         shapes["prefill 1 x 2048"] = StepShape((2048,), (2048,))

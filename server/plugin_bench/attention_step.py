@@ -14,7 +14,7 @@ __all__ = ["AttentionStep", "MemoryPool"]
 
 _MAX_LAYERS = 256
 _MIN_LAYERS = 8
-_ON_CPU = 2
+_ON_CPU = 1
 
 
 @dataclass(frozen=True)
