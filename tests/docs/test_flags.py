@@ -18,6 +18,7 @@ OTHER_PROGRAMS = {
     *(
         "--branch",
         "--depth",
+        "--dump-resource-usage",
         "--extra-index-url",
         "--format",
         "--ipc",
@@ -27,7 +28,7 @@ OTHER_PROGRAMS = {
         "--shm-size",
     ),
 }
-"""Flags of git, pip, nvidia-smi and docker."""
+"""Flags of git, pip, nvidia-smi, cuobjdump and docker."""
 PLACEHOLDERS = {"--flag", "--flag-with-underscores", "--no-flag", "--some-flag"}
 """What texts write for any flag."""
 
