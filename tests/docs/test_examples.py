@@ -118,7 +118,7 @@ def test_the_python_of_the_page_on_tools_calls_one(python_of, server, capsys, tm
 def test_every_python_block_is_run(all_blocks):
     pages = {block.where.partition(":")[0] for block in all_blocks if block.language == "python"}
     run_here = {"README.md", "plugins.md", "policies.md", "speculative.md", "models.md", "server.md", "simulating.md"}
-    elsewhere = {"coming-from-vllm.md", "tool-calling.md", "structured-output.md", "lora.md"}
+    elsewhere = {"coming-from-vllm.md", "tool-calling.md", "structured-output.md", "lora.md", "kernels.md"}
     # lora.md: tests/server/http/test_adapters.py
     assert pages == run_here | elsewhere | {"third-party-plugin.md", "write-a-policy.md"}
 
