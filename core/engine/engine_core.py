@@ -164,7 +164,7 @@ class EngineCore:
             self._queue_prepared_requests()
         if self._adapter_loader is not None and self._adapter_loader.has_work:
             self._adapter_loader.advance()
-        if len(self._in_flight) < _MAX_IN_FLIGHT_STEPS:
+        if self._can_launch:
             start = time.perf_counter_ns()
             step = self.scheduler.schedule()
             if self.scheduler.failed_outputs:
@@ -228,6 +228,14 @@ class EngineCore:
     def _has_grammar(self, step: SchedulerOutput) -> bool:
         """Whether a request that samples in the step has a grammar."""
         return self._structured_outputs.has_grammar(step, self.scheduler.debug_state().running.requests[step.rows])
+
+    @property
+    def _can_launch(self) -> bool:
+        """Whether another step may be launched. None is behind one that could not be: it would hold rows of which the
+        workers know nothing yet, and be written where their last requests had blocks."""
+        in_flight = self._in_flight
+        has_room = len(in_flight) < _MAX_IN_FLIGHT_STEPS
+        return has_room and not (in_flight and isinstance(in_flight[-1].future, FailedStep))
 
     def _launch_step(self, step: SchedulerOutput, start: int) -> None:
         scheduled = time.perf_counter_ns()
