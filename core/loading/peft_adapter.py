@@ -190,7 +190,7 @@ def _read_config(folder: Path) -> PeftConfig:
             re.compile(pattern)
         if not all(math.isfinite(alpha) for alpha in (config.lora_alpha, *config.alpha_pattern.values())):
             raise ValueError("lora_alpha must be finite")
-    except (OSError, ValueError, re.error) as error:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, re.error, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder / CONFIG_NAME} is not an adapter's configuration: {error}") from None
     return config
 

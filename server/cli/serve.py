@@ -39,8 +39,11 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args), *apply_vllm_variables(args, vllm_variables())]
     engine_args, settings = make_engine_args(args), make_server_settings(args)
-    engine_process = EngineProcess(engine_args.device, engine_args.tensor_parallel_size)
-    with bind_sockets(settings) as sockets, StopSignals() as signals, engine_process as process:
+    with (
+        bind_sockets(settings) as sockets,
+        StopSignals() as signals,
+        EngineProcess(engine_args.device, engine_args.tensor_parallel_size) as process,
+    ):
         signals.call_before_exit(process.kill_at_once)
         from quire.server.http.serving import serve  # seconds, while the process does the same
 
