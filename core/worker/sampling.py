@@ -224,7 +224,7 @@ class SamplingRunner:
         return None
 
     def _can_sample_local(self, rows: NDArray[np.int32], token_masks: TokenMaskBuffer | None) -> bool:
-        """Whether this rank's logits are enough: nothing changes them, filters have bounds, and nobody wants to see
+        """Whether this rank's logits are enough: nothing changes them, filters have bounds, and no request wants to see
         probabilities."""
         if token_masks is not None or self._needs_whole_logits[rows].any() or self._logprobs.is_any_requested(rows):
             return False

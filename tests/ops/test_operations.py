@@ -52,7 +52,7 @@ class Counting(Operations):
     def rms_norm(self, x, weight, eps, residual, output_format):
         self.count += 1
         if self.count == self.options.fails_at:
-            raise ArithmeticError("the norm of a stranger")
+            raise ArithmeticError("the norm of a third-party author")
         return TorchOperations(self.device).rms_norm(x, weight, eps, residual, output_format)
 
 

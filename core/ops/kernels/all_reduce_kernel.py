@@ -1,8 +1,8 @@
 """Sums over the GPUs of a host through memory that all of them map: one shot for small messages, two for larger ones.
 
 Algorithm: what the ranks exchange they write into each other's memory, each program to the programs of its number, and
-tell by a flag that it is there. A read over NVLink takes a trip there and back; a write takes one, and nobody waits for
-it but who needs it.
+tell by a flag that it is there. A read over NVLink takes a trip there and back; a write takes one, and no rank waits
+for it but who needs it.
 
 - One shot: a program takes a row. It writes the row into every rank's buffer, waits for the others' rows, and adds them
   in the order of the ranks, in float32: every rank gets the same bits. The residual addition, the RMS norm and the
