@@ -85,7 +85,7 @@ def prepare(folder: Path, size: str) -> None:
     )
     lengths = torch.zeros(SIZES[size]["vocab_size"])
     for token, index in tokenizer.get_vocab().items():
-        lengths[index] = 0.0 if token == "<|end|>" else min(len(token), 16)
+        lengths[index] = 0.0 if token == "<|end|>" else len(token) if len(token) <= 16 else 0.0
     torch.save(lengths, folder / "token_lengths.pt")
     print(f"{tokenizer.get_vocab_size()} tokens, from {len(files)} files")
 
@@ -104,8 +104,8 @@ def make_schema(rng: random.Random) -> dict[str, Any]:
         kind = rng.random()
         if length <= 4 and kind < 0.5:
             properties[name] = {"enum": rng.sample(WORDS, 5)} if kind < 0.25 else {"type": "boolean"}
-        else:  # tokens of this model have up to 16 characters
-            properties[name] = {"type": "string", "maxLength": 16 * length}
+        else:  # this model prefers tokens of 16 characters
+            properties[name] = {"type": "string", "minLength": 16 * length, "maxLength": 16 * length}
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
