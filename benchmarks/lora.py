@@ -3,14 +3,16 @@
     PYTHONPATH=src:benchmarks python benchmarks/lora.py benchmarks/models/llama-3.1-8b [--quantization fp8]
 
 Weights are made up (``--load-format dummy``), and so are the adapters, of rank 16 on all linear layers or on queries
-and values. A step is timed as the difference of two runs of other lengths, over their steps. Requests get the adapter
-that their first token names, in the worker, so that the scheduler's part is the same in every row. ``--batches 1 4
---many 4`` with ``core/assets/quire-tiny`` is for a look on a CPU.
+and values. A step is timed as the difference of two runs of other lengths, over their steps; prompts are cached by the first
+run of each case. Requests get the adapter that their first token names, in the worker, so that the scheduler's part is
+the same in every row. ``--batches 1 4 --many 4 --prompt 64 --tokens 16`` with ``core/assets/quire-tiny`` is for a look
+on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -88,6 +90,10 @@ def run(args: argparse.Namespace, where: Path) -> None:
     plain = make_llm(args)
     base = {batch: measure(plain, args, [-1] * batch) for batch in batches}
     plain.shutdown()
+    del plain
+    gc.collect()  # before the next engine looks how much memory is free
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     llm = make_llm(args, executor=f"{SlotByToken.__module__}:{SlotByToken.__qualname__}")
     print(f"{'adapters':>24} {'batch':>5} {'ms':>8} {'without':>8} {'more':>7}")
 
@@ -116,13 +122,15 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
         str(args.model),
         tokenizer="quire-tiny",
         load_format="dummy", quantization=args.quantization, max_num_seqs=max(args.batches),
-        max_model_len=2048, enable_prefix_caching=False, **settings,
+        max_model_len=2048, **settings,
     )  # fmt: skip
 
 
 def measure(llm: LLM, args: argparse.Namespace, slots: list[int]) -> float:
     """Milliseconds of a decode step."""
-    prompts = [[99 if slot < 0 else FIRST_TOKEN + slot, *range(5, 4 + args.prompt)] for slot in slots]
+    prompts = [
+        [99 if slot < 0 else FIRST_TOKEN + slot, 5 + row, *range(5, 3 + args.prompt)] for row, slot in enumerate(slots)
+    ]  # of which no two share a block
 
     def run(num_tokens: int) -> float:
         start = time.perf_counter()
