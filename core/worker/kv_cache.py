@@ -96,19 +96,20 @@ class KVCache:
 
 def compute_kv_cache_bytes(config: CacheConfig, device: torch.device, weight_bytes: int, activation_bytes: int) -> int:
     """What is left for the cache, beside what is in use now and ``activation_bytes`` for the largest step. Raises
-    ``ConfigError`` where that is nothing."""
+    ``ConfigError`` where that is nothing, unless the configuration gives the number of blocks."""
     if device.type == "cpu":
         return config.cpu_bytes
     free, total = torch.cuda.mem_get_info()
     used = total - free  # by other processes too: the share of memory is of the whole card
     available = int(total * config.gpu_memory_utilization) - used - activation_bytes
-    if available <= 0:
+    if available <= 0 and config.num_blocks is None:
+        gib = 2**30
         raise ConfigError(
             f"gpu_memory_utilization {config.gpu_memory_utilization} leaves nothing for the KV cache: weights take "
-            f"{weight_bytes / 2**30:.1f} GiB, a step {activation_bytes / 2**30:.1f} GiB, of {total / 2**30:.1f} GiB; "
-            f"raise it"
+            f"{weight_bytes / gib:.1f} GiB, a step {activation_bytes / gib:.1f} GiB, other processes and CUDA itself "
+            f"{max(0, used - weight_bytes) / gib:.1f} GiB, of {total / gib:.1f} GiB; raise it"
         )
-    return available
+    return max(0, available)
 
 
 def compute_num_blocks(num_bytes: int, bytes_per_block: int, config: CacheConfig, max_tokens: int) -> int:

@@ -59,7 +59,7 @@ def test_tokens_follow_the_merged_model(
         str(MODEL),
         executor=f"{SlotByToken.__module__}:{SlotByToken.__qualname__}",
         enforce_eager=eager,
-        gpu_memory_utilization=0.3,
+        num_gpu_blocks_override=2000,
         max_num_seqs=24,
         max_num_batched_tokens=256,
         **settings,

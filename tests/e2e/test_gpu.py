@@ -31,7 +31,7 @@ def test_tokens_follow_the_reference(dtype: str, tolerance: float, eager: bool, 
         model=str(MODEL),
         dtype=dtype,
         enforce_eager=eager,
-        gpu_memory_utilization=0.3,
+        num_gpu_blocks_override=2000,
         max_num_seqs=24,
         max_num_batched_tokens=256,
     )
@@ -51,7 +51,7 @@ def test_graphs_change_nothing() -> None:
     """One request at a time, so that batch sizes are the same: then even the bits are."""
     answers = []
     for eager in (False, True):
-        llm = LLM(model=str(MODEL), enforce_eager=eager, gpu_memory_utilization=0.3, max_num_seqs=8)
+        llm = LLM(model=str(MODEL), enforce_eager=eager, num_gpu_blocks_override=2000, max_num_seqs=8)
         answers.append([llm.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompts(6)])
         llm.shutdown()
     assert answers[0] == answers[1]
@@ -59,7 +59,7 @@ def test_graphs_change_nothing() -> None:
 
 def test_whatever_is_asked_no_launch_waits_for_the_device(waiting_forbidden: None) -> None:
     """What entering, sharing and leaving requests bring is queued behind the steps under way."""
-    llm = LLM(model=str(MODEL), gpu_memory_utilization=0.3, max_num_seqs=8, max_num_batched_tokens=256)
+    llm = LLM(model=str(MODEL), num_gpu_blocks_override=2000, max_num_seqs=8, max_num_batched_tokens=256)
     field_sets = [
         {},
         {"temperature": 0},

@@ -42,7 +42,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_tokens_match_the_reference(config: str, head: str, waiting_forbidden: None) -> None:
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
-    sizes = {"gpu_memory_utilization": 0.3, "max_num_seqs": 24, "max_num_batched_tokens": 256}
+    sizes = {"num_gpu_blocks_override": 2000, "max_num_seqs": 24, "max_num_batched_tokens": 256}
     arguments = CONFIGS[config] | ({"speculative_model": head} if config.startswith("eagle3") else {})
     llm = LLM(model=str(MODEL), dtype="float32", speculative_config={"adaptive": False}, **sizes, **arguments)
     params_of = [
