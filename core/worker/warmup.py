@@ -15,6 +15,7 @@ __all__ = ["make_largest_step", "make_warmup_steps", "run_warmup"]
 
 _GREEDY = SamplingParams(temperature=0, max_tokens=1)
 _RANDOM = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, min_p=0.01, max_tokens=1)
+_UNFILTERED = SamplingParams(temperature=1.0, max_tokens=1)
 _PENALIZED = [SamplingParams(temperature=t, frequency_penalty=0.5, max_tokens=1) for t in (0, 1.0)]
 _LOGPROBS = SamplingParams(temperature=0, logprobs=1, prompt_logprobs=1, max_tokens=1)
 
@@ -46,8 +47,8 @@ def make_largest_step(config: SchedulerConfig, max_model_len: int, num_adapter_s
 def make_warmup_steps(
     config: SchedulerConfig, max_model_len: int, query_lens: Sequence[int] = ()
 ) -> Iterator[SchedulerOutput]:
-    """Few and many tokens, prompts alone and beside decodes, greedy and random; requests that verify drafts with each
-    of ``query_lens`` tokens; penalties and log-probabilities. Every step starts its rows anew.
+    """Few and many tokens, prompts alone and beside decodes, greedy and random with and without filters; requests that
+    verify drafts with each of ``query_lens`` tokens; penalties and log-probabilities. Every step starts its rows anew.
 
     Where kernels are only compiled, no token is sampled: what indexes with one must find it zero.
     """
@@ -67,7 +68,7 @@ def make_warmup_steps(
                 step.num_draft_tokens = np.array([query_len - 1, 0], dtype=np.int32)
                 step.host_drafts = [HostDraft(0, query_len, [0])]
                 yield step
-    for params in (*_PENALIZED, _LOGPROBS):
+    for params in (_UNFILTERED, *_PENALIZED, _LOGPROBS):
         yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
     yield make_largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long
 
