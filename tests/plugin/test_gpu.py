@@ -46,12 +46,13 @@ def test_an_engine_serves_on_the_kernel_of_the_example() -> None:
 import torch
 from quire import LLM, SamplingParams
 for backend in ("triton", "quire_flat_attention.backend:FlatAttention"):
-    llm = LLM(model="quire-tiny", attention_backend=backend, max_model_len=512)
+    llm = LLM(model="quire-tiny", attention_backend=backend, max_model_len=512, num_gpu_blocks_override=500)
     outputs = llm.generate(["Paged attention is"] * 4, SamplingParams(temperature=0, max_tokens=32))
     assert all(len(output.outputs[0].token_ids) > 4 for output in outputs)
     assert llm.get_stats()["step_failures_total"] == 0
     llm.shutdown()
 """
     paths = (ROOT / "src", ROOT / "examples" / "plugins" / "triton-attention")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), *inherited])}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -157,20 +158,20 @@ def test_proposers_are_scored_on_a_text(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="times a card that other tests use: run it alone")
 def test_a_slowdown_of_five_percent_is_found_in_attention_and_the_scripts_agree():
-    """On a GPU: a backend that runs every twentieth layer twice, and ``benchmarks/kernels/attention.py``'s own time."""
+    """On a GPU: a backend that spins for 5 % of its time, and ``benchmarks/kernels/attention.py``'s own time."""
     from quire.server.plugin_bench.attention_step import MemoryPool
     from quire.server.plugin_bench.timer import time_graph
 
     triton = load("attention", "triton")
 
     class Slowed(triton):
-        """Five percent more launches."""
+        """Some 7 of 140 microseconds more for each layer."""
 
         def run(self, layer, q, kv, out, **rest):
             super().run(layer, q, kv, out, **rest)
-            if layer % 20 == 19:
-                super().run(layer, q, kv, out, **rest)
+            torch.cuda._sleep(12_000)  # clock cycles
 
     cuda = torch.device("cuda")
     bench = AttentionBench(cuda)
