@@ -127,19 +127,18 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
 
 
 def measure(llm: LLM, args: argparse.Namespace, slots: list[int]) -> float:
-    """Milliseconds of a decode step."""
+    """Milliseconds of a decode step of all these requests: the median over steps, and then over runs."""
     prompts = [
         [99 if slot < 0 else FIRST_TOKEN + slot, 5 + row, *range(5, 3 + args.prompt)] for row, slot in enumerate(slots)
     ]  # of which no two share a block
-
-    def run(num_tokens: int) -> float:
-        start = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False))
-        return time.perf_counter() - start
-
-    run(8)
-    times = [run(8 + args.tokens) - run(8) for _ in range(args.repeats)]
-    return 1000 * statistics.median(times) / args.tokens
+    params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, detokenize=False)
+    medians = []
+    for _ in range(args.repeats):
+        llm.steps.clear()
+        llm.generate(prompts, params)
+        ends = [step.end_us for step in llm.steps if step.num_decodes == step.num_reqs == len(slots)]
+        medians.append(statistics.median(b - a for a, b in pairwise(ends)) / 1000)
+    return statistics.median(medians)
 
 
 def measure_load(llm: LLM, args: argparse.Namespace, folder: Path, batch: int) -> None:
