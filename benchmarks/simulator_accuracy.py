@@ -4,10 +4,10 @@
     python benchmarks/simulator_accuracy.py send --trace azure-conv.csv --rate 16.9 --minutes 4 --out conv70.json
     python benchmarks/simulator_accuracy.py compare --fit conv70 --predict conv90 code70 code90
 
-``send`` plays a trace against a server and keeps what its clients saw. ``compare`` reads NAME.jsonl.zst, which the
-server recorded, and NAME.json, fits a step model to the first, simulates the others, and prints the errors as shares.
-Goals: median end to end 5 %, median time to first token 10 %, its p99 15 %, throughput 3 %. A recording says little of
-a p99 below 1,000 requests, and then the table says so.
+``send`` plays the beginning of a trace against a server and keeps what its clients saw. ``compare`` reads
+NAME.jsonl.zst, which the server recorded, and NAME.json, fits a step model to the first, simulates the others, and
+prints the errors as shares. Goals: median end to end 5 %, median time to first token 10 %, its p99 15 %, throughput
+3 %. A recording says little of a p99 below 1,000 requests, and then the table says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from quire.core.errors import ConfigError
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.server.ab.live import send_trace
@@ -43,12 +44,15 @@ def main() -> None:
     compare.add_argument("--fit", required=True)
     compare.add_argument("--predict", nargs="+", required=True)
     args = parser.parse_args()
-    send_requests(args) if args.command == "send" else compare_recordings(args)
+    try:
+        send_requests(args) if args.command == "send" else compare_recordings(args)
+    except ConfigError as error:
+        parser.exit(2, f"simulator_accuracy: error: {error}\n")
 
 
 def send_requests(args: argparse.Namespace) -> None:
-    trace = read_trace(args.trace)
-    trace = trace.scale_time(args.rate / trace.rate).cut_window(0, 60 * args.minutes)
+    trace = read_trace(args.trace).limit_requests(max(round(60 * args.minutes * args.rate), 2))
+    trace = trace.scale_time(args.rate / trace.rate)  # the rate of what is sent, not of the whole trace
     print(trace.describe(), flush=True)
     times = send_trace(trace, args.url)
     names = ("arrival_s", "ttft_s", "e2e_s", "output_len")

@@ -143,13 +143,15 @@ async def _send(
     trace: Trace, client: LoadClient, vocab_size: int, choose: Callable[[int], LoadClient] | None
 ) -> RequestTimes:
     model = (await client.get_json("/v1/models"))["data"][0]["id"]
+    prompts = [
+        make_prompt(request, number, trace.hash_block_size, vocab_size) for number, request in enumerate(trace.requests)
+    ]  # before the clock runs, or the first requests would be late
     start = time.perf_counter()
 
     async def send_one(number: int, request: TraceRequest) -> Timing:
-        prompt = make_prompt(request, number, trace.hash_block_size, vocab_size)
         body = {
-            "model": model, "prompt": prompt, "max_tokens": request.output_len, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True}, "priority": request.priority,
+            "model": model, "prompt": prompts[number], "max_tokens": request.output_len, "temperature": 0,
+            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}, "priority": request.priority,
             **request.scheduling,
         }  # fmt: skip
         await asyncio.sleep(max(start + request.arrival_s - time.perf_counter(), 0))

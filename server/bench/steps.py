@@ -7,6 +7,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from quire.core.engine.llm import LLM
 from quire.core.errors import ConfigError
 from quire.core.sampling_params import SamplingParams
 from quire.server.bench.report import get_device_name, print_json
-from quire.server.simulate.fit import fit_step_model, import_scipy
-from quire.server.simulate.step_model import save_step_model
+from quire.server.simulate.fit import MIN_STEPS, fit_step_model, import_scipy
+from quire.server.simulate.step_model import check_writable, save_step_model
 from quire.server.traces.recording import read_recording
 
 __all__ = ["GridPoint", "list_grid_points", "run"]
@@ -25,6 +26,7 @@ _CONTEXTS = (128, 1024, 4096, 16384)
 _PROMPTS = (16, 64, 256, 512, 1024, 1536, 2048, 4096, 8192)
 _MAX_POINT_TOKENS = 150_000
 _DECODES = 24
+_UNRECORDED = 8  # steps that were not timed, or are still in flight, at most
 
 
 class GridPoint(NamedTuple):
@@ -38,6 +40,8 @@ class GridPoint(NamedTuple):
 def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     """Time the grid, fit, and write the step model."""
     import_scipy("optimize", "quire bench steps")
+    out = Path(args.out)
+    check_writable(out)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.jsonl.zst"
         llm = LLM(**vars(dataclasses.replace(engine_args, enable_prefix_caching=False, record=str(path))))
@@ -53,9 +57,9 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
             llm.shutdown()
         recording = read_recording(path)
     recording.header.device = device
-    source = f"timed by quire bench steps on {recording.header.started}: {num_timed} of {len(points)} grid points"
-    model = fit_step_model([recording], Path(args.out).stem, source)
-    save_step_model(model, Path(args.out))
+    source = f"timed by quire bench steps on {recording.header.started}: {num_timed} grid points"
+    model = fit_step_model([recording], out.stem, source)
+    save_step_model(model, out)
     fit = model.fit
     print(
         f"{device}, {model.model}: {fit['num_steps']:,.0f} steps, median error {fit['median_error']:.1%}, p95 "
@@ -89,10 +93,12 @@ def list_grid_points(
 
 
 def _run_points(llm: LLM, points: list[GridPoint], seconds: float) -> int:
-    """As many points as the time allows, at least one; prompts and decodes in turn. How many."""
+    """As many points as the time allows, prompts and decodes in turn, and again while a fit needs more steps. How
+    many."""
     start, done = time.monotonic(), 0
-    for number, point in enumerate(_interleave(points)):
-        if done and time.monotonic() - start > seconds:
+    for number, point in enumerate(cycle(_interleave(points))):
+        has_enough = llm.engine_core.scheduler.stats()["steps_total"] > MIN_STEPS + _UNRECORDED
+        if has_enough and (done >= len(points) or time.monotonic() - start > seconds):
             break
         vocab_size = llm.config.model.vocab_size
         prompts = [

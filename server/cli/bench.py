@@ -164,7 +164,11 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
     group.add_argument("--out", required=True, metavar="FILE", help="the step model to write, for quire simulate")
     group.add_argument(
-        "--seconds", type=parse_float, default=120.0, metavar="S", help="begin no step of the grid after (default: 120)"
+        "--seconds",
+        type=parse_float,
+        default=120.0,
+        metavar="S",
+        help="begin no point of the grid after it, if a fit has enough (default: 120)",
     )
     _add_engine_flags(parser, group)
 

@@ -10,6 +10,7 @@ attention of prompts multiplies each query with each key before it. The last ter
 from __future__ import annotations
 
 import difflib
+import os
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ __all__ = [
     "HostTimes",
     "StepShape",
     "StepTimeModel",
+    "check_writable",
     "list_shipped_models",
     "load_step_model",
     "save_step_model",
@@ -152,6 +154,13 @@ def load_step_model(name: str | None) -> StepTimeModel:
         raise ConfigError(f"--step-model {path}: not a step model: {error}; make one with quire simulate fit") from None
     _check_model(path, model)
     return model
+
+
+def check_writable(path: Path) -> None:
+    """Raises ``ConfigError`` where no step model can be written, before it takes minutes to make one."""
+    folder = path.expanduser().absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"--out {path}: cannot be written; name a file in a folder that exists")
 
 
 def save_step_model(model: StepTimeModel, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 
 from quire.core.errors import ConfigError
 from quire.server.bench.steps import list_grid_points
+from quire.server.cli.main import main
 from quire.server.simulate.fit import fit_step_model, measure_errors
 from quire.server.simulate.flags import DEFAULT_MODEL
 from quire.server.simulate.simulation import run_simulation
@@ -139,3 +141,30 @@ def test_the_grid_fits_the_engine():
             assert point.num_reqs * (point.prompt_len + point.output_len) <= slots
     with pytest.raises(ConfigError, match="no step of the grid"):
         list_grid_points(1, 1, 4, 4)
+
+
+def test_bench_steps_times_a_grid_until_a_fit_has_enough(tmp_path, capsys):
+    out = tmp_path / "tiny.json"
+    small = ["--max-num-seqs", "4", "--max-model-len", "128", "--num-gpu-blocks-override", "64"]
+    assert main(["bench", "steps", "quire-tiny", "--out", str(out), "--seconds", "0.1", *small, "--json"]) == 0
+    fit = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert fit["num_steps"] >= 200
+    model = load_step_model(str(out))
+    assert model.limits.max_num_seqs == 4 and model.tokens_us[0] > 0
+    assert main(["bench", "steps", "quire-tiny", "--out", str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert "a folder that exists" in capsys.readouterr().err
+
+
+def test_accuracy_is_measured_as_zero_where_the_server_was_the_simulator(
+    make_setup, make_trace, tmp_path, root, monkeypatch, capsys
+):
+    for seed, name in enumerate(("first", "second")):
+        trace = make_trace(count=100, rate=12.0, seed=seed)
+        times = run_simulation(trace, make_setup(), record_to=tmp_path / f"{name}.jsonl.zst").times
+        columns = {each: getattr(times, each).tolist() for each in ("arrival_s", "ttft_s", "e2e_s", "output_len")}
+        (tmp_path / f"{name}.json").write_text(json.dumps(columns))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["simulator_accuracy", "compare", "--fit", "first", "--predict", "second"])
+    runpy.run_path(str(root / "benchmarks" / "simulator_accuracy.py"), run_name="__main__")
+    errors = re.findall(r"([+-]\d+\.\d)%", out := capsys.readouterr().out)
+    assert len(errors) == 8 and all(abs(float(error)) < 2 for error in errors), out
