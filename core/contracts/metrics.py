@@ -13,7 +13,9 @@ __all__ = ["MetricsExporter"]
 
 
 class MetricsExporter(ABC):
-    """Called in the API process, on its event loop: it must not block. One that raises is quarantined.
+    """Called in the API process, in a thread of the exporter's own: one call after the other, as things
+    happen. The constructor alone runs in the main thread. A call may wait for a network or a disk. An exporter that
+    raises, does not return for five seconds, or has 16,384 calls to catch up on is quarantined.
 
     Times are in seconds unless a name ends in ``_us`` (microseconds). Later minor versions report more stats: an
     exporter passes on or ignores names that it does not know.

@@ -90,9 +90,9 @@ class AsyncLLM:
         """The metrics exporters still in use."""
         return self._exporters.active
 
-    def render_metrics(self) -> list[RenderedMetrics]:
-        """What the metrics exporters show, by exporter."""
-        return self._exporters.render()
+    async def render_metrics(self) -> list[RenderedMetrics]:
+        """What the metrics exporters show, by exporter; one that takes more than five seconds is left out."""
+        return await self._exporters.render()
 
     @property
     def is_ready(self) -> bool:
@@ -133,7 +133,7 @@ class AsyncLLM:
             self._client = None
             raise
         self._restarter.note_first_start(time.monotonic() - begin)
-        self._plugin_watchdog = PluginWatchdog()
+        self._plugin_watchdog = PluginWatchdog(list_thread_ids=self._exporters.list_thread_ids)
         self._stats.record(self._client.capacity.stats)
         self._output_handler = asyncio.create_task(self._serve_engines(), name="quire-outputs")
         for module in self.config.extra["lora_modules"]:
@@ -289,7 +289,7 @@ class AsyncLLM:
             self._fail_all_requests("the engine was shut down")
             await client.shutdown(timeout if is_serving else 0)
         self._constraint_checker.close()
-        self._exporters.close()
+        await asyncio.to_thread(self._exporters.close)
         if self._plugin_watchdog is not None:
             self._plugin_watchdog.stop()
 
@@ -304,9 +304,11 @@ class AsyncLLM:
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         self._constraint_checker = ConstraintChecker(self.config)
         self._exporters = ExporterGroup.from_config(self.config)
+        self.add_quarantined = self._exporters.add_quarantined
+        """To be told that a plugin of this process was quarantined."""
         self._stats = EngineStats(self._restarter, self._constraint_checker, self._exporters)
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
-        self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self._exporters.add_quarantined)
+        self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self.add_quarantined)
 
     async def _serve_engines(self) -> None:
         """Serve with an engine core, and with another when it hangs or dies, until there is to be none."""
@@ -332,14 +334,14 @@ class AsyncLLM:
             for failed in processed.failed_requests:
                 self._put_output(failed.request_id, failed.to_exception())
             self.steps.extend(outputs.steps)
-            self.step_health.note_outputs(outputs)
-            if (fault := self.step_health.find_fault()) is not None:
-                return fault
             self._exporters.record_steps(outputs)
             if outputs.stats is not None:
                 self._stats.record(outputs.stats, outputs.quarantined)
                 if self.config.adapters is not None:
                     self._exporters.record_adapters(outputs.adapters, self.config.adapters.max_loras)
+            self.step_health.note_outputs(outputs)
+            if (fault := self.step_health.find_fault()) is not None:
+                return fault
 
     async def _recover_from(self, fault: EngineFault) -> bool:
         """Requests of which callers have got nothing run again on another engine core, once; the others end with an

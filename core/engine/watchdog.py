@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quire.core.engine.ipc import EngineHung
@@ -152,10 +152,11 @@ class StepWatchdog:
 
 class PluginWatchdog:
     """Interrupts guarded plugins that do not return in the thread that constructs it, an event loop's: nothing else
-    happens in it meanwhile. ``stop`` ends the watch."""
+    happens in it meanwhile; and in the threads that ``list_thread_ids`` gives. ``stop`` ends the watch."""
 
-    def __init__(self, limit_s: float = 5.0) -> None:
+    def __init__(self, limit_s: float = 5.0, list_thread_ids: Callable[[], Sequence[int]] = lambda: ()) -> None:
         self._limit_s, self._thread_id = limit_s, threading.get_ident()
+        self._list_thread_ids = list_thread_ids
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
         self._thread.start()
@@ -171,7 +172,7 @@ class PluginWatchdog:
         while not self._end.wait(_MAX_INTERVAL_S):
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * _MAX_INTERVAL_S), now
-            calls.interrupt_hung(elapsed, self._limit_s, self._thread_id)
+            calls.interrupt_hung(elapsed, self._limit_s, (self._thread_id, *self._list_thread_ids()))
 
 
 class _CallTimes:
@@ -187,11 +188,11 @@ class _CallTimes:
             self._seconds.clear()
         self.was_interrupted = False
 
-    def interrupt_hung(self, elapsed: float, limit_s: float, only_thread: int | None = None) -> None:
-        """Interrupt the calls, of all threads or one, that are past their own limit, or ``limit_s``."""
+    def interrupt_hung(self, elapsed: float, limit_s: float, only_threads: Sequence[int] | None = None) -> None:
+        """Interrupt the calls, of all threads or some, that are past their own limit, or ``limit_s``."""
         seen: dict[tuple[Quarantine, int], float] = {}
         for quarantine, call, thread_id in find_plugin_calls():
-            if only_thread not in (None, thread_id):
+            if only_threads is not None and thread_id not in only_threads:
                 continue
             seconds = seen[quarantine, call] = self._seconds.get((quarantine, call), 0.0) + elapsed
             is_hung = seconds >= min(quarantine.hang_limit_s, limit_s)

@@ -137,10 +137,12 @@ class Quarantine:
             return True
 
     def switch_off(self, reason: QuarantineReason, detail: str, error: BaseException | None = None) -> None:
-        """Quarantine the plugin for what its owner found out. Does nothing if it is quarantined already."""
-        if not self.is_active:
+        """Quarantine the plugin for what its owner found out. Does nothing if it is quarantined already. An owner whose
+        plugin runs in another thread may find something out while it does."""
+        with self._interrupt_lock:
+            was_active, self.is_active = self.is_active, False
+        if not was_active:
             return
-        self.is_active = False
         line = f"{self.kind}/{self.name} {self._outcome} ({reason}): {detail}{self._consequence}"
         _log.error("%s", line, exc_info=error)
         self._on_fault(QuarantinedPlugin(self.kind, self.name, reason))

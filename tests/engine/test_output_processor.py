@@ -43,13 +43,20 @@ class Requests:
 
     def __init__(self, tokenizer: Tokenizer, mode: Literal["delta", "cumulative", "final"], **params) -> None:
         self.tokenizer = tokenizer
-        self.exporter = CountingExporter()
-        self.processor = OutputProcessor(tokenizer, ExporterGroup([("counting", self.exporter)]))
+        self._exporter = CountingExporter()
+        self._exporters = ExporterGroup([("counting", self._exporter)])
+        self.processor = OutputProcessor(tokenizer, self._exporters)
         sampling = SamplingParams(**params)
         core_requests = InputProcessor(tokenizer, 256, 300).process_inputs("r", "ask", sampling)
         self.core_ids = [request.request_id for request in core_requests]
         self.processor.add_request("r", "ask", core_requests, mode)
         self.aborted: list[int] = []
+
+    @property
+    def exporter(self) -> CountingExporter:
+        """The exporter, when it has heard all."""
+        self._exporters.close()
+        return self._exporter
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -8,8 +8,6 @@ import time
 
 import pytest
 
-from quire.core.contracts.metrics import MetricsExporter
-from quire.core.engine.output_processor import ExporterGroup
 from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
 from quire.core.stats import QuarantinedPlugin
 
@@ -48,36 +46,6 @@ def test_what_is_not_the_plugins_fault_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         quarantine.call(divide, 1, 0)
     assert quarantine.is_active
-
-
-class Exporter(MetricsExporter):
-    """Remembers what it is told, and may fail."""
-
-    def __init__(self, fails: bool) -> None:
-        super().__init__({})
-        self.fails = fails
-        self.quarantined: list[QuarantinedPlugin] = []
-
-    def record_engine(self, stats: object) -> None:
-        if self.fails:
-            raise RuntimeError("full")
-
-    def record_request(self, stats: object) -> None: ...
-
-    def record_tokens(self, *figures: object) -> None: ...
-
-    def record_quarantine(self, plugin: QuarantinedPlugin) -> None:
-        self.quarantined.append(plugin)
-
-
-def test_exporters_hear_of_each_quarantined_plugin_once() -> None:
-    good, bad = Exporter(False), Exporter(True)
-    group = ExporterGroup([("good", good), ("bad", bad)])
-    processor = QuarantinedPlugin("logits_processor", "mine", "raised")
-    for _ in range(3):
-        group.record_engine({}, [processor])
-    assert group.active == [good] and group.num_quarantined == 1
-    assert good.quarantined == [processor, QuarantinedPlugin("metrics", "bad", "raised")]
 
 
 def test_an_interrupt_that_the_plugin_swallows_leaves_nothing_behind() -> None:

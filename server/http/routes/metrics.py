@@ -25,7 +25,7 @@ def make_router(state: ServerState) -> APIRouter:
     async def metrics() -> Response:
         """Figures of every exporter for Prometheus, one document behind the other; those of another type than the first
         one's are at ``/metrics/NAME`` alone."""
-        documents = state.engine.render_metrics()
+        documents = await state.engine.render_metrics()
         if not documents:
             raise ApiError(404, "no metrics exporter that can be scraped is on; start without --metrics none")
         kind = documents[0].content_type
@@ -41,7 +41,7 @@ def make_router(state: ServerState) -> APIRouter:
     )
     async def metrics_of_exporter(name: str) -> Response:
         """Figures of one exporter."""
-        documents = {document.name: document for document in state.engine.render_metrics()}
+        documents = {document.name: document for document in await state.engine.render_metrics()}
         if name not in documents:
             names = ", ".join(documents) or "none"
             raise ApiError(404, f"no metrics exporter {name!r} that can be scraped is on; on are {names}")

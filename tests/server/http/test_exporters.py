@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from fastapi.testclient import TestClient
 from tests.server.conftest import start_server
+
+from quire.core.engine.async_llm import AsyncLLM
+from quire.core.engine.exporter_group import RenderedMetrics
+from quire.server.http.app import create_app
 
 EXPORTERS = '''
 from dataclasses import dataclass
@@ -74,3 +81,13 @@ def test_every_exporter_is_served(tiny_model: str, tmp_path: Path, monkeypatch: 
         assert "metrics/exporters:Fails is quarantined (raised)" in server.stderr.read_text()
     finally:
         server.stop()
+
+
+def test_metrics_without_an_exporter_are_not_found() -> None:
+    async def render() -> list[RenderedMetrics]:
+        return []
+
+    app = create_app(cast(AsyncLLM, SimpleNamespace(render_metrics=render)))
+    with TestClient(app) as client:
+        answer = client.get("/metrics")
+        assert answer.status_code == 404 and "--metrics none" in answer.json()["error"]["message"]

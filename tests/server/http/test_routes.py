@@ -8,14 +8,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import httpx
 import openai
 import pytest
 from fastapi.routing import APIRoute
-from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.engine.async_llm import AsyncLLM
@@ -134,12 +132,6 @@ def test_the_trace_of_the_last_steps(server: RunningServer, http: httpx.Client, 
     assert main(["trace", "--url", server.url, "--steps", "2", "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["traceEvents"]) == 5 + 2 * 5
     assert main(["trace", "--url", f"{server.url}/nowhere", "--out", str(out)]) == 2
-
-
-def test_metrics_without_an_exporter_are_not_found() -> None:
-    app = create_app(cast(AsyncLLM, SimpleNamespace(render_metrics=list)))
-    with TestClient(app) as client:
-        assert "--metrics none" in check_error(client.get("/metrics"), 404)
 
 
 def test_request_ids(http: httpx.Client) -> None:
