@@ -127,7 +127,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     )
     if args.plugins:
         plugins.call_hook("quire_configure", config=config)
-        atexit.register(plugins.call_hook, "quire_unconfigure")
+        atexit.register(plugins.unconfigure_plugins)
     return BuiltConfig(config, plugins)
 
 

@@ -151,7 +151,10 @@ def quire_register_commands(subparsers: argparse._SubParsersAction[argparse.Argu
 
 @hookspec
 def quire_extend_app(app: Any) -> None:
-    """Add routes or middleware to the FastAPI application. Called once, after ours, before serving. None is ignored."""
+    """Add routes or middleware to the FastAPI application. Called once, after ours, before serving. None is ignored.
+
+    A route that does not give the event loop back for five seconds is interrupted, and answers 503 from then on.
+    """
 
 
 @hookspec
@@ -164,4 +167,7 @@ def quire_configure(config: Any) -> None:
 
 @hookspec
 def quire_unconfigure() -> None:
-    """Release what ``quire_configure`` took. Called once, when the process ends. None is ignored."""
+    """Release what ``quire_configure`` took. Called once, when the process ends. None is ignored.
+
+    It is interrupted after five seconds. The log names one that is, or that raises, and the others are called.
+    """

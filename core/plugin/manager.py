@@ -21,6 +21,7 @@ from quire.core.plugin.discovery import (
     import_entry_point,
     scan_entry_points,
 )
+from quire.core.plugin.quarantine import PluginInterrupt
 from quire.core.plugin.registry import (
     KINDS,
     PROJECT,
@@ -32,6 +33,7 @@ from quire.core.plugin.registry import (
     suggest_names,
 )
 from quire.core.plugin.target import Resolution, find_missing_requirement, load_target, resolve_file
+from quire.core.plugin.time_limit import interrupt_after
 from quire.core.version import __version__
 
 __all__ = ["IMPORT_LIMIT_S", "PluginManager"]
@@ -70,8 +72,26 @@ class PluginManager:
 
     def call_hook(self, hook: str, **arguments: Any) -> None:
         """Call ``hook`` on every one of these plugins. PluginError naming the first that raises."""
-        for _ in self._iter_answers(hook, arguments):
+        for _ in self.iter_hook(hook, **arguments):
             pass
+
+    def iter_hook(self, hook: str, **arguments: Any) -> Iterator[str]:
+        """As ``call_hook``, one plugin after the other: the distribution of each that was called."""
+        for dist, _ in self._iter_answers(hook, arguments):
+            yield dist
+
+    def unconfigure_plugins(self, limit_s: float = 5.0) -> None:
+        """Call ``quire_unconfigure`` on every one of these plugins. One that raises, or does not return in ``limit_s``
+        seconds, is named in the log, and the others are called all the same."""
+        for implementation in reversed(self.hooks.quire_unconfigure.get_hookimpls()):
+            name = (self._pluggy.get_name(implementation.plugin) or PROJECT).partition(":")[0]
+            try:
+                with interrupt_after(limit_s):
+                    implementation.function()
+            except PluginInterrupt:
+                log.error("%s: quire_unconfigure did not return in %g s and was interrupted", name, limit_s)
+            except (Exception, SystemExit) as error:
+                log.error("%s: quire_unconfigure failed: %s", name, format_error(error), exc_info=error)
 
     @property
     def entry_points(self) -> list[PluginEntryPoint]:

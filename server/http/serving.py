@@ -78,10 +78,11 @@ async def _serve(
     signals.call_before_exit(engine.kill_at_once)  # of the process that it has by then
     try:
         from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
+        from quire.server.http.plugin_routes import add_plugin_routes
 
         await engine.start()
         app = create_app(engine, settings, arguments)
-        engine.plugins.call_hook("quire_extend_app", app=app)
+        add_plugin_routes(app, engine.plugins, engine.add_quarantined)
         state: ServerState = app.state.server
         servers = [_Server(_uvicorn_config(app, args))]
         if settings.prometheus_port is not None:
