@@ -82,8 +82,20 @@ class ParallelConfig:
 
     tensor_parallel_size: int = 1
     """Workers that share every layer."""
+    pipeline_parallel_size: int = 1
+    """Stages of layers, each on workers of its own."""
     all_reduce: Literal["nccl", "symmetric_memory"] = "nccl"
     """How GPUs sum: by the library, or messages up to some MiB by Quire's kernels in memory that all of them map."""
+
+    @property
+    def num_workers(self) -> int:
+        """Of all stages."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def max_in_flight_steps(self) -> int:
+        """Steps that are launched and not read: one on each stage, and the next, queued behind them."""
+        return self.pipeline_parallel_size + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> Par
                 f"tensor_parallel_size {size} does not divide the {heads} attention heads and {kv_heads} KV heads of "
                 f"{args.model}; give {', '.join(map(str, sizes))}"
             )
-    return ParallelConfig(size, args.all_reduce)  # type: ignore[arg-type]  # one of its choices, as checked
+    return ParallelConfig(size, all_reduce=args.all_reduce)  # type: ignore[arg-type]  # one of its choices, as checked
 
 
 def _build_cache_config(args: EngineArgs) -> CacheConfig:

@@ -24,7 +24,7 @@ def make_executor(config: EngineConfig, processes: RankProcesses | None = None) 
     executor_class = load_target(choice.target, "quire.core.contracts.executor:Executor")
     executor: Executor = executor_class(config, parse_options(executor_class, choice.options))
     if processes is not None:
-        if isinstance(executor, MultiprocExecutor) and processes.size == config.parallel.tensor_parallel_size:
+        if isinstance(executor, MultiprocExecutor) and processes.size == config.parallel.num_workers:
             executor.use_processes(processes)
         else:
             processes.kill()

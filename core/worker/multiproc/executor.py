@@ -46,6 +46,7 @@ from quire.core.worker.multiproc.messages import (
     StepFailed,
     StepOutcome,
 )
+from quire.core.worker.multiproc.rank_layout import RankLayout
 from quire.core.worker.multiproc.rank_processes import MASK_BLOCK, RankProcesses
 
 __all__ = ["MultiprocExecutor"]
@@ -63,12 +64,13 @@ _STACKS_S = 0.3
 
 
 class MultiprocExecutor(Executor):
-    """Ranks are told of a step once, through shared memory; the first one answers with its tokens, any with a failure.
+    """Ranks are told of a step once, through shared memory; the first one of the last stage answers with its tokens,
+    any with a failure.
 
-    All ranks do the same or the engine ends: they run the same steps in the same order, and sample the same tokens
-    from the same logits. What may differ is agreed on: the blocks of the cache are the fewest of any rank; before a
-    step with prompts every rank says whether its memory suffices, and if one says no none begins; a step that failed
-    on one rank has failed on all, or the engine ends with ``WorkerDiedError``.
+    All ranks of a stage do the same or the engine ends: they run the same steps in the same order, and sample the same
+    tokens from the same logits. What may differ is agreed on: the blocks of the cache are the fewest of any rank;
+    before a step with prompts every rank says whether its memory suffices, and if one says no none begins; a step that
+    failed on one rank has failed on all of its stage, or the engine ends with ``WorkerDiedError``.
     """
 
     worker_target = "quire.core.worker.worker:Worker"
@@ -76,7 +78,8 @@ class MultiprocExecutor(Executor):
 
     def __init__(self, config: EngineConfig, options: Any = None) -> None:
         super().__init__(config, options)
-        self._size = config.parallel.tensor_parallel_size
+        self._layout = RankLayout.from_parallel(config.parallel)
+        self._size = self._layout.num_ranks
         self._codec = RankCodec()
         self._ranks: RankProcesses | None = None
         self._early_processes: RankProcesses | None = None
@@ -101,6 +104,7 @@ class MultiprocExecutor(Executor):
     def start(self) -> KVCapacity:
         """Start the ranks, which load and measure at the same time, and agree on the number of blocks."""
         self._ranks = ranks = self._early_processes or RankProcesses(self._size, self.config.model.device)
+        ranks.layout = self._layout
         self._replies = [{} for _ in range(self._size)]
         try:
             level = logging.getLevelName(_log.getEffectiveLevel())
@@ -157,7 +161,7 @@ class MultiprocExecutor(Executor):
         self._broadcast(CheckMemory(num_tokens))
         full = [rank for rank, checked in enumerate(self._gather(MemoryChecked)) if not checked.fits]
         if full:
-            raise torch.OutOfMemoryError(f"a step of {num_tokens} tokens does not fit on rank {full[0]}")
+            raise torch.OutOfMemoryError(f"a step of {num_tokens} tokens does not fit on {self._name(full[0])}")
 
     @property
     def is_compiling(self) -> bool:
@@ -182,7 +186,7 @@ class MultiprocExecutor(Executor):
             if reply.error is not None:
                 known = _make_known_error(reply.error_class, reply.error)
                 if known is None or isinstance(known, ControlCallError):
-                    raise ControlCallError(f"rank {rank}: {reply.error}")
+                    raise ControlCallError(f"{self._name(rank)}: {reply.error}")
                 raise known
         return [reply.result for reply in replies]
 
@@ -261,7 +265,7 @@ class MultiprocExecutor(Executor):
             self._end(error)
         for rank, message in ((each.rank, self._codec.decode_from_rank(each.data)) for each in messages):
             if isinstance(message, StepDone):
-                if rank == 0:
+                if rank == self._layout.output_rank:
                     self._done[message.number] = message.output
                 if message.output.quarantined:
                     self._unusual.add(message.number)
@@ -279,7 +283,7 @@ class MultiprocExecutor(Executor):
             self._compare_step(self._unusual.pop())
 
     def _compare_step(self, number: int) -> None:
-        """End unless all ranks say the same of a step, which was out of the ordinary for one."""
+        """End unless all ranks of a stage say the same of a step, which was out of the ordinary for one."""
         if self._size == 1:
             return
         self._broadcast(CompareStep(number))
@@ -289,7 +293,8 @@ class MultiprocExecutor(Executor):
         ):
             self._receive(_POLL_S)
         outcomes = [replies.pop(StepOutcome).outcome if StepOutcome in replies else "" for replies in self._replies]
-        if not num_silent and len(set(outcomes)) == 1:
+        stages = [self._layout.list_stage(stage) for stage in range(self._layout.pipeline_parallel_size)]
+        if not num_silent and all(len({outcomes[rank] for rank in stage}) == 1 for stage in stages):
             return
         rank = next((rank for rank, outcome in enumerate(outcomes) if outcome), 0)
         what = outcomes[rank] or "failed"
@@ -297,7 +302,10 @@ class MultiprocExecutor(Executor):
             _log.error("%s", failure.traceback.rstrip())
             what = failure.error
         others = f"{num_silent} ranks do not answer" if num_silent else "other ranks did not"
-        self._end(WorkerDiedError(f"rank {rank} left the others in step {number}, and {others}: {what}"))
+        self._end(WorkerDiedError(f"{self._name(rank)} left the others in step {number}, and {others}: {what}"))
+
+    def _name(self, rank: int, *details: str) -> str:
+        return self._layout.describe_rank(rank, *details)
 
     # ---- The end.
 
@@ -308,12 +316,13 @@ class MultiprocExecutor(Executor):
         time.sleep(_CAUSE_S)  # another rank may have ended, of which this is but the consequence
         if ended := self._ranks.find_ended():
             raise EngineDeadError(self._ranks.describe_end(ended))
-        raise EngineDeadError(f"rank {rank} could not start: {message.error}")
+        raise EngineDeadError(f"{self._name(rank)} could not start: {message.error}")
 
     def _describe_hang(self, seconds: float, what: str) -> str:
         assert self._ranks is not None
         if stopped := self._ranks.find_stopped():
-            reason = f"rank {stopped[0]} (process {self.pids[stopped[0]]}) is stopped (SIGSTOP, or a debugger)"
+            who = self._name(stopped[0], f"process {self.pids[stopped[0]]}")
+            reason = f"{who} is stopped (SIGSTOP, or a debugger)"
             return f"{reason}: {what} has not ended for {seconds:.0f} s"
         self._ranks.dump_stacks()
         time.sleep(_STACKS_S)

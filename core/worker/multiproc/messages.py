@@ -62,7 +62,7 @@ class CheckMemory(msgspec.Struct, tag=True, array_like=True):
 
 
 class RunStep(msgspec.Struct, tag=True, array_like=True):
-    """Launch a step. The first rank answers with ``StepDone``."""
+    """Launch a step. The output rank answers with ``StepDone``."""
 
     number: int
     """Counts the steps of this executor: what a rank says of a step has it."""
@@ -132,7 +132,7 @@ class MemoryChecked(msgspec.Struct, tag=True, array_like=True):
 
 
 class StepDone(msgspec.Struct, tag=True, array_like=True):
-    """A step ended. Sent by the first rank; by the others where a plugin was quarantined."""
+    """A step ended. Sent by the output rank; by the others where a plugin was quarantined."""
 
     number: int
     output: ModelRunnerOutput

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError, WorkerDiedError
 from quire.core.worker.multiproc.broadcast_ring import RingWriter, SharedMemory
+from quire.core.worker.multiproc.rank_layout import RankLayout
 
 __all__ = ["DUMP_SIGNAL", "MASK_BLOCK", "NEW_RING", "NEXT_MESSAGE", "STATUS", "RankMessage", "RankProcesses"]
 
@@ -62,6 +63,8 @@ class RankProcesses:
     def __init__(self, size: int, device: str = "auto") -> None:
         """``device``: unless it is ``cpu``, each initializes the GPU of its number, if it is there."""
         self.size = size
+        self.layout = RankLayout(size)
+        """How messages name the ranks: set when it is known, which is after the start of the processes."""
         self._device = device
         self._ring = RingWriter(_RING_BYTES, size)
         listener = socket.create_server(("127.0.0.1", 0), backlog=size)
@@ -135,10 +138,10 @@ class RankProcesses:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
         ended = [self._ranks[number] for number in ranks if self._ranks[number].process.returncode is not None]
         if not ended:
-            return f"rank {ranks[0]} closed its socket"
+            return f"{self.layout.describe_rank(ranks[0])} closed its socket"
         # One that a signal ended comes first: another may have ended because of it.
         rank = min(ended, key=lambda each: each.process.returncode >= 0)
-        status, who = rank.process.returncode, f"rank {rank.rank} (process {rank.process.pid})"
+        status, who = rank.process.returncode, self.layout.describe_rank(rank.rank, f"process {rank.process.pid}")
         if status >= 0:
             return f"{who} ended with status {status}; its lines in the log say why"
         hint = ", as the kernel does where the host's memory runs out" if status == -signal.SIGKILL else ""

@@ -51,6 +51,7 @@ from quire.core.worker.multiproc.messages import (
     StepFailed,
     StepOutcome,
 )
+from quire.core.worker.multiproc.rank_layout import RankLayout
 from quire.core.worker.multiproc.rank_processes import MASK_BLOCK, NEW_RING, NEXT_MESSAGE, STATUS
 from quire.core.worker.readback import Readback
 from quire.core.worker.worker import Worker
@@ -83,6 +84,7 @@ class RankWorker:
         self._failed_number = -1  # the step whose model could not be launched: its second half is passed over
         self._results: queue.SimpleQueue[Callable[[], None]] | None = None
         self._step_timeout_s = math.inf
+        self._layout = RankLayout(size)
         self._worker: Worker | None = None
         self._frames: PluginFrames | None = None
 
@@ -125,6 +127,7 @@ class RankWorker:
     def _load(self, message: StartRank) -> None:
         setup_logging(message.log_level, rank=self._rank)
         config = message.config
+        self._layout = RankLayout.from_parallel(config.parallel)
         self._frames = PluginFrames(config)
         self._step_timeout_s = config.watchdog.step_timeout_s
         if config.model.device == "cuda":
@@ -218,7 +221,7 @@ class RankWorker:
             return
         if output.quarantined:
             self._keep_outcome(number, ", ".join(sorted(f"{p.kind}/{p.name} {p.reason}" for p in output.quarantined)))
-        if self._rank == 0 or output.quarantined:
+        if self._rank == self._layout.output_rank or output.quarantined:
             self._send(StepDone(number, output))
 
     def _note_failure(self, number: int, error: BaseException) -> None:
