@@ -74,12 +74,13 @@ def _use_device_of_caller() -> Callable[[], None]:
 
 
 class CompileCounter:
-    """Counts the kernels that Triton compiles, or loads from its cache, from construction on: each is a stall."""
+    """Counts the kernels that Triton compiles, or loads from its cache, until it is closed: each is a stall."""
 
     def __init__(self) -> None:
         import triton
 
         self.count = 0
+        self._is_closed = False
         self._began_at: float | None = None  # the compilation that has not ended
         runtime = triton.knobs.runtime
         self._previous_begin_hook, self._previous_end_hook = runtime.jit_cache_hook, runtime.jit_post_compile_hook
@@ -96,13 +97,23 @@ class CompileCounter:
         count, self.count = self.count, 0
         return count
 
+    def close(self) -> None:
+        """Count no more: whoever starts another engine compiles outside of this one's traffic."""
+        import triton
+
+        self._is_closed = True  # a later counter may go on calling these hooks
+        runtime = triton.knobs.runtime
+        if runtime.jit_post_compile_hook == self._end_hook:
+            runtime.jit_cache_hook, runtime.jit_post_compile_hook = self._previous_begin_hook, self._previous_end_hook
+
     def _begin_hook(self, **info: Any) -> Any:
-        self._began_at = time.monotonic()
+        self._began_at = None if self._is_closed else time.monotonic()
         # What is true here keeps Triton from compiling.
         return self._previous_begin_hook(**info) if self._previous_begin_hook is not None else None
 
     def _end_hook(self, **info: Any) -> Any:
-        self.count += 1
-        self._began_at = None
-        _log.warning("the kernel %s was compiled under traffic", getattr(info.get("fn"), "name", "?"))
+        if not self._is_closed:
+            self.count += 1
+            self._began_at = None
+            _log.warning("the kernel %s was compiled under traffic", getattr(info.get("fn"), "name", "?"))
         return self._previous_end_hook(**info) if self._previous_end_hook is not None else None

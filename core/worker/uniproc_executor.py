@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -93,11 +94,16 @@ class UniprocExecutor(Executor):
         return block
 
     def shutdown(self) -> None:
-        """Finish the steps in flight and drop the worker."""
+        """Finish the steps in flight, drop the worker and free its memory on the GPU."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._thread = None
-        self._worker = None
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+            if self.config.model.device == "cuda":
+                gc.collect()  # a model is full of circles
+                torch.cuda.empty_cache()
 
     def _execute_and_wait(self, step: SchedulerOutput) -> ModelRunnerOutput:
         return self.worker.execute_step(step).result()

@@ -295,6 +295,11 @@ class Worker:
         """Whether a kernel is being compiled, by the step that runs."""
         return self._compile_counter is not None and self._compile_counter.is_compiling
 
+    def shutdown(self) -> None:
+        """The last call. Memory is freed with the worker."""
+        if self._compile_counter is not None:
+            self._compile_counter.close()
+
     def describe_worker(self) -> WorkerInfo:
         """Where this rank runs, and the memory that it holds."""
         on_gpu = self._device.type == "cuda"

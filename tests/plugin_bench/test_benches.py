@@ -167,11 +167,12 @@ def test_a_slowdown_of_five_percent_is_found_in_attention_and_the_scripts_agree(
     triton = load("attention", "triton")
 
     class Slowed(triton):
-        """Some 7 of 140 microseconds more for each layer."""
+        """Some 4 of 115 microseconds more for a layer."""
 
         def run(self, layer, q, kv, out, **rest):
             super().run(layer, q, kv, out, **rest)
-            torch.cuda._sleep(12_000)  # clock cycles
+            if layer % 4 == 3:
+                torch.cuda._sleep(12_000)  # clock cycles; the launch costs as much again
 
     cuda = torch.device("cuda")
     bench = AttentionBench(cuda)

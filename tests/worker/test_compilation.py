@@ -42,3 +42,20 @@ def test_a_compilation_that_never_ends_is_one_no_more(hooks: Any, monkeypatch: p
     assert counter.is_compiling
     now[0] += 2
     assert not counter.is_compiling
+
+
+def test_what_another_engine_compiles_after_the_end_is_not_counted(hooks: Any) -> None:
+    told: list[str] = []
+    hooks.jit_post_compile_hook = lambda **info: told.append("end")
+    first = CompileCounter()
+    first.close()
+    second = CompileCounter()
+    hooks.jit_cache_hook(key="k")
+    hooks.jit_post_compile_hook(key="k")
+    second.close()
+    hooks.jit_post_compile_hook(key="k")
+    assert (first.take_count(), second.take_count(), told) == (0, 1, ["end", "end"])
+    first, second = CompileCounter(), CompileCounter()
+    first.close()  # below the second, which goes on calling its hooks
+    hooks.jit_post_compile_hook(key="k")
+    assert (first.take_count(), second.take_count()) == (0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -39,10 +40,17 @@ class GraphCapturer:
         torch.cuda.synchronize()  # work queued before must not become a dependency of the graph
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            # ``thread_local``: what other threads do (a collective library's watchdog, say) does not end the capture.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            output = launch()
-            graph.capture_end()
+        # Graphs of an engine that has ended are destroyed with the garbage, which would end the capture.
+        collects_garbage = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                # ``thread_local``: what other threads do (a collective library's watchdog, say) does not end it either.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                output = launch()
+                graph.capture_end()
+        finally:
+            if collects_garbage:
+                gc.enable()
         torch.cuda.current_stream().wait_stream(self._stream)
         return CapturedGraph(graph, output)
