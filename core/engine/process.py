@@ -18,10 +18,9 @@ import threading
 import time
 
 from quire.core.env import child_environment
+from quire.core.worker.multiproc.rank_launch import DUMP_SIGNAL, is_stopped
 
 __all__ = ["EngineProcess", "main"]
-
-_DUMP_SIGNAL = signal.SIGUSR1
 
 _PARENT_POLL_S = 0.5
 _KILL_WAIT_S = 10.0
@@ -65,16 +64,12 @@ class EngineProcess:
     @property
     def is_stopped(self) -> bool:
         """Whether a signal or a debugger stopped it; False where that cannot be known."""
-        try:
-            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as stat:
-                return stat.read().rpartition(")")[2].split()[0] in "Tt"
-        except (OSError, IndexError):
-            return False
+        return is_stopped(self.pid)
 
     def dump_stacks(self) -> None:
         """Have it write the stacks of its threads to the log, even while no Python code can run in it."""
         with contextlib.suppress(ProcessLookupError):
-            self._child.send_signal(_DUMP_SIGNAL)
+            self._child.send_signal(DUMP_SIGNAL)
 
     def wait(self, seconds: float) -> None:
         """Wait for its end, and kill it if that does not come. May run in a thread."""
@@ -106,7 +101,7 @@ def main() -> int:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
-    faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
     folder, device, num_ranks, parent_pid = sys.argv[1:]
     watcher = threading.Thread(target=_end_with_parent, args=(folder, int(parent_pid)), daemon=True)
     watcher.start()

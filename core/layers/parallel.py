@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.errors import ConfigError
 from quire.core.ops.all_reduce import AllReduceKernels
 
-__all__ = ["NormedSum", "PartialSum", "TensorParallel"]
+__all__ = ["CollectiveNotes", "NormedSum", "PartialSum", "TensorParallel"]
 
 _MOST_NAMED_RANKS = 64
 """Larger numbers of ranks are not proposed."""
@@ -28,6 +31,21 @@ class NormedSum:
     """The sum, residual included: what the next addition takes."""
 
 
+class CollectiveNotes:
+    """As a context manager around each collective operation it counts those that this rank has entered and left, so
+    that a rank that waits for the others can be told from the one that they wait for."""
+
+    def __init__(self, counts: NDArray[np.int64]) -> None:
+        """``counts`` (2,): entered and left, in memory that another process may see."""
+        self._counts = counts
+
+    def __enter__(self) -> None:
+        self._counts[0] += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._counts[1] += 1
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """This rank's place among the ranks that share every layer. ``TensorParallel(0, 1)`` is a model that is whole."""
@@ -38,6 +56,9 @@ class TensorParallel:
     """A ``torch.distributed`` process group; None is the default group. Unused where ``size`` is 1."""
     kernels: AllReduceKernels | None = None
     """Quire's own sums, where the ranks are GPUs that map each other's memory."""
+    notes: AbstractContextManager[None] = field(default_factory=nullcontext)
+    """Entered around each collective operation in which the host may wait: ``CollectiveNotes`` where ranks are
+    processes."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks, perhaps in place."""
@@ -46,7 +67,8 @@ class TensorParallel:
         summed = None if self.kernels is None else self.kernels.all_reduce(x)
         if summed is not None:
             return summed
-        dist.all_reduce(x, group=self.group)
+        with self.notes:
+            dist.all_reduce(x, group=self.group)
         return x
 
     def all_reduce_add_norm(
@@ -73,7 +95,8 @@ class TensorParallel:
         stacked = x.new_empty((self.size, *x.shape))
         # gloo takes the ranks as more rows of the first dimension alone
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # of which newer torch warns
-        gather(stacked.flatten(0, 1), x.contiguous(), group=self.group)
+        with self.notes:
+            gather(stacked.flatten(0, 1), x.contiguous(), group=self.group)
         return stacked
 
     def divide_evenly(self, total: int, name: str) -> int:

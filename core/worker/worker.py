@@ -92,13 +92,13 @@ class Worker:
     _memory_profile: MemoryProfile
 
     def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
-        """``parallel``: the place of this rank among those that share every layer; its GPU is the one of that number.
+        """``parallel``: the place of this rank among those that share every layer, on the current GPU of its process.
         None: the model is whole."""
         self._config = config
         self._parallel = parallel or TensorParallel()
         self._device = torch.device(config.model.device)
         if self._parallel.size > 1 and self._device.type == "cuda":
-            self._device = torch.device("cuda", self._parallel.rank)
+            self._device = torch.device("cuda", torch.cuda.current_device())
         check_device(self._device)
         self._timer = StartupTimer()
         self.control = ControlMethods("worker")

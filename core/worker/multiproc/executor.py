@@ -46,8 +46,9 @@ from quire.core.worker.multiproc.messages import (
     StepFailed,
     StepOutcome,
 )
+from quire.core.worker.multiproc.rank_group import RankGroup
 from quire.core.worker.multiproc.rank_layout import RankLayout
-from quire.core.worker.multiproc.rank_processes import MASK_BLOCK, RankProcesses
+from quire.core.worker.multiproc.rank_processes import RankProcesses
 
 __all__ = ["MultiprocExecutor"]
 
@@ -60,7 +61,6 @@ _CAUSE_S = 0.5
 """How long after a rank's error the end of another may be seen, which then was the cause."""
 _EARLIER_S = 0.5
 """By how much a hang is found before the watchdog of the engine core finds it, which does not know the ranks."""
-_STACKS_S = 0.3
 
 
 class MultiprocExecutor(Executor):
@@ -81,7 +81,7 @@ class MultiprocExecutor(Executor):
         self._layout = RankLayout.from_parallel(config.parallel)
         self._size = self._layout.num_ranks
         self._codec = RankCodec()
-        self._ranks: RankProcesses | None = None
+        self._ranks: RankGroup | None = None
         self._early_processes: RankProcesses | None = None
         self._mask_blocks: list[tuple[NDArray[np.int32], SharedMemory]] = []
         self._num_steps = 0
@@ -103,14 +103,14 @@ class MultiprocExecutor(Executor):
 
     def start(self) -> KVCapacity:
         """Start the ranks, which load and measure at the same time, and agree on the number of blocks."""
-        self._ranks = ranks = self._early_processes or RankProcesses(self._size, self.config.model.device)
+        self._ranks = ranks = self._start_ranks()
         ranks.layout = self._layout
         self._replies = [{} for _ in range(self._size)]
         try:
             level = logging.getLevelName(_log.getEffectiveLevel())
-            self._broadcast(StartRank(self.config, self.worker_target, level, ranks.store_port))
+            self._broadcast(StartRank(self.config, self.worker_target, level, *ranks.store_address))
             for _, memory in self._mask_blocks:
-                ranks.send_memory(MASK_BLOCK, memory)
+                ranks.send_mask_block(memory)
             profiles = [loaded.profile for loaded in self._gather(RankLoaded)]
             self._broadcast(AllocateKVCache(min(profile.num_blocks for profile in profiles)))
             ready = self._gather(RankReady)
@@ -126,6 +126,9 @@ class MultiprocExecutor(Executor):
             activation_bytes=max(each.activation_bytes for each in capacities),
             graph_bytes=max(each.graph_bytes for each in capacities),
         )
+
+    def _start_ranks(self) -> RankGroup:
+        return self._early_processes or RankProcesses(self._size, self.config.model.device)
 
     def execute_step(self, step: SchedulerOutput) -> StepFuture:
         """Have every rank launch a step."""
@@ -175,7 +178,7 @@ class MultiprocExecutor(Executor):
         block: NDArray[np.int32] = np.frombuffer(memory.map, np.int32).reshape(num_rows, num_words)
         self._mask_blocks.append((block, memory))
         if self._ranks is not None:
-            self._ranks.send_memory(MASK_BLOCK, memory)
+            self._ranks.send_mask_block(memory)
         return block
 
     def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
@@ -244,13 +247,14 @@ class MultiprocExecutor(Executor):
         process is stopped, the limit does not count."""
         if self._dead is not None:
             raise self._dead
+        assert self._ranks is not None, "start comes first"
         seconds, last = 0.0, time.monotonic()
         while True:
             self._compare_unusual_steps()
             if condition():
                 return
             if seconds >= limit_s:
-                self._end(WorkerDiedError(self._describe_hang(seconds, what)))
+                self._end(WorkerDiedError(self._ranks.describe_hang(seconds, what)))
             self._receive(min(_POLL_S, max(limit_s - seconds, 0.001)))
             now = time.monotonic()
             if not self.is_compiling:
@@ -317,16 +321,6 @@ class MultiprocExecutor(Executor):
         if ended := self._ranks.find_ended():
             raise EngineDeadError(self._ranks.describe_end(ended))
         raise EngineDeadError(f"{self._name(rank)} could not start: {message.error}")
-
-    def _describe_hang(self, seconds: float, what: str) -> str:
-        assert self._ranks is not None
-        if stopped := self._ranks.find_stopped():
-            who = self._name(stopped[0], f"process {self.pids[stopped[0]]}")
-            reason = f"{who} is stopped (SIGSTOP, or a debugger)"
-            return f"{reason}: {what} has not ended for {seconds:.0f} s"
-        self._ranks.dump_stacks()
-        time.sleep(_STACKS_S)
-        return f"the ranks hang: {what} has not ended for {seconds:.0f} s; their stacks are in the log"
 
     def _end(self, error: WorkerDiedError) -> None:
         """Kill every rank and raise, now and whenever a step is asked for."""

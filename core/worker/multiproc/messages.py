@@ -45,8 +45,9 @@ class StartRank(msgspec.Struct, tag=True, array_like=True):
     worker_target: str
     """``module:Class`` of the worker."""
     log_level: str
+    store_host: str
     store_port: int
-    """Of this host, where the first rank serves the store by which the ranks find each other."""
+    """Where the first rank serves the store by which the ranks find each other."""
 
 
 class AllocateKVCache(msgspec.Struct, tag=True, array_like=True):
@@ -182,7 +183,7 @@ class RankCodec:
         """Encode any message of this module."""
         return self._encoder.encode(message)
 
-    def decode_to_rank(self, data: bytes) -> MessageToRank:
+    def decode_to_rank(self, data: bytes | bytearray) -> MessageToRank:
         """Decode a message to a rank."""
         message: MessageToRank = self._to_rank_decoder.decode(data)
         return message

@@ -1,4 +1,4 @@
-"""The entry point of a rank's process: ``python -m ...multiproc.rank_main RANK SIZE DEVICE SOCKET STORE PARENT``.
+"""The entry point of a rank's process, ``python -m ...multiproc.rank_main RANK SIZE ...``: see ``launch_rank``.
 
 It imports nothing heavy before it is sure to end with its parent.
 """
@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 
+from quire.core.worker.multiproc.rank_launch import DUMP_SIGNAL, RankPlace
+
 __all__ = ["main"]
 
 _PR_SET_PDEATHSIG = 1
@@ -26,13 +28,14 @@ def main() -> int:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
-    device = sys.argv.pop(3)
-    rank, size, socket_fd, store_fd, parent_pid = (int(word) for word in sys.argv[1:])
+    place = RankPlace.from_words(sys.argv[1:-3])
+    socket_fd, store_fd, parent_pid = (int(word) for word in sys.argv[-3:])
     _end_with_parent(parent_pid)
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
-    from quire.core.worker.multiproc.rank_worker import RankWorker  # seconds
+    faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+    from quire.core.worker.multiproc.rank_channel import open_channel  # seconds
+    from quire.core.worker.multiproc.rank_worker import RankWorker
 
-    return RankWorker(rank, size, device, socket.socket(fileno=socket_fd), store_fd).run()
+    return RankWorker(place, open_channel(place, socket.socket(fileno=socket_fd)), store_fd).run()
 
 
 def _end_with_parent(parent_pid: int) -> None:

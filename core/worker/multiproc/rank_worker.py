@@ -8,29 +8,25 @@ import logging
 import math
 import os
 import queue
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from quire.core.config import EngineConfig
 from quire.core.engine.watchdog import PluginWatchdog
 from quire.core.errors import QuireError
-from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.parallel import CollectiveNotes, TensorParallel
 from quire.core.log import setup_logging
 from quire.core.messages import TokenMasks
 from quire.core.ops.all_reduce import AllReduceKernels
 from quire.core.plugin.frames import PluginFrames
 from quire.core.plugin.target import load_target
-from quire.core.worker.multiproc.broadcast_ring import RingReader, SharedMemory
 from quire.core.worker.multiproc.messages import (
     AllocateKVCache,
     CallMethod,
@@ -51,8 +47,9 @@ from quire.core.worker.multiproc.messages import (
     StepFailed,
     StepOutcome,
 )
+from quire.core.worker.multiproc.rank_channel import RankChannel
+from quire.core.worker.multiproc.rank_launch import RankPlace
 from quire.core.worker.multiproc.rank_layout import RankLayout
-from quire.core.worker.multiproc.rank_processes import MASK_BLOCK, NEW_RING, NEXT_MESSAGE, STATUS
 from quire.core.worker.readback import Readback
 from quire.core.worker.worker import Worker
 
@@ -64,39 +61,40 @@ _MAX_KEPT_OUTCOMES = 64
 
 
 class RankWorker:
-    """Runs until the executor closes the socket. The main thread launches steps; on a GPU another one waits for what
-    they sampled, so that the next step is launched meanwhile."""
+    """Runs until the executor closes the connection. The main thread launches steps; on a GPU another one waits for
+    what they sampled, so that the next step is launched meanwhile."""
 
-    def __init__(self, rank: int, size: int, device: str, connection: socket.socket, store_fd: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self, place: RankPlace, channel: RankChannel, store_fd: int) -> None:
+        """``store_fd``: of the first rank, the socket over which it serves the store; -1 of the others."""
+        self._place = place
+        self._rank, self._size = place.rank, place.size
         with contextlib.suppress(Exception):  # what is wrong comes again, and is reported, when the worker starts
-            if device != "cpu" and torch.cuda.is_available():
-                torch.cuda.set_device(rank)
+            if place.device != "cpu" and torch.cuda.is_available():
+                torch.cuda.set_device(place.host_rank)
                 torch.zeros(1, device="cuda")  # creates the context
-        self._socket, self._store_fd = connection, store_fd
-        self._send_lock = threading.Lock()
-        self._codec, self._send_codec = RankCodec(), RankCodec()
-        self._ring: RingReader | None = None
-        self._status: NDArray[np.uint8] | None = None  # by rank: whether it compiles
-        self._mask_blocks: list[NDArray[np.int32]] = []
+        self._channel, self._store_fd = channel, store_fd
+        self._codec, self._send_codec, self._send_lock = RankCodec(), RankCodec(), threading.Lock()
         self._outcomes: dict[int, str] = {}
         self._launched_number = 0
         self._failed_number = -1  # the step whose model could not be launched: its second half is passed over
         self._results: queue.SimpleQueue[Callable[[], None]] | None = None
         self._step_timeout_s = math.inf
-        self._layout = RankLayout(size)
+        self._layout = RankLayout(place.size)
         self._worker: Worker | None = None
         self._frames: PluginFrames | None = None
 
     def run(self) -> int:
         """Follow messages until there are no more."""
-        while (message := self._receive()) is not None:
+        while (data := self._channel.receive()) is not None:
+            status = self._channel.status
+            status.begin_message()
             try:
-                self._handle(message)
+                self._handle(self._codec.decode_to_rank(data))
             except Exception as error:
                 if not isinstance(error, QuireError):
                     _log.error("rank %d could not start", self._rank, exc_info=error)
                 self._send(StartFailed(_format_error(error), type(error).__name__))
+            status.end_message()
         # Without the destructors of communication libraries: they may wait for a rank that has ended.
         os._exit(0)
 
@@ -131,21 +129,21 @@ class RankWorker:
         self._frames = PluginFrames(config)
         self._step_timeout_s = config.watchdog.step_timeout_s
         if config.model.device == "cuda":
-            torch.cuda.set_device(self._rank)
-        parallel = self._join_group(config, message.store_port)
+            torch.cuda.set_device(self._place.host_rank)
+        parallel = self._join_group(config, message.store_host, message.store_port)
         worker_class = load_target(message.worker_target, f"{Worker.__module__}:{Worker.__name__}")
         self._worker = worker = worker_class(config, parallel)
         worker.load_model()
         worker.build_model_runner()
         self._send(RankLoaded(worker.profile_memory()))
 
-    def _join_group(self, config: EngineConfig, store_port: int) -> TensorParallel:
+    def _join_group(self, config: EngineConfig, store_host: str, store_port: int) -> TensorParallel:
         if self._size == 1:
             return TensorParallel()
         # A rank that hangs is found by the executor, which knows how long a step may take.
         limit = timedelta(days=365)
         store = TCPStore(
-            "127.0.0.1",
+            store_host,
             store_port,
             self._size,
             is_master=self._rank == 0,
@@ -154,22 +152,24 @@ class RankWorker:
             master_listen_fd=self._store_fd if self._rank == 0 else None,
         )
         backend = "nccl" if config.model.device == "cuda" else "gloo"
-        device = torch.device("cuda", self._rank) if backend == "nccl" else None
+        device = torch.device("cuda", self._place.host_rank) if backend == "nccl" else None
         dist.init_process_group(
             backend, store=store, rank=self._rank, world_size=self._size, timeout=limit, device_id=device
         )
         kernels = None
-        if device is not None and config.parallel.all_reduce == "symmetric_memory":
+        is_one_host = self._place.host_size == self._size
+        if device is not None and is_one_host and config.parallel.all_reduce == "symmetric_memory":
             kernels = AllReduceKernels.open(self._rank, self._size, None, device)
-        return TensorParallel(self._rank, self._size, kernels=kernels)
+        notes = CollectiveNotes(self._channel.status.collective_counts)
+        return TensorParallel(self._rank, self._size, kernels=kernels, notes=notes)
 
     def _end_start(self, message: AllocateKVCache) -> None:
         worker = self.worker
         worker.allocate_kv_cache(message.num_blocks)
         worker.capture_graphs()
         worker.end_start()
-        if worker.device.type == "cuda":  # on a CPU nothing is compiled, and a step has ended when it is launched
-            threading.Thread(target=self._report_status, name="quire-status", daemon=True).start()
+        threading.Thread(target=self._report_status, name="quire-status", daemon=True).start()
+        if worker.device.type == "cuda":  # on a CPU a step has ended when it is launched
             self._results = queue.SimpleQueue()
             threading.Thread(target=self._wait_for_results, args=(self._results,), daemon=True).start()
         # Half of what a step may take: then the step ends before the executor takes it for a hang.
@@ -210,7 +210,7 @@ class RankWorker:
         bits = message.bits
         if bits is None:
             end = message.offset + len(message.request_indices) * message.num_words
-            bits = self._mask_blocks[message.block][message.offset : end].reshape(-1, message.num_words)
+            bits = self._channel.mask_blocks[message.block][message.offset : end].reshape(-1, message.num_words)
         return TokenMasks(message.request_indices, message.draft_offsets, bits)
 
     def _send_result(self, number: int, readback: Readback) -> None:
@@ -256,45 +256,20 @@ class RankWorker:
             self._results.put(function)
 
     def _wait_for_results(self, results: queue.SimpleQueue[Callable[[], None]]) -> None:
-        torch.cuda.set_device(self._rank)
+        torch.cuda.set_device(self._place.host_rank)
         while True:
             results.get()()
 
     def _report_status(self) -> None:
         while True:
-            if self._status is not None:
-                self._status[self._rank] = self.worker.is_compiling
+            self._channel.status.is_compiling = self.worker.is_compiling
+            self._channel.publish_status()
             time.sleep(_STATUS_INTERVAL_S)
-
-    def _receive(self) -> MessageToRank | None:
-        """The next message; None when the executor has closed the socket. Waits without using the processor."""
-        while True:
-            kind, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
-            if not kind:
-                return None
-            if kind == NEXT_MESSAGE:
-                assert self._ring is not None
-                return self._codec.decode_to_rank(self._ring.read())
-            memory = SharedMemory(fds[0])
-            memory.close()  # the mapping is enough
-            if kind == NEW_RING:
-                self._ring = RingReader(memory, self._size, self._rank)
-            elif kind == STATUS:
-                self._status = np.frombuffer(memory.map, np.uint8)
-            elif kind == MASK_BLOCK:
-                self._mask_blocks.append(_pin(np.frombuffer(memory.map, np.int32)))
 
     def _send(self, message: MessageFromRank) -> None:
         with self._send_lock:
             data = self._send_codec.encode(message)
-            self._socket.sendall(len(data).to_bytes(4, "little") + data)
-
-
-def _pin(block: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Page-lock shared memory where there is a GPU, so that copies from it do not wait. Without, they do."""
-    if torch.cuda.is_initialized():
-        torch.cuda.cudart().cudaHostRegister(block.ctypes.data, block.nbytes, 0)
-    return block
+            self._channel.send(data)
 
 
 def _format_error(error: BaseException) -> str:

@@ -87,7 +87,7 @@ def test_masks_of_another_memory() -> None:
 
 def test_the_configuration(llm: Any) -> None:
     codec = RankCodec()
-    told = codec.decode_to_rank(codec.encode(StartRank(llm.config, "m:C", "INFO", 5)))
+    told = codec.decode_to_rank(codec.encode(StartRank(llm.config, "m:C", "INFO", "127.0.0.1", 5)))
     assert isinstance(told, StartRank) and isinstance(told.config, EngineConfig)
     assert replace(told.config, extra={}) == replace(llm.config, extra={}), "of what has no type, tuples are lists"
 
