@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +31,9 @@ from quire.core.plugin.options import find_options_class  # noqa: E402
 from quire.core.plugin.registry import KINDS, Kind, Registrar  # noqa: E402
 from quire.core.plugin.target import load_target  # noqa: E402
 from quire.sdk import contracts, errors, hooks, layers, ops, options  # noqa: E402
-from quire.server.cli.plugins_new import NEW_KINDS, NewPackage  # noqa: E402
+from quire.server.cli.plugins_new import NewPackage  # noqa: E402
 
 FOLDER = ROOT / "docs" / "reference"
-EXAMPLES = ROOT / "examples" / "kinds"
 GENERATED = "<!-- Written by tools/generate_reference.py from the code. Change the docstrings there. -->\n"
 
 
@@ -188,13 +186,7 @@ def _option_fields(plugin: type) -> str:
 
 
 def _example(kind: Kind) -> list[str]:
-    """What ``quire plugins new`` writes; of a kind without a template, the file in ``examples/kinds``."""
-    if kind.key not in NEW_KINDS:
-        path = EXAMPLES / f"{kind.key}_example.py"
-        (name,) = re.findall(rf"^class (\w+)\({kind.contract_class}\)", path.read_text(), re.M)
-        words = f"`{path.relative_to(ROOT).as_posix()}`, which a test runs. In its folder this checks it:"
-        check = f"PYTHONPATH=. quire plugins check {kind.key}/{path.stem}:{name}"
-        return [words, f"```sh\n{check}\n```", _python(path.read_text())]
+    """What ``quire plugins new`` writes."""
     name = "OPTForCausalLM" if kind.key == "model" else f"my-{kind.title.lower().replace(' ', '-')}"
     package = NewPackage.from_words(kind.key, name)
     files, file = package.make_files(), f"{package.module}/{kind.key}.py"

@@ -103,7 +103,9 @@ class AdapterMethod(ABC):
         dtype: torch.dtype | None = None,
         content_hash: str | None = None,
     ) -> Any:
-        """Read and check the adapter in the folder ``path``: whatever ``make_tensors`` takes.
+        """Read and check the adapter in the folder ``path``: whatever ``make_tensors`` takes. Of any method it has the
+        files ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them: the engine tells by their
+        hash (``quire.sdk.compute_content_hash``) which prefixes adapters share.
 
         ``module_shapes`` are the layers that can have adapters: name in the base's checkpoint -> (out_features,
         in_features) of the whole layer; None: any. ``dtype`` is that of ``AdapterLimits``; None: as stored.

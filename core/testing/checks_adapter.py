@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import unittest
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from quire.core.contracts.adapter import AdapterLayer, AdapterLimits, AdapterMethod
 from quire.core.contracts.quant import LayerInfo
 from quire.core.errors import CheckpointError
+from quire.core.loading.peft_adapter import compute_content_hash
 from quire.core.plugin.options import parse_options
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "check_a_cleared_slot_adds_nothing",
     "check_a_missing_folder_is_refused",
     "check_a_token_does_not_depend_on_others",
+    "check_an_adapter_has_changed_or_is_read",
     "check_an_adapter_is_that_of_its_weights",
     "check_modules_left_alone_get_nothing",
     "check_other_modules_are_refused_by_name",
@@ -57,6 +60,22 @@ def check_other_modules_are_refused_by_name(cls: type[AdapterMethod]) -> None:
         _save(cls, path, {**_SHAPES, "model.layers.7.mlp.down_proj": (40, _INPUTS)})
         _assert_refused(cls, path, _SHAPES, "model.layers.7.mlp.down_proj")
         _assert_refused(cls, path, {**_SHAPES, "model.layers.7.mlp.down_proj": (48, _INPUTS)}, "down_proj")
+
+
+def check_an_adapter_has_changed_or_is_read(cls: type[AdapterMethod]) -> None:
+    """The engine can take the hash of an adapter's files, and ``read_adapter`` refuses those of another hash."""
+    with tempfile.TemporaryDirectory(prefix="quire-check-") as name:
+        path = Path(name, "adapter")
+        _save(cls, path, _SHAPES)
+        content_hash = compute_content_hash(path)
+        read = partial(cls.read_adapter, path, max_rank=16, module_shapes=_SHAPES, dtype=torch.float32)
+        read(content_hash=content_hash)
+        try:
+            read(content_hash=content_hash[::-1])
+        except CheckpointError as error:
+            assert str(path) in str(error), f"the error does not name {path}: {error}"
+        else:
+            raise AssertionError("read an adapter whose files have another hash than when it was registered")
 
 
 def check_an_adapter_is_that_of_its_weights(cls: type[AdapterMethod]) -> None:

@@ -28,10 +28,13 @@ _SUMMARIES: Mapping[str, str] = MappingProxyType(
         "spec_decode": "drafts what followed the last two tokens before",
         "op": "the RMS norm",
         "quantizer": "FP8 weights by rounding",
+        "structured_output": "one of several texts",
+        "adapter": "two vectors for each module",
         "executor": "one worker in the engine's process",
         "metrics": "counts requests and tokens",
         "tool_parser": "calls between ACTION and DONE",
         "reasoning_parser": "reasoning in a scratchpad",
+        "router": "all requests of a group on one engine",
     }
 )
 NEW_KINDS = (*_SUMMARIES, _ROUTE)
@@ -100,6 +103,7 @@ class NewPackage:
             "TemplateName": self.class_name,
             "template_name": "_".join(self.module_words),
             "template-name": "-".join(self.module_words),
+            "TEMPLATE_NAME": "_".join(self.module_words).upper(),
         }
         for placeholder, text in names.items():
             template = template.replace(placeholder, text)
@@ -128,6 +132,8 @@ class NewPackage:
         lines.append(f"quire plugins check {self.kind}/{self.registered_name}")
         use = {"quant": "quire serve MODEL", "model": "quire serve MODEL --plugin " + self.dist}
         use["quantizer"] = f"quire quantize MODEL --method {self.registered_name} --out DIR"
+        use["adapter"] = f"quire serve MODEL --adapter-method {self.registered_name} --lora-modules NAME=FOLDER"
+        use["router"] = f"quire simulate --replicas 4 --router {self.registered_name}"
         use["op"] = f"quire serve --op all={self.registered_name}"
         return "\n".join([*lines, use.get(self.kind, f"quire serve {flag} {self.registered_name}")])
 

@@ -84,17 +84,6 @@ def test_the_model_of_a_page_computes(python_of, tmp_path, monkeypatch):
     assert not weights and logits.shape == (3, 11) and torch.equal(logits[0], logits[2])
 
 
-EXAMPLES = ("adapter_example:RankOne", "router_example:ByGroup", "structured_output_example:OneOf")
-
-
-@pytest.mark.parametrize("target", EXAMPLES)
-def test_the_smallest_examples_pass_their_checks(root, target, monkeypatch):
-    """``examples/kinds``: what the reference shows of kinds that ``quire plugins new`` has no template for."""
-    monkeypatch.syspath_prepend(root / "examples" / "kinds")
-    module, _, name = target.partition(":")
-    all_pass(getattr(importlib.import_module(module), name))
-
-
 def all_pass(plugin):
     results = run_checks(plugin)
     assert len(results) > 5

@@ -8,6 +8,7 @@ import pytest
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.core.errors import InvalidRequestError
+from quire.server.cli.plugins_new import NewPackage
 
 
 def test_the_blocks_run(root, tmp_path, monkeypatch):
@@ -28,7 +29,7 @@ def test_the_blocks_run(root, tmp_path, monkeypatch):
     llm.shutdown()
 
 
-def test_the_page_shows_the_example(root):
+def test_the_page_shows_what_quire_plugins_new_writes(root):
     text = (root / "docs" / "structured-output.md").read_text(encoding="utf-8")
-    example = (root / "examples" / "kinds" / "structured_output_example.py").read_text(encoding="utf-8")
-    assert example.partition('."""\n\n')[2] in text
+    files = NewPackage.from_words("structured_output", "one-of").make_files()
+    assert f"```python\n{files['quire_one_of/structured_output.py']}```" in text

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quire.core.plugin.registry import KINDS
 from quire.core.testing.tiny_models import make_example_model, make_tiny_model, save_example_model
 from quire.server.cli.main import main
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 
 ROOT = Path(__file__).parents[2]
-SMALL = {*NEW_KINDS} - {"attention", "kv", "quant", "model", "quantizer", "executor"}
+LARGE = {"attention", "kv", "quant", "model", "quantizer", "executor", "structured_output", "adapter"}
 NAMES = {kind: f"fresh-{kind.replace('_', '-')}" for kind in NEW_KINDS} | {"model": "OPTForCausalLM"}
 
 
@@ -41,11 +42,15 @@ def site(folder, tmp_path_factory):
     return site
 
 
+def test_every_kind_has_a_template():
+    assert {*NEW_KINDS} == {*KINDS, "route"}
+
+
 @pytest.mark.parametrize("kind", NEW_KINDS)
 def test_it_is_short(kind):
     files = NewPackage.from_words(kind, NAMES[kind]).make_files()
     num_lines = sum(len(text.splitlines()) for text in files.values())
-    assert num_lines <= (60 if kind in SMALL else 160)
+    assert num_lines <= (160 if kind in LARGE else 60)
     for text in files.values():
         assert "emplate" not in text and max(map(len, text.splitlines())) <= 120
         assert "quire.plugins" not in text and "quire.core" not in text
@@ -88,6 +93,7 @@ SETTINGS = {
     "spec_decode": "spec_method",
     "tool_parser": "tool_call_parser",
     "reasoning_parser": "reasoning_parser",
+    "structured_output": "structured_output_backend",
 }
 
 
@@ -190,3 +196,39 @@ def test_nothing_is_overwritten(folder, capsys):
 def test_wrong_words_are_refused_on_one_line(kind, name, tmp_path, capsys):
     assert main(["plugins", "new", kind, name, "--into", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+CONSTRAIN = """
+import json, sys
+from quire import LLM, LoRARequest, SamplingParams
+from quire.sdk import StructuredOutputsParams
+model, adapter = sys.argv[1:]
+llm = LLM(model=model, device="cpu", max_model_len=96, structured_output_backend="fresh_structured_output",
+          enable_lora=True, adapter_method="fresh_adapter")
+choices = ["paged", "attention is"]
+params = SamplingParams(temperature=0, max_tokens=12, structured_outputs=StructuredOutputsParams(choice=choices))
+[chosen] = llm.generate(["Is it?"], params)
+greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+texts = [llm.generate(["Is it?"], greedy, lora_request=each)[0].outputs[0].token_ids
+         for each in (None, LoRARequest("mine", 1, adapter))]
+print(json.dumps([chosen.outputs[0].text, texts, llm.get_stats()["plugin_quarantines_total"]]))
+llm.shutdown()
+"""
+
+
+def test_an_adapter_and_a_constraint_are_served(site, tmp_path):
+    model = make_tiny_model("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    adapter = tmp_path / "adapter"
+    shapes = {"model.layers.0.mlp.up_proj": (config["intermediate_size"], config["hidden_size"])}
+    script = (
+        "from pathlib import Path; from quire_fresh_adapter.adapter import FreshAdapter; "
+        f"FreshAdapter.save_example_adapter(Path({str(adapter)!r}), {shapes!r}, 1)"
+    )
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    command = [sys.executable, "-c", CONSTRAIN, str(model), str(adapter)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    chosen, (base, adapted), num_quarantined = json.loads(result.stdout.splitlines()[-1])
+    assert chosen in ("paged", "attention is") and base != adapted and num_quarantined == 0, result.stderr
