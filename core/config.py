@@ -84,8 +84,9 @@ class ParallelConfig:
     """Workers that share every layer."""
     pipeline_parallel_size: int = 1
     """Stages of layers, each on workers of its own."""
-    all_reduce: Literal["nccl", "symmetric_memory"] = "nccl"
-    """How GPUs sum: by the library, or messages up to some MiB by Quire's kernels in memory that all of them map."""
+    all_reduce: Literal["auto", "nccl"] = "auto"
+    """How GPUs sum: messages of the sizes for which it was measured to be faster by Quire's kernels, in memory that all
+    GPUs map, or everything by the library."""
 
     @property
     def num_workers(self) -> int:

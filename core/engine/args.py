@@ -129,8 +129,8 @@ class EngineArgs:
     all_reduce: str = setting(
         section_default(ParallelConfig, "all_reduce"),
         group="device",
-        help="how GPUs that share a model sum: nccl, or symmetric_memory, Quire's kernels over NVLink (experimental)",
-        choices=("nccl", "symmetric_memory"),
+        help="how GPUs that share a model sum: auto, by Quire's kernels where they are faster, or nccl alone",
+        choices=("auto", "nccl"),
     )
     enforce_eager: bool = setting(False, group="device", help="no CUDA graphs")
     executor: str = setting(

@@ -54,7 +54,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     VllmFlag("--disable-frontend-multiprocessing", _NOT_NEEDED + "the engine core has a process of its own"),
     VllmFlag("--disable-uvicorn-access-log", _NOT_NEEDED + "requests are logged with --no-disable-log-requests alone"),
     VllmFlag("--uvicorn-log-level", _NOT_NEEDED + "--log-level is for all of it", takes_value=True),
-    VllmFlag("--disable-custom-all-reduce", _NOT_NEEDED + "the engine chooses how ranks sum"),
+    VllmFlag("--disable-custom-all-reduce", "now --all-reduce nccl", sets=("all_reduce", "nccl")),
     VllmFlag("--enable-server-load-tracking", _NOT_NEEDED + "the load is always at /load"),
     VllmFlag("--enable-prompt-tokens-details", _NOT_NEEDED + "usage always has them"),
     VllmFlag(

@@ -111,14 +111,8 @@ class DeviceProfile:
         return profile
 
 
-# Set by what torch's kernels of the same kinds took on two of them (one shot and two shots cross near 64 KiB, two shots
-# and NCCL beyond 8 MiB), and by the bytes that a rank sends with more; ``benchmarks/kernels/all_reduce.py`` measures
-# ours.
-_NVLINK_ALL_REDUCE = (
-    (2, AllReduceLimits(64 * _KIB, 512 * _KIB, 16 << 20)),
-    (4, AllReduceLimits(32 * _KIB, 256 * _KIB, 16 << 20)),
-    (8, AllReduceLimits(16 * _KIB, 128 * _KIB, 16 << 20)),
-)
+# As ``benchmarks/kernels/all_reduce.py`` measured on two of them.
+_NVLINK_ALL_REDUCE = ((2, AllReduceLimits(1 << 20, 1 << 20, 8 << 20)),)
 
 # By NVIDIA's data sheets.
 PROFILES: tuple[DeviceProfile, ...] = (

@@ -39,7 +39,7 @@ def test_tokens_are_those_of_nccl(tmp_path: Path) -> None:
         SamplingParams(temperature=0.0 if i % 2 else 0.8, seed=i, max_tokens=40, ignore_eos=True) for i in range(6)
     ]
     results = []
-    for how in ("nccl", "symmetric_memory"):
+    for how in ("nccl", "auto"):
         llm = LLM(str(path), tensor_parallel_size=2, all_reduce=how, dtype="bfloat16", max_model_len=256)
         results.append(llm.generate(prompts, params))
         llm.shutdown()

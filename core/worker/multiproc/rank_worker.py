@@ -158,7 +158,7 @@ class RankWorker:
         )
         kernels = None
         is_one_host = self._place.host_size == self._size
-        if device is not None and is_one_host and config.parallel.all_reduce == "symmetric_memory":
+        if device is not None and is_one_host and config.parallel.all_reduce == "auto":
             kernels = AllReduceKernels.open(self._rank, self._size, None, device)
         notes = CollectiveNotes(self._channel.status.collective_counts)
         return TensorParallel(self._rank, self._size, kernels=kernels, notes=notes)
