@@ -49,6 +49,8 @@ from quire.core.worker.warmup import make_largest_step, run_warmup
 __all__ = ["MemoryProfile", "StartupTimer", "Worker", "WorkerInfo"]
 
 _log = logging.getLogger("quire.worker")
+_SPARE_BYTES = 20 << 20
+"""A segment of torch's allocator, for what a step allocates beside its activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,11 +285,13 @@ class Worker:
         if num_tokens <= self.num_unchecked_tokens:
             return True
         share = num_tokens / self._config.scheduler.max_num_batched_tokens
-        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         needed = int(self._memory_profile.activation_bytes * share)
-        if needed <= kept or needed <= kept + torch.cuda.mem_get_info(self._device)[0]:
-            return True
-        torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
+        for _ in range(2):
+            try:  # What torch keeps may lie in pieces, so that its sum says little. Both go back to it at once.
+                _ = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (needed, _SPARE_BYTES)]
+                return True
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # and give the smaller steps that follow what lies in pieces
         return False
 
     @property
