@@ -36,15 +36,16 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="shrink lengths, to try this script out on a CPU")
     parser.add_argument("--num-prompts", type=int, default=None, help="first so many requests of each workload")
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="further arguments of LLM")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--engine-new", type=json.loads, default={}, metavar="JSON", help="and of NEW alone")
+    parser.add_argument("--serve", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return run_engine(args)
     trees = {"old": args.old, "again": args.old, "new": args.new}
-    children = {arm: start_engine(tree) for arm, tree in trees.items()}
+    children = {arm: start_engine(tree, arm) for arm, tree in trees.items()}
     try:
-        for child in children.values():
-            read_reply(child)
+        for arm, child in children.items():
+            print(f"{arm}: ready {read_reply(child)} s after its start", flush=True)
         rates: dict[tuple[str, str], list[float]] = {(arm, name): [] for arm in ARMS for name in args.workload}
         for child in children.values():
             for name in args.workload:
@@ -70,10 +71,10 @@ def print_table(workloads: list[str], rates: dict[tuple[str, str], list[float]])
         print(f"{name:<22} {old:>10,.1f} {again:>10,.1f} {new:>10,.1f} {aa:>+7.2f} {change:>+7.2f}", flush=True)
 
 
-def start_engine(tree: Path) -> subprocess.Popen[str]:
+def start_engine(tree: Path, arm: str) -> subprocess.Popen[str]:
     """This script again, as one engine of ``tree``."""
     environment = {**os.environ, "PYTHONPATH": f"{tree / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--serve"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--serve", arm]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -110,7 +111,9 @@ def run_engine(args: argparse.Namespace) -> int:
         "enable_prefix_caching": False,
         "num_gpu_blocks_override": args.blocks,
         **args.engine,
+        **(args.engine_new if args.serve == "new" else {}),
     }
+    began = time.perf_counter()
     llm = LLM(**options)
 
     def run(prompts: list[list[int]], lengths: list[int]) -> float:
@@ -119,7 +122,7 @@ def run_engine(args: argparse.Namespace) -> int:
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    print("ready", file=answers, flush=True)
+    print(f"{time.perf_counter() - began:.1f}", file=answers, flush=True)
     for line in sys.stdin:
         name, _, warm_up = line.strip().partition(" ")
         num_prompts = 4 if warm_up else args.num_prompts
