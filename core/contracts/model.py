@@ -30,6 +30,9 @@ class ForwardContext:
     """By layer: its part of the KV cache."""
     group_of: list[int]
     """By layer: its group."""
+    hidden_states: Tensor | None = None
+    """(num_tokens, hidden) On a stage of a pipeline that is not the first: what the stage before made of the tokens.
+    Layers above are counted from this stage's first."""
 
 
 @dataclass(slots=True)
@@ -61,6 +64,10 @@ class Model(nn.Module, ABC):
 
     vocab_shard: VocabShard | None = None
     """Where ranks share the vocabulary and ``compute_local_logits`` is offered: this rank's part of it."""
+    supports_pipeline_parallel: bool = False
+    """Whether it can be one stage of several: it makes the layers and modules of ``builder.stage`` alone
+    (``LayerBuilder.make_layers``, ``is_on_stage``), goes on from ``ForwardContext.hidden_states``, and ``forward`` of a
+    stage that is not the last returns the residual stream, summed over the ranks."""
     supports_aux_hidden_states: bool = False
     """Whether ``forward`` fills ``aux_hidden_states``."""
     aux_hidden_states: AuxHiddenStates | None = None
@@ -74,11 +81,12 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def attention_specs(self) -> list[AttentionSpec]:
-        """One per layer, on this rank."""
+        """One per layer of this stage, on this rank."""
 
     @abstractmethod
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """(num_tokens,) int32 tokens and int64 positions -> (num_tokens, hidden), after the final norm."""
+        """(num_tokens,) int32 tokens and int64 positions -> (num_tokens, hidden), after the final norm of the last
+        stage."""
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:

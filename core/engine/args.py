@@ -126,6 +126,13 @@ class EngineArgs:
         metavar="N",
         aliases=("-tp",),
     )
+    pipeline_parallel_size: int = setting(
+        section_default(ParallelConfig, "pipeline_parallel_size"),
+        group="device",
+        help="stages into which the model's layers are divided, each on --tensor-parallel-size GPUs of this host",
+        metavar="N",
+        aliases=("-pp",),
+    )
     all_reduce: str = setting(
         section_default(ParallelConfig, "all_reduce"),
         group="device",
@@ -344,6 +351,11 @@ class EngineArgs:
         metavar="FILE",
     )
     record_prompts: bool = setting(False, group="logging", help="with --record: the tokens of prompts as well")
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that share the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:

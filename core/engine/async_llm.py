@@ -65,7 +65,7 @@ class AsyncLLM:
         self._is_dead = False
         args = args or EngineArgs.from_kwargs(**kwargs)
         self._client: EngineCoreClient | None = EngineCoreClient(
-            process or EngineProcess(args.device, args.tensor_parallel_size)
+            process or EngineProcess(args.device, args.num_workers)
         )
         try:
             built = build_config(args)

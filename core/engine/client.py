@@ -241,7 +241,7 @@ def format_ready_line(config: EngineConfig, capacity: KVCapacity | EngineReady) 
     the model, each has so much."""
     num_tokens = (capacity.num_blocks - 1) * config.cache.block_size
     dtype_suffix = "" if config.cache.dtype == "auto" else f" in {config.cache.dtype}"
-    num_ranks = config.parallel.tensor_parallel_size
+    num_ranks = config.parallel.num_workers
     each = "" if num_ranks == 1 else "on each "
     parts = [f"{each}weights {_format_bytes(capacity.weight_bytes)}"]
     if capacity.activation_bytes:

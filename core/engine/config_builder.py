@@ -42,6 +42,7 @@ _STEP_TIMEOUT_S = section_default(WatchdogConfig, "step_timeout_s")
 _CPU_STEP_TIMEOUT_S = 300.0
 _MAX_DEFAULT_LORAS = 8
 _MAX_LORA_RANK = 512
+_PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     args, keys_without_flag = spread_speculative_config(replace_classes_by_names(args))
     plugins = PluginManager(args.plugins)
     chooser = PluginChooser(plugins, args.plugin_options)
-    context: dict[str, Any] = {"device": args.device, "tensor_parallel_size": args.tensor_parallel_size}
+    context: dict[str, Any] = {"device": args.device} | {name: getattr(args, name) for name in _PARALLEL_SIZES}
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = _resolve_before_model(plugins, chooser, args, context)
 
@@ -136,8 +137,9 @@ def _check_supported(args: EngineArgs) -> None:
         raise ConfigError(f"--capture-shapes {args.capture_shapes}: its folder does not exist; make it first")
     if args.trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
-    if args.tensor_parallel_size < 1:
-        raise ConfigError(f"tensor_parallel_size must be at least 1, got {args.tensor_parallel_size}")
+    for name in _PARALLEL_SIZES:
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(args, name)}")
     if args.executor == "ray":
         raise ConfigError("executor 'ray' is not supported yet: use multiproc (mp), which takes the GPUs of one host")
     for setting in settings_of(EngineArgs):
@@ -251,14 +253,20 @@ def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> Par
     """Raises ``ConfigError`` where there are too few GPUs, or where ranks cannot share the model evenly."""
     import torch
 
-    size = args.tensor_parallel_size
-    if device == "cuda" and size > (num_gpus := torch.cuda.device_count()):
+    size, num_stages = args.tensor_parallel_size, args.pipeline_parallel_size
+    if device == "cuda" and size * num_stages > (num_gpus := torch.cuda.device_count()):
         names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(gpu) for gpu in range(num_gpus)))
-        raise ConfigError(
-            f"tensor_parallel_size {size} needs as many GPUs, and {num_gpus} can be seen ({names}); lower it, or look "
-            "at CUDA_VISIBLE_DEVICES"
-        )
+        needed = f"tensor_parallel_size {size} needs as many GPUs"
+        if num_stages > 1:
+            needed = f"tensor_parallel_size {size} x pipeline_parallel_size {num_stages} need {size * num_stages} GPUs"
+        raise ConfigError(f"{needed}, and {num_gpus} can be seen ({names}); lower it, or look at CUDA_VISIBLE_DEVICES")
     text_config = hf_config.get_text_config()
+    num_layers = int(getattr(text_config, "num_hidden_layers", num_stages))
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"pipeline_parallel_size {num_stages} is more than the {num_layers} layers of {args.model}; "
+            f"give 1 to {num_layers}"
+        )
     heads = int(getattr(text_config, "num_attention_heads", 0))
     kv_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
     if heads and size > 1:
@@ -268,7 +276,7 @@ def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> Par
                 f"tensor_parallel_size {size} does not divide the {heads} attention heads and {kv_heads} KV heads of "
                 f"{args.model}; give {', '.join(map(str, sizes))}"
             )
-    return ParallelConfig(size, all_reduce=args.all_reduce)  # type: ignore[arg-type]  # one of its choices, as checked
+    return ParallelConfig(size, num_stages, args.all_reduce)  # type: ignore[arg-type]  # one of its choices, as checked
 
 
 def _build_cache_config(args: EngineArgs) -> CacheConfig:

@@ -63,10 +63,6 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     ),
     VllmFlag("--worker-use-ray", _RAY, refused=True),
     VllmFlag(
-        "--pipeline-parallel-size", "pipeline parallelism is not supported yet; 1 is the only size", refused=True,
-        takes_value=True, accepted_values=("1",),
-    ),
-    VllmFlag(
         "--data-parallel-size", "one engine is one server; start several behind a load balancer", refused=True,
         takes_value=True, accepted_values=("1",),
     ),

@@ -21,7 +21,8 @@ class ModelAdapters:
         self.layers: dict[str, AdapterLayer] = {}
         """By the name of the fused layer, in order of construction."""
         self.module_shapes: dict[str, tuple[int, int]] = {}
-        """What an adapter may name: module in the base's checkpoint -> (out_features, in_features), of all ranks."""
+        """What an adapter may name: module in the base's checkpoint -> (out_features, in_features), of all ranks and
+        stages."""
         self._target_modules = frozenset(target_modules)
 
     def wrap_method(self, info: LayerInfo, inner: LinearMethod, rank: int, world_size: int) -> LinearMethod:

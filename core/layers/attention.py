@@ -52,9 +52,10 @@ class Attention(nn.Module):
         out_name: str = "o_proj",
     ) -> None:
         """``name`` is the module's in the checkpoint, with ``q_proj``, ``k_proj``, ``v_proj`` and ``out_name`` in it;
+        ``layer`` its number in the model;
         ``cos_sin`` a table of ``LayerBuilder.make_rope_table``, None where the model has positions of another kind."""
         super().__init__()
-        self.layer = layer
+        self.layer = layer - builder.first_layer  # in this stage
         self.operations = builder.operations
         self.cos_sin = cos_sin  # (max_positions, rotary_dim) float32, shared by the layers
         self.head_dim = shape.head_dim

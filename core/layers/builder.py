@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.core.contracts.quant import LayerInfo, QuantizationLoader
 from quire.core.errors import ConfigError
@@ -18,6 +18,7 @@ from quire.core.layers.norm import LayerNorm, RMSNorm
 from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.position import LearnedPositions
 from quire.core.layers.rotary import make_rope_table
+from quire.core.layers.stage import PipelineStage
 from quire.core.layers.vocab import VocabShard
 from quire.core.ops.operation_table import OperationTable
 
@@ -45,6 +46,26 @@ class LayerBuilder:
     adapters: ModelAdapters | None = None
     """Where it is given, linear layers can have adapters, and are entered there."""
     _rope_tables: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    stage: PipelineStage = field(default_factory=PipelineStage)
+    """Which layers of the model this rank has."""
+    other_stage_names: list[str] = field(default_factory=list, init=False)
+    """Modules that other stages have: their tensors are passed over when weights are loaded."""
+    first_layer: int = field(default=0, init=False)
+    """The first of this stage's layers, by its number in the model."""
+
+    def make_layers(self, name: str, num_layers: int, make_layer: Callable[[int], nn.Module]) -> nn.ModuleList:
+        """The layers of this stage, of ``num_layers`` whose names in the checkpoint are ``name`` and their number;
+        ``make_layer`` makes the one of a number."""
+        layers = self.stage.list_layers(num_layers)
+        self.first_layer = layers.start
+        self.other_stage_names += [f"{name}.{layer}" for layer in range(num_layers) if layer not in layers]
+        return nn.ModuleList(make_layer(layer) for layer in layers)
+
+    def is_on_stage(self, name: str, is_here: bool) -> bool:
+        """``is_here``: whether this stage makes the module ``name``. If not, note that another one has it."""
+        if not is_here:
+            self.other_stage_names.append(name)
+        return is_here
 
     def make_column_parallel_linear(
         self, name: str, in_features: int, parts: Mapping[str, int], bias: bool = False

@@ -22,6 +22,7 @@ from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.checkpoint import find_optional_tensors, find_tensor_aliases
 from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.stage import PipelineStage
 from quire.core.loading.hf_config import get_context_length
 from quire.core.ops.operation_table import OperationTable
 
@@ -48,13 +49,15 @@ def load_model(
     max_positions: int | None = None,
     operations: OperationTable = OperationTable(),
     adapters: ModelAdapters | None = None,
+    stage: PipelineStage = PipelineStage(),
 ) -> Model:
     """Build ``model_class`` for this rank and fill it from ``path``.
 
     ``load_format`` is ``auto`` (safetensors), ``safetensors``, or ``dummy``: random weights from ``seed``, no files
     read. ``max_positions`` bounds the rotary tables; None: the whole context of ``hf_config``. ``progress`` draws a bar
     on stderr where that is a terminal; ``operations`` run norms and the like; ``adapters`` gets the layers that can
-    have adapters. Raises ``CheckpointError``, one line naming the file or tensor.
+    have adapters; of a ``stage`` no tensor is read that another stage has. Raises ``CheckpointError``, one line naming
+    the file or tensor.
     """
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ConfigError(f"load_format {load_format!r} is unknown; choose auto, safetensors or dummy")
@@ -64,13 +67,20 @@ def load_model(
             f"with --quantization"
         )
     max_positions = max_positions or get_context_length(hf_config)
-    builder = LayerBuilder(dtype, device, kv_dtype, block_size, quant, parallel, max_positions, operations, adapters)
+    if stage.size > 1 and not model_class.supports_pipeline_parallel:
+        raise ConfigError(
+            f"{model_class.__name__} cannot be divided into stages: it does not support pipeline_parallel_size "
+            f"{stage.size}; leave it out"
+        )
+    builder = LayerBuilder(
+        dtype, device, kv_dtype, block_size, quant, parallel, max_positions, operations, adapters, stage=stage
+    )
     with torch.inference_mode(False), torch.no_grad():
         model = model_class(hf_config, builder)
         if load_format == "dummy":
             _fill_random_weights(model, seed, device)
         else:
-            _stream_weights(model, find_weight_files(Path(path)), progress)
+            _stream_weights(model, find_weight_files(Path(path)), progress, builder.other_stage_names)
         for _ in model.process_weights_after_loading():
             pass
     return model.eval()
@@ -110,10 +120,12 @@ def find_weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{str(path)!r} has no *.safetensors file; give a whole model folder or --load-format dummy")
 
 
-def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None:
+def _stream_weights(model: Model, files: Sequence[Path], progress: bool, other_stage_names: Sequence[str] = ()) -> None:
     loaders = model.checkpoint_map()
     optional, aliases = find_optional_tensors(model), find_tensor_aliases(model)
     missing_names, unexpected = set(loaders), []
+    # Also without the prefix of the model, as for this stage's own.
+    elsewhere = tuple(f"{each}." for name in other_stage_names for each in (name, name.removeprefix("model.")))
     size = sum(file.stat().st_size for file in files)
     show_bar = progress and sys.stderr.isatty()
     with tqdm(
@@ -121,7 +133,9 @@ def _stream_weights(model: Model, files: Sequence[Path], progress: bool) -> None
     ) as bar:
         for stored_name, tensor in _iter_tensors(files):
             name = _resolve_name(stored_name, loaders, aliases)
-            if name in missing_names:
+            if stored_name.startswith(elsewhere):
+                pass  # mapped, and not read
+            elif name in missing_names:
                 loaders[name](tensor)
                 missing_names.discard(name)
             elif name not in loaders and not model.is_ignored_tensor(name):

@@ -253,7 +253,9 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | None:
         "quant": Choice("none", "the checkpoint names no quantization" if config.get("hf_config") else "the default"),
         "sampler": Choice("gumbel", "the default"),
         "adapter": Choice("lora", "the default"),
-        "executor": _choose_executor(int(config.get("tensor_parallel_size") or 1)),
+        "executor": _choose_executor(
+            int(config.get("tensor_parallel_size") or 1) * int(config.get("pipeline_parallel_size") or 1)
+        ),
         "metrics": Choice("prometheus", "the default"),
         "router": Choice("least_loaded", "the default"),
         "quantizer": Choice("fp8", "it needs no text"),

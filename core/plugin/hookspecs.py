@@ -127,8 +127,8 @@ def quire_choose_default(kind: str, config: Mapping[str, Any]) -> Choice | str |
     """Return what ``auto`` means for ``kind``: a name, or a ``Choice`` that also says why and why not the others.
 
     Called once per kind when its name is ``auto``. ``config`` holds what is known then: ``device`` ("cuda", "cpu"),
-    ``tensor_parallel_size``, for models ``architectures``, for quantization ``hf_config``, for parsers
-    ``chat_template``; any key may be missing.
+    ``tensor_parallel_size``, ``pipeline_parallel_size``, for models ``architectures``, for quantization ``hf_config``,
+    for parsers ``chat_template``; any key may be missing.
     None means: no opinion.
     """
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput, TokenMasks
-from quire.core.testing.thread_ranks import RankGroup, ThreadRank
+from quire.core.testing.thread_ranks import RankGroup, StageChain, ThreadRank, ThreadStageLink
+from quire.core.worker.multiproc.rank_layout import RankLayout
 from quire.core.worker.worker import Worker
 
 __all__ = ["ThreadRanksExecutor"]
@@ -20,26 +20,23 @@ _T = TypeVar("_T")
 
 
 class ThreadRanksExecutor(Executor):
-    """Runs every step on ``tensor_parallel_size`` ranks, on the CPU, and fails a step of which they do not give the
-    same tokens."""
+    """Runs every step on ``tensor_parallel_size`` ranks for each of ``pipeline_parallel_size`` stages, on the CPU, and
+    fails a step of which those of the last stage do not give the same tokens."""
 
     def __init__(self, config: EngineConfig, options: Any = None) -> None:
         super().__init__(config, options)
-        self._size = config.parallel.tensor_parallel_size
-        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"quire-rank-{i}") for i in range(self._size)]
-        self._group = RankGroup(threading.Barrier(self._size), [None] * self._size)
+        self._layout = layout = RankLayout.from_parallel(config.parallel)
+        names = [f"quire-rank-{rank}" for rank in range(layout.num_ranks)]
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in names]
+        size, num_stages = layout.tensor_parallel_size, layout.pipeline_parallel_size
+        self._groups = [RankGroup(threading.Barrier(size), [None] * size) for _ in range(num_stages)]  # by stage
+        self._chains = [StageChain(num_stages) for _ in range(size)]  # by number in the stage
         self.workers: list[Worker] = []
         """By rank, from ``start`` on: for tests that look inside."""
 
     def start(self) -> KVCapacity:
         """Start the ranks, stage by stage."""
-        make_worker = partial(Worker, self.config)
-        self.workers = self._wait(
-            [
-                thread.submit(make_worker, ThreadRank(rank, self._size, self._group))
-                for rank, thread in enumerate(self._threads)
-            ]
-        )
+        self.workers = self._wait([thread.submit(self._make_worker, rank) for rank, thread in enumerate(self._threads)])
         self._call_each(Worker.load_model)
         self._call_each(Worker.build_model_runner)
         num_blocks = min(profile.num_blocks for profile in self._call_each(Worker.profile_memory))
@@ -47,6 +44,14 @@ class ThreadRanksExecutor(Executor):
         self._call_each(Worker.capture_graphs)
         self._call_each(Worker.end_start)
         return self.workers[0].capacity
+
+    def _make_worker(self, rank: int) -> Worker:
+        layout = self._layout
+        stage, tensor_rank = layout.get_stage(rank), layout.get_tensor_rank(rank)
+        size, num_stages = layout.tensor_parallel_size, layout.pipeline_parallel_size
+        parallel = ThreadRank(tensor_rank, size, self._groups[stage]) if size > 1 else None
+        link = ThreadStageLink(stage, self._chains[tensor_rank]) if num_stages > 1 else None
+        return Worker(self.config, parallel, link)
 
     def execute_model(self, step: SchedulerOutput) -> None:
         """Queue the step's model on each rank."""
@@ -60,7 +65,7 @@ class ThreadRanksExecutor(Executor):
             model_futures[worker].result()  # raises what the model raised
             return worker.sample_tokens(masks).result()
 
-        return _RankedStep(self._submit_each(run))
+        return _RankedStep(self._submit_each(run), self._layout)
 
     def collective_rpc(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """Call a control method of every worker."""
@@ -77,7 +82,8 @@ class ThreadRanksExecutor(Executor):
             try:
                 return function(worker)
             except BaseException:
-                self._group.barrier.abort()  # or the others wait for this one
+                for group in self._groups:
+                    group.barrier.abort()  # or the others wait for this one
                 raise
 
         return [thread.submit(run, worker) for thread, worker in zip(self._threads, self.workers, strict=True)]
@@ -94,11 +100,12 @@ class ThreadRanksExecutor(Executor):
 
 
 class _RankedStep:
-    def __init__(self, futures: list[Future[ModelRunnerOutput]]) -> None:
+    def __init__(self, futures: list[Future[ModelRunnerOutput]], layout: RankLayout) -> None:
         self._futures = futures
+        self._layout = layout
 
     def result(self) -> ModelRunnerOutput:
-        outputs = ThreadRanksExecutor._wait(self._futures)
+        outputs = ThreadRanksExecutor._wait(self._futures)[self._layout.output_rank :]  # the last stage's
         tokens = [(each.sampled_token_ids.tolist(), each.num_sampled_tokens.tolist()) for each in outputs]
         assert all(each == tokens[0] for each in tokens), f"ranks sampled different tokens: {tokens}"
         return outputs[0]

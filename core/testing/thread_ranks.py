@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.stage import PipelineStage
+from quire.core.worker.pipeline import StageLink
 
-__all__ = ["RankGroup", "ThreadRank", "run_on_ranks"]
+__all__ = ["RankGroup", "StageChain", "ThreadRank", "ThreadStageLink", "run_on_ranks"]
 
 _T = TypeVar("_T")
 _TIME_LIMIT_S = 60
@@ -50,6 +53,49 @@ class ThreadRank(TensorParallel):
         stacked = torch.stack([part for part in self.rank_group.slots if part is not None])
         self.rank_group.barrier.wait(_TIME_LIMIT_S)
         return stacked
+
+
+class StageChain:
+    """What the stages of one pipeline share, each a thread."""
+
+    def __init__(self, num_stages: int) -> None:
+        self.barrier = threading.Barrier(num_stages)
+        self.data: list[bytes] = [b""] * num_stages
+        self.hidden: list[queue.SimpleQueue[Tensor]] = [queue.SimpleQueue() for _ in range(num_stages)]  # by receiver
+        self.tokens: list[queue.SimpleQueue[Tensor]] = [queue.SimpleQueue() for _ in range(num_stages)]
+
+
+class ThreadStageLink(StageLink):
+    """Communicates through queues instead of process groups."""
+
+    def __init__(self, stage: int, chain: StageChain) -> None:
+        super().__init__(PipelineStage(stage, len(chain.hidden)))
+        self._chain = chain
+
+    def send_hidden_states(self, hidden: Tensor) -> None:
+        """Never waits."""
+        self._chain.hidden[self.stage.index + 1].put(hidden)
+
+    def receive_hidden_states(self, buffer: Tensor) -> None:
+        """Waits."""
+        buffer.copy_(self._chain.hidden[self.stage.index].get(timeout=_TIME_LIMIT_S))
+
+    def return_tokens(self, packed: Tensor) -> None:
+        """Never waits."""
+        for tokens in self._chain.tokens[:-1]:
+            tokens.put(packed)
+
+    def receive_tokens(self, buffer: Tensor) -> None:
+        """Waits."""
+        buffer.copy_(self._chain.tokens[self.stage.index].get(timeout=_TIME_LIMIT_S))
+
+    def exchange_bytes(self, data: bytes) -> list[bytes]:
+        """What each stage gives."""
+        self._chain.data[self.stage.index] = data
+        self._chain.barrier.wait(_TIME_LIMIT_S)
+        exchanged = list(self._chain.data)
+        self._chain.barrier.wait(_TIME_LIMIT_S)
+        return exchanged
 
 
 def run_on_ranks(size: int, function: Callable[[TensorParallel], _T]) -> list[_T]:

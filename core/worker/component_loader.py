@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from quire.core.errors import ConfigError
 from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.stage import PipelineStage
 from quire.core.loading.hf_config import read_hf_config
 from quire.core.loading.loader import load_model
 from quire.core.ops.operation_table import OperationTable, check_operation_name
@@ -34,6 +35,7 @@ from quire.core.sample.vocab_parallel import VocabParallelSampler
 from quire.core.worker.cuda_graphs.capture_sizes import compute_max_captured_tokens
 from quire.core.worker.draft_runner import DraftRunner
 from quire.core.worker.kv_cache import KVCache, group_layers
+from quire.core.worker.pipeline import PipelineRunner, StageLink
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["AttentionGroups", "ComponentLoader"]
@@ -53,13 +55,20 @@ class ComponentLoader:
     """Imports the class of each plugin that ``config`` names and constructs it on ``device`` with its own options.
 
     Names were resolved to ``module:Class`` strings before the worker started: nothing is looked up here. Models are
-    the shard of the rank that ``parallel`` says.
+    the shard of the rank that ``parallel`` says; of the target this rank has the layers of ``stage``.
     """
 
-    def __init__(self, config: EngineConfig, device: torch.device, parallel: TensorParallel | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: torch.device,
+        parallel: TensorParallel | None = None,
+        stage: PipelineStage | None = None,
+    ) -> None:
         self._config = config
         self._device = device
         self._parallel = parallel or TensorParallel()
+        self._stage = stage or PipelineStage()
         spec = config.speculation
         self.num_speculative_tokens = 0 if spec is None else spec.num_speculative_tokens
         """The most drafts that a step verifies for a request."""
@@ -69,7 +78,13 @@ class ComponentLoader:
 
     def load_target_model(self, adapters: ModelAdapters | None = None) -> Model:
         """The model that is served, with its weights; ``adapters`` gets its layers."""
-        return self._load_model(self._config.model.path, "model", "quant", self._parallel, adapters)
+        stage, spec = self._stage, self._config.speculation
+        if stage.size > 1 and stage.is_last and spec is not None:
+            proposer_class = _load_plugin_class(self._config.plugin("spec_decode"), SpeculativeProposer)
+            # One that reads the target's hidden states may take its embedding too.
+            reads_target = issubclass(proposer_class, DeviceProposer) and proposer_class.observes_every_step
+            stage = replace(stage, needs_embedding=reads_target)
+        return self._load_model(self._config.model.path, "model", "quant", self._parallel, adapters, stage)
 
     def make_adapters(self) -> ModelAdapters | None:
         """What takes the layers that can have adapters; None where no request has any."""
@@ -89,9 +104,10 @@ class ComponentLoader:
         return ModelAdapters(method, config.target_modules)
 
     def load_proposer(self, target: Model) -> DeviceProposer | None:
-        """The proposer that drafts on the device, with its weights; None where none does."""
+        """The proposer that drafts on the device, with its weights; None where none does. It drafts on the last stage,
+        behind the sampler."""
         spec = self._config.speculation
-        if spec is None:
+        if spec is None or not self._stage.is_last:
             return None
         choice = self._config.plugin("spec_decode")
         proposer_class = _load_plugin_class(choice, SpeculativeProposer)
@@ -103,13 +119,16 @@ class ComponentLoader:
         proposer.load_weights(self._make_draft_source(target, spec.draft_model_path))
         return proposer
 
-    def make_attention_groups(self, layer_specs: Sequence[AttentionSpec]) -> AttentionGroups:
-        """Backends for layers with these specs, their workspaces allocated. Raises ``ConfigError`` where the chosen
-        backend cannot serve one of them."""
+    def make_attention_groups(
+        self, layer_specs: Sequence[AttentionSpec], model_specs: Sequence[AttentionSpec] | None = None
+    ) -> AttentionGroups:
+        """Backends for layers with these specs, their workspaces allocated. Where they are one stage's, the groups are
+        those of all layers of the model, which have ``model_specs``. Raises ``ConfigError`` where the chosen backend
+        cannot serve one of them."""
         config = self._config
         choice = config.plugin("attention")
         backend_class = _load_plugin_class(choice, AttentionBackend)
-        groups = group_layers(layer_specs)
+        groups = group_layers(layer_specs, model_specs)
         for spec in groups.specs:
             if reasons := backend_class.unsupported(spec, self._device):
                 raise ConfigError(
@@ -202,6 +221,14 @@ class ComponentLoader:
         name = config.plugin("spec_decode").name
         return DraftRunner(name, proposer, table, config.model.vocab_size, kv_cache, target_group)
 
+    def make_pipeline_runner(self, link: StageLink, model: Model, table: RequestTable) -> PipelineRunner:
+        """What exchanges this stage's part of a step with the other stages."""
+        config = self._config.model
+        hidden_size = int(read_hf_config(Path(config.path)).get_text_config().hidden_size)
+        runner = PipelineRunner(link, table, hidden_size, getattr(torch, config.dtype), self.num_speculative_tokens)
+        runner.share_aux_hidden_states(model, self._max_padded_tokens)
+        return runner
+
     def _make_operation_table(self) -> OperationTable:
         """What runs each operation of a forward pass. Raises ``ConfigError`` where a chosen plugin does not have it,
         or cannot run on this device."""
@@ -230,6 +257,7 @@ class ComponentLoader:
         quant_key: str,
         parallel: TensorParallel,
         adapters: ModelAdapters | None = None,
+        stage: PipelineStage = PipelineStage(),
     ) -> Model:
         model, cache = self._config.model, self._config.cache
         hf_config = read_hf_config(Path(path))
@@ -246,9 +274,10 @@ class ComponentLoader:
             load_format=model.load_format,
             seed=model.seed,
             parallel=parallel,
-            progress=self._parallel.rank == 0,
+            progress=self._parallel.rank == 0 and self._stage.is_first,
             operations=self._operations,
             adapters=adapters,
+            stage=stage,
         )
 
     def _make_draft_source(self, target: Model, draft_model_path: str | None) -> DraftSource:

@@ -36,9 +36,12 @@ class LayerGroups:
     """By layer."""
 
 
-def group_layers(layer_specs: Sequence[AttentionSpec]) -> LayerGroups:
-    """Layers with equal specs form a group, in the order in which they occur."""
-    specs = list(dict.fromkeys(layer_specs))
+def group_layers(
+    layer_specs: Sequence[AttentionSpec], model_specs: Sequence[AttentionSpec] | None = None
+) -> LayerGroups:
+    """Layers with equal specs form a group, in the order in which they occur in the model, of which ``layer_specs`` may
+    be a part: a group may have no layer here."""
+    specs = list(dict.fromkeys(layer_specs if model_specs is None else model_specs))
     return LayerGroups(specs, [specs.index(spec) for spec in layer_specs])
 
 

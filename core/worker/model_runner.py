@@ -19,6 +19,7 @@ from quire.core.worker.cuda_graphs.prefill import PrefillGraphs
 from quire.core.worker.draft_runner import DraftRunner
 from quire.core.worker.input_builder import LogitsIndices, StepInputs, build_inputs
 from quire.core.worker.kv_cache import KVCache
+from quire.core.worker.pipeline import PipelineRunner
 from quire.core.worker.prompt_logprobs import PromptLogprobs
 from quire.core.worker.readback import Readback, StepTimer
 from quire.core.worker.request_table import RequestTable
@@ -56,6 +57,8 @@ class ModelRunner:
         """Where a proposer drafts on the device."""
         self.adapters: AdapterRunner | None = None
         """Where requests may have adapters."""
+        self.pipeline: PipelineRunner | None = None
+        """Where the layers are divided between stages, of which this rank has one."""
         self.decode_graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
         self._vocab_size = vocab_size
@@ -143,6 +146,8 @@ class ModelRunner:
     def execute_model(self, step: SchedulerOutput) -> None:
         """Launch a step up to its logits; ``sample_tokens`` comes next."""
         timer = StepTimer(self.table.device)
+        if self.pipeline is not None:
+            self.pipeline.begin_step(step)
         self._update_states(step)
         if self.adapters is not None:
             self.adapters.begin_step(step)
@@ -157,6 +162,8 @@ class ModelRunner:
             hidden = self.prefill_graphs.run_model(inputs)  # (num_tokens, hidden)
         else:
             hidden = self._run_model(inputs)
+        if self.pipeline is not None and not self.pipeline.stage.is_last:
+            return
         launched.prompt_logprobs = self._prompt_logprobs.gather_prompt_logprobs(
             step, hidden, self.model, self.table.token_ids
         )
@@ -171,12 +178,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample_tokens(self, masks: TokenMasks | None = None) -> Readback:
-        """Launch the rest of the step: its tokens are on their way to the host when this returns."""
+        """Launch the rest of the step: its tokens are on their way to the host when this returns. A stage that is not
+        the last has none."""
         assert self._launched is not None, "execute_model comes first"
         launched, self._launched = self._launched, None
-        step = launched.step
         if launched.graphs is not None:
-            return self._sample_with_graphs(launched, launched.graphs, masks)
+            readback = self._sample_with_graphs(launched, launched.graphs, masks)
+        else:
+            readback = self._sample_eager(launched, masks)
+        if self.pipeline is not None:
+            self.pipeline.return_tokens()
+        return readback
+
+    def _sample_eager(self, launched: _LaunchedStep, masks: TokenMasks | None) -> Readback:
+        step = launched.step
         sampled: SampledTokens | None = None
         if launched.logits is not None and launched.inputs is not None and launched.indices is not None:
             sampled = self.sampling_runner.sample_tokens(
@@ -239,13 +254,18 @@ class ModelRunner:
         self.table.place_host_drafts(step.host_drafts, self._vocab_size)
 
     def _run_model(self, inputs: StepInputs) -> Tensor:
-        """Launch the model kernel by kernel: hidden states (num_tokens, hidden)."""
+        """Launch the model kernel by kernel: hidden states (num_tokens, hidden), which go to the next stage."""
         for backend, batch in zip(self.backends, inputs.batches, strict=True):
             backend.prepare_metadata(batch)
         if self.adapters is not None:
             self.adapters.prepare_step()
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv_cache.layers, self.kv_cache.group_of)
-        return self.model(inputs.input_ids, inputs.positions, context)
+        if self.pipeline is None:
+            return self.model(inputs.input_ids, inputs.positions, context)
+        context.hidden_states = self.pipeline.receive_hidden_states()
+        hidden: Tensor = self.model(inputs.input_ids, inputs.positions, context)
+        self.pipeline.send_hidden_states(hidden)
+        return hidden
 
 
 @dataclass(slots=True)

@@ -29,11 +29,12 @@ class UniprocExecutor(Executor):
 
     def __init__(self, config: EngineConfig, options: object = None) -> None:
         super().__init__(config, options)
-        if (size := config.parallel.tensor_parallel_size) > 1:
-            raise ConfigError(
-                f"the executor {config.plugin('executor').name!r} runs one worker, and tensor_parallel_size is {size}; "
-                "use --executor multiproc"
-            )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if (size := getattr(config.parallel, name)) > 1:
+                raise ConfigError(
+                    f"the executor {config.plugin('executor').name!r} runs one worker, and {name} is {size}; "
+                    "use --executor multiproc"
+                )
         self._worker: Worker | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._model_future: Future[None] | None = None  # in the thread: of ``execute_model``

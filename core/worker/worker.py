@@ -21,6 +21,7 @@ from quire.core.control import ControlMethods
 from quire.core.env import num_threads
 from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.stage import PipelineStage
 from quire.core.messages import SchedulerOutput, TokenMasks
 from quire.core.ops.device_profile import check_device
 from quire.core.ops.pinned import reserve_pinned_memory
@@ -40,6 +41,7 @@ from quire.core.worker.kv_cache import (
     validate_max_model_len,
 )
 from quire.core.worker.model_runner import ModelRunner
+from quire.core.worker.pipeline import StageLink, share_attention_specs, share_module_shapes
 from quire.core.worker.readback import Readback
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SamplingRunner
@@ -74,6 +76,8 @@ class WorkerInfo(msgspec.Struct):
     """Of the device's memory, by tensors; 0 on a CPU."""
     peak_bytes: int
     """The most since the start."""
+    stage: int = 0
+    """Of the pipeline."""
 
 
 class Worker:
@@ -93,24 +97,28 @@ class Worker:
     _adapters: ModelAdapters | None
     _memory_profile: MemoryProfile
 
-    def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, parallel: TensorParallel | None = None, link: StageLink | None = None
+    ) -> None:
         """``parallel``: the place of this rank among those that share every layer, on the current GPU of its process.
-        None: the model is whole."""
+        None: layers are whole. ``link`` connects it with the other stages; None: there is one."""
         self._config = config
         self._parallel = parallel or TensorParallel()
+        self._link = link
+        self._stage = PipelineStage() if link is None else link.stage
         self._device = torch.device(config.model.device)
-        if self._parallel.size > 1 and self._device.type == "cuda":
+        if config.parallel.num_workers > 1 and self._device.type == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
         check_device(self._device)
         self._timer = StartupTimer()
         self.control = ControlMethods("worker")
         """What ``collective_rpc`` may call, between two steps."""
         self.control.add_method("describe_worker", self.describe_worker)
-        self._components = ComponentLoader(config, self._device, self._parallel)
+        self._components = ComponentLoader(config, self._device, self._parallel, self._stage)
         self._compile_counter: CompileCounter | None = None
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the scheduler and the API process, or they slow the worker
-            num_cores = max(1, ((os.cpu_count() or 2) - 1) // self._parallel.size)
+            num_cores = max(1, ((os.cpu_count() or 2) - 1) // config.parallel.num_workers)
             torch.set_num_threads(config.cpu_threads or num_threads() or num_cores)
 
     def start(self) -> None:
@@ -125,6 +133,8 @@ class Worker:
         """Load the weights: the target's, and those of a proposer that drafts on the device."""
         self._adapters = self._components.make_adapters()
         self._model = self._components.load_target_model(self._adapters)
+        if self._adapters is not None and self._link is not None:
+            share_module_shapes(self._link, self._adapters)
         self._proposer = self._components.load_proposer(self._model)
         self._timer.end_phase("weights")
 
@@ -133,7 +143,9 @@ class Worker:
         config, components = self._config, self._components
         max_num_seqs, num_drafts = config.scheduler.max_num_seqs, components.num_speculative_tokens
         block_size, vocab_size = config.cache.block_size, config.model.vocab_size
-        attention = components.make_attention_groups(self._model.attention_specs())
+        layer_specs = self._model.attention_specs()
+        model_specs = layer_specs if self._link is None else share_attention_specs(self._link, layer_specs)
+        attention = components.make_attention_groups(layer_specs, model_specs)
         kv_cache = KVCache(attention.backends, attention.group_of, self._device)
         table = RequestTable(
             max_num_seqs,
@@ -160,6 +172,8 @@ class Worker:
         if self._adapters is not None:
             copy_limits = CopyLimits() if self._device.type == "cuda" else None
             self._add_adapter_runner(AdapterRunner(self._adapters, table.num_rows, self._device, copy_limits))
+        if self._link is not None:
+            self.model_runner.pipeline = components.make_pipeline_runner(self._link, self._model, table)
         if self._proposer is not None:
             self.model_runner.draft_runner = components.make_draft_runner(self._proposer, table, kv_cache)
 
@@ -309,13 +323,17 @@ class Worker:
         on_gpu = self._device.type == "cuda"
         allocated = torch.cuda.memory_allocated(self._device) if on_gpu else 0
         peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
-        return WorkerInfo(self._parallel.rank, os.getpid(), str(self._device), allocated, peak)
+        rank = self._stage.index * self._parallel.size + self._parallel.rank
+        return WorkerInfo(rank, os.getpid(), str(self._device), allocated, peak, self._stage.index)
 
     @property
     def _num_adapter_slots(self) -> int:
         return 0 if self._config.adapters is None else self._config.adapters.max_loras
 
     def _recover_from(self, error: BaseException, step: SchedulerOutput) -> None:
+        if (pipeline := self.model_runner.pipeline) is not None:
+            with suppress(RuntimeError):  # as below
+                pipeline.finish_failed_step()
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # give the smaller steps that follow what lies in pieces
         # A step launched behind this one may still hold its rows, whose blocks it may not have learned.
@@ -324,7 +342,9 @@ class Worker:
 
     def _warm_up_kernels(self) -> None:
         config, runner = self._config, self.model_runner
-        use_graphs = not config.enforce_eager
+        use_graphs = not config.enforce_eager and self._link is None
+        if self._link is not None and not config.enforce_eager:
+            _log.info("stages of a pipeline cannot be captured yet: running eagerly")
         if use_graphs and not all("decode" in backend.graph_support for backend in runner.backends):
             use_graphs = False
             name = config.plugin("attention").name

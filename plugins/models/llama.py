@@ -13,7 +13,10 @@ from quire.sdk.layers import (
     AttentionShape,
     GatedMLP,
     LayerBuilder,
+    LMHead,
     PartialSum,
+    RMSNorm,
+    VocabEmbedding,
     collect_weight_loaders,
     process_weights_after_loading,
 )
@@ -24,21 +27,33 @@ __all__ = ["DecoderLayer", "LlamaForCausalLM"]
 class LlamaForCausalLM(Model):
     """Embed, a stack of pre-norm layers, norm, head. Families of this shape change ``attention_shape`` alone."""
 
-    supports_aux_hidden_states = True
+    supports_pipeline_parallel = supports_aux_hidden_states = True
 
     def __init__(self, config: Any, builder: LayerBuilder) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = builder.make_embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, builder, layer, self.attention_shape(config, layer), self.mlp_bias(config))
-            for layer in range(config.num_hidden_layers)
+        self.stage = stage = builder.stage
+        self.embed_tokens: VocabEmbedding | None = None
+        is_tied_here = stage.is_last and config.tie_word_embeddings
+        if builder.is_on_stage("model.embed_tokens", stage.is_first or stage.needs_embedding or is_tied_here):
+            self.embed_tokens = builder.make_embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = builder.make_layers(
+            "model.layers",
+            config.num_hidden_layers,
+            lambda layer: DecoderLayer(
+                config, builder, layer, self.attention_shape(config, layer), self.mlp_bias(config)
+            ),
         )
-        self.norm = builder.make_rms_norm("model.norm", config.hidden_size, config.rms_norm_eps)
-        tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = builder.make_lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
-        if builder.parallel.size > 1:
-            self.vocab_shard = self.lm_head.vocab_shard
+        self.first_layer = builder.first_layer
+        self.norm: RMSNorm | None = None
+        self.lm_head: LMHead | None = None
+        if builder.is_on_stage("model.norm", stage.is_last):
+            self.norm = builder.make_rms_norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        if builder.is_on_stage("lm_head", stage.is_last):
+            tied = self.embed_tokens if config.tie_word_embeddings else None
+            self.lm_head = builder.make_lm_head("lm_head", config.vocab_size, config.hidden_size, tied)
+            if builder.parallel.size > 1:
+                self.vocab_shard = self.lm_head.vocab_shard
 
     @classmethod
     def example_config(cls) -> Mapping[str, Any]:
@@ -71,26 +86,34 @@ class LlamaForCausalLM(Model):
         return bool(config.mlp_bias)
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """One per layer."""
+        """One per layer of this stage."""
         return [layer.self_attn.spec for layer in self.layers]  # type: ignore[union-attr, misc]
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """(num_tokens,) -> (num_tokens, hidden), after the final norm."""
-        x: Tensor | PartialSum = self.embed_tokens(input_ids)
+        """(num_tokens,) -> (num_tokens, hidden): after the final norm, or the residual stream for the next stage."""
+        x: Tensor | PartialSum | None = context.hidden_states
+        if self.stage.is_first and self.embed_tokens is not None:
+            x = self.embed_tokens(input_ids)
+        assert x is not None, "a stage that is not the first goes on from context.hidden_states"
         residual: Tensor | None = None
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers, self.first_layer):
             if self.aux_hidden_states is not None and index in self.aux_hidden_states.layers:
                 x = x.reduce() if isinstance(x, PartialSum) else x
                 self.aux_hidden_states.capture_layer(index, x, residual)
             x, residual = layer(x, residual, positions, context)
+        if self.norm is None:
+            x = x.reduce() if isinstance(x, PartialSum) else x
+            return x if residual is None else x + residual
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) -> (n, vocab)."""
+        """(n, hidden) -> (n, vocab), on the last stage."""
+        assert self.lm_head is not None
         return self.lm_head(hidden)
 
     def compute_local_logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) -> (n, vocab_shard.size)."""
+        """(n, hidden) -> (n, vocab_shard.size), on the last stage."""
+        assert self.lm_head is not None
         return self.lm_head.compute_local_logits(hidden)
 
     def checkpoint_map(self) -> dict[str, Callable[[Tensor], None]]:

@@ -1,4 +1,4 @@
-"""A model over two ranks, each with its share of every adapter, gives the tokens of the whole merged model."""
+"""A model over two ranks or stages, each with its share of every adapter: tokens are those of the merged model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ class RanksBySlot(MultiprocExecutor):
 
 
 @pytest.mark.parallel
-def test_two_ranks_follow_the_merged_model(base, folders, references) -> None:
+@pytest.mark.parametrize(("size", "stages"), [(2, 1), (1, 2)])
+def test_two_ranks_follow_the_merged_model(base, folders, references, size: int, stages: int) -> None:
     name = f"{RanksBySlot.__module__}:{RanksBySlot.__qualname__}"
-    llm = LLM(str(base), device="cpu", max_model_len=128, max_num_seqs=8, tensor_parallel_size=2, executor=name)
+    ranks = {"tensor_parallel_size": size, "pipeline_parallel_size": stages}
+    llm = LLM(str(base), device="cpu", max_model_len=128, max_num_seqs=8, executor=name, **ranks)
     try:
         for slot, folder in folders.items():
             arguments = {"adapter_id": slot + 1, "path": str(folder)}

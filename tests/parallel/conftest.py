@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.spec_decode.eagle3_reference import make_eagle3_head
 
 from quire import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
@@ -83,22 +85,40 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
 
 @contextmanager
 def open_engine(
-    folders: ModelFolders, family: str, proposer: str = "none", size: int = 1, **arguments: Any
+    folders: ModelFolders, family: str, proposer: str = "none", size: int = 1, stages: int = 1, **arguments: Any
 ) -> Iterator[LLM]:
-    """An engine of a family's model, its layers shared by ``size`` ranks."""
+    """An engine of a family's model, its layers divided between ``stages``, and each shared by ``size`` ranks."""
     settings = dict(PROPOSERS[proposer])
     if "speculative_model" in settings:
         settings["speculative_model"] = str(folders.get(family, settings["speculative_model"]))
     if settings:
         settings |= {"speculative_config": {"adaptive": False}, "num_speculative_tokens": 3}
-    if size > 1:
-        settings |= {"executor": EXECUTOR, "tensor_parallel_size": size}
+    if size * stages > 1:
+        settings |= {"executor": EXECUTOR, "tensor_parallel_size": size, "pipeline_parallel_size": stages}
     sizes = {"max_model_len": 160, "max_num_seqs": 8, "block_size": 4, "max_num_batched_tokens": 48, "cpu_threads": 1}
     llm = LLM(str(folders.get(family)), device="cpu", **(sizes | settings | arguments))
     try:
         yield llm
     finally:
         llm.shutdown()
+
+
+def make_two_layers(fixture: Path, folder: Path) -> Path:
+    """A quantized checkpoint of one layer with that layer twice, which two stages can share."""
+    folder.mkdir(parents=True)
+    for file in fixture.iterdir():
+        if file.suffix == ".json" and "index" not in file.name:
+            text = file.read_text()
+            if file.name == "config.json":
+                config = json.loads(text) | {"num_hidden_layers": 2}
+                if "layer_types" in config:
+                    config["layer_types"] *= 2
+                text = json.dumps(config)
+            (folder / file.name).write_text(text)
+    tensors = load_file(fixture / "model.safetensors")
+    second = {name.replace("layers.0.", "layers.1."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | second, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def assert_same(llm: LLM, expected: Sequence[RequestOutput], params: Sequence[SamplingParams]) -> None:

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from tests.quant.test_fixtures import FIXTURES, NAMES
+from tests.spec_decode.eagle3_reference import make_eagle3_head
 
 from quire import LLM, RequestOutput
 from quire.core.errors import ConfigError
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.testing.tiny_models import make_tiny_model
 
-from .conftest import EXECUTOR, FAMILIES, PROMPTS, PROPOSERS, ModelFolders, assert_same, make_params, open_engine
+from .conftest import (
+    EXECUTOR,
+    FAMILIES,
+    PROMPTS,
+    PROPOSERS,
+    ModelFolders,
+    assert_same,
+    make_params,
+    make_two_layers,
+    open_engine,
+)
 
-SAMPLE = [("llama", "none", 2), ("mistral", "ngram", 4), ("qwen2", "draft", 4), ("qwen3", "eagle3", 2)]
-"""Each family, each kind of proposer, both sizes."""
-EVERY = [case for case in itertools.product(FAMILIES, PROPOSERS, (2, 4)) if case not in SAMPLE]
+SAMPLE = [
+    ("llama", "none", 2, 1),
+    ("mistral", "ngram", 4, 1),
+    ("qwen2", "draft", 4, 1),
+    ("qwen3", "eagle3", 2, 1),
+    ("llama", "eagle3", 1, 2),
+    ("mistral", "none", 1, 2),
+    ("qwen2", "suffix", 2, 2),
+    ("qwen3", "draft", 1, 2),
+]
+"""Each family, each kind of proposer, each size: ranks of a stage, and stages."""
+SIZES = ((2, 1), (4, 1), (1, 2), (2, 2))
+EVERY = [case for f, p, size in itertools.product(FAMILIES, PROPOSERS, SIZES) if (case := (f, p, *size)) not in SAMPLE]
 SEEN_WIDTHS: set[int] = set()
 
 
@@ -42,12 +64,13 @@ def expected(folders: ModelFolders) -> dict[str, list[RequestOutput]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "proposer", "size"), [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.parallel) for case in EVERY)]
+    ("family", "proposer", "size", "stages"),
+    [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.parallel) for case in EVERY)],
 )
-def test_tokens_are_those_of_one_rank(folders, expected, family: str, proposer: str, size: int) -> None:
+def test_tokens_are_those_of_one_rank(folders, expected, family: str, proposer: str, size: int, stages: int) -> None:
     """Requests of every kind together, some preempted, some that find a prefix."""
     params = make_params()
-    with open_engine(folders, family, proposer, size, num_gpu_blocks_override=60) as llm:
+    with open_engine(folders, family, proposer, size, stages, num_gpu_blocks_override=60) as llm:
         assert_same(llm, expected[family], params)
         stats = llm.get_stats()
         assert stats["num_preemptions_total"] > 0 and stats["prefix_cache_hits_total"] > 0
@@ -57,19 +80,40 @@ def test_tokens_are_those_of_one_rank(folders, expected, family: str, proposer: 
 
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", NAMES)
-def test_every_quantization(folders: ModelFolders, name: str) -> None:
+def test_every_quantization(folders: ModelFolders, tmp_path: Path, name: str) -> None:
     """Packed shards under requests of every kind, with drafts and without."""
     params, prompts = make_params(8), [[token % 60 for token in prompt] for prompt in PROMPTS]
     params = [each for each in params if each.structured_outputs is None and each.allowed_token_ids is None]
     arguments = {"tokenizer": str(folders.get("llama")), "max_model_len": 160, "max_num_seqs": 8, "device": "cpu"}
     answers = []
-    for size, proposer in ((1, "none"), (2, "ngram"), (4, "none")):
-        ranks = {} if size == 1 else {"tensor_parallel_size": size, "executor": EXECUTOR}
-        llm = LLM(str(FIXTURES / name), **arguments, **ranks, **PROPOSERS[proposer], cpu_threads=1)
+    model = make_two_layers(FIXTURES / name, tmp_path / "model")
+    for size, stages, proposer in ((1, 1, "none"), (2, 1, "ngram"), (4, 1, "none"), (1, 2, "suffix"), (2, 2, "none")):
+        ranks = {"tensor_parallel_size": size, "pipeline_parallel_size": stages}
+        ranks |= {"executor": EXECUTOR} if size * stages > 1 else {}
+        llm = LLM(str(model), **arguments, **ranks, **PROPOSERS[proposer], cpu_threads=1)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts[: len(params)]], params)
         answers.append([each.token_ids for output in outputs for each in output.outputs])
         llm.shutdown()
-    assert answers[0] == answers[1] == answers[2]
+    assert all(each == answers[0] for each in answers)
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_stages_of_unlike_layers(tmp_path, stages: int) -> None:
+    """Block tables are those of the whole model: here no stage has a layer of every kind."""
+    sizes = {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+    model = make_tiny_model("qwen2", tmp_path / "model", tie_word_embeddings=True, **sizes)
+    head = make_eagle3_head(
+        tmp_path / "head", model, PROMPTS[:3], num_heads=4, eagle_aux_hidden_state_layer_ids=[1, 3, 4]
+    )
+    arguments = {"max_model_len": 160, "max_num_seqs": 6, "block_size": 4, "max_num_batched_tokens": 48}
+    params, answers = make_params(), []
+    for ranks in ({}, {"pipeline_parallel_size": stages, "executor": EXECUTOR, "speculative_model": str(head)}):
+        llm = LLM(str(model), device="cpu", num_gpu_blocks_override=60, cpu_threads=1, **arguments, **ranks)
+        outputs = llm.generate(PROMPTS, params)
+        answers.append([each.token_ids for output in outputs for each in output.outputs])
+        assert llm.get_stats()["num_preemptions_total"] > 0
+        llm.shutdown()
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("proposer", ["draft", pytest.param("eagle3", marks=pytest.mark.parallel)])

@@ -50,6 +50,8 @@ from quire.core.worker.multiproc.messages import (
 from quire.core.worker.multiproc.rank_channel import RankChannel
 from quire.core.worker.multiproc.rank_launch import RankPlace
 from quire.core.worker.multiproc.rank_layout import RankLayout
+from quire.core.worker.multiproc.stage_link import ProcessStageLink
+from quire.core.worker.pipeline import StageLink
 from quire.core.worker.readback import Readback
 from quire.core.worker.worker import Worker
 
@@ -130,16 +132,19 @@ class RankWorker:
         self._step_timeout_s = config.watchdog.step_timeout_s
         if config.model.device == "cuda":
             torch.cuda.set_device(self._place.host_rank)
-        parallel = self._join_group(config, message.store_host, message.store_port)
+        parallel, link = self._join_groups(config, message.store_host, message.store_port)
         worker_class = load_target(message.worker_target, f"{Worker.__module__}:{Worker.__name__}")
-        self._worker = worker = worker_class(config, parallel)
+        self._worker = worker = worker_class(config, parallel, link)
         worker.load_model()
         worker.build_model_runner()
         self._send(RankLoaded(worker.profile_memory()))
 
-    def _join_group(self, config: EngineConfig, store_host: str, store_port: int) -> TensorParallel:
+    def _join_groups(
+        self, config: EngineConfig, store_host: str, store_port: int
+    ) -> tuple[TensorParallel, StageLink | None]:
+        """This rank's place in its stage, and what connects it with the other stages, if there are several."""
         if self._size == 1:
-            return TensorParallel()
+            return TensorParallel(), None
         # A rank that hangs is found by the executor, which knows how long a step may take.
         limit = timedelta(days=365)
         store = TCPStore(
@@ -156,12 +161,23 @@ class RankWorker:
         dist.init_process_group(
             backend, store=store, rank=self._rank, world_size=self._size, timeout=limit, device_id=device
         )
-        kernels = None
-        is_one_host = self._place.host_size == self._size
-        if device is not None and is_one_host and config.parallel.all_reduce == "auto":
-            kernels = AllReduceKernels.open(self._rank, self._size, None, device)
         notes = CollectiveNotes(self._channel.status.collective_counts)
-        return TensorParallel(self._rank, self._size, kernels=kernels, notes=notes)
+        layout, kernels, link, stage_group = self._layout, None, None, None
+        if layout.pipeline_parallel_size > 1:
+            # Every rank makes every group, in the same order.
+            for stage in range(layout.pipeline_parallel_size):
+                group = dist.new_group(layout.list_stage(stage), timeout=limit)
+                stage_group = group if stage == layout.get_stage(self._rank) else stage_group
+            for tensor_rank in range(layout.tensor_parallel_size):
+                ranks = layout.list_chain(tensor_rank)
+                forward, backward = (dist.new_group(ranks, timeout=limit) for _ in range(2))
+                if tensor_rank == layout.get_tensor_rank(self._rank):
+                    link = ProcessStageLink(layout, self._rank, forward, backward, store, notes)
+        is_one_host = self._place.host_size == self._size
+        if device is not None and is_one_host and link is None and config.parallel.all_reduce == "auto":
+            kernels = AllReduceKernels.open(self._rank, self._size, None, device)  # not tried beside stages
+        rank, size = layout.get_tensor_rank(self._rank), layout.tensor_parallel_size
+        return TensorParallel(rank, size, stage_group, kernels, notes), link
 
     def _end_start(self, message: AllocateKVCache) -> None:
         worker = self.worker

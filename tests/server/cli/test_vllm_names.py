@@ -80,7 +80,7 @@ def test_variables_name_settings_that_are_there() -> None:
 def test_keyword_arguments_of_scripts_for_vllm(caplog: pytest.LogCaptureFixture) -> None:
     """None is the default, and what is off asks for nothing."""
     off = {"enable_sleep_mode": False, "cpu_offload_gb": 0, "rope_scaling": None, "limit_mm_per_prompt": {}}
-    same = {"tokenizer_mode": "auto", "pipeline_parallel_size": 1, "distributed_executor_backend": None}
+    same = {"tokenizer_mode": "auto", "data_parallel_size": 1, "distributed_executor_backend": None}
     with caplog.at_level(logging.WARNING, "quire.config"):
         args = EngineArgs.from_kwargs(model="m", quantization=None, seed=None, dtype=None, **off, **same)
         assert args == EngineArgs(model="m") and not caplog.records
@@ -97,7 +97,7 @@ def test_keyword_arguments_of_scripts_for_vllm(caplog: pytest.LogCaptureFixture)
     ("argument", "reason"),
     [
         ({"enable_lora_bias": True}, "enable_lora_bias=True: not supported: an adapter with trained biases is refused"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: pipeline parallelism is not supported yet"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2: one engine is one server"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb=4: not supported"),
         ({"hf_overrides": {"a": 1}}, "change config.json"),
         ({"max_modl_len": 8}, "did you mean max_model_len"),

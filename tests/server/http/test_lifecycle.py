@@ -155,7 +155,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["MODEL", "--max-model-len", "0"], ["2048"]),
         (["MODEL", "--trust-remote-code"], ["never runs code"]),
         (["MODEL", "--tensor-parallel-size", "3"], ["tensor_parallel_size", "3"]),
-        (["MODEL", "--pipeline-parallel-size", "2"], ["not supported yet"]),
+        (["MODEL", "--pipeline-parallel-size", "300"], ["pipeline_parallel_size", "300", "layers"]),
         (["MODEL", "--device", "cuda"], ["cuda"]),
         (["MODEL", "--block-size", "0"], ["block_size"]),
         (["MODEL", "--max-num-seqs", "0"], ["max_num_seqs"]),

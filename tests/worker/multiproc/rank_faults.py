@@ -12,9 +12,9 @@ from quire.core.worker.worker import Worker
 class FaultyWorker(Worker):
     """What ``set_fault`` names goes wrong, on one rank or on all."""
 
-    def __init__(self, config, parallel=None):
-        super().__init__(config, parallel)
-        self.rank = 0 if parallel is None else parallel.rank
+    def __init__(self, config, parallel=None, link=None):
+        super().__init__(config, parallel, link)
+        self.rank = self.describe_worker().rank
         self.fault, self.faulty_rank = "", None
         self.control.add_method("set_fault", self.set_fault)
         self.control.add_method("read_file", self.read_file)
@@ -24,6 +24,14 @@ class FaultyWorker(Worker):
 
     def read_file(self, path: str) -> None:
         raise CheckpointError(f"{path} is no checkpoint") if path else OSError("forced")
+
+    def load_model(self):
+        super().load_model()
+        self._model.register_forward_pre_hook(self.raise_in_model)
+
+    def raise_in_model(self, *arguments):
+        if self.has_fault("raise in model"):
+            raise ValueError("forced")
 
     def has_fault(self, fault):
         return self.fault == fault and self.faulty_rank in (None, self.rank)

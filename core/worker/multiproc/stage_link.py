@@ -1,0 +1,78 @@
+"""Stages that are processes: point-to-point messages of ``torch.distributed``, NCCL's on GPUs and gloo's on a CPU."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from quire.core.layers.stage import PipelineStage
+from quire.core.worker.multiproc.rank_layout import RankLayout
+from quire.core.worker.pipeline import StageLink
+
+__all__ = ["ProcessStageLink"]
+
+
+class ProcessStageLink(StageLink):
+    """Hidden states and tokens go through two process groups, each with a communicator of its own. In one, whose
+    messages are sent in order, a stage that sends hidden states to the next would wait for that one to receive them,
+    and that one for its own tokens to be received."""
+
+    def __init__(
+        self,
+        layout: RankLayout,
+        rank: int,
+        forward_group: Any,
+        backward_group: Any,
+        store: Any,
+        notes: AbstractContextManager[None],
+    ) -> None:
+        """The groups are of the ranks of this number on all stages; ``notes`` is entered where the host may wait."""
+        super().__init__(PipelineStage(layout.get_stage(rank), layout.pipeline_parallel_size))
+        self._chain = layout.list_chain(layout.get_tensor_rank(rank))
+        self._tensor_rank = layout.get_tensor_rank(rank)
+        self._forward_group, self._backward_group = forward_group, backward_group
+        self._store = store
+        self._notes = notes
+        self._num_exchanges = 0
+        # What is on its way: a message that is dropped before it has arrived would not arrive.
+        self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._max_sending = 2 * layout.pipeline_parallel_size * layout.pipeline_parallel_size
+
+    def send_hidden_states(self, hidden: Tensor) -> None:
+        """Asynchronously."""
+        self._send(hidden, self._chain[self.stage.index + 1], self._forward_group)
+
+    def receive_hidden_states(self, buffer: Tensor) -> None:
+        """On a CPU it waits."""
+        self._receive(buffer, self._chain[self.stage.index - 1], self._forward_group)
+
+    def return_tokens(self, packed: Tensor) -> None:
+        """Asynchronously, one stage after another."""
+        for rank in self._chain[:-1]:
+            self._send(packed, rank, self._backward_group)
+
+    def receive_tokens(self, buffer: Tensor) -> None:
+        """On a CPU it waits."""
+        self._receive(buffer, self._chain[-1], self._backward_group)
+
+    def exchange_bytes(self, data: bytes) -> list[bytes]:
+        """By the store in which the ranks found each other."""
+        self._num_exchanges += 1
+        keys = [f"stages/{self._num_exchanges}/{self._tensor_rank}/{stage}" for stage in range(self.stage.size)]
+        self._store.set(keys[self.stage.index], data)
+        return [self._store.get(key) for key in keys]
+
+    def _send(self, tensor: Tensor, rank: int, group: Any) -> None:
+        self._sending.append((dist.isend(tensor, rank, group=group), tensor))
+        while len(self._sending) > self._max_sending:  # it has arrived long ago
+            self._sending.popleft()[0].wait()
+
+    def _receive(self, buffer: Tensor, rank: int, group: Any) -> None:
+        with self._notes:
+            work = dist.irecv(buffer, rank, group=group)
+            assert work is not None, "this rank is in the group"
+            work.wait()  # of a GPU the stream alone

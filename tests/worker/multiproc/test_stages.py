@@ -1,0 +1,125 @@
+"""A model whose layers are divided between two processes; what goes wrong on a stage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quire import LLM
+from quire.core.errors import ConfigError, RequestFailedError, WorkerDiedError
+
+from .test_executor import GREEDY, PROMPTS, assert_served, pids, set_fault
+
+
+@pytest.fixture(scope="module")
+def two(tiny: Path) -> Iterator[LLM]:
+    """Too few blocks for all requests at once, and steps that hold parts of prompts."""
+    limits: dict[str, Any] = {"max_num_seqs": 6, "num_gpu_blocks_override": 18, "max_num_batched_tokens": 48}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        engine = LLM(
+            model=str(tiny),
+            device="cpu",
+            max_model_len=256,
+            cpu_threads=1,
+            pipeline_parallel_size=2,
+            executor="rank_faults:FaultyExecutor",
+            **limits,
+        )
+        yield engine
+        engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+
+
+def test_tokens_are_those_of_the_whole_model(two: LLM, reference: Any) -> None:
+    before = two.get_stats()
+    assert_served(two, reference)
+    assert_served(two, reference)
+    stats = two.get_stats()
+    assert stats["num_preemptions_total"] > before["num_preemptions_total"], "some were preempted"
+    assert stats["prefix_cache_hits_total"] > before["prefix_cache_hits_total"], "some found a prefix"
+    call = two.engine_core.control.call_method
+    workers = call("collective_rpc", {"method": "describe_worker", "arguments": {}})
+    assert [(worker["rank"], worker["stage"]) for worker in workers] == [(0, 0), (1, 1)]
+
+
+def test_rows_of_aborted_requests_are_used_again(two: LLM, reference: Any) -> None:
+    """While their last tokens are still on the way back to the first stage."""
+    engine, finished = two.llm_engine, []
+    for number in range(24):
+        engine.add_request(str(number), {"prompt_token_ids": PROMPTS[number % 8]}, GREEDY)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        finished += [output for output in outputs if output.finished]
+        for output in outputs:
+            number = int(output.request_id)
+            if number % 3 and len(output.outputs[0].token_ids) > number % 5:
+                engine.abort_request(output.request_id)
+    assert len(finished) == 8
+    reference_tokens = two.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY)
+    for output in finished:
+        assert output.outputs[0].token_ids == reference_tokens[int(output.request_id) % 8].outputs[0].token_ids
+    assert two.get_stats()["kv_cache_usage_perc"] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_fails_on_one_stage_ends_its_requests_alone(two: LLM, reference: Any, rank: int) -> None:
+    """The other stage waits for nothing that does not come."""
+    set_fault(two, "raise in model", rank)
+    with pytest.raises(RequestFailedError, match="a step of the engine failed"):
+        two.generate([{"prompt_token_ids": [5, 6]}], GREEDY)
+    set_fault(two, "")
+    assert_served(two, reference, PROMPTS[:2])
+
+
+def test_a_step_that_does_not_fit_on_one_stage_is_run_by_none(two: LLM, reference: Any) -> None:
+    before = two.get_stats()["out_of_memory_total"]
+    set_fault(two, "memory", 1)
+    assert_served(two, reference, [[200 + i] * (40 + i) for i in range(3)])
+    set_fault(two, "")
+    assert two.get_stats()["out_of_memory_total"] > before
+    assert two.get_stats()["kv_cache_usage_perc"] == 0
+
+
+def test_a_rank_that_is_killed_ends_the_engine_by_name_and_stage(two: LLM) -> None:
+    """The last of the tests that share the engine."""
+    processes = pids(two)
+    os.kill(processes[1], signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(WorkerDiedError, match=rf"^rank 1 \(stage 1, process {processes[1]}\) was killed by SIGKILL"):
+        two.generate([{"prompt_token_ids": [5, 6]}], GREEDY)
+    assert time.monotonic() - begin < 5
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pipeline_parallel_size": 3}, r"^pipeline_parallel_size 3 is more than the 2 layers of .*; give 1 to 2$"),
+        ({"pipeline_parallel_size": 0}, "pipeline_parallel_size must be at least 1, got 0"),
+        ({"pipeline_parallel_size": 2, "executor": "uniproc"}, "'uniproc' runs one worker.*use --executor multiproc"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(tiny: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM(model=str(tiny), device="cpu", **arguments)
+
+
+def test_too_few_gpus_are_counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA H200")
+    with pytest.raises(ConfigError, match=r"size 2 x pipeline_parallel_size 2 need 4 GPUs, and 3 can be seen \(NVIDIA"):
+        LLM(model=str(tiny), tensor_parallel_size=2, pipeline_parallel_size=2)
