@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.core.contracts.quant import LayerInfo
+from quire.core.contracts.quant import LayerInfo, LowRankShrink
 from quire.core.ops.norm import rms_norm
 
 __all__ = ["AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"]
@@ -66,6 +66,11 @@ class AdapterLayer(ABC):
         """``apply`` of the RMS norm of ``x``, with ``norm``'s weight (in_features,) and epsilon: where a layer's own
         kernel norms its input, and does not show it."""
         self.apply(rms_norm(x, *norm)[0], out)
+
+    def get_shrink(self, num_tokens: int) -> LowRankShrink | None:
+        """For methods that multiply by a matrix of few rows and one of few columns: what launches the first of the two
+        products, where a layer's own kernel may do the second and add it, in place of ``apply``. None: ``apply``."""
+        return None
 
 
 class AdapterMethod(ABC):

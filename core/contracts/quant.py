@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ __all__ = [
     "InputFormat",
     "LayerInfo",
     "LinearMethod",
+    "LowRankShrink",
+    "LowRankTerm",
     "QuantActivation",
     "QuantizationLoader",
     "StoredWeight",
@@ -98,6 +100,29 @@ class StoredWeight:
     weight: Tensor  # (outputs, inputs)
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankTerm:
+    """What adapters add to a layer's output, short of the product with their second matrix: to token ``m`` whose
+    adapter is in slot ``s``, ``sum of v[:, m] times b[s]``, part by part of the layer's fused parts."""
+
+    v: Tensor
+    """(splits, num_tokens, parts * max_rank) float32, to be summed over the splits. What lies beyond an adapter's rank,
+    and rows of tokens without one, hold anything."""
+    b: Tensor
+    """(slots, max_rank, out_features)."""
+    ranks: Tensor
+    """(slots, parts) int32."""
+    slots: Tensor
+    """(num_tokens,) int32, at least: each token's slot, -1 where it has no adapter."""
+    part_sizes: tuple[int, ...]
+    """Features of each part, three parts at most."""
+
+
+LowRankShrink: TypeAlias = Callable[[Tensor, tuple[Tensor, float] | None], LowRankTerm]
+"""Launches the first product of a layer's adapters: of its input (num_tokens, in_features), and the norm before it or
+None. With a norm (weight and epsilon), ``v`` lacks the division by the root of the mean square, as ``W (g * x)``."""
+
+
 class LinearMethod(ABC):
     """How one layer multiplies. Stateless beyond its settings: weights live on the module as parameters."""
 
@@ -162,6 +187,24 @@ class LinearMethod(ABC):
         In this order: an RMS norm of ``x`` with ``norm``'s weight (in_features,) and epsilon; the layer; a gated
         ``activation`` by name (``silu``: ``silu(first half) * second half``), which halves the features; ``residual``
         added. Unlike ``apply`` it may leave out every rounding but the last.
+        """
+        return None
+
+    def apply_with_adapters(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        shrink: LowRankShrink,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """``apply_fused`` with what adapters add to the layer's own output in the same kernel; None where that is not
+        offered for so many tokens: then the caller adds it behind the layer. Calls ``shrink`` once, or not at all.
+
+        Rows of tokens without an adapter have the bits of ``apply_fused``.
         """
         return None
 

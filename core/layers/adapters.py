@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,10 @@ class AdaptedLinearMethod(LinearMethod):
 
     A layer is entered in three ways: plainly, after a norm and before an addition, and all three end in a method. So
     this is the one place where adapters come in, and the layer has none of it. Adapters read the activation as it is
-    before quantization: in their steps ``inner`` quantizes its input itself. Whatever is fused behind the product comes
-    after the adapters, so an activation function is not; the addition of the residual is, since sums may be in any
-    order. Of a row-sharded layer the ranks' sums hold the adapters' shares.
+    before quantization: in their steps ``inner`` quantizes its input itself. With few tokens ``inner``'s kernel adds
+    what the adapters make of them to its product, where it can. Elsewhere they come behind it, so an activation
+    function is not fused; the addition of the residual is, since sums may be in any order. Of a row-sharded layer the
+    ranks' sums hold the adapters' shares.
     """
 
     def __init__(self, inner: LinearMethod, adapters: AdapterMethod, adapter_layer: AdapterLayer) -> None:
@@ -92,8 +94,11 @@ class AdaptedLinearMethod(LinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """``inner``'s product, and the adapters'."""
-        out = self.inner.apply(layer, x, bias)
-        if self._adapters.is_active:
+        if not self._adapters.is_active:
+            return self.inner.apply(layer, x, bias)
+        out = self._apply_in_product(layer, x, bias)
+        if out is None:
+            out = self.inner.apply(layer, x, bias)
             self._adapter_layer.apply(_get_native(x), out)
         return out
 
@@ -107,11 +112,13 @@ class AdaptedLinearMethod(LinearMethod):
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor | None:
-        """What ``inner`` offers; with adapters no activation function, which comes behind them."""
+        """What ``inner`` offers; where it does not add the adapters itself, no activation function, which comes behind
+        them."""
         if not self._adapters.is_active:
             return self.inner.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
-        if activation is not None:
-            return None
+        out = self._apply_in_product(layer, x, bias, norm=norm, activation=activation, residual=residual)
+        if out is not None or activation is not None:
+            return out
         out = self.inner.apply_fused(layer, x, bias, norm=norm, residual=residual)
         if out is None:
             return None
@@ -122,6 +129,16 @@ class AdaptedLinearMethod(LinearMethod):
         else:
             self._adapter_layer.apply_after_norm(_get_native(x), norm, out)
         return out
+
+    def _apply_in_product(
+        self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None, **neighbours: Any
+    ) -> Tensor | None:
+        """All of it by ``inner``, whose kernel adds the adapters to its product; None where it does not."""
+        native = _get_native(x)
+        shrink = self._adapter_layer.get_shrink(native.shape[0])
+        if shrink is None:
+            return None
+        return self.inner.apply_with_adapters(layer, native, bias, shrink, **neighbours)
 
 
 def _get_native(x: Tensor | QuantActivation) -> Tensor:

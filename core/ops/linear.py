@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire.core.contracts.quant import LowRankShrink
+
 __all__ = ["SmallBatchGemm", "get_small_batch_gemm"]
 
 
@@ -14,7 +16,8 @@ class SmallBatchGemm(Protocol):
     """``x`` (num_tokens, inputs) times ``weight`` (features, inputs), with its neighbours; None: not faster here.
 
     ``norm`` is the weight (inputs,) and epsilon of an RMS norm before the layer; ``gated``: the halves of the result
-    become ``silu(first) * second``; ``residual`` is added last.
+    become ``silu(first) * second``; ``residual`` is added last. ``adapters`` launches the first product of the layer's
+    adapters, and the second is added to this one.
     """
 
     def __call__(
@@ -26,6 +29,7 @@ class SmallBatchGemm(Protocol):
         norm: tuple[Tensor, float] | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
         """Multiply, or decline."""
         ...

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quire.plugins.quant.none import UnquantizedLinear
 from quire.plugins.quant.shards import Axis, CutPart, Dimension, Shard, cut_to_shard
-from quire.sdk import CheckpointError, LayerInfo, LinearMethod, QuantActivation
+from quire.sdk import CheckpointError, LayerInfo, LinearMethod, LowRankShrink, QuantActivation
 from quire.sdk.layers import check_tensor_shape
 
 __all__ = ["DeferredLinear", "StoredTensor"]
@@ -110,8 +110,10 @@ class DeferredLinear(LinearMethod):
         norm: tuple[Tensor, float] | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
-        """``apply_fused`` by the scheme's kernel, whose plain product is never None."""
+        """``apply_fused``, or with ``adapters`` ``apply_with_adapters``, by the scheme's kernel, whose plain product is
+        never None."""
 
     # ---- the contract
 
@@ -185,6 +187,24 @@ class DeferredLinear(LinearMethod):
         if self._dense_method is not None:
             return self._dense_method.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
         return self.multiply(layer, x, bias, norm, activation, residual)
+
+    def apply_with_adapters(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        shrink: LowRankShrink,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """What the kernel offers."""
+        if self._dense_method is None:
+            return self.multiply(layer, x, bias, norm, activation, residual, shrink)
+        return self._dense_method.apply_with_adapters(
+            layer, x, bias, shrink, norm=norm, activation=activation, residual=residual
+        )
 
     # ---- for schemes
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quire.plugins.quant.deferred_linear import DeferredLinear, StoredTensor
 from quire.plugins.quant.grouped_weights import GroupedWeights, is_in_order
 from quire.plugins.quant.shards import Axis, Dimension, Shard
-from quire.sdk import CheckpointError, LayerInfo, QuantActivation
+from quire.sdk import CheckpointError, LayerInfo, LowRankShrink, QuantActivation
 
 __all__ = ["FLOATS", "GroupedFormat", "GroupedLinear"]
 
@@ -133,14 +133,19 @@ class GroupedLinear(DeferredLinear):
         norm: tuple[Tensor, float] | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
         """By the int4 kernels."""
         assert isinstance(x, Tensor), "input_format is native"
         if self._perm is not None:
             if norm is not None:
                 return None
+            if adapters is not None:  # which know the columns by their own order
+                adapters = _make_shrink_of(x, adapters)
             x = x.index_select(1, self._perm)
-        return self._kernels.apply_linear(x, self._packed, bias, norm=norm, activation=activation, residual=residual)
+        return self._kernels.apply_linear(
+            x, self._packed, bias, norm=norm, activation=activation, residual=residual, adapters=adapters
+        )
 
     def _register(self, layer: nn.Module, info: LayerInfo, weights: GroupedWeights) -> None:
         self._packed = self._pack(weights)
@@ -160,3 +165,8 @@ class GroupedLinear(DeferredLinear):
         return self._kernels.pack_weights(
             weights.codes, weights.scales, weights.zeros, weights.group_size, weights.bits
         )
+
+
+def _make_shrink_of(x: Tensor, shrink: LowRankShrink) -> LowRankShrink:
+    """``shrink`` of ``x``, whatever it is called with."""
+    return lambda _, norm: shrink(x, norm)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.sdk import LayerInfo, LinearMethod, QuantActivation, QuantizationLoader
+from quire.sdk import LayerInfo, LinearMethod, LowRankShrink, QuantActivation, QuantizationLoader
 from quire.sdk.layers import check_tensor_shape
 from quire.sdk.ops import SmallBatchGemm, get_small_batch_gemm
 
@@ -100,3 +100,21 @@ class UnquantizedLinear(LinearMethod):
             return None
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return self._small_batch_gemm(x, weight, bias, norm=norm, gated=activation is not None, residual=residual)
+
+    def apply_with_adapters(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        shrink: LowRankShrink,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """For so few tokens that they are added one by one."""
+        if self._small_batch_gemm is None or activation not in (None, "silu"):
+            return None
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        gated = activation is not None
+        return self._small_batch_gemm(x, weight, bias, norm=norm, gated=gated, residual=residual, adapters=shrink)

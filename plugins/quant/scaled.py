@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quire.plugins.quant.deferred_linear import DeferredLinear, StoredTensor
 from quire.plugins.quant.shards import COLUMNS, ROWS, Axis, Dimension, Shard
-from quire.sdk import LayerInfo, QuantActivation
+from quire.sdk import LayerInfo, LowRankShrink, QuantActivation
 
 __all__ = ["Fp8Linear", "Int8Linear", "ScaledFormat", "ScaledLinear"]
 
@@ -79,8 +79,8 @@ class ScaledLinear(DeferredLinear):
         ``can_implement(weight, weight_scale, input_scale, weight_only=False) -> bool``: whether ``apply_linear`` takes
         these, as said above, on their device; ``get_input_format`` has the same arguments.
         ``apply_linear(x, weight, weight_scale, bias=None, input_scale=None, *, weight_only=False, norm=None,
-        activation=None, residual=None) -> Tensor | None``: None only where one of the last three is given and not
-        offered. ``weight_only``: ``x`` need not be quantized.
+        activation=None, residual=None, adapters=None) -> Tensor | None``: None only where one of the last four is
+        given and not offered. ``weight_only``: ``x`` need not be quantized.
         """
 
     def input_scale(self, layer: nn.Module) -> Tensor | None:
@@ -138,6 +138,7 @@ class ScaledLinear(DeferredLinear):
         norm: tuple[Tensor, float] | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
+        adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
         """By the kernels."""
         return self._kernels.apply_linear(
@@ -150,6 +151,7 @@ class ScaledLinear(DeferredLinear):
             norm=norm,
             activation=activation,
             residual=residual,
+            adapters=adapters,
         )
 
     def _register(

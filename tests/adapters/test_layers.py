@@ -16,7 +16,7 @@ from quire.core.layers import LayerBuilder, Linear, RMSNorm
 from quire.core.layers.adapters import AdaptedLinearMethod, ModelAdapters
 from quire.core.layers.parallel import TensorParallel
 from quire.core.testing.thread_ranks import run_on_ranks
-from quire.plugins.adapters.lora.method import Lora
+from quire.plugins.adapters.lora.method import Lora, LoraLayer
 from quire.plugins.quant.none import Unquantized, UnquantizedLinear
 
 CPU = torch.device("cpu")
@@ -56,6 +56,48 @@ class FusedLinear(UnquantizedLinear):
         return out if residual is None else out + residual
 
 
+class AddingLinear(FusedLinear):
+    """Adds what adapters make of few tokens to its product, as kernels on a GPU do."""
+
+    def apply_fused(self, layer, x, bias=None, *, norm=None, activation=None, residual=None):
+        return self.apply_with_adapters(
+            layer, x, bias, lambda x, norm: None, norm=norm, activation=activation, residual=residual
+        )
+
+    def apply_with_adapters(self, layer, x, bias, shrink, *, norm=None, activation=None, residual=None):
+        term, stream = shrink(x, norm), x
+        if norm is not None:
+            x = F.rms_norm(x, (x.shape[1],), *norm)
+        out = F.linear(x, layer.weight, bias)
+        if term is not None:
+            root = 1.0 if norm is None else (stream.square().mean(1) + norm[1]).rsqrt()[:, None]
+            v, max_rank = term.v.sum(0) * root, term.b.shape[1]
+            for token, slot in enumerate(term.slots[: len(x)].tolist()):
+                at = 0
+                for part, size in enumerate(term.part_sizes if slot >= 0 else ()):
+                    rank = int(term.ranks[slot, part])
+                    v_of_part = v[token, part * max_rank :][:rank]
+                    out[token, at : at + size] += v_of_part @ term.b[slot, :rank, at : at + size]
+                    at += size
+        if activation is not None:
+            gate, up = out.chunk(2, 1)
+            out = F.silu(gate) * up
+        self.num_fused = getattr(self, "num_fused", 0) + (term is not None)
+        return out if residual is None else out + residual
+
+
+class ShrinkingLora(Lora):
+    """Launches the first product by its kernel, in Triton's interpreter."""
+
+    def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
+        layer = super().make_layer(info, rank, world_size)
+        layer.get_shrink = lambda num_tokens: layer.shrink
+        return layer
+
+    def prepare_metadata(self, token_slots, *, is_captured=False):
+        super().prepare_metadata(token_slots, is_captured=True)
+
+
 class Loader(Unquantized):
     method_class: type[UnquantizedLinear] = UnquantizedLinear
 
@@ -70,7 +112,8 @@ class Layers:
         self, path: Path, method_class: type[UnquantizedLinear], parallel: TensorParallel | None = None
     ) -> None:
         parallel = parallel or TensorParallel()
-        self.method = Lora(AdapterLimits(2, 16, 16, torch.float32, CPU))
+        adapters = ShrinkingLora if method_class is AddingLinear else Lora
+        self.method = adapters(AdapterLimits(2, 16, 16, torch.float32, CPU))
         self.adapters = ModelAdapters(self.method)
         loader = Loader({})
         loader.method_class = method_class
@@ -111,7 +154,7 @@ class Layers:
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize("method_class", [UnquantizedLinear, FusedLinear, EightBitLinear])
+@pytest.mark.parametrize("method_class", [UnquantizedLinear, FusedLinear, AddingLinear, EightBitLinear])
 @pytest.mark.parametrize("slots", [SLOTS, [1] * NUM_TOKENS, [-1] * NUM_TOKENS], ids=["mixed", "one", "none"])
 def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: list[int]) -> None:
     layers, tolerance = Layers(tmp_path, method_class), 0.03 if method_class is EightBitLinear else 1e-5
@@ -133,6 +176,9 @@ def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: l
         if method_class is EightBitLinear:  # in steps without adapters inputs are quantized by the operation before
             assert layers.down.method.inner.saw_quantized == (max(slots) < 0)
     assert_close(layers.down(hidden), layers.multiply("mlp.down_proj", hidden, slots) + layers.bias, tolerance)
+    if method_class is AddingLinear:  # both entrances of either layer, the activation function in one of them
+        assert layers.gate_up.method.inner.num_fused == (0 if max(slots) < 0 else 4)
+        assert layers.down.method.inner.num_fused == (0 if max(slots) < 0 else 3)
 
 
 def test_rows_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:

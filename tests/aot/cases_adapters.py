@@ -1,15 +1,24 @@
-"""Cases of the LoRA kernels: the layers of an 8B model, for few and many tokens."""
+"""Cases of the LoRA kernels: the layers of an 8B model, for few and many tokens; and of few, which their layers' own
+kernels add."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
+from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
 from quire.plugins.adapters.lora.batch import AdapterBatch
 from quire.plugins.adapters.lora.kernels import launch_lora
-from quire.sdk import AdapterLimits
+from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
+from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
+from quire.plugins.quant.kernels.int4 import IntWeights
+from quire.plugins.quant.kernels.int4_launch import launch_int4_gemm_small_m
+from quire.sdk import AdapterLimits, LowRankTerm
 
 __all__ = ["ADAPTERS"]
 
@@ -34,11 +43,70 @@ def lora(
     )
 
 
+def product(
+    kernel: Callable[..., None], num_tokens: int, part_sizes: tuple[int, ...], inputs: int, *, max_rank: int = 16,
+    norm: bool = False, gated: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """A layer's kernel that adds adapters, with PDL where the target has it."""
+    features, parts, dtype = sum(part_sizes), len(part_sizes), torch.bfloat16
+    x = torch.empty(num_tokens, inputs, dtype=dtype)
+    out = torch.empty(num_tokens, features // 2 if gated else features, dtype=dtype)
+    weight: Any = torch.empty(features, inputs, dtype=torch.float8_e4m3fn if "fp8" in kernel.__name__ else dtype)
+    if "fp8" in kernel.__name__:
+        options["scale"] = torch.empty(features)
+    if "int4" in kernel.__name__:
+        words = torch.empty(features // 16, inputs // 128, 256, dtype=torch.int32)
+        groups = torch.empty(features // 16, inputs // 128, 16, dtype=torch.int32)
+        weight = IntWeights(words, groups, features, inputs, 128, 4)
+    elif kernel is not launch_fp8_gemm_small_m:
+        options["norm"] = (x[0], 1e-5) if norm else None
+    term = LowRankTerm(
+        torch.empty(4, num_tokens, parts * max_rank),
+        torch.empty(8, max_rank, features, dtype=dtype),
+        torch.empty(8, parts, dtype=torch.int32),
+        torch.empty(8, dtype=torch.int32),
+        part_sizes,
+    )
+    kernel(x, weight, None, out, gated=gated, residual=out, adapters=term, enable_pdl=True, **options)
+
+
+_QKV, _GATE_UP = (4096, 1024, 1024), (14336, 14336)
 ADAPTERS = {
+    "gemv-adapters": partial(
+        product, launch_gemv, 1, _QKV, 4096, norm=True, block_m=1, block_n=2, tiles_per_program=3, num_warps=8
+    ),
+    "gemv-gated-adapters": partial(
+        product, launch_gemv, 1, _GATE_UP, 4096, norm=True, gated=True,
+        block_m=1, block_n=2, tiles_per_program=28, num_warps=4,
+    ),
+    "gemv-k-loop-adapters": partial(
+        product, launch_gemv_k_loop, 1, (4096,), 14336, block_n=4, block_k=1024, num_warps=4
+    ),
+    "small-m-8-adapters": partial(
+        product, launch_gemm_small_m, 8, _QKV, 4096, block_m=8, block_n=16, block_k=64, slice_k=2, num_stages=6
+    ),
+    "small-m-8-adapters-rank-32": partial(
+        product, launch_gemm_small_m, 8, _GATE_UP, 4096, max_rank=32, gated=True,
+        block_m=8, block_n=16, block_k=64, slice_k=4, num_stages=4,
+    ),
+    "fp8-gemv-adapters": partial(
+        product, launch_fp8_gemv, 1, _QKV, 4096, norm=True, block_m=1, block_n=2, tiles_per_program=6, num_warps=8
+    ),
+    "fp8-gemv-k-loop-adapters": partial(
+        product, launch_fp8_gemv_k_loop, 1, _GATE_UP, 4096, gated=True, block_n=4, block_k=1024, num_warps=1
+    ),
+    "fp8-small-m-8-adapters": partial(
+        product, launch_fp8_gemm_small_m, 8, (4096,), 14336,
+        block_m=8, block_n=16, block_k=128, slice_k=4, num_stages=4,
+    ),
+    "int4-small-m-8-adapters": partial(
+        product, launch_int4_gemm_small_m, 8, _GATE_UP, 4096, gated=True,
+        block_m=8, tiles=4, slice_k=2, num_stages=3, unroll_k=2,
+    ),
     "lora-qkv-1": partial(lora, 1, (4096, 1024, 1024), 4096, 16, norm=True),
     "lora-qkv-300-f16": partial(lora, 300, (4096, 1024, 1024), 4096, 64, half=True),
     "lora-gate-up-64": partial(lora, 64, (14336, 14336), 4096, 16),
     "lora-down-256-rank-64": partial(lora, 256, (4096,), 14336, 64),
     "lora-o-2048": partial(lora, 2048, (4096,), 4096, 32),
-}
+}  # fmt: skip
 """By name: what is launched."""

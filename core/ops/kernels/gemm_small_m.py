@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_gemm_operands, store_gemm_output
+from quire.core.ops.kernels.linear_epilogue import (
+    Epilogue,
+    add_low_rank,
+    get_weight_rows,
+    pack_gemm_operands,
+    store_gemm_output,
+)
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_gemm_small_m"]
@@ -82,6 +88,11 @@ def gemm_small_m_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / block_n,)."""
     tile = tl.program_id(0)
@@ -114,6 +125,8 @@ def gemm_small_m_kernel(
         acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)  # the next kernel's weights may load during the epilogue
     y = tl.sum(acc, axis=0)  # (rows, tokens)
+    if low_rank is not None:
+        y = add_low_rank(y, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     if has_norm:
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]
     if has_bias:

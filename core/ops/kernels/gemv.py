@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue, get_weight_rows, pack_gemm_operands, store_gemm_output
+from quire.core.ops.kernels.linear_epilogue import (
+    Epilogue,
+    get_weight_rows,
+    load_low_rank,
+    pack_gemm_operands,
+    store_gemm_output,
+)
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = ["launch_gemv", "launch_gemv_k_loop"]
@@ -58,6 +64,7 @@ def launch_gemv(
         block_n=block_n,
         tiles_per_program=tiles_per_program,
         num_warps=num_warps,
+        maxnreg=80 if "low_rank" in options and num_warps == 8 else None,  # for a third program
         **options,
     )
 
@@ -102,6 +109,11 @@ def gemv_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / block_n / tiles_per_program,)."""
     first = tl.program_id(0) * tiles_per_program
@@ -116,14 +128,17 @@ def gemv_kernel(
         g = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    xs = ()  # unrolled: each token is in registers of its own
+    xs, scales = (), ()  # unrolled: each token is in registers of its own
     for token in tl.static_range(block_m):
         x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs  # beyond the last: the last again, never stored
         x = tl.load(x_row + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if has_norm:
             scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1)) / inputs + eps)
             x = x * scale * g
+            scales = scales + (scale,)  # type: ignore[assignment]  # noqa: RUF005
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    if low_rank is not None:
+        offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
     for turn in range(tiles_per_program):
         tile = first + turn
         # the next tile's weights travel while this one's are multiplied
@@ -132,7 +147,15 @@ def gemv_kernel(
         w_next = tl.load(weights + next_row * inputs, mask=next_mask, other=0.0, eviction_policy="evict_first")
         w_f32 = w.to(tl.float32)
         for token in tl.static_range(block_m):
+            if low_rank is not None:
+                offs_n = get_weight_rows(tile, features, block_n, gated)
+                v, b = load_low_rank(
+                    offs_n, token, num_tokens, offs_r, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank
+                )
             y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1)
+            if low_rank is not None:
+                term = tl.sum(v * b, axis=1)
+                y += term * scales[token] if has_norm else term
             if has_bias:
                 y += tl.load(bias_ptr + get_weight_rows(tile, features, block_n, gated)).to(tl.float32)
             store_gemm_output(
@@ -168,6 +191,11 @@ def gemv_k_loop_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
     offs_n = get_weight_rows(tl.program_id(0), features, block_n, gated)
@@ -176,6 +204,9 @@ def gemv_k_loop_kernel(
     w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
+    if low_rank is not None:
+        offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
+        v, b = load_low_rank(offs_n, 0, 1, offs_r, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     acc = tl.zeros((block_n, block_k // _VECTOR), dtype=tl.float32)
     squares = tl.zeros((block_k // _VECTOR,), dtype=tl.float32)
     for k in tl.static_range(0, inputs, block_k):  # unrolled, so that the last turn loads nothing ahead
@@ -191,6 +222,8 @@ def gemv_k_loop_kernel(
         acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
         w = w_next
     y = tl.sum(acc, axis=1)
+    if low_rank is not None:
+        y += tl.sum(v * b, axis=1)
     if has_norm:
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:

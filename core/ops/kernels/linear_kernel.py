@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quire.core.contracts.quant import LowRankShrink
 from quire.core.ops.device_profile import DeviceProfile
 from quire.core.ops.kernels.gemm_medium_m import launch_gemm_medium_m
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
@@ -30,6 +31,9 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "gemm_small_m": launch_gemm_small_m,
     "gemm_medium_m": launch_gemm_medium_m,
 }
+_ADAPTER_KERNELS = frozenset({"gemv", "gemv_k_loop", "gemm_small_m"})
+"""Those that add what adapters make of their tokens; with more tokens it is done behind them, on the tensor cores."""
+_MAX_ADAPTER_TOKENS = 8
 _RULE_TOKENS = (1, 8, 16, 32)
 """Most tokens of each of the rule's launches."""
 _PROGRAMS_PER_SM = 8
@@ -56,20 +60,24 @@ class TritonSmallBatchGemm:
         norm: tuple[Tensor, float] | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
         """``x`` (num_tokens, inputs) times ``weight`` (features, inputs), with its neighbours; None: not faster here.
 
         ``norm`` is the weight (inputs,) and epsilon of an RMS norm before the layer; ``gated``: the halves of the
-        result become ``silu(first) * second``; ``residual`` is added last. Rounded once, at the end.
+        result become ``silu(first) * second``; ``residual`` is added last. Rounded once, at the end. ``adapters``
+        launches the first product of the layer's adapters, and the second is this kernel's.
         """
         launches = find_launches(self._steps, x.shape[0])
         launch = launches[0] if launches else None
         if launch is None or not x.is_contiguous() or not x.shape[0]:
             return None
-        if norm is not None and (
-            launch.separate_norm or (launch.kernel == "gemm_small_m" and x.dtype == torch.float16)
-        ):
+        if adapters is not None and (launch.kernel not in _ADAPTER_KERNELS or x.shape[0] > _MAX_ADAPTER_TOKENS):
+            return None
+        multiplies_gains = launch.kernel == "gemm_small_m" or adapters is not None
+        if norm is not None and (launch.separate_norm or (multiplies_gains and x.dtype == torch.float16)):
             x, norm = launch_rms_norm(x, *norm, None)[0], None  # float16 would not hold x * g
+        term = None if adapters is None else adapters(x, norm)
         features = weight.shape[0]
         out = x.new_empty(x.shape[0], features // 2 if gated else features)
         LAUNCHERS[launch.kernel](
@@ -80,6 +88,7 @@ class TritonSmallBatchGemm:
             norm=norm,
             gated=gated,
             residual=residual,
+            adapters=term,
             enable_pdl=self._enable_pdl,
             **launch.options,
         )

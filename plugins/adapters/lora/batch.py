@@ -13,8 +13,10 @@ from torch import Tensor
 from quire.sdk import AdapterLimits
 from quire.sdk.ops import copy_to_device
 
-__all__ = ["AdapterBatch", "SegmentShape"]
+__all__ = ["MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape"]
 
+MAX_FEW_TOKENS = 8
+"""Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of each token."""
 _FEW_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
@@ -34,7 +36,8 @@ class AdapterBatch:
     """The tokens of a step that have an adapter, sorted by slot, and cut into segments of one slot each.
 
     Device tensors are int32 and stay where they are: ``segments`` (3, max_segments) has the slot, the first sorted
-    token and the number of tokens of each segment, ``token_indices`` (max_num_tokens,) the sorted tokens.
+    token and the number of tokens of each segment, ``token_indices`` (max_num_tokens,) the sorted tokens,
+    ``slots`` (MAX_FEW_TOKENS,) the slot of each token in the order of the step, -1 where it has none.
     """
 
     def __init__(self, limits: AdapterLimits) -> None:
@@ -42,10 +45,12 @@ class AdapterBatch:
         max_tokens = limits.max_num_tokens
         largest = (max_tokens, min(max_tokens, _FEW_TOKENS))  # of each length of segments
         self._max_segments = max(self._choose_shape(num_tokens).num_segments for num_tokens in largest)
-        size = 3 * self._max_segments + max_tokens
+        num_heads = 3 * self._max_segments
+        size = num_heads + MAX_FEW_TOKENS + max_tokens
         self._packed = torch.zeros(size, dtype=torch.int32, device=limits.device)  # so that one copy brings all
-        self.segments = self._packed[: 3 * self._max_segments].view(3, -1)
-        self.token_indices = self._packed[3 * self._max_segments :]
+        self.segments = self._packed[:num_heads].view(3, -1)
+        self.slots = self._packed[num_heads : num_heads + MAX_FEW_TOKENS]
+        self.token_indices = self._packed[num_heads + MAX_FEW_TOKENS :]
         self.shape = SegmentShape(0, 0, 16)
         self.single_slot: int | None = None
         """The slot of every token of the step, where that is one and the step is not captured."""
@@ -76,7 +81,9 @@ class AdapterBatch:
         offsets = (np.arange(num_segments) - first_of_slot) * shape.max_rows  # within the slot's tokens
         segments[1] = (counts.cumsum() - counts)[segment_slots] + offsets
         segments[2] = np.minimum(counts[segment_slots] - offsets, shape.max_rows)
-        host[3 * self._max_segments :][: len(order)] = self._sorted
+        slots_of_few, token_indices = np.split(host[3 * self._max_segments :], [MAX_FEW_TOKENS])
+        slots_of_few[: min(num_tokens, MAX_FEW_TOKENS)] = token_slots[:MAX_FEW_TOKENS]
+        token_indices[: len(order)] = self._sorted
         self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
 
     def iter_slots(self) -> Iterator[tuple[int, Tensor]]:

@@ -4,11 +4,13 @@ Algorithm: tokens are sorted by adapter and cut into segments of one adapter eac
 arXiv:2310.18547). A program of *shrink* multiplies a segment by 16 rows of A, over a part of the inputs (split-K); the
 parts are float32 and are added by *expand*, in order, so that no atomics are needed and every sum has one order.
 Projections that a layer fuses share their tokens and one shrink, with A concatenated. A program of *expand* multiplies
-the segment's ranks by a tile of B, which lies rank by rank, and adds the result to the layer's output.
+the segment's ranks by a tile of B, which lies rank by rank, and adds the result to the layer's output. With few tokens
+the layer's own kernel may do that (``add_low_rank``); then *shrink* alone is launched, in front of it.
 
 An adapter's rank is read on the device: what a slot leaves unused is neither loaded nor multiplied. The grid is fixed
 by the number of tokens, so both may be captured; programs of empty segments exit. Both are started while the kernel
-before still runs (PDL): segments and ranks are copied before the step, so they are read before the wait.
+before still runs (PDL): segments and ranks are copied before the step, so they are read before the wait; and *shrink*
+lets the kernel behind it start at once, whose weights then travel meanwhile.
 
 An RMS norm before the layer may be folded in, as ``gemm_small_m`` does: with ``s = 1 / sqrt(mean(x^2) + eps)``,
 ``A (g * x * s) = s * A (g * x)``, and the squares are summed beside the products.
@@ -24,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.plugins.adapters.lora.batch import AdapterBatch
+from quire.plugins.adapters.lora.batch import MAX_FEW_TOKENS, AdapterBatch
 from quire.sdk.ops import pdl_launch_dependents, pdl_wait, supports_pdl
 
-__all__ = ["launch_lora"]
+__all__ = ["launch_lora", "launch_shrink"]
 
 _BLOCK_R = 16
 _BLOCK_N = 128
@@ -50,37 +52,13 @@ def launch_lora(
     parts) int32, 0 where an adapter leaves a part alone. ``part_sizes``: features of each part, three parts at most.
     ``norm``, weight (inputs,) and epsilon: the adapters read the RMS norm of ``x``.
     """
-    num_tokens, inputs = x.shape
-    _, parts, max_rank, _ = a.shape
     shape = batch.shape
     if not shape.num_segments:
         return
-    assert num_tokens == shape.num_tokens, f"prepared for {shape.num_tokens} tokens, not {num_tokens}"
+    num_tokens, inputs = x.shape
+    parts, max_rank = ranks.shape[1], a.shape[2]
+    v, squares = launch_shrink(x, a, ranks, batch, norm, keep_squares=norm is not None)
     enable_pdl = supports_pdl(x.device)
-    splits = choose_splits(num_tokens, inputs)
-    v = torch.empty(splits, num_tokens, parts * max_rank, dtype=torch.float32, device=x.device)
-    has_norm = norm is not None
-    squares = torch.empty(splits, num_tokens, parts, dtype=torch.float32, device=x.device) if has_norm else v
-    options = {"max_rank": max_rank, "parts": parts, "rows": shape.max_rows, "block_r": _BLOCK_R, "splits": splits}
-    options |= {"inputs": inputs, "has_norm": has_norm}
-    options |= {"enable_pdl": enable_pdl, "launch_pdl": enable_pdl}
-    block_k = 128 if inputs % 128 == 0 or inputs > 128 else 64
-    lora_shrink_kernel[(shape.num_segments, parts * (max_rank // _BLOCK_R), splits)](
-        x,
-        a,
-        ranks,
-        batch.segments,
-        batch.token_indices,
-        x if norm is None else norm[0],
-        v,
-        squares,
-        num_tokens,
-        batch.segments.stride(0),
-        block_k=block_k,
-        num_warps=4,
-        num_stages=3,
-        **options,
-    )
     sizes = (*part_sizes, *(0 for _ in range(_MAX_PARTS - len(part_sizes))))
     tiles = sum(triton.cdiv(size, _BLOCK_N) for size in part_sizes)
     lora_expand_kernel[(shape.num_segments, tiles)](
@@ -97,14 +75,75 @@ def launch_lora(
         size_0=sizes[0],
         size_1=sizes[1],
         size_2=sizes[2],
+        inputs=inputs,
+        has_norm=norm is not None,
+        parts=parts,
+        max_rank=max_rank,
+        rows=shape.max_rows,
+        block_r=_BLOCK_R,
         block_n=_BLOCK_N,
+        splits=v.shape[0],
+        enable_pdl=enable_pdl,
         num_warps=4,
-        **options,
+        launch_pdl=enable_pdl,
     )
 
 
+def launch_shrink(
+    x: Tensor,
+    a: Tensor,
+    ranks: Tensor,
+    batch: AdapterBatch,
+    norm: tuple[Tensor, float] | None = None,
+    *,
+    keep_squares: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``v`` (splits, num_tokens, parts * max_rank) float32, to be summed over the splits; rows of tokens without an
+    adapter, and what lies beyond an adapter's rank, are not written. With ``norm`` short of its root mean square, for
+    which ``keep_squares`` returns the sums of squares (splits, num_tokens, parts). Operands as of ``launch_lora``."""
+    num_tokens, inputs = x.shape
+    shape = batch.shape
+    assert num_tokens == shape.num_tokens, f"prepared for {shape.num_tokens} tokens, not {num_tokens}"
+    _, parts, max_rank, _ = a.shape
+    splits = choose_splits(num_tokens, inputs)
+    v = torch.empty(splits, num_tokens, parts * max_rank, dtype=torch.float32, device=x.device)
+    squares = torch.empty(splits, num_tokens, parts, dtype=torch.float32, device=x.device) if keep_squares else v
+    enable_pdl = supports_pdl(x.device)
+    is_short = shape.max_rows <= 16  # then a turn's operands are small, and more of them travel at a time
+    block_k = min(256 if is_short else 128, max(64, triton.next_power_of_2(inputs)))
+    lora_shrink_kernel[(shape.num_segments, parts * (max_rank // _BLOCK_R), splits)](
+        x,
+        a,
+        ranks,
+        batch.segments,
+        batch.token_indices,
+        x if norm is None else norm[0],
+        v,
+        squares,
+        num_tokens,
+        batch.segments.stride(0),
+        inputs=inputs,
+        has_norm=norm is not None,
+        keep_squares=keep_squares,
+        parts=parts,
+        max_rank=max_rank,
+        rows=shape.max_rows,
+        block_r=_BLOCK_R,
+        block_k=block_k,
+        splits=splits,
+        enable_pdl=enable_pdl,
+        num_warps=4,
+        num_stages=4 if is_short else 3,
+        launch_pdl=enable_pdl,
+    )
+    return v, squares
+
+
 def choose_splits(num_tokens: int, inputs: int) -> int:
-    """Parts of the inputs of a shrink: few tokens are few programs, which must be short; many tokens have enough."""
+    """Parts of the inputs of a shrink: few tokens are few programs, which must be short; many tokens have enough. What
+    is added in a layer's own kernel is summed over them by each of its programs."""
+    if num_tokens <= MAX_FEW_TOKENS:
+        return max(1, min(8, inputs // 1024))
     most = 16 if num_tokens <= 64 else 8 if num_tokens <= 256 else 2 if num_tokens <= 1024 else 1
     return max(1, min(most, inputs // 512))
 
@@ -117,12 +156,13 @@ def lora_shrink_kernel(
     segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
     tokens_ptr,  # (num_tokens,)
     norm_ptr,  # (inputs,)
-    v_ptr,  # (splits, num_tokens, parts * max_rank) float32, by sorted token
-    squares_ptr,  # (splits, num_tokens, parts) float32, likewise
+    v_ptr,  # (splits, num_tokens, parts * max_rank) float32
+    squares_ptr,  # (splits, num_tokens, parts) float32
     num_tokens,
     segment_stride,
     inputs: tl.constexpr,
     has_norm: tl.constexpr,
+    keep_squares: tl.constexpr,
     parts: tl.constexpr,
     max_rank: tl.constexpr,
     rows: tl.constexpr,
@@ -141,7 +181,8 @@ def lora_shrink_kernel(
     offs_m = tl.arange(0, rows)
     mask_m = offs_m < count
     tokens = tl.load(tokens_ptr + start + offs_m, mask=mask_m, other=0)
-    # Every program waits, the empty ones too: the kernel behind this one must not begin before those before it end.
+    pdl_launch_dependents(enable_pdl)
+    # Every program waits, the empty ones too: what waits for this kernel waits by that for those before it.
     pdl_wait(enable_pdl)
     if (count > 0) & (first_rank < rank):
         offs_r = first_rank + tl.arange(0, block_r)
@@ -163,19 +204,18 @@ def lora_shrink_kernel(
                 x = (x_f32 * g[None, :]).to(x.dtype)
             a = tl.load(a_rows + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_r[None, :], other=0.0)
             acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
-        v_rows = v_ptr + (split * num_tokens + start + offs_m).to(tl.int64)[:, None] * (parts * max_rank)
+        v_rows = v_ptr + (split * num_tokens + tokens).to(tl.int64)[:, None] * (parts * max_rank)
         tl.store(v_rows + part * max_rank + offs_r[None, :], acc, mask=mask_m[:, None])
-        if has_norm:  # noqa: SIM102 - decided when it is compiled, the other when it runs
+        if keep_squares:  # noqa: SIM102 - decided when it is compiled, the other when it runs
             if first_rank == 0:
-                of_rows = (split * num_tokens + start + offs_m).to(tl.int64) * parts + part
+                of_rows = (split * num_tokens + tokens).to(tl.int64) * parts + part
                 tl.store(squares_ptr + of_rows, tl.sum(squares, axis=1), mask=mask_m)
-    pdl_launch_dependents(enable_pdl)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segment_stride"])
 def lora_expand_kernel(
-    v_ptr,  # (splits, num_tokens, parts * max_rank) float32, by sorted token
-    squares_ptr,  # (splits, num_tokens, parts) float32, likewise
+    v_ptr,  # (splits, num_tokens, parts * max_rank) float32
+    squares_ptr,  # (splits, num_tokens, parts) float32
     b_ptr,  # (slots, max_rank, features)
     ranks_ptr,  # (slots, parts)
     segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
@@ -221,13 +261,13 @@ def lora_expand_kernel(
         if has_norm:
             total = tl.zeros((rows,), dtype=tl.float32)
             for split in tl.static_range(splits):
-                of_rows = (split * num_tokens + start + offs_m).to(tl.int64) * parts + part
+                of_rows = (split * num_tokens + tokens).to(tl.int64) * parts + part
                 total += tl.load(squares_ptr + of_rows, mask=mask_m, other=0.0)
             scale = tl.rsqrt(total / inputs + eps)
         for r in range(0, rank, block_r):
             offs_r = r + tl.arange(0, block_r)
             mask_r = offs_r < rank
-            v_rows = v_ptr + (start + offs_m).to(tl.int64)[:, None] * (parts * max_rank)
+            v_rows = v_ptr + tokens.to(tl.int64)[:, None] * (parts * max_rank)
             v_at = v_rows + part * max_rank + offs_r[None, :]
             mask_v = mask_m[:, None] & mask_r[None, :]
             v = tl.zeros((rows, block_r), dtype=tl.float32)

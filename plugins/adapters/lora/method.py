@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quire.plugins.adapters.lora.batch import AdapterBatch
+from quire.plugins.adapters.lora.batch import MAX_FEW_TOKENS, AdapterBatch
 from quire.plugins.adapters.lora.reference import apply_lora, apply_one_adapter
 from quire.sdk import (
     AdapterLayer,
@@ -22,6 +22,8 @@ from quire.sdk import (
     AdapterTensors,
     LayerInfo,
     LoraWeights,
+    LowRankShrink,
+    LowRankTerm,
     PeftAdapter,
     read_adapter,
 )
@@ -31,13 +33,23 @@ __all__ = ["Lora", "LoraLayer"]
 
 _RANK_MULTIPLE = 16
 """Ranks are padded to what a tensor core multiplies at a time."""
+_MAX_FUSED_RANK = 64
+"""Most ranks that the kernel of a layer's own product adds: its programs hold them in registers."""
 
 
 class Lora(AdapterMethod):
     """Adapters of any rank up to ``max_rank`` beside one another, each from a folder that PEFT wrote."""
 
-    def __init__(self, limits: AdapterLimits, options: Any = None) -> None:
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the method."""
+
+        add_in_product: bool = True
+        """For a few tokens a layer's own kernel adds the second product; false: a kernel behind it always does."""
+
+    def __init__(self, limits: AdapterLimits, options: Options | None = None) -> None:
         super().__init__(limits, options)
+        self.options = options or self.Options()
         self._batch = AdapterBatch(limits)
         self._layers: list[LoraLayer] = []
 
@@ -78,7 +90,7 @@ class Lora(AdapterMethod):
 
     def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
         """Room for each slot's A and B."""
-        layer = LoraLayer(info, self.limits, self._batch, rank, world_size)
+        layer = LoraLayer(info, self.limits, self._batch, rank, world_size, self.options.add_in_product)
         self._layers.append(layer)
         return layer
 
@@ -101,8 +113,17 @@ class LoraLayer(AdapterLayer):
     needed than the layer's own.
     """
 
-    def __init__(self, info: LayerInfo, limits: AdapterLimits, batch: AdapterBatch, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        info: LayerInfo,
+        limits: AdapterLimits,
+        batch: AdapterBatch,
+        rank: int,
+        world_size: int,
+        add_in_product: bool = True,
+    ) -> None:
         self._info = info
+        self._add_in_product = add_in_product
         self._batch = batch
         self._rank, self._world_size = rank, world_size
         max_rank = -(-limits.max_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
@@ -142,6 +163,19 @@ class LoraLayer(AdapterLayer):
         else:
             norm_in_kernel = norm
         self._apply(x, out, norm_in_kernel)
+
+    def get_shrink(self, num_tokens: int) -> LowRankShrink | None:
+        """By its kernel on a GPU, for few tokens and few ranks: the layer's own kernel does the rest token by token."""
+        has_few = num_tokens <= MAX_FEW_TOKENS and self._a.shape[2] <= _MAX_FUSED_RANK
+        is_sorted = self._batch.single_slot is None
+        return self.shrink if self._add_in_product and self._a.is_cuda and has_few and is_sorted else None
+
+    def shrink(self, x: Tensor, norm: tuple[Tensor, float] | None) -> LowRankTerm:
+        """By the kernel, for the step's sorted tokens."""
+        from quire.plugins.adapters.lora.kernels import launch_shrink
+
+        v, _ = launch_shrink(x, self._a, self._ranks, self._batch, norm)
+        return LowRankTerm(v, self._b, self._ranks, self._batch.slots, self._info.part_sizes)
 
     def _apply(self, x: Tensor, out: Tensor, norm: tuple[Tensor, float] | None) -> None:
         sizes, slot = self._info.part_sizes, self._batch.single_slot

@@ -11,7 +11,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
-from quire.sdk import ActivationFormat, InputFormat, QuantActivation
+from quire.sdk import ActivationFormat, InputFormat, LowRankShrink, QuantActivation
 from quire.sdk.ops import DeviceProfile
 
 __all__ = ["apply_linear", "can_implement", "get_input_format", "quantize_activation", "quantize_weight"]
@@ -52,6 +52,7 @@ def apply_linear(
     norm: tuple[Tensor, float] | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    adapters: LowRankShrink | None = None,
 ) -> Tensor | None:
     """``x`` (num_tokens, inputs) times ``weight`` (features, inputs) e4m3 -> (num_tokens, features).
 
@@ -71,6 +72,7 @@ def apply_linear(
         norm=norm,
         activation=activation,
         residual=residual,
+        adapters=adapters,
     )
 
 

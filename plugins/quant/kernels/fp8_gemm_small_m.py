@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.sdk.ops import Epilogue, get_weight_rows, pack_epilogue, pdl_launch_dependents, pdl_wait, store_gemm_output
+from quire.sdk.ops import (
+    Epilogue,
+    add_low_rank,
+    get_weight_rows,
+    pack_epilogue,
+    pdl_launch_dependents,
+    pdl_wait,
+    store_gemm_output,
+)
 
 __all__ = ["launch_fp8_gemm_small_m"]
 
@@ -88,6 +96,11 @@ def fp8_gemm_small_m_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / rows,)."""
     tile = tl.program_id(0)
@@ -120,6 +133,8 @@ def fp8_gemm_small_m_kernel(
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if not scale_blocks:
         y *= tl.load(scale_ptr + offs_n)[:, None]
+    if low_rank is not None:
+        y = add_low_rank(y, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
     store_gemm_output(y, tile, offs_m, num_tokens, residual_ptr, out_ptr, features, block_n, gated, has_residual)

@@ -22,6 +22,7 @@ from torch import Tensor
 from quire.sdk.ops import (
     Epilogue,
     get_weight_rows,
+    load_low_rank,
     pack_gemm_operands,
     pdl_launch_dependents,
     pdl_wait,
@@ -131,6 +132,11 @@ def fp8_gemv_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / block_n / tiles_per_program,)."""
     first = tl.program_id(0) * tiles_per_program
@@ -146,13 +152,17 @@ def fp8_gemv_kernel(
         g = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    xs = ()
+    xs, scales = (), ()
     for token in tl.static_range(block_m):
         x_row = x_ptr + tl.minimum(token, num_tokens - 1) * inputs
         x = tl.load(x_row + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if has_norm:
-            x = x * tl.rsqrt(tl.sum(tl.sum(x * x, axis=1)) / inputs + eps) * g
+            norm_scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1)) / inputs + eps)
+            x = x * norm_scale * g
+            scales = scales + (norm_scale,)  # type: ignore[assignment]  # noqa: RUF005
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    if low_rank is not None:
+        offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
     for turn in range(tiles_per_program):
         tile = first + turn
         next_row = get_weight_rows(tile + 1, features, block_n, gated).to(tl.int64)[:, None, None]
@@ -166,7 +176,14 @@ def fp8_gemv_kernel(
         offs_n = get_weight_rows(tile, features, block_n, gated)
         scale = tl.load(scale_ptr + offs_n)
         for token in tl.static_range(block_m):
+            if low_rank is not None:
+                v, b = load_low_rank(
+                    offs_n, token, num_tokens, offs_r, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank
+                )
             y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1) * scale
+            if low_rank is not None:
+                term = tl.sum(v * b, axis=1)
+                y += term * scales[token] if has_norm else term
             if has_bias:
                 y += tl.load(bias_ptr + offs_n).to(tl.float32)
             store_gemm_output(
@@ -204,6 +221,11 @@ def fp8_gemv_k_loop_kernel(
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
     offs_n = get_weight_rows(tl.program_id(0), features, block_n, gated)
@@ -212,6 +234,9 @@ def fp8_gemv_k_loop_kernel(
     w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
+    if low_rank is not None:
+        offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
+        v, b = load_low_rank(offs_n, 0, 1, offs_r, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     acc = tl.zeros((block_n, block_k // 16), dtype=tl.float32)
     squares = tl.zeros((block_k // 16,), dtype=tl.float32)
     for k in tl.static_range(0, inputs, block_k):  # unrolled, so that the last turn loads nothing ahead
@@ -233,6 +258,8 @@ def fp8_gemv_k_loop_kernel(
     y = tl.sum(acc, axis=1)
     if not scale_blocks:
         y *= tl.load(scale_ptr + offs_n)
+    if low_rank is not None:
+        y += tl.sum(v * b, axis=1)
     if has_norm:
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
     if has_bias:

@@ -22,7 +22,7 @@ from quire.plugins.quant.kernels.fp8_gemm_medium_m import launch_fp8_gemm_medium
 from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
 from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.fp8_quantize import dequantize_activation, quantize_activation
-from quire.sdk import ActivationFormat, QuantActivation
+from quire.sdk import ActivationFormat, LowRankShrink, QuantActivation
 from quire.sdk.ops import (
     DeviceProfile,
     Launch,
@@ -52,6 +52,8 @@ LAUNCHERS: dict[str, Callable[..., None]] = {
     "gemm_small_m": launch_fp8_gemm_small_m,
     "gemm_medium_m": launch_fp8_gemm_medium_m,
 }
+_MAX_ADAPTER_TOKENS = 8
+"""Most tokens to whose products a kernel adds what adapters make of them."""
 _RULE_TOKENS = (1, 8, 16, 32, 64, 128)
 """Most tokens of each of the rule's launches."""
 _MAX_BY_BLOCK_UP, _MAX_BY_BLOCK_DOWN = 32, 64
@@ -107,10 +109,11 @@ class EightBitGemm:
         norm: tuple[Tensor, float] | None,
         activation: str | None,
         residual: Tensor | None,
+        adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
         """As ``kernels.fp8.apply_linear``."""
         dense_x = x.values if isinstance(x, QuantActivation) else x
-        fused = norm is not None or activation is not None or residual is not None
+        fused = norm is not None or activation is not None or residual is not None or adapters is not None
         if not weight.is_cuda:
             return None if fused else _multiply_dequantized(x, weight, scale, bias)
         tokens, blocks = dense_x.shape[0], scale.dim() == 2
@@ -126,6 +129,8 @@ class EightBitGemm:
                 return _multiply_dequantized(x, weight, scale, bias)
             x = x if isinstance(x, QuantActivation) else self.quantize_activation(x, input_scale, blocks)
             return self.library_gemm(x, weight, scale, bias)
+        if adapters is not None and (takes_quantized(launch) or tokens > _MAX_ADAPTER_TOKENS):
+            return None
         options: dict[str, Any] = dict(launch.options)
         if takes_quantized(launch):
             if not isinstance(x, QuantActivation):
@@ -135,8 +140,11 @@ class EightBitGemm:
         else:
             assert isinstance(x, Tensor)
             values, dtype = x, x.dtype
-            if norm is not None and launch.separate_norm:
+            holds_gains = adapters is None or dtype != torch.float16  # an adapter's input times the norm's weight
+            if norm is not None and (launch.separate_norm or not holds_gains):
                 values, norm = rms_norm(x, *norm)[0], None
+            if adapters is not None:
+                options["adapters"] = adapters(values, norm)
             if launch.kernel.startswith("gemv"):
                 options["norm"] = norm
         gated = activation is not None

@@ -9,9 +9,13 @@ from torch import Tensor
 from quire.plugins.quant.kernels.int4_launch import LAUNCHERS, launch_dequantize_int4
 from quire.plugins.quant.kernels.int4_table import select_launch
 from quire.plugins.quant.kernels.int4_weights import IntWeights, dequantize_to_float64, pack_weights
+from quire.sdk import LowRankShrink
 from quire.sdk.ops import supports_pdl
 
 __all__ = ["IntWeights", "apply_linear", "dequantize_weights", "pack_weights", "reference_linear"]
+
+_MAX_ADAPTER_TOKENS = 8
+"""Most tokens to whose products a kernel adds what adapters make of them."""
 
 
 def apply_linear(
@@ -22,6 +26,7 @@ def apply_linear(
     norm: tuple[Tensor, float] | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    adapters: LowRankShrink | None = None,
 ) -> Tensor | None:
     """``x`` (num_tokens, inputs) times ``weights``, with its neighbours as in ``LinearMethod.apply_fused``.
 
@@ -34,19 +39,23 @@ def apply_linear(
         return None
     launch = select_launch(weights, x)
     if launch is None:
-        if gated or residual is not None:
+        if gated or residual is not None or adapters is not None:
             return None
         return F.linear(x, dequantize_weights(weights, x.dtype), bias)
     if gated and launch.options["tiles"] < 2:
         return None
+    if adapters is not None and (launch.kernel != "gemm_small_m" or x.shape[0] > _MAX_ADAPTER_TOKENS):
+        return None
     out = x.new_empty(x.shape[0], weights.features // 2 if gated else weights.features)
+    x = x.contiguous()
     LAUNCHERS[launch.kernel](
-        x.contiguous(),
+        x,
         weights,
         bias,
         out,
         gated=gated,
         residual=residual,
+        adapters=None if adapters is None else adapters(x, None),
         enable_pdl=supports_pdl(x.device),
         **launch.options,
     )

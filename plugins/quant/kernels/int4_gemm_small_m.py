@@ -25,7 +25,7 @@ from quire.plugins.quant.kernels.int4_words import (
     store_output,
     unpack_words,
 )
-from quire.sdk.ops import pdl_launch_dependents, pdl_wait
+from quire.sdk.ops import add_low_rank, pdl_launch_dependents, pdl_wait
 
 __all__ = ["int4_gemm_small_m_kernel"]
 
@@ -53,6 +53,11 @@ def int4_gemm_small_m_kernel(
     has_residual: tl.constexpr,
     native: tl.constexpr,
     enable_pdl: tl.constexpr,
+    v_ptr=None,  # of adapters, as in ``LowRankTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    slots_ptr=None,
+    low_rank: tl.constexpr = None,
 ):
     """Grid: (features / 16 / tiles,). A turn is ``unroll_k`` blocks of inputs for each of ``slice_k`` warps."""
     span: tl.constexpr = 512 // bits
@@ -81,6 +86,9 @@ def int4_gemm_small_m_kernel(
             acc = _multiply(words_of[turn], groups_of[turn], tokens_of[turn], acc, group, bits, gated, native)
     pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)
+    if low_rank is not None:
+        rows, _ = get_rows(program, features, tiles, gated)
+        y = add_low_rank(y, rows, num_tokens, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     if has_bias:
         offs_n, _ = get_rows(program, features, tiles, gated)
         y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire.plugins.quant.kernels import fp8_quantize
 from quire.plugins.quant.kernels.fp8_layer import EightBitGemm, get_gemm_plan
-from quire.sdk import ActivationFormat, InputFormat, QuantActivation
+from quire.sdk import ActivationFormat, InputFormat, LowRankShrink, QuantActivation
 from quire.sdk.ops import pdl_launch_dependents, pdl_wait, supports_pdl
 
 __all__ = ["apply_linear", "can_implement", "get_input_format", "quantize_activation", "quantize_weight"]
@@ -49,6 +49,7 @@ def apply_linear(
     norm: tuple[Tensor, float] | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    adapters: LowRankShrink | None = None,
 ) -> Tensor | None:
     """As ``kernels.fp8.linear``, for ``weight`` (features, inputs) int8 and ``weight_scale`` (features,) float32.
 
@@ -64,6 +65,7 @@ def apply_linear(
         norm=norm,
         activation=activation,
         residual=residual,
+        adapters=adapters,
     )
 
 

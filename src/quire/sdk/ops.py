@@ -38,6 +38,7 @@ __all__ = [
     "Launch",
     "LaunchStep",
     "SmallBatchGemm",
+    "add_low_rank",
     "allocate_activation",
     "apply_rope",
     "copy_to_device",
@@ -49,6 +50,7 @@ __all__ = [
     "get_row_warps",
     "get_small_batch_gemm",
     "get_weight_rows",
+    "load_low_rank",
     "pack_epilogue",
     "pack_gemm_operands",
     "pdl_launch_dependents",
@@ -77,7 +79,8 @@ NAMES_OF_MODULE = {
     "quire.core.ops.launch_table": ("Launch", "LaunchStep", "find_launches", "fit_stages", "get_launch_steps"),
     "quire.core.ops.kernels.pdl": ("supports_pdl", "pdl_wait", "pdl_launch_dependents"),
     "quire.core.ops.kernels.linear_epilogue": (
-        "Epilogue", "pack_epilogue", "pack_gemm_operands", "get_weight_rows", "store_gemm_output",
+        "Epilogue", "pack_epilogue", "pack_gemm_operands", "get_weight_rows", "add_low_rank", "load_low_rank",
+        "store_gemm_output",
     ),
     "quire.core.ops.kernels.quantize_kernel": (
         "ACTIVATION_FORMAT_CODES", "allocate_activation", "get_row_warps", "quantize_and_store_row",
