@@ -24,7 +24,7 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.all_reduce import AllReduceKernels
 from quire.core.ops.device_profile import AllReduceLimits
-from quire.core.ops.kernels.all_reduce_kernel import MAX_PROGRAMS
+from quire.core.ops.kernels.all_reduce_launch import MAX_MARKED_ROWS, MAX_PROGRAMS
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 
 CALLS, REPLAYS = 50, 20
@@ -48,8 +48,9 @@ def make_contenders(rank: int, size: int, device: torch.device) -> list[Contende
     def open_kernels(limits: AllReduceLimits) -> AllReduceKernels:
         return AllReduceKernels._open(rank, size, None, device, limits)
 
-    one_shot = open_kernels(AllReduceLimits(NO_LIMIT, NO_LIMIT, 16 << 20))
-    two_shot = open_kernels(AllReduceLimits(NEVER, NEVER, 16 << 20))
+    marked = open_kernels(AllReduceLimits(NO_LIMIT, NO_LIMIT, NO_LIMIT, 16 << 20))
+    one_shot = open_kernels(AllReduceLimits(NEVER, NO_LIMIT, NO_LIMIT, 16 << 20))
+    two_shot = open_kernels(AllReduceLimits(NEVER, NEVER, NEVER, 16 << 20))
 
     def nccl(x: Tensor) -> Tensor:
         dist.all_reduce(x)
@@ -57,6 +58,9 @@ def make_contenders(rank: int, size: int, device: torch.device) -> list[Contende
 
     def rows_fit(x: Tensor) -> bool:
         return len(x) <= MAX_PROGRAMS
+
+    def marked_with_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        return marked.all_reduce_add_norm(x, residual, weight, 1e-5, NATIVE) if len(x) <= MAX_MARKED_ROWS else None
 
     def sum_then_norm(sum_up: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor, Tensor, Tensor], Any]:
         def run(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
@@ -67,9 +71,11 @@ def make_contenders(rank: int, size: int, device: torch.device) -> list[Contende
 
     return [
         Contender("nccl", lambda x, r, w: nccl(x), False),
+        Contender("marked", lambda x, r, w: marked.all_reduce(x) if len(x) <= MAX_MARKED_ROWS else None, False),
         Contender("one shot", lambda x, r, w: one_shot.all_reduce(x) if rows_fit(x) else None, False),
         Contender("two shots", lambda x, r, w: two_shot.all_reduce(x), False),
         Contender("nccl, norm", sum_then_norm(nccl), True),
+        Contender("marked with norm", marked_with_norm, True),
         Contender("one shot with norm", lambda x, r, w: one_shot.all_reduce_add_norm(x, r, w, 1e-5, NATIVE), True),
         Contender("two shots, norm", sum_then_norm(two_shot.all_reduce), True),
     ]

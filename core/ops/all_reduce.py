@@ -26,14 +26,14 @@ class AllReduceKernels:
     def __init__(self, rank: int, buffers: Tensor, layout: Any, limits: AllReduceLimits, memory: Any = None) -> None:
         """``buffers`` (ranks,) int64: the address of each rank's memory, which ``layout`` divides. ``memory`` is kept
         as long as this lives."""
-        from quire.core.ops.kernels.all_reduce_kernel import MAX_PROGRAMS
+        from quire.core.ops.kernels.all_reduce_launch import MAX_MARKED_ROWS, MAX_PROGRAMS
 
         self._rank = rank
         self._buffers = buffers
         self._layout = layout
         self._limits = limits
         self._memory = memory
-        self._max_rows = MAX_PROGRAMS
+        self._max_rows, self._max_marked_rows = MAX_PROGRAMS, MAX_MARKED_ROWS
         self._epochs = torch.zeros(3, MAX_PROGRAMS, dtype=torch.int32, device=buffers.device)
 
     @classmethod
@@ -59,7 +59,7 @@ class AllReduceKernels:
     def _open(cls, rank: int, size: int, group: Any, device: torch.device, limits: AllReduceLimits) -> AllReduceKernels:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from quire.core.ops.kernels.all_reduce_kernel import SymmetricLayout
+        from quire.core.ops.kernels.all_reduce_launch import SymmetricLayout
 
         layout = SymmetricLayout(size, max_bytes=limits.two_shot_bytes)
         memory = symmetric_memory.empty(layout.total_bytes, dtype=torch.uint8, device=device)
@@ -72,13 +72,13 @@ class AllReduceKernels:
 
     def all_reduce(self, x: Tensor) -> Tensor | None:
         """The sum of ``x`` over the ranks, in the order of the ranks; None: leave it to NCCL."""
-        from quire.core.ops.kernels import all_reduce_kernel
+        from quire.core.ops.kernels import all_reduce_launch
 
         memory = (self._buffers, self._epochs, self._layout, self._rank)
         if x.dim() == 2 and self._takes_rows(x, self._limits.one_shot_bytes):
-            return all_reduce_kernel.launch_one_shot(x, *memory)
+            return all_reduce_launch.launch_one_shot(x, *memory, marked=self._takes_marks(x))
         if x.dtype in _DTYPES and x.is_contiguous() and x.numel() % 8 == 0 and x.nbytes <= self._limits.two_shot_bytes:
-            return all_reduce_kernel.launch_two_shot(x, *memory)
+            return all_reduce_launch.launch_two_shot(x, *memory)
         return None
 
     def all_reduce_add_norm(
@@ -86,13 +86,25 @@ class AllReduceKernels:
     ) -> tuple[Tensor | QuantActivation, Tensor] | None:
         """``(norm(s), s)`` of the sum ``s`` of ``residual`` and of ``part`` over the ranks; None where one kernel after
         the other is faster, or the message is none that they take."""
-        from quire.core.ops.kernels import all_reduce_kernel
+        from quire.core.ops.kernels import all_reduce_launch
 
         if not (self._takes_rows(part, self._limits.fused_norm_bytes) and residual.is_contiguous()):
             return None
-        return all_reduce_kernel.launch_one_shot_norm(
-            part, residual, weight, eps, output_format, self._buffers, self._epochs, self._layout, self._rank
+        return all_reduce_launch.launch_one_shot_norm(
+            part,
+            residual,
+            weight,
+            eps,
+            output_format,
+            self._buffers,
+            self._epochs,
+            self._layout,
+            self._rank,
+            marked=self._takes_marks(part),
         )
+
+    def _takes_marks(self, x: Tensor) -> bool:
+        return x.nbytes <= self._limits.marked_bytes and len(x) <= self._max_marked_rows and x.stride(0) % 2 == 0
 
     def _takes_rows(self, x: Tensor, max_bytes: int) -> bool:
         rows, features = x.shape

@@ -35,6 +35,8 @@ _SHARED_MEMORY = {
 class AllReduceLimits:
     """The longest messages, in bytes of a rank, that each way of summing over GPUs is chosen for."""
 
+    marked_bytes: int
+    """One shot of few rows, whose words carry their own flags; with the residual and the norm too."""
     one_shot_bytes: int
     fused_norm_bytes: int
     """One shot, with the residual and the norm behind it in the same kernel."""
@@ -112,7 +114,7 @@ class DeviceProfile:
 
 
 # As ``benchmarks/kernels/all_reduce.py`` measured on two of them.
-_NVLINK_ALL_REDUCE = ((2, AllReduceLimits(1 << 20, 1 << 20, 8 << 20)),)
+_NVLINK_ALL_REDUCE = ((2, AllReduceLimits(0, 1 << 20, 1 << 20, 8 << 20)),)
 
 # By NVIDIA's data sheets.
 PROFILES: tuple[DeviceProfile, ...] = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quire.core.contracts.quant import ActivationFormat
-from quire.core.ops.kernels.all_reduce_kernel import (
+from quire.core.ops.kernels.all_reduce_launch import (
     MAX_PROGRAMS,
     SymmetricLayout,
     launch_one_shot,
@@ -20,15 +20,15 @@ from quire.core.ops.kernels.all_reduce_kernel import (
 __all__ = ["ALL_REDUCE"]
 
 
-def one_shot(ranks: int, features: int, kind: Any = None) -> None:
+def one_shot(ranks: int, features: int, kind: Any = None, marked: bool = False) -> None:
     layout = SymmetricLayout(ranks)
     x, memory = torch.empty(4, features, dtype=torch.bfloat16), _make_memory(layout)
     if kind is None:
-        launch_one_shot(x, *memory, layout, 1)
+        launch_one_shot(x, *memory, layout, 1, marked=marked)
         return
     wanted = ActivationFormat(kind, torch.ones(1) if kind == "fp8_tensor" else None)
     weight = torch.empty(features, dtype=torch.bfloat16)
-    launch_one_shot_norm(x, x.clone(), weight, 1e-6, wanted, *memory, layout, 1)
+    launch_one_shot_norm(x, x.clone(), weight, 1e-6, wanted, *memory, layout, 1, marked=marked)
 
 
 def two_shot(ranks: int) -> None:
@@ -43,6 +43,8 @@ def _make_memory(layout: SymmetricLayout) -> tuple[torch.Tensor, torch.Tensor]:
 ALL_REDUCE: dict[str, Callable[[], None]] = {
     "all-reduce-one-shot": partial(one_shot, 2, 4096),
     "all-reduce-norm": partial(one_shot, 2, 8192, "native"),
+    "all-reduce-marked": partial(one_shot, 2, 8192, None, True),
+    "all-reduce-marked-norm": partial(one_shot, 2, 4096, "native", True),
     "all-reduce-norm-of-eight": partial(one_shot, 8, 4096, "native"),
     "fp8-all-reduce-norm": partial(one_shot, 4, 4096, "fp8_token"),
     "all-reduce-two-shot": partial(two_shot, 2),

@@ -20,3 +20,11 @@ def test_peers_are_written_16_bytes_at_a_time(name: str) -> None:
     assert "st.global.v4.b32" in ptx and "ld.global.cg.v4.b32" in ptx
     assert not re.search(r"(st|ld)\.global[.\w]*\.b16", ptx)
     assert "sys.release" in ptx and "sys.acquire" in ptx
+
+
+def test_marked_rows_are_whole_words_without_flags() -> None:
+    """Eight bytes are written at once, so that the mark is there if the numbers are; nothing waits for a fence."""
+    (launch,) = launches_of(ALL_REDUCE["all-reduce-marked-norm"], 90)
+    ptx = compile_launch(launch, 90).ptx
+    assert "st.global.v2.b64" in ptx and "ld.volatile.global.v2.b64" in ptx
+    assert "sys.release" not in ptx and "fence" not in ptx and "membar" not in ptx

@@ -3,6 +3,7 @@ the same time is tested on several GPUs (``test_all_reduce_gpu.py``)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.all_reduce import AllReduceKernels
 from quire.core.ops.device_profile import PROFILES, AllReduceLimits
-from quire.core.ops.kernels.all_reduce_kernel import (
+from quire.core.ops.kernels.all_reduce_launch import (
+    MAX_MARKED_ROWS,
     MAX_PROGRAMS,
     SymmetricLayout,
     launch_one_shot,
@@ -63,6 +65,29 @@ def test_one_shot_sums_in_order_of_rank(ranks: int, rows: int, features: int) ->
             assert torch.equal(summed, sum_in_order(parts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_marked_rows_sum_to_the_same_bits(dtype: torch.dtype) -> None:
+    """As rows with flags, also by turns with them: both count in one counter."""
+    group, flagged = (Ranks(3, max_row_bytes=512, max_bytes=4096) for _ in range(2))
+    for call, (rows, width, marked) in enumerate([(2, 96, True), (3, 64, True), (3, 96, False), (1, 32, True)]):
+        parts = [(part,) for part in make_parts(3, rows, width, dtype, call)]
+        parts[0][0][0, 0] = float("nan")
+        expected = flagged.run(launch_one_shot, parts, 2)[0].view(torch.int16)
+        for summed in group.run(partial(launch_one_shot, marked=marked), parts, 2):
+            assert torch.equal(summed.view(torch.int16), expected)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_norm_of_sixteen_bits_follows_in_the_same_kernel(marked: bool) -> None:
+    parts, residual = make_parts(2, 3, 96, torch.float16), torch.randn(3, 96).half()
+    weight, wanted = torch.rand(96).half() + 0.5, ActivationFormat()
+    expected, stream = launch_rms_norm(sum_in_order(parts), weight, 1e-5, residual, wanted)
+    group = Ranks(2, max_row_bytes=512, max_bytes=4096)
+    arguments = [(part, residual, weight, 1e-5, wanted) for part in parts]
+    for normed, summed in group.run(partial(launch_one_shot_norm, marked=marked), arguments, 2):
+        assert torch.equal(summed, stream) and torch.equal(normed, expected)
+
+
 @pytest.mark.parametrize("kind", ["native", "int8_token"])
 def test_the_norm_follows_in_the_same_kernel(kind: Any) -> None:
     """The same bits as the sum and the norm's own kernel one after the other."""
@@ -95,7 +120,8 @@ def test_programs_keep_to_their_own_memory() -> None:
     layout = SymmetricLayout(2, max_row_bytes=64, max_bytes=1 << 23)
     assert layout.chunk_bytes >= layout.max_bytes // (2 * MAX_PROGRAMS)
     assert layout.rows_offset >= 4 * 3 * MAX_PROGRAMS * 2
-    assert layout.chunks_offset == layout.rows_offset + 2 * MAX_PROGRAMS * 2 * 64
+    assert layout.marked_offset == layout.rows_offset + 2 * MAX_PROGRAMS * 2 * 64
+    assert layout.chunks_offset == layout.marked_offset + 2 * MAX_MARKED_ROWS * 2 * 128
     assert layout.total_bytes == layout.chunks_offset + 2 * MAX_PROGRAMS * 2 * layout.chunk_bytes
     group = Ranks(2, max_row_bytes=64, max_bytes=4096)
     group.run(launch_one_shot, [(torch.full((1, 16), 1.0),)] * 2, 2)  # 64 bytes of program 0, of each rank
@@ -108,7 +134,7 @@ def test_the_kernel_is_chosen_by_the_size_of_the_message() -> None:
     """One rank, whose flags are its own: the whole of a call, waiting included, again and again."""
     layout = SymmetricLayout(1, max_row_bytes=256, max_bytes=4096)
     memory = torch.zeros(layout.total_bytes, dtype=torch.uint8)
-    limits = AllReduceLimits(one_shot_bytes=512, fused_norm_bytes=1024, two_shot_bytes=4096)
+    limits = AllReduceLimits(marked_bytes=128, one_shot_bytes=512, fused_norm_bytes=1024, two_shot_bytes=4096)
     kernels = AllReduceKernels(0, torch.tensor([memory.data_ptr()]), layout, limits)
     weight, wanted = torch.rand(64).half() + 0.5, ActivationFormat()
     for rows in (1, 4, 3, 8, 1):  # 128 bytes each
