@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.core.contracts.sampler import Sampler, SamplingBatch, SamplingTable
 from quire.core.plugin.options import parse_options
+from quire.core.testing.chi_square import ChiSquare
 
 __all__ = [
     "check_a_row_does_not_depend_on_its_neighbours",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _CPU = torch.device("cpu")
+_MAX_DEVIATIONS = 6
 
 
 def check_result_is_one_int32_per_row(cls: type[Sampler]) -> None:
@@ -178,25 +180,16 @@ def _make_table(rows: int, device: torch.device, greedy: bool) -> SamplingTable:
 
 
 def _assert_follows(tokens: Tensor, probability: Tensor, what: str) -> None:
-    """Raise unless counts of ``tokens`` (n,) pass a chi-square test against ``probability`` (classes,).
-
-    The statistic's mean is its degrees of freedom and its variance twice that: six deviations are met by chance once in
-    ten thousand tests at most, and samples are the same in every run.
-    """
-    counts = torch.bincount(tokens.long().cpu(), minlength=len(probability)).double()
+    """Raise unless counts of ``tokens`` (n,) pass a chi-square test against ``probability`` (classes,). Samples are the
+    same in every run."""
+    counts = torch.bincount(tokens.long().cpu(), minlength=len(probability))
     assert len(counts) == len(probability), f"{what}: token {len(counts) - 1} is outside the vocabulary"
-    expected = probability.double() * len(tokens)
-    impossible = counts[expected == 0]
-    assert not impossible.any(), f"{what}: {int(impossible.sum())} tokens are not allowed"
-    rare = expected < 5
-    statistic = ((counts - expected) ** 2 / expected)[~rare].sum()
-    if expected[rare].sum() > 0:
-        statistic += (counts[rare].sum() - expected[rare].sum()) ** 2 / expected[rare].sum()
-    freedom = int((~rare).sum()) - 1 + int(rare.any())
-    limit = freedom + 6 * (2 * freedom) ** 0.5
-    assert statistic <= limit, (
-        f"{what}: chi-square is {float(statistic):.1f} with {freedom} degrees of freedom, at most {limit:.1f} is "
-        f"chance; sampled {counts.long().tolist()}, expected {[round(x) for x in expected.tolist()]}"
+    result = ChiSquare.measure(counts, probability)
+    assert not result.num_impossible, f"{what}: {result.num_impossible} tokens are not allowed"
+    expected = [round(x) for x in (probability.double() * len(tokens)).tolist()]
+    assert result.deviations <= _MAX_DEVIATIONS, (
+        f"{what}: chi-square is {result.statistic:.1f} with {result.freedom} degrees of freedom, which is more than "
+        f"{_MAX_DEVIATIONS} standard deviations above what chance gives; sampled {counts.tolist()}, expected {expected}"
     )
 
 

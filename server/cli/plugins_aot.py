@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from quire.core.errors import ConfigError, PluginError
@@ -32,7 +33,12 @@ def compile_report(manager: PluginManager, subject: str, targets: str) -> dict[s
     rows: list[dict[str, Any]] = []
     for kind, cls in found:
         rows += _compile_class(kind, cls, capabilities)
-    return {"subject": subject, "kernels": rows, "failed": sum(bool(row["problem"]) for row in rows)}
+    return {
+        "subject": subject,
+        "targets": capabilities,
+        "kernels": rows,
+        "failed": sum(bool(row["problem"]) for row in rows),
+    }
 
 
 def format_compile_report(report: dict[str, Any]) -> str:
@@ -55,6 +61,8 @@ def format_compile_report(report: dict[str, Any]) -> str:
     spilling = sorted({row["kernel"] for row in report["kernels"] if row["spills"]})
     advice = "spills go to memory; smaller tiles or more warps need fewer registers"
     notes = [f"{', '.join(spilling)}: {advice}"] if spilling else []
+    if silent := sorted(set(report["targets"]) - {row["target"] for row in report["kernels"]}):
+        notes.append(f"{', '.join(f'sm_{each}' for each in silent)}: it launches no kernel there")
     return "\n".join([*text, *failures, *notes, f"{report['failed']} of {len(report['kernels'])} failed"])
 
 
@@ -93,7 +101,7 @@ def _compile_class(kind: str, cls: type, capabilities: Sequence[int]) -> list[di
                 if kernel.shared > row["shared_limit"]:
                     row["problem"] = f"wants {kernel.shared} of {row['shared_limit']} bytes of shared memory"
     if not rows:
-        raise PluginError(f"{cls.__qualname__}: its example problems launch no Triton kernel from tensors on a CPU")
+        raise PluginError(f"{cls.__qualname__}: its example problems launch no Triton kernel")
     return rows
 
 
@@ -103,6 +111,8 @@ def _find_classes(manager: PluginManager, subject: str) -> list[tuple[str, type]
     if not subject.endswith(".py"):
         kind, name = split_or_find(subject)
         return [(kind, manager.load_class(manager.resolve_plugin(kind, name, announce=False)))]
+    if not Path(subject).is_file():
+        raise PluginError(f"there is no file {subject}")
     module_name = resolve_file(f"{subject}:").removesuffix(":")
     module = importlib.import_module(module_name)
     found = []

@@ -210,15 +210,15 @@ class _Report:
     def _make_bench(self) -> Any:
         import torch
 
-        from quire.server.plugin_bench import attention_bench, host_benches, step_benches
+        from quire.server.plugin_bench import attention_bench, host_benches, linear_bench, sampler_bench, step_benches
 
         device = torch.device(self._device)
         load = host_benches.HostLoad(self._args.running, self._args.waiting)
         makers: dict[str, Callable[[], Any]] = {
             "attention": lambda: attention_bench.AttentionBench(device),
-            "quant": lambda: step_benches.LinearBench(device),
+            "quant": lambda: linear_bench.LinearBench(device),
             "op": lambda: step_benches.OperationBench(device),
-            "sampler": lambda: step_benches.SamplerBench(device),
+            "sampler": lambda: sampler_bench.SamplerBench(device),
             "logits_processor": lambda: step_benches.LogitsBench(device),
             "kv": lambda: host_benches.KVBench(load),
             "policy": lambda: host_benches.PolicyBench(load),

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["BenchCase", "CaseRefusedError", "KindBench", "PreparedCase"]
+from quire.server.plugin_bench.timer import L2_BYTES
+
+__all__ = ["BenchCase", "CaseRefusedError", "KindBench", "PreparedCase", "count_copies"]
+
+_MAX_COPIES = 64
 
 
 class CaseRefusedError(Exception):
@@ -55,3 +59,8 @@ class KindBench(ABC):
     @abstractmethod
     def prepare(self, target: Any, case: BenchCase) -> PreparedCase:
         """Make ``case`` ready on ``target``. Raises ``CaseRefusedError``."""
+
+
+def count_copies(num_bytes: int, device: torch.device) -> int:
+    """How many sets of arguments of so many bytes one timed run goes through, so that none is in the L2 cache."""
+    return max(1, min(_MAX_COPIES, -(-L2_BYTES // max(1, num_bytes)))) if device.type == "cuda" else 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from quire.sdk import LogitsProcessor, Operations
 from quire.server.bench.roofline import Ceilings
 from quire.server.plugin_bench.attention_bench import AttentionBench
 from quire.server.plugin_bench.host_benches import HostLoad, KVBench, PolicyBench, ProposerBench, read_recorded_text
+from quire.server.plugin_bench.linear_bench import LinearBench
 from quire.server.plugin_bench.measurement import measure_case
-from quire.server.plugin_bench.step_benches import LinearBench, LogitsBench, OperationBench, SamplerBench
+from quire.server.plugin_bench.sampler_bench import SamplerBench
+from quire.server.plugin_bench.step_benches import LogitsBench, OperationBench
 
 CPU = torch.device("cpu")
 LOAD = HostLoad(24, 40)
@@ -47,6 +50,13 @@ class OwnPolicy(FCFS):
     def schedule(self, view):
         burn(self.planted)
         return super().schedule(view)
+
+
+class Warm(PluginManager().load_class("sampler", "gumbel")):
+    """A fifth too warm."""
+
+    def sample(self, logits, batch):
+        return super().sample(logits, replace(batch, temperature=batch.temperature * 1.2))
 
 
 class SlowPolicy(OwnPolicy):
@@ -131,15 +141,20 @@ def test_operations_are_measured_and_one_that_fails_is_told_without_the_others()
 @pytest.mark.parametrize("name", ["none", "awq", "gptq", "fp8", "int8", "compressed-tensors"])
 def test_linear_methods_multiply_what_is_stored(name):
     bench = LinearBench(CPU)
-    (row,) = measure_case(bench, bench.list_cases(object)[0], {name: load("quant", name)}, num_rounds=3)
-    assert not row.refused and row.error < 0.05
+    for case in bench.list_cases(object):
+        (row,) = measure_case(bench, case, {name: load("quant", name)}, num_rounds=3)
+        assert not row.refused and row.error < 0.05
 
 
 def test_samplers_and_logits_processors_are_measured():
     sampler = SamplerBench(CPU)
     for case in sampler.list_cases(object):
-        (row,) = measure_case(sampler, case, {"gumbel": load("sampler", "gumbel")}, num_rounds=3)
+        targets = {"mine": Warm, "gumbel": load("sampler", "gumbel")}
+        wrong, row = measure_case(sampler, case, targets, num_rounds=3)
         assert row.microseconds > 0 and row.error in (0.0, None)
+        assert wrong.error is row.error or wrong.error == 0.0
+        if row.error is None:
+            assert row.figures["chi_square"] < 6 < wrong.figures["chi_square"]
     logits = LogitsBench(CPU)
     targets = {"mine": Biased, "logit_bias": load("logits_processor", "logit_bias")}
     mine, bias = measure_case(logits, logits.list_cases(Biased)[1], targets, num_rounds=3)
