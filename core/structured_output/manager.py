@@ -199,10 +199,11 @@ class StructuredOutputManager:
             bits[first : first + 1 + len(mask_requests[index].draft_token_ids)] = -1
         for mask_request, owner in zip(mask_requests, owners, strict=True):
             _forbid_early_end(mask_request, requests[owner], bits)
-        counts = [1 + len(mask_request.draft_token_ids) for mask_request in mask_requests]
+        first_rows = np.array([mask_request.first_row for mask_request in mask_requests], np.int32)
+        counts = np.diff(first_rows, append=num_rows)
         return TokenMasks(
             request_indices=np.repeat(np.array(owners, np.int32), counts),
-            draft_offsets=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+            draft_offsets=np.arange(num_rows, dtype=np.int32) - np.repeat(first_rows, counts),
             bits=bits,
         ), failed
 

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
+from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds
+from quire.plugins.structured_output.string_masks import StringMasks, StringTokens
 from quire.sdk import (
     CompiledGrammar,
     GrammarState,
@@ -65,6 +67,7 @@ class GuidanceBackend(StructuredOutputBackend):
         # The library takes more for special than the file does: added tokens that look like tags.
         special_ids = {text: token for text, token in added.items() if self._tokenizer.is_special_token(token)}
         self._lark = LarkWriter(special_ids)
+        self._string_tokens = StringTokens(self._tokenizer, tokenizer.vocab_size)
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
         )
@@ -92,24 +95,46 @@ class GuidanceBackend(StructuredOutputBackend):
                 _walk(each, 0 if each is matcher else _PROBED_TOKENS)
             if each.is_error():
                 raise InvalidRequestError(_explain_refusal(params, each.get_error()), "structured_outputs")
-        return _Grammar(matcher, frozenset(self.tokenizer.eos_token_ids), len(grammar))
+        bounds = _find_string_bounds(params)
+        return _Grammar(matcher, self._string_tokens, bounds, frozenset(self.tokenizer.eos_token_ids), len(grammar))
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
-        """All rows in one call, or two, which let other threads run."""
-        plain = [(_matcher(request), request.first_row) for request in requests if not request.draft_token_ids]
-        drafting = [
-            (_matcher(request), request.first_row, list(request.draft_token_ids))
-            for request in requests
-            if request.draft_token_ids
-        ]
+        """All rows that are not known in one call, or two, which let other threads run."""
+        states = [request.state for request in requests]
+        self._consume_pending(states)
+        plain, drafting, learning = [], [], []
+        for request, state in zip(requests, states, strict=True):
+            assert isinstance(state, _State)
+            request.is_started = True
+            row = request.first_row
+            if request.draft_token_ids:
+                drafting.append((state.matcher, row, list(request.draft_token_ids)))
+            elif state.strings is None:
+                plain.append((state.matcher, row))
+            elif not state.strings.write_mask(block[row]):
+                plain.append((state.matcher, row))
+                learning.append((state.strings, row))
         memory = (block.ctypes.data, block.shape[1] * 4, block.shape[0])
         if plain:
             self._executor.unsafe_compute_mask_ptr(plain, *memory)
         if drafting:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafting, *memory)
+        for strings, row in learning:
+            strings.learn_mask(block[row])
         for request in requests:
-            request.is_started = True
-            request.is_filled = not _matcher(request).is_error()
+            assert isinstance(request.state, _State)
+            request.is_filled = not request.state.matcher.is_error()
+
+    def _consume_pending(self, states: Sequence[GrammarState]) -> None:
+        tokens = []
+        for state in states:
+            assert isinstance(state, _State)
+            if len(state.pending) == 1:
+                tokens.append((state.matcher, state.pending.pop()))
+            else:
+                state.consume_pending()
+        if tokens:
+            self._executor.consume_token_par(tokens)
 
     def _write_grammar(self, params: StructuredOutputsParams) -> str:
         """A grammar in the form that llguidance takes."""
@@ -135,34 +160,69 @@ class GuidanceBackend(StructuredOutputBackend):
 
 
 class _Grammar(CompiledGrammar):
-    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: frozenset[int], num_chars: int) -> None:
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        string_tokens: StringTokens,
+        string_bounds: StringBounds | None,
+        eos_token_ids: frozenset[int],
+        num_chars: int,
+    ) -> None:
         self._matcher = matcher
+        self._string_tokens = string_tokens
+        self._string_bounds = string_bounds
         self._eos_token_ids = eos_token_ids
         self.num_bytes = (1 << 20) + 64 * num_chars
 
     def start(self) -> GrammarState:
-        return _State(self._matcher.deep_copy(), self._eos_token_ids)
+        matcher, bounds = self._matcher.deep_copy(), self._string_bounds
+        strings = None if bounds is None else StringMasks(matcher, self._string_tokens, bounds)
+        return _State(matcher, strings, self._eos_token_ids)
 
 
 class _State(GrammarState):
-    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, matcher: llguidance.LLMatcher, strings: StringMasks | None, eos_token_ids: frozenset[int]
+    ) -> None:
         self.matcher = matcher
+        self.strings = strings
+        self.pending: list[int] = []
+        """Tokens that the matcher is still to consume, and will: consuming those of all answers at once is quicker."""
         self._eos_token_ids = eos_token_ids
         self._has_ended = False  # an EOS token came, which the matcher is not told: it stops at the last token before
+
+    def consume_pending(self) -> None:
+        """Let the matcher catch up. If it does not take its tokens, it has failed."""
+        if self.pending:
+            self.matcher.consume_tokens(self.pending)
+            self.pending = []
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
         if self._has_ended:
             mask.fill(0)
             return
+        self.consume_pending()
+        if self.strings is not None and self.strings.write_mask(mask):
+            return
         self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._raise_error()
+        if self.strings is not None:
+            self.strings.learn_mask(mask)
 
     def advance(self, token_ids: Sequence[int]) -> int:
         if self._has_ended:
             return 0
+        if self.strings is not None and len(token_ids) == 1 and self.strings.allows(token_ids[0]):
+            self.strings.advance(token_ids[0])
+            self.pending.append(token_ids[0])
+            return 1
+        self.consume_pending()
         count = next((i for i, token in enumerate(token_ids) if token in self._eos_token_ids), len(token_ids))
         num_taken = self.matcher.try_consume_tokens(list(token_ids[:count])) if count else 0
         self._raise_error()
+        if self.strings is not None:
+            for token in token_ids[:num_taken]:
+                self.strings.advance(token)
         if num_taken == count < len(token_ids) and self.matcher.is_accepting():
             self._has_ended = True
             num_taken += 1
@@ -172,20 +232,29 @@ class _State(GrammarState):
         if self._has_ended and num_tokens:
             self._has_ended = False
             num_tokens -= 1
+        self.consume_pending()
         if num_tokens:
             self.matcher.rollback(num_tokens)
+            if self.strings is not None:
+                self.strings.reset()
 
     def forced_tokens(self, max_tokens: int) -> Sequence[int]:
-        return () if self._has_ended else self.matcher.compute_ff_tokens()[:max_tokens]
+        if self._has_ended or (self.strings is not None and self.strings.is_free):
+            return ()
+        self.consume_pending()
+        return self.matcher.compute_ff_tokens()[:max_tokens]
 
     def _raise_error(self) -> None:
         if self.matcher.is_error():
             raise RuntimeError(_first_line(self.matcher.get_error()))
 
 
-def _matcher(request: MaskRequest) -> llguidance.LLMatcher:
-    assert isinstance(request.state, _State)
-    return request.state.matcher
+def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
+    if params.whitespace_pattern is not None:  # blanks could look like the inside of a string
+        return None
+    if params.kind == "json_object":
+        return find_string_bounds({"type": "object"})
+    return find_string_bounds(prepare_schema(params.load_json())) if params.kind == "json" else None
 
 
 def _walk(matcher: llguidance.LLMatcher, num_tokens: int) -> None:

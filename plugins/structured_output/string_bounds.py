@@ -1,0 +1,81 @@
+"""Which schemas have strings whose masks can be derived, and what bounds the lengths of these strings."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from quire.plugins.structured_output.json_schema import walk_schemas
+
+__all__ = ["MIN_PROBE", "PROBE_CHAR", "StringBounds", "find_string_bounds"]
+
+PROBE_CHAR = "z"
+MIN_PROBE = 8
+"""Where so many of ``PROBE_CHAR`` may follow is the inside of a string, and none that the schema spells out."""
+
+_ANNOTATIONS = {
+    "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples",
+    "readOnly", "title", "writeOnly",
+}  # fmt: skip
+_KNOWN = _ANNOTATIONS | {
+    "$ref", "additionalProperties", "anyOf", "const", "enum", "exclusiveMaximum", "exclusiveMinimum", "items",
+    "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength", "minProperties", "minimum",
+    "multipleOf", "oneOf", "prefixItems", "properties", "required", "type",
+}  # fmt: skip
+"""Keywords with which a string is free but for its length, or spelt out."""
+_REFERENCE = re.compile(r"#(/(\$defs|definitions)/[^/]+)?")
+_NAME_MARGIN = 6
+"""An escape of one character has six."""
+
+
+class StringBounds(NamedTuple):
+    """What holds of all strings that match a schema."""
+
+    has_min: bool
+    has_max: bool
+    min_run: int
+    """So many characters into a string it is none of the names that the schema lists, of those that it might be."""
+
+
+def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
+    """None where two different things may come in one place of which both are strings, or one is that and is neither
+    free nor spelt out: what may follow then depends on more than a length."""
+    if PROBE_CHAR * MIN_PROBE in json.dumps(schema):
+        return None
+    has_min = has_max = has_open_names = False
+    longest_name = 0
+    for _, each in walk_schemas(schema, ""):
+        if each.keys() - _KNOWN or not _has_one_meaning(each, schema):
+            return None
+        has_min = has_min or bool(each.get("minLength"))
+        has_max = has_max or "maxLength" in each
+        names = [*each.get("properties", ()), *each.get("required", ())]
+        longest_name = max([longest_name, *map(len, names)])
+        has_open_names = has_open_names or (bool(names) and each.get("additionalProperties") is not False)
+    return StringBounds(has_min, has_max, longest_name + _NAME_MARGIN if has_open_names else 0)
+
+
+def _has_one_meaning(schema: dict[str, Any], root: dict[str, Any]) -> bool:
+    """Whether of several schemas for one place at most one is for each type."""
+    combined = schema.keys() & {"$ref", "anyOf", "oneOf"}
+    if not combined:
+        return True
+    if len(combined) > 1 or schema.keys() - _ANNOTATIONS - combined:
+        return False
+    if "$ref" in schema:
+        return isinstance(schema["$ref"], str) and _REFERENCE.fullmatch(schema["$ref"]) is not None
+    cases = schema[combined.pop()]
+    types = [_find_type(case, root) for case in cases] if isinstance(cases, list) else [None]
+    return None not in types and len(set(types)) == len(types)
+
+
+def _find_type(schema: Any, root: dict[str, Any]) -> str | None:
+    """The one type of what matches ``schema``, if it says so."""
+    if isinstance(schema, dict) and isinstance(schema.get("$ref"), str):
+        _, *path = schema["$ref"].split("/")
+        schema = root
+        for key in path:
+            schema = schema.get(key) if isinstance(schema, dict) else None
+    one_type = schema.get("type") if isinstance(schema, dict) else None
+    return one_type if isinstance(one_type, str) else None

@@ -1,0 +1,160 @@
+"""Masks that are derived inside strings are those that the library computes, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.structured_output.conftest import EOS
+from tokenizers import Tokenizer
+
+from quire import StructuredOutputsParams
+from quire.plugins.structured_output.string_bounds import find_string_bounds
+from quire.plugins.structured_output.string_masks import StringMasks
+from quire.sdk import MaskRequest
+
+WORDS = 4096 // 32
+LENGTHS = [0, 1, 2, 3, 5, 9, 14, 23, 40, 90, 400]
+NAMES = ["a", "name", "zz", "z" * 7, "é", "to\nken", 'qu"ote', "back\\slash", "\U0001f600", "long name of a property"]
+
+
+@st.composite
+def strings(draw) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    least, most = sorted((draw(st.sampled_from(LENGTHS)), draw(st.sampled_from(LENGTHS))))
+    kind = draw(st.integers(0, 4))
+    if kind & 1:
+        schema["maxLength"] = most
+    if kind & 2:
+        schema["minLength"] = most if draw(st.booleans()) else least
+    return schema
+
+
+leaves = st.one_of(
+    strings(),
+    strings(),
+    st.lists(st.sampled_from([*NAMES, "z" * 12, 7, None]), min_size=1, max_size=4, unique=True).map(
+        lambda values: {"enum": values}
+    ),
+    st.sampled_from([{"type": "integer"}, {"type": "boolean"}, {"const": "zebra"}, {"type": ["string", "null"]}, {}]),
+)
+
+
+@st.composite
+def objects(draw, values) -> dict[str, Any]:
+    names = draw(st.lists(st.sampled_from(NAMES), max_size=3, unique=True))
+    schema: dict[str, Any] = {"type": "object", "properties": {name: draw(values) for name in names}}
+    schema["required"] = [name for name in names if draw(st.integers(0, 3))]
+    if draw(st.integers(0, 3)):
+        schema["additionalProperties"] = False
+    elif draw(st.booleans()):
+        schema["additionalProperties"] = draw(values)
+    return schema
+
+
+@st.composite
+def arrays(draw, values) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "array", "items": draw(values), "minItems": draw(st.integers(0, 2))}
+    if draw(st.booleans()):
+        schema["maxItems"] = 3
+    if draw(st.booleans()):
+        schema["prefixItems"] = [draw(values)]
+    return schema
+
+
+@st.composite
+def unions(draw, values) -> dict[str, Any]:
+    cases = [draw(values), draw(st.sampled_from([{"type": "null"}, {"type": "string", "maxLength": 12}]))]
+    return {draw(st.sampled_from(["anyOf", "oneOf"])): cases}
+
+
+schemas = st.recursive(
+    leaves, lambda values: st.one_of(objects(values), objects(values), arrays(values), unions(values)), max_leaves=6
+)
+
+
+def choose(rng: random.Random, allowed: list[int], texts: list[str]) -> int:
+    """Often a plain token; now and then one that closes the string, escapes, or is half of a character."""
+    kind = rng.random()
+    wanted = '"' if kind < 0.08 else "\\" if kind < 0.16 else "�" if kind < 0.2 else ""
+    return rng.choice([token for token in allowed if wanted in texts[token]] or allowed)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(4096)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(schema=schemas, blanks=st.booleans(), reasoning=st.booleans(), seed=st.integers(0, 2**32))
+def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, reasoning, seed) -> None:
+    """Also behind drafts and behind what is taken back."""
+    params = StructuredOutputsParams(
+        json=json.dumps(schema), disable_any_whitespace=not blanks, reasoning_end="###" if reasoning else None
+    )
+    try:
+        backend.validate_params(params)
+        grammar = backend.compile(params)
+    except Exception:
+        return  # nothing to walk
+    rng = random.Random(seed)
+    state, plain = grammar.start(), grammar.start()
+    plain.strings = None
+    masks, expected = np.full((2, 3, WORDS), -1, np.int32)
+    for _ in range(150):
+        draft = [rng.randrange(4096), 5] if rng.random() < 0.1 else []
+        masks.fill(-1)
+        expected.fill(-1)
+        backend.fill_masks([MaskRequest(state, 0, draft)], masks)
+        backend.fill_masks([MaskRequest(plain, 0, draft)], expected)
+        assert np.array_equal(masks, expected)
+        allowed = np.unpackbits(masks[0].view(np.uint8), bitorder="little").nonzero()[0].tolist()
+        token = choose(rng, allowed, texts)
+        assert state.advance([token]) == plain.advance([token]) == 1
+        if token == EOS:
+            break
+        if rng.random() < 0.05:
+            state.rollback(1)
+            plain.rollback(1)
+        assert list(state.forced_tokens(4)) == list(plain.forced_tokens(4))
+
+
+@pytest.mark.parametrize("bounds", [{}, {"maxLength": 300}, {"minLength": 300, "maxLength": 300}])
+def test_most_masks_of_a_string_are_derived(backend, tokenizer, monkeypatch, bounds) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", **bounds}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    params = StructuredOutputsParams(json=json.dumps(schema), disable_any_whitespace=True)
+    state, masks = backend.compile(params).start(), np.zeros((1, WORDS), np.int32)
+    tokens = tokenizer.encode('{"name": "' + ("plain words " * 30)[:300] + '"}').ids
+    computed = []
+    learn_mask = StringMasks.learn_mask
+    monkeypatch.setattr(StringMasks, "learn_mask", lambda self, mask: (computed.append(0), learn_mask(self, mask))[1])
+    for token in tokens:
+        backend.fill_masks([MaskRequest(state, 0)], masks)
+        assert masks[0, token // 32] >> token % 32 & 1
+        assert state.advance([token]) == 1
+    assert len(computed) < 15 < 40 < len(tokens)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^[a-z ]+$"},
+        {"type": "string", "format": "uri"},
+        {"enum": ["z" * 8]},
+        {"anyOf": [{"type": "string", "maxLength": 4}, {"enum": ["zebra"]}]},
+        {"allOf": [{"type": "string"}, {"type": "string", "maxLength": 4}]},
+        {"type": "object", "patternProperties": {"^z": {"type": "string"}}},
+    ],
+)
+def test_strings_that_are_not_free_are_left_to_the_library(schema) -> None:
+    assert find_string_bounds({"type": "array", "items": schema}) is None
