@@ -54,10 +54,15 @@ def _call_on_cpu(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     args, kwargs = tree_map(lambda each: _CPU if _is_gpu(each) else each, arguments)
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
-        if not is_on_gpu:
-            return result
-        kind: type[Tensor] = Tensor if is_moved_away else _PretendedTensor
-        return tree_map(lambda each: each.as_subclass(kind) if isinstance(each, Tensor) else each, result)
+        if func in (Tensor.to, Tensor.cpu) and is_on_gpu and isinstance(args[0], _PretendedTensor) is is_moved_away:
+            result = result.clone()  # as a move does
+        return tree_map(lambda each: _place(each, not is_moved_away), result) if is_on_gpu else result
+
+
+def _place(value: Any, is_on_gpu: bool) -> Any:
+    if not isinstance(value, Tensor) or isinstance(value, _PretendedTensor) is is_on_gpu:
+        return value  # as it is: a parameter stays one
+    return value.as_subclass(_PretendedTensor if is_on_gpu else Tensor)
 
 
 def _is_gpu(value: Any) -> bool:
