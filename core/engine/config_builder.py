@@ -307,8 +307,6 @@ def _build_adapter_config(args: EngineArgs) -> AdapterConfig | None:
         raise ConfigError(f"max_cpu_loras {max_cpu_loras} is less than max_loras {max_loras}; raise the one")
     if not 1 <= args.max_lora_rank <= _MAX_LORA_RANK:
         raise ConfigError(f"max_lora_rank must be 1 to {_MAX_LORA_RANK}, got {args.max_lora_rank}")
-    if args.record is not None:
-        raise ConfigError("record is not supported beside adapters yet: a replay could not load them; leave one out")
     return AdapterConfig(max_loras, args.max_lora_rank, max_cpu_loras, DTYPES.get(args.lora_dtype, "auto"))
 
 

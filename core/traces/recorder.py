@@ -252,8 +252,10 @@ class _Encoder:
         self, request: EngineCoreRequest, seen_ns: int, clock: list[int], refused: str, with_prompt: bool
     ) -> ArrivalRecord:
         hashes: list[int] = []
+        adapter = request.adapter
         if not refused and self._block_size:
-            root = self._digest(repr(request.cache_salt).encode())
+            apart = request.cache_salt if adapter is None else (request.cache_salt, adapter.content_hash)
+            root = self._digest(repr(apart).encode())
             hashes, self._chains[request.request_id] = self._hash_blocks(root, request.prompt_token_ids)
         return ArrivalRecord(
             request.request_id,
@@ -268,6 +270,7 @@ class _Encoder:
             {} if request.scheduling is None else msgspec.to_builtins(request.scheduling),
             refused,
             list(request.prompt_token_ids) if with_prompt else [],
+            "" if adapter is None else adapter.name,
             clock,
         )
 

@@ -73,6 +73,8 @@ class ArrivalRecord(msgspec.Struct, tag="arrival", tag_field="event", omit_defau
     """Why it was not queued."""
     prompt: list[int] = []
     """The prompt's tokens, only with ``--record-prompts``."""
+    adapter: str = ""
+    """The name of its adapter, if it has one."""
     clock: list[int] = []
 
 

@@ -77,6 +77,12 @@ def replay_recording(
 ) -> Iterator[PlanDifference | int]:
     """The number of each step that was planned as recorded; or, last, where a plan differs. Raises ``ConfigError`` for
     a recording that cannot be replayed."""
+    adapters = {each.adapter for each in recording.records if isinstance(each, ArrivalRecord) and each.adapter}
+    if adapters:
+        raise ConfigError(
+            f"{recording.name}: requests have adapters ({', '.join(sorted(adapters)[:3])}), and when those were loaded "
+            f"is not recorded, so plans cannot be replayed; quire simulate takes the recording as requests of the base"
+        )
     return _Replay(recording, policy, fallback, allocator_class).run()
 
 

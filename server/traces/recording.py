@@ -75,6 +75,11 @@ class Recording:
             (num_failed, "ended before their first token"),
         )
         notes = [f"{count} requests {what}, and are left out" for count, what in counts if count]
+        num_adapted = sum(1 for record in self.records if isinstance(record, ArrivalRecord) and record.adapter)
+        if num_adapted:
+            notes.append(
+                f"{num_adapted} requests have an adapter: they count as the base's, and wait for no load or slot"
+            )
         if not requests:
             raise ConfigError(f"{self.name}: no request has ended in this recording; record for longer")
         return Trace(self.name, requests, block_size if has_hashes else 0, notes)

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quire import LLM, SamplingParams
+from quire import LLM, LoRARequest, SamplingParams
 from quire.core.errors import ConfigError
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput
 from quire.core.stats import StepStats
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.core.traces.recorder import TraceRecorder, choose_recording_path
 from quire.core.traces.records import SCHEMA_VERSION, ArrivalRecord, EndRecord, HeaderRecord, StepRecord
+from quire.plugins.kv.paged import PagedAllocator
+from quire.plugins.sched.fcfs import FCFSPolicy
+from quire.server.simulate.replay import replay_recording
 from quire.server.traces.read import read_trace
 from quire.server.traces.recording import open_text, read_recording
 
@@ -161,3 +164,22 @@ def test_a_disk_that_fails_ends_the_recording_and_nothing_else(caplog):
 def test_every_line_is_json_of_its_own(recorded):
     events = [json.loads(line)["event"] for line in open_text(recorded[0]).splitlines()]
     assert events[0] == "header" and set(events) == {"header", "arrival", "step", "done", "end"}
+
+
+def test_adapters_are_named_and_share_no_prefix(tmp_path):
+    """And whoever reads such a recording is told what it cannot say."""
+    path = tmp_path / "t.zst"
+    adapters = {"upper": "quire-tiny-upper", "json": "quire-tiny-json"}
+    llm = LLM(model="quire-tiny", max_model_len=128, max_num_seqs=4, lora_modules=adapters, record=str(path))
+    names = ["upper", "json", None, "upper"]
+    requests = [None if name is None else LoRARequest(name) for name in names]
+    llm.generate([SHARED] * 4, SamplingParams(max_tokens=3, ignore_eos=True), lora_request=requests)
+    llm.shutdown()
+    recording = read_recording(path)
+    arrivals = [r for r in recording.records if isinstance(r, ArrivalRecord)]
+    assert [each.adapter or None for each in arrivals] == names
+    upper, as_json, plain, again = (set(each.hashes) for each in arrivals)
+    assert upper == again and len(upper | as_json | plain) == 3 * len(upper)
+    assert any("3 requests have an adapter" in note for note in recording.make_trace().notes)
+    with pytest.raises(ConfigError, match=r"requests have adapters \(json, upper\).* cannot be replayed"):
+        list(replay_recording(recording, FCFSPolicy(), FCFSPolicy(), PagedAllocator))
