@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["child_environment", "log_level", "num_threads", "vllm_variables"]
+__all__ = ["child_environment", "collective_environment", "log_level", "num_threads", "ray_address", "vllm_variables"]
 
 
 def log_level() -> str:
@@ -17,6 +17,11 @@ def num_threads() -> int | None:
     """``OMP_NUM_THREADS`` (``--cpu-threads``): threads for the model on a CPU. None: not set."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() else None
+
+
+def ray_address() -> str:
+    """``RAY_ADDRESS`` (``--executor-option``, its ``address``): ``HOST:PORT`` of a Ray cluster, else ``auto``."""
+    return os.environ.get("RAY_ADDRESS") or "auto"
 
 
 def vllm_variables() -> dict[str, str]:
@@ -33,3 +38,10 @@ def vllm_variables() -> dict[str, str]:
 def child_environment() -> dict[str, str]:
     """The environment for a process of ours: as this one's, importing from the same places."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def collective_environment() -> dict[str, str]:
+    """What of this process's environment the ranks on other hosts should have as well: the settings of collective
+    libraries, but for names of network interfaces, which each host has its own of."""
+    prefixes = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
+    return {k: v for k, v in os.environ.items() if k.startswith(prefixes) and not k.endswith(("_IFNAME", "_HCA"))}

@@ -65,7 +65,7 @@ class AsyncLLM:
         self._is_dead = False
         args = args or EngineArgs.from_kwargs(**kwargs)
         self._client: EngineCoreClient | None = EngineCoreClient(
-            process or EngineProcess(args.device, args.num_workers)
+            process or EngineProcess(args.device, args.num_workers, args.executor)
         )
         try:
             built = build_config(args)

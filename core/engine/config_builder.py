@@ -140,8 +140,6 @@ def _check_supported(args: EngineArgs) -> None:
     for name in _PARALLEL_SIZES:
         if getattr(args, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(args, name)}")
-    if args.executor == "ray":
-        raise ConfigError("executor 'ray' is not supported yet: use multiproc (mp), which takes the GPUs of one host")
     for setting in settings_of(EngineArgs):
         value = getattr(args, setting.name)
         if setting.choices and value not in setting.choices:
@@ -254,7 +252,8 @@ def _build_parallel_config(args: EngineArgs, device: str, hf_config: Any) -> Par
     import torch
 
     size, num_stages = args.tensor_parallel_size, args.pipeline_parallel_size
-    if device == "cuda" and size * num_stages > (num_gpus := torch.cuda.device_count()):
+    is_here = args.executor != "ray"  # otherwise other hosts have GPUs as well, which the executor counts
+    if is_here and device == "cuda" and size * num_stages > (num_gpus := torch.cuda.device_count()):
         names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(gpu) for gpu in range(num_gpus)))
         needed = f"tensor_parallel_size {size} needs as many GPUs"
         if num_stages > 1:

@@ -32,10 +32,12 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class EngineProcess:
     """Starts when constructed: it imports what it needs, and initializes a GPU unless ``device`` is ``cpu``, while its
-    configuration is built. Where ``num_ranks`` workers share a model, a process of each does so in its place. As a
-    context manager it ends the process."""
+    configuration is built. Where ``num_ranks`` workers share a model, a process of each does so in its place; not where
+    the executor is ``ray``, which finds them a host. As a context manager it ends the process."""
 
-    def __init__(self, device: str = "auto", num_ranks: int = 1) -> None:
+    def __init__(self, device: str = "auto", num_ranks: int = 1, executor: str = "auto") -> None:
+        if executor == "ray":
+            device, num_ranks = "cpu", 1
         # Blocked, and so in the child until it ignores them: Ctrl-C reaches the whole group, also while Python starts.
         mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
         try:

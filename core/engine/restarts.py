@@ -74,7 +74,9 @@ class EngineRestarter:
         if config.recording is not None:  # its file is there already, and ends with the engine that wrote it
             recording = dataclasses.replace(config.recording, path=f"{config.recording.path}.{self.num_restarts}")
             config = dataclasses.replace(config, recording=recording)
-        client = EngineCoreClient(EngineProcess(config.model.device, config.parallel.num_workers))
+        executor = config.plugin("executor").name
+        process = EngineProcess(config.model.device, config.parallel.num_workers, executor)
+        client = EngineCoreClient(process)
         client.start_engine(config, self._log_level)
         return client
 

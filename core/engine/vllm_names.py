@@ -39,7 +39,6 @@ class VllmFlag:
     sets: tuple[str, object] | None = None
 
 
-_RAY = "Ray is not supported yet; --executor multiproc takes the GPUs of one host"
 _NOT_NEEDED = "no longer needed: "
 
 VLLM_FLAGS: tuple[VllmFlag, ...] = (
@@ -61,7 +60,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
         "--tokenizer-mode", "there is one mode: the fast tokenizer", refused=True, takes_value=True,
         accepted_values=("auto",),
     ),
-    VllmFlag("--worker-use-ray", _RAY, refused=True),
+    VllmFlag("--worker-use-ray", "now --executor ray", sets=("executor", "ray")),
     VllmFlag(
         "--data-parallel-size", "one engine is one server; start several behind a load balancer", refused=True,
         takes_value=True, accepted_values=("1",),

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quire.core.plugin.hookspecs import hookimpl
-from quire.core.plugin.registry import Choice, Registrar
+from quire.core.plugin.registry import Choice, Registrar, Requirement
 
 
 @hookimpl
@@ -144,6 +144,12 @@ def quire_register_executor(register: Registrar) -> None:
         "quire.core.worker.multiproc.executor:MultiprocExecutor",
         "a process for each device of this host",
         aliases=("mp",),
+    )
+    register(
+        "ray",
+        "quire.core.worker.ray.executor:RayExecutor",
+        "a process for each device, on the hosts of a Ray cluster",
+        requires=(Requirement("ray", "pip install 'quire[ray]'"),),
     )
 
 

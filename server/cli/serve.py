@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with (
         bind_sockets(settings) as sockets,
         StopSignals() as signals,
-        EngineProcess(engine_args.device, engine_args.num_workers) as process,
+        EngineProcess(engine_args.device, engine_args.num_workers, engine_args.executor) as process,
     ):
         signals.call_before_exit(process.kill_at_once)
         from quire.server.http.serving import serve  # seconds, while the process does the same

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from quire.core.plugin.registry import KINDS
 from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS
 
 HOME = "core/env.py"
@@ -37,7 +38,7 @@ def test_its_variables_are_few_and_have_flags(product):
     constants = (n.value for n in ast.walk(env.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
     names = {text for text in constants if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+|PYTHONPATH", text)}
     assert len(names) <= 10
-    flags = {flag.flag for flag in (*ENGINE_FLAGS, *SERVER_FLAGS)}
+    flags = {flag.flag for flag in (*ENGINE_FLAGS, *SERVER_FLAGS)} | {kind.option_flag for kind in KINDS.values()}
     for name in names - CONVENTIONS:
         documented = re.search(rf"``{name}``[^\n]*?``(--[a-z-]+)``", env.text)
         assert documented, f"{HOME} does not say which flag stands for {name}"

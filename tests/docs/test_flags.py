@@ -16,19 +16,23 @@ FLAG = re.compile(r"(?<![\w/-])--(?>[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)(?![-{])")
 DECLARED = re.compile(r"""add_argument\(\s*["'](--[\w-]+)""")
 OTHER_PROGRAMS = {
     *(
+        "--address",
         "--branch",
         "--depth",
         "--dump-resource-usage",
         "--extra-index-url",
         "--format",
+        "--head",
         "--ipc",
         "--no-build-isolation",
+        "--node-ip-address",
+        "--num-cpus",
         "--query-gpu",
         "--upgrade",
         "--shm-size",
     ),
 }
-"""Flags of git, pip, nvidia-smi, cuobjdump and docker."""
+"""Flags of git, pip, nvidia-smi, cuobjdump, docker and ray."""
 PLACEHOLDERS = {"--flag", "--flag-with-underscores", "--no-flag", "--some-flag"}
 """What texts write for any flag."""
 

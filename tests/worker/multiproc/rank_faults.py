@@ -6,6 +6,7 @@ import time
 
 from quire.core.errors import CheckpointError
 from quire.core.worker.multiproc.executor import MultiprocExecutor
+from quire.core.worker.ray.executor import RayExecutor
 from quire.core.worker.worker import Worker
 
 
@@ -53,5 +54,11 @@ class FaultyWorker(Worker):
 
 class FaultyExecutor(MultiprocExecutor):
     """Its workers go wrong."""
+
+    worker_target = "rank_faults:FaultyWorker"
+
+
+class FaultyRayExecutor(RayExecutor):
+    """The same on the nodes of a Ray cluster."""
 
     worker_target = "rank_faults:FaultyWorker"

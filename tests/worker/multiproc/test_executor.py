@@ -150,7 +150,6 @@ def test_a_rank_that_is_killed_ends_the_engine_by_name(two: LLM) -> None:
         ({"tensor_parallel_size": 3}, r"3 does not divide the 4 attention heads and 2 KV heads of .*; give 1, 2, 4$"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
         ({"tensor_parallel_size": 2, "executor": "uniproc"}, "'uniproc' runs one worker.*use --executor multiproc"),
-        ({"distributed_executor_backend": "ray"}, "'ray' is not supported yet: use multiproc"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(tiny: Path, arguments: dict[str, Any], message: str) -> None:
