@@ -28,8 +28,8 @@ class EngineRestarter:
 
     A plugin that hung or keeps failing, and that the engine can do without, is left out of the next: requests that run
     again would bring it to the same place. That is one with a fallback in the configuration, which are policies, KV
-    allocators, attention and quantization of other authors, and a draft proposer. Where one keeps failing that has no
-    fallback there is no next engine.
+    allocators, attention and quantization of other authors, what runs operations, and a draft proposer. Where one keeps
+    failing that has no fallback there is no next engine.
     """
 
     def __init__(self, config: EngineConfig, log_level: str) -> None:
@@ -81,16 +81,28 @@ class EngineRestarter:
         return client
 
     def _can_leave_out(self, plugin: QuarantinedPlugin) -> bool:
+        if plugin.kind == "op":
+            return bool(self._list_operations(plugin.name))
         fallback = self._config.plugins.get(f"{plugin.kind}_fallback")
         chosen = self._config.plugins.get(plugin.kind)
         return fallback is not None and chosen is not None and plugin.name == chosen.name != fallback.name
 
+    def _list_operations(self, name: str) -> list[str]:
+        """The keys of the configuration under which another author's plugin of that name runs operations. Without them
+        bundled ones run."""
+        choices = self._config.plugins.items()
+        return [key for key, choice in choices if choice.kind == "op" and choice.name == name and not choice.is_bundled]
+
     def _leave_out(self, plugin: QuarantinedPlugin) -> None:
         config = self._config
         if self._can_leave_out(plugin):
-            fallback = config.plugins[f"{plugin.kind}_fallback"]
-            _log.error("%s/%s is left out; %s takes its place", plugin.kind, plugin.name, fallback.name)
-            plugins = {**config.plugins, plugin.kind: fallback}
+            plugins, replacement = dict(config.plugins), "the bundled one"
+            for key in self._list_operations(plugin.name) if plugin.kind == "op" else ():
+                del plugins[key]
+            if plugin.kind != "op":
+                fallback = plugins[plugin.kind] = plugins[f"{plugin.kind}_fallback"]
+                replacement = fallback.name
+            _log.error("%s/%s is left out; %s takes its place", plugin.kind, plugin.name, replacement)
             self._config = dataclasses.replace(config, plugins=plugins)
         elif plugin.kind == "spec_decode" and config.speculation is not None:
             self._config = dataclasses.replace(config, speculation=None)

@@ -17,6 +17,7 @@ from quire.core.engine.restarts import EngineRestarter
 from quire.core.engine.step_health import StepHealth
 from quire.core.errors import RequestFailedError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
+from quire.core.ops.implementations import TorchOperations
 from quire.core.stats import StepFailure
 from quire.core.worker.uniproc_executor import UniprocExecutor
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
@@ -32,6 +33,15 @@ class FailingAttention(TorchSDPABackend):
         if len(q) == TRIGGER:
             raise RuntimeError("the secret is 4711")
         super().run(layer, q, *args, **options)
+
+
+class FailingOperation(TorchOperations):
+    """Fails for prompts of one length."""
+
+    def silu_and_mul(self, gate_up: Any, output_format: Any) -> Any:
+        if len(gate_up) == TRIGGER:
+            raise RuntimeError("the secret is 4711")
+        return super().silu_and_mul(gate_up, output_format)
 
 
 class FailingExecutor(UniprocExecutor):
@@ -66,23 +76,32 @@ def test_the_plugin_is_named_and_the_exception_kept_for_the_log(
         llm.shutdown()
 
 
-def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(tiny: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("attention", {"attention_backend": FailingAttention}),
+        ("op", {"op": {"silu_and_mul": FailingOperation, "rms_norm": "torch"}}),
+    ],
+)
+def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(
+    tiny: Path, kind: str, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> str:
-        llm = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256, attention_backend=FailingAttention)
+        llm = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256, **arguments)
         try:
             await llm.start()
             for _ in range(3):
                 assert llm.step_health.describe_failures() is None
-                with pytest.raises(RequestFailedError, match="failed in attention/"):
+                with pytest.raises(RequestFailedError, match=f"failed in {kind}/"):
                     async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS):
                         pass
-            assert "the last 3 steps failed, in attention/" in str(llm.step_health.describe_failures())
+            assert f"the last 3 steps failed, in {kind}/" in str(llm.step_health.describe_failures())
             async for _ in llm.generate({"prompt_token_ids": [5] * 9}, PARAMS):
                 pass
             assert llm.step_health.describe_failures() is None
             # Eight in a row: it is replaced, and the same request is served.
             for _ in range(8):
-                with pytest.raises(RequestFailedError, match="failed in attention/"):
+                with pytest.raises(RequestFailedError, match=f"failed in {kind}/"):
                     async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS):
                         pass
             async with asyncio.timeout(90):
@@ -95,7 +114,9 @@ def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(tiny: 
             await llm.shutdown()
 
     text = asyncio.run(run())
-    name = f'kind="attention",model_name="{tiny}",name="{__name__}:FailingAttention"'
+    plugin = f"{__name__}:{'FailingAttention' if kind == 'attention' else 'FailingOperation'}"
+    assert f"{kind}/{plugin} is left out; " in caplog.text
+    name = f'kind="{kind}",model_name="{tiny}",name="{plugin}"'
     assert f"quire:step_failures_total{{{name}}} 11.0" in text, "those that brought about another engine are counted"
 
 
