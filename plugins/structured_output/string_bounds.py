@@ -34,6 +34,8 @@ class StringBounds(NamedTuple):
 
     has_min: bool
     has_max: bool
+    by_name: dict[str, tuple[int, int | None]]
+    """The least and greatest length of strings that are the value of a property, where its name alone says them."""
     min_run: int
     """So many characters into a string it is none of the names that the schema lists, of those that it might be."""
 
@@ -44,7 +46,8 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
     if PROBE_CHAR * MIN_PROBE in json.dumps(schema):
         return None
     has_min = has_max = has_open_names = False
-    longest_name = 0
+    is_closed, longest_name = True, 0
+    by_name: dict[str, tuple[int, int | None] | None] = {}
     for _, each in walk_schemas(schema, ""):
         if each.keys() - _KNOWN or not _has_one_meaning(each, schema):
             return None
@@ -52,8 +55,34 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
         has_max = has_max or "maxLength" in each
         names = [*each.get("properties", ()), *each.get("required", ())]
         longest_name = max([longest_name, *map(len, names)])
+        is_closed = is_closed and _is_closed(each)
+        for name, value in each.get("properties", {}).items():
+            lengths = _find_lengths(value)
+            by_name[name] = lengths if by_name.get(name, lengths) == lengths else None
         has_open_names = has_open_names or (bool(names) and each.get("additionalProperties") is not False)
-    return StringBounds(has_min, has_max, longest_name + _NAME_MARGIN if has_open_names else 0)
+    known = {name: lengths for name, lengths in by_name.items() if lengths is not None and is_closed}
+    return StringBounds(has_min, has_max, known, longest_name + _NAME_MARGIN if has_open_names else 0)
+
+
+def _is_closed(schema: dict[str, Any]) -> bool:
+    """Whether no object that matches has a property that is not listed, but for those inside other schemas."""
+    if schema.keys() & {"$ref", "anyOf", "oneOf", "enum", "const"}:
+        return True
+    if schema.get("type") == "object":
+        return schema.get("additionalProperties") is False and True not in schema.get("properties", {}).values()
+    if schema.get("type") == "array":
+        return isinstance(schema.get("items"), dict) and True not in schema.get("prefixItems", ())
+    return schema.get("type") in ("string", "number", "integer", "boolean", "null")
+
+
+def _find_lengths(schema: Any) -> tuple[int, int | None] | None:
+    """The least and greatest length of the strings that match, if nothing but strings does and all of such lengths."""
+    if not isinstance(schema, dict) or schema.get("type") != "string":
+        return None
+    if schema.keys() - _ANNOTATIONS - {"type", "minLength", "maxLength"}:
+        return None
+    most = schema.get("maxLength")
+    return int(schema.get("minLength", 0)), None if most is None else int(most)
 
 
 def _has_one_meaning(schema: dict[str, Any], root: dict[str, Any]) -> bool:

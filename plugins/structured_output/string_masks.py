@@ -8,6 +8,7 @@ characters it lets follow: all masks up to the closing quote are derived from th
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ __all__ = ["StringMasks", "StringTokens"]
 _CHAR = re.compile(r'[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
 _CHARS = re.compile(f"(?:{_CHAR.pattern})*")
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+_IN_VALUE = re.compile(rb'[{,\s]("(?:[^"\\]|\\.)*")\s*:\s*"((?:[^"\\]|\\.)*)$')
+"""An answer's text in a string that is the value of a property: the property's name, and the string so far."""
+_MAX_TAIL = 512
 _MAX_TABLES = 256
 _PROBE_AHEAD = 64
 """Characters that are probed beyond the longest token, so that not every token needs a probe."""
@@ -39,6 +43,7 @@ class StringTokens:
     """
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
         self.num_chars = [0] * vocab_size
         """By which the string grows; 0 for tokens that leave it, or leave it within a character."""
         needed = np.zeros(vocab_size, np.int32)
@@ -75,6 +80,13 @@ class StringTokens:
         self._closing_chars: list[int] = needed[closing].tolist()
         self.max_closing_chars = self._closing_chars[-1] if self._closing else 0
 
+        self.in_value: NDArray[np.int32] | None = None
+        """Those without a closing quote that may come in a property's value; None: they are not known yet."""
+
+    def decode(self, token: int) -> bytes:
+        """The text of a token."""
+        return self._tokenizer.decode_bytes([token])
+
     def find_fitting(self, room: int) -> NDArray[np.int32] | None:
         """The tokens that need at most ``room`` characters, and those that are never inside. None: it is not known."""
         if room >= self.max_needed:
@@ -95,6 +107,7 @@ class StringMasks:
         self._tokens = tokens
         self._bounds = bounds
         self._base: NDArray[np.int32] | None = None  # the mask where there was more room
+        self._tail = b""  # the answer's last text, if that is not in a string that is known
         self._run = 0  # characters of the string so far, or fewer
         self._room = 0  # characters that may follow, or fewer if it is not exact
         self._is_room_exact = False
@@ -115,22 +128,28 @@ class StringMasks:
         """The answer goes on with this token."""
         count = self._tokens.num_chars[token]
         if not count:
-            self.reset()
-            return
-        self._run += count
-        self._room = max(self._room - count, 0)
-        if self._missing is not None:
-            self._missing = max(self._missing - count, 0)
+            if self._base is not None:
+                self.reset()
+            self._run = 0
+        else:
+            self._run += count
+            self._room = max(self._room - count, 0)
+            if self._missing is not None:
+                self._missing = max(self._missing - count, 0)
+        if self._base is None and self._bounds.by_name:
+            self._tail = (self._tail + self._tokens.decode(token))[-_MAX_TAIL:]
 
     def reset(self) -> None:
         """The answer is where nothing is known."""
         self._base = None
+        self._tail = b""
         self._run = 0
 
     def write_mask(self, mask: NDArray[np.int32]) -> bool:
         """Write the mask for the next token. False if it is not known."""
-        if self._base is None:
+        if self._base is None and not self._enter_string():
             return False
+        assert self._base is not None
         tokens = self._tokens
         if not self._is_room_exact and self._room < tokens.max_needed:
             self._probe_room()
@@ -157,20 +176,54 @@ class StringMasks:
         tokens, bounds = self._tokens, self._bounds
         if self._base is not None or self._run < bounds.min_run or not _is_set(mask, tokens.probe):
             return
-        self._probe_room()
+        is_value = self._read_lengths()
+        if not is_value:
+            self._missing = None
+            self._probe_room()
         fitting = tokens.find_fitting(self._room)
         if self._room < MIN_PROBE or fitting is None or (mask & tokens.outside).any():
             return
         if not np.array_equal(mask & tokens.plain, fitting & tokens.plain):
             return
-        self._missing = None
-        self._base = mask.copy()
-        if not _is_set(mask, tokens.quote):
-            if not bounds.has_min:
-                self._base = None
+        may_close = _is_set(mask, tokens.quote)
+        if may_close:
+            if self._missing:
                 return
+            self._missing = None
+        elif not bounds.has_min:
+            return
+        elif self._missing is None:
             self._probe_missing()
-            self._base &= tokens.without_closing
+        self._base = mask.copy() if may_close else mask & tokens.without_closing
+        self._tail = b""
+        if tokens.in_value is None and is_value and self._room >= tokens.max_needed:
+            tokens.in_value = mask & tokens.without_closing
+
+    def _enter_string(self) -> bool:
+        """Whether the answer is in the value of a property that cannot end yet: then nothing is to be learned."""
+        if self._tokens.in_value is None or not self._read_lengths():
+            return False
+        if not self._missing or self._may_close_after(0):
+            return False
+        self._base = self._tokens.in_value
+        self._tail = b""
+        return True
+
+    def _read_lengths(self) -> bool:
+        """Find the room, and what is missing, by the name of the property whose value the string is."""
+        match = _IN_VALUE.search(self._tail)
+        if match is None:
+            return False
+        lengths = self._bounds.by_name.get(_decode_name(match[1]))
+        written = _count_chars(match[2])
+        if lengths is None or written is None or written[1:] != ("", False) or b"\\u" in match[2]:
+            return False
+        if self._matcher.validate_tokens([self._tokens.probe] * MIN_PROBE) < MIN_PROBE:
+            return False  # it is no string, or it ends soon
+        least, most = lengths
+        self._room, self._is_room_exact = _UNLIMITED if most is None else most - written[0], True
+        self._missing, self._is_missing_exact = max(least - written[0], 0), True
+        return True
 
     def _probe_room(self) -> None:
         limit = self._tokens.max_needed + _PROBE_AHEAD if self._bounds.has_max else MIN_PROBE
@@ -214,6 +267,13 @@ def _count_chars(data: bytes) -> tuple[int, str, bool] | None:
     if not tail_is_valid or (rest and (is_cut or not _CUT_ESCAPE.fullmatch(rest))):
         return None
     return count, "", is_cut or bool(rest)
+
+
+def _decode_name(text: bytes) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return ""
 
 
 def _is_set(mask: NDArray[np.int32], token: int) -> bool:
