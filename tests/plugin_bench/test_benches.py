@@ -175,26 +175,32 @@ def test_proposers_are_scored_on_a_text(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="times a card that other tests use: run it alone")
 def test_a_slowdown_of_five_percent_is_found_in_attention_and_the_scripts_agree():
-    """On a GPU: a backend that spins for 5 % of its time, and ``benchmarks/kernels/attention.py``'s own time."""
+    """On a GPU: a backend that spins now and then. How much that is, and how long the bundled one takes, says the timer
+    that ``benchmarks/kernels/attention.py`` uses."""
     from quire.server.plugin_bench.attention_step import MemoryPool
     from quire.server.plugin_bench.timer import time_graph
 
     triton = load("attention", "triton")
 
     class Slowed(triton):
-        """Some 4 of 115 microseconds more for a layer."""
+        """A few of some 120 microseconds more for a layer."""
 
         def run(self, layer, q, kv, out, **rest):
             super().run(layer, q, kv, out, **rest)
             if layer % 4 == 3:
-                torch.cuda._sleep(12_000)  # clock cycles; the launch costs as much again
+                torch.cuda._sleep(3_000)  # clock cycles; the launch costs more
 
     cuda = torch.device("cuda")
     bench = AttentionBench(cuda)
     case = next(case for case in bench.list_cases(triton) if case.name == "decode 32 x 4096")
     _, plain = measure_case(bench, case, {"slowed": Slowed, "triton": triton}, num_rounds=15)
-    assert plain.ratio.differs and 1.02 < plain.ratio.median < 1.08
     pool = MemoryPool(8 << 30, cuda)
-    step = pool.make_step(bench.spec, case.parameters.query_lens, case.parameters.seq_lens, triton)
-    alone = 1e6 * time_graph(step.run, step.num_layers)
+
+    def time_alone(backend):
+        step = pool.make_step(bench.spec, case.parameters.query_lens, case.parameters.seq_lens, backend)
+        return 1e6 * time_graph(step.run, step.num_layers)
+
+    alone, slowed = time_alone(triton), time_alone(Slowed)
+    assert 1.02 < slowed / alone < 1.15
+    assert plain.ratio.differs and abs(plain.ratio.median - slowed / alone) < 0.02
     assert abs(plain.microseconds / alone - 1) < 0.03
