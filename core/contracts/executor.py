@@ -49,8 +49,9 @@ class KVCapacity:
 class Executor(ABC):
     """Runs steps on one or more workers, in the order in which they are given.
 
-    At most two steps are in flight: launched, and their results not yet read. The second may be launched before the
-    first has sampled its tokens, which the worker then reads from its own request table.
+    At most ``ParallelConfig.max_in_flight_steps`` are in flight: launched, and their results not yet read. That is two
+    without stages: the second may be launched before the first has sampled its tokens, which the worker then reads from
+    its own request table.
     """
 
     def __init__(self, config: EngineConfig, options: Any = None) -> None:

@@ -314,6 +314,8 @@ def _build_recording_config(args: EngineArgs) -> RecordingConfig | None:
         if args.record_prompts:
             raise ConfigError("record_prompts has nothing to add to: name a file with --record FILE")
         return None
+    if args.pipeline_parallel_size > 1:
+        raise ConfigError("record is not supported beside pipeline_parallel_size yet: a replay has one stage")
     from quire.core.traces.recorder import choose_recording_path
 
     choose_recording_path(args.record)  # raises where none can be written

@@ -42,7 +42,6 @@ from quire.core.traces.recorder import TraceRecorder, start_recorder
 __all__ = ["EngineCore"]
 
 _log = logging.getLogger("quire.engine")
-_MAX_IN_FLIGHT_STEPS = 2  # one runs on the device, the next is queued behind it
 _STATS_INTERVAL_NS = 100_000_000
 _FATAL_CUDA_ERRORS = frozenset((214, 220, 226, 700, 702, 710, *range(714, 721)))
 """``error_code`` of ``torch.AcceleratorError``, by ``cudaError_t``: ECC and NVLink errors, illegal accesses, assertions
@@ -53,7 +52,7 @@ class EngineCore:
     """Owns scheduler and executor. Single-threaded: all methods are called by the thread that calls ``step``.
 
     Asynchronous: step N + 1 is scheduled and launched before the tokens of step N are read. A stop is therefore found
-    one step late, and the one token sampled after it is dropped.
+    one step late, and the one token sampled after it is dropped. With several stages a step runs on each.
     """
 
     def __init__(
@@ -61,6 +60,8 @@ class EngineCore:
     ) -> None:
         """``policy``, ``executor``: objects to use in place of new ones of the classes that ``config`` names."""
         self.config, self._given_policy = config, policy
+        self._num_stages = config.parallel.pipeline_parallel_size
+        self._max_in_flight = config.parallel.max_in_flight_steps
         self.executor = executor or make_executor(config)
         # First: its backend reads the tokenizer in a thread, while the workers load the model.
         self._structured_outputs = StructuredOutputManager(config, self.executor.allocate_mask_block)
@@ -68,7 +69,7 @@ class EngineCore:
         self._quarantined: list[QuarantinedPlugin] = []  # on the workers, and the allocator
         self._recorder: TraceRecorder | None = None
         try:
-            self._recorder = start_recorder(config, self.capacity, _MAX_IN_FLIGHT_STEPS)
+            self._recorder = start_recorder(config, self.capacity, self._max_in_flight)
             self.scheduler = self._build_scheduler()
         except BaseException:
             self.executor.shutdown()
@@ -181,8 +182,8 @@ class EngineCore:
                     self._launch_step(step, start)
             elif self._recorder is not None:
                 self._recorder.record_no_step()
-        # A second step is launched before the first is waited for: the device never runs dry between two steps.
-        if self._in_flight and not (launched and len(self._in_flight) < _MAX_IN_FLIGHT_STEPS):
+        # Another step is launched before the oldest is waited for: no device runs dry between two steps.
+        if self._in_flight and not (launched and len(self._in_flight) < self._max_in_flight):
             outputs = self._finish_step()
         elif not self._in_flight and not self._rejected_outputs and not launched:
             time.sleep(0.001)  # the policy scheduled nothing though requests wait: do not spin
@@ -234,7 +235,7 @@ class EngineCore:
         """Whether another step may be launched. None is behind one that could not be: it would hold rows of which the
         workers know nothing yet, and be written where their last requests had blocks."""
         in_flight = self._in_flight
-        has_room = len(in_flight) < _MAX_IN_FLIGHT_STEPS
+        has_room = len(in_flight) < self._max_in_flight
         return has_room and not (in_flight and isinstance(in_flight[-1].future, FailedStep))
 
     def _launch_step(self, step: SchedulerOutput, start: int) -> None:
@@ -251,8 +252,9 @@ class EngineCore:
     def _launch_with_masks(
         self, step: SchedulerOutput, start: int, failed_grammars: list[EngineCoreOutput]
     ) -> EngineCoreOutputs:
-        """As ``_launch_step``, for a step whose sampling needs masks. While its model runs, the step before is read,
-        whose outputs are returned: grammars advance by its tokens, and the masks follow from them."""
+        """As ``_launch_step``, for a step whose sampling needs masks. While its model runs, the step is read that
+        sampled for its requests last, whose outputs are returned: grammars advance by its tokens, and the masks follow
+        from them. That is the step before, or with several stages the newest that may have (``MicroBatches``)."""
         outputs = EngineCoreOutputs()
         requests = self.scheduler.debug_state().running.requests[step.rows]
         step.return_drafts = step.num_tokens_to_propose > 0
@@ -261,7 +263,7 @@ class EngineCore:
         try:
             self.executor.execute_model(step)
             waited = time.perf_counter_ns()
-            if self._in_flight:
+            if len(self._in_flight) >= self._num_stages:
                 outputs = self._finish_step()
             masks, failed = self._structured_outputs.make_masks(step, requests)
             for request in failed:
@@ -344,6 +346,7 @@ class EngineCore:
             policy_name=config.plugin("policy").name,
             proposer_name=None if config.speculation is None else config.plugin("spec_decode").name,
             max_loras=0 if config.adapters is None else config.adapters.max_loras,
+            num_stages=self._num_stages,
             **self._clocks(),
         )
 

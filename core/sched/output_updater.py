@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +82,11 @@ class OutputUpdater:
         finish_request: Callable[[Request, FinishReason, int | str | None], None],
         unpark_request: Callable[[Request], None],
         speculation: Speculation | None = None,
+        in_flight: Collection[InFlightStep] = (),
     ) -> None:
+        """``in_flight``: the steps behind the one that is applied, as the scheduler has them."""
         self._running = running
+        self._in_flight = in_flight
         self._allocator = allocator
         self._finish_request = finish_request
         self._unpark_request = unpark_request
@@ -287,10 +290,14 @@ class OutputUpdater:
         self, in_flight_step: InFlightStep, output: ModelRunnerOutput, is_current: NDArray[np.bool_]
     ) -> None:
         """Keep log-probabilities of prompt chunks until the first token is out. A preempted request computes its prompt
-        again, so those of a chunk count only if it still runs, or if the chunk was the last."""
+        again, so those of a chunk count only if it still runs, or if the last chunk was computed, or is in flight."""
         for i, logprobs in output.prompt_logprobs.items():
             request: Request = in_flight_step.requests[i]
-            if request.prompt_logprobs is not None and (is_current[i] or in_flight_step.step.sampling_mask[i]):
+            if request.prompt_logprobs is None:
+                continue
+            steps = (in_flight_step, *self._in_flight)
+            generation = in_flight_step.generations[i]
+            if is_current[i] or any((generation == s.generations[s.step.sampling_mask]).any() for s in steps):
                 request.prompt_logprobs += _split_positions(logprobs)
 
 

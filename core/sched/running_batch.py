@@ -131,7 +131,8 @@ class GatheredColumns(RequestColumns):
         return len(self._index)
 
     def clear_remaining(self, mask: NDArray[np.bool_]) -> None:
-        """Show the requests of ``mask`` as having nothing left to compute: they are served in this step already."""
+        """Show the requests of ``mask`` as having nothing left to compute: they are served in this step already, or
+        left to others."""
         self.num_remaining_tokens = np.where(mask, 0, self.num_remaining_tokens)
         self.num_remaining_tokens.flags.writeable = False
 
@@ -186,6 +187,8 @@ class RunningBatch(StateColumns):
         """Tokens whose KV was computed by steps whose output is in: what the prefix cache may hold."""
         self.num_device_drafts = np.zeros(max_num_seqs, np.int64)
         """Drafts that the device holds for the next step, at most."""
+        self.is_held = np.zeros(max_num_seqs, bool)
+        """Rows that the step being built leaves to others, which run at the same time: see ``MicroBatches``."""
         self.generations = np.zeros(max_num_seqs, np.int64)
         """A number that is new for every request that takes the row; 0 while the row is free. A step in flight
         compares it to tell whether its rows still belong to the requests that it was scheduled for."""
@@ -264,16 +267,18 @@ class RunningBatch(StateColumns):
         return (num_tokens // self._block_size + 1) * self._block_size
 
     def count_runnable(self) -> int:
-        """Requests that have tokens to compute, those of the step that is being built included."""
-        rows = self.rows
+        """Requests that have tokens to compute in the step that is being built, those it serves already included."""
+        rows = self.rows[~self.is_held[self.rows]]
         known = np.minimum(self.num_tokens[rows], self.max_computed_tokens[rows])
         return int(np.count_nonzero(known > self.num_computed_tokens[rows]))
 
     def view_columns(self, scheduled_rows: NDArray[np.int64]) -> RequestColumns:
-        """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``."""
+        """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``, and for those
+        that are held."""
         columns = GatheredColumns(self, self.rows, self._block_size)
-        if len(scheduled_rows):
-            columns.clear_remaining(np.isin(self.rows, scheduled_rows))
+        is_held = self.is_held[self.rows]
+        if len(scheduled_rows) or is_held.any():
+            columns.clear_remaining(np.isin(self.rows, scheduled_rows) | is_held)
         return columns
 
     def get_request(self, row: int) -> Request:

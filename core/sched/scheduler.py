@@ -4,6 +4,7 @@ One step, in the order and with the names of the code below::
 
     schedule() -> SchedulerOutput
         batch = ScheduledBatch(token_budget)                  # scheduled_batch.py: the step being built
+        MicroBatches.hold_rows()                              # micro_batches.py: rows left to steps on other stages
         Speculation.plan_drafts()                             # speculation.py: budget reserved for drafts
         _fill_batch(batch), until no budget, no blocks or no requests are left:
             plan = PolicyRunner.make_plan(batch, ...)         # policy_runner.py
@@ -57,14 +58,14 @@ from quire.core.request import Request, RequestStatus
 from quire.core.sched.adapter_slots import AdapterSlots
 from quire.core.sched.batch_builder import BatchBuilder
 from quire.core.sched.debug_state import SchedulerDebugState
-from quire.core.sched.draft_length import DraftLengthTuner
 from quire.core.sched.kv_guard import AllocatorError
 from quire.core.sched.limits import RequestLimits, TokenBudget
+from quire.core.sched.micro_batches import MicroBatches
 from quire.core.sched.output_updater import InFlightStep, OutputUpdater
 from quire.core.sched.policy_runner import PolicyRunner
 from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduled_batch import ScheduledBatch
-from quire.core.sched.speculation import Speculation
+from quire.core.sched.speculation import make_speculation
 from quire.core.sched.waiting_queue import ForkGroups, WaitingQueue
 from quire.core.stats import QuarantinedPlugin
 
@@ -98,6 +99,7 @@ class Scheduler:
         policy_name: str | None = None,
         proposer_name: str | None = None,
         max_loras: int = 0,
+        num_stages: int = 1,
         on_end: Callable[[Request], None] | None = None,
     ) -> None:
         num_speculative_tokens = 0 if speculation is None else speculation.num_speculative_tokens
@@ -136,16 +138,12 @@ class Scheduler:
                 self.end_with_error(request, error, "deadline_unmeetable")
             ),
         )
-        self._speculation: Speculation | None = None
-        if speculation is not None:
-            tuner = DraftLengthTuner(
-                num_speculative_tokens, config.max_num_seqs, speculation.adaptive, on_device=proposer is None
-            )
-            self._speculation = Speculation(
-                speculation, self._running, tuner, self.quarantined.append, proposer, proposer_name
-            )
+        self._speculation = make_speculation(
+            speculation, self._running, num_stages, self.quarantined.append, proposer, proposer_name
+        )
+        unpark_request = self._waiting.unpark_request
         self._output_updater = OutputUpdater(
-            self._running, allocator, self._finish_request, self._waiting.unpark_request, self._speculation
+            self._running, allocator, self._finish_request, unpark_request, self._speculation, self.in_flight
         )
         self.adapter_slots: AdapterSlots | None = None
         """Where there are adapters, which of them have slots."""
@@ -153,6 +151,7 @@ class Scheduler:
             self.adapter_slots = AdapterSlots(
                 max_loras, self._waiting, self.in_flight, self.policy_runner.log, clock=clock
             )
+        self._micro_batches = MicroBatches(num_stages, self._running, self.in_flight)
         self._batch_builder = BatchBuilder(
             self._running,
             self._waiting,
@@ -199,6 +198,7 @@ class Scheduler:
         """The next step, or None if nothing can run before the output of a step in flight is in (or at all)."""
         while True:
             batch = ScheduledBatch(self._token_budget.num_tokens)
+            self._micro_batches.hold_rows()
             if self._speculation is not None:
                 draft_budget = self._token_budget.limit_drafts(self._waiting.num_ready)
                 batch.reserved_draft_budget = self._speculation.plan_drafts(draft_budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,11 @@ from quire.core.contracts.spec_decode import HostProposer
 from quire.core.messages import HostDraft, SchedulerOutput
 from quire.core.plugin.quarantine import Quarantine, class_path
 from quire.core.request import Request
+from quire.core.sched.draft_length import DraftLengthSettings, DraftLengthTuner
 from quire.core.sched.running_batch import RunningBatch
 from quire.core.stats import QuarantinedPlugin
 
-if TYPE_CHECKING:
-    from quire.core.sched.draft_length import DraftLengthTuner
-
-__all__ = ["Speculation"]
+__all__ = ["Speculation", "make_speculation"]
 
 _TIME_LIMIT_S, _MAX_SLOW_CALLS, _HANG_LIMIT_S = 0.05, 3, 5.0
 """A proposer on the host is at fault if drafting for a step takes longer, so many times in a row: no step waits for it
@@ -79,7 +77,7 @@ class Speculation:
         rows = table.rows
         # Decoding: one token is left to compute, and it is a generated one.
         rows = rows[table.num_tokens[rows] - table.num_computed_tokens[rows] == 1]
-        rows = rows[table.num_tokens[rows] > table.prompt_len[rows]]
+        rows = rows[(table.num_tokens[rows] > table.prompt_len[rows]) & ~table.is_held[rows]]
         if self._disabled or not len(rows):
             return 0
         share = min(self.num_speculative_tokens, token_budget // len(rows) - 1)
@@ -209,3 +207,21 @@ class Speculation:
     def _disable_host(self, plugin: QuarantinedPlugin) -> None:
         self._disabled = True
         self._on_quarantine(plugin)
+
+
+def make_speculation(
+    config: SpeculationConfig | None,
+    running: RunningBatch,
+    num_stages: int,
+    on_quarantine: Callable[[QuarantinedPlugin], None],
+    host: HostProposer | None = None,
+    host_name: str | None = None,
+) -> Speculation | None:
+    """Of an engine that keeps a step more in flight than it has stages; None where nothing is drafted."""
+    if config is None:
+        return None
+    settings = DraftLengthSettings(steps_until_committed=num_stages + 1)
+    tuner = DraftLengthTuner(
+        config.num_speculative_tokens, running.max_num_seqs, config.adaptive, on_device=host is None, settings=settings
+    )
+    return Speculation(config, running, tuner, on_quarantine, host, host_name)

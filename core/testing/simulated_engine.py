@@ -59,6 +59,7 @@ class SimulatedEngine:
         step_time_ms: Callable[[SchedulerOutput], float] | None = None,
         max_loras: int = 0,
         staging_turns: int = 0,
+        num_stages: int = 1,
     ) -> None:
         cache = CacheConfig(block_size=allocator.block_size, num_blocks=allocator.num_blocks, watermark=watermark)
         self.allocator = allocator
@@ -73,6 +74,7 @@ class SimulatedEngine:
             speculation=speculation,
             proposer=proposer,
             max_loras=max_loras,
+            num_stages=num_stages,
         )
         self._staging_turns = staging_turns
         self._turns_left: dict[int, int] = {}  # by adapter, until it is in host memory

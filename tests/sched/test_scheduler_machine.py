@@ -55,12 +55,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(POLICIES),
         seed=st.integers(0, 2**32 - 1),
         depth=st.sampled_from([1, 2, 2, 3]),
+        stages=st.sampled_from([1, 1, 1, 2, 3]),
         drafts=st.sampled_from([0, 0, 1, 3, 5]),
         skill=st.sampled_from([0.0, 0.6, 1.0]),
         on_host=st.booleans(),
     )
     def start(
-        self, groups, block_size, spare, caching, rows, budget, watermark, policy, seed, depth, drafts, skill, on_host
+        self,
+        groups,
+        block_size,
+        spare,
+        caching,
+        rows,
+        budget,
+        watermark,
+        policy,
+        seed,
+        depth,
+        stages,
+        drafts,
+        skill,
+        on_host,
     ):
         """The pool holds one request of full length and a little more; without a budget, prompts go whole."""
         self.is_trusted = policy is not Adversary
@@ -74,7 +89,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark=watermark,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB,
-            max_in_flight=depth,
+            max_in_flight=depth if stages == 1 else stages + 1,
+            num_stages=stages,
             speculation=SpeculationConfig(drafts, adaptive=drafts == 5) if drafts else None,
             proposer=OracleProposer(drafts) if on_host else None,
             draft_accuracy=skill,

@@ -56,18 +56,19 @@ def test_tokens_are_those_of_the_whole_model(two: LLM, reference: Any) -> None:
 
 
 def test_rows_of_aborted_requests_are_used_again(two: LLM, reference: Any) -> None:
-    """While their last tokens are still on the way back to the first stage."""
-    engine, finished = two.llm_engine, []
+    """While their last tokens are still on the way back to the first stage, and a step runs on each stage."""
+    engine, finished, num_in_flight = two.llm_engine, [], set()
     for number in range(24):
         engine.add_request(str(number), {"prompt_token_ids": PROMPTS[number % 8]}, GREEDY)
     while engine.has_unfinished_requests():
         outputs = engine.step()
+        num_in_flight.add(len(two.engine_core.scheduler.in_flight))
         finished += [output for output in outputs if output.finished]
         for output in outputs:
             number = int(output.request_id)
             if number % 3 and len(output.outputs[0].token_ids) > number % 5:
                 engine.abort_request(output.request_id)
-    assert len(finished) == 8
+    assert len(finished) == 8 and max(num_in_flight) == 2, "when the oldest of three was finished"
     reference_tokens = two.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY)
     for output in finished:
         assert output.outputs[0].token_ids == reference_tokens[int(output.request_id) % 8].outputs[0].token_ids
