@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from quire.core.engine.plugin_choices import check_names
 from quire.core.engine.process import EngineProcess
 from quire.core.env import vllm_variables
 from quire.server.cli.flags import (
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         EngineProcess(engine_args.device, engine_args.num_workers, engine_args.executor) as process,
     ):
         signals.call_before_exit(process.kill_at_once)
+        check_names(engine_args)
         from quire.server.http.serving import serve  # seconds, while the process does the same
 
         return serve(engine_args, settings, process, sockets, signals, args, flag_warnings)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,32 @@ def test_options_reach_the_processors_of_a_running_engine(tiny: Path) -> None:
         assert output.outputs[0].token_ids == [9, 9, 9]
     finally:
         llm.shutdown()
+
+
+REFUSED_EARLY = """
+import sys
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.plugin_choices import check_names
+from quire.core.errors import PluginError
+
+check_names(EngineArgs(model="any", scheduling_policy="sjf", metrics=["none"], op=["rms_norm=torch"]))
+for changes in (
+    {"scheduling_policy": "sjff"}, {"attention_backend": "tritn"}, {"metrics": ["no_such_module:Exporter"]},
+    {"op": ["rms_norm=tritn"]}, {"plugins": ["no-such"]}, {"plugin_options": {"policy": {"x": "1"}}},
+    {"logits_processors": ["no_such.py:Mine"]},
+):
+    try:
+        check_names(EngineArgs(model="any", **changes))
+    except PluginError as error:
+        print(error)
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_misspelt_name_is_refused_before_torch_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED_EARLY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    reasons = ("did you mean sjf", "did you mean triton", "no_such_module", "did you mean triton", "--plugin no-such")
+    assert len(lines) == 7 and all(reason in line for reason, line in zip(reasons, lines, strict=False))
+    assert "takes no options" in lines[5] and "no_such.py" in lines[6]
