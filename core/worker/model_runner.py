@@ -137,10 +137,10 @@ class ModelRunner:
         if self.draft_runner is not None:
             self.draft_runner.capture_graphs(capturer)
 
-    def execute_step(self, step: SchedulerOutput) -> Readback:
+    def execute_step(self, step: SchedulerOutput, masks: TokenMasks | None = None) -> Readback:
         """Launch a step. Its tokens are on their way to the host when this returns."""
         self.execute_model(step)
-        return self.sample_tokens()
+        return self.sample_tokens(masks)
 
     @torch.inference_mode()
     def execute_model(self, step: SchedulerOutput) -> None:

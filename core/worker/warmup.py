@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.config import SchedulerConfig
-from quire.core.messages import HostDraft, NewRequest, SchedulerOutput
+from quire.core.messages import HostDraft, NewRequest, SchedulerOutput, TokenMasks
 from quire.core.sampling_params import SamplingParams
 
 __all__ = ["make_largest_step", "make_warmup_steps", "run_warmup"]
@@ -21,18 +21,23 @@ _LOGPROBS = SamplingParams(temperature=0, logprobs=1, prompt_logprobs=1, max_tok
 
 
 def run_warmup(
-    execute_step: Callable[[SchedulerOutput], object],
+    execute_step: Callable[[SchedulerOutput, TokenMasks | None], object],
     config: SchedulerConfig,
     max_model_len: int,
     query_lens: Sequence[int] = (),
     num_adapter_slots: int = 0,
+    masked_vocab_size: int = 0,
 ) -> None:
-    """Launch ``make_warmup_steps``, one after another; where there are slots for adapters, again with adapters."""
+    """Launch ``make_warmup_steps``, one after another; where there are slots for adapters, again with adapters. With
+    ``masked_vocab_size``, that of the logits, also some whose tokens are masked as by grammars."""
     for step in make_warmup_steps(config, max_model_len, query_lens):
-        execute_step(step)
+        execute_step(step, None)
+    if masked_vocab_size:
+        for step in _make_sampling_steps(config, max_model_len, query_lens):
+            execute_step(step, _make_masks(step, masked_vocab_size))
     if num_adapter_slots:
         for step in make_warmup_steps(config, max_model_len, query_lens):
-            execute_step(_use_adapters(step, num_adapter_slots))
+            execute_step(_use_adapters(step, num_adapter_slots), None)
 
 
 def make_largest_step(config: SchedulerConfig, max_model_len: int, num_adapter_slots: int = 0) -> SchedulerOutput:
@@ -61,16 +66,42 @@ def make_warmup_steps(
                 yield _make_step(np.array([tokens], dtype=np.int32), params)
             if config.max_num_seqs > 2 and tokens + 2 <= config.max_num_batched_tokens:
                 yield _make_step(np.array([1, 1, tokens], dtype=np.int32), _RANDOM, num_decodes=2)
+    yield from _make_verifying_steps(max_tokens, config.max_num_seqs, query_lens)
+    for params in (_UNFILTERED, *_PENALIZED, _LOGPROBS):
+        yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
+    yield make_largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long
+
+
+def _make_sampling_steps(
+    config: SchedulerConfig, max_model_len: int, query_lens: Sequence[int]
+) -> Iterator[SchedulerOutput]:
+    """One for each way in which tokens are sampled from changed logits, and one with as many rows as there may be."""
+    max_tokens = min(config.max_num_batched_tokens, max_model_len - 1)
+    yield from _make_verifying_steps(max_tokens, config.max_num_seqs, query_lens)
+    for params in (_GREEDY, _RANDOM, _UNFILTERED):
+        yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
+    yield make_largest_step(config, max_model_len)  # last, as above
+
+
+def _make_verifying_steps(max_tokens: int, max_num_seqs: int, query_lens: Sequence[int]) -> Iterator[SchedulerOutput]:
     for query_len in query_lens:
-        if config.max_num_seqs > 1 and query_len + 17 <= max_tokens:
+        if max_num_seqs > 1 and query_len + 17 <= max_tokens:
             for params in (_GREEDY, _RANDOM):
                 step = _make_step(np.array([query_len, 17], dtype=np.int32), params)
                 step.num_draft_tokens = np.array([query_len - 1, 0], dtype=np.int32)
                 step.host_drafts = [HostDraft(0, query_len, [0])]
                 yield step
-    for params in (_UNFILTERED, *_PENALIZED, _LOGPROBS):
-        yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
-    yield make_largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long
+
+
+def _make_masks(step: SchedulerOutput, vocab_size: int) -> TokenMasks:
+    """Masks for all tokens that are sampled in ``step``, which allow every one."""
+    num_drafts = np.zeros(len(step.rows), np.int32) if step.num_draft_tokens is None else step.num_draft_tokens
+    counts = num_drafts + 1
+    return TokenMasks(
+        request_indices=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        draft_offsets=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+        bits=np.full((int(counts.sum()), -(-vocab_size // 32)), -1, np.int32),
+    )
 
 
 def _use_adapters(step: SchedulerOutput, num_slots: int) -> SchedulerOutput:

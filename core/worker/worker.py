@@ -354,7 +354,9 @@ class Worker:
 
         def launch_all() -> None:
             max_model_len, num_slots = config.model.max_model_len, self._num_adapter_slots
-            run_warmup(runner.execute_step, config.scheduler, max_model_len, query_lens, num_slots)
+            masked_vocab_size = 0 if runner.sampling_runner.token_masks is None else config.model.vocab_size
+            limits = config.scheduler
+            run_warmup(runner.execute_step, limits, max_model_len, query_lens, num_slots, masked_vocab_size)
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
             else:

@@ -14,7 +14,7 @@ from quire import LLM, SamplingParams
 from quire.core.messages import BlockDiff, NewRequest, SchedulerOutput
 from quire.core.worker.cuda_graphs.capture_sizes import choose_verify_query_lens
 from quire.core.worker.uniproc_executor import UniprocExecutor
-from quire.core.worker.warmup import make_largest_step, make_warmup_steps
+from quire.core.worker.warmup import make_largest_step, make_warmup_steps, run_warmup
 
 PROMPT = [5, 80, 7, 99, 41, 12, 3, 8, 60]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -132,3 +132,23 @@ def test_every_step_of_the_warm_up_runs_and_is_within_the_limits(executor: Unipr
         assert step.max_seq_len < max_model_len
         result = executor.execute_step(step).result()
         assert (result.num_sampled_tokens == 1).all()
+
+
+def test_the_warm_up_samples_with_masks_in_every_way(
+    executor: UniprocExecutor, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor.start()
+    runner = executor.worker.model_runner
+    runner.allocate_kv_cache(1)
+    masks, masked = runner.sampling_runner.token_masks, []
+    assert masks is not None
+    apply = masks.apply
+
+    def apply_and_note(logits: torch.Tensor) -> None:
+        apply(logits)
+        masked.append((len(logits), logits.dtype, bool(logits.isfinite().all())))
+
+    monkeypatch.setattr(masks, "apply", apply_and_note)
+    limits, model = llm.config.scheduler, llm.config.model
+    run_warmup(runner.execute_step, limits, model.max_model_len, masked_vocab_size=model.vocab_size)
+    assert masked == [(count, torch.float32, True) for count in (1, 1, 1, limits.max_num_seqs)]
