@@ -30,15 +30,21 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a trigger, one of several
     structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}``; beside them
     ``"free_text": false`` (nothing else), ``"at_least_one": true``, ``"stop_after_first": true`` and
-    ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text).
+    ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text). For calls of tools the engine adds to a
+    structure ``"group": [before, between, behind]`` (several of them in a list), ``"first": true`` (only where the
+    answer begins, and nothing else), ``"arguments"`` and ``"separator"`` (as ``ArgumentFormat`` has them, in place of a
+    schema) or ``"free": true`` (any text), and to the tag ``"excluded"`` and ``"excluded_first"``: what free text does
+    not hold, and does not begin with.
 
     JSON may have white space between its parts, of at most ``whitespace_pattern`` at each place, or of none and the
     separators ``", "`` and ``": "`` with ``disable_any_whitespace``. ``disable_additional_properties`` closes every
     object whose schema says nothing of further properties.
 
-    ``reasoning_end``: free text comes first, up to this text, and the constraint holds for what follows. With
-    ``reasoning_start`` as well, free text comes first only if the answer begins with that. ``backend`` and
-    ``disable_fallback`` are accepted from scripts for vLLM and change nothing: the engine has one backend.
+    ``reasoning_end``: free text comes first, up to this text, or one of several, and the constraint holds for what
+    follows. With ``reasoning_start`` as well, free text comes first only if the answer begins with that.
+    ``reasoning_between`` is what a model then writes before all that follows; with it there may be several pieces of
+    reasoning. What the answer has to match stands behind ``answer_begin``. ``backend`` and ``disable_fallback`` are
+    accepted from scripts for vLLM and change nothing: the engine has one backend.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -50,8 +56,10 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
-    reasoning_start: str | None = None
-    reasoning_end: str | None = None
+    reasoning_start: str | list[str] | None = None
+    reasoning_end: str | list[str] | None = None
+    reasoning_between: str | None = None
+    answer_begin: str | None = None
     backend: str | None = None
     disable_fallback: bool = False
 
@@ -68,16 +76,30 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             self._set(kind, _to_choices(self.choice))
         elif kind == "json_object":
             self._set(kind, True)
-        for name in ("regex", "grammar", "whitespace_pattern", "reasoning_start", "reasoning_end"):
+        for name in ("regex", "grammar", "whitespace_pattern", "reasoning_between", "answer_begin"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
-        if self.reasoning_start is not None and self.reasoning_end is None:
-            raise InvalidRequestError("reasoning_start needs reasoning_end", _PARAM)
+        for name, texts in (("reasoning_start", self.reasoning_starts), ("reasoning_end", self.reasoning_ends)):
+            for text in texts:
+                _check_text(name, text)
+        for name in ("reasoning_start", "reasoning_between"):
+            if getattr(self, name) is not None and not self.reasoning_ends:
+                raise InvalidRequestError(f"{name} needs reasoning_end", _PARAM)
 
     @property
     def kind(self) -> ConstraintKind:
         """Which of the six is given."""
         return next(name for name in _KINDS if getattr(self, name) is not None)
+
+    @property
+    def reasoning_starts(self) -> tuple[str, ...]:
+        """The texts of ``reasoning_start``."""
+        return _list_texts(self.reasoning_start)
+
+    @property
+    def reasoning_ends(self) -> tuple[str, ...]:
+        """The texts of ``reasoning_end``."""
+        return _list_texts(self.reasoning_end)
 
     def load_json(self) -> Any:
         """The schema, or the structural tag, as the value that its text stands for."""
@@ -88,6 +110,10 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
 
 
 _PARAM = "structured_outputs"
+
+
+def _list_texts(value: str | list[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def _to_json_text(name: str, value: Any, close_objects: bool) -> str:

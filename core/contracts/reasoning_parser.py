@@ -19,6 +19,14 @@ class ReasoningParser(ABC):
     dropped: tuple[str, ...] = ()
     """Texts between messages that are part of neither, such as the header of the final channel of gpt-oss."""
 
+    preambles: tuple[str, ...] = ()
+    """Texts that begin a part of the answer that ``end`` ends, such as what gpt-oss says before a call."""
+    between: str = ""
+    """What the family writes before all that follows ``end``, such as the begin of another message."""
+    answer_begin: str = ""
+    """What stands before an answer that is no call, such as the header of the final channel of gpt-oss. It is one of
+    ``dropped``."""
+
     def __init__(self, options: Any = None) -> None:
         self.options = options
 

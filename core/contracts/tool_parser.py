@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quire.core.contracts.tool_parser_text import Reading, TextReader
 
-__all__ = ["CallFormat", "ToolCalls", "ToolParser"]
+__all__ = ["ArgumentFormat", "CallFormat", "ToolCalls", "ToolParser"]
 
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """How a call of one function is written: ``begin``, its arguments as one JSON object, ``end``."""
+    """How a call of one function is written, so that it can be enforced: ``begin``, its arguments, ``end``."""
 
     begin: str
     end: str
     trigger: str
     """The beginning of ``begin`` that no other text of an answer has."""
+    other_begins: tuple[str, ...] = ()
+    """Texts that may stand in place of ``begin``."""
+    group: tuple[str, str, str] | None = None
+    """Where several calls stand in one list: what is before, between and behind them. ``begin`` begins with the first,
+    ``end`` ends with the last."""
+    is_first: bool = False
+    """Whether such calls stand where the answer begins alone. They are one, or one group, and nothing follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentFormat:
+    """How one argument is written where arguments are no JSON object: ``begin``, its value, ``end``."""
+
+    begin: str
+    end: str
+    values: tuple[Mapping[str, Any], ...]
+    """The forms that a value may have. ``{"json": SCHEMA}`` is JSON; ``{"text": SCHEMA}`` a string as it is, whose
+    schema has no other keywords than ``const``, ``enum``, ``minLength``, ``maxLength`` and ``pattern``, between quotes
+    and without escapes if there is also a ``"quote"``."""
+    stop: str = ""
+    """What no text of a value holds: it would end the value."""
+    is_required: bool = True
 
 
 class ToolCalls(Protocol):
@@ -83,7 +105,14 @@ class ToolParser(ABC):
         """The id of the call number ``index`` of an answer, where the text gives none."""
         return f"call_{uuid.uuid4().hex[:24]}"
 
-    def format_call(self, name: str) -> CallFormat | None:
-        """How a call of ``name`` is written, so that it can be enforced; None where that is no JSON between two
-        texts."""
+    argument_separator: str = ""
+    """What stands between two arguments, where ``format_arguments`` says how each is written."""
+
+    def list_call_formats(self, name: str) -> Sequence[CallFormat]:
+        """The forms in which a call of ``name`` is written, so that it can be enforced; none where it cannot."""
+        return ()
+
+    def format_arguments(self, schema: Mapping[str, Any]) -> Sequence[ArgumentFormat] | None:
+        """How each argument of a function with these parameters is written, in their order; None where all are one
+        JSON object. Raises UnsupportedError, which names the keyword, for what cannot be enforced in this syntax."""
         return None

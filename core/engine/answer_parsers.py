@@ -11,7 +11,7 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.reasoning_parser import ReasoningParser
 from quire.core.contracts.tool_parser import ToolParser
 from quire.core.contracts.tool_parser_text import MalformedCallError
-from quire.core.engine.call_constraints import EnforcedCalls, write_structural_tag
+from quire.core.engine.call_constraints import EnforcedCalls, can_enforce_calls, write_structural_tag
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.tool_use import ToolUse
@@ -99,13 +99,8 @@ class AnswerParsers:
             constraint = _add_calls(constraint, use, tools)
         if constraint is None:
             return params
-        reasoning = self._reasoning if self._reasoning.begin else None
-        if reasoning is not None and constraint.reasoning_end is None:
-            prompt_end = self._find_prompt_end(prompt_token_ids)
-            if not prompt_end.rstrip().endswith(reasoning.end):
-                is_open = self._reasoning_quarantine.call(reasoning.is_reasoning_open, prompt_end)
-                begin = None if is_open else reasoning.begin[0]
-                constraint = replace(constraint, reasoning_start=begin, reasoning_end=reasoning.end[0])
+        if self._reasoning.begin and constraint.reasoning_end is None:
+            constraint = self._leave_reasoning(constraint, self._find_prompt_end(prompt_token_ids))
         return replace(params, structured_outputs=constraint)
 
     def make_parser(self, use: ToolUse, prompt_token_ids: Sequence[int]) -> AnswerParser | None:
@@ -148,9 +143,24 @@ class AnswerParsers:
         if use.choice == "none" or not use.functions:
             return None
         if use.choice == "required":
-            can_enforce = self._has_tools and all(self._tools.format_call(name) for name in use.functions)
-            return self._tools if can_enforce else self._enforced
+            return self._tools if self._has_tools and can_enforce_calls(use, self._tools) else self._enforced
         return self._tools if self._auto_tool_choice and self._has_tools else None
+
+    def _leave_reasoning(self, constraint: StructuredOutputsParams, prompt_end: str) -> StructuredOutputsParams:
+        """The constraint for what follows the reasoning of an answer, whose prompt has this end."""
+        reasoning = self._reasoning
+        answer_begin = reasoning.answer_begin or None
+        if prompt_end.rstrip().endswith(reasoning.end):
+            return replace(constraint, answer_begin=answer_begin)
+        is_open = self._reasoning_quarantine.call(reasoning.is_reasoning_open, prompt_end)
+        begin = () if is_open else (*reasoning.begin, *reasoning.preambles)
+        return replace(
+            constraint,
+            reasoning_start=_join_texts(begin),
+            reasoning_end=_join_texts(reasoning.end),
+            reasoning_between=reasoning.between or None,
+            answer_begin=answer_begin,
+        )
 
     def _find_prompt_end(self, prompt_token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(prompt_token_ids[-_PROMPT_END_TOKENS:])
@@ -158,6 +168,10 @@ class AnswerParsers:
     @property
     def _has_tools(self) -> bool:
         return bool(self._tools.begin or self._tools.begin_first) and self._tools_quarantine.is_active
+
+
+def _join_texts(texts: tuple[str, ...]) -> str | list[str] | None:
+    return list(texts) if len(texts) > 1 else next(iter(texts), None)
 
 
 def _add_calls(

@@ -13,6 +13,7 @@ from quire.core.contracts.reasoning_parser import ReasoningParser
 from quire.core.contracts.tool_parser import ToolParser
 from quire.core.contracts.tool_parser_text import MalformedCallError, Markers, Reading, TextReader
 from quire.core.parsing.events import ArgumentsDelta, ContentDelta, ParserEvent, ReasoningDelta, ToolCallStart
+from quire.core.parsing.parameters import find_parameter
 from quire.core.plugin.quarantine import Quarantine
 
 __all__ = ["AnswerParser"]
@@ -220,6 +221,7 @@ class _CallWriter:
         self._max_calls = max_calls
         self._on_begin = on_begin
         self._is_open = self._has_arguments = self._is_left_out = False
+        self._call_ids: set[str] = set()
         self.count = self.num_begun = 0
 
     def check_name(self, name: str) -> None:
@@ -227,9 +229,7 @@ class _CallWriter:
             raise MalformedCallError
 
     def find_parameter(self, name: str, parameter: str) -> Mapping[str, Any] | None:
-        properties = self._functions[name].get("properties")
-        schema = properties.get(parameter) if isinstance(properties, Mapping) else None
-        return schema if isinstance(schema, Mapping) else None
+        return find_parameter(self._functions[name], parameter)
 
     def begin_call(self, name: str, call_id: str | None = None) -> None:
         self.check_name(name)
@@ -240,7 +240,9 @@ class _CallWriter:
         self._is_left_out = self._max_calls is not None and self.count >= self._max_calls
         if not self._is_left_out:
             assert self._tools is not None
-            call_id = call_id or self._tools.make_call_id(name, self.count)
+            if not call_id or call_id in self._call_ids:
+                call_id = self._tools.make_call_id(name, self.count)
+            self._call_ids.add(call_id)
             self._events.append(ToolCallStart(self.count, call_id, name))
             self.count += 1
 

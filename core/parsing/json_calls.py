@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from quire.core.contracts.tool_parser import CallFormat, ToolCalls, ToolParser
 from quire.core.contracts.tool_parser_text import MalformedCallError, Reading, TextReader
@@ -16,6 +17,8 @@ __all__ = ["HeaderToolParser", "JsonToolParser"]
 _OTHER_KEYS = ("type", "id", "tool_call_id")
 _VALUE_STOPS = (",", "}", "]", "\n", " ", "<")
 _MAX_SCALAR_CHARS = 64
+_MAX_COUNTED = 16
+"""Calls of one answer that may be counted where calls are enforced."""
 
 
 class JsonToolParser(ToolParser):
@@ -30,8 +33,11 @@ class JsonToolParser(ToolParser):
     """Texts that may end the calls, white space before them."""
     name_keys: tuple[str, ...] = ("name", "function")
     arguments_keys: tuple[str, ...] = ("arguments", "parameters")
-    call_format: tuple[str, str] | None = None
-    """What stands before and after the object, or the list of one object, where a call is enforced."""
+    call_formats: tuple[tuple[str, str], ...] = ()
+    """What stands before and after the object, or a list of objects, where a call is enforced. Without a text before
+    it a call stands where the answer begins."""
+    separator: str = ""
+    """What stands between two objects of a list; empty where each call has its own begin and end."""
 
     @property
     def begin(self) -> tuple[str, ...]:
@@ -68,13 +74,20 @@ class JsonToolParser(ToolParser):
                     raise MalformedCallError
                 return
 
-    def format_call(self, name: str) -> CallFormat | None:
-        """As ``call_format`` says."""
-        if self.call_format is None:
-            return None
-        before, after = self.call_format
+    def list_call_formats(self, name: str) -> Sequence[CallFormat]:
+        """As ``call_formats`` says."""
         keys = json.dumps(self.name_keys[0]), json.dumps(name, ensure_ascii=False), json.dumps(self.arguments_keys[0])
-        return CallFormat(f"{before}{{{keys[0]}: {keys[1]}, {keys[2]}: ", "}" + after, self.begin[0])
+        call = f"{{{keys[0]}: {keys[1]}, {keys[2]}: "
+        return [
+            CallFormat(
+                before + call,
+                "}" + after,
+                self.begin[0] if before else "{",
+                group=(before, self.separator, after) if self.separator else None,
+                is_first=not before,
+            )
+            for before, after in self.call_formats
+        ]
 
     def _parse_object(self, text: TextReader, calls: ToolCalls, is_bare: bool) -> Reading[None]:
         if not (yield from text.accept("{")):
@@ -138,8 +151,13 @@ class HeaderToolParser(ToolParser):
     """Texts that may follow the arguments, such as the end of a code fence."""
     hidden_tokens: tuple[str, ...] = ()
     """Other texts of the header that may be special tokens."""
-    call_format: tuple[str, str] | None = None
-    """What stands before and after the arguments where a call is enforced; ``{name}`` is the function's name."""
+    call_formats: tuple[tuple[str, str], ...] = ()
+    """What stands before and after the arguments where a call is enforced; ``{name}`` is the function's name, and
+    ``{index}`` a number that the model counts."""
+    call_separators: tuple[str, ...] = ("",)
+    """What stands between two calls of a group, by form."""
+    calls_end_answer: bool = False
+    """Whether an answer ends with its first call."""
 
     @property
     def begin(self) -> tuple[str, ...]:
@@ -180,12 +198,17 @@ class HeaderToolParser(ToolParser):
         yield from text.accept(*self.call_end)
         calls.end_call()
 
-    def format_call(self, name: str) -> CallFormat | None:
-        """As ``call_format`` says."""
-        if self.call_format is None:
-            return None
-        before, after = self.call_format
-        return CallFormat(before.format(name=name), after, self.begin[0])
+    def list_call_formats(self, name: str) -> Sequence[CallFormat]:
+        """As ``call_formats`` says."""
+        formats = []
+        for (before, after), separator in zip(self.call_formats, itertools.cycle(self.call_separators), strict=False):
+            named = before.replace("{name}", name)
+            begin, *others = dict.fromkeys(named.replace("{index}", str(index)) for index in range(_MAX_COUNTED))
+            group = None
+            if self.section_begin and self.section_end:
+                group = (self.section_begin[0], separator, self.section_end[0])
+            formats.append(CallFormat(begin, after, self.begin[0], tuple(others), group, self.calls_end_answer))
+        return formats
 
 
 def _read_string(text: TextReader) -> Reading[str]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import keyword
 import re
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quire.core.contracts.tool_parser import ToolCalls, ToolParser
+from quire.core.contracts.tool_parser import ArgumentFormat, CallFormat, ToolCalls, ToolParser
 from quire.core.contracts.tool_parser_text import MalformedCallError, Reading, TextReader
+from quire.core.errors import UnsupportedError
 from quire.core.parsing.balanced import PYTHON_VALUE, copy_balanced
+from quire.core.parsing.parameters import Parameter, list_parameters, list_types
 
 __all__ = ["PythonicToolParser"]
 
@@ -25,6 +30,7 @@ class PythonicToolParser(ToolParser):
 
     end: tuple[str, ...] = ()
     """Texts that may follow the list."""
+    argument_separator = ", "
 
     @property
     def begin(self) -> tuple[str, ...]:
@@ -61,6 +67,40 @@ class PythonicToolParser(ToolParser):
                 raise MalformedCallError
         yield from text.skip_space()
         yield from text.accept(*self.end)
+
+    def list_call_formats(self, name: str) -> Sequence[CallFormat]:
+        """In a list: between ``begin`` and ``end`` where there are any, and alone where the answer may begin so."""
+        formats = []
+        for begin in (*self.begin[:1], *self.begin_first[:1]):
+            before, after = ("[", "]") if begin == "[" else (f"{begin}[", f"]{self.end[0] if self.end else ''}")
+            group = (before, ", ", after)
+            formats.append(CallFormat(f"{before}{name}(", f"){after}", begin, group=group, is_first=begin == "["))
+        return formats
+
+    def format_arguments(self, schema: Mapping[str, Any]) -> Sequence[ArgumentFormat] | None:
+        """Values are JSON, which is Python but for three constants."""
+        formats = []
+        for parameter in list_parameters(schema):
+            if not parameter.name.isidentifier() or keyword.iskeyword(parameter.name):
+                raise UnsupportedError(f"the parameter {parameter.name!r:.60} cannot be written in this syntax")
+            values = tuple(_list_values(parameter))
+            formats.append(ArgumentFormat(f"{parameter.name}=", "", values, is_required=parameter.is_required))
+        return formats
+
+
+def _list_values(parameter: Parameter) -> Iterator[Mapping[str, Any]]:
+    """JSON, but for the constants that are written otherwise in Python, and strings between single quotes too."""
+    for case in parameter.list_cases():
+        kinds = list_types(case)
+        if kinds == {"null"}:
+            yield {"text": {"const": "None"}}
+        elif kinds == {"boolean"} and not case.keys() & {"enum", "const"}:
+            yield {"text": {"enum": ["True", "False"]}}
+        else:
+            yield {"json": case}
+            if kinds == {"string"}:
+                with contextlib.suppress(UnsupportedError):  # JSON alone
+                    yield {"text": parameter.read_text(case), "quote": "'"}
 
 
 def _evaluate_arguments(text: str) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quire.core.contracts.tool_parser import ToolCalls, ToolParser
+from quire.core.contracts.tool_parser import ArgumentFormat, CallFormat, ToolCalls, ToolParser
 from quire.core.contracts.tool_parser_text import MalformedCallError, Markers, Reading, TextReader
+from quire.core.errors import UnsupportedError
+from quire.core.parsing.parameters import Parameter, list_parameters, list_types
 
 __all__ = ["XmlToolParser"]
-
-_MAX_SCHEMA_DEPTH = 16
 
 
 class XmlToolParser(ToolParser):
@@ -37,6 +38,10 @@ class XmlToolParser(ToolParser):
     """Whether a line break after ``value_begin`` and one before ``value_end`` are no part of the value."""
     arguments_end: tuple[str, ...] = ()
     call_end: tuple[str, ...] = ()
+    call_format: tuple[str, str] = ("", "")
+    """What stands before and after the arguments where a call is enforced; ``{name}`` is the function's name."""
+    argument_format: tuple[str, str] = ("", "")
+    """The same for a value; ``{key}`` is the parameter's name."""
 
     @property
     def begin(self) -> tuple[str, ...]:
@@ -81,13 +86,31 @@ class XmlToolParser(ToolParser):
         yield from text.accept(*self.call_end)
         calls.end_call()
 
+    def list_call_formats(self, name: str) -> Sequence[CallFormat]:
+        """As ``call_format`` says."""
+        before, after = self.call_format
+        return [CallFormat(before.replace("{name}", name), after, self.begin[0])] if before else []
+
+    def format_arguments(self, schema: Mapping[str, Any]) -> Sequence[ArgumentFormat] | None:
+        """Strings are written without quotes, all else as JSON."""
+        before, after = self.argument_format
+        formats = []
+        for parameter in list_parameters(schema):
+            if self.key_end in parameter.name or parameter.name != parameter.name.strip():
+                raise UnsupportedError(f"the parameter {parameter.name!r:.60} cannot be written in this syntax")
+            begin = before.replace("{key}", parameter.name)
+            formats.append(
+                ArgumentFormat(begin, after, tuple(_list_values(parameter)), self.value_end, parameter.is_required)
+            )
+        return formats
+
     def _copy_value(self, text: TextReader, calls: ToolCalls, schema: Mapping[str, Any] | None) -> Reading[bool]:
         """Read a value and its end. False: the answer ended first."""
         stops = Markers(self.value_end)
         if self.strips_newlines:
             stops = Markers("\n" + self.value_end, self.value_end)
             yield from text.accept("\n")
-        types = _list_types(schema)
+        types = list_types(schema)
         if types == {"string"}:
             calls.add_arguments('"')
             is_complete = yield from text.copy_until(stops, lambda piece: calls.add_arguments(_escape_json(piece)))
@@ -105,20 +128,25 @@ def _escape_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _list_types(schema: Any, depth: int = 0) -> set[str]:
-    """The types that a schema allows; empty if it does not say. Whatever it is, as clients send it."""
-    if not isinstance(schema, Mapping) or depth > _MAX_SCHEMA_DEPTH:
-        return set()
-    declared = schema.get("type")
-    types = {each for each in (declared if isinstance(declared, list) else [declared]) if isinstance(each, str)}
-    for keyword in ("anyOf", "oneOf"):
-        alternatives = schema.get(keyword)
-        for each in alternatives if isinstance(alternatives, list) else ():
-            types |= _list_types(each, depth + 1)
-    values = schema.get("enum")
-    if not types and values and isinstance(values, list) and all(isinstance(value, str) for value in values):
-        types = {"string"}
-    return types
+def _list_values(parameter: Parameter) -> Iterator[Mapping[str, Any]]:
+    """The forms of a value that ``_convert_value`` reads as one of the parameter's schema."""
+    schema, types = parameter.schema, list_types(parameter.schema)
+    cases = [case for case in parameter.list_cases() if list_types(case) != {"null"}]
+    if types <= {"string"}:
+        yield from ({"text": parameter.read_text(case)} for case in cases)
+        return
+    if types == {"string", "null"}:
+        with contextlib.suppress(UnsupportedError):  # JSON alone
+            texts = [parameter.read_text(case) for case in cases]
+            if {} in texts:  # whatever is written, null too
+                yield {"text": {}}
+                return
+            values = [text.get("enum", [text["const"]] if "const" in text else [0]) for text in texts]
+            if all(_convert_value(str(value), types) == json.dumps(value) for each in values for value in each):
+                yield from ({"text": {"enum": each}} for each in values)
+                yield {"text": {"const": "null"}}
+                return
+    yield {"json": schema}
 
 
 def _convert_value(text: str, types: set[str]) -> str:

@@ -82,13 +82,40 @@ def check_keeps_nothing_of_an_answer(cls: type[ToolParser]) -> None:
 
 
 def check_enforced_calls_are_read(cls: type[ToolParser]) -> None:
-    """What ``format_call`` makes is read as that call, and begins with its trigger."""
+    """What ``list_call_formats`` and ``format_arguments`` make is read as that call, alone and twice in a group, and
+    begins with its trigger."""
     parser = _make_parser(cls)
-    if (form := parser.format_call("get_weather")) is None:
+    if not (forms := parser.list_call_formats("get_weather")):
         raise unittest.SkipTest("calls cannot be enforced")
-    assert form.begin.startswith(form.trigger), f"{form.begin!r} does not begin with {form.trigger!r}"
-    parsed = parse_pieces(parser, None, [form.begin + '{"city": "Rome"}' + form.end])
-    assert parsed == ParsedAnswer(calls=[("get_weather", '{"city": "Rome"}')]), str(parsed)
+    for form in forms:
+        for begin in (form.begin, *form.other_begins):
+            assert begin.startswith(form.trigger), f"{begin!r} does not begin with {form.trigger!r}"
+            text = begin + _write_arguments(parser) + form.end
+            _expect_calls(parser, text, 1)
+            if form.group is not None:
+                before, between, behind = form.group
+                assert begin.startswith(before) and form.end.endswith(behind), f"{text!r} is not in {form.group}"
+                first = text[: len(text) - len(behind)]
+                _expect_calls(parser, first + between + text[len(before) :], 2)
+
+
+def _write_arguments(parser: ToolParser) -> str:
+    """Those of ``get_weather`` for Rome, as the parser's format says."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    formats = parser.format_arguments(schema)
+    if formats is None:
+        return '{"city": "Rome"}'
+    [argument] = formats
+    value = argument.values[-1]
+    written = '"Rome"' if "json" in value else "{0}Rome{0}".format(value.get("quote", ""))
+    return argument.begin + written + argument.end
+
+
+def _expect_calls(parser: ToolParser, text: str, count: int) -> None:
+    parsed = parse_pieces(parser, None, [text])
+    calls = [(name, json.loads(arguments)) for name, arguments in parsed.calls]
+    assert calls == [("get_weather", {"city": "Rome"})] * count, f"{text!r} gives {parsed}"
+    assert not parsed.content, f"of {text!r} is left {parsed.content!r}"
 
 
 def _make_parser(cls: type[ToolParser]) -> ToolParser:

@@ -47,6 +47,9 @@ class HarmonyReasoning(ReasoningParser):
     anywhere = True
     begin = ("<|channel|>analysis<|message|>",)
     end = ("<|end|>",)
+    preambles = ("<|channel|>commentary<|message|>",)
+    between = "<|start|>assistant"
+    answer_begin = "<|channel|>final<|message|>"
     dropped = (
         "<|start|>assistant",
         "<|channel|>final<|message|>",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import string
+from collections.abc import Sequence
 
 from quire.sdk import (
+    CallFormat,
     HeaderToolParser,
     JsonToolParser,
     PythonicToolParser,
@@ -48,7 +50,7 @@ class Hermes(JsonToolParser):
 
     begin = ("<tool_call>",)
     end = ("</tool_call>",)
-    call_format = ("<tool_call>\n", "\n</tool_call>")
+    call_formats = (("<tool_call>\n", "\n</tool_call>"),)
     example = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
@@ -58,7 +60,8 @@ class Llama3Json(JsonToolParser):
     begin = ("<|python_tag|>",)
     begin_first = ("{",)
     arguments_keys = ("parameters", "arguments")
-    call_format = ("<|python_tag|>", "")
+    call_formats = (("", ""), ("<|python_tag|>", ""))
+    separator = "; "
     example = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
 
 
@@ -67,7 +70,8 @@ class Granite(JsonToolParser):
 
     begin = ("<|tool_call|>", "<tool_call>")
     end = ("</tool_call>",)
-    call_format = ("<|tool_call|>[", "]")
+    call_formats = (("<|tool_call|>[", "]"),)
+    separator = ", "
     example = '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
 
 
@@ -77,7 +81,8 @@ class Phi4Mini(JsonToolParser):
 
     begin = ("functools", "<|tool_call|>")
     end = ("<|/tool_call|>",)
-    call_format = ("functools[", "]")
+    call_formats = (("functools[", "]"),)
+    separator = ", "
     example = 'functools[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
 
 
@@ -91,9 +96,11 @@ class Mistral(JsonToolParser):
         call_begin = ("[TOOL_CALLS]",)
         header = r"\s*(?P<name>[\w.\-]+)\s*(?:\[CALL_ID\](?P<id>[\w\-]+))?(?:\[ARGS\])?\s*"
         hidden_tokens = ("[ARGS]", "[CALL_ID]")
+        call_formats = (("[TOOL_CALLS]{name}[ARGS]", ""),)
 
     begin = ("[TOOL_CALLS]",)
-    call_format = ("[TOOL_CALLS][", "]")
+    call_formats = (("[TOOL_CALLS][", "]"),)
+    separator = ", "
     example = '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}}]'
 
     @property
@@ -112,6 +119,10 @@ class Mistral(JsonToolParser):
                 yield from named.parse_call(text, calls)
             yield from text.skip_space()
 
+    def list_call_formats(self, name: str) -> Sequence[CallFormat]:
+        """Both forms."""
+        return (*super().list_call_formats(name), *self.Named().list_call_formats(name))
+
     def make_call_id(self, name: str, index: int) -> str:
         """Nine letters and digits: Mistral's chat templates refuse anything else."""
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
@@ -127,9 +138,16 @@ class DeepSeekV3(HeaderToolParser):
     header = r"\s*(?:function<｜tool▁sep｜>)?(?P<name>[\w.\-]+)\s*(?:<｜tool▁sep｜>|```(?:json)?)\s*"
     hidden_tokens = ("<｜tool▁sep｜>",)
     after_arguments = ("```",)
-    call_format = (
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
-        "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    call_separators = ("\n", "")
+    call_formats = (
+        (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
+            "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
     )
     example = (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
@@ -146,14 +164,20 @@ class KimiK2(HeaderToolParser):
     call_end = ("<|tool_call_end|>",)
     header = r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.\-]+?)(?::\d+)?)\s*<\|tool_call_argument_begin\|>\s*"
     hidden_tokens = ("<|tool_call_argument_begin|>",)
-    call_format = (
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>",
-        "<|tool_call_end|><|tool_calls_section_end|>",
+    call_formats = (
+        (
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>",
+            "<|tool_call_end|><|tool_calls_section_end|>",
+        ),
     )
     example = (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
         '{"city": "Paris"}<|tool_call_end|><|tool_calls_section_end|>'
     )
+
+    def make_call_id(self, name: str, index: int) -> str:
+        """As the model writes it."""
+        return f"functions.{name}:{index}"
 
 
 class Harmony(HeaderToolParser):
@@ -166,7 +190,8 @@ class Harmony(HeaderToolParser):
         r"(?:<\|constrain\|>)?\s*(?:json|code)?\s*<\|message\|>\s*"
     )
     hidden_tokens = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>")
-    call_format = ("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", "<|call|>")
+    call_formats = (("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", "<|call|>"),)
+    calls_end_answer = True
     example = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}<|call|>'
 
 
@@ -180,6 +205,8 @@ class Qwen3Coder(XmlToolParser):
     strips_newlines = True
     arguments_end = ("</function>",)
     call_end = ("</tool_call>",)
+    call_format = ("<tool_call>\n<function={name}>\n", "</function>\n</tool_call>")
+    argument_format = ("<parameter={key}>\n", "\n</parameter>\n")
     example = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
 
 
@@ -191,6 +218,8 @@ class Glm45(XmlToolParser):
     key_begin, key_end = "<arg_key>", "</arg_key>"
     value_begin, value_end = "<arg_value>", "</arg_value>"
     call_end = ("</tool_call>",)
+    call_format = ("<tool_call>{name}\n", "</tool_call>")
+    argument_format = ("<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n")
     example = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
 
 

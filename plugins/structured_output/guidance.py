@@ -20,6 +20,7 @@ from quire.plugins.structured_output.json_schema import name_refused_keyword, pr
 from quire.plugins.structured_output.lark import LarkWriter
 from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds
 from quire.plugins.structured_output.string_masks import StringMasks, StringTokens
+from quire.plugins.structured_output.structural_tag import TagGrammar, check_structural_tag
 from quire.sdk import (
     CompiledGrammar,
     GrammarState,
@@ -66,7 +67,7 @@ class GuidanceBackend(StructuredOutputBackend):
         added = {token["content"]: token["id"] for token in json.loads(tokenizer.tokenizer_json)["added_tokens"]}
         # The library takes more for special than the file does: added tokens that look like tags.
         special_ids = {text: token for text, token in added.items() if self._tokenizer.is_special_token(token)}
-        self._lark = LarkWriter(special_ids)
+        self._lark = LarkWriter(special_ids, tokenizer.eos_token_ids)
         self._string_tokens = StringTokens(self._tokenizer, tokenizer.vocab_size)
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
@@ -79,7 +80,7 @@ class GuidanceBackend(StructuredOutputBackend):
         if params.kind == "json":
             prepare_schema(params.load_json())
         elif params.kind == "structural_tag":
-            LarkWriter.check_structural_tag(params.load_json())
+            check_structural_tag(params.load_json())
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Build the parser, and the first mask, which shows what no answer can match."""
@@ -140,9 +141,8 @@ class GuidanceBackend(StructuredOutputBackend):
         """A grammar in the form that llguidance takes."""
         kind = params.kind
         if kind == "structural_tag":
-            body: dict[str, Any] = {
-                "lark_grammar": self._lark.write_structural_tag(params.load_json(), _json_options(params))
-            }
+            tag = TagGrammar(self._lark, params.load_json(), _json_options(params))
+            body: dict[str, Any] = {"lark_grammar": tag.write(params.answer_begin or "")}
         elif kind == "grammar":
             body = {"lark_grammar": llguidance.gbnf_to_lark.any_to_lark(str(params.grammar))}
         elif kind == "choice":
@@ -153,8 +153,10 @@ class GuidanceBackend(StructuredOutputBackend):
             schema = {"type": "object"} if kind == "json_object" else prepare_schema(params.load_json())
             body = {"json_schema": {**schema, "x-guidance": _json_options(params)}}
         grammars = [{"name": "answer", **body}]
-        if params.reasoning_end is not None:
-            lark = self._lark.write_reasoning(params.reasoning_start, params.reasoning_end, "answer")
+        answer_begin = "" if kind == "structural_tag" else params.answer_begin or ""
+        if params.reasoning_end is not None or answer_begin:
+            starts, ends = params.reasoning_starts, params.reasoning_ends
+            lark = self._lark.write_reasoning(starts, ends, params.reasoning_between or "", answer_begin, "answer")
             grammars.insert(0, {"name": "reasoning", "lark_grammar": lark})
         return json.dumps({"grammars": grammars})
 

@@ -1,112 +1,131 @@
-"""Grammars in llguidance's Lark: free text with structural tags in it, and reasoning before an answer."""
+"""Grammars in llguidance's Lark: texts with special tokens in them, expressions of text, reasoning before an answer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from quire.plugins.structured_output.json_schema import prepare_schema
+from llguidance import regex_to_lark
+
 from quire.sdk import InvalidRequestError
 
-__all__ = ["LarkWriter"]
+__all__ = ["LarkWriter", "TextRegex"]
 
-_TEXT = r"TEXT: /(.|\n)*/"
-_MAX_STRUCTURES = 512
+_ANY = r"(.|\n)*"
+_BLANKS = r"[\x09-\x0d\x1c-\x20\x85\xa0\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}]*"
+"""What Python takes for white space, as the parsers of answers do."""
+_META = frozenset(r"\.+*?()|[]{}^$/-#&~")
 
 
 class LarkWriter:
     """Writes Lark for one tokenizer, whose special tokens are ``special_ids`` by their text: a text that is one of them
-    is matched as that token, since no text matches a special token."""
+    is matched as that token, since no text matches a special token. ``eos_token_ids`` end answers."""
 
-    def __init__(self, special_ids: Mapping[str, int]) -> None:
-        self._special_ids = special_ids
+    def __init__(self, special_ids: Mapping[str, int], eos_token_ids: Collection[int] = ()) -> None:
+        self.special_ids = special_ids
+        self._eos_token_ids = frozenset(eos_token_ids)
 
-    @staticmethod
-    def check_structural_tag(tag: Any) -> None:
-        """Raise ``InvalidRequestError`` where the tag is not of the form that ``StructuredOutputsParams`` describes."""
-        structures, triggers = tag.get("structures"), tag.get("triggers")
-        if not isinstance(structures, list) or not 0 < len(structures) <= _MAX_STRUCTURES:
-            raise _refuse(f"structures must be a list of 1 to {_MAX_STRUCTURES} objects")
-        if not isinstance(triggers, list) or not triggers or not all(isinstance(t, str) and t for t in triggers):
-            raise _refuse("triggers must be a list of texts that are not empty")
-        for structure in structures:
-            if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
-                raise _refuse("every structure must be an object with a text 'begin'")
-            if not isinstance(structure.get("end", ""), str):
-                raise _refuse("'end' of a structure must be a text")
-            if not any(structure["begin"].startswith(trigger) for trigger in triggers):
-                raise _refuse(f"no trigger begins {structure['begin']!r:.60}")
-            if not isinstance(structure.get("schema", {}), dict | bool):
-                raise _refuse("'schema' of a structure must be a JSON schema")
-            prepare_schema(structure.get("schema", {}))
-        if "answer" in tag:
-            if not isinstance(tag["answer"], dict | bool):
-                raise _refuse("'answer' must be a JSON schema")
-            prepare_schema(tag["answer"])
-
-    def write_structural_tag(self, tag: Any, json_options: dict[str, Any]) -> str:
-        """Free text, in which after a trigger one of the structures that begin with it follows; or the structures
-        alone, or in their place JSON."""
-        self.check_structural_tag(tag)
-        free_text = tag.get("free_text") is not False and "answer" not in tag
-        rules, segments = [_TEXT], []
-        for index, trigger in enumerate(tag["triggers"]):
-            bodies = []
-            for structure in tag["structures"]:
-                # A structure belongs to the first trigger that begins it.
-                first = next(t for t in tag["triggers"] if structure["begin"].startswith(t))
-                if first == trigger:
-                    schema = {**prepare_schema(structure.get("schema", {})), "x-guidance": json_options}
-                    parts = (self._write_text(structure["begin"][len(trigger) :]), f"%json {json.dumps(schema)}")
-                    bodies.append(" ".join((*parts, self._write_text(structure.get("end", "")))))
-            if not bodies:
-                continue
-            segments.append(f"segment_{index}")
-            rules.append(f"body_{index}: " + " | ".join(bodies))
-            if not free_text:
-                rules.append(f"segment_{index}: {self._write_text(trigger)} body_{index}")
-            elif trigger in self._special_ids:
-                rules.append(f"segment_{index}: TEXT {self._write_text(trigger)} body_{index}")
+    def write_reasoning(
+        self, starts: Sequence[str], ends: Sequence[str], between: str, answer_begin: str, answer: str
+    ) -> str:
+        """Free text up to one of ``ends``, then white space and the grammar called ``answer`` behind ``answer_begin``.
+        With ``starts``, free text comes only behind one of them; with ``between``, which follows each, several times.
+        Without ``ends`` there is no free text."""
+        rules, thoughts = [f"TEXT: {TextRegex()}", r"BLANK: /[ \t\r\n]{0,8}/"], []
+        for index, end in enumerate(ends):
+            if end in self.special_ids:
+                thoughts.append(f"TEXT {self.write_text(end)}")
             else:
-                # Lazy: the text ends at the first trigger, so that none can pass as text.
-                rules += [f"trigger_{index}[lazy]: TEXT {json.dumps(trigger)}"]
-                rules.append(f"segment_{index}: trigger_{index} body_{index}")
-        segment = "(" + " | ".join(segments) + ")"
-        tail = " TEXT" if free_text else ""
-        if tag.get("stop_after_first"):
-            start = segment if tag.get("at_least_one") or not free_text else f"{segment} | TEXT"
-        else:
-            start = f"{segment}{'+' if tag.get('at_least_one') or not free_text else '*'}{tail}"
-        if "answer" in tag:
-            rules.append(f"answer: %json {json.dumps({**prepare_schema(tag['answer']), 'x-guidance': json_options})}")
-            start = f"answer | {start}"
+                rules.append(f"thought_{index}[lazy]: TEXT {json.dumps(end)}")
+                thoughts.append(f"thought_{index}")
+        begin = f"({' | '.join(map(self.write_text, starts))})" if starts else ""
+        reasoning = f"({begin} ({' | '.join(thoughts)}) BLANK {self.write_text(between)})" if ends else ""
+        if reasoning and starts:
+            reasoning += "*" if between else "?"
+        start = " ".join(filter(None, (reasoning, self.write_text(answer_begin), f"@{answer}")))
         return "\n".join(("%llguidance {}", f"start: {start}", *rules, ""))
 
-    def write_reasoning(self, start: str | None, end: str, answer: str) -> str:
-        """Free text up to ``end``, then white space and the grammar called ``answer``. With ``start``, free text comes
-        only behind it."""
-        if end in self._special_ids:
-            rules, thought = [_TEXT], f"TEXT {self._write_text(end)}"
-        else:
-            rules, thought = [_TEXT, f"thought[lazy]: TEXT {json.dumps(end)}"], "thought"
-        begin = "" if start is None else f"{self._write_text(start)} "
-        reasoning = f"({begin}{thought} BLANK)" + ("" if start is None else "?")
-        return "\n".join(("%llguidance {}", f"start: {reasoning} @{answer}", r"BLANK: /[ \t\r\n]{0,8}/", *rules, ""))
-
-    def _write_text(self, text: str) -> str:
+    def write_text(self, text: str) -> str:
         """``text`` as Lark terminals: special tokens in it by their ids, the rest in quotes."""
-        terminals, rest = [], text
-        while rest:
-            found = [(rest.find(name), name) for name in self._special_ids if name and name in rest]
-            position, name = min(found, default=(len(rest), ""))
-            if position:
-                terminals.append(json.dumps(rest[:position]))
-            if name:
-                terminals.append(f"<[{self._special_ids[name]}]>")
-            rest = rest[position + len(name) :]
+        terminals = []
+        while text:
+            plain, special = self._find_special(text)
+            if plain:
+                terminals.append(json.dumps(plain))
+            if special:
+                terminals.append(f"<[{self.special_ids[special]}]>")
+            text = text[len(plain) + len(special) :]
         return " ".join(terminals)
 
+    def write_end(self, text: str) -> str:
+        """The same for a text that may end an answer: a token that does is no part of the grammar."""
+        special = next(
+            (
+                name
+                for name, token in self.special_ids.items()
+                if token in self._eos_token_ids and name and text.endswith(name)
+            ),
+            "",
+        )
+        return self.write_text(text.removesuffix(special))
 
-def _refuse(what: str) -> InvalidRequestError:
-    return InvalidRequestError(f"structural_tag: {what}", "structured_outputs")
+    def split_text(self, text: str) -> tuple[str, str]:
+        """What stands before the first special token, as it is, and the rest as terminals."""
+        plain, _ = self._find_special(text)
+        return plain, self.write_text(text[len(plain) :])
+
+    def write_other_tokens(self, end: str) -> str:
+        """Any special token but those that end answers or are part of ``end``; empty if there is none."""
+        ids = {token for name, token in self.special_ids.items() if name not in end} - self._eos_token_ids
+        return f"<[{','.join(map(str, sorted(ids)))}]>" if ids else ""
+
+    def _find_special(self, text: str) -> tuple[str, str]:
+        """The text before the first special token, and that."""
+        found = [(text.find(name), -len(name), name) for name in self.special_ids if name and name in text]
+        position, _, name = min(found, default=(len(text), 0, ""))
+        return text[:position], name
+
+
+class TextRegex:
+    """A terminal: text without special tokens, of which some is excluded."""
+
+    def __init__(self, *expressions: str) -> None:
+        self._expressions = expressions or (f"/{_ANY}/",)
+
+    @classmethod
+    def from_schema(cls, schema: Mapping[str, Any]) -> TextRegex:
+        """Texts that match ``minLength``, ``maxLength`` and ``pattern``."""
+        expressions = []
+        if schema.keys() & {"minLength", "maxLength"}:
+            expressions.append(f"/(.|\\n){{{int(schema.get('minLength', 0))},{schema.get('maxLength', '')}}}/")
+        if "pattern" in schema:
+            expressions.append(f"/{_write_pattern(str(schema['pattern']))}/")
+        return cls(*expressions)
+
+    def exclude(self, *texts: str) -> TextRegex:
+        """Without those that hold one of ``texts``."""
+        words = "|".join(_escape(text) for text in texts if text)
+        return TextRegex(*self._expressions, f"~/{_ANY}({words}){_ANY}/") if words else self
+
+    def exclude_begins(self, *texts: str) -> TextRegex:
+        """Without those that begin with one of ``texts``, white space aside."""
+        words = "|".join(_escape(text) for text in texts if text)
+        return TextRegex(*self._expressions, f"~/{_BLANKS}({words}){_ANY}/") if words else self
+
+    def __str__(self) -> str:
+        return " & ".join(self._expressions)
+
+
+def _escape(text: str) -> str:
+    return "".join("\\n" if char == "\n" else f"\\{char}" if char in _META else char for char in text)
+
+
+def _write_pattern(pattern: str) -> str:
+    """A pattern of JSON Schema, which may match anywhere, as an expression of the whole text."""
+    is_begun, is_ended = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
+    body = pattern[is_begun : len(pattern) - is_ended]
+    if "|" in body and (is_begun or is_ended) and not (body.startswith("(") and body.endswith(")")):
+        message = f"pattern {pattern!r:.60} has anchors beside alternatives; put the alternatives in brackets"
+        raise InvalidRequestError(f"structural_tag: {message}", "structured_outputs")
+    return f"{'' if is_begun else _ANY}({regex_to_lark(body)}){'' if is_ended else _ANY}"

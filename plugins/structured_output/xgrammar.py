@@ -78,7 +78,7 @@ class XGrammarBackend(StructuredOutputBackend):
     @classmethod
     def validate_params(cls, params: StructuredOutputsParams) -> None:
         """Refuses keywords that are not known to hold, structural tags, reasoning and patterns of white space."""
-        for name in ("structural_tag", "reasoning_end", "whitespace_pattern"):
+        for name in ("structural_tag", "reasoning_end", "answer_begin", "whitespace_pattern"):
             if getattr(params, name) is not None:
                 raise _refuse(name, "the backend xgrammar has no such thing; use llguidance")
         if params.kind == "json":

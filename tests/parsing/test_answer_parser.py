@@ -314,3 +314,35 @@ def test_arguments_are_json():
         '<tool_call><function=get_weather><parameter=city>"q" \\ \t\n\u2028é</parameter></function>', Qwen3Coder()
     )
     assert json.loads(arguments) == {"city": '"q" \\ \t\n\u2028é'}
+
+
+def test_values_are_read_by_the_types_that_references_lead_to():
+    schema = {
+        "type": "object",
+        "properties": {
+            "size": {"$ref": "#/$defs/Size"},
+            "code": {"anyOf": [{"$ref": "#/$defs/Code"}, {"type": "null"}]},
+            "kind": {"const": "7"},
+            "count": {"allOf": [{"type": "integer"}]},
+            "loop": {"$ref": "#/$defs/Loop"},
+        },
+        "$defs": {
+            "Size": {"enum": ["5", "6"]},
+            "Code": {"type": "string"},
+            "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}] * 3},
+        },
+    }
+    values = {"size": "5", "code": "12", "kind": "7", "count": 3, "loop": True}
+    keys = "".join(f"<arg_key>{key}</arg_key><arg_value>{value}</arg_value>" for key, value in values.items())
+    parser = AnswerParser(Glm45(), None, {"f": schema})
+    _, _, [(_, arguments)] = parse(parser, [f"<tool_call>f\n{keys}</tool_call>"])
+    assert json.loads(arguments) == values
+
+
+def test_calls_never_share_an_id():
+    call = "<|tool_call_begin|>functions.get:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    events = AnswerParser(KimiK2(), None, FUNCTIONS).feed(call * 2)
+    assert [event.call_id for event in events if isinstance(event, ToolCallStart)] == [
+        "functions.get:0",
+        "functions.get:1",
+    ]

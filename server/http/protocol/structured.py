@@ -49,7 +49,7 @@ def read_structured_outputs(fields: Mapping[str, Any]) -> StructuredOutputsParam
     return StructuredOutputsParams(**values)
 
 
-_NOT_FROM_CALLERS = {"reasoning_start", "reasoning_end"}
+_NOT_FROM_CALLERS = {"reasoning_start", "reasoning_end", "reasoning_between", "answer_begin"}
 
 
 def _read_response_format(value: Any) -> dict[str, Any] | None:
