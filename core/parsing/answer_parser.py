@@ -51,6 +51,7 @@ class AnswerParser:
         self._skips_space = in_reasoning
         self._has_content = False
         self._has_reasoning = False
+        self._num_sections = 0
         self._markers = self._collect_markers()
         self._running: Reading[None] | None = self._parse_answer()
 
@@ -58,6 +59,11 @@ class AnswerParser:
     def num_calls(self) -> int:
         """Calls that have begun so far."""
         return self._calls.count
+
+    @property
+    def num_sections(self) -> int:
+        """How many times something else than before has begun: reasoning, content behind it, a call."""
+        return self._num_sections
 
     def feed(self, text: str) -> list[ParserEvent]:
         """What ``text`` adds, in order. The end of it may be held back until more comes."""
@@ -177,6 +183,7 @@ class AnswerParser:
 
     def _begin_section(self, has_text: bool) -> None:
         """White space before what begins is none of the text; what follows text of its kind is a new line."""
+        self._num_sections += 1
         self._spaces.clear()
         self._skips_space = True
         if has_text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from quire.core.parsing.events import ArgumentsDelta, ContentDelta, ParserEvent, ReasoningDelta, ToolCallStart
@@ -23,18 +23,19 @@ class ResponseBuilder:
         self._sequence_number = 0
         self._is_open = False
         self._pieces: list[str] = []
+        self._logprobs: list[Any] = []
 
     def start(self) -> Iterator[Event]:
         """The first events."""
         yield self._make_event("response.created", response=self._copy_response())
         yield self._make_event("response.in_progress", response=self._copy_response())
 
-    def add_events(self, events: Iterable[ParserEvent]) -> Iterator[Event]:
-        """What new text adds."""
-        for event in events:
+    def add_events(self, events: Iterable[tuple[ParserEvent, list[Any]]]) -> Iterator[Event]:
+        """What new text adds, with the log-probabilities of its tokens."""
+        for event, logprobs in events:
             match event:
                 case ContentDelta(text=text):
-                    yield from self._add_text("message", text)
+                    yield from self._add_text("message", text, logprobs)
                 case ReasoningDelta(text=text):
                     yield from self._add_text("reasoning", text)
                 case ToolCallStart(call_id=call_id, name=name):
@@ -63,7 +64,9 @@ class ResponseBuilder:
         self.response["error"] = {"code": code, "message": message}
         yield self._make_event("response.failed", response=self._copy_response())
 
-    def _add_text(self, kind: Literal["message", "reasoning"], text: str) -> Iterator[Event]:
+    def _add_text(
+        self, kind: Literal["message", "reasoning"], text: str, logprobs: Sequence[Any] = ()
+    ) -> Iterator[Event]:
         item: dict[str, Any]
         part_type, event_type = {
             "message": ("output_text", "response.output_text"),
@@ -80,12 +83,13 @@ class ResponseBuilder:
             self._output[-1]["content"].append(part)
             yield self._make_item_event("response.content_part.added", content_index=0, part=dict(part))
         self._pieces.append(text)
-        logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
-        yield self._make_item_event(f"{event_type}.delta", content_index=0, delta=text, **logprobs)
+        self._logprobs += logprobs
+        more: dict[str, Any] = {"logprobs": list(logprobs)} if kind == "message" else {}
+        yield self._make_item_event(f"{event_type}.delta", content_index=0, delta=text, **more)
 
     def _open_item(self, item: dict[str, Any]) -> Event:
         self._output.append({**item, "status": "in_progress"})
-        self._is_open, self._pieces = True, []
+        self._is_open, self._pieces, self._logprobs = True, [], []
         added = {**self._output[-1], "content": []} if "content" in item else dict(self._output[-1])
         return self._make_event("response.output_item.added", output_index=len(self._output) - 1, item=added)
 
@@ -102,7 +106,8 @@ class ResponseBuilder:
             [part] = item["content"]
             part["text"] = text
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
-            logprobs: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            logprobs: dict[str, Any] = {"logprobs": self._logprobs} if item["type"] == "message" else {}
+            part |= logprobs
             yield self._make_item_event(f"response.{kind}.done", content_index=0, text=text, **logprobs)
             yield self._make_item_event("response.content_part.done", content_index=0, part=dict(part))
         yield self._make_event("response.output_item.done", output_index=len(self._output) - 1, item=item)

@@ -15,9 +15,14 @@ class TextOffsets:
     adds no text, as special tokens do, where the next text begins."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool, start: int
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        skip_special_tokens: bool,
+        start: int,
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._decoder = make_incremental_decoder(tokenizer, prompt_token_ids, skip_special_tokens)
+        self._decoder = make_incremental_decoder(tokenizer, prompt_token_ids, skip_special_tokens, shown_token_ids)
         self._length = start
 
     def locate(self, token_ids: Iterable[int]) -> list[int]:

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from quire.core.engine.tool_use import ToolUse, read_tool_use
-from quire.core.sampling_params import MAX_LOGPROBS, SamplingParams
-from quire.server.http.errors import ApiError
+from quire.core.sampling_params import SamplingParams
 from quire.server.http.protocol.common import (
     MAX_ITEMS,
     Body,
     GenerationBody,
     Int32,
     UnsupportedField,
+    check_top_logprobs,
     unsupported_error,
 )
 
@@ -101,12 +101,7 @@ class ChatBody(GenerationBody, Conversation):
         self.check_supported()
         if self.add_special_tokens:
             raise unsupported_error("add_special_tokens", "the chat template writes them; leave it out")
-        if self.top_logprobs is not None:
-            if not self.logprobs:
-                raise ApiError(400, "top_logprobs: allowed only with logprobs=true", param="top_logprobs")
-            if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-                message = f"top_logprobs: must be between 0 and {MAX_LOGPROBS}, got {self.top_logprobs}"
-                raise ApiError(400, message, param="top_logprobs")
+        check_top_logprobs(self.top_logprobs, bool(self.logprobs), "logprobs=true")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         limit = limit if limit is not None else defaults.get("max_tokens")
         return self.build_sampling_params(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from quire.core.sampling_params import (
     MAX_BAD_WORDS,
     MAX_LOGPROB_TOKENS,
+    MAX_LOGPROBS,
     MAX_NAMED_TOKENS,
     MAX_STOP_STRINGS,
     SamplingParams,
@@ -27,6 +28,7 @@ __all__ = [
     "StreamOptions",
     "UnsupportedField",
     "check_token_ids",
+    "check_top_logprobs",
 ]
 
 MAX_ITEMS = 4096
@@ -156,6 +158,12 @@ class GenerationBody(Body):
         return _UNSUPPORTED_FIELDS
 
     @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer comes with the log-probabilities of its tokens."""
+        logprobs: int | bool | None = getattr(self, "logprobs", None)
+        return logprobs is not None and logprobs is not False
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -196,8 +204,7 @@ class GenerationBody(Body):
             raise ApiError(400, "stream_options: allowed only with stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise unsupported_error("prompt_logprobs", "not available in a stream; leave stream out")
-        logprobs: int | bool | None = getattr(self, "logprobs", None)
-        if self.logprob_token_ids and (logprobs is None or logprobs is False):
+        if self.logprob_token_ids and not self.wants_logprobs:
             raise ApiError(400, "logprob_token_ids: allowed only with logprobs", param="logprob_token_ids")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOP_STRINGS:
             raise ApiError(400, f"stop: holds {len(self.stop)} strings, the limit is {MAX_STOP_STRINGS}", param="stop")
@@ -222,6 +229,15 @@ _SAMPLING_FIELDS = (
     *("logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
     *("prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
 )
+
+
+def check_top_logprobs(count: int | None, has_logprobs: bool, needed: str) -> None:
+    """Raise ApiError unless ``top_logprobs`` may be ``count``. Without ``needed`` it is 0 at most."""
+    if count and not has_logprobs:
+        raise ApiError(400, f"top_logprobs: allowed only with {needed}", param="top_logprobs")
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        message = f"top_logprobs: must be between 0 and {MAX_LOGPROBS}, got {count}"
+        raise ApiError(400, message, param="top_logprobs")
 
 
 def unsupported_error(param: str, message: str) -> ApiError:

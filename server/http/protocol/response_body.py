@@ -16,23 +16,22 @@ from quire.server.http.protocol.common import (
     GenerationBody,
     Int32,
     UnsupportedField,
+    check_top_logprobs,
     unsupported_error,
 )
 from quire.server.http.protocol.response_input import list_chat_messages, list_chat_tools
 
 __all__ = ["ResponseBody"]
 
-_IN_CHAT = "it belongs to /v1/chat/completions; leave it out"
+LOGPROBS = "message.output_text.logprobs"
 _UNSUPPORTED = (
     UnsupportedField("background", "the answer comes with the request; leave it out", (False,)),
     UnsupportedField("conversation", "conversations are not stored; send the input"),
     UnsupportedField("prompt", "there are no stored prompts; give instructions and input"),
-    UnsupportedField("top_logprobs", "not supported here; use /v1/chat/completions", (0,)),
     UnsupportedField("messages", "give them as input"),
-    UnsupportedField("logprobs", _IN_CHAT, (False,)),
+    UnsupportedField("logprobs", f"give include: [{LOGPROBS!r}]", (False,)),
     UnsupportedField("max_completion_tokens", "give max_output_tokens"),
 )
-_LOGPROBS = "message.output_text.logprobs"
 
 
 class ResponseBody(GenerationBody):
@@ -50,12 +49,18 @@ class ResponseBody(GenerationBody):
     store: bool | None = None
     truncation: str | None = None
     include: list[str] | None = Field(None, max_length=MAX_ITEMS)
+    top_logprobs: Int32 | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
         """Those of completions, and what only OpenAI's own service has."""
         return (*super().unsupported_fields(), *_UNSUPPORTED)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the message comes with the log-probabilities of its tokens."""
+        return LOGPROBS in (self.include or ())
 
     def list_messages(self) -> list[dict[str, Any]]:
         """The input as messages of a chat. Raises InvalidRequestError."""
@@ -82,8 +87,7 @@ class ResponseBody(GenerationBody):
         for name, remedy in (("n", "one answer is given; leave it out"), ("max_tokens", "give max_output_tokens")):
             if getattr(self, name) not in (None, 1 if name == "n" else None):
                 raise unsupported_error(name, remedy)
-        if _LOGPROBS in (self.include or ()):
-            raise unsupported_error("include", f"{_LOGPROBS!r} is not supported; use /v1/chat/completions")
+        check_top_logprobs(self.top_logprobs, self.wants_logprobs, f"include: [{LOGPROBS!r}]")
         if self.truncation not in (None, "auto", "disabled"):
             raise ApiError(400, "truncation: must be 'auto' or 'disabled'", param="truncation")
         if self.response_format is not None:
@@ -92,7 +96,8 @@ class ResponseBody(GenerationBody):
         cut = {"truncate_prompt_tokens": -1} if self.truncation == "auto" else {}
         constraint = _read_format((self.text or {}).get("format"))
         form = {} if constraint is None else {"structured_outputs": constraint}
-        return self.build_sampling_params(defaults, max_tokens=limit, **cut, **form)
+        logprobs = (self.top_logprobs or 0) if self.wants_logprobs else None
+        return self.build_sampling_params(defaults, max_tokens=limit, logprobs=logprobs, **cut, **form)
 
 
 def _read_format(wanted: Any) -> StructuredOutputsParams | None:

@@ -13,20 +13,21 @@ from fastapi import APIRouter, Request, Response
 
 from quire.core.messages import CompletionOutput, RequestOutput
 from quire.core.parsing.answer_parser import AnswerParser
-from quire.core.parsing.events import ContentDelta, ParserEvent
 from quire.server.http.errors import make_error_response
 from quire.server.http.generation import Outputs, collect_outputs, stream_outputs
 from quire.server.http.middleware import get_key
 from quire.server.http.openapi import GENERATION_ERRORS, describe_operation
+from quire.server.http.parsed_text import ParsedText
 from quire.server.http.protocol.answers import DeletedResponse, ResponseAnswer, ResponseEvent
 from quire.server.http.protocol.reading import read_body
 from quire.server.http.protocol.response_body import ResponseBody
 from quire.server.http.protocol.response_input import list_chat_messages
-from quire.server.http.protocol.responses import current_timestamp
+from quire.server.http.protocol.responses import current_timestamp, format_chat_logprobs
 from quire.server.http.response_builder import ResponseBuilder
 from quire.server.http.routes.chat import MAX_TRUNCATED
 from quire.server.http.sse import EventStream, encode
 from quire.server.http.state import ServerState
+from quire.server.http.text_offsets import TextOffsets
 
 __all__ = ["make_router"]
 
@@ -79,13 +80,13 @@ class _Answer:
         self._is_stored = state.responses.is_on and body.store is not False
         fields = _describe_request(body, f"resp_{uuid.uuid4().hex}", model, self._is_stored)
         self.builder = ResponseBuilder(fields)
-        self.parser: AnswerParser | None = None
+        self.text = ParsedText(None, None)
         self._num_output_tokens = 0
 
     def add_output(self, output: RequestOutput, choice: CompletionOutput) -> Iterable[dict[str, Any]]:
         """The events that new text makes; with the last of it the answer is complete."""
         self._num_output_tokens += len(choice.token_ids)
-        yield from self.builder.add_events(_parse_text(self.parser, choice))
+        yield from self.builder.add_events(self.text.add_output(choice, self._format_logprobs(choice)))
         if choice.finish_reason is not None:
             *events, last = self.builder.finish(choice.finish_reason, partial(self._count_usage, output))
             if self._is_stored:
@@ -94,6 +95,22 @@ class _Answer:
                 encoded, conversation = msgspec.json.encode(response), [*self._messages, *answered]
                 self._state.responses.add_response(response["id"], self._owner, encoded, conversation)
             yield from (*events, last)
+
+    def follow_text(self, prompt: list[int], parser: AnswerParser | None, shown: frozenset[int]) -> None:
+        """Read the answer to ``prompt`` with ``parser``, which sees the special tokens ``shown``."""
+        offsets = None
+        if self._body.wants_logprobs:
+            is_skipping = self._body.skip_special_tokens is not False
+            offsets = TextOffsets(self._state.engine.tokenizer, prompt, is_skipping, 0, shown)
+        self.text = ParsedText(parser, offsets)
+
+    def _format_logprobs(self, choice: CompletionOutput) -> list[dict[str, Any]]:
+        if not self._body.wants_logprobs:
+            return []
+        top = self._body.logprob_token_ids or self._body.top_logprobs or 0
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        formatted = format_chat_logprobs(self._state.engine, choice.logprobs or [], top, as_ids)
+        return [] if formatted is None else formatted["content"]
 
     def _count_usage(self, output: RequestOutput, reasoning: str) -> dict[str, Any]:
         num_reasoning_tokens = len(self._state.engine.tokenize(reasoning, False)) if reasoning else 0
@@ -124,8 +141,8 @@ async def _answer(state: ServerState, request: Request) -> Response:
     prompt = await state.run_by_size(size, state.engine.apply_chat_template, **arguments)
     params = parsers.constrain_params(use, prompt, params)
     answer = _Answer(state, request, body, model, messages)
-    answer.parser = parsers.make_parser(use, prompt)
     shown = parsers.find_shown_tokens(use)
+    answer.follow_text(prompt, parsers.make_parser(use, prompt), shown)
     if body.stream:
         outputs = await stream_outputs(state, request, [prompt], params, body, shown)
         return EventStream(_stream_events(outputs, answer))
@@ -151,13 +168,6 @@ def _encode_events(events: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), encode(event)) for event in events)
 
 
-def _parse_text(parser: AnswerParser | None, choice: CompletionOutput) -> list[ParserEvent]:
-    if parser is None:
-        return [ContentDelta(choice.text)] if choice.text else []
-    events = parser.feed(choice.text)
-    return events if choice.finish_reason is None else [*events, *parser.finish()]
-
-
 def _describe_request(body: ResponseBody, response_id: str, model: str, is_stored: bool) -> dict[str, Any]:
     """The fields of a response that say what was asked for."""
     return {
@@ -178,6 +188,7 @@ def _describe_request(body: ResponseBody, response_id: str, model: str, is_store
         "text": body.text or {"format": {"type": "text"}},
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": body.top_p,
         "truncation": body.truncation or "disabled",
         "usage": None,

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import httpx
 import openai
 import pytest
 from pydantic import BaseModel
+
+import quire.core.assets
+from quire.core.engine.incremental_decoder import make_incremental_decoder
+from quire.core.engine.tokenizer import Tokenizer
+from quire.core.messages import CompletionOutput
+from quire.core.parsing.answer_parser import AnswerParser
+from quire.core.parsing.events import ContentDelta
+from quire.plugins.parsers.reasoning import Qwen3
+from quire.plugins.parsers.tool_calls import Hermes
+from quire.server.http.parsed_text import ParsedText
+from quire.server.http.text_offsets import TextOffsets
 
 from ..conftest import RunningServer, check_error, start_server
 
@@ -173,6 +185,61 @@ def test_structured_text(client: openai.OpenAI) -> None:
     assert "x" in json.loads(client.responses.create(**fields, text=form).output_text)
 
 
+@pytest.mark.parametrize("question", [ASK, "What is paged attention?"])
+def test_log_probabilities_of_the_message(client: openai.OpenAI, question: str) -> None:
+    """Those of its tokens, streamed and not; a call has none."""
+    fields = {**FIELDS, "input": question, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    response = client.responses.create(**fields)
+    [item] = response.output
+    events = list(client.responses.create(**fields, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    if item.type == "function_call":
+        assert not deltas
+        return
+    logprobs = item.content[0].logprobs
+    assert "".join(each.token for each in logprobs).strip() == response.output_text
+    assert all(len(each.top_logprobs) == 2 and each.logprob == each.top_logprobs[0].logprob for each in logprobs)
+    assert [each.token for delta in deltas for each in delta.logprobs] == [each.token for each in logprobs]
+    [done] = [event for event in events if event.type == "response.output_text.done"]
+    assert [each.token for each in done.logprobs] == [each.token for each in logprobs]
+    chat = client.chat.completions.create(
+        model="quire-tiny",
+        messages=[{"role": "user", "content": question}],
+        tools=[{"type": "function", "function": {key: WEATHER[key] for key in WEATHER if key != "type"}}],
+        temperature=0,
+        max_tokens=100,
+        logprobs=True,
+    )
+    told = [each.logprob for each in chat.choices[0].logprobs.content]
+    assert [each.logprob for each in logprobs] == pytest.approx(told[: len(logprobs)], abs=1e-4)
+
+
+def test_log_probabilities_beside_reasoning_are_those_of_the_message() -> None:
+    """However many tokens come at once."""
+    tokenizer = Tokenizer(str(Path(quire.core.assets.__path__[0], "quire-tiny")))
+    text = "<think>No.</think>\n\nYes, it is.\n<tool_call>\n{}"
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    names = [tokenizer.decode([token]) for token in token_ids]
+    expected = None
+    for size in (1, 2, 5, len(token_ids)):
+        parser = AnswerParser(Hermes(), Qwen3(), {"f": {}})
+        parsed = ParsedText(parser, TextOffsets(tokenizer, [5], True, 0))
+        content, logprobs, position = "", [], 0
+        decoder = make_incremental_decoder(tokenizer, [5], True)
+        for position in range(0, len(token_ids), size):
+            ids = token_ids[position : position + size]
+            is_last = position + size >= len(token_ids)
+            piece = "".join(map(decoder.decode_token, ids))
+            choice = CompletionOutput(0, piece, ids, finish_reason="stop" if is_last else None)
+            for event, of_event in parsed.add_output(choice, names[position : position + size]):
+                content += event.text if isinstance(event, ContentDelta) else ""
+                logprobs += of_event
+        assert content.startswith("Yes, it is.")
+        assert "".join(logprobs).startswith("\n\nYes, it is.") and "No" not in logprobs
+        expected = expected or logprobs
+        assert logprobs == expected
+
+
 def test_a_call_is_required(client: openai.OpenAI) -> None:
     fields = {**FIELDS, "input": "What is paged attention?", "tool_choice": "required", "parallel_tool_calls": False}
     [call] = client.responses.create(**fields).output
@@ -216,7 +283,9 @@ def test_reasoning_is_an_item(start) -> None:
         ({"n": 2}, "n"),
         ({"max_tokens": 3}, "max_tokens"),
         ({"truncation": "some"}, "truncation"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprob_token_ids": [5]}, "logprob_token_ids"),
         ({"text": {"format": 3}}, "text.format"),
         ({"temperature": 1000}, "temperature"),
         ({"top_logprobs": 3}, "top_logprobs"),
