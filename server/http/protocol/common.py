@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from quire.server.http.errors import ApiError
 from quire.server.http.protocol.structured import STRUCTURED_FIELDS, read_structured_outputs
 
 __all__ = [
+    "FORMAT_FIELDS",
     "MAX_ITEMS",
     "TOKEN_IDS_SCHEMA",
     "Body",
@@ -29,6 +30,7 @@ __all__ = [
     "UnsupportedField",
     "check_token_ids",
     "check_top_logprobs",
+    "list_unknown_fields",
 ]
 
 MAX_ITEMS = 4096
@@ -49,6 +51,18 @@ Real = Annotated[FiniteFloat, BeforeValidator(_refuse_booleans)]
 
 
 TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}}
+
+
+FORMAT_FIELDS = ("name", "description", "schema", "strict")
+"""What is said of a JSON schema that an answer has to match."""
+
+
+def list_unknown_fields(place: str, value: Any, known: Sequence[str]) -> dict[str, list[str]]:
+    """Those of an object at ``place`` that nothing reads, and the known ones beside each."""
+    if not isinstance(value, Mapping):
+        return {}
+    beside = [f"{place}.{name}" for name in known]
+    return {f"{place}.{name}": beside for name, each in value.items() if name not in known and each is not None}
 
 
 def check_token_ids(ids: Any) -> Any:
@@ -174,12 +188,16 @@ class GenerationBody(Body):
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def unknown_fields(self) -> dict[str, list[str]]:
-        """Those of ``stream_options`` too, without those that are refused."""
+        """Those of ``stream_options`` and ``response_format`` too, without those that are refused."""
         refused = {field.name for field in self.unsupported_fields()}
         unknown = {name: known for name, known in super().unknown_fields().items() if name not in refused}
         if self.stream_options is not None:
             for name, known in self.stream_options.unknown_fields().items():
                 unknown[f"stream_options.{name}"] = [f"stream_options.{each}" for each in known]
+        form = self.response_format
+        if form is not None and form.get("type") != "structural_tag":
+            unknown |= list_unknown_fields("response_format", form, ("type", "json_schema"))
+            unknown |= list_unknown_fields("response_format.json_schema", form.get("json_schema"), FORMAT_FIELDS)
         return unknown
 
     def build_sampling_params(self, defaults: Mapping[str, Any], **overrides: Any) -> SamplingParams:

@@ -12,11 +12,13 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.structured_outputs import StructuredOutputsParams
 from quire.server.http.errors import ApiError
 from quire.server.http.protocol.common import (
+    FORMAT_FIELDS,
     MAX_ITEMS,
     GenerationBody,
     Int32,
     UnsupportedField,
     check_top_logprobs,
+    list_unknown_fields,
     unsupported_error,
 )
 from quire.server.http.protocol.response_input import list_chat_messages, list_chat_tools
@@ -56,6 +58,16 @@ class ResponseBody(GenerationBody):
     def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
         """Those of completions, and what only OpenAI's own service has."""
         return (*super().unsupported_fields(), *_UNSUPPORTED)
+
+    def unknown_fields(self) -> dict[str, list[str]]:
+        """Those of ``text`` and ``reasoning`` too."""
+        form = (self.text or {}).get("format")
+        return {
+            **super().unknown_fields(),
+            **list_unknown_fields("text", self.text, ("format",)),
+            **list_unknown_fields("text.format", form, ("type", *FORMAT_FIELDS)),
+            **list_unknown_fields("reasoning", self.reasoning, ("effort",)),
+        }
 
     @property
     def wants_logprobs(self) -> bool:

@@ -268,6 +268,19 @@ def test_a_misspelt_field_is_named_with_the_closest(http: httpx.Client, server: 
     assert "did you mean 'stream_options.include_usage'?" in log
 
 
+def test_nested_fields_are_named_too(http: httpx.Client, server: RunningServer) -> None:
+    schema = {"schema": {"type": "boolean"}, "name": "x", "strictness": 1}
+    form = {"type": "json_schema", "json_schema": schema, "description": "x"}
+    assert http.post(CHAT, json={"messages": [USER], "max_tokens": 9, "response_format": form}).status_code == 200
+    text = {"format": {"type": "text"}, "verbosity": "low"}
+    body = {"input": "x", "max_output_tokens": 1, "text": text, "reasoning": {"effort": None, "sumary": "auto"}}
+    assert http.post("/v1/responses", json=body).status_code == 200
+    log = server.stderr.read_text()
+    for name in ("response_format.json_schema.strictness", "response_format.description", "text.verbosity"):
+        assert f"'{name}' is unknown and was ignored" in log
+    assert "'reasoning.sumary' is unknown and was ignored" in log
+
+
 def test_tools_say_once_that_calls_are_not_parsed(http: httpx.Client, server: RunningServer) -> None:
     tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
     for _ in range(2):
