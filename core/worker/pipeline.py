@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,8 +56,9 @@ class StageLink(ABC):
         """From the last stage to every other; ``packed`` is not written to any more."""
 
     @abstractmethod
-    def receive_tokens(self, buffer: Tensor) -> None:
-        """What the last stage returned, into ``buffer``."""
+    def receive_tokens(self, buffer: Tensor) -> Callable[[], None]:
+        """Begin to take what the last stage returns next into ``buffer``. What is returned here waits for it, on a GPU
+        in its stream."""
 
     @abstractmethod
     def exchange_bytes(self, data: bytes) -> list[bytes]:
@@ -66,15 +67,22 @@ class StageLink(ABC):
 
 @dataclass(slots=True)
 class _SampledStep:
-    """A step whose tokens the last stage has returned, or will."""
+    """A step whose tokens the last stage returns."""
 
     number: int
     rows: NDArray[np.int32]
+    packed: Tensor
+    wait: Callable[[], None]
+    """Until ``packed`` is there."""
 
 
 class PipelineRunner:
     """Does for each step what its stage has to exchange: ``begin_step``, ``receive_hidden_states``,
-    ``send_hidden_states``, ``return_tokens``, in this order; or ``finish_failed_step`` from wherever it stopped."""
+    ``send_hidden_states``, ``return_tokens``, in this order; or ``finish_failed_step`` from wherever it stopped.
+
+    A stage begins to receive the tokens of a step as soon as it has sent the hidden states, whenever it needs them: so
+    no message stays on its way while there is nothing to do.
+    """
 
     def __init__(
         self, link: StageLink, table: RequestTable, hidden_size: int, dtype: torch.dtype, max_draft_tokens: int
@@ -130,9 +138,7 @@ class PipelineRunner:
         needed = int(self._sampled_in[step.rows].max(initial=0))
         while self._sampled and self._sampled[0].number <= max(needed, self._num_steps - 2 * self.stage.size):
             self._place_tokens(self._sampled.popleft())
-        if len(self._rows):
-            self._sampled.append(_SampledStep(self._num_steps, self._rows))
-            self._sampled_in[self._rows] = self._num_steps
+        self._sampled_in[self._rows] = self._num_steps
 
     def receive_hidden_states(self) -> Tensor | None:
         """(num_tokens, hidden) of the stage before; None on the first."""
@@ -160,7 +166,7 @@ class PipelineRunner:
         if self._owes_send:
             self._owes_send = False
             aux = [] if self._aux is None else [self._aux.states[: self._num_tokens]]
-            self._link.send_hidden_states(torch.cat([hidden, *aux], 1))
+            self._send_message(torch.cat([hidden, *aux], 1))
 
     def return_tokens(self) -> None:
         """On the last stage, behind sampling and drafting: tell the others what the table has now."""
@@ -176,10 +182,17 @@ class PipelineRunner:
         if self._owes_send:
             self._owes_send = False
             num_columns = self._hidden_size + (0 if self._aux is None else self._aux.states.shape[1])
-            self._link.send_hidden_states(torch.zeros(self._num_tokens, num_columns, dtype=self._dtype, device=device))
+            self._send_message(torch.zeros(self._num_tokens, num_columns, dtype=self._dtype, device=device))
         if self._owes_tokens:
             self._owes_tokens = False
             self._link.return_tokens(self._make_packed(len(self._rows)))
+
+    def _send_message(self, message: Tensor) -> None:
+        self._link.send_hidden_states(message)
+        if len(self._rows):
+            packed = self._make_packed(len(self._rows))
+            wait = self._link.receive_tokens(packed)
+            self._sampled.append(_SampledStep(self._num_steps, self._rows, packed, wait))
 
     def _make_packed(self, num_rows: int) -> Tensor:
         return torch.zeros(num_rows, _NUM_COUNTS + len(self._window), dtype=torch.int32, device=self._table.device)
@@ -194,9 +207,9 @@ class PipelineRunner:
         return torch.cat((counts, tokens), 1)
 
     def _place_tokens(self, sampled: _SampledStep) -> None:
-        """Receive what a step appended. Rows that have another request since are left alone."""
-        table, packed = self._table, self._make_packed(len(sampled.rows))
-        self._link.receive_tokens(packed)
+        """Take in what a step appended. Rows that have another request since are left alone."""
+        table, packed = self._table, sampled.packed
+        sampled.wait()
         is_current = self._sampled_in[sampled.rows] == sampled.number
         if not is_current.any():
             return

@@ -173,6 +173,8 @@ class RankWorker:
                 forward, backward = (dist.new_group(ranks, timeout=limit) for _ in range(2))
                 if tensor_rank == layout.get_tensor_rank(self._rank):
                     link = ProcessStageLink(layout, self._rank, forward, backward, store, notes)
+        if link is not None:
+            link.connect(device)
         is_one_host = self._place.host_size == self._size
         if device is not None and is_one_host and link is None and config.parallel.all_reduce == "auto":
             kernels = AllReduceKernels.open(self._rank, self._size, None, device)  # not tried beside stages

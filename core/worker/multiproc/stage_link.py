@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -48,16 +50,16 @@ class ProcessStageLink(StageLink):
 
     def receive_hidden_states(self, buffer: Tensor) -> None:
         """On a CPU it waits."""
-        self._receive(buffer, self._chain[self.stage.index - 1], self._forward_group)
+        self._begin_receive(buffer, self._chain[self.stage.index - 1], self._forward_group)()
 
     def return_tokens(self, packed: Tensor) -> None:
         """Asynchronously, one stage after another."""
         for rank in self._chain[:-1]:
             self._send(packed, rank, self._backward_group)
 
-    def receive_tokens(self, buffer: Tensor) -> None:
-        """On a CPU it waits."""
-        self._receive(buffer, self._chain[-1], self._backward_group)
+    def receive_tokens(self, buffer: Tensor) -> Callable[[], None]:
+        """Asynchronously."""
+        return self._begin_receive(buffer, self._chain[-1], self._backward_group)
 
     def exchange_bytes(self, data: bytes) -> list[bytes]:
         """By the store in which the ranks found each other."""
@@ -71,8 +73,24 @@ class ProcessStageLink(StageLink):
         while len(self._sending) > self._max_sending:  # it has arrived long ago
             self._sending.popleft()[0].wait()
 
-    def _receive(self, buffer: Tensor, rank: int, group: Any) -> None:
-        with self._notes:
-            work = dist.irecv(buffer, rank, group=group)
-            assert work is not None, "this rank is in the group"
-            work.wait()  # of a GPU the stream alone
+    def _begin_receive(self, buffer: Tensor, rank: int, group: Any) -> Callable[[], None]:
+        work = dist.irecv(buffer, rank, group=group)
+        assert work is not None, "this rank is in the group"
+
+        def wait() -> None:
+            with self._notes:
+                work.wait()  # on a GPU its stream does
+
+        return wait
+
+    def connect(self, device: torch.device | None) -> None:
+        """Send a first message of each kind: it makes the connections, for which NCCL keeps the host waiting. Every
+        stage calls it."""
+        message = torch.zeros(1, device=device)
+        if not self.stage.is_first:
+            self.receive_hidden_states(message)
+        if self.stage.is_last:
+            self.return_tokens(message)
+        else:
+            self.send_hidden_states(message)
+            self.receive_tokens(torch.zeros(1, device=device))()
