@@ -169,22 +169,22 @@ def _format_package(report: dict[str, Any]) -> str:
 def _format_explanation(report: dict[str, Any]) -> str:
     if "hooks" in report:
         return _format_package(report)
-    rows = [("summary", report.get("summary")), ("class", report["target"]), ("file", report.get("target_file"))]
-    if "dist" in report:
-        status = "active by default" if report["active"] else "not active by default"
-        rows += [
-            ("kind", f"{report['title']}, contract {report['contract']}"),
-            ("from", f"{report['dist']} {report['version']} ({report['file']})"),
-            ("use", report["flag"] or "by the checkpoint's architecture"),
-            ("also", ", ".join(report["aliases"])),
-            ("options", "\n".join(_format_options(report)) or None),
-            ("extra_args", "\n".join(report["arguments"]) or None),
-            ("status", f"{status}: {report['why']}"),
-            ("missing", report["missing"]),
-        ]
-        rows += [(f"not {name}", reason) for name, reason in report["rejected"].items()]
-    else:
-        rows += [("file", report["file"]), ("status", report["why"])]
+    is_registered = "dist" in report
+    status = "active by default: " if report.get("active") else "not active by default: "
+    rows = [
+        ("summary", report.get("summary")),
+        ("class", report["target"]),
+        ("file", report["target_file"]),
+        ("kind", f"{report['title']}, contract {report['contract']}"),
+        ("from", f"{report['dist']} {report['version']} ({report['file']})" if is_registered else None),
+        ("use", report["flag"] or "by the checkpoint's architecture"),
+        ("also", ", ".join(report.get("aliases", ()))),
+        ("options", "\n".join(_format_options(report)) or None),
+        ("extra_args", "\n".join(report["arguments"]) or None),
+        ("status", (status if is_registered else "") + report["why"]),
+        ("missing", report.get("missing")),
+        *((f"not {name}", reason) for name, reason in report.get("rejected", {}).items()),
+    ]
     width = max(shutil.get_terminal_size((120, 24)).columns, 60)
     lines = [f"{report['kind']}/{report.get('spelling', report['name'])}"]
     for label, value in rows:

@@ -14,12 +14,14 @@ from quire.core.plugin import hookspecs
 from quire.core.plugin.discovery import PluginEntryPoint, find_module_file, list_start_code
 from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
 from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration, suggest_names
-from quire.core.plugin.target import Resolution, find_missing_requirement
+from quire.core.plugin.target import Resolution, find_missing_requirement, resolve_file
 from quire.core.version import __version__
 from quire.server.cli.plugins_probe import Probe, probe_entries
-from quire.server.cli.plugins_source import read_options
+from quire.server.cli.plugins_source import read_bases, read_options
 
 __all__ = ["doctor_report", "explain_report", "inspect_host", "list_report", "split_subject"]
+
+_KINDS_OF_OTHER_CONTRACTS = {"HostProposer": "spec_decode", "DeviceProposer": "spec_decode"}
 
 
 def list_report(manager: PluginManager, device: str | None = None, kind: str | None = None) -> dict[str, Any]:
@@ -38,7 +40,10 @@ def list_report(manager: PluginManager, device: str | None = None, kind: str | N
 
 
 def explain_report(manager: PluginManager, subject: str, device: str | None = None) -> dict[str, Any]:
-    """Everything known about one plugin, ``KIND/NAME``, without importing it. PluginError if there is none."""
+    """Everything known about one plugin, ``KIND/NAME`` or ``FILE.py:Class``, without importing it. PluginError if there
+    is none."""
+    if ":" in subject and subject.partition("/")[0] not in KINDS:
+        subject = f"{_find_kind(subject)}/{subject}"
     if "/" not in subject:
         return _explain_package(manager, subject)
     kind, name = split_subject(subject)
@@ -50,29 +55,45 @@ def explain_report(manager: PluginManager, subject: str, device: str | None = No
         r for r in manager.registry.list_kind(kind) if (r.dist, r.name) == (resolution.dist, resolution.name)
     ]
     if not registrations:
-        module = resolution.target.partition(":")[0]
-        return {"kind": kind, "name": name, "target": name, "file": find_module_file(module), "why": resolution.why}
+        named = {"kind": kind, "name": name, "spelling": name, "target": resolution.target, "why": resolution.why}
+        return named | _describe_class(kind, name, resolution.target)
     registration = registrations[0]
     report = _describe_plugin(manager, registration, _active_plugins(manager, kind, context))
     if name.lower() == "auto":
         report["why"] = resolution.why
-    module, options = registration.target.partition(":")[0], read_options(registration.target)
-    flag = KINDS[kind].flag
     return report | {
+        **_describe_class(kind, report["spelling"], registration.target),
+        "missing": find_missing_requirement(registration),
+        "rejected": dict(resolution.rejected),
+    }
+
+
+def _describe_class(kind: str, spelling: str, target: str) -> dict[str, Any]:
+    """What its source says, and how it is used."""
+    options, flag = read_options(target), KINDS[kind].flag
+    return {
         "title": KINDS[kind].title,
         "contract": KINDS[kind].contract_name,
-        "flag": flag and f"{flag} {report['spelling']}",
-        "target_file": find_module_file(module),
+        "flag": flag and f"{flag} {'all=' if kind == 'op' else ''}{spelling}",
+        "target_file": find_module_file(target.partition(":")[0]),
         "options": None if options is None else [option.declaration for option in options],
         "option_meanings": None if options is None else [option.meaning for option in options],
         "option_flag": KINDS[kind].option_flag,
         "arguments": [
             argument.declaration + (f"  # {argument.meaning}" if argument.meaning else "")
-            for argument in read_options(registration.target, "Arguments") or ()
+            for argument in read_options(target, "Arguments") or ()
         ],
-        "missing": find_missing_requirement(registration),
-        "rejected": dict(resolution.rejected),
     }
+
+
+def _find_kind(name: str) -> str:
+    """The kind of a class that is named by itself, by the contract that its source derives it from."""
+    bases = read_bases(resolve_file(name) if ".py:" in name else name)
+    kinds = {**{kind.contract_class: kind.key for kind in KINDS.values()}, **_KINDS_OF_OTHER_CONTRACTS}
+    for base in bases:
+        if base in kinds:
+            return kinds[base]
+    raise PluginError(f"{name}: its source does not say of which kind it is; write KIND/{name}")
 
 
 def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quire.core.plugin.discovery import find_module_file
 
-__all__ = ["OptionLine", "read_options"]
+__all__ = ["OptionLine", "read_bases", "read_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,9 @@ def read_options(target: str, dataclass_name: str = "Options") -> list[OptionLin
     Empty if it takes none; None if the file does not say (it is missing, or the dataclass is imported or inherited).
     """
     module, _, name = target.partition(":")
-    file = find_module_file(module)
-    if file is None or not file.endswith(".py"):
-        return None
-    try:
-        body = ast.parse(Path(file).read_text("utf-8")).body
-    except (OSError, SyntaxError, ValueError):
-        return None
-    cls = _find_class(body, name)
-    if cls is None:
+    body = _read_module(module)
+    cls = None if body is None else _find_class(body, name)
+    if body is None or cls is None:
         return None
     nested = _find_class(cls.body, dataclass_name)
     if nested is not None:
@@ -45,6 +39,25 @@ def read_options(target: str, dataclass_name: str = "Options") -> list[OptionLin
             named = _find_class(body, statement.value.id) if isinstance(statement.value, ast.Name) else None
             return _list_fields(named) if named is not None else None
     return []
+
+
+def read_bases(target: str) -> list[str]:
+    """The names of the classes that "module:Class" derives from, as its file has them, without their modules; empty
+    where the file does not say."""
+    module, _, name = target.partition(":")
+    body = _read_module(module)
+    cls = None if body is None else _find_class(body, name)
+    return [] if cls is None else [ast.unparse(base).rpartition(".")[2] for base in cls.bases]
+
+
+def _read_module(module: str) -> list[ast.stmt] | None:
+    file = find_module_file(module)
+    if file is None or not file.endswith(".py"):
+        return None
+    try:
+        return ast.parse(Path(file).read_text("utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def _find_class(body: list[ast.stmt], name: str) -> ast.ClassDef | None:

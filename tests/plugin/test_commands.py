@@ -47,7 +47,40 @@ def test_explain_says_all_there_is_to_know(quire):
         assert part in text
     text = quire("plugins", "explain", "attention/auto", "--device", "cpu").stdout
     assert "attention/torch_sdpa" in text and "not triton" in text
-    assert quire("plugins", "explain", "policy/some.where:Mine", json_output=True)["file"] is None
+    assert quire("plugins", "explain", "policy/some.where:Mine", json_output=True)["target_file"] is None
+
+
+def test_a_class_in_a_file_is_explained_by_its_source(quire, tmp_path):
+    (tmp_path / "vip_first.py").write_text(VIP)
+    for subject in (f"{tmp_path}/vip_first.py:VipFirst", f"policy/{tmp_path}/vip_first.py:VipFirst"):
+        report = quire("plugins", "explain", subject, json_output=True)
+        assert (report["kind"], report["target"]) == ("policy", "vip_first:VipFirst")
+        assert report["options"] == ["aging_s: float = 10.0"] and report["arguments"] == ["vip: bool = False"]
+        assert report["option_meanings"] == ["Seconds of waiting that make one a VIP."]
+        assert report["flag"] == f"--scheduling-policy {tmp_path}/vip_first.py:VipFirst"
+    refused = quire("plugins", "explain", f"{tmp_path}/vip_first.py:Other", code=2).stderr
+    assert "write KIND/" in refused and len(refused.splitlines()) == 1
+
+
+VIP = """
+from dataclasses import dataclass
+from quire import sdk
+
+raise SystemExit("it is imported")
+
+class VipFirst(sdk.BatchingPolicy):
+    @dataclass(frozen=True)
+    class Options:
+        aging_s: float = 10.0
+        '''Seconds of waiting that make one a VIP.'''
+
+    @dataclass(frozen=True)
+    class Arguments:
+        vip: bool = False
+
+class Other(VipFirst):
+    pass
+"""
 
 
 @pytest.mark.parametrize(
