@@ -182,10 +182,11 @@ class GroupColumns:
         return len(self.keys)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepView:
     """The engine at one instant. Requests are numbered: with R running and W waiting requests in the view, the running
-    ones are 0 .. R-1 and the waiting ones R .. R+W-1. ``Grants.request_indices`` uses these numbers."""
+    ones are 0 .. R-1 and the waiting ones R .. R+W-1. ``Grants.request_indices`` uses these numbers. To be read: what a
+    policy writes into it has no effect."""
 
     now_ns: int
     """``time.monotonic_ns``: the clock of ``arrival_ns``."""
@@ -240,7 +241,7 @@ class Grants:
         self.refusals.append(Refusal(request_index, reason))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FinishedStep:
     """A step that ran."""
 
@@ -253,7 +254,7 @@ class FinishedStep:
     num_new_tokens: NDArray[np.int64]  # (n,) tokens sampled for each, accepted drafts included; 0: its prompt goes on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepReport:
     """What became of a plan, and what came back since the report before."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,11 @@ class PlanLimits(NamedTuple):
     @classmethod
     def from_view(cls, view: StepView) -> PlanLimits:
         """Those of a view, in arrays of their own."""
-        remaining = np.concatenate((view.running.num_remaining_tokens, view.waiting.num_remaining_tokens))
+        remaining = view.running.num_remaining_tokens
+        if len(view.waiting):
+            remaining = np.concatenate((remaining, view.waiting.num_remaining_tokens))
+        else:
+            remaining = remaining.copy()
         return cls(remaining, len(view.running), view.num_free_rows, view.token_budget, view.chunked_prefill)
 
 
@@ -47,12 +51,11 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
     if not isinstance(grants, Grants):
         return f"schedule returned {type(grants).__name__}, not Grants"
     num_running, num_waiting = limits.num_running, len(limits.remaining) - limits.num_running
-    for name in ("request_indices", "num_scheduled_tokens"):
-        column = getattr(grants, name)
-        if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iu":
-            return f"Grants.{name} is {column!r}, not a one-dimensional array of integers"
-    indices = grants.request_indices.astype(np.int64, copy=False)
-    tokens = grants.num_scheduled_tokens.astype(np.int64, copy=False)
+    if not _is_column(indices := grants.request_indices):
+        return f"Grants.request_indices is {indices!r}, not a one-dimensional array of integers"
+    if not _is_column(tokens := grants.num_scheduled_tokens):
+        return f"Grants.num_scheduled_tokens is {tokens!r}, not a one-dimensional array of integers"
+    indices, tokens = np.asarray(indices, np.int64), np.asarray(tokens, np.int64)
     if len(indices) != len(tokens):
         return f"Grants has {len(indices)} request_indices and {len(tokens)} num_scheduled_tokens"
     refusals = _check_refusals(grants.refusals, num_running, num_waiting) if grants.refusals != [] else []
@@ -60,13 +63,15 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
         return refusals
     if not len(indices):
         return CheckedPlan(indices, tokens, [], refusals)
-    low, high = np.minimum.reduce(indices), np.maximum.reduce(indices)
+    low, high = indices[indices.argmin()], indices[indices.argmax()]  # faster than min and max
     if low < 0 or high >= num_running + num_waiting:
         return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
-    if np.count_nonzero(np.bincount(indices)) < len(indices):
+    is_granted = np.zeros(num_running + num_waiting, bool)
+    is_granted[indices] = True
+    if np.count_nonzero(is_granted) < len(indices):
         return f"Grants.request_indices names request {np.bincount(indices).argmax()} twice"
-    if np.minimum.reduce(tokens) < 0:
-        return f"Grants.num_scheduled_tokens must not be negative, got {tokens.min()}"
+    if (lowest := tokens[tokens.argmin()]) < 0:
+        return f"Grants.num_scheduled_tokens must not be negative, got {lowest}"
     victims = _check_victims(grants.victims, num_running)
     if isinstance(victims, str):
         return victims
@@ -78,26 +83,28 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
     wanted = limits.remaining[indices]
     tokens = np.minimum(tokens, wanted)
     # ... to the waiting requests that find a row, in the order of the grants ...
-    if num_waiting:
+    if num_waiting and np.count_nonzero(is_granted[num_running:]) > limits.num_free_rows:
         is_waiting = indices >= num_running
-        if np.count_nonzero(is_waiting) > limits.num_free_rows:
-            tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > limits.num_free_rows), 0, tokens)
+        tokens = np.where(is_waiting & (np.cumsum(is_waiting & (tokens > 0)) > limits.num_free_rows), 0, tokens)
     # ... to the budget, which the first grants use up ...
     if np.add.reduce(tokens) > limits.token_budget:
         tokens = np.minimum(np.maximum(limits.token_budget - (tokens.cumsum() - tokens), 0), tokens)
     # ... and, where prompts cannot be computed in parts, to whole ones.
     if not limits.chunked_prefill:
         tokens = np.where(tokens == wanted, tokens, 0)
-    keep = tokens > 0
-    if np.count_nonzero(keep) < len(keep):
-        indices, tokens = indices[keep], tokens[keep]
+    if np.count_nonzero(tokens) < len(tokens):
+        indices, tokens = indices[keep := tokens > 0], tokens[keep]
     return CheckedPlan(indices, tokens, victims, refusals)
+
+
+def _is_column(column: object) -> TypeGuard[NDArray[np.int64]]:
+    return isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iu"
 
 
 def _check_victims(victims: object, num_running: int) -> list[int] | str:
     if victims is None:
         return []
-    if not isinstance(victims, np.ndarray) or victims.ndim != 1 or victims.dtype.kind not in "iu":
+    if not _is_column(victims):
         return f"Grants.victims is {victims!r}, not a one-dimensional array of integers"
     if len(victims) and (victims.min() < 0 or victims.max() >= num_running):
         return f"Grants.victims must lie in 0..{num_running - 1}, got {victims.min()}..{victims.max()}"

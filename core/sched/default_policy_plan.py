@@ -33,23 +33,30 @@ def make_default_plan(
     ``waiting_order``: indices into ``view.waiting`` in the order in which these are admitted; what is left out waits.
     ``token_budget``: spend at most this of the view's. ``victims``: see ``Grants``.
     """
-    # Tokens that each request asks for: the running ones, then as many of the waiting ones as have a row.
-    wanted = view.running.num_remaining_tokens
-    num_running = len(wanted)
+    running = view.running.num_remaining_tokens
+    num_running, num_decodes = len(running), int(np.count_nonzero(running == 1))
     num_admitted = min(len(view.waiting if waiting_order is None else waiting_order), view.num_free_rows)
+    # Tokens that each request asks for: the running ones, then as many of the waiting ones as have a row.
+    indices, tokens = np.arange(num_running + num_admitted), running
     if num_admitted:
         waiting = view.waiting.num_remaining_tokens
-        first = waiting[:num_admitted] if waiting_order is None else waiting[waiting_order[:num_admitted]]
-        wanted = np.concatenate((wanted, first))
-    indices = wanted.nonzero()[0]  # 0: its last tokens are in flight, or it is already served in this step
-    if np.count_nonzero(wanted[:num_running] > 1):  # a running prompt: decodes must be moved before it
-        decodes = indices[wanted[indices] == 1]
-        # A waiting request with one token keeps its place in the queue.
-        prompts = indices[(wanted[indices] > 1) | (indices >= num_running)]
-        indices = np.concatenate((decodes[decodes < num_running], prompts))
-    tokens = wanted[indices]
+        if waiting_order is None:
+            waiting = waiting[:num_admitted]
+        else:
+            first = waiting_order[:num_admitted]
+            waiting = waiting[first]
+            indices[num_running:] = num_running + first
+        tokens = np.concatenate((running, waiting))
+    if np.count_nonzero(running) > num_decodes:  # there are running prompts: decodes come before them
+        is_decode = tokens == 1
+        is_decode[num_running:] = False  # a waiting request with one token keeps its place in the queue
+        places = np.concatenate((is_decode.nonzero()[0], (~is_decode).nonzero()[0]))
+        indices, tokens = indices[places], tokens[places]
+    if np.count_nonzero(tokens) < len(tokens):  # 0: its last tokens are in flight, or it is already served in this step
+        places = tokens.nonzero()[0]
+        indices, tokens = indices[places], tokens[places]
 
-    num_decodes, num_wanted = np.count_nonzero(wanted[:num_running] == 1), np.add.reduce(tokens)
+    num_wanted = int(np.add.reduce(tokens))
     budget = view.token_budget if token_budget is None else min(token_budget, view.token_budget)
     if num_decodes and view.chunked_prefill:
         budget = min(budget, num_decodes + max(min_prefill_tokens, (num_wanted - num_decodes) // 2))
@@ -63,7 +70,4 @@ def make_default_plan(
             tokens[last] = 0
         keep = tokens > 0 if view.chunked_prefill else tokens == uncut
         indices, tokens = indices[keep], tokens[keep]
-    if waiting_order is not None and num_admitted:
-        places = indices[indices >= num_running] - num_running
-        indices = np.concatenate((indices[indices < num_running], num_running + waiting_order[places]))
     return Grants(indices, tokens, victims)

@@ -128,13 +128,14 @@ class PolicyRunner:
         if self._groups is None and not self.guard.wants_reports:
             return
         running, rows = self._running, step.rows
-        if self._groups is not None and step.num_decodes == len(rows):
-            self._groups.count_output_tokens(running.group[rows])
-        elif self._groups is not None:
-            tokens = step.num_scheduled_tokens.astype(np.int64)
-            num_computed_before = running.num_computed_tokens[rows] - tokens
-            num_prompt_tokens = np.minimum(np.maximum(running.prompt_len[rows] - num_computed_before, 0), tokens)
-            self._groups.count_tokens(running.group[rows], tokens, num_prompt_tokens)
+        if self._groups is not None:
+            self._groups.count_output_tokens(running.group[rows[: step.num_decodes]])
+            for row, tokens in zip(
+                rows[step.num_decodes :].tolist(), step.num_scheduled_tokens[step.num_decodes :].tolist(), strict=True
+            ):
+                num_computed_before = int(running.num_computed_tokens[row]) - tokens
+                num_prompt_tokens = min(max(int(running.prompt_len[row]) - num_computed_before, 0), tokens)
+                self._groups.count_tokens(int(running.group[row]), num_prompt_tokens, tokens - num_prompt_tokens)
         if self.guard.wants_reports:
             request_numbers = running.request_ids[rows]
             request_numbers.flags.writeable = False
@@ -182,17 +183,18 @@ class PolicyRunner:
             count_cached_tokens = partial(self._prefixes.count_cached_tokens, waiting_requests)
         running = self._running
         self._now_ns, self._step = self._clock(), step
+        running_columns = running.view_columns(batch.scheduled_rows())
         return StepView(
             now_ns=self._now_ns,
             token_budget=batch.token_budget - batch.reserved_draft_budget,
             num_free_rows=running.num_free_rows,
             num_free_blocks=self._allocator.num_free_blocks(),
             block_size=self._allocator.block_size,
-            running=running.view_columns(batch.scheduled_rows()),
+            running=running_columns,
             waiting=self._waiting.view_columns(num_visible, count_cached_tokens),
             chunked_prefill=self._config.chunked_prefill,
             step=step,
-            groups=None if self._groups is None else self._groups.view_columns(lambda: running.group[running.rows]),
+            groups=None if self._groups is None else self._groups.view_columns(running_columns),
         )
 
     def _prepare_policy(self) -> None:

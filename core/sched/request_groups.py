@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy_view import GroupColumns, GroupKey
+from quire.core.contracts.policy_view import GroupColumns, GroupKey, RequestColumns
+from quire.core.sched.request_columns import lazy_column
 
 __all__ = ["MAX_IDLE_GROUPS", "GroupTable"]
 
 MAX_IDLE_GROUPS = 1024
 """Groups without requests whose usage is remembered: clients choose names, so that there is no end of them."""
+
+_MAX_UNCOUNTED = 32
+"""Steps whose tokens are added up at once where the policy does not ask for them."""
 
 
 class GroupTable:
@@ -28,6 +32,7 @@ class GroupTable:
         self._num_requests = np.zeros(16, np.int64)
         self._num_prompt_tokens = np.zeros(16, np.int64)
         self._num_output_tokens = np.zeros(16, np.int64)
+        self._uncounted_outputs: list[NDArray[np.int64]] = []  # groups of decodes, a token each
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -55,36 +60,41 @@ class GroupTable:
             self._free_indices.append(oldest)
 
     def count_output_tokens(self, groups: NDArray[np.int64]) -> None:
-        """A step of decodes was scheduled: one token for a request of each of ``groups``."""
-        self._num_output_tokens += np.bincount(groups, minlength=len(self._num_output_tokens))
+        """Decodes were scheduled: one token for a request of each of ``groups``. Added up when someone looks."""
+        self._uncounted_outputs.append(groups)
+        if len(self._uncounted_outputs) == _MAX_UNCOUNTED:
+            self._count_outputs()
 
-    def count_tokens(
-        self,
-        groups: NDArray[np.int64],
-        num_scheduled_tokens: NDArray[np.int64],
-        num_prompt_tokens: NDArray[np.int64],
-    ) -> None:
-        """A step was scheduled: requests of ``groups`` got so many tokens each, of which some are of their prompts."""
-        size = len(self._num_requests)
-        prompt = np.bincount(groups, num_prompt_tokens, size).astype(np.int64)
-        self._num_prompt_tokens += prompt
-        self._num_output_tokens += np.bincount(groups, num_scheduled_tokens, size).astype(np.int64) - prompt
+    def count_tokens(self, index: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """A request of the group was scheduled for so many tokens of its prompt, and so many of its answer."""
+        self._num_prompt_tokens[index] += num_prompt_tokens
+        self._num_output_tokens[index] += num_output_tokens
 
-    def view_columns(self, running: Callable[[], NDArray[np.int64]]) -> GroupColumns:
-        """The groups as a policy sees them; ``running`` gives the group of each running request."""
+    def view_columns(self, running: RequestColumns) -> GroupColumns:
+        """The groups as a policy sees them beside the running requests."""
         if self._shown_keys is None:
             self._shown_keys = tuple(self._keys)
         return _TableColumns(self._shown_keys, self, running)
 
-    def gather_column(self, name: str, running: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """A column of ``GroupColumns`` by its name, now."""
-        size = len(self._keys)
-        if name == "num_prompt_tokens":
-            return self._num_prompt_tokens[:size].copy()
-        if name == "num_output_tokens":
-            return self._num_output_tokens[:size].copy()
-        num_running = np.bincount(running(), minlength=size)[:size]
-        return num_running if name == "num_running" else self._num_requests[:size] - num_running
+    def num_requests(self) -> NDArray[np.int64]:
+        """Of each group, in the engine."""
+        return self._num_requests[: len(self._keys)].copy()
+
+    def num_prompt_tokens(self) -> NDArray[np.int64]:
+        """Of each group, computed for it."""
+        return self._num_prompt_tokens[: len(self._keys)].copy()
+
+    def num_output_tokens(self) -> NDArray[np.int64]:
+        """Of each group, computed for it."""
+        self._count_outputs()
+        return self._num_output_tokens[: len(self._keys)].copy()
+
+    def _count_outputs(self) -> None:
+        uncounted = self._uncounted_outputs
+        if uncounted:
+            groups = uncounted[0] if len(uncounted) == 1 else np.concatenate(uncounted)
+            self._num_output_tokens += np.bincount(groups, minlength=len(self._num_output_tokens))
+            uncounted.clear()
 
     def _open_group(self, key: GroupKey) -> int:
         if self._free_indices:
@@ -97,6 +107,7 @@ class GroupTable:
                 columns = (self._num_requests, self._num_prompt_tokens, self._num_output_tokens)
                 grown = (np.concatenate((column, np.zeros_like(column))) for column in columns)
                 self._num_requests, self._num_prompt_tokens, self._num_output_tokens = grown
+        self._count_outputs()  # of the group that had the index
         self._index_of_key[key] = index
         self._shown_keys = None
         self._num_prompt_tokens[index] = self._num_output_tokens[index] = 0
@@ -106,15 +117,29 @@ class GroupTable:
 class _TableColumns(GroupColumns):
     """Columns of a ``GroupTable``, each made when it is first read."""
 
-    def __init__(self, keys: Sequence[GroupKey], table: GroupTable, running: Callable[[], NDArray[np.int64]]) -> None:
-        super().__init__(keys)
+    def __init__(self, keys: Sequence[GroupKey], table: GroupTable, running: RequestColumns) -> None:
+        self.keys = keys
         self._table, self._running = table, running
 
-    def __getattr__(self, name: str) -> NDArray[np.int64]:
-        """Called only for columns that are not there yet."""
-        if name not in GroupColumns.__annotations__:
-            raise AttributeError(name)
-        column = self._table.gather_column(name, self._running)
-        column.flags.writeable = False
-        setattr(self, name, column)
+    @lazy_column
+    def num_running(self) -> NDArray[np.int64]:
+        """Those that have a row."""
+        return np.bincount(self._running.group, minlength=len(self.keys))
+
+    @lazy_column
+    def num_waiting(self) -> NDArray[np.int64]:
+        """The others."""
+        column: NDArray[np.int64] = self._table.num_requests() - np.bincount(
+            self._running.group, minlength=len(self.keys)
+        )
         return column
+
+    @lazy_column
+    def num_prompt_tokens(self) -> NDArray[np.int64]:
+        """So far."""
+        return self._table.num_prompt_tokens()
+
+    @lazy_column
+    def num_output_tokens(self) -> NDArray[np.int64]:
+        """So far."""
+        return self._table.num_output_tokens()

@@ -1,177 +1,21 @@
-"""The running requests as columns with stable rows: the host's copy of what the worker's request table holds.
-
-``StateColumns`` hold the numbers that the scheduler keeps of each request, one array per number. The running batch is
-such a table, and the visible part of the waiting queue has one; ``GatheredColumns`` show a policy some of its rows.
-"""
+"""The running requests as columns with stable rows: the host's copy of what the worker's request table holds."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy_view import RequestColumns, RequestInfo
+from quire.core.contracts.policy_view import RequestColumns
 from quire.core.request import Request, RequestStatus
+from quire.core.sched.request_columns import GatheredColumns, StateColumns
 
-__all__ = ["NEVER", "GatheredColumns", "RunningBatch", "StateColumns"]
+__all__ = ["NEVER", "RunningBatch"]
 
 NEVER = np.iinfo(np.int64).max
 """A threshold that no count reaches."""
 
 _MAX_COUNTED_STOP_ID = 1 << 20
 """Stop tokens from this id on share a counter, so that a caller's huge id does not make the array huge."""
-
-
-class StateColumns:
-    """Numbers of up to ``size`` requests, each an int64 array of that length. All are rows of one matrix, so that a
-    request is written with one assignment."""
-
-    num_computed_tokens: NDArray[np.int64]
-    """Tokens granted so far: their KV is computed, or will be by a step in flight. An upper bound: see
-    ``max_overcount``."""
-    num_tokens: NDArray[np.int64]
-    """Tokens that the host knows and those that steps in flight sample. An upper bound as well."""
-    max_computed_tokens: NDArray[np.int64]
-    """Tokens that the request will ever compute: all but the last, which is never fed back."""
-    num_in_flight_tokens: NDArray[np.int64]
-    """Tokens that steps in flight sample or verify."""
-    prompt_len: NDArray[np.int64]
-    max_tokens: NDArray[np.int64]
-    """Tokens that the request may generate."""
-    priority: NDArray[np.int64]
-    arrival_ns: NDArray[np.int64]
-    num_slots: NDArray[np.int64]
-    """Tokens for which the request's blocks have room."""
-    max_overcount: NDArray[np.int64]
-    """Drafts in flight. They are counted as if all were accepted, so ``num_computed_tokens`` and ``num_tokens`` may be
-    too high by as much as this, until the step's output is in."""
-    request_ids: NDArray[np.int64]
-    group: NDArray[np.int64]
-    """Index of the request's group, 0 where there are none."""
-    deadline_ns: NDArray[np.int64]
-    ttft_target_ns: NDArray[np.int64]
-    tpot_target_ns: NDArray[np.int64]
-    predicted_tokens: NDArray[np.int64]
-
-    def __init__(self, size: int) -> None:
-        self._allocate(np.zeros((16, size), np.int64))
-
-    def resize_columns(self, size: int) -> None:
-        """Hold ``size`` requests, not fewer than before."""
-        data = np.zeros((len(self._data), size), np.int64)
-        data[:, : self._data.shape[1]] = self._data
-        self._allocate(data)
-
-    def _allocate(self, data: NDArray[np.int64]) -> None:
-        self._data = data
-        (
-            self.num_computed_tokens,
-            self.num_tokens,
-            self.max_computed_tokens,
-            self.num_in_flight_tokens,
-            self.prompt_len,
-            self.max_tokens,
-            self.priority,
-            self.arrival_ns,
-            self.num_slots,
-            self.max_overcount,
-            self.request_ids,
-            self.group,
-            self.deadline_ns,
-            self.ttft_target_ns,
-            self.tpot_target_ns,
-            self.predicted_tokens,
-        ) = data
-
-    def set_request(self, index: int, request: Request, num_computed_tokens: int, num_slots: int) -> None:
-        """Write a request that has ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``."""
-        info = request.info or _NO_INFO
-        self._data[:, index] = (  # in the order of the names in ``_allocate``
-            num_computed_tokens,
-            len(request.token_ids) + request.num_in_flight_tokens,
-            request.max_total_tokens - 1,
-            request.num_in_flight_tokens,
-            request.prompt_len,
-            request.max_total_tokens - request.prompt_len,
-            request.priority,
-            request.arrival_ns,
-            num_slots,
-            0,
-            request.request_id,
-            request.group_index,
-            info.deadline_ns,
-            info.ttft_target_ns,
-            info.tpot_target_ns,
-            info.predicted_tokens,
-        )
-
-
-_NO_INFO = RequestInfo("", 0, 0, 0, 0)
-"""Of a request of which no policy was told: in tests."""
-
-
-class GatheredColumns(RequestColumns):
-    """What a policy sees of the requests at ``index`` of a table: each column is gathered when it is first read.
-    ``count_cached_tokens`` gives the column ``num_cached_tokens``."""
-
-    def __init__(
-        self,
-        columns: StateColumns,
-        index: NDArray[np.int64],
-        block_size: int,
-        count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None,
-    ) -> None:
-        self._columns = columns
-        self._index = index
-        self._block_size = block_size
-        self._count_cached_tokens = count_cached_tokens
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def clear_remaining(self, mask: NDArray[np.bool_]) -> None:
-        """Show the requests of ``mask`` as having nothing left to compute: they are served in this step already, or
-        left to others."""
-        self.num_remaining_tokens = np.where(mask, 0, self.num_remaining_tokens)
-        self.num_remaining_tokens.flags.writeable = False
-
-    def __getattr__(self, name: str) -> NDArray[np.int64]:
-        """Called only for columns that are not gathered yet."""
-        columns, index = self._columns, self._index
-        if name in _STORED:
-            column: NDArray[np.int64] = getattr(columns, name).take(index)
-        elif name == "num_remaining_tokens":
-            known = np.minimum(columns.num_tokens.take(index), columns.max_computed_tokens.take(index))
-            column = known - self.num_computed_tokens
-        elif name == "min_computed_tokens":
-            column = self.num_computed_tokens - columns.max_overcount.take(index)
-        elif name == "output_len":
-            column = columns.num_tokens.take(index) - self.prompt_len
-        elif name == "request_number":
-            column = columns.request_ids.take(index)
-        elif name == "num_cached_tokens":
-            count = self._count_cached_tokens
-            column = np.zeros(len(index), np.int64) if count is None else count()
-        elif name == "num_held_blocks":
-            column = columns.num_slots.take(index) // self._block_size
-        elif name == "num_needed_blocks":
-            reached = self.num_computed_tokens + self.num_remaining_tokens
-            column = np.maximum(-(-reached // self._block_size) - self.num_held_blocks, 0)
-        else:
-            raise AttributeError(name)
-        column.flags.writeable = False
-        setattr(self, name, column)  # the next read does not come here
-        return column
-
-
-_STORED = frozenset(
-    (
-        *("group", "num_computed_tokens", "num_in_flight_tokens", "prompt_len", "max_tokens"),
-        *("predicted_tokens", "priority", "arrival_ns", "deadline_ns", "ttft_target_ns", "tpot_target_ns"),
-    )
-)
-"""Columns of a policy's view that a table stores as they are."""
 
 
 class RunningBatch(StateColumns):
@@ -277,7 +121,7 @@ class RunningBatch(StateColumns):
         that are held."""
         columns = GatheredColumns(self, self.rows, self._block_size)
         is_held = self.is_held[self.rows]
-        if len(scheduled_rows) or is_held.any():
+        if len(scheduled_rows) or np.count_nonzero(is_held):
             columns.clear_remaining(np.isin(self.rows, scheduled_rows) | is_held)
         return columns
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from quire.core.contracts.policy_view import RequestColumns
 from quire.core.request import Request
-from quire.core.sched.running_batch import GatheredColumns, RunningBatch, StateColumns
+from quire.core.sched.request_columns import StateColumns, WaitingColumns
+from quire.core.sched.running_batch import RunningBatch
 
 __all__ = ["MAX_VISIBLE", "ForkGroups", "WaitingQueue"]
 
@@ -50,9 +51,10 @@ class WaitingQueue:
         self._free_slots = list(range(max_visible, -1, -1))
         self._columns = StateColumns(max_visible + 1)
         self._slot_requests: list[Request | None] = [None] * (max_visible + 1)
-        self._visible: list[int] = []  # what ``_visible_slots`` gave last,
+        self._visible: list[int] = []  # what ``_visible_slots`` gave last, also as an array,
+        self._visible_index = np.empty(0, np.int64)
         self._visible_limit = -1  # and for which limit; -1: the queue has changed since
-        self._no_columns = GatheredColumns(self._columns, np.empty(0, np.int64), block_size)
+        self._no_columns = WaitingColumns(self._columns, np.empty(0, np.int64), block_size)
         self._parked: dict[int, Request] = {}
         self._num_ready = 0
         self.hold_back: Callable[[Request], bool] | None = None
@@ -137,8 +139,8 @@ class WaitingQueue:
         """``peek_requests(limit)`` as a policy sees them."""
         if not limit:
             return self._no_columns
-        index = np.array(self._visible_slots(limit), np.int64)
-        return GatheredColumns(self._columns, index, self._block_size, count_cached_tokens)
+        self._visible_slots(limit)
+        return WaitingColumns(self._columns, self._visible_index, self._block_size, count_cached_tokens)
 
     def reorder_requests(self) -> None:
         """Sort anew, after every ``queue_key`` and ``group_index`` may have changed. Takes time in proportion to the
@@ -161,6 +163,7 @@ class WaitingQueue:
     def _visible_slots(self, limit: int) -> list[int]:
         if limit != self._visible_limit:
             self._visible, self._visible_limit = self._gather_slots(limit), limit
+            self._visible_index = np.array(self._visible, np.int64)
         return self._visible
 
     def _gather_slots(self, limit: int) -> list[int]:

@@ -12,6 +12,9 @@ from quire.sdk import Allocation, BlockCopy, KVAllocator, KVGroup, KVStats, Pref
 
 __all__ = ["PagedAllocator", "PagedDebugState"]
 
+_MAX_COUNTED = 2048
+"""Requests of which it is remembered how much was cached: more than a policy sees at once."""
+
 
 class PagedDebugState(NamedTuple):
     """The allocator's live parts, for tests and debugging: to look at, not to change."""
@@ -42,6 +45,7 @@ class PagedAllocator(KVAllocator):
         super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
         self._tables: dict[int, _BlockTable] = {}
+        self._counted: dict[int, _CountedPrefix] = {}  # by request id: of the last calls of ``count_cached_tokens``
         self._num_queries = self._num_hits = 0  # tokens
 
     def match_prefix(self, request: Request) -> PrefixMatch:
@@ -60,29 +64,54 @@ class PagedAllocator(KVAllocator):
         return PrefixMatch(length * self.block_size, blocks)
 
     def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
-        """By bisection: free blocks are evicted from the end of a prefix, so that it is cached up to some block."""
-        pairs = zip(self.groups, self._pools, strict=True)
-        caches = [pool.cached_blocks for group, pool in pairs if group.window is None]
-        has_windows = len(caches) < len(self.groups)
+        """Policies ask of the same waiting requests in every step, so what was counted is only looked at again: where
+        its last block is still cached, and the next one is not, nothing has changed."""
+        if not self.prefix_caching:
+            return [0] * len(requests)
+        if len(self.groups) > 1 or self.groups[0].window is not None:
+            return [self._count_prefix(request).num_cached_tokens for request in requests]
+        cached, known = self._pools[0].cached_blocks, self._counted
+        if len(known) > _MAX_COUNTED:
+            known.clear()
         counts = []
         for request in requests:
-            if not self.prefix_caching or request.skip_prefix_cache:
-                counts.append(0)
-                continue
-            length = (len(request.token_ids) - 1) // self.block_size
-            hashes = request.block_hashes
-            if len(hashes) < length:
-                hashes = hash_chain(request, self.block_size, length)
-            for cached in caches:
-                low = length if length and hashes[length - 1] in cached else 0
-                while low < length:
-                    middle = (low + length) // 2
-                    if hashes[middle] in cached:
-                        low = middle + 1
-                    else:
-                        length = middle
-            counts.append((self._fit_windows(hashes, length) if has_windows else length) * self.block_size)
+            counted = known.get(request.request_id)
+            if (
+                counted is None
+                or counted.next_hash in cached
+                or (counted.last_hash is not None and counted.last_hash not in cached)
+                or counted.num_tokens != len(request.token_ids)
+            ):
+                counted = known[request.request_id] = self._count_prefix(request)
+            counts.append(counted.num_cached_tokens)
         return counts
+
+    def _count_prefix(self, request: Request) -> _CountedPrefix:
+        """By bisection: free blocks are evicted from the end of a prefix, so that it is cached up to some block."""
+        num_tokens = len(request.token_ids)
+        if request.skip_prefix_cache:
+            return _CountedPrefix(0, num_tokens, None, None)
+        length = num_full = (num_tokens - 1) // self.block_size
+        hashes = request.block_hashes
+        if len(hashes) < length:
+            hashes = hash_chain(request, self.block_size, length)
+        has_windows = False
+        for group, pool in zip(self.groups, self._pools, strict=True):
+            if group.window is not None:
+                has_windows = True
+                continue
+            cached = pool.cached_blocks
+            low = length if length and hashes[length - 1] in cached else 0
+            while low < length:
+                middle = (low + length) // 2
+                if hashes[middle] in cached:
+                    low = middle + 1
+                else:
+                    length = middle
+        if has_windows:
+            length = self._fit_windows(hashes, length)
+        last_hash, next_hash = hashes[length - 1] if length else None, hashes[length] if length < num_full else None
+        return _CountedPrefix(length * self.block_size, num_tokens, last_hash, next_hash)
 
     def allocate(
         self,
@@ -272,6 +301,18 @@ class PagedAllocator(KVAllocator):
         cached, window = self._pools[group].cached_blocks, self.groups[group].window
         start = 0 if window is None else min(self._window_start(window, length * self.block_size), length)
         return (NULL_BLOCK,) * start + tuple(cached[hashes[i]] for i in range(start, length))
+
+
+class _CountedPrefix(NamedTuple):
+    """How much of a waiting request was cached."""
+
+    num_cached_tokens: int
+    num_tokens: int
+    """All of the request."""
+    last_hash: bytes | None
+    """Of the last cached block; None: there is none."""
+    next_hash: bytes | None
+    """Of the block behind it; None: the request has no more."""
 
 
 class _BlockTable:

@@ -72,7 +72,7 @@ class EWSJFPolicy(BatchingPolicy):
         if len(waiting) < 2:
             return make_default_plan(view)
         group, lengths = waiting.group, waiting.num_remaining_tokens
-        counts = np.bincount(group)
-        mean_lengths = np.bincount(group, lengths) / np.maximum(counts, 1)
-        scores = (view.now_ns - waiting.arrival_ns + _HEAD_START_NS) / mean_lengths[group]
-        return make_default_plan(view, waiting_order=np.lexsort((waiting.arrival_ns, -scores)))
+        waits = view.now_ns + _HEAD_START_NS - waiting.arrival_ns
+        mean_lengths = np.bincount(group, lengths) / np.maximum(np.bincount(group), 1)
+        scores = waits / mean_lengths[group]
+        return make_default_plan(view, waiting_order=np.lexsort((-waits, -scores)))

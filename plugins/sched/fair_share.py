@@ -44,7 +44,8 @@ class FairSharePolicy(BatchingPolicy):
         super().__init__(options or self.Options())
         self._weight_of = parse_weights(self.options.weights)
         self._keys: Sequence[GroupKey] = ()
-        self._weights = self._lifts = np.empty(0)  # by index of the group
+        # By index of the group: what a token adds to its counter, and by how much it was lifted.
+        self._input_rates = self._output_rates = self._lifts = np.empty(0)
         self._was_waiting = np.empty(0, bool)
         self._has_arrivals = False  # since the counters were looked at
         self._level = 0.0  # the smallest counter of a waiting group, when there was one last
@@ -73,7 +74,7 @@ class FairSharePolicy(BatchingPolicy):
             return make_default_plan(view, waiting_order=np.array([counters[group].argmin()]))
         # A request is charged its prompt when it is chosen: the next one of its group stands so much further back. So
         # the choice of the smallest counter, again and again, is one sort.
-        charges = waiting.num_remaining_tokens * (self.options.input_weight / self._weights[group])
+        charges = waiting.num_remaining_tokens * self._input_rates[group]
         totals = np.cumsum(charges)
         is_first = np.ones(len(group), bool)  # the view shows one group after another
         is_first[1:] = group[1:] != group[:-1]
@@ -84,23 +85,26 @@ class FairSharePolicy(BatchingPolicy):
     def _update_counters(self, view: StepView, groups: GroupColumns) -> NDArray[np.float64]:
         if groups.keys is not self._keys:
             self._follow_groups(groups.keys)
-        served = self.options.input_weight * groups.num_prompt_tokens
-        served = served + self.options.output_weight * groups.num_output_tokens
+        counters = self._input_rates * groups.num_prompt_tokens
+        counters += self._output_rates * groups.num_output_tokens
+        counters += self._lifts
         remaining = view.running.num_remaining_tokens
-        if np.count_nonzero(remaining > 1):  # what running prompts still have to compute is theirs already
+        if (
+            len(remaining) and remaining[remaining.argmax()] > 1
+        ):  # what running prompts still have to compute is theirs already
             size = len(groups.keys)
-            served = served + self.options.input_weight * np.bincount(view.running.group, remaining, size)[:size]
-        counters: NDArray[np.float64] = served / self._weights + self._lifts
+            counters += self._input_rates * np.bincount(view.running.group, remaining, size)[:size]
         is_waiting = groups.num_waiting > 0
-        stayed = is_waiting & self._was_waiting
-        if stayed.any():
-            self._level = float(counters[stayed].min())
-        joined = is_waiting & ~self._was_waiting
-        if joined.any():
+        joined = is_waiting > self._was_waiting
+        if np.count_nonzero(joined):
+            stayed = is_waiting & self._was_waiting
+            if np.count_nonzero(stayed):
+                self._level = _find_smallest(counters[stayed])
             missing = np.where(joined, np.maximum(self._level - counters, 0.0), 0.0)
             self._lifts = self._lifts + missing
-            counters = counters + missing
-            self._level = float(counters[is_waiting].min())
+            counters += missing
+        if np.count_nonzero(is_waiting):
+            self._level = _find_smallest(counters[is_waiting])
         self._was_waiting = is_waiting
         return counters
 
@@ -113,7 +117,13 @@ class FairSharePolicy(BatchingPolicy):
             if keys[index] != self._keys[index]:
                 lifts[index], was_waiting[index] = 0.0, False
         self._keys, self._lifts, self._was_waiting = keys, lifts, was_waiting
-        self._weights = np.array([self._weight_of.get(key, 1.0) for key in keys])
+        weights = np.array([self._weight_of.get(key, 1.0) for key in keys])
+        self._input_rates = self.options.input_weight / weights
+        self._output_rates = self.options.output_weight / weights
+
+
+def _find_smallest(values: NDArray[np.float64]) -> float:
+    return float(values[values.argmin()])  # sooner than ``min``
 
 
 def parse_weights(pairs: Sequence[str]) -> dict[GroupKey, float]:

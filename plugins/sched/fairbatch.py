@@ -54,43 +54,50 @@ class FairBatchPolicy(BatchingPolicy):
 
     def schedule(self, view: StepView) -> Grants:
         """Urgent decodes, prompts by deadline, other decodes: each while the step's time lasts."""
-        remaining = view.running.num_remaining_tokens
-        is_decode = (remaining == 1) & (view.running.output_len > 0)
-        has_prompts = len(view.waiting) > 0 or bool(np.count_nonzero(remaining > is_decode))
-        if not has_prompts or not view.chunked_prefill or not is_decode.any():
-            return make_default_plan(view)  # no request to choose
-        slack = self._due_ns(view.running) - view.now_ns
-        tightest = float(slack[is_decode].min())
-        # Who is late already cannot be helped by a short step: it then has the time of one token.
-        step_ns = tightest if tightest > 0 else float(self._tpot_ns)
-        budget = self._times.fit_tokens(step_ns, view.token_budget)
-        # A decode is urgent if it would be late when it waited for this step and ran in the next.
-        is_urgent = is_decode & (slack < 2 * self._times.estimate_ns(budget))
-        num_urgent = np.count_nonzero(is_urgent)
-        budget = min(max(budget, num_urgent + self.options.min_prefill_tokens), view.token_budget)
+        running, num_waiting = view.running, min(len(view.waiting), view.num_free_rows)
+        remaining = running.num_remaining_tokens
+        is_decode = (remaining == 1) & (running.output_len > 0)
         prompts = (remaining > is_decode).nonzero()[0]
-        order = np.concatenate(
-            (
-                is_urgent.nonzero()[0],
-                prompts[np.argsort(slack[prompts], kind="stable")],
-                len(remaining) + np.arange(min(len(view.waiting), view.num_free_rows)),
-                (is_decode & ~is_urgent).nonzero()[0],
-            )
-        )
-        wanted = remaining
-        if len(view.waiting):
-            wanted = np.concatenate((remaining, view.waiting.num_remaining_tokens))
+        decodes = is_decode.nonzero()[0]
+        if not (len(prompts) or num_waiting) or not len(decodes) or not view.chunked_prefill:
+            return make_default_plan(view)  # no request to choose
+        slack = self._slack_ns(running, view.now_ns)
+        decode_slack = slack[decodes]
+        tightest = int(decode_slack[decode_slack.argmin()])
+        # Who is late already cannot be helped by a short step: it then has the time of one token.
+        budget = self._times.fit_tokens(tightest if tightest > 0 else self._tpot_ns, view.token_budget)
+        # A decode is urgent if it would be late when it waited for this step and ran in the next.
+        urgent_ns = int(2 * self._times.estimate_ns(budget))
+        num_urgent = 0
+        if tightest < urgent_ns:
+            is_urgent = decode_slack < urgent_ns
+            num_urgent = int(np.count_nonzero(is_urgent))
+            if num_urgent < len(decodes):
+                decodes = np.concatenate((decodes[is_urgent], decodes[~is_urgent]))
+        budget = min(max(budget, num_urgent + self.options.min_prefill_tokens), view.token_budget)
+        if len(prompts) > 1:
+            prompts = prompts[slack[prompts].argsort(kind="stable")]
+        wanted, arrivals = remaining, decodes[:0]
+        if num_waiting:
+            arrivals = np.arange(len(remaining), len(remaining) + num_waiting)
+            wanted = np.concatenate((remaining, view.waiting.num_remaining_tokens[:num_waiting]))
+        order = np.concatenate((decodes[:num_urgent], prompts, arrivals, decodes[num_urgent:]))
         tokens = wanted[order]
-        tokens = np.minimum(np.maximum(budget - (tokens.cumsum() - tokens), 0), tokens)
+        if np.add.reduce(tokens) > budget:
+            tokens = np.minimum(np.maximum(budget - (tokens.cumsum() - tokens), 0), tokens)
         return Grants(order, tokens)
 
     def step_scheduled(self, report: StepReport) -> None:
         """Learn how long steps take."""
         self._times.record_report(report)
 
-    def _due_ns(self, requests: RequestColumns) -> NDArray[np.int64]:
-        """When the next token of each request is due."""
-        ttft, tpot = requests.ttft_target_ns, requests.tpot_target_ns
-        first = requests.arrival_ns + np.where(ttft > 0, ttft, self._ttft_ns)
-        due: NDArray[np.int64] = first + requests.output_len * np.where(tpot > 0, tpot, self._tpot_ns)
-        return due
+    def _slack_ns(self, requests: RequestColumns, now_ns: int) -> NDArray[np.int64]:
+        """How long from now the next token of each request is due."""
+        ttft: NDArray[np.int64] | int = requests.ttft_target_ns
+        tpot: NDArray[np.int64] | int = requests.tpot_target_ns
+        ttft = np.where(ttft > 0, ttft, self._ttft_ns) if np.count_nonzero(ttft) else self._ttft_ns
+        tpot = np.where(tpot > 0, tpot, self._tpot_ns) if np.count_nonzero(tpot) else self._tpot_ns
+        slack: NDArray[np.int64] = requests.output_len * tpot
+        slack += requests.arrival_ns
+        slack += ttft - now_ns
+        return slack

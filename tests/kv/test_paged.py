@@ -1,5 +1,7 @@
 """What the paged allocator promises beyond the contract."""
 
+import random
+
 from quire.core.contracts.kv import KVGroup
 from quire.core.messages import EngineCoreRequest
 from quire.core.request import Request
@@ -126,3 +128,19 @@ def test_the_free_list_is_a_queue():
     pool.drop_references(blocks)
     assert pool.list_free_blocks() == [3, 1, 4, 2] and pool.num_free == 4
     assert pool.allocate_blocks(4) == [3, 1, 4, 2] and pool.cached_blocks == {}
+
+
+def test_what_is_cached_of_waiting_requests_is_counted_anew_as_blocks_come_and_go():
+    rng = random.Random(0)
+    allocator = make(num_blocks=24)
+    prompts = [[rng.randrange(3) for _ in range(4)] * 2 + [rng.randrange(2)] * 8 for _ in range(12)]
+    waiting = [make_request(number, prompt) for number, prompt in enumerate(prompts)]
+    counts = set()
+    for number in range(200):
+        if number % 7 == 0:  # preempted, it waits with more tokens than before
+            waiting[number % len(waiting)].token_ids.append(rng.randrange(2))
+        serve(allocator, make_request(100 + number, rng.choice(prompts)[: rng.randrange(4, 17)]))
+        counted = allocator.count_cached_tokens(waiting)
+        assert counted == [allocator.match_prefix(request).num_tokens for request in waiting]
+        counts.update(counted)
+    assert len(counts) >= 4

@@ -92,10 +92,10 @@ def test_the_table_of_groups_is_bounded():
     busy = table.add_request("busy")
     for i in range(100):
         index = table.add_request(f"g{i}")
-        table.count_tokens(np.array([index]), np.array([5]), np.array([3]))
+        table.count_tokens(index, 3, 2)
         table.remove_request(index)
     assert len(table) <= 6 and table.add_request("busy") == busy
-    remembered = table.view_columns(lambda: np.array([], np.int64))
+    remembered = table.view_columns(RequestColumns(group=np.array([], np.int64)))
     used = remembered.num_output_tokens[[key is not None and key != "busy" for key in remembered.keys]]
     assert used.tolist() == [2, 2, 2]
     assert remembered.num_waiting.sum() == 2
