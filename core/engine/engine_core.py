@@ -343,7 +343,7 @@ class EngineCore:
             max_model_len=config.model.max_model_len,
             speculation=config.speculation,
             proposer=self._build_host_proposer(),
-            policy_name=config.plugin("policy").name,
+            policy_names=(config.plugin("policy").name, config.plugin("policy_fallback").name),
             proposer_name=None if config.speculation is None else config.plugin("spec_decode").name,
             max_loras=0 if config.adapters is None else config.adapters.max_loras,
             num_stages=self._num_stages,

@@ -34,10 +34,16 @@ class PolicyControl:
         control.add_method("explain_requests", self.explain_requests)
 
     def get_policy(self) -> dict[str, Any]:
-        """The scheduling policy that is asked: its name, and the options that it was given."""
-        name = self._runner.guard.name
-        options = dict(self._choice.options) if name == self._choice.name else {}  # another name: it was quarantined
-        return {"name": name, "options": options, "num_switches": self._num_switches}
+        """The scheduling policy that is asked: its name, and the options that it was given. ``quarantined``: the policy
+        in whose place it is asked, and why, or None."""
+        guard = self._runner.guard
+        quarantined = guard.quarantined and {"name": guard.quarantined.name, "reason": guard.quarantined.reason}
+        return {
+            "name": guard.name,
+            "options": {} if quarantined else dict(self._choice.options),
+            "num_switches": self._num_switches,
+            "quarantined": quarantined,
+        }
 
     def set_policy(self, name: str, target: str, options: dict[str, str]) -> dict[str, Any]:
         """Ask another scheduling policy from the next step on; what ``get_policy`` returns then. No request is dropped.

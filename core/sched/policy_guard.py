@@ -53,6 +53,7 @@ class PolicyGuard:
         on_quarantine: Callable[[QuarantinedPlugin], None],
         *,
         name: str | None = None,
+        fallback_name: str | None = None,
         time_limit_s: float = 0.05,
         max_slow_calls: int = 3,
         hang_limit_s: float = 5.0,
@@ -60,10 +61,13 @@ class PolicyGuard:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._fallback = fallback
+        self._fallback_name = fallback_name or class_path(fallback)
         self._on_quarantine = on_quarantine
         self._time_limit_s, self._max_slow_calls, self._clock = time_limit_s, max_slow_calls, clock
         self._hang_limit_s = hang_limit_s
         self._max_empty_plans, self._num_empty_plans = max_empty_plans, 0
+        self.quarantined: QuarantinedPlugin | None = None
+        """The policy that was to be asked, if it was replaced for its fault."""
         self.replace_policy(policy, name)
 
     def replace_policy(self, policy: BatchingPolicy, name: str | None = None) -> None:
@@ -72,18 +76,19 @@ class PolicyGuard:
             "policy",
             name or class_path(policy),
             self._use_fallback,
-            replacement=class_path(self._fallback),
+            replacement=self._fallback_name,
             time_limit_s=self._time_limit_s,
             max_slow_calls=self._max_slow_calls,
             hang_limit_s=self._hang_limit_s,
             clock=self._clock,
         )
         self._use_policy(policy, self._quarantine.call_timed)
+        self.quarantined = None
 
     @property
     def name(self) -> str:
         """The name of the policy that is asked."""
-        return class_path(self._fallback) if self._on_fallback else self._quarantine.name
+        return self._fallback_name if self._on_fallback else self._quarantine.name
 
     def rank_request(self, request: Request, *, may_reject: bool = True) -> RequestRank:
         """Where the request waits. Raises ``QueueFullError`` if the policy rejects the request; one that was accepted
@@ -175,6 +180,7 @@ class PolicyGuard:
         self._quarantine.switch_off(reason, detail)
 
     def _use_fallback(self, plugin: QuarantinedPlugin) -> None:
+        self.quarantined = plugin
         self._use_policy(self._fallback, _call_unguarded)  # an error of the fallback is a bug of ours, and is raised
         self._on_quarantine(plugin)
 

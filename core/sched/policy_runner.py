@@ -43,7 +43,7 @@ class PolicyRunner:
         self,
         policy: BatchingPolicy,
         fallback: BatchingPolicy,
-        name: str | None,
+        names: tuple[str | None, str | None],
         *,
         config: SchedulerConfig,
         running: RunningBatch,
@@ -71,7 +71,9 @@ class PolicyRunner:
         self._reported: deque[_ReportedStep] = deque()  # in flight
         self._groups: GroupTable | None = None
         self._prefixes: PrefixLookup | None = None
-        self.guard = PolicyGuard(policy, fallback, self._note_quarantine, name=name, clock=timer)
+        self.guard = PolicyGuard(
+            policy, fallback, self._note_quarantine, name=names[0], fallback_name=names[1], clock=timer
+        )
         self._prepare_policy()
 
     def replace_policy(self, policy: BatchingPolicy, name: str | None = None) -> None:

@@ -96,7 +96,7 @@ class Scheduler:
         timer: Callable[[], int] = time.monotonic_ns,
         speculation: SpeculationConfig | None = None,
         proposer: HostProposer | None = None,
-        policy_name: str | None = None,
+        policy_names: tuple[str | None, str | None] = (None, None),  # of the policy and the fallback
         proposer_name: str | None = None,
         max_loras: int = 0,
         num_stages: int = 1,
@@ -125,7 +125,7 @@ class Scheduler:
         self.policy_runner = PolicyRunner(
             policy,
             fallback,
-            policy_name,
+            policy_names,
             config=config,
             running=self._running,
             waiting=self._waiting,

@@ -71,4 +71,8 @@ def _run_set(args: argparse.Namespace) -> int:
 
 def _format_policy(policy: dict[str, Any]) -> str:
     given = ", ".join(f"{key}={value}" for key, value in policy["options"].items()) or "defaults"
-    return f"{policy['name']} ({given}), switched {policy['num_switches']} times"
+    times = "once" if policy["num_switches"] == 1 else f"{policy['num_switches']} times"
+    text = f"{policy['name']} ({given}), switched {times}"
+    if policy["quarantined"]:
+        text += f"; in place of {policy['quarantined']['name']}, quarantined: {policy['quarantined']['reason']}"
+    return text

@@ -76,7 +76,12 @@ def test_a_policy_that_never_returns_is_replaced(
         assert answers == expected
         assert engine.get_stats()["plugin_quarantines_total"] == 1
         [line] = [record.getMessage() for record in caplog.records if "is quarantined" in record.getMessage()]
-        assert f"{policy.__name__} is quarantined (hung)" in line and "FCFSPolicy takes over" in line
+        assert f"{policy.__name__} is quarantined (hung)" in line and "; fcfs takes over" in line
+        shown = engine.call_control("get_policy")
+        assert shown["name"] == "fcfs" and shown["quarantined"] == {
+            "name": f"{__name__}:{policy.__name__}",
+            "reason": "hung",
+        }
     finally:
         engine.shutdown()
 

@@ -37,7 +37,7 @@ def test_the_policy_is_switched_under_load_and_a_request_explained(
     for words in map(str.split, switches):
         assert main(["policy", "set", *words, *admin]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "priority (aging=1), switched 1 times" and said[3] == "edf (drop=true), switched 4 times"
+    assert said[0] == "priority (aging=1), switched once" and said[3] == "edf (drop=true), switched 4 times"
     assert main(["explain", "mine-15", *admin]) == 0
     assert "request mine-15-" in capsys.readouterr().out
     for thread in threads:
