@@ -297,6 +297,11 @@ def _build_cache_config(args: EngineArgs) -> CacheConfig:
 def _build_adapter_config(args: EngineArgs) -> AdapterConfig | None:
     num_modules = len(args.lora_modules)
     if not args.enable_lora and not num_modules:
+        if args.max_loras is not None or args.max_cpu_loras is not None:
+            name = "max_cpu_loras" if args.max_loras is None else "max_loras"
+            raise ConfigError(
+                f"{name} bounds adapters, and there are none without enable_lora or lora_modules; give one"
+            )
         return None
     max_loras = min(max(num_modules, 1), _MAX_DEFAULT_LORAS) if args.max_loras is None else args.max_loras
     max_cpu_loras = max(2 * max_loras, num_modules) if args.max_cpu_loras is None else args.max_cpu_loras

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from quire.core.engine.args import EngineArgs
@@ -118,6 +119,13 @@ def make_server_settings(args: argparse.Namespace) -> ServerSettings:
         raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none")
     if settings.admin_api_key is not None and not settings.admin_api_key.strip():
         raise ConfigError("--admin-api-key is empty; give a key, or leave the flag out to have no routes below /admin")
+    if settings.lora_root is not None:
+        if settings.admin_api_key is None:
+            raise ConfigError(
+                "--lora-root is for /v1/load_lora_adapter, which exists with --admin-api-key alone; give one"
+            )
+        if not Path(settings.lora_root).is_dir():
+            raise ConfigError(f"--lora-root {settings.lora_root} is not a folder; make it, or name another")
     names = [parse_named_key(text).name for text in settings.named_api_key]
     if len(set(names)) < len(names):
         raise ConfigError(f"--named-api-key: {max(names, key=names.count)!r} names two keys; give each its own name")

@@ -169,6 +169,9 @@ def test_settings() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             build(enable_lora=True, **settings)
+    for name in ("max_loras", "max_cpu_loras"):
+        with pytest.raises(ConfigError, match=f"{name} bounds adapters, and there are none without enable_lora"):
+            build(**{name: 4})
 
 
 def test_an_adapter_is_refused_where_they_are_off() -> None:

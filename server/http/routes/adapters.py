@@ -71,6 +71,8 @@ def _find_folder(root: str | None, path: str) -> Path:
         files = [each.resolve() for each in folder.glob("adapter_*")] if folder.is_relative_to(base) else []
     except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
         raise ApiError(400, f"lora_path: {path[:200]!r} is not a folder below --lora-root", param="lora_path") from None
+    if folder.is_relative_to(base) and not folder.is_dir():
+        raise ApiError(400, f"lora_path: {path[:200]!r} is not a folder below --lora-root", param="lora_path")
     if not all(each.is_relative_to(base) for each in (folder, *files)):
         raise ApiError(
             403, f"lora_path: {path[:200]!r} is not below --lora-root, or links out of it", param="lora_path"

@@ -142,7 +142,7 @@ def test_what_cannot_be_loaded_is_refused_and_nobody_else_is_hurt(
         ("../outside", 403, "not below --lora-root"),
         ("link", 403, "links out of it"),
         ("files", 403, "links out of it"),
-        ("nowhere", 400, "is not a folder"),
+        ("nowhere", 400, "'nowhere' is not a folder below --lora-root"),
         ("pickle", 400, "a pickle"),
         ("wide", 400, "rank 64 is above --max-lora-rank 16"),
         ("of-another", 400, "not an adapter of this model"),
