@@ -72,9 +72,10 @@ class Problem:
         ((48, 16, 16), 1100, 32, [1, -1, 0, 1, 4, 3, -1, 2]),
         ((160, 160), 64, 16, [4, 4, -1] * 13 + [1] * 5),
         ((144,), 640, 64, [-1, 2, 1, 0] * 5),
+        ((600, 600, 300), 64, 32, [1, -1, 0, 1, 4, 3, -1, 2]),
         ((32,), 64, 16, [-1] * 3),
     ],
-    ids=["one token", "all ranks", "long segments", "rank 64", "base"],
+    ids=["one token", "all ranks", "long segments", "rank 64", "many tiles", "base"],
 )
 def test_kernels_add_what_the_twin_adds(
     device: str, dtype: torch.dtype, tolerance: float, part_sizes, inputs, max_rank, slots, is_captured: bool

@@ -37,7 +37,8 @@ class AdapterBatch:
 
     Device tensors are int32 and stay where they are: ``segments`` (3, max_segments) has the slot, the first sorted
     token and the number of tokens of each segment, ``token_indices`` (max_num_tokens,) the sorted tokens,
-    ``slots`` (MAX_FEW_TOKENS,) the slot of each token in the order of the step, -1 where it has none.
+    ``slots`` (MAX_FEW_TOKENS,) the slot of each token in the order of the step, -1 where it has none, ``num_live`` (1,)
+    the segments that are not empty.
     """
 
     def __init__(self, limits: AdapterLimits) -> None:
@@ -46,11 +47,12 @@ class AdapterBatch:
         largest = (max_tokens, min(max_tokens, _FEW_TOKENS))  # of each length of segments
         self._max_segments = max(self._choose_shape(num_tokens).num_segments for num_tokens in largest)
         num_heads = 3 * self._max_segments
-        size = num_heads + MAX_FEW_TOKENS + max_tokens
+        size = num_heads + MAX_FEW_TOKENS + 1 + max_tokens
         self._packed = torch.zeros(size, dtype=torch.int32, device=limits.device)  # so that one copy brings all
         self.segments = self._packed[:num_heads].view(3, -1)
         self.slots = self._packed[num_heads : num_heads + MAX_FEW_TOKENS]
-        self.token_indices = self._packed[num_heads + MAX_FEW_TOKENS :]
+        self.num_live = self._packed[num_heads + MAX_FEW_TOKENS :][:1]
+        self.token_indices = self._packed[num_heads + MAX_FEW_TOKENS + 1 :]
         self.shape = SegmentShape(0, 0, 16)
         self.single_slot: int | None = None
         """The slot of every token of the step, where that is one and the step is not captured."""
@@ -81,7 +83,10 @@ class AdapterBatch:
         offsets = (np.arange(num_segments) - first_of_slot) * shape.max_rows  # within the slot's tokens
         segments[1] = (counts.cumsum() - counts)[segment_slots] + offsets
         segments[2] = np.minimum(counts[segment_slots] - offsets, shape.max_rows)
-        slots_of_few, token_indices = np.split(host[3 * self._max_segments :], [MAX_FEW_TOKENS])
+        slots_of_few, num_live, token_indices = np.split(
+            host[3 * self._max_segments :], [MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1]
+        )
+        num_live[:] = num_segments
         slots_of_few[: min(num_tokens, MAX_FEW_TOKENS)] = token_slots[:MAX_FEW_TOKENS]
         token_indices[: len(order)] = self._sorted
         self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)

@@ -8,7 +8,8 @@ the segment's ranks by a tile of B, which lies rank by rank, and adds the result
 the layer's own kernel may do that (``add_low_rank``); then *shrink* alone is launched, in front of it.
 
 An adapter's rank is read on the device: what a slot leaves unused is neither loaded nor multiplied. The grid is fixed
-by the number of tokens, so both may be captured; programs of empty segments exit. Both are started while the kernel
+by the number of tokens, so both may be captured: programs of *shrink* for empty segments exit, those of *expand* share
+out the tiles of the others, each loading the next tile's B while it multiplies one. Both are started while the kernel
 before still runs (PDL): segments and ranks are copied before the step, so they are read before the wait; and *shrink*
 lets the kernel behind it start at once, whose weights then travel meanwhile.
 
@@ -16,7 +17,8 @@ An RMS norm before the layer may be folded in, as ``gemm_small_m`` does: with ``
 ``A (g * x * s) = s * A (g * x)``, and the squares are summed beside the products.
 
 Shapes: ``x`` (M, K), A (slots, parts, R, K), B (slots, R, N), ``v`` (splits, M, parts, R) float32, ``out`` (M, N).
-Grid: shrink ``(segments, parts * R / 16, splits)``; expand ``(segments, tiles of N)``.
+Grid: shrink ``(segments, parts * R / 16, splits)``; expand as many programs as run at a time, which share out segments
+and tiles of N.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.plugins.adapters.lora.batch import MAX_FEW_TOKENS, AdapterBatch
-from quire.sdk.ops import pdl_launch_dependents, pdl_wait, supports_pdl
+from quire.sdk.ops import DeviceProfile, pdl_launch_dependents, pdl_wait, supports_pdl
 
 __all__ = ["launch_lora", "launch_shrink"]
 
 _BLOCK_R = 16
 _BLOCK_N = 128
 _MAX_PARTS = 3
+_WARPS_PER_SM = 16
+"""Of an expand: as many as its registers leave room for."""
 
 
 def launch_lora(
@@ -60,13 +64,18 @@ def launch_lora(
     v, squares = launch_shrink(x, a, ranks, batch, norm, keep_squares=norm is not None)
     enable_pdl = supports_pdl(x.device)
     sizes = (*part_sizes, *(0 for _ in range(_MAX_PARTS - len(part_sizes))))
-    tiles = sum(triton.cdiv(size, _BLOCK_N) for size in part_sizes)
-    lora_expand_kernel[(shape.num_segments, tiles)](
+    block_n = _BLOCK_N if num_tokens <= 16 or shape.max_rows > 16 else 2 * _BLOCK_N
+    tiles = sum(triton.cdiv(size, block_n) for size in part_sizes)
+    num_warps = 4 if shape.max_rows * block_n <= 2048 else 8
+    num_programs = _WARPS_PER_SM // num_warps * DeviceProfile.detect(x.device).num_sms
+    programs = min(shape.num_segments * tiles, num_programs)
+    lora_expand_kernel[(programs,)](
         v,
         squares,
         b,
         ranks,
         batch.segments,
+        batch.num_live,
         batch.token_indices,
         out,
         num_tokens,
@@ -81,10 +90,11 @@ def launch_lora(
         max_rank=max_rank,
         rows=shape.max_rows,
         block_r=_BLOCK_R,
-        block_n=_BLOCK_N,
+        block_n=block_n,
         splits=v.shape[0],
+        programs=programs,
         enable_pdl=enable_pdl,
-        num_warps=4,
+        num_warps=num_warps,
         launch_pdl=enable_pdl,
     )
 
@@ -212,6 +222,36 @@ def lora_shrink_kernel(
                 tl.store(squares_ptr + of_rows, tl.sum(squares, axis=1), mask=mask_m)
 
 
+@triton.jit
+def _locate(
+    item,
+    num_live,
+    segments_ptr,
+    ranks_ptr,
+    segment_stride,
+    size_0: tl.constexpr,
+    size_1: tl.constexpr,
+    size_2: tl.constexpr,
+    parts: tl.constexpr,
+    block_n: tl.constexpr,
+):
+    """A tile of a segment: its slot, first sorted token, number of tokens and part, the part's rank, where the part
+    begins, and the tile's features within it and whether it has them. Tiles that share B follow each other."""
+    tiles_0: tl.constexpr = (size_0 + block_n - 1) // block_n
+    tiles_1: tl.constexpr = (size_1 + block_n - 1) // block_n
+    segment, tile = item % num_live, item // num_live
+    part = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
+    first = tl.where(part == 0, 0, tl.where(part == 1, size_0, size_0 + size_1))
+    size = tl.where(part == 0, size_0, tl.where(part == 1, size_1, size_2))
+    tile -= tl.where(part == 0, 0, tl.where(part == 1, tiles_0, tiles_0 + tiles_1))
+    slot = tl.load(segments_ptr + segment).to(tl.int64)
+    start = tl.load(segments_ptr + segment_stride + segment)
+    count = tl.load(segments_ptr + 2 * segment_stride + segment)
+    rank = tl.load(ranks_ptr + slot * parts + part)
+    offs_n = tile * block_n + tl.arange(0, block_n)
+    return slot, start, count, part, rank, first, offs_n, offs_n < size
+
+
 @triton.jit(do_not_specialize=["num_tokens", "segment_stride"])
 def lora_expand_kernel(
     v_ptr,  # (splits, num_tokens, parts * max_rank) float32
@@ -219,6 +259,7 @@ def lora_expand_kernel(
     b_ptr,  # (slots, max_rank, features)
     ranks_ptr,  # (slots, parts)
     segments_ptr,  # (3, segment_stride): slot, first sorted token, number of tokens
+    num_live_ptr,  # (1,)
     tokens_ptr,  # (num_tokens,)
     out_ptr,  # (num_tokens, features)
     num_tokens,
@@ -235,51 +276,70 @@ def lora_expand_kernel(
     block_r: tl.constexpr,
     block_n: tl.constexpr,
     splits: tl.constexpr,
+    programs: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (segments, tiles of all parts)."""
+    """Grid: (programs,), which share out the tiles of the segments that are not empty."""
     features: tl.constexpr = size_0 + size_1 + size_2
-    tiles_0: tl.constexpr = (size_0 + block_n - 1) // block_n
-    tiles_1: tl.constexpr = (size_1 + block_n - 1) // block_n
-    segment, tile = tl.program_id(0), tl.program_id(1)
-    part = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
-    first = tl.where(part == 0, 0, tl.where(part == 1, size_0, size_0 + size_1))  # feature of the part
-    size = tl.where(part == 0, size_0, tl.where(part == 1, size_1, size_2))
-    tile -= tl.where(part == 0, 0, tl.where(part == 1, tiles_0, tiles_0 + tiles_1))
-    slot = tl.load(segments_ptr + segment)
-    start = tl.load(segments_ptr + segment_stride + segment)
-    count = tl.load(segments_ptr + 2 * segment_stride + segment)
-    rank = tl.load(ranks_ptr + slot * parts + part)
-    offs_m = tl.arange(0, rows)
-    mask_m = offs_m < count
-    tokens = tl.load(tokens_ptr + start + offs_m, mask=mask_m, other=0)
+    tiles: tl.constexpr = (
+        (size_0 + block_n - 1) // block_n + (size_1 + block_n - 1) // block_n + (size_2 + block_n - 1) // block_n
+    )
+    num_live = tl.load(num_live_ptr)
+    num_items = num_live * tiles
+    held, last = tl.maximum(num_live, 1), tl.maximum(num_items - 1, 0)
+    offs_m, offs_r = tl.arange(0, rows), tl.arange(0, block_r)
+    # The tile's B travels while the one before is multiplied, and the first before the wait: it does not change.
+    item = tl.program_id(0)
+    slot, _, _, _, rank, first, offs_n, mask_n = _locate(
+        tl.minimum(item, last), held, segments_ptr, ranks_ptr, segment_stride, size_0, size_1, size_2, parts, block_n
+    )
+    b_at = b_ptr + (slot * max_rank + offs_r)[:, None] * features + first + offs_n[None, :]
+    b = tl.load(b_at, mask=(offs_r < rank)[:, None] & mask_n[None, :] & (item < num_items), other=0.0)
     pdl_wait(enable_pdl)  # also where there is nothing to add, see above
-    if (count > 0) & (rank > 0):
-        offs_n = tile * block_n + tl.arange(0, block_n)
-        mask_n = offs_n < size
+    for item in range(tl.program_id(0), num_items, programs):
+        slot, start, count, part, rank, first, offs_n, mask_n = _locate(
+            item, held, segments_ptr, ranks_ptr, segment_stride, size_0, size_1, size_2, parts, block_n
+        )
+        mask_m = offs_m < count
+        tokens = tl.load(tokens_ptr + start + offs_m, mask=mask_m, other=0)
+        out_at = out_ptr + tokens.to(tl.int64)[:, None] * features + first + offs_n[None, :]
+        mask_out = mask_m[:, None] & mask_n[None, :] & (rank > 0)
+        y = tl.load(out_at, mask=mask_out, other=0.0).to(tl.float32)
+        v_at = v_ptr + tokens.to(tl.int64)[:, None] * (parts * max_rank) + part * max_rank + offs_r[None, :]
+        next_item = item + programs
+        next_slot, _, _, _, next_rank, next_first, next_n, next_mask = _locate(
+            tl.minimum(next_item, last),
+            held,
+            segments_ptr,
+            ranks_ptr,
+            segment_stride,
+            size_0,
+            size_1,
+            size_2,
+            parts,
+            block_n,
+        )
+        next_at = b_ptr + (next_slot * max_rank + offs_r)[:, None] * features + next_first + next_n[None, :]
+        mask_next = (offs_r < next_rank)[:, None] & next_mask[None, :] & (next_item < num_items)
+        b_next = tl.load(next_at, mask=mask_next, other=0.0)
         acc = tl.zeros((rows, block_n), dtype=tl.float32)
         if has_norm:
             total = tl.zeros((rows,), dtype=tl.float32)
             for split in tl.static_range(splits):
                 of_rows = (split * num_tokens + tokens).to(tl.int64) * parts + part
-                total += tl.load(squares_ptr + of_rows, mask=mask_m, other=0.0)
+                total += tl.load(squares_ptr + of_rows, mask=mask_m & (rank > 0), other=0.0)
             scale = tl.rsqrt(total / inputs + eps)
         for r in range(0, rank, block_r):
-            offs_r = r + tl.arange(0, block_r)
-            mask_r = offs_r < rank
-            v_rows = v_ptr + tokens.to(tl.int64)[:, None] * (parts * max_rank)
-            v_at = v_rows + part * max_rank + offs_r[None, :]
-            mask_v = mask_m[:, None] & mask_r[None, :]
+            if r > 0:
+                b_at = b_ptr + (slot * max_rank + r + offs_r)[:, None] * features + first + offs_n[None, :]
+                b = tl.load(b_at, mask=(r + offs_r < rank)[:, None] & mask_n[None, :], other=0.0)
+            mask_v = mask_m[:, None] & (r + offs_r < rank)[None, :]
             v = tl.zeros((rows, block_r), dtype=tl.float32)
             for split in tl.static_range(splits):
-                v += tl.load(v_at + split * num_tokens.to(tl.int64) * (parts * max_rank), mask=mask_v, other=0.0)
+                v += tl.load(v_at + r + split * num_tokens.to(tl.int64) * (parts * max_rank), mask=mask_v, other=0.0)
             if has_norm:
                 v *= scale[:, None]
-            b_rows = b_ptr + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * features
-            b = tl.load(b_rows + first + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(v.to(b.dtype), b, acc, input_precision="ieee")
-        out_at = out_ptr + tokens.to(tl.int64)[:, None] * features + first + offs_n[None, :]
-        mask_out = mask_m[:, None] & mask_n[None, :]
-        y = tl.load(out_at, mask=mask_out, other=0.0).to(tl.float32) + acc
-        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask_out)
+        tl.store(out_at, (y + acc).to(out_ptr.dtype.element_ty), mask=mask_out)
+        b = b_next
     pdl_launch_dependents(enable_pdl)
