@@ -5,8 +5,8 @@
 
 Schemas and answers are those of ``structured_output.py``: strings of tokens of 16 characters. ``advance`` is the time
 in which grammars follow the tokens of the step before, ``masks`` that for the rest of making the step's masks, both in
-microseconds a row. ``derived`` is the share of rows whose masks follow from others. ``p50`` and ``p99`` are of their
-sum in a step. It is wall time: what the library computes is spread over four fifths of the machine's processors.
+microseconds a row: by the clock, and of processors, whose number divides most of it. ``derived`` is the share of rows
+whose masks follow from others. ``p50`` and ``p99`` are of a whole step, by the clock.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from structured_output import make_schema
 from tokenizers import Tokenizer
 
@@ -55,12 +56,14 @@ def main() -> None:
     requests = make_requests(manager, schemas)
     print(f"{args.requests} schemas compiled and started in {time.perf_counter() - start:.1f} s")
     num_derived = count_derived()
-    advancing, masking = measure(manager, requests, answers, args.steps)
+    times = measure(manager, requests, answers, args.steps)  # (steps, 3, 2)
     num_rows = sum(min(len(answer), args.steps) for answer in answers)
-    both = [a + b for a, b in zip(advancing, masking, strict=True)]
-    print(f"advance {1e6 * sum(advancing) / num_rows:6.1f} us a row")
-    print(f"masks   {1e6 * sum(masking) / num_rows:6.1f} us a row, {len(num_derived) / num_rows:.0%} derived")
-    print(f"a step of {args.requests}: p50 {1e3 * np.median(both):.2f} ms, p99 {1e3 * np.percentile(both, 99):.2f} ms")
+    phases = 1e6 * np.diff(times, axis=1).sum(axis=0) / num_rows
+    for name, (clock, processors) in zip(("advance", "masks"), phases, strict=True):
+        print(f"{name:7} {clock:7.1f} us a row, {processors:7.1f} of processors")
+    print(f"{len(num_derived) / num_rows:.0%} derived")
+    steps = 1e3 * (times[:, 2, 0] - times[:, 0, 0])
+    print(f"a step of {args.requests}: p50 {np.median(steps):.2f} ms, p99 {np.percentile(steps, 99):.2f} ms")
     manager.shutdown()
 
 
@@ -100,24 +103,24 @@ def make_requests(manager: StructuredOutputManager, schemas: list[dict[str, Any]
 
 def measure(
     manager: StructuredOutputManager, requests: list[Request], answers: list[list[int]], num_steps: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step for ``advance`` and ``masks``."""
-    advancing, masking = [], []
+) -> NDArray[np.float64]:
+    """(steps, 3, 2) seconds: before a step's ``advance``, between that and ``masks``, and behind these; by the clock,
+    and of processors."""
+    times: list[list[tuple[float, float]]] = []
     for step in range(num_steps):
         rows = [row for row, request in enumerate(requests) if step < len(answers[request.request_id])]
         in_step = np.empty(len(rows), object)
         in_step[:] = [requests[row] for row in rows]
-        start = time.perf_counter()
+        before = time.perf_counter(), time.process_time()
         for request in in_step.tolist():
             request.grammar.catch_up()
-        advancing.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        between = time.perf_counter(), time.process_time()
         if manager.make_masks(make_step(rows), in_step).failed:
             raise SystemExit(f"a grammar has failed in step {step}")
-        masking.append(time.perf_counter() - start)
+        times.append([before, between, (time.perf_counter(), time.process_time())])
         for request in in_step.tolist():
             request.token_ids.append(answers[request.request_id][step])
-    return advancing, masking
+    return np.array(times)
 
 
 def make_step(rows: list[int]) -> SchedulerOutput:

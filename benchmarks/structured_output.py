@@ -5,7 +5,8 @@
 
 A different JSON schema for each request, of 3 to 12 properties with values of 1 to 40 tokens. Every answer has at least
 128 tokens; an unguided request generates as many tokens as the guided one of its number. The tokenizer is a byte-level
-BPE of 128,000 tokens, trained on the standard library of this Python. ``--size tiny`` is for a look on a CPU.
+BPE of 128,000 tokens, trained on the standard library of this Python and on files of PyTorch. ``--size tiny`` is for a
+look on a CPU.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ WORDS = [
     "title", "total", "type", "unit", "updated", "url", "user", "value", "version", "weight", "zip"
 ]  # fmt: skip
 
+_NUM_TORCH_FILES = 1000
+"""The standard library alone has too few different words for 128,000 tokens."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,15 +73,16 @@ def prepare(folder: Path, size: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    files = sorted(map(str, Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")))
-    files = [file for file in files if "site-packages" not in file][: 200 if size == "tiny" else None]
+    files = [file for file in find_sources(sysconfig.get_paths()["stdlib"]) if "site-packages" not in file.parts]
+    files += find_sources(torch.__path__[0])[:_NUM_TORCH_FILES]
+    files = files[: 200 if size == "tiny" else None]
     trainer = trainers.BpeTrainer(
         vocab_size=min(SIZES[size]["vocab_size"], 128_000),
         special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (Path(file).read_text(encoding="utf-8", errors="ignore") for file in files)
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -88,6 +93,11 @@ def prepare(folder: Path, size: str) -> None:
         lengths[index] = 0.0 if token == "<|end|>" else len(token) if len(token) <= 16 else 0.0
     torch.save(lengths, folder / "token_lengths.pt")
     print(f"{tokenizer.get_vocab_size()} tokens, from {len(files)} files")
+
+
+def find_sources(folder: str) -> list[Path]:
+    """Python files, in an order that is always the same."""
+    return sorted(Path(folder).rglob("*.py"))
 
 
 def make_schema(rng: random.Random) -> dict[str, Any]:
