@@ -31,6 +31,7 @@ SCHEMAS = [
     {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 9}, {"type": "null"}]},
 ]
 PROMPT = "The answer as JSON, with a name and an age: "
+ENDS = ".(=:;"
 ENGINE = {"max_model_len": 512, "device": "cpu", "max_num_seqs": 8}
 PROPOSERS = {
     "draft model": {"speculative_model": "quire-tiny-draft"},
@@ -50,6 +51,18 @@ def make_params(count: int = 8, **fields) -> list[SamplingParams]:
             structured_outputs=StructuredOutputsParams(json=SCHEMAS[i % 4], disable_any_whitespace=i % 2 == 0),
         )
         for i in range(count)
+    ]
+
+
+def make_reasoned_params() -> list[SamplingParams]:
+    """Free text comes first, up to one of several signs."""
+    constraints = [
+        StructuredOutputsParams(json=schema, disable_any_whitespace=True, reasoning_end=list(ENDS))
+        for schema in SCHEMAS
+    ]
+    return [
+        SamplingParams(temperature=0.7, seed=i, max_tokens=250, structured_outputs=constraint)
+        for i, constraint in enumerate(constraints)
     ]
 
 
@@ -76,7 +89,12 @@ def expected(llm: LLM):
     """Token ids without drafts, of ``make_params(8)``."""
     outputs = llm.generate(make_prompts(8), make_params())
     assert_valid(outputs)
-    return [output.outputs[0].token_ids for output in outputs]
+    reasoned = llm.generate(make_prompts(4), make_reasoned_params())
+    for i, output in enumerate(reasoned):
+        thought, answer = re.split(f"[{ENDS}]", output.outputs[0].text, maxsplit=1)
+        assert thought and output.outputs[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(answer), SCHEMAS[i])
+    return [output.outputs[0].token_ids for output in (*outputs, *reasoned)]
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
@@ -88,7 +106,9 @@ def test_drafts_change_no_token_and_none_is_invalid(proposer, expected, tmp_path
     try:
         outputs = llm.generate(make_prompts(8), make_params())
         assert_valid(outputs)
-        assert [output.outputs[0].token_ids for output in outputs] == expected
+        # Drafts reach over the end of the reasoning: what follows it in the same step is held to the schema as well.
+        reasoned = llm.generate(make_prompts(4), make_reasoned_params())
+        assert [output.outputs[0].token_ids for output in (*outputs, *reasoned)] == expected
         assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
     finally:
         llm.shutdown()
@@ -124,7 +144,7 @@ def test_the_engine_may_do_as_it_likes(settings, expected) -> None:
     try:
         for _ in range(2):  # the second time prefixes are cached
             outputs = llm.generate(make_prompts(8), make_params(**limit))
-            for output, token_ids in zip(outputs, expected, strict=True):
+            for output, token_ids in zip(outputs, expected[:8], strict=True):
                 assert output.outputs[0].token_ids == token_ids[: limit.get("max_tokens")]
         if "num_gpu_blocks_override" in settings:
             assert llm.get_stats()["num_preemptions_total"] > 0
