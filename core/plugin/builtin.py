@@ -184,12 +184,16 @@ def quire_register_tool_parser(register: Registrar) -> None:
     register("openai", f"{where}:Harmony", "gpt-oss: the commentary channel of harmony", aliases=("harmony",))
 
 
+_THINK_TAGS = ("glm45", "kimi_k2", "deepseek_v3", "deepseek_v31")
+"""vLLM's names of reasoning parsers that look for think tags."""
+
+
 @hookimpl
 def quire_register_reasoning_parser(register: Registrar) -> None:
     """Register the bundled reasoning parsers."""
     where = "quire.plugins.parsers.reasoning"
     register("none", f"{where}:NoReasoning", "reasoning stays text")
-    register("qwen3", f"{where}:Qwen3", "Qwen3 and others: think tags, where the answer has them", aliases=("glm45",))
+    register("qwen3", f"{where}:Qwen3", "Qwen3 and others: think tags, where the answer has them", aliases=_THINK_TAGS)
     register("deepseek_r1", f"{where}:DeepSeekR1", "DeepSeek-R1: answers begin with reasoning")
     register("granite", f"{where}:GraniteReasoning", "Granite 3.2 and 3.3")
     register("openai_gptoss", f"{where}:HarmonyReasoning", "gpt-oss: harmony", aliases=("openai", "harmony"))
