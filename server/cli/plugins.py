@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.core.errors import PluginError, QuireError
 from quire.core.plugin.manager import PluginManager
@@ -18,6 +19,9 @@ from quire.server.cli.plugins_bench import add_bench_flags, run_bench, split_or_
 from quire.server.cli.plugins_diff import add_diff_flags, format_diff, make_diff_report, write_record
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 from quire.server.cli.plugins_report import doctor_report, explain_report, list_report
+
+if TYPE_CHECKING:
+    from quire.core.testing.conformance import CheckResult
 
 __all__ = ["add_parser", "main", "run"]
 
@@ -124,7 +128,21 @@ def _check_plugin(manager: PluginManager, subject: str, only: str | None) -> dic
         "target": resolution.target,
         "results": [{"check": r.name, "outcome": r.outcome, "reason": r.reason} for r in results],
         "failed": sum(r.outcome == "failed" for r in results),
+        "skipped": sum(r.outcome == "skipped" for r in results),
+        "hint": _find_hint(results),
     }
+
+
+def _find_hint(results: Sequence[CheckResult]) -> str:
+    """How more of the checks could be run, where most of them were not; empty if enough were."""
+    if 2 * sum(result.outcome == "skipped" for result in results) < len(results):
+        return ""
+    import torch
+
+    kernels = [result for result in results if result.outcome == "skipped" and "triton" in result.reason.lower()]
+    if kernels and not torch.cuda.is_available():
+        return "run it on a machine with a GPU, or with TRITON_INTERPRET=1, which runs Triton kernels on the CPU"
+    return "the reasons above say what they need"
 
 
 def _print_report(args: argparse.Namespace, report: dict[str, Any], text: Any) -> int:
@@ -225,7 +243,10 @@ def _format_checks(report: dict[str, Any]) -> str:
     lines = [f"{report['subject']} ({report['target']})"]
     for r in report["results"]:
         lines.append(f"  {r['outcome']:<8} {r['check']}" + (f": {r['reason']}" if r["reason"] else ""))
-    lines.append(f"{report['failed']} of {len(report['results'])} checks failed")
+    skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
+    lines.append(f"{report['failed']} of {len(report['results'])} checks failed{skipped}")
+    if report["hint"]:
+        lines.append(f"most were skipped, and say nothing about it: {report['hint']}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import torch
 import triton
 
 from quire import LLM, SamplingParams
@@ -68,6 +69,16 @@ def test_it_is_compared_end_to_end(commands, capsys):
     words = [*SMALL["bench"], "--workload", "decode-bs1x2x2", "--json"]
     assert main([*commands[3].split()[1:], *words]) == 0
     assert len(json.loads(capsys.readouterr().out)["end_to_end"]["subject_rates"]) == 5
+
+
+def test_what_was_not_checked_is_said(commands, capsys, monkeypatch):
+    """The first command without the interpreter, on a machine without a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*commands[0].split()[1:], "--only", "check_"]) == 0
+    printed = capsys.readouterr().out
+    assert " skipped" in printed and "most were skipped, and say nothing about it: " in printed
+    assert "or with TRITON_INTERPRET=1" in printed
 
 
 @pytest.mark.aot
