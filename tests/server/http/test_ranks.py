@@ -85,9 +85,10 @@ def test_a_rank_that_ends_is_named(
     assert re.search(rf"rank {rank} \(process {ranks[rank]}\) {reason}", line)
 
 
-def test_another_engine_has_ranks_of_its_own(start: Callable[..., RunningServer]) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_another_engine_has_ranks_of_its_own(start: Callable[..., RunningServer], kind: str) -> None:
     """And answers the request that was running."""
-    server = start(*TWO)
+    server = start(*TWO) if kind == "tensor" else start("-pp", *TWO[1:])
     expected = httpx.post(server.url + TEXT, json=LONG, timeout=180).json()["choices"]
     ranks = find_ranks(server)
     waiting, answers = begin_request(server)
@@ -96,7 +97,8 @@ def test_another_engine_has_ranks_of_its_own(start: Callable[..., RunningServer]
     assert answers[0].json()["choices"] == expected
     assert all(has_ended(pid) for pid in ranks) and len(find_ranks(server)) == 2
     [line] = error_lines(server)
-    assert "rank 1" in line and "starting another engine (restart 1)" in line
+    stage = "stage 1, " if kind == "pipeline" else ""
+    assert f"rank 1 ({stage}process {ranks[1]})" in line and "starting another engine (restart 1)" in line
     replaced = find_ranks(server)
     assert server.stop() == 0
     until(lambda: all(has_ended(pid) for pid in replaced))
