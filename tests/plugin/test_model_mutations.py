@@ -58,7 +58,7 @@ def test_a_wrong_model_is_noticed(cls, check):
 FAULTS = [
     ("Llama", "else self.norm(x, residual)[0]", "else x", LOGITS),
     ("Llama", "self.self_attn(self.input_layernorm, x, residual", "(x, residual) or (x, residual", LOGITS),
-    ("Llama", "range(config.num_hidden_layers)", "range(config.num_hidden_layers - 1)", LOGITS),
+    ("Llama", "            config.num_hidden_layers,", "            config.num_hidden_layers - 1,", LOGITS),
     ("Llama", "num_kv_heads=config.num_key_value_heads", "num_kv_heads=config.num_attention_heads", LOGITS),
     ("Llama", "capture_layer(index, x, residual)", "capture_layer(index, x, None)", "check_auxiliary_hidden_states"),
     ("Llama", 'f"{name}.post_attention_layernorm"', 'f"{name}.input_layernorm"', LOGITS),
