@@ -134,7 +134,7 @@ def split_subject(subject: str) -> tuple[str, str]:
     """``"policy/fcfs"`` -> ``("policy", "fcfs")``; the name may itself be ``dist/name`` or ``module:Class``."""
     kind, slash, name = subject.partition("/")
     if not slash or not name:
-        raise PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs")
+        raise PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs, or FILE.py:Class")
     return Kind.from_name(kind).key, name
 
 
