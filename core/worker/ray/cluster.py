@@ -111,18 +111,15 @@ class RayCluster:
     def reserve(self, num_ranks: int, wait_s: float) -> list[RankSlot]:
         """A slot for each rank, on as few nodes as possible; ranks of a node are neighbours, and this node comes first.
         Waits ``wait_s`` for what others use. Raises ``ConfigError`` that says what there is."""
-        nodes = {node.node_id: node for node in self.list_nodes()}
-        if sum(node.num_units for node in nodes.values()) < num_ranks:
-            raise ConfigError(
-                f"{self._describe_need(num_ranks)}; start Ray on more hosts (`ray start --address={self.address}`), or "
-                "lower --tensor-parallel-size"
-            )
+        self._check_size(num_ranks)
         self._group = self._groups.placement_group([{self._unit: 1}] * num_ranks, strategy="PACK")
         if not self._group.wait(wait_s):
+            self._check_size(num_ranks)  # a node may have gone meanwhile
             raise ConfigError(
                 f"{self._describe_need(num_ranks)}, and not all of them became free within {wait_s:.0f} s; end what "
                 "uses them (`ray status`, `ray list actors`), or raise --executor-option wait_s"
             )
+        nodes = {node.node_id: node for node in self.list_nodes()}
         node_ids = self._groups.placement_group_table(self._group)["bundles_to_node_id"]
         bundles: dict[str, list[int]] = {}
         for bundle in range(num_ranks):
@@ -130,6 +127,13 @@ class RayCluster:
         own = self._ray.get_runtime_context().get_node_id()
         order = sorted(bundles, key=lambda each: (-len(bundles[each]), each != own, nodes[each].host))
         return [RankSlot(nodes[node_id], bundle) for node_id in order for bundle in bundles[node_id]]
+
+    def _check_size(self, num_ranks: int) -> None:
+        if sum(node.num_units for node in self.list_nodes()) < num_ranks:
+            raise ConfigError(
+                f"{self._describe_need(num_ranks)}; start Ray on more hosts (`ray start --address={self.address}`), or "
+                "lower --tensor-parallel-size or --pipeline-parallel-size"
+            )
 
     def start_actor(self, actor_class: type, slot: RankSlot, *arguments: Any) -> Any:
         """An actor in the place of a rank; returns at once."""

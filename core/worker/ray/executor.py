@@ -17,6 +17,10 @@ from quire.core.worker.ray.ranks import RayRanks
 
 __all__ = ["RayExecutor"]
 
+_EARLIER_S = 4.0
+"""By how much a hang is found before the watchdog of the engine core finds it: as long as the nodes may take to answer
+what the ranks there do."""
+
 
 class RayExecutor(MultiprocExecutor):
     """As ``MultiprocExecutor``, with ranks wherever a Ray cluster has a GPU (on a CPU: a CPU) for each.
@@ -46,6 +50,11 @@ class RayExecutor(MultiprocExecutor):
         except BaseException:
             cluster.close()
             raise
+
+    @property
+    def _step_limit_s(self) -> float:
+        limit = self.config.watchdog.step_timeout_s
+        return limit - min(_EARLIER_S, limit / 3)
 
     def allocate_mask_block(self, num_rows: int, num_words: int) -> NDArray[np.int32]:
         """In memory of this process: masks are sent with the step that they are of."""

@@ -29,6 +29,7 @@ _ACTOR_S = 60.0
 """How long Ray may take to start an actor: a Python process, on a host that may be busy."""
 _CONNECT_S = 30.0
 _ANSWER_S = 3.0
+"""How long a supervisor may take: longer than its node may be busy, shorter than the engine core waits with a hang."""
 _END_WAIT_S = 4.0
 """Longer than a supervisor waits before it kills."""
 _CAUSE_WAIT_S = 1.0
@@ -207,6 +208,12 @@ class RayRanks(RankGroup):
         """Why ``what`` may not have ended for so long, where no end of a connection told it."""
         if lost := self._find_lost():
             return self.describe_end(lost)
+        answers = self._try_all("is_stopped")
+        if silent := [rank for rank in range(self.size) if rank not in answers]:
+            return (
+                f"{self.describe_rank(silent[0])} and what watches it there do not answer: {what} has not ended for "
+                f"{seconds:.0f} s; its node may be stopped, or cut off"
+            )
         return super().describe_hang(seconds, what)
 
     def dump_stacks(self) -> str:

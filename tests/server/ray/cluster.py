@@ -19,7 +19,7 @@ from pathlib import Path
 from quire.core.env import child_environment
 
 HEAD, OTHER = "127.0.0.2", "127.0.0.3"
-_START_S = 60.0
+_START_S = 120.0
 _PR_SET_PDEATHSIG = 1
 _RAY = Path(sys.executable).with_name("ray")
 
@@ -37,6 +37,7 @@ class TwoNodes:
         self._environment = environment | {
             "PYTHONPATH": os.pathsep.join([python_path, environment["PYTHONPATH"]]),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
             name: value,

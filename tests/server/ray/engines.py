@@ -43,16 +43,20 @@ def read_node(pid: int) -> str:
     return node
 
 
+def read_parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def find_ranks(server: RunningServer) -> list[int]:
+def find_ranks(server: RunningServer, size: int = 2) -> list[int]:
     """The processes of the last engine, by rank, as the log names them."""
-    found = re.findall(r"rank (\d) \(process (\d+) on \S+\) writes to", server.stderr.read_text())
-    assert [int(rank) for rank, _ in found[-2:]] == [0, 1]
-    return [int(pid) for _, pid in found[-2:]]
+    found = re.findall(r"rank (\d) \(.*?process (\d+) on \S+\) writes to", server.stderr.read_text())[-size:]
+    assert [int(rank) for rank, _ in found] == list(range(size))
+    return [int(pid) for _, pid in found]
 
 
 def begin_request(server: RunningServer) -> tuple[threading.Thread, list[Any]]:

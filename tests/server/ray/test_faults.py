@@ -15,7 +15,7 @@ from quire.core.errors import WorkerDiedError
 
 from ..conftest import RunningServer, child_processes, has_ended, until
 from .cluster import HEAD, OTHER, TwoNodes
-from .engines import LONG, TEXT, begin_request, find_error, find_ranks, generate, open_engine
+from .engines import LONG, TEXT, begin_request, find_error, find_ranks, generate, open_engine, read_parent
 
 pytestmark = pytest.mark.parallel
 
@@ -29,6 +29,24 @@ def test_a_rank_that_hangs_is_named(tiny_model: str, cluster: TwoNodes) -> None:
         generate(engine)
     until(lambda: all(has_ended(pid) for pid in ranks))
     engine.shutdown()
+
+
+def test_a_node_that_stands_still_is_named(tiny_model: str, cluster: TwoNodes) -> None:
+    engine = open_engine(tiny_model, cluster, step_timeout=12)
+    ranks = engine.engine_core.executor.pids  # type: ignore[attr-defined]
+    stopped = [ranks[1], read_parent(ranks[1])]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    try:
+        with pytest.raises(
+            WorkerDiedError, match=rf"^rank 1 \(process {ranks[1]} on {OTHER}\) and what watches it there"
+        ):
+            generate(engine)
+        assert time.monotonic() - begin < 30
+    finally:
+        engine.shutdown()
+    until(lambda: all(has_ended(pid) for pid in (*ranks, *stopped)))
 
 
 @pytest.mark.parametrize(
