@@ -73,7 +73,17 @@ def unions(draw, values) -> dict[str, Any]:
     return {draw(st.sampled_from(["anyOf", "oneOf"])): cases}
 
 
-schemas = st.recursive(
+@st.composite
+def records(draw) -> dict[str, Any]:
+    """Objects without other properties, whose strings may not end at once."""
+    least = st.sampled_from(LENGTHS[4:])
+    values = least.flatmap(lambda n: st.sampled_from([{"minLength": n}, {"minLength": n, "maxLength": n + n % 3}]))
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True))
+    properties = {name: {"type": "string", **draw(values)} for name in names}
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+schemas = records() | st.recursive(
     leaves, lambda values: st.one_of(objects(values), objects(values), arrays(values), unions(values)), max_leaves=6
 )
 
@@ -92,7 +102,7 @@ def texts(tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode([token], skip_special_tokens=False) for token in range(4096)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     schema=schemas,
     blanks=st.booleans(),
