@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         for note in trace.notes:
             print(f"note: {note}")
         print(f"step model: {model.name}: {model.device}, {model.model}; {model.source}")
+        if (drafts := setups[0].drafts) is not None:
+            print(f"drafts: {drafts.num_speculative_tokens} at most, each right with {drafts.acceptance:.1%}")
         if load:
             print(describe_load(load))
     results = []
@@ -86,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         figures = results[-1].summarize(objectives if has_objectives else None)
         if args.json:
             named = {"trace": trace.name, "step_model": model.name, "seed": args.seed, "replicas": args.replicas}
+            if setup.drafts is not None:
+                named |= {"num_speculative_tokens": setup.drafts.num_speculative_tokens}
+                named |= {"draft_acceptance": setup.drafts.acceptance}
             if args.replicas > 1:
                 named["router"] = router.text
             print(json.dumps(_replace_nan({**named, **figures})))

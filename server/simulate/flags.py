@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from quire.server.cli.flags import parse_int
+from quire.server.cli.flags import parse_float, parse_int
 
 __all__ = ["DEFAULT_MODEL", "add_engine_flags", "add_model_flags"]
 
@@ -29,6 +29,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="(default: on)"
+    )
+    group.add_argument(
+        "--num-speculative-tokens", type=parse_int, metavar="N", help="draft at most N tokens for a request in a step"
+    )
+    group.add_argument(
+        "--draft-acceptance",
+        type=parse_float,
+        metavar="X",
+        help="the chance that a draft is right where those before it are (default: that of the recording)",
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput
+from quire.server.simulate.drafts import SimulatedDrafts
 from quire.server.simulate.sequences import FILLER, STOP
 
 __all__ = ["LengthWorker", "RequestTokens"]
@@ -32,8 +33,12 @@ class RequestTokens:
 class LengthWorker:
     """Samples the tokens of steps, in the order in which they are scheduled."""
 
-    def __init__(self, max_num_seqs: int, requests: Mapping[int, RequestTokens]) -> None:
+    def __init__(
+        self, max_num_seqs: int, requests: Mapping[int, RequestTokens], drafts: SimulatedDrafts | None = None
+    ) -> None:
         self._requests = requests
+        self._drafts = drafts
+        self._numbers = np.zeros(max_num_seqs, np.int64)  # by row
         self._lengths = np.zeros(max_num_seqs, np.int64)  # by row: tokens, those in flight included
         self._end_lens = np.full(max_num_seqs, NEVER)
         self._stop_lens = np.full(max_num_seqs, NEVER)
@@ -43,6 +48,7 @@ class LengthWorker:
         """The step's tokens."""
         for new in step.new_requests:
             known, row = self._requests[new.request_id], new.row
+            self._numbers[row] = new.request_id
             self._lengths[row] = len(new.token_ids)
             self._end_lens[row] = known.end_len
             self._stop_lens[row] = known.end_len if known.stops else NEVER
@@ -50,6 +56,8 @@ class LengthWorker:
                 self._sequences[row] = known.sequence
             else:
                 self._sequences.pop(row, None)
+        if self._drafts is not None and step.num_draft_tokens is not None:
+            return self._verify_drafts(self._drafts, step, step.num_draft_tokens)
         self._lengths[step.rows] += step.sampling_mask
         return self.sample_tokens(step)
 
@@ -83,6 +91,21 @@ class LengthWorker:
                 skipped.append(sequence[length - 1 : length - 1 + num_steps].tolist())
         self._lengths[rows] += num_steps
         return skipped
+
+    def _verify_drafts(
+        self, drafts: SimulatedDrafts, step: SchedulerOutput, num_drafts: NDArray[np.int32]
+    ) -> ModelRunnerOutput:
+        rows = step.rows
+        before = self._lengths[rows]
+        counts = (drafts.count_accepted(self._numbers[rows], before, num_drafts) + 1) * step.sampling_mask
+        self._lengths[rows] += counts
+        columns = []
+        for column in range(1, int(counts.max(initial=1)) + 1):
+            tokens = np.where(before + column == self._stop_lens[rows], STOP, FILLER).astype(np.int32)
+            if self.has_sequences:
+                self._take_sequence_tokens(rows, before + column, tokens)
+            columns.append(tokens)
+        return ModelRunnerOutput(step.step, np.stack(columns, axis=1), counts.astype(np.int32), num_drafts)
 
     def _take_sequence_tokens(
         self, rows: NDArray[np.int32], lengths: NDArray[np.int64], tokens: NDArray[np.int32]

@@ -18,6 +18,7 @@ from quire.core.request import Request
 from quire.core.sched.skipping_scheduler import SkippingScheduler
 from quire.core.stats import StepStats
 from quire.core.traces.recorder import TraceRecorder
+from quire.server.simulate.drafts import SimulatedDrafts
 from quire.server.simulate.length_worker import LengthWorker, RequestTokens
 from quire.server.simulate.step_model import EngineLimits, StepShape, StepTimeModel
 
@@ -70,6 +71,7 @@ class Replica:
         observe_step: StepObserver | None = None,
         max_queued: int | None = None,
         recorder: TraceRecorder | None = None,
+        drafts: SimulatedDrafts | None = None,
     ) -> None:
         self._model = model
         self._max_in_flight = limits.max_in_flight_steps
@@ -90,9 +92,10 @@ class Replica:
             clock=self.read_clock if recorder is None else recorder.clock,
             timer=self.read_clock if recorder is None else recorder.clock,  # it does not see how long a policy thinks
             on_end=self._note_end,
+            speculation=None if drafts is None else drafts.make_config(),
         )
         self._tokens: dict[int, RequestTokens] = {}
-        self._worker = LengthWorker(limits.max_num_seqs, self._tokens)
+        self._worker = LengthWorker(limits.max_num_seqs, self._tokens, drafts)
         self._pending: deque[tuple[int, EngineCoreRequest]] = deque()  # (when it reaches the engine core, request)
         self._in_flight: deque[_InFlight] = deque()
         self._device_free_ns = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,10 +13,12 @@ import msgspec
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import parse_options, split_key_values
+from quire.server.simulate.drafts import SimulatedDrafts, measure_acceptance
 from quire.server.simulate.simulation import EngineSetup
 from quire.server.simulate.step_model import EngineLimits, StepTimeModel, load_step_model
+from quire.server.traces.recording import read_recording
 
-__all__ = ["PluginSpec", "list_policies", "make_limits", "make_setup", "resolve_spec"]
+__all__ = ["PluginSpec", "list_policies", "make_drafts", "make_limits", "make_setup", "resolve_spec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,27 @@ def make_setup(args: argparse.Namespace, policy: PluginSpec, plugins: PluginMana
         policy_options=policy.options,
         prefix_caching=args.enable_prefix_caching,
         skip_equal_steps=not args.every_step,
+        drafts=make_drafts(args),
     )
+
+
+def make_drafts(args: argparse.Namespace) -> SimulatedDrafts | None:
+    """The drafts that the command line asks for, if any. Raises ``ConfigError``."""
+    count, acceptance = args.num_speculative_tokens, args.draft_acceptance
+    if count is None:
+        if acceptance is not None:
+            raise ConfigError("--draft-acceptance is of drafts: say how many with --num-speculative-tokens")
+        return None
+    if not 1 <= count <= 64:
+        raise ConfigError(f"--num-speculative-tokens must be between 1 and 64, got {count}")
+    if acceptance is None:
+        try:
+            acceptance = measure_acceptance(read_recording(Path(args.trace)))
+        except ConfigError as error:
+            raise ConfigError(f"--draft-acceptance is missing, and no recording tells it: {error}") from None
+    if not 0 <= acceptance <= 1:
+        raise ConfigError(f"--draft-acceptance is a share, 0 to 1, got {acceptance:g}")
+    return SimulatedDrafts(count, acceptance, args.seed)
 
 
 def list_policies(texts: Sequence[str], plugins: PluginManager) -> list[PluginSpec]:

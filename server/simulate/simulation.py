@@ -20,6 +20,7 @@ from quire.core.scheduling_params import SchedulingParams
 from quire.core.traces.recorder import TraceRecorder
 from quire.core.traces.records import SCHEMA_VERSION, HeaderRecord
 from quire.core.version import __version__
+from quire.server.simulate.drafts import SimulatedDrafts
 from quire.server.simulate.length_worker import RequestTokens
 from quire.server.simulate.replica import Replica, RequestLog, StepObserver
 from quire.server.simulate.results import RequestTimes, SimulationResult
@@ -49,6 +50,7 @@ class EngineSetup:
     policy_options: Mapping[str, str] = field(default_factory=dict)
     prefix_caching: bool = True
     skip_equal_steps: bool = True
+    drafts: SimulatedDrafts | None = None
 
     def build_replica(
         self, observe_step: StepObserver | None, *, prefix_caching: bool, recorder: TraceRecorder | None = None
@@ -67,6 +69,7 @@ class EngineSetup:
             skip_equal_steps=self.skip_equal_steps,
             observe_step=observe_step,
             recorder=recorder,
+            drafts=self.drafts,
         )
 
 
@@ -189,7 +192,8 @@ def _start_recorder(path: Path, setup: EngineSetup, prefix_caching: bool, clock:
         "windows": [None],
         "enforce_eager": False,
         "kv": "paged",
-        "speculation": None,
+        "speculation": setup.drafts
+        and {"num_speculative_tokens": setup.drafts.num_speculative_tokens, "adaptive": True, "on_host": False},
     }
     header = HeaderRecord(
         SCHEMA_VERSION,
