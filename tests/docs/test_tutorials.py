@@ -149,6 +149,7 @@ def normalized(text: str) -> str:
     """Without what differs from run to run: numbers, folders, identifiers; blanks are one blank."""
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/", "", text)
     text = re.sub(r"\b(cmpl|mine-1|order-17)-[\w-]+", r"\1-N", text)
+    text = text.replace("switched once", "switched 1 times")  # more often where a page before has switched
     return re.sub(r"\s+", " ", re.sub(r"[-+]?\d[\d,.:]*", "N", text)).strip()
 
 
