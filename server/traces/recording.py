@@ -119,7 +119,8 @@ def open_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     except (UnicodeDecodeError, zstandard.ZstdError) as error:
-        raise ConfigError(f"{path} is not a trace: {error}") from None
+        reason = f"{path} is not a trace ({error})"
+        raise ConfigError(f"{reason}; name a recording of quire serve --record, or a trace of another kind") from None
 
 
 def _iter_lines(path: Path) -> Iterator[str]:
