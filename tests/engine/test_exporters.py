@@ -1,4 +1,4 @@
-"""Metrics exporters run in threads of their own: one that fails, hangs or falls behind harms nobody else."""
+"""Metrics exporters run in threads of their own: one that fails, hangs or falls behind harms none of the others."""
 
 from __future__ import annotations
 

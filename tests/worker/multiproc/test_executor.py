@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -30,23 +31,31 @@ SHARED = list(range(40, 72))
 PROMPTS = [[*SHARED, 5 + i] if i % 2 else [90 + i, 6, 7] * (1 + 4 * i) for i in range(8)]
 
 
-@pytest.fixture(scope="module")
-def two(tiny: Path) -> Iterator[LLM]:
-    """On two ranks. Too few blocks for all requests at once, and steps that hold parts of prompts."""
+@contextlib.contextmanager
+def open_on_two(model: Path, **parallel_size: Any) -> Iterator[LLM]:
+    """An engine on two ranks that have faults when they are told to. Too few blocks for all requests at once, and steps
+    that hold parts of prompts."""
     limits: dict[str, Any] = {"max_num_seqs": 6, "num_gpu_blocks_override": 18, "max_num_batched_tokens": 48}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         engine = LLM(
-            model=str(tiny),
+            model=str(model),
             device="cpu",
             max_model_len=256,
             cpu_threads=1,
-            tensor_parallel_size=2,
             executor="rank_faults:FaultyExecutor",
+            **parallel_size,
             **limits,
         )
         yield engine
         engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two(tiny: Path) -> Iterator[LLM]:
+    """On two ranks."""
+    with open_on_two(tiny, tensor_parallel_size=2) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +159,9 @@ def test_a_rank_that_is_killed_ends_the_engine_by_name(two: LLM) -> None:
         ({"tensor_parallel_size": 3}, r"3 does not divide the 4 attention heads and 2 KV heads of .*; give 1, 2, 4$"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
         ({"tensor_parallel_size": 2, "executor": "uniproc"}, "'uniproc' runs one worker.*use --executor multiproc"),
+        ({"pipeline_parallel_size": 3}, r"^pipeline_parallel_size 3 is more than the 2 layers of .*; give 1 to 2$"),
+        ({"pipeline_parallel_size": 0}, "pipeline_parallel_size must be at least 1, got 0"),
+        ({"pipeline_parallel_size": 2, "executor": "uniproc"}, "'uniproc' runs one worker.*use --executor multiproc"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(tiny: Path, arguments: dict[str, Any], message: str) -> None:
@@ -157,12 +169,21 @@ def test_what_cannot_be_is_refused_at_once(tiny: Path, arguments: dict[str, Any]
         LLM(model=str(tiny), device="cpu", **arguments)
 
 
-def test_too_few_gpus_are_counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "num_gpus", "message"),
+    [
+        ((4, 1), 2, r"4 needs as many GPUs, and 2 can be seen \(NVIDIA H200\); lower it"),
+        ((2, 2), 3, r"size 2 x pipeline_parallel_size 2 need 4 GPUs, and 3 can be seen \(NVIDIA"),
+    ],
+)
+def test_too_few_gpus_are_counted(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int], num_gpus: int, message: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA H200")
-    with pytest.raises(ConfigError, match=r"4 needs as many GPUs, and 2 can be seen \(NVIDIA H200\); lower it"):
-        LLM(model=str(tiny), tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match=message):
+        LLM(model=str(tiny), tensor_parallel_size=sizes[0], pipeline_parallel_size=sizes[1])
 
 
 def pids(engine: LLM) -> list[int]:

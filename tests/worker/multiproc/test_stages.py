@@ -14,28 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quire import LLM
-from quire.core.errors import ConfigError, RequestFailedError, WorkerDiedError
+from quire.core.errors import RequestFailedError, WorkerDiedError
 
-from .test_executor import GREEDY, PROMPTS, assert_served, pids, set_fault
+from .test_executor import GREEDY, PROMPTS, assert_served, open_on_two, pids, set_fault
 
 
 @pytest.fixture(scope="module")
 def two(tiny: Path) -> Iterator[LLM]:
-    """Too few blocks for all requests at once, and steps that hold parts of prompts."""
-    limits: dict[str, Any] = {"max_num_seqs": 6, "num_gpu_blocks_override": 18, "max_num_batched_tokens": 48}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        engine = LLM(
-            model=str(tiny),
-            device="cpu",
-            max_model_len=256,
-            cpu_threads=1,
-            pipeline_parallel_size=2,
-            executor="rank_faults:FaultyExecutor",
-            **limits,
-        )
+    """On two stages."""
+    with open_on_two(tiny, pipeline_parallel_size=2) as engine:
         yield engine
-        engine.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -103,24 +91,3 @@ def test_a_rank_that_is_killed_ends_the_engine_by_name_and_stage(two: LLM) -> No
         two.generate([{"prompt_token_ids": [5, 6]}], GREEDY)
     assert time.monotonic() - begin < 5
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"pipeline_parallel_size": 3}, r"^pipeline_parallel_size 3 is more than the 2 layers of .*; give 1 to 2$"),
-        ({"pipeline_parallel_size": 0}, "pipeline_parallel_size must be at least 1, got 0"),
-        ({"pipeline_parallel_size": 2, "executor": "uniproc"}, "'uniproc' runs one worker.*use --executor multiproc"),
-    ],
-)
-def test_what_cannot_be_is_refused_at_once(tiny: Path, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        LLM(model=str(tiny), device="cpu", **arguments)
-
-
-def test_too_few_gpus_are_counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA H200")
-    with pytest.raises(ConfigError, match=r"size 2 x pipeline_parallel_size 2 need 4 GPUs, and 3 can be seen \(NVIDIA"):
-        LLM(model=str(tiny), tensor_parallel_size=2, pipeline_parallel_size=2)

@@ -67,10 +67,10 @@ def test_messages_cross_a_connection_whose_ends_know_each_other() -> None:
 
 def test_who_does_not_know_the_token_is_refused_and_harms_no_rank() -> None:
     with listen("127.0.0.1", 4) as listener:
-        stranger = Rank(listener, bytes(32))
+        impostor = Rank(listener, bytes(32))
         assert accept_rank(listener, TOKEN) is None
-        stranger.join()
-        assert stranger.error is not None and stranger.connection is None
+        impostor.join()
+        assert impostor.error is not None and impostor.connection is None
         with socket.create_connection(listener.getsockname()) as silent:
             begin = time.monotonic()
             assert accept_rank(listener, TOKEN) is None and time.monotonic() - begin < 10
