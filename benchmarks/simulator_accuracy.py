@@ -1,10 +1,13 @@
 """How far the simulator is from a server: fit a step model on one recording, predict others, and compare.
 
-    quire serve MODEL --record conv70.jsonl.zst --no-enable-prefix-caching &     # one server a recording
-    python benchmarks/simulator_accuracy.py send --trace azure-conv.csv --rate 16.9 --minutes 4 --out conv70.json
+    quire serve MODEL --record both70.jsonl.zst --no-enable-prefix-caching &
+    python benchmarks/simulator_accuracy.py send --trace azure-conv.csv --rate 15.7 --minutes 4 --out conv70.json
+    python benchmarks/simulator_accuracy.py send --trace azure-code.csv --rate 13.3 --minutes 4 --out code70.json
+    python benchmarks/simulator_accuracy.py split both70.jsonl.zst conv70 code70       # once the server has ended
     python benchmarks/simulator_accuracy.py compare --fit conv70 --predict conv90 code70 code90
 
-``send`` plays the beginning of a trace against a server and keeps what its clients saw. ``compare`` reads
+``send`` plays the beginning of a trace against a server and keeps what its clients saw. ``split`` makes a recording of
+each part of what one server served, one after the other, by the number of requests in NAME.json. ``compare`` reads
 NAME.jsonl.zst, which the server recorded, and NAME.json, fits a step model to the first, simulates the others, and
 prints the errors as shares. Goals: median end to end 5 %, median time to first token 10 %, its p99 15 %, throughput
 3 %. A recording says little of a p99 below 1,000 requests, and then the table says so.
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import zstandard
 
 from quire.core.errors import ConfigError
 from quire.plugins.kv.paged import PagedAllocator
@@ -26,7 +30,7 @@ from quire.server.ab.live import send_trace
 from quire.server.simulate.fit import fit_step_model, measure_errors
 from quire.server.simulate.simulation import EngineSetup, run_simulation
 from quire.server.traces.read import read_trace
-from quire.server.traces.recording import read_recording
+from quire.server.traces.recording import open_text, read_recording
 
 FIGURES = ("e2e_p50", "ttft_p50", "ttft_p99", "throughput")
 
@@ -40,12 +44,15 @@ def main() -> None:
     send.add_argument("--rate", type=float, required=True, help="requests a second, on average")
     send.add_argument("--minutes", type=float, default=4.0)
     send.add_argument("--out", required=True)
+    split = commands.add_parser("split")
+    split.add_argument("recording")
+    split.add_argument("names", nargs="+")
     compare = commands.add_parser("compare")
     compare.add_argument("--fit", required=True)
     compare.add_argument("--predict", nargs="+", required=True)
     args = parser.parse_args()
     try:
-        send_requests(args) if args.command == "send" else compare_recordings(args)
+        {"send": send_requests, "split": split_recording, "compare": compare_recordings}[args.command](args)
     except ConfigError as error:
         parser.exit(2, f"simulator_accuracy: error: {error}\n")
 
@@ -55,9 +62,22 @@ def send_requests(args: argparse.Namespace) -> None:
     trace = trace.scale_time(args.rate / trace.rate)  # the rate of what is sent, not of the whole trace
     print(trace.describe(), flush=True)
     times = send_trace(trace, args.url)
+    print(f"{int(times.is_served.sum()):,} of {len(trace):,} answered", flush=True)
     names = ("arrival_s", "ttft_s", "e2e_s", "output_len")
     columns = {name: np.asarray(getattr(times, name)).tolist() for name in names}
     Path(args.out).write_text(json.dumps(columns).replace("NaN", "null"))
+
+
+def split_recording(args: argparse.Namespace) -> None:
+    lines = open_text(Path(args.recording)).splitlines(keepends=True)
+    arrivals = [number for number, line in enumerate(lines) if line.startswith('{"event":"arrival"')]
+    starts = np.cumsum([0, *(len(json.loads(Path(f"{name}.json").read_text())["arrival_s"]) for name in args.names)])
+    if starts[-1] != len(arrivals):
+        raise ConfigError(f"{args.recording} has {len(arrivals)} requests, the parts have {starts[-1]}")
+    bounds = [*(arrivals[start] for start in starts[:-1]), len(lines)]
+    for name, first, end in zip(args.names, bounds, bounds[1:], strict=False):
+        text = "".join((lines[0], *lines[first:end]))
+        Path(f"{name}.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
 
 
 def compare_recordings(args: argparse.Namespace) -> None:
