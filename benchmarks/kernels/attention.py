@@ -1,6 +1,9 @@
 """Paged attention on one GPU: decode and prefill beside FlashAttention-3 and the roofline bound.
 
     PYTHONPATH=src python benchmarks/kernels/attention.py [decode] [prefill] [skewed] [fp8] [verify]
+    PYTHONPATH=src python benchmarks/kernels/attention.py agreement FILE.json
+
+The second measures the shapes of ``quire plugins bench attention/triton --json`` again and says how far apart they are.
 
 Each figure is one layer's: a CUDA graph prepares the step's metadata once and then runs every layer of a pool laid out
 as the engine's, so that no layer finds its keys in the L2 cache. Data are random, block tables too. The bound counts
@@ -9,8 +12,10 @@ bytes at the read bandwidth, or operations at the bf16 rate, measured on the sam
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +23,7 @@ import torch
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.server.bench.workloads import make_workload
+from quire.server.plugin_bench.attention_bench import AttentionBench, StepShape
 from quire.server.plugin_bench.attention_step import MemoryPool
 from quire.server.plugin_bench.timer import time_graph
 
@@ -108,9 +114,27 @@ def measure_prefill(
     )
 
 
+def measure_agreement(pool: MemoryPool, document: Mapping[str, Any]) -> float:
+    """Print each case of ``quire plugins bench attention/triton`` beside this timer; returns the largest difference."""
+    microseconds = {
+        row["case"]: row["microseconds"] for row in document["rows"] if row["implementation"] == document["subject"]
+    }
+    largest, bench = 0.0, AttentionBench(pool.device)
+    for case in bench.list_cases(TritonBackend):
+        shape: StepShape = case.parameters
+        step = pool.make_step(bench.spec, shape.query_lens, shape.seq_lens, TritonBackend)
+        ours, theirs = 1e6 * time_graph(step.run, step.num_layers), microseconds[case.name]
+        largest = max(largest, abs(theirs / ours - 1))
+        print(f"{case.name:>28} {ours:9.2f} us, plugins bench {theirs:9.2f} us {theirs / ours - 1:+7.2%}", flush=True)
+    return largest
+
+
 def main(tables: Sequence[str]) -> None:
     """Print the tables named, or all."""
     pool = MemoryPool(POOL_BYTES, torch.device("cuda"))
+    if tables[:1] == ["agreement"]:
+        print(f"largest difference {measure_agreement(pool, json.loads(Path(tables[1]).read_text())):.2%}")
+        return
     tables = tables or ("decode", "skewed", "fp8", "verify", "prefill")
     if "decode" in tables:
         for heads in (16, 32):

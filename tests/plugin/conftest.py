@@ -1,6 +1,7 @@
 """Real third-party distributions: folders with a dist-info beside their modules, put on ``sys.path``."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,21 @@ class Mine(BatchingPolicy):
 """
 
 
+def install_packages(site, packages):
+    """Build and install ``packages`` for real, without isolation and without an index."""
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *flags, "--target", site]
+    subprocess.run([*command, *packages], check=True, timeout=300)
+
+
+def make_environment(*sites):
+    """Variables of a process that sees this tree's package, and ``sites`` as site-packages folders."""
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = os.pathsep.join([str(ROOT / "src"), *map(str, sites), *inherited])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
 def write_distribution(
     site, name, module, source, *, version="2.5", requires=("quire>=0.1",), group="quire.v1", value=None, entry="main"
 ):
@@ -41,14 +57,13 @@ def write_distribution(
 
 def run_quire(*arguments, site=None, code=0, json_output=False):
     """Run the command line as a user would, with ``site`` as a site-packages folder."""
-    folders = [ROOT / "src", *([site] if site else [])]
     command = [sys.executable, "-m", "quire", *arguments, *(["--json"] if json_output else [])]
     result = subprocess.run(
         command,
         capture_output=True,
         text=True,
         timeout=120,
-        env={"PYTHONPATH": ":".join(map(str, folders)), "PATH": "/usr/bin:/bin"},
+        env=make_environment(*([site] if site else [])),
     )
     assert result.returncode == code, f"status {result.returncode}: {result.stdout}\n{result.stderr}"
     return json.loads(result.stdout) if json_output else result

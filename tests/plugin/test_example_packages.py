@@ -1,4 +1,5 @@
-"""The packages of ``examples/plugins``: built and installed for real, then used by name to serve tokens."""
+"""The packages of ``examples/plugins``: built and installed for real, then used by name to serve tokens, on a GPU where
+there is one."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.plugin.conftest import install_packages, make_environment
 from tests.server.conftest import start_server
 
 from quire.core.testing.tiny_models import make_tiny_model
@@ -19,6 +21,7 @@ from quire.core.testing.tiny_models import make_tiny_model
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "plugins"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/pyproject.toml"))
+INTERPRETED = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
 QUICK_ATTENTION = "signatures or check_decode or captured or check_softcap"
 """Checks of the Triton kernel that the interpreter runs in seconds; ``pytest`` in its folder runs all."""
 
@@ -28,14 +31,12 @@ def site(tmp_path_factory):
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in NAMES:
         shutil.copytree(EXAMPLES / name, source / name)
-    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *flags, "--target", site]
-    subprocess.run([*command, *(source / name for name in NAMES)], check=True, timeout=300)
+    install_packages(site, [source / name for name in NAMES])
     return site
 
 
-def run_python(site, *words, **environment):
-    variables = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
+def run_python(site, *words):
+    variables = {**make_environment(site), **INTERPRETED}
     result = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=variables, timeout=600)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
     return result.stdout
@@ -44,9 +45,9 @@ def run_python(site, *words, **environment):
 @pytest.mark.parametrize("name", NAMES)
 def test_its_own_tests_pass(site, name):
     tests = EXAMPLES / name / "tests"
-    chosen = ["-k", QUICK_ATTENTION] if name == "triton-attention" else []
+    chosen = ["-k", QUICK_ATTENTION] if INTERPRETED and name == "triton-attention" else []
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", tests, "--rootdir", tests]
-    assert "[100%]" in run_python(site, *words, *chosen, TRITON_INTERPRET="1")
+    assert "[100%]" in run_python(site, *words, *chosen)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +64,7 @@ def test_it_imports_quire_through_its_public_faces_alone(name):
 SERVE = """
 import json, sys
 from quire import LLM, SamplingParams
-llm = LLM(model=sys.argv[1], device="cpu", max_model_len=96, num_gpu_blocks_override=24, **json.loads(sys.argv[2]))
+llm = LLM(model=sys.argv[1], max_model_len=96, num_gpu_blocks_override=24, **json.loads(sys.argv[2]))
 params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 outputs = [llm.generate([{"prompt_token_ids": p} for p in json.loads(sys.argv[3])], params) for _ in range(2)]
 stats = llm.get_stats()
@@ -77,7 +78,7 @@ PROMPTS = [[7, 8, 9] * (1 + 4 * i) for i in range(3)]
 
 def serve(site, model, **arguments):
     words = ["-c", SERVE, str(model), json.dumps(arguments), json.dumps(PROMPTS)]
-    tokens, plugins, stats = json.loads(run_python(site, *words, TRITON_INTERPRET="1").splitlines()[-1])
+    tokens, plugins, stats = json.loads(run_python(site, *words).splitlines()[-1])
     return tokens, plugins, stats
 
 
@@ -133,7 +134,8 @@ def test_a_checkpoint_in_nf4_is_served(site, tmp_path, monkeypatch):
 
 def test_route_command_flag_and_metric(site, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(site)
-    flags = ["--plugin", "quire-status-board", "--metrics", "board", "--board-title", "Mine", "--device", "cpu"]
+    flags = ["--plugin", "quire-status-board", "--metrics", "board", "--board-title", "Mine"]
+    flags += ["--num-gpu-blocks-override", "64"]
     server = start_server(tmp_path / "server", str(make_tiny_model("llama", tmp_path / "model")), *flags)
     try:
         with server.http as http:

@@ -1,4 +1,4 @@
-"""``quire plugins new``: what it writes installs, passes its test, and serves, untouched."""
+"""``quire plugins new``: what it writes installs, passes its test, and serves, untouched: on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.plugin.conftest import install_packages, make_environment
 
 from quire.core.plugin.registry import KINDS
 from quire.core.testing.tiny_models import make_example_model, make_tiny_model, save_example_model
 from quire.server.cli.main import main
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
 
-ROOT = Path(__file__).parents[2]
 LARGE = {"attention", "kv", "quant", "model", "quantizer", "executor", "structured_output", "adapter"}
 NAMES = {kind: f"fresh-{kind.replace('_', '-')}" for kind in NEW_KINDS} | {"model": "OPTForCausalLM"}
 
@@ -34,11 +33,7 @@ def folder(tmp_path_factory):
 def site(folder, tmp_path_factory):
     """Everything installed by pip, without isolation and without an index."""
     site = tmp_path_factory.mktemp("site")
-    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    packages = [str(path) for path in folder.iterdir()]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *flags, "--target", site, *packages], check=True, timeout=300
-    )
+    install_packages(site, folder.iterdir())
     return site
 
 
@@ -58,9 +53,9 @@ def test_it_is_short(kind):
 
 def test_the_tests_of_all_pass(folder, site):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", folder]
-    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    command += ["--rootdir", folder]
     result = subprocess.run(
-        [*command, "--rootdir", folder], capture_output=True, text=True, env=environment, cwd=folder, timeout=600
+        command, capture_output=True, text=True, env=make_environment(site), cwd=folder, timeout=600
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
     assert "passed" in result.stdout
@@ -76,7 +71,8 @@ SERVE = """
 import json, sys
 from quire import LLM, SamplingParams
 model, kinds, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-llm = LLM(model=model, device="cpu", max_model_len=96, plugins=["quire-fresh-route", "quire-optfor-causal-lm"], **kinds)
+llm = LLM(model=model, max_model_len=96, num_gpu_blocks_override=64,
+          plugins=["quire-fresh-route", "quire-optfor-causal-lm"], **kinds)
 params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=1 + i % 2) for i in range(len(prompts))]
 outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
 stats = llm.get_stats()
@@ -98,10 +94,9 @@ SETTINGS = {
 
 
 def serve(site, model, kinds, prompts):
-    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", SERVE, model, json.dumps(kinds), json.dumps(prompts)],
-        capture_output=True, text=True, env=environment, timeout=300,
+        capture_output=True, text=True, env=make_environment(site), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     tokens, num_quarantined, plugins = json.loads(result.stdout.splitlines()[-1])
@@ -203,8 +198,8 @@ import json, sys
 from quire import LLM, LoRARequest, SamplingParams
 from quire.sdk import StructuredOutputsParams
 model, adapter = sys.argv[1:]
-llm = LLM(model=model, device="cpu", max_model_len=96, structured_output_backend="fresh_structured_output",
-          enable_lora=True, adapter_method="fresh_adapter")
+llm = LLM(model=model, max_model_len=96, num_gpu_blocks_override=64,
+          structured_output_backend="fresh_structured_output", enable_lora=True, adapter_method="fresh_adapter")
 choices = ["paged", "attention is"]
 params = SamplingParams(temperature=0, max_tokens=12, structured_outputs=StructuredOutputsParams(choice=choices))
 [chosen] = llm.generate(["Is it?"], params)
@@ -225,10 +220,9 @@ def test_an_adapter_and_a_constraint_are_served(site, tmp_path):
         "from pathlib import Path; from quire_fresh_adapter.adapter import FreshAdapter; "
         f"FreshAdapter.save_example_adapter(Path({str(adapter)!r}), {shapes!r}, 1)"
     )
-    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], env=make_environment(site), check=True, timeout=120)
     command = [sys.executable, "-c", CONSTRAIN, str(model), str(adapter)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=make_environment(site), timeout=300)
     assert result.returncode == 0, result.stderr
     chosen, (base, adapted), num_quarantined = json.loads(result.stdout.splitlines()[-1])
     assert chosen in ("paged", "attention is") and base != adapted and num_quarantined == 0, result.stderr

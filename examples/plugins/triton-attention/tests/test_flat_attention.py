@@ -1,6 +1,9 @@
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the checks then run without a GPU
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs the checks
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from quire_flat_attention.backend import FlatAttention
 
