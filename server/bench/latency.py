@@ -18,7 +18,7 @@ from quire.server.bench.report import (
     make_progress_bar,
     print_json,
 )
-from quire.server.bench.roofline import ModelShape, load_ceilings, workload_bound
+from quire.server.bench.roofline import ModelShape, format_devices, load_ceilings, workload_bound
 from quire.server.bench.workloads import make_random_prompts
 
 __all__ = ["run"]
@@ -54,7 +54,8 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     if ceilings is not None:
         sizes, size = ModelShape.from_engine_config(llm.config), args.batch_size
         figures["bound"] = workload_bound(sizes, [args.input_len] * size, [args.output_len] * size, ceilings)
-        print(f"roofline bound: {figures['bound']:.4f} s, share of it {figures['bound'] / figures['p50']:.1%}")
+        share = figures["bound"] / figures["p50"]
+        print(f"roofline bound{format_devices(sizes)}: {figures['bound']:.4f} s, share of it {share:.1%}")
     if args.json:
         shape = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "num_iters")}
         times = {f"{name}_s": value for name, value in figures.items()}

@@ -4,13 +4,16 @@ No launch costs, no sampling, no host. Weights are read once a step; a prompt's 
 at batch ``B`` and context ``c`` reads ``B * c`` tokens of keys and values. Matrix products and attention follow each
 other, so their times add; of each, the larger of its reading and its computing counts (the roofline model, Williams et
 al. 2009).
+
+Of several GPUs each rank of a stage reads and computes its share, and what they exchange is not counted. Stages compute
+at the same time, each for other requests, but each reads its weights for every one of these groups.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +27,7 @@ __all__ = [
     "Ceilings",
     "ModelShape",
     "decode_bound",
+    "format_devices",
     "load_ceilings",
     "save_ceilings",
     "workload_bound",
@@ -40,6 +44,10 @@ class Ceilings:
     """A large product of 16-bit matrices."""
     fp8_flops_s: float = 0.0
     """A large product of 8-bit matrices; 0 where there is none."""
+
+    def scale(self, devices: int) -> Ceilings:
+        """Of so many of the device together."""
+        return Ceilings(self.bytes_s * devices, self.flops_s * devices, self.fp8_flops_s * devices)
 
 
 CEILINGS = {"NVIDIA H200": Ceilings(4.29e12, 680e12, 1280e12)}
@@ -95,6 +103,10 @@ class ModelShape:
     kv_itemsize: int = 2
     eight_bit: bool = False
     """Whether the layers multiply 8-bit numbers."""
+    ranks: int = 1
+    """GPUs that share every layer."""
+    stages: int = 1
+    """Of the pipeline, each with ``ranks`` GPUs."""
 
     @classmethod
     def from_hf_config(
@@ -119,14 +131,23 @@ class ModelShape:
 
     @classmethod
     def from_engine_config(cls, config: EngineConfig) -> ModelShape:
-        """The model as an engine runs it."""
+        """The model as an engine runs it. Ranks on a CPU share it: they count as one."""
         size = 4 if config.model.dtype == "float32" else 2
-        return cls.from_hf_config(
+        shape = cls.from_hf_config(
             read_hf_config(Path(config.model.path)),
             itemsize=size,
             kv_itemsize=1 if config.cache.dtype.startswith("fp8") else size,
             online=config.plugin("quant").name,
         )
+        if config.model.device == "cpu":
+            return shape
+        parallel = config.parallel
+        return replace(shape, ranks=parallel.tensor_parallel_size, stages=parallel.pipeline_parallel_size)
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs in all."""
+        return self.ranks * self.stages
 
     @property
     def num_linear_weights(self) -> int:
@@ -142,25 +163,31 @@ class ModelShape:
     def linear_seconds(self, tokens: int, num_sampled: int, ceilings: Ceilings) -> float:
         """Seconds of a step's linear layers for ``tokens``, and of the head for those sampled."""
         head = self.hidden * self.vocab
+        stage, busy = ceilings.scale(self.ranks), self._scale_to_busy(num_sampled, ceilings)
         layers = max(
-            self.num_linear_weights * self.weight_bytes / ceilings.bytes_s,
-            2 * tokens * self.num_linear_weights / self._flops_s(ceilings),
+            self.num_linear_weights * self.weight_bytes / stage.bytes_s,
+            2 * tokens * self.num_linear_weights / self._flops_s(busy),
         )
-        return layers + _roofline_seconds(head * self.itemsize, 2 * num_sampled * head, ceilings)
+        return layers + _roofline_seconds(head * self.itemsize, 2 * num_sampled * head, stage)
 
     def decode_step_seconds(self, batch: int, context: float, ceilings: Ceilings) -> float:
         """Seconds of a step in which ``batch`` requests of ``context`` tokens decode one each."""
         attention = _roofline_seconds(
             batch * (context + 1) * self.kv_bytes,
             4 * batch * context * self.heads * self.head_dim * self.layers,
-            ceilings,
+            self._scale_to_busy(batch, ceilings),
         )
         return self.linear_seconds(batch, batch, ceilings) + attention
 
     def prefill_seconds(self, lengths: Sequence[int], ceilings: Ceilings) -> float:
         """Seconds to compute prompts, causally, as matrix products alone."""
         attention = sum(2 * self.layers * self.heads * self.head_dim * n * n for n in lengths)
+        ceilings = ceilings.scale(self.num_devices)
         return 2 * sum(lengths) * self.num_linear_weights / self._flops_s(ceilings) + attention / ceilings.flops_s
+
+    def _scale_to_busy(self, requests: int, ceilings: Ceilings) -> Ceilings:
+        """Of the devices of all stages that work at a time: a request is in one stage."""
+        return ceilings.scale(self.ranks * min(self.stages, requests))
 
     def _flops_s(self, ceilings: Ceilings) -> float:
         return ceilings.fp8_flops_s if self.eight_bit and ceilings.fp8_flops_s else ceilings.flops_s
@@ -182,6 +209,11 @@ def workload_bound(
 ) -> float:
     """Seconds in which the whole can be done: every prompt, then every answer."""
     return shape.prefill_seconds(prompt_lens, ceilings) + decode_bound(shape, prompt_lens, answer_lens, ceilings)
+
+
+def format_devices(shape: ModelShape) -> str:
+    """What a bound of several GPUs is called beside one of one; empty for one."""
+    return f" of {shape.num_devices} GPUs, their exchange not counted" if shape.num_devices > 1 else ""
 
 
 def _roofline_seconds(num_bytes: float, flops: float, ceilings: Ceilings) -> float:

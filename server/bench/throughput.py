@@ -23,7 +23,14 @@ from quire.server.bench.report import (
     get_device_name,
     print_json,
 )
-from quire.server.bench.roofline import Ceilings, ModelShape, decode_bound, load_ceilings, workload_bound
+from quire.server.bench.roofline import (
+    Ceilings,
+    ModelShape,
+    decode_bound,
+    format_devices,
+    load_ceilings,
+    workload_bound,
+)
 from quire.server.bench.transformers_run import TransformersRun
 from quire.server.bench.workloads import Workload, make_random_workload, make_workload
 
@@ -122,7 +129,7 @@ def _report_bound(workload: Workload, llm: LLM, figures: dict[str, Any], ceiling
     prompts, answers = [len(prompt) for prompt in workload.prompts], workload.max_tokens
     bound = figures["bound_output_tok_s"] = workload.output_tokens / workload_bound(shape, prompts, answers, ceilings)
     share = figures["share_of_bound"] = figures["output_tok_s"] / bound
-    text = f"roofline bound: {bound:,.1f} output tokens/s, of which {share:.1%}"
+    text = f"roofline bound{format_devices(shape)}: {bound:,.1f} output tokens/s, of which {share:.1%}"
     if "decode_tok_s" in figures:
         num_decoded = workload.output_tokens - len(prompts)
         bound = figures["bound_decode_tok_s"] = num_decoded / decode_bound(shape, prompts, answers, ceilings)

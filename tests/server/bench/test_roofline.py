@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,25 @@ def test_quantized_decode(batch: int, tokens_s: int, quantization: dict, kv: int
         ModelShape.from_hf_config(config, kv_itemsize=kv), [len(p) for p in work.prompts], work.max_tokens, CARD
     )
     assert batch * 255 / seconds == pytest.approx(tokens_s, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages", "batch", "times"),
+    [
+        (2, 1, 1, 2.0),  # two GPUs read and compute twice as much
+        (1, 2, 1, 1.0),  # a request is in one stage
+        (2, 2, 1, 2.0),
+        (1, 2, 64, 1.067),  # stages share the keys and values, and each reads its weights for each of two groups
+    ],
+)
+def test_several_gpus(ranks: int, stages: int, batch: int, times: float) -> None:
+    work = make_workload(f"decode-bs{batch}")
+    prompts = [len(p) for p in work.prompts]
+    one = shape("llama-3.1-8b")
+    several = replace(one, ranks=ranks, stages=stages)
+    gain = decode_bound(one, prompts, work.max_tokens, CARD) / decode_bound(several, prompts, work.max_tokens, CARD)
+    assert gain == pytest.approx(times, rel=0.01)
+    assert one.prefill_seconds(prompts, CARD) == several.prefill_seconds(prompts, CARD) * several.num_devices
 
 
 def test_what_this_machine_measured_wins(tmp_path: Path) -> None:
