@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from quire.core.config import EngineConfig
 from quire.core.errors import WorkerError
-from quire.core.plugin.quarantine import Quarantine
+from quire.core.plugin.quarantine import Quarantine, run_outside_of_plugin
 
 __all__ = ["PluginCall", "PluginFrames", "ThreadStack", "find_plugin_calls", "is_debugged"]
 
@@ -85,10 +85,12 @@ class PluginFrames:
 
 
 def find_plugin_calls() -> list[PluginCall]:
-    """The guarded calls that run now, in any thread of this process."""
+    """The guarded calls that run now, the innermost of each thread of this process."""
     calls = []
     for thread_id, frame in sys._current_frames().items():
         for each in _walk_outwards(frame):
+            if each.f_code is run_outside_of_plugin.__code__:
+                break
             if each.f_code is Quarantine.call.__code__:
                 quarantine = each.f_locals["self"]
                 if quarantine.running_call:

@@ -153,7 +153,10 @@ def quire_register_commands(subparsers: argparse._SubParsersAction[argparse.Argu
 def quire_extend_app(app: Any) -> None:
     """Add routes or middleware to the FastAPI application. Called once, after ours, before serving. None is ignored.
 
-    A route that does not give the event loop back for five seconds is interrupted, and answers 503 from then on.
+    A route that does not give the event loop back for five seconds is interrupted, and answers 503 from then on. So is
+    middleware: no request passes it any more, unless its class or function says ``on_failure = "skip"``, which is for
+    middleware that protects nothing. What it calls does not count. The server does not start on middleware that cannot
+    be constructed.
     """
 
 

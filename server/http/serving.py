@@ -78,11 +78,11 @@ async def _serve(
     signals.call_before_exit(engine.kill_at_once)  # of the process that it has by then
     try:
         from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
-        from quire.server.http.plugin_routes import add_plugin_routes
+        from quire.server.http.app_extensions import extend_app
 
         await engine.start()
         app = create_app(engine, settings, arguments)
-        add_plugin_routes(app, engine.plugins, engine.add_quarantined)
+        extend_app(app, engine.plugins, engine.add_quarantined)
         state: ServerState = app.state.server
         servers = [_Server(_uvicorn_config(app, args))]
         if settings.prometheus_port is not None:

@@ -9,26 +9,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import httpx
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.core.engine.watchdog import PluginWatchdog
+from quire.core.errors import PluginError
 from quire.core.plugin.manager import PluginManager
 from quire.core.stats import QuarantinedPlugin
 from quire.server.cli import main as cli
 from quire.server.cli import serve
 from quire.server.cli.flags import make_engine_args
 from quire.server.cli.main import main
+from quire.server.http.app_extensions import extend_app
 from quire.server.http.errors import add_error_handlers
-from quire.server.http.plugin_routes import add_plugin_routes
 
 from ..conftest import start_server
 
@@ -115,16 +117,48 @@ def test_what_does_not_end_or_fails_at_the_end_is_named(
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def spin() -> None:
+    while True:
+        time.sleep(0.01)
+
+
+def make_app(extend: Callable[[FastAPI], None], told: list[QuarantinedPlugin]) -> FastAPI:
+    """An application that a plugin extends, whose event loop is watched from the first request for ``/ours`` on."""
+
+    def iter_hook(hook: str, app: FastAPI) -> Iterator[str]:
+        extend(app)
+        yield "quire-held-up"
+
+    app = FastAPI()
+    app.state.watchdog = None
+
+    @app.get("/ours")
+    async def ours() -> str:
+        app.state.watchdog = app.state.watchdog or PluginWatchdog(0.6)  # in the thread of the event loop
+        return "ours"
+
+    @app.get("/slow")
+    async def slow() -> str:
+        time.sleep(1.3)
+        return "slow"
+
+    add_error_handlers(app)
+    extend_app(app, cast(PluginManager, SimpleNamespace(iter_hook=iter_hook)), told.append)
+    return app
+
+
 def test_a_route_that_holds_up_the_server_is_switched_off(caplog: pytest.LogCaptureFixture) -> None:
     """It is named, others are served, and what a route raises is an answer like any other."""
     told: list[QuarantinedPlugin] = []
 
-    def extend(hook: str, app: FastAPI) -> Iterator[str]:
+    def extend(app: FastAPI) -> None:
+        router = APIRouter()
+
         @app.get("/spins")
+        @router.get("/spins")
         async def spins() -> None:
             await asyncio.sleep(0)
-            while True:
-                time.sleep(0.01)
+            spin()
 
         @app.get("/refuses")
         async def refuses() -> None:
@@ -140,38 +174,80 @@ def test_a_route_that_holds_up_the_server_is_switched_off(caplog: pytest.LogCapt
 
             return StreamingResponse(iterate())
 
-        @app.get("/waits")
+        @router.get("/waits")
         def waits() -> str:
             time.sleep(0.5)
             return "done"
 
-        yield "quire-held-up"
+        app.include_router(router, prefix="/router")
 
-    app = FastAPI()
-    app.state.watchdog = None
-
-    @app.get("/ours")
-    async def ours() -> str:
-        app.state.watchdog = app.state.watchdog or PluginWatchdog(0.6)  # in the thread of the event loop
-        return "ours"
-
-    add_error_handlers(app)
-    add_plugin_routes(app, cast(PluginManager, SimpleNamespace(iter_hook=extend)), told.append)
+    app = make_app(extend, told)
     with TestClient(app) as http:
         try:
             assert http.get("/ours").json() == "ours" and http.get("/streams").text == "onetwo"
             assert http.get("/refuses").status_code == 418 and http.get("/refuses").status_code == 418
-            for _ in range(2):
-                answer = http.get("/spins")
-                assert (
-                    answer.status_code == 503
-                    and "quire-held-up/spins is switched off" in answer.json()["error"]["message"]
-                )
-                assert told == [QuarantinedPlugin("route", "quire-held-up/spins", "hung")]
-            assert http.get("/ours").json() == "ours" and http.get("/waits").json() == "done"
+            for path in ("/spins", "/spins", "/router/spins"):
+                answer = http.get(path)
+                assert answer.status_code == 503 and "/spins is switched off" in answer.json()["error"]["message"]
+            assert {each.kind for each in told} == {"route"} and {each.reason for each in told} == {"hung"}
+            assert [each.name.startswith("quire-held-up/") for each in told] == [True, True]
+            assert http.get("/ours").json() == "ours" and http.get("/router/waits").json() == "done"
         finally:
             app.state.watchdog.stop()
     assert "route/quire-held-up/spins is switched off (hung)" in caplog.text
+
+
+@pytest.mark.parametrize("on_failure", ["fail", "skip"])
+def test_middleware_that_holds_up_the_server_is_switched_off(on_failure: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The time of what it calls is not its own, what it raises is not shown, and no request passes one that fails
+    unless it may be left out."""
+    told: list[QuarantinedPlugin] = []
+
+    class Plain:
+        def __init__(self, app: ASGIApp, wish: str) -> None:
+            self.app, self.wish = app, wish
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if scope.get("query_string") == b"spins":
+                spin()
+            await self.app(scope, receive, send)
+
+    Plain.on_failure = on_failure
+
+    def extend(app: FastAPI) -> None:
+        app.add_middleware(Plain, wish="none")
+
+        @app.middleware("http")
+        async def mark(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+            if request.url.query == "raises":
+                raise ValueError("a secret")
+            response = await call_next(request)
+            response.headers["X-Marked"] = "yes"
+            return response
+
+    app = make_app(extend, told)
+    with TestClient(app) as http:
+        try:
+            assert http.get("/ours").headers["x-marked"] == "yes" and http.get("/slow").json() == "slow"
+            failed = http.get("/ours?raises")
+            assert (
+                failed.status_code == 500
+                and "secret" not in failed.text
+                and "middleware/quire-held-up/mark failed" in caplog.text
+            )
+            assert not told
+            answer = http.get("/ours?spins")
+            assert answer.status_code == 503 and answer.headers["x-marked"] == "yes"
+            assert "middleware/quire-held-up/Plain is switched off" in answer.json()["error"]["message"]
+            assert told == [QuarantinedPlugin("middleware", "quire-held-up/Plain", "hung")]
+            assert http.get("/ours").status_code == (503 if on_failure == "fail" else 200)
+        finally:
+            app.state.watchdog.stop()
+
+
+def test_middleware_that_cannot_be_constructed_is_refused_by_its_name() -> None:
+    with pytest.raises(PluginError, match=r"^quire-held-up/Needy: the middleware cannot be constructed: .*'wish'"):
+        make_app(lambda app: app.add_middleware(type("Needy", (), {"__init__": lambda self, app, wish: None})), [])
 
 
 def test_a_command(greeting: str, capsys: pytest.CaptureFixture[str]) -> None:
