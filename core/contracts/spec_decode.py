@@ -42,6 +42,8 @@ class SpeculativeProposer(ABC):
 
     needs_model: bool = False
     """Whether ``--speculative-model`` is required."""
+    default_num_tokens: int = 4
+    """``--num-speculative-tokens`` where it is not given."""
     serves_model: bool = False
     """Whether its folder holds a model that could be served alone (``DraftSource.load_model``)."""
 

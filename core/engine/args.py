@@ -244,7 +244,10 @@ class EngineArgs:
         None, group="speculation", help="folder or name of the draft model or head", metavar="MODEL"
     )
     num_speculative_tokens: int | None = setting(
-        None, group="speculation", help="most draft tokens for a request in a step; default: 4", metavar="N"
+        None,
+        group="speculation",
+        help="most draft tokens for a request in a step; default: 4, forced_tokens 8",
+        metavar="N",
     )
     speculative_draft_tensor_parallel_size: int | None = setting(
         None,

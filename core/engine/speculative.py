@@ -22,7 +22,6 @@ __all__ = ["MAX_SPECULATIVE_TOKENS", "build_speculation_config", "spread_specula
 MAX_SPECULATIVE_TOKENS = 16
 """The most draft tokens that a step may verify for a request."""
 _log = logging.getLogger("quire.config")
-_DEFAULT_SPECULATIVE_TOKENS = 4
 _FIELD_OF_KEY = {
     "method": "spec_method",
     "model": "speculative_model",
@@ -94,10 +93,10 @@ def build_speculation_config(
             f"num_speculative_tokens {num_tokens} says how much to draft, but not how; add "
             "--speculative-model, or --spec-method ngram"
         )
-    if num_tokens is None:
-        num_tokens = _DEFAULT_SPECULATIVE_TOKENS
     max_tokens = min(MAX_SPECULATIVE_TOKENS, max_model_len - 2)
-    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or not 0 < num_tokens <= max_tokens:
+    if num_tokens is not None and (
+        not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or not 0 < num_tokens <= max_tokens
+    ):
         raise ConfigError(f"num_speculative_tokens must be between 1 and {max_tokens}, got {num_tokens!r}")
 
     from quire.core.loading.hf_config import get_architecture, get_context_length, read_hf_config
@@ -108,6 +107,8 @@ def build_speculation_config(
     resolution = plugins.resolve_plugin("spec_decode", method, dict(context, draft_config=draft_config))
     options = list_option_values(args.plugin_options.get("spec_decode", {}))
     cls: Any = plugins.load_class("spec_decode", resolution.target)
+    if num_tokens is None:
+        num_tokens = min(cls.default_num_tokens, max_tokens)
     if cls.needs_model and path is None:
         raise ConfigError(f"spec_method {resolution.name!r} drafts with a model; name it with --speculative-model")
     if not cls.needs_model and path is not None:

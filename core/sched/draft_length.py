@@ -175,12 +175,14 @@ class DraftLengthTuner:
     def _choose_adaptively(self, rows: NDArray[np.int64], available: NDArray[np.int64]) -> int:
         settings, num_reqs = self._settings, len(rows)
         size = _size_class(num_reqs)
-        lengths = [length for length in self._lengths if length <= available.max(initial=0)]
+        # The longest one need not be filled: a step takes as long with fewer drafts.
+        most = next((length for length in self._lengths if length >= available.max(initial=0)), self._max_length)
+        lengths = [length for length in self._lengths if length <= most]
         self._num_steps += 1
 
         # A trial that has begun goes on, then waits without drafts until its last step's output is in.
         trial, steps_left = self._trial
-        if steps_left and trial in lengths:
+        if steps_left and (trial in lengths or steps_left <= settings.steps_until_committed):
             self._trial = _Trial(trial, steps_left - 1)
             return trial if steps_left > settings.steps_until_committed else 0
 

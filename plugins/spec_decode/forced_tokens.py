@@ -17,6 +17,8 @@ __all__ = ["ForcedTokensProposer"]
 class ForcedTokensProposer(HostProposer):
     """Drafts for requests with structured output alone, where the grammar leaves one way to go on."""
 
+    default_num_tokens = 8  # of a key of three words and what stands around it
+
     def propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Nothing beside what the engine offers already."""
         return ()

@@ -53,6 +53,22 @@ def test_faster_where_it_pays(skill: float, cost: dict[int, float], least: float
     assert serve(1, skill, cost) > least
 
 
+def test_runs_of_sure_drafts_are_drafted_whole() -> None:
+    """What a grammar forces: now and then, of any length, and always right."""
+    tuner, rng, rows = DraftLengthTuner(8, 8, True), np.random.default_rng(0), np.array([3])
+    available, chosen = [], []
+    for step in range(1200):
+        num_drafts = int(rng.integers(3, 9)) if step % 12 == 0 else 0
+        verified = min(num_drafts, tuner.choose_length(rows, np.array([num_drafts])))
+        if verified:
+            tuner.record_acceptance(rows, np.array([verified]), np.array([verified]))
+        tuner.record_step_time(1, verified, 100.0 + 0.5 * verified)
+        available.append(num_drafts)
+        chosen.append(verified)
+    assert sum(chosen[:120]) > 0.4 * sum(available[:120])
+    assert sum(chosen[120:]) > 0.97 * sum(available[120:])
+
+
 def test_what_reads_prompts_must_gain_more() -> None:
     slight = {0: 100.0, 1: 165.0, 2: 230.0, 4: 400.0}  # of 1.75 tokens: 6 % faster
     host, device = DraftLengthTuner(MOST, 256, True), DraftLengthTuner(MOST, 256, True, on_device=True)
