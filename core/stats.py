@@ -82,7 +82,7 @@ class StepStats(msgspec.Struct, array_like=True):
     schedule_us: float
     """Scheduling it."""
     launch_us: float
-    """From its schedule to the last kernel queued; on a CPU, to handing the step over."""
+    """From its schedule to the last kernel queued; on a CPU, to handing the step over. Without ``held_us``."""
     device_us: float
     """On the device: between the step's first and last kernel, or on a CPU the time it took."""
     wait_us: float
@@ -95,6 +95,10 @@ class StepStats(msgspec.Struct, array_like=True):
     """Draft tokens verified."""
     num_accepted: int = 0
     """Of those, accepted: tokens gained beyond one for each request."""
+    held_us: float = 0.0
+    """Within launching a step with grammars, between its model and its sampling: reading the step before, and masks."""
+    masks_us: float = 0.0
+    """Of that, making the masks."""
 
 
 @dataclass(frozen=True, slots=True)

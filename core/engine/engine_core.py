@@ -259,13 +259,16 @@ class EngineCore:
         requests = self.scheduler.debug_state().running.requests[step.rows]
         step.return_drafts = step.num_tokens_to_propose > 0
         scheduled = time.perf_counter_ns()
+        held_ns = masks_ns = 0
         future: StepFuture
         try:
             self.executor.execute_model(step)
-            waited = time.perf_counter_ns()
+            held = time.perf_counter_ns()
             if len(self._in_flight) >= self._num_stages:
                 outputs = self._finish_step()
+            before_masks = time.perf_counter_ns()
             masks, failed = self._structured_outputs.make_masks(step, requests)
+            masks_ns = time.perf_counter_ns() - before_masks
             for request in failed:
                 assert request.grammar is not None
                 _log.error("request %s ends: %s", request.external_request_id, request.grammar.error)
@@ -273,13 +276,14 @@ class EngineCore:
                 failed_grammars.append(
                     EngineCoreOutput(request.request_id, [], finish_reason="error", error=request.grammar.error)
                 )
-            scheduled += time.perf_counter_ns() - waited  # not a part of launching
+            held_ns = time.perf_counter_ns() - held
             future = self.executor.sample_tokens(masks)
         except (Exception, SystemExit) as error:
             if self._retract_if_out_of_memory(step, error):
                 return outputs
             future = FailedStep(error)
-        self._in_flight.append(InFlightStep(step, future, start, scheduled, time.perf_counter_ns(), requests))
+        launched = time.perf_counter_ns()
+        self._in_flight.append(InFlightStep(step, future, start, scheduled, launched, requests, held_ns, masks_ns))
         return outputs
 
     def _retract_if_out_of_memory(self, step: SchedulerOutput, error: BaseException) -> bool:

@@ -25,6 +25,10 @@ class InFlightStep:
     launched_ns: int
     requests: NDArray[Any] | None = None
     """The requests by index, where some have a grammar."""
+    held_ns: int = 0
+    """From its model's launch to its sampling's, where some have a grammar."""
+    masks_ns: int = 0
+    """Of that, making masks."""
 
     def make_step_stats(
         self, result: ModelRunnerOutput, wait_start_ns: int, tokens_known_ns: int, updated_ns: int
@@ -37,13 +41,15 @@ class InFlightStep:
             num_tokens=self.step.total_num_scheduled_tokens,
             start_us=self.start_ns / 1e3,
             schedule_us=(self.scheduled_ns - self.start_ns) / 1e3,
-            launch_us=(self.launched_ns - self.scheduled_ns) / 1e3,
+            launch_us=(self.launched_ns - self.scheduled_ns - self.held_ns) / 1e3,
             device_us=result.device_us,
             wait_us=(tokens_known_ns - wait_start_ns) / 1e3,
             end_us=tokens_known_ns / 1e3,
             update_us=(updated_ns - tokens_known_ns) / 1e3,
             num_drafts=0 if result.num_verified_drafts is None else int(result.num_verified_drafts.sum()),
             num_accepted=int(result.num_sampled_tokens.sum() - self.step.sampling_mask.sum()),
+            held_us=self.held_ns / 1e3,
+            masks_us=self.masks_ns / 1e3,
         )
 
 

@@ -351,4 +351,5 @@ def _make_done(stats: StepStats, output: ModelRunnerOutput, clock: list[int]) ->
         None if verified is None else output.num_sampled_tokens.tolist(),
         None if verified is None else verified.tolist(),
         output.ran_draft_backfill,
+        round(stats.held_us, 1),
     )

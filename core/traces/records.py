@@ -122,6 +122,7 @@ class DoneRecord(msgspec.Struct, tag="done", tag_field="event", omit_defaults=Tr
     """Tokens that each request gained; None: one for each that reached its last token."""
     verified: list[int] | None = None
     ran_draft_backfill: bool = False
+    held_us: float = 0.0
 
 
 class FailRecord(msgspec.Struct, tag="fail", tag_field="event", omit_defaults=True):

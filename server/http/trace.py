@@ -12,7 +12,7 @@ from quire.core.stats import StepStats
 
 __all__ = ["make_chrome_trace"]
 
-_TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "update": 5}
+_TRACKS = {"schedule": 1, "launch": 2, "device": 3, "wait": 4, "update": 5, "masks": 6}
 
 
 def make_chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
@@ -33,13 +33,17 @@ def make_chrome_trace(steps: Iterable[StepStats]) -> dict[str, Any]:
         if step.num_drafts:
             shape |= {"drafts": step.num_drafts, "accepted": step.num_accepted}
         launch_start = step.start_us + step.schedule_us
-        for phase, start, length in (
+        launch_end = launch_start + step.launch_us + step.held_us
+        phases = [
             ("schedule", step.start_us, step.schedule_us),
-            ("launch", launch_start, step.launch_us),
+            ("launch", launch_start, launch_end - launch_start),
             ("device", device_start, step.device_us),
             ("wait", step.end_us - step.wait_us, step.wait_us),
             ("update", step.end_us, step.update_us),
-        ):
+        ]
+        if step.masks_us:  # they are ready shortly before the rest of the step is launched
+            phases.append(("masks", launch_end - step.masks_us, step.masks_us))
+        for phase, start, length in phases:
             events.append(
                 {
                     "name": f"step {step.step}",

@@ -156,7 +156,7 @@ def _fit_host(recordings: Sequence[Recording], nnls: Any) -> HostTimes:
         steps = recording.list_finished_steps()
         finished += steps
         for (_, before, _), (_, done, _) in pairwise(steps):
-            launched = done.start_us + done.schedule_us + done.launch_us
+            launched = done.start_us + done.schedule_us + done.held_us + done.launch_us
             if done.wait_us > 0.1 * done.device_us:  # the host waited: the step's end is the device's
                 gaps.append(done.end_us - max(launched, before.end_us) - done.device_us)
         arrivals += _estimate_arrival_delays(recording, [done for _, done, _ in steps])
