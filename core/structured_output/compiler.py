@@ -45,7 +45,7 @@ class CompilationStats:
 class _Job:
     params: StructuredOutputsParams
     future: Future[CompiledGrammar]
-    started_at: float | None = None
+    started_at: float = 0.0
     is_lost: bool = field(default=False)
 
 
@@ -60,6 +60,7 @@ class GrammarCompiler:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._backend: Future[StructuredOutputBackend] = Future()
         self._num_lost = 0
+        self._running: list[_Job] = []  # which threads compile
         threading.Thread(target=self._load_backend, args=(make,), name="quire-grammar-load", daemon=True).start()
         for _ in range(_NUM_THREADS):
             self._start_thread()
@@ -89,8 +90,8 @@ class GrammarCompiler:
         """Refuse what has been compiling for longer than the limit; another thread takes the place of its own, which
         cannot be ended."""
         now = time.monotonic()
-        for job in list(self._cache.values()):
-            if job.started_at is None or job.future.done() or now - job.started_at < self._time_limit_s:
+        for job in self._running.copy():
+            if job.future.done() or now - job.started_at < self._time_limit_s:
                 continue
             message = f"{job.params.kind}: compiling it takes longer than {self._time_limit_s:.0f} s; simplify it"
             if not self._refuse(job, InvalidRequestError(message, "structured_outputs")):
@@ -135,6 +136,7 @@ class GrammarCompiler:
                 self._refuse(job, InvalidRequestError(message, "structured_outputs"))
                 continue
             start = job.started_at = time.monotonic()
+            self._running.append(job)
             try:
                 backend.validate_params(job.params)
                 grammar = backend.compile(job.params)
@@ -149,6 +151,7 @@ class GrammarCompiler:
             else:
                 with contextlib.suppress(InvalidStateError):  # it came too late
                     job.future.set_result(grammar)
+            self._running.remove(job)
             self.stats.num_compiled += 1
             self.stats.compile_seconds += time.monotonic() - start
             if job.is_lost:

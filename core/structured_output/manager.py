@@ -30,6 +30,7 @@ _COMPILE_TIME_LIMIT_S = 10.0
 """Over HTTP a constraint has compiled within a second of processor time before it comes here; this is for the rest."""
 _MASK_TIME_LIMIT_S = 5.0
 """Hundreds of times what the masks of a step take."""
+_MIN_KEPT = 64
 
 
 class PreparedRequest(NamedTuple):
@@ -64,6 +65,7 @@ class StructuredOutputManager:
         self._vocab_size = config.model.vocab_size
         self._waiting: list[tuple[EngineCoreRequest, Future[CompiledGrammar]]] = []  # in order of arrival
         self._requests: list[Request] = []
+        self._num_kept = _MIN_KEPT  # of ``_requests``, until those that have finished are dropped
         self._num_masks = 0
         self._mask_seconds = 0.0
 
@@ -107,8 +109,10 @@ class StructuredOutputManager:
     def attach_grammar(self, request: Request, state: GrammarState) -> None:
         """The request is in the scheduler: from now on its grammar follows its tokens."""
         request.grammar = RequestGrammar(state, request.token_ids, request.prompt_len)
-        self._requests = [each for each in self._requests if each.status is not RequestStatus.FINISHED]
         self._requests.append(request)
+        if len(self._requests) > self._num_kept:
+            self._requests = [each for each in self._requests if each.status is not RequestStatus.FINISHED]
+            self._num_kept = 2 * len(self._requests) + _MIN_KEPT
 
     def has_grammar(self, step: SchedulerOutput, requests: NDArray[Any]) -> bool:
         """Whether a request that samples in the step has a grammar."""
@@ -198,7 +202,8 @@ class StructuredOutputManager:
             first = mask_requests[index].first_row
             bits[first : first + 1 + len(mask_requests[index].draft_token_ids)] = -1
         for mask_request, owner in zip(mask_requests, owners, strict=True):
-            _forbid_early_end(mask_request, requests[owner], bits)
+            if requests[owner].params.min_tokens:
+                _forbid_early_end(mask_request, requests[owner], bits)
         first_rows = np.array([mask_request.first_row for mask_request in mask_requests], np.int32)
         counts = np.diff(first_rows, append=num_rows)
         return TokenMasks(

@@ -174,7 +174,7 @@ class _Grammar(CompiledGrammar):
         self._string_tokens = string_tokens
         self._string_bounds = string_bounds
         self._eos_token_ids = eos_token_ids
-        self.num_bytes = (1 << 20) + 64 * num_chars
+        self.num_bytes = (1 << 18) + 64 * num_chars
 
     def start(self) -> GrammarState:
         matcher, bounds = self._matcher.deep_copy(), self._string_bounds
