@@ -85,14 +85,9 @@ class ThreadStageLink(StageLink):
         for tokens in self._chain.tokens[:-1]:
             tokens.put(packed)
 
-    def receive_tokens(self, buffer: Tensor) -> Callable[[], None]:
-        """When what it returns is called, which is in order."""
-        tokens = self._chain.tokens[self.stage.index]
-
-        def wait() -> None:
-            buffer.copy_(tokens.get(timeout=_TIME_LIMIT_S))
-
-        return wait
+    def receive_tokens(self, buffer: Tensor) -> None:
+        """Waits."""
+        buffer.copy_(self._chain.tokens[self.stage.index].get(timeout=_TIME_LIMIT_S))
 
     def exchange_bytes(self, data: bytes) -> list[bytes]:
         """What each stage gives."""

@@ -105,12 +105,19 @@ class ModelRunner:
             self.sampling_runner.token_masks,
             self.sampling_runner.vocab_sampler,
             self.adapters,
+            self.pipeline,
         )
         self.decode_graphs.warm_up()
         self.warm_up_drafts()
         if all("mixed" in backend.graph_support for backend in self.backends):
             self.prefill_graphs = PrefillGraphs(
-                self.model, self.backends, self.kv_cache, self.table, max_tokens, adapters=self.adapters
+                self.model,
+                self.backends,
+                self.kv_cache,
+                self.table,
+                max_tokens,
+                adapters=self.adapters,
+                pipeline=self.pipeline,
             )
             self.prefill_graphs.warm_up()
 
@@ -158,11 +165,8 @@ class ModelRunner:
             return
         launched.indices = indices = LogitsIndices.from_step(step)
         launched.inputs = inputs = build_inputs(step, indices, self.table, self.block_size)
-        if self.prefill_graphs is not None and self.prefill_graphs.can_run_step(inputs):
-            hidden = self.prefill_graphs.run_model(inputs)  # (num_tokens, hidden)
-        else:
-            hidden = self._run_model(inputs)
-        if self.pipeline is not None and not self.pipeline.stage.is_last:
+        hidden = self._run_model(inputs)
+        if not self._samples:
             return
         launched.prompt_logprobs = self._prompt_logprobs.gather_prompt_logprobs(
             step, hidden, self.model, self.table.token_ids
@@ -182,7 +186,7 @@ class ModelRunner:
         the last has none."""
         assert self._launched is not None, "execute_model comes first"
         launched, self._launched = self._launched, None
-        if launched.graphs is not None:
+        if launched.graphs is not None and self._samples:
             readback = self._sample_with_graphs(launched, launched.graphs, masks)
         else:
             readback = self._sample_eager(launched, masks)
@@ -253,18 +257,31 @@ class ModelRunner:
                 self.draft_runner.copy_blocks(step.block_copies)
         self.table.place_host_drafts(step.host_drafts, self._vocab_size)
 
+    @property
+    def _samples(self) -> bool:
+        """Whether this rank computes logits, and tokens from them."""
+        return self.pipeline is None or self.pipeline.stage.is_last
+
     def _run_model(self, inputs: StepInputs) -> Tensor:
-        """Launch the model kernel by kernel: hidden states (num_tokens, hidden), which go to the next stage."""
+        """Hidden states (num_tokens, hidden), which go to the next stage."""
+        received = None if self.pipeline is None else self.pipeline.receive_hidden_states()
+        if self.prefill_graphs is not None and self.prefill_graphs.can_run_step(inputs):
+            hidden = self.prefill_graphs.run_model(inputs, received)
+        else:
+            hidden = self._launch_model(inputs, received)
+        if self.pipeline is not None:
+            self.pipeline.send_hidden_states(hidden)
+        return hidden
+
+    def _launch_model(self, inputs: StepInputs, received: Tensor | None) -> Tensor:
+        """Launch the model kernel by kernel: hidden states (num_tokens, hidden)."""
         for backend, batch in zip(self.backends, inputs.batches, strict=True):
             backend.prepare_metadata(batch)
         if self.adapters is not None:
             self.adapters.prepare_step()
         context = ForwardContext(self.backends, inputs.slot_mapping, self.kv_cache.layers, self.kv_cache.group_of)
-        if self.pipeline is None:
-            return self.model(inputs.input_ids, inputs.positions, context)
-        context.hidden_states = self.pipeline.receive_hidden_states()
+        context.hidden_states = received
         hidden: Tensor = self.model(inputs.input_ids, inputs.positions, context)
-        self.pipeline.send_hidden_states(hidden)
         return hidden
 
 

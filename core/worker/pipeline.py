@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,32 +56,30 @@ class StageLink(ABC):
         """From the last stage to every other; ``packed`` is not written to any more."""
 
     @abstractmethod
-    def receive_tokens(self, buffer: Tensor) -> Callable[[], None]:
-        """Begin to take what the last stage returns next into ``buffer``. What is returned here waits for it, on a GPU
-        in its stream."""
+    def receive_tokens(self, buffer: Tensor) -> None:
+        """What the last stage returned next, into ``buffer``. On a GPU its stream waits, and not the host."""
 
     @abstractmethod
     def exchange_bytes(self, data: bytes) -> list[bytes]:
         """What each stage gives, by stage. Every stage calls it, before the first step."""
 
 
-@dataclass(slots=True)
-class _SampledStep:
+class _SampledStep(NamedTuple):
     """A step whose tokens the last stage returns."""
 
     number: int
     rows: NDArray[np.int32]
-    packed: Tensor
-    wait: Callable[[], None]
-    """Until ``packed`` is there."""
 
 
 class PipelineRunner:
     """Does for each step what its stage has to exchange: ``begin_step``, ``receive_hidden_states``,
     ``send_hidden_states``, ``return_tokens``, in this order; or ``finish_failed_step`` from wherever it stopped.
+    Before ``connect`` steps are those of a warm-up, in which each stage is alone.
 
-    A stage begins to receive the tokens of a step as soon as it has sent the hidden states, whenever it needs them: so
-    no message stays on its way while there is nothing to do.
+    Every exchange is queued between the kernels of a step, never in a CUDA graph: a graph reads what was received from
+    a buffer of its own (``make_input_buffer``), and what it wrote is copied before it is sent, so that the next replay
+    may begin while the message is on its way. A stage receives tokens when it needs them and not before: a receiving
+    kernel would wait beside those of other steps, and take a multiprocessor from them.
     """
 
     def __init__(
@@ -97,6 +95,7 @@ class PipelineRunner:
         self._aux: AuxHiddenStates | None = None
         self._aux_columns: list[int] = []  # of ``_aux``, that the stages before have filled
         self._received_aux: Tensor | None = None  # (num_tokens, len(_aux_columns) * hidden)
+        self._is_connected = False
         self._num_steps = 0
         self._sampled: deque[_SampledStep] = deque()  # whose tokens are not placed yet
         self._sampled_in = np.zeros(table.num_rows + 1, np.int64)  # by row: the last step that sampled for it
@@ -124,11 +123,24 @@ class PipelineRunner:
         self._aux = model.aux_hidden_states
         self._aux_columns = [column for column, layer in enumerate(known) if layer < start]
 
+    def make_input_buffer(self, max_num_tokens: int) -> Tensor | None:
+        """(max_num_tokens, hidden), for the hidden states that a captured step goes on from; None on the first stage,
+        which embeds tokens."""
+        if self.stage.is_first:
+            return None
+        return torch.zeros(max_num_tokens, self._hidden_size, dtype=self._dtype, device=self._table.device)
+
+    def connect(self) -> None:
+        """Steps from here on are those of all stages."""
+        self._is_connected = True
+
     def begin_step(self, step: SchedulerOutput) -> None:
         """Before anything else of the step: place the tokens that its requests have sampled since."""
+        self._num_tokens = step.total_num_scheduled_tokens
+        if not self._is_connected:
+            return
         self._num_steps += 1
         self._rows = step.rows[step.sampling_mask]
-        self._num_tokens = step.total_num_scheduled_tokens
         self._owes_receive, self._owes_send = not self.stage.is_first, not self.stage.is_last
         self._owes_tokens = self.stage.is_last and len(self._rows) > 0
         if self.stage.is_last:
@@ -140,33 +152,49 @@ class PipelineRunner:
             self._place_tokens(self._sampled.popleft())
         self._sampled_in[self._rows] = self._num_steps
 
-    def receive_hidden_states(self) -> Tensor | None:
-        """(num_tokens, hidden) of the stage before; None on the first."""
-        if not self._owes_receive:
+    def receive_hidden_states(self, buffer: Tensor | None = None, token_indices: Tensor | None = None) -> Tensor | None:
+        """(num_tokens, hidden) of the stage before; None on the first. Where there is a ``buffer`` they are written to
+        its rows ``token_indices`` (num_tokens,), or its first, and what is returned is the buffer."""
+        if self.stage.is_first:
             return None
-        self._owes_receive = False
         columns = 1 + len(self._aux_columns)
-        message = torch.empty(
-            self._num_tokens, columns * self._hidden_size, dtype=self._dtype, device=self._table.device
-        )
-        self._link.receive_hidden_states(message)
-        if columns == 1:
-            return message
-        self._received_aux = message[:, self._hidden_size :]
-        return message[:, : self._hidden_size].contiguous()
+        in_place = buffer is not None and token_indices is None and columns == 1
+        if in_place and buffer is not None:
+            message = buffer[: self._num_tokens]
+        else:
+            make = torch.empty if self._owes_receive else torch.zeros
+            shape = (self._num_tokens, columns * self._hidden_size)
+            message = make(shape, dtype=self._dtype, device=self._table.device)
+        if self._owes_receive:
+            self._owes_receive = False
+            self._link.receive_hidden_states(message)
+        if in_place:
+            return buffer
+        hidden = message[:, : self._hidden_size]
+        if columns > 1:
+            self._received_aux = message[:, self._hidden_size :]
+        if buffer is None:
+            return hidden.contiguous()
+        if token_indices is None:
+            buffer[: self._num_tokens] = hidden
+        else:
+            buffer[token_indices] = hidden
+        return buffer
 
-    def send_hidden_states(self, hidden: Tensor) -> None:
-        """Behind the model: ``hidden`` (num_tokens, hidden) goes to the next stage, if there is one, and may be
-        overwritten then. A proposer finds the hidden states of all stages in ``aux_hidden_states``."""
+    def send_hidden_states(self, hidden: Tensor, token_indices: Tensor | None = None) -> None:
+        """Behind the model: ``hidden`` goes to the next stage, if there is one, and may be overwritten then. Its rows
+        ``token_indices`` are the step's tokens, or its first. A proposer finds the hidden states of all stages in
+        the same rows of ``aux_hidden_states``."""
+        rows: Tensor | slice = slice(self._num_tokens) if token_indices is None else token_indices
         if self._received_aux is not None and self._aux is not None:
-            states = self._aux.states[: self._num_tokens].unflatten(1, (-1, self._hidden_size))
+            states = self._aux.states.unflatten(1, (-1, self._hidden_size))
             for column, received in zip(self._aux_columns, self._received_aux.split(self._hidden_size, 1), strict=True):
-                states[:, column] = received
+                states[rows, column] = received
             self._received_aux = None
         if self._owes_send:
             self._owes_send = False
-            aux = [] if self._aux is None else [self._aux.states[: self._num_tokens]]
-            self._send_message(torch.cat([hidden, *aux], 1))
+            aux = [] if self._aux is None else [self._aux.states[rows]]
+            self._send_message(torch.cat([hidden[rows], *aux], 1))
 
     def return_tokens(self) -> None:
         """On the last stage, behind sampling and drafting: tell the others what the table has now."""
@@ -176,7 +204,8 @@ class PipelineRunner:
 
     def finish_failed_step(self) -> None:
         """Exchange what the step has not, so that the stages stay together."""
-        self.receive_hidden_states()
+        if self._owes_receive:
+            self.receive_hidden_states()
         self._received_aux = None
         device = self._table.device
         if self._owes_send:
@@ -190,9 +219,7 @@ class PipelineRunner:
     def _send_message(self, message: Tensor) -> None:
         self._link.send_hidden_states(message)
         if len(self._rows):
-            packed = self._make_packed(len(self._rows))
-            wait = self._link.receive_tokens(packed)
-            self._sampled.append(_SampledStep(self._num_steps, self._rows, packed, wait))
+            self._sampled.append(_SampledStep(self._num_steps, self._rows))
 
     def _make_packed(self, num_rows: int) -> Tensor:
         return torch.zeros(num_rows, _NUM_COUNTS + len(self._window), dtype=torch.int32, device=self._table.device)
@@ -208,8 +235,8 @@ class PipelineRunner:
 
     def _place_tokens(self, sampled: _SampledStep) -> None:
         """Take in what a step appended. Rows that have another request since are left alone."""
-        table, packed = self._table, sampled.packed
-        sampled.wait()
+        table, packed = self._table, self._make_packed(len(sampled.rows))
+        self._link.receive_tokens(packed)
         is_current = self._sampled_in[sampled.rows] == sampled.number
         if not is_current.any():
             return

@@ -250,6 +250,8 @@ class Worker:
 
     def end_start(self) -> None:
         """The last stage: from here on traffic may come, and the worker survives what plugins do."""
+        if self.model_runner.pipeline is not None:
+            self.model_runner.pipeline.connect()
         # Before traffic a sampler that fails ends the start.
         if (fallback := self._components.make_fallback_sampler()) is not None:
             self.model_runner.sampling_runner.guard_sampler(self._config.plugin("sampler").name, fallback)
@@ -342,9 +344,7 @@ class Worker:
 
     def _warm_up_kernels(self) -> None:
         config, runner = self._config, self.model_runner
-        use_graphs = not config.enforce_eager and self._link is None
-        if self._link is not None and not config.enforce_eager:
-            _log.info("stages of a pipeline cannot be captured yet: running eagerly")
+        use_graphs = not config.enforce_eager
         if use_graphs and not all("decode" in backend.graph_support for backend in runner.backends):
             use_graphs = False
             name = config.plugin("attention").name

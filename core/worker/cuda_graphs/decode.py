@@ -8,9 +8,8 @@ write buffers of fixed address: the request table, and the inputs that are alloc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,46 +26,20 @@ from quire.core.sample.row_faults import mark_invalid_rows
 from quire.core.sample.verify import DraftVerifier, verify_drafts
 from quire.core.sample.vocab_parallel import VocabParallelSampler
 from quire.core.worker.adapter_runner import AdapterRunner
-from quire.core.worker.cuda_graphs.capture import CapturedGraph, GraphCapturer
+from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.cuda_graphs.capture_sizes import (
     choose_capture_sizes,
     choose_verify_capture_sizes,
     choose_verify_query_lens,
 )
+from quire.core.worker.cuda_graphs.captured_step import CapturedStep, DecodeShape, StepLogits
 from quire.core.worker.input_builder import LogitsIndices, StepInputs
 from quire.core.worker.kv_cache import KVCache
+from quire.core.worker.pipeline import PipelineRunner
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 
-__all__ = ["DecodeGraphs", "DecodeShape", "StepLogits"]
-
-
-class DecodeShape(NamedTuple):
-    """A captured shape."""
-
-    query_len: int
-    """Tokens of each request: 1, or 1 + the most drafts that it may verify."""
-    num_reqs: int
-    """Padding included."""
-
-
-@dataclass(slots=True)
-class StepLogits:
-    """What the model computed of a step, and from which inputs."""
-
-    inputs: StepInputs
-    logits: Tensor  # (num_logits_rows, vocab)
-
-
-@dataclass(slots=True)
-class _CapturedStep:
-    shape: DecodeShape
-    inputs: StepInputs
-    logits: Tensor  # (num_reqs * query_len, vocab): written by the model's graphs, read by ``sampling_graphs``
-    model_graph: torch.cuda.CUDAGraph
-    adapter_graph: torch.cuda.CUDAGraph | None  # ``model_graph`` of steps in which a request has an adapter
-    sampling_graphs: dict[str, CapturedGraph[Tensor]]  # by variant
-    draft_prefill_graph: torch.cuda.CUDAGraph | None
+__all__ = ["DecodeGraphs"]
 
 
 class DecodeGraphs:
@@ -80,7 +53,9 @@ class DecodeGraphs:
     without a grammar replay the first. With a ``vocab_sampler`` logits are one rank's part: ``greedy`` and two more
     variants, ``local_...``, sample from those, the others gather whole ones. With ``adapters`` the model of every
     shape is captured twice, with and without them, and both write the same logits. ``launch_draft_prefill`` shows a
-    step's inputs to a proposer that observes every step.
+    step's inputs to a proposer that observes every step. On a stage of a ``pipeline`` that is not the first the model
+    goes on from a buffer, and one that is not the last samples nothing: both exchange their hidden states around the
+    replay.
     """
 
     def __init__(
@@ -97,6 +72,7 @@ class DecodeGraphs:
         token_masks: TokenMaskBuffer | None = None,
         vocab_sampler: VocabParallelSampler | None = None,
         adapters: AdapterRunner | None = None,
+        pipeline: PipelineRunner | None = None,
     ) -> None:
         self._launch_draft_prefill = launch_draft_prefill
         self._model = model
@@ -114,6 +90,10 @@ class DecodeGraphs:
             self._variants += [f"masked_{variant}" for variant in self._variants]
         if vocab_sampler is not None:
             self._variants += ["local_random", "local_filters"]
+        self._pipeline = pipeline
+        self._computes_logits = pipeline is None or pipeline.stage.is_last
+        if not self._computes_logits:
+            self._variants = []
         capture_sizes = choose_capture_sizes(table.num_rows)
         can_verify = all("verify" in backend.graph_support for backend in backends)
         # Batch sizes by query length, both ascending: ``_find_captured`` takes the first that is large enough.
@@ -132,12 +112,13 @@ class DecodeGraphs:
         self._arange = torch.arange(max_tokens + 1, device=device)
         self._input_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self._positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self._hidden_states = None if pipeline is None else pipeline.make_input_buffer(max_tokens)
         self._logits_table_rows = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self._logits_positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros(max_reqs, dtype=torch.int32, device=device)
         self._slot_mapping = [torch.zeros(max_tokens, dtype=torch.int64, device=device) for _ in backends]
         self._block_tables = [torch.zeros_like(blocks[:max_reqs]) for blocks in table.block_tables]
-        self._captured: dict[DecodeShape, _CapturedStep] = {}
+        self._captured: dict[DecodeShape, CapturedStep] = {}
         self._uploaded: NDArray[np.int64] | None = None  # what the front of ``_rows_and_drafts`` holds
 
     @property
@@ -185,12 +166,12 @@ class DecodeGraphs:
                 launch = partial(self._launch_model_into, model.output, inputs)
                 adapter_graph = capturer.capture_graph(launch).graph
                 self._adapters.prepare_padding(None)
-            self._captured[shape] = _CapturedStep(
+            self._captured[shape] = CapturedStep(
                 shape, inputs, model.output, model.graph, adapter_graph, sampling_graphs, draft_prefill_graph
             )
 
     def run_model(self, step: SchedulerOutput) -> None:
-        """Run the model for a step that ``can_run_step``, up to its logits."""
+        """Run the model for a step that ``can_run_step``, up to its logits or what the next stage goes on from."""
         captured = self._find_captured(step)
         count, size = len(step.rows), captured.shape.num_reqs
         rows_and_drafts = np.zeros((2, size), dtype=np.int64)
@@ -202,12 +183,19 @@ class DecodeGraphs:
         if self._uploaded is None or not np.array_equal(self._uploaded, rows_and_drafts):
             self._rows_and_drafts[:, :size] = copy_to_device(rows_and_drafts, torch.int64, self._rows_and_drafts.device)
             self._uploaded = rows_and_drafts
+        graph = captured.model_graph
         if self._adapters is not None:
             self._adapters.prepare_decodes(size, captured.shape.query_len)
             if self._adapters.is_active and captured.adapter_graph is not None:
-                captured.adapter_graph.replay()
-                return
-        captured.model_graph.replay()
+                graph = captured.adapter_graph
+        if self._pipeline is None:
+            graph.replay()
+            return
+        indices = captured.shape.find_token_indices(step)
+        token_indices = None if indices is None else copy_to_device(indices, torch.int64, self._table.device)
+        self._pipeline.receive_hidden_states(self._hidden_states, token_indices)
+        graph.replay()
+        self._pipeline.send_hidden_states(captured.output, token_indices)
 
     def sample_tokens(self, step: SchedulerOutput, variant: str, masks: TokenMasks | None = None) -> Tensor:
         """Sample for every request and append to its row: the token of each (num_reqs,) int32, or what the verifier
@@ -216,7 +204,7 @@ class DecodeGraphs:
         captured = self._find_captured(step)
         sampling = captured.sampling_graphs[variant]
         if masks is not None and self._token_masks is not None:
-            self._token_masks.upload_captured(masks, captured.shape.query_len, len(captured.logits))
+            self._token_masks.upload_captured(masks, captured.shape.query_len, len(captured.output))
             sampling = captured.sampling_graphs[f"masked_{variant}"]
         sampling.graph.replay()
         return sampling.output[: len(step.rows)]
@@ -243,9 +231,9 @@ class DecodeGraphs:
             logits_positions=inputs.logits_positions[logits_rows],
             draft_spans=spans,
         )
-        return StepLogits(unpadded, captured.logits[logits_rows])
+        return StepLogits(unpadded, captured.output[logits_rows])
 
-    def _find_captured(self, step: SchedulerOutput) -> _CapturedStep:
+    def _find_captured(self, step: SchedulerOutput) -> CapturedStep:
         """The smallest shape that holds the step. Query lengths and sizes are few: a search costs no microsecond."""
         max_drafts = 0 if step.num_draft_tokens is None else int(step.num_draft_tokens.max())
         query_len = next(query_len for query_len in sorted(self._capture_sizes) if query_len > max_drafts)
@@ -302,7 +290,7 @@ class DecodeGraphs:
         )
 
     def _launch_model(self, inputs: StepInputs) -> Tensor:
-        """Inputs from the table, the model, and its logits (num_tokens, vocab): one graph."""
+        """Inputs from the table, the model, and its logits (num_tokens, vocab), on the last stage: one graph."""
         from quire.core.ops.kernels.decode_inputs_kernel import launch_decode_inputs
 
         table, last_group, query_len = self._table, len(inputs.batches) - 1, inputs.draft_spans.max_len
@@ -330,13 +318,17 @@ class DecodeGraphs:
             inputs.logits_table_rows.view(-1, query_len).copy_(inputs.rows[:, None])
             torch.add(inputs.positions, 1, out=inputs.logits_positions)
         context = ForwardContext(self._backends, inputs.slot_mapping, self._kv_cache.layers, self._kv_cache.group_of)
-        hidden = self._model(inputs.input_ids, inputs.positions, context)
+        if self._hidden_states is not None:
+            context.hidden_states = self._hidden_states[: len(inputs.input_ids)]
+        hidden: Tensor = self._model(inputs.input_ids, inputs.positions, context)
+        if not self._computes_logits:
+            return hidden
         if self._vocab_sampler is not None:
             return self._model.compute_local_logits(hidden)
         return self._model.compute_logits(hidden)
 
-    def _launch_model_into(self, logits: Tensor, inputs: StepInputs) -> None:
-        logits.copy_(self._launch_model(inputs))
+    def _launch_model_into(self, output: Tensor, inputs: StepInputs) -> None:
+        output.copy_(self._launch_model(inputs))
 
     def _launch_sampling(self, variant: str, inputs: StepInputs, logits: Tensor) -> Tensor:
         """Sampling, verification of drafts and the feedback into the table: the second graph."""

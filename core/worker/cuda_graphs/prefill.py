@@ -22,6 +22,7 @@ from quire.core.worker.adapter_runner import AdapterRunner
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 from quire.core.worker.input_builder import StepInputs
 from quire.core.worker.kv_cache import KVCache
+from quire.core.worker.pipeline import PipelineRunner
 from quire.core.worker.request_table import RequestTable
 
 __all__ = ["PrefillGraphs", "PrefillShapes"]
@@ -80,6 +81,7 @@ class PrefillGraphs:
         max_tokens: int,
         shapes: PrefillShapes = PrefillShapes(),
         adapters: AdapterRunner | None = None,
+        pipeline: PipelineRunner | None = None,
     ) -> None:
         self._model = model
         self._adapters = adapters
@@ -89,6 +91,8 @@ class PrefillGraphs:
         self._max_prompts = shapes.max_prompts
         device, num_rows = table.device, table.num_rows
         flop_per_token = 2 * sum(p.numel() for p in model.parameters())  # a multiplication and an addition a weight
+        # A stage is launched in a share of the time, and computes as much less: the limits are those of the whole.
+        flop_per_token *= 1 if pipeline is None else pipeline.stage.size
         self._eager_above_tokens = int(shapes.eager_above_flop / flop_per_token)
         token_limit: float = min(max_tokens, self._eager_above_tokens)
         small = [tokens for tokens in shapes.num_prompt_tokens if tokens <= token_limit]
@@ -107,6 +111,7 @@ class PrefillGraphs:
         self._query_start_loc = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
         self._block_tables = [blocks.new_zeros(max_reqs, blocks.shape[1]) for blocks in table.block_tables]
         self._arange = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        self._received = None if pipeline is None else pipeline.make_input_buffer(max_padded_tokens)
         self._hidden: Tensor | None = None  # (max_padded_tokens, hidden): what every graph writes
         # In ascending order of prompt tokens, then of decodes: ``_find_shape`` takes the first that is large enough.
         self._shapes = [self._make_shape(d, t, table.max_model_len) for d, t in dict.fromkeys(counts)]
@@ -121,13 +126,16 @@ class PrefillGraphs:
             or len(shape.positions) <= self._max_padding * batch.num_tokens
         )
 
-    def run_model(self, inputs: StepInputs) -> Tensor:
-        """Hidden states (num_tokens, hidden), valid until the next call."""
+    def run_model(self, inputs: StepInputs, received: Tensor | None = None) -> Tensor:
+        """Hidden states (num_tokens, hidden), valid until the next call. ``received`` (num_tokens, hidden): what the
+        stage before made of the tokens, if there is one."""
         batch = inputs.batches[0]
         num_decodes, num_prompt_tokens = batch.num_decodes, batch.num_tokens - batch.num_decodes
         shape = self._find_shape(batch)
         assert shape is not None, "can_run_step comes first"
         self._copy_inputs(inputs, shape)
+        if received is not None and self._received is not None:
+            _copy_padded(self._received[: shape.num_tokens], received, num_decodes, shape.num_decodes, 0)
         if self._adapters is not None:
             self._adapters.prepare_prefill(num_decodes, shape.num_decodes, shape.num_tokens)
         graph = shape.graphs.get(self._adapters is not None and self._adapters.is_active)
@@ -183,6 +191,8 @@ class PrefillGraphs:
         for backend, batch in zip(self._backends, shape.batches, strict=True):
             backend.prepare_metadata(batch, key)
         context = ForwardContext(self._backends, shape.slot_mapping, self._kv_cache.layers, self._kv_cache.group_of)
+        if self._received is not None:
+            context.hidden_states = self._received[: shape.num_tokens]
         return self._model(shape.input_ids, shape.positions, context)
 
     def _find_shape(self, batch: AttentionBatch) -> _PrefillShape | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,25 +41,24 @@ class ProcessStageLink(StageLink):
         self._notes = notes
         self._num_exchanges = 0
         # What is on its way: a message that is dropped before it has arrived would not arrive.
-        self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._sending: deque[tuple[list[Any], Tensor]] = deque()
         self._max_sending = 2 * layout.pipeline_parallel_size * layout.pipeline_parallel_size
 
     def send_hidden_states(self, hidden: Tensor) -> None:
         """Asynchronously."""
-        self._send(hidden, self._chain[self.stage.index + 1], self._forward_group)
+        self._send(hidden, [self._chain[self.stage.index + 1]], self._forward_group)
 
     def receive_hidden_states(self, buffer: Tensor) -> None:
         """On a CPU it waits."""
-        self._begin_receive(buffer, self._chain[self.stage.index - 1], self._forward_group)()
+        self._receive(buffer, self._chain[self.stage.index - 1], self._forward_group)
 
     def return_tokens(self, packed: Tensor) -> None:
-        """Asynchronously, one stage after another."""
-        for rank in self._chain[:-1]:
-            self._send(packed, rank, self._backward_group)
-
-    def receive_tokens(self, buffer: Tensor) -> Callable[[], None]:
         """Asynchronously."""
-        return self._begin_receive(buffer, self._chain[-1], self._backward_group)
+        self._send(packed, self._chain[:-1], self._backward_group)
+
+    def receive_tokens(self, buffer: Tensor) -> None:
+        """On a CPU it waits."""
+        self._receive(buffer, self._chain[-1], self._backward_group)
 
     def exchange_bytes(self, data: bytes) -> list[bytes]:
         """By the store in which the ranks found each other."""
@@ -68,20 +67,18 @@ class ProcessStageLink(StageLink):
         self._store.set(keys[self.stage.index], data)
         return [self._store.get(key) for key in keys]
 
-    def _send(self, tensor: Tensor, rank: int, group: Any) -> None:
-        self._sending.append((dist.isend(tensor, rank, group=group), tensor))
+    def _send(self, tensor: Tensor, ranks: Sequence[int], group: Any) -> None:
+        sends = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, rank, group) for rank in ranks])
+        self._sending.append((sends, tensor))
         while len(self._sending) > self._max_sending:  # it has arrived long ago
-            self._sending.popleft()[0].wait()
+            for send in self._sending.popleft()[0]:
+                send.wait()
 
-    def _begin_receive(self, buffer: Tensor, rank: int, group: Any) -> Callable[[], None]:
-        work = dist.irecv(buffer, rank, group=group)
-        assert work is not None, "this rank is in the group"
-
-        def wait() -> None:
+    def _receive(self, buffer: Tensor, rank: int, group: Any) -> None:
+        # A batch of one: NCCL, whose connections are made at the start, warns of messages outside of batches.
+        for receive in dist.batch_isend_irecv([dist.P2POp(dist.irecv, buffer, rank, group)]):
             with self._notes:
-                work.wait()  # on a GPU its stream does
-
-        return wait
+                receive.wait()  # on a GPU its stream does
 
     def connect(self, device: torch.device | None) -> None:
         """Send a first message of each kind: it makes the connections, for which NCCL keeps the host waiting. Every
@@ -93,4 +90,4 @@ class ProcessStageLink(StageLink):
             self.return_tokens(message)
         else:
             self.send_hidden_states(message)
-            self.receive_tokens(torch.zeros(1, device=device))()
+            self.receive_tokens(torch.zeros(1, device=device))
