@@ -254,7 +254,8 @@ class EngineCore:
     ) -> EngineCoreOutputs:
         """As ``_launch_step``, for a step whose sampling needs masks. While its model runs, the step is read that
         sampled for its requests last, whose outputs are returned: grammars advance by its tokens, and the masks follow
-        from them. That is the step before, or with several stages the newest that may have (``MicroBatches``)."""
+        from them. That is the step before, or with several stages the newest that may have (``MicroBatches``), which is
+        the step before where that is the only one."""
         outputs = EngineCoreOutputs()
         requests = self.scheduler.debug_state().running.requests[step.rows]
         step.return_drafts = step.num_tokens_to_propose > 0
@@ -264,7 +265,8 @@ class EngineCore:
         try:
             self.executor.execute_model(step)
             held = time.perf_counter_ns()
-            if len(self._in_flight) >= self._num_stages:
+            in_flight = self._in_flight
+            if len(in_flight) >= self._num_stages or (len(in_flight) == 1 and in_flight[0].shares_rows(step)):
                 outputs = self._finish_step()
             before_masks = time.perf_counter_ns()
             masks, failed = self._structured_outputs.make_masks(step, requests)

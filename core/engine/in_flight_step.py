@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.executor import StepFuture
@@ -29,6 +30,10 @@ class InFlightStep:
     """From its model's launch to its sampling's, where some have a grammar."""
     masks_ns: int = 0
     """Of that, making masks."""
+
+    def shares_rows(self, step: SchedulerOutput) -> bool:
+        """Whether a request of ``step`` may be in this one."""
+        return bool(np.isin(step.rows, self.step.rows).any())
 
     def make_step_stats(
         self, result: ModelRunnerOutput, wait_start_ns: int, tokens_known_ns: int, updated_ns: int

@@ -15,6 +15,7 @@ from .conftest import get_model_runner
 if TYPE_CHECKING:
     from quire import LLM
     from quire.core.sample.vocab_parallel import VocabParallelSampler
+    from quire.core.worker.model_runner import ModelRunner
 
 
 class RepeatedLaunch:
@@ -53,8 +54,15 @@ class TableSampler(GumbelSampler):
 
 def capture_steps(llm: LLM, vocab_sampler: VocabParallelSampler | None = None) -> RepeatingCapturer:
     """Let ``llm`` run its decodes and verifications in captured steps, and its proposer draft in them."""
-    runner, capturer = get_model_runner(llm), RepeatingCapturer()
-    sampler = TableSampler(llm.config.model.vocab_size, torch.device("cpu"))
+    return capture_runner(get_model_runner(llm), llm.config.model.vocab_size, vocab_sampler)
+
+
+def capture_runner(
+    runner: ModelRunner, vocab_size: int, vocab_sampler: VocabParallelSampler | None = None
+) -> RepeatingCapturer:
+    """``capture_steps`` of one rank."""
+    capturer = RepeatingCapturer()
+    sampler = TableSampler(vocab_size, torch.device("cpu"))
     sampler.prepare_graph_sampling(64)
     runner.sampling_runner.device_sampler = sampler
     runner.sampling_runner.vocab_sampler = vocab_sampler
@@ -74,6 +82,7 @@ def capture_steps(llm: LLM, vocab_sampler: VocabParallelSampler | None = None) -
             launch_draft_prefill=draft_runner.launch_draft_prefill if observes_every_step else None,
             token_masks=runner.sampling_runner.token_masks,
             vocab_sampler=vocab_sampler,
+            pipeline=runner.pipeline,
         )
         runner.decode_graphs.capture_graphs(capturer)
         if draft_runner is not None:

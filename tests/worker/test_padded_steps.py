@@ -26,9 +26,9 @@ class Padded(UniprocExecutor):
         )
         run_model = graphs.run_model
 
-        def counted(inputs):
+        def counted(inputs, received=None):
             Padded.num_padded_steps += 1
-            return run_model(inputs)
+            return run_model(inputs, received)
 
         graphs.run_model = counted  # type: ignore[method-assign]
         return capacity

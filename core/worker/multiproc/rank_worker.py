@@ -175,11 +175,17 @@ class RankWorker:
                     link = ProcessStageLink(layout, self._rank, forward, backward, store, notes)
         if link is not None:
             link.connect(device)
-        is_one_host = self._place.host_size == self._size
-        if device is not None and is_one_host and link is None and config.parallel.all_reduce == "auto":
-            kernels = AllReduceKernels.open(self._rank, self._size, None, device)  # not tried beside stages
         rank, size = layout.get_tensor_rank(self._rank), layout.tensor_parallel_size
+        if device is not None and size > 1 and self._has_stage_on_host and config.parallel.all_reduce == "auto":
+            kernels = AllReduceKernels.open(rank, size, stage_group, device)
         return TensorParallel(rank, size, stage_group, kernels, notes), link
+
+    @property
+    def _has_stage_on_host(self) -> bool:
+        """Whether all ranks of this stage are on this host, of which ranks are neighbours."""
+        first = self._rank - self._place.host_rank
+        ranks = self._layout.list_stage(self._layout.get_stage(self._rank))
+        return first <= ranks[0] and ranks[-1] < first + self._place.host_size
 
     def _end_start(self, message: AllocateKVCache) -> None:
         worker = self.worker
