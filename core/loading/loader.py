@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from quire.core.ops.operation_table import OperationTable
 __all__ = ["find_weight_files", "load_model"]
 
 _log = logging.getLogger("quire.loading")
+_FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -78,7 +81,7 @@ def load_model(
     with torch.inference_mode(False), torch.no_grad():
         model = model_class(hf_config, builder)
         if load_format == "dummy":
-            _fill_random_weights(model, seed, device)
+            _fill_random_weights(model, builder, seed)
         else:
             _stream_weights(model, find_weight_files(Path(path)), progress, builder.other_stage_names)
         for _ in model.process_weights_after_loading():
@@ -178,13 +181,16 @@ def _iter_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _fill_random_weights(model: Model, seed: int, device: torch.device) -> None:
+def _fill_random_weights(model: Model, builder: LayerBuilder, seed: int) -> None:
     """Variance 1 / fan-in for matrices, so that activations keep their scale; vectors stay as they were constructed:
-    norms 1, biases 0."""
-    generator = torch.Generator(device).manual_seed(seed)
-    for parameter in model.parameters():
+    norms 1, biases 0. Values follow from ``seed`` and the parameter's name in the whole model: stages have those of
+    a model in one piece."""
+    generator = torch.Generator(builder.device)
+    for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
+        whole_name = _name_in_whole_model(name, builder.first_layer)
+        generator.manual_seed(zlib.crc32(f"{seed} {whole_name}".encode()))
         if not parameter.is_floating_point():
             parameter.random_(generator=generator)
             continue
@@ -192,8 +198,13 @@ def _fill_random_weights(model: Model, seed: int, device: torch.device) -> None:
         if parameter.dtype.itemsize >= 2:
             parameter.uniform_(-bound, bound, generator=generator)
         else:
-            values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=builder.device)
             parameter.copy_(values.uniform_(-bound, bound, generator=generator))
+
+
+def _name_in_whole_model(name: str, first_layer: int) -> str:
+    """The name of a parameter whose layer, the first number in it, is counted from its stage's first."""
+    return _FIRST_NUMBER.sub(lambda number: str(int(number[0]) + first_layer), name, count=1)
 
 
 def _format_unexpected(unexpected: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ class MicroBatches:
     to the last stage yet, and the first one would wait for the token. Older steps in flight are no hindrance, since the
     token returns on the device. Of the others a step takes an equal share; each has its turn within ``num_stages``
     steps, because those that were taken are held back in the next. Prompts are divided by the token budget: their parts
-    may follow each other at once. Where all would be held back behind a single step, none is: the next step waits on the
-    device for the tokens of that one, and not for the host to read them. With one stage no request is held back.
+    may follow each other at once. Where all would be held back behind a single step, none is: the next step waits on
+    the device for the tokens of that one, and not for the host to read them. With one stage no request is held back.
     """
 
     def __init__(self, num_stages: int, running: RunningBatch, in_flight: Sequence[InFlightStep]) -> None:

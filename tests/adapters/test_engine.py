@@ -51,9 +51,9 @@ class Captured(SlotByToken):
     def count_runs(self, name: str, graphs: Any) -> None:
         run_model = graphs.run_model
 
-        def run_counted(step: Any) -> Any:
+        def run_counted(*arguments: Any) -> Any:
             Captured.num_runs[name] = Captured.num_runs.get(name, 0) + 1
-            return run_model(step)
+            return run_model(*arguments)
 
         graphs.run_model = run_counted
 

@@ -21,7 +21,7 @@ class Undivided(LlamaForCausalLM):
     supports_pipeline_parallel = False
 
 
-def load_stage(path: Path, stage: PipelineStage, model_class: type = LlamaForCausalLM):
+def load_stage(path: Path, stage: PipelineStage, model_class: type = LlamaForCausalLM, load_format: str = "auto"):
     return load_model(
         model_class,
         read_hf_config(path),
@@ -31,6 +31,7 @@ def load_stage(path: Path, stage: PipelineStage, model_class: type = LlamaForCau
         kv_dtype=torch.float32,
         block_size=16,
         quant=Unquantized({}),
+        load_format=load_format,
         progress=False,
         stage=stage,
     )
@@ -51,16 +52,21 @@ def test_a_stage_has_a_layer() -> None:
         PipelineStage(0, 4).list_layers(3)
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_stages_together_have_every_weight_once(tmp_path: Path, tied: bool) -> None:
+def test_stages_together_have_every_weight_once(tmp_path: Path, tied: bool, load_format: str) -> None:
     """But for an embedding that is the head too."""
     path = make_tiny_model("llama", tmp_path, num_hidden_layers=3, tie_word_embeddings=tied)
-    whole = load_stage(path, PipelineStage())
-    stages = [load_stage(path, PipelineStage(index, 2)) for index in range(2)]
+    whole = load_stage(path, PipelineStage(), load_format=load_format)
+    stages = [load_stage(path, PipelineStage(index, 2), load_format=load_format) for index in range(2)]
     counts = [sum(p.numel() for p in model.parameters()) for model in (whole, *stages)]
     embedding = whole.embed_tokens.weight.numel()
     assert sum(counts[1:]) == counts[0] + (embedding if tied else 0)
     assert [len(stage.layers) for stage in stages] == [2, 1]
+    layers = [layer for stage in stages for layer in stage.layers]
+    parts = (stages[0].embed_tokens, *layers, stages[1].lm_head)
+    for part, same in zip(parts, (whole.embed_tokens, *whole.layers, whole.lm_head), strict=True):
+        torch.testing.assert_close(part.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert (stages[0].norm, stages[0].lm_head) == (None, None) and (stages[1].embed_tokens is not None) == tied
 
 
