@@ -19,11 +19,9 @@ from torch import Tensor
 
 from quire.core.contracts.attention import LayerKV
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
+from quire.core.plugin.registry import OPERATIONS
 
 __all__ = ["OPERATIONS", "Operations"]
-
-OPERATIONS = ("rms_norm", "silu_and_mul", "rope_and_cache", "embedding", "lm_head")
-"""The names of ``--op``: methods of ``Operations``."""
 
 
 class Operations(ABC):

@@ -8,7 +8,6 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,12 @@ from quire.core.config import (
 from quire.core.engine.adapter_registry import parse_lora_modules
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
+from quire.core.engine.plugin_names import (
+    PARALLEL_SIZES,
+    choose_before_model,
+    make_first_context,
+    translate_structured_backend,
+)
 from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import build_speculation_config, spread_speculative_config
 from quire.core.errors import ConfigError, PluginError
@@ -42,7 +47,6 @@ _STEP_TIMEOUT_S = section_default(WatchdogConfig, "step_timeout_s")
 _CPU_STEP_TIMEOUT_S = 300.0
 _MAX_DEFAULT_LORAS = 8
 _MAX_LORA_RANK = 512
-_PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,12 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     args, keys_without_flag = spread_speculative_config(replace_classes_by_names(args))
     plugins = PluginManager(args.plugins)
     chooser = PluginChooser(plugins, args.plugin_options)
-    context: dict[str, Any] = {"device": args.device} | {name: getattr(args, name) for name in _PARALLEL_SIZES}
+    context = make_first_context(args)
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
-    choices_before_model = _resolve_before_model(plugins, chooser, args, context)
+    choices_before_model = choose_before_model(plugins, chooser, args, context)
+    asked, backend = args.structured_output_backend, translate_structured_backend(args.structured_output_backend)
+    if backend == "llguidance" != asked:
+        _log.warning("structured output backend %s: llguidance takes its place", asked)
 
     from quire.core.loading.chat_template import read_chat_templates
     from quire.core.loading.generation_config import read_generation_defaults
@@ -137,7 +144,7 @@ def _check_supported(args: EngineArgs) -> None:
         raise ConfigError(f"--capture-shapes {args.capture_shapes}: its folder does not exist; make it first")
     if args.trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: Quire never runs code from a checkpoint; write a plugin")
-    for name in _PARALLEL_SIZES:
+    for name in PARALLEL_SIZES:
         if getattr(args, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(args, name)}")
     for setting in settings_of(EngineArgs):
@@ -146,47 +153,6 @@ def _check_supported(args: EngineArgs) -> None:
             raise ConfigError(f"{setting.name} {value!r} is not known; choose {', '.join(setting.choices)}")
     if args.cpu_threads is not None and args.cpu_threads < 1:
         raise ConfigError(f"cpu_threads must be at least 1, got {args.cpu_threads}")
-
-
-def _translate_structured_backend(name: str) -> str:
-    """What takes the place of a backend that vLLM has by this name, perhaps with its options behind a colon."""
-    name_in_vllm = name.partition(":")[0] if isinstance(name, str) else name
-    if name_in_vllm not in ("outlines", "lm-format-enforcer", "guidance", "xgrammar"):
-        return name
-    if name_in_vllm == "xgrammar" and find_spec("xgrammar") is not None:
-        return "xgrammar"
-    _log.warning("structured output backend %s: llguidance takes its place", name)
-    return "llguidance"
-
-
-def _resolve_before_model(
-    plugins: PluginManager, chooser: PluginChooser, args: EngineArgs, context: dict[str, Any]
-) -> dict[str, PluginChoice]:
-    """The kinds whose choice does not depend on the model."""
-    choices: dict[str, PluginChoice] = {}
-    for kind, names, default in (("logits_processor", args.logits_processors, None), ("metrics", args.metrics, "auto")):
-        for i, choice in enumerate(chooser.choose_several(kind, names, context, default)):
-            choices[f"{kind}:{i:03d}"] = choice
-    if args.op:
-        choices |= {f"op:{name}": choice for name, choice in chooser.choose_operations(list(args.op), context).items()}
-    for kind, name in (
-        ("kv", args.kv_allocator),
-        ("policy", args.scheduling_policy),
-        ("sampler", args.sampler),
-        ("structured_output", _translate_structured_backend(args.structured_output_backend)),
-        ("adapter", args.adapter_method),
-        ("executor", args.executor),
-    ):
-        choices[kind] = chooser.choose(kind, name, context)
-    for kind, name in (("policy", "fcfs"), ("kv", "paged")):
-        fallback = plugins.resolve_plugin(kind, name, context, announce=False)
-        choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target, is_bundled=True)
-    later = {"attention": args.attention_backend, "quant": args.quantization}
-    later |= {"tool_parser": args.tool_call_parser, "reasoning_parser": args.reasoning_parser}
-    for kind, name in later.items():
-        if name != "auto":
-            plugins.resolve_plugin(kind, name, context, announce=False)
-    return choices
 
 
 def _resolve_for_model(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -14,19 +13,14 @@ from quire.core.engine.args import EngineArgs
 from quire.core.engine.setting import Setting, settings_of
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
-from quire.core.plugin.options import list_option_values, parse_options
-from quire.core.plugin.registry import KINDS, PROJECT, Kind, normalize_name, suggest_names
+from quire.core.plugin.options import list_option_values
+from quire.core.plugin.registry import KINDS, OPERATIONS, PROJECT, Kind, normalize_name, suggest_names
 from quire.core.plugin.target import Resolution
 
-__all__ = ["PluginChooser", "check_names", "make_choice", "replace_classes_by_names"]
+__all__ = ["NO_DEFAULT", "PluginChooser", "make_choice", "replace_classes_by_names"]
 
 ALL_OPERATIONS = "all"
 """In place of an operation's name: every one that the plugin has."""
-_NAMED_BEFORE_MODEL = (
-    "attention", "kv", "policy", "quant", "sampler", "logits_processor", "op", "adapter", "executor", "metrics",
-    "tool_parser", "reasoning_parser",
-)  # fmt: skip
-"""Kinds of which a name means the same for every model."""
 NO_DEFAULT = "none"
 """Among the names of a kind of which several may be on: without what is on by default."""
 
@@ -58,26 +52,6 @@ def _name_of(setting: Setting, value: Any) -> str:
     if "<locals>" in value.__qualname__:
         raise ConfigError(f"{setting.name}: {value.__qualname__} is defined inside a function; define it in a module")
     return f"{value.__module__}:{value.__qualname__}"
-
-
-def check_names(args: EngineArgs) -> None:
-    """Raise ``PluginError`` for a name that ``build_config`` would refuse, and for wrong options of an allocator or a
-    policy: without torch, so that who misspelt one hears of it at once."""
-    plugins = PluginManager(args.plugins)
-    for setting in settings_of(EngineArgs):
-        kind, value = setting.plugin_kind, getattr(args, setting.name)
-        if kind not in _NAMED_BEFORE_MODEL or not value:
-            continue
-        for name in [value] if isinstance(value, str) else value:
-            name = name.rpartition("=")[2] if kind == "op" else name
-            if isinstance(name, str) and name.lower() not in ("auto", NO_DEFAULT):
-                resolution = plugins.resolve_plugin(kind, name, {}, announce=False)
-                if find_spec(resolution.target.partition(":")[0].partition(".")[0]) is None:
-                    plugins.load_class(resolution)  # raises
-    for kind, name in (("kv", args.kv_allocator), ("policy", args.scheduling_policy)):
-        if isinstance(name, str):
-            cls = plugins.load_class(kind, name)
-            parse_options(cls, list_option_values(args.plugin_options.get(kind, {})))
 
 
 class PluginChooser:
@@ -122,8 +96,6 @@ class PluginChooser:
 
     def choose_operations(self, entries: Sequence[str], context: Mapping[str, Any]) -> dict[str, PluginChoice]:
         """By operation, the plugin that runs it, from ``entries`` such as ``rms_norm=my_norm``: the last of each."""
-        from quire.core.contracts.op import OPERATIONS  # loads torch
-
         name_by_operation: dict[str, str] = {}
         for entry in entries:
             operation, equals, name = entry.partition("=")
@@ -182,9 +154,9 @@ class _AddressedOptions:
         for name, options in self.by_name.items():
             option, value = next(iter(options.items()), ("KEY", "VALUE"))
             if name:
-                raise ConfigError(
-                    f"{flag} {name}.{option}: no {self.kind.title} {name!r} is on; on are {names or 'none'}"
-                )
+                suggested = suggest_names(name, [resolution.name for resolution in on])
+                remedy = suggested if suggested.startswith("did") else f"on are {names or 'none'}"
+                raise ConfigError(f"{flag} {name}.{option}: no {self.kind.title} {name!r} is on; {remedy}")
             which = f"{', '.join(meant)} are on" if meant else f"none was named with {self.kind.flag}"
             example = f"{(*meant, *(resolution.name for resolution in on), 'NAME')[0]}.{option}={value}"
             raise ConfigError(f"{flag} {option}: {which}; say whose it is: {flag} {example}")

@@ -6,15 +6,22 @@ from __future__ import annotations
 import dataclasses
 import enum
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.annotations import UnreadableTypeError, convert_value, describe_type, find_fields_class
 from quire.core.plugin.registry import suggest_names
+from quire.core.plugin.source import read_options
 
-__all__ = ["find_options_class", "list_option_values", "parse_options", "split_key_values"]
+__all__ = [
+    "check_options_by_source",
+    "find_options_class",
+    "list_option_values",
+    "parse_options",
+    "split_key_values",
+]
 
 
 def split_key_values(pairs: Iterable[str], flag: str = "option") -> dict[str, str]:
@@ -55,21 +62,12 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
     """
     options = find_options_class(cls)
     if options is None:
-        if pairs:
-            raise PluginError(f"{cls.__qualname__} takes no options; leave out {', '.join(pairs)}")
+        _convert_options(cls.__qualname__, pairs, {}, set())
         return None
     hints = typing.get_type_hints(options)
-    fields = {f.name: f for f in dataclasses.fields(options) if f.init}
-    values: dict[str, Any] = {}
-    for key, value in pairs.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            raise PluginError(f"{cls.__qualname__} has no option {key!r}; {suggest_names(name, fields)}")
-        values[name] = _convert_option(cls, name, value, hints[name])
-    for name, spec in fields.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise PluginError(f"{cls.__qualname__} needs the option {name!r}; give it as {name}=VALUE")
+    fields = [field for field in dataclasses.fields(options) if field.init]
+    required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    values = _convert_options(cls.__qualname__, pairs, {f.name: hints[f.name] for f in fields}, required)
     try:
         return options(**values)
     except (ValueError, TypeError) as error:
@@ -77,12 +75,39 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
         raise PluginError(f"{cls.__qualname__} refuses {given}: {' '.join(str(error).split())}") from error
 
 
-def _convert_option(cls: type, name: str, value: Any, hint: Any) -> Any:
+def check_options_by_source(target: str, pairs: Mapping[str, Any]) -> None:
+    """Raise the ``PluginError`` of ``parse_options`` for the class "module:Class", as far as its source tells, without
+    importing it: what its dataclass refuses itself is not found, nor what is made while it is imported."""
+    declared = read_options(target)
+    if declared is not None:
+        required = {option.name for option in declared if option.is_required}
+        hints = {option.name: option.type_hint for option in declared}
+        _convert_options(target.partition(":")[2], pairs, hints, required)
+
+
+def _convert_options(
+    owner: str, pairs: Mapping[str, Any], hints: Mapping[str, Any], required: Collection[str]
+) -> dict[str, Any]:
+    if pairs and not hints:
+        raise PluginError(f"{owner} takes no options; leave out {', '.join(pairs)}")
+    values: dict[str, Any] = {}
+    for key, value in pairs.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise PluginError(f"{owner} has no option {key!r}; {suggest_names(name, hints)}")
+        values[name] = value if hints[name] is None else _convert_option(owner, name, value, hints[name])
+    for name in hints:
+        if name in required and name not in values:
+            raise PluginError(f"{owner} needs the option {name!r}; give it as {name}=VALUE")
+    return values
+
+
+def _convert_option(owner: str, name: str, value: Any, hint: Any) -> Any:
     try:
         return convert_value(value, hint, parses_text=True)
     except ValueError as error:
         why = f": {error}" if isinstance(error, UnreadableTypeError) else ""
-        raise PluginError(f"{cls.__qualname__} option {name}={value!r} is not {describe_type(hint)}{why}") from None
+        raise PluginError(f"{owner} option {name}={value!r} is not {describe_type(hint)}{why}") from None
 
 
 def _to_plain(value: Any) -> Any:

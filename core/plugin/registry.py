@@ -14,6 +14,7 @@ __all__ = [
     "API_MAJOR",
     "GROUP",
     "KINDS",
+    "OPERATIONS",
     "PROJECT",
     "Choice",
     "Kind",
@@ -106,6 +107,8 @@ _TABLE = (
 )  # fmt: skip
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.key: kind for kind in _TABLE})
 """Every kind by its key: the one place where kind, folder, contract and flag meet."""
+OPERATIONS = ("rms_norm", "silu_and_mul", "rope_and_cache", "embedding", "lm_head")
+"""The names of ``--op``: methods of ``quire.sdk.Operations``."""
 
 
 @dataclass(frozen=True, slots=True)

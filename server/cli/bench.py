@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from quire.core.engine.plugin_names import check_names
 from quire.core.errors import ConfigError
 from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, make_engine_args, parse_float, parse_int
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
@@ -35,11 +36,13 @@ def run(args: argparse.Namespace) -> int:
     for name in _COUNTS:
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    module = importlib.import_module(f"quire.server.bench.{args.benchmark}")
     for warning in [*args.flag_warnings, *apply_vllm_flags(args)]:
         print(warning)
-    without_engine = args.benchmark in ("serve", "ceilings")
-    return int(module.run(args) if without_engine else module.run(make_engine_args(args), args))
+    path, engine_args = f"quire.server.bench.{args.benchmark}", None
+    if args.benchmark not in ("serve", "ceilings"):
+        check_names(engine_args := make_engine_args(args))  # before torch is imported
+    module = importlib.import_module(path)
+    return int(module.run(args) if engine_args is None else module.run(engine_args, args))
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ from quire.core.plugin import hookspecs
 from quire.core.plugin.discovery import PluginEntryPoint, find_module_file, list_start_code
 from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
 from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration, suggest_names
+from quire.core.plugin.source import read_bases, read_options
 from quire.core.plugin.target import Resolution, find_missing_requirement, resolve_file
 from quire.core.version import __version__
 from quire.server.cli.plugins_probe import Probe, probe_entries
-from quire.server.cli.plugins_source import read_bases, read_options
 
 __all__ = ["doctor_report", "explain_report", "inspect_host", "list_report", "split_subject"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from quire.core.engine.plugin_choices import check_names
+from quire.core.engine.plugin_names import check_names
 from quire.core.engine.process import EngineProcess
 from quire.core.env import vllm_variables
 from quire.server.cli.flags import (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.engine.args import EngineArgs
+from quire.core.engine.plugin_names import check_names
 from quire.core.errors import ConfigError
 from quire.server.cli.flags import ENGINE_FLAGS, add_flags, add_model, make_engine_args, parse_float, parse_int
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags
@@ -89,11 +90,11 @@ def run(args: argparse.Namespace) -> int:
         client = ChatClient(args.url, args.served_model, args.api_key, args.max_concurrency)
         report, model = evaluate(client.answer_conversations, questions=questions), client.model
     else:
-        with open_engine(make_engine_args(args)) as llm:
-            report, model = (
-                evaluate(partial(answer_conversations, llm), questions=questions),
-                str(make_engine_args(args).model),
-            )
+        engine_args = make_engine_args(args)
+        check_names(engine_args)  # before torch is imported
+        with open_engine(engine_args) as llm:
+            report = evaluate(partial(answer_conversations, llm), questions=questions)
+            model = str(engine_args.model)
     if args.json:
         print(json.dumps({"model": model, **report.to_dict()}, indent=2, ensure_ascii=False))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -196,30 +197,77 @@ def test_options_reach_the_processors_of_a_running_engine(tiny: Path) -> None:
         llm.shutdown()
 
 
+OPTIONS_FROM_ELSEWHERE = """
+from quire.sdk import LogitsProcessor
+import no_such_module
+
+class Base(LogitsProcessor):
+    class Options:
+        token: int = 0
+        mode: "Literal['a', 'b']" = "a"
+
+class Mine(Base):
+    pass
+"""
 REFUSED_EARLY = """
 import sys
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.plugin_choices import check_names
-from quire.core.errors import PluginError
+from quire.core.engine.plugin_names import check_names
+from quire.core.errors import QuireError
 
 check_names(EngineArgs(model="any", scheduling_policy="sjf", metrics=["none"], op=["rms_norm=torch"]))
-for changes in (
-    {"scheduling_policy": "sjff"}, {"attention_backend": "tritn"}, {"metrics": ["no_such_module:Exporter"]},
-    {"op": ["rms_norm=tritn"]}, {"plugins": ["no-such"]}, {"plugin_options": {"policy": {"x": "1"}}},
-    {"logits_processors": ["no_such.py:Mine"]},
-):
+mine = {"logits_processors": ["mine:Mine"], "plugin_options": {"logits_processor": {"token": "3"}}}
+check_names(EngineArgs(model="any", **mine))
+for text in sys.argv[1:]:
     try:
-        check_names(EngineArgs(model="any", **changes))
-    except PluginError as error:
+        check_names(EngineArgs(model="any", **eval(text)))
+        print("taken:", text)
+    except QuireError as error:
         print(error)
 assert "torch" not in sys.modules
 """
+NAMED = [
+    ("scheduling_policy='sjff'", "did you mean sjf or"),
+    ("attention_backend='tritn'", "did you mean triton or"),
+    ("metrics=['no_such_module:Exporter']", "no_such_module"),
+    ("op=['rms_norm=tritn']", "did you mean triton?"),
+    ("op=['rms_nrm=torch']", "did you mean rms_norm?"),
+    ("plugins=['no-such']", "--plugin no-such"),
+    ("logits_processors=['no_such.py:Mine']", "no_such.py"),
+    ("spec_method='ngramm'", "did you mean ngram?"),
+    ("structured_output_backend='llguidence'", "did you mean llguidance or guidance?"),
+]
+MINE = "logits_processors=['mine:Mine']"
+OPTIONS = [
+    ("policy", "", {"x": "1"}, "FCFSPolicy takes no options; leave out x"),
+    ("attention", "attention_backend='triton'", {"fixed_split_sise": "1"}, "did you mean fixed_split_size?"),
+    ("attention", "", {"fixed_split_sise": "1"}, "of those of triton, did you mean fixed_split_size?"),
+    ("sampler", "", {"x": "1"}, "GumbelSampler takes no options"),
+    ("quant", "quantization='none'", {"small_batch_gem": "on"}, "did you mean small_batch_gemm?"),
+    ("quant", "", {"small_batch_gem": "on"}, "of those of none, did you mean small_batch_gemm?"),
+    ("spec_decode", "spec_method='ngram'", {"prompt_lookup_mim": "2"}, "did you mean prompt_lookup_min"),
+    ("spec_decode", "spec_method='ngram'", {"prompt_lookup_min": "few"}, "is not a whole number"),
+    ("structured_output", "", {"thread": "2"}, "did you mean threads?"),
+    ("adapter", "", {"add_in_prodct": "on"}, "did you mean add_in_product?"),
+    ("executor", "executor='ray'", {"adress": "x"}, "did you mean address?"),
+    ("metrics", "", {"x": "1"}, "PrometheusExporter takes no options"),
+    ("tool_parser", "tool_call_parser='hermes'", {"x": "1"}, "takes no options"),
+    ("op", "op=['rms_norm=torch']", {"torhc.x": "1"}, "did you mean torch?"),
+    ("logits_processor", MINE, {"tokn": "1"}, "Mine has no option 'tokn'; did you mean token?"),
+    ("logits_processor", MINE, {"mode": "c"}, "option mode='c' is not one of a, b"),
+]  # fmt: skip
 
 
-def test_a_misspelt_name_is_refused_before_torch_is_imported() -> None:
-    done = subprocess.run([sys.executable, "-c", REFUSED_EARLY], capture_output=True, text=True, timeout=120)
+def test_misspelt_names_and_options_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OPTIONS_FROM_ELSEWHERE)
+    cases = [(f"dict({text})", reason) for text, reason in NAMED]
+    cases += [
+        (f"dict({name}, plugin_options={ {kind: given} })".replace("(, ", "("), why)
+        for kind, name, given, why in OPTIONS
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), *filter(None, sys.path)))}
+    command = [sys.executable, "-c", REFUSED_EARLY, *(text for text, _ in cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    reasons = ("did you mean sjf", "did you mean triton", "no_such_module", "did you mean triton", "--plugin no-such")
-    assert len(lines) == 7 and all(reason in line for reason, line in zip(reasons, lines, strict=False))
-    assert "takes no options" in lines[5] and "no_such.py" in lines[6]
+    for line, (text, reason) in zip(done.stdout.splitlines(), cases, strict=True):
+        assert reason in line, text
