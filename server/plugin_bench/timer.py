@@ -1,8 +1,9 @@
 """The one timer of kernels: of ``quire plugins bench`` and of the scripts in ``benchmarks/kernels``.
 
 On a GPU a CUDA graph holds many launches, which go through so much memory that none finds its inputs in the L2 cache;
-a replay is timed by events on the device. On a CPU the same launches run eagerly by the wall clock, which says nothing
-about a GPU. What runs on the host alone is timed by the CPU time of its thread: other work on the machine tells less.
+a replay is timed by events on the device, and queued while that is busy: the host's time to launch it does not count.
+On a CPU the same launches run eagerly by the wall clock, which says nothing about a GPU. What runs on the host alone is
+timed by the CPU time of its thread: other work on the machine tells less.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ __all__ = ["L2_BYTES", "Ratio", "compare_rounds", "make_timer", "run_alternately
 
 L2_BYTES = 256 << 20
 """Launches of one timed run go through at least this much memory, which is more than any GPU's L2 cache holds."""
+
+_HEAD_START_CYCLES = 400_000
+"""Some 0.2 ms, in which the host queues both events and what is between them."""
 
 
 def make_timer(launch: Callable[[], object], device: torch.device, *, capture: bool = True) -> Callable[[], float]:
@@ -89,6 +93,7 @@ def compare_rounds(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
 
 
 def _time_on_device(replay: Callable[[], object]) -> float:
+    torch.cuda._sleep(_HEAD_START_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     replay()
