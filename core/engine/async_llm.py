@@ -229,10 +229,10 @@ class AsyncLLM:
     async def set_policy(self, name: str, options: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Ask another scheduling policy, or the same with other options, from the next step on; what the control method
         ``get_policy`` returns then. No request is dropped. Raises ``PluginError``, and what ``call_control`` does."""
-        found = self.plugins.resolve_plugin("policy", name)
+        found = self.plugins.resolve_plugin("policy", name, announce=False, anew=True)
         choice = PluginChoice("policy", found.name, found.target, dict(options or {}))
         parse_options(self.plugins.load_class(found), choice.options)
-        arguments = {"name": choice.name, "target": choice.target, "options": choice.options}
+        arguments = {"name": choice.name, "target": found.location, "options": choice.options}
         policy = dict(await self.call_control("set_policy", arguments))
         self._restarter.note_policy(choice)
         return policy

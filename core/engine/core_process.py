@@ -33,7 +33,7 @@ from quire.core.engine.ipc import (
     socket_address,
 )
 from quire.core.engine.watchdog import StepWatchdog
-from quire.core.errors import InvalidRequestError, QuireError
+from quire.core.errors import InvalidRequestError, PluginError, QuireError
 from quire.core.log import setup_logging
 from quire.core.messages import EngineCoreRequest
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the API process builds the configuration
@@ -133,7 +133,7 @@ class EngineCoreProcess:
     def _answer_call(self, core: EngineCore, call: ControlCall) -> None:
         try:
             self._send_message(ControlReply(call.call_id, core.control.call_method(call.method, call.arguments)))
-        except InvalidRequestError as error:
+        except (InvalidRequestError, PluginError) as error:
             self._send_message(ControlReply(call.call_id, error=str(error), error_kind="invalid"))
         except Exception as error:  # also a result that msgpack cannot hold
             self._send_message(ControlReply(call.call_id, error=_format_error(error)))

@@ -9,7 +9,7 @@ from quire.core.config import PluginChoice
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.control import ControlMethods
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import load_target
+from quire.core.plugin.target import load_target, resolve_file
 from quire.core.sched.policy_runner import PolicyRunner
 from quire.core.traces.recorder import TraceRecorder
 
@@ -46,8 +46,10 @@ class PolicyControl:
         }
 
     def set_policy(self, name: str, target: str, options: dict[str, str]) -> dict[str, Any]:
-        """Ask another scheduling policy from the next step on; what ``get_policy`` returns then. No request is dropped.
-        Raises ``PluginError``, and changes nothing, if it cannot be made."""
+        """Ask another scheduling policy (``module:Class`` or ``FILE.py:Class``) from the next step on; what
+        ``get_policy`` returns then. No request is dropped. Raises ``PluginError``, and changes nothing, if it cannot be
+        made."""
+        target = resolve_file(target, anew=True) if ".py:" in target else target
         choice = PluginChoice("policy", name, target, options)
         policy = make_policy(choice)
         before = self._runner.guard.name

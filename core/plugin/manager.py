@@ -32,7 +32,7 @@ from quire.core.plugin.registry import (
     normalize_dist_name,
     suggest_names,
 )
-from quire.core.plugin.target import Resolution, find_missing_requirement, load_target, resolve_file
+from quire.core.plugin.target import Resolution, find_missing_requirement, load_target, make_absolute, resolve_file
 from quire.core.plugin.time_limit import interrupt_after
 from quire.core.version import __version__
 
@@ -101,23 +101,33 @@ class PluginManager:
         return self._entry_points
 
     def resolve_plugin(
-        self, kind: str, name: str = "auto", context: Mapping[str, Any] | None = None, *, announce: bool = True
+        self,
+        kind: str,
+        name: str = "auto",
+        context: Mapping[str, Any] | None = None,
+        *,
+        announce: bool = True,
+        anew: bool = False,
     ) -> Resolution:
         """Find what ``name`` stands for: ``auto``, a name or alias, ``dist/name``, ``module:Class``
         or ``FILE.py:Class``.
 
         ``context`` is what ``auto`` may look at: ``device``, ``architectures``, ``hf_config`` (a mapping, or an object
-        with ``to_dict``). Imports no implementation. The log says once what was chosen and why, unless ``announce`` is
-        False. Raises PluginError with the closest known names if there is none.
+        with ``to_dict``). With ``anew`` a file is imported again, which may have changed. Imports no implementation.
+        The log says once what was chosen and why, unless ``announce`` is False. Raises PluginError with the closest
+        known names if there is none.
         """
         kind = Kind.from_name(kind).key
-        name = resolve_file(name) if ".py:" in name else name
+        file = make_absolute(name) if ".py:" in name else ""
+        name = resolve_file(file, anew=anew) if file else name
         if name.lower() == "auto":
             resolution = self._resolve_auto(kind, dict(context or {}))
         elif ":" in name:
             known = next((r for r in self.registry.list_kind(kind) if r.target == name), None)
             resolution = (
-                self._make_resolution(known, _BY_CLASS) if known else Resolution(kind, name, name, None, _BY_CLASS)
+                self._make_resolution(known, _BY_CLASS)
+                if known
+                else Resolution(kind, name, name, None, _BY_CLASS, file=file)
             )
         else:
             resolution = self._make_resolution(self._find_registration(kind, name), "named")

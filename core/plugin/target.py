@@ -16,7 +16,7 @@ from quire.core.plugin.import_guard import guard_import
 from quire.core.plugin.registry import KINDS, PROJECT, Registration, Requirement, suggest_names
 from quire.core.plugin.signatures import find_signature_mismatch
 
-__all__ = ["Resolution", "find_missing_requirement", "load_target", "resolve_file"]
+__all__ = ["Resolution", "find_missing_requirement", "load_target", "make_absolute", "resolve_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,13 @@ class Resolution:
     why: str
     rejected: tuple[tuple[str, str], ...] = ()
     requires: tuple[Requirement, ...] = ()
+    file: str = ""
+    """``FILE.py:Class`` with the whole path, where the name was of this form."""
+
+    @property
+    def location(self) -> str:
+        """What a process that runs already can import: ``FILE.py:Class``, or else the target."""
+        return self.file or self.target
 
     def __str__(self) -> str:
         """One line for the log: the choice, why, and why not the others."""
@@ -64,15 +71,31 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     return resolved
 
 
-def resolve_file(name: str) -> str:
+def make_absolute(name: str) -> str:
+    """``FILE.py:Class`` with the whole path of a file that is there, for a process of another working directory; any
+    other name as it is."""
+    file, _, class_name = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    return f"{path}:{class_name}" if path.suffix == ".py" and path.is_file() else name
+
+
+def resolve_file(name: str, *, anew: bool = False) -> str:
     """``module:Class`` for ``FILE.py:Class``. The folder of the file becomes the first on ``sys.path``, which processes
-    of the engine inherit. PluginError if there is no such file, or its name is no name of a module."""
+    of the engine inherit. ``anew`` imports the file again, which may have changed. PluginError if there is no such
+    file, its name is no name of a module, or it is that of another module that is imported."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise PluginError(f"{name}: there is no file {path}; write FILE.py:Class, or module:Class")
     if not path.stem.isidentifier():
         raise PluginError(f"{name}: {path.stem!r} cannot be imported; give the file a name of letters, digits and '_'")
+    if imported := sys.modules.get(path.stem):
+        other = getattr(imported, "__file__", None)
+        if other is None or Path(other).resolve() != path:
+            where = f"{path.stem!r} is {other or 'a module of Python'} already"
+            raise PluginError(f"{name}: {where}; give the file a name of its own")
+    if anew:
+        sys.modules.pop(path.stem, None)
     if str(path.parent) not in sys.path[:1]:
         sys.path.insert(0, str(path.parent))
     return f"{path.stem}:{class_name}"

@@ -61,7 +61,8 @@ def format_explanation(request: dict[str, Any]) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    answer = call_admin_route(args, "GET", f"/admin/requests/{quote(args.request_id, safe='')}")
+    path = f"/admin/requests/{quote(args.request_id, safe='')}"
+    answer = call_admin_route(args.url, args.admin_api_key, "GET", path)
     if args.json:
         print(json.dumps(answer, indent=2))
     else:

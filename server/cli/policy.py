@@ -7,8 +7,9 @@ from typing import Any
 
 from quire.core.errors import ConfigError
 from quire.core.plugin.options import split_key_values
+from quire.core.plugin.target import make_absolute
 
-__all__ = ["add_admin_flags", "add_parser", "call_admin_route"]
+__all__ = ["add_admin_flags", "add_parser", "call_admin_route", "format_policy"]
 
 _ABOUT = """Show or switch the scheduling policy of a running server, which must have been started with
 --admin-api-key."""
@@ -37,12 +38,12 @@ def add_admin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--admin-api-key", required=True, metavar="KEY", help="the key that it was started with")
 
 
-def call_admin_route(args: argparse.Namespace, method: str, path: str, body: Any = None) -> Any:
+def call_admin_route(server: str, admin_key: str | None, method: str, path: str, body: Any = None) -> Any:
     """The answer of a route below ``/admin``. Raises ``ConfigError`` with what the server says is wrong."""
     import httpx
 
-    url = f"{args.url.rstrip('/')}{path}"
-    headers = {"Authorization": f"Bearer {args.admin_api_key}"}
+    url = f"{server.rstrip('/').removesuffix('/v1')}{path}"
+    headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
     try:
         answer = httpx.request(method, url, json=body, headers=headers, timeout=60)
     except httpx.HTTPError as error:
@@ -59,17 +60,18 @@ def call_admin_route(args: argparse.Namespace, method: str, path: str, body: Any
 
 
 def _run_show(args: argparse.Namespace) -> int:
-    print(_format_policy(call_admin_route(args, "GET", "/admin/policy")))
+    print(format_policy(call_admin_route(args.url, args.admin_api_key, "GET", "/admin/policy")))
     return 0
 
 
 def _run_set(args: argparse.Namespace) -> int:
-    body = {"name": args.name, "options": split_key_values(args.options)}
-    print(_format_policy(call_admin_route(args, "POST", "/admin/policy", body)))
+    body = {"name": make_absolute(args.name), "options": split_key_values(args.options)}
+    print(format_policy(call_admin_route(args.url, args.admin_api_key, "POST", "/admin/policy", body)))
     return 0
 
 
-def _format_policy(policy: dict[str, Any]) -> str:
+def format_policy(policy: dict[str, Any]) -> str:
+    """One line of what ``/admin/policy`` answers."""
     given = ", ".join(f"{key}={value}" for key, value in policy["options"].items()) or "defaults"
     times = "once" if policy["num_switches"] == 1 else f"{policy['num_switches']} times"
     text = f"{policy['name']} ({given}), switched {times}"

@@ -95,6 +95,9 @@ def test_a_file_that_cannot_be_imported_is_refused(tmp_path):
     (tmp_path / "my-kernel.py").write_text("")
     with pytest.raises(Exception, match="give the file a name of letters, digits and '_'"):
         resolve_file(f"{tmp_path}/my-kernel.py:Mine")
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(Exception, match="give the file a name of its own"):
+        resolve_file(f"{tmp_path}/json.py:Mine")
 
 
 def test_the_shapes_of_traffic_become_cases(tmp_path):

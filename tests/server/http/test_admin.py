@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,10 +14,27 @@ from quire.server.cli.main import main
 from ..conftest import RunningServer, check_error, until
 
 TEXT = "/v1/completions"
+OWN_POLICY = """
+from dataclasses import dataclass
+from quire.sdk import BatchingPolicy
+
+class Own(BatchingPolicy):
+    "Last come, first served."
+    def admission_key(self, request):
+        return (-request.arrival_ns,)
+"""
+OWN_OPTIONS = """
+    def __init__(self, options=None):
+        super().__init__(options or self.Options())
+
+    @dataclass(frozen=True)
+    class Options:
+        weight: int = 1
+"""
 
 
 def test_the_policy_is_switched_under_load_and_a_request_explained(
-    start: Callable[..., RunningServer], capsys: pytest.CaptureFixture[str]
+    start: Callable[..., RunningServer], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     server = start(
         "--admin-api-key", "boss", "--api-key", "k", "--max-num-seqs", "2", "--max-num-queued-requests", "64"
@@ -45,6 +63,15 @@ def test_the_policy_is_switched_under_load_and_a_request_explained(
     assert [answer.status_code for answer in answers] == [200] * 16, "nothing was dropped"
     assert main(["policy", "show", *admin]) == 0 and "edf (drop=true)" in capsys.readouterr().out
 
+    file = tmp_path / "admin_own_policy.py"
+    file.write_text(OWN_POLICY)
+    assert main(["policy", "set", f"{file}:Own", "weight=2", *admin]) == 2
+    assert "answered 400: Own takes no options" in capsys.readouterr().err
+    file.write_text(OWN_POLICY + OWN_OPTIONS)
+    assert main(["policy", "set", f"{file}:Own", "weight=2", *admin]) == 0, "a file that was edited is read anew"
+    assert "admin_own_policy:Own (weight=2)" in capsys.readouterr().out
+    assert main(["policy", "set", *switches[3].split(), *admin]) == 0
+
     with httpx.Client(base_url=server.url, headers={"Authorization": "Bearer boss"}, timeout=60) as client:
         waited = [client.get(f"/admin/requests/cmpl-mine-{i}").json()["requests"][0]["waited_ms"] for i in range(16)]
         assert sum(each["rows"] > 0 for each in waited) >= 8
@@ -58,7 +85,7 @@ def test_the_policy_is_switched_under_load_and_a_request_explained(
             check_error(client.get("/admin/policy", headers=headers), 401)
             check_error(client.post("/admin/policy", json={"name": "fcfs"}, headers=headers), 401)
     assert main(["explain", "nobody", *admin]) == 2 and "no request 'nobody'" in capsys.readouterr().err
-    assert server.stderr.read_text().count("the scheduling policy is") == 4
+    assert server.stderr.read_text().count("the scheduling policy is") == 6
 
 
 def test_without_the_key_there_is_nothing_below_admin(
