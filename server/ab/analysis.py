@@ -9,7 +9,9 @@ Holm's method.
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +96,33 @@ class Verdict:
         """One sentence."""
         if not self.significant:
             return "No difference was found."
-        better = [e.metric.title for e in self.significant if e.is_better]
-        worse = [e.metric.title for e in self.significant if not e.is_better]
-        parts = [f"better in {', '.join(better)}"] if better else []
-        parts += [f"worse in {', '.join(worse)}"] if worse else []
-        return f"B is {' and '.join(parts)}."
+        better = _name_quantities([e.metric for e in self.significant if e.is_better])
+        worse = _name_quantities([e.metric for e in self.significant if not e.is_better])
+        parts = [f"better in {better}"] if better else []
+        parts += [f"worse in {worse}"] if worse else []
+        return f"B is {', and '.join(parts)}."
+
+
+def _name_quantities(metrics: Sequence[Metric]) -> str:
+    """``time to first token (p50, p95), output tokens/s``."""
+    percentiles: dict[str, list[str]] = {}
+    for metric in metrics:
+        percentiles.setdefault(metric.quantity, []).extend([metric.percentile] if metric.percentile else [])
+    return ", ".join(name + (f" ({', '.join(shares)})" if shares else "") for name, shares in percentiles.items())
+
+
+def import_packages() -> tuple[Any, Any]:
+    """``scipy.stats`` and ``statsmodels.stats.multitest``. Raises ``ConfigError`` where the extra is not installed."""
+    try:
+        multitest = importlib.import_module("statsmodels.stats.multitest")
+    except ImportError:
+        raise ConfigError("quire ab needs statsmodels; pip install 'quire[ab]'") from None
+    return import_scipy("stats", "quire ab"), multitest
 
 
 def analyze_pairs(observations: Observations, objectives: Objectives, pair_seconds: float, seed: int = 0) -> Verdict:
     """Compare the arms. Raises ``ConfigError`` with fewer than ``MIN_PAIRS`` pairs."""
-    stats = import_scipy("stats", "quire ab")
+    stats, multitest = import_packages()
     num_pairs = observations.num_pairs
     if num_pairs < MIN_PAIRS:
         raise ConfigError(
@@ -121,7 +140,7 @@ def analyze_pairs(observations: Observations, objectives: Objectives, pair_secon
     sampled = _compare(table.metrics, *table.compute_arms(counts, np.zeros_like(counts)))
     tiny = 1e-12  # equal arms: every swap is as large
     p_values = (1 + (np.abs(swapped) >= np.abs(observed) - tiny).sum(axis=0)) / (_NUM_SWAPS + 1)
-    corrected = _correct_p_values(p_values)
+    corrected: _Floats = multitest.multipletests(p_values, method="holm")[1]
     errors = np.nanstd(sampled, axis=0, ddof=1) * math.sqrt(num_pairs / (num_pairs - 1))
     degrees, num_metrics = num_pairs - 1, len(table.metrics)
     width = float(stats.t.ppf((1 + _CONFIDENCE) / 2, degrees))
@@ -159,14 +178,3 @@ def _compare(metrics: list[Metric], a: _Floats, b: _Floats) -> _Floats:
 
 def _to_share(metric: Metric, value: float) -> float:
     return math.expm1(float(value)) if metric.is_ratio else float(value)
-
-
-def _correct_p_values(p_values: _Floats) -> _Floats:
-    import importlib
-
-    try:
-        multitest: Any = importlib.import_module("statsmodels.stats.multitest")
-    except ImportError:
-        raise ConfigError("quire ab needs statsmodels; pip install 'quire[ab]'") from None
-    corrected: _Floats = multitest.multipletests(p_values, method="holm")[1]
-    return corrected

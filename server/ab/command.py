@@ -16,6 +16,7 @@ from quire.server.cli.flags import parse_float, parse_int
 if TYPE_CHECKING:
     from quire.server.ab.analysis import Verdict
     from quire.server.ab.run import Experiment
+    from quire.server.simulate.results import Objectives
 
 __all__ = ["add_parser", "run"]
 
@@ -23,12 +24,14 @@ _ABOUT = """Compare two policies on equal traffic: in virtual time (the default)
 policy changes back and forth. Prints a report in Markdown."""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command."""
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command; its parser."""
     from quire.server.simulate.flags import add_model_flags
     from quire.server.traces.options import add_trace_flags
 
-    parser = subparsers.add_parser("ab", help="compare two policies, with a verdict", description=_ABOUT)
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "ab", help="compare two policies, with a verdict", description=_ABOUT
+    )
     group = parser.add_argument_group("arms")
     group.add_argument("--a", metavar="NAME[,KEY=VALUE]", help="policy A")
     group.add_argument("--b", metavar="NAME[,KEY=VALUE]", help="policy B")
@@ -55,7 +58,12 @@ def add_parser(subparsers: Any) -> None:
     )
     group.add_argument("--url", nargs="+", default=[], metavar="URL", help="the server, or those of A and B")
     group.add_argument("--api-key", metavar="KEY", help="key of the servers")
-    group.add_argument("--admin-key", metavar="KEY", help="the server's --admin-api-key, for a switchback")
+    group.add_argument(
+        "--admin-api-key",
+        "--admin-key",
+        metavar="KEY",
+        help="the key that the server was started with, for a switchback",
+    )
     group.add_argument("--vocab-size", type=parse_int, default=4096, metavar="N", help="token ids sent (default: 4096)")
     group.add_argument("--pairs", type=parse_int, default=20, metavar="N", help="pairs of stretches (default: 20)")
     group.add_argument(
@@ -79,6 +87,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--out", metavar="DIR", help="write report.md and its plots here")
     group.add_argument("--json", action="store_true", help="a JSON line in place of the report")
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
     from quire.server.ab.observations import combine_arms
     from quire.server.simulate.results import Objectives
 
-    _check_arguments(args)
     objectives = Objectives(args.slo_ttft_ms, args.slo_tpot_ms)
+    _check_arguments(args)
+    _check_report(args, objectives)
     experiment = run_experiment(args)
     observations = combine_arms(experiment.measured)
     verdict = analyze_pairs(observations, objectives, 2 * experiment.stretch_s, args.seed)
@@ -121,10 +131,6 @@ def _write_report(args: argparse.Namespace, experiment: Experiment, observations
     plots: list[tuple[str, str]] = []
     folder = None if args.out is None else Path(args.out)
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from None
         plots = draw_plots(folder, experiment, observations, verdict)
     text = format_report(experiment, verdict, args.primary, _repeat_command(args), plots)
     if folder is not None:
@@ -154,6 +160,26 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("give 2 --pairs or more, and a --block of more than twice the --washout")
 
 
+def _check_report(args: argparse.Namespace, objectives: Objectives) -> None:
+    """What the report needs, before a test of many minutes is run for it."""
+    from quire.server.ab.analysis import MIN_PAIRS, import_packages
+    from quire.server.ab.metrics import list_metric_names
+    from quire.server.ab.plots import import_matplotlib
+
+    if args.pairs < MIN_PAIRS:
+        raise ConfigError(f"--pairs {args.pairs}: a verdict needs {MIN_PAIRS} or more")
+    names = list_metric_names(objectives)
+    if args.primary not in names:
+        raise ConfigError(f"--primary {args.primary} is not measured; choose from {', '.join(names)}")
+    import_packages()
+    if args.out is not None:
+        import_matplotlib()
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from None
+
+
 def _to_json(experiment: Experiment, verdict: Verdict) -> dict[str, Any]:
     def clean(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -175,11 +201,21 @@ def _to_json(experiment: Experiment, verdict: Verdict) -> dict[str, Any]:
 
 
 def _repeat_command(args: argparse.Namespace) -> str:
-    """What repeats the test, without keys."""
-    b = ["--aa"] if args.aa else ["--b", args.b]
-    words = ["quire", "ab", "--a", args.a, *b, "--design", args.design, "--trace", args.trace]
-    for name in ("arrivals", "load", "pairs", "step_model", "seed"):
-        value = getattr(args, name)
-        if value not in (None, 0):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    """What repeats the test, without keys: every flag that is not at its default, in the order of ``--help``."""
+    words = ["quire", "ab"]
+    for action in _make_parser()._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or value in (action.default, None) or action.dest in ("api_key", "admin_api_key"):
+            continue
+        flag = action.option_strings[0]
+        if isinstance(action, argparse._AppendAction):
+            words += [word for each in value for word in (flag, str(each))]
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    return add_parser(argparse.ArgumentParser().add_subparsers())

@@ -14,6 +14,7 @@ from quire.core.plugin.options import split_key_values
 from quire.server.ab.equality import check_arms, describe_setup, find_differences
 from quire.server.ab.run import Arm, Experiment
 from quire.server.ab.simulated import (
+    cut_to_blocks,
     cut_windows,
     plan_blocks,
     run_paired_simulation,
@@ -88,9 +89,11 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
     arms = _make_arms(names, engines)
     blocks = plan_blocks(args.pairs, args.block, args.seed)
     stretch = args.block
+    if args.design != "replay":
+        trace = cut_to_blocks(trace, blocks)
     if args.design == "switchback":
         measured = run_live_switchback(
-            trace, args.url[0], args.api_key, args.admin_key, policies, blocks, args.washout, args.vocab_size
+            trace, args.url[0], args.api_key, args.admin_api_key, policies, blocks, args.washout, args.vocab_size
         )
     elif args.design == "replay":
         windows = cut_windows(trace, args.pairs, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 import numpy as np
 
 from quire.core.errors import ConfigError
+from quire.server.ab.live_policy import LivePolicy
 from quire.server.ab.observations import ArmTimes
 from quire.server.ab.simulated import Block, select_measured
 from quire.server.bench.client import LoadClient, Timing, run_async
@@ -100,20 +102,24 @@ def run_live_switchback(
     washout_s: float,
     vocab_size: int,
 ) -> list[ArmTimes]:
-    """Send the trace while the server's policy changes at the beginning of each block. It is left with policy A."""
+    """Send the trace while the server's policy changes at the beginning of each block. Afterwards, and where the test
+    ends early, the server has the policy again that it had before. Raises ``ConfigError`` where one was quarantined."""
+    policy = LivePolicy(url, admin_key)
 
     async def serve() -> RequestTimes:
-        switching = asyncio.create_task(_switch_policies(url, admin_key, policies, blocks))
+        switching = asyncio.create_task(policy.follow_blocks(policies, blocks))
+        sending = asyncio.create_task(_send(trace, LoadClient(url, api_key), vocab_size, None))
         try:
-            sending = asyncio.create_task(_send(trace, LoadClient(url, api_key), vocab_size, None))
-            await asyncio.wait((switching, sending), return_when=asyncio.FIRST_EXCEPTION)
-            if switching.done() and switching.exception() is not None:
-                sending.cancel()
-                await switching
-            return await sending
+            await asyncio.gather(switching, sending)
+            return sending.result()
+        except asyncio.CancelledError:
+            print(f"quire: {policy.describe_interruption(len(blocks))}", file=sys.stderr)
+            raise
         finally:
             switching.cancel()
-            await _set_policy(url, admin_key, policies[0])
+            sending.cancel()
+            await asyncio.wait((switching, sending))
+            await policy.give_back()
 
     times = run_async(serve())
     measured = []
@@ -191,28 +197,3 @@ def _choose(times: RequestTimes, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> R
     names = [name for name in times.__dataclass_fields__ if name != "groups"]
     groups = [group for group, kept in zip(times.groups, mask.tolist(), strict=True) if kept] if times.groups else ()
     return RequestTimes(**{name: getattr(times, name)[mask] for name in names}, groups=groups)
-
-
-async def _switch_policies(
-    url: str, admin_key: str | None, policies: Sequence[PluginSpec], blocks: Sequence[Block]
-) -> None:
-    start = time.perf_counter()
-    for block in blocks:
-        await asyncio.sleep(max(start + block.start_s - time.perf_counter(), 0))
-        await _set_policy(url, admin_key, policies[block.arm])
-
-
-async def _set_policy(url: str, admin_key: str | None, policy: PluginSpec) -> None:
-    headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
-    body = {"name": policy.text.partition(",")[0], "options": policy.options}
-    try:
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
-            answer = await client.post("/admin/policy", json=body)
-    except httpx.HTTPError as error:
-        raise ConfigError(f"{url}/admin/policy cannot be reached: {error}") from None
-    if answer.status_code == 404:
-        raise ConfigError(
-            f"{url} has no /admin/policy: start the server with --admin-api-key, and give it as --admin-key"
-        )
-    if answer.status_code != 200:
-        raise ConfigError(f"{url}/admin/policy answered {answer.status_code}: {answer.text[:200]}")

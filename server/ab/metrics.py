@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from quire.server.ab.observations import Observations
 from quire.server.simulate.results import Objectives
 
-__all__ = ["Metric", "MetricTable", "list_metrics"]
+__all__ = ["Metric", "MetricTable", "list_metric_names", "list_metrics"]
 
 _Floats = NDArray[np.float64]
 _PERCENTILES = (50, 95, 99)
+_LATENCIES = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "end-to-end time"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +23,29 @@ class Metric:
     """One figure."""
 
     name: str
-    title: str
+    quantity: str
     is_ratio: bool
     """Arms are compared by their ratio; else by their difference, in points."""
     lower_is_better: bool
+    percentile: str = ""
+
+    @property
+    def title(self) -> str:
+        """As a line of the report calls it."""
+        return f"{self.quantity}, {self.percentile}" if self.percentile else self.quantity
+
+
+def list_metric_names(objectives: Objectives) -> list[str]:
+    """Those that a test may measure; ``fairness`` only where requests have groups."""
+    names = [f"{name}_p{percent}" for name in _LATENCIES for percent in _PERCENTILES]
+    return [*names, "throughput", *(["slo"] if objectives != Objectives() else []), "fairness"]
 
 
 def list_metrics(observations: Observations, objectives: Objectives) -> list[Metric]:
     """Those that the observations allow."""
-    latencies = (("ttft", "time to first token"), ("tpot", "time per output token"), ("e2e", "end to end"))
-    metrics = [Metric(f"{n}_p{p}", f"{title}, p{p}", True, True) for n, title in latencies for p in _PERCENTILES]
+    metrics = [
+        Metric(f"{name}_p{p}", title, True, True, f"p{p}") for name, title in _LATENCIES.items() for p in _PERCENTILES
+    ]
     metrics.append(Metric("throughput", "output tokens/s", True, False))
     if objectives != Objectives():
         metrics.append(Metric("slo", "objectives kept", False, False))

@@ -13,20 +13,25 @@ from quire.server.ab.analysis import Verdict
 from quire.server.ab.observations import Observations
 from quire.server.ab.run import Experiment
 
-__all__ = ["draw_plots"]
+__all__ = ["draw_plots", "import_matplotlib"]
 
 _COLORS = ("#3465a4", "#cc4a14")
+
+
+def import_matplotlib() -> Any:
+    """``matplotlib.pyplot``, without a display. Raises ``ConfigError`` where it is not installed."""
+    try:
+        importlib.import_module("matplotlib").use("agg")
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        raise ConfigError("plots need matplotlib; pip install 'quire[ab]', or leave out --out") from None
 
 
 def draw_plots(
     folder: Path, experiment: Experiment, observations: Observations, verdict: Verdict
 ) -> list[tuple[str, str]]:
     """Write PNG files; returns their titles and names. Raises ``ConfigError`` where matplotlib is not installed."""
-    try:
-        importlib.import_module("matplotlib").use("agg")
-        plt: Any = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        raise ConfigError("plots need matplotlib; pip install 'quire[ab]', or leave out --out") from None
+    plt = import_matplotlib()
     names = [f"{arm.letter}: {arm.name}" for arm in experiment.arms]
     plots = [("latencies by arm", "latencies.png"), ("effects of B", "effects.png")]
     _draw_latencies(plt, folder / "latencies.png", observations, names)
@@ -39,7 +44,7 @@ def draw_plots(
 
 def _draw_latencies(plt: Any, path: Path, observations: Observations, names: list[str]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    columns = (("time to first token", "ttft_s"), ("time per output token", "tpot_s"), ("end to end", "e2e_s"))
+    columns = (("time to first token", "ttft_s"), ("time per output token", "tpot_s"), ("end-to-end time", "e2e_s"))
     for axis, (title, column) in zip(axes, columns, strict=True):
         values = getattr(observations, column) * 1e3
         for arm, name in enumerate(names):

@@ -64,8 +64,8 @@ def _describe_primary(effect: Effect) -> str:
     found = "differs" if effect.is_significant else "does not differ measurably"
     return (
         f"{metric.title[0].upper()}{metric.title[1:]} {found}: {_percent(effect, effect.effect)} "
-        f"[{_percent(effect, effect.low)}, {_percent(effect, effect.high)}]; this run would have seen "
-        f"{_percent(effect, effect.smallest_effect).lstrip('+')}."
+        f"[{_percent(effect, effect.low)}, {_percent(effect, effect.high)}]; runs of this length find effects of "
+        f"{_percent(effect, effect.smallest_effect).lstrip('+')} and more."
     )
 
 

@@ -16,6 +16,7 @@ from quire.server.traces.trace import Trace
 
 __all__ = [
     "Block",
+    "cut_to_blocks",
     "cut_windows",
     "plan_blocks",
     "run_paired_simulation",
@@ -43,6 +44,17 @@ def plan_blocks(num_pairs: int, block_s: float, seed: int) -> list[Block]:
     first = np.random.default_rng([seed, 4]).integers(0, 2, num_pairs).tolist()
     arms = [arm for b_first in first for arm in ((1, 0) if b_first else (0, 1))]
     return [Block(i // 2, arm, i * block_s, (i + 1) * block_s) for i, arm in enumerate(arms)]
+
+
+def cut_to_blocks(trace: Trace, blocks: Sequence[Block]) -> Trace:
+    """The traffic of the blocks. Raises ``ConfigError`` for a trace that ends before them."""
+    end_s = blocks[-1].end_s
+    if trace.duration_s < end_s * 0.9:
+        raise ConfigError(
+            f"the trace lasts {trace.duration_s:,.0f} s, and {len(blocks)} blocks take {end_s:,.0f} s; give "
+            "fewer --pairs, a shorter --block, or a longer trace"
+        )
+    return trace.cut_window(0.0, end_s)
 
 
 def cut_windows(trace: Trace, num_pairs: int, make_again: Callable[[int], Trace] | None) -> list[Trace]:
@@ -82,11 +94,7 @@ def run_switchback_simulation(
 ) -> list[ArmTimes]:
     """One engine whose policy changes at the beginning of each block, as a live one's does. Arms may have other step
     models, but the engine is that of the first."""
-    if trace.duration_s < blocks[-1].end_s * 0.9:
-        raise ConfigError(
-            f"the trace lasts {trace.duration_s:,.0f} s, and {len(blocks)} blocks take {blocks[-1].end_s:,.0f} s; give "
-            "fewer --pairs, a shorter --block, or a longer trace"
-        )
+    trace = cut_to_blocks(trace, blocks)
     server = SimulatedServer(trace, arms[0])
     for block in blocks:
         setup = arms[block.arm]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -21,13 +23,40 @@ T = TypeVar("T")
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end on the fastest loop there is: the client must not be what is measured."""
+    """Run to the end on the fastest loop there is: the client must not be what is measured.
+
+    SIGTERM cancels the work, as SIGINT does: what it changed on a server is taken back before the process ends.
+    """
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(work)
+        return asyncio.run(_cancel_on_sigterm(work))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
+        return runner.run(_cancel_on_sigterm(work))
+
+
+async def _cancel_on_sigterm(work: Coroutine[Any, Any, T]) -> T:
+    if threading.current_thread() is not threading.main_thread():
+        return await work
+    task = asyncio.ensure_future(work)
+    loop, previous = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    is_ended = False
+
+    def end() -> None:
+        nonlocal is_ended
+        is_ended = True
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if is_ended:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, previous)
 
 
 @dataclass(slots=True)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from quire.core.env import child_environment
 from quire.server.cli.main import main
 
 TRACE = ["--trace", "synthetic:requests=120,input=lognormal/800/1,output=exponential/40"]
+
+RAISES = """
+from quire.sdk import BatchingPolicy
+class Raises(BatchingPolicy):
+    "Fails at the first request."
+    def admission_key(self, request):
+        return request.no_such_field
+"""
 
 
 @pytest.fixture
@@ -24,10 +37,17 @@ def quire(capsys):
 def test_a_paired_simulation_gives_a_report_with_plots(quire, tmp_path):
     words = ("--a", "fcfs", "--b", "sjf,aging=0", *TRACE, "--load", "0.9", "--pairs", "12", "--slo-ttft-ms", "500")
     status, out, _ = quire(*words, "--out", str(tmp_path / "report"))
-    assert status == 0 and out.startswith("# A/B: `fcfs` against `sjf,aging=0`\n\n**B is better in time to first token")
+    assert status == 0 and out.startswith(
+        "# A/B: `fcfs` against `sjf,aging=0`\n\n**B is better in time to first token (p50"
+    )
     table = "| metric | A | B | effect of B | 95 % interval | p | visible | for 5% |"
-    other = ("| objectives kept |", "12 pairs", "equal but for the policy", "`quire ab --a fcfs --b sjf,aging=0")
-    for text in (table, *other, "queues do not settle"):
+    other = (
+        "| objectives kept |",
+        "12 pairs",
+        "equal but for the policy",
+        "`quire ab --a fcfs --b sjf,aging=0 --pairs 12",
+    )
+    for text in (table, *other, "--load 0.9 --slo-ttft-ms 500.0 --out", "queues do not settle"):
         assert text in out, text
     assert (tmp_path / "report" / "report.md").read_text().strip() == out.strip()
     for plot in ("latencies.png", "effects.png", "queue.png"):
@@ -37,9 +57,7 @@ def test_a_paired_simulation_gives_a_report_with_plots(quire, tmp_path):
 
 @pytest.mark.parametrize("design", [[], ["--design", "switchback", "--block", "1", "--washout", "0.1"]])
 def test_a_policy_that_is_quarantined_gets_no_verdict(quire, design, tmp_path, monkeypatch):
-    source = "from quire.sdk import BatchingPolicy\nclass Raises(BatchingPolicy):\n    'x'\n"
-    source += "    def admission_key(self, request):\n        return request.no_such_field\n"
-    (tmp_path / "policy_that_raises.py").write_text(source)
+    (tmp_path / "policy_that_raises.py").write_text(RAISES)
     monkeypatch.syspath_prepend(tmp_path)
     load = ["--arrivals", "uniform:rate=4"] if design else ["--load", "0.5"]
     arms = ("--a", "fcfs", "--b", "policy_that_raises:Raises")
@@ -99,7 +117,7 @@ def test_arms_of_other_budgets_are_refused(quire, changed, why):
         (["--a", "fcfs", "--b", "sjf"], "--trace is missing"),
         (["--a", "fcfs", "--b", "sfj", *TRACE, "--load", "1"], "did you mean sjf"),
         (["--a", "fcfs", "--b", "sjf,age=1", *TRACE, "--load", "1"], "no option 'age'"),
-        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--pairs", "4"], "12 are needed"),
+        (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--pairs", "4"], "a verdict needs 12"),
         (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--primary", "p50", "--pairs", "12"], "choose from ttft"),
         (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--a-set", "num_block=3"], "choose max_num_seqs"),
         (["--a", "fcfs", "--b", "sjf", *TRACE, "--load", "1", "--a-set", "num_blocks=many"], "num_blocks=many"),
@@ -142,20 +160,52 @@ def test_a_server_says_what_it_is(server):
     assert described.get("asynchronous") in (True, False, None)
 
 
-def test_a_servers_policy_changes_between_stretches_and_is_given_back(quire, start):
-    running = start("--admin-api-key", "secret")
-    words = ("--a", "fcfs", "--b", "sjf,aging=0", "--design", "switchback", "--url", running.url, *LIVE)
-    status, _, err = quire(*words)
-    assert status == 2 and "/admin/policy answered 401" in err and err.count("\n") == 1
-    status, out, err = quire(*words, "--admin-key", "secret")
-    assert status == 0, err
-    assert "Switchback: one server changed its policy" in out and "no request" not in err
+SWITCHBACK = ("--a", "sjf", "--b", "sjf,aging=0", "--design", "switchback", *LIVE)
+
+
+def get_policy(running):
     with running.http as client:
-        policy = client.get("/admin/policy", headers={"Authorization": "Bearer secret"}).json()
-    assert policy["name"] == "fcfs" and policy["num_switches"] >= 24
+        return client.get("/admin/policy", headers={"Authorization": "Bearer secret"}).json()
+
+
+def test_a_servers_policy_changes_between_stretches_and_is_given_back(quire, start):
+    running = start("--admin-api-key", "secret", "--scheduling-policy", "priority")
+    words = (*SWITCHBACK, "--url", running.url)
+    status, _, err = quire(*words)
+    assert status == 2 and "/admin/policy answered 401: the admin API key" in err and err.count("\n") == 1
+    status, out, err = quire(*words, "--admin-api-key", "secret")
+    assert status == 0, err
+    assert "Switchback: one server changed its policy" in out and "24 stretches of 0.3 s" in err
+    policy = get_policy(running)
+    assert policy["name"] == "priority" and policy["num_switches"] >= 25
+    status, _, err = quire(*words, "--admin-api-key", "secret", "--block", "30")
+    assert status == 2 and "24 blocks take 720 s" in err, "a trace that is too short is refused at once"
+
+
+def test_a_test_that_is_interrupted_gives_the_policy_back(start):
+    running = start("--admin-api-key", "secret")
+    words = [sys.executable, "-m", "quire", "ab", *SWITCHBACK, "--url", running.url, "--admin-api-key", "secret"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=child_environment()) as process:
+        while get_policy(running)["name"] != "sjf":
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate()[1]
+    assert process.returncode == 143
+    assert ": no verdict; the policy is fcfs (defaults), switched " in err.splitlines()[-1], err
+    assert get_policy(running)["name"] == "fcfs"
+
+
+def test_a_live_policy_that_is_quarantined_gets_no_verdict(quire, start, tmp_path):
+    (tmp_path / "raises.py").write_text(RAISES)
+    running = start("--admin-api-key", "secret")
+    words = ("--a", "fcfs", "--b", f"{tmp_path}/raises.py:Raises", *SWITCHBACK[4:], "--url", running.url)
+    status, out, err = quire(*words, "--admin-api-key", "secret")
+    assert status == 2 and not out and "was quarantined" in err.splitlines()[-1], err
+    assert get_policy(running)["name"] == "fcfs"
 
 
 def test_a_server_without_an_admin_key_is_told_of(quire, server):
     words = ("--a", "fcfs", "--b", "sjf", "--design", "switchback", "--url", server.url, *LIVE)
     status, _, err = quire(*words)
-    assert status == 2 and "start the server with --admin-api-key" in err
+    assert status == 2 and "start it with --admin-api-key" in err

@@ -1,0 +1,68 @@
+"""The scheduling policy of a running server, for the time of an A/B test."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from quire.core.errors import ConfigError
+from quire.core.plugin.target import make_absolute
+from quire.server.ab.simulated import Block
+from quire.server.bench.report import make_progress_bar
+from quire.server.cli.policy import call_admin_route, format_policy
+from quire.server.simulate.setup import PluginSpec
+
+__all__ = ["LivePolicy"]
+
+
+class LivePolicy:
+    """Switches a server's policy at the beginning of each block, and afterwards gives back the one that it had."""
+
+    def __init__(self, url: str, admin_key: str | None) -> None:
+        self._url = url
+        self._admin_key = admin_key
+        self._original: dict[str, Any] | None = None
+        self._num_switches = 0
+
+    async def follow_blocks(self, policies: Sequence[PluginSpec], blocks: Sequence[Block]) -> None:
+        """Switch until the last block has ended. Raises ``ConfigError`` if the server refuses, or if a policy was
+        quarantined in a block: the one that took over would be measured in its place."""
+        self._original = await self._call("GET")
+        minutes = blocks[-1].end_s / 60
+        print(f"{len(blocks)} stretches of {blocks[0].end_s:g} s on {self._url}: {minutes:.1f} min", file=sys.stderr)
+        start = time.perf_counter()
+        with make_progress_bar(len(blocks), "switchback", "stretch") as bar:
+            for block in blocks:
+                await asyncio.sleep(max(start + block.start_s - time.perf_counter(), 0))
+                await self._check_quarantine()
+                policy = policies[block.arm]
+                name = make_absolute(policy.text.partition(",")[0])
+                await self._call("POST", {"name": name, "options": policy.options})
+                self._num_switches += 1
+                bar.update()
+            await asyncio.sleep(max(start + blocks[-1].end_s - time.perf_counter(), 0))
+            await self._check_quarantine()
+
+    async def give_back(self) -> None:
+        """Ask the policy again that was asked before the test."""
+        if self._original is not None:
+            await self._call("POST", {"name": self._original["name"], "options": self._original["options"]})
+
+    def describe_interruption(self, num_blocks: int) -> str:
+        """What is said of a test that was ended before its end."""
+        text = f"interrupted in stretch {self._num_switches} of {num_blocks}: no verdict"
+        return text if self._original is None else f"{text}; the policy is {format_policy(self._original)} again"
+
+    async def _check_quarantine(self) -> None:
+        quarantined = (await self._call("GET"))["quarantined"] if self._num_switches else None
+        if quarantined:
+            raise ConfigError(
+                f"{quarantined['name']} was quarantined ({quarantined['reason']}), and the policy that took over would "
+                "be measured in its place; mend it, and run quire plugins check policy/NAME"
+            )
+
+    async def _call(self, method: str, body: Any = None) -> Any:
+        return await asyncio.to_thread(call_admin_route, self._url, self._admin_key, method, "/admin/policy", body)
