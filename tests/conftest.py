@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tests.interpreter import leave_kernels_untraced
 
 
 def _settle() -> None:
@@ -45,6 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: no collection of garbage looks at it again."""
+    leave_kernels_untraced()
     gc.collect()
     gc.freeze()
 
