@@ -25,6 +25,7 @@ from quire.core.engine.chat import (
 )
 from quire.core.engine.token_view import TokenTable, TokenView
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
+from quire.core.loading.hf_config import read_tokenizer_hint
 from quire.core.loading.hub import BUNDLED_MODELS, resolve_model
 
 __all__ = ["Tokenizer", "get_tokenizer"]
@@ -44,7 +45,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            self._hf_tokenizer = AutoTokenizer.from_pretrained(
+                path, config=read_tokenizer_hint(path), trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:
             raise CheckpointError(
                 f"{path} has no tokenizer that can be loaded: {_explain_failure(path, error)}"

@@ -99,6 +99,27 @@ def _parse_plain_config(raw: dict[str, Any]) -> PlainConfig | None:
     return PlainConfig(**{**raw, "dtype": raw.get("dtype", raw.get("torch_dtype")), **derived, **windows})
 
 
+def read_tokenizer_hint(path: str | Path) -> Any:
+    """What transformers' ``AutoTokenizer`` looks up in the configuration of the model in ``path``, as a plain
+    ``PretrainedConfig``: the model's own class takes a second to import. None where ``AutoTokenizer`` has to look
+    itself: if ``config.json`` leaves fields to its family, or ``tokenizer_config.json`` names no class."""
+    try:
+        raw = json.loads(Path(path, "config.json").read_text("utf-8"))
+        named = json.loads(Path(path, "tokenizer_config.json").read_text("utf-8"))
+        is_plain = _parse_plain_config(raw) is not None
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    if not is_plain or not isinstance(named.get("tokenizer_class"), str) or "auto_map" in named:
+        return None
+    from transformers import PretrainedConfig
+
+    hint = PretrainedConfig()
+    hint.name_or_path = str(path)
+    for name in raw.keys() & {"model_type", "model_name", "tokenizer_class"}:
+        setattr(hint, name, raw[name])
+    return hint
+
+
 def _load_with_transformers(raw: dict[str, Any], file: Path) -> Any:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import CheckpointError, InvalidRequestError
+from quire.core.loading.hf_config import read_tokenizer_hint
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -79,6 +80,22 @@ def test_byte_level_tokenizer_labelled_llama_keeps_its_spaces(
         assert tokenizer.encode(text) == original.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("hi<|extra|>")[-1] == original.get_vocab_size()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_class_is_the_one_that_transformers_chooses(tiny: Path, tmp_path: Path, model_type: str) -> None:
+    folder = copy_tokenizer(tiny, tmp_path)
+    fields = {"use_sliding_window": False, "head_dim": 32, "attention_bias": False, "sliding_window": None}
+    config = json.loads((tiny / "config.json").read_text()) | fields | {"model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    hinted = 0
+    for name in ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "Unknown", None):
+        edit(folder / "tokenizer_config.json", tokenizer_class=name)
+        tokenizer, reference = Tokenizer(str(folder)).hf_tokenizer, AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer) is type(reference)
+        assert tokenizer.backend_tokenizer.to_str() == reference.backend_tokenizer.to_str()
+        hinted += read_tokenizer_hint(folder) is not None
+    assert hinted == 5  # the model's own class is imported where no class of a tokenizer is named
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["tokenizer_config.json", "additional_chat_templates"])
