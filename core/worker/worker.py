@@ -110,7 +110,8 @@ class Worker:
         if config.parallel.num_workers > 1 and self._device.type == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
         check_device(self._device)
-        self._timer = StartupTimer()
+        self.startup_timer = StartupTimer()
+        """What has to do with the start, and how long it took; ``end_start`` logs it."""
         self.control = ControlMethods("worker")
         """What ``collective_rpc`` may call, between two steps."""
         self.control.add_method("describe_worker", self.describe_worker)
@@ -136,7 +137,7 @@ class Worker:
         if self._adapters is not None and self._link is not None:
             share_module_shapes(self._link, self._adapters)
         self._proposer = self._components.load_proposer(self._model)
-        self._timer.end_phase("weights")
+        self.startup_timer.end_phase("weights")
 
     def build_model_runner(self) -> None:
         """Construct what runs steps around the model. The KV cache has no memory yet."""
@@ -201,10 +202,10 @@ class Worker:
         if self._device.type == "cuda":
             runner.allocate_kv_cache(1)  # the padding block, in which every token of the warm-up is written
             self._warm_up_kernels()
-            self._timer.end_phase("kernels")
+            self.startup_timer.end_phase("kernels")
             largest_step = make_largest_step(config.scheduler, config.model.max_model_len, self._num_adapter_slots)
             activation_bytes = measure_peak_bytes(lambda: runner.execute_step(largest_step).result())
-            self._timer.end_phase("profile")
+            self.startup_timer.end_phase("profile")
         kv_cache_bytes = compute_kv_cache_bytes(config.cache, self._device, weight_bytes, activation_bytes)
         # More blocks than all requests can fill at their longest would lie idle.
         max_tokens = config.scheduler.max_num_seqs * config.model.max_model_len
@@ -233,7 +234,7 @@ class Worker:
             weight_bytes=self._memory_profile.weight_bytes,
             activation_bytes=self._memory_profile.activation_bytes,
         )
-        self._timer.end_phase("KV cache")
+        self.startup_timer.end_phase("KV cache")
 
     def capture_graphs(self) -> None:
         """Capture the CUDA graphs that the warm-up prepared. They hold addresses in the cache, so it comes first."""
@@ -242,7 +243,7 @@ class Worker:
             third_party = any(not choice.target.startswith("quire.") for choice in self._config.plugins.values())
             graph_bytes = measure_kept_bytes(partial(self.model_runner.capture_graphs, launch_first=third_party))
             self.capacity = replace(self.capacity, graph_bytes=graph_bytes)
-            self._timer.end_phase("graphs")
+            self.startup_timer.end_phase("graphs")
         if self._device.type == "cuda":
             reserve_pinned_memory()
             if self.model_runner.adapters is not None:
@@ -257,7 +258,7 @@ class Worker:
             self.model_runner.sampling_runner.guard_sampler(self._config.plugin("sampler").name, fallback)
         # From here on a compilation is a stall that requests feel, so each is counted and reported.
         self._compile_counter = CompileCounter() if self._device.type == "cuda" else None
-        _log.info("started: %s", self._timer)
+        _log.info("started: %s", self.startup_timer)
 
     def execute_step(self, step: SchedulerOutput) -> Readback:
         """Launch a step; returns before its tokens are known."""

@@ -74,8 +74,8 @@ class ServerProcess:
 
     @property
     def phases(self) -> dict[str, float]:
-        """Seconds by phase, as the worker logs them."""
-        line = re.search(r"quire\.worker: started: (.*)", self._log.read_text())
+        """Seconds by phase, as the worker, or the first of several, logs them."""
+        line = re.search(r"quire\.worker(?:\[rank 0\])?: started: (.*)", self._log.read_text())
         parts = line.group(1).split(", ") if line else []
         return {name: float(seconds) for name, seconds, _ in (part.rsplit(" ", 2) for part in parts)}
 

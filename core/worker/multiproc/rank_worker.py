@@ -53,7 +53,7 @@ from quire.core.worker.multiproc.rank_layout import RankLayout
 from quire.core.worker.multiproc.stage_link import ProcessStageLink
 from quire.core.worker.pipeline import StageLink
 from quire.core.worker.readback import Readback
-from quire.core.worker.worker import Worker
+from quire.core.worker.worker import StartupTimer, Worker
 
 __all__ = ["RankWorker"]
 
@@ -132,9 +132,12 @@ class RankWorker:
         self._step_timeout_s = config.watchdog.step_timeout_s
         if config.model.device == "cuda":
             torch.cuda.set_device(self._place.host_rank)
+        timer = StartupTimer()
         parallel, link = self._join_groups(config, message.store_host, message.store_port)
         worker_class = load_target(message.worker_target, f"{Worker.__module__}:{Worker.__name__}")
         self._worker = worker = worker_class(config, parallel, link)
+        timer.end_phase("ranks joined")
+        worker.startup_timer = timer
         worker.load_model()
         worker.build_model_runner()
         self._send(RankLoaded(worker.profile_memory()))
@@ -189,6 +192,7 @@ class RankWorker:
 
     def _end_start(self, message: AllocateKVCache) -> None:
         worker = self.worker
+        worker.startup_timer.end_phase("other ranks")
         worker.allocate_kv_cache(message.num_blocks)
         worker.capture_graphs()
         worker.end_start()

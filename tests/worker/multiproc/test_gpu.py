@@ -51,14 +51,26 @@ def count_equal(answers: list[list[int]], expected: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"enforce_eager": True}, {"spec_method": "ngram"}], ids=str)
-def test_tokens_are_those_of_one_gpu(expected: list[list[int]], arguments: dict[str, Any]) -> None:
-    engine = LLM(str(MODEL), tensor_parallel_size=2, **LIMITS, **arguments)
+@pytest.mark.parametrize(
+    ("size", "stages"),
+    [
+        (2, 1),
+        (1, 2),
+        pytest.param(2, 2, marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")),
+    ],
+)
+def test_tokens_are_those_of_one_gpu(
+    expected: list[list[int]], size: int, stages: int, arguments: dict[str, Any]
+) -> None:
+    engine = LLM(str(MODEL), tensor_parallel_size=size, pipeline_parallel_size=stages, **LIMITS, **arguments)
     try:
         assert count_equal(answer(engine), expected) >= 11, "near ties may flip"
         assert count_equal(answer(engine), expected) >= 11, "with cached prefixes"
         call = engine.engine_core.control.call_method
         workers = call("collective_rpc", {"method": "describe_worker", "arguments": {}})
-        assert [worker["device"] for worker in workers] == ["cuda:0", "cuda:1"]
+        assert [worker["device"] for worker in workers] == [f"cuda:{rank}" for rank in range(size * stages)]
+        [alone] = engine.generate(PROMPTS[1:2], PARAMS[1:2])
+        assert count_equal([alone.outputs[0].token_ids], expected[1:2]) == 1, "each step waits for the one before"
         assert engine.get_stats()["kernels_compiled_total"] == 0
     finally:
         engine.shutdown()
@@ -83,23 +95,41 @@ def test_a_gpu_that_is_full_is_seen_by_both_ranks(two: LLM, expected: list[list[
         torch.cuda.set_device(0)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_leaves_no_memory_behind(two: LLM, rank: int) -> None:
-    """The other one is inside a collective operation, which does not end by itself."""
-    pids = two.engine_core.executor.pids  # type: ignore[attr-defined]
-    engine = two.llm_engine
+CHAOS = [
+    ({"tensor_parallel_size": 2}, signal.SIGKILL, 0, r"rank 0 \(process {pid}\) was killed by SIGKILL"),
+    ({"tensor_parallel_size": 2}, signal.SIGKILL, 1, r"rank 1 \(process {pid}\) was killed by SIGKILL"),
+    ({"tensor_parallel_size": 2}, signal.SIGSTOP, 0, r"rank 0 \(process {pid}\) is stopped \(SIGSTOP, .* for 3 s$"),
+    (
+        {"pipeline_parallel_size": 2},
+        signal.SIGSTOP,
+        1,
+        r"rank 1 \(stage 1, process {pid}\) is stopped \(SIGSTOP, .* 3 s$",
+    ),
+    ({"pipeline_parallel_size": 2}, signal.SIGKILL, 0, r"rank 0 \(stage 0, process {pid}\) was killed by SIGKILL"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "number", "rank", "reason"), CHAOS)
+def test_a_rank_that_a_signal_ends_or_stops_leaves_no_memory_behind(
+    ranks: dict[str, int], number: signal.Signals, rank: int, reason: str
+) -> None:
+    """Under load: the other one is inside a collective operation, which does not end by itself."""
+    llm = LLM(str(MODEL), step_timeout=3, **ranks, **LIMITS)
+    pids = llm.engine_core.executor.pids  # type: ignore[attr-defined]
+    engine = llm.llm_engine
     free_with_engine = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(2)]
-    for number, prompt in enumerate(PROMPTS):
-        engine.add_request(str(number), prompt, SamplingParams(max_tokens=500, ignore_eos=True))
+    for request, prompt in enumerate(PROMPTS):
+        engine.add_request(str(request), prompt, SamplingParams(max_tokens=500, ignore_eos=True))
     for _ in range(5):
         engine.step()
-    os.kill(pids[rank], signal.SIGKILL)
+    os.kill(pids[rank], number)
     begin = time.monotonic()
-    with pytest.raises(WorkerDiedError, match=rf"^rank {rank} \(process {pids[rank]}\) was killed by SIGKILL"):
+    with pytest.raises(WorkerDiedError, match="^" + reason.format(pid=pids[rank])):
         while engine.has_unfinished_requests():
             engine.step()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < (5 if number == signal.SIGKILL else 8)
     while min(torch.cuda.mem_get_info(gpu)[0] - free_with_engine[gpu] for gpu in range(2)) < 2**30:
         assert time.monotonic() - begin < 30, "the memory of a GPU is still taken"
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    llm.shutdown()
