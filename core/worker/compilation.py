@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["CompileCounter", "precompile_kernels"]
+__all__ = ["CompileCounter", "CompileQueue", "precompile_kernels"]
 
 _log = logging.getLogger("quire.worker")
 _MAX_COMPILE_S = 600.0
 
 
-def precompile_kernels(run_warmup: Callable[[], None]) -> None:
+def precompile_kernels(run_warmup: Callable[[], None], rank: int = 0, num_ranks: int = 1) -> None:
     """Run ``run_warmup`` with Triton kernels compiled and loaded instead of launched, many at a time; all are when this
     returns. Triton 3.6 compiles a launcher for each, too, which takes half a second. Of kernels that tune themselves
-    (``triton.autotune``) every variant is compiled, and none chosen.
+    (``triton.autotune``) every variant is compiled, and none chosen. Of ``num_ranks`` that do so at the same time each
+    begins with its share, and finds what the others have compiled meanwhile in Triton's cache.
 
     ``run_warmup`` sees outputs that were never written, so it must not index with them. If it fails, a warning says so
     and kernels are compiled as they come: slower, and still right.
@@ -37,6 +39,7 @@ def precompile_kernels(run_warmup: Callable[[], None]) -> None:
                 return kernel.run and kernel  # reading ``run`` loads the kernel onto the device
 
             is_known = key in self.future_kernels
+            queue.defers = zlib.crc32(str(key).encode()) % num_ranks != rank
             kernel = super().submit(key, compile_and_load, finalize_fn)
             if not is_known:
                 finalize_fn(kernel)  # later launches find it at once, as they do by themselves from Triton 3.7 on
@@ -57,12 +60,64 @@ def precompile_kernels(run_warmup: Callable[[], None]) -> None:
 
     JITFunction.run, Autotuner.run = compile_only, compile_all
     try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=_use_device_of_caller()) as pool, CompileAhead(pool):
-            run_warmup()
+        with ThreadPoolExecutor(os.cpu_count(), initializer=_use_device_of_caller()) as pool:
+            queue = CompileQueue(pool)
+            with CompileAhead(queue):
+                try:
+                    run_warmup()
+                finally:
+                    queue.start_deferred()
     except Exception as error:
         _log.warning("kernels could not be compiled ahead (%s): they are compiled when first used", error)
     finally:
         JITFunction.run, Autotuner.run = launch, autotune
+
+
+class CompileQueue(Executor):
+    """Hands on to ``pool`` what it is given; while ``defers`` is set not before ``start_deferred``, or before somebody
+    waits for it."""
+
+    def __init__(self, pool: Executor) -> None:
+        self.defers = False
+        self._pool = pool
+        self._deferred: list[_DeferredCall] = []
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As an executor."""
+        call = partial(function, *args, **kwargs)
+        if not self.defers:
+            return self._pool.submit(call)
+        deferred = _DeferredCall(self._pool, call)
+        self._deferred.append(deferred)
+        return deferred
+
+    def start_deferred(self) -> None:
+        """Hand on what was held back."""
+        for deferred in self._deferred:
+            deferred.start()
+        self._deferred.clear()
+
+
+class _DeferredCall(Future[Any]):
+    def __init__(self, pool: Executor, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._pool, self._call = pool, call
+        self._is_started = False
+
+    def start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._pool.submit(self._run)
+
+    def result(self, timeout: float | None = None) -> Any:
+        self.start()
+        return super().result(timeout)
+
+    def _run(self) -> None:
+        try:
+            self.set_result(self._call())
+        except BaseException as error:
+            self.set_exception(error)
 
 
 def _use_device_of_caller() -> Callable[[], None]:

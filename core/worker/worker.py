@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,10 +44,11 @@ from quire.core.worker.pipeline import StageLink, share_attention_specs, share_m
 from quire.core.worker.readback import Readback
 from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SamplingRunner
+from quire.core.worker.startup_timer import StartupTimer
 from quire.core.worker.token_mask_buffer import TokenMaskBuffer
 from quire.core.worker.warmup import make_largest_step, run_warmup
 
-__all__ = ["MemoryProfile", "StartupTimer", "Worker", "WorkerInfo"]
+__all__ = ["MemoryProfile", "Worker", "WorkerInfo"]
 
 _log = logging.getLogger("quire.worker")
 _SPARE_BYTES = 20 << 20
@@ -326,8 +326,12 @@ class Worker:
         on_gpu = self._device.type == "cuda"
         allocated = torch.cuda.memory_allocated(self._device) if on_gpu else 0
         peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
-        rank = self._stage.index * self._parallel.size + self._parallel.rank
-        return WorkerInfo(rank, os.getpid(), str(self._device), allocated, peak, self._stage.index)
+        return WorkerInfo(self._rank, os.getpid(), str(self._device), allocated, peak, self._stage.index)
+
+    @property
+    def _rank(self) -> int:
+        """Among those of all stages."""
+        return self._stage.index * self._parallel.size + self._parallel.rank
 
     @property
     def _num_adapter_slots(self) -> int:
@@ -363,25 +367,8 @@ class Worker:
             else:
                 runner.warm_up_drafts()
 
-        precompile_kernels(launch_all)
+        precompile_kernels(launch_all, self._rank, config.parallel.num_workers)
         if not use_graphs:  # a second token is drafted from the first, which only a launch samples
             runner.launch_longest_drafts()
         if use_graphs and runner.decode_graphs is None:  # the warm-up failed before it came to the graphs
             runner.warm_up_graphs(max_tokens)
-
-
-class StartupTimer:
-    """Seconds by phase of a start, from construction on."""
-
-    def __init__(self) -> None:
-        self.phase_seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def end_phase(self, phase: str) -> None:
-        """What was done since the last call belongs to ``phase``."""
-        now = time.monotonic()
-        self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def __str__(self) -> str:
-        return ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phase_seconds.items())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import triton
 
-from quire.core.worker.compilation import CompileCounter
+from quire.core.worker.compilation import CompileCounter, CompileQueue
 
 
 @pytest.fixture
@@ -59,3 +60,26 @@ def test_what_another_engine_compiles_after_the_end_is_not_counted(hooks: Any) -
     first.close()  # below the second, which goes on calling its hooks
     hooks.jit_post_compile_hook(key="k")
     assert (first.take_count(), second.take_count()) == (0, 1)
+
+
+def test_the_share_of_others_is_compiled_last() -> None:
+    """But for what somebody waits for, and what fails fails where it is waited for."""
+    compiled: list[int] = []
+
+    def compile_kernel(number: int) -> int:
+        if number == 5:
+            raise ValueError("forced")
+        compiled.append(number)
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        queue, futures = CompileQueue(pool), []
+        for number in range(6):
+            queue.defers = number % 2 == 1
+            futures.append(queue.submit(compile_kernel, number))
+        assert futures[3].result(10) == 3
+        assert set(compiled) == {0, 2, 4, 3} and not futures[1].done()
+        queue.start_deferred()
+        with pytest.raises(ValueError, match="forced"):
+            futures[5].result(10)
+    assert compiled == [0, 2, 4, 3, 1]

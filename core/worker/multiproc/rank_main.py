@@ -15,6 +15,7 @@ import threading
 import time
 
 from quire.core.worker.multiproc.rank_launch import DUMP_SIGNAL, RankPlace
+from quire.core.worker.startup_timer import StartupTimer
 
 __all__ = ["main"]
 
@@ -25,6 +26,7 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def main() -> int:
     """Entry point. Ctrl-C and SIGTERM reach the whole group; the parent decides when this process ends."""
+    timer = StartupTimer()
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
@@ -35,7 +37,7 @@ def main() -> int:
     from quire.core.worker.multiproc.rank_channel import open_channel  # seconds
     from quire.core.worker.multiproc.rank_worker import RankWorker
 
-    return RankWorker(place, open_channel(place, socket.socket(fileno=socket_fd)), store_fd).run()
+    return RankWorker(place, open_channel(place, socket.socket(fileno=socket_fd)), store_fd, timer).run()
 
 
 def _end_with_parent(parent_pid: int) -> None:

@@ -53,7 +53,8 @@ from quire.core.worker.multiproc.rank_layout import RankLayout
 from quire.core.worker.multiproc.stage_link import ProcessStageLink
 from quire.core.worker.pipeline import StageLink
 from quire.core.worker.readback import Readback
-from quire.core.worker.worker import StartupTimer, Worker
+from quire.core.worker.startup_timer import StartupTimer
+from quire.core.worker.worker import Worker
 
 __all__ = ["RankWorker"]
 
@@ -66,8 +67,9 @@ class RankWorker:
     """Runs until the executor closes the connection. The main thread launches steps; on a GPU another one waits for
     what they sampled, so that the next step is launched meanwhile."""
 
-    def __init__(self, place: RankPlace, channel: RankChannel, store_fd: int) -> None:
-        """``store_fd``: of the first rank, the socket over which it serves the store; -1 of the others."""
+    def __init__(self, place: RankPlace, channel: RankChannel, store_fd: int, timer: StartupTimer) -> None:
+        """``store_fd``: of the first rank, the socket over which it serves the store; -1 of the others. ``timer`` has
+        run since the process began."""
         self._place = place
         self._rank, self._size = place.rank, place.size
         with contextlib.suppress(Exception):  # what is wrong comes again, and is reported, when the worker starts
@@ -75,6 +77,8 @@ class RankWorker:
                 torch.cuda.set_device(place.host_rank)
                 torch.zeros(1, device="cuda")  # creates the context
         self._channel, self._store_fd = channel, store_fd
+        self._timer = timer
+        timer.end_phase("imports")
         self._codec, self._send_codec, self._send_lock = RankCodec(), RankCodec(), threading.Lock()
         self._outcomes: dict[int, str] = {}
         self._launched_number = 0
@@ -132,12 +136,12 @@ class RankWorker:
         self._step_timeout_s = config.watchdog.step_timeout_s
         if config.model.device == "cuda":
             torch.cuda.set_device(self._place.host_rank)
-        timer = StartupTimer()
+        self._timer.end_phase("configuration")
         parallel, link = self._join_groups(config, message.store_host, message.store_port)
         worker_class = load_target(message.worker_target, f"{Worker.__module__}:{Worker.__name__}")
         self._worker = worker = worker_class(config, parallel, link)
-        timer.end_phase("ranks joined")
-        worker.startup_timer = timer
+        self._timer.end_phase("joining")
+        worker.startup_timer = self._timer
         worker.load_model()
         worker.build_model_runner()
         self._send(RankLoaded(worker.profile_memory()))
@@ -192,7 +196,7 @@ class RankWorker:
 
     def _end_start(self, message: AllocateKVCache) -> None:
         worker = self.worker
-        worker.startup_timer.end_phase("other ranks")
+        self._timer.end_phase("other ranks")
         worker.allocate_kv_cache(message.num_blocks)
         worker.capture_graphs()
         worker.end_start()
