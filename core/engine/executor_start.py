@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from quire.core.config import EngineConfig
 from quire.core.contracts.executor import Executor
+from quire.core.engine.args import EngineArgs
+from quire.core.errors import ConfigError
 from quire.core.messages import SchedulerOutput
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.worker.multiproc.executor import MultiprocExecutor
+from quire.core.worker.multiproc.rank_launch import MAX_EARLY_RANKS
 from quire.core.worker.multiproc.rank_processes import RankProcesses
 
-__all__ = ["make_executor"]
+__all__ = ["make_executor", "start_ranks_early"]
+
+
+def start_ranks_early(args: EngineArgs) -> RankProcesses | None:
+    """The processes of the ranks, before more is known than their number: to be given to ``make_executor``, or killed.
+    None where there is one rank, or an executor of which it is not known that it has a use for them."""
+    if not 1 < args.num_workers <= MAX_EARLY_RANKS or args.executor not in ("auto", "multiproc"):
+        return None
+    with contextlib.suppress(ConfigError):  # it comes again when the executor starts, and is reported
+        return RankProcesses(args.num_workers, args.device)
+    return None
 
 
 def make_executor(config: EngineConfig, processes: RankProcesses | None = None) -> Executor:

@@ -13,6 +13,7 @@ from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.core.engine.engine_core import EngineCore
+from quire.core.engine.executor_start import make_executor, start_ranks_early
 from quire.core.engine.exporter_group import ExporterGroup
 from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import OutputProcessor, ProcessedOutputs
@@ -40,12 +41,18 @@ class LLMEngine:
 
     def __init__(self, args: EngineArgs) -> None:
         policy: Any = args.scheduling_policy
-        if not isinstance(policy, BatchingPolicy):
-            self.config, policy = build_config(args).config, None
-        else:  # the engine is in this process, and can use the object itself
-            self.config = build_config(_name_policy_object(args, policy)).config
-        self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
-        self.engine_core = EngineCore(self.config, policy)
+        ranks = start_ranks_early(args)  # they import what they need while the configuration is built
+        try:
+            if not isinstance(policy, BatchingPolicy):
+                self.config, policy = build_config(args).config, None
+            else:  # the engine is in this process, and can use the object itself
+                self.config = build_config(_name_policy_object(args, policy)).config
+            self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
+            self.engine_core = EngineCore(self.config, policy, make_executor(self.config, ranks))
+        except BaseException:
+            if ranks is not None:
+                ranks.kill()
+            raise
         """The parts of the engine are public for tests and debugging; everything else goes through the methods."""
         self.input_processor = InputProcessor.from_config(self.config, self.tokenizer)
         exporters = ExporterGroup()

@@ -18,15 +18,13 @@ import threading
 import time
 
 from quire.core.env import child_environment
-from quire.core.worker.multiproc.rank_launch import DUMP_SIGNAL, is_stopped
+from quire.core.worker.multiproc.rank_launch import DUMP_SIGNAL, MAX_EARLY_RANKS, is_stopped
 
 __all__ = ["EngineProcess", "main"]
 
 _PARENT_POLL_S = 0.5
 _KILL_WAIT_S = 10.0
 """A process that waits for a device that does not answer may outlive SIGKILL: no end waits for it."""
-_MAX_EARLY_RANKS = 16
-"""More are started when the configuration has been checked."""
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -108,7 +106,7 @@ def main() -> int:
     watcher = threading.Thread(target=_end_with_parent, args=(folder, int(parent_pid)), daemon=True)
     watcher.start()
     ranks = None
-    if 1 < int(num_ranks) <= _MAX_EARLY_RANKS:
+    if 1 < int(num_ranks) <= MAX_EARLY_RANKS:
         from quire.core.errors import ConfigError
         from quire.core.worker.multiproc.rank_processes import RankProcesses
 

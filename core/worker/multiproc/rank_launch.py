@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DUMP_SIGNAL", "RankPlace", "describe_exit_status", "is_stopped", "launch_rank"]
+__all__ = ["DUMP_SIGNAL", "MAX_EARLY_RANKS", "RankPlace", "describe_exit_status", "is_stopped", "launch_rank"]
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes the process of a rank write the stacks of its threads to its standard error."""
+MAX_EARLY_RANKS = 16
+"""More are started when the configuration has been checked."""
 
 
 @dataclass(frozen=True, slots=True)
