@@ -125,7 +125,7 @@ class NewPackage:
 
     def format_next_steps(self, folder: Path) -> str:
         """What to type next."""
-        lines = [f"wrote {folder}", f"pip install --no-build-isolation -e {folder}", f"python -m pytest {folder}"]
+        lines = [f"wrote {folder}", f"pip install -e {folder}", f"python -m pytest {folder}"]
         if self.kind == _ROUTE:
             return "\n".join([*lines, f"quire serve --plugin {self.dist}"])
         flag = KINDS[self.kind].flag

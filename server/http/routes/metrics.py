@@ -23,13 +23,13 @@ def make_router(state: ServerState) -> APIRouter:
         openapi_extra=describe_operation("metrics", None, errors=(404,)),
     )
     async def metrics() -> Response:
-        """Figures of every exporter for Prometheus, one document behind the other; those of another type than the first
-        one's are at ``/metrics/NAME`` alone."""
+        """Figures of every exporter for Prometheus, one document behind the other; those of another media type than the
+        first one's are at ``/metrics/NAME`` alone."""
         documents = await state.engine.render_metrics()
         if not documents:
             raise ApiError(404, "no metrics exporter that can be scraped is on; start without --metrics none")
         kind = documents[0].content_type
-        bodies = [document.body for document in documents if document.content_type == kind]
+        bodies = [each.body for each in documents if _media_type(each.content_type) == _media_type(kind)]
         lines = [body if body.endswith(b"\n") or len(bodies) == 1 else body + b"\n" for body in bodies]
         return Response(b"".join(lines), headers={"Content-Type": kind})
 
@@ -48,3 +48,8 @@ def make_router(state: ServerState) -> APIRouter:
         return Response(documents[name].body, headers={"Content-Type": documents[name].content_type})
 
     return routes
+
+
+def _media_type(content_type: str) -> str:
+    """Without its parameters, such as the version and the charset, which authors spell in many ways."""
+    return content_type.partition(";")[0].strip().lower()

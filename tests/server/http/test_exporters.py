@@ -26,7 +26,7 @@ class Count(MetricsExporter):
     class Options:
         name: str = "requests"
 
-    content_type = "text/plain; version=1.0.0; charset=utf-8"
+    content_type = "text/plain; version=0.0.4"
 
     def __init__(self, labels, options=None):
         super().__init__(labels, options)
