@@ -11,7 +11,7 @@ from quire.core.config import SchedulerConfig
 from quire.core.messages import HostDraft, NewRequest, SchedulerOutput, TokenMasks
 from quire.core.sampling_params import SamplingParams
 
-__all__ = ["make_largest_step", "make_warmup_steps", "run_warmup"]
+__all__ = ["make_largest_step", "make_open_masks", "make_warmup_steps", "run_warmup"]
 
 _GREEDY = SamplingParams(temperature=0, max_tokens=1)
 _RANDOM = SamplingParams(temperature=1.0, top_p=0.9, top_k=10, min_p=0.01, max_tokens=1)
@@ -34,7 +34,7 @@ def run_warmup(
         execute_step(step, None)
     if masked_vocab_size:
         for step in _make_sampling_steps(config, max_model_len, query_lens):
-            execute_step(step, _make_masks(step, masked_vocab_size))
+            execute_step(step, make_open_masks(step, masked_vocab_size))
     if num_adapter_slots:
         for step in make_warmup_steps(config, max_model_len, query_lens):
             execute_step(_use_adapters(step, num_adapter_slots), None)
@@ -93,7 +93,7 @@ def _make_verifying_steps(max_tokens: int, max_num_seqs: int, query_lens: Sequen
                 yield step
 
 
-def _make_masks(step: SchedulerOutput, vocab_size: int) -> TokenMasks:
+def make_open_masks(step: SchedulerOutput, vocab_size: int) -> TokenMasks:
     """Masks for all tokens that are sampled in ``step``, which allow every one."""
     num_drafts = np.zeros(len(step.rows), np.int32) if step.num_draft_tokens is None else step.num_draft_tokens
     counts = num_drafts + 1

@@ -46,7 +46,7 @@ from quire.core.worker.request_table import RequestTable
 from quire.core.worker.sampling import SamplingRunner
 from quire.core.worker.startup_timer import StartupTimer
 from quire.core.worker.token_mask_buffer import TokenMaskBuffer
-from quire.core.worker.warmup import make_largest_step, run_warmup
+from quire.core.worker.warmup import make_largest_step, make_open_masks, run_warmup
 
 __all__ = ["MemoryProfile", "Worker", "WorkerInfo"]
 
@@ -204,7 +204,9 @@ class Worker:
             self._warm_up_kernels()
             self.startup_timer.end_phase("kernels")
             largest_step = make_largest_step(config.scheduler, config.model.max_model_len, self._num_adapter_slots)
-            activation_bytes = measure_peak_bytes(lambda: runner.execute_step(largest_step).result())
+            # Where there can be masks it has them: its logits are copied then, as for penalties.
+            masks = make_open_masks(largest_step, self._masked_vocab_size) if self._masked_vocab_size else None
+            activation_bytes = measure_peak_bytes(lambda: runner.execute_step(largest_step, masks).result())
             self.startup_timer.end_phase("profile")
         kv_cache_bytes = compute_kv_cache_bytes(config.cache, self._device, weight_bytes, activation_bytes)
         # More blocks than all requests can fill at their longest would lie idle.
@@ -337,6 +339,12 @@ class Worker:
     def _num_adapter_slots(self) -> int:
         return 0 if self._config.adapters is None else self._config.adapters.max_loras
 
+    @property
+    def _masked_vocab_size(self) -> int:
+        """Of the logits, where there can be masks of grammars; else 0."""
+        token_masks = self.model_runner.sampling_runner.token_masks
+        return 0 if token_masks is None else self._config.model.vocab_size
+
     def _recover_from(self, error: BaseException, step: SchedulerOutput) -> None:
         if (pipeline := self.model_runner.pipeline) is not None:
             with suppress(RuntimeError):  # as below
@@ -359,9 +367,8 @@ class Worker:
 
         def launch_all() -> None:
             max_model_len, num_slots = config.model.max_model_len, self._num_adapter_slots
-            masked_vocab_size = 0 if runner.sampling_runner.token_masks is None else config.model.vocab_size
             limits = config.scheduler
-            run_warmup(runner.execute_step, limits, max_model_len, query_lens, num_slots, masked_vocab_size)
+            run_warmup(runner.execute_step, limits, max_model_len, query_lens, num_slots, self._masked_vocab_size)
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
             else:
