@@ -41,8 +41,8 @@ def write_structural_tag(
 
     Where a call is required, the answer is calls and nothing else. With ``answer_schema`` it is calls, or JSON of that
     schema. Otherwise it is free text in which every call keeps the schema of its function, if that is strict. None as
-    well where ``parser`` has no format of a call. Raises ``UnsupportedError`` where the parameters of a
-    strict function cannot be enforced in the syntax of ``parser``.
+    well where ``parser`` has no format of a call, and no function is strict. Raises ``UnsupportedError`` where the
+    parameters of a strict function cannot be enforced in the syntax of ``parser``, or it has no format to do so in.
     """
     is_required, is_structured = use.choice == "required", answer_schema is not None
     if use.choice == "none" or not (is_required or is_structured or use.strict & use.functions.keys()):
@@ -52,6 +52,7 @@ def write_structural_tag(
     for name, schema in use.functions.items():
         forms = parser.list_call_formats(name)
         if not forms:
+            _require_no_strict(use, parser)
             return None
         arguments = _write_arguments(parser, name, schema, is_required or name in use.strict)
         structures += ({**_write_form(form), **arguments} for form in forms)
@@ -67,6 +68,16 @@ def write_structural_tag(
         "excluded": [text for text in parser.begin if text not in triggers],
         "excluded_first": list(parser.begin_first),
     }
+
+
+def _require_no_strict(use: ToolUse, parser: ToolParser) -> None:
+    if strict := use.strict & use.functions.keys():
+        names, parser_name = ", ".join(map(repr, sorted(strict))), type(parser).__name__
+        raise UnsupportedError(
+            f"tools: strict is not enforced in calls as the tool-call parser {parser_name} reads them, which says no "
+            f"format of them (call_formats); leave it out for {names:.200}",
+            "tools",
+        )
 
 
 def _write_form(form: CallFormat) -> dict[str, Any]:

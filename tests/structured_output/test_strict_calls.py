@@ -24,6 +24,8 @@ from quire.core.parsing.message import AssistantMessage
 from quire.core.plugin.manager import PluginManager
 from quire.core.sampling_params import SamplingParams
 from quire.core.structured_outputs import StructuredOutputsParams
+from quire.plugins.parsers.reasoning import NoReasoning
+from quire.plugins.parsers.tool_calls import Hermes
 from quire.plugins.structured_output.guidance import GuidanceBackend
 from quire.sdk import CompiledGrammar, GrammarState, TokenizerInfo
 
@@ -94,6 +96,7 @@ class Model:
         self.eos = [EOS, *ends]
         size = 32 * -(-backend.get_vocab_size() // 32)
         self.backend = GuidanceBackend(TokenizerInfo((folder / "tokenizer.json").read_text(), size, tuple(self.eos)))
+        self.backend.prepare_masks()
         self.num_words = size // 32
 
     def make_parsers(self, family: str) -> AnswerParsers:
@@ -145,6 +148,20 @@ def check_calls(message: AssistantMessage) -> int:
     for call in message.tool_calls:
         jsonschema.validate(json.loads(call.arguments), FUNCTIONS[call.name])
     return len(message.tool_calls)
+
+
+def test_a_parser_without_a_format_of_calls_refuses_strict_functions(model: Model) -> None:
+    """They would not be what was asked for. Functions that are not strict, and calls that are required, go on."""
+
+    class Unwritten(Hermes):
+        call_formats = ()
+
+    parsers = AnswerParsers(Unwritten(), NoReasoning(), model.tokenizer, on_quarantine=lambda plugin: None)
+    with pytest.raises(UnsupportedError, match=r"strict.*Unwritten.*'book', 'get_time'"):
+        parsers.constrain_params(read_tool_use(TOOLS), [5], SamplingParams())
+    loose = [{"type": "function", "function": {**each["function"], "strict": False}} for each in TOOLS]
+    assert parsers.constrain_params(read_tool_use(loose), [5], SamplingParams()).structured_outputs is None
+    assert parsers.constrain_params(read_tool_use(TOOLS, "required"), [5], SamplingParams()).structured_outputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
