@@ -96,6 +96,11 @@ class StructuredOutputBackend(ABC):
         """Raise ``InvalidRequestError``, which names the keyword, for what this backend cannot enforce exactly. Called
         before ``compile``; it needs no tokenizer."""
 
+    def prepare_masks(self) -> None:
+        """Make ready what ``fill_masks`` and states need beyond ``compile``. Called once before the first state is
+        started, while the model is loaded; not in the process that only finds out what compiles."""
+        return
+
     @abstractmethod
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Compile a constraint that ``validate_params`` let pass; several threads may. Raises ``InvalidRequestError``

@@ -139,6 +139,10 @@ class AsyncLLM:
         for module in self.config.extra["lora_modules"]:
             await self.adapters.load_adapter(module.name, module.path)
 
+    def start_compile_process(self) -> None:
+        """Start the process that compiles schemas and grammars, and not with the first of them. Waits for nothing."""
+        self._constraint_checker.start()
+
     async def generate(
         self,
         prompt: AnyPrompt,

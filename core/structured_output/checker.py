@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from quire.core.config import EngineConfig
 from quire.core.errors import InvalidRequestError
-from quire.core.structured_output.compile_process import CompileProcess
+from quire.core.structured_output.compile_process import CompileProcess, CompileTemplate
 from quire.core.structured_output.compiler import make_cache_key
 from quire.core.structured_outputs import StructuredOutputsParams
 
@@ -22,18 +22,25 @@ _MAX_VERDICTS = 4096
 
 
 class ConstraintChecker:
-    """Has every constraint compiled once in a process that can be killed, off the event loop. Processes are started
-    when the first constraint comes. Equal constraints share one check, and its verdict."""
+    """Has every constraint compiled once in a process that can be killed, off the event loop. The process that has the
+    backend is started by ``start``, or when the first constraint comes. Equal constraints share one check, and its
+    verdict."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
         self._verdicts: OrderedDict[bytes, asyncio.Future[str]] = OrderedDict()  # why it is refused; empty: it is not
+        self._has_backend = config.plugin("structured_output").name != "none"
+        self._template = CompileTemplate(config)
         self._processes: queue.SimpleQueue[CompileProcess] = queue.SimpleQueue()
         self._all_processes: list[CompileProcess] = []
         self._threads: ThreadPoolExecutor | None = None
         self.num_refused = 0
         """Requests that were refused for their constraint."""
         self.check_seconds = 0.0
+
+    def start(self) -> None:
+        """Begin to load the backend, so that the first constraint does not wait for it. Waits for nothing."""
+        if self._has_backend:
+            self._template.start()
 
     async def check_constraint(self, params: StructuredOutputsParams | None) -> None:
         """Raises ``InvalidRequestError`` if there is a constraint that cannot be compiled within the limits."""
@@ -63,13 +70,14 @@ class ConstraintChecker:
         """End the processes. Idempotent."""
         for process in self._all_processes:
             process.close()
+        self._template.close()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _start_threads(self) -> ThreadPoolExecutor:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_NUM_PROCESSES, thread_name_prefix="quire-constraints")
-            self._all_processes = [CompileProcess(self._config) for _ in range(_NUM_PROCESSES)]
+            self._all_processes = [CompileProcess(self._template) for _ in range(_NUM_PROCESSES)]
             for process in self._all_processes:
                 self._processes.put(process)
         return self._threads

@@ -1,164 +1,195 @@
-"""A process that compiles constraints to see whether that ends: with limits of time and memory, it can be killed.
+"""Processes that compile constraints to see whether that ends: with limits of time and memory, they can be killed.
 
-It is ``python -m quire.core.structured_output.compile_process FD``, where FD is one end of a pipe.
+One process, the template, loads the backend, and is forked for each of them: that takes milliseconds, and they share
+its memory. A backend that has threads cannot be forked. There the template itself compiles, and another is started
+in its place. ``quire.core.structured_output.compile_worker`` is what runs in them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import send_handle
 
 import msgspec
 
 from quire.core.config import EngineConfig
 from quire.core.env import child_environment
 from quire.core.errors import InvalidRequestError, RequestFailedError
-from quire.core.structured_output.compiler import make_backend
+from quire.core.structured_output.compile_worker import MAX_COMPILE_SECONDS, MAX_MEMORY_BYTES
 from quire.core.structured_outputs import StructuredOutputsParams
 
-__all__ = ["MAX_COMPILE_SECONDS", "CompileProcess", "main"]
+__all__ = ["CompileProcess", "CompileTemplate"]
 
-MAX_COMPILE_SECONDS = 1.0
-"""Processor time that a constraint may take: what the machine does beside it does not count."""
 _MAX_WALL_SECONDS = 15.0
-"""The same by the clock, for a compiler that waits for something."""
-_MAX_MEMORY_BYTES = 512 << 20
-"""Address space that a constraint may take beyond what the process has when it is ready."""
+"""For one constraint by the clock, where a compiler waits for something."""
 _READY_SECONDS = 120.0
+_CHILD_MODULE = "quire.core.structured_output.compile_worker"
+
+
+@dataclass(slots=True)
+class _Process:
+    """A process that was forked, or began as a template, and this end of the pipe to it."""
+
+    connection: Connection
+    pid: int
+    template: subprocess.Popen[bytes] | None
+
+
+class CompileTemplate:
+    """The process that others are forked from. Started in advance by ``start``, or when the first one is needed."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: Connection | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()  # of starting and ending it, for ``close`` comes from another thread
+        self._calls = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to load the backend. Waits for nothing. Raises ``OSError``."""
+        with self._lock:
+            if self._is_closed:
+                raise ProcessLookupError
+            if self._process is not None:
+                return
+            self._control, child_end = Pipe()
+            command = [sys.executable, "-m", _CHILD_MODULE, str(child_end.fileno())]
+            self._process = subprocess.Popen(
+                command, env=child_environment(), stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()]
+            )
+            child_end.close()
+            self._control.send_bytes(msgspec.msgpack.encode(self._config))
+
+    def fork(self) -> _Process:
+        """Another process, once the backend is loaded. Raises ``OSError`` and ``EOFError`` if there can be none."""
+        with self._calls:
+            self.start()
+            process, control = self._process, self._control
+            assert process is not None
+            assert control is not None
+            own_end, child_end = Pipe()
+            try:
+                control.send_bytes(b"0")
+                send_handle(control, child_end.fileno(), process.pid)
+                pid = int(_receive(control, _READY_SECONDS))
+            except (OSError, EOFError):  # a time-out is one, too
+                own_end.close()
+                self._kill()
+                raise
+            finally:
+                child_end.close()
+            if pid:
+                return _Process(own_end, pid, None)
+            with self._lock:  # it has threads: it is the process that was asked for
+                self._process = self._control = None
+                control.close()
+        self.start()
+        return _Process(own_end, process.pid, process)
+
+    def end_process(self, process: _Process) -> int | None:
+        """Wait for a process that ends, and kill it if it does not. Returns its exit status as ``Popen.returncode`` has
+        it; None if it cannot be known."""
+        process.connection.close()
+        if process.template is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.template.wait(1.0)
+            process.template.kill()
+            return process.template.wait()
+        with self._calls:
+            try:
+                if self._control is None:
+                    return None
+                self._control.send_bytes(str(process.pid).encode())
+                return int(_receive(self._control, 5.0))
+            except (OSError, EOFError):
+                self._kill()
+                return None
+
+    def close(self) -> None:
+        """End it at once with all that were forked from it, and start no other. Idempotent."""
+        self._is_closed = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with self._lock:
+            if self._control is not None:
+                self._control.close()  # at which it kills those that were forked from it, and ends
+            if self._process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(0.2)
+                self._process.kill()
+                self._process.wait()
+            self._process = self._control = None
 
 
 class CompileProcess:
     """Compiles one constraint after the other. A process that was ended, or ended itself, is replaced by another."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._child: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._is_ready = self._is_closed = False
-        self._lock = threading.Lock()  # of starting and ending the child, for ``close`` comes from another thread
+    def __init__(self, template: CompileTemplate) -> None:
+        self.template = template
+        self._process: _Process | None = None
+        self._is_closed = False
 
     def check_constraint(self, params: StructuredOutputsParams) -> None:
         """Return if the constraint compiles within the limits. Raises ``InvalidRequestError`` with the reason if not,
         and ``RequestFailedError`` if that cannot be found out. Waits for it: to be called in a thread."""
-        connection = self._wait_ready()
+        process = self._fork()
         try:
-            connection.send_bytes(msgspec.msgpack.encode(params))
-            error = _receive(connection, _MAX_WALL_SECONDS)
+            process.connection.send_bytes(msgspec.msgpack.encode(params))
+            error = _receive(process.connection, _MAX_WALL_SECONDS)
         except TimeoutError:
             error = f"{params.kind}: compiling it takes longer than {_MAX_WALL_SECONDS:.0f} s; simplify it"
-            self._restart()
+            self._replace(process, kill=True)
         except (EOFError, OSError):
-            error = self._explain_end(params)
-            self._restart()
+            status = self._replace(process)
+            if self._is_closed:
+                error = f"{params.kind}: the server shuts down"
+            elif status == -signal.SIGPROF:
+                error = f"{params.kind}: compiling it takes longer than {MAX_COMPILE_SECONDS:.0f} s; simplify it"
+            else:
+                error = f"{params.kind}: compiling it takes more than {MAX_MEMORY_BYTES >> 20} MiB; simplify it"
         if error:
             raise InvalidRequestError(error, "structured_outputs")
 
     def close(self) -> None:
         """End it at once, and start no other. Idempotent."""
         self._is_closed = True
-        self._kill()
+        if (process := self._process) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            if process.template is not None:
+                process.template.wait()
 
-    def _wait_ready(self) -> Connection:
-        try:
-            connection = self._connection or self._start()
-            if not self._is_ready:
-                _receive(connection, _READY_SECONDS)
-                self._is_ready = True
-            return connection
-        except (EOFError, OSError):  # a time-out is one, too
-            self._kill()
-            message = "the process that compiles schemas and grammars did not start; see the log"
-            raise RequestFailedError(message) from None
+    def _fork(self) -> _Process:
+        if self._process is None:
+            try:
+                self._process = self.template.fork()
+            except (EOFError, OSError):
+                message = "the process that compiles schemas and grammars did not start; see the log"
+                raise RequestFailedError(message) from None
+        return self._process
 
-    def _start(self) -> Connection:
-        with self._lock:
-            if self._is_closed:
-                raise ProcessLookupError
-            own_end, child_end = Pipe()
-            command = [sys.executable, "-m", __name__, str(child_end.fileno())]
-            self._child = subprocess.Popen(
-                command, env=child_environment(), stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()]
-            )
-            child_end.close()
-            self._connection = own_end
-        own_end.send_bytes(msgspec.msgpack.encode(self._config))
-        return own_end
-
-    def _restart(self) -> None:
-        """Another process begins at once, so that the next constraint waits less for it."""
-        self._kill()
-        try:
-            self._start()
-        except OSError:
-            self._kill()
-
-    def _kill(self) -> None:
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-            if self._child is not None:
-                self._child.kill()
-                self._child.wait()
-            self._connection, self._child, self._is_ready = None, None, False
-
-    def _explain_end(self, params: StructuredOutputsParams) -> str:
-        if (child := self._child) is None:
-            return f"{params.kind}: the server shuts down"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(1.0)
-        if child.returncode == -signal.SIGPROF:
-            return f"{params.kind}: compiling it takes longer than {MAX_COMPILE_SECONDS:.0f} s; simplify it"
-        return f"{params.kind}: compiling it takes more than {_MAX_MEMORY_BYTES >> 20} MiB; simplify it"
-
-
-def main() -> int:
-    """Entry point: constraints in, reasons out, empty ones for what compiles. Ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
-    config = msgspec.msgpack.decode(connection.recv_bytes(), type=EngineConfig)
-    backend, reason = None, ""
-    try:
-        backend = make_backend(config)
-    except Exception as error:
-        reason = f"structured output is not available: {error}"
-    connection.send_bytes(b"")
-    with open("/proc/self/statm") as statm:
-        num_pages = int(statm.read().split()[0])
-    limit = num_pages * os.sysconf("SC_PAGE_SIZE") + _MAX_MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            params = msgspec.msgpack.decode(connection.recv_bytes(), type=StructuredOutputsParams)
-            # SIGPROF ends a process that does not handle it.
-            signal.setitimer(signal.ITIMER_PROF, MAX_COMPILE_SECONDS)
-            if backend is not None:
-                reason = ""
-                try:
-                    backend.validate_params(params)
-                    backend.compile(params).start()
-                except InvalidRequestError as error:
-                    reason = str(error)
-                except MemoryError:
-                    reason = f"{params.kind}: compiling it takes more than {_MAX_MEMORY_BYTES >> 20} MiB; simplify it"
-                except Exception as error:
-                    reason = f"{params.kind}: compiling it raised {type(error).__name__}: {error}"
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.send_bytes(reason.encode("utf-8", "replace"))
-    return 0
+    def _replace(self, process: _Process, kill: bool = False) -> int | None:
+        """Another process begins at once, so that the next constraint does not wait for it."""
+        if kill:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        self._process = None
+        status = self.template.end_process(process)
+        with contextlib.suppress(RequestFailedError):
+            self._fork()
+        return status
 
 
 def _receive(connection: Connection, seconds: float) -> str:
     if not connection.poll(seconds):
         raise TimeoutError
     return connection.recv_bytes().decode()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

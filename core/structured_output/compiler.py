@@ -123,7 +123,9 @@ class GrammarCompiler:
 
     def _load_backend(self, make: Callable[[], StructuredOutputBackend]) -> None:
         try:
-            self._backend.set_result(make())
+            backend = make()
+            backend.prepare_masks()
+            self._backend.set_result(backend)
         except Exception as error:
             self._backend.set_exception(error)
 

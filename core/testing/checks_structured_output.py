@@ -170,7 +170,9 @@ def check_refusals_are_errors_of_the_request(cls: type[StructuredOutputBackend])
 
 
 def _make(cls: type[StructuredOutputBackend]) -> StructuredOutputBackend:
-    return cls(TokenizerInfo(_TINY.read_text(encoding="utf-8"), _VOCAB, (_EOS,)), parse_options(cls, {}))
+    backend = cls(TokenizerInfo(_TINY.read_text(encoding="utf-8"), _VOCAB, (_EOS,)), parse_options(cls, {}))
+    backend.prepare_masks()
+    return backend
 
 
 def _compile(cls: type[StructuredOutputBackend]) -> CompiledGrammar:

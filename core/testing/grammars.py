@@ -13,10 +13,11 @@ from quire.core.contracts.structured_output import (
     CompiledGrammar,
     GrammarState,
     StructuredOutputBackend,
+    TokenizerInfo,
 )
 from quire.core.structured_outputs import StructuredOutputsParams
 
-__all__ = ["FaultyBackend"]
+__all__ = ["FaultyBackend", "FaultyBackendWithThread"]
 
 
 class FaultyBackend(StructuredOutputBackend):
@@ -41,6 +42,14 @@ class FaultyBackend(StructuredOutputBackend):
         if fault == "exit in compile":
             raise SystemExit(3)
         return _Grammar(fault)
+
+
+class FaultyBackendWithThread(FaultyBackend):
+    """The same with a thread, which no forked process would have."""
+
+    def __init__(self, tokenizer: TokenizerInfo, options: object = None) -> None:
+        super().__init__(tokenizer, options)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 
 class _Grammar(CompiledGrammar):

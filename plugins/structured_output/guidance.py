@@ -68,11 +68,12 @@ class GuidanceBackend(StructuredOutputBackend):
         # The library takes more for special than the file does: added tokens that look like tags.
         special_ids = {text: token for text, token in added.items() if self._tokenizer.is_special_token(token)}
         self._lark = LarkWriter(special_ids, tokenizer.eos_token_ids)
-        self._string_tokens = StringTokens(self._tokenizer, tokenizer.vocab_size)
+        self._string_tokens: StringTokens | None = None
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
         )
-        self._executor = llguidance.LLExecutor(options.threads or None)
+        self._num_threads = options.threads or None
+        self._executor: llguidance.LLExecutor | None = None
 
     @classmethod
     def validate_params(cls, params: StructuredOutputsParams) -> None:
@@ -81,6 +82,11 @@ class GuidanceBackend(StructuredOutputBackend):
             prepare_schema(params.load_json())
         elif params.kind == "structural_tag":
             check_structural_tag(params.load_json())
+
+    def prepare_masks(self) -> None:
+        """Start the threads, and look at every token."""
+        self._executor = llguidance.LLExecutor(self._num_threads)
+        self._string_tokens = StringTokens(self._tokenizer, self.tokenizer.vocab_size)
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Build the parser, and the first mask, which shows what no answer can match."""
@@ -96,13 +102,14 @@ class GuidanceBackend(StructuredOutputBackend):
                 _walk(each, 0 if each is matcher else _PROBED_TOKENS)
             if each.is_error():
                 raise InvalidRequestError(_explain_refusal(params, each.get_error()), "structured_outputs")
-        bounds = _find_string_bounds(params)
+        bounds = None if self._string_tokens is None else _find_string_bounds(params)
         return _Grammar(matcher, self._string_tokens, bounds, frozenset(self.tokenizer.eos_token_ids), len(grammar))
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
         """All rows that are not known in one call, or two, which let other threads run."""
+        assert self._executor is not None, "prepare_masks comes first"
         states = [request.state for request in requests]
-        self._consume_pending(states)
+        self._consume_pending(states, self._executor)
         plain, drafting, learning = [], [], []
         for request, state in zip(requests, states, strict=True):
             assert isinstance(state, _State)
@@ -126,7 +133,7 @@ class GuidanceBackend(StructuredOutputBackend):
             assert isinstance(request.state, _State)
             request.is_filled = not request.state.matcher.is_error()
 
-    def _consume_pending(self, states: Sequence[GrammarState]) -> None:
+    def _consume_pending(self, states: Sequence[GrammarState], executor: llguidance.LLExecutor) -> None:
         tokens = []
         for state in states:
             assert isinstance(state, _State)
@@ -135,7 +142,7 @@ class GuidanceBackend(StructuredOutputBackend):
             else:
                 state.consume_pending()
         if tokens:
-            self._executor.consume_token_par(tokens)
+            executor.consume_token_par(tokens)
 
     def _write_grammar(self, params: StructuredOutputsParams) -> str:
         """A grammar in the form that llguidance takes."""
@@ -165,7 +172,7 @@ class _Grammar(CompiledGrammar):
     def __init__(
         self,
         matcher: llguidance.LLMatcher,
-        string_tokens: StringTokens,
+        string_tokens: StringTokens | None,
         string_bounds: StringBounds | None,
         eos_token_ids: frozenset[int],
         num_chars: int,
@@ -178,7 +185,9 @@ class _Grammar(CompiledGrammar):
 
     def start(self) -> GrammarState:
         matcher, bounds = self._matcher.deep_copy(), self._string_bounds
-        strings = None if bounds is None else StringMasks(matcher, self._string_tokens, bounds)
+        tokens, strings = self._string_tokens, None
+        if tokens is not None and bounds is not None:
+            strings = StringMasks(matcher, tokens, bounds)
         return _State(matcher, strings, self._eos_token_ids)
 
 

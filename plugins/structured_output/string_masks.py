@@ -160,7 +160,8 @@ class StringMasks:
             if not self._missing:
                 self._base = None  # a quote may come now: the library knows what may come behind it
                 return False
-            candidates = tokens.find_closing(self._missing, self._room)
+            if self._missing <= tokens.max_closing_chars:
+                candidates = tokens.find_closing(self._missing, self._room)
         fitting = tokens.find_fitting(self._room)
         if not self._room or fitting is None or len(candidates) > _MAX_CANDIDATES:
             return False  # at the end of the room the library offers a forced text as the tokenizer writes it, alone

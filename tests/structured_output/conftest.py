@@ -27,7 +27,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def backend() -> GuidanceBackend:
-    return GuidanceBackend(TokenizerInfo((TINY / "tokenizer.json").read_text(), 4096, (EOS,)))
+    backend = GuidanceBackend(TokenizerInfo((TINY / "tokenizer.json").read_text(), 4096, (EOS,)))
+    backend.prepare_masks()
+    return backend
 
 
 @pytest.fixture(scope="session")

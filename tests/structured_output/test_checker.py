@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests.slowdown import measure_slowdown
 
 from quire import StructuredOutputsParams
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.structured_output.checker import ConstraintChecker
-from quire.core.structured_output.compile_process import CompileProcess
+from quire.core.structured_output.compile_process import CompileProcess, CompileTemplate
 
 FAULTY = "quire.core.testing.grammars:FaultyBackend"
 
@@ -23,13 +27,24 @@ def make_config(backend: str):
     return build_config(EngineArgs(model="quire-tiny", device="cpu", structured_output_backend=backend)).config
 
 
+def list_descendants(pid: int) -> list[int]:
+    """Processes that it has started, and those that these have."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return children + [each for child in children for each in list_descendants(child)]
+
+
 @pytest.fixture
-def faulty() -> Iterator[CompileProcess]:
-    process = CompileProcess(make_config(FAULTY))
+def faulty(request) -> Iterator[CompileProcess]:
+    """Where the backend has threads, the process is not forked."""
+    template = CompileTemplate(make_config(getattr(request, "param", FAULTY)))
+    process = CompileProcess(template)
     yield process
     process.close()
+    template.close()
 
 
+@pytest.mark.parametrize("faulty", [FAULTY, f"{FAULTY}WithThread"], ids=["forked", "not forked"], indirect=True)
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -44,6 +59,39 @@ def test_a_fault_is_a_refusal_and_the_next_constraint_is_checked(faulty: Compile
     with pytest.raises(InvalidRequestError, match=reason):
         faulty.check_constraint(StructuredOutputsParams(choice=[fault]))
     faulty.check_constraint(StructuredOutputsParams(choice=["ok"]))
+
+
+def test_a_process_that_was_ended_costs_the_next_constraint_no_start(faulty: CompileProcess) -> None:
+    """Another one is forked at once, from the one that has loaded the backend, and shares its memory."""
+    faulty.check_constraint(StructuredOutputsParams(choice=["ok"]))
+    for _ in range(3):
+        with pytest.raises(InvalidRequestError, match="takes more than"):
+            faulty.check_constraint(StructuredOutputsParams(choice=["exit in compile"]))
+        start = time.monotonic()
+        faulty.check_constraint(StructuredOutputsParams(choice=["ok"]))
+        assert time.monotonic() - start < 0.2 * measure_slowdown()
+
+
+def test_what_hangs_ends_with_the_rest(faulty: CompileProcess) -> None:
+    faulty.check_constraint(StructuredOutputsParams(choice=["ok"]))
+
+    def hang() -> None:
+        with pytest.raises(InvalidRequestError, match="shuts down"):
+            faulty.check_constraint(StructuredOutputsParams(choice=["hang in compile"]))
+
+    hung = threading.Thread(target=hang)
+    hung.start()
+    pids = list_descendants(os.getpid())
+    assert len(pids) >= 2
+    time.sleep(0.05)
+    faulty.close()
+    hung.join(10)
+    assert not hung.is_alive()
+    deadline = time.monotonic() + 10
+    faulty.template.close()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_compiler_that_waits_is_ended_by_the_clock(faulty: CompileProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +136,14 @@ def test_a_model_without_an_eos_token_has_no_structured_output(tmp_path) -> None
             fields.pop(key, None)
         (folder / name).write_text(json.dumps(fields))
     config = build_config(EngineArgs(model=str(folder), device="cpu")).config
-    process = CompileProcess(config)
+    template = CompileTemplate(config)
+    process = CompileProcess(template)
     try:
         with pytest.raises(InvalidRequestError, match="no EOS token"):
             process.check_constraint(StructuredOutputsParams(choice=["ok"]))
     finally:
         process.close()
+        template.close()
 
 
 def test_a_process_that_does_not_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +167,5 @@ def test_the_process_imports_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, quire.core.structured_output.compile_process; assert 'torch' not in sys.modules"
+    code = "import sys, quire.core.structured_output.compile_worker; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,6 +13,7 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
+from tests.slowdown import measure_slowdown
 
 from ..conftest import RunningServer
 
@@ -192,7 +193,8 @@ def test_what_was_refused_leaves_no_memory_behind(server: RunningServer) -> None
 
 
 def test_hostile_schemas_are_refused_while_a_stream_goes_on(server: RunningServer, client: openai.OpenAI) -> None:
-    """Each gets 4xx soon, with and without company; expressions that explode in other engines are answered."""
+    """Each gets 4xx within 2 s by the clock, where the machine does nothing else; expressions that explode in other
+    engines are answered."""
     stop, victim_tokens, failures = threading.Event(), [], []
 
     def read_streams() -> None:
@@ -211,16 +213,16 @@ def test_hostile_schemas_are_refused_while_a_stream_goes_on(server: RunningServe
                 failures.append(error)
                 return
 
-    chat(client, guided_choice=["warm"])  # the processes that compile are started
     victim = threading.Thread(target=read_streams)
     victim.start()
     try:
         with server.http as http:
             for name, body in make_hostile_bodies().items():
-                start = time.monotonic()
+                slowdown, start = measure_slowdown(), time.monotonic()
                 answer = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
                 assert 400 <= answer.status_code < 500, f"{name}: {answer.status_code} {answer.text[:200]}"
-                assert time.monotonic() - start < 10, name  # beside the stream, and whatever else runs
+                seconds = time.monotonic() - start
+                assert seconds < 2 * max(slowdown, measure_slowdown()), name
             for regex in (
                 "(a+)+$",
                 "(a|aa)+b{1,1000}(c{1,1000}){1,100}",
