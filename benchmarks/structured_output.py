@@ -14,8 +14,10 @@ look on a CPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -31,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.core.stats import StepStats
+from quire.core.structured_output.mask_filler import MaskFiller
 
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -163,6 +166,7 @@ def run_batch(args: argparse.Namespace) -> None:
     unguided = [
         SamplingParams(temperature=1, seed=i, max_tokens=length, ignore_eos=True) for i, length in enumerate(lengths)
     ]
+    times = time_masks(llm)
     rates: dict[str, list[float]] = {"unguided": [], "guided": []}
     runs: dict[str, list[list[StepStats]]] = {"unguided": [], "guided": []}
     for _ in range(args.repeats):
@@ -172,6 +176,7 @@ def run_batch(args: argparse.Namespace) -> None:
             llm.generate(prompts, params)
             rates[name].append(sum(lengths) / (time.perf_counter() - start))
             runs[name].append(list(llm.steps))
+    print_mask_times(times, llm)
     p99 = {name: statistics.median(map(find_p99_of_steps, each)) for name, each in runs.items()}
     for name, values in rates.items():
         every = ", ".join(f"{rate:.0f}" for rate in values)
@@ -183,6 +188,63 @@ def run_batch(args: argparse.Namespace) -> None:
     for name, each in runs.items():
         print_phases(name, each, args.requests)
     llm.shutdown()
+
+
+class TimedExecutor:
+    """The library's executor. ``times``: by method, for each call, how many answers it was for and the seconds."""
+
+    def __init__(self, executor: Any, times: dict[str, list[tuple[int, float]]]) -> None:
+        self._executor, self._times = executor, times
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._executor, name)
+
+        def call(answers: list[Any], *args: Any) -> Any:
+            start = time.perf_counter()
+            result = method(answers, *args)
+            self._times.setdefault(name, []).append((len(answers), time.perf_counter() - start))
+            return result
+
+        return call
+
+
+def time_masks(llm: LLM) -> dict[str, list[tuple[int, float]]]:
+    """Time the calls of which the masks of a step consist, from now on; by name, each with its number of answers."""
+    times: dict[str, list[tuple[int, float]]] = {}
+    backend: Any = llm.engine_core._structured_outputs._compiler.get_backend()
+    backend._follower.executor = TimedExecutor(backend._follower.executor, times)
+    for owner, name in ((backend, "fill_masks"), (MaskFiller, "fill_masks"), (backend._follower, "submit")):
+        label = f"{type(owner).__name__ if owner is not MaskFiller else 'MaskFiller'}.{name}"
+        setattr(owner, name, timed(getattr(owner, name), label, times))
+    return times
+
+
+def timed(method: Any, label: str, times: dict[str, list[tuple[int, float]]]) -> Any:
+    """``method``, with its calls in ``times``."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        requests = next(arg for arg in args if isinstance(arg, list))
+        if label.endswith("Backend.fill_masks"):
+            forced = sum(bool(request.state.forced) for request in requests)
+            times.setdefault("rows with a forced token", []).append((forced, 0.0))
+        start = time.perf_counter()
+        result = method(*args)
+        times.setdefault(label, []).append((len(requests), time.perf_counter() - start))
+        return result
+
+    return call
+
+
+def print_mask_times(times: dict[str, list[tuple[int, float]]], llm: LLM) -> None:
+    """Each call that a step's masks consist of: ``consume_token_par`` in part behind the step, ``submit`` the rest."""
+    print(f"{llm.engine_core._structured_outputs._compiler.get_backend()._num_threads} threads, {os.cpu_count()} CPUs")
+    for label, calls in times.items():
+        answers, seconds = np.array(calls).T
+        p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
+        print(
+            f"{label:40} {len(calls):6} calls, {answers.mean():6.1f} answers each, p50 {p50:6.3f} ms, p99 {p99:6.3f} ms"
+        )
 
 
 def find_p99_of_steps(steps: list[StepStats]) -> float:

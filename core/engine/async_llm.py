@@ -139,10 +139,6 @@ class AsyncLLM:
         for module in self.config.extra["lora_modules"]:
             await self.adapters.load_adapter(module.name, module.path)
 
-    def start_compile_process(self) -> None:
-        """Start the process that compiles schemas and grammars, and not with the first of them. Waits for nothing."""
-        self._constraint_checker.start()
-
     async def generate(
         self,
         prompt: AnyPrompt,
@@ -188,7 +184,7 @@ class AsyncLLM:
                 )
             else:
                 requests = self._input_processor.process_inputs(request_id, prompt, sampling_params, **options)
-            await self._constraint_checker.check_constraint(requests[0].params.structured_outputs)
+            await self.constraint_checker.check_constraint(requests[0].params.structured_outputs)
             self._output_processor.add_request(
                 request_id, prompt if isinstance(prompt, str) else None, requests, stream, shown_token_ids
             )
@@ -292,7 +288,7 @@ class AsyncLLM:
             is_serving = self._unavailable_reason is None
             self._fail_all_requests("the engine was shut down")
             await client.shutdown(timeout if is_serving else 0)
-        self._constraint_checker.close()
+        self.constraint_checker.close()
         await asyncio.to_thread(self._exporters.close)
         if self._plugin_watchdog is not None:
             self._plugin_watchdog.stop()
@@ -306,11 +302,11 @@ class AsyncLLM:
         """Build what this process needs of the model: everything but its weights."""
         self.tokenizer = Tokenizer(self.config.model.tokenizer_path, self.config.extra.get("chat_template"))
         self._input_processor = InputProcessor.from_config(self.config, self.tokenizer)
-        self._constraint_checker = ConstraintChecker(self.config)
+        self.constraint_checker = ConstraintChecker(self.config)
         self._exporters = ExporterGroup.from_config(self.config)
         self.add_quarantined = self._exporters.add_quarantined
         """To be told that a plugin of this process was quarantined."""
-        self._stats = EngineStats(self._restarter, self._constraint_checker, self._exporters)
+        self._stats = EngineStats(self._restarter, self.constraint_checker, self._exporters)
         self._output_processor = OutputProcessor(self.tokenizer, self._exporters)
         self.answer_parsers = AnswerParsers.from_config(self.config, self.tokenizer, self.add_quarantined)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import time
 from collections import OrderedDict
@@ -40,7 +41,8 @@ class ConstraintChecker:
     def start(self) -> None:
         """Begin to load the backend, so that the first constraint does not wait for it. Waits for nothing."""
         if self._has_backend:
-            self._template.start()
+            with contextlib.suppress(OSError):  # the first constraint tries again
+                self._template.start()
 
     async def check_constraint(self, params: StructuredOutputsParams | None) -> None:
         """Raises ``InvalidRequestError`` if there is a constraint that cannot be compiled within the limits."""

@@ -50,7 +50,7 @@ class CompileTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: Connection | None = None
         self._is_closed = False
-        self._lock = threading.Lock()  # of starting and ending it, for ``close`` comes from another thread
+        self._lock = threading.RLock()  # of starting and ending it, for ``close`` comes from another thread
         self._calls = threading.Lock()
 
     def start(self) -> None:
@@ -66,7 +66,11 @@ class CompileTemplate:
                 command, env=child_environment(), stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()]
             )
             child_end.close()
-            self._control.send_bytes(msgspec.msgpack.encode(self._config))
+            try:
+                self._control.send_bytes(msgspec.msgpack.encode(self._config))
+            except OSError:
+                self._kill()
+                raise
 
     def fork(self) -> _Process:
         """Another process, once the backend is loaded. Raises ``OSError`` and ``EOFError`` if there can be none."""

@@ -138,8 +138,14 @@ class StructuredOutputManager:
         owners: list[int] = []  # index into the step's requests
         failed: list[Request] = []
         num_rows = 0
-        for index in step.sampling_mask.nonzero()[0].tolist():
-            request: Request = requests[index]
+        sampling = step.sampling_mask.nonzero()[0]
+        numbers_of_drafts = [0] * len(sampling)
+        if step.num_draft_tokens is not None:
+            numbers_of_drafts = step.num_draft_tokens[sampling].tolist()
+        request: Request
+        for index, num_drafts, request in zip(
+            sampling.tolist(), numbers_of_drafts, requests[sampling].tolist(), strict=True
+        ):
             grammar = request.grammar
             if grammar is None or request.status is not RequestStatus.RUNNING:
                 continue
@@ -147,7 +153,7 @@ class StructuredOutputManager:
                 failed.append(request)
                 continue
             drafts: Sequence[int] = ()
-            if step.num_draft_tokens is not None and (num_drafts := int(step.num_draft_tokens[index])):
+            if num_drafts:
                 drafts = self._find_drafts(request, host_drafts.get(request.row))[:num_drafts]
             mask_requests.append(MaskRequest(grammar.state, num_rows, drafts))
             owners.append(index)

@@ -8,6 +8,7 @@ https://github.com/guidance-ai/llguidance
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, first_line
 from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
 from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds
-from quire.plugins.structured_output.string_masks import StringMasks, StringTokens
+from quire.plugins.structured_output.string_masks import StringTokens
 from quire.plugins.structured_output.structural_tag import TagGrammar, check_structural_tag
 from quire.sdk import (
     CompiledGrammar,
@@ -38,6 +40,8 @@ _WHITESPACE = r"\x20?|\x0D?\x0A[\x20\x09]{0,40}"
 
 _MAX_ITEMS_IN_ROW = 5000
 """Of the parser: enough for an object with a thousand properties, each of which may come next."""
+_MAX_THREADS = 8
+"""Most masks are known, and few threads are sooner awake than many."""
 _PROBED_TOKENS = 8
 """Tokens of an answer that are tried when a grammar is compiled."""
 
@@ -50,7 +54,7 @@ class GuidanceBackend(StructuredOutputBackend):
         """Options of the backend."""
 
         threads: int = 0
-        """Threads that compute masks; 0: four fifths of the processors, at most 32."""
+        """Threads that compute masks; 0: four fifths of the processors, at most 8."""
         max_lexer_states: int = 50_000
         """States that the lexer of one grammar may build, of 1 to 2 kB each."""
 
@@ -72,8 +76,8 @@ class GuidanceBackend(StructuredOutputBackend):
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
         )
-        self._num_threads = options.threads or None
-        self._executor: llguidance.LLExecutor | None = None
+        self._num_threads = options.threads or min(max(4 * (os.cpu_count() or 1) // 5, 1), _MAX_THREADS)
+        self._follower: Follower | None = None
 
     @classmethod
     def validate_params(cls, params: StructuredOutputsParams) -> None:
@@ -85,7 +89,7 @@ class GuidanceBackend(StructuredOutputBackend):
 
     def prepare_masks(self) -> None:
         """Start the threads, and look at every token."""
-        self._executor = llguidance.LLExecutor(self._num_threads)
+        self._follower = Follower(llguidance.LLExecutor(self._num_threads))
         self._string_tokens = StringTokens(self._tokenizer, self.tokenizer.vocab_size)
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
@@ -95,54 +99,67 @@ class GuidanceBackend(StructuredOutputBackend):
         except InvalidRequestError:
             raise
         except Exception as error:
-            raise InvalidRequestError(f"{params.kind}: {_first_line(str(error))}", "structured_outputs") from None
+            raise InvalidRequestError(f"{params.kind}: {first_line(str(error))}", "structured_outputs") from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         for each in (matcher, matcher.deep_copy()):
             if not each.is_error():
                 _walk(each, 0 if each is matcher else _PROBED_TOKENS)
             if each.is_error():
                 raise InvalidRequestError(_explain_refusal(params, each.get_error()), "structured_outputs")
-        bounds = None if self._string_tokens is None else _find_string_bounds(params)
-        return _Grammar(matcher, self._string_tokens, bounds, frozenset(self.tokenizer.eos_token_ids), len(grammar))
+        tokens, eos_token_ids = self._string_tokens, frozenset(self.tokenizer.eos_token_ids)
+        bounds = None if tokens is None else _find_string_bounds(params)
+        return _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
-        """All rows that are not known in one call, or two, which let other threads run."""
-        assert self._executor is not None, "prepare_masks comes first"
-        states = [request.state for request in requests]
-        self._consume_pending(states, self._executor)
-        plain, drafting, learning = [], [], []
-        for request, state in zip(requests, states, strict=True):
-            assert isinstance(state, _State)
-            request.is_started = True
+        """What is known is written, and the rest computed in one call, or two, which let other threads run."""
+        follower = self._follower
+        assert follower is not None, "prepare_masks comes first"
+        follower.wait()
+        plain: list[tuple[GuidanceState, int]] = []
+        drafting: list[tuple[GuidanceState, int, list[int]]] = []
+        behind: list[GuidanceState] = []
+        forced_rows, forced_tokens = [], []
+        shared: dict[int, tuple[NDArray[np.int32], list[int]]] = {}  # by the mask's identity: its rows
+        for request in requests:
+            state: Any = request.state
             row = request.first_row
+            request.is_started = True
             if request.draft_token_ids:
-                drafting.append((state.matcher, row, list(request.draft_token_ids)))
-            elif state.strings is None:
-                plain.append((state.matcher, row))
-            elif not state.strings.write_mask(block[row]):
-                plain.append((state.matcher, row))
-                learning.append((state.strings, row))
+                drafting.append((state, row, list(request.draft_token_ids)))
+                continue
+            if state.forced:
+                forced_rows.append(row)
+                forced_tokens.append(state.forced[0])
+            elif (strings := state.strings) is None:
+                plain.append((state, row))
+                continue
+            elif (mask := strings.find_shared_mask()) is not None:
+                shared.setdefault(id(mask), (mask, []))[1].append(row)
+            elif not strings.write_mask(block[row]):
+                plain.append((state, row))
+                continue
+            if state.pending:
+                behind.append(state)
+            request.is_filled = not state.has_failed
+        for mask, rows in shared.values():
+            block[rows] = mask
+        if forced_rows:
+            tokens = np.array(forced_tokens, np.uint32)
+            block[forced_rows] = 0
+            block.view(np.uint32)[forced_rows, tokens // 32] = np.uint32(1) << tokens % 32
+        follower.catch_up([state for state, _ in plain] + [state for state, _, _ in drafting])
         memory = (block.ctypes.data, block.shape[1] * 4, block.shape[0])
         if plain:
-            self._executor.unsafe_compute_mask_ptr(plain, *memory)
+            follower.executor.unsafe_compute_mask_ptr([(state.matcher, row) for state, row in plain], *memory)
         if drafting:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafting, *memory)
-        for strings, row in learning:
-            strings.learn_mask(block[row])
+            follower.executor.unsafe_compute_mask_ptr_with_draft_token(
+                [(state.matcher, row, drafts) for state, row, drafts in drafting], *memory
+            )
+        forced = [state for state, row in plain if state.learn_mask(block[row])]
         for request in requests:
-            assert isinstance(request.state, _State)
-            request.is_filled = not request.state.matcher.is_error()
-
-    def _consume_pending(self, states: Sequence[GrammarState], executor: llguidance.LLExecutor) -> None:
-        tokens = []
-        for state in states:
-            assert isinstance(state, _State)
-            if len(state.pending) == 1:
-                tokens.append((state.matcher, state.pending.pop()))
-            else:
-                state.consume_pending()
-        if tokens:
-            executor.consume_token_par(tokens)
+            if not request.is_filled:
+                request.is_filled = not request.state.matcher.is_error()  # type: ignore[attr-defined]
+        follower.submit(behind, forced)
 
     def _write_grammar(self, params: StructuredOutputsParams) -> str:
         """A grammar in the form that llguidance takes."""
@@ -172,100 +189,30 @@ class _Grammar(CompiledGrammar):
     def __init__(
         self,
         matcher: llguidance.LLMatcher,
+        follower: Follower | None,
         string_tokens: StringTokens | None,
         string_bounds: StringBounds | None,
         eos_token_ids: frozenset[int],
         num_chars: int,
     ) -> None:
         self._matcher = matcher
-        self._string_tokens = string_tokens
-        self._string_bounds = string_bounds
-        self._eos_token_ids = eos_token_ids
+        self._known = (follower, string_tokens, string_bounds, eos_token_ids)
         self.num_bytes = (1 << 18) + 64 * num_chars
 
     def start(self) -> GrammarState:
-        matcher, bounds = self._matcher.deep_copy(), self._string_bounds
-        tokens, strings = self._string_tokens, None
-        if tokens is not None and bounds is not None:
-            strings = StringMasks(matcher, tokens, bounds)
-        return _State(matcher, strings, self._eos_token_ids)
-
-
-class _State(GrammarState):
-    def __init__(
-        self, matcher: llguidance.LLMatcher, strings: StringMasks | None, eos_token_ids: frozenset[int]
-    ) -> None:
-        self.matcher = matcher
-        self.strings = strings
-        self.pending: list[int] = []
-        """Tokens that the matcher is still to consume, and will: consuming those of all answers at once is quicker."""
-        self._eos_token_ids = eos_token_ids
-        self._has_ended = False  # an EOS token came, which the matcher is not told: it stops at the last token before
-
-    def consume_pending(self) -> None:
-        """Let the matcher catch up. If it does not take its tokens, it has failed."""
-        if self.pending:
-            self.matcher.consume_tokens(self.pending)
-            self.pending = []
-
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        if self._has_ended:
-            mask.fill(0)
-            return
-        self.consume_pending()
-        if self.strings is not None and self.strings.write_mask(mask):
-            return
-        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._raise_error()
-        if self.strings is not None:
-            self.strings.learn_mask(mask)
-
-    def advance(self, token_ids: Sequence[int]) -> int:
-        if self._has_ended:
-            return 0
-        if self.strings is not None and len(token_ids) == 1 and self.strings.allows(token_ids[0]):
-            self.strings.advance(token_ids[0])
-            self.pending.append(token_ids[0])
-            return 1
-        self.consume_pending()
-        count = next((i for i, token in enumerate(token_ids) if token in self._eos_token_ids), len(token_ids))
-        num_taken = self.matcher.try_consume_tokens(list(token_ids[:count])) if count else 0
-        self._raise_error()
-        if self.strings is not None:
-            for token in token_ids[:num_taken]:
-                self.strings.advance(token)
-        if num_taken == count < len(token_ids) and self.matcher.is_accepting():
-            self._has_ended = True
-            num_taken += 1
-        return num_taken
-
-    def rollback(self, num_tokens: int) -> None:
-        if self._has_ended and num_tokens:
-            self._has_ended = False
-            num_tokens -= 1
-        self.consume_pending()
-        if num_tokens:
-            self.matcher.rollback(num_tokens)
-            if self.strings is not None:
-                self.strings.reset()
-
-    def forced_tokens(self, max_tokens: int) -> Sequence[int]:
-        if self._has_ended or (self.strings is not None and self.strings.is_free):
-            return ()
-        self.consume_pending()
-        return self.matcher.compute_ff_tokens()[:max_tokens]
-
-    def _raise_error(self) -> None:
-        if self.matcher.is_error():
-            raise RuntimeError(_first_line(self.matcher.get_error()))
+        return GuidanceState(self._matcher.deep_copy(), *self._known)
 
 
 def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
     if params.whitespace_pattern is not None:  # blanks could look like the inside of a string
         return None
-    if params.kind == "json_object":
-        return find_string_bounds({"type": "object"})
-    return find_string_bounds(prepare_schema(params.load_json())) if params.kind == "json" else None
+    if params.kind not in ("json", "json_object"):
+        return None
+    bounds = find_string_bounds(
+        {"type": "object"} if params.kind == "json_object" else prepare_schema(params.load_json())
+    )
+    # Free text before an answer may look like the properties of the schema.
+    return bounds._replace(by_name={}) if bounds is not None and params.reasoning_end is not None else bounds
 
 
 def _walk(matcher: llguidance.LLMatcher, num_tokens: int) -> None:
@@ -289,15 +236,10 @@ def _json_options(params: StructuredOutputsParams) -> dict[str, Any]:
 
 
 def _explain_refusal(params: StructuredOutputsParams, error: str) -> str:
-    line = _first_line(error)
+    line = first_line(error)
     if "NoExtension" in line:
         line = "no answer can match it"
     if params.kind in ("json", "structural_tag"):
         keyword = name_refused_keyword(line)
         return f"{params.kind}: {keyword + ': ' if keyword else ''}{line}"
     return f"{params.kind}: {line}"
-
-
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.replace("<non-verbose/>", "").splitlines() if line.strip()]
-    return " ".join(lines)[:300] if lines else "it cannot be compiled"

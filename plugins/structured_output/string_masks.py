@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import llguidance
 import numpy as np
@@ -102,8 +102,11 @@ class StringTokens:
 class StringMasks:
     """Where one answer is in a string, and the masks that follow from it."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, tokens: StringTokens, bounds: StringBounds) -> None:
-        self._matcher = matcher
+    def __init__(
+        self, get_matcher: Callable[[], llguidance.LLMatcher], tokens: StringTokens, bounds: StringBounds
+    ) -> None:
+        """``get_matcher`` returns the library's state of the answer, which it need not keep up with it."""
+        self._get_matcher = get_matcher
         self._tokens = tokens
         self._bounds = bounds
         self._base: NDArray[np.int32] | None = None  # the mask where there was more room
@@ -119,10 +122,16 @@ class StringMasks:
         """Whether the next character of the answer is one of many, for sure."""
         return self._base is not None and self._room > 0
 
-    def allows(self, token: int) -> bool:
-        """Whether the token may come next, for sure, and leaves the answer in the string."""
+    def accept(self, token: int) -> bool:
+        """Advance if the token may come next, for sure, and leaves the answer in the string. Whether it did."""
         base, count = self._base, self._tokens.num_chars[token]
-        return base is not None and 0 < count <= self._room and _is_set(base, token)
+        if base is None or not 0 < count <= self._room or not int(base[token >> 5]) >> (token & 31) & 1:
+            return False
+        self._run += count
+        self._room -= count
+        if self._missing is not None:
+            self._missing = max(self._missing - count, 0)
+        return True
 
     def advance(self, token: int) -> None:
         """The answer goes on with this token."""
@@ -144,6 +153,13 @@ class StringMasks:
         self._base = None
         self._tail = b""
         self._run = 0
+
+    def find_shared_mask(self) -> NDArray[np.int32] | None:
+        """The mask for the next token where it is that of many: there is room for every token, and none may close the
+        string, or as many may as before. None: ``write_mask`` has to be asked."""
+        if self._room < self._tokens.max_needed:
+            return None
+        return self._base if self._missing is None or self._missing > self._tokens.max_closing_chars else None
 
     def write_mask(self, mask: NDArray[np.int32]) -> bool:
         """Write the mask for the next token. False if it is not known."""
@@ -168,7 +184,7 @@ class StringMasks:
         np.bitwise_and(self._base, fitting, out=mask)
         words = mask.view(np.uint32)
         for token in candidates:
-            if self._matcher.validate_tokens([token]):
+            if self._get_matcher().validate_tokens([token]):
                 words[token // 32] |= np.uint32(1 << token % 32)
         return True
 
@@ -219,7 +235,7 @@ class StringMasks:
         written = _count_chars(match[2])
         if lengths is None or written is None or written[1:] != ("", False) or b"\\u" in match[2]:
             return False
-        if self._matcher.validate_tokens([self._tokens.probe] * MIN_PROBE) < MIN_PROBE:
+        if self._get_matcher().validate_tokens([self._tokens.probe] * MIN_PROBE) < MIN_PROBE:
             return False  # it is no string, or it ends soon
         least, most = lengths
         self._room, self._is_room_exact = _UNLIMITED if most is None else most - written[0], True
@@ -228,7 +244,7 @@ class StringMasks:
 
     def _probe_room(self) -> None:
         limit = self._tokens.max_needed + _PROBE_AHEAD if self._bounds.has_max else MIN_PROBE
-        self._room = self._matcher.validate_tokens([self._tokens.probe] * limit)
+        self._room = self._get_matcher().validate_tokens([self._tokens.probe] * limit)
         self._is_room_exact = self._room < limit
         if not self._bounds.has_max and not self._is_room_exact:
             self._room, self._is_room_exact = _UNLIMITED, True
@@ -248,7 +264,7 @@ class StringMasks:
 
     def _may_close_after(self, num_chars: int) -> bool:
         tokens = [self._tokens.probe] * num_chars + [self._tokens.quote]
-        return bool(self._matcher.validate_tokens(tokens) == len(tokens))
+        return bool(self._get_matcher().validate_tokens(tokens) == len(tokens))
 
 
 def _count_chars(data: bytes) -> tuple[int, str, bool] | None:

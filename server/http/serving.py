@@ -106,7 +106,7 @@ async def _run(
         stop = asyncio.ensure_future(signalled.get())
         if not any(task.done() for task in running):
             _print_ready(state, sockets)
-            state.engine.start_compile_process()
+            state.engine.constraint_checker.start()
         while not stop.done() and not state.engine.is_dead and not any(task.done() for task in running):
             await asyncio.wait({stop, *running}, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not state.engine.is_dead:
