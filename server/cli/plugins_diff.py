@@ -12,7 +12,9 @@ from typing import Any
 
 from quire.core.errors import PluginError
 from quire.core.plugin.contract_record import ContractRecord, record_contracts
+from quire.core.plugin.discovery import find_module_file
 from quire.core.plugin.package_uses import PackageUses, compare_records
+from quire.core.plugin.registry import GROUP
 from quire.core.version import __version__
 
 __all__ = ["add_diff_flags", "format_diff", "make_diff_report", "write_record"]
@@ -32,7 +34,10 @@ def add_diff_flags(diff: argparse.ArgumentParser, record: argparse.ArgumentParse
 
 def write_record(file: Path) -> str:
     """Write the contracts of this version; what was done, in words."""
-    file.write_text(json.dumps(record_contracts(), indent=1, sort_keys=True) + "\n", "utf-8")
+    try:
+        file.write_text(json.dumps(record_contracts(), indent=1, sort_keys=True) + "\n", "utf-8")
+    except OSError as error:
+        raise PluginError(f"{file} cannot be written: {error.strerror}") from None
     return f"wrote the contracts of quire {__version__} to {file}"
 
 
@@ -98,6 +103,22 @@ def _find_files(package: str) -> tuple[Sequence[Path], Path]:
     except importlib.metadata.PackageNotFoundError:
         raise PluginError(f"{package!r} is neither an installed distribution nor a folder or file") from None
     files = [Path(str(each.locate())) for each in dist.files or () if each.suffix == ".py"]
+    files = [file for file in files if not file.name.startswith("__editable__")]
+    if files:
+        return files, Path(str(dist.locate_file("")))
+    return _find_editable_files(dist, package)
+
+
+def _find_editable_files(dist: importlib.metadata.Distribution, package: str) -> tuple[Sequence[Path], Path]:
+    """Of a distribution that leads to a folder elsewhere: the modules that its entry points name."""
+    modules = {entry.value.partition(":")[0].partition(".")[0] for entry in dist.entry_points if entry.group == GROUP}
+    files: list[Path] = []
+    root = Path.cwd()
+    for module in sorted(modules):
+        if (found := find_module_file(module)) is not None:
+            file = Path(found)
+            root = file.parent.parent if file.name == "__init__.py" else file.parent
+            files += sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
     if not files:
-        raise PluginError(f"{package} lists no Python files (an editable install?); name its folder")
-    return files, Path(str(dist.locate_file("")))
+        raise PluginError(f"{package} lists no Python files; name its folder")
+    return files, root

@@ -129,13 +129,29 @@ def test_a_record_can_be_written_and_compared(tmp_path: Path, capsys: pytest.Cap
     assert "0 breaking, 0 behavioural" in capsys.readouterr().out
 
 
+def test_an_editable_install_is_read_where_it_is(install: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    install("quire-mine", "quire_mine", install.policy.format(name="mine"))
+    (record,) = install.site.glob("quire_mine-*.dist-info")
+    (install.site / "__editable___quire_mine_finder.py").write_text("")
+    (record / "RECORD").write_text("__editable___quire_mine_finder.py,,\n")
+    assert main(["plugins", "diff", "installed", "installed", "quire-mine"]) == 0
+    assert "0 breaking, 0 behavioural, 3 names unchanged" in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "record", str(tmp_path / "none" / "record.json")]) == 2
+    assert "record.json cannot be written: No such file or directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["9.9", "installed", "pytest"], "there is no record of '9.9'; known are"),
         (["installed", "installed", "no-such-package"], "'no-such-package' is neither an installed distribution nor"),
+        (["installed", "installed", "quire-empty"], "quire-empty lists no Python files; name its folder"),
     ],
 )
-def test_what_there_is_not(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_there_is_not(words: list[str], said: str, install: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    install("quire-empty", "quire_empty", "", value="quire_empty_elsewhere")
     assert main(["plugins", "diff", *words]) == 2
     assert said in capsys.readouterr().err
