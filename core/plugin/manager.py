@@ -130,7 +130,8 @@ class PluginManager:
                 else Resolution(kind, name, name, None, _BY_CLASS, file=file)
             )
         else:
-            resolution = self._make_resolution(self._find_registration(kind, name), "named")
+            why = "named" if KINDS[kind].flag else "named by config.json"
+            resolution = self._make_resolution(self._find_registration(kind, name), why)
         if announce:
             self._log_once(resolution)
         return resolution
@@ -256,6 +257,8 @@ class PluginManager:
         if KINDS[kind].flag is None:  # no user wrote the name: the checkpoint has it, and one spelt alike is no remedy
             names = ", ".join(sorted(known))
             return PluginError(f"{title} {name!r} is not supported; supported: {names}; --plugin adds one{hint}")
+        if name.endswith(".py"):
+            return PluginError(f"{title} {name!r} names no class; write {name}:Class")
         aliases = [alias for r in self.registry.list_kind(kind) for alias in r.aliases]
         return PluginError(f"{title} {name!r} is not known; {suggest_names(name, known, aliases)}{hint}")
 
@@ -276,8 +279,8 @@ class PluginManager:
             choice = Choice(choice)
         registration = self._find_registration(kind, choice.name)
         by = "" if dist == PROJECT else f" by {dist}"
-        reasons = {n: choice.rejected.get(n, "not the default") for n in self.list_names(kind)}
-        rejected = tuple((n, why) for n, why in reasons.items() if n != registration.name)
+        reasons = [(n, choice.rejected[n]) for n in self.list_names(kind) if n in choice.rejected]
+        rejected = tuple((n, why) for n, why in reasons if n != registration.name)
         return self._make_resolution(registration, f"auto{by}" + (f": {choice.why}" if choice.why else ""), rejected)
 
     def _first_answer(self, hook: str, **arguments: Any) -> tuple[Any, str]:
