@@ -8,7 +8,7 @@ import re
 import pytest
 
 import quire
-from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_VARIABLES
+from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_FLAGS, VLLM_VARIABLES
 from quire.core.stats import ENGINE_STATS
 from quire.server.cli.main import COMMANDS
 
@@ -22,6 +22,16 @@ def test_every_flag_and_variable_has_its_row(page):
     rows = [f"| `{name}` | {fate} |" for name, fate in ABSENT_FLAGS.items()]
     rows += [f"| `{name}` | {fate} |" for name, (_, fate) in VLLM_VARIABLES.items()]
     assert not [row for row in rows if row not in page]
+
+
+def test_every_flag_that_is_accepted_has_its_row(root):
+    rows = []
+    for flag in VLLM_FLAGS:
+        accepted = f" (`{flag.accepted_values[0]}`: accepted)" if flag.accepted_values else ""
+        fate = f"refused: {flag.message}{accepted}" if flag.refused else flag.message
+        rows.append(f"| `{flag.name}{' VALUE' if flag.takes_value else ''}` | {fate} |")
+    section = (root / "docs" / "cli.md").read_text().partition("### vLLM's flags")[2].partition("###")[0]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == rows
 
 
 def test_commands_are_there(page):
