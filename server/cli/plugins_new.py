@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from quire.core.errors import PluginError
+from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.registry import API_MAJOR, GROUP, KINDS, Kind, suggest_names
 
 __all__ = ["NEW_KINDS", "NewPackage"]
@@ -54,7 +55,10 @@ class NewPackage:
         key = _ROUTE if kind == _ROUTE else _find_kind(kind)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([_-][A-Za-z0-9]+)*", name) or name.lower() == "auto":
             raise PluginError(f"{name!r} cannot be a name; begin with a letter, and use letters, digits, '-' and '_'")
-        return cls(key, name)
+        package = cls(key, name)
+        if key != _ROUTE and PluginManager().registry.find_by_name(key, package.registered_name):
+            raise PluginError(f"{name!r} is a {KINDS[key].title} of Quire; choose another name")
+        return package
 
     @property
     def dist(self) -> str:
@@ -125,7 +129,7 @@ class NewPackage:
 
     def format_next_steps(self, folder: Path) -> str:
         """What to type next."""
-        lines = [f"wrote {folder}", f"pip install -e {folder}", f"python -m pytest {folder}"]
+        lines = [f"wrote {folder}", f"pip install -e {folder} pytest", f"python -m pytest {folder}"]
         if self.kind == _ROUTE:
             return "\n".join([*lines, f"quire serve --plugin {self.dist}"])
         flag = KINDS[self.kind].flag

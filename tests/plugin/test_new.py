@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.plugin.conftest import install_packages, make_environment
 
+from quire.core.errors import PluginError
 from quire.core.plugin.registry import KINDS
 from quire.core.testing.tiny_models import make_example_model, make_tiny_model, save_example_model
 from quire.server.cli.main import main
@@ -39,6 +40,11 @@ def site(folder, tmp_path_factory):
 
 def test_every_kind_has_a_template():
     assert {*NEW_KINDS} == {*KINDS, "route"}
+
+
+def test_a_bundled_name_is_refused():
+    with pytest.raises(PluginError, match="'fcfs' is a scheduling policy of Quire; choose another name"):
+        NewPackage.from_words("policy", "fcfs")
 
 
 @pytest.mark.parametrize("kind", NEW_KINDS)
