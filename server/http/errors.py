@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
@@ -55,6 +56,7 @@ _HINTS = {
 }
 RETRY_AFTER_S = 1
 _MAX_NAMES = 32
+_MAX_SHOWN_PATH = 100
 
 
 class ApiError(Exception):
@@ -139,6 +141,10 @@ def add_error_handlers(app: FastAPI) -> None:
         response = make_error_response(error)
         if response.status_code == 405 and (methods := _find_methods(app, request.url.path)):
             response.headers["Allow"] = ", ".join(methods)  # the framework names those of one of several routes
+        if response.status_code == 404 and isinstance(error, HTTPException):
+            near = _find_near(app, request.url.path)
+            body = encode_error(404, f"there is nothing at this path; did you mean {near}? /docs lists the routes")
+            return Response(body, 404, media_type="application/json") if near else response
         return response
 
     handler: Callable[[Request, Exception], Awaitable[Response]] = handle
@@ -152,6 +158,14 @@ def _find_methods(app: FastAPI, path: str) -> list[str]:
     """The methods that a path takes, by the OpenAPI document."""
     described = app.openapi()["paths"].items()
     return [method.upper() for known, methods in described if compile_path(known)[0].match(path) for method in methods]
+
+
+def _find_near(app: FastAPI, path: str) -> str | None:
+    """The route that a wrong path may mean: with ``/v1`` before it, without the second ``/v1``, or spelt alike."""
+    routes = [known for known in app.openapi()["paths"] if "{" not in known]
+    path = path[:_MAX_SHOWN_PATH].rstrip("/")
+    guesses = [guess for guess in (f"/v1{path}", path.removeprefix("/v1")) if guess in routes]
+    return next(iter(guesses or difflib.get_close_matches(path, routes, n=1, cutoff=0.8)), None)
 
 
 def _to_api_error(error: Exception) -> ApiError | None:

@@ -248,6 +248,9 @@ def test_unknown_model(http: httpx.Client) -> None:
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:
     check_error(http.get("/v1/nothing"), 404)
+    near = {"/chat/completions": "/v1/chat/completions", "/v1/health": "/health", "/v1/chat/completion": CHAT}
+    for path, meant in near.items():
+        assert f"did you mean {meant}?" in check_error(http.post(path, json={}), 404)
     check_error(http.get(CHAT), 405)
     check_error(http.delete("/health"), 405)
 
