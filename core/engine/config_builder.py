@@ -22,7 +22,7 @@ from quire.core.config import (
     SchedulerConfig,
     WatchdogConfig,
 )
-from quire.core.engine.adapter_registry import parse_lora_modules
+from quire.core.engine.adapter_registry import AdapterModule, parse_lora_modules
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
 from quire.core.engine.plugin_names import (
@@ -129,7 +129,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
         extra={
             "chat_template": args.chat_template,
             "auto_tool_choice": args.enable_auto_tool_choice,
-            "lora_modules": parse_lora_modules(args.lora_modules),
+            "lora_modules": _read_lora_modules(args),
             "download_dir": args.download_dir,
         },
     )
@@ -258,6 +258,16 @@ def _build_cache_config(args: EngineArgs) -> CacheConfig:
         dtype=KV_CACHE_DTYPES[args.kv_cache_dtype],
         prefix_caching=args.enable_prefix_caching,
     )
+
+
+def _read_lora_modules(args: EngineArgs) -> tuple[AdapterModule, ...]:
+    """A path that is no folder is refused before the model is loaded."""
+    from quire.core.loading.hub import check_adapter_path
+
+    modules = parse_lora_modules(args.lora_modules)
+    for module in modules:
+        check_adapter_path(module.path)
+    return modules
 
 
 def _build_adapter_config(args: EngineArgs) -> AdapterConfig | None:

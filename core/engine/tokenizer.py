@@ -25,6 +25,7 @@ from quire.core.engine.chat import (
 )
 from quire.core.engine.token_view import TokenTable, TokenView
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
+from quire.core.loading.chat_template import make_missing_template_error
 from quire.core.loading.hf_config import read_tokenizer_hint
 from quire.core.loading.hub import BUNDLED_MODELS, resolve_model
 
@@ -349,7 +350,7 @@ def _read_template(source: str) -> str:
     path = Path(source)
     if "{" not in source:
         if not path.is_file():
-            raise ConfigError(f"--chat-template {source}: no such file; give a Jinja file or the template itself")
+            raise make_missing_template_error(source)
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

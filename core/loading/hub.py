@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quire.core.errors import CheckpointError
 
-__all__ = ["BUNDLED_ADAPTERS", "BUNDLED_MODELS", "resolve_adapter", "resolve_model"]
+__all__ = ["BUNDLED_ADAPTERS", "BUNDLED_MODELS", "check_adapter_path", "resolve_adapter", "resolve_model"]
 
 BUNDLED_MODELS = ("quire-tiny", "quire-tiny-draft")
 """Models that come with the package, in ``core/assets``."""
@@ -46,16 +46,22 @@ def resolve_model(
     return _download_model(name, revision, download_dir, draft_head)
 
 
+def check_adapter_path(name: str) -> None:
+    """Raises ``CheckpointError`` for the path of an adapter that is no folder; asks no hub for what may be a name."""
+    path = Path(name).expanduser()
+    if name not in BUNDLED_ADAPTERS and not path.is_dir() and (path.exists() or _looks_like_path(name)):
+        raise CheckpointError(f"adapter {name!r} is not a folder; give one that PEFT wrote, or a name on the hub")
+
+
 def resolve_adapter(name: str, *, download_dir: str | Path | None = None) -> Path:
     """The local folder of the LoRA adapter ``name``: a bundled one, a path, or a repository on the hub, of which only
     the configuration and safetensors are fetched. Raises ``CheckpointError``."""
+    check_adapter_path(name)
     if name in BUNDLED_ADAPTERS:
         return _ASSETS / name
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path.resolve()
-    if path.exists() or _looks_like_path(name):
-        raise CheckpointError(f"adapter {name!r} is not a folder; give one that PEFT wrote, or a name on the hub")
     return _fetch_snapshot("adapter", name, None, download_dir, _ADAPTER_PATTERNS)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.core.engine.args import EngineArgs
+from quire.core.engine.config_builder import build_config
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, QuireError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -32,6 +34,15 @@ def test_tags_that_only_transformers_knows_are_no_error(tiny: Path) -> None:
     [output] = llm.chat([{"role": "user", "content": "hello"}], GREEDY)
     assert llm.tokenizer.decode(output.prompt_token_ids) == "hello"
     llm.shutdown()
+
+
+def test_files_that_are_not_there_are_refused_before_the_model_is_loaded(tiny: Path) -> None:
+    for setting, says in (
+        ({"chat_template": "templat.jinja"}, "--chat-template templat.jinja: no such file"),
+        ({"lora_modules": ["mine=/no/such/folder"]}, "adapter '/no/such/folder' is not a folder"),
+    ):
+        with pytest.raises(QuireError, match=says):
+            build_config(EngineArgs(model=str(tiny), device="cpu", **setting))
 
 
 def test_a_file_that_is_no_text_is_refused(tiny: Path, tmp_path: Path) -> None:
