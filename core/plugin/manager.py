@@ -253,6 +253,9 @@ class PluginManager:
             *self.list_names(kind),
             *(r.qualified_name for r in self.registry.list_kind(kind) if dist and not r.is_bundled),
         ]
+        if dist and normalize_dist_name(dist) != PROJECT and not any(e.is_of_dist(dist) for e in self.entry_points):
+            remedy = suggest_names(dist, [entry.dist for entry in self.entry_points])
+            return PluginError(f"{title} {name!r} is not known: no package {dist!r} has Quire plugins; {remedy}")
         hint = "" if not refusals else f" ({len(refusals)} plugin(s) were refused: see quire plugins doctor)"
         if KINDS[kind].flag is None:  # no user wrote the name: the checkpoint has it, and one spelt alike is no remedy
             names = ", ".join(sorted(known))

@@ -249,10 +249,14 @@ def normalize_dist_name(dist: str) -> str:
 def suggest_names(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """The remedy for an unknown name: the closest of ``known`` and ``also`` (aliases), or else all of ``known``."""
     names = list(dict.fromkeys(known))
-    by_fold = {normalize_name(n): n for n in (*also, *names)}
+    by_fold: dict[str, list[str]] = {}
+    for each in (*also, *names):
+        # Of ``dist/name`` the second half alone is compared with a name that has no first one.
+        compared = each if "/" in name else each.rpartition("/")[2]
+        by_fold.setdefault(normalize_name(compared), []).append(each)
     close = difflib.get_close_matches(normalize_name(name), list(by_fold), n=3, cutoff=0.6)
     if close:
-        return "did you mean " + " or ".join(by_fold[c] for c in close) + "?"
+        return "did you mean " + " or ".join(each for fold in close for each in dict.fromkeys(by_fold[fold])) + "?"
     return "choose from " + ", ".join(names) if names else "there are none"
 
 

@@ -98,3 +98,6 @@ def test_did_you_mean_offers_the_closest_or_all():
     assert suggest_names("zzz", ["fcfs", "sjf"]) == "choose from fcfs, sjf"
     assert suggest_names("sdap", ["torch_sdpa"], ["sdpa"]) == "did you mean sdpa?"
     assert suggest_names("x", []) == "there are none"
+    clashing = ["fcfs", "one/mine", "two/mine"]
+    assert suggest_names("mne", clashing) == "did you mean one/mine or two/mine?"
+    assert suggest_names("twoo/mine", clashing) == "did you mean two/mine or one/mine?"
