@@ -148,7 +148,6 @@ ABSENT_FLAGS: Mapping[str, str] = MappingProxyType({
     "--config-format": "not needed: config.json is read",
     "--model-loader-extra-config": "not needed: weights are read from safetensors files",
     "--ignore-patterns": "not needed: only safetensors files are downloaded",
-    "--config": "not supported yet: give the flags on the command line",
     "--enable-sleep-mode": "not supported yet",
     "--prefix-caching-hash-algo": "not needed: there is one",
     "--disable-sliding-window": "not needed: the model's own windows are used",

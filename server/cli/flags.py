@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,13 @@ def parse_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+def parse_count(text: str) -> int:
+    """A whole number of tokens or requests, also as vLLM writes it: 8k is 8,000, 8K is 8,192."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM])", text):
+        return round(float(match[1]) * {"k": 1000, "K": 1024, "m": 10**6, "M": 1024**2}[match[2]])
+    return parse_int(text)
+
+
 def parse_float(text: str) -> float:
     """A number, or an error that quotes the text."""
     try:
@@ -183,7 +191,8 @@ def _add_flag(group: Any, setting: Setting) -> None:
     elif setting.value_type == "list":
         group.add_argument(*names, nargs="+", metavar=setting.metavar, **common)
     else:
-        parse = {"text": str, "int": parse_int, "float": parse_float}[setting.value_type]
+        parse_whole = parse_count if setting.group == "limits" else parse_int
+        parse = {"text": str, "int": parse_whole, "float": parse_float}[setting.value_type]
         shown = setting.metavar or setting.value_type.upper()
         allowed = {"choices": setting.choices} if setting.choices else {"metavar": shown}
         group.add_argument(*names, type=parse, **allowed, **common)

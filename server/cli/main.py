@@ -118,19 +118,30 @@ def call_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
 
 
 def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
-    from quire.core.engine.vllm_names import ABSENT_FLAGS
     from quire.server.cli.vllm_flags import find_boolean_flags, normalize_spelling
 
     command_parser = _find_command_parser(parser, words)
     normalized, flag_warnings = normalize_spelling(words, find_boolean_flags(command_parser))
-    args, unknown = parser.parse_known_args(normalized)
+    args = _parse_known(parser, command_parser, normalized)
+    if file := getattr(args, "config_file", None):
+        from quire.server.cli.config_file import fill_in, read_flags
+
+        fill_in(args, _parse_known(command_parser, command_parser, read_flags(file, command_parser)))
+    args.flag_warnings = flag_warnings
+    return args
+
+
+def _parse_known(parser: Parser, command_parser: Parser, words: list[str]) -> argparse.Namespace:
+    """The parsed words; a flag that is not known ends the command, with the closest that is."""
+    from quire.core.engine.vllm_names import ABSENT_FLAGS
+
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         if flag in ABSENT_FLAGS:
             command_parser.error(f"{flag}: {ABSENT_FLAGS[flag]}")
         close = difflib.get_close_matches(flag, command_parser.list_flags(), n=1)
         command_parser.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
-    args.flag_warnings = flag_warnings
     return args
 
 

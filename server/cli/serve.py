@@ -31,6 +31,9 @@ def add_parser(subparsers: Any) -> None:
         "serve", help="serve a model over HTTP", description=_ABOUT, usage="quire serve [MODEL] [options]"
     )
     add_model(parser)
+    parser.add_argument(
+        "--config", dest="config_file", metavar="FILE", help="YAML file of flags by their names; the command line wins"
+    )
     add_flags(parser, (*SERVER_FLAGS, *ENGINE_FLAGS))
     add_vllm_flags(parser)
     parser.set_defaults(run=run)

@@ -227,6 +227,31 @@ def test_the_command_line_is_quick() -> None:
     assert min(once() for _ in range(3)) < 0.4
 
 
+def test_a_file_of_flags_is_read_as_vllm_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    page = (DOCS / "cli.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    file.write_text(page + "api_key: [a, b]\nlora-modules: [{name: x, path: y}]\nenforce-eager: true\nswap-space: 4\n")
+    args = parsed("--config", str(file), "--port", "9001", "--max-model-len", "1K", "--max-num-batched-tokens", "2k")
+    settings, engine = make_server_settings(args), make_engine_args(args)
+    assert settings.port == 9001 and settings.api_key == ("a", "b"), "the command line wins"
+    assert list(engine.served_model_name) == ["assistant", "quire-tiny"] and engine.enforce_eager
+    assert not engine.enable_prefix_caching and engine.override_generation_config == '{"temperature": 0.5}'
+    assert list(engine.lora_modules) == ['{"name": "x", "path": "y"}']
+    assert (engine.max_model_len, engine.max_num_batched_tokens) == (1024, 2000)
+    assert "--swap-space 4: no longer needed" in args.flag_warnings[-1]
+    assert make_engine_args(parsed("./mine", "--config", str(file))).model == "./mine"
+    wrong = {"prot: 80": "did you mean --port?", "- 1": "by their names", "a: [": "not valid YAML", "port: x": "'x'"}
+    for text, says in wrong.items():
+        file.write_text(text)
+        with pytest.raises((SystemExit, AssertionError)):
+            parsed("--config", str(file))
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1, err
+    with pytest.raises(AssertionError):
+        parsed("--config", "nowhere.yaml")
+    assert "--config nowhere.yaml: No such file" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
