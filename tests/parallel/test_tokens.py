@@ -76,6 +76,9 @@ def test_tokens_are_those_of_one_rank(folders, expected, family: str, proposer: 
         assert stats["num_preemptions_total"] > 0 and stats["prefix_cache_hits_total"] > 0
         assert proposer in ("none", "suffix") or stats["spec_decode_num_draft_tokens_total"] > 0
         assert_same(llm, expected[family], params[:4])
+        for index in (0, 6, 15):  # alone: each step waits for the token of the one before
+            [output] = llm.generate([PROMPTS[index]], params[index])
+            assert output.outputs[0].token_ids == expected[family][index].outputs[0].token_ids
 
 
 @pytest.mark.parallel
