@@ -27,16 +27,17 @@ def run_warmup(
     query_lens: Sequence[int] = (),
     num_adapter_slots: int = 0,
     masked_vocab_size: int = 0,
+    decode_sizes: Sequence[int] = (),
 ) -> None:
     """Launch ``make_warmup_steps``, one after another; where there are slots for adapters, again with adapters. With
     ``masked_vocab_size``, that of the logits, also some whose tokens are masked as by grammars."""
-    for step in make_warmup_steps(config, max_model_len, query_lens):
+    for step in make_warmup_steps(config, max_model_len, query_lens, decode_sizes):
         execute_step(step, None)
     if masked_vocab_size:
         for step in _make_sampling_steps(config, max_model_len, query_lens):
             execute_step(step, make_open_masks(step, masked_vocab_size))
     if num_adapter_slots:
-        for step in make_warmup_steps(config, max_model_len, query_lens):
+        for step in make_warmup_steps(config, max_model_len, query_lens, decode_sizes):
             execute_step(_use_adapters(step, num_adapter_slots), None)
 
 
@@ -50,10 +51,11 @@ def make_largest_step(config: SchedulerConfig, max_model_len: int, num_adapter_s
 
 
 def make_warmup_steps(
-    config: SchedulerConfig, max_model_len: int, query_lens: Sequence[int] = ()
+    config: SchedulerConfig, max_model_len: int, query_lens: Sequence[int] = (), decode_sizes: Sequence[int] = ()
 ) -> Iterator[SchedulerOutput]:
     """Few and many tokens, prompts alone and beside decodes, greedy and random with and without filters; requests that
-    verify drafts with each of ``query_lens`` tokens; penalties and log-probabilities. Every step starts its rows anew.
+    verify drafts with each of ``query_lens`` tokens; penalties and log-probabilities. For engines without graphs also
+    ``decode_sizes`` decodes, short and as long as they may be. Every step starts its rows anew.
 
     Where kernels are only compiled, no token is sampled: what indexes with one must find it zero.
     """
@@ -67,6 +69,12 @@ def make_warmup_steps(
             if config.max_num_seqs > 2 and tokens + 2 <= config.max_num_batched_tokens:
                 yield _make_step(np.array([1, 1, tokens], dtype=np.int32), _RANDOM, num_decodes=2)
     yield from _make_verifying_steps(max_tokens, config.max_num_seqs, query_lens)
+    for size in decode_sizes:
+        if size <= config.max_num_batched_tokens:
+            for max_seq_len in (1, max_model_len):  # of which attention chooses its launch
+                step = _make_step(np.ones(size, dtype=np.int32), _RANDOM, num_decodes=size)
+                step.max_seq_len = max_seq_len
+                yield step
     for params in (_UNFILTERED, *_PENALIZED, _LOGPROBS):
         yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
     yield make_largest_step(config, max_model_len)  # and last, since it leaves every row a few tokens long

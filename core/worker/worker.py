@@ -30,7 +30,11 @@ from quire.core.sched.limits import compute_max_held_tokens
 from quire.core.worker.adapter_runner import AdapterRunner, CopyLimits
 from quire.core.worker.compilation import CompileCounter, precompile_kernels
 from quire.core.worker.component_loader import ComponentLoader
-from quire.core.worker.cuda_graphs.capture_sizes import choose_verify_query_lens, compute_max_captured_tokens
+from quire.core.worker.cuda_graphs.capture_sizes import (
+    choose_capture_sizes,
+    choose_verify_query_lens,
+    compute_max_captured_tokens,
+)
 from quire.core.worker.kv_cache import (
     KVCache,
     compute_kv_cache_bytes,
@@ -368,7 +372,12 @@ class Worker:
         def launch_all() -> None:
             max_model_len, num_slots = config.model.max_model_len, self._num_adapter_slots
             limits = config.scheduler
-            run_warmup(runner.execute_step, limits, max_model_len, query_lens, num_slots, self._masked_vocab_size)
+            # Graphs launch every size themselves.
+            decode_sizes = () if use_graphs else choose_capture_sizes(limits.max_num_seqs)
+            masked_vocab_size = self._masked_vocab_size
+            run_warmup(
+                runner.execute_step, limits, max_model_len, query_lens, num_slots, masked_vocab_size, decode_sizes
+            )
             if use_graphs:
                 runner.warm_up_graphs(max_tokens)
             else:

@@ -62,10 +62,11 @@ def test_every_batch_of_plain_decodes_has_a_graph(engine, drafts):
     assert max(size for queries, size in graphs.shapes if queries == 1) == 100
 
 
-def test_steps_that_verify_are_warmed_up(engine):
+def test_steps_that_verify_and_decodes_are_warmed_up(engine):
     """So that nothing is compiled for them later, also for those that no graph holds."""
     runner = get_model_runner(engine("itself", max_num_seqs=3))
-    steps = list(make_warmup_steps(SchedulerConfig(3, 64), 128, choose_verify_query_lens(4)))
+    steps = list(make_warmup_steps(SchedulerConfig(3, 64), 128, choose_verify_query_lens(4), [1, 2, 3]))
+    assert {step.num_decodes for step in steps if step.num_decodes == len(step.rows)} == {1, 2, 3}
     widths = {1 + int(step.num_draft_tokens.max()) for step in steps if step.num_draft_tokens is not None}
     assert widths == {2, 3, 5}
     for step in steps:
