@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def precompile_kernels(run_warmup: Callable[[], None], rank: int = 0, num_ranks:
     try:
         with ThreadPoolExecutor(os.cpu_count(), initializer=_use_device_of_caller()) as pool:
             queue = CompileQueue(pool)
-            with CompileAhead(queue):
+            with CompileAhead(SimpleNamespace(submit=queue.add_call)):
                 try:
                     run_warmup()
                 finally:
@@ -73,7 +74,7 @@ def precompile_kernels(run_warmup: Callable[[], None], rank: int = 0, num_ranks:
         JITFunction.run, Autotuner.run = launch, autotune
 
 
-class CompileQueue(Executor):
+class CompileQueue:
     """Hands on to ``pool`` what it is given; while ``defers`` is set not before ``start_deferred``, or before somebody
     waits for it."""
 
@@ -82,9 +83,8 @@ class CompileQueue(Executor):
         self._pool = pool
         self._deferred: list[_DeferredCall] = []
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As an executor."""
-        call = partial(function, *args, **kwargs)
+    def add_call(self, call: Callable[[], Any]) -> Future[Any]:
+        """What an executor's ``submit`` does."""
         if not self.defers:
             return self._pool.submit(call)
         deferred = _DeferredCall(self._pool, call)

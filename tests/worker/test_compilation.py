@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_the_share_of_others_is_compiled_last() -> None:
         queue, futures = CompileQueue(pool), []
         for number in range(6):
             queue.defers = number % 2 == 1
-            futures.append(queue.submit(compile_kernel, number))
+            futures.append(queue.add_call(partial(compile_kernel, number)))
         assert futures[3].result(10) == 3
         assert set(compiled) == {0, 2, 4, 3} and not futures[1].done()
         queue.start_deferred()
