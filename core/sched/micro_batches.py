@@ -26,6 +26,7 @@ class MicroBatches:
         self._num_stages = num_stages
         self._running = running
         self._in_flight = in_flight
+        running.has_stages = num_stages > 1
 
     def hold_rows(self) -> None:
         """Before a step is planned: note in the running batch which rows it leaves out."""

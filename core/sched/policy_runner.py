@@ -131,13 +131,11 @@ class PolicyRunner:
             return
         running, rows = self._running, step.rows
         if self._groups is not None:
-            self._groups.count_output_tokens(running.group[rows[: step.num_decodes]])
-            for row, tokens in zip(
-                rows[step.num_decodes :].tolist(), step.num_scheduled_tokens[step.num_decodes :].tolist(), strict=True
-            ):
-                num_computed_before = int(running.num_computed_tokens[row]) - tokens
-                num_prompt_tokens = min(max(int(running.prompt_len[row]) - num_computed_before, 0), tokens)
-                self._groups.count_tokens(int(running.group[row]), num_prompt_tokens, tokens - num_prompt_tokens)
+            self._groups.count_step(
+                running.group[rows],
+                step.num_scheduled_tokens,
+                running.prompt_len[rows] - running.num_computed_tokens[rows],
+            )
         if self.guard.wants_reports:
             request_numbers = running.request_ids[rows]
             request_numbers.flags.writeable = False

@@ -33,6 +33,8 @@ class RunningBatch(StateColumns):
         """Drafts that the device holds for the next step, at most."""
         self.is_held = np.zeros(max_num_seqs, bool)
         """Rows that the step being built leaves to others, which run at the same time: see ``MicroBatches``."""
+        self.has_stages = False
+        """Whether rows are ever held."""
         self.generations = np.zeros(max_num_seqs, np.int64)
         """A number that is new for every request that takes the row; 0 while the row is free. A step in flight
         compares it to tell whether its rows still belong to the requests that it was scheduled for."""
@@ -120,9 +122,8 @@ class RunningBatch(StateColumns):
         """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``, and for those
         that are held."""
         columns = GatheredColumns(self, self.rows, self._block_size)
-        is_held = self.is_held[self.rows]
-        if len(scheduled_rows) or np.count_nonzero(is_held):
-            columns.clear_remaining(np.isin(self.rows, scheduled_rows) | is_held)
+        if len(scheduled_rows) or self.has_stages:
+            columns.clear_remaining(np.isin(self.rows, scheduled_rows) | self.is_held[self.rows])
         return columns
 
     def get_request(self, row: int) -> Request:

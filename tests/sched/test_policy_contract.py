@@ -87,12 +87,24 @@ def test_groups_have_queues_of_their_own_and_their_use_is_counted(make_engine):
     assert view.groups.num_running[0] + view.groups.num_waiting[0] <= 599
 
 
+def test_a_prompt_token_that_is_computed_alone_is_of_the_prompt(make_engine):
+    policy = Recording()
+    engine = make_engine(policy, budget=9)
+    engine.add_request("r", [9] * 10, max_tokens=3)
+    engine.run_until_finished()
+    assert [report.num_scheduled_tokens.tolist() for report in policy.reports][:2] == [[9], [1]]
+    engine.add_request("next", [1], max_tokens=1)
+    engine.run_step()
+    groups = policy.views[-1][0].groups
+    assert (groups.num_prompt_tokens.tolist(), groups.num_output_tokens.tolist()) == ([10], [2])
+
+
 def test_the_table_of_groups_is_bounded():
     table = GroupTable(max_idle_groups=3)
     busy = table.add_request("busy")
     for i in range(100):
         index = table.add_request(f"g{i}")
-        table.count_tokens(index, 3, 2)
+        table.count_step(np.array([index]), np.array([5], np.int32), np.array([-2]))
         table.remove_request(index)
     assert len(table) <= 6 and table.add_request("busy") == busy
     remembered = table.view_columns(RequestColumns(group=np.array([], np.int64)))
