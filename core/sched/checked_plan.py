@@ -63,16 +63,16 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
         return refusals
     if not len(indices):
         return CheckedPlan(indices, tokens, [], refusals)
-    low, high = indices[indices.argmin()], indices[indices.argmax()]  # faster than min and max
+    low, high = indices.item(indices.argmin()), indices.item(indices.argmax())  # faster than min and max
     if low < 0 or high >= num_running + num_waiting:
         return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
     is_granted = np.zeros(num_running + num_waiting, bool)
     is_granted[indices] = True
     if np.count_nonzero(is_granted) < len(indices):
         return f"Grants.request_indices names request {np.bincount(indices).argmax()} twice"
-    if (lowest := tokens[tokens.argmin()]) < 0:
+    if (lowest := tokens.item(tokens.argmin())) < 0:
         return f"Grants.num_scheduled_tokens must not be negative, got {lowest}"
-    victims = _check_victims(grants.victims, num_running)
+    victims = [] if grants.victims is None else _check_victims(grants.victims, num_running)
     if isinstance(victims, str):
         return victims
     if refusals:
@@ -80,7 +80,7 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
         indices, tokens = indices[~is_refused], tokens[~is_refused]
 
     # From here on, what is too much is cut: to what each request has left to compute ...
-    wanted = limits.remaining[indices]
+    wanted = limits.remaining.take(indices)
     tokens = np.minimum(tokens, wanted)
     # ... to the waiting requests that find a row, in the order of the grants ...
     if num_waiting and np.count_nonzero(is_granted[num_running:]) > limits.num_free_rows:
@@ -102,8 +102,6 @@ def _is_column(column: object) -> TypeGuard[NDArray[np.int64]]:
 
 
 def _check_victims(victims: object, num_running: int) -> list[int] | str:
-    if victims is None:
-        return []
     if not _is_column(victims):
         return f"Grants.victims is {victims!r}, not a one-dimensional array of integers"
     if len(victims) and (victims.min() < 0 or victims.max() >= num_running):

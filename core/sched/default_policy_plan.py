@@ -44,17 +44,18 @@ def make_default_plan(
             waiting = waiting[:num_admitted]
         else:
             first = waiting_order[:num_admitted]
-            waiting = waiting[first]
+            waiting = waiting.take(first)
             indices[num_running:] = num_running + first
         tokens = np.concatenate((running, waiting))
-    if np.count_nonzero(running) > num_decodes:  # there are running prompts: decodes come before them
-        is_decode = tokens == 1
-        is_decode[num_running:] = False  # a waiting request with one token keeps its place in the queue
-        places = np.concatenate((is_decode.nonzero()[0], (~is_decode).nonzero()[0]))
-        indices, tokens = indices[places], tokens[places]
-    if np.count_nonzero(tokens) < len(tokens):  # 0: its last tokens are in flight, or it is already served in this step
-        places = tokens.nonzero()[0]
-        indices, tokens = indices[places], tokens[places]
+    if num_decodes < num_running:
+        if np.count_nonzero(running) > num_decodes:  # there are running prompts: decodes come before them
+            is_decode = tokens == 1
+            is_decode[num_running:] = False  # a waiting request with one token keeps its place in the queue
+            places = np.concatenate((is_decode.nonzero()[0], (tokens > is_decode).nonzero()[0]))
+        else:
+            places = tokens.nonzero()[0]
+        # 0 tokens: the last ones are in flight, or the request is already served in this step.
+        indices, tokens = indices.take(places), tokens.take(places)
 
     num_wanted = int(np.add.reduce(tokens))
     budget = view.token_budget if token_budget is None else min(token_budget, view.token_budget)

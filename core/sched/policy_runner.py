@@ -131,11 +131,7 @@ class PolicyRunner:
             return
         running, rows = self._running, step.rows
         if self._groups is not None:
-            self._groups.count_step(
-                running.group[rows],
-                step.num_scheduled_tokens,
-                running.prompt_len[rows] - running.num_computed_tokens[rows],
-            )
+            self._count_tokens(self._groups, step)
         if self.guard.wants_reports:
             request_numbers = running.request_ids[rows]
             request_numbers.flags.writeable = False
@@ -152,6 +148,23 @@ class PolicyRunner:
             self._preempted.clear()
             self._finished_steps.clear()
             self.guard.report_step(report)
+
+    def _count_tokens(self, groups: GroupTable, step: SchedulerOutput) -> None:
+        """Prompt tokens one request after another, since few have any; generated ones of all decodes at once."""
+        running, rows, num_decodes = self._running, step.rows, step.num_decodes
+        decodes = rows[:num_decodes]
+        if running.has_prompts():  # one of which may have had a single token left
+            alone = running.num_computed_tokens[decodes] <= running.prompt_len[decodes]
+            for row in decodes[alone].tolist():
+                groups.count_tokens(running.group.item(row), 1, 0)
+            decodes = decodes[~alone]
+        groups.count_decodes(running.group[decodes])
+        if num_decodes == len(rows):
+            return
+        for row, tokens in zip(rows[num_decodes:].tolist(), step.num_scheduled_tokens[num_decodes:].tolist(), strict=True):
+            num_computed_before = running.num_computed_tokens.item(row) - tokens
+            num_prompt_tokens = min(max(running.prompt_len.item(row) - num_computed_before, 0), tokens)
+            groups.count_tokens(running.group.item(row), num_prompt_tokens, tokens - num_prompt_tokens)
 
     def step_finished(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """A step's output is in: for the next report."""

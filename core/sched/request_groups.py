@@ -32,7 +32,7 @@ class GroupTable:
         self._num_requests = np.zeros(16, np.int64)
         self._num_prompt_tokens = np.zeros(16, np.int64)
         self._num_output_tokens = np.zeros(16, np.int64)
-        self._uncounted: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]] = []
+        self._uncounted: list[NDArray[np.int64]] = []  # groups of decodes, a token each
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -59,14 +59,16 @@ class GroupTable:
             self._shown_keys = None
             self._free_indices.append(oldest)
 
-    def count_step(
-        self, groups: NDArray[np.int64], num_tokens: NDArray[np.int32], num_prompt_tokens_left: NDArray[np.int64]
-    ) -> None:
-        """Requests of ``groups`` were scheduled for ``num_tokens`` each; afterwards so many tokens of their prompts are
-        left to compute, below 0: so many of their answers are computed. Added up when someone looks."""
-        self._uncounted.append((groups, num_tokens, num_prompt_tokens_left))
+    def count_decodes(self, groups: NDArray[np.int64]) -> None:
+        """Decodes were scheduled: one token for a request of each of ``groups``. Added up when someone looks."""
+        self._uncounted.append(groups)
         if len(self._uncounted) == _MAX_UNCOUNTED:
             self._add_up()
+
+    def count_tokens(self, index: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """A request of the group was scheduled for so many tokens of its prompt, and so many of its answer."""
+        self._num_prompt_tokens[index] += num_prompt_tokens
+        self._num_output_tokens[index] += num_output_tokens
 
     def view_columns(self, running: RequestColumns) -> GroupColumns:
         """The groups as a policy sees them beside the running requests."""
@@ -80,7 +82,6 @@ class GroupTable:
 
     def num_prompt_tokens(self) -> NDArray[np.int64]:
         """Of each group, computed for it."""
-        self._add_up()
         return self._num_prompt_tokens[: len(self._keys)].copy()
 
     def num_output_tokens(self) -> NDArray[np.int64]:
@@ -90,18 +91,10 @@ class GroupTable:
 
     def _add_up(self) -> None:
         uncounted = self._uncounted
-        if not uncounted:
-            return
-        groups, tokens, left = uncounted[0] if len(uncounted) == 1 else map(np.concatenate, zip(*uncounted, strict=True))
-        uncounted.clear()
-        total = np.bincount(groups, tokens, len(self._num_output_tokens)).astype(np.int64)
-        prompts = (left > -tokens).nonzero()[0]  # few: the others decode
-        if len(prompts):
-            num_tokens = np.minimum(left[prompts] + tokens[prompts], tokens[prompts])
-            of_prompts = np.bincount(groups[prompts], num_tokens, len(total)).astype(np.int64)
-            self._num_prompt_tokens += of_prompts
-            total -= of_prompts
-        self._num_output_tokens += total
+        if uncounted:
+            groups = uncounted[0] if len(uncounted) == 1 else np.concatenate(uncounted)
+            self._num_output_tokens += np.bincount(groups, minlength=len(self._num_output_tokens))
+            uncounted.clear()
 
     def _open_group(self, key: GroupKey) -> int:
         if self._free_indices:
@@ -136,10 +129,7 @@ class _TableColumns(GroupColumns):
     @lazy_column
     def num_waiting(self) -> NDArray[np.int64]:
         """The others."""
-        column: NDArray[np.int64] = self._table.num_requests() - np.bincount(
-            self._running.group, minlength=len(self.keys)
-        )
-        return column
+        return self._table.num_requests() - self.num_running
 
     @lazy_column
     def num_prompt_tokens(self) -> NDArray[np.int64]:

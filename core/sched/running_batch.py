@@ -24,6 +24,7 @@ class RunningBatch(StateColumns):
 
     def __init__(self, max_num_seqs: int, block_size: int, *, has_windows: bool, prefix_caching: bool) -> None:
         super().__init__(max_num_seqs)
+        self.prompt_len.fill(-1)
         self.max_num_seqs = max_num_seqs
         self.rows: NDArray[np.int64] = np.empty(0, np.int64)
         """Rows in use, in order of admission: the oldest request first."""
@@ -91,6 +92,7 @@ class RunningBatch(StateColumns):
         request.num_in_flight_tokens = int(self.num_in_flight_tokens[row])
         self._count_stop_tokens(request.stop_token_ids, -1)
         self.generations[row] = 0
+        self.prompt_len[row] = -1  # so that whole columns can be compared
         self.requests[row] = self.token_ids[row] = None
         self.rows = self.rows[self.rows != row]
         self._free_rows.append(row)
@@ -117,6 +119,10 @@ class RunningBatch(StateColumns):
         rows = self.rows[~self.is_held[self.rows]]
         known = np.minimum(self.num_tokens[rows], self.max_computed_tokens[rows])
         return int(np.count_nonzero(known > self.num_computed_tokens[rows]))
+
+    def has_prompts(self) -> bool:
+        """Whether the last token computed of any request was of its prompt."""
+        return bool(np.count_nonzero(self.num_computed_tokens <= self.prompt_len))
 
     def view_columns(self, scheduled_rows: NDArray[np.int64]) -> RequestColumns:
         """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``, and for those

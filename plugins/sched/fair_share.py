@@ -48,7 +48,7 @@ class FairSharePolicy(BatchingPolicy):
         self._input_rates = self._output_rates = self._lifts = np.empty(0)
         self._was_waiting = np.empty(0, bool)
         self._has_arrivals = False  # since the counters were looked at
-        self._level = 0.0  # the smallest counter of a waiting group, when there was one last
+        self._last_counters = np.zeros(1)  # of the groups that waited, when there were some last
 
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
         """The arrival: within a group, first come, first served."""
@@ -71,7 +71,7 @@ class FairSharePolicy(BatchingPolicy):
             return make_default_plan(view)
         group = waiting.group
         if view.num_free_rows == 1:  # of each group, the view shows its first request first
-            return make_default_plan(view, waiting_order=np.array([counters[group].argmin()]))
+            return make_default_plan(view, waiting_order=np.array([counters.take(group).argmin()]))
         # A request is charged its prompt when it is chosen: the next one of its group stands so much further back. So
         # the choice of the smallest counter, again and again, is one sort.
         charges = waiting.num_remaining_tokens * self._input_rates[group]
@@ -80,7 +80,7 @@ class FairSharePolicy(BatchingPolicy):
         is_first[1:] = group[1:] != group[:-1]
         before_group = (totals - charges)[is_first][np.cumsum(is_first) - 1]
         starts = counters[group] + (totals - charges - before_group)
-        return make_default_plan(view, waiting_order=np.argsort(starts, kind="stable"))
+        return make_default_plan(view, waiting_order=starts.argsort(kind="stable"))
 
     def _update_counters(self, view: StepView, groups: GroupColumns) -> NDArray[np.float64]:
         if groups.keys is not self._keys:
@@ -97,14 +97,14 @@ class FairSharePolicy(BatchingPolicy):
         is_waiting = groups.num_waiting > 0
         joined = is_waiting > self._was_waiting
         if np.count_nonzero(joined):
-            stayed = is_waiting & self._was_waiting
-            if np.count_nonzero(stayed):
-                self._level = _find_smallest(counters[stayed])
-            missing = np.where(joined, np.maximum(self._level - counters, 0.0), 0.0)
+            stayed = counters[is_waiting & self._was_waiting]
+            level = (stayed if len(stayed) else self._last_counters).min()
+            missing = np.where(joined, np.maximum(level - counters, 0.0), 0.0)
             self._lifts = self._lifts + missing
             counters += missing
-        if np.count_nonzero(is_waiting):
-            self._level = _find_smallest(counters[is_waiting])
+        waiting_counters = counters[is_waiting]
+        if len(waiting_counters):
+            self._last_counters = waiting_counters
         self._was_waiting = is_waiting
         return counters
 
@@ -120,10 +120,6 @@ class FairSharePolicy(BatchingPolicy):
         weights = np.array([self._weight_of.get(key, 1.0) for key in keys])
         self._input_rates = self.options.input_weight / weights
         self._output_rates = self.options.output_weight / weights
-
-
-def _find_smallest(values: NDArray[np.float64]) -> float:
-    return float(values[values.argmin()])  # sooner than ``min``
 
 
 def parse_weights(pairs: Sequence[str]) -> dict[GroupKey, float]:
