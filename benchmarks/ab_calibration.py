@@ -66,7 +66,7 @@ def make_setup(model: StepTimeModel) -> EngineSetup:
 
 
 def slow_down(model: StepTimeModel, factor: float) -> StepTimeModel:
-    names = ("context_us", "pair_us", "request_us", "prompt_step_us")
+    names = ("context_us", "pair_us", "prompt_step_us")
     changes = {name: getattr(model, name) * factor for name in names}
     return msgspec.structs.replace(model, tokens_us=tuple(factor * value for value in model.tokens_us), **changes)
 

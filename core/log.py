@@ -7,7 +7,7 @@ import sys
 
 from quire.core.env import log_level
 
-__all__ = ["setup_logging"]
+__all__ = ["setup_logging", "setup_plain_logging"]
 
 
 def setup_logging(level: str | None = None, rank: int | None = None) -> None:
@@ -26,3 +26,33 @@ def setup_logging(level: str | None = None, rank: int | None = None) -> None:
         handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {place}: %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def setup_plain_logging() -> None:
+    """Warnings and errors of the ``quire`` loggers as lines on stderr, each once and without tracebacks: for commands
+    that run a policy many times and say themselves what became of it."""
+    logger = logging.getLogger("quire")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(_PlainFormatter())
+        handler.addFilter(_OnceFilter())
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+class _OnceFilter(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new

@@ -1,4 +1,4 @@
-"""Makes the step models of an H200 that come with Quire until they are fitted on the card.
+"""Makes those step models of an H200 that come with Quire and are not fitted to recorded steps yet.
 
     PYTHONPATH=src python tools/interim_step_models.py
 
@@ -37,9 +37,6 @@ class Figures:
 
 
 MODELS = {
-    "h200-llama-3.1-8b-bf16": Figures(
-        "Llama-3.1-8B, bf16", {1: 258.2, 32: 6792.6, 64: 12273.8, 256: 26915.0}, 22.0, 32, 32, 131072, 55000
-    ),
     "h200-llama-3.1-8b-fp8": Figures(
         "Llama-3.1-8B, FP8 weights and KV cache", {1: 388.2, 32: 10584.6, 256: 40696.9}, 13.1, 32, 32, 65536, 118000
     ),

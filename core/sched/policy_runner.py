@@ -161,7 +161,8 @@ class PolicyRunner:
         groups.count_decodes(running.group[decodes])
         if num_decodes == len(rows):
             return
-        for row, tokens in zip(rows[num_decodes:].tolist(), step.num_scheduled_tokens[num_decodes:].tolist(), strict=True):
+        num_tokens = step.num_scheduled_tokens[num_decodes:]
+        for row, tokens in zip(rows[num_decodes:].tolist(), num_tokens.tolist(), strict=True):
             num_computed_before = running.num_computed_tokens.item(row) - tokens
             num_prompt_tokens = min(max(running.prompt_len.item(row) - num_computed_before, 0), tokens)
             groups.count_tokens(running.group.item(row), num_prompt_tokens, tokens - num_prompt_tokens)

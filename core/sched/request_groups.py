@@ -129,7 +129,8 @@ class _TableColumns(GroupColumns):
     @lazy_column
     def num_waiting(self) -> NDArray[np.int64]:
         """The others."""
-        return self._table.num_requests() - self.num_running
+        column: NDArray[np.int64] = self._table.num_requests() - self.num_running
+        return column
 
     @lazy_column
     def num_prompt_tokens(self) -> NDArray[np.int64]:

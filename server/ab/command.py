@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.core.errors import ConfigError
+from quire.core.log import setup_plain_logging
 from quire.server.cli.flags import parse_float, parse_int
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from quire.server.ab.observations import combine_arms
     from quire.server.simulate.results import Objectives
 
+    setup_plain_logging()
     objectives = Objectives(args.slo_ttft_ms, args.slo_tpot_ms)
     _check_arguments(args)
     _check_report(args, objectives)

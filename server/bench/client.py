@@ -190,7 +190,7 @@ class _Response(asyncio.Protocol):
 
 def _parse_events(answer: _Response, timing: Timing) -> None:
     """Find when each piece of text had arrived in full, after the fact: nothing is parsed while the clock runs."""
-    position, arrival = 0, 0
+    position, arrival, finished = 0, 0, 0.0
     body = bytes(answer.body)
     while (end := body.find(b"\n\n", position)) >= 0:
         data = body[position:end].removeprefix(b"data: ")
@@ -198,6 +198,8 @@ def _parse_events(answer: _Response, timing: Timing) -> None:
         while answer.arrivals[arrival][1] < position:
             arrival += 1
         if data == b"[DONE]":
+            if finished and len(timing.events) < timing.output_tokens:
+                timing.events.append(finished)  # the last token was one without text
             return
         if data.startswith(b":"):  # a comment, which keeps the connection open
             continue
@@ -208,8 +210,11 @@ def _parse_events(answer: _Response, timing: Timing) -> None:
             timing.output_tokens = usage.get("completion_tokens", 0)
             timing.prompt_tokens = usage.get("prompt_tokens", 0)
             timing.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        if any(_has_token(choice) for choice in event.get("choices", ())):
+        choices = event.get("choices", ())
+        if any(_has_token(choice) for choice in choices):
             timing.events.append(answer.arrivals[arrival][0])
+        elif any(choice.get("finish_reason") for choice in choices):
+            finished = answer.arrivals[arrival][0]
     timing.error = timing.error or "the stream ended before [DONE]"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import ConfigError
+from quire.core.log import setup_plain_logging
 from quire.server.cli.flags import parse_float
 
 __all__ = ["add_parser", "run"]
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from quire.server.simulate.simulation import run_simulation
     from quire.server.traces.options import load_trace
 
+    setup_plain_logging()
     _check_arguments(args)
     plugins = PluginManager(args.plugins or ())
     policies = list_policies(args.policy, plugins)
@@ -169,6 +171,7 @@ def _run_replay(args: argparse.Namespace) -> int:
     from quire.server.simulate.setup import resolve_spec
     from quire.server.traces.recording import read_recording
 
+    setup_plain_logging()
     recording = read_recording(Path(args.recording))
     plugins = PluginManager(args.plugins or ())
     recorded = recording.header.policy

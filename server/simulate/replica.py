@@ -179,15 +179,16 @@ class Replica:
 
     def _launch(self, step: SchedulerOutput) -> None:
         num_reqs = len(step.rows)
-        schedule_ns, launch_ns, _ = self._model.host_ns(num_reqs)
+        host = self._model.host_ns(*_measure_host_work(step))
         device_ns = self._model.device_ns(_measure_shape(step))
         if self._observe_step is not None:
             self._observe_step(self.now_ns, step, device_ns)
         if self._recorder is not None:
             self._recorder.record_step(step, self.scheduler.debug_state().running.request_ids[step.rows])
         start_ns = self.now_ns
-        self.now_ns += schedule_ns + launch_ns
-        end_ns = max(self.now_ns, self._device_free_ns) + device_ns
+        begin_ns = max(start_ns + host.schedule_ns + host.lead_ns, self._device_free_ns)
+        self.now_ns += host.schedule_ns + host.launch_ns
+        end_ns = max(begin_ns + device_ns, self.now_ns)
         self.device_busy_ns += device_ns
         self._device_ns = max(device_ns, 1)
         self._device_free_ns = end_ns + round(self._model.host.gap_us * 1e3)
@@ -202,7 +203,7 @@ class Replica:
         self.now_ns += wait_ns
         self._note_outputs(self.scheduler.update_from_output(step, output))
         if self._recorder is not None:
-            schedule_ns, launch_ns, update_ns = self._model.host_ns(num_reqs)
+            schedule_ns, launch_ns, update_ns, _ = self._model.host_ns(*_measure_host_work(step))
             stats = StepStats(
                 step.step,
                 num_reqs,
@@ -217,7 +218,7 @@ class Replica:
                 update_us=update_ns / 1e3,
             )
             self._recorder.record_output(stats, output)
-        self.now_ns += self._model.host_ns(num_reqs)[2]
+        self.now_ns += self._model.host_ns(num_reqs).update_ns
 
     def _note_outputs(self, outputs: EngineCoreOutputs) -> None:
         """Requests whose first token, or last, came with a step."""
@@ -266,14 +267,15 @@ class Replica:
         contexts = first_context + num_reqs * np.arange(1, num_steps + 1, dtype=np.int64)
         times = self._model.decode_ns(num_reqs, contexts).tolist()
         # The clock of each turn, exactly as ``_launch`` and ``_finish_oldest`` move it.
-        schedule_ns, launch_ns, update_ns = self._model.host_ns(num_reqs)
+        schedule_ns, launch_ns, update_ns, lead_ns = self._model.host_ns(num_reqs)
         host_ns, gap_ns = schedule_ns + launch_ns, round(self._model.host.gap_us * 1e3)
         now, device_free, count = self.now_ns, self._device_free_ns, 0
         for device_ns in times:
             if now >= until_ns:
                 break
+            begin = max(now + schedule_ns + lead_ns, device_free)
             now += host_ns
-            device_free = max(now, device_free) + device_ns + gap_ns
+            device_free = max(begin + device_ns, now) + gap_ns
             now = max(now, end_ns) + update_ns
             end_ns = device_free
             count += 1
@@ -293,8 +295,14 @@ def _measure_shape(step: SchedulerOutput) -> StepShape:
     num_reqs, num_decodes = len(step.rows), step.num_decodes
     lengths = step.max_seq_lens
     if num_decodes == num_reqs:
-        return StepShape(num_reqs, num_reqs, int(lengths.sum(dtype=np.int64)), 0, False)
+        return StepShape(num_reqs, num_reqs, int(lengths.sum(dtype=np.int64)), 0, num_decodes)
     tokens, ends = step.num_scheduled_tokens[num_decodes:].astype(np.int64), lengths[num_decodes:].astype(np.int64)
     pairs = int((tokens * ends - tokens * (tokens - 1) // 2).sum())
     context = int(lengths[:num_decodes].sum(dtype=np.int64))
-    return StepShape(num_reqs, step.total_num_scheduled_tokens, context, pairs, True)
+    return StepShape(num_reqs, step.total_num_scheduled_tokens, context, pairs, num_decodes)
+
+
+def _measure_host_work(step: SchedulerOutput) -> tuple[int, int]:
+    """Its requests, and its tokens if it has prompts."""
+    num_reqs = len(step.rows)
+    return num_reqs, step.total_num_scheduled_tokens if step.num_decodes < num_reqs else 0

@@ -190,7 +190,7 @@ def _start_recorder(path: Path, setup: EngineSetup, prefix_caching: bool, clock:
         "max_queued": None,
         "prefix_caching": prefix_caching,
         "windows": [None],
-        "enforce_eager": False,
+        "enforce_eager": not setup.model.pads_decodes,
         "kv": "paged",
         "speculation": setup.drafts
         and {"num_speculative_tokens": setup.drafts.num_speculative_tokens, "adaptive": True, "on_host": False},

@@ -1,19 +1,21 @@
 """What a step takes, by its shape: a table of measured times, as a JSON file.
 
-    device = weights(tokens) + context * context_us + prefill_pairs * pair_us + requests * request_us [+ prompt_step_us]
+    decodes alone = decodes_us(requests) + context * context_us
+    with prompts  = tokens_us(tokens) + context * prompt_context_us + prefill_pairs * pair_us + mean_keys * mean_keys_us
 
-``weights`` is interpolated between measured numbers of tokens: matrix products, which read all weights whatever the
-batch, and grow with it once they are bound by arithmetic. Attention of decodes reads the KV of their context once;
-attention of prompts multiplies each query with each key before it. The last term is of steps with prompts alone.
+The tables hold matrix products, which read all weights whatever the batch, and grow with it once they are bound by
+arithmetic. Attention of decodes reads the KV of their context once; attention of prompts multiplies each query with
+each key before it, and lasts at least as long as its longest query, which is worth more in short steps than in long
+ones (``mean_keys``: pairs by prompt tokens).
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,6 +27,7 @@ from quire.server.simulate.flags import DEFAULT_MODEL
 __all__ = [
     "EngineLimits",
     "HostTimes",
+    "StepHostTimes",
     "StepShape",
     "StepTimeModel",
     "check_writable",
@@ -45,7 +48,12 @@ class StepShape(NamedTuple):
     """Tokens of KV that decodes read, together."""
     prefill_pairs: int
     """Pairs of query and key of all other requests."""
-    has_prompts: bool
+    num_decodes: int
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether it does more than decode one token each."""
+        return self.num_decodes < self.num_reqs
 
 
 class EngineLimits(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,6 +77,11 @@ class HostTimes(msgspec.Struct, frozen=True, omit_defaults=True):
     schedule_request_us: float = 0.1
     launch_us: float = 60.0
     launch_request_us: float = 0.0
+    prompt_launch_us: tuple[float, ...] = ()
+    """To launch a step with prompts, at the numbers of ``StepTimeModel.tokens``; (): as any other."""
+    lead_us: float | None = None
+    """Of a launch, until the device begins with the step where it is idle: what it waits for later is part of its own
+    time. None: the whole launch."""
     update_us: float = 20.0
     update_request_us: float = 0.1
     gap_us: float = 0.0
@@ -77,6 +90,16 @@ class HostTimes(msgspec.Struct, frozen=True, omit_defaults=True):
     """From a request's arrival in the API process to the engine core: template, tokens, a message."""
     output_us: float = 0.0
     """From tokens on the host to the client: text, a message, a socket."""
+
+
+class StepHostTimes(NamedTuple):
+    """Nanoseconds of the host for one step."""
+
+    schedule_ns: int
+    launch_ns: int
+    update_ns: int
+    lead_ns: int
+    """Of the launch, until an idle device begins with the step."""
 
 
 class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -88,12 +111,22 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
     device: str
     model: str
     tokens: tuple[int, ...]
-    """Numbers of tokens of which the time of the weights is known, ascending."""
+    """Numbers of tokens of which the time of a step is known, ascending."""
     tokens_us: tuple[float, ...]
     context_us: float
     pair_us: float
-    request_us: float = 0.0
+    prompt_context_us: float | None = None
+    """None: ``context_us``."""
+    mean_keys_us: float = 0.0
+    decodes: tuple[int, ...] = ()
+    """Numbers of requests of which the time of a step of decodes alone is known, ascending; (): that of as many tokens
+    in ``tokens``."""
+    decodes_us: tuple[float, ...] = ()
+    pads_decodes: bool = False
+    """A step of decodes takes as long as one of the next number in ``decodes``: it is padded, to the size of a CUDA
+    graph. False: it lies between two numbers."""
     prompt_step_us: float = 0.0
+    """Added to steps with prompts."""
     host: HostTimes = HostTimes()
     limits: EngineLimits = EngineLimits()
     fit: dict[str, float] = {}
@@ -102,36 +135,50 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def device_ns(self, shape: StepShape) -> int:
         """Nanoseconds on the device."""
-        base = self._base_us(shape.num_reqs, shape.num_tokens)
-        if shape.has_prompts:
-            base += self.prompt_step_us
-        return round((base + shape.context * self.context_us + shape.prefill_pairs * self.pair_us) * 1e3)
+        if not shape.has_prompts:
+            return round((self._decodes_us(shape.num_reqs) + shape.context * self.context_us) * 1e3)
+        context_us = self.context_us if self.prompt_context_us is None else self.prompt_context_us
+        mean_keys = shape.prefill_pairs / max(shape.num_tokens - shape.num_decodes, 1)
+        attention_us = shape.context * context_us + shape.prefill_pairs * self.pair_us + mean_keys * self.mean_keys_us
+        base_us = interpolate(self.tokens, self.tokens_us, shape.num_tokens) + self.prompt_step_us
+        return round((base_us + attention_us) * 1e3)
 
     def decode_ns(self, num_reqs: int, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same for steps of ``num_reqs`` decodes and nothing else, one for each entry of ``contexts``: equal to
         ``device_ns`` to the nanosecond."""
-        times: NDArray[np.int64] = np.rint((self._base_us(num_reqs, num_reqs) + contexts * self.context_us) * 1e3)
+        times: NDArray[np.int64] = np.rint((self._decodes_us(num_reqs) + contexts * self.context_us) * 1e3)
         return times.astype(np.int64)
 
-    def host_ns(self, num_reqs: int) -> tuple[int, int, int]:
-        """Nanoseconds to schedule, to launch and to update a step of ``num_reqs`` requests."""
+    def host_ns(self, num_reqs: int, prompt_step_tokens: int = 0) -> StepHostTimes:
+        """Nanoseconds of the host for a step of ``num_reqs`` requests; ``prompt_step_tokens``: all its tokens, if it
+        has prompts."""
         host = self.host
-        return (
+        launch_us = host.launch_us + host.launch_request_us * num_reqs
+        if prompt_step_tokens and host.prompt_launch_us:
+            launch_us = float(np.interp(prompt_step_tokens, self.tokens, host.prompt_launch_us))
+        lead_us = launch_us if host.lead_us is None else min(host.lead_us, launch_us)
+        return StepHostTimes(
             round((host.schedule_us + host.schedule_request_us * num_reqs) * 1e3),
-            round((host.launch_us + host.launch_request_us * num_reqs) * 1e3),
+            round(launch_us * 1e3),
             round((host.update_us + host.update_request_us * num_reqs) * 1e3),
+            round(lead_us * 1e3),
         )
 
-    def _base_us(self, num_reqs: int, num_tokens: int) -> float:
-        return self._interpolate_tokens(num_tokens) + num_reqs * self.request_us
+    def _decodes_us(self, num_reqs: int) -> float:
+        sizes, times = self.decodes, self.decodes_us
+        if not sizes:
+            return interpolate(self.tokens, self.tokens_us, num_reqs)
+        if self.pads_decodes and num_reqs <= sizes[-1]:
+            return times[bisect_left(sizes, num_reqs)]
+        return interpolate(sizes, times, num_reqs)
 
-    def _interpolate_tokens(self, num_tokens: int) -> float:
-        """Between the measured numbers of tokens, and beyond the last as between the last two."""
-        tokens, times = self.tokens, self.tokens_us
-        high = min(max(bisect_right(tokens, num_tokens), 1), len(tokens) - 1)
-        low = high - 1
-        slope = (times[high] - times[low]) / (tokens[high] - tokens[low])
-        return max(times[low] + slope * (num_tokens - tokens[low]), 0.0)
+
+def interpolate(numbers: tuple[int, ...], times: tuple[float, ...], number: int) -> float:
+    """Between the numbers whose times are known, and beyond the last as between the last two."""
+    high = min(max(bisect_right(numbers, number), 1), len(numbers) - 1)
+    low = high - 1
+    slope = (times[high] - times[low]) / (numbers[high] - numbers[low])
+    return max(times[low] + slope * (number - numbers[low]), 0.0)
 
 
 def list_shipped_models() -> list[str]:
@@ -172,13 +219,23 @@ def save_step_model(model: StepTimeModel, path: Path) -> None:
 
 
 def _check_model(path: Path, model: StepTimeModel) -> None:
-    numbers: list[Any] = [*model.tokens_us, model.context_us, model.pair_us, model.request_us, model.prompt_step_us]
     if model.schema != _MODEL_SCHEMA:
         raise ConfigError(f"--step-model {path} has schema {model.schema}; this version reads {_MODEL_SCHEMA}")
-    if len(model.tokens) < 2 or len(model.tokens) != len(model.tokens_us):
-        raise ConfigError(f"--step-model {path}: tokens and tokens_us need the same number of entries, two or more")
-    if list(model.tokens) != sorted(set(model.tokens)) or min(numbers) < 0:
-        raise ConfigError(f"--step-model {path}: tokens must ascend, and no time may be negative")
+    _check_table(path, "tokens", model.tokens, model.tokens_us)
+    if model.decodes or model.decodes_us:
+        _check_table(path, "decodes", model.decodes, model.decodes_us)
+    coefficients = [model.context_us, model.pair_us, model.prompt_step_us, model.mean_keys_us]
+    if min([*model.tokens_us, *model.decodes_us, *coefficients, model.prompt_context_us or 0.0]) < 0:
+        raise ConfigError(f"--step-model {path}: no time may be negative")
+    if model.host.prompt_launch_us and len(model.host.prompt_launch_us) != len(model.tokens):
+        raise ConfigError(f"--step-model {path}: prompt_launch_us needs as many entries as tokens")
+
+
+def _check_table(path: Path, name: str, numbers: tuple[int, ...], times: tuple[float, ...]) -> None:
+    if len(numbers) < 2 or len(numbers) != len(times):
+        raise ConfigError(f"--step-model {path}: {name} and {name}_us need the same number of entries, two or more")
+    if list(numbers) != sorted(set(numbers)):
+        raise ConfigError(f"--step-model {path}: {name} must ascend")
 
 
 def _folder() -> Path:

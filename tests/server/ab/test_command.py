@@ -64,6 +64,7 @@ def test_a_policy_that_is_quarantined_gets_no_verdict(quire, design, tmp_path, m
     status, out, err = quire(*arms, *TRACE, *load, "--pairs", "12", *design)
     assert status == 2 and not out
     assert "a policy was quarantined (policy_that_raises:Raises: raised), and the one that took over" in err
+    assert "Traceback" not in err and err.count("is quarantined") == 1
 
 
 def test_the_same_arguments_give_the_same_verdict(quire):

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from quire.core.worker.cuda_graphs.capture_sizes import choose_capture_sizes
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.server.simulate.simulation import EngineSetup
@@ -33,6 +34,21 @@ MODEL = StepTimeModel(
 @pytest.fixture
 def model():
     return MODEL
+
+
+@pytest.fixture
+def padded_model():
+    """As of a GPU: decodes are padded to sizes of which a larger one may be faster, prompts are launched slowly."""
+    sizes = tuple(choose_capture_sizes(64))
+    return msgspec.structs.replace(
+        MODEL,
+        decodes=sizes,
+        decodes_us=tuple(4000.0 + 30 * size + 900 * (size % 16 == 8) for size in sizes),
+        pads_decodes=True,
+        prompt_context_us=0.05,
+        mean_keys_us=0.6,
+        host=msgspec.structs.replace(MODEL.host, prompt_launch_us=(2000.0, 2000.0, 9000.0, 9000.0), lead_us=200.0),
+    )
 
 
 @pytest.fixture

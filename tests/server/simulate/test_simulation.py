@@ -70,6 +70,13 @@ def test_skipped_steps_change_no_digit_where_rows_blocks_or_tokens_are_scarce(ma
     assert_same(whole, skipped)
 
 
+def test_skipped_steps_change_no_digit_where_decodes_are_padded(make_setup, make_trace, padded_model):
+    host = msgspec.structs.replace(padded_model.host, launch_us=6000.0)  # as long as a step
+    for model in (padded_model, msgspec.structs.replace(padded_model, host=host)):
+        trace = make_trace(rate=6.0)
+        assert_same(*(run_simulation(trace, make_setup(model=model, skip=skip)) for skip in (False, True)))
+
+
 def test_skipped_steps_change_no_digit_among_replicas(make_setup, make_trace):
     trace = make_trace(rate=20.0)
 
@@ -115,9 +122,9 @@ def test_one_request_takes_what_its_steps_take(make_setup, model):
     result = run_simulation(Trace("one", [TraceRequest(0.0, 3000, 5)]), make_setup())
     schedule, launch, update = (sum(model.host_ns(1)[:k]) - sum(model.host_ns(1)[: k - 1]) for k in (1, 2, 3))
     device = [
-        model.device_ns(StepShape(1, 2048, 0, 2048 * 2049 // 2, True)),
-        model.device_ns(StepShape(1, 952, 0, 952 * 3000 - 952 * 951 // 2, True)),
-        *(model.device_ns(StepShape(1, 1, 3000 + i, 0, False)) for i in (1, 2, 3, 4)),
+        model.device_ns(StepShape(1, 2048, 0, 2048 * 2049 // 2, 0)),
+        model.device_ns(StepShape(1, 952, 0, 952 * 3000 - 952 * 951 // 2, 0)),
+        *(model.device_ns(StepShape(1, 1, 3000 + i, 0, 1)) for i in (1, 2, 3, 4)),
     ]
     gap, first = round(host.gap_us * 1e3), round(host.arrival_us * 1e3) + schedule + launch
     out = round(host.output_us * 1e3)

@@ -59,6 +59,20 @@ def test_a_fit_finds_the_planted_model(make_setup, make_trace, tmp_path, model):
         assert predicted[figure] == pytest.approx(real[figure], rel=0.05), figure
 
 
+def test_a_fit_finds_graphs_of_decodes_and_slow_launches(make_setup, make_trace, tmp_path, padded_model):
+    setup = make_setup(model=padded_model)
+    recording = record(make_trace(count=500, rate=14.0), setup, tmp_path / "t", noise=0.02)
+    other = record(make_trace(count=200, rate=16.0, seed=5), setup, tmp_path / "u")
+    fitted = fit_step_model([recording], "fitted", "a test")
+    report = measure_errors(fitted, [other])
+    assert report.median_error < 0.01 and report.p95_error < 0.03 and abs(report.bias) < 0.005
+    assert fitted.pads_decodes and fitted.decodes == padded_model.decodes
+    assert fitted.device_ns(StepShape(5, 5, 4000, 0, 5)) > fitted.device_ns(StepShape(9, 9, 4000, 0, 9))
+    launches = [fitted.host_ns(8, tokens).launch_ns / 1e6 for tokens in (32, 1024)]
+    assert launches == pytest.approx([2.0, 9.0], rel=0.3)
+    assert fitted.host.lead_us < 1000
+
+
 def test_outliers_do_not_move_a_fit(make_setup, make_trace, tmp_path, model):
     recording = record(make_trace(count=400, rate=12.0), make_setup(), tmp_path / "t")
     clean = fit_step_model([recording], "clean", "a test")
@@ -66,7 +80,7 @@ def test_outliers_do_not_move_a_fit(make_setup, make_trace, tmp_path, model):
     for each in done[::50]:
         each.device_us *= 20
     spoilt = fit_step_model([recording], "spoilt", "a test")
-    shape = StepShape(20, 20, 8000, 0, False)
+    shape = StepShape(20, 20, 8000, 0, 20)
     assert spoilt.device_ns(shape) == pytest.approx(clean.device_ns(shape), rel=0.02)
 
 
@@ -87,15 +101,15 @@ def test_recordings_of_two_models_are_refused(make_setup, make_trace, tmp_path):
 def test_a_shipped_model_says_what_it_is_and_grows_with_its_work(name):
     model = load_step_model(name)
     assert model.name == name and "H200" in model.device and len(model.source) > 20
-    times = [model.device_ns(StepShape(1, n, 0, 0, n > 1)) for n in range(1, 9000, 37)]
+    times = [model.device_ns(StepShape(1, n, 0, 0, int(n == 1))) for n in range(1, 9000, 37)]
     assert times == sorted(times) and times[0] > 100_000
     contexts = [1000, 50_000]
-    expected = [model.device_ns(StepShape(8, 8, context, 0, False)) for context in contexts]
+    expected = [model.device_ns(StepShape(8, 8, context, 0, 8)) for context in contexts]
     assert model.decode_ns(8, np.array(contexts)).tolist() == expected
 
 
-def test_shipped_models_tell_the_figures_that_they_were_made_of(root):
-    """Until they are fitted: batches of docs/performance.md at their mean context of 256."""
+def test_shipped_models_tell_batches_that_were_measured_by_themselves(root):
+    """Those of docs/performance.md, at their mean context of 256."""
     table = (root / "docs" / "performance.md").read_text()
     assert DEFAULT_MODEL in list_shipped_models()
     for name, title in (("h200-llama-3.1-8b-bf16", "Llama-3.1-8B, bf16"), ("h200-qwen3-0.6b-bf16", "Qwen3-0.6B, bf16")):
@@ -103,8 +117,8 @@ def test_shipped_models_tell_the_figures_that_they_were_made_of(root):
         text = table[table.index(f"| {title} |") :]
         for batch in (1, 32, 256):
             rate = float(re.search(rf"batch {batch} \| \*\*([\d,]+)\*\*", text)[1].replace(",", ""))
-            step = model.device_ns(StepShape(batch, batch, 256 * batch, 0, False)) / 1e9
-            assert batch / step == pytest.approx(rate, rel=0.03), (name, batch)
+            step = model.device_ns(StepShape(batch, batch, 256 * batch, 0, batch)) / 1e9
+            assert batch / step == pytest.approx(rate, rel=0.05), (name, batch)
 
 
 def test_a_file_is_written_and_read(model, tmp_path):
@@ -120,6 +134,7 @@ def test_a_file_is_written_and_read(model, tmp_path):
         ({"tokens": [1]}, "two or more"),
         ({"tokens": [4, 2, 3, 5]}, "must ascend"),
         ({"context_us": -1.0}, "negative"),
+        ({"decodes": [1, 2], "decodes_us": [1.0]}, "decodes and decodes_us need the same number"),
         ({"schema": 2}, "schema 2"),
         ({"context_us": "fast"}, "not a step model"),
     ],
@@ -167,4 +182,4 @@ def test_accuracy_is_measured_as_zero_where_the_server_was_the_simulator(
     monkeypatch.setattr("sys.argv", ["simulator_accuracy", "compare", "--fit", "first", "--predict", "second"])
     runpy.run_path(str(root / "benchmarks" / "simulator_accuracy.py"), run_name="__main__")
     errors = re.findall(r"([+-]\d+\.\d)%", out := capsys.readouterr().out)
-    assert len(errors) == 8 and all(abs(float(error)) < 2 for error in errors), out
+    assert len(errors) == 10 and all(abs(float(error)) < 2 for error in errors), out
