@@ -122,6 +122,7 @@ class SimulatedServer:
                 setup.build_replica(observe_step, prefix_caching=self._prefix_caching, recorder=self._recorder)
             )
         self._chosen: list[Replica] = []  # by request
+        self._first_of_prompt: dict[int, int] = {}  # by ``TraceRequest.prompt_id``: the request that computes it
         self._queue_depth: list[tuple[float, int, int]] = []
         self._make_params = lru_cache(maxsize=4096)(_make_params)
 
@@ -135,13 +136,20 @@ class SimulatedServer:
             arrival_ns = round(request.arrival_s * 1e9)
             for replica in replicas:
                 replica.advance(arrival_ns)
+            parent = None
+            if request.prompt_id is not None:
+                first = self._first_of_prompt.setdefault(request.prompt_id, number)
+                parent = None if first == number else first
             message, tokens = _make_message(
                 number, request, arrival_ns, trace, self._prefix_caching, self._make_params,
-                self._setup.limits.max_model_len,
+                self._setup.limits.max_model_len, parent,
             )  # fmt: skip
-            index = 0 if self._assign is None else self._assign(number, message, request, replicas)
-            replicas[index].add_request(message, tokens)
-            self._chosen.append(replicas[index])
+            if parent is not None:  # one HTTP request, which goes to one replica
+                replica = self._chosen[parent]
+            else:
+                replica = replicas[0 if self._assign is None else self._assign(number, message, request, replicas)]
+            replica.add_request(message, tokens)
+            self._chosen.append(replica)
             waiting = sum(replica.scheduler.num_waiting for replica in replicas)
             running = sum(replica.scheduler.num_running for replica in replicas)
             self._queue_depth.append((request.arrival_s, waiting, running))
@@ -218,10 +226,14 @@ def _make_message(
     prefix_caching: bool,
     make_params: Callable[[int | None], SamplingParams],
     max_model_len: int,
+    parent: int | None,
 ) -> tuple[EngineCoreRequest, RequestTokens]:
     sequence: np.ndarray[Any, np.dtype[np.int32]] | None = None
     if prefix_caching:
         tokens = make_sequence(request, number, trace.hash_block_size)
+        if parent is not None:
+            first = make_sequence(trace.requests[parent], parent, trace.hash_block_size)
+            tokens[: request.prompt_len] = first[: request.prompt_len]
         prompt, sequence = tokens[: request.prompt_len], np.array(tokens, np.int32)
     else:
         prompt = [FILLER] * request.prompt_len
@@ -235,6 +247,7 @@ def _make_message(
         priority=request.priority,
         external_request_id=str(number),
         scheduling=_make_scheduling_params(request),
+        parent_id=parent,
     )
     return message, RequestTokens(min(end_len, limit), end_len < limit, sequence)
 

@@ -55,6 +55,7 @@ class Recording:
         ends = {record.id: record for record in self.records if isinstance(record, EndRecord)}
         block_size = int(self.header.engine.get("block_size", 0))
         has_hashes = bool(self.header.engine.get("prefix_caching"))
+        parents = {record.parent for record in self.records if isinstance(record, ArrivalRecord)}
         requests, num_unfinished, num_refused, num_failed = [], 0, 0, 0
         for record in self.records:
             if not isinstance(record, ArrivalRecord):
@@ -67,7 +68,8 @@ class Recording:
             elif not end.output_len:
                 num_failed += 1
             else:
-                requests.append(_make_request(record, end, self.header.origin_ns))
+                prompt_id = record.id if record.parent is None and record.id in parents else record.parent
+                requests.append(_make_request(record, end, self.header.origin_ns, prompt_id))
         requests.sort(key=lambda request: request.arrival_s)
         counts = (
             (num_unfinished, "were still running at its end"),
@@ -139,7 +141,9 @@ def _check_header(path: Path, header: Record) -> None:
         )
 
 
-def _make_request(arrival: ArrivalRecord, end: EndRecord, origin_ns: int) -> TraceRequest:
+def _make_request(
+    arrival: ArrivalRecord, end: EndRecord, origin_ns: int, prompt_id: int | None
+) -> TraceRequest:
     return TraceRequest(
         max(arrival.arrival_ns - origin_ns, 0) / 1e9,
         arrival.prompt_len,
@@ -148,4 +152,5 @@ def _make_request(arrival: ArrivalRecord, end: EndRecord, origin_ns: int) -> Tra
         (*arrival.hashes, *end.hashes),
         arrival.priority,
         arrival.scheduling,
+        prompt_id,
     )

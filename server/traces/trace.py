@@ -28,6 +28,8 @@ class TraceRequest:
     priority: int = 0
     scheduling: Mapping[str, Any] = field(default_factory=dict)
     """What policies may use, by the names of ``SchedulingParams``: group, deadline, targets, predicted length, tags."""
+    prompt_id: int | None = None
+    """The same for all continuations of one prompt (``n`` > 1), of which the first computes it; None: it is alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,26 @@ def test_one_request_takes_what_its_steps_take(make_setup, model):
     assert round(result.times.e2e_s[0] * 1e9) == first + sum(device) + len(device) * gap + out
 
 
+@pytest.mark.parametrize("hash_block_size", [0, 16])
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_the_continuations_of_one_prompt_compute_it_once(make_setup, hash_block_size, num_replicas):
+    requests = [TraceRequest(0.001 * i, 1003, 9 + i, prompt_id=i // 3) for i in range(6)]
+    results = []
+    for each in (requests, [dataclasses.replace(request, prompt_id=None) for request in requests]):
+        trace, prompt_tokens = Trace("n", each, hash_block_size), []
+
+        def observe(now_ns, step, device_ns, prompt_tokens=prompt_tokens):
+            prompt_tokens.append(int(step.num_scheduled_tokens[step.num_decodes :].sum()))
+
+        def assign(number, message, request, replicas):
+            return number % len(replicas)
+
+        result = run_simulation(trace, make_setup(), num_replicas=num_replicas, assign=assign, observe_step=observe)
+        assert result.times.output_len.tolist() == [request.output_len for request in requests]
+        results.append(sum(prompt_tokens))
+    assert 2 * 1003 <= results[0] <= 2 * 1003 + 4 * 2 and results[1] == 6 * 1003
+
+
 def test_the_mean_wait_is_that_of_pollaczek_and_khinchine(make_setup, model):
     """One server, first come first served, Poisson arrivals: ``E[W] = rate E[S^2] / (2 (1 - rho))`` (M/G/1).
     Requests of one prompt token, one row, steps of 10 ms and no host."""
