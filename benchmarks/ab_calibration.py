@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import time
 
-import msgspec
-
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
 from quire.server.ab.analysis import MIN_PAIRS, Verdict, analyze_pairs
@@ -55,7 +53,7 @@ def run(seed: int, pairs: int, slowdown: float, args: argparse.Namespace) -> Ver
     trace = make_synthetic_trace(f"synthetic:requests={count},input=lognormal/300/0.8,output=lognormal/30/0.6", seed)
     trace = trace.replace_arrivals(make_arrivals(f"poisson:rate={args.rate}", count, seed))
     model = load_step_model(None)
-    setups = [make_setup(model), make_setup(slow_down(model, slowdown))]
+    setups = [make_setup(model), make_setup(model.scale_device_times(slowdown))]
     blocks = plan_blocks(pairs, args.block, seed)
     measured = run_switchback_simulation(trace, setups, blocks, 0.5)
     return analyze_pairs(combine_arms(measured), Objectives(), 2 * args.block, seed)
@@ -63,12 +61,6 @@ def run(seed: int, pairs: int, slowdown: float, args: argparse.Namespace) -> Ver
 
 def make_setup(model: StepTimeModel) -> EngineSetup:
     return EngineSetup(model, model.limits, FCFSPolicy, FCFSPolicy, PagedAllocator, "fcfs")
-
-
-def slow_down(model: StepTimeModel, factor: float) -> StepTimeModel:
-    names = ("context_us", "pair_us", "prompt_step_us")
-    changes = {name: getattr(model, name) * factor for name in names}
-    return msgspec.structs.replace(model, tokens_us=tuple(factor * value for value in model.tokens_us), **changes)
 
 
 if __name__ == "__main__":

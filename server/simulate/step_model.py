@@ -15,7 +15,7 @@ import difflib
 import os
 from bisect import bisect_left, bisect_right
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -163,6 +163,16 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
             round((host.update_us + host.update_request_us * num_reqs) * 1e3),
             round(lead_us * 1e3),
         )
+
+    def scale_device_times(self, factor: float) -> StepTimeModel:
+        """The same with steps that take ``factor`` times as long on the device."""
+        changes: dict[str, Any] = {}
+        for name in ("tokens_us", "decodes_us"):
+            changes[name] = tuple(factor * time for time in getattr(self, name))
+        for name in ("context_us", "pair_us", "mean_keys_us", "prompt_step_us", "prompt_context_us"):
+            if (time := getattr(self, name)) is not None:
+                changes[name] = factor * time
+        return msgspec.structs.replace(self, **changes)
 
     def _decodes_us(self, num_reqs: int) -> float:
         sizes, times = self.decodes, self.decodes_us

@@ -141,9 +141,7 @@ def _check_header(path: Path, header: Record) -> None:
         )
 
 
-def _make_request(
-    arrival: ArrivalRecord, end: EndRecord, origin_ns: int, prompt_id: int | None
-) -> TraceRequest:
+def _make_request(arrival: ArrivalRecord, end: EndRecord, origin_ns: int, prompt_id: int | None) -> TraceRequest:
     return TraceRequest(
         max(arrival.arrival_ns - origin_ns, 0) / 1e9,
         arrival.prompt_len,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 
 from quire.plugins.kv.paged import PagedAllocator
@@ -28,12 +27,7 @@ def switchback():
         trace = make_synthetic_trace(spec, seed)
         trace = trace.replace_arrivals(make_arrivals(f"poisson:rate={RATE}", count, seed))
         model = load_step_model(None)
-        slow = msgspec.structs.replace(
-            model,
-            tokens_us=tuple(slowdown * value for value in model.tokens_us),
-            context_us=slowdown * model.context_us,
-            pair_us=slowdown * model.pair_us,
-        )
+        slow = model.scale_device_times(slowdown)
         setups = [EngineSetup(m, m.limits, FCFSPolicy, FCFSPolicy, PagedAllocator, "fcfs") for m in (model, slow)]
         measured = run_switchback_simulation(trace, setups, plan_blocks(pairs, BLOCK_S, seed), 0.5)
         return analyze_pairs(combine_arms(measured), Objectives(), 2 * BLOCK_S, seed)

@@ -135,4 +135,5 @@ def test_a_switchback_of_equal_arms_finds_nothing_and_a_planted_effect_is_found(
     pairs = verdicts[0].get_effect("tpot_p50").recommended_pairs
     found = [switchback(50 + seed, pairs, 1.05).get_effect("tpot_p50") for seed in range(3)]
     assert sum(effect.is_significant and effect.effect > 0 for effect in found) >= 2
-    assert np.mean([effect.effect for effect in found]) == pytest.approx(0.05, abs=0.015)
+    # Slower steps also leave more requests in each.
+    assert 0.04 < np.mean([effect.effect for effect in found]) < 0.08
