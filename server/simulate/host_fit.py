@@ -100,7 +100,7 @@ def _measure_leads(recordings: Sequence[Recording]) -> Iterator[float]:
     """From the beginning of a launch until the device began, where it was idle and the host waited for the step."""
     for before, done in _iter_pairs(recordings):
         if before.end_us <= done.start_us and done.wait_us > 0.1 * done.device_us:
-            yield done.end_us - done.device_us - done.start_us - done.schedule_us - done.held_us
+            yield done.end_us - done.device_us - done.start_us - done.schedule_us
 
 
 def _estimate_arrival_delays(recording: Recording) -> Iterator[float]:
