@@ -60,7 +60,14 @@ def test_the_python_of_the_readme_runs(readme, capsys):
 
 @pytest.mark.parametrize(
     ("page", "plugin"),
-    [("plugins", "TakeTurns"), ("policies", "SaltedFirst"), ("speculative", "Repeat"), ("simulating", "ByGroup")],
+    [
+        ("plugins", "TakeTurns"),
+        ("plugins", "Prefer"),
+        ("plugins", "Swish"),
+        ("policies", "SaltedFirst"),
+        ("speculative", "Repeat"),
+        ("simulating", "ByGroup"),
+    ],
 )
 def test_the_python_of_a_page_passes_its_checks(page, plugin, python_of, tmp_path, monkeypatch):
     """All Python blocks of a page make one module."""
@@ -82,6 +89,21 @@ def test_the_model_of_a_page_computes(python_of, tmp_path, monkeypatch):
     ids = torch.tensor([3, 5, 3], dtype=torch.int32)
     logits = model.compute_logits(model.forward(ids, torch.arange(3), None))
     assert not weights and logits.shape == (3, 11) and torch.equal(logits[0], logits[2])
+
+
+def test_the_checkpoint_map_of_a_page_loads_gpt2s_matrix(python_of, tmp_path, monkeypatch):
+    (tmp_path / "page_maps.py").write_text(python_of("plugins.md"))
+    monkeypatch.syspath_prepend(tmp_path)
+    builder = LayerBuilder(torch.float32, torch.device("cpu"), torch.float32, 16, Unquantized({}))
+    model = torch.nn.Module()
+    model.add_module("qkv", builder.make_qkv_parallel_linear("h.0.attn", 4, 1, 1, 4))
+    loaders, stored, x = (
+        importlib.import_module("page_maps").checkpoint_map(model),
+        torch.randn(4, 12),
+        torch.randn(2, 4),
+    )
+    loaders["h.0.attn.c_attn.weight"](stored)
+    assert torch.allclose(model.qkv(x), x @ stored, atol=1e-6)
 
 
 def all_pass(plugin):
