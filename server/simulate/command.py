@@ -135,9 +135,10 @@ def _add_fit(commands: Any) -> None:
 
 def _run_fit(args: argparse.Namespace) -> int:
     from quire.server.simulate.fit import fit_step_model, measure_errors
-    from quire.server.simulate.step_model import save_step_model
+    from quire.server.simulate.step_model import check_writable, save_step_model
     from quire.server.traces.recording import read_recording
 
+    check_writable(Path(args.out))
     recordings = [read_recording(Path(path)) for path in args.recordings]
     source = f"fitted to recorded steps by quire simulate fit: {', '.join(r.name for r in recordings)}"
     model = fit_step_model(recordings, Path(args.out).stem, source)

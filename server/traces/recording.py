@@ -99,7 +99,7 @@ def read_recording(path: Path) -> Recording:
         if number == 1:
             _check_header(path, records[0])
     if not records:
-        raise ConfigError(f"{path} is empty; it is no recording")
+        raise ConfigError(f"{path} is no recording: it has no line; name a file of quire serve --record")
     header = records.pop(0)
     assert isinstance(header, HeaderRecord)
     return Recording(path.name, header, records)
