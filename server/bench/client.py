@@ -52,7 +52,8 @@ async def _cancel_on_sigterm(work: Coroutine[Any, Any, T]) -> T:
         return await task
     except asyncio.CancelledError:
         if is_ended:
-            raise SystemExit(128 + signal.SIGTERM) from None
+            signal.signal(signal.SIGTERM, previous)
+            signal.raise_signal(signal.SIGTERM)
         raise
     finally:
         loop.remove_signal_handler(signal.SIGTERM)

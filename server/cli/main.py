@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuireError as error:
         print(f"quire: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except _Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -61,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end_orderly(number: int, frame: FrameType | None) -> NoReturn:
     """End as on Ctrl-C: servers that a benchmark started are stopped and temporary folders removed."""
-    raise SystemExit(128 + number)
+    raise _Terminated
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came. No ``SystemExit``, which counts as a fault of the plugin in whose code it is raised."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
 from quire.core.stats import QuarantinedPlugin
+from quire.server.cli.main import main
 
 
 def divide(a: int, b: int) -> float:
@@ -29,6 +31,19 @@ def test_calls_go_through_until_the_first_fault(caplog: pytest.LogCaptureFixture
         "policy/mine is quarantined (raised): divide raised ZeroDivisionError: division by zero; fcfs takes over"
     )
     assert record.exc_info is not None
+
+
+def test_sigterm_is_no_fault_of_the_plugin_in_whose_code_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    previous = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["quire"])
+    quarantine = Quarantine("policy", "mine", lambda plugin: None)
+    try:
+        assert main() == 0  # every command ends in order on SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            quarantine.call(signal.raise_signal, signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert quarantine.is_active
 
 
 def test_only_slow_calls_in_a_row_count() -> None:
