@@ -21,6 +21,7 @@ _REPEATED_SHARE = 0.5
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, one request rate after another. Exit status 1 if a request failed."""
+    _apply_vllm_names(args)
     if min(args.request_rate) < 0 or (args.max_concurrency or 1) < 1:
         raise ConfigError("--request-rate must not be negative, and --max-concurrency must be at least 1")
     plot = LoadPlot(args.plot) if args.plot else None
@@ -28,6 +29,19 @@ def run(args: argparse.Namespace) -> int:
     if plot is not None:
         print(f"plotted in {plot.draw(runs)}")
     return 1 if any(figures["failed"] for figures in runs) else 0
+
+
+def _apply_vllm_names(args: argparse.Namespace) -> None:
+    """Set what the flags of vLLM's benchmark say in other words."""
+    if args.base_url and (args.host or args.port):
+        raise ConfigError("give --base-url, or --host and --port")
+    args.base_url = args.base_url or f"http://{args.host or '127.0.0.1'}:{args.port or 8000}"
+    chat = "/v1/chat/completions"
+    args.endpoint = args.endpoint or (chat if args.backend == "openai-chat" else "/v1/completions")
+    if args.dataset_name in ("sharegpt", "custom") and not args.dataset:
+        raise ConfigError(f"--dataset-name {args.dataset_name}: name its file with --dataset")
+    if args.dataset_name == "random" and args.dataset:
+        raise ConfigError("--dataset-name random takes no --dataset")
 
 
 async def _run_rates(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -108,7 +108,15 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
+    parser.add_argument("--base-url", metavar="URL", help="(default: http://127.0.0.1:8000)")
+    parser.add_argument("--host", metavar="HOST", help="in place of --base-url, as in vLLM")
+    parser.add_argument("--port", type=parse_int, metavar="N", help="in place of --base-url, as in vLLM")
+    parser.add_argument(
+        "--backend", choices=("vllm", "openai", "openai-chat"), help="as in vLLM; openai-chat: --endpoint of chats"
+    )
+    parser.add_argument(
+        "--dataset-name", choices=("random", "sharegpt", "custom"), help="as in vLLM; all but random need --dataset"
+    )
     parser.add_argument("--model", metavar="NAME", help="model name to ask for (default: the first that is served)")
     parser.add_argument("--num-prompts", type=parse_int, default=64, metavar="N", help="requests (default: 64)")
     parser.add_argument(
@@ -123,7 +131,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw latency against load as a PNG; needs quire[plot]")
     parser.add_argument("--json", action="store_true", help="a JSON line for each rate instead of the table")
     parser.add_argument("--seed", type=parse_int, default=0, metavar="N", help="of prompts and gaps (default: 0)")
-    _add_request_flags(parser, 1024, 128, 0.0)
+    _add_request_flags(parser, 1024, 128, 0.0, endpoint=None)
 
 
 def _add_soak(parser: argparse.ArgumentParser) -> None:
@@ -196,11 +204,13 @@ _BENCHMARKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = 
 }
 
 
-def _add_request_flags(group: Any, input_len: int, output_len: int, spread: float) -> None:
+def _add_request_flags(
+    group: Any, input_len: int, output_len: int, spread: float, endpoint: str | None = "/v1/completions"
+) -> None:
     """Flags for requests to a server, in vLLM's spellings too."""
     group.add_argument("--api-key", metavar="KEY", help="key of the server, if it asks for one")
     group.add_argument(
-        "--endpoint", choices=("/v1/completions", _CHAT), default="/v1/completions", help="(default: %(default)s)"
+        "--endpoint", choices=("/v1/completions", _CHAT), default=endpoint, help="(default: /v1/completions)"
     )
     for name, default, what in (("input", input_len, "a prompt"), ("output", output_len, "an answer")):
         group.add_argument(

@@ -61,7 +61,9 @@ def test_chats_over_a_file_of_prompts(
 ) -> None:
     file = tmp_path / "talk.jsonl"
     file.write_text('{"prompt": "hello"}\n{"question": "and you?", "answer": "well"}\n')
-    words = ["bench", "serve", "--base-url", f"{server.url}/v1", "--endpoint", "/v1/chat/completions"]
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    words = ["bench", "serve", "--host", host, "--port", port, "--backend", "openai-chat", "--dataset-name", "custom"]
+    assert main([*words, "--num-prompts", "5"]) == 2 and "name its file with --dataset" in capsys.readouterr().err
     assert main([*words, "--dataset", str(file), "--num-prompts", "5", "--output-len", "7", "--json"]) == 0
     (figures,) = lines(capsys)
     assert figures["successful"] == 5 and figures["output_tok_s"] > 0 and figures["ttft_s"]["p50"] > 0
