@@ -10,7 +10,7 @@ from typing import Any
 from quire.core.errors import QuireError
 from quire.server.bench.roofline import Ceilings
 from quire.server.plugin_bench.cases import BenchCase, CaseRefusedError, KindBench, PreparedCase
-from quire.server.plugin_bench.timer import Ratio, compare_rounds, run_alternately
+from quire.server.plugin_bench.timer import WARM_UP_S, Ratio, compare_rounds, run_alternately
 
 __all__ = ["Measurement", "measure_case"]
 
@@ -62,7 +62,9 @@ def measure_case(
             refused[name] = str(error).splitlines()[0]
         except Exception as error:  # of a plugin: the others are measured all the same
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    seconds = run_alternately({name: each.timer for name, each in prepared.items()}, num_rounds)
+    on_gpu = getattr(bench, "device", None) is not None and bench.device.type == "cuda"
+    timers = {name: each.timer for name, each in prepared.items()}
+    seconds = run_alternately(timers, num_rounds, WARM_UP_S if on_gpu else 0.0)
     subject = next(iter(implementations))
     return [
         Measurement(case.name, name, refused=refused[name], weight=case.weight)

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["L2_BYTES", "Ratio", "compare_rounds", "make_timer", "run_alternately", "time_graph"]
+__all__ = ["L2_BYTES", "WARM_UP_S", "Ratio", "compare_rounds", "make_timer", "run_alternately", "time_graph"]
 
 L2_BYTES = 256 << 20
 """Launches of one timed run go through at least this much memory, which is more than any GPU's L2 cache holds."""
 
+WARM_UP_S = 0.2
+"""How long a GPU runs what is timed before that counts, so that its clock is what heat and power allow."""
 _HEAD_START_CYCLES = 400_000
 """Some 0.2 ms, in which the host queues both events and what is between them."""
 
@@ -46,20 +48,29 @@ def make_timer(launch: Callable[[], object], device: torch.device, *, capture: b
 def time_graph(launch: Callable[[], object], num_launches: int = 1, repeats: int = 9, num_warmups: int = 2) -> float:
     """Median seconds of one of the ``num_launches`` launches that ``launch`` makes, in a CUDA graph."""
     timer = make_timer(launch, torch.device("cuda"))
+    deadline = time.perf_counter() + (WARM_UP_S if num_warmups else 0.0)
     for _ in range(num_warmups):
+        timer()
+    while time.perf_counter() < deadline:
         timer()
     return statistics.median(timer() for _ in range(repeats)) / num_launches
 
 
-def run_alternately(timers: Mapping[str, Callable[[], float]], num_rounds: int) -> dict[str, list[float]]:
+def run_alternately(
+    timers: Mapping[str, Callable[[], float]], num_rounds: int, warm_up_s: float = 0.0
+) -> dict[str, list[float]]:
     """The seconds of each timer in each round. All take turns, and every other round turns the order around, so that a
-    machine that grows hot or busy does so to all of them. A round before the first is not kept."""
+    machine that grows hot or busy does so to all of them. A round before the first, and more for ``warm_up_s`` by the
+    wall clock, are not kept."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for number in range(-1, num_rounds):
+    deadline, number = time.perf_counter() + warm_up_s, -1
+    while number < num_rounds:
         for name, timer in list(timers.items())[:: 1 if number % 2 else -1]:
             measured = timer()
             if number >= 0:
                 seconds[name].append(measured)
+        if number >= 0 or time.perf_counter() >= deadline:
+            number += 1
     return seconds
 
 
