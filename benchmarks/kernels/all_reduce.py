@@ -1,6 +1,6 @@
 """Sums over the GPUs of a host: Quire's kernels against NCCL, for correctness and for time.
 
-    PYTHONPATH=src python benchmarks/kernels/all_reduce.py [--gpus 2] [--features 4096] [--check-only]
+    PYTHONPATH=src python benchmarks/kernels/all_reduce.py [--gpus 2] [--features 4096] [--kib 8 512] [--check-only]
 
 Microseconds of a call among 50 in a CUDA graph, the median of 20 replays, the slowest rank; bf16 bytes of a rank.
 NVLink multicast is not used; where the host forbids it, set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 and NCCL_NVLS_ENABLE=0.
@@ -28,7 +28,7 @@ from quire.core.ops.kernels.all_reduce_launch import MAX_MARKED_ROWS, MAX_PROGRA
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 
 CALLS, REPLAYS = 50, 20
-BYTES = [8 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20]
+KIB = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 NATIVE = ActivationFormat()
 NO_LIMIT, NEVER = 1 << 30, -1
 
@@ -127,7 +127,7 @@ def measure(contender: Contender, x: Tensor, residual: Tensor, weight: Tensor) -
     return float(slowest)
 
 
-def run_rank(rank: int, size: int, store: str, features: int, check_only: bool) -> None:
+def run_rank(rank: int, size: int, store: str, features: int, kib: list[int], check_only: bool) -> None:
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=size, device_id=device)
@@ -136,7 +136,7 @@ def run_rank(rank: int, size: int, store: str, features: int, check_only: bool) 
         print(f"{size} x {torch.cuda.get_device_name()}, rows of {features} bf16, torch {torch.__version__}")
         print(f"{'KiB':>8}" + "".join(f"{each.name:>20}" for each in contenders))
     generator = torch.Generator(device).manual_seed(rank)
-    for nbytes in BYTES:
+    for nbytes in (each << 10 for each in kib):
         rows = nbytes // (2 * features)
         if rows == 0:
             continue
@@ -161,11 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--features", type=int, default=4096)
+    parser.add_argument("--kib", type=int, nargs="+", default=KIB, help="sizes of messages")
     parser.add_argument("--check-only", action="store_true", help="sums alone, without times")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(run_rank, (args.gpus, store, args.features, args.check_only), nprocs=args.gpus)
+        mp.spawn(run_rank, (args.gpus, store, args.features, args.kib, args.check_only), nprocs=args.gpus)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,10 @@ def candidates(layer: Layer, tokens: int) -> Iterator[tuple[str, Options]]:
         return
     apart = {"separate_norm": True} if "norm" in layer.fused else {}
     if tokens >= 8:
-        for rows, block, warps, stages in [(64, 128, 4, 4), (64, 64, 4, 6), (32, 128, 4, 4), (128, 64, 4, 4)]:
+        tiles = [(64, 128, 4, 4), (64, 64, 4, 6), (32, 128, 4, 4), (128, 64, 4, 4)]
+        if tokens > 16:
+            tiles += [(64, 64, 4, 4), (64, 128, 8, 3), (128, 64, 8, 4)]
+        for rows, block, warps, stages in tiles:
             options = {"block_m": tokens, "block_n": rows, "block_k": block, "num_warps": warps, "num_stages": stages}
             yield "gemm_medium_m", options | apart
     if tokens > 32:
@@ -235,7 +238,7 @@ def sweep(layer: Layer, compiled: set[str], enable_pdl: tuple[bool, ...]) -> Ite
         yield {
             "features": layer.features,
             "inputs": layer.inputs,
-            "block_m": tokens,
+            "tokens": tokens,
             "library_us": round(library, 2),
             "unfused_us": round(separate, 2),
             "timed": timed,

@@ -1,6 +1,7 @@
 """Linear layers at small batch: which kernel a layer takes for how many tokens.
 
-The table beside this file is written by ``benchmarks/kernels/linear.py``; a layer that it does not name, and a Hopper
+The table beside this file is written by ``benchmarks/kernels/linear.py``, and for the shapes that ranks have of a layer
+by ``linear_chain.py`` beside it; a layer that it does not name, and a Hopper
 card without a table, get what did best on layers of its kind. On other architectures the rule has not been timed
 against the library's GEMM, which does everything there.
 """
