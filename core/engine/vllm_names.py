@@ -15,6 +15,7 @@ from quire.core.errors import ConfigError, UnsupportedError
 __all__ = [
     "ABSENT_FLAGS",
     "VLLM_CALL_ARGUMENTS",
+    "VLLM_COMMANDS",
     "VLLM_FLAGS",
     "VLLM_VARIABLES",
     "VllmFlag",
@@ -192,6 +193,15 @@ VLLM_VARIABLES: Mapping[str, tuple[str | None, str]] = MappingProxyType({
     "VLLM_LOGGING_CONFIG_PATH": (None, "not used: give --log-level"),
 })  # fmt: skip
 """Environment variables: the setting of ``quire serve`` that takes the value, if there is one, and the line to log."""
+
+
+VLLM_COMMANDS: Mapping[str, str] = MappingProxyType({
+    "chat": "ask the server with curl or any OpenAI client",
+    "complete": "ask the server with curl or any OpenAI client",
+    "run-batch": "not supported: send the requests to the server, or give them to LLM.chat",
+    "collect-env": "now quire plugins doctor, and quire --version",
+})  # fmt: skip
+"""Commands of vLLM's that Quire does not have, and what to do instead."""
 
 
 VLLM_CALL_ARGUMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({

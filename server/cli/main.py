@@ -124,9 +124,12 @@ def call_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
 
 
 def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
+    from quire.core.engine.vllm_names import VLLM_COMMANDS
     from quire.server.cli.vllm_flags import find_boolean_flags, normalize_spelling
 
     command_parser = _find_command_parser(parser, words)
+    if command_parser is parser and words and words[0] in VLLM_COMMANDS:  # and no plugin has it
+        parser.error(f"{words[0]}: {VLLM_COMMANDS[words[0]]}")
     normalized, flag_warnings = normalize_spelling(words, find_boolean_flags(command_parser))
     args = _parse_known(parser, command_parser, normalized)
     if file := getattr(args, "config_file", None):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import quire
-from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_FLAGS, VLLM_VARIABLES
+from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_COMMANDS, VLLM_FLAGS, VLLM_VARIABLES
 from quire.core.stats import ENGINE_STATS
 from quire.server.cli.main import COMMANDS
 
@@ -21,6 +21,7 @@ def page(root) -> str:
 def test_every_flag_and_variable_has_its_row(page):
     rows = [f"| `{name}` | {fate} |" for name, fate in ABSENT_FLAGS.items()]
     rows += [f"| `{name}` | {fate} |" for name, (_, fate) in VLLM_VARIABLES.items()]
+    rows += [f"| `vllm {name}` | {fate} |" for name, fate in VLLM_COMMANDS.items()]
     assert not [row for row in rows if row not in page]
 
 

@@ -162,6 +162,7 @@ def test_each_vllm_flag_is_mapped_or_refused(old: object, capsys: pytest.Capture
         (["serve", "--dtype", "int3"], "invalid choice: 'int3'"),
         (["serve", "a", "b"], "unknown argument b"),
         (["serv"], "invalid choice: 'serv'"),
+        (["run-batch", "-i", "a.jsonl"], "run-batch: not supported: send the requests to the server"),
         (["bench", "throughput", "--num-promts", "2"], "did you mean --num-prompts?"),
         (["bench"], "BENCHMARK"),
     ],
