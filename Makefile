@@ -21,6 +21,8 @@ OLDEST_TESTS := tests/docs tests/packaging/test_metadata.py tests/loading tests/
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A worker takes tests that follow each other, which share servers and engines, and then what others have left.
+SPREAD := -n $(WORKERS) --dist worksteal
 
 .PHONY: help serve install dev test parallel coverage architecture aot aotold oldest hostile fuzz loras fuzzapi clients lint format types docs wheel bench check clean
 
@@ -35,27 +37,27 @@ install: $(VENV)/.installed ## make the virtual environment and install Quire in
 dev: $(VENV)/.installed-dev ## what tests, lint and types need
 
 test: dev ## the default test suite (no GPU needed); TESTS=path for a part of it
-	$(PYTEST) -n $(WORKERS) $(TESTS)
+	$(PYTEST) $(SPREAD) $(TESTS)
 
 coverage: dev ## the same, and the share of the code's lines that it ran
-	$(PYTEST) -n $(WORKERS) --cov --cov-report= $(TESTS)
+	$(PYTEST) $(SPREAD) --cov --cov-report= $(TESTS)
 	@$(BIN)/coverage report
 	@echo "coverage: $$($(BIN)/coverage report --format=total) % of lines"
 
 parallel: dev ## models over several ranks: every family, quantization and proposer, and faults; TESTS=path for a part
-	$(PYTEST) -n $(WORKERS) -m parallel $(TESTS)
+	$(PYTEST) $(SPREAD) -m parallel $(TESTS)
 
 architecture: dev ## the tests of layering, names and file sizes alone
 	$(PYTEST) tests/architecture
 
 aot: dev ## compile every Triton kernel for sm_90, sm_80, sm_89 and sm_100, without a GPU
-	env -u TRITON_INTERPRET $(PYTEST) -n $(WORKERS) -m aot $(TESTS)
+	env -u TRITON_INTERPRET $(PYTEST) $(SPREAD) -m aot $(TESTS)
 
 aotold: $(VENV)/triton-$(OLDEST_TRITON) ## the same for sm_90 with the oldest Triton that Quire takes
-	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $<) $(PYTEST) -n $(WORKERS) -m aot -k sm_90 $(TESTS)
+	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $<) $(PYTEST) $(SPREAD) -m aot -k sm_90 $(TESTS)
 
 oldest: $(VENV)/oldest/.installed ## some tests with the oldest version of each dependency that pyproject.toml takes
-	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) -W default $(OLDEST_TESTS)
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) $(SPREAD) -W default $(OLDEST_TESTS)
 
 hostile: dev ## plugins that hang or end their process, and what becomes of the requests beside them
 	$(PYTEST) -m hostile $(TESTS)
