@@ -66,13 +66,18 @@ def answers(llm: LLM) -> list[list[list[int]]]:
     return [[choice.token_ids for choice in output.outputs] for output in llm.generate(PROMPTS, PARAMS)]
 
 
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[list[int]]]:
+    """The answers over an allocator without faults."""
+    return answers(llm)
+
+
 @pytest.mark.parametrize("countdown", [1, 7])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_request_and_no_block_is_lost(
-    engine: LLM, llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    engine: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     method: str, countdown: int,
 ) -> None:  # fmt: skip
-    expected = answers(llm)
     monkeypatch.setattr(Raises, "method", method)
     monkeypatch.setattr(Raises, "countdown", min(countdown, 2) if method in ("fork_blocks", "stats") else countdown)
     with caplog.at_level(logging.ERROR, "quire.plugin"):

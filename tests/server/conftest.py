@@ -85,6 +85,17 @@ def server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     running.stop()
 
 
+@pytest.fixture(scope="session")
+def thinking_server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The same model, with a template that shows nothing of tools and opens the reasoning, and parsers by flag."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' }}"
+    flags = ("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--enable-auto-tool-choice")
+    names = ("--served-model-name", "tiny", "--chat-template", template)
+    running = start_server(tmp_path_factory.mktemp("thinking"), tiny_model, *names, *flags)
+    yield running
+    running.stop()
+
+
 @pytest.fixture
 def start(tiny_model: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     """Start one more server, over the same model, with other flags."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..conftest import RunningServer, until
+from ..conftest import RunningServer, start_server, until
 
 PROMPT = list(range(3, 43))  # 40 tokens: two full blocks of 16, of which a second request finds both
+OTHER_PROMPT = list(range(103, 143))
 
 
 def read_metrics(server: RunningServer, prefix: str = "vllm:") -> dict[str, float]:
@@ -29,21 +31,32 @@ def complete(server: RunningServer, **body: object) -> dict:
     return response.json()
 
 
-@pytest.fixture
-def small_server(start: Callable[..., RunningServer]) -> RunningServer:
+@pytest.fixture(scope="module")
+def small_server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A KV cache of 160 tokens, in 10 blocks."""
-    return start("--served-model-name", "tiny", "--max-model-len", "128", "--num-gpu-blocks-override", "11")
+    flags = ("--served-model-name", "tiny", "--max-model-len", "128", "--num-gpu-blocks-override", "11")
+    server = start_server(tmp_path_factory.mktemp("metrics"), tiny_model, *flags)
+    yield server
+    server.stop()
 
 
-def test_metrics_of_known_traffic(small_server: RunningServer) -> None:
+@pytest.fixture
+def added(small_server: RunningServer) -> Callable[[], dict[str, float]]:
+    """By how much each value has grown since the test began."""
+    before = defaultdict(float, read_metrics(small_server))
+    return lambda: {name: value - before[name] for name, value in read_metrics(small_server).items()}
+
+
+def test_metrics_of_known_traffic(small_server: RunningServer, added: Callable[[], dict[str, float]]) -> None:
     complete(small_server, prompt=PROMPT, max_tokens=5)
     complete(small_server, prompt=PROMPT, max_tokens=7)
     complete(small_server, prompt=[50, 51, 52], n=3, max_tokens=500)  # ends at the context
     until(lambda: read_metrics(small_server)["kv_cache_usage_perc"] == 0)
-    found = read_metrics(small_server)
-    assert found == read_metrics(small_server, "quire:")
+    gauges, found = read_metrics(small_server), added()
+    assert gauges == read_metrics(small_server, "quire:")
+    assert gauges["kv_cache_size_tokens"] == 160
+    assert gauges["cpu_cache_usage_perc"] == gauges["num_requests_swapped"] == 0
     expected = {
-        "kv_cache_size_tokens": 160,
         "request_params_n_count": 3,
         "request_params_n_sum": 1 + 1 + 3,
         "request_params_max_tokens_count": 5,
@@ -54,8 +67,6 @@ def test_metrics_of_known_traffic(small_server: RunningServer) -> None:
         "request_prefill_time_seconds_count": 5,
         "request_decode_time_seconds_count": 5,
         "request_inference_time_seconds_count": 5,
-        "cpu_cache_usage_perc": 0,
-        "num_requests_swapped": 0,
         "request_num_preemptions_count": 5,
         "request_num_preemptions_sum": found["num_preemptions_total"],
         "iteration_tokens_total_count": found["steps_total"],
@@ -73,22 +84,25 @@ def test_metrics_of_known_traffic(small_server: RunningServer) -> None:
     assert all(label in info for label in ('block_size="16"', 'num_gpu_blocks="11"', 'kv_cache_size_tokens="160"'))
 
 
-def test_steps_count_each_computed_token_once(small_server: RunningServer) -> None:
+def test_steps_count_each_computed_token_once(
+    small_server: RunningServer, added: Callable[[], dict[str, float]]
+) -> None:
     """A prompt is computed once and each token but the last is fed back; what is cached is not computed."""
-    complete(small_server, prompt=PROMPT, max_tokens=5)
-    until(lambda: read_metrics(small_server)["steps_total"] >= 5)
-    assert read_metrics(small_server)["iteration_tokens_total_sum"] == 40 + 4
-    complete(small_server, prompt=PROMPT, max_tokens=5)
-    until(lambda: read_metrics(small_server)["steps_total"] >= 10)
-    assert read_metrics(small_server)["iteration_tokens_total_sum"] == 40 + 4 + (40 - 32) + 4
-    found = read_metrics(small_server)
+    complete(small_server, prompt=OTHER_PROMPT, max_tokens=5)
+    until(lambda: added()["steps_total"] >= 5)
+    assert added()["iteration_tokens_total_sum"] == 40 + 4
+    complete(small_server, prompt=OTHER_PROMPT, max_tokens=5)
+    until(lambda: added()["steps_total"] >= 10)
+    found = added()
+    assert found["iteration_tokens_total_sum"] == 40 + 4 + (40 - 32) + 4
     assert found["request_prefill_kv_computed_tokens_sum"] == 40 + 8
     assert found["prefix_cache_hits_total"] == 32 and found["prefix_cache_queries_total"] >= 40
-    rate = found["prefix_cache_hits_total"] / found["prefix_cache_queries_total"]
-    assert found["gpu_prefix_cache_hit_rate"] == found["cpu_prefix_cache_hit_rate"] == pytest.approx(rate)
+    whole = read_metrics(small_server)
+    rate = whole["prefix_cache_hits_total"] / whole["prefix_cache_queries_total"]
+    assert whole["gpu_prefix_cache_hit_rate"] == whole["cpu_prefix_cache_hit_rate"] == pytest.approx(rate)
 
 
-def test_preemptions_are_counted_by_request(small_server: RunningServer) -> None:
+def test_preemptions_are_counted_by_request(small_server: RunningServer, added: Callable[[], dict[str, float]]) -> None:
     """Two requests of 110 tokens do not fit beside each other into 160: one is preempted and recomputed."""
     clients = [
         threading.Thread(target=complete, args=(small_server,), kwargs={"prompt": [first, 4, 5], "max_tokens": 107})
@@ -98,7 +112,7 @@ def test_preemptions_are_counted_by_request(small_server: RunningServer) -> None
         client.start()
     for client in clients:
         client.join()
-    found = read_metrics(small_server)
+    found = added()
     assert found["request_num_preemptions_count"] == 2
     assert found["request_num_preemptions_sum"] == found["num_preemptions_total"] >= 1
 

@@ -249,16 +249,14 @@ def test_a_call_is_required(client: openai.OpenAI) -> None:
     assert call.name == "get_current_weather"
 
 
-def test_reasoning_is_an_item(start) -> None:
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' }}"
-    server = start("--served-model-name", "tiny", "--chat-template", template, "--reasoning-parser", "qwen3")
+def test_reasoning_is_an_item(thinking_server: RunningServer) -> None:
     fields = {"model": "tiny", "input": "Hm?", "temperature": 0, "max_output_tokens": 6}
     extra = {"extra_body": {"ignore_eos": True}}
-    response = server.openai.responses.create(**fields, **extra)
+    response = thinking_server.openai.responses.create(**fields, **extra)
     [item] = response.output
     assert item.type == "reasoning" and item.content[0].text and item.summary == []
     assert 0 < response.usage.output_tokens_details.reasoning_tokens <= 6
-    events = list(server.openai.responses.create(**fields, **extra, stream=True))
+    events = list(thinking_server.openai.responses.create(**fields, **extra, stream=True))
     deltas = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     assert deltas == item.content[0].text
 

@@ -130,11 +130,9 @@ def test_bad_tools_are_refused(tiny: RunningServer) -> None:
             check_error(http.post("/v1/chat/completions", json={**FIELDS, **fields}), 400, param)
 
 
-def test_parsers_by_flag(start, tmp_path) -> None:
+def test_parsers_by_flag(thinking_server: RunningServer) -> None:
     """A model whose template shows nothing, and a template that opens its reasoning."""
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' }}"
-    flags = ("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--enable-auto-tool-choice")
-    server = start("--served-model-name", "tiny", "--chat-template", template, *flags)
+    server = thinking_server
     fields = {"model": "tiny", "messages": ASK, "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
     message = server.openai.chat.completions.create(**fields).choices[0].message
     assert message.content is None and message.reasoning_content and message.reasoning == message.reasoning_content

@@ -49,8 +49,10 @@ TRACES = {
 }
 
 
-@pytest.mark.parametrize("policy", [FCFSPolicy, PriorityPolicy, SJFPolicy])
-@pytest.mark.parametrize("name", TRACES)
+OTHERS = [("busy", PriorityPolicy), ("busy", SJFPolicy), ("limits", SJFPolicy), ("prefixes", PriorityPolicy)]
+
+
+@pytest.mark.parametrize(("name", "policy"), [*((name, FCFSPolicy) for name in TRACES), *OTHERS])
 def test_skipped_steps_change_no_digit(make_setup, make_trace, name, policy):
     trace = make_trace(**TRACES[name])
     whole = run_simulation(trace, make_setup(policy, skip=False))
