@@ -92,7 +92,6 @@ def launch_lora(
         block_r=_BLOCK_R,
         block_n=block_n,
         splits=v.shape[0],
-        programs=programs,
         enable_pdl=enable_pdl,
         num_warps=num_warps,
         launch_pdl=enable_pdl,
@@ -276,14 +275,14 @@ def lora_expand_kernel(
     block_r: tl.constexpr,
     block_n: tl.constexpr,
     splits: tl.constexpr,
-    programs: tl.constexpr,
     enable_pdl: tl.constexpr,
 ):
-    """Grid: (programs,), which share out the tiles of the segments that are not empty."""
+    """Grid: programs that share out the tiles of the segments that are not empty."""
     features: tl.constexpr = size_0 + size_1 + size_2
     tiles: tl.constexpr = (
         (size_0 + block_n - 1) // block_n + (size_1 + block_n - 1) // block_n + (size_2 + block_n - 1) // block_n
     )
+    programs = tl.num_programs(0)
     num_live = tl.load(num_live_ptr)
     num_items = num_live * tiles
     held, last = tl.maximum(num_live, 1), tl.maximum(num_items - 1, 0)
