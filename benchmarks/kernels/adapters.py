@@ -5,10 +5,10 @@
 
 Microseconds a decoder layer: queries, keys and values behind their norm, output, gate and up behind their norm with the
 activation function, down; no attention. ``base`` is without adapters, the others are what adapters of rank 16 on all
-of them add to that: one for all tokens, added by the layers' own kernels where they can (``in product``) and by a
-kernel behind them (``behind``); then eight and 64, in turns. ``bytes`` is what reading them takes at the memory's
-bandwidth. All take turns, on several copies of the layer so that weights come from memory. ``--hidden 64`` is for a
-look without a GPU.
+of them add to that: one for all tokens, by the layers' own launches where they can (``in launch``), with the first
+product in front of them (``in front``), and by kernels behind them (``behind``); then eight and 64, in turns, as is the
+default. ``bytes`` is what reading them takes at the memory's bandwidth. All take turns, on several copies of the layer
+so that weights come from memory. ``--hidden 64`` is for a look without a GPU.
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ from quire.server.plugin_bench.timer import L2_BYTES, make_timer, run_alternatel
 MODELS = Path(__file__).parents[1] / "models"
 LOADERS: dict[str, type[QuantizationLoader]] = {"none": Unquantized, "fp8": Fp8, "int8": Int8, "awq": AWQ, "gptq": GPTQ}
 NUM_SLOTS, RANK = 64, 16
-COLUMNS = {"one, in product": (1, True), "one, behind": (1, False), "8": (8, True), "64": (64, True)}
-"""Adapters in a batch, and whether layers' kernels may add them."""
+COLUMNS: dict[str, tuple[int, Lora.Options]] = {
+    "one, in launch": (1, Lora.Options(shrink_in_product=True)),
+    "one, in front": (1, Lora.Options(shrink_in_product=False)),
+    "one, behind": (1, Lora.Options(add_in_product=False)),
+    "8": (8, Lora.Options()),
+    "64": (64, Lora.Options()),
+}
+"""Adapters in a batch, and what layers' kernels may do of them."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ def time_batch(
     stream = torch.randn(batch, shape.hidden, device=device, dtype=dtype)
     limits = AdapterLimits(NUM_SLOTS, RANK, max(batch, 16), dtype, device)
     timers, counts, kept = {}, {}, []
-    for name, (num_adapters, in_product) in {"base": (0, True), **COLUMNS}.items():
-        method = Lora(limits, Lora.Options(add_in_product=in_product))
+    for name, (num_adapters, options) in {"base": (0, Lora.Options()), **COLUMNS}.items():
+        method = Lora(limits, options)
         adapters = ModelAdapters(method)
         layers = [DecoderLayer(shape, loader, adapters, dtype)]
         fill_slots(adapters)

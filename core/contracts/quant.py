@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ __all__ = [
     "LowRankTerm",
     "QuantActivation",
     "QuantizationLoader",
+    "ShrinkInProduct",
     "StoredWeight",
 ]
 
@@ -101,13 +102,36 @@ class StoredWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class ShrinkInProduct:
+    """The first product of a layer's adapters as the layer's own kernel does it; see ``shrink_in_product``."""
+
+    a: Tensor
+    """(slots, parts, max_rank, in_features)."""
+    words: Tensor
+    """int64: what programs hand to each other. All layers of a stream may share it, and ``state``."""
+    state: Tensor
+    """(2,) int32, zero at first."""
+    segments: Tensor
+    """(3, max_segments) int32: of tokens of one adapter each, the slot, the first sorted token and the number of them,
+    16 at most. Those of one adapter follow each other."""
+    num_live: Tensor
+    """(1,) int32: the segments that are not empty."""
+    token_indices: Tensor
+    """(num_tokens,) int32: the sorted tokens, of which the segments are parts."""
+    active_slots: Tensor
+    """(1 + adapters,) int32: how many slots the step's tokens have, and then these, each once."""
+    max_polls: int = 0
+    """After how many looks a program gives up waiting, and the result is not a number; 0: never. For tests."""
+
+
+@dataclass(frozen=True, slots=True)
 class LowRankTerm:
     """What adapters add to a layer's output, short of the product with their second matrix: to token ``m`` whose
     adapter is in slot ``s``, ``sum of v[:, m] times b[s]``, part by part of the layer's fused parts."""
 
-    v: Tensor
+    v: Tensor | None
     """(splits, num_tokens, parts * max_rank) float32, to be summed over the splits. What lies beyond an adapter's rank,
-    and rows of tokens without one, hold anything."""
+    and rows of tokens without one, hold anything. None: the layer's kernel makes it, see ``shrink``."""
     b: Tensor
     """(slots, max_rank, out_features)."""
     ranks: Tensor
@@ -116,11 +140,25 @@ class LowRankTerm:
     """(num_tokens,) int32, at least: each token's slot, -1 where it has no adapter."""
     part_sizes: tuple[int, ...]
     """Features of each part, three parts at most."""
+    shrink: ShrinkInProduct | None = None
+    """What programs of the layer's kernel multiply beside the others, where ``v`` is None."""
 
 
-LowRankShrink: TypeAlias = Callable[[Tensor, tuple[Tensor, float] | None], LowRankTerm]
-"""Launches the first product of a layer's adapters: of its input (num_tokens, in_features), and the norm before it or
-None. With a norm (weight and epsilon), ``v`` lacks the division by the root of the mean square, as ``W (g * x)``."""
+@dataclass(frozen=True, slots=True)
+class LowRankShrink:
+    """The first product of a layer's adapters: launched in front of the layer's kernel, or part of it."""
+
+    launch: Callable[[Tensor, tuple[Tensor, float] | None], LowRankTerm]
+    """Launches it: of the layer's input (num_tokens, in_features), and the norm before it or None. With a norm (weight
+    and epsilon), ``v`` lacks the division by the root of the mean square, as ``W (g * x)``."""
+    in_product: LowRankTerm | None = None
+    """For kernels that can do it themselves, in place of ``launch``."""
+    formats: Collection[str] = ()
+    """Of weights whose kernels shall, as launch tables name them: ``bf16``, ``fp8``, ``int8``, ``w4a16``."""
+
+    def get_in_product(self, weight_format: str) -> LowRankTerm | None:
+        """For a kernel that can do it itself; None: ``launch`` it."""
+        return self.in_product if weight_format in self.formats else None
 
 
 class LinearMethod(ABC):

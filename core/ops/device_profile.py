@@ -63,6 +63,9 @@ class DeviceProfile:
     """Names the launch tables that were measured on this card; None: launches come from the rules."""
     all_reduce: tuple[tuple[int, AllReduceLimits], ...] = ()
     """By number of GPUs of one host that map each other's memory; none: NCCL sums."""
+    shrinks_in_product: tuple[str, ...] = ()
+    """Formats of weights, as launch tables name them, whose kernels were measured to be faster when they do the first
+    product of adapters themselves, too."""
 
     @property
     def is_hopper(self) -> bool:
@@ -125,7 +128,15 @@ PROFILES: tuple[DeviceProfile, ...] = (
     DeviceProfile("H100", (9, 0), 132, 227 * _KIB, 50 << 20, 3.35e12),
     DeviceProfile("H100", (9, 0), 114, 227 * _KIB, 50 << 20, 2.04e12),  # the PCIe card
     DeviceProfile(
-        "H200", (9, 0), 132, 227 * _KIB, 50 << 20, 4.8e12, launch_table="h200", all_reduce=_NVLINK_ALL_REDUCE
+        "H200",
+        (9, 0),
+        132,
+        227 * _KIB,
+        50 << 20,
+        4.8e12,
+        launch_table="h200",
+        all_reduce=_NVLINK_ALL_REDUCE,
+        shrinks_in_product=("bf16",),
     ),
     DeviceProfile("B200", (10, 0), 148, 227 * _KIB, 126 << 20, 8.0e12),
 )

@@ -169,4 +169,4 @@ class GroupedLinear(DeferredLinear):
 
 def _make_shrink_of(x: Tensor, shrink: LowRankShrink) -> LowRankShrink:
     """``shrink`` of ``x``, whatever it is called with."""
-    return lambda _, norm: shrink(x, norm)
+    return LowRankShrink(lambda _, norm: shrink.launch(x, norm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from quire.plugins.quant.kernels.int4 import pack_weights
 from quire.plugins.quant.kernels.int4_launch import launch_int4_gemm_small_m
 from quire.plugins.quant.kernels.int4_weights import dequantize_to_float64
 
+MAX_POLLS = 1 << 20
+"""A program that waits in vain gives up, rather than hang."""
 ONE, MIXED = [2], [1, -1, 0, 1, 4, 3, 2]
 GEMV = {"block_m": 1, "block_n": 2, "tiles_per_program": 3, "num_warps": 4}
 SMALL_M = {"block_m": 8, "block_n": 16, "block_k": 64, "slice_k": 2, "num_stages": 3}
@@ -39,22 +42,50 @@ KERNELS = {
     ),
 }  # fmt: skip
 
+SHRINKING = {
+    "gemv": (launch_gemv, [[0], [-1]], GEMV),
+    "gemv_k_loop": (launch_gemv_k_loop, [[0]], {"block_n": 4, "block_k": 256, "num_warps": 1}),
+    "gemm_small_m": (launch_gemm_small_m, [MIXED, [2], [-1, -1]], SMALL_M),
+    "fp8_gemv": (launch_fp8_gemv, [[0]], GEMV),
+    "fp8_gemv_k_loop": (launch_fp8_gemv_k_loop, [[0]], KERNELS["fp8_gemv_k_loop"][2]),
+    "fp8_gemm_small_m": (launch_fp8_gemm_small_m, [MIXED], SMALL_M),
+    "int4_gemm_small_m": (launch_int4_gemm_small_m, [MIXED, [2]], KERNELS["int4_gemm_small_m"][2]),
+}  # fmt: skip
+"""Kernels that do both products: what launches them, the slots of several steps, and constants."""
+
 
 class Layer(Problem):
     """A layer of two parts, or of three, with adapters in its slots."""
 
-    def __init__(self, device: str, dtype: torch.dtype, part_sizes: tuple[int, ...], neighbours: set[str]) -> None:
-        super().__init__(device, dtype, part_sizes, inputs=2048, max_rank=32)
+    def __init__(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        part_sizes: tuple[int, ...],
+        neighbours: set[str],
+        inputs: int = 2048,
+        max_rank: int = 32,
+    ) -> None:
+        super().__init__(device, dtype, part_sizes, inputs, max_rank)
         self.weight = torch.randn(self.features, self.inputs).mul_(self.inputs**-0.5).to(device, dtype)
         gains = torch.rand(self.inputs).to(device, dtype) + 0.5
         self.norm = (gains, 1e-5) if "norm" in neighbours else None
         self.bias = torch.randn(self.features).to(device, dtype) if "bias" in neighbours else None
         self.is_gated, self.has_residual = "gated" in neighbours, "residual" in neighbours
 
-    def launch(self, kernel: Callable[..., None], x: torch.Tensor, slots: list[int] | None, **options: Any) -> Any:
-        """The layer's output, and what it should be in float64."""
+    def launch(
+        self,
+        kernel: Callable[..., None],
+        x: torch.Tensor,
+        slots: list[int] | None,
+        *,
+        in_product: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The layer's output, and what it should be in float64. ``in_product``: the kernel shrinks too, again and
+        again."""
         weight, scale, dense = self.quantize(kernel.__name__)
-        has_norm = kernel not in (launch_fp8_gemm_small_m, launch_int4_gemm_small_m)  # those have it in front
+        has_norm = kernel not in (launch_fp8_gemm_small_m, launch_int4_gemm_small_m)
         options |= {"norm": self.norm} if has_norm else {}
         norm = self.norm if has_norm else None
         tokens, width = len(x), self.features // 2 if self.is_gated else self.features
@@ -63,12 +94,20 @@ class Layer(Problem):
         term = None
         if slots is not None:
             batch = self.make_batch(slots, is_captured=True)
-            v, _ = launch_shrink(x, self.a, self.ranks, batch, norm)
-            term = LowRankTerm(v, self.b, self.ranks, batch.slots, self.part_sizes)
-        kernel(
-            x, weight, self.bias, out, gated=self.is_gated, residual=residual, adapters=term, enable_pdl=False,
+            shrink = batch.describe_shrink(self.a, MAX_POLLS)
+            v = None if in_product else launch_shrink(x, self.a, self.ranks, batch, norm)[0]
+            term = LowRankTerm(v, self.b, self.ranks, batch.slots, self.part_sizes, shrink if in_product else None)
+        launch = partial(
+            kernel, x, weight, self.bias, out, gated=self.is_gated, residual=residual, adapters=term, enable_pdl=False,
             **scale, **options,
         )  # fmt: skip
+        launch()
+        if in_product and slots is not None:
+            once = out.clone()
+            batch.words.bitwise_xor_(0x3F800000)  # what was handed over before counts no more
+            for count in range(2, 2 + (3 if out.is_cuda else 1)):
+                launch()
+                assert torch.equal(out, once) and batch.launch_state.tolist() == [count, 0]
         x = x.double().cpu()
         if norm is not None:
             x = F.rms_norm(x, (self.inputs,), norm[0].double().cpu(), norm[1])
@@ -111,6 +150,21 @@ def test_a_product_adds_adapters(
     is_base = torch.tensor(slots) < 0
     assert torch.equal(got[is_base], plain[is_base]), "a row without an adapter changed"
     assert is_base.all() or not torch.allclose(got[~is_base], plain[~is_base])
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), [PLACES[0], PLACES[1]])
+@pytest.mark.parametrize("neighbours", [{"bias"}, {"norm", "gated"}, {"residual"}], ids=["plain", "norm", "residual"])
+@pytest.mark.parametrize("case", SHRINKING)
+def test_a_product_shrinks_too(
+    device: str, dtype: torch.dtype, tolerance: float, case: str, neighbours: set[str]
+) -> None:
+    kernel, batches, options = SHRINKING[case]
+    sizes, max_rank = ((32, 32), 32) if "gated" in neighbours else ((32, 16, 16), 16)
+    layer = Layer(device, dtype, sizes, neighbours, 1024, max_rank)
+    for slots in batches:
+        x = torch.randn(len(slots), layer.inputs).to(device, dtype) * 2
+        got, expected = layer.launch(kernel, x, slots, in_product=True, **options)
+        assert (got.double() - expected).norm() <= max(tolerance, 3e-6) * expected.norm()
 
 
 def test_what_lies_beyond_a_rank_is_not_added() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.contracts.adapter import AdapterLimits
-from quire.core.contracts.quant import LayerInfo, QuantActivation
+from quire.core.contracts.quant import LayerInfo, LowRankShrink, QuantActivation
 from quire.core.layers import LayerBuilder, Linear, RMSNorm
 from quire.core.layers.adapters import AdaptedLinearMethod, ModelAdapters
 from quire.core.layers.parallel import TensorParallel
@@ -61,11 +61,11 @@ class AddingLinear(FusedLinear):
 
     def apply_fused(self, layer, x, bias=None, *, norm=None, activation=None, residual=None):
         return self.apply_with_adapters(
-            layer, x, bias, lambda x, norm: None, norm=norm, activation=activation, residual=residual
+            layer, x, bias, LowRankShrink(lambda x, norm: None), norm=norm, activation=activation, residual=residual
         )
 
     def apply_with_adapters(self, layer, x, bias, shrink, *, norm=None, activation=None, residual=None):
-        term, stream = shrink(x, norm), x
+        term, stream = shrink.launch(x, norm), x
         if norm is not None:
             x = F.rms_norm(x, (x.shape[1],), *norm)
         out = F.linear(x, layer.weight, bias)
@@ -91,7 +91,7 @@ class ShrinkingLora(Lora):
 
     def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
         layer = super().make_layer(info, rank, world_size)
-        layer.get_shrink = lambda num_tokens: layer.shrink
+        layer.get_shrink = lambda num_tokens: LowRankShrink(layer.shrink)
         return layer
 
     def prepare_metadata(self, token_slots, *, is_captured=False):

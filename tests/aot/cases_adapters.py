@@ -45,9 +45,9 @@ def lora(
 
 def product(
     kernel: Callable[..., None], num_tokens: int, part_sizes: tuple[int, ...], inputs: int, *, max_rank: int = 16,
-    norm: bool = False, gated: bool = False, **options: Any,
+    norm: bool = False, gated: bool = False, shrinks: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    """A layer's kernel that adds adapters, with PDL where the target has it."""
+    """A layer's kernel that adds adapters, with PDL where the target has it. ``shrinks``: all of it."""
     features, parts, dtype = sum(part_sizes), len(part_sizes), torch.bfloat16
     x = torch.empty(num_tokens, inputs, dtype=dtype)
     out = torch.empty(num_tokens, features // 2 if gated else features, dtype=dtype)
@@ -60,12 +60,16 @@ def product(
         weight = IntWeights(words, groups, features, inputs, 128, 4)
     elif kernel is not launch_fp8_gemm_small_m:
         options["norm"] = (x[0], 1e-5) if norm else None
+    batch = AdapterBatch(AdapterLimits(8, max_rank, 4096, dtype, torch.device("cpu")))
+    batch.update(np.arange(num_tokens, dtype=np.int32) % 8, is_captured=True)
+    a = torch.empty(8, parts, max_rank, inputs, dtype=dtype)
     term = LowRankTerm(
-        torch.empty(4, num_tokens, parts * max_rank),
+        None if shrinks else torch.empty(4, num_tokens, parts * max_rank),
         torch.empty(8, max_rank, features, dtype=dtype),
         torch.empty(8, parts, dtype=torch.int32),
-        torch.empty(8, dtype=torch.int32),
+        batch.slots,
         part_sizes,
+        batch.describe_shrink(a) if shrinks else None,
     )
     kernel(x, weight, None, out, gated=gated, residual=out, adapters=term, enable_pdl=True, **options)
 
@@ -81,6 +85,41 @@ ADAPTERS = {
     ),
     "gemv-k-loop-adapters": partial(
         product, launch_gemv_k_loop, 1, (4096,), 14336, block_n=4, block_k=1024, num_warps=4
+    ),
+    "gemv-shrinks": partial(
+        product, launch_gemv, 1, _QKV, 4096, norm=True, shrinks=True,
+        block_m=1, block_n=2, tiles_per_program=3, num_warps=8,
+    ),
+    "gemv-gated-shrinks": partial(
+        product, launch_gemv, 1, _GATE_UP, 4096, norm=True, gated=True, shrinks=True,
+        block_m=1, block_n=2, tiles_per_program=28, num_warps=4,
+    ),
+    "gemv-k-loop-shrinks": partial(
+        product, launch_gemv_k_loop, 1, (4096,), 14336, shrinks=True, block_n=4, block_k=1024, num_warps=4
+    ),
+    "small-m-8-shrinks": partial(
+        product, launch_gemm_small_m, 8, _QKV, 4096, shrinks=True,
+        block_m=8, block_n=16, block_k=64, slice_k=2, num_stages=6,
+    ),
+    "small-m-8-shrinks-rank-64": partial(
+        product, launch_gemm_small_m, 8, _GATE_UP, 4096, max_rank=64, gated=True, shrinks=True,
+        block_m=8, block_n=16, block_k=64, slice_k=4, num_stages=4,
+    ),
+    "fp8-gemv-shrinks": partial(
+        product, launch_fp8_gemv, 1, _QKV, 4096, norm=True, shrinks=True,
+        block_m=1, block_n=2, tiles_per_program=6, num_warps=8,
+    ),
+    "fp8-gemv-k-loop-shrinks": partial(
+        product, launch_fp8_gemv_k_loop, 1, _GATE_UP, 4096, gated=True, shrinks=True,
+        block_n=4, block_k=1024, num_warps=1,
+    ),
+    "fp8-small-m-8-shrinks": partial(
+        product, launch_fp8_gemm_small_m, 8, (4096,), 14336, shrinks=True,
+        block_m=8, block_n=16, block_k=128, slice_k=4, num_stages=4,
+    ),
+    "int4-small-m-8-shrinks": partial(
+        product, launch_int4_gemm_small_m, 8, _GATE_UP, 4096, gated=True, shrinks=True,
+        block_m=8, tiles=4, slice_k=2, num_stages=3, unroll_k=2,
     ),
     "small-m-8-adapters": partial(
         product, launch_gemm_small_m, 8, _QKV, 4096, block_m=8, block_n=16, block_k=64, slice_k=2, num_stages=6

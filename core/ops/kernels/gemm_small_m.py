@@ -28,6 +28,12 @@ from quire.core.ops.kernels.linear_epilogue import (
     store_gemm_output,
 )
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
+from quire.core.ops.kernels.shrink_in_product import (
+    add_adapters,
+    add_shrink,
+    find_adapters,
+    shrink_segments,
+)
 
 __all__ = ["launch_gemm_small_m"]
 
@@ -51,7 +57,8 @@ def launch_gemm_small_m(
     At most ``block_m`` (8 at least) tokens. A program has ``slice_k`` warps, each with ``block_k`` inputs at a time.
     """
     operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
-    gemm_small_m_kernel[(triton.cdiv(weight.shape[0], block_n),)](
+    shrink_programs = add_shrink(options, x.shape[1], block_m, epilogue)
+    gemm_small_m_kernel[(shrink_programs + triton.cdiv(weight.shape[0], block_n),)](
         x,
         weight,
         *operands,
@@ -93,14 +100,34 @@ def gemm_small_m_kernel(
     ranks_ptr=None,
     slots_ptr=None,
     low_rank: tl.constexpr = None,
+    a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
+    segments_ptr=None,
+    num_live_ptr=None,
+    tokens_ptr=None,
+    active_ptr=None,
+    state_ptr=None,
+    in_launch: tl.constexpr = None,
 ):
-    """Grid: (features / block_n,)."""
-    tile = tl.program_id(0)
+    """Grid: (features / block_n,), behind the programs that shrink."""
+    if in_launch is None:
+        tile = tl.program_id(0)
+    else:
+        if tl.program_id(0) < in_launch[0]:
+            shrink_segments(
+                x_ptr, norm_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, state_ptr,
+                inputs, has_norm, enable_pdl, low_rank, in_launch,
+            )  # fmt: skip
+            return
+        tile = tl.program_id(0) - in_launch[0]
     offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_m = tl.arange(0, block_m)
     offs_k = tl.arange(0, slice_k)[:, None] * block_k + tl.arange(0, block_k)[None, :]  # (slice_k, block_k)
     mask_m = (offs_m < num_tokens)[None, None, :]
     weights = weight_ptr + offs_n.to(tl.int64)[None, :, None] * inputs + offs_k[:, None, :]
+    if in_launch is not None:
+        slots, slot, b = find_adapters(
+            offs_n, num_tokens, b_ptr, ranks_ptr, slots_ptr, active_ptr, features, block_m, low_rank
+        )
     pdl_wait(enable_pdl)  # x is what the kernel before wrote
     acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
     squares = tl.zeros((slice_k, block_k, block_m), dtype=tl.float32)  # dropped by the compiler without a norm
@@ -125,7 +152,12 @@ def gemm_small_m_kernel(
         acc = tl.dot(w, x, acc)
     pdl_launch_dependents(enable_pdl)  # the next kernel's weights may load during the epilogue
     y = tl.sum(acc, axis=0)  # (rows, tokens)
-    if low_rank is not None:
+    if in_launch is not None:
+        y = add_adapters(
+            y, slots, slot, b, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, state_ptr, features,
+            low_rank, in_launch, gated,
+        )  # fmt: skip
+    elif low_rank is not None:
         y = add_low_rank(y, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     if has_norm:
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / inputs + eps)[None, :]

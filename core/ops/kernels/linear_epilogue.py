@@ -20,11 +20,13 @@ from quire.core.contracts.quant import LowRankTerm
 __all__ = [
     "Epilogue",
     "add_low_rank",
+    "get_tile_rows",
     "get_weight_rows",
     "load_low_rank",
     "pack_epilogue",
     "pack_gemm_operands",
     "store_gemm_output",
+    "store_token",
 ]
 
 
@@ -172,6 +174,41 @@ def store_gemm_output(
     tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def get_tile_rows(first, rows: tl.constexpr, features: tl.constexpr, gated: tl.constexpr):
+    """As ``get_weight_rows``, of ``rows`` rows from the ``first`` on."""
+    offs_n = first + tl.arange(0, rows)
+    if gated:
+        offs_n = offs_n // 2 + offs_n % 2 * (features // 2)
+    return tl.minimum(offs_n, features - 1)
+
+
+@triton.jit
+def store_token(
+    y,  # (rows,) float32; gated: gate and up in turns
+    first,
+    num_rows: tl.constexpr,
+    residual_ptr,  # (width,)
+    out_ptr,
+    features: tl.constexpr,
+    gated: tl.constexpr,
+    has_residual: tl.constexpr,
+):
+    """As ``store_gemm_output``, of the first ``num_rows`` of one token's rows from the ``first`` on."""
+    kept: tl.constexpr = y.shape[0] // 2 if gated else y.shape[0]
+    width: tl.constexpr = features // 2 if gated else features
+    halves: tl.constexpr = 2 if gated else 1
+    if gated:
+        gate, up = tl.split(tl.reshape(y, (kept, 2)))
+        y = gate / (1.0 + tl.exp(-gate)) * up
+    offs = tl.arange(0, kept)
+    offs_n = first // halves + offs
+    mask = (offs < num_rows // halves) & (offs_n < width)
+    if has_residual:
+        y += tl.load(residual_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def _pack_low_rank(term: LowRankTerm) -> dict[str, Any]:
     """What a kernel takes of adapters, by name."""
     parts, max_rank = len(term.part_sizes), term.b.shape[1]
@@ -182,5 +219,5 @@ def _pack_low_rank(term: LowRankTerm) -> dict[str, Any]:
         "b_ptr": term.b,
         "ranks_ptr": term.ranks,
         "slots_ptr": term.slots,
-        "low_rank": (parts, max_rank, term.v.shape[0], *sizes),
+        "low_rank": (parts, max_rank, 0 if term.v is None else term.v.shape[0], *sizes),
     }

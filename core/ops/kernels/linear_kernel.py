@@ -78,7 +78,10 @@ class TritonSmallBatchGemm:
         multiplies_gains = launch.kernel == "gemm_small_m" or adapters is not None
         if norm is not None and (launch.separate_norm or (multiplies_gains and x.dtype == torch.float16)):
             x, norm = launch_rms_norm(x, *norm, None)[0], None  # float16 would not hold x * g
-        term = None if adapters is None else adapters(x, norm)
+        term = None
+        if adapters is not None:
+            can_shrink = x.shape[0] == 1 or launch.kernel == "gemm_small_m"
+            term = (adapters.get_in_product("bf16") if can_shrink else None) or adapters.launch(x, norm)
         features = weight.shape[0]
         out = x.new_empty(x.shape[0], features // 2 if gated else features)
         LAUNCHERS[launch.kernel](

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.sdk import AdapterLimits
+from quire.sdk import AdapterLimits, ShrinkInProduct
 from quire.sdk.ops import copy_to_device
 
 __all__ = ["MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape"]
 
 MAX_FEW_TOKENS = 8
-"""Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of each token."""
+"""Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of them."""
+_MAX_WORDS = 8 * MAX_FEW_TOKENS * 3 * 64
+"""Numbers that one launch hands over: of each part of the inputs, token, fused part of the layer and rank."""
 _FEW_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
@@ -37,8 +40,9 @@ class AdapterBatch:
 
     Device tensors are int32 and stay where they are: ``segments`` (3, max_segments) has the slot, the first sorted
     token and the number of tokens of each segment, ``token_indices`` (max_num_tokens,) the sorted tokens,
-    ``slots`` (MAX_FEW_TOKENS,) the slot of each token in the order of the step, -1 where it has none, ``num_live`` (1,)
-    the segments that are not empty.
+    ``slots`` (MAX_FEW_TOKENS,) the slot of each token in the order of the step, -1 where it has none,
+    ``active_slots`` (1 + MAX_FEW_TOKENS,) how many slots these have and each of them once, ``num_live`` (1,) the
+    segments that are not empty.
     """
 
     def __init__(self, limits: AdapterLimits) -> None:
@@ -46,13 +50,15 @@ class AdapterBatch:
         max_tokens = limits.max_num_tokens
         largest = (max_tokens, min(max_tokens, _FEW_TOKENS))  # of each length of segments
         self._max_segments = max(self._choose_shape(num_tokens).num_segments for num_tokens in largest)
-        num_heads = 3 * self._max_segments
-        size = num_heads + MAX_FEW_TOKENS + 1 + max_tokens
-        self._packed = torch.zeros(size, dtype=torch.int32, device=limits.device)  # so that one copy brings all
-        self.segments = self._packed[:num_heads].view(3, -1)
-        self.slots = self._packed[num_heads : num_heads + MAX_FEW_TOKENS]
-        self.num_live = self._packed[num_heads + MAX_FEW_TOKENS :][:1]
-        self.token_indices = self._packed[num_heads + MAX_FEW_TOKENS + 1 :]
+        sizes = [3 * self._max_segments, MAX_FEW_TOKENS, 1 + MAX_FEW_TOKENS, 1, max_tokens]
+        self._starts = list(accumulate(sizes[:-1]))
+        self._packed = torch.zeros(sum(sizes), dtype=torch.int32, device=limits.device)  # so that one copy brings all
+        segments, self.slots, self.active_slots, self.num_live, self.token_indices = self._packed.split(sizes)
+        self.segments = segments.view(3, -1)
+        self.words = torch.zeros(_MAX_WORDS, dtype=torch.int64, device=limits.device)
+        """What programs of a layer's kernel hand to each other, with ``launch_state`` (2,): one launch follows another,
+        so layers share both."""
+        self.launch_state = torch.zeros(2, dtype=torch.int32, device=limits.device)
         self.shape = SegmentShape(0, 0, 16)
         self.single_slot: int | None = None
         """The slot of every token of the step, where that is one and the step is not captured."""
@@ -83,13 +89,27 @@ class AdapterBatch:
         offsets = (np.arange(num_segments) - first_of_slot) * shape.max_rows  # within the slot's tokens
         segments[1] = (counts.cumsum() - counts)[segment_slots] + offsets
         segments[2] = np.minimum(counts[segment_slots] - offsets, shape.max_rows)
-        slots_of_few, num_live, token_indices = np.split(
-            host[3 * self._max_segments :], [MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1]
-        )
+        _, slots_of_tokens, active_slots, num_live, token_indices = np.split(host, self._starts)
         num_live[:] = num_segments
-        slots_of_few[: min(num_tokens, MAX_FEW_TOKENS)] = token_slots[:MAX_FEW_TOKENS]
+        few = token_slots[:MAX_FEW_TOKENS]
+        slots_of_tokens[: len(few)] = few
+        active = np.flatnonzero(counts)[:MAX_FEW_TOKENS]
+        active_slots[: 1 + len(active)] = len(active), *active
         token_indices[: len(order)] = self._sorted
         self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
+
+    def describe_shrink(self, a: Tensor, max_polls: int = 0) -> ShrinkInProduct:
+        """The step's first product with ``a`` (slots, parts, max_rank, in_features), for a layer's own kernel."""
+        return ShrinkInProduct(
+            a,
+            self.words,
+            self.launch_state,
+            self.segments,
+            self.num_live,
+            self.token_indices,
+            self.active_slots,
+            max_polls,
+        )
 
     def iter_slots(self) -> Iterator[tuple[int, Tensor]]:
         """Each slot and its tokens' indices, for the CPU."""

@@ -27,10 +27,12 @@ from quire.sdk import (
     PeftAdapter,
     read_adapter,
 )
-from quire.sdk.ops import rms_norm
+from quire.sdk.ops import DeviceProfile, rms_norm
 
 __all__ = ["Lora", "LoraLayer"]
 
+_FORMATS = ("bf16", "fp8", "int8", "w4a16")
+"""Of weights whose kernels can do the first product too."""
 _RANK_MULTIPLE = 16
 """Ranks are padded to what a tensor core multiplies at a time."""
 _MAX_FUSED_RANK = 64
@@ -46,6 +48,8 @@ class Lora(AdapterMethod):
 
         add_in_product: bool = True
         """For a few tokens a layer's own kernel adds the second product; false: a kernel behind it always does."""
+        shrink_in_product: bool | None = None
+        """There it does the first product as well, where it can. None: where that was measured to be faster."""
 
     def __init__(self, limits: AdapterLimits, options: Options | None = None) -> None:
         super().__init__(limits, options)
@@ -90,7 +94,7 @@ class Lora(AdapterMethod):
 
     def make_layer(self, info: LayerInfo, rank: int, world_size: int) -> LoraLayer:
         """Room for each slot's A and B."""
-        layer = LoraLayer(info, self.limits, self._batch, rank, world_size, self.options.add_in_product)
+        layer = LoraLayer(info, self.limits, self._batch, rank, world_size, self.options)
         self._layers.append(layer)
         return layer
 
@@ -120,10 +124,12 @@ class LoraLayer(AdapterLayer):
         batch: AdapterBatch,
         rank: int,
         world_size: int,
-        add_in_product: bool = True,
+        options: Lora.Options | None = None,
     ) -> None:
         self._info = info
-        self._add_in_product = add_in_product
+        self._options = options = options or Lora.Options()
+        formats = {None: DeviceProfile.detect(limits.device).shrinks_in_product, True: _FORMATS, False: ()}
+        self._shrinking_formats = formats[options.shrink_in_product]
         self._batch = batch
         self._rank, self._world_size = rank, world_size
         max_rank = -(-limits.max_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
@@ -165,17 +171,22 @@ class LoraLayer(AdapterLayer):
         self._apply(x, out, norm_in_kernel)
 
     def get_shrink(self, num_tokens: int) -> LowRankShrink | None:
-        """By its kernel on a GPU, for few tokens and few ranks: the layer's own kernel does the rest token by token."""
+        """For few tokens and few ranks on a GPU: the layer's own kernel does the rest, or all of it."""
         has_few = num_tokens <= MAX_FEW_TOKENS and self._a.shape[2] <= _MAX_FUSED_RANK
-        is_sorted = self._batch.single_slot is None
-        return self.shrink if self._add_in_product and self._a.is_cuda and has_few and is_sorted else None
+        if not (self._options.add_in_product and self._a.is_cuda and has_few and self._batch.single_slot is None):
+            return None
+        return LowRankShrink(self.shrink, self._make_term(None), self._shrinking_formats)
 
     def shrink(self, x: Tensor, norm: tuple[Tensor, float] | None) -> LowRankTerm:
-        """By the kernel, for the step's sorted tokens."""
+        """By its kernel, for the step's sorted tokens."""
         from quire.plugins.adapters.lora.kernels import launch_shrink
 
-        v, _ = launch_shrink(x, self._a, self._ranks, self._batch, norm)
-        return LowRankTerm(v, self._b, self._ranks, self._batch.slots, self._info.part_sizes)
+        return self._make_term(launch_shrink(x, self._a, self._ranks, self._batch, norm)[0])
+
+    def _make_term(self, v: Tensor | None) -> LowRankTerm:
+        """With the first product ``v``; None: the layer's kernel does it."""
+        shrink = self._batch.describe_shrink(self._a) if v is None else None
+        return LowRankTerm(v, self._b, self._ranks, self._batch.slots, self._info.part_sizes, shrink)
 
     def _apply(self, x: Tensor, out: Tensor, norm: tuple[Tensor, float] | None) -> None:
         sizes, slot = self._info.part_sizes, self._batch.single_slot

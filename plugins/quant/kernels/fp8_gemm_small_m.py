@@ -21,11 +21,15 @@ from torch import Tensor
 
 from quire.sdk.ops import (
     Epilogue,
+    add_adapters,
     add_low_rank,
+    add_shrink,
+    find_adapters,
     get_weight_rows,
     pack_epilogue,
     pdl_launch_dependents,
     pdl_wait,
+    shrink_segments,
     store_gemm_output,
 )
 
@@ -54,7 +58,8 @@ def launch_fp8_gemm_small_m(
     features, inputs = weight.shape
     assert scale.dim() == 1 or block_k == 128
     bias, residual, options = pack_epilogue(x, bias, **epilogue)
-    fp8_gemm_small_m_kernel[(triton.cdiv(features, block_n),)](
+    shrink_programs = add_shrink(options, inputs, block_m, epilogue)
+    fp8_gemm_small_m_kernel[(shrink_programs + triton.cdiv(features, block_n),)](
         x,
         weight,
         scale,
@@ -101,9 +106,25 @@ def fp8_gemm_small_m_kernel(
     ranks_ptr=None,
     slots_ptr=None,
     low_rank: tl.constexpr = None,
+    a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
+    segments_ptr=None,
+    num_live_ptr=None,
+    tokens_ptr=None,
+    active_ptr=None,
+    state_ptr=None,
+    in_launch: tl.constexpr = None,
 ):
-    """Grid: (features / rows,)."""
-    tile = tl.program_id(0)
+    """Grid: (features / block_n,), behind the programs that shrink."""
+    if in_launch is None:
+        tile = tl.program_id(0)
+    else:
+        if tl.program_id(0) < in_launch[0]:
+            shrink_segments(
+                x_ptr, x_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, state_ptr,
+                inputs, False, enable_pdl, low_rank, in_launch,
+            )  # fmt: skip
+            return
+        tile = tl.program_id(0) - in_launch[0]
     offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_m = tl.arange(0, block_m)
     split = tl.arange(0, slice_k)
@@ -111,6 +132,10 @@ def fp8_gemm_small_m_kernel(
     w_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :, None] * inputs + offs_k[:, None, :]
     x_ptrs = x_ptr + offs_m[None, None, :] * inputs + offs_k[:, :, None]
     mask_m = (offs_m < num_tokens)[None, None, :]
+    if in_launch is not None:
+        slots, slot, b = find_adapters(
+            offs_n, num_tokens, b_ptr, ranks_ptr, slots_ptr, active_ptr, features, block_m, low_rank
+        )
     pdl_wait(enable_pdl)
     acc = tl.zeros((slice_k, block_n, block_m), dtype=tl.float32)
     even_k: tl.constexpr = inputs % (slice_k * block_k) == 0
@@ -133,7 +158,12 @@ def fp8_gemm_small_m_kernel(
     y = tl.sum(acc, axis=0)  # (rows, tokens)
     if not scale_blocks:
         y *= tl.load(scale_ptr + offs_n)[:, None]
-    if low_rank is not None:
+    if in_launch is not None:
+        y = add_adapters(
+            y, slots, slot, b, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, state_ptr, features,
+            low_rank, in_launch, gated,
+        )  # fmt: skip
+    elif low_rank is not None:
         y = add_low_rank(y, offs_n, num_tokens, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     if has_bias:
         y += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]

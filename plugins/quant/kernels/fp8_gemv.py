@@ -21,12 +21,18 @@ from torch import Tensor
 
 from quire.sdk.ops import (
     Epilogue,
+    add_token_shrink,
+    find_adapter,
+    get_tile_rows,
     get_weight_rows,
     load_low_rank,
     pack_gemm_operands,
     pdl_launch_dependents,
     pdl_wait,
+    receive_rows,
+    shrink_rows,
     store_gemm_output,
+    store_token,
 )
 
 __all__ = ["launch_fp8_gemv", "launch_fp8_gemv_k_loop"]
@@ -53,7 +59,8 @@ def launch_fp8_gemv(
     """
     features, inputs = weight.shape
     operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
-    fp8_gemv_kernel[(triton.cdiv(features, block_n * tiles_per_program),)](
+    shrink_programs = add_token_shrink(options, inputs, num_warps, epilogue)
+    fp8_gemv_kernel[(shrink_programs + triton.cdiv(features, block_n * tiles_per_program),)](
         x,
         weight.view(torch.int32),
         scale,
@@ -87,7 +94,8 @@ def launch_fp8_gemv_k_loop(
     ``scale`` is (features,), or (features / 128, inputs / 128), both rounded up.
     """
     operands, options = pack_gemm_operands(x, weight, bias, out, norm, **epilogue)
-    fp8_gemv_k_loop_kernel[(triton.cdiv(weight.shape[0], block_n),)](
+    shrink_programs = add_token_shrink(options, weight.shape[1], num_warps, epilogue)
+    fp8_gemv_k_loop_kernel[(shrink_programs + triton.cdiv(weight.shape[0], block_n),)](
         x,
         weight,
         scale,
@@ -137,9 +145,21 @@ def fp8_gemv_kernel(
     ranks_ptr=None,
     slots_ptr=None,
     low_rank: tl.constexpr = None,
+    a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
+    state_ptr=None,
+    in_launch: tl.constexpr = None,
 ):
-    """Grid: (features / block_n / tiles_per_program,)."""
-    first = tl.program_id(0) * tiles_per_program
+    """Grid: (features / block_n / tiles_per_program,), behind the programs that shrink."""
+    if in_launch is None:
+        first = tl.program_id(0) * tiles_per_program
+    else:
+        if tl.program_id(0) < in_launch[0]:
+            shrink_rows(
+                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, state_ptr, inputs, has_norm, enable_pdl,
+                low_rank, in_launch,
+            )  # fmt: skip
+            return
+        first = (tl.program_id(0) - in_launch[0]) * tiles_per_program
     vector = tl.arange(0, vectors)[:, None]
     word = vector * 4 + tl.arange(0, 4)[None, :]
     mask_words = (word < inputs // 4)[None, :, :]
@@ -150,6 +170,12 @@ def fp8_gemv_kernel(
     mask_k = offs_k < inputs
     if has_norm:
         g = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    if in_launch is not None:  # as in ``gemv_kernel``
+        num_rows: tl.constexpr = tiles_per_program * block_n
+        rows: tl.constexpr = triton.next_power_of_2(tiles_per_program) * block_n
+        offs_rows = get_tile_rows(first * block_n, rows, features, gated)
+        part_of_row, ranks, b_rows = find_adapter(offs_rows, slots_ptr, ranks_ptr, b_ptr, features, low_rank)
+        ys = tl.zeros((rows // block_n, block_n), dtype=tl.float32)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
     xs, scales = (), ()
@@ -161,7 +187,8 @@ def fp8_gemv_kernel(
             x = x * norm_scale * g
             scales = scales + (norm_scale,)  # type: ignore[assignment]  # noqa: RUF005
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
-    if low_rank is not None:
+    adds_at_once: tl.constexpr = low_rank is not None and in_launch is None
+    if adds_at_once:
         offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
     for turn in range(tiles_per_program):
         tile = first + turn
@@ -176,29 +203,40 @@ def fp8_gemv_kernel(
         offs_n = get_weight_rows(tile, features, block_n, gated)
         scale = tl.load(scale_ptr + offs_n)
         for token in tl.static_range(block_m):
-            if low_rank is not None:
+            if adds_at_once:
                 v, b = load_low_rank(
                     offs_n, token, num_tokens, offs_r, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank
                 )
             y = tl.sum(tl.sum(w_f32 * xs[token][None, :, :], axis=2), axis=1) * scale
-            if low_rank is not None:
+            if adds_at_once:
                 term = tl.sum(v * b, axis=1)
                 y += term * scales[token] if has_norm else term
-            if has_bias:
-                y += tl.load(bias_ptr + offs_n).to(tl.float32)
-            store_gemm_output(
-                y[:, None],
-                tile,
-                token + tl.zeros((1,), dtype=tl.int32),
-                num_tokens,
-                residual_ptr,
-                out_ptr,
-                features,
-                block_n,
-                gated,
-                has_residual,
-            )
+            if in_launch is not None:
+                ys = tl.where((tl.arange(0, ys.shape[0]) == turn)[:, None], y[None, :], ys)
+            else:
+                if has_bias:
+                    y += tl.load(bias_ptr + offs_n).to(tl.float32)
+                store_gemm_output(
+                    y[:, None],
+                    tile,
+                    token + tl.zeros((1,), dtype=tl.int32),
+                    num_tokens,
+                    residual_ptr,
+                    out_ptr,
+                    features,
+                    block_n,
+                    gated,
+                    has_residual,
+                )
         w = w_next
+    if in_launch is not None:
+        term = receive_rows(part_of_row, ranks, b_rows, v_ptr, state_ptr, low_rank, in_launch)
+        if has_norm:
+            term *= scales[0]  # type: ignore[misc]
+        y = tl.reshape(ys, (rows,)) + term
+        if has_bias:
+            y += tl.load(bias_ptr + offs_rows).to(tl.float32)
+        store_token(y, first * block_n, num_rows, residual_ptr, out_ptr, features, gated, has_residual)
 
 
 @triton.jit
@@ -226,15 +264,31 @@ def fp8_gemv_k_loop_kernel(
     ranks_ptr=None,
     slots_ptr=None,
     low_rank: tl.constexpr = None,
+    a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
+    state_ptr=None,
+    in_launch: tl.constexpr = None,
 ):
-    """Grid: (features / block_n,). The norm is folded in as in ``gemm_small_m``: squares are summed beside products."""
-    offs_n = get_weight_rows(tl.program_id(0), features, block_n, gated)
+    """Grid: (features / block_n,), behind the programs that shrink. The norm is folded in as in ``gemm_small_m``:
+    squares are summed beside products."""
+    if in_launch is None:
+        tile = tl.program_id(0)
+    else:
+        if tl.program_id(0) < in_launch[0]:
+            shrink_rows(
+                x_ptr, norm_ptr, v_ptr, a_ptr, ranks_ptr, slots_ptr, state_ptr, inputs, has_norm, enable_pdl,
+                low_rank, in_launch,
+            )  # fmt: skip
+            return
+        tile = tl.program_id(0) - in_launch[0]
+    offs_n = get_weight_rows(tile, features, block_n, gated)
     offs_k = tl.arange(0, block_k // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     weights = weight_ptr + offs_n.to(tl.int64)[:, None, None] * inputs + offs_k[None, :, :]
     w = tl.load(weights, mask=(offs_k < inputs)[None, :, :], other=0.0, eviction_policy="evict_first")
+    if in_launch is not None:
+        part_of_row, ranks, b_rows = find_adapter(offs_n, slots_ptr, ranks_ptr, b_ptr, features, low_rank)
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
-    if low_rank is not None:
+    if low_rank is not None and in_launch is None:
         offs_r = tl.arange(0, triton.next_power_of_2(low_rank[1]))
         v, b = load_low_rank(offs_n, 0, 1, offs_r, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     acc = tl.zeros((block_n, block_k // 16), dtype=tl.float32)
@@ -258,7 +312,9 @@ def fp8_gemv_k_loop_kernel(
     y = tl.sum(acc, axis=1)
     if not scale_blocks:
         y *= tl.load(scale_ptr + offs_n)
-    if low_rank is not None:
+    if in_launch is not None:
+        y += receive_rows(part_of_row, ranks, b_rows, v_ptr, state_ptr, low_rank, in_launch)
+    elif low_rank is not None:
         y += tl.sum(v * b, axis=1)
     if has_norm:
         y *= tl.rsqrt(tl.sum(squares) / inputs + eps)
@@ -266,7 +322,7 @@ def fp8_gemv_k_loop_kernel(
         y += tl.load(bias_ptr + offs_n).to(tl.float32)
     store_gemm_output(
         y[:, None],
-        tl.program_id(0),
+        tile,
         tl.zeros((1,), dtype=tl.int32),
         1,
         residual_ptr,

@@ -144,7 +144,9 @@ class EightBitGemm:
             if norm is not None and (launch.separate_norm or not holds_gains):
                 values, norm = rms_norm(x, *norm)[0], None
             if adapters is not None:
-                options["adapters"] = adapters(values, norm)
+                can_shrink = tokens == 1 or launch.kernel == "gemm_small_m"
+                in_product = adapters.get_in_product(_get_format(weight)) if can_shrink else None
+                options["adapters"] = in_product or adapters.launch(values, norm)
             if launch.kernel.startswith("gemv"):
                 options["norm"] = norm
         gated = activation is not None
@@ -250,3 +252,7 @@ def _take_blocks(launch: Launch) -> Launch:
     if launch.kernel != "gemv_k_loop":
         options["block_k"] = 128
     return Launch(launch.kernel, options, launch.separate_norm)
+
+
+def _get_format(weight: Tensor) -> str:
+    return "int8" if weight.dtype == torch.int8 else "fp8"

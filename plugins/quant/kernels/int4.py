@@ -55,7 +55,7 @@ def apply_linear(
         out,
         gated=gated,
         residual=residual,
-        adapters=None if adapters is None else adapters(x, None),
+        adapters=None if adapters is None else adapters.get_in_product("w4a16") or adapters.launch(x, None),
         enable_pdl=supports_pdl(x.device),
         **launch.options,
     )

@@ -25,7 +25,7 @@ from quire.plugins.quant.kernels.int4_words import (
     store_output,
     unpack_words,
 )
-from quire.sdk.ops import add_low_rank, pdl_launch_dependents, pdl_wait
+from quire.sdk.ops import add_adapters, add_low_rank, find_adapters, pdl_launch_dependents, pdl_wait, shrink_segments
 
 __all__ = ["int4_gemm_small_m_kernel"]
 
@@ -58,17 +58,39 @@ def int4_gemm_small_m_kernel(
     ranks_ptr=None,
     slots_ptr=None,
     low_rank: tl.constexpr = None,
+    a_ptr=None,  # where programs of this launch shrink, as in ``ShrinkInProduct``; v_ptr is then what they write
+    segments_ptr=None,
+    num_live_ptr=None,
+    tokens_ptr=None,
+    active_ptr=None,
+    state_ptr=None,
+    in_launch: tl.constexpr = None,
 ):
-    """Grid: (features / 16 / tiles,). A turn is ``unroll_k`` blocks of inputs for each of ``slice_k`` warps."""
+    """Grid: (features / 16 / tiles,), behind the programs that shrink. A turn is ``unroll_k`` blocks of inputs for each
+    of ``slice_k`` warps."""
     span: tl.constexpr = 512 // bits
     blocks: tl.constexpr = (inputs + span - 1) // span
-    program = tl.program_id(0)
+    if in_launch is None:
+        program = tl.program_id(0)
+    else:
+        if tl.program_id(0) < in_launch[0]:
+            shrink_segments(
+                x_ptr, x_ptr, num_tokens, v_ptr, a_ptr, ranks_ptr, segments_ptr, num_live_ptr, tokens_ptr, state_ptr,
+                inputs, False, enable_pdl, low_rank, in_launch,
+            )  # fmt: skip
+            return
+        program = tl.program_id(0) - in_launch[0]
     tile = get_tiles(program, features, tiles, gated)
     split = tl.arange(0, slice_k)
     offs_m = tl.arange(0, block_m)
     half = tl.arange(0, 2)[None, None, :, None] * 128
     words = words_ptr + tile[None, :, None, None] * (blocks * 256) + half + tl.arange(0, 128)[None, None, None, :]
     acc = tl.zeros((slice_k, tiles * 16, block_m), dtype=tl.float32)
+    if in_launch is not None:
+        rows, _ = get_rows(program, features, tiles, gated)
+        slots, slot, b = find_adapters(
+            rows, num_tokens, b_ptr, ranks_ptr, slots_ptr, active_ptr, features, block_m, low_rank
+        )
     pdl_wait(enable_pdl)
     for first in tl.range(0, blocks, slice_k * unroll_k, num_stages=stages):
         words_of, groups_of, tokens_of = (), (), ()  # all loads of a turn before its products
@@ -86,7 +108,12 @@ def int4_gemm_small_m_kernel(
             acc = _multiply(words_of[turn], groups_of[turn], tokens_of[turn], acc, group, bits, gated, native)
     pdl_launch_dependents(enable_pdl)
     y = tl.sum(acc, axis=0)
-    if low_rank is not None:
+    if in_launch is not None:
+        y = add_adapters(
+            y, slots, slot, b, rows, num_tokens, v_ptr, b_ptr, ranks_ptr, active_ptr, state_ptr, features,
+            low_rank, in_launch, gated,
+        )  # fmt: skip
+    elif low_rank is not None:
         rows, _ = get_rows(program, features, tiles, gated)
         y = add_low_rank(y, rows, num_tokens, v_ptr, b_ptr, ranks_ptr, slots_ptr, features, low_rank)
     if has_bias:

@@ -19,7 +19,7 @@ from quire.plugins.quant.kernels.int4_gemm_medium_m import (
 )
 from quire.plugins.quant.kernels.int4_gemm_small_m import int4_gemm_small_m_kernel
 from quire.plugins.quant.kernels.int4_weights import IntWeights
-from quire.sdk.ops import Epilogue, pack_epilogue, supports_pdl
+from quire.sdk.ops import Epilogue, add_shrink, pack_epilogue, supports_pdl
 
 __all__ = [
     "LAUNCHERS",
@@ -52,7 +52,8 @@ def launch_int4_gemm_small_m(
     its ``slice_k`` warps share out the inputs, each taking ``unroll_k`` blocks of them at a time.
     """
     bias, residual, options = pack_epilogue(x, bias, **epilogue)
-    int4_gemm_small_m_kernel[(triton.cdiv(weights.words.shape[0], tiles),)](
+    shrink_programs = add_shrink(options, weights.inputs, block_m, epilogue)
+    int4_gemm_small_m_kernel[(shrink_programs + triton.cdiv(weights.words.shape[0], tiles),)](
         x,
         weights.words,
         weights.groups,

@@ -147,6 +147,7 @@ __all__ = [
     "SchedulerConfig",
     "SchedulerOutput",
     "SchedulingParams",
+    "ShrinkInProduct",
     "SpeculationConfig",
     "SpeculativeProposer",
     "StepFailure",
@@ -186,7 +187,7 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.contracts.quant": (
         "ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "LowRankShrink", "LowRankTerm",
-        "QuantActivation", "QuantizationLoader", "StoredWeight",
+        "QuantActivation", "QuantizationLoader", "ShrinkInProduct", "StoredWeight",
     ),
     "quire.core.contracts.model": ("AuxHiddenStates", "ForwardContext", "Model"),
     "quire.core.contracts.op": ("OPERATIONS", "Operations"),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         get_row_warps,
         quantize_and_store_row,
     )
+    from quire.core.ops.kernels.shrink_in_gemv import *
+    from quire.core.ops.kernels.shrink_in_product import *
     from quire.core.ops.launch_table import Launch, LaunchStep, find_launches, fit_stages, get_launch_steps
     from quire.core.ops.linear import *
     from quire.core.ops.norm import rms_norm, rms_norm_quantized
@@ -38,17 +40,23 @@ __all__ = [
     "Launch",
     "LaunchStep",
     "SmallBatchGemm",
+    "add_adapters",
     "add_low_rank",
+    "add_shrink",
+    "add_token_shrink",
     "allocate_activation",
     "apply_rope",
     "copy_to_device",
     "copy_to_host",
     "embedding",
+    "find_adapter",
+    "find_adapters",
     "find_launches",
     "fit_stages",
     "get_launch_steps",
     "get_row_warps",
     "get_small_batch_gemm",
+    "get_tile_rows",
     "get_weight_rows",
     "load_low_rank",
     "pack_epilogue",
@@ -57,12 +65,16 @@ __all__ = [
     "pdl_wait",
     "quantize_activation",
     "quantize_and_store_row",
+    "receive_rows",
     "rms_norm",
     "rms_norm_quantized",
     "rope_and_cache",
+    "shrink_rows",
+    "shrink_segments",
     "silu_and_mul",
     "silu_and_mul_quantized",
     "store_gemm_output",
+    "store_token",
     "supports_pdl",
     "write_kv",
 ]
@@ -79,9 +91,11 @@ NAMES_OF_MODULE = {
     "quire.core.ops.launch_table": ("Launch", "LaunchStep", "find_launches", "fit_stages", "get_launch_steps"),
     "quire.core.ops.kernels.pdl": ("supports_pdl", "pdl_wait", "pdl_launch_dependents"),
     "quire.core.ops.kernels.linear_epilogue": (
-        "Epilogue", "pack_epilogue", "pack_gemm_operands", "get_weight_rows", "add_low_rank", "load_low_rank",
-        "store_gemm_output",
+        "Epilogue", "pack_epilogue", "pack_gemm_operands", "get_weight_rows", "get_tile_rows", "add_low_rank",
+        "load_low_rank", "store_gemm_output", "store_token",
     ),
+    "quire.core.ops.kernels.shrink_in_product": ("add_adapters", "add_shrink", "find_adapters", "shrink_segments"),
+    "quire.core.ops.kernels.shrink_in_gemv": ("add_token_shrink", "find_adapter", "receive_rows", "shrink_rows"),
     "quire.core.ops.kernels.quantize_kernel": (
         "ACTIVATION_FORMAT_CODES", "allocate_activation", "get_row_warps", "quantize_and_store_row",
     ),
