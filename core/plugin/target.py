@@ -80,25 +80,30 @@ def make_absolute(name: str) -> str:
 
 
 def resolve_file(name: str, *, anew: bool = False) -> str:
-    """``module:Class`` for ``FILE.py:Class``. The folder of the file becomes the first on ``sys.path``, which processes
-    of the engine inherit. ``anew`` imports the file again, which may have changed. PluginError if there is no such
-    file, its name is no name of a module, or it is that of another module that is imported."""
+    """``module:Class`` for ``FILE.py:Class``. The folder of the file, or of the package that it is part of, becomes the
+    first on ``sys.path``, which processes of the engine inherit. ``anew`` imports the file again, which may have
+    changed. PluginError if there is no such file, its name is no name of a module, or it is that of another module that
+    is imported."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise PluginError(f"{name}: there is no file {path}; write FILE.py:Class, or module:Class")
     if not path.stem.isidentifier():
         raise PluginError(f"{name}: {path.stem!r} cannot be imported; give the file a name of letters, digits and '_'")
-    if imported := sys.modules.get(path.stem):
+    folder, words = path.parent, [path.stem]
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier():
+        folder, words = folder.parent, [folder.name, *words]
+    module = ".".join(words)
+    if imported := sys.modules.get(module):
         other = getattr(imported, "__file__", None)
         if other is None or Path(other).resolve() != path:
-            where = f"{path.stem!r} is {other or 'a module of Python'} already"
+            where = f"{module!r} is {other or 'a module of Python'} already"
             raise PluginError(f"{name}: {where}; give the file a name of its own")
     if anew:
-        sys.modules.pop(path.stem, None)
-    if str(path.parent) not in sys.path[:1]:
-        sys.path.insert(0, str(path.parent))
-    return f"{path.stem}:{class_name}"
+        sys.modules.pop(module, None)
+    if str(folder) not in sys.path[:1]:
+        sys.path.insert(0, str(folder))
+    return f"{module}:{class_name}"
 
 
 def find_missing_requirement(plugin: Resolution | Registration) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.core.errors import ConfigError
-from quire.core.plugin.target import resolve_file
+from quire.core.plugin.target import load_target, resolve_file
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.server.cli.main import main
 from quire.server.plugin_bench.shapes import read_shape_cases
@@ -89,6 +89,16 @@ def test_a_file_serves_by_its_name(own):
     llm = LLM(model="quire-tiny", device="cpu", scheduling_policy=own, cpu_threads=1)
     assert llm.config.plugin("policy").target == "bench_own_policy:ShortestFirst"
     llm.shutdown()
+
+
+def test_a_file_of_a_package_is_imported_as_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "bench_package").mkdir()
+    (tmp_path / "bench_package" / "__init__.py").write_text("")
+    file = tmp_path / "bench_package" / "policy.py"
+    file.write_text("from . import __name__ as package\n" + OWN)
+    target = resolve_file(f"{file}:ShortestFirst")
+    assert target == "bench_package.policy:ShortestFirst" and load_target(target).__module__ == "bench_package.policy"
 
 
 def test_a_file_that_cannot_be_imported_is_refused(tmp_path):
