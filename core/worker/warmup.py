@@ -55,7 +55,7 @@ def make_warmup_steps(
 ) -> Iterator[SchedulerOutput]:
     """Few and many tokens, prompts alone and beside decodes, greedy and random with and without filters; requests that
     verify drafts with each of ``query_lens`` tokens; penalties and log-probabilities. For engines without graphs also
-    ``decode_sizes`` decodes, short and as long as they may be. Every step starts its rows anew.
+    ``decode_sizes`` decodes, whose number attention chooses its tile by. Every step starts its rows anew.
 
     Where kernels are only compiled, no token is sampled: what indexes with one must find it zero.
     """
@@ -71,9 +71,9 @@ def make_warmup_steps(
     yield from _make_verifying_steps(max_tokens, config.max_num_seqs, query_lens)
     for size in decode_sizes:
         if size <= config.max_num_batched_tokens:
-            for max_seq_len in (1, max_model_len):  # of which attention chooses its launch
+            for max_seq_len in (1, 150, 256):  # block tables of one column, of 16, and of another number
                 step = _make_step(np.ones(size, dtype=np.int32), _RANDOM, num_decodes=size)
-                step.max_seq_len = max_seq_len
+                step.max_seq_len = min(max_seq_len, max_model_len)
                 yield step
     for params in (_UNFILTERED, *_PENALIZED, _LOGPROBS):
         yield _make_step(np.array([min(20, max_tokens)], dtype=np.int32), params)
