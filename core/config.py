@@ -95,8 +95,9 @@ class ParallelConfig:
 
     @property
     def max_in_flight_steps(self) -> int:
-        """Steps that are launched and not read: one on each stage, and the next, queued behind them."""
-        return self.pipeline_parallel_size + 1
+        """Steps that are launched and not read: one on each stage, and the next, queued behind them; of several stages
+        two, where all are of decodes."""
+        return self.pipeline_parallel_size + (1 if self.pipeline_parallel_size == 1 else 2)
 
 
 @dataclass(frozen=True, slots=True)

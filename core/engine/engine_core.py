@@ -183,7 +183,7 @@ class EngineCore:
             elif self._recorder is not None:
                 self._recorder.record_no_step()
         # Another step is launched before the oldest is waited for: no device runs dry between two steps.
-        if self._in_flight and not (launched and len(self._in_flight) < self._max_in_flight):
+        if self._in_flight and not (launched and self._can_launch):
             outputs = self._finish_step()
         elif not self._in_flight and not self._rejected_outputs and not launched:
             time.sleep(0.001)  # the policy scheduled nothing though requests wait: do not spin
@@ -235,7 +235,14 @@ class EngineCore:
         """Whether another step may be launched. None is behind one that could not be: it would hold rows of which the
         workers know nothing yet, and be written where their last requests had blocks."""
         in_flight = self._in_flight
-        has_room = len(in_flight) < self._max_in_flight
+        max_in_flight = self._max_in_flight
+        # A stage computes decodes about as fast as the host schedules them, so one step more waits for it than of
+        # prompts, behind which others would wait. Masks are made from tokens that are known.
+        if self._num_stages > 1 and (
+            self._structured_outputs.num_requests or not all(each.is_of_decodes for each in in_flight)
+        ):
+            max_in_flight -= 1
+        has_room = len(in_flight) < max_in_flight
         return has_room and not (in_flight and isinstance(in_flight[-1].future, FailedStep))
 
     def _launch_step(self, step: SchedulerOutput, start: int) -> None:

@@ -31,6 +31,11 @@ class InFlightStep:
     masks_ns: int = 0
     """Of that, making masks."""
 
+    @property
+    def is_of_decodes(self) -> bool:
+        """Whether no request computes its prompt."""
+        return self.step.num_decodes == len(self.step.rows)
+
     def shares_rows(self, step: SchedulerOutput) -> bool:
         """Whether a request of ``step`` may be in this one."""
         return bool(np.isin(step.rows, self.step.rows).any())

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from quire.core.sched.output_updater import InFlightStep
 from quire.core.sched.running_batch import RunningBatch
 
 __all__ = ["MicroBatches"]
+
+_MAX_IN_FLIGHT = 2
+"""Steps in flight that sample for one request, as with one stage."""
 
 
 class MicroBatches:
@@ -34,11 +39,16 @@ class MicroBatches:
             return
         table = self._running
         table.is_held[:] = False
-        for each in list(self._in_flight)[1 - self._num_stages :]:
+        num_in_flight = np.zeros(len(table.is_held), np.int32)  # by row: steps that sample for it
+        for number, each in enumerate(reversed(self._in_flight), 1):
             rows = each.step.rows
             # A row of another generation has another request since.
             is_current = table.generations[rows] == each.generations
-            table.is_held[rows[is_current & each.step.sampling_mask]] = True
+            rows = rows[is_current & each.step.sampling_mask]
+            num_in_flight[rows] += 1
+            if number < self._num_stages:
+                table.is_held[rows] = True
+        table.is_held |= num_in_flight >= _MAX_IN_FLIGHT
         if len(self._in_flight) == 1 and table.is_held[table.rows].all():
             table.is_held[:] = False
         decoding = table.rows

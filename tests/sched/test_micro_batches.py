@@ -9,30 +9,35 @@ import pytest
 from quire.core.config import SpeculationConfig
 
 
-def run_steady(engine, num_stages: int, num_steps: int) -> list[list[int]]:
-    """The rows of each step while ``num_stages + 1`` are in flight, as the engine core keeps them. None has a row of
+def run_steady(engine, num_stages: int, num_steps: int, max_in_flight: int) -> list[list[int]]:
+    """The rows of each step while ``max_in_flight`` are in flight, as the engine core keeps them. None has a row of
     the newest ``num_stages - 1`` before it, if there are several."""
     steps: list[list[int]] = []
     while len(steps) < num_steps:
         in_flight = list(engine.in_flight)
         newest = [row for each in in_flight[1 - num_stages :] if in_flight[1:] for row in each.step.rows.tolist()]
         step = engine.launch_step()
+        counts = Counter(row for each in engine.in_flight for row in each.step.rows.tolist())
+        assert max(counts.values()) <= 2, "as with one stage"
         if step is not None:
             assert not set(newest) & set(step.rows.tolist()), "its token is not sampled yet"
             steps.append(step.rows.tolist())
-        if step is None or len(engine.in_flight) == num_stages + 1:
+        if step is None or len(engine.in_flight) == max_in_flight:
             engine.finish_step()
     return steps
 
 
 @pytest.mark.parametrize(("num_stages", "num_requests"), [(2, 6), (2, 7), (3, 8), (4, 3)])
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_stages_are_busy_and_no_step_waits(make_engine, num_stages: int, num_requests: int, drafts: int) -> None:
+@pytest.mark.parametrize("spare", [1, 2])
+def test_stages_are_busy_and_no_step_waits(
+    make_engine, num_stages: int, num_requests: int, drafts: int, spare: int
+) -> None:
     speculation = SpeculationConfig(drafts, adaptive=False) if drafts else None
-    engine = make_engine(num_stages=num_stages, max_in_flight=num_stages + 1, speculation=speculation)
+    engine = make_engine(num_stages=num_stages, max_in_flight=num_stages + spare, speculation=speculation)
     for number in range(num_requests):
         engine.add_request(str(number), [number + 1] * 2, max_tokens=60)
-    steps = run_steady(engine, num_stages, 12 * num_stages)[2 * num_stages :]
+    steps = run_steady(engine, num_stages, 12 * num_stages, num_stages + spare)[2 * num_stages :]
     share = -(-num_requests // num_stages)
     assert all(len(rows) <= share for rows in steps)
     turns = Counter(row for rows in steps for row in rows)
