@@ -3,10 +3,11 @@
     PYTHONPATH=src:benchmarks python benchmarks/structured_output.py prepare FOLDER    # trains the tokenizer, ~1 min
     PYTHONPATH=src:benchmarks python benchmarks/mask_host_cost.py FOLDER
 
-Schemas and answers are those of ``structured_output.py``: strings of tokens of 16 characters. ``advance`` is the time
-in which grammars follow the tokens of the step before, ``masks`` that for the rest of making the step's masks, both in
-microseconds a row: by the clock, and of processors, whose number divides most of it. ``derived`` is the share of rows
-whose masks follow from others. ``p50`` and ``p99`` are of a whole step, by the clock.
+Schemas and answers are those of ``structured_output.py``: strings of tokens of 16 characters. What counts is the time
+of the engine's thread in making a step's masks, which includes that grammars follow the tokens of the step before, and
+how often it waits there for another thread, since that takes what the machine makes of it. With ``--form tools`` an
+answer is a call of a strict tool; with ``--drafts K`` every request verifies the next K tokens, and each of K + 1 masks
+is a row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ from quire.core.request import Request, RequestStatus
 from quire.core.sampling_params import SamplingParams
 from quire.core.structured_output.manager import StructuredOutputManager
 from quire.core.structured_outputs import StructuredOutputsParams
-from quire.plugins.structured_output.string_masks import StringMasks
+from quire.plugins.structured_output.grammar_state import GuidanceState
+
+STEP_SECONDS = 0.008
+BEGIN, END = '<tool_call>\n{"name": "record", "arguments": ', "}\n</tool_call>"
 
 
 def main() -> None:
@@ -38,9 +43,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--form", choices=("json", "tools"), default="json")
+    parser.add_argument("--drafts", type=int, default=0)
     args = parser.parse_args()
     config = build_config(
-        EngineArgs(model=str(args.folder), load_format="dummy", device="cpu", max_num_seqs=args.requests)
+        EngineArgs(
+            model=str(args.folder),
+            load_format="dummy",
+            device="cpu",
+            max_num_seqs=args.requests,
+            **({"spec_method": "forced_tokens", "num_speculative_tokens": args.drafts} if args.drafts else {}),
+        )
     ).config
     manager = StructuredOutputManager(config, lambda rows, words: np.zeros((rows, words), np.int32))
     tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
@@ -52,18 +65,25 @@ def main() -> None:
     rng = random.Random(0)
     schemas = [make_schema(rng) for _ in range(args.requests)]
     answers = [make_answer(rng, schema, tokenizer, tokens_of_16) for schema in schemas]
+    if args.form == "tools":
+        answers = [[*tokenizer.encode(BEGIN).ids, *answer, *tokenizer.encode(END).ids] for answer in answers]
     start = time.perf_counter()
-    requests = make_requests(manager, schemas)
+    requests = make_requests(manager, schemas, args.form)
     print(f"{args.requests} schemas compiled and started in {time.perf_counter() - start:.1f} s")
-    num_derived = count_derived()
-    times = measure(manager, requests, answers, args.steps)  # (steps, 3, 2)
-    num_rows = sum(min(len(answer), args.steps) for answer in answers)
-    phases = 1e6 * np.diff(times, axis=1).sum(axis=0) / num_rows
-    for name, (clock, processors) in zip(("advance", "masks"), phases, strict=True):
-        print(f"{name:7} {clock:7.1f} us a row, {processors:7.1f} of processors")
-    print(f"{len(num_derived) / num_rows:.0%} derived")
-    steps = 1e3 * (times[:, 2, 0] - times[:, 0, 0])
-    print(f"a step of {args.requests}: p50 {np.median(steps):.2f} ms, p99 {np.percentile(steps, 99):.2f} ms")
+    num_computed = count_computed()
+    start = time.process_time()
+    steps = measure(manager, requests, answers, args)  # (steps, 4)
+    processors = time.process_time() - start
+    num_rows = int(steps[:, 0].sum())
+    per_row = 1e6 / num_rows
+    in_thread = per_row * steps[:, 1].sum()
+    print(f"{in_thread:.1f} us a row in the engine's thread, {per_row * processors:.1f} of processors in all")
+    print(f"the library computed the masks of {len(num_computed) / num_rows:.1%} of the rows")
+    for name, column in (("in the engine's thread", 1), ("by the clock", 2)):
+        p50, p99 = 1e3 * np.percentile(steps[:, column], [50, 99])
+        print(f"masks of a step of {args.requests} {name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+    p50, p99 = np.percentile(steps[:, 3], [50, 99])
+    print(f"in which it waited for another thread: p50 {p50:.0f} times, p99 {p99:.0f} times")
     manager.shutdown()
 
 
@@ -82,11 +102,15 @@ def make_answer(rng: random.Random, schema: dict[str, Any], tokenizer: Tokenizer
     return token_ids + tokenizer.encode(text + "}").ids
 
 
-def make_requests(manager: StructuredOutputManager, schemas: list[dict[str, Any]]) -> list[Request]:
+def make_requests(manager: StructuredOutputManager, schemas: list[dict[str, Any]], form: str) -> list[Request]:
     """Requests that have begun, with their grammars."""
     requests: list[Request] = []
     for index, schema in enumerate(schemas):
-        constraint = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+        structure = {"begin": BEGIN, "schema": schema, "end": END}
+        tag = {"structures": [structure], "triggers": ["<tool_call>"], "free_text": False, "stop_after_first": True}
+        constraint = StructuredOutputsParams(
+            **({"structural_tag": tag} if form == "tools" else {"json": schema}), disable_any_whitespace=True
+        )
         params = SamplingParams(max_tokens=4096, structured_outputs=constraint)
         manager.prepare_request(EngineCoreRequest(index, [1], params, 0))
     while len(requests) < len(schemas):
@@ -102,25 +126,36 @@ def make_requests(manager: StructuredOutputManager, schemas: list[dict[str, Any]
 
 
 def measure(
-    manager: StructuredOutputManager, requests: list[Request], answers: list[list[int]], num_steps: int
+    manager: StructuredOutputManager, requests: list[Request], answers: list[list[int]], args: argparse.Namespace
 ) -> NDArray[np.float64]:
-    """(steps, 3, 2) seconds: before a step's ``advance``, between that and ``masks``, and behind these; by the clock,
-    and of processors."""
-    times: list[list[tuple[float, float]]] = []
-    for step in range(num_steps):
-        rows = [row for row, request in enumerate(requests) if step < len(answers[request.request_id])]
+    """(steps, 4): rows, seconds of this thread's processor time and by the clock, and how often this thread waited."""
+    measured: list[tuple[float, float, float, float]] = []
+    for step in range(args.steps):
+        start, end = step * (1 + args.drafts), (step + 1) * (1 + args.drafts)
+        rows = [row for row, request in enumerate(requests) if end <= len(answers[request.request_id])]
+        if not rows:
+            break
         in_step = np.empty(len(rows), object)
         in_step[:] = [requests[row] for row in rows]
-        before = time.perf_counter(), time.process_time()
-        for request in in_step.tolist():
-            request.grammar.catch_up()
-        between = time.perf_counter(), time.process_time()
-        if manager.make_masks(make_step(rows), in_step).failed:
+        scheduled = make_step(rows)
+        if args.drafts:
+            scheduled.num_draft_tokens = np.full(len(rows), args.drafts, np.int32)
+            for request in in_step.tolist():
+                request.grammar.device_draft_token_ids = answers[request.request_id][start : end - 1]
+        before = time.thread_time(), time.perf_counter(), count_waits()
+        if manager.make_masks(scheduled, in_step).failed:
             raise SystemExit(f"a grammar has failed in step {step}")
-        times.append([before, between, (time.perf_counter(), time.process_time())])
+        after = time.thread_time(), time.perf_counter(), count_waits()
+        measured.append((len(rows) * (1 + args.drafts), *(b - a for a, b in zip(before, after, strict=True))))
         for request in in_step.tolist():
-            request.token_ids.append(answers[request.request_id][step])
-    return np.array(times)
+            request.token_ids += answers[request.request_id][start:end]
+        time.sleep(STEP_SECONDS)  # in which the device runs, and matchers follow
+    return np.array(measured)
+
+
+def count_waits() -> int:
+    """How often this thread has given up its processor to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def make_step(rows: list[int]) -> SchedulerOutput:
@@ -138,18 +173,17 @@ def make_step(rows: list[int]) -> SchedulerOutput:
     )
 
 
-def count_derived() -> list[None]:
-    """A list that grows by one with each mask that is derived."""
-    derived: list[None] = []
-    write_mask = StringMasks.write_mask
+def count_computed() -> list[None]:
+    """A list that grows by one with each request for whose masks the library is asked."""
+    computed: list[None] = []
+    learn_mask = GuidanceState.learn_mask
 
-    def count(self: StringMasks, mask: Any) -> bool:
-        is_derived = write_mask(self, mask)
-        derived.extend([None] * is_derived)
-        return is_derived
+    def count(self: GuidanceState, mask: NDArray[np.int32]) -> None:
+        computed.append(None)
+        learn_mask(self, mask)
 
-    StringMasks.write_mask = count  # type: ignore[method-assign]
-    return derived
+    GuidanceState.learn_mask = count  # type: ignore[method-assign]
+    return computed
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def time_masks(llm: LLM) -> dict[str, list[tuple[int, float]]]:
     times: dict[str, list[tuple[int, float]]] = {}
     backend: Any = llm.engine_core._structured_outputs._compiler.get_backend()
     backend._follower.executor = TimedExecutor(backend._follower.executor, times)
-    for owner, name in ((backend, "fill_masks"), (MaskFiller, "fill_masks"), (backend._follower, "submit")):
+    for owner, name in ((backend, "fill_masks"), (MaskFiller, "fill_masks"), (backend._follower, "begin_catch_up")):
         label = f"{type(owner).__name__ if owner is not MaskFiller else 'MaskFiller'}.{name}"
         setattr(owner, name, timed(getattr(owner, name), label, times))
     return times
@@ -237,7 +237,7 @@ def timed(method: Any, label: str, times: dict[str, list[tuple[int, float]]]) ->
 
 
 def print_mask_times(times: dict[str, list[tuple[int, float]]], llm: LLM) -> None:
-    """Each call that a step's masks consist of: ``consume_token_par`` in part behind the step, ``submit`` the rest."""
+    """The calls that a step's masks consist of; ``consume_token_par`` comes behind the step."""
     print(f"{llm.engine_core._structured_outputs._compiler.get_backend()._num_threads} threads, {os.cpu_count()} CPUs")
     for label, calls in times.items():
         answers, seconds = np.array(calls).T

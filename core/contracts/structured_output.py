@@ -87,6 +87,10 @@ class StructuredOutputBackend(ABC):
     """Compiles constraints. A grammar that raises, fills a mask without a token or does not return ends its request,
     and no other."""
 
+    fills_soon: bool = False
+    """Whether ``fill_masks`` is sure to return, within milliseconds. The engine's own thread calls it then. Else it is
+    another one, which can be given up, and which takes time to wake in every step."""
+
     def __init__(self, tokenizer: TokenizerInfo, options: Any = None) -> None:
         self.tokenizer = tokenizer
         self.options = options

@@ -66,7 +66,14 @@ class MaskFiller:
             self._queue.put(None)
 
     def _call(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> str:
-        """One call in the thread. Why it failed; empty if it did not."""
+        """One call, in the thread unless the backend is sure to return. Why it failed; empty if it did not."""
+        if self._backend.fills_soon:
+            try:
+                self._backend.fill_masks(requests, block)
+                return ""
+            except Exception as error:
+                _log.error("a mask could not be filled", exc_info=error)
+                return "its grammar failed; the engine's log says why"
         if self._queue is None:
             self._queue = queue.SimpleQueue()
             threading.Thread(target=self._run, args=(self._queue,), name="quire-grammar-masks", daemon=True).start()

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, first_line
 from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
-from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds
+from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds, join_string_bounds
 from quire.plugins.structured_output.string_masks import StringTokens
-from quire.plugins.structured_output.structural_tag import TagGrammar, check_structural_tag
+from quire.plugins.structured_output.structural_tag import TagGrammar, check_structural_tag, list_json_schemas
 from quire.sdk import (
     CompiledGrammar,
     GrammarState,
@@ -42,12 +42,16 @@ _MAX_ITEMS_IN_ROW = 5000
 """Of the parser: enough for an object with a thousand properties, each of which may come next."""
 _MAX_THREADS = 8
 """Most masks are known, and few threads are sooner awake than many."""
+_MAX_COMPUTED_HERE = 32
+"""Masks that take less time than waking other threads for them, where those wake slowly: 75 microseconds each."""
 _PROBED_TOKENS = 8
 """Tokens of an answer that are tried when a grammar is compiled."""
 
 
 class GuidanceBackend(StructuredOutputBackend):
     """JSON schemas, regular expressions, choices, Lark and GBNF grammars and structural tags."""
+
+    fills_soon = True
 
     @dataclass(frozen=True)
     class Options:
@@ -111,10 +115,17 @@ class GuidanceBackend(StructuredOutputBackend):
         return _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
-        """What is known is written, and the rest computed in one call, or two, which let other threads run."""
+        """What is known is written. The rest is computed here if that is little, else by the library's threads."""
         follower = self._follower
         assert follower is not None, "prepare_masks comes first"
-        follower.wait()
+        with follower.take_matchers():
+            behind = self._fill_masks(requests, block, follower.executor)
+        follower.begin_catch_up(behind)
+
+    def _fill_masks(
+        self, requests: Sequence[MaskRequest], block: NDArray[np.int32], executor: llguidance.LLExecutor
+    ) -> list[GuidanceState]:
+        """Returns the states whose matchers are behind."""
         plain: list[tuple[GuidanceState, int]] = []
         drafting: list[tuple[GuidanceState, int, list[int]]] = []
         behind: list[GuidanceState] = []
@@ -122,12 +133,13 @@ class GuidanceBackend(StructuredOutputBackend):
         shared: dict[int, tuple[NDArray[np.int32], list[int]]] = {}  # by the mask's identity: its rows
         for request in requests:
             state: Any = request.state
-            row = request.first_row
+            row, drafts = request.first_row, request.draft_token_ids
             request.is_started = True
-            if request.draft_token_ids:
-                drafting.append((state, row, list(request.draft_token_ids)))
-                continue
-            if state.forced:
+            if drafts:
+                if not state.write_draft_masks(block[row:], drafts):
+                    drafting.append((state, row, list(drafts)))
+                    continue
+            elif state.forced:
                 forced_rows.append(row)
                 forced_tokens.append(state.forced[0])
             elif (strings := state.strings) is None:
@@ -147,19 +159,25 @@ class GuidanceBackend(StructuredOutputBackend):
             tokens = np.array(forced_tokens, np.uint32)
             block[forced_rows] = 0
             block.view(np.uint32)[forced_rows, tokens // 32] = np.uint32(1) << tokens % 32
-        follower.catch_up([state for state, _ in plain] + [state for state, _, _ in drafting])
+        for state, row in plain:
+            state.catch_up()
+            if len(plain) <= _MAX_COMPUTED_HERE:
+                state.matcher.unsafe_compute_mask_ptr(block[row].ctypes.data, block.shape[1] * 4)
+        for state, *_ in drafting:
+            state.catch_up()
         memory = (block.ctypes.data, block.shape[1] * 4, block.shape[0])
-        if plain:
-            follower.executor.unsafe_compute_mask_ptr([(state.matcher, row) for state, row in plain], *memory)
+        if len(plain) > _MAX_COMPUTED_HERE:
+            executor.unsafe_compute_mask_ptr([(state.matcher, row) for state, row in plain], *memory)
         if drafting:
-            follower.executor.unsafe_compute_mask_ptr_with_draft_token(
+            executor.unsafe_compute_mask_ptr_with_draft_token(
                 [(state.matcher, row, drafts) for state, row, drafts in drafting], *memory
             )
-        forced = [state for state, row in plain if state.learn_mask(block[row])]
+        for state, row in (*plain, *((state, row) for state, row, _ in drafting)):
+            state.learn_mask(block[row])
         for request in requests:
             if not request.is_filled:
                 request.is_filled = not request.state.matcher.is_error()  # type: ignore[attr-defined]
-        follower.submit(behind, forced)
+        return behind
 
     def _write_grammar(self, params: StructuredOutputsParams) -> str:
         """A grammar in the form that llguidance takes."""
@@ -206,13 +224,17 @@ class _Grammar(CompiledGrammar):
 def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
     if params.whitespace_pattern is not None:  # blanks could look like the inside of a string
         return None
+    if params.kind == "structural_tag":
+        tag = params.load_json()
+        if (schemas := list_json_schemas(tag)) is None:
+            return None
+        has_free_text = tag.get("free_text") is not False or any(each.get("free") for each in tag["structures"])
+        return join_string_bounds(list(map(prepare_schema, schemas)), has_free_text or params.reasoning_end is not None)
     if params.kind not in ("json", "json_object"):
         return None
-    bounds = find_string_bounds(
-        {"type": "object"} if params.kind == "json_object" else prepare_schema(params.load_json())
-    )
+    schema = prepare_schema(params.load_json()) if params.kind == "json" else {"type": "object"}
     # Free text before an answer may look like the properties of the schema.
-    return bounds._replace(by_name={}) if bounds is not None and params.reasoning_end is not None else bounds
+    return find_string_bounds(schema) if params.reasoning_end is None else join_string_bounds([schema])
 
 
 def _walk(matcher: llguidance.LLMatcher, num_tokens: int) -> None:

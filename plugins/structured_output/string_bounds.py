@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from quire.plugins.structured_output.json_schema import walk_schemas
 
-__all__ = ["MIN_PROBE", "PROBE_CHAR", "StringBounds", "find_string_bounds"]
+__all__ = ["MIN_PROBE", "PROBE_CHAR", "StringBounds", "find_string_bounds", "join_string_bounds"]
 
 PROBE_CHAR = "z"
 MIN_PROBE = 8
@@ -62,6 +63,20 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
         has_open_names = has_open_names or (bool(names) and each.get("additionalProperties") is not False)
     known = {name: lengths for name, lengths in by_name.items() if lengths is not None and is_closed}
     return StringBounds(has_min, has_max, known, longest_name + _NAME_MARGIN if has_open_names else 0)
+
+
+def join_string_bounds(schemas: Sequence[dict[str, Any]], has_free_text: bool = True) -> StringBounds | None:
+    """Of JSON of several schemas, with other text around it: names of properties say nothing where that is free. None
+    if one schema has none."""
+    if not has_free_text and not any('"$ref"' in json.dumps(schema) for schema in schemas):
+        return find_string_bounds({"type": "array", "prefixItems": [*schemas], "items": {"type": "null"}})
+    joined = StringBounds(False, False, {}, 0)
+    for schema in schemas:
+        if (bounds := find_string_bounds(schema)) is None:
+            return None
+        has_min, has_max = joined.has_min or bounds.has_min, joined.has_max or bounds.has_max
+        joined = StringBounds(has_min, has_max, {}, max(joined.min_run, bounds.min_run))
+    return joined
 
 
 def _is_closed(schema: dict[str, Any]) -> bool:

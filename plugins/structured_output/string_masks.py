@@ -124,7 +124,8 @@ class StringMasks:
 
     def accept(self, token: int) -> bool:
         """Advance if the token may come next, for sure, and leaves the answer in the string. Whether it did."""
-        base, count = self._base, self._tokens.num_chars[token]
+        base = self._base
+        count = self._tokens.num_chars[token] if 0 <= token < len(self._tokens.num_chars) else 0
         if base is None or not 0 < count <= self._room or not int(base[token >> 5]) >> (token & 31) & 1:
             return False
         self._run += count
@@ -187,6 +188,32 @@ class StringMasks:
             if self._get_matcher().validate_tokens([token]):
                 words[token // 32] |= np.uint32(1 << token % 32)
         return True
+
+    def write_draft_masks(self, masks: NDArray[np.int32], draft_token_ids: Sequence[int]) -> bool:
+        """Write the mask for the next token, and those behind each draft that may come. False if they are not known
+        without asking the library, which is not where the drafts are."""
+        if self._base is None and not self._enter_string():
+            return False
+        before = self._run, self._room, self._missing
+        try:
+            for mask, draft in zip(masks, (*draft_token_ids, None), strict=False):
+                if not self._is_mask_known():
+                    return False
+                self.write_mask(mask)
+                if draft is not None and not self.accept(draft):
+                    return not 0 <= draft < len(self._tokens.num_chars) or not _is_set(mask, draft)
+            return True
+        finally:
+            self._run, self._room, self._missing = before
+
+    def _is_mask_known(self) -> bool:
+        """Whether ``write_mask`` asks the library for nothing."""
+        tokens, missing = self._tokens, self._missing
+        if self._base is None or not self._room or tokens.find_fitting(self._room) is None:
+            return False
+        if not self._is_room_exact and self._room < tokens.max_needed:
+            return False
+        return missing is None or missing > tokens.max_closing_chars
 
     def learn_mask(self, mask: NDArray[np.int32]) -> None:
         """The library has computed the mask for the next token. If that is in a free string, others follow from it."""

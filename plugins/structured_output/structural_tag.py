@@ -10,7 +10,7 @@ from quire.plugins.structured_output.json_schema import prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter, TextRegex
 from quire.sdk import InvalidRequestError
 
-__all__ = ["TagGrammar", "check_structural_tag"]
+__all__ = ["TagGrammar", "check_structural_tag", "list_json_schemas"]
 
 _MAX_STRUCTURES = 512
 _TEXT_LISTS = ("excluded", "excluded_first")
@@ -49,6 +49,14 @@ def check_structural_tag(tag: Any) -> None:
         if not isinstance(tag["answer"], dict | bool):
             raise _refuse("'answer' must be a JSON schema")
         prepare_schema(tag["answer"])
+
+
+def list_json_schemas(tag: Any) -> list[Any] | None:
+    """The schemas of all JSON in the tag's structures; None where arguments have a syntax of their own."""
+    if any("arguments" in structure for structure in tag["structures"]):
+        return None
+    structures = (structure for structure in tag["structures"] if not structure.get("free"))
+    return [structure.get("schema", {}) for structure in structures] + ([tag["answer"]] if "answer" in tag else [])
 
 
 class _Parts(NamedTuple):

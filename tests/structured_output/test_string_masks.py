@@ -106,14 +106,21 @@ def texts(tokenizer: Tokenizer) -> list[str]:
 @given(
     schema=schemas,
     blanks=st.booleans(),
-    reasoning=st.booleans(),
+    form=st.sampled_from(["json", "json", "reasoning", "tag", "tag in text"]),
     oddity=st.sampled_from([0.01, 0.05, 0.3]),
     seed=st.integers(0, 2**32),
 )
-def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, reasoning, oddity, seed) -> None:
+def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, form, oddity, seed) -> None:
     """Also behind drafts and behind what is taken back."""
+    tag = {
+        "structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}, {"begin": "<g>", "schema": {}}],
+        "triggers": ["<"],
+        "free_text": form == "tag in text",
+    }
     params = StructuredOutputsParams(
-        json=json.dumps(schema), disable_any_whitespace=not blanks, reasoning_end="###" if reasoning else None
+        **({"structural_tag": tag} if "tag" in form else {"json": json.dumps(schema)}),
+        disable_any_whitespace=not blanks,
+        reasoning_end="###" if form == "reasoning" else None,
     )
     try:
         backend.validate_params(params)
@@ -121,11 +128,12 @@ def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, reaso
     except Exception:
         return  # nothing to walk
     rng = random.Random(seed)
+    plain_tokens = [token for token, text in enumerate(texts) if text.isalnum()]
     state, plain = grammar.start(), grammar.start()
     plain.strings = None
     masks, expected = np.full((2, 3, WORDS), -1, np.int32)
     for _ in range(150):
-        draft = [rng.randrange(4096), 5] if rng.random() < 0.1 else []
+        draft = rng.choices(plain_tokens if rng.random() < 0.7 else range(4096), k=2) if rng.random() < 0.3 else []
         masks.fill(-1)
         expected.fill(-1)
         backend.fill_masks([MaskRequest(state, 0, draft)], masks)
