@@ -14,8 +14,12 @@ _MAX_VERIFY_REQS = 256
 
 
 def choose_capture_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes, ascending: close together where launches dominate, steps of 8, 16 and 32 above."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
+    """Padded batch sizes, ascending: powers of two where weights dominate, steps of 16 and 32 above.
+
+    Between 32 and 64 there is none: a library's GEMM of 40 tokens takes longer than one of 64 (an 8B model's step 5.7
+    ms on an H200, and 4.7 ms with 64), and 24 tokens take as long as 32.
+    """
+    sizes = [1, 2, 4, 8, 16, 32, 64, *range(80, 257, 16), *range(288, max_num_seqs + 1, 32)]
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 

@@ -43,7 +43,7 @@ def padded_model():
     return msgspec.structs.replace(
         MODEL,
         decodes=sizes,
-        decodes_us=tuple(4000.0 + 30 * size + 900 * (size % 16 == 8) for size in sizes),
+        decodes_us=tuple(4000.0 + 30 * size + 900 * (size == 8) for size in sizes),
         pads_decodes=True,
         prompt_context_us=0.05,
         mean_keys_us=0.6,
