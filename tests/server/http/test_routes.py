@@ -130,7 +130,7 @@ def test_the_trace_of_the_last_steps(server: RunningServer, http: httpx.Client, 
         check_error(http.get("/trace", params={"steps": steps}), 400)
     out = tmp_path / "trace.json"
     assert main(["trace", "--url", server.url, "--steps", "2", "--out", str(out)]) == 0
-    assert len(json.loads(out.read_text())["traceEvents"]) == 5 + 2 * 5
+    assert len(json.loads(out.read_text())["traceEvents"]) == 6 + 2 * 5
     assert main(["trace", "--url", f"{server.url}/nowhere", "--out", str(out)]) == 2
 
 
