@@ -121,7 +121,7 @@ class ShrinkInProduct:
     active_slots: Tensor
     """(1 + adapters,) int32: how many slots the step's tokens have, and then these, each once."""
     max_polls: int = 0
-    """After how many looks a program gives up waiting, and the result is not a number; 0: never. For tests."""
+    """After how many looks a program gives up waiting, and the result is not a number; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ MAX_FEW_TOKENS = 8
 """Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of them."""
 _MAX_WORDS = 8 * MAX_FEW_TOKENS * 3 * 64
 """Numbers that one launch hands over: of each part of the inputs, token, fused part of the layer and rank."""
+_MAX_POLLS = 1 << 21
+"""Looks of a program for what another one of its launch hands over, about two seconds of them: if that ever failed, the
+step's logits would not be numbers, which ends its requests with an error, and no step would hang."""
 _FEW_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
@@ -98,7 +101,7 @@ class AdapterBatch:
         token_indices[: len(order)] = self._sorted
         self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
 
-    def describe_shrink(self, a: Tensor, max_polls: int = 0) -> ShrinkInProduct:
+    def describe_shrink(self, a: Tensor, max_polls: int = _MAX_POLLS) -> ShrinkInProduct:
         """The step's first product with ``a`` (slots, parts, max_rank, in_features), for a layer's own kernel."""
         return ShrinkInProduct(
             a,
