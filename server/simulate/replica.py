@@ -101,6 +101,8 @@ class Replica:
         self._device_free_ns = 0
         self._device_ns = 1  # of the last step
         self.device_busy_ns = self.num_steps = self.num_skipped_steps = 0
+        self.unknown_ns = 0
+        """Of ``device_busy_ns``, of steps larger than any that the step model knows."""
         self.logs: dict[int, RequestLog] = {}
         self.first_refusal = ""
         """Why the first request that was not served was refused."""
@@ -180,7 +182,8 @@ class Replica:
     def _launch(self, step: SchedulerOutput) -> None:
         num_reqs = len(step.rows)
         host = self._model.host_ns(*_measure_host_work(step))
-        device_ns = self._model.device_ns(_measure_shape(step))
+        shape = _measure_shape(step)
+        device_ns = self._model.device_ns(shape)
         if self._observe_step is not None:
             self._observe_step(self.now_ns, step, device_ns)
         if self._recorder is not None:
@@ -190,6 +193,7 @@ class Replica:
         self.now_ns += host.schedule_ns + host.launch_ns
         end_ns = max(begin_ns + device_ns, self.now_ns)
         self.device_busy_ns += device_ns
+        self.unknown_ns += 0 if self._model.knows(shape) else device_ns
         self._device_ns = max(device_ns, 1)
         self._device_free_ns = end_ns + round(self._model.host.gap_us * 1e3)
         output = self._worker.execute_step(step)
@@ -283,7 +287,9 @@ class Replica:
             return
         self.scheduler.skip_steps(count, self._worker.skip_steps(rows, count))
         self.now_ns, self._device_free_ns = now, device_free
-        self.device_busy_ns += sum(times[:count])
+        device_ns = sum(times[:count])
+        self.device_busy_ns += device_ns
+        self.unknown_ns += 0 if self._model.knows(_measure_shape(step)) else device_ns
         if self._worker.has_sequences:
             output = self._worker.sample_tokens(step)
         self._in_flight[0] = _InFlight(step, output, end_ns, num_reqs, start_ns)

@@ -8,6 +8,9 @@ from quire.server.simulate.results import LATENCIES, Objectives, SimulationResul
 
 __all__ = ["format_results"]
 
+_UNKNOWN_SHARE = 0.01
+"""Of the device's time: below it the sizes of a few steps are nothing to warn of."""
+
 
 def format_results(results: Sequence[SimulationResult], objectives: Objectives | None) -> str:
     """A column for each policy, a row for each figure; groups below."""
@@ -38,6 +41,11 @@ def format_results(results: Sequence[SimulationResult], objectives: Objectives |
             f"{result.policy}: {result.duration_s:,.0f} s simulated in {result.wall_s:.1f} s ({speed:,.0f} x); "
             f"{result.num_steps:,} steps, {result.num_skipped_steps:,} of them equal to the one before and skipped"
         )
+        if result.unknown_share > _UNKNOWN_SHARE:
+            lines.append(
+                f"warning: {result.unknown_share:.0%} of the device's time are steps larger than any of the step model "
+                f"({result.known_steps}), whose times are guesses: fit it to a heavier load, or simulate a lighter one"
+            )
         num_refused = len(result.times) - int(result.times.is_served.sum())
         if num_refused:
             lines.append(f"warning: {num_refused:,} requests were not served, the first because {result.first_refusal}")

@@ -73,6 +73,10 @@ class SimulationResult:
     num_skipped_steps: int
     device_busy_s: float
     """Summed over replicas."""
+    unknown_share: float
+    """The share of that in steps larger than any that the step model knows, whose times are guesses."""
+    known_steps: str
+    """The largest steps that it knows."""
     num_replicas: int
     queue_depth: Sequence[tuple[float, int, int]]
     """At each arrival: seconds, requests that wait, requests that run; summed over replicas."""
@@ -107,6 +111,7 @@ class SimulationResult:
             "preemptions": int(times.num_preemptions.sum()),
             "steps": self.num_steps,
             "device_busy": self.device_busy_s / (self.duration_s * self.num_replicas) if self.duration_s else 0.0,
+            "unknown_step_share": self.unknown_share,
             "most_waiting": max((waiting for _, waiting, _ in self.queue_depth), default=0),
         }
         if self.load:

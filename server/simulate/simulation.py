@@ -174,13 +174,16 @@ class SimulatedServer:
         replicas = self._replicas
         logs = [replica.logs[number] for number, replica in enumerate(self._chosen)]
         first_ns = min((log.arrival_ns for log in logs), default=0)
+        busy_ns = sum(replica.device_busy_ns for replica in replicas)
         return SimulationResult(
             policy=self._setup.policy_name,
             times=times,
             duration_s=(max((log.end_ns for log in logs), default=0) - first_ns) / 1e9,
             num_steps=sum(replica.num_steps for replica in replicas),
             num_skipped_steps=sum(replica.num_skipped_steps for replica in replicas),
-            device_busy_s=sum(replica.device_busy_ns for replica in replicas) / 1e9,
+            device_busy_s=busy_ns / 1e9,
+            unknown_share=sum(replica.unknown_ns for replica in replicas) / max(busy_ns, 1),
+            known_steps=self._setup.model.describe_range(),
             num_replicas=len(replicas),
             queue_depth=self._queue_depth,
             wall_s=wall_s,

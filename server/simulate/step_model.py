@@ -133,6 +133,15 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
     """Steps that were fitted, and by how much the model is off, as shares: ``median_error``, ``p95_error``."""
     schema: int = _MODEL_SCHEMA
 
+    def knows(self, shape: StepShape) -> bool:
+        """Whether a step is no larger than those whose times are known; the time of a larger one is a guess."""
+        sizes = self.tokens if shape.has_prompts or not self.decodes else self.decodes
+        return shape.num_tokens <= sizes[-1]
+
+    def describe_range(self) -> str:
+        """The largest steps whose times are known."""
+        return f"{(self.decodes or self.tokens)[-1]} decodes or {self.tokens[-1]} tokens"
+
     def device_ns(self, shape: StepShape) -> int:
         """Nanoseconds on the device."""
         if not shape.has_prompts:

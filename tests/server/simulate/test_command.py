@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from quire.server.cli.main import main
+from quire.server.simulate.step_model import save_step_model
 
 TRACE = ["--trace", "synthetic:requests=80,input=fixed/200,output=exponential/30", "--arrivals", "poisson:rate=20"]
 
@@ -38,6 +40,18 @@ def test_it_names_step_model_trace_and_load(quire):
     assert "synthetic: 80 requests" in out and "step model: h200-llama-3.1-8b-bf16: NVIDIA H200" in out
     assert "load: 0.50 of capacity" in out and "time to first token, p99 ms" in out
     assert "do not trust" in quire(*TRACE, "--load", "1.1")[1]
+
+
+def test_steps_beyond_the_step_model_are_told(quire, model, tmp_path):
+    """A model fitted to light traffic, and a trace that fills the engine."""
+    few = msgspec.structs.replace(model, decodes=(1, 4), decodes_us=(4000.0, 4050.0))
+    save_step_model(few, tmp_path / "few.json")
+    burst = ("--trace", "synthetic:requests=32,input=fixed/64,output=fixed/64", "--arrivals", "burst")
+    _, out, _ = quire(*burst, "--step-model", str(tmp_path / "few.json"))
+    assert "larger than any of the step model (4 decodes or 2048 tokens)" in out
+    (line,) = quire(*burst, "--step-model", str(tmp_path / "few.json"), "--json")[1].splitlines()
+    assert json.loads(line)["unknown_step_share"] > 0.5
+    assert "larger than any" not in quire(*burst)[1]
 
 
 @pytest.mark.parametrize("router", ["round_robin", "least_loaded", "prefix_aware,min_imbalance=2"])
