@@ -70,6 +70,7 @@ EXCEPTIONS: tuple[Except, ...] = (
         "outside of its loop, so that as many programs run at a time as without adapters: one fewer cost a tenth",
         case="*gemv*-shrinks",
     ),
+    Except("fp8_gemv_k_loop_kernel", 32, _OLDEST, case="fp8-gemv-k-loop-shrinks", triton="3.6.*"),
     Except(
         "int4_gemm_hopper_kernel", 112, "past its loop, with gates, a bias and a residual at once", case="int4-hopper-*"
     ),

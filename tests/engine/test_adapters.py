@@ -161,7 +161,7 @@ def test_settings() -> None:
     adapters = build(enable_lora=True, max_lora_rank=64, lora_dtype="half")
     assert (adapters.max_loras, adapters.max_cpu_loras, adapters.max_lora_rank) == (1, 2, 64)
     assert adapters.dtype == "float16"
-    assert build(lora_modules=["a=/a", "b=/b", "c=/c"]).max_loras == 3
+    assert build(lora_modules=["a=x/a", "b=x/b", "c=x/c"]).max_loras == 3
     for settings, says in (
         ({"max_loras": 0}, "max_loras must be at least 1"),
         ({"max_loras": 4, "max_cpu_loras": 2}, "less than max_loras 4"),

@@ -248,7 +248,7 @@ OPTIONS = [
     ("spec_decode", "spec_method='ngram'", {"prompt_lookup_mim": "2"}, "did you mean prompt_lookup_min"),
     ("spec_decode", "spec_method='ngram'", {"prompt_lookup_min": "few"}, "is not a whole number"),
     ("structured_output", "", {"thread": "2"}, "did you mean threads?"),
-    ("adapter", "", {"add_in_prodct": "on"}, "did you mean add_in_product?"),
+    ("adapter", "", {"add_in_prodct": "on"}, "did you mean add_in_product"),
     ("executor", "executor='ray'", {"adress": "x"}, "did you mean address?"),
     ("metrics", "", {"x": "1"}, "PrometheusExporter takes no options"),
     ("tool_parser", "tool_call_parser='hermes'", {"x": "1"}, "takes no options"),

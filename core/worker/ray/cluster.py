@@ -180,10 +180,10 @@ class RayCluster:
         nodes = self.list_nodes()
         total = sum(node.num_units for node in nodes)
         each = ", ".join(f"{node.host} {node.num_units}" for node in sorted(nodes, key=lambda node: node.host))
-        free = int(self._ray.available_resources().get(self._unit, 0))
-        return (
-            f"{num_ranks} ranks take a {self._unit} each, and the Ray cluster has {total}, {free} of them free ({each})"
-        )
+        free = ""
+        if total >= num_ranks:  # what is free is known some time after a node has joined
+            free = f", {int(self._ray.available_resources().get(self._unit, 0))} of them free"
+        return f"{num_ranks} ranks take a {self._unit} each, and the Ray cluster has {total}{free} ({each})"
 
 
 @contextlib.contextmanager

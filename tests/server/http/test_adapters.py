@@ -17,7 +17,7 @@ import pytest
 
 from quire.core.testing.tiny_adapters import make_tiny_adapter
 
-from ..conftest import RunningServer, check_error, start_server, until
+from ..conftest import RunningServer, check_error, child_processes, start_server, until
 
 FACT = [{"role": "user", "content": "What does TTFT mean?"}]
 ANSWER = "TTFT is the time to the first token."
@@ -175,9 +175,8 @@ def test_metrics_say_which_adapters_are_asked_for(
 
 def test_adapters_come_back_with_the_engine(client: openai.OpenAI, server: RunningServer) -> None:
     """The engine's process dies, and the next one knows of the adapters what it is told with requests."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    [engine] = [pid for pid in children if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(int(engine), signal.SIGKILL)
+    [engine] = child_processes(server.process.pid)
+    os.kill(engine, signal.SIGKILL)
     restarts = 'quire:engine_restarts_total{model_name="quire-tiny"}'
     until(lambda: server.metric(restarts) == 1, 60)
     until(lambda: httpx.get(server.url + "/health").status_code == 200, 120)

@@ -36,9 +36,7 @@ def test_tokens_are_those_of_one_process(tiny_model: str, cluster: TwoNodes) -> 
 
 
 def test_a_cluster_that_is_too_small_says_what_it_has(tiny_model: str, cluster: TwoNodes) -> None:
-    reason = (
-        rf"^4 ranks take a CPU each, and the Ray cluster has 2, 2 of them free \({HEAD} 1, {OTHER} 1\); start Ray on"
-    )
+    reason = rf"^4 ranks take a CPU each, and the Ray cluster has 2 \({HEAD} 1, {OTHER} 1\); start Ray on"
     with pytest.raises(ConfigError, match=reason):
         open_engine(tiny_model, cluster, tensor_parallel_size=4)
 
