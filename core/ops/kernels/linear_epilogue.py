@@ -20,6 +20,7 @@ from quire.core.contracts.quant import LowRankTerm
 __all__ = [
     "Epilogue",
     "add_low_rank",
+    "find_part",
     "get_tile_rows",
     "get_weight_rows",
     "load_low_rank",
@@ -88,6 +89,12 @@ def get_weight_rows(tile, features: tl.constexpr, block_n: tl.constexpr, gated: 
 
 
 @triton.jit
+def find_part(offs_n, low_rank: tl.constexpr):
+    """The part of the layer that each feature is of."""
+    return (offs_n >= low_rank[3]).to(tl.int32) + (offs_n >= low_rank[3] + low_rank[4]).to(tl.int32)
+
+
+@triton.jit
 def load_low_rank(
     offs_n,  # (block_n,) features
     token,
@@ -105,11 +112,9 @@ def load_low_rank(
     parts: tl.constexpr = low_rank[0]
     max_rank: tl.constexpr = low_rank[1]
     splits: tl.constexpr = low_rank[2]
-    size_0: tl.constexpr = low_rank[3]
-    size_1: tl.constexpr = low_rank[4]
     slot = tl.load(slots_ptr + token, mask=token < num_tokens, other=-1)
     held = tl.maximum(slot, 0).to(tl.int64)
-    part_of_row = (offs_n >= size_0).to(tl.int32) + (offs_n >= size_0 + size_1).to(tl.int32)
+    part_of_row = find_part(offs_n, low_rank)
     rank = tl.load(ranks_ptr + held * parts + part_of_row, mask=(slot >= 0) & (part_of_row >= 0), other=0)
     mask = offs_r[None, :] < rank[:, None]
     b_at = b_ptr + (held * max_rank + offs_r)[None, :] * features + offs_n[:, None]

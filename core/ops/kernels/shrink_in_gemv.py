@@ -11,10 +11,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from quire.core.ops.kernels.linear_epilogue import Epilogue
+from quire.core.ops.kernels.linear_epilogue import Epilogue, find_part
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 from quire.core.ops.kernels.shrink_in_product import (
-    find_part,
     finish_launch,
     mark_words,
     pack_shrink_operands,

@@ -24,14 +24,13 @@ import triton.language as tl
 
 from quire.core.contracts.quant import ShrinkInProduct
 from quire.core.ops.device_profile import DeviceProfile
-from quire.core.ops.kernels.linear_epilogue import Epilogue
+from quire.core.ops.kernels.linear_epilogue import Epilogue, find_part
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 
 __all__ = [
     "add_adapters",
     "add_shrink",
     "find_adapters",
-    "find_part",
     "finish_launch",
     "mark_words",
     "pack_shrink_operands",
@@ -220,12 +219,6 @@ def _load_b(index, num_active, offs_n, b_ptr, ranks_ptr, active_ptr, features: t
     rank = tl.load(ranks_ptr + held * low_rank[0] + part_of_row, mask=(part_of_row >= 0) & (slot >= 0), other=0)
     b_at = b_ptr + (held * low_rank[1] + offs_r)[None, :] * features + offs_n[:, None]
     return slot, tl.load(b_at, mask=offs_r[None, :] < rank[:, None], other=0.0)
-
-
-@triton.jit
-def find_part(offs_n, low_rank: tl.constexpr):
-    """The part of the layer that each feature is of."""
-    return (offs_n >= low_rank[3]).to(tl.int32) + (offs_n >= low_rank[3] + low_rank[4]).to(tl.int32)
 
 
 @triton.jit
