@@ -67,7 +67,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = choose_before_model(plugins, chooser, args, context)
     asked, backend = args.structured_output_backend, translate_structured_backend(args.structured_output_backend)
-    if backend == "llguidance" != asked:
+    if backend == "llguidance" and asked != backend:
         _log.warning("structured output backend %s: llguidance takes its place", asked)
 
     from quire.core.loading.chat_template import read_chat_templates

@@ -167,8 +167,7 @@ class CompileProcess:
         """End it at once, and start no other. Idempotent."""
         self._is_closed = True
         if (process := self._process) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+            _kill_at_once(process)
             if process.template is not None:
                 process.template.wait()
 
@@ -184,13 +183,17 @@ class CompileProcess:
     def _replace(self, process: _Process, kill: bool = False) -> int | None:
         """Another process begins at once, so that the next constraint does not wait for it."""
         if kill:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+            _kill_at_once(process)
         self._process = None
         status = self.template.end_process(process)
         with contextlib.suppress(RequestFailedError):
             self._fork()
         return status
+
+
+def _kill_at_once(process: _Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
 
 
 def _receive(connection: Connection, seconds: float) -> str:

@@ -75,7 +75,7 @@ def precompile_kernels(run_warmup: Callable[[], None], rank: int = 0, num_ranks:
 
 
 class CompileQueue:
-    """Hands on to ``pool`` what it is given; while ``defers`` is set not before ``start_deferred``, or before somebody
+    """Hands on to ``pool`` what it is given; while ``defers`` is set not before ``start_deferred``, or before a thread
     waits for it."""
 
     def __init__(self, pool: Executor) -> None:

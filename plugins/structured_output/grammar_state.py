@@ -26,7 +26,7 @@ __all__ = ["Follower", "GuidanceState", "first_line"]
 
 
 class Follower:
-    """Lets the matchers of answers consume tokens in a thread while nobody needs them.
+    """Lets the matchers of answers consume tokens in a thread while no request needs them.
 
     Nothing depends on when the thread wakes: who needs matchers takes ``lock``, which the thread holds for a few tokens
     at a time, and consumes what it did not come to.
@@ -83,7 +83,7 @@ def _stop(follower: weakref.ref[Follower]) -> None:
 
 
 class GuidanceState(GrammarState):
-    """One answer. The thread of ``follower`` may use the matcher: so does everybody else behind ``get_matcher``."""
+    """One answer. The thread of ``follower`` may use the matcher: so does every other thread behind ``get_matcher``."""
 
     def __init__(
         self,

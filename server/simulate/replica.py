@@ -192,14 +192,18 @@ class Replica:
         begin_ns = max(start_ns + host.schedule_ns + host.lead_ns, self._device_free_ns)
         self.now_ns += host.schedule_ns + host.launch_ns
         end_ns = max(begin_ns + device_ns, self.now_ns)
-        self.device_busy_ns += device_ns
-        self.unknown_ns += 0 if self._model.knows(shape) else device_ns
+        self._count_device_time(device_ns, shape)
         self._device_ns = max(device_ns, 1)
         self._device_free_ns = end_ns + round(self._model.host.gap_us * 1e3)
         output = self._worker.execute_step(step)
         output.device_us = device_ns / 1e3
         self._in_flight.append(_InFlight(step, output, self._device_free_ns, num_reqs, start_ns))
         self.num_steps += 1
+
+    def _count_device_time(self, device_ns: int, shape: StepShape) -> None:
+        self.device_busy_ns += device_ns
+        if not self._model.knows_shape(shape):
+            self.unknown_ns += device_ns
 
     def _finish_oldest(self) -> None:
         step, output, end_ns, num_reqs, start_ns = self._in_flight.popleft()
@@ -287,9 +291,7 @@ class Replica:
             return
         self.scheduler.skip_steps(count, self._worker.skip_steps(rows, count))
         self.now_ns, self._device_free_ns = now, device_free
-        device_ns = sum(times[:count])
-        self.device_busy_ns += device_ns
-        self.unknown_ns += 0 if self._model.knows(_measure_shape(step)) else device_ns
+        self._count_device_time(sum(times[:count]), _measure_shape(step))
         if self._worker.has_sequences:
             output = self._worker.sample_tokens(step)
         self._in_flight[0] = _InFlight(step, output, end_ns, num_reqs, start_ns)

@@ -133,7 +133,7 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
     """Steps that were fitted, and by how much the model is off, as shares: ``median_error``, ``p95_error``."""
     schema: int = _MODEL_SCHEMA
 
-    def knows(self, shape: StepShape) -> bool:
+    def knows_shape(self, shape: StepShape) -> bool:
         """Whether a step is no larger than those whose times are known; the time of a larger one is a guess."""
         sizes = self.tokens if shape.has_prompts or not self.decodes else self.decodes
         return shape.num_tokens <= sizes[-1]
