@@ -341,6 +341,9 @@ class EngineArgs:
 
     # logging
     disable_log_requests: bool = setting(True, group="logging", help="no line per request in the log")
+    disable_log_stats: bool = setting(
+        False, group="logging", help="no line of throughput in the server's log every 10 s while there is traffic"
+    )
     record: str | None = setting(
         None,
         group="logging",

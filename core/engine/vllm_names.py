@@ -46,7 +46,6 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     VllmFlag("--enable-log-requests", "now --no-disable-log-requests", sets=("disable_log_requests", False)),
     VllmFlag("--enable-prometheus", _NOT_NEEDED + "metrics are always served at /metrics"),
     VllmFlag("--swap-space", _NOT_NEEDED + "preempted requests are recomputed, not swapped", takes_value=True),
-    VllmFlag("--disable-log-stats", _NOT_NEEDED + "see /metrics"),
     VllmFlag("--use-v2-block-manager", _NOT_NEEDED + "there is one block manager"),
     VllmFlag("--num-scheduler-steps", _NOT_NEEDED + "scheduling is always ahead of the device", takes_value=True),
     VllmFlag("--async-scheduling", _NOT_NEEDED + "scheduling is always asynchronous"),

@@ -26,6 +26,7 @@ from quire.server.http.listening import allow_restart
 from quire.server.http.settings import ServerSettings
 from quire.server.http.signals import StopSignals
 from quire.server.http.state import ServerState
+from quire.server.http.throughput_log import log_throughput
 
 __all__ = ["drain_requests", "serve"]
 
@@ -76,6 +77,7 @@ async def _serve(
     log_options = {} if settings.log_level is None else {"log_level": settings.log_level.upper()}
     engine = AsyncLLM(args, process=process, **log_options)
     signals.call_before_exit(engine.kill_at_once)  # of the process that it has by then
+    log_task: asyncio.Task[None] | None = None
     try:
         from quire.server.http.app import create_app, create_metrics_app  # seconds, while the model is loaded
         from quire.server.http.app_extensions import extend_app
@@ -89,8 +91,12 @@ async def _serve(
             servers.append(_Server(_uvicorn_config(create_metrics_app(state), args)))
         gc.collect()
         gc.freeze()
+        if not args.disable_log_stats:
+            log_task = asyncio.create_task(log_throughput(engine.get_stats))
         return await _run(servers, sockets, state, signals)
     finally:
+        if log_task is not None:
+            log_task.cancel()
         await engine.shutdown()
 
 

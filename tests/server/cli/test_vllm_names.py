@@ -84,12 +84,12 @@ def test_keyword_arguments_of_scripts_for_vllm(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING, "quire.config"):
         args = EngineArgs.from_kwargs(model="m", quantization=None, seed=None, dtype=None, **off, **same)
         assert args == EngineArgs(model="m") and not caplog.records
-        assert EngineArgs.from_kwargs(model="m", swap_space=4, disable_log_stats=True) == args
+        assert EngineArgs.from_kwargs(model="m", swap_space=4, enable_prompt_tokens_details=True) == args
     named = EngineArgs.from_kwargs(tensor_parallel_size=2, distributed_executor_backend="mp")
     assert named == EngineArgs(tensor_parallel_size=2, executor="mp")
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "swap_space=4",
-        "disable_log_stats=True",
+        "enable_prompt_tokens_details=True",
     ]
 
 
