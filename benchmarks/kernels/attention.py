@@ -26,7 +26,8 @@ from quire.plugins.attention.triton.backend import TritonBackend
 from quire.server.bench.workloads import make_workload
 from quire.server.plugin_bench.attention_bench import AttentionBench, StepShape
 from quire.server.plugin_bench.attention_step import MemoryPool
-from quire.server.plugin_bench.timer import WARM_UP_S, make_timer, run_alternately, time_graph
+from quire.server.plugin_bench.measurement import measure_case
+from quire.server.plugin_bench.timer import time_graph
 
 READ_BANDWIDTH = 4.29e12
 """Bytes a second, H200."""
@@ -34,6 +35,7 @@ BF16_FLOPS = 680e12
 """bf16 operations a second, H200."""
 BLOCK_SIZE = 16
 POOL_BYTES = 48 << 30
+AGREEMENT_ROUNDS = 3
 
 # FlashAttention-3 as vLLM 0.20.2 calls it on an H200, 32 query and 8 KV heads, head_dim 128, blocks of 16.
 FA3_DECODE = {(1, 1024): 10.45, (1, 4096): 12.84, (32, 1024): 42.17, (32, 4096): 135.73, (256, 1024): 292.2}
@@ -116,23 +118,31 @@ def measure_prefill(
 
 
 def measure_agreement(pool: MemoryPool, document: Mapping[str, Any]) -> None:
-    """Print each case of ``quire plugins bench attention/triton`` by this script's pool, beside the figure in
-    ``document`` and the bench in this process."""
+    """Print each case of ``quire plugins bench attention/triton`` as this script measures it, beside the bench in turns
+    with it, and beside the figure in ``document``, which another process measured before."""
     printed = {row["case"]: row["microseconds"] for row in document["rows"] if row["implementation"] == "triton"}
     bench = AttentionBench(pool.device)
-    largest = {"in its own process": 0.0, "by turns in this one": 0.0}
+    largest = {"by turns": 0.0, "in its own process": 0.0}
     for case in bench.list_cases(TritonBackend):
         shape: StepShape = case.parameters
         step = pool.make_step(bench.spec, shape.query_lens, shape.seq_lens, TritonBackend)
-        timers = {"ours": make_timer(step.run, pool.device), "again": bench.prepare(TritonBackend, case).timer}
-        seconds = run_alternately(timers, 15, WARM_UP_S)
-        ours, again = 1e6 * median(seconds["ours"]) / step.num_layers, 1e6 * median(seconds["again"])
-        line = f"{case.name:>28} {ours:9.2f} us, plugins bench"
-        for where, theirs in zip(largest, (printed[case.name], again), strict=True):
-            line += f" {theirs:9.2f} us ({theirs / ours - 1:+6.2%}) {where}"
-            largest[where] = max(largest[where], abs(theirs / ours - 1))
-        print(line, flush=True)
+        ours, theirs = [], []
+        for _ in range(AGREEMENT_ROUNDS):
+            ours.append(1e6 * time_graph(step.run, step.num_layers))
+            (measured,) = measure_case(bench, case, {"triton": TritonBackend}, num_rounds=5)
+            assert measured.microseconds is not None, measured.refused
+            theirs.append(measured.microseconds)
+        line = f"{case.name:>28} {median(ours):9.2f} us ({_format_spread(ours)}), plugins bench"
+        for where, figure in zip(largest, (median(theirs), printed[case.name]), strict=True):
+            difference = figure / median(ours) - 1
+            line += f" {figure:9.2f} us ({difference:+6.2%}) {where}"
+            largest[where] = max(largest[where], abs(difference))
+        print(f"{line}, spread {_format_spread(theirs)}", flush=True)
     print("largest difference", ", ".join(f"{share:.2%} {where}" for where, share in largest.items()))
+
+
+def _format_spread(figures: Sequence[float]) -> str:
+    return f"{max(figures) / min(figures) - 1:.1%}"
 
 
 def main(tables: Sequence[str]) -> None:

@@ -61,7 +61,8 @@ class MemoryPool:
                 kv.k_scale = kv.v_scale = torch.ones(1, device=device)
         max_blocks = max(-(-max_seq_len // block_size), max(num_blocks_of))
         block_table = torch.zeros(len(seq_lens), max_blocks, dtype=torch.int32)
-        random_blocks, used = torch.randperm(num_blocks - 1) + 1, 0
+        same_for_all = torch.Generator().manual_seed(0)
+        random_blocks, used = torch.randperm(num_blocks - 1, generator=same_for_all) + 1, 0
         for request, count in enumerate(num_blocks_of):
             block_table[request, :count] = random_blocks[used : used + count]
             used += count

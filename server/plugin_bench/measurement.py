@@ -10,7 +10,7 @@ from typing import Any
 from quire.core.errors import QuireError
 from quire.server.bench.roofline import Ceilings
 from quire.server.plugin_bench.cases import BenchCase, CaseRefusedError, KindBench, PreparedCase
-from quire.server.plugin_bench.timer import WARM_UP_S, Ratio, compare_rounds, run_alternately
+from quire.server.plugin_bench.timer import TURN_S, WARM_UP_S, Ratio, compare_rounds, run_alternately
 
 __all__ = ["Measurement", "measure_case"]
 
@@ -64,7 +64,7 @@ def measure_case(
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     on_gpu = getattr(bench, "device", None) is not None and bench.device.type == "cuda"
     timers = {name: each.timer for name, each in prepared.items()}
-    seconds = run_alternately(timers, num_rounds, WARM_UP_S if on_gpu else 0.0)
+    seconds = run_alternately(timers, num_rounds, *((WARM_UP_S, TURN_S) if on_gpu else ()))
     subject = next(iter(implementations))
     return [
         Measurement(case.name, name, refused=refused[name], weight=case.weight)

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["L2_BYTES", "WARM_UP_S", "Ratio", "compare_rounds", "make_timer", "run_alternately", "time_graph"]
+__all__ = ["L2_BYTES", "TURN_S", "WARM_UP_S", "Ratio", "compare_rounds", "make_timer", "run_alternately", "time_graph"]
 
 L2_BYTES = 256 << 20
 """Launches of one timed run go through at least this much memory, which is more than any GPU's L2 cache holds."""
 
 WARM_UP_S = 0.2
 """How long a GPU runs what is timed before that counts, so that its clock is what heat and power allow."""
+TURN_S = 0.05
+"""How long one of several timers has a GPU before the next does: what ran before has left neither its data in the L2
+cache nor its clock, which follows the power that kernels draw within some milliseconds."""
 _HEAD_START_CYCLES = 400_000
 """Some 0.2 ms, in which the host queues both events and what is between them."""
 
@@ -57,21 +60,29 @@ def time_graph(launch: Callable[[], object], num_launches: int = 1, repeats: int
 
 
 def run_alternately(
-    timers: Mapping[str, Callable[[], float]], num_rounds: int, warm_up_s: float = 0.0
+    timers: Mapping[str, Callable[[], float]], num_rounds: int, warm_up_s: float = 0.0, turn_s: float = 0.0
 ) -> dict[str, list[float]]:
     """The seconds of each timer in each round. All take turns, and every other round turns the order around, so that a
-    machine that grows hot or busy does so to all of them. A round before the first, and more for ``warm_up_s`` by the
-    wall clock, are not kept."""
+    machine that grows hot or busy does so to all of them. A turn is one call, or as many as fill ``turn_s``, of which
+    the median of the later half counts. A round before the first, and more for ``warm_up_s`` by the wall clock, are
+    not kept."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     deadline, number = time.perf_counter() + warm_up_s, -1
     while number < num_rounds:
         for name, timer in list(timers.items())[:: 1 if number % 2 else -1]:
-            measured = timer()
+            measured = _take_turn(timer, turn_s)
             if number >= 0:
                 seconds[name].append(measured)
         if number >= 0 or time.perf_counter() >= deadline:
             number += 1
     return seconds
+
+
+def _take_turn(timer: Callable[[], float], turn_s: float) -> float:
+    deadline, measured = time.perf_counter() + turn_s, [timer()]
+    while time.perf_counter() < deadline:
+        measured.append(timer())
+    return statistics.median(measured[len(measured) // 2 :])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,23 @@ def test_timers_take_turns_in_both_orders():
     timers = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
     seconds = run_alternately(timers, 3)
     assert "".join(order) == "ab" + "ba" + "ab" + "ba" and seconds["a"] == [4.0, 5.0, 8.0]
+
+
+def test_a_turn_counts_what_is_timed_after_the_other_ones_traces():
+    """Calls of a turn take 10 ms; the first of each turn tells ten times as much."""
+    last = ""
+
+    def make(name):
+        def timer():
+            nonlocal last
+            time.sleep(0.01)
+            last, before = name, last
+            return 1.0 if before == name else 10.0
+
+        return timer
+
+    seconds = run_alternately({"a": make("a"), "b": make("b")}, 3, turn_s=0.05)
+    assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=30), st.floats(0.1, 10))
