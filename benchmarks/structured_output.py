@@ -14,7 +14,7 @@ look on a CPU.
 from __future__ import annotations
 
 import argparse
-import functools
+import gc
 import itertools
 import json
 import os
@@ -24,16 +24,20 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import llguidance
 import numpy as np
 import torch
+from step_probe import StepProbe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.core.stats import StepStats
-from quire.core.structured_output.mask_filler import MaskFiller
+from quire.plugins.structured_output import guidance
 
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=12, help="requests one after the other, for forced tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--part", choices=("batch", "alone", "forced"), help="of ``run``; all, one after the other")
+    parser.add_argument("--variants", action="store_true", help="of how masks are made, with ``--part batch``")
     args = parser.parse_args()
     if args.action == "prepare":
         prepare(args.folder, args.size)
@@ -166,85 +171,91 @@ def run_batch(args: argparse.Namespace) -> None:
     unguided = [
         SamplingParams(temperature=1, seed=i, max_tokens=length, ignore_eos=True) for i, length in enumerate(lengths)
     ]
-    times = time_masks(llm)
-    rates: dict[str, list[float]] = {"unguided": [], "guided": []}
-    runs: dict[str, list[list[StepStats]]] = {"unguided": [], "guided": []}
+    backend: Any = llm.engine_core._structured_outputs._compiler.get_backend()
+    print(f"{backend._num_threads} threads, {len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs")
+    probe = StepProbe(llm)
+    arms = {"unguided": unguided, "guided": guided}
+    measured: dict[str, list[Measured]] = {name: [] for name in arms}
+
+    def measure(name: str, params: list[SamplingParams]) -> None:
+        probe.begin()
+        start = time.perf_counter()
+        llm.generate(prompts, params)
+        rate = sum(lengths) / (time.perf_counter() - start)
+        steps = list(llm.steps)
+        figures = Measured(rate, find_p99_of_steps(steps), steps, probe.summarize(args.requests))
+        measured.setdefault(name, []).append(figures)
+        if len(measured[name]) == args.repeats and name in arms:
+            probe.report(name, args.requests)
+
     for _ in range(args.repeats):
-        for name, params in (("unguided", unguided), ("guided", guided)):
-            llm.steps.clear()
-            start = time.perf_counter()
-            llm.generate(prompts, params)
-            rates[name].append(sum(lengths) / (time.perf_counter() - start))
-            runs[name].append(list(llm.steps))
-    print_mask_times(times, llm)
-    p99 = {name: statistics.median(map(find_p99_of_steps, each)) for name, each in runs.items()}
-    for name, values in rates.items():
-        every = ", ".join(f"{rate:.0f}" for rate in values)
-        print(f"{name:9} {statistics.median(values):9.0f} tokens/s ({every}), p99 step {p99[name]:7.2f} ms")
-    ratio = statistics.median(rates["guided"]) / statistics.median(rates["unguided"])
-    print(f"guided beside unguided: {100 * ratio:.1f} % of the tokens/s (goal 97)")
-    print(f"p99 step {p99['guided'] - p99['unguided']:+.2f} ms (goal +0.3)")
+        for name, params in arms.items():
+            measure(name, params)
+    for name, each in measured.items():
+        print_phases(name, [figures.steps for figures in each], args.requests)
+    print_summary(measured)
+    if args.variants:
+        for name, change, undo in list_variants(backend):
+            change()
+            for arm, params in arms.items() if name.startswith("collector") else (("guided", guided),):
+                for _ in range(2):
+                    measure(f"{arm}, {name}", params)
+            undo()
+        print_summary(measured)
     print({k: round(v, 4) for k, v in llm.get_stats().items() if k.startswith("structured_output")})
-    for name, each in runs.items():
-        print_phases(name, each, args.requests)
     llm.shutdown()
 
 
-class TimedExecutor:
-    """The library's executor. ``times``: by method, for each call, how many answers it was for and the seconds."""
+class Measured(NamedTuple):
+    """One run of an arm."""
 
-    def __init__(self, executor: Any, times: dict[str, list[tuple[int, float]]]) -> None:
-        self._executor, self._times = executor, times
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._executor, name)
-
-        def call(answers: list[Any], *args: Any) -> Any:
-            start = time.perf_counter()
-            result = method(answers, *args)
-            self._times.setdefault(name, []).append((len(answers), time.perf_counter() - start))
-            return result
-
-        return call
+    rate: float
+    p99: float
+    steps: list[StepStats]
+    summary: dict[str, float]
 
 
-def time_masks(llm: LLM) -> dict[str, list[tuple[int, float]]]:
-    """Time the calls of which the masks of a step consist, from now on; by name, each with its number of answers."""
-    times: dict[str, list[tuple[int, float]]] = {}
-    backend: Any = llm.engine_core._structured_outputs._compiler.get_backend()
-    backend._follower.executor = TimedExecutor(backend._follower.executor, times)
-    for owner, name in ((backend, "fill_masks"), (MaskFiller, "fill_masks"), (backend._follower, "begin_catch_up")):
-        label = f"{type(owner).__name__ if owner is not MaskFiller else 'MaskFiller'}.{name}"
-        setattr(owner, name, timed(getattr(owner, name), label, times))
-    return times
+def list_variants(backend: Any) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Other ways to make masks: a name, and what changes to it and back."""
+
+    def replace(name: str, owner: Any, attribute: str, value: Any) -> tuple[str, Callable[[], Any], Callable[[], Any]]:
+        return name, partial(setattr, owner, attribute, value), partial(setattr, owner, attribute, before)
+
+    follower = backend._follower
+    yield "collector frozen", gc.freeze, gc.unfreeze
+    before: Any = guidance._MAX_COMPUTED_HERE
+    yield replace("library never in the engine's thread", guidance, "_MAX_COMPUTED_HERE", 0)
+    yield replace("library always in the engine's thread", guidance, "_MAX_COMPUTED_HERE", 1 << 30)
+    before = follower.begin_catch_up
+    yield replace("matchers follow in the step", follower, "begin_catch_up", lambda behind: None)
+    before = True
+    yield replace("masks in a thread", type(backend), "fills_soon", False)
+    before = follower.executor
+    for count in (1, 3, 15):
+        yield replace(f"{count} threads", follower, "executor", llguidance.LLExecutor(count))
 
 
-def timed(method: Any, label: str, times: dict[str, list[tuple[int, float]]]) -> Any:
-    """``method``, with its calls in ``times``."""
-
-    @functools.wraps(method)
-    def call(*args: Any) -> Any:
-        requests = next(arg for arg in args if isinstance(arg, list))
-        if label.endswith("Backend.fill_masks"):
-            forced = sum(bool(request.state.forced) for request in requests)
-            times.setdefault("rows with a forced token", []).append((forced, 0.0))
-        start = time.perf_counter()
-        result = method(*args)
-        times.setdefault(label, []).append((len(requests), time.perf_counter() - start))
-        return result
-
-    return call
-
-
-def print_mask_times(times: dict[str, list[tuple[int, float]]], llm: LLM) -> None:
-    """The calls that a step's masks consist of; ``consume_token_par`` comes behind the step."""
-    print(f"{llm.engine_core._structured_outputs._compiler.get_backend()._num_threads} threads, {os.cpu_count()} CPUs")
-    for label, calls in times.items():
-        answers, seconds = np.array(calls).T
-        p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
-        print(
-            f"{label:40} {len(calls):6} calls, {answers.mean():6.1f} answers each, p50 {p50:6.3f} ms, p99 {p99:6.3f} ms"
-        )
+def print_summary(measured: dict[str, list[Measured]]) -> None:
+    """One line for each arm and variant, and what was wanted."""
+    columns = ("masks", "fill", "upload", "outputs", "wait", "idle before", "idle for masks")
+    heads = [f"{head:>17}" for head in ("tokens/s", "p99 step", *columns)]
+    print(f"{'medians of runs; p50 and p99, ms':44}" + "".join(heads))
+    for name, each in measured.items():
+        rate, p99 = (statistics.median(getattr(figures, field) for figures in each) for field in ("rate", "p99"))
+        cells = [f"{rate:17.0f}", f"{p99:17.2f}"]
+        for column in columns:
+            found = [
+                statistics.median(figures.summary[f"{column} {percent}"] for figures in each)
+                for percent in ("p50", "p99")
+                if all(f"{column} {percent}" in figures.summary for figures in each)
+            ]
+            cells.append(f"{' / '.join(f'{value:.2f}' for value in found):>17}")
+        print(f"{name:44}" + "".join(cells))
+    unguided, guided = measured["unguided"], measured["guided"]
+    ratio = statistics.median(each.rate for each in guided) / statistics.median(each.rate for each in unguided)
+    difference = statistics.median(each.p99 for each in guided) - statistics.median(each.p99 for each in unguided)
+    print(f"guided beside unguided: {100 * ratio:.1f} % of the tokens/s (goal 97)")
+    print(f"p99 step {difference:+.2f} ms (goal +0.3)")
 
 
 def find_p99_of_steps(steps: list[StepStats]) -> float:
