@@ -89,6 +89,12 @@ class Executor(ABC):
         another thread, and never waits."""
         return False
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether it has found that its workers cannot go on, and ends them before it raises why. Until then no step
+        is taken for one that hangs. Asked from another thread, and never waits."""
+        return False
+
     def allocate_mask_block(self, num_rows: int, num_words: int) -> NDArray[np.int32]:
         """Memory (num_rows, num_words) for the bits of ``TokenMasks``, from which the workers copy."""
         return np.empty((num_rows, num_words), np.int32)

@@ -33,8 +33,8 @@ class StepWatchdog:
 
     What is past its limit is found in the stacks of the threads, so that a step pays for little. A guarded plugin
     (``Quarantine``) is interrupted and quarantined; a step that does not end all the same is logged, with the plugin
-    that it is in, and given to ``report_hang``. Time in which a worker compiles, a debugger is attached, or this whole
-    process is stopped, does not count.
+    that it is in, and given to ``report_hang``. Time in which a worker compiles, the executor ends its workers, a
+    debugger is attached, or this whole process is stopped, does not count.
 
     As a context manager it watches the block, for a loop that says when it is idle. Otherwise each step is put between
     ``begin_turn`` and ``end_turn``; the thread then ends soon after the last one, and keeps nothing alive.
@@ -127,7 +127,7 @@ class StepWatchdog:
             self._turn, self._seconds, self._is_reported = self.num_turns, 0.0, False
             self._calls.clear()
             return
-        if is_compiling or is_debugged(self._thread_id):
+        if is_compiling or self._core.executor.is_ending or is_debugged(self._thread_id):
             return
         self._seconds += elapsed
         is_late = self._seconds >= self._limit_s

@@ -157,7 +157,7 @@ class Core(SimpleNamespace):
     def __init__(self, step_timeout_s: float, **plugins: str) -> None:
         choices = {kind: PluginChoice(kind, name, name) for kind, name in plugins.items()}
         config = SimpleNamespace(watchdog=WatchdogConfig(step_timeout_s), plugins=choices)
-        super().__init__(config=config, executor=SimpleNamespace(is_compiling=False))
+        super().__init__(config=config, executor=SimpleNamespace(is_compiling=False, is_ending=False))
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def reported() -> Iterator[Callable[[EngineHung], None]]:
     yield report
 
 
-def test_steps_that_end_idling_and_compiling_are_no_hang(reported: Any) -> None:
+def test_steps_that_end_idling_compiling_and_workers_that_end_are_no_hang(reported: Any) -> None:
     core = Core(0.2)
     with StepWatchdog(core, reported) as watchdog:  # type: ignore[arg-type]
         watchdog.is_idle = True
@@ -181,7 +181,9 @@ def test_steps_that_end_idling_and_compiling_are_no_hang(reported: Any) -> None:
         watchdog.is_idle = False
         core.executor.is_compiling = True
         assert not reported.wait(0.8)
-        core.executor.is_compiling = False
+        core.executor.is_compiling, core.executor.is_ending = False, True
+        assert not reported.wait(0.8)
+        core.executor.is_ending = False
         with watchdog.allow_time("the control call load", 60.0):
             assert not reported.wait(0.8)
         assert reported.wait(30), "and then it is one"

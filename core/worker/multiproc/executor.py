@@ -91,6 +91,7 @@ class MultiprocExecutor(Executor):
         self._unusual: set[int] = set()  # steps that failed, or in which a plugin was quarantined, on some rank
         self._replies: list[dict[type, Any]] = []  # by rank: what it answered, by class
         self._dead: WorkerDiedError | None = None
+        self._is_ending = False
 
     @property
     def pids(self) -> list[int]:
@@ -171,6 +172,11 @@ class MultiprocExecutor(Executor):
         """Whether a rank compiles a kernel."""
         ranks = self._ranks
         return ranks is not None and ranks.is_compiling
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether ranks are asked why they hang, or are killed: memory of a GPU takes its time."""
+        return self._is_ending
 
     def allocate_mask_block(self, num_rows: int, num_words: int) -> NDArray[np.int32]:
         """In memory that the ranks share."""
@@ -254,6 +260,7 @@ class MultiprocExecutor(Executor):
             if condition():
                 return
             if seconds >= limit_s:
+                self._is_ending = True
                 self._end(WorkerDiedError(self._ranks.describe_hang(seconds, what)))
             self._receive(min(_POLL_S, max(limit_s - seconds, 0.001)))
             now = time.monotonic()
@@ -324,7 +331,7 @@ class MultiprocExecutor(Executor):
 
     def _end(self, error: WorkerDiedError) -> None:
         """Kill every rank and raise, now and whenever a step is asked for."""
-        self._dead = error
+        self._dead, self._is_ending = error, True
         if self._ranks is not None:
             self._ranks.kill()
         raise error

@@ -11,6 +11,7 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.core.errors import EngineDeadError, WorkerDiedError
+from quire.core.worker.multiproc.rank_processes import RankProcesses
 
 pytestmark = pytest.mark.parallel
 
@@ -65,8 +66,15 @@ def assert_nothing_runs(pids: list[int]) -> None:
 
 
 def test_ranks_that_hang_are_found_at_the_step_timeout(
-    start: Callable[..., LLM], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., LLM],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """The watchdog of the engine core, which does not know the ranks, leaves it to the executor, also where ranks take
+    as long to die as if each had the whole memory of a GPU."""
+    kill = RankProcesses.kill
+    monkeypatch.setattr(RankProcesses, "kill", lambda ranks: (time.sleep(2.5), kill(ranks)))
     engine = start(executor="rank_faults:FaultyExecutor", step_timeout=3)
     pids = engine.engine_core.executor.pids  # type: ignore[attr-defined]
     set_fault(engine, "hang", 1)
@@ -77,6 +85,7 @@ def test_ranks_that_hang_are_found_at_the_step_timeout(
     assert 2 < time.monotonic() - begin < 20
     assert_nothing_runs(pids)
     assert "rank_faults.py" in capfd.readouterr().err, "where the hung rank is"
+    assert "the engine hangs" not in caplog.text
 
 
 def test_a_step_that_fails_on_one_rank_alone_ends_the_engine(start: Callable[..., LLM]) -> None:
