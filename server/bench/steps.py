@@ -15,6 +15,7 @@ from quire.core.engine.args import EngineArgs
 from quire.core.engine.llm import LLM
 from quire.core.errors import ConfigError
 from quire.core.sampling_params import SamplingParams
+from quire.core.worker.cuda_graphs.capture_sizes import choose_capture_sizes
 from quire.server.bench.report import get_device_name, print_json
 from quire.server.simulate.fit import MIN_STEPS, fit_step_model, import_scipy
 from quire.server.simulate.step_model import check_writable, save_step_model
@@ -24,17 +25,17 @@ __all__ = ["GridPoint", "list_grid_points", "run"]
 
 _CONTEXTS = (128, 1024, 4096, 16384)
 _PROMPTS = (16, 64, 256, 512, 1024, 1536, 2048, 4096, 8192)
-_MAX_POINT_TOKENS = 150_000
-_DECODES = 24
+_MAX_POINT_TOKENS = 80_000
+_STEPS_A_SIZE = 6
 _UNRECORDED = 8  # steps that were not timed, or are still in flight, at most
 
 
 class GridPoint(NamedTuple):
-    """Requests that are sent at once."""
+    """Requests that are sent at once: with answers of several lengths, it is decodes of as many batch sizes."""
 
-    num_reqs: int
     prompt_len: int
-    output_len: int
+    output_lens: tuple[int, ...]
+    """Of each request, ascending."""
 
 
 def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_writable(out)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "steps.jsonl.zst"
+        path = Path(engine_args.record or Path(folder) / "steps.jsonl.zst")
         llm = LLM(**vars(dataclasses.replace(engine_args, enable_prefix_caching=False, record=str(path))))
         try:
             device, core = get_device_name(llm.config.model.device), llm.engine_core
@@ -73,23 +74,42 @@ def run(engine_args: EngineArgs, args: argparse.Namespace) -> int:
 def list_grid_points(
     max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_slots: int
 ) -> list[GridPoint]:
-    """Batches of decodes by context, and prompts by length, as far as the engine holds them."""
+    """Batches of decodes by context, which shrink from the most requests to one through all sizes of CUDA graphs, and
+    prompts by length, as far as the engine holds them."""
     points: list[GridPoint] = []
     most = min(num_slots, _MAX_POINT_TOKENS)
     for context in _CONTEXTS:
-        length = min(context, max_model_len - _DECODES)
+        length = min(context, max_model_len * 3 // 4)
         if length < context // 2 or length < 1:
             break
-        batch = 1
-        while batch <= max_num_seqs and batch * (length + _DECODES) <= most:
-            points.append(GridPoint(batch, length, _DECODES))
-            batch *= 2
+        num_reqs = min(max_num_seqs, most // length)
+        while num_reqs:
+            num_prompt_steps = 2 * -(-num_reqs * length // max_num_batched_tokens)
+            point = GridPoint(length, _shrink_batch(num_reqs, num_prompt_steps))
+            if length + point.output_lens[-1] <= max_model_len and _count_tokens(point) <= most:
+                points.append(point)
+                break
+            num_reqs = num_reqs * 7 // 8
     for length in _PROMPTS:
         if length < max_model_len and length <= min(max_num_batched_tokens, most):
-            points += [GridPoint(1, length, 1)] * 4
+            points += [GridPoint(length, (1,))] * 4
     if not points:
         raise ConfigError("the engine holds no step of the grid: raise --max-model-len or the memory of its cache")
     return points
+
+
+def _shrink_batch(num_reqs: int, num_prompt_steps: int) -> tuple[int, ...]:
+    """Lengths of answers, so that some steps run with each size of a graph up to ``num_reqs`` requests.
+    ``num_prompt_steps``: those in which the first requests decode already."""
+    lens: list[int] = []
+    for number, size in enumerate(choose_capture_sizes(num_reqs)):
+        lens += [number] * (size - len(lens))
+    longest = lens[-1]
+    return tuple(num_prompt_steps + _STEPS_A_SIZE * (longest - number + 1) for number in reversed(lens))
+
+
+def _count_tokens(point: GridPoint) -> int:
+    return len(point.output_lens) * point.prompt_len + sum(point.output_lens)
 
 
 def _run_points(llm: LLM, points: list[GridPoint], seconds: float) -> int:
@@ -103,9 +123,10 @@ def _run_points(llm: LLM, points: list[GridPoint], seconds: float) -> int:
         vocab_size = llm.config.model.vocab_size
         prompts = [
             [(number * 7919 + i * 104729 + j) % (vocab_size - 8) + 4 for j in range(point.prompt_len)]
-            for i in range(point.num_reqs)
+            for i in range(len(point.output_lens))
         ]
-        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=point.output_len, ignore_eos=True))
+        params = [SamplingParams(temperature=0.0, max_tokens=each, ignore_eos=True) for each in point.output_lens]
+        llm.generate(prompts, params)
         done += 1
     return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from quire.core.errors import ConfigError
+from quire.core.worker.cuda_graphs.capture_sizes import choose_capture_sizes
 from quire.server.bench.steps import list_grid_points
 from quire.server.cli.main import main
 from quire.server.simulate.fit import fit_step_model, measure_errors
@@ -152,10 +154,17 @@ def test_the_grid_fits_the_engine():
         points = list_grid_points(seqs, tokens, length, slots)
         assert points
         for point in points:
-            assert point.num_reqs <= seqs and point.prompt_len + point.output_len <= length
-            assert point.num_reqs * (point.prompt_len + point.output_len) <= slots
+            num_reqs, longest = len(point.output_lens), max(point.output_lens)
+            assert num_reqs <= seqs and point.prompt_len + longest <= length
+            assert num_reqs * point.prompt_len + sum(point.output_lens) <= slots
     with pytest.raises(ConfigError, match="no step of the grid"):
         list_grid_points(1, 1, 4, 4)
+
+
+def test_the_grid_holds_decodes_of_every_graph_size():
+    point = list_grid_points(256, 8192, 131072, 800_000)[0]
+    in_steps = Counter(sum(length > step for length in point.output_lens) for step in range(max(point.output_lens)))
+    assert all(in_steps[size] >= 5 for size in choose_capture_sizes(256)), in_steps
 
 
 def test_bench_steps_times_a_grid_until_a_fit_has_enough(tmp_path, capsys):
