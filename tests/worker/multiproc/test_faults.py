@@ -74,7 +74,12 @@ def test_ranks_that_hang_are_found_at_the_step_timeout(
     """The watchdog of the engine core, which does not know the ranks, leaves it to the executor, also where ranks take
     as long to die as if each had the whole memory of a GPU."""
     kill = RankProcesses.kill
-    monkeypatch.setattr(RankProcesses, "kill", lambda ranks: (time.sleep(2.5), kill(ranks)))
+
+    def kill_slowly(ranks: RankProcesses) -> None:
+        time.sleep(2.5)
+        kill(ranks)
+
+    monkeypatch.setattr(RankProcesses, "kill", kill_slowly)
     engine = start(executor="rank_faults:FaultyExecutor", step_timeout=3)
     pids = engine.engine_core.executor.pids  # type: ignore[attr-defined]
     set_fault(engine, "hang", 1)
