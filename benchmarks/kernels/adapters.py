@@ -5,10 +5,10 @@
 
 Microseconds a decoder layer: queries, keys and values behind their norm, output, gate and up behind their norm with the
 activation function, down; no attention. ``base`` is without adapters, the others are what adapters of rank 16 on all
-of them add to that: one for all tokens, by the layers' own launches where they can (``in launch``), with the first
-product in front of them (``in front``), and by kernels behind them (``behind``); then eight and 64, in turns, as is the
-default. ``bytes`` is what reading them takes at the memory's bandwidth. All take turns, on several copies of the layer
-so that weights come from memory. ``--hidden 64`` is for a look without a GPU.
+of them add to that: one for all tokens, as is the default, by kernels behind the layers (``behind``), and with A behind
+the layers' weights (``in weight``; ``norm apart``: and no norm adds them); then eight and 64, in turns, as is the
+default and so. ``bytes`` is what reading them takes at the memory's bandwidth. All take turns, on several copies of the
+layer so that weights come from memory. ``--hidden 64`` is for a look without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,16 @@ from quire.server.plugin_bench.timer import L2_BYTES, make_timer, run_alternatel
 MODELS = Path(__file__).parents[1] / "models"
 LOADERS: dict[str, type[QuantizationLoader]] = {"none": Unquantized, "fp8": Fp8, "int8": Int8, "awq": AWQ, "gptq": GPTQ}
 NUM_SLOTS, RANK = 64, 16
+_IN_WEIGHT = Lora.Options(add_in_product=False, append_to_weight=True, max_norm_tokens=1 << 20)
 COLUMNS: dict[str, tuple[int, Lora.Options]] = {
-    "one, in launch": (1, Lora.Options(shrink_in_product=True)),
-    "one, in front": (1, Lora.Options(shrink_in_product=False)),
+    "one": (1, Lora.Options()),
     "one, behind": (1, Lora.Options(add_in_product=False)),
+    "one, in weight": (1, _IN_WEIGHT),
+    "norm apart": (1, replace(_IN_WEIGHT, max_norm_tokens=0)),
     "8": (8, Lora.Options()),
+    "8, in weight": (8, _IN_WEIGHT),
     "64": (64, Lora.Options()),
+    "64, in weight": (64, _IN_WEIGHT),
 }
 """Adapters in a batch, and what layers' kernels may do of them."""
 
@@ -82,20 +86,20 @@ class DecoderLayer:
         self.num_heads = shape.num_heads * shape.head_dim
 
     def run(self, stream: Tensor) -> Tensor:
-        """``stream`` (num_tokens, hidden) behind the four; queries stand for attention's output."""
+        """``stream`` (num_tokens, hidden) behind the four and the next norm; queries stand for attention's output."""
         qkv, stream = self.qkv.forward_after_norm(self.norms[0], stream, None)
         x, rest = self.o.forward_add_residual(qkv[:, : self.num_heads].contiguous(), stream)  # type: ignore[index]
         hidden, stream = self.gate_up.forward_after_norm(self.norms[1], x, rest, activation="silu", consumer=self.down)
         x, rest = self.down.forward_add_residual(hidden, stream)
-        assert isinstance(x, Tensor)
-        return x if rest is None else x + rest
+        y: Tensor = self.norms[1](x) if rest is None else self.norms[1](x, rest)[0]
+        return y
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--quantization", choices=LOADERS, help="default: as the model's config.json says")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 2048])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--hidden", type=int, help="another size than the model's, other sizes as multiples of it")
     args = parser.parse_args()

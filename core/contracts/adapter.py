@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.core.contracts.quant import LayerInfo, LowRankShrink
+from quire.core.contracts.quant import ActivationFormat, LayerInfo, LowRankShrink, QuantActivation
 from quire.core.ops.norm import rms_norm
 
 __all__ = ["AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"]
@@ -72,6 +72,35 @@ class AdapterLayer(ABC):
         products, where a layer's own kernel may do the second and add it, in place of ``apply``. None: ``apply``."""
         return None
 
+    # For methods that multiply by a matrix of few rows first: the layer's own product may do that for every slot, if
+    # the rows lie behind its weight's. Methods that do not want it leave these as they are.
+
+    def count_appended_rows(self) -> int:
+        """How many rows to make room for behind the layer's weight; 0: none."""
+        return 0
+
+    def place_appended_rows(self, rows: Tensor) -> None:
+        """The room (count_appended_rows, in_features), zero, where the layer offers it: the slots' buffers may be there
+        from now on. Called once, before the first slot is filled."""
+
+    def count_active_rows(self, num_tokens: int) -> int:
+        """How many of the rows, from the first, the layer is to multiply in the next step; 0: none, and what adapters
+        add comes by the other ways."""
+        return 0
+
+    def add_appended(self, wide: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+        """The layer's output with what adapters add, dense; ``wide`` (num_tokens, out_features + count_active_rows) has
+        the layer's product and the rows' behind it. Then ``activation`` and ``residual`` as in
+        ``LinearMethod.apply_fused``."""
+        raise NotImplementedError
+
+    def add_appended_and_norm(
+        self, wide: Tensor, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
+    ) -> tuple[Tensor | QuantActivation, Tensor] | None:
+        """``(norm(s), s)`` of the sum ``s`` of ``add_appended`` and ``residual``, the first in ``output_format``; None
+        where one kernel for that is not offered."""
+        return None
+
 
 class AdapterMethod(ABC):
     """How adapters of one type multiply: for the whole model, on one rank. What an adapter adds to a layer's output
@@ -85,6 +114,9 @@ class AdapterMethod(ABC):
     is_active: bool = False
     """Whether a token of the step that runs has an adapter: layers call ``apply`` in those steps alone. Set by the
     engine."""
+    num_named_slots: int = 0
+    """The step that runs, and is captured, names none but the first so many slots: one of ``list_slot_counts``. Set by
+    the engine before ``prepare_metadata``."""
 
     def __init__(self, limits: AdapterLimits, options: Any = None) -> None:
         self.limits = limits
@@ -143,6 +175,12 @@ class AdapterMethod(ABC):
     def clear_slot(self, slot: int) -> None:
         """The slot changes nothing any more, until another adapter is copied into it. Called between steps: launches
         little, and waits for nothing."""
+
+    def list_slot_counts(self, num_tokens: int) -> Sequence[int]:
+        """Steps of ``num_tokens`` are captured once for each of these numbers, ascending, the last ``num_slots``, and a
+        step replays that of the fewest slots, of the first, that hold its adapters. More than one where fewer slots
+        launch less."""
+        return (self.limits.num_slots,)
 
     @abstractmethod
     def prepare_metadata(self, token_slots: NDArray[np.int32], *, is_captured: bool = False) -> None:

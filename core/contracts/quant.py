@@ -246,6 +246,25 @@ class LinearMethod(ABC):
         """
         return None
 
+    def append_rows(self, layer: nn.Module, num_rows: int) -> Tensor | None:
+        """Room for ``num_rows`` more rows behind the layer's weight, which ``apply_appended`` multiplies with it:
+        (num_rows, in_features), zero, and where it is as long as the layer. Adapters keep their first matrices there.
+        None where that is not offered, as of weights in another format. Called once, after ``create_weights``."""
+        return None
+
+    def apply_appended(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        num_rows: int,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor | None:
+        """The layer and behind its output the first ``num_rows`` of the rows that were appended, in one product:
+        (num_tokens, out_features + num_rows). With ``norm``, as of ``apply_fused``, None where that is not faster."""
+        return None
+
 
 class QuantizationLoader(ABC):
     """Chooses a method for every layer. ``none`` is one of these."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quire.core.contracts.adapter import AdapterLayer, AdapterMethod
-from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantActivation
+from quire.core.contracts.quant import ActivationFormat, InputFormat, LayerInfo, LinearMethod, QuantActivation
+from quire.core.layers.parallel import NormedSum, PartialSum, TensorParallel
 
-__all__ = ["AdaptedLinearMethod", "ModelAdapters"]
+__all__ = ["AdaptedLinearMethod", "ModelAdapters", "UnaddedAdapters"]
 
 
 class ModelAdapters:
@@ -56,6 +58,7 @@ class AdaptedLinearMethod(LinearMethod):
         self.inner = inner
         self._adapters = adapters
         self._adapter_layer = adapter_layer
+        self._has_appended_rows = False
 
     @property
     def input_format(self) -> InputFormat:  # type: ignore[override]  # a constant of most methods
@@ -67,8 +70,13 @@ class AdaptedLinearMethod(LinearMethod):
         return self.inner.input_scale(layer)
 
     def create_weights(self, layer: nn.Module, info: LayerInfo, device: torch.device) -> None:
-        """Those of ``inner``."""
+        """Those of ``inner``, and room behind them where the adapters want it and it offers it."""
         self.inner.create_weights(layer, info, device)
+        num_rows = self._adapter_layer.count_appended_rows()
+        rows = self.inner.append_rows(layer, num_rows) if num_rows else None
+        if rows is not None:
+            self._adapter_layer.place_appended_rows(rows)
+            self._has_appended_rows = True
 
     def tensor_names(self, info: LayerInfo) -> tuple[str, ...]:
         """Of ``inner``."""
@@ -98,6 +106,8 @@ class AdaptedLinearMethod(LinearMethod):
             return self.inner.apply(layer, x, bias)
         out = self._apply_in_product(layer, x, bias)
         if out is None:
+            out = self._apply_appended(layer, x, bias)
+        if out is None:
             out = self.inner.apply(layer, x, bias)
             self._adapter_layer.apply(_get_native(x), out)
         return out
@@ -116,7 +126,10 @@ class AdaptedLinearMethod(LinearMethod):
         them."""
         if not self._adapters.is_active:
             return self.inner.apply_fused(layer, x, bias, norm=norm, activation=activation, residual=residual)
-        out = self._apply_in_product(layer, x, bias, norm=norm, activation=activation, residual=residual)
+        neighbours: dict[str, Any] = {"norm": norm, "activation": activation, "residual": residual}
+        out = self._apply_in_product(layer, x, bias, **neighbours)
+        if out is None:
+            out = self._apply_appended(layer, x, bias, **neighbours)
         if out is not None or activation is not None:
             return out
         out = self.inner.apply_fused(layer, x, bias, norm=norm, residual=residual)
@@ -139,6 +152,59 @@ class AdaptedLinearMethod(LinearMethod):
         if shrink is None:
             return None
         return self.inner.apply_with_adapters(layer, native, bias, shrink, **neighbours)
+
+    def apply_before_norm(
+        self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None
+    ) -> UnaddedAdapters | None:
+        """For a norm that adds the adapters and the residual itself; None: ``apply_fused`` or ``apply``."""
+        if not self._adapters.is_active or self._adapter_layer.get_shrink(_get_native(x).shape[0]) is not None:
+            return None
+        wide = self._multiply_appended(layer, x, bias)
+        return None if wide is None else UnaddedAdapters(wide, TensorParallel(), self._adapter_layer)
+
+    def _apply_appended(
+        self,
+        layer: nn.Module,
+        x: Tensor | QuantActivation,
+        bias: Tensor | None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """The product with the first of the adapters' behind it, and then the second; None where that is not done."""
+        wide = self._multiply_appended(layer, x, bias, norm)
+        return None if wide is None else self._adapter_layer.add_appended(wide, activation, residual)
+
+    def _multiply_appended(
+        self,
+        layer: nn.Module,
+        x: Tensor | QuantActivation,
+        bias: Tensor | None,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor | None:
+        native = _get_native(x)
+        num_rows = self._adapter_layer.count_active_rows(native.shape[0]) if self._has_appended_rows else 0
+        return self.inner.apply_appended(layer, native, bias, num_rows, norm=norm) if num_rows else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnaddedAdapters(PartialSum):
+    """The result of a layer before what adapters make of it is added, for a norm that does it: ``part`` has the layer's
+    product and the rows' behind it."""
+
+    adapter_layer: AdapterLayer
+
+    def reduce(self) -> Tensor:
+        """The layer's output with the adapters'."""
+        return self.adapter_layer.add_appended(self.part, None, None)
+
+    def reduce_add_norm(
+        self, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
+    ) -> NormedSum | None:
+        """In one kernel, where the adapters offer it."""
+        fused = self.adapter_layer.add_appended_and_norm(self.part, residual, norm, output_format)
+        return None if fused is None else NormedSum(*fused)
 
 
 def _get_native(x: Tensor | QuantActivation) -> Tensor:

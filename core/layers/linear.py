@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
+from quire.core.layers.adapters import AdaptedLinearMethod
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 from quire.core.layers.norm import RMSNorm
 from quire.core.layers.parallel import PartialSum, TensorParallel
@@ -89,6 +90,10 @@ class Linear(CheckpointLayer):
         it as well."""
         bias = getattr(self, "bias", None)
         if self.info.shard != "row" or self.parallel.size == 1:
+            if isinstance(self.method, AdaptedLinearMethod):
+                unadded = self.method.apply_before_norm(self, x, bias)
+                if unadded is not None:
+                    return unadded, stream
             out = self.method.apply_fused(self, x, bias, residual=stream)
             if out is not None:
                 return out, None

@@ -53,7 +53,7 @@ class RMSNorm(CheckpointLayer):
         ``output_format``; in one kernel with the exchange of a partial sum where the ranks offer it."""
         if isinstance(x, PartialSum):
             if residual is not None and "rms_norm" not in self.operations.replaced:
-                fused = x.parallel.all_reduce_add_norm(x.part, residual, self.weight, self.eps, output_format)
+                fused = x.reduce_add_norm(residual, (self.weight, self.eps), output_format)
                 if fused is not None:
                     return fused.normed, fused.stream
             x = x.reduce()

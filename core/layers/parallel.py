@@ -128,3 +128,9 @@ class PartialSum:
     def reduce(self) -> Tensor:
         """The sum, on every rank. Once."""
         return self.parallel.all_reduce(self.part)
+
+    def reduce_add_norm(
+        self, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
+    ) -> NormedSum | None:
+        """As ``TensorParallel.all_reduce_add_norm``, with ``norm``'s weight and epsilon."""
+        return self.parallel.all_reduce_add_norm(self.part, residual, *norm, output_format)

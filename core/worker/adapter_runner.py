@@ -81,6 +81,15 @@ class AdapterRunner:
         """Whether a token of the step that runs has an adapter."""
         return self._method.is_active
 
+    @property
+    def num_named_slots(self) -> int:
+        """Which graph of a captured step is replayed: 0 without adapters, or the slots, of the first, that it reads."""
+        return self._method.num_named_slots if self.is_active else 0
+
+    def list_slot_counts(self, num_tokens: int) -> Sequence[int]:
+        """For which numbers of slots a step of ``num_tokens`` is captured."""
+        return self._method.list_slot_counts(num_tokens)
+
     # ---- adapters
 
     def stage_adapter(self, adapter_id: int, path: str, content_hash: str = "") -> bool:
@@ -179,16 +188,23 @@ class AdapterRunner:
             token_slots[padded_decodes : padded_decodes + len(of_tokens) - num_decodes] = of_tokens[num_decodes:]
             self._prepare_captured(token_slots)
 
-    def prepare_padding(self, num_tokens: int | None) -> None:
-        """What is launched next is captured with ``num_tokens``, none of which has an adapter, or without adapters."""
-        self._method.is_active = num_tokens is not None
-        if num_tokens is not None:
-            self._prepare_captured(np.full(num_tokens, -1, np.int32))
+    def prepare_padding(self, num_tokens: int, num_slots: int) -> None:
+        """What is launched next is captured with ``num_tokens``, none of which has an adapter, for steps that name the
+        first ``num_slots``; 0: without adapters."""
+        self._method.is_active = num_slots > 0
+        if num_slots:
+            self._prepare_captured(np.full(num_tokens, -1, np.int32), num_slots)
 
-    def _prepare_captured(self, token_slots: NDArray[np.int32]) -> None:
+    def _prepare_captured(self, token_slots: NDArray[np.int32], num_slots: int | None = None) -> None:
+        method = self._method
+        if num_slots is None:
+            least = int(token_slots.max()) + 1
+            num_slots = next(count for count in method.list_slot_counts(len(token_slots)) if count >= least)
         # Most decodes have the requests of the step before: then nothing is copied to the device.
-        if self._prepared is None or not np.array_equal(self._prepared, token_slots):
-            self._method.prepare_metadata(token_slots, is_captured=True)
+        is_prepared = self._prepared is not None and np.array_equal(self._prepared, token_slots)
+        if not is_prepared or num_slots != method.num_named_slots:
+            method.num_named_slots = num_slots
+            method.prepare_metadata(token_slots, is_captured=True)
             self._prepared = token_slots
 
     # ---- copies

@@ -64,6 +64,17 @@ class UnquantizedLinear(LinearMethod):
             bias = torch.zeros(info.out_features, dtype=info.dtype, device=device)
             layer.bias = nn.Parameter(bias, requires_grad=False)
 
+    def append_rows(self, layer: nn.Module, num_rows: int) -> Tensor | None:
+        """In one tensor with the weight, which begins it; a bias is zero there."""
+        for name in ("weight", "bias"):
+            own: Tensor | None = getattr(layer, name, None)
+            if own is not None:
+                wide = own.new_zeros(len(own) + num_rows, *own.shape[1:])
+                wide[: len(own)] = own
+                setattr(layer, name, nn.Parameter(wide[: len(own)], requires_grad=False))
+                setattr(layer, f"wide_{name}", wide)
+        return layer.wide_weight[-num_rows:]  # type: ignore[index]
+
     def load_tensor(
         self, layer: nn.Module, info: LayerInfo, part: int, tensor_name: str, tensor: Tensor, rank: int, world_size: int
     ) -> None:
@@ -100,6 +111,25 @@ class UnquantizedLinear(LinearMethod):
             return None
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return self._small_batch_gemm(x, weight, bias, norm=norm, gated=activation is not None, residual=residual)
+
+    def apply_appended(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        num_rows: int,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor | None:
+        """By the kernel that multiplies the weight alone, or by the library's."""
+        features = len(layer.weight) + num_rows  # type: ignore[arg-type]
+        weight: Tensor = layer.wide_weight[:features]  # type: ignore[index]
+        if bias is not None:
+            bias = layer.wide_bias[:features]  # type: ignore[index]
+        out = None
+        if self._small_batch_gemm is not None:
+            out = self._small_batch_gemm(x, weight, bias, norm=norm)
+        return F.linear(x, weight, bias) if out is None and norm is None else out
 
     def apply_with_adapters(
         self,

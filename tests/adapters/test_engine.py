@@ -75,8 +75,12 @@ def assert_right(outputs: list[Any], slots: list[int], references: dict[int, Any
             )
 
 
-def test_batches_mix_adapters(make_llm, folders, references) -> None:
-    llm = make_llm()
+APPENDED = {"plugin_options": {"adapter": {"append_to_weight": True}}}
+
+
+@pytest.mark.parametrize("settings", [{}, APPENDED], ids=["default", "appended"])
+def test_batches_mix_adapters(make_llm, folders, references, settings: dict[str, Any]) -> None:
+    llm = make_llm(**settings)
     load_adapters(llm, folders)
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     outputs = llm.generate(make_prompts(SLOTS, LENGTHS), greedy)
@@ -119,11 +123,15 @@ def test_drafts_have_no_adapter_and_change_nothing(
     assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
 
 
+@pytest.mark.parametrize("settings", [{}, APPENDED], ids=["default", "appended"])
 @pytest.mark.parametrize("with_drafts", [False, True], ids=["decodes", "drafts"])
-def test_captured_steps(make_llm, folders, references, with_drafts: bool) -> None:
+def test_captured_steps(make_llm, folders, references, with_drafts: bool, settings: dict[str, Any]) -> None:
     """Decode and prompt steps padded as on a GPU, with and without adapters in turn."""
     drafts = {"num_speculative_tokens": 2, "speculative_config": {"adaptive": False}, **PROPOSERS["ngram"]}
-    llm = make_llm(executor=Captured, max_num_batched_tokens=64, max_num_seqs=4, **(drafts if with_drafts else {}))
+    if with_drafts:
+        options = drafts["plugin_options"] | settings.get("plugin_options", {})
+        settings = drafts | {"plugin_options": options}
+    llm = make_llm(executor=Captured, max_num_batched_tokens=64, max_num_seqs=4, **settings)
     load_adapters(llm, folders)
     Captured.num_runs.clear()
     greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

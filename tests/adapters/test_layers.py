@@ -14,7 +14,7 @@ from quire.core.contracts.adapter import AdapterLimits
 from quire.core.contracts.quant import LayerInfo, LowRankShrink, QuantActivation
 from quire.core.layers import LayerBuilder, Linear, RMSNorm
 from quire.core.layers.adapters import AdaptedLinearMethod, ModelAdapters
-from quire.core.layers.parallel import TensorParallel
+from quire.core.layers.parallel import PartialSum, TensorParallel
 from quire.core.testing.thread_ranks import run_on_ranks
 from quire.plugins.adapters.lora.method import Lora, LoraLayer
 from quire.plugins.quant.none import Unquantized, UnquantizedLinear
@@ -86,6 +86,17 @@ class AddingLinear(FusedLinear):
         return out if residual is None else out + residual
 
 
+class AppendingLinear(UnquantizedLinear):
+    """Multiplies the adapters' first matrices too, which lie behind its weight."""
+
+    num_appended = 0
+
+    def apply_appended(self, layer, x, bias, num_rows, *, norm=None):
+        out = super().apply_appended(layer, x, bias, num_rows, norm=norm)
+        self.num_appended += out is not None
+        return out
+
+
 class ShrinkingLora(Lora):
     """Launches the first product by its kernel, in Triton's interpreter."""
 
@@ -113,7 +124,8 @@ class Layers:
     ) -> None:
         parallel = parallel or TensorParallel()
         adapters = ShrinkingLora if method_class is AddingLinear else Lora
-        self.method = adapters(AdapterLimits(2, 16, 16, torch.float32, CPU))
+        options = Lora.Options(append_to_weight=method_class is AppendingLinear)
+        self.method = adapters(AdapterLimits(2, 16, 16, torch.float32, CPU), options)
         self.adapters = ModelAdapters(self.method)
         loader = Loader({})
         loader.method_class = method_class
@@ -154,7 +166,9 @@ class Layers:
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize("method_class", [UnquantizedLinear, FusedLinear, AddingLinear, EightBitLinear])
+@pytest.mark.parametrize(
+    "method_class", [UnquantizedLinear, FusedLinear, AddingLinear, EightBitLinear, AppendingLinear]
+)
 @pytest.mark.parametrize("slots", [SLOTS, [1] * NUM_TOKENS, [-1] * NUM_TOKENS], ids=["mixed", "one", "none"])
 def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: list[int]) -> None:
     layers, tolerance = Layers(tmp_path, method_class), 0.03 if method_class is EightBitLinear else 1e-5
@@ -172,10 +186,14 @@ def test_every_entrance_adds_the_adapters(tmp_path: Path, method_class, slots: l
         hidden = F.silu(gate) * up
         expected = layers.multiply("mlp.down_proj", hidden, slots) + layers.bias + stream
         result, rest = layers.down.forward_add_residual(y, stream)
+        result = result.reduce() if isinstance(result, PartialSum) else result
         assert_close(result if rest is None else result + rest, expected, tolerance)
         if method_class is EightBitLinear:  # in steps without adapters inputs are quantized by the operation before
             assert layers.down.method.inner.saw_quantized == (max(slots) < 0)
     assert_close(layers.down(hidden), layers.multiply("mlp.down_proj", hidden, slots) + layers.bias, tolerance)
+    if method_class is AppendingLinear:
+        assert layers.gate_up.method.inner.num_appended == (0 if max(slots) < 0 else 4)
+        assert layers.down.method.inner.num_appended == (0 if max(slots) < 0 else 3)
     if method_class is AddingLinear:  # both entrances of either layer, the activation function in one of them
         assert layers.gate_up.method.inner.num_fused == (0 if max(slots) < 0 else 4)
         assert layers.down.method.inner.num_fused == (0 if max(slots) < 0 else 3)
@@ -193,16 +211,17 @@ def test_rows_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:
     assert torch.equal(mixed[base], plain[base]) and not torch.allclose(mixed[~base], plain[~base])
 
 
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method_class", [UnquantizedLinear, AppendingLinear])
+def test_two_ranks_compute_what_one_does(tmp_path: Path, method_class) -> None:
     """Each has its share of an adapter, and the layers' own sum over the ranks is the only one."""
-    whole = Layers(tmp_path, UnquantizedLinear)
+    whole = Layers(tmp_path, method_class)
     x = torch.randn(NUM_TOKENS, HIDDEN)
     whole.prepare(SLOTS)
     gate_up, _ = whole.gate_up.forward_after_norm(whole.norm, x, None, activation="silu")
     expected = whole.down(gate_up)
 
     def run_rank(parallel: TensorParallel) -> Tensor:
-        layers = Layers(tmp_path, UnquantizedLinear, parallel)
+        layers = Layers(tmp_path, method_class, parallel)
         layers.norm.weight.data.copy_(whole.norm.weight)
         layers.prepare(SLOTS)
         share, _ = layers.gate_up.forward_after_norm(layers.norm, x, None, activation="silu")
@@ -210,6 +229,18 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
 
     for got in run_on_ranks(2, run_rank):
         assert_close(got, expected, 1e-5)
+
+
+def test_a_norm_adds_what_a_layer_left(tmp_path: Path) -> None:
+    layers = Layers(tmp_path, AppendingLinear)
+    layers.prepare(SLOTS)
+    x, stream = torch.randn(NUM_TOKENS, INNER), torch.randn(NUM_TOKENS, HIDDEN)
+    result, rest = layers.down.forward_add_residual(x, stream)
+    assert isinstance(result, PartialSum) and rest is stream
+    expected = layers.multiply("mlp.down_proj", x, SLOTS) + layers.bias + stream
+    normed, summed = layers.norm(result, rest)
+    assert_close(summed, expected, 1e-5)
+    assert_close(normed, F.rms_norm(expected, (HIDDEN,), layers.norm.weight, 1e-5), 1e-5)
 
 
 def test_target_modules_bound_what_can_be_adapted() -> None:

@@ -12,13 +12,14 @@ import torch
 
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
 from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
+from quire.plugins.adapters.lora.appended_kernels import launch_add_appended, launch_add_appended_and_norm
 from quire.plugins.adapters.lora.batch import AdapterBatch
 from quire.plugins.adapters.lora.kernels import launch_lora
 from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
 from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.int4 import IntWeights
 from quire.plugins.quant.kernels.int4_launch import launch_int4_gemm_small_m
-from quire.sdk import AdapterLimits, LowRankTerm
+from quire.sdk import ActivationFormat, AdapterLimits, LowRankTerm
 
 __all__ = ["ADAPTERS"]
 
@@ -72,6 +73,23 @@ def product(
         batch.describe_shrink(a) if shrinks else None,
     )
     kernel(x, weight, None, out, gated=gated, residual=out, adapters=term, enable_pdl=True, **options)
+
+
+def appended(
+    num_tokens: int, part_sizes: tuple[int, ...], num_slots: int, *, max_rank: int = 16, gated: bool = False,
+    residual: bool = False, norm: bool = False, half: bool = False,
+) -> None:  # fmt: skip
+    """What reads the first product behind a layer's, with PDL where the target has it."""
+    dtype, features = torch.float16 if half else torch.bfloat16, sum(part_sizes)
+    batch = AdapterBatch(AdapterLimits(64, max_rank, 4096, dtype, torch.device("cpu")))
+    batch.tiles.update(np.arange(num_tokens, dtype=np.int32) % num_slots, num_slots)
+    wide = torch.empty(num_tokens, features + 64 * max_rank * len(part_sizes), dtype=dtype)
+    b, ranks = torch.empty(64, max_rank, features, dtype=dtype), torch.empty(64, len(part_sizes), dtype=torch.int32)
+    stream = torch.empty(num_tokens, features, dtype=dtype)
+    if norm:
+        launch_add_appended_and_norm(wide, b, ranks, batch, stream, (stream[0], 1e-5), ActivationFormat())
+    else:
+        launch_add_appended(wide, b, ranks, part_sizes, batch, gated=gated, residual=stream if residual else None)
 
 
 _QKV, _GATE_UP = (4096, 1024, 1024), (14336, 14336)
@@ -147,5 +165,12 @@ ADAPTERS = {
     "lora-gate-up-64": partial(lora, 64, (14336, 14336), 4096, 16),
     "lora-down-256-rank-64": partial(lora, 256, (4096,), 14336, 64),
     "lora-o-2048": partial(lora, 2048, (4096,), 4096, 32),
+    "appended-qkv-32": partial(appended, 32, _QKV, 1),
+    "appended-qkv-64-of-64": partial(appended, 64, _QKV, 64),
+    "appended-gate-up-16": partial(appended, 16, _GATE_UP, 1, gated=True),
+    "appended-gate-up-64-of-8": partial(appended, 64, _GATE_UP, 8, gated=True),
+    "appended-o-2048-rank-64": partial(appended, 2048, (4096,), 8, max_rank=64, residual=True),
+    "appended-norm-32": partial(appended, 32, (4096,), 1, norm=True),
+    "appended-norm-8192-rank-64-f16": partial(appended, 32, (8192,), 1, max_rank=64, norm=True, half=True),
 }  # fmt: skip
 """By name: what is launched."""

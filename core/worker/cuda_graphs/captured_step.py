@@ -53,8 +53,8 @@ class CapturedStep:
     """What the model's graphs write: (num_reqs * query_len, vocab) logits, which ``sampling_graphs`` read, or hidden
     states (num_reqs * query_len, hidden) of a stage that is not the last."""
     model_graph: torch.cuda.CUDAGraph
-    adapter_graph: torch.cuda.CUDAGraph | None
-    """``model_graph`` of steps in which a request has an adapter."""
+    adapter_graphs: dict[int, torch.cuda.CUDAGraph]
+    """``model_graph`` of steps in which a request has an adapter, by the slots, of the first, that it reads."""
     sampling_graphs: dict[str, CapturedGraph[Tensor]]
     """By variant; none on a stage that is not the last."""
     draft_prefill_graph: torch.cuda.CUDAGraph | None

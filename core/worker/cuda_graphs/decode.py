@@ -7,7 +7,7 @@ write buffers of fixed address: the request table, and the inputs that are alloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -160,14 +160,12 @@ class DecodeGraphs:
             draft_prefill_graph = None
             if self._launch_draft_prefill is not None:
                 draft_prefill_graph = capturer.capture_graph(partial(self._launch_draft_prefill, inputs)).graph
-            adapter_graph = None
-            if self._adapters is not None:
-                self._adapters.prepare_padding(shape.num_reqs * shape.query_len)
+            adapter_graphs = {}
+            for num_slots in self._prepare_adapters(shape):
                 launch = partial(self._launch_model_into, model.output, inputs)
-                adapter_graph = capturer.capture_graph(launch).graph
-                self._adapters.prepare_padding(None)
+                adapter_graphs[num_slots] = capturer.capture_graph(launch).graph
             self._captured[shape] = CapturedStep(
-                shape, inputs, model.output, model.graph, adapter_graph, sampling_graphs, draft_prefill_graph
+                shape, inputs, model.output, model.graph, adapter_graphs, sampling_graphs, draft_prefill_graph
             )
 
     def run_model(self, step: SchedulerOutput) -> None:
@@ -186,8 +184,7 @@ class DecodeGraphs:
         graph = captured.model_graph
         if self._adapters is not None:
             self._adapters.prepare_decodes(size, captured.shape.query_len)
-            if self._adapters.is_active and captured.adapter_graph is not None:
-                graph = captured.adapter_graph
+            graph = captured.adapter_graphs.get(self._adapters.num_named_slots, graph)
         if self._pipeline is None:
             graph.replay()
             return
@@ -243,16 +240,24 @@ class DecodeGraphs:
     def _launch_step(self, shape: DecodeShape) -> StepLogits:
         """All that a step of this shape launches."""
         inputs = self._make_static_inputs(shape)
-        if self._adapters is not None:
-            self._adapters.prepare_padding(shape.num_reqs * shape.query_len)
+        for _ in self._prepare_adapters(shape):
             self._launch_model(inputs)
-            self._adapters.prepare_padding(None)
         logits = self._launch_model(inputs)
         for variant in self._variants:
             self._launch_sampling(variant, inputs, logits)
         if self._launch_draft_prefill is not None:
             self._launch_draft_prefill(inputs)
         return StepLogits(inputs, logits)
+
+    def _prepare_adapters(self, shape: DecodeShape) -> Iterator[int]:
+        """Each of the numbers of slots that the shape is captured for: what is launched next is of a step with adapters
+        in those, until the next."""
+        if self._adapters is not None:
+            num_tokens = shape.num_reqs * shape.query_len
+            for num_slots in self._adapters.list_slot_counts(num_tokens):
+                self._adapters.prepare_padding(num_tokens, num_slots)
+                yield num_slots
+            self._adapters.prepare_padding(num_tokens, 0)
 
     def _make_static_inputs(self, shape: DecodeShape) -> StepInputs:
         """Views of the buffers that a graph of this shape reads and writes."""

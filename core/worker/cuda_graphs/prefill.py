@@ -9,7 +9,7 @@ computes is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -61,7 +61,7 @@ class _PrefillShape:
     positions: Tensor  # (num_decodes + num_prompt_tokens,)
     slot_mapping: list[Tensor]  # by group: (num_decodes + num_prompt_tokens,)
     batches: list[AttentionBatch]  # by group: num_decodes + max_prompts requests
-    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)  # by whether the step has adapters
+    graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)  # by slots of adapters; 0 without any
 
     @property
     def num_tokens(self) -> int:
@@ -138,7 +138,7 @@ class PrefillGraphs:
             _copy_padded(self._received[: shape.num_tokens], received, num_decodes, shape.num_decodes, 0)
         if self._adapters is not None:
             self._adapters.prepare_prefill(num_decodes, shape.num_decodes, shape.num_tokens)
-        graph = shape.graphs.get(self._adapters is not None and self._adapters.is_active)
+        graph = shape.graphs.get(0 if self._adapters is None else self._adapters.num_named_slots)
         if graph is None:
             hidden = self._launch_model(shape)
         else:
@@ -156,30 +156,30 @@ class PrefillGraphs:
         kernels are chosen by the number of tokens where there are few of them."""
         for shape in self._shapes:
             if shape.num_prompt_tokens in self._warm_up_tokens:
-                for has_adapters in self._adapter_states():
-                    self._prepare_padding(shape, has_adapters)
+                for _ in self._prepare_adapters(shape):
                     self._launch_model(shape)
 
     def capture_graphs(self, capturer: GraphCapturer, launch_first: bool = False) -> None:
         """Capture every shape, the largest first so that the others fit into its memory. ``launch_first``, for kernels
         that tune themselves or allocate something when they are first launched: launch each shape before."""
         for shape in sorted(self._shapes, key=lambda shape: -shape.num_tokens):
-            for has_adapters in self._adapter_states():
-                self._prepare_padding(shape, has_adapters)
+            for num_slots in self._prepare_adapters(shape):
                 if self._hidden is None or launch_first:
                     hidden = self._launch_model(shape)
                     if self._hidden is None:
                         self._hidden = torch.empty_like(hidden)
                 captured = capturer.capture_graph(partial(self._launch_into_hidden, shape))
-                shape.graphs[has_adapters] = captured.graph
+                shape.graphs[num_slots] = captured.graph
 
-    def _adapter_states(self) -> tuple[bool, ...]:
-        """Whether steps have adapters: with and without them other kernels are launched."""
-        return (False,) if self._adapters is None else (True, False)
-
-    def _prepare_padding(self, shape: _PrefillShape, has_adapters: bool) -> None:
+    def _prepare_adapters(self, shape: _PrefillShape) -> Iterator[int]:
+        """For how many slots of adapters the shape is captured: what is launched next is of a step with adapters in
+        those, or at last, 0, of one without."""
         if self._adapters is not None:
-            self._adapters.prepare_padding(shape.num_tokens if has_adapters else None)
+            for num_slots in self._adapters.list_slot_counts(shape.num_tokens):
+                self._adapters.prepare_padding(shape.num_tokens, num_slots)
+                yield num_slots
+            self._adapters.prepare_padding(shape.num_tokens, 0)
+        yield 0
 
     def _launch_into_hidden(self, shape: _PrefillShape) -> None:
         # Graphs share their memory: a result that each kept for itself would be as much again for every shape.

@@ -14,7 +14,7 @@ from torch import Tensor
 from quire.sdk import AdapterLimits, ShrinkInProduct
 from quire.sdk.ops import copy_to_device
 
-__all__ = ["MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape"]
+__all__ = ["MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape", "TokenTiles"]
 
 MAX_FEW_TOKENS = 8
 """Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of them."""
@@ -27,6 +27,11 @@ _FEW_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
 
+_TILE_ROWS = (16, 32, 64)
+_MAX_TILE_ROWS = _TILE_ROWS[-1]
+"""Tokens of a tile, in their order in the step, whose adapters are multiplied together."""
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentShape:
     """How the tokens of a step are cut."""
@@ -36,6 +41,42 @@ class SegmentShape:
     """Of a captured step as many as there may be for any slots; those behind the last are empty."""
     max_rows: int
     """Tokens of the longest segment."""
+
+
+class TokenTiles:
+    """The tokens of a step in their order, in tiles, and the slots that each tile's tokens have: for kernels that find
+    ``v`` behind a layer's product.
+
+    Device tensors are int32 and stay where they are: ``token_slots`` (max_num_tokens,) the slot of each token, -1 where
+    it has no adapter; ``lists`` (max_tiles, list_width) how many slots a tile's tokens have, and each of them once.
+    """
+
+    def __init__(self, limits: AdapterLimits) -> None:
+        max_tokens = limits.max_num_tokens
+        shape = -(-max_tokens // _MAX_TILE_ROWS), 1 + min(limits.num_slots, _MAX_TILE_ROWS)
+        self._packed = torch.zeros(shape[0] * shape[1] + max_tokens, dtype=torch.int32, device=limits.device)
+        lists, self.token_slots = self._packed.split([shape[0] * shape[1], max_tokens])
+        self.lists = lists.view(shape)
+        self.is_used = False
+        """Whether a layer has such kernels."""
+        self.rows = _MAX_TILE_ROWS
+        """Tokens of a tile."""
+        self.num_slots = limits.num_slots
+        """The step's slots are of the first so many."""
+
+    def update(self, token_slots: NDArray[np.int32], num_slots: int) -> None:
+        """For a step whose tokens have these slots, of the first ``num_slots``."""
+        self.num_slots = num_slots
+        num_tokens = len(token_slots)
+        self.rows = next(rows for rows in _TILE_ROWS if num_tokens <= rows or rows == _MAX_TILE_ROWS)
+        host = np.zeros(self.lists.numel() + num_tokens, np.int32)
+        host[self.lists.numel() :] = token_slots
+        lists = host[: self.lists.numel()].reshape(self.lists.shape)
+        tokens = np.flatnonzero(token_slots >= 0)
+        tiles, slots = np.divmod(np.unique(tokens // self.rows * num_slots + token_slots[tokens]), num_slots)
+        lists[:, 0] = counts = np.bincount(tiles, minlength=len(lists))
+        lists[tiles, 1 + np.arange(len(tiles)) - (counts.cumsum() - counts)[tiles]] = slots
+        self._packed[: len(host)] = copy_to_device(host, torch.int32, self._packed.device)
 
 
 class AdapterBatch:
@@ -62,6 +103,7 @@ class AdapterBatch:
         """What programs of a layer's kernel hand to each other, with ``launch_state`` (2,): one launch follows another,
         so layers share both."""
         self.launch_state = torch.zeros(2, dtype=torch.int32, device=limits.device)
+        self.tiles = TokenTiles(limits)
         self.shape = SegmentShape(0, 0, 16)
         self.single_slot: int | None = None
         """The slot of every token of the step, where that is one and the step is not captured."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quire.plugins.adapters.lora.batch import MAX_FEW_TOKENS, AdapterBatch
-from quire.plugins.adapters.lora.reference import apply_lora, apply_one_adapter
+from quire.plugins.adapters.lora.reference import add_appended, apply_lora, apply_one_adapter
 from quire.sdk import (
+    ActivationFormat,
     AdapterLayer,
     AdapterLimits,
     AdapterMethod,
@@ -25,6 +27,7 @@ from quire.sdk import (
     LowRankShrink,
     LowRankTerm,
     PeftAdapter,
+    QuantActivation,
     read_adapter,
 )
 from quire.sdk.ops import DeviceProfile, rms_norm
@@ -35,6 +38,13 @@ _FORMATS = ("bf16", "fp8", "int8", "w4a16")
 """Of weights whose kernels can do the first product too."""
 _RANK_MULTIPLE = 16
 """Ranks are padded to what a tensor core multiplies at a time."""
+_SLOT_COUNTS = (1, 8)
+"""Steps whose adapters are in the first so many slots read the A of these alone."""
+_APPENDED_MULTIPLE = 64
+"""Rows behind a weight are as many as whole tiles of a product have."""
+_MAX_APPENDED_SHARE = 16
+"""Beyond ``_MANY_TOKENS``, where products are bound by arithmetic, rows behind a weight are at most this part of it."""
+_MANY_TOKENS = 512
 _MAX_FUSED_RANK = 64
 """Most ranks that the kernel of a layer's own product adds: its programs hold them in registers."""
 
@@ -50,6 +60,11 @@ class Lora(AdapterMethod):
         """For a few tokens a layer's own kernel adds the second product; false: a kernel behind it always does."""
         shrink_in_product: bool | None = None
         """There it does the first product as well, where it can. None: where that was measured to be faster."""
+        append_to_weight: bool = False
+        """For more tokens A lies behind the layer's weight, where that is unquantized and whole on this rank, and the
+        layer's product does the first product too; false: kernels behind it do both."""
+        max_norm_tokens: int = 128
+        """There up to so many tokens are added by the kernel of the norm behind the layer."""
 
     def __init__(self, limits: AdapterLimits, options: Options | None = None) -> None:
         super().__init__(limits, options)
@@ -107,6 +122,19 @@ class Lora(AdapterMethod):
     def prepare_metadata(self, token_slots: NDArray[np.int32], *, is_captured: bool = False) -> None:
         """Sort the step's tokens by adapter."""
         self._batch.update(token_slots, is_captured=is_captured)
+        if self._batch.tiles.is_used:
+            counts = self.list_slot_counts(len(token_slots))
+            most = int(token_slots.max(initial=-1)) + 1
+            num_slots = self.num_named_slots if is_captured else 0
+            self._batch.tiles.update(token_slots, num_slots or next(count for count in counts if count >= most))
+
+    def list_slot_counts(self, num_tokens: int) -> Sequence[int]:
+        """Rows behind the weights are read for every slot that may be named."""
+        num_slots = self.limits.num_slots
+        is_in_product = self.options.add_in_product and num_tokens <= MAX_FEW_TOKENS
+        if not self._batch.tiles.is_used or is_in_product:
+            return (num_slots,)
+        return (*(count for count in _SLOT_COUNTS if count < num_slots), num_slots)
 
 
 class LoraLayer(AdapterLayer):
@@ -187,6 +215,52 @@ class LoraLayer(AdapterLayer):
         """With the first product ``v``; None: the layer's kernel does it."""
         shrink = self._batch.describe_shrink(self._a) if v is None else None
         return LowRankTerm(v, self._b, self._ranks, self._batch.slots, self._info.part_sizes, shrink)
+
+    def count_appended_rows(self) -> int:
+        """A of every slot, where this rank's result is whole and A has the weight's type."""
+        info = self._info
+        is_whole = info.shard != "row" or self._world_size == 1
+        if not (self._options.append_to_weight and is_whole and self._a.dtype == info.dtype):
+            return 0
+        return self._round_up(self._a.shape[0])
+
+    def place_appended_rows(self, rows: Tensor) -> None:
+        """A moves there."""
+        size = self._a.shape[:3].numel()
+        self._a = rows[:size].view(self._a.shape)
+        self._batch.tiles.is_used = True
+
+    def count_active_rows(self, num_tokens: int) -> int:
+        """Of the slots that the step may name, unless tokens and rows are so many that segments are faster."""
+        num_rows = self._round_up(self._batch.tiles.num_slots)
+        is_slow = num_tokens > _MANY_TOKENS and num_rows * _MAX_APPENDED_SHARE > self._info.out_features
+        return 0 if is_slow else num_rows
+
+    def add_appended(self, wide: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+        """By the kernel on a GPU."""
+        assert activation in (None, "silu")
+        arguments: dict[str, Any] = {"gated": activation is not None, "residual": residual}
+        sizes = self._info.part_sizes
+        if not wide.is_cuda:
+            return add_appended(wide, self._b, sizes, self._batch, **arguments)
+        from quire.plugins.adapters.lora.appended_kernels import launch_add_appended
+
+        return launch_add_appended(wide, self._b, self._ranks, sizes, self._batch, **arguments)
+
+    def add_appended_and_norm(
+        self, wide: Tensor, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
+    ) -> tuple[Tensor | QuantActivation, Tensor] | None:
+        """For few tokens on a GPU: each reads its B whole."""
+        if not wide.is_cuda or len(wide) > self._options.max_norm_tokens or len(self._info.part_sizes) > 1:
+            return None
+        from quire.plugins.adapters.lora.appended_kernels import launch_add_appended_and_norm
+
+        return launch_add_appended_and_norm(wide, self._b, self._ranks, self._batch, residual, norm, output_format)
+
+    def _round_up(self, num_slots: int) -> int:
+        """Rows of A of the first so many slots, and those behind them that fill a tile of a product."""
+        num_rows = num_slots * self._a.shape[1:3].numel()
+        return -(-num_rows // _APPENDED_MULTIPLE) * _APPENDED_MULTIPLE
 
     def _apply(self, x: Tensor, out: Tensor, norm: tuple[Tensor, float] | None) -> None:
         sizes, slot = self._info.part_sizes, self._batch.single_slot

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quire.plugins.adapters.lora.batch import AdapterBatch
 from quire.sdk.ops import rms_norm
 
-__all__ = ["apply_lora", "apply_one_adapter"]
+__all__ = ["add_appended", "apply_lora", "apply_one_adapter"]
 
 
 def apply_lora(
@@ -42,3 +44,27 @@ def apply_one_adapter(x: Tensor, out: Tensor, a: Tensor, b: Tensor, part_sizes: 
         else:
             columns += (v_of_part @ b_of_part).to(out.dtype)
         offset += size
+
+
+def add_appended(
+    wide: Tensor,
+    b: Tensor,
+    part_sizes: tuple[int, ...],
+    batch: AdapterBatch,
+    *,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As ``appended_kernels.launch_add_appended``, a token at a time."""
+    _, max_rank, features = b.shape
+    out = wide[:, :features].float()
+    v = wide[:, features : features + batch.tiles.num_slots * len(part_sizes) * max_rank]
+    v = v.unflatten(1, (-1, len(part_sizes), max_rank)).float()  # (num_tokens, slots, parts, max_rank)
+    for token, slot in enumerate(batch.tiles.token_slots[: len(wide)].tolist()):
+        if slot >= 0:
+            parts = b[slot].float().split(part_sizes, 1)
+            out[token] += torch.cat([v[token, slot, part] @ each for part, each in enumerate(parts)])
+    if gated:
+        gate, up = out.chunk(2, 1)
+        out = F.silu(gate) * up
+    return (out if residual is None else out + residual).to(wide.dtype)
