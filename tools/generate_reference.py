@@ -59,8 +59,9 @@ def index_page() -> str:
         "|---|---|---|",
     ]
     for kind in KINDS.values():
-        summary = _contract_module(kind).__doc__.partition("\n")[0].partition(": ")[2]
-        lines.append(f"| [`{kind.key}`]({kind.key}.md) | `{kind.contract_name}` | {prose(summary)} |")
+        summary = (inspect.getdoc(_contract_module(kind)) or "").partition("\n\n")[0].partition(": ")[2]
+        text = prose(summary).replace("\n", " ")
+        lines.append(f"| [`{kind.key}`]({kind.key}.md) | `{kind.contract_name}` | {text} |")
     lines += [
         "",
         "- [Hooks](hooks.md): what a plugin's module may define, and when each is called.",
@@ -150,10 +151,16 @@ def _contract_module(kind: Kind) -> Any:
 
 
 def _modules(kind: Kind) -> list[Any]:
-    """The module of the contract, and those beside it that are named after it: ``policy``, ``policy_view``."""
-    name = kind.contract.partition(":")[0]
-    beside = [each for each in contracts.NAMES_OF_MODULE if each.startswith(f"{name}_")]
-    return [importlib.import_module(each) for each in (name, *beside)]
+    """The module of the contract; those beside it that are named after it: ``policy``, ``policy_view``; and those that
+    have a class to derive from: ``JsonToolParser``."""
+    contract = load_target(kind.contract)
+    name, others = contract.__module__, {}
+    for each, names in contracts.NAMES_OF_MODULE.items():
+        module = importlib.import_module(each)
+        has_base = any(inspect.isclass(v) and issubclass(v, contract) for v in (getattr(module, n) for n in names))
+        if each != name and (each.startswith(f"{name}_") or has_base):
+            others[each] = module
+    return [importlib.import_module(name), *others.values()]
 
 
 def _flag_rows(kind: Kind) -> Iterator[tuple[str, str]]:
