@@ -100,6 +100,12 @@ class StructuredOutputBackend(ABC):
         """Raise ``InvalidRequestError``, which names the keyword, for what this backend cannot enforce exactly. Called
         before ``compile``; it needs no tokenizer."""
 
+    @classmethod
+    def example(cls) -> tuple[StructuredOutputsParams, str] | None:
+        """A constraint that it takes, and an answer of at least five tokens that matches it: for the conformance
+        checks of a backend that takes neither JSON schemas nor any choices or expressions."""
+        return None
+
     def prepare_masks(self) -> None:
         """Make ready what ``fill_masks`` and states need beyond ``compile``. Called once before the first state is
         started, while the model is loaded; not in the process that only finds out what compiles."""

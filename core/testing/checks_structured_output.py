@@ -4,6 +4,7 @@ that are errors of the request. Run on quire-tiny's tokenizer."""
 from __future__ import annotations
 
 import json
+import re
 import unittest
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,15 +45,18 @@ _SCHEMA = {
 }
 _ANSWER = '{"name": "Ada", "age": 36, "tag": "red"}'
 _CHOICES = [_ANSWER, '{"name": "Ada"}', '{"age": 36}', "none"]
-"""For a backend that takes no schema."""
+"""For a backend that takes no schema; as an expression for one that takes no choices."""
+_MIN_TOKENS = 5
+"""Of an answer that a backend names."""
 _TINY = Path(quire.core.assets.__path__[0], "quire-tiny", "tokenizer.json")
 
 
 def check_mask_and_advance_agree(cls: type[StructuredOutputBackend]) -> None:
     """Along an answer, a token of the vocabulary is in the mask exactly if ``advance`` takes it."""
-    state = _compile(cls).start()
+    grammar, answer = _compile(cls)
+    state = grammar.start()
     rng = np.random.default_rng(0)
-    for token in (*_encode(_ANSWER), _EOS):
+    for token in (*answer, _EOS):
         allowed = _allowed(_mask(state))
         assert allowed[token], f"token {token} of an answer that matches is not allowed"
         for other in {*rng.integers(0, _VOCAB, 24).tolist(), *allowed.nonzero()[0][:8].tolist()}:
@@ -65,30 +69,31 @@ def check_mask_and_advance_agree(cls: type[StructuredOutputBackend]) -> None:
 
 def check_eos_comes_where_the_answer_matches(cls: type[StructuredOutputBackend]) -> None:
     """EOS is allowed at the end of an answer that matches, and nowhere before."""
-    for params, texts in (
-        (None, {"{": False, _ANSWER[:-1]: False, _ANSWER: True}),
-        (StructuredOutputsParams(choice=["yes", "yes sir"]), {"": False, "yes": True, "yes sir": True}),
-    ):
-        for text, is_end in texts.items():
-            state = (_compile(cls) if params is None else _compile_if_taken(cls, params)).start()
-            tokens = _encode(text)
-            assert state.advance(tokens) == len(tokens), f"{text!r} is refused"
-            assert _allowed(_mask(state))[_EOS] == is_end, f"EOS after {text!r}: expected {is_end}"
+    grammar, answer = _compile(cls)
+    cases = [(grammar, answer, True)]
+    if answer == _encode(_ANSWER):  # no part of it matches
+        cases += [(grammar, _encode("{"), False), (grammar, answer[:-1], False)]
+    if choices := _compile_if_taken(cls, StructuredOutputsParams(choice=["yes", "yes sir"])):
+        cases += [(choices, _encode(text), bool(text)) for text in ("", "yes", "yes sir")]
+    for grammar, tokens, is_end in cases:
+        state, text = grammar.start(), _decode(tokens)
+        assert state.advance(tokens) == len(tokens), f"{text!r} is refused"
+        assert _allowed(_mask(state))[_EOS] == is_end, f"EOS after {text!r}: expected {is_end}"
 
 
 def check_refused_tokens_change_nothing(cls: type[StructuredOutputBackend]) -> None:
     """``advance`` stops before the first token that may not come, and the state is behind those before it."""
-    state = _compile(cls).start()
-    tokens = _encode(_ANSWER)
-    wrong = int((~_allowed(_mask(_advanced(cls, tokens[:3])))).nonzero()[0][0])
+    grammar, tokens = _compile(cls)
+    state = grammar.start()
+    wrong = int((~_allowed(_mask(_advance(grammar, tokens[:3])))).nonzero()[0][0])
     assert state.advance([*tokens[:3], wrong, *tokens[3:]]) == 3
     assert state.advance(tokens[3:]) == len(tokens) - 3, "the answer cannot go on behind a refused token"
 
 
 def check_rollback_restores_the_mask(cls: type[StructuredOutputBackend]) -> None:
     """After ``rollback`` masks are what they were, at any place of an answer."""
-    state, masks = _compile(cls).start(), []
-    tokens = _encode(_ANSWER)
+    grammar, tokens = _compile(cls)
+    state, masks = grammar.start(), []
     for token in tokens:
         masks.append(_mask(state))
         assert state.advance([token]) == 1
@@ -100,10 +105,10 @@ def check_rollback_restores_the_mask(cls: type[StructuredOutputBackend]) -> None
 
 def check_answers_are_independent(cls: type[StructuredOutputBackend]) -> None:
     """Two answers of one grammar do not know of each other."""
-    grammar = _compile(cls)
+    grammar, answer = _compile(cls)
     first, second = grammar.start(), grammar.start()
     before = _mask(second)
-    first.advance(_encode(_ANSWER))
+    first.advance(answer)
     assert np.array_equal(_mask(second), before), "one answer changed the mask of another"
     assert np.array_equal(_mask(grammar.start()), before), "an answer changed its grammar"
 
@@ -111,10 +116,10 @@ def check_answers_are_independent(cls: type[StructuredOutputBackend]) -> None:
 def check_masks_for_drafts(cls: type[StructuredOutputBackend]) -> None:
     """``fill_masks`` gives the mask of every position of every request, wrong drafts included, and leaves the states
     where they were."""
-    backend, tokens, grammar = _make(cls), _encode(_ANSWER), _compile(cls)
+    backend, (grammar, tokens) = _make(cls), _compile(cls)
     states = [grammar.start() for _ in range(3)]
     states[1].advance(tokens[:4])
-    wrong = int((~_allowed(_mask(_advanced(cls, tokens[:2])))).nonzero()[0][0])
+    wrong = int((~_allowed(_mask(_advance(grammar, tokens[:2])))).nonzero()[0][0])
     drafts: list[Sequence[int]] = [tokens[:3], [], [*tokens[:2], wrong, tokens[3]]]
     requests, first_row = [], 0
     for state, draft in zip(states, drafts, strict=True):
@@ -127,17 +132,18 @@ def check_masks_for_drafts(cls: type[StructuredOutputBackend]) -> None:
         for offset in range(1 + len(draft)):
             if wrong in draft[:offset]:
                 break
-            expected = _mask(_advanced(cls, [*tokens[:start], *draft[:offset]]))
+            expected = _mask(_advance(grammar, [*tokens[:start], *draft[:offset]]))
             row = block[request.first_row + offset]
             assert np.array_equal(row, expected), f"the mask behind {offset} drafts differs"
         after = _mask(request.state)
-        assert np.array_equal(after, _mask(_advanced(cls, tokens[:start]))), "fill_masks moved a state"
+        assert np.array_equal(after, _mask(_advance(grammar, tokens[:start]))), "fill_masks moved a state"
 
 
 def check_forced_tokens_may_come(cls: type[StructuredOutputBackend]) -> None:
     """What ``forced_tokens`` gives, the grammar takes; at most as many as asked for, and no state is moved."""
-    state, any_forced = _compile(cls).start(), False
-    for token in _encode(_ANSWER):
+    grammar, answer = _compile(cls)
+    state, any_forced = grammar.start(), False
+    for token in answer:
         before = _mask(state)
         forced = list(state.forced_tokens(4))
         assert len(forced) <= 4
@@ -175,23 +181,36 @@ def _make(cls: type[StructuredOutputBackend]) -> StructuredOutputBackend:
     return backend
 
 
-def _compile(cls: type[StructuredOutputBackend]) -> CompiledGrammar:
-    """The sample schema, or choices of which the same answer is one."""
-    try:
-        return _make(cls).compile(StructuredOutputsParams(json=_SCHEMA))
-    except InvalidRequestError:
-        return _compile_if_taken(cls, StructuredOutputsParams(choice=_CHOICES))
+def _compile(cls: type[StructuredOutputBackend]) -> tuple[CompiledGrammar, list[int]]:
+    """The sample schema, or choices or an expression of which the same answer is one, or the backend's own example;
+    with the tokens of the answer."""
+    either = "|".join(map(re.escape, _CHOICES))
+    for params in (
+        StructuredOutputsParams(json=_SCHEMA),
+        StructuredOutputsParams(choice=_CHOICES),
+        StructuredOutputsParams(regex=either),
+    ):
+        if grammar := _compile_if_taken(cls, params):
+            return grammar, _encode(_ANSWER)
+    example = cls.example()
+    if example is None:
+        raise unittest.SkipTest("refuses the sample schema, choices and expression; example() can name what it takes")
+    answer = _encode(example[1])
+    assert len(answer) >= _MIN_TOKENS, f"the answer of example() has {len(answer)} tokens; at least {_MIN_TOKENS}"
+    cls.validate_params(example[0])
+    return _make(cls).compile(example[0]), answer
 
 
-def _compile_if_taken(cls: type[StructuredOutputBackend], params: StructuredOutputsParams) -> CompiledGrammar:
+def _compile_if_taken(cls: type[StructuredOutputBackend], params: StructuredOutputsParams) -> CompiledGrammar | None:
     try:
+        cls.validate_params(params)
         return _make(cls).compile(params)
-    except InvalidRequestError as error:
-        raise unittest.SkipTest(f"refuses the sample {params.kind}: {error}") from None
+    except InvalidRequestError:
+        return None
 
 
-def _advanced(cls: type[StructuredOutputBackend], tokens: Sequence[int]) -> GrammarState:
-    state = _compile(cls).start()
+def _advance(grammar: CompiledGrammar, tokens: Sequence[int]) -> GrammarState:
+    state = grammar.start()
     assert state.advance(tokens) == len(tokens)
     return state
 
@@ -199,6 +218,11 @@ def _advanced(cls: type[StructuredOutputBackend], tokens: Sequence[int]) -> Gram
 def _encode(text: str) -> list[int]:
     ids: list[int] = Tokenizer.from_file(str(_TINY)).encode(text, add_special_tokens=False).ids
     return ids
+
+
+def _decode(tokens: Sequence[int]) -> str:
+    text: str = Tokenizer.from_file(str(_TINY)).decode(tokens)
+    return text
 
 
 def _mask(state: GrammarState) -> NDArray[np.int32]:

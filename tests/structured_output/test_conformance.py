@@ -7,16 +7,18 @@ import logging
 import random
 
 import jsonschema
+import numpy as np
 import pytest
 from tests.structured_output.conftest import EOS, TINY
 from tests.structured_output.instances import mutate_instances
 from tests.structured_output.schemas import make_corpus
+from tokenizers import Tokenizer
 
 from quire import StructuredOutputsParams
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
 from quire.plugins.structured_output.guidance import GuidanceBackend
-from quire.sdk import InvalidRequestError, TokenizerInfo
+from quire.sdk import CompiledGrammar, GrammarState, InvalidRequestError, StructuredOutputBackend, TokenizerInfo
 from quire.testing import parametrize_with_checks, run_checks
 
 
@@ -49,6 +51,96 @@ def test_xgrammar_keeps_the_contract_for_what_it_takes(accepts) -> None:
                 text = json.dumps(instance, ensure_ascii=False)
                 assert accepts(grammar, text) == is_valid, f"{text} is {'valid' if is_valid else 'not'}: {case.schema}"
     assert num_compiled > 100
+
+
+class Digits(StructuredOutputBackend):
+    """Numbers of any length, and nothing else."""
+
+    def __init__(self, tokenizer, options=None):
+        super().__init__(tokenizer, options)
+        read = Tokenizer.from_str(tokenizer.tokenizer_json)
+        texts = read.decode_batch([[token] for token in range(read.get_vocab_size())])
+        self.digits = {token for token, text in enumerate(texts) if text.isascii() and text.isdigit()}
+
+    @classmethod
+    def validate_params(cls, params):
+        if params.regex != "[0-9]+":
+            raise InvalidRequestError("only the expression [0-9]+ is supported")
+
+    @classmethod
+    def example(cls):
+        return StructuredOutputsParams(regex="[0-9]+"), "1234567890"
+
+    def compile(self, params):
+        return Number(self.digits, {*self.tokenizer.eos_token_ids})
+
+
+class Number(CompiledGrammar):
+    def __init__(self, digits, eos):
+        self.digits, self.eos = digits, eos
+
+    def start(self):
+        return Counting(self)
+
+
+class Counting(GrammarState):
+    def __init__(self, number):
+        self.number, self.tokens = number, []
+
+    def list_allowed(self):
+        if self.tokens and self.tokens[-1] in self.number.eos:
+            return set()
+        return self.number.digits | (self.number.eos if self.tokens else set())
+
+    def fill_mask(self, mask):
+        mask.fill(0)
+        for token in self.list_allowed():
+            mask.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+
+    def advance(self, token_ids):
+        for count, token in enumerate(token_ids):
+            if token not in self.list_allowed():
+                return count
+            self.tokens.append(token)
+        return len(token_ids)
+
+    def rollback(self, num_tokens):
+        del self.tokens[len(self.tokens) - num_tokens :]
+
+
+class Forgetful(Digits):
+    """Rolls back one token too few."""
+
+    def compile(self, params):
+        return ForgetfulNumber(self.digits, {*self.tokenizer.eos_token_ids})
+
+
+class ForgetfulNumber(Number):
+    def start(self):
+        return Remembering(self)
+
+
+class Remembering(Counting):
+    def rollback(self, num_tokens):
+        super().rollback(num_tokens - 1)
+
+
+class Short(Digits):
+    """Names an answer that checks nothing."""
+
+    @classmethod
+    def example(cls):
+        return StructuredOutputsParams(regex="[0-9]+"), "7"
+
+
+def test_a_backend_that_takes_no_sample_is_checked_by_its_own_example() -> None:
+    outcomes = {result.name: result.outcome for result in run_checks(Digits)}
+    skipped = {name for name, outcome in outcomes.items() if outcome != "passed"}
+    assert skipped == {"check_options_are_valid", "check_forced_tokens_may_come"}
+    failed = {result.name for result in run_checks(Forgetful) if result.outcome == "failed"}
+    assert {"check_mask_and_advance_agree", "check_rollback_restores_the_mask", "check_masks_for_drafts"} <= failed
+    short = {result.reason for result in run_checks(Short) if result.outcome == "failed"}
+    assert any("the answer of example() has 1 tokens; at least 5" in reason for reason in short)
 
 
 @pytest.mark.parametrize(
