@@ -18,7 +18,7 @@ from quire.server.cli.plugins_aot import compile_report, format_compile_report
 from quire.server.cli.plugins_bench import add_bench_flags, run_bench, split_or_find
 from quire.server.cli.plugins_diff import add_diff_flags, format_diff, make_diff_report, write_record
 from quire.server.cli.plugins_new import NEW_KINDS, NewPackage
-from quire.server.cli.plugins_report import doctor_report, explain_report, list_report
+from quire.server.cli.plugins_report import doctor_report, explain_report, is_editable_finder, list_report
 
 if TYPE_CHECKING:
     from quire.core.testing.conformance import CheckResult
@@ -232,7 +232,10 @@ def _format_doctor(report: dict[str, Any]) -> str:
         offers = ", ".join([*entry["plugins"], *(f"the hook {hook}" for hook in entry["hooks"])]) or "nothing"
         took = "" if entry["import_s"] is None else f", imported in {entry['import_s']:.2f} s"
         lines.append(f"{entry['dist']} {entry['version']} ({entry['name']} = {entry['value']}): offers {offers}{took}")
-        lines.extend(f"    runs at every start of Python: {line}" for line in entry["start_code"])
+        for line in entry["start_code"]:
+            is_finder = is_editable_finder(line)
+            shown = "the finder of setuptools: it is installed with pip install -e" if is_finder else line
+            lines.append(f"    runs at every start of Python: {shown}")
     lines.extend(f"! {p['problem']}" for p in report["problems"])
     count = len(report["problems"])
     lines.append("no problems" if not count else f"{count} problem{'s' if count > 1 else ''}")

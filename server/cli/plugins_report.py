@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sysconfig
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from quire.core.plugin.target import Resolution, find_missing_requirement, resol
 from quire.core.version import __version__
 from quire.server.cli.plugins_probe import Probe, probe_entries
 
-__all__ = ["doctor_report", "explain_report", "inspect_host", "list_report", "split_subject"]
+__all__ = ["doctor_report", "explain_report", "inspect_host", "is_editable_finder", "list_report", "split_subject"]
 
 _KINDS_OF_OTHER_CONTRACTS = {"HostProposer": "spec_decode", "DeviceProposer": "spec_decode"}
 
@@ -138,12 +139,17 @@ def split_subject(subject: str) -> tuple[str, str]:
     return Kind.from_name(kind).key, name
 
 
+def is_editable_finder(line: str) -> bool:
+    """Whether code that runs at every start is what setuptools writes for an editable install, and nothing else."""
+    return re.fullmatch(r"__editable__\.\S+\.pth: import (__editable___\w+_finder); \1\.install\(\)", line) is not None
+
+
 def _describe_start_code(dist: str, lines: Sequence[str]) -> list[str]:
-    """Of what it runs at every start, all but the finder of an editable install, which setuptools writes."""
+    """Of what it runs at every start, all but the finder of an editable install."""
     return [
         f"{dist}: runs code in every Python process: {line:.160}; read it, and uninstall what you did not expect"
         for line in lines
-        if not line.startswith("__editable__")
+        if not is_editable_finder(line)
     ]
 
 

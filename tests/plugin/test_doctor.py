@@ -55,9 +55,11 @@ def site(tmp_path_factory, distribution, policy_source):
     distribution(site, "Strange..Name__Z", "strange_name", "1/0")
     distribution(site, "quire-start", "quire_start", policy_source.format(name="started"))
     (site / "quire_start.pth").write_text("# a comment\nimport quire_start_early\n")
-    (site / "__editable__.quire_start.pth").write_text("import __editable___quire_start_finder\n")
-    record = "quire_start.py,,\nquire_start.pth,,\n__editable__.quire_start.pth,,\nsitecustomize.py,,\n"
-    (site / "quire_start-2.5.dist-info" / "RECORD").write_text(record)
+    finder = "__editable___quire_start_2_5_finder"
+    (site / "__editable__.quire_start-2.5.pth").write_text(f"import {finder}; {finder}.install()\n")
+    (site / "__editable__.other.pth").write_text(f"import {finder}; {finder}.install(); import os\n")
+    record = ["quire_start.py", *(path.name for path in site.glob("*.pth")), "sitecustomize.py"]
+    (site / "quire_start-2.5.dist-info" / "RECORD").write_text("".join(f"{name},,\n" for name in record))
     return site
 
 
@@ -80,6 +82,7 @@ def report(site, quire):
         ("Strange..Name__Z", "cannot be imported: ZeroDivisionError"),
         ("quire-start", "runs code in every Python process: quire_start.pth: import quire_start_early; read it"),
         ("quire-start", "runs code in every Python process: sitecustomize.py"),
+        ("quire-start", r"runs code in every Python process: __editable__.other.pth: .*; import os; read it"),
     ],
 )
 def test_the_doctor_names_each_with_its_reason(report, name, reason):
@@ -98,7 +101,8 @@ def test_the_doctor_has_nothing_against_the_good_one(report):
 def test_the_doctor_in_words(site, quire):
     result = quire("plugins", "doctor", site=site, code=1)
     assert re.search(r"^! quire-raises 2\.5 .*; mend or uninstall it$", result.stdout, re.MULTILINE)
-    assert "    runs at every start of Python: __editable__.quire_start.pth: import" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("    runs at every start of Python: ")]
+    assert len(lines) == 4 and len([line for line in lines if line.endswith("installed with pip install -e")]) == 1
     assert result.stderr == "" and "hello" not in result.stdout.splitlines()
 
 
