@@ -1,7 +1,7 @@
 import pytest
 
 from quire.core.testing.conformance import checks_for, find_kind, parametrize_with_checks, run_checks
-from quire.sdk import BatchingPolicy, PluginError
+from quire.sdk import BatchingPolicy, Operations, PluginError
 
 
 class Patient(BatchingPolicy):
@@ -43,6 +43,27 @@ def test_results_say_what_failed_and_why():
     failed = {r.name: r.reason for r in run_checks(Undocumented) if r.outcome == "failed"}
     assert "finished" in failed["check_signatures_accept_the_engines_calls"]
     assert "shared is shared" in failed["check_has_no_shared_mutable_state"]
+
+
+class Falls(Operations):
+    """Fails in a function beside the class."""
+
+    @classmethod
+    def unsupported(cls, device):
+        return []
+
+    def silu_and_mul(self, gate_up, output_format):
+        return divide_by(0)
+
+
+def divide_by(number):
+    return 1 // number
+
+
+def test_a_check_that_fails_names_the_line_of_the_plugin():
+    failed = {r.name: r.reason for r in run_checks(Falls) if r.outcome == "failed"}
+    reason, line = failed["check_results_are_those_of_torch"], divide_by.__code__.co_firstlineno + 1
+    assert reason.startswith("ZeroDivisionError: ") and reason.endswith(f"({__file__}, line {line}, in divide_by)")
 
 
 def test_a_class_inside_a_function_cannot_reach_a_worker():
