@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 256])
     parser.add_argument("--many", type=int, default=64, help="rows of cases with several adapters, one of --batches")
     parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--append-to-weight", action="store_true", help="that option of the adapter method")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=1024)
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace, where: Path) -> None:
     gc.collect()  # before the next engine looks how much memory is free
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    llm = make_llm(args, executor=f"{SlotByToken.__module__}:{SlotByToken.__qualname__}")
+    executor, options = f"{SlotByToken.__module__}:{SlotByToken.__qualname__}", {"append_to_weight": True}
+    llm = make_llm(args, executor=executor, plugin_options={"adapter": options} if args.append_to_weight else {})
     print(f"{'adapters':>24} {'batch':>5} {'ms':>8} {'without':>8} {'more':>7}")
 
     def show(name: str, slots: list[int]) -> None:
