@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from quire.core.contracts.attention import AttentionBackend, AttentionSpec
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.server.bench.workloads import make_workload
 from quire.server.plugin_bench.attention_bench import AttentionBench, StepShape
-from quire.server.plugin_bench.attention_step import MemoryPool
+from quire.server.plugin_bench.attention_step import POOL_BYTES, MemoryPool
 from quire.server.plugin_bench.measurement import measure_case
 from quire.server.plugin_bench.timer import time_graph
 
@@ -34,8 +34,7 @@ READ_BANDWIDTH = 4.29e12
 BF16_FLOPS = 680e12
 """bf16 operations a second, H200."""
 BLOCK_SIZE = 16
-POOL_BYTES = 48 << 30
-AGREEMENT_ROUNDS = 3
+AGREEMENT_ROUNDS = 5
 
 # FlashAttention-3 as vLLM 0.20.2 calls it on an H200, 32 query and 8 KV heads, head_dim 128, blocks of 16.
 FA3_DECODE = {(1, 1024): 10.45, (1, 4096): 12.84, (32, 1024): 42.17, (32, 4096): 135.73, (256, 1024): 292.2}
@@ -117,24 +116,25 @@ def measure_prefill(
     )
 
 
-def measure_agreement(pool: MemoryPool, document: Mapping[str, Any]) -> None:
+def measure_agreement(document: Mapping[str, Any]) -> None:
     """Print each case of ``quire plugins bench attention/triton`` as this script measures it, beside the bench in turns
-    with it, and beside the figure in ``document``, which another process measured before."""
+    with it and in the same pool, and beside the figure in ``document``, which another process measured before. Each
+    round makes its step and its graph anew: those have some modes that differ by percents, so means are compared."""
     printed = {row["case"]: row["microseconds"] for row in document["rows"] if row["implementation"] == "triton"}
-    bench = AttentionBench(pool.device)
+    bench = AttentionBench(torch.device("cuda"))
     largest = {"by turns": 0.0, "in its own process": 0.0}
     for case in bench.list_cases(TritonBackend):
         shape: StepShape = case.parameters
-        step = pool.make_step(bench.spec, shape.query_lens, shape.seq_lens, TritonBackend)
         ours, theirs = [], []
         for _ in range(AGREEMENT_ROUNDS):
+            step = bench.pool.make_step(bench.spec, shape.query_lens, shape.seq_lens, TritonBackend)
             ours.append(1e6 * time_graph(step.run, step.num_layers))
             (measured,) = measure_case(bench, case, {"triton": TritonBackend}, num_rounds=5)
             assert measured.microseconds is not None, measured.refused
             theirs.append(measured.microseconds)
-        line = f"{case.name:>28} {median(ours):9.2f} us ({_format_spread(ours)}), plugins bench"
-        for where, figure in zip(largest, (median(theirs), printed[case.name]), strict=True):
-            difference = figure / median(ours) - 1
+        line = f"{case.name:>28} {fmean(ours):9.2f} us ({_format_spread(ours)}), plugins bench"
+        for where, figure in zip(largest, (fmean(theirs), printed[case.name]), strict=True):
+            difference = figure / fmean(ours) - 1
             line += f" {figure:9.2f} us ({difference:+6.2%}) {where}"
             largest[where] = max(largest[where], abs(difference))
         print(f"{line}, spread {_format_spread(theirs)}", flush=True)
@@ -147,9 +147,9 @@ def _format_spread(figures: Sequence[float]) -> str:
 
 def main(tables: Sequence[str]) -> None:
     """Print the tables named, or all."""
-    pool = MemoryPool(POOL_BYTES, torch.device("cuda"))
     if tables[:1] == ["agreement"]:
-        return measure_agreement(pool, json.loads(Path(tables[1]).read_text()))
+        return measure_agreement(json.loads(Path(tables[1]).read_text()))
+    pool = MemoryPool(POOL_BYTES, torch.device("cuda"))
     tables = tables or ("decode", "skewed", "fp8", "verify", "prefill")
     if "decode" in tables:
         for heads in (16, 32):

@@ -11,13 +11,12 @@ import torch
 from quire.core.contracts.attention import AttentionBackend, AttentionSpec, GraphKey, GraphKind
 from quire.core.plugin.options import parse_options
 from quire.core.testing.attention_problem import AttentionProblem, compute_reference, make_backend, run_layer
-from quire.server.plugin_bench.attention_step import MemoryPool
+from quire.server.plugin_bench.attention_step import POOL_BYTES, MemoryPool
 from quire.server.plugin_bench.cases import BenchCase, CaseRefusedError, KindBench, PreparedCase
 from quire.server.plugin_bench.timer import make_timer
 
 __all__ = ["AttentionBench", "StepShape"]
 
-_POOL_BYTES = 32 << 30
 _POOL_BYTES_CPU = 8 << 20
 _ERROR_REQUESTS, _ERROR_TOKENS = 4, 600
 """The oracle solves as many requests, of at most as many tokens."""
@@ -49,7 +48,7 @@ class AttentionBench(KindBench):
         on_gpu = device.type == "cuda"
         self.spec = make_spec() if on_gpu else make_spec(4, 2, 64, torch.float32)
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else _POOL_BYTES_CPU
-        self._pool = MemoryPool(min(_POOL_BYTES, free // 2) if on_gpu else free, device, self.spec.dtype)
+        self.pool = MemoryPool(min(POOL_BYTES, free // 2) if on_gpu else free, device, self.spec.dtype)
 
     def list_cases(self, target: type) -> Sequence[BenchCase]:
         """Decodes at three sizes of batch, a prompt, a chunk, and decodes beside a chunk."""
@@ -70,7 +69,7 @@ class AttentionBench(KindBench):
         kind: GraphKind = "decode" if shape.is_decode else "mixed"
         is_captured = self.device.type == "cuda" and kind in target.graph_support
         key = GraphKey(kind, sum(shape.query_lens), len(shape.seq_lens)) if is_captured else None
-        step = self._pool.make_step(
+        step = self.pool.make_step(
             self.spec,
             shape.query_lens,
             shape.seq_lens,

@@ -10,8 +10,11 @@ import torch
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, AttentionLimits, AttentionSpec, GraphKey
 from quire.server.plugin_bench.timer import L2_BYTES
 
-__all__ = ["AttentionStep", "MemoryPool"]
+__all__ = ["POOL_BYTES", "AttentionStep", "MemoryPool"]
 
+POOL_BYTES = 48 << 30
+"""Of the one pool of a process on a GPU that has so much: where in memory keys lie changes a short step's time by some
+percent, so all that is compared lies in one pool."""
 _MAX_LAYERS = 256
 _MIN_LAYERS = 8
 _ON_CPU = 1

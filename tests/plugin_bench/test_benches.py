@@ -13,7 +13,6 @@ from quire.core.plugin.manager import PluginManager
 from quire.sdk import LogitsProcessor, Operations
 from quire.server.bench.roofline import Ceilings
 from quire.server.plugin_bench.attention_bench import AttentionBench
-from quire.server.plugin_bench.attention_step import MemoryPool
 from quire.server.plugin_bench.host_benches import HostLoad, KVBench, PolicyBench, ProposerBench, read_recorded_text
 from quire.server.plugin_bench.linear_bench import LinearBench
 from quire.server.plugin_bench.measurement import measure_case
@@ -115,7 +114,7 @@ def test_a_slow_allocator_is_found():
     case = bench.list_cases(PAGED)[0]
     before = measure_case(bench, case, {"paged": PAGED}, num_rounds=3)[0].microseconds
     SlowAllocator.planted = count_turns(before)
-    _, plain = measure_case(bench, case, {"slow": SlowAllocator, "paged": PAGED}, num_rounds=9)
+    _, plain = measure_case(bench, case, {"slow": SlowAllocator, "paged": PAGED}, num_rounds=61)
     assert plain.ratio.differs and plain.ratio.median > 1.2
 
 
@@ -177,29 +176,26 @@ def test_proposers_are_scored_on_a_text(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="times a card that other tests use: run it alone")
 def test_a_slowdown_of_five_percent_is_found_in_attention():
-    """On a GPU: a backend that spins for 5 % of a layer, as long as the clock of this card makes it; the bench and the
-    step's own time by turns find the same."""
+    """On a GPU: beside a backend that reads a twentieth fewer keys by the same kernels, the bundled one is 5 % slower.
+    What the bench says of it is what the timer of ``benchmarks/kernels`` says."""
     triton, cuda = load("attention", "triton"), torch.device("cuda")
 
-    class Slowed(triton):
-        """At the end of every fourth layer as long as four times ``planted`` cycles take."""
+    class Light(triton):
+        """Leaves out the last keys of each request."""
 
-        planted = 0
+        seq_lens = None
 
-        def run(self, layer, q, kv, out, **rest):
-            super().run(layer, q, kv, out, **rest)
-            if layer % 4 == 3:
-                torch.cuda._sleep(4 * self.planted)
+        def prepare_metadata(self, batch, key=None):
+            if self.seq_lens is None:  # in the launch before the capture
+                self.seq_lens = (batch.seq_lens * 19 // 20).int()
+            super().prepare_metadata(replace(batch, seq_lens=self.seq_lens), key)
 
     bench = AttentionBench(cuda)
     case = next(case for case in bench.list_cases(triton) if case.name == "decode 32 x 4096")
-    step = MemoryPool(8 << 30, cuda).make_step(bench.spec, case.parameters.query_lens, case.parameters.seq_lens, triton)
-    assert step.num_layers % 4 == 0
-    layer_s = time_graph(step.run, step.num_layers)
-    short, long = (time_graph(lambda cycles=cycles: torch.cuda._sleep(cycles)) for cycles in (100_000, 400_000))
-    Slowed.planted = round(0.05 * layer_s * 300_000 / (long - short))
-    slowed, plain = measure_case(bench, case, {"slowed": Slowed, "triton": triton}, num_rounds=15)
-    assert not slowed.refused and not plain.refused, (slowed, plain)
-    told = f"a layer takes {1e6 * layer_s:.2f} us alone; planted {Slowed.planted} cycles; {slowed}; {plain}"
-    assert plain.ratio.differs and 1.03 < plain.ratio.median < 1.08, told
-    assert abs(1e-6 * plain.microseconds / layer_s - 1) < 0.03, told
+    whole, light = measure_case(bench, case, {"triton": triton, "light": Light}, num_rounds=15)
+    assert not whole.refused and not light.refused, (whole, light)
+    step = bench.pool.make_step(bench.spec, case.parameters.query_lens, case.parameters.seq_lens, triton)
+    alone = 1e6 * time_graph(step.run, step.num_layers)
+    told = f"a layer takes {alone:.2f} us alone; {whole}; {light}"
+    assert light.ratio.differs and 1.03 < light.ratio.median < 1.08, told
+    assert abs(whole.microseconds / alone - 1) < 0.03, told
