@@ -8,13 +8,13 @@ from typing import Any
 
 from quire.core.errors import ConfigError
 
-__all__ = ["LoadPlot"]
+__all__ = ["LoadPlot", "Plot"]
 
 _PANELS = (("ttft_s", "time to first token"), ("itl_s", "between tokens"), ("e2e_s", "whole request"))
 
 
-class LoadPlot:
-    """A plot to draw. Constructed before the load runs, so that what is missing is reported early.
+class Plot:
+    """A plot to draw. Constructed before anything is measured, so that what is missing is reported early.
 
     Raises ConfigError if matplotlib is not installed or the file cannot be written.
     """
@@ -30,13 +30,23 @@ class LoadPlot:
             raise ConfigError(
                 "--plot needs matplotlib, which is not installed; install it with: pip install 'quire[plot]'"
             ) from None
-        self._figure = Figure(figsize=(12, 4), layout="constrained")
-        FigureCanvasAgg(self._figure)
+        self.figure = Figure(layout="constrained")
+        FigureCanvasAgg(self.figure)
+
+    def save(self) -> Path:
+        """Write the file."""
+        self.figure.savefig(self._file, dpi=130)
+        return self._file
+
+
+class LoadPlot(Plot):
+    """Latency against load."""
 
     def draw(self, runs: Sequence[dict[str, Any]]) -> Path:
         """One point for each request rate: medians and 99th percentiles over the output that the server gave."""
         points = sorted(runs, key=lambda run: run["requests_s"])
-        for axes, (key, title) in zip(self._figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        self.figure.set_size_inches(12, 4)
+        for axes, (key, title) in zip(self.figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
             for part, label in (("p50", "median"), ("p99", "99th percentile")):
                 measured = [run for run in points if part in run[key]]
                 load = [run["requests_s"] for run in measured]
@@ -57,6 +67,5 @@ class LoadPlot:
             axes.grid(alpha=0.3)
             axes.legend()
         first = points[0]
-        self._figure.suptitle(f"{first['model']}, {first['input_len']} tokens in, {first['output_len']} out")
-        self._figure.savefig(self._file, dpi=130)
-        return self._file
+        self.figure.suptitle(f"{first['model']}, {first['input_len']} tokens in, {first['output_len']} out")
+        return self.save()

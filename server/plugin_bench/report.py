@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from quire.core.errors import ConfigError
+from quire.server.bench.plot import Plot
 from quire.server.plugin_bench.end_to_end import EndToEnd
 from quire.server.plugin_bench.measurement import Measurement
 from quire.server.plugin_bench.timer import Ratio
@@ -47,32 +47,15 @@ def format_end_to_end(result: EndToEnd, subject: str) -> str:
     )
 
 
-class BenchPlot:
-    """A plot to draw. Constructed before anything is measured, so that what is missing is reported early.
-
-    Raises ConfigError if matplotlib is not installed or the file cannot be written.
-    """
-
-    def __init__(self, file: str) -> None:
-        self._file = Path(file)
-        if self._file.suffix.lower() != ".png" or not self._file.absolute().parent.is_dir():
-            raise ConfigError(f"--plot {file} must be a .png file in a folder that exists")
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ConfigError(
-                "--plot needs matplotlib, which is not installed; install it with: pip install 'quire[plot]'"
-            ) from None
-        self._figure = Figure(layout="constrained")
-        FigureCanvasAgg(self._figure)
+class BenchPlot(Plot):
+    """Microseconds of every case on every implementation."""
 
     def draw(self, rows: Sequence[Measurement], title: str) -> Path:
         """Horizontal bars of microseconds, a group a case, a colour an implementation."""
         cases = list(dict.fromkeys(row.case for row in rows))
         names = list(dict.fromkeys(row.implementation for row in rows))
-        self._figure.set_size_inches(9, 1.5 + 0.25 * len(cases) * (len(names) + 1))
-        axes = self._figure.subplots()
+        self.figure.set_size_inches(9, 1.5 + 0.25 * len(cases) * (len(names) + 1))
+        axes = self.figure.subplots()
         for number, name in enumerate(names):
             measured = {
                 cases.index(row.case) + (number + 0.5) / (len(names) + 1): row.microseconds
@@ -87,8 +70,7 @@ class BenchPlot:
         axes.set_title(title)
         axes.grid(axis="x", alpha=0.3)
         axes.legend()
-        self._figure.savefig(self._file, dpi=130)
-        return self._file
+        return self.save()
 
 
 def _format_share(share: float | None) -> str:
