@@ -75,7 +75,7 @@ def _require_no_strict(use: ToolUse, parser: ToolParser) -> None:
         names, parser_name = ", ".join(map(repr, sorted(strict))), type(parser).__name__
         raise UnsupportedError(
             f"tools: strict is not enforced in calls as the tool-call parser {parser_name} reads them, which says no "
-            f"format of them (call_formats); leave it out for {names:.200}",
+            f"format of them (list_call_formats); leave it out for {names:.200}",
             "tools",
         )
 
