@@ -3,6 +3,9 @@
     PYTHONPATH=src python benchmarks/kernels/all_reduce.py [--gpus 2] [--features 4096] [--kib 8 512] [--check-only]
 
 Microseconds of a call among 50 in a CUDA graph, the median of 20 replays, the slowest rank; bf16 bytes of a rank.
+``--inputs 2048 7168``: row-parallel products of so many inputs with the sum and the norm behind them, one after the
+other and with parts that are sent while the product runs; eagerly, messages of ``--kib``, 16 MiB and more.
+
 NVLink multicast is not used; where the host forbids it, set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 and NCCL_NVLS_ENABLE=0.
 With residual and norm, NCCL is followed by the norm's own kernel.
 """
@@ -13,12 +16,14 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
@@ -127,10 +132,72 @@ def measure(contender: Contender, x: Tensor, residual: Tensor, weight: Tensor) -
     return float(slowest)
 
 
-def run_rank(rank: int, size: int, store: str, features: int, kib: list[int], check_only: bool) -> None:
+def time_products(rank: int, size: int, device: torch.device, features: int, inputs: list[int], kib: list[int]) -> None:
+    """Print microseconds of a product, of it with NCCL's sum and the norm, and of it with parts that are sent."""
+    limits = AllReduceLimits(NEVER, NEVER, NEVER, 1 << 20, 0, max(kib) << 10)
+    kernels = AllReduceKernels._open(rank, size, None, device, limits)
+    shared = torch.Generator(device).manual_seed(99)
+    gain = torch.rand(features, generator=shared, device=device).bfloat16() + 0.5
+    generator = torch.Generator(device).manual_seed(rank)
+    if rank == 0:
+        print(f"{'KiB':>8}{'inputs':>8}{'product':>20}{'product, nccl, norm':>22}{'parts sent':>20}")
+    for num_inputs in inputs:
+        weight = torch.randn(features, num_inputs, generator=generator, device=device).bfloat16() * num_inputs**-0.5
+        for rows in (each // (2 * features) for each in (size << 10 for size in kib)):
+            x = torch.randn(rows, num_inputs, generator=generator, device=device).bfloat16()
+            residual = torch.randn(rows, features, generator=shared, device=device).bfloat16()
+
+            def apart(x: Tensor = x, weight: Tensor = weight, residual: Tensor = residual) -> tuple[Tensor, Tensor]:
+                part = x @ weight.T
+                dist.all_reduce(part)
+                return launch_rms_norm(part, gain, 1e-5, residual)
+
+            def together(x: Tensor = x, weight: Tensor = weight, residual: Tensor = residual) -> tuple[Tensor, Tensor]:
+                parts = kernels.multiply_and_send(x, features, partial(F.linear, weight=weight))
+                assert parts is not None
+                return kernels.finish_sum(parts, residual, gain, 1e-5)
+
+            for _ in range(10):
+                for got, expected in zip(together(), apart(), strict=True):
+                    off = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+                    others = [torch.empty_like(got) for _ in range(size)]
+                    dist.all_gather(others, got)
+                    assert off < 6e-3 and all(torch.equal(other, got) for other in others), f"off by {off:.2e}"
+            runs = [partial(torch.matmul, x, weight.T), apart, together]
+            times = [time_eagerly(run, device) for run in runs]
+            if rank == 0:
+                cells = f"{times[0]:>20.1f}{times[1]:>22.1f}{times[2]:>20.1f}"
+                print(f"{rows * features >> 9:>8}{num_inputs:>8}{cells}", flush=True)
+
+
+def time_eagerly(run: Callable[[], Any], device: torch.device) -> float:
+    """Microseconds a call, of the slower rank."""
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(20):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / 20)
+    slowest = torch.tensor([statistics.median(times)], device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def run_rank(
+    rank: int, size: int, store: str, features: int, kib: list[int], check_only: bool, inputs: list[int]
+) -> None:
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=size, device_id=device)
+    if inputs:
+        time_products(rank, size, device, features, inputs, kib)
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
+        return
     contenders = make_contenders(rank, size, device)
     if rank == 0:
         print(f"{size} x {torch.cuda.get_device_name()}, rows of {features} bf16, torch {torch.__version__}")
@@ -163,10 +230,11 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--kib", type=int, nargs="+", default=KIB, help="sizes of messages")
     parser.add_argument("--check-only", action="store_true", help="sums alone, without times")
+    parser.add_argument("--inputs", type=int, nargs="+", default=[], help="time products with the sum behind them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(run_rank, (args.gpus, store, args.features, args.kib, args.check_only), nprocs=args.gpus)
+        mp.spawn(run_rank, (args.gpus, store, args.features, args.kib, args.check_only, args.inputs), nprocs=args.gpus)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
@@ -98,6 +100,10 @@ class Linear(CheckpointLayer):
             if out is not None:
                 return out, None
         elif bias is None:
+            if isinstance(x, Tensor) and not isinstance(self.method, AdaptedLinearMethod):
+                sent = self.parallel.multiply_and_send(x, self.info.out_features, partial(self.method.apply, self))
+                if sent is not None:
+                    return sent, stream
             return PartialSum(self.method.apply(self, x), self.parallel), stream
         return self(x), stream
 

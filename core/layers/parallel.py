@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.errors import ConfigError
-from quire.core.ops.all_reduce import AllReduceKernels
+from quire.core.ops.all_reduce import AllReduceKernels, SentParts
 
 __all__ = ["CollectiveNotes", "NormedSum", "PartialSum", "TensorParallel"]
 
@@ -82,6 +82,14 @@ class TensorParallel:
             fused = self.kernels.all_reduce_add_norm(part, residual, weight, eps, output_format)
         return None if fused is None else NormedSum(*fused)
 
+    def multiply_and_send(self, x: Tensor, features: int, multiply: Callable[[Tensor], Tensor]) -> PartialSum | None:
+        """``multiply(x)`` (rows, features), row by row a function of ``x``, as a sum over the ranks that are exchanging
+        it already; None where that is not offered. Every rank gets the same answer."""
+        if self.kernels is None:
+            return None
+        parts = self.kernels.multiply_and_send(x, features, multiply)
+        return None if parts is None else SentPartialSum(parts.own, self, parts)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, shard) on every rank -> (n, size * shard), the shards side by side in order of rank."""
         if self.size == 1:
@@ -134,3 +142,24 @@ class PartialSum:
     ) -> NormedSum | None:
         """As ``TensorParallel.all_reduce_add_norm``, with ``norm``'s weight and epsilon."""
         return self.parallel.all_reduce_add_norm(self.part, residual, *norm, output_format)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SentPartialSum(PartialSum):
+    """One that ranks have begun to exchange; ``part`` is of this rank's share of the rows."""
+
+    parts: SentParts
+
+    def reduce(self) -> Tensor:
+        """As of any other."""
+        assert self.parallel.kernels is not None
+        return self.parallel.kernels.finish_sum(self.parts, None, None, 0.0)[1]
+
+    def reduce_add_norm(
+        self, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
+    ) -> NormedSum | None:
+        """In one kernel, where what it gives is to have 16 bits."""
+        if output_format.kind != "native" or not residual.is_contiguous():
+            return None
+        assert self.parallel.kernels is not None
+        return NormedSum(*self.parallel.kernels.finish_sum(self.parts, residual, *norm))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +14,25 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat, QuantActivation
 from quire.core.ops.device_profile import AllReduceLimits, DeviceProfile
 
-__all__ = ["AllReduceKernels"]
+__all__ = ["AllReduceKernels", "SentParts"]
 
 _log = logging.getLogger("quire.ops")
 _DTYPES = (torch.bfloat16, torch.float16)
+_MAX_CALL = (1 << 15) - 1
+"""Calls of which parts are sent are counted from 1 to this, and then from 1 again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SentParts:
+    """A product of which every rank has a part of the sum, on its way to the ranks that sum it."""
+
+    own: Tensor
+    """Of the rows that this rank sums."""
+    sent: list[Tensor]
+    """Of the others' rows: kept until they are copied."""
+    num_rows: int
+    call: int
+    """What the ranks count alike."""
 
 
 class AllReduceKernels:
@@ -23,9 +40,11 @@ class AllReduceKernels:
     step are in graphs and others are not. Whether a message is taken depends on its shape alone: every rank decides
     alike."""
 
-    def __init__(self, rank: int, buffers: Tensor, layout: Any, limits: AllReduceLimits, memory: Any = None) -> None:
-        """``buffers`` (ranks,) int64: the address of each rank's memory, which ``layout`` divides. ``memory`` is kept
-        as long as this lives."""
+    def __init__(
+        self, rank: int, buffers: Tensor, layout: Any, limits: AllReduceLimits, memory: Sequence[Tensor] = ()
+    ) -> None:
+        """``buffers`` (ranks,) int64: the address of each rank's memory, which ``layout`` divides. ``memory``: the same
+        as bytes, for copies; it is kept as long as this lives."""
         from quire.core.ops.kernels.all_reduce_launch import MAX_MARKED_ROWS, MAX_PROGRAMS
 
         self._rank = rank
@@ -35,6 +54,9 @@ class AllReduceKernels:
         self._memory = memory
         self._max_rows, self._max_marked_rows = MAX_PROGRAMS, MAX_MARKED_ROWS
         self._epochs = torch.zeros(3, MAX_PROGRAMS, dtype=torch.int32, device=buffers.device)
+        self._num_sent = 0
+        self._numbers = torch.arange(_MAX_CALL + 1, dtype=torch.int32, device=buffers.device)
+        self._copy_stream = torch.cuda.Stream(buffers.device) if limits.max_sent_bytes else None
 
     @classmethod
     def open(cls, rank: int, size: int, group: Any, device: torch.device) -> AllReduceKernels | None:
@@ -61,14 +83,15 @@ class AllReduceKernels:
 
         from quire.core.ops.kernels.all_reduce_launch import SymmetricLayout
 
-        layout = SymmetricLayout(size, max_bytes=limits.two_shot_bytes)
+        layout = SymmetricLayout(size, max_bytes=limits.two_shot_bytes, max_sent_bytes=limits.max_sent_bytes)
         memory = symmetric_memory.empty(layout.total_bytes, dtype=torch.uint8, device=device)
         handle = symmetric_memory.rendezvous(memory, group or dist.group.WORLD)  # type: ignore[arg-type]
         memory.zero_()  # flags count from 0
         torch.cuda.synchronize(device)
         dist.barrier(group=group)
         addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-        return cls(rank, addresses, layout, limits, (memory, handle))
+        peers = [handle.get_buffer(peer, (layout.total_bytes,), torch.uint8) for peer in range(size)]
+        return cls(rank, addresses, layout, limits, [*peers, memory])
 
     def all_reduce(self, x: Tensor) -> Tensor | None:
         """The sum of ``x`` over the ranks, in the order of the ranks; None: leave it to NCCL."""
@@ -102,6 +125,46 @@ class AllReduceKernels:
             self._rank,
             marked=self._takes_marks(part),
         )
+
+    def multiply_and_send(self, x: Tensor, features: int, multiply: Callable[[Tensor], Tensor]) -> SentParts | None:
+        """Begin the sum of ``multiply(x)`` (rows, features), a row of which depends on that of ``x`` alone, over the
+        ranks: each multiplies what others sum first, which a copy engine sends while it multiplies the rest. None: do
+        it another way. ``finish_sum`` comes next, before any other sum."""
+        rows, num_ranks = len(x), self._layout.ranks
+        fits = self._limits.min_sent_bytes <= 2 * rows * features <= self._limits.max_sent_bytes
+        if not fits or x.dtype not in _DTYPES or features % 8 or rows < num_ranks**2:
+            return None
+        if self._copy_stream is None or torch.cuda.is_current_stream_capturing():
+            return None
+        self._num_sent += 1
+        call = (self._num_sent - 1) % _MAX_CALL + 1
+        shares = x.split(-(-rows // num_ranks))
+        sent = []
+        for distance in range(1, num_ranks):
+            peer = (self._rank + distance) % num_ranks
+            part = multiply(shares[peer]).contiguous()
+            self._copy_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copy_stream):
+                self._copy_to(peer, self._layout.find_part(self._rank, peer), part)
+                self._copy_to(peer, 4 * (self._layout.sent_flags + self._rank), self._numbers[call : call + 1])
+            sent.append(part)
+        return SentParts(multiply(shares[self._rank]).contiguous(), sent, rows, call)
+
+    def finish_sum(
+        self, parts: SentParts, residual: Tensor | None, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """``(norm(s), s)`` of the sum ``s`` of ``residual``, contiguous, and of what was sent; without ``weight`` the
+        sum of that alone as ``s``."""
+        from quire.core.ops.kernels.all_reduce_launch import launch_sum_sent
+
+        assert self._copy_stream is not None
+        # The next use of the memory of what was sent comes after its copy.
+        torch.cuda.current_stream().wait_stream(self._copy_stream)
+        memory = (self._buffers, self._epochs, self._layout, self._rank)
+        return launch_sum_sent(parts.own, parts.num_rows, residual, weight, eps, parts.call, *memory)
+
+    def _copy_to(self, peer: int, offset: int, x: Tensor) -> None:
+        self._memory[peer][offset : offset + x.nbytes].copy_(x.view(-1).view(torch.uint8), non_blocking=True)
 
     def _takes_marks(self, x: Tensor) -> bool:
         return x.nbytes <= self._limits.marked_bytes and len(x) <= self._max_marked_rows and x.stride(0) % 2 == 0

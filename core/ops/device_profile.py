@@ -42,6 +42,9 @@ class AllReduceLimits:
     """One shot, with the residual and the norm behind it in the same kernel."""
     two_shot_bytes: int
     """Longer ones are NCCL's."""
+    min_sent_bytes: int = 0
+    max_sent_bytes: int = 0
+    """Between these, parts are sent while the product of which they are runs on. Memory for so many is kept."""
 
 
 @dataclass(frozen=True, slots=True)

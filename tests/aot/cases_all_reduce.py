@@ -14,6 +14,7 @@ from quire.core.ops.kernels.all_reduce_launch import (
     SymmetricLayout,
     launch_one_shot,
     launch_one_shot_norm,
+    launch_sum_sent,
     launch_two_shot,
 )
 
@@ -36,6 +37,12 @@ def two_shot(ranks: int) -> None:
     launch_two_shot(torch.empty(512, 4096, dtype=torch.bfloat16), *_make_memory(layout), layout, 1)
 
 
+def sum_sent(ranks: int, features: int) -> None:
+    layout = SymmetricLayout(ranks, max_sent_bytes=256 << 20)
+    part, residual = (torch.empty(rows, features, dtype=torch.bfloat16) for rows in (1024, 1024 * ranks))
+    launch_sum_sent(part, 1024 * ranks, residual, residual[0].clone(), 1e-6, 1, *_make_memory(layout), layout, 1)
+
+
 def _make_memory(layout: SymmetricLayout) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(layout.ranks, dtype=torch.int64), torch.zeros(3, MAX_PROGRAMS, dtype=torch.int32)
 
@@ -49,4 +56,6 @@ ALL_REDUCE: dict[str, Callable[[], None]] = {
     "fp8-all-reduce-norm": partial(one_shot, 4, 4096, "fp8_token"),
     "all-reduce-two-shot": partial(two_shot, 2),
     "all-reduce-two-shot-of-eight": partial(two_shot, 8),
+    "all-reduce-sent": partial(sum_sent, 2, 4096),
+    "all-reduce-sent-of-four": partial(sum_sent, 4, 8192),
 }

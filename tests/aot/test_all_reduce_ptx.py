@@ -11,7 +11,7 @@ from tests.aot.compile import compile_launch, launches_of
 pytestmark = pytest.mark.aot
 
 
-@pytest.mark.parametrize("name", ["all-reduce-norm", "all-reduce-two-shot"])
+@pytest.mark.parametrize("name", ["all-reduce-norm", "all-reduce-two-shot", "all-reduce-sent"])
 def test_peers_are_written_16_bytes_at_a_time(name: str) -> None:
     """Addresses come from memory, so Triton cannot know their alignment by itself: narrow stores cost eight times as
     many packets. Flags are set with release and read with acquire, at the scope of the system."""

@@ -13,12 +13,14 @@ from torch import Tensor
 from quire.core.contracts.quant import ActivationFormat
 from quire.core.ops.all_reduce import AllReduceKernels
 from quire.core.ops.device_profile import PROFILES, AllReduceLimits
+from quire.core.ops.kernels import all_reduce_launch
 from quire.core.ops.kernels.all_reduce_launch import (
     MAX_MARKED_ROWS,
     MAX_PROGRAMS,
     SymmetricLayout,
     launch_one_shot,
     launch_one_shot_norm,
+    launch_sum_sent,
     launch_two_shot,
 )
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
@@ -114,15 +116,52 @@ def test_two_shots_sum_in_order_of_rank(ranks: int, rows: int, features: int) ->
             assert torch.equal(summed, sum_in_order(parts))
 
 
+@pytest.mark.parametrize(("ranks", "rows", "features"), [(2, 5, 96), (2, 81, 1024), (3, 45, 1024), (4, 16, 32)])
+def test_parts_that_were_sent_are_summed_and_normed(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, rows: int, features: int
+) -> None:
+    """The same bits as the sum and the norm's own kernel one after the other, on every rank; shares that do not divide
+    into pieces, call after call, and with sums of two shots between."""
+    monkeypatch.setattr(all_reduce_launch, "MAX_PROGRAMS", 2)
+    group = Ranks(ranks, max_row_bytes=512, max_bytes=4096, max_sent_bytes=(rows + ranks) * features * 2)
+    weight = torch.rand(features).half() + 0.5
+    for call, num_rows in enumerate((rows, ranks**2, rows)):
+        parts = make_parts(ranks, num_rows, features, torch.float16, call)
+        residual = torch.randn(num_rows, features, generator=torch.Generator().manual_seed(call)).half()
+        shares = [part.split(-(-num_rows // ranks)) for part in parts]
+        for source in range(ranks):
+            for target in (rank for rank in range(ranks) if rank != source):
+                part, offset = shares[source][target], group.layout.find_part(source, target)
+                group.memory[target][offset : offset + part.nbytes] = part.reshape(-1).view(torch.uint8)
+        for norm in (weight, None):
+            outputs = [(torch.full_like(residual, torch.nan), torch.full_like(residual, torch.nan)) for _ in parts]
+            for phase in (1, 2):
+                for rank in range(ranks):
+                    sent = (shares[rank][rank], num_rows, None if norm is None else residual, norm, 1e-5, call)
+                    memory = (group.buffers, group.epochs[rank], group.layout, rank, phase)
+                    launch_sum_sent(*sent, *memory, outputs=outputs[rank])
+            expected = sum_in_order(parts), sum_in_order(parts)
+            if norm is not None:
+                expected = launch_rms_norm(expected[0], norm, 1e-5, residual)
+            for normed, stream in outputs:
+                assert torch.equal(stream, expected[1]) and (norm is None or torch.equal(normed, expected[0]))
+        few = make_parts(ranks, 1, 16, torch.float16, call)
+        for total in group.run(launch_two_shot, [(part,) for part in few], 3):
+            assert torch.equal(total, sum_in_order(few))
+    assert all(torch.equal(each, group.epochs[0]) for each in group.epochs)
+
+
 def test_programs_keep_to_their_own_memory() -> None:
     """What a program writes overlaps neither another one's nor the flags, whatever the sizes of a call: the flags of
     one program say nothing of another's."""
-    layout = SymmetricLayout(2, max_row_bytes=64, max_bytes=1 << 23)
+    layout = SymmetricLayout(2, max_row_bytes=64, max_bytes=1 << 23, max_sent_bytes=1000)
     assert layout.chunk_bytes >= layout.max_bytes // (2 * MAX_PROGRAMS)
     assert layout.rows_offset >= 4 * 3 * MAX_PROGRAMS * 2
     assert layout.marked_offset == layout.rows_offset + 2 * MAX_PROGRAMS * 2 * 64
     assert layout.chunks_offset == layout.marked_offset + 2 * MAX_MARKED_ROWS * 2 * 128
-    assert layout.total_bytes == layout.chunks_offset + 2 * MAX_PROGRAMS * 2 * layout.chunk_bytes
+    assert 4 * (layout.sent_flags + 2) <= layout.rows_offset
+    assert layout.parts_offset >= layout.chunks_offset + 2 * MAX_PROGRAMS * 2 * layout.chunk_bytes
+    assert layout.sums_offset >= layout.parts_offset + 500 and layout.total_bytes >= layout.sums_offset + 500
     group = Ranks(2, max_row_bytes=64, max_bytes=4096)
     group.run(launch_one_shot, [(torch.full((1, 16), 1.0),)] * 2, 2)  # 64 bytes of program 0, of each rank
     written = group.memory[0].nonzero()[:, 0]

@@ -14,6 +14,8 @@ from tests.spec_decode.conftest import assert_same_outputs
 
 from quire import LLM, SamplingParams
 from quire.core.contracts.quant import ActivationFormat
+from quire.core.ops.all_reduce import AllReduceKernels
+from quire.core.ops.device_profile import AllReduceLimits
 from quire.core.ops.kernels.all_reduce_launch import MAX_PROGRAMS, SymmetricLayout, launch_one_shot_norm
 from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 from quire.core.testing.tiny_models import make_tiny_model
@@ -68,6 +70,46 @@ def test_ranks_of_one_gpu_wait_for_each_other(marked: bool) -> None:
     assert all(int(each[0, :8].max()) == int(each[0, :8].min()) == 1000 for each in epochs)
     for normed, summed in [pair for of_rank in results for pair in of_rank]:
         assert torch.equal(summed, stream) and torch.equal(normed, expected)
+
+
+def test_parts_are_sent_while_the_product_runs() -> None:
+    """Two streams of one GPU as the ranks, a hundred sums that follow each other; what a rank multiplies depends on
+    what it was given by the sum before."""
+    device, rows, features = torch.device("cuda"), 515, 1024
+    limits = AllReduceLimits(1 << 17, 1 << 20, 1 << 20, 8 << 20, 1, 2 << 20)
+    layout = SymmetricLayout(2, max_bytes=limits.two_shot_bytes, max_sent_bytes=limits.max_sent_bytes)
+    memory = [torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    buffers = torch.tensor([each.data_ptr() for each in memory], device=device)
+    ranks = [AllReduceKernels(rank, buffers, layout, limits, memory) for rank in range(2)]
+    x = torch.randn(rows, features, device=device).bfloat16()
+    weights = [torch.randn(features, features, device=device).bfloat16() / 32 for _ in range(2)]
+    gain = torch.rand(features, device=device).bfloat16()
+
+    def run(rank: int, normed: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = ranks[rank].multiply_and_send(normed, features, lambda rows: rows @ weights[rank].T)
+        assert parts is not None
+        return ranks[rank].finish_sum(parts, stream, gain, 1e-5)
+
+    precompile_kernels(lambda: [run(rank, x, x) for rank in range(2)])  # a kernel that waits would stop loading
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for each in streams:  # so would memory and kernels of the library that come with the first product
+        with torch.cuda.stream(each):
+            _ = [torch.empty(size, dtype=torch.uint8, device=device) for size in [64 << 20, *[500_000] * 24]]
+            _ = [x[:num_rows] @ weight.T for weight in weights for num_rows in (257, 258)]
+    del _
+    results, expected = [(x, x), (x, x)], (x, x)
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for rank in range(2):
+            with torch.cuda.stream(streams[rank]):
+                results[rank] = run(rank, *results[rank])
+    torch.cuda.synchronize()
+    for _ in range(100):
+        halves = [torch.cat([rows @ weight.T for rows in expected[0].split(258)]) for weight in weights]
+        total = (halves[0].float() + halves[1].float()).bfloat16()
+        expected = launch_rms_norm(total, gain, 1e-5, expected[1])
+    for normed, stream in results:
+        assert torch.equal(stream, expected[1]) and torch.equal(normed, expected[0])
 
 
 @two_gpus

@@ -11,13 +11,16 @@ for it but who needs it.
   NCCL's LL protocol. So no write waits for those before it, and twice the bytes cross the link.
 - Two shots: each rank sums one share of the elements and writes the result to all. A rank sends 2 (N - 1) / N of the
   message in place of N - 1 of it.
+- The second of two shots of rows, for long messages, of which copy engines were the first: a rank sums its share of the
+  rows, adds the residual, and writes to all what it then norms, as they do.
 
 A flag holds the number of the program's last call, which each program counts in memory, so that a kernel does not
 depend on the host: it may stand in CUDA graphs and outside. Two buffers by turns suffice for one shot: whoever writes a
 buffer again has seen the flags of the call between, which a rank sets after it has read. The phases of two shots guard
 each other's buffers in the same way.
 
-Memory of each rank, ``all_reduce_launch.SymmetricLayout``: flags, rows of one shot, marked rows, chunks of both shots.
+Memory of each rank, ``all_reduce_launch.SymmetricLayout``: flags, rows of one shot, marked rows, chunks of both shots,
+parts that were sent and their sums.
 ``buffers`` holds the address of every rank's. Grid: a program a row, or a chunk. Registers: a row. NVLink multicast is
 not used.
 """
@@ -30,7 +33,7 @@ import triton.language as tl
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait
 from quire.core.ops.kernels.quantize_kernel import quantize_and_store_row
 
-__all__ = ["one_shot_kernel", "two_shot_kernel"]
+__all__ = ["one_shot_kernel", "sum_sent_kernel", "two_shot_kernel"]
 
 
 @triton.jit
@@ -224,6 +227,110 @@ def two_shot_kernel(
         tl.store(epochs_ptr + programs + program, epoch)
 
 
+@triton.jit(do_not_specialize=["rows", "share", "call"])
+def sum_sent_kernel(
+    part_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    stream_ptr,
+    buffers_ptr,
+    epochs_ptr,
+    rows,
+    share,
+    call,
+    eps,
+    features: tl.constexpr,
+    has_norm: tl.constexpr,
+    rank: tl.constexpr,
+    ranks: tl.constexpr,
+    programs: tl.constexpr,
+    sent_flags: tl.constexpr,
+    parts_offset: tl.constexpr,
+    sums_offset: tl.constexpr,
+    share_bytes: tl.constexpr,
+    piece_rows: tl.constexpr,
+    block: tl.constexpr,
+    phase: tl.constexpr,
+    enable_pdl: tl.constexpr,
+):
+    """Grid (number of programs,). Rank r sums rows ``r * share`` to ``(r + 1) * share``; program p takes each
+    ``num_programs``-th of every rank's share, from its p-th on, ``piece_rows`` at a time. It sums a piece and sends it
+    before it waits for the same piece of the others' sums, one behind, which it norms as well.
+
+    A flag of each rank says that its part of ``call`` is there. Copies of the next call begin when this kernel has
+    ended, and so when all have read theirs; sums of the next are written when its parts have come, and so when the
+    kernel has ended there."""
+    pdl_launch_dependents(enable_pdl)
+    dtype: tl.constexpr = part_ptr.dtype.element_ty
+    offs = tl.arange(0, block)
+    weight = tl.load(weight_ptr + offs, mask=offs < features, other=0.0)
+    own = tl.load(buffers_ptr + rank)
+    pdl_wait(enable_pdl)
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    num_pieces = tl.cdiv(tl.cdiv(share, num_programs), piece_rows)
+    counted = tl.load(epochs_ptr + programs + program)
+    if phase == 0:
+        sent_ptr = own.to(tl.pointer_type(tl.int32)) + sent_flags
+        for peer in tl.static_range(ranks):
+            if peer != rank:
+                while tl.atomic_add(sent_ptr + peer, 0, sem="acquire", scope="sys") != call:
+                    pass
+        tl.debug_barrier()
+    for turn in range(num_pieces + 1):
+        if (phase != 2) & (turn < num_pieces):
+            index = ((turn * piece_rows + tl.arange(0, piece_rows)) * num_programs + program).to(tl.int64)
+            row = rank * share + index
+            mask = ((index < share) & (row < rows))[:, None] & (offs < features)[None, :]
+            places = index[:, None] * features + offs[None, :]
+            total = tl.zeros((piece_rows, block), tl.float32)
+            for peer in tl.static_range(ranks):
+                if peer == rank:
+                    total += tl.load(part_ptr + places, mask=mask, other=0.0).to(tl.float32)
+                else:
+                    from_peer = _point_to(own + parts_offset + (peer - rank - 1 + ranks) % ranks * share_bytes, dtype)
+                    total += tl.load(from_peer + places, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            summed = total.to(dtype)
+            if has_norm:
+                summed += tl.load(residual_ptr + row[:, None] * features + offs[None, :], mask=mask, other=0.0)
+            for peer in tl.static_range(ranks):
+                if peer != rank:
+                    peer_sums = tl.load(buffers_ptr + peer) + sums_offset
+                    to_peer = _point_to(peer_sums + (rank - peer - 1 + ranks) % ranks * share_bytes, dtype)
+                    tl.store(to_peer + places, summed, mask=mask)
+            _store_normed(summed, weight, row, offs, mask, out_ptr, stream_ptr, eps, features, has_norm)
+            if phase == 0:
+                _signal(buffers_ptr, program, counted + turn + 1, 2, rank, ranks, programs)
+        if (phase != 1) & (turn >= 1):
+            if phase == 0:
+                _wait(buffers_ptr, program, counted + turn, 2, rank, ranks, programs)
+            index = (((turn - 1) * piece_rows + tl.arange(0, piece_rows)) * num_programs + program).to(tl.int64)
+            places = index[:, None] * features + offs[None, :]
+            for peer in tl.static_range(ranks):
+                if peer != rank:
+                    row = peer * share + index
+                    mask = ((index < share) & (row < rows))[:, None] & (offs < features)[None, :]
+                    sums = _point_to(own + sums_offset + (peer - rank - 1 + ranks) % ranks * share_bytes, dtype)
+                    summed = tl.load(sums + places, mask=mask, other=0.0, cache_modifier=".cg")
+                    _store_normed(summed, weight, row, offs, mask, out_ptr, stream_ptr, eps, features, has_norm)
+    if phase != 1:
+        tl.store(epochs_ptr + programs + program, counted + num_pieces)
+
+
+@triton.jit
+def _store_normed(
+    summed, weight, row, offs, mask, out_ptr, stream_ptr, eps, features: tl.constexpr, has_norm: tl.constexpr
+):
+    """Rows of the stream, (rows, block), and their norms."""
+    places = row[:, None] * features + offs[None, :]
+    tl.store(stream_ptr + places, summed, mask=mask)
+    if has_norm:
+        wide = summed.to(tl.float32)
+        inv_rms = tl.rsqrt(tl.sum(wide * wide, 1) / features + eps)
+        tl.store(out_ptr + places, weight[None, :] * (wide * inv_rms[:, None]).to(summed.dtype), mask=mask)
+
+
 @triton.jit
 def _point_to(address, dtype: tl.constexpr):
     """A pointer to a row or chunk: all of them begin at whole lines, so that stores are 16 bytes wide."""
@@ -241,6 +348,15 @@ def _wait_for_ranks(
     programs: tl.constexpr,
 ):
     """Tell the programs of this number on all ranks that what this one wrote is there, and wait for their word."""
+    _signal(buffers_ptr, program, epoch, barrier, rank, ranks, programs)
+    _wait(buffers_ptr, program, epoch, barrier, rank, ranks, programs)
+
+
+@triton.jit
+def _signal(
+    buffers_ptr, program, epoch, barrier: tl.constexpr, rank: tl.constexpr, ranks: tl.constexpr, programs: tl.constexpr
+):
+    """Tell them."""
     flags = (barrier * programs + program) * ranks
     # The barrier orders the stores of all threads before the one atomic that publishes them, to the whole system.
     tl.debug_barrier()
@@ -248,6 +364,14 @@ def _wait_for_ranks(
         if peer != rank:
             flag_ptr = tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)) + flags + rank
             tl.atomic_xchg(flag_ptr, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def _wait(
+    buffers_ptr, program, epoch, barrier: tl.constexpr, rank: tl.constexpr, ranks: tl.constexpr, programs: tl.constexpr
+):
+    """Wait until all have told as much."""
+    flags = (barrier * programs + program) * ranks
     own_ptr = tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int32)) + flags
     for peer in tl.static_range(ranks):
         if peer != rank:

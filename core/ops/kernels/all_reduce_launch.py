@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
-from quire.core.ops.kernels.all_reduce_kernel import one_shot_kernel, two_shot_kernel
+from quire.core.ops.kernels.all_reduce_kernel import one_shot_kernel, sum_sent_kernel, two_shot_kernel
 from quire.core.ops.kernels.pdl import supports_pdl
 from quire.core.ops.kernels.quantize_kernel import ACTIVATION_FORMAT_CODES, allocate_activation, get_row_warps
 
@@ -23,6 +23,7 @@ __all__ = [
     "SymmetricLayout",
     "launch_one_shot",
     "launch_one_shot_norm",
+    "launch_sum_sent",
     "launch_two_shot",
 ]
 
@@ -32,6 +33,8 @@ other."""
 MAX_MARKED_ROWS = 16
 """Of a marked one shot."""
 _TILE = 2048
+_PIECE_ELEMENTS = 16384
+"""Of the rows that a program takes at a time of parts that were sent: 32 a thread."""
 _NUM_BARRIERS = 3  # of one shot, and one after each of two shots
 
 
@@ -44,11 +47,18 @@ class SymmetricLayout:
     """The longest row of one shot."""
     max_bytes: int = 16 << 20
     """The longest message of two shots."""
+    max_sent_bytes: int = 0
+    """The longest of which ranks send parts by copies."""
+
+    @property
+    def sent_flags(self) -> int:
+        """The number, among the flags, of those that say that a rank's part was sent."""
+        return _NUM_BARRIERS * MAX_PROGRAMS * self.ranks
 
     @property
     def rows_offset(self) -> int:
         """Of the rows of one shot, two buffers; before them lie the flags, an int32 each."""
-        return _round_up(4 * _NUM_BARRIERS * MAX_PROGRAMS * self.ranks, 4096)
+        return _round_up(4 * (self.sent_flags + self.ranks), 4096)
 
     @property
     def marked_offset(self) -> int:
@@ -67,9 +77,28 @@ class SymmetricLayout:
         return max(4 * _TILE, _round_up(-(-self.max_bytes // (self.ranks * MAX_PROGRAMS)), 16) + 64)
 
     @property
+    def share_bytes(self) -> int:
+        """The most that a rank sums of parts that were sent."""
+        return _round_up(-(-self.max_sent_bytes // self.ranks), 4096)
+
+    @property
+    def parts_offset(self) -> int:
+        """Of what the others have sent of the rows that this rank sums."""
+        return _round_up(self.chunks_offset + 2 * MAX_PROGRAMS * self.ranks * self.chunk_bytes, 4096)
+
+    @property
+    def sums_offset(self) -> int:
+        """Of the others' sums."""
+        return self.parts_offset + (self.ranks - 1) * self.share_bytes
+
+    @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.chunks_offset + 2 * MAX_PROGRAMS * self.ranks * self.chunk_bytes
+        return self.sums_offset + (self.ranks - 1) * self.share_bytes
+
+    def find_part(self, source: int, target: int) -> int:
+        """Where, in the memory of ``target``, the part lies that ``source`` sends."""
+        return self.parts_offset + (source - target - 1) % self.ranks * self.share_bytes
 
 
 def launch_one_shot(
@@ -147,6 +176,61 @@ def launch_two_shot(
         launch_pdl=enable_pdl,
     )
     return out
+
+
+def launch_sum_sent(
+    part: Tensor,
+    rows: int,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    call: int,
+    buffers: Tensor,
+    epochs: Tensor,
+    layout: SymmetricLayout,
+    rank: int,
+    phase: int = 0,
+    outputs: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(norm(s), s)`` of the sum ``s`` of ``residual`` (rows, features) and of all ranks' parts; without ``weight``
+    the sum of these alone as ``s``. ``part``, contiguous, is of the rows that this rank sums, ``ceil(rows / ranks)``
+    or what is left of them; the others' lie at ``SymmetricLayout.find_part``, with ``call`` in their flags. ``phase`` 1
+    sums and 2 reads the others' sums, into ``outputs``; 0 is the whole."""
+    features = part.shape[1]
+    share = triton.cdiv(rows, layout.ranks)
+    block = triton.next_power_of_2(features)
+    out, stream = outputs or (part.new_empty(rows, features), part.new_empty(rows, features))
+    assert part.is_contiguous() and share * features * part.element_size() <= layout.share_bytes
+    enable_pdl = supports_pdl(part.device)
+    sum_sent_kernel[(min(MAX_PROGRAMS, share),)](
+        part,
+        part if residual is None else residual,
+        part if weight is None else weight,
+        out,
+        stream,
+        buffers,
+        epochs,
+        rows,
+        share,
+        call,
+        eps,
+        features=features,
+        has_norm=weight is not None,
+        rank=rank,
+        ranks=layout.ranks,
+        programs=MAX_PROGRAMS,
+        sent_flags=layout.sent_flags,
+        parts_offset=layout.parts_offset,
+        sums_offset=layout.sums_offset,
+        share_bytes=layout.share_bytes,
+        piece_rows=max(1, _PIECE_ELEMENTS // block),
+        block=block,
+        phase=phase,
+        enable_pdl=enable_pdl,
+        num_warps=16,
+        launch_pdl=enable_pdl,
+    )
+    return out, stream
 
 
 def _launch_one_shot(
