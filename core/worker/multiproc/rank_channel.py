@@ -11,15 +11,20 @@ import torch
 from numpy.typing import NDArray
 
 from quire.core.worker.multiproc.broadcast_ring import RingReader, SharedMemory
-from quire.core.worker.multiproc.frames import FRAME_BYTES, MESSAGE_FRAME, STATUS_FRAME, make_frame
+from quire.core.worker.multiproc.frames import (
+    FRAME_BYTES,
+    MASK_BLOCK,
+    MESSAGE_FRAME,
+    NEW_RING,
+    NEXT_MESSAGE,
+    STATUS,
+    STATUS_FRAME,
+    make_frame,
+)
 from quire.core.worker.multiproc.rank_launch import RankPlace
 from quire.core.worker.multiproc.rank_status import RankStatus
 
-__all__ = ["MASK_BLOCK", "NEW_RING", "NEXT_MESSAGE", "STATUS", "RankChannel", "open_channel"]
-
-NEXT_MESSAGE, NEW_RING, MASK_BLOCK, STATUS = b".", b"r", b"m", b"s"
-"""What a rank is sent over its socket where memory is shared: that a message is in the ring, or a descriptor."""
-
+__all__ = ["RankChannel", "open_channel"]
 
 def open_channel(place: RankPlace, connection: socket.socket) -> RankChannel:
     """The channel over ``connection`` that the executor of this rank uses."""

@@ -1,4 +1,5 @@
-"""The ranks of one host: processes of this one, with which it shares memory."""
+"""The ranks of one host: processes of this one, with which it shares memory. Imports nothing heavy: they start before
+this process imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError, WorkerDiedError
 from quire.core.worker.multiproc.broadcast_ring import RingWriter, SharedMemory
-from quire.core.worker.multiproc.rank_channel import MASK_BLOCK, NEW_RING, NEXT_MESSAGE, STATUS
+from quire.core.worker.multiproc.frames import MASK_BLOCK, NEW_RING, NEXT_MESSAGE, STATUS
 from quire.core.worker.multiproc.rank_group import RankEnd, RankGroup
 from quire.core.worker.multiproc.rank_launch import (
     DUMP_SIGNAL,

@@ -1,8 +1,12 @@
-"""Ranks are numbered as in vLLM: tensor-parallel ranks are neighbours, stages follow each other."""
+"""Ranks are numbered as in vLLM: tensor-parallel ranks are neighbours, stages follow each other. They start early."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from quire.core.config import ParallelConfig
+from quire.core.env import child_environment
 from quire.core.worker.multiproc.rank_layout import RankLayout
 
 
@@ -21,3 +25,9 @@ def test_a_message_names_the_stage_where_there_are_several() -> None:
     assert layout.describe_rank(3) == "rank 3 (stage 1)"
     assert RankLayout(2).describe_rank(1, "process 7") == "rank 1 (process 7)"
     assert RankLayout(2).describe_rank(1) == "rank 1"
+
+
+def test_what_starts_ranks_is_light() -> None:
+    """Their imports take seconds, and begin when what starts them has ended its own."""
+    code = "import sys, quire.core.worker.multiproc.rank_processes as _; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=child_environment(), check=True, timeout=60)
