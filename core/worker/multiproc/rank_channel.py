@@ -26,6 +26,7 @@ from quire.core.worker.multiproc.rank_status import RankStatus
 
 __all__ = ["RankChannel", "open_channel"]
 
+
 def open_channel(place: RankPlace, connection: socket.socket) -> RankChannel:
     """The channel over ``connection`` that the executor of this rank uses."""
     return RingChannel(place, connection) if place.channel == "ring" else StreamChannel(connection)
