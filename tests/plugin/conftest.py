@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,8 @@ def make_environment(*sites):
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     paths = os.pathsep.join([str(ROOT / "src"), *map(str, sites), *inherited])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    interpreted = {"TRITON_INTERPRET": "0"} if torch.cuda.is_available() else {}
+    return {**kept, **interpreted, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def write_distribution(

@@ -78,7 +78,7 @@ SERVE = """
 import json, sys
 from quire import LLM, SamplingParams
 model, kinds, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-llm = LLM(model=model, max_model_len=96, num_gpu_blocks_override=64,
+llm = LLM(model=model, dtype="float32", max_model_len=96, num_gpu_blocks_override=64,
           plugins=["quire-fresh-route", "quire-optfor-causal-lm"], **kinds)
 params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=1 + i % 2) for i in range(len(prompts))]
 outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
