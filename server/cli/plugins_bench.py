@@ -135,11 +135,12 @@ class _Report:
             if self._kind != "attention":
                 raise ConfigError("--shapes goes with attention backends, whose time depends on lengths")
             cases = read_shape_cases(self._args.shapes)
-        cases = [case for case in cases if not self._args.only or self._args.only in case.name]
-        if not cases:
-            raise ConfigError(f"--only {self._args.only}: no case has that in its name")
+        kept = [case for case in cases if not self._args.only or self._args.only in case.name]
+        if not kept:
+            names = ", ".join(case.name for case in cases)
+            raise ConfigError(f"--only {self._args.only}: no case has that in its name; there are: {names}")
         with torch.inference_mode():
-            for case in cases:
+            for case in kept:
                 self._rows += measure_case(
                     bench,
                     case,
@@ -180,10 +181,12 @@ class _Report:
     def format_text(self) -> str:
         """A Markdown table, notes below it."""
         from quire.server.plugin_bench.report import format_end_to_end, format_table
+        from quire.server.plugin_bench.timer import MIN_ROUNDS
 
         lines = [format_table(self._rows, self._name), "", *self._notes]
         if any(row.ratio is not None for row in self._rows):
-            lines.append("~: the 95 % interval of the ratio holds 1")
+            interval = "95 % interval" if self._args.rounds >= MIN_ROUNDS else f"range of {self._args.rounds} rounds"
+            lines.append(f"~: the {interval} of the ratio holds 1")
         if self._end_to_end is not None:
             lines.append(format_end_to_end(self._end_to_end, self._name))
         if self._plot is not None:

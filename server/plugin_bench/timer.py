@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["L2_BYTES", "TURN_S", "WARM_UP_S", "Ratio", "compare_rounds", "make_timer", "run_alternately", "time_graph"]
+__all__ = [
+    "L2_BYTES",
+    "MIN_ROUNDS",
+    "TURN_S",
+    "WARM_UP_S",
+    "Ratio",
+    "compare_rounds",
+    "make_timer",
+    "run_alternately",
+    "time_graph",
+]
 
 L2_BYTES = 256 << 20
 """Launches of one timed run go through at least this much memory, which is more than any GPU's L2 cache holds."""
@@ -26,6 +36,8 @@ WARM_UP_S = 0.2
 TURN_S = 0.05
 """How long one of several timers has a GPU before the next does: what ran before has left neither its data in the L2
 cache nor its clock, which follows the power that kernels draw within some milliseconds."""
+MIN_ROUNDS = 6
+"""Rounds of which order statistics give an interval of 95 %."""
 _HEAD_START_CYCLES = 400_000
 """Some 0.2 ms, in which the host queues both events and what is between them."""
 
@@ -101,7 +113,7 @@ class Ratio:
 
 def compare_rounds(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
     """``seconds`` over ``others``, round by round. The interval is that of order statistics, which assumes nothing of
-    how times are distributed; of fewer than six rounds it is their range, and covers less than 95 %."""
+    how times are distributed; of fewer than ``MIN_ROUNDS`` it is their range, and covers less than 95 %."""
     ratios = sorted(a / b for a, b in zip(seconds, others, strict=True))
     count = len(ratios)
     left_out, covered = 0, 0.0

@@ -44,7 +44,7 @@ def test_a_class_of_a_file_is_measured_beside_a_bundled_one(own, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| case") and f"time of {own} beside it" in lines[0] and len(lines[2:]) >= 3
     assert lines[2].startswith("| 8 running, 4 waiting, one ends a step") and own in lines[2] and "| fcfs" in lines[3]
-    assert "CPU time of the thread" in "".join(lines)
+    assert "CPU time of the thread" in "".join(lines) and "~: the range of 3 rounds of the ratio holds 1" in lines
 
 
 def test_the_same_as_json_and_as_a_plot(tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_a_cpu_says_what_it_cannot_say(capsys):
     [
         (["metrics/prometheus"], "is not a kind that is timed; those are attention, quant"),
         (["policy/fcsf"], "did you mean fcfs"),
-        (["policy/fcfs", "--only", "nothing"], "no case has that in its name"),
+        (["policy/fcfs", "--only", "nothing"], "no case has that in its name; there are: 8 running"),
         (["nowhere.py:Class"], "there is no file"),
         (["policy/fcfs", "--shapes", "x.json"], "--shapes goes with attention"),
         (["attention/torch_sdpa", "--shapes", "x.json"], "write one: quire serve --capture-shapes FILE"),
