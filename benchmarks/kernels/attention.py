@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from quire.core.contracts.attention import AttentionBackend, AttentionSpec
+from quire.core.contracts.attention import AttentionBackend
 from quire.plugins.attention.triton.backend import TritonBackend
 from quire.server.bench.workloads import make_workload
-from quire.server.plugin_bench.attention_bench import AttentionBench, StepShape
+from quire.server.plugin_bench.attention_bench import AttentionBench, StepShape, make_spec
 from quire.server.plugin_bench.attention_step import POOL_BYTES, MemoryPool
 from quire.server.plugin_bench.measurement import measure_case
 from quire.server.plugin_bench.timer import time_graph
@@ -33,7 +33,6 @@ READ_BANDWIDTH = 4.29e12
 """Bytes a second, H200."""
 BF16_FLOPS = 680e12
 """bf16 operations a second, H200."""
-BLOCK_SIZE = 16
 AGREEMENT_ROUNDS = 7
 
 # FlashAttention-3 as vLLM 0.20.2 calls it on an H200, 32 query and 8 KV heads, head_dim 128, blocks of 16.
@@ -42,21 +41,6 @@ FA3_DECODE |= {(256, 4096): 1027.43}  # (batch, context): microseconds
 FA3_PREFILL = {(1, 2048, 2048): 77.17, (4, 4096, 4096): 1059.24, (1, 2048, 8192): 427.38}  # (batch, new, context)
 
 FP8_SHAPES = ((1, 1024), (1, 4096), (32, 1024), (64, 300), (128, 150), (256, 150), (256, 256), (256, 800), (256, 4096))
-
-
-def make_spec(
-    num_heads: int, num_kv_heads: int = 8, head_dim: int = 128, kv_dtype: torch.dtype = torch.bfloat16
-) -> AttentionSpec:
-    """bf16 queries, full attention."""
-    types: dict[str, Any] = {"dtype": torch.bfloat16, "kv_dtype": kv_dtype, "block_size": BLOCK_SIZE}
-    return AttentionSpec(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        qk_head_dim=head_dim,
-        v_head_dim=head_dim,
-        scale=head_dim**-0.5,
-        **types,
-    )
 
 
 def measure_decode(

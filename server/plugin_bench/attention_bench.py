@@ -15,7 +15,7 @@ from quire.server.plugin_bench.attention_step import POOL_BYTES, MemoryPool
 from quire.server.plugin_bench.cases import BenchCase, CaseRefusedError, KindBench, PreparedCase
 from quire.server.plugin_bench.timer import make_timer
 
-__all__ = ["AttentionBench", "StepShape"]
+__all__ = ["AttentionBench", "StepShape", "make_spec"]
 
 _POOL_BYTES_CPU = 8 << 20
 _ERROR_REQUESTS, _ERROR_TOKENS = 4, 600
@@ -102,9 +102,13 @@ class AttentionBench(KindBench):
 
 
 def make_spec(
-    num_heads: int = 32, num_kv_heads: int = 8, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
 ) -> AttentionSpec:
-    """Full attention, by default of Llama 3.1 8B, over blocks of 16."""
+    """Full attention, by default of Llama 3.1 8B, over blocks of 16, whose keys are of ``kv_dtype`` or of ``dtype``."""
     return AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -112,7 +116,7 @@ def make_spec(
         v_head_dim=head_dim,
         scale=head_dim**-0.5,
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
         block_size=16,
     )
 
