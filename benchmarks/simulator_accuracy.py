@@ -29,7 +29,7 @@ from quire.core.errors import ConfigError
 from quire.core.traces.records import ArrivalRecord, DoneRecord, EndRecord, StepRecord
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
-from quire.server.ab.live import send_trace
+from quire.server.ab.trace_sender import send_trace
 from quire.server.simulate.fit import fit_step_model, measure_errors
 from quire.server.simulate.simulation import EngineSetup, run_simulation
 from quire.server.traces.read import read_trace

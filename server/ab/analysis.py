@@ -92,8 +92,15 @@ class Verdict:
         known = ", ".join(effect.metric.name for effect in self.effects)
         raise ConfigError(f"--primary {name} was not measured; choose from {known}")
 
+    @property
+    def is_final(self) -> bool:
+        """Whether there were enough pairs to say anything."""
+        return self.num_pairs >= MIN_PAIRS
+
     def summarize(self) -> str:
         """One sentence."""
+        if not self.is_final:
+            return f"No verdict: {self.num_pairs} pairs were measured, and {MIN_PAIRS} are the least."
         if not self.significant:
             return "No difference was found."
         better = _name_quantities([e.metric for e in self.significant if e.is_better])
@@ -120,13 +127,19 @@ def import_packages() -> tuple[Any, Any]:
     return import_scipy("stats", "quire ab"), multitest
 
 
-def analyze_pairs(observations: Observations, objectives: Objectives, pair_seconds: float, seed: int = 0) -> Verdict:
-    """Compare the arms. Raises ``ConfigError`` with fewer than ``MIN_PAIRS`` pairs."""
+def analyze_pairs(
+    observations: Observations,
+    objectives: Objectives,
+    pair_seconds: float,
+    seed: int = 0,
+    min_pairs: int = MIN_PAIRS,
+) -> Verdict:
+    """Compare the arms. Raises ``ConfigError`` with fewer than ``min_pairs`` pairs, two at least."""
     stats, multitest = import_packages()
     num_pairs = observations.num_pairs
-    if num_pairs < MIN_PAIRS:
+    if num_pairs < min_pairs:
         raise ConfigError(
-            f"{num_pairs} pairs of stretches have requests in both arms, and {MIN_PAIRS} are needed; run longer, or "
+            f"{num_pairs} pairs of stretches have requests in both arms, and {min_pairs} are needed; run longer, or "
             "give more --pairs"
         )
     table = MetricTable(observations, objectives)

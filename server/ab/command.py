@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from quire.server.simulate.results import Objectives
 
 __all__ = ["add_parser", "run"]
+
+_LEAST_REPORTED_PAIRS = 2
 
 _ABOUT = """Compare two policies on equal traffic: in virtual time (the default), on two servers, or on one server whose
 policy changes back and forth. Prints a report in Markdown."""
@@ -92,8 +95,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the test, and print its report."""
-    from quire.server.ab.analysis import analyze_pairs
+    """Run the test, and print its report: a partial one where it was interrupted."""
+    from quire.server.ab.analysis import MIN_PAIRS, analyze_pairs
     from quire.server.ab.designs import run_experiment
     from quire.server.ab.observations import combine_arms
     from quire.server.simulate.results import Objectives
@@ -104,7 +107,13 @@ def run(args: argparse.Namespace) -> int:
     _check_report(args, objectives)
     experiment = run_experiment(args)
     observations = combine_arms(experiment.measured)
-    verdict = analyze_pairs(observations, objectives, 2 * experiment.stretch_s, args.seed)
+    min_pairs = MIN_PAIRS
+    if experiment.interruption is not None:
+        min_pairs = _LEAST_REPORTED_PAIRS
+        if observations.num_pairs < min_pairs:
+            print(f"quire: {_describe_no_report(experiment, observations.num_pairs)}", file=sys.stderr)
+            raise experiment.interruption
+    verdict = analyze_pairs(observations, objectives, 2 * experiment.stretch_s, args.seed, min_pairs)
     verdict.get_effect(args.primary)
     experiment = _note_short_stretches(experiment, observations)
     if args.json:
@@ -112,7 +121,19 @@ def run(args: argparse.Namespace) -> int:
     text = _write_report(args, experiment, observations, verdict)
     if not args.json:
         print(text)
+    if experiment.interruption is not None:
+        raise experiment.interruption
     return 0
+
+
+def _describe_no_report(experiment: Experiment, num_pairs: int) -> str:
+    from quire.server.ab.analysis import MIN_PAIRS
+
+    minutes = 2 * experiment.stretch_s / 60
+    return (
+        f"no report: {num_pairs} of {experiment.planned_pairs} pairs of stretches were measured; a partial report "
+        f"needs {_LEAST_REPORTED_PAIRS}, and a verdict {MIN_PAIRS}, {MIN_PAIRS * minutes:,.1f} min in all"
+    )
 
 
 def _note_short_stretches(experiment: Experiment, observations: Any) -> Experiment:
@@ -196,6 +217,7 @@ def _to_json(experiment: Experiment, verdict: Verdict) -> dict[str, Any]:
         "b": experiment.arms[1].name,
         "pairs": verdict.num_pairs,
         "requests": verdict.num_requests,
+        "partial": experiment.interruption is not None,
         "verdict": verdict.summarize(),
         "warnings": list(experiment.warnings),
         "effects": effects,

@@ -92,19 +92,22 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
     if args.design != "replay":
         trace = cut_to_blocks(trace, blocks)
     if args.design == "switchback":
-        measured = run_live_switchback(
+        live = run_live_switchback(
             trace, args.url[0], args.api_key, args.admin_api_key, policies, blocks, args.washout, args.vocab_size
         )
     elif args.design == "replay":
         windows = cut_windows(trace, args.pairs, None)
         stretch = round(trace.duration_s / args.pairs, 1)
-        measured = run_paired_replay(windows, args.url, args.api_key, args.vocab_size, args.washout)
+        live = run_paired_replay(windows, args.url, args.api_key, args.vocab_size, args.washout)
     else:
-        measured = run_split(trace, args.url, args.api_key, args.vocab_size, blocks, args.seed)
-    notes = list(trace.notes)
+        live = run_split(trace, args.url, args.api_key, args.vocab_size, blocks, args.seed)
+    notes = [*trace.notes, *live.notes]
     if len(args.url) == 2:
         notes.append("two servers on two devices differ by 1 to 4 % by themselves: run --aa on them first")
-    return Experiment(args.design, arms, measured, stretch, args.washout, trace.describe(), warnings, (), notes)
+    return Experiment(
+        args.design, arms, live.measured, stretch, args.washout, trace.describe(), warnings, (), notes, args.pairs,
+        live.interruption,
+    )  # fmt: skip
 
 
 def _make_arms(names: Any, engines: list[dict[str, Any]]) -> tuple[Arm, Arm]:

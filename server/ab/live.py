@@ -1,12 +1,15 @@
-"""A/B tests on running servers: the same traffic to two of them, or a policy that changes back and forth in one."""
+"""A/B tests on running servers: the same traffic to two of them, or a policy that changes back and forth in one.
+
+A test that is interrupted has measured the pairs of stretches of which every request was answered by then.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -16,12 +19,24 @@ from quire.core.errors import ConfigError
 from quire.server.ab.live_policy import LivePolicy
 from quire.server.ab.observations import ArmTimes
 from quire.server.ab.simulated import Block, select_measured
-from quire.server.bench.client import LoadClient, Timing, run_async
+from quire.server.ab.trace_sender import TraceSender
+from quire.server.bench.client import LoadClient, run_async
 from quire.server.simulate.results import RequestTimes
 from quire.server.simulate.setup import PluginSpec
-from quire.server.traces.trace import Trace, TraceRequest
+from quire.server.traces.trace import Trace
 
-__all__ = ["describe_server", "make_prompt", "run_live_switchback", "run_paired_replay", "run_split", "send_trace"]
+__all__ = ["LiveRun", "describe_server", "run_live_switchback", "run_paired_replay", "run_split"]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRun:
+    """What a test on running servers has measured."""
+
+    measured: list[ArmTimes]
+    interruption: KeyboardInterrupt | None = None
+    """What ended it early, for the caller to raise again when it has reported; None: it ran to its end."""
+    notes: Sequence[str] = ()
+    """What a reader of the report has to know."""
 
 
 def describe_server(url: str, api_key: str | None = None) -> dict[str, Any]:
@@ -59,37 +74,44 @@ def _is_asynchronous(events: Sequence[dict[str, Any]]) -> bool | None:
 
 def run_paired_replay(
     windows: Sequence[Trace], urls: Sequence[str], api_key: str | None, vocab_size: int, washout_s: float
-) -> list[ArmTimes]:
+) -> LiveRun:
     """Each stretch to both servers at once, the next when both have answered all of it."""
-    measured = []
+    clients = [LoadClient(url, api_key) for url in urls]
+    measured: list[ArmTimes] = []
     for pair, window in enumerate(windows):
+        senders = [TraceSender(window, vocab_size) for _ in clients]
 
-        async def send_both(window: Trace = window) -> list[RequestTimes]:
-            return list(
-                await asyncio.gather(*(_send(window, LoadClient(url, api_key), vocab_size, None) for url in urls))
-            )
+        async def send_both(senders: Sequence[TraceSender] = senders) -> None:
+            await asyncio.gather(*(each.send(client) for each, client in zip(senders, clients, strict=True)))
 
-        for arm, times in enumerate(run_async(send_both())):
+        if (interruption := _run_until_interrupted(send_both())) is not None:
+            return LiveRun(measured, interruption)
+        for arm, sender in enumerate(senders):
+            times = sender.make_times()
             end = float(times.arrival_s[-1])
             measured.append(ArmTimes(pair, arm, max(end - washout_s, 1e-9), select_measured(times, washout_s, end + 1)))
-    return measured
+    return LiveRun(measured)
 
 
 def run_split(
     trace: Trace, urls: Sequence[str], api_key: str | None, vocab_size: int, blocks: Sequence[Block], seed: int
-) -> list[ArmTimes]:
+) -> LiveRun:
     """Each request to one of two servers, by a coin. Stretches of time make the pairs."""
     coins = np.random.default_rng([seed, 5]).integers(0, 2, len(trace)).tolist()
     clients = [LoadClient(url, api_key) for url in urls]
-    times = run_async(_send(trace, clients[0], vocab_size, lambda number: clients[coins[number]]))
-    arms = np.array(coins)
+    sender = TraceSender(trace, vocab_size)
+    interruption = _run_until_interrupted(sender.send(clients[0], lambda number: clients[coins[number]]))
+    times = sender.make_times()
+    arms = np.array([coins[number] for number in sender.list_answered()])
     measured = []
     for pair in range(len(blocks) // 2):
         start, end = blocks[2 * pair].start_s, blocks[2 * pair + 1].end_s
+        if end > sender.first_unanswered_s:
+            break
         for arm in (0, 1):
             chosen = select_measured(_choose(times, arms == arm), start, end)
             measured.append(ArmTimes(pair, arm, end - start, chosen))
-    return measured
+    return LiveRun(measured, interruption)
 
 
 def run_live_switchback(
@@ -101,17 +123,20 @@ def run_live_switchback(
     blocks: Sequence[Block],
     washout_s: float,
     vocab_size: int,
-) -> list[ArmTimes]:
+) -> LiveRun:
     """Send the trace while the server's policy changes at the beginning of each block. Afterwards, and where the test
     ends early, the server has the policy again that it had before. Raises ``ConfigError`` where one was quarantined."""
     policy = LivePolicy(url, admin_key)
+    sender = TraceSender(trace, vocab_size)
+    client = LoadClient(url, api_key)
 
-    async def serve() -> RequestTimes:
+    async def serve() -> None:
+        await policy.prepare()
+        await sender.prepare(client)
         switching = asyncio.create_task(policy.follow_blocks(policies, blocks))
-        sending = asyncio.create_task(_send(trace, LoadClient(url, api_key), vocab_size, None))
+        sending = asyncio.create_task(sender.send(client))
         try:
             await asyncio.gather(switching, sending)
-            return sending.result()
         except asyncio.CancelledError:
             print(f"quire: {policy.describe_interruption(len(blocks))}", file=sys.stderr)
             raise
@@ -121,76 +146,34 @@ def run_live_switchback(
             await asyncio.wait((switching, sending))
             await policy.give_back()
 
-    times = run_async(serve())
+    interruption = _run_until_interrupted(serve())
+    times = sender.make_times()
     measured = []
-    for block in blocks:
+    num_pairs = _count_answered_pairs(blocks[: policy.num_switches], sender.first_unanswered_s, washout_s)
+    for block in blocks[: 2 * num_pairs]:
         start, end = block.get_measured(washout_s)
         measured.append(ArmTimes(block.pair, block.arm, end - start, select_measured(times, start, end)))
-    return measured
+    notes = []
+    if policy.longest_switch_s > max(washout_s, 0.1):
+        notes.append(
+            f"a change of policy took {policy.longest_switch_s:.1f} s, longer than the washout: requests that were "
+            "measured met the policy of the stretch before; give a longer --washout"
+        )
+    return LiveRun(measured, interruption, notes)
 
 
-def send_trace(trace: Trace, url: str, api_key: str | None = None, vocab_size: int = 4096) -> RequestTimes:
-    """Send the requests of a trace at their times, and time the answers."""
-    return run_async(_send(trace, LoadClient(url, api_key), vocab_size, None))
+def _run_until_interrupted(work: Coroutine[Any, Any, None]) -> KeyboardInterrupt | None:
+    """Run it; what interrupted it, once it has cleaned up, or None."""
+    try:
+        run_async(work)
+    except KeyboardInterrupt as interruption:  # SIGTERM too
+        return interruption
+    return None
 
 
-def make_prompt(request: TraceRequest, number: int, hash_block_size: int, vocab_size: int) -> list[int]:
-    """Random tokens: those of a known block are drawn from its hash, so that equal prefixes are equal."""
-    tokens: list[int] = []
-    if hash_block_size:
-        for block_hash in request.block_hashes[: request.prompt_len // hash_block_size]:
-            tokens += np.random.default_rng([block_hash, 6]).integers(4, vocab_size, hash_block_size).tolist()
-    rest = request.prompt_len - len(tokens)
-    tokens += np.random.default_rng([number, 7]).integers(4, vocab_size, rest).tolist()
-    return tokens
-
-
-async def _send(
-    trace: Trace, client: LoadClient, vocab_size: int, choose: Callable[[int], LoadClient] | None
-) -> RequestTimes:
-    model = (await client.get_json("/v1/models"))["data"][0]["id"]
-    prompts = [
-        make_prompt(request, number, trace.hash_block_size, vocab_size) for number, request in enumerate(trace.requests)
-    ]  # before the clock runs, or the first requests would be late
-    start = time.perf_counter()
-
-    async def send_one(number: int, request: TraceRequest) -> Timing:
-        body = {
-            "model": model, "prompt": prompts[number], "max_tokens": request.output_len, "temperature": 0,
-            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}, "priority": request.priority,
-            **request.scheduling,
-        }  # fmt: skip
-        await asyncio.sleep(max(start + request.arrival_s - time.perf_counter(), 0))
-        chosen = client if choose is None else choose(number)
-        return await chosen.time_stream("/v1/completions", body)
-
-    timings = await asyncio.gather(*(send_one(number, request) for number, request in enumerate(trace.requests)))
-    failed = [timing.error for timing in timings if timing.error]
-    if len(failed) == len(timings):
-        raise ConfigError(f"no request was answered, the first because: {str(failed[0])[:200]}")
-    return _make_times(trace, timings)
-
-
-def _make_times(trace: Trace, timings: Sequence[Timing]) -> RequestTimes:
-    served = np.array([timing.error is None and bool(timing.events) for timing in timings], bool)
-    first = np.array([timing.events[0] if timing.events else np.nan for timing in timings])
-    last = np.array([timing.events[-1] if timing.events else np.nan for timing in timings])
-    counts = np.array([timing.output_tokens for timing in timings], np.int64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        tpot = np.where(served & (counts > 1), (last - first) / (counts - 1), np.nan)
-    groups = [str(request.scheduling.get("group", "")) for request in trace.requests]
-    return RequestTimes(
-        arrival_s=np.array([request.arrival_s for request in trace.requests]),
-        ttft_s=np.where(served, first, np.nan),
-        tpot_s=tpot,
-        e2e_s=np.where(served, last, np.nan),
-        prompt_len=np.array([timing.prompt_tokens for timing in timings], np.int64),
-        output_len=counts,
-        num_cached=np.array([timing.cached_tokens for timing in timings], np.int64),
-        num_preemptions=np.zeros(len(timings), np.int64),
-        is_served=served,
-        groups=groups if any(groups) else (),
-    )
+def _count_answered_pairs(blocks: Sequence[Block], first_unanswered_s: float, washout_s: float) -> int:
+    ends = [block.get_measured(washout_s)[1] for block in blocks[1::2]]
+    return sum(end <= first_unanswered_s for end in ends)
 
 
 def _choose(times: RequestTimes, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> RequestTimes:

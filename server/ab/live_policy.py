@@ -25,12 +25,17 @@ class LivePolicy:
         self._url = url
         self._admin_key = admin_key
         self._original: dict[str, Any] | None = None
-        self._num_switches = 0
+        self.num_switches = 0
+        self.longest_switch_s = 0.0
+        """From the beginning of a block until the server had its policy, at most."""
+
+    async def prepare(self) -> None:
+        """Ask for the policy that is to be given back, so that ``follow_blocks`` begins at once."""
+        self._original = await self._call("GET")
 
     async def follow_blocks(self, policies: Sequence[PluginSpec], blocks: Sequence[Block]) -> None:
         """Switch until the last block has ended. Raises ``ConfigError`` if the server refuses, or if a policy was
         quarantined in a block: the one that took over would be measured in its place."""
-        self._original = await self._call("GET")
         minutes = blocks[-1].end_s / 60
         print(f"{len(blocks)} stretches of {blocks[0].end_s:g} s on {self._url}: {minutes:.1f} min", file=sys.stderr)
         start = time.perf_counter()
@@ -41,7 +46,9 @@ class LivePolicy:
                 policy = policies[block.arm]
                 name = make_absolute(policy.text.partition(",")[0])
                 await self._call("POST", {"name": name, "options": policy.options})
-                self._num_switches += 1
+                self.num_switches += 1
+                late_s = time.perf_counter() - start - block.start_s
+                self.longest_switch_s = max(self.longest_switch_s, late_s)
                 bar.update()
             await asyncio.sleep(max(start + blocks[-1].end_s - time.perf_counter(), 0))
             await self._check_quarantine()
@@ -53,11 +60,11 @@ class LivePolicy:
 
     def describe_interruption(self, num_blocks: int) -> str:
         """What is said of a test that was ended before its end."""
-        text = f"interrupted in stretch {self._num_switches} of {num_blocks}: no verdict"
+        text = f"interrupted in stretch {self.num_switches} of {num_blocks}"
         return text if self._original is None else f"{text}; the policy is {format_policy(self._original)} again"
 
     async def _check_quarantine(self) -> None:
-        quarantined = (await self._call("GET"))["quarantined"] if self._num_switches else None
+        quarantined = (await self._call("GET"))["quarantined"] if self.num_switches else None
         if quarantined:
             raise ConfigError(
                 f"{quarantined['name']} was quarantined ({quarantined['reason']}), and the policy that took over would "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quire.core.version import __version__
-from quire.server.ab.analysis import WANTED_EFFECT, Effect, Verdict
+from quire.server.ab.analysis import MIN_PAIRS, WANTED_EFFECT, Effect, Verdict
 from quire.server.ab.run import Experiment
 
 __all__ = ["format_report"]
@@ -19,9 +19,11 @@ def format_report(
     chosen = verdict.get_effect(primary)
     is_aa = a.name == b.name
     lines = [f"# A/B: `{a.name}` against `{b.name}`", ""]
+    if experiment.interruption is not None:
+        lines += [f"> **Partial**: {_describe_rest(experiment, verdict, chosen)}", ""]
     for warning in experiment.warnings:
         lines += [f"> **Unequal arms**: {warning}. What follows compares two engines, not two policies.", ""]
-    lines += [f"**{verdict.summarize()}** {_describe_primary(chosen)}", ""]
+    lines += [f"**{verdict.summarize()}**" + (f" {_describe_primary(chosen)}" if verdict.is_final else ""), ""]
     if is_aa:
         lines += ["Both arms are the same: what is found here is the noise floor of this setting.", ""]
     lines += _format_table(verdict)
@@ -57,6 +59,20 @@ _DESIGNS = {
     "switchback": "Switchback: one server changed its policy between stretches, in random order within each pair.",
     "split": "Split by request: each request went to one of two servers at random.",
 }
+
+
+def _describe_rest(experiment: Experiment, verdict: Verdict, chosen: Effect) -> str:
+    """How far an interrupted test came, and how much longer it would have to run."""
+    done, minutes = verdict.num_pairs, verdict.pair_seconds / 60
+    text = f"interrupted; {done} of {experiment.planned_pairs} pairs were measured."
+    if not verdict.is_final:
+        text += f" A verdict needs {MIN_PAIRS}: {(MIN_PAIRS - done) * minutes:,.1f} min more."
+    if not chosen.recommended_pairs:
+        return text
+    needed = f"{chosen.recommended_pairs} pairs find {WANTED_EFFECT:.0%} in {chosen.metric.title}"
+    more = (chosen.recommended_pairs - done) * minutes
+    source = ", by what these few show" if done < MIN_PAIRS else ""
+    return f"{text} {needed}{source}: " + (f"{more:,.1f} min more." if more > 0 else "no more than ran.")
 
 
 def _describe_primary(effect: Effect) -> str:

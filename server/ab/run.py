@@ -37,3 +37,7 @@ class Experiment:
     queue_depth: Sequence[tuple[float, int, int]] = ()
     """Seconds, requests that wait, arm; for a plot."""
     notes: Sequence[str] = field(default=())
+    planned_pairs: int | None = None
+    """Pairs of stretches that were to be measured, where it could have been interrupted."""
+    interruption: KeyboardInterrupt | None = None
+    """What ended it before that, to be raised again after the report; None: it ran to its end."""

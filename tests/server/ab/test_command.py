@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -193,8 +194,33 @@ def test_a_test_that_is_interrupted_gives_the_policy_back(start):
         process.send_signal(signal.SIGTERM)
         err = process.communicate()[1]
     assert process.returncode == 143
-    assert ": no verdict; the policy is fcfs (defaults), switched " in err.splitlines()[-1], err
+    assert "; the policy is fcfs (defaults), switched " in err.splitlines()[-2], err
+    assert err.splitlines()[-1].startswith("quire: no report: 0 of 12 pairs of stretches were measured"), err
     assert get_policy(running)["name"] == "fcfs"
+
+
+def test_an_interrupted_test_reports_what_it_measured(start, tmp_path):
+    """On paper and as JSON: that it is partial, without a verdict, and how much longer a run would be needed."""
+    running = start("--admin-api-key", "secret")
+    words = [sys.executable, "-m", "quire", "ab", *SWITCHBACK, "--url", running.url, "--admin-api-key", "secret"]
+    words += ["--arrivals", "uniform:rate=3", "--block", "1", "--json", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
+    ) as process:
+        while get_policy(running)["num_switches"] < 8:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err and get_policy(running)["name"] == "fcfs"
+    told = json.loads(out)
+    assert told["partial"] and 2 <= told["pairs"] < 12 and told["verdict"].startswith("No verdict: ")
+    report = (tmp_path / "report.md").read_text()
+    [rest] = re.findall(
+        rf"^> \*\*Partial\*\*: interrupted; {told['pairs']} of 12 pairs were measured\. (.*)$", report, re.M
+    )
+    assert rest.startswith(f"A verdict needs 12: {(12 - told['pairs']) * 2 / 60:.1f} min more. "), rest
+    assert f"**No verdict: {told['pairs']} pairs were measured, and 12 are the least.**\n" in report
 
 
 def test_a_live_policy_that_is_quarantined_gets_no_verdict(quire, start, tmp_path):
