@@ -86,7 +86,7 @@ async def _start_generations(
     options: dict[str, Any] = {"priority": priority, "scheduling": scheduling}
     options["lora_request"] = state.find_adapter(body.model)
     options |= {"cache_salt": body.cache_salt, "stream": mode, "shown_token_ids": shown_token_ids}
-    name = f"{get_request_id(request.scope)}-{unique}"
+    name = f"{get_request_id(request.scope, body.request_id)}-{unique}"
     return [state.engine.generate(p, params, f"{name}-{i}", **options) for i, p in enumerate(encoded)]
 
 

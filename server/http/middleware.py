@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ApiError, UnavailableError, make_error_response
+from quire.server.http.protocol.common import MAX_REQUEST_ID_CHARS
 from quire.server.http.state import ServerState
 
 __all__ = ["RequestMiddleware", "get_key", "get_key_name", "get_request_id"]
 
-_MAX_REQUEST_ID_CHARS = 128
 _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
@@ -37,8 +37,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        request_id = _choose_request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = _read_request_id(headers)
 
         started = False
 
@@ -46,7 +45,7 @@ class RequestMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                MutableHeaders(scope=message)["X-Request-Id"] = get_request_id(scope)
             await send(message)
 
         is_api = scope["path"].startswith("/v1/") or scope["path"] == "/invocations"
@@ -108,9 +107,11 @@ class RequestMiddleware:
         return ApiError(413, f"the body is larger than {limit} bytes; send less, or raise --max-request-bytes")
 
 
-def get_request_id(scope: Scope) -> str:
-    """The id that the middleware gave a request: the client's ``X-Request-Id``, or a fresh one."""
-    return str(scope["state"]["request_id"])
+def get_request_id(scope: Scope, id_in_body: str | None = None) -> str:
+    """The id of a request: the client's ``X-Request-Id``, that of its body, or a fresh one. The first call decides."""
+    state = scope["state"]
+    state["request_id"] = state["request_id"] or id_in_body or uuid.uuid4().hex
+    return str(state["request_id"])
 
 
 def get_key_name(scope: Scope) -> str | None:
@@ -134,6 +135,6 @@ def _is_foreign_page(headers: Headers) -> bool:
     return scheme in ("http", "https") and host not in (headers.get("host"), headers.get("x-forwarded-host"))
 
 
-def _choose_request_id(headers: Headers) -> str:
-    presented = headers.get("x-request-id", "")[:_MAX_REQUEST_ID_CHARS]
-    return presented if presented and presented.isascii() and presented.isprintable() else uuid.uuid4().hex
+def _read_request_id(headers: Headers) -> str | None:
+    presented = headers.get("x-request-id", "")[:MAX_REQUEST_ID_CHARS]
+    return presented if presented and presented.isascii() and presented.isprintable() else None

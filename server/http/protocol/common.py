@@ -22,6 +22,7 @@ from quire.server.http.protocol.structured import STRUCTURED_FIELDS, read_struct
 __all__ = [
     "FORMAT_FIELDS",
     "MAX_ITEMS",
+    "MAX_REQUEST_ID_CHARS",
     "TOKEN_IDS_SCHEMA",
     "Body",
     "GenerationBody",
@@ -35,6 +36,9 @@ __all__ = [
 
 MAX_ITEMS = 4096
 """The most items of a list in a body, where no other limit is said: messages, parts, tools."""
+
+MAX_REQUEST_ID_CHARS = 128
+"""Of an id that a client gives its request."""
 
 
 def _refuse_booleans(value: Any) -> Any:
@@ -151,6 +155,8 @@ class GenerationBody(Body):
     vllm_xargs: dict[str, Any] | None = None
     """The same by vLLM's name."""
     cache_salt: str | None = None
+    request_id: str | None = Field(None, min_length=1, max_length=MAX_REQUEST_ID_CHARS, pattern=r"^[ -~]+$")
+    """In place of a header ``X-Request-Id``, as vLLM takes it."""
     user: str | None = None
     response_format: dict[str, Any] | None = None
     guided_json: Any = None
@@ -240,6 +246,12 @@ _UNSUPPORTED_FIELDS = (
     UnsupportedField("audio", _TEXT_ONLY),
     UnsupportedField("modalities", _TEXT_ONLY, (["text"],)),
     UnsupportedField("web_search_options", "not supported; leave it out"),
+    UnsupportedField("truncation_side", "prompts are cut at their beginning; leave it out", ("left",)),
+    UnsupportedField("kv_transfer_params", "the KV cache stays on the device; leave it out", ({},)),
+    UnsupportedField("include_reasoning", "leave out reasoning_content where it is read", (True,)),
+    UnsupportedField("thinking_token_budget", "not supported; limit the answer with max_tokens"),
+    UnsupportedField("repetition_detection", "not supported; give a stop string or a repetition_penalty"),
+    UnsupportedField("extra_body", "an argument of OpenAI's client; write its fields beside the others", ({},)),
 )
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),

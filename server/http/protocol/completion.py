@@ -13,11 +13,18 @@ from quire.server.http.protocol.common import (
     TOKEN_IDS_SCHEMA,
     GenerationBody,
     Int32,
+    UnsupportedField,
     check_token_ids,
     unsupported_error,
 )
 
 __all__ = ["CompletionBody"]
+
+_UNSUPPORTED_IN_COMPLETIONS = (
+    UnsupportedField("max_completion_tokens", "it belongs to /v1/chat/completions; give max_tokens"),
+    UnsupportedField("top_logprobs", "it belongs to /v1/chat/completions; give logprobs, a number", (0,)),
+    UnsupportedField("tools", "they belong to /v1/chat/completions; leave them out"),
+)
 
 _MAX_PROMPTS = _MAX_SEQUENCES = 1024
 _MAX_STOP_CHARS = 4_194_304
@@ -61,6 +68,11 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     best_of: Int32 | None = None
     suffix: str | None = None
+
+    @classmethod
+    def unsupported_fields(cls) -> tuple[UnsupportedField, ...]:
+        """Those of chats that would change an answer."""
+        return (*super().unsupported_fields(), *_UNSUPPORTED_IN_COMPLETIONS)
 
     @property
     def echo_only(self) -> bool:

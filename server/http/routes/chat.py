@@ -73,7 +73,7 @@ async def answer_chat(state: ServerState, request: Request) -> Response:
     params = parsers.constrain_params(use, prompt, params)
     make_parser = partial(parsers.make_parser, use, prompt)
     shown = parsers.find_shown_tokens(use)
-    response_id = f"chatcmpl-{get_request_id(request.scope)}"
+    response_id = f"chatcmpl-{get_request_id(request.scope, body.request_id)}"
     if body.stream:
         usage = Usage()
         writer = ChunkWriter(

@@ -55,7 +55,7 @@ async def answer_completion(state: ServerState, request: Request) -> Response:
     body = await read_body(request, CompletionBody, state)
     model = state.check_model(body.model)
     params = body.to_sampling_params(state.engine.config.model.sampling_defaults)
-    response_id = f"cmpl-{get_request_id(request.scope)}"
+    response_id = f"cmpl-{get_request_id(request.scope, body.request_id)}"
     if body.stream:
         usage = Usage()
         writer = ChunkWriter(

@@ -40,7 +40,9 @@ def make_router(state: ServerState) -> APIRouter:
         openapi_extra=describe_operation("metrics_of_exporter", None, errors=(404,)),
     )
     async def metrics_of_exporter(name: str) -> Response:
-        """Figures of one exporter."""
+        """Figures of one exporter; ``/metrics/`` is those of all."""
+        if not name:
+            return await metrics()
         documents = {document.name: document for document in await state.engine.render_metrics()}
         if name not in documents:
             names = ", ".join(documents) or "none"

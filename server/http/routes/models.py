@@ -35,7 +35,7 @@ def make_router(state: ServerState) -> APIRouter:
 
     @routes.get("/v1/models/{name:path}", openapi_extra=describe_operation("get_model", ModelCard, errors=(404,)))
     async def get_model(name: str) -> dict[str, Any]:
-        """One of them."""
-        return describe_model(state.check_model(name))
+        """One of them; ``/v1/models/`` is all of them."""
+        return describe_model(state.check_model(name)) if name else await list_models()
 
     return routes

@@ -20,6 +20,10 @@ _EMBEDDINGS = "Quire serves models that generate text"
 _MEDIA = "Quire takes and gives text only"
 _STORED = "Quire stores nothing between requests"
 _ADAPTERS = "it was started without --enable-lora or without --admin-api-key"
+_CONTROL = "it is for development, and Quire has /admin with --admin-api-key"
+_SLEEP = "the weights stay on the device; stop the server"
+_PROFILE = "fetch /trace, or run quire trace"
+_EXPERTS = "experts are not spread over GPUs"
 _TUNING = "Quire serves models and does not train them"
 
 UNSUPPORTED_ROUTES: Mapping[str, str] = MappingProxyType(
@@ -49,6 +53,22 @@ UNSUPPORTED_ROUTES: Mapping[str, str] = MappingProxyType(
         "/v1/evals": _TUNING,
         "/v1/load_lora_adapter": _ADAPTERS,
         "/v1/unload_lora_adapter": _ADAPTERS,
+        "/sleep": _SLEEP,
+        "/wake_up": _SLEEP,
+        "/is_sleeping": _SLEEP,
+        "/pause": _CONTROL,
+        "/resume": _CONTROL,
+        "/reset_prefix_cache": "give requests a cache_salt of their own, or start with --no-enable-prefix-caching",
+        "/reset_mm_cache": _MEDIA,
+        "/collective_rpc": _CONTROL,
+        "/server_info": "the log and /v1/models say what is served",
+        "/tokenizer_info": "use /tokenize and /detokenize",
+        "/start_profile": _PROFILE,
+        "/stop_profile": _PROFILE,
+        "/scale_elastic_ep": _EXPERTS,
+        "/is_scaling_elastic_ep": _EXPERTS,
+        "/generate": "use /v1/completions",
+        "/inference/v1/generate": "use /v1/completions, which takes and returns token ids",
     }
 )
 """Path, whatever follows it included, and what to do instead or why it is not there."""

@@ -110,6 +110,9 @@ BAD += [
         "audio": {"voice": "alloy"},
         "modalities": ["text", "audio"],
         "truncate_prompt_tokens": 0,
+        "max_completion_tokens": 4,
+        "top_logprobs": 2,
+        "tools": [{"type": "function", "function": {"name": "now"}}],
     }.items()
 ]
 BAD += [
@@ -126,6 +129,18 @@ BAD += [
         "allowed_token_ids": [99999],
         "documents": [{"text": "x"}],
         "add_special_tokens": True,
+    }.items()
+]
+BAD += [
+    (path, {**prompt, field: value}, field)
+    for path, prompt in ((TEXT, {"prompt": "x"}), (CHAT, {"messages": [USER]}))
+    for field, value in {
+        "truncation_side": "right",
+        "kv_transfer_params": {"do_remote_decode": True},
+        "include_reasoning": False,
+        "thinking_token_budget": 8,
+        "repetition_detection": {"max_pattern_size": 2},
+        "extra_body": {"top_k": 3},
     }.items()
 ]
 BAD += [
@@ -292,7 +307,8 @@ def test_tools_say_once_that_calls_are_not_parsed(http: httpx.Client, server: Ru
 
 
 def test_values_that_ask_for_what_is_done_anyway_are_taken(http: httpx.Client) -> None:
-    neutral = {"length_penalty": 1.0, "bad_words": [], "modalities": ["text"], "audio": None}
+    neutral = {"length_penalty": 1.0, "bad_words": [], "modalities": ["text"], "audio": None, "extra_body": {}}
+    neutral |= {"truncation_side": "left", "kv_transfer_params": None, "include_reasoning": True}
     in_chat = {"echo": False, "best_of": 1, "function_call": "auto", "functions": [], "add_special_tokens": False}
     assert http.post(TEXT, json={"prompt": "x", "max_tokens": 1, **neutral}).status_code == 200
     assert http.post(CHAT, json={"messages": [USER], "max_tokens": 1, **neutral, **in_chat}).status_code == 200

@@ -71,6 +71,7 @@ def test_every_exporter_is_served(tiny_model: str, tmp_path: Path, monkeypatch: 
             assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
             content_type = http.get("/metrics/prometheus").headers["content-type"]
             page = http.get("/metrics")
+            assert http.get("/metrics/").headers["content-type"] == page.headers["content-type"], "as vLLM's is mounted"
             assert page.headers["content-type"] == content_type and "quire:num_requests_running" in page.text
             assert http.get("/metrics/exporters:Count").text == "served 1"
             assert http.get("/metrics/exporters:Page").text == "requests 1"

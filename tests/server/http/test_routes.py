@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import httpx
-import openai
 import pytest
 from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
@@ -78,48 +77,7 @@ def test_models_by_each_name(http: httpx.Client) -> None:
     assert model == listed["data"][1] and model["object"] == "model" and model["max_model_len"] == 2048
     message = check_error(http.get("/v1/models/large"), 404, "model")
     assert "'tiny', 'also-tiny'" in message
-
-
-UNSUPPORTED = [
-    *(
-        "/v1/responses/resp_1/cancel",
-        "/v1/responses/resp_1/input_items",
-        "/v1/messages",
-        "/v1/embeddings",
-        "/v1/rerank",
-        "/v2/rerank",
-        "/rerank",
-    ),
-    *("/v1/score", "/score", "/pooling", "/classify", "/v1/moderations", "/v1/audio", "/v1/audio/speech"),
-    *("/v1/audio/transcriptions", "/v1/images", "/v1/images/generations", "/v1/videos", "/v1/realtime", "/v1/files"),
-    *("/v1/files/f/content", "/v1/uploads", "/v1/batches", "/v1/vector_stores", "/v1/conversations", "/v1/assistants"),
-    *("/v1/threads", "/v1/threads/t/runs", "/v1/fine_tuning", "/v1/fine_tuning/jobs", "/v1/evals"),
-    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/chatcmpl-1"),
-]
-
-
-def test_the_openai_sdk_is_told_what_is_not_supported(server: RunningServer) -> None:
-    """With 400, which is about the request: a gateway that sees 404 takes the model out of service."""
-    client = server.openai
-    calls: list[Callable[[], object]] = [
-        lambda: client.embeddings.create(model="tiny", input="x"),
-        lambda: client.moderations.create(input="x"),
-        lambda: client.files.list(),
-        lambda: client.chat.completions.retrieve("chatcmpl-1"),
-        lambda: client.chat.completions.delete("chatcmpl-1"),
-        lambda: client.models.delete("tiny"),
-    ]
-    for call in calls:
-        with pytest.raises(openai.BadRequestError, match="not supported"):
-            call()
-
-
-@pytest.mark.parametrize("path", UNSUPPORTED)
-def test_a_route_that_quire_lacks_is_not_supported(http: httpx.Client, path: str) -> None:
-    for response in (http.get(path), http.post(path, json={"model": "tiny", "input": "x"}), http.delete(path)):
-        assert "is not supported" in check_error(response, 400)
-        assert response.json()["error"]["code"] == "unsupported"
-    assert path not in http.get("/openapi.json").json()["paths"]
+    assert http.get("/v1/models/").json() == listed
 
 
 def test_the_trace_of_the_last_steps(server: RunningServer, http: httpx.Client, tmp_path: Path) -> None:
@@ -143,6 +101,16 @@ def test_request_ids(http: httpx.Client) -> None:
     assert fresh[0] != fresh[1]
     odd = http.get("/health", headers={"X-Request-Id": "a" * 4000}).headers["x-request-id"]
     assert len(odd) <= 128
+    for path, prompt in (
+        (TEXT, {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}]}),
+    ):
+        body = {**prompt, "max_tokens": 1, "request_id": "mine-8"}
+        answer = http.post(path, json=body)
+        assert answer.headers["x-request-id"] == "mine-8" and answer.json()["id"].endswith("cmpl-mine-8")
+        assert http.post(path, json=body, headers={"X-Request-Id": "mine-9"}).json()["id"].endswith("cmpl-mine-9")
+        for wrong in ("", "a\nb", "a" * 129):
+            check_error(http.post(path, json={**body, "request_id": wrong}), 400, "request_id")
 
 
 def test_the_wire_format_of_a_stream(http: httpx.Client) -> None:
