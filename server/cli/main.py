@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from quire.core.errors import QuireError
 from quire.core.version import __version__
 
-__all__ = ["COMMANDS", "Parser", "call_argument_hooks", "main", "make_parsers"]
+__all__ = ["COMMANDS", "Parser", "call_argument_hooks", "main", "make_parsers", "parse_arguments"]
 
 COMMANDS = {
     "serve": "quire.server.cli.serve",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, subparsers = make_parsers()
         call_argument_hooks(words, subparsers)
-        args = _parse_arguments(parser, words)
+        args = parse_arguments(parser, words)
         if getattr(args, "run", None) is None:
             parser.print_help()
             return 0
@@ -123,7 +123,8 @@ def call_argument_hooks(words: Sequence[str], subparsers: Any) -> None:
     plugins.call_hook("quire_register_commands", subparsers=subparsers)
 
 
-def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
+def parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
+    """The parsed command line, with the lines to log as ``flag_warnings``; what is wrong with it ends the process."""
     from quire.core.engine.vllm_names import VLLM_COMMANDS
     from quire.server.cli.vllm_flags import find_boolean_flags, normalize_spelling
 
@@ -142,16 +143,26 @@ def _parse_arguments(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 def _parse_known(parser: Parser, command_parser: Parser, words: list[str]) -> argparse.Namespace:
     """The parsed words; a flag that is not known ends the command, with the closest that is."""
-    from quire.core.engine.vllm_names import ABSENT_FLAGS
+    from quire.server.cli.vllm_flags import explain_absent_flag
 
     args, unknown = parser.parse_known_args(words)
+    unknown = [word for word in unknown if explain_absent_flag(word) != ""]
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        if flag in ABSENT_FLAGS:
-            command_parser.error(f"{flag}: {ABSENT_FLAGS[flag]}")
+        if (fate := explain_absent_flag(flag)) is not None:
+            command_parser.error(fate)
+        if not flag.startswith("-") and (before := _find_repeatable_flag(command_parser, words, flag)):
+            command_parser.error(f"{before} takes one value at a time: write {before} for each")
         close = difflib.get_close_matches(flag, command_parser.list_flags(), n=1)
         command_parser.error(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else ""))
     return args
+
+
+def _find_repeatable_flag(parser: Parser, words: Sequence[str], word: str) -> str | None:
+    """The flag before ``word``, if it may be repeated for several values: ``--api-key`` in ``--api-key A B``."""
+    before = [each.partition("=")[0] for each in words[: words.index(word)] if each.startswith("-")]
+    action = parser._option_string_actions.get(before[-1]) if before else None
+    return before[-1] if isinstance(action, argparse._AppendAction) else None
 
 
 def _find_command_parser(parser: Parser, words: Sequence[str]) -> Parser:

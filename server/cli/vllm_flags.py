@@ -4,16 +4,19 @@ reason."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from quire.core.engine.vllm_names import VLLM_FLAGS, VLLM_VARIABLES, VllmFlag
+from quire.core.engine.vllm_flag_table import ABSENT_FLAGS, SHORT_FLAGS, VLLM_FLAGS, VllmFlag
+from quire.core.engine.vllm_names import VLLM_VARIABLES
 from quire.core.errors import ConfigError
 
 __all__ = [
-    "VLLM_FLAGS",
     "add_vllm_flags",
     "apply_vllm_flags",
     "apply_vllm_variables",
+    "explain_absent_flag",
     "find_boolean_flags",
     "normalize_spelling",
 ]
@@ -24,11 +27,21 @@ _NOT_NEEDED = "no longer needed: "
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     """Let the parser understand them, without showing them in ``--help``."""
     for flag in VLLM_FLAGS:
+        names = [flag.name, *(short for short, name in SHORT_FLAGS.items() if name == flag.name)]
         if flag.takes_value:
-            count: int | str = "+" if flag.refused and not flag.accepted_values else 1
-            parser.add_argument(flag.name, dest=_dest(flag), nargs=count, help=argparse.SUPPRESS)
+            parser.add_argument(*names, dest=_dest(flag), help=argparse.SUPPRESS)
         else:
-            parser.add_argument(flag.name, dest=_dest(flag), action="store_true", default=None, help=argparse.SUPPRESS)
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(*names, dest=_dest(flag), action=action, default=None, help=argparse.SUPPRESS)
+
+
+def explain_absent_flag(word: str) -> str | None:
+    """What became of a flag of vLLM's that no parser knows, or ``""`` where it asks for nothing (``--no-...``). None:
+    it is none of vLLM's."""
+    flag = SHORT_FLAGS.get(word, word)
+    if flag in ABSENT_FLAGS:
+        return f"{word}: {ABSENT_FLAGS[flag]}"
+    return "" if flag.startswith("--no-") and f"--{flag[5:]}" in ABSENT_FLAGS else None
 
 
 def apply_vllm_flags(args: argparse.Namespace) -> list[str]:
@@ -38,10 +51,13 @@ def apply_vllm_flags(args: argparse.Namespace) -> list[str]:
         value = getattr(args, _dest(flag), None)
         if value is None:
             continue
-        shown = flag.name if value is True else f"{flag.name} {' '.join(value)}"
-        if flag.accepted_values and value is not True and set(value) <= set(flag.accepted_values):
+        shown = f"--no-{flag.name[2:]}" if value is False else flag.name if value is True else f"{flag.name} {value}"
+        is_default = value is False or (flag.refused and flag.is_accepted(value))
+        if is_default and not (value is False and flag.off_is_refused):
             messages.append(f"{shown}: {_NOT_NEEDED}it is the default")
             continue
+        if flag.off_is_refused and value is False:
+            raise ConfigError(f"{shown}: not supported: {flag.message.removeprefix(_NOT_NEEDED)}")
         if flag.refused:
             raise ConfigError(f"{shown}: {flag.message}")
         if flag.sets is not None and getattr(args, flag.sets[0], None) is None:
@@ -72,21 +88,31 @@ def apply_vllm_variables(args: argparse.Namespace, variables: Mapping[str, str])
 
 
 def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Rewrite ``--some_flag`` as ``--some-flag``, and ``--flag=False`` of a boolean flag as ``--no-flag``.
+    """Rewrite ``--some_flag`` as ``--some-flag``, ``--flag=False`` of a boolean flag as ``--no-flag``, and
+    ``--flag.key value`` as ``--flag '{"key": value}'``.
 
     Returns the new command line and the lines to log.
     """
     result: list[str] = []
     messages: list[str] = []
+    objects: dict[str, dict[str, Any]] = {}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            return [*result, word, *rest], messages
-        if not word.startswith("--"):
+            rest = [word, *rest]
+            break
+        if not word.startswith(("--", "-O.", "-cc.")):
             result.append(word)
             continue
         name, equals, value = word.partition("=")
+        name, *keys = name.split(".")
+        if keys:
+            if not equals and rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            flag = "--compilation-config" if name in ("-O", "-cc") else name.replace("_", "-")
+            _set_key(objects.setdefault(flag, {}), keys, value)
+            continue
         dashed = name.replace("_", "-")
         if dashed != name:
             messages.append(f"{name}: now written {dashed}")
@@ -98,7 +124,21 @@ def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[l
             result.append(plain)
         else:
             result.append(dashed + equals + value)
-    return result, messages
+    for flag, content in objects.items():
+        if any(word.partition("=")[0] == flag for word in result):
+            raise ConfigError(f"{flag} is given whole and by its keys ({flag}.{next(iter(content))}); give it once")
+        result += [flag, json.dumps(content)]
+    return [*result, *rest], messages
+
+
+def _set_key(content: dict[str, Any], keys: Sequence[str], text: str) -> None:
+    """Set a value, which is JSON or else a text, at a path of keys."""
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+    try:
+        content[keys[-1]] = json.loads(text)
+    except ValueError:
+        content[keys[-1]] = text or True
 
 
 def find_boolean_flags(parser: argparse.ArgumentParser) -> frozenset[str]:

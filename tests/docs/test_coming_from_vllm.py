@@ -8,7 +8,8 @@ import re
 import pytest
 
 import quire
-from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_COMMANDS, VLLM_FLAGS, VLLM_VARIABLES
+from quire.core.engine.vllm_flag_table import ABSENT_FLAGS, VLLM_FLAGS
+from quire.core.engine.vllm_names import VLLM_COMMANDS, VLLM_VARIABLES
 from quire.core.stats import ENGINE_STATS
 from quire.server.cli.main import COMMANDS
 
@@ -19,20 +20,37 @@ def page(root) -> str:
 
 
 def test_every_flag_and_variable_has_its_row(page):
-    rows = [f"| `{name}` | {fate} |" for name, fate in ABSENT_FLAGS.items()]
-    rows += [f"| `{name}` | {fate} |" for name, (_, fate) in VLLM_VARIABLES.items()]
+    rows = [f"| `{name}` | {fate} |" for name, (_, fate) in VLLM_VARIABLES.items()]
     rows += [f"| `vllm {name}` | {fate} |" for name, fate in VLLM_COMMANDS.items()]
     assert not [row for row in rows if row not in page]
 
 
-def test_every_flag_that_is_accepted_has_its_row(root):
-    rows = []
-    for flag in VLLM_FLAGS:
-        accepted = f" (`{flag.accepted_values[0]}`: accepted)" if flag.accepted_values else ""
-        fate = f"refused: {flag.message}{accepted}" if flag.refused else flag.message
-        rows.append(f"| `{flag.name}{' VALUE' if flag.takes_value else ''}` | {fate} |")
+def group_flags(fates) -> list[str]:
+    """A row for each fate, with all the flags that it befell."""
+    flags_by_fate: dict[str, list[str]] = {}
+    for flag, fate in fates:
+        flags_by_fate.setdefault(fate, []).append(flag)
+    return [f"| {', '.join(flags)} | {fate} |" for fate, flags in flags_by_fate.items()]
+
+
+def read_rows(section: str) -> list[str]:
+    return [line for line in section.splitlines() if line.startswith("| `")]
+
+
+def test_every_flag_that_is_accepted_has_its_place(root):
+    rows = group_flags((f"`{flag.name}`", flag.message) for flag in VLLM_FLAGS if not flag.refused)
     section = (root / "docs" / "cli.md").read_text().partition("### vLLM's flags")[2].partition("###")[0]
-    assert [line for line in section.splitlines() if line.startswith("| `")] == rows
+    assert read_rows(section) == rows
+
+
+def test_every_flag_that_is_refused_has_its_place(page):
+    fates = []
+    for flag in VLLM_FLAGS:
+        if flag.refused:
+            accepted = " or ".join(f"`{value}`" for value in flag.accepted_values)
+            fates.append((f"`{flag.name}` other than {accepted}", flag.message))
+    fates += [(f"`{name}`", fate) for name, fate in ABSENT_FLAGS.items()]
+    assert read_rows(page.partition("## Flags")[2].partition("## ")[0]) == group_flags(fates)
 
 
 def test_commands_are_there(page):

@@ -7,9 +7,8 @@ import re
 
 import pytest
 
-from quire.core.engine.vllm_names import ABSENT_FLAGS
+from quire.core.engine.vllm_flag_table import ABSENT_FLAGS, VLLM_FLAGS
 from quire.server.cli.main import make_parsers
-from quire.server.cli.vllm_flags import VLLM_FLAGS
 
 FLAG = re.compile(r"(?<![\w/-])--(?>[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)(?![-{])")
 """A flag, but not the beginning of one that is put together, such as ``--no-...`` or ``--{kind}-option``."""

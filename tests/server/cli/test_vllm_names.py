@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import httpx
 import pytest
 
 from quire.core.engine.args import EngineArgs
-from quire.core.engine.vllm_names import ABSENT_FLAGS, VLLM_FLAGS, VLLM_VARIABLES
+from quire.core.engine.vllm_flag_table import ABSENT_FLAGS, VLLM_FLAGS
+from quire.core.engine.vllm_names import VLLM_VARIABLES
 from quire.core.env import child_environment
 from quire.core.errors import ConfigError
-from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS
-from quire.server.cli.main import main
-from quire.server.cli.vllm_flags import apply_vllm_variables
+from quire.server.cli.flags import ENGINE_FLAGS, SERVER_FLAGS, make_engine_args
+from quire.server.cli.main import main, make_parsers, parse_arguments
+from quire.server.cli.vllm_flags import apply_vllm_flags, apply_vllm_variables
 
 from ..conftest import RunningServer
 
@@ -31,7 +33,10 @@ def test_no_flag_is_both_there_and_absent() -> None:
 @pytest.mark.parametrize(
     ("words", "fate"),
     [
-        (["--limit-mm-per-prompt", "image=2"], "--limit-mm-per-prompt: images, audio and video are not supported yet"),
+        (["--allowed-media-domains", "a.example"], "--allowed-media-domains: images, audio and video are not"),
+        (["--kv-transfer-config.kv_connector", "X"], "--kv-transfer-config: not supported yet: the KV cache stays"),
+        (["-dpn", "0"], "-dpn: not supported yet; the GPUs of one host share a model with --tensor-parallel-size"),
+        (["--api-key", "secret", "second"], "--api-key takes one value at a time: write --api-key for each"),
         (["--scheduler_cls=x:Y"], "--scheduler-cls: now --scheduling-policy MODULE:CLASS"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile: not supported: let a proxy in front speak TLS"),
     ],
@@ -41,7 +46,52 @@ def test_an_absent_flag_says_what_became_of_it(words: list[str], fate: str, caps
     """And not which flag is spelt alike."""
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "m", *words])
-    assert capsys.readouterr().err.startswith(f"quire: error: {fate}; see ")
+    assert capsys.readouterr().err.startswith(f"quire: error: {fate}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--task generate", "--runner auto", "--max-logprobs 20", "--stream-interval 1", "--model-impl vllm", "-dp 1",
+        "--cpu-offload-gb 0", "-O3", "-O 2", "-cc 3", "--compilation-config 3", "--preemption-mode recompute",
+        '--limit-mm-per-prompt {"image":0,"video":0}', "--limit-mm-per-prompt.image 0", "--limit-mm-per-prompt image=0",
+        "--no-enable-log-requests", "--no-disable-hybrid-kv-cache-manager", "--no-enable-expert-parallel",
+        "--no-use-tqdm-on-load", "--max-log-len 100", "--show-hidden-metrics-for-version 0.9", "-asc 1",
+    ],
+)  # fmt: skip
+def test_a_flag_that_asks_for_what_is_done_anyway_is_taken(words: str) -> None:
+    parser, _ = make_parsers()
+    args = parse_arguments(parser, ["serve", "m", *words.split()])
+    apply_vllm_flags(args)
+    assert make_engine_args(args) == EngineArgs(model="m")
+
+
+@pytest.mark.parametrize(
+    ("words", "fate"),
+    [
+        ("--task embed", "Quire generates text alone"),
+        ("--max-logprobs 50", "the limit is always 20"),
+        ("-dp 2", "one engine is one server"),
+        ("-O0", "--enforce-eager turns CUDA graphs off"),
+        ("--compilation-config.level 3", "--enforce-eager turns CUDA graphs off"),
+        ("--no-async-scheduling", "scheduling is always asynchronous"),
+        ("--limit-mm-per-prompt.image 1", "images, audio and video are not supported yet"),
+        ("--limit-mm-per-prompt image=2", "images, audio and video are not supported yet"),
+    ],
+)
+def test_a_value_that_asks_for_something_else_is_refused(words: str, fate: str, capsys) -> None:
+    assert main(["serve", "m", *words.split()]) == 2
+    assert fate in capsys.readouterr().err
+
+
+def test_keys_of_a_flag_may_be_given_with_dots() -> None:
+    parser, _ = make_parsers()
+    words = "--speculative-config.method ngram --speculative_config.num_speculative_tokens=3 --speculative-config.a.b x"
+    args = parse_arguments(parser, ["serve", "m", *words.split(), "--port", "8001"])
+    told = json.loads(str(make_engine_args(args).speculative_config))
+    assert told == {"method": "ngram", "num_speculative_tokens": 3, "a": {"b": "x"}} and args.port == 8001
+    with pytest.raises(ConfigError, match="--speculative-config is given whole and by its keys"):
+        parse_arguments(parser, ["serve", "m", "--speculative-config", "{}", *words.split()])
 
 
 def test_a_key_in_the_environment_never_leaves_a_server_open(
