@@ -45,6 +45,8 @@ async def read_body(request: Request, model: type[M], state: ServerState) -> M:
 async def read_json(request: Request) -> bytes:
     """The bytes of a body that says it is JSON and holds no more values than can be parsed at once. Raises ApiError."""
     _check_content_type(request.headers.get("content-type", ""))
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise ApiError(415, f"the body is encoded as {encoding[:100]!r}; send it without Content-Encoding")
     data = await request.body()
     if len(data) > _UNCOUNTED_BYTES:
         await _check_size(data)

@@ -234,6 +234,8 @@ def test_a_body_that_is_not_declared_as_json_gets_415(http: httpx.Client, path: 
         headers = {} if kind is None else {"content-type": kind}
         message = check_error(http.post(path, content=b'{"prompt": "x", "max_tokens": 1}', headers=headers), 415)
         assert "application/json" in message
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert "Content-Encoding" in check_error(http.post(path, content=b"\x1f\x8b", headers=packed), 415)
 
 
 def test_spellings_of_the_json_content_type(http: httpx.Client) -> None:
