@@ -90,7 +90,11 @@ def test_parts_are_sent_while_the_product_runs() -> None:
         assert parts is not None
         return ranks[rank].finish_sum(parts, stream, gain, 1e-5)
 
-    precompile_kernels(lambda: [run(rank, x, x) for rank in range(2)])  # a kernel that waits would stop loading
+    def run_both() -> None:
+        for rank in range(2):
+            run(rank, x, x)
+
+    precompile_kernels(run_both)  # a kernel that waits would stop loading
     streams = [torch.cuda.Stream() for _ in range(2)]
     for each in streams:  # so would memory and kernels of the library that come with the first product
         with torch.cuda.stream(each):

@@ -121,9 +121,10 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 def child_processes(pid: int) -> list[int]:
     """Child processes that run Python code of ours, without the resource tracker and what compiles constraints."""
     children = []
+    before_exec = Path(f"/proc/{pid}/cmdline").read_text()
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         command = Path(f"/proc/{child}/cmdline").read_text()
-        if "resource_tracker" not in command and "compile_worker" not in command:
+        if command != before_exec and "resource_tracker" not in command and "compile_worker" not in command:
             children.append(int(child))
     return children
 

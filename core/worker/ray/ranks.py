@@ -188,6 +188,8 @@ class RayRanks(RankGroup):
     def _find_ends(self, ranks: Sequence[int]) -> list[RankEnd]:
         lost = self._find_lost()
         statuses = self._try_all("get_exit_status", _CAUSE_WAIT_S if ranks and not lost else 0.0)
+        if any(rank not in statuses for rank in ranks):
+            lost = self._find_lost()  # a node's Ray process may end after what it had started
         ends = []
         for rank in range(self.size):
             if rank in lost:
