@@ -13,6 +13,7 @@ import importlib.util
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +87,7 @@ def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) ->
     if entry.refusal:
         raise PluginError(entry.refusal)
     outcome: list[Any] = []
+    module = entry.value.partition(":")[0]
 
     def run() -> None:
         try:
@@ -95,9 +97,8 @@ def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) ->
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may raise anything at all, SystemExit included
-            outcome.append(
-                PluginError(f"{_format_entry(entry)} cannot be imported: {format_error(error)}; mend or uninstall it")
-            )
+            reason = format_error(error, module)
+            outcome.append(PluginError(f"{_format_entry(entry)} cannot be imported: {reason}; mend or uninstall it"))
 
     with contextlib.redirect_stdout(sys.stderr):
         if limit_s is None:
@@ -178,14 +179,27 @@ def find_module_file(module: str) -> str | None:
     return None
 
 
-def format_error(error: BaseException) -> str:
-    """An exception on one line, with what it was when its text alone would not say."""
+def format_error(error: BaseException, module: str | None = None) -> str:
+    """An exception on one line, with what it was when its text alone would not say, and where in the code of a plugin
+    that lives in ``module``, or beside it, it was raised."""
     text = " ".join(str(error).split())
     if isinstance(error, PluginError):
         return text
     if isinstance(error, SystemExit):
         return f"it called sys.exit({error.code!r})"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text + ("" if module is None else _locate_error(error, module))
+
+
+def _locate_error(error: BaseException, module: str) -> str:
+    """The innermost line of the package of ``module``, of a bundled plugin of that module; empty if there is none."""
+    package = module if module.startswith(f"{PROJECT}.") else module.partition(".")[0]
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        name, code = str(frame.f_globals.get("__name__")), frame.f_code
+        if name == package or name.startswith(f"{package}."):
+            function = "" if code.co_qualname == "<module>" else f", in {code.co_qualname}"
+            return f" ({code.co_filename}, line {line}{function})"
+    return ""
 
 
 _GROUP_HEADER = re.compile(r"^\s*\[\s*quire(v?\d+|[^a-z0-9\]][^\]]*)?\]", re.MULTILINE | re.IGNORECASE)

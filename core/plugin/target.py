@@ -57,7 +57,8 @@ def load_target(target: str, contract: type | str | None = None) -> type:
     except (KeyboardInterrupt, PluginError):
         raise
     except BaseException as error:
-        raise PluginError(f"{target}: cannot be imported: {format_error(error)}; mend it or choose another") from error
+        reason = format_error(error, module)
+        raise PluginError(f"{target}: cannot be imported: {reason}; mend it or choose another") from error
     for part in path.split("."):
         try:
             resolved = getattr(resolved, part)

@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import traceback
 import unittest
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,16 +104,5 @@ def _run(check: Check, cls: type) -> CheckResult:
     except unittest.SkipTest as skipped:
         return CheckResult(check.__name__, "skipped", str(skipped))
     except Exception as error:
-        return CheckResult(check.__name__, "failed", format_error(error) + _locate(error, cls))
+        return CheckResult(check.__name__, "failed", format_error(error, cls.__module__))
     return CheckResult(check.__name__, "passed")
-
-
-def _locate(error: BaseException, cls: type) -> str:
-    """Where in the code of the plugin an error was raised; empty where the check itself raised it."""
-    package = cls.__module__ if cls.__module__.startswith("quire.") else cls.__module__.partition(".")[0]
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        module = str(frame.f_globals.get("__name__"))
-        if module == package or module.startswith(f"{package}."):
-            code = frame.f_code
-            return f" ({code.co_filename}, line {line}, in {code.co_qualname})"
-    return ""

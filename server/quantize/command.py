@@ -200,7 +200,8 @@ def _run_quantizer(
         except (QuireError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a plugin may raise anything, SystemExit included
-            raise ConfigError(f"quantizer/{name} could not quantize {model}: {format_error(error)}") from None
+            reason = format_error(error, type(quantizer).__module__)
+            raise ConfigError(f"quantizer/{name} could not quantize {model}: {reason}") from None
         if not isinstance(made_by, str) or not (folder / "config.json").is_file() or not _weight_bytes(folder):
             raise ConfigError(f"quantizer/{name} wrote no checkpoint: config.json or safetensors are missing")
         for file_name in _COPIED_FILES:

@@ -121,3 +121,15 @@ def test_a_target_that_breaks_its_contract_is_refused_in_one_line(target, reason
     with pytest.raises(PluginError, match=reason) as caught:
         load_target(target, "quire.core.contracts.policy:BatchingPolicy")
     assert "\n" not in str(caught.value) and str(caught.value).startswith((target, repr(target)))
+
+
+def test_a_module_that_fails_while_it_is_imported_is_refused_with_its_line(tmp_path, monkeypatch):
+    file = tmp_path / "fails_in_line_four.py"
+    file.write_text("import json\n\ndef read():\n    return json.nothing\n\nread()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError) as caught:
+        load_target("fails_in_line_four:Policy")
+    assert f"has no attribute 'nothing' ({file}, line 4, in read); mend it or choose another" in str(caught.value)
+    file.with_name("fails_in_line_one.py").write_text("1 / 0\n")
+    with pytest.raises(PluginError, match=r"division by zero \(\S+, line 1\); mend it"):
+        load_target("fails_in_line_one:Policy")
