@@ -23,6 +23,7 @@ from quire.core.engine.engine_stats import EngineStats
 from quire.core.engine.exporter_group import ExporterGroup, RenderedMetrics
 from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import OutputProcessor
+from quire.core.engine.output_queue import OutputQueue
 from quire.core.engine.process import EngineProcess
 from quire.core.engine.prompts import AnyPrompt, parse_prompt
 from quire.core.engine.request_state import StreamMode
@@ -55,7 +56,7 @@ class AsyncLLM:
         self, args: EngineArgs | None = None, *, log_level: str = "INFO", process: EngineProcess | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        self._output_queues: dict[str, asyncio.Queue[RequestOutput | QuireError]] = {}
+        self._output_queues: dict[str, OutputQueue] = {}
         self._request_counter = itertools.count()
         self.steps: deque[StepStats] = deque(maxlen=TRACED_STEPS)
         """The last steps of the engine, for ``quire trace``."""
@@ -174,7 +175,7 @@ class AsyncLLM:
             raise InvalidRequestError(f"request_id must be a string, got {request_id!r:.60}", "request_id")
         if request_id in self._output_queues:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
-        queue = self._output_queues[request_id] = asyncio.Queue()
+        queue = self._output_queues[request_id] = OutputQueue()
         try:
             options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt, "scheduling": scheduling}
             options["adapter"] = await self.adapters.find_or_load(lora_request)
@@ -203,8 +204,7 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request; its generator raises ``RequestFailedError``."""
         self._abort_core_requests(self._output_processor.remove_request(request_id))
-        if request_id in self._output_queues:
-            self._output_queues[request_id].put_nowait(RequestFailedError(f"request {request_id} was aborted"))
+        self._put_output(request_id, RequestFailedError(f"request {request_id} was aborted"))
 
     async def call_control(
         self, method: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 60.0
@@ -380,8 +380,8 @@ class AsyncLLM:
 
     def _put_output(self, name: str, item: RequestOutput | QuireError) -> None:
         queue = self._output_queues.get(name)
-        if queue is not None:
-            queue.put_nowait(item)
+        if queue is not None and not queue.put_output(item):
+            self._abort_core_requests(self._output_processor.remove_request(name))
 
     def _abort_core_requests(self, core_ids: list[int]) -> None:
         if core_ids and self._client is not None and self._unavailable_reason is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quire import LLM, AsyncLLM, SamplingParams
+from quire.core.engine import output_queue
 from quire.core.engine.process import EngineProcess
 from quire.core.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError
 
@@ -87,6 +88,24 @@ def test_a_day_in_its_life(tiny: Path, llm: LLM) -> None:
         assert engine.is_dead
         with pytest.raises(EngineDeadError):
             await last(engine, [5])
+        await engine.shutdown()
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_stops_reading_does_not_fill_the_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_queue, "MAX_UNREAD_OUTPUTS", 20)
+
+    async def scenario() -> None:
+        engine = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256)
+        await engine.start()
+        stream = engine.generate([9, 9, 9], LONG, stream="delta")
+        await anext(stream)
+        assert len((await last(engine, [5])).outputs[0].token_ids) == 12, "others are served"
+        await idle(engine)
+        with pytest.raises(RequestFailedError, match="the answer was not read: 20 outputs waited"):
+            await anext(stream)
+        assert len((await last(engine, [5])).outputs[0].token_ids) == 12
         await engine.shutdown()
 
     asyncio.run(scenario())

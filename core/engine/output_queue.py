@@ -1,0 +1,30 @@
+"""The outputs of one request that its caller has not taken yet."""
+
+from __future__ import annotations
+
+import asyncio
+
+from quire.core.errors import QuireError, RequestFailedError
+from quire.core.messages import RequestOutput
+
+__all__ = ["MAX_UNREAD_OUTPUTS", "OutputQueue"]
+
+MAX_UNREAD_OUTPUTS = 65_536
+"""With 20 log-probabilities each they take some 300 MB. A reader that is merely slow is not so far behind."""
+
+
+class OutputQueue(asyncio.Queue[RequestOutput | QuireError]):
+    """Outputs in order. A caller that stops reading, such as a client of a stream, must not fill the memory."""
+
+    def put_output(self, item: RequestOutput | QuireError) -> bool:
+        """Add what the caller is to get. False if it is too far behind: then it gets an error in place of all that it
+        has not taken, and the request is to be aborted."""
+        if self.qsize() < MAX_UNREAD_OUTPUTS:
+            self.put_nowait(item)
+            return True
+        while not self.empty():
+            self.get_nowait()
+        self.put_nowait(
+            RequestFailedError(f"the answer was not read: {MAX_UNREAD_OUTPUTS:,} outputs waited; read it as it comes")
+        )
+        return False
