@@ -3,12 +3,12 @@
     PYTHONPATH=src python benchmarks/kernels/adapters.py [--quantization fp8]
     PYTHONPATH=src python benchmarks/kernels/adapters.py --model llama-3.1-8b-awq
 
-Microseconds a decoder layer: queries, keys and values behind their norm, output, gate and up behind their norm with the
-activation function, down; no attention. ``base`` is without adapters, the others are what adapters of rank 16 on all
-of them add to that: one for all tokens, as is the default, by kernels behind the layers (``behind``), and with A behind
-the layers' weights (``in weight``; ``norm apart``: and no norm adds them); then eight and 64, in turns, as is the
-default and so. ``bytes`` is what reading them takes at the memory's bandwidth. All take turns, on several copies of the
-layer so that weights come from memory. ``--hidden 64`` is for a look without a GPU.
+Microseconds a decoder layer: queries, keys and values behind their norm, the rotary embedding, output, gate and up behind
+their norm with the activation function, down; no attention. ``base`` is without adapters, the others are what adapters
+of rank 16 on all of them add to that: one for all tokens, as is the default, by kernels behind the layers (``behind``),
+and with A behind the layers' weights (``in weight``; ``apart``: and added by kernels of their own alone); then eight
+and 64, in turns, as is the default and so. ``bytes`` is what reading them takes at the memory's bandwidth. All take
+turns, on several copies of the layer so that weights come from memory. ``--hidden 64`` is for a look without a GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.core.contracts.attention import LayerKV
 from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.builder import LayerBuilder
 from quire.core.ops.device_profile import DeviceProfile
+from quire.core.ops.rope import rope_and_cache
 from quire.plugins.adapters.lora.method import Lora
 from quire.plugins.quant.awq import AWQ
 from quire.plugins.quant.fp8 import Fp8
@@ -39,12 +41,12 @@ from quire.server.plugin_bench.timer import L2_BYTES, make_timer, run_alternatel
 MODELS = Path(__file__).parents[1] / "models"
 LOADERS: dict[str, type[QuantizationLoader]] = {"none": Unquantized, "fp8": Fp8, "int8": Int8, "awq": AWQ, "gptq": GPTQ}
 NUM_SLOTS, RANK = 64, 16
-_IN_WEIGHT = Lora.Options(add_in_product=False, append_to_weight=True, max_norm_tokens=1 << 20)
+_IN_WEIGHT = Lora.Options(add_in_product=False, append_to_weight=True, max_few_tokens=1 << 20)
 COLUMNS: dict[str, tuple[int, Lora.Options]] = {
     "one": (1, Lora.Options()),
     "one, behind": (1, Lora.Options(add_in_product=False)),
     "one, in weight": (1, _IN_WEIGHT),
-    "norm apart": (1, replace(_IN_WEIGHT, max_norm_tokens=0)),
+    "apart": (1, replace(_IN_WEIGHT, max_few_tokens=0)),
     "8": (8, Lora.Options()),
     "8, in weight": (8, _IN_WEIGHT),
     "64": (64, Lora.Options()),
@@ -83,12 +85,19 @@ class DecoderLayer:
             for parameter in module.parameters():
                 if parameter.dtype == dtype:
                     parameter.data.normal_(0, 0.02)
-        self.num_heads = shape.num_heads * shape.head_dim
+        self.head_dim = shape.head_dim
+        self.positions = torch.arange(2048, device=device)
+        self.cos_sin = torch.rand(2048, shape.head_dim, device=device)
+        cache = torch.zeros(2, 128, shape.num_kv_heads, 16, shape.head_dim, dtype=dtype, device=device)
+        self.kv = LayerKV(cache[0], cache[1])
 
     def run(self, stream: Tensor) -> Tensor:
-        """``stream`` (num_tokens, hidden) behind the four and the next norm; queries stand for attention's output."""
-        qkv, stream = self.qkv.forward_after_norm(self.norms[0], stream, None)
-        x, rest = self.o.forward_add_residual(qkv[:, : self.num_heads].contiguous(), stream)  # type: ignore[index]
+        """``stream`` (num_tokens, hidden) behind all of it and the next norm; queries are attention's output."""
+        qkv, stream, term = self.qkv.forward_after_norm_unadded(self.norms[0], stream, None)
+        q, k, v = (x.unflatten(1, (-1, self.head_dim)) for x in qkv.split(self.qkv.info.part_sizes, 1))
+        positions = self.positions[: len(q)]
+        q, _ = rope_and_cache(q, k, v, positions, self.cos_sin, self.kv, positions, adapters=term)
+        x, rest = self.o.forward_add_residual(q.flatten(1).contiguous(), stream)
         hidden, stream = self.gate_up.forward_after_norm(self.norms[1], x, rest, activation="silu", consumer=self.down)
         x, rest = self.down.forward_add_residual(hidden, stream)
         y: Tensor = self.norms[1](x) if rest is None else self.norms[1](x, rest)[0]

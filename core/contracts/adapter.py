@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, LayerInfo, LowRankShrink, QuantActivation
+from quire.core.contracts.quant import ActivationFormat, AppendedTerm, LayerInfo, LowRankShrink, QuantActivation
 from quire.core.ops.norm import rms_norm
 
 __all__ = ["AdapterLayer", "AdapterLimits", "AdapterMethod", "AdapterTensors"]
@@ -93,6 +93,10 @@ class AdapterLayer(ABC):
         the layer's product and the rows' behind it. Then ``activation`` and ``residual`` as in
         ``LinearMethod.apply_fused``."""
         raise NotImplementedError
+
+    def describe_appended(self, wide: Tensor) -> AppendedTerm | None:
+        """What an operation behind the layer is to add itself, token by token; None: ``add_appended`` comes between."""
+        return None
 
     def add_appended_and_norm(
         self, wide: Tensor, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat

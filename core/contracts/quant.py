@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "ActivationFormat",
+    "AppendedTerm",
     "InputFormat",
     "LayerInfo",
     "LinearMethod",
@@ -142,6 +143,21 @@ class LowRankTerm:
     """Features of each part, three parts at most."""
     shrink: ShrinkInProduct | None = None
     """What programs of the layer's kernel multiply beside the others, where ``v`` is None."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppendedTerm:
+    """What adapters add to a layer's output, for an operation behind it to add: to part ``p`` of a token whose adapter is
+    in slot ``s``, ``v[token, s, p] times b[s]``."""
+
+    v: Tensor
+    """(num_tokens, slots * parts * max_rank or more), rows strided: made by the layer's own product."""
+    b: Tensor
+    """(slots, max_rank, out_features)."""
+    ranks: Tensor
+    """(slots, parts) int32."""
+    token_slots: Tensor
+    """(num_tokens,) int32, at least: each token's slot, -1 where it has no adapter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from quire.core.contracts.adapter import AdapterLayer, AdapterMethod
-from quire.core.contracts.quant import ActivationFormat, InputFormat, LayerInfo, LinearMethod, QuantActivation
+from quire.core.contracts.quant import (
+    ActivationFormat,
+    AppendedTerm,
+    InputFormat,
+    LayerInfo,
+    LinearMethod,
+    QuantActivation,
+)
 from quire.core.layers.parallel import NormedSum, PartialSum, TensorParallel
 
 __all__ = ["AdaptedLinearMethod", "ModelAdapters", "UnaddedAdapters"]
@@ -153,11 +160,19 @@ class AdaptedLinearMethod(LinearMethod):
             return None
         return self.inner.apply_with_adapters(layer, native, bias, shrink, **neighbours)
 
-    def apply_before_norm(
+    def leaves_adapters(self, num_tokens: int) -> bool:
+        """Whether ``apply_unadded`` is offered in the step that runs."""
+        if not (self._adapters.is_active and self._has_appended_rows):
+            return False
+        return (
+            self._adapter_layer.get_shrink(num_tokens) is None and self._adapter_layer.count_active_rows(num_tokens) > 0
+        )
+
+    def apply_unadded(
         self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None
     ) -> UnaddedAdapters | None:
-        """For a norm that adds the adapters and the residual itself; None: ``apply_fused`` or ``apply``."""
-        if not self._adapters.is_active or self._adapter_layer.get_shrink(_get_native(x).shape[0]) is not None:
+        """For an operation behind the layer that adds the adapters itself; None: ``apply_fused`` or ``apply``."""
+        if not self._adapters.is_active or not self.leaves_adapters(_get_native(x).shape[0]):
             return None
         wide = self._multiply_appended(layer, x, bias)
         return None if wide is None else UnaddedAdapters(wide, TensorParallel(), self._adapter_layer)
@@ -190,10 +205,17 @@ class AdaptedLinearMethod(LinearMethod):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnaddedAdapters(PartialSum):
-    """The result of a layer before what adapters make of it is added, for a norm that does it: ``part`` has the layer's
-    product and the rows' behind it."""
+    """The result of a layer before what adapters make of it is added, for an operation behind it that does that:
+    ``part`` has the layer's product and the rows' behind it."""
 
     adapter_layer: AdapterLayer
+
+    def split(self) -> tuple[Tensor, AppendedTerm | None]:
+        """The layer's product, rows strided, and what is still to be added to it; or the whole sum."""
+        term = self.adapter_layer.describe_appended(self.part)
+        if term is None:
+            return self.reduce(), None
+        return self.part[:, : term.b.shape[2]], term
 
     def reduce(self) -> Tensor:
         """The layer's output with the adapters'."""

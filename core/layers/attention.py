@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quire.core import ops
 from quire.core.contracts.attention import AttentionSpec, LayerKV
 from quire.core.contracts.model import ForwardContext
+from quire.core.contracts.quant import AppendedTerm
 from quire.core.layers.builder import LayerBuilder
 from quire.core.layers.kv_scales import KVScales
 from quire.core.layers.norm import RMSNorm
@@ -89,16 +90,27 @@ class Attention(nn.Module):
     ) -> tuple[Tensor | PartialSum, Tensor | None]:
         """Norm the stream ``x + residual`` (num_tokens, hidden) and add the result to it, as in
         ``Linear.forward_add_residual``."""
-        qkv, stream = self.qkv_proj.forward_after_norm(norm, x, residual)
+        adapters = None
+        if self._can_add_adapters(context):
+            qkv, stream, adapters = self.qkv_proj.forward_after_norm_unadded(norm, x, residual)
+        else:
+            qkv, stream = self.qkv_proj.forward_after_norm(norm, x, residual)  # type: ignore[assignment]
         assert isinstance(qkv, Tensor), "only an activation is emitted quantized"
-        return self.o_proj.forward_add_residual(self._attend(qkv, positions, context), stream)
+        return self.o_proj.forward_add_residual(self._attend(qkv, positions, context, adapters), stream)
 
     def forward_plain(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """Attention alone, of what the model has normed itself: ``x`` (num_tokens, hidden) -> (num_tokens, hidden)."""
         out: Tensor = self.o_proj(self._attend(self.qkv_proj(x), positions, context))
         return out
 
-    def _attend(self, qkv: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+    def _can_add_adapters(self, context: ForwardContext) -> bool:
+        """Whether the kernel of the rotary embedding may add what adapters make of queries, keys and values."""
+        is_own = self.cos_sin is not None and "rope_and_cache" not in self.operations.replaced
+        return is_own and not context.backends[context.group_of[self.layer]].writes_kv
+
+    def _attend(
+        self, qkv: Tensor, positions: Tensor, context: ForwardContext, adapters: AppendedTerm | None = None
+    ) -> Tensor:
         """(num_tokens, sizes of q, k and v) -> (num_tokens, num_heads * head_dim)."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
@@ -110,7 +122,7 @@ class Attention(nn.Module):
         if self.spec.kv_dtype.itemsize == 1:
             kv = LayerKV(kv.k, kv.v, self.kv_scales.k_scale, self.kv_scales.v_scale)
         q, k = self._rotate_and_cache(
-            q, k, v, positions, None if backend.writes_kv else kv, context.slot_mapping[group]
+            q, k, v, positions, None if backend.writes_kv else kv, context.slot_mapping[group], adapters
         )
         out = q.new_empty(q.shape)
         if backend.writes_kv:
@@ -120,10 +132,17 @@ class Attention(nn.Module):
         return out.flatten(1)
 
     def _rotate_and_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv: LayerKV | None, slots: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        kv: LayerKV | None,
+        slots: Tensor,
+        adapters: AppendedTerm | None,
     ) -> tuple[Tensor, Tensor]:
-        """Norm and rotate queries and keys, where the layer does, and write keys and values, unless ``kv`` is None: the
-        backend will."""
+        """Add what adapters still have to, norm and rotate queries and keys, where the layer does, and write keys and
+        values, unless ``kv`` is None: the backend will."""
         if self.cos_sin is None:
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -141,4 +160,5 @@ class Attention(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
             eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            **({} if adapters is None else {"adapters": adapters}),
         )

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from quire.core.contracts.quant import ActivationFormat, LayerInfo, LinearMethod, QuantActivation
+from quire.core.contracts.quant import ActivationFormat, AppendedTerm, LayerInfo, LinearMethod, QuantActivation
 from quire.core.layers.adapters import AdaptedLinearMethod
 from quire.core.layers.checkpoint import CheckpointLayer, WeightLoader
 from quire.core.layers.norm import RMSNorm
@@ -84,6 +84,23 @@ class Linear(CheckpointLayer):
                 return self.operations.silu_and_mul(out, output_format), stream
         return out, stream
 
+    def forward_after_norm_unadded(
+        self, norm: RMSNorm, x: Tensor | PartialSum, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, AppendedTerm | None]:
+        """``forward_after_norm``, and what adapters add to the result where the operation behind it is to do that; its
+        rows are strided then."""
+        num_tokens = (x.part if isinstance(x, PartialSum) else x).shape[0]
+        if isinstance(self.method, AdaptedLinearMethod) and self.method.leaves_adapters(num_tokens):
+            y, stream = norm.norm_stream(x, residual, self.input_format)
+            unadded = self.method.apply_unadded(self, y, getattr(self, "bias", None))
+            if unadded is not None:
+                product, term = unadded.split()
+                return product, stream, term
+            return self(y), stream, None
+        out, stream = self.forward_after_norm(norm, x, residual)
+        assert isinstance(out, Tensor), "only an activation is emitted quantized"
+        return out, stream, None
+
     def forward_add_residual(
         self, x: Tensor | QuantActivation, stream: Tensor
     ) -> tuple[Tensor | PartialSum, Tensor | None]:
@@ -93,7 +110,7 @@ class Linear(CheckpointLayer):
         bias = getattr(self, "bias", None)
         if self.info.shard != "row" or self.parallel.size == 1:
             if isinstance(self.method, AdaptedLinearMethod):
-                unadded = self.method.apply_before_norm(self, x, bias)
+                unadded = self.method.apply_unadded(self, x, bias)
                 if unadded is not None:
                     return unadded, stream
             out = self.method.apply_fused(self, x, bias, residual=stream)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.attention import LayerKV
-from quire.core.contracts.quant import ActivationFormat
+from quire.core.contracts.quant import ActivationFormat, AppendedTerm
 from quire.core.ops.norm import rms_norm_in_torch
 
 __all__ = ["apply_rope", "rope_and_cache", "rope_and_cache_in_torch", "write_kv"]
@@ -24,18 +24,20 @@ def rope_and_cache(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    adapters: AppendedTerm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm (where weights are given) and rotate ``q`` and ``k``, then write ``k`` and ``v`` to their slots.
 
     ``q`` (num_tokens, num_heads, dim), ``k`` and ``v`` (num_tokens, num_kv_heads, dim); ``positions`` (num_tokens,)
     int64; ``cos_sin`` as in ``apply_rope``; ``q_norm`` and ``k_norm`` (dim,); ``slot_mapping`` (num_tokens,) int64.
     Returns the new ``q`` and ``k``, which may be the old ones overwritten. Where ``kv`` is None nothing is written:
-    the backend will.
+    the backend will. ``adapters``, on a GPU: what they add to queries, keys and values, first of all.
     """
     if q.is_cuda:
         from quire.core.ops.kernels import rope_kernel as rope
 
-        return rope.launch_rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps)
+        return rope.launch_rope_and_cache(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm, k_norm, eps, adapters)
+    assert adapters is None, "layers add them on other devices"
     return rope_and_cache_in_torch(q, k, v, positions, cos_sin, kv, slot_mapping, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from tests.adapters.test_kernels import NUM_SLOTS, PLACES, Problem
 
-from quire.core.contracts.quant import ActivationFormat
+from quire.core.contracts.attention import LayerKV
+from quire.core.contracts.quant import ActivationFormat, AppendedTerm
+from quire.core.ops.kernels.rope_kernel import launch_rope_and_cache
 from quire.core.ops.norm import rms_norm_in_torch
 from quire.plugins.adapters.lora.appended_kernels import launch_add_appended, launch_add_appended_and_norm
 from quire.plugins.adapters.lora.batch import AdapterBatch
@@ -93,3 +95,31 @@ def test_the_norm_comes_behind(device: str, dtype: torch.dtype, tolerance: float
     else:
         assert (normed.values.int() - twin.values.int()).abs().max() <= 1
         torch.testing.assert_close(normed.scale, twin.scale, rtol=1e-2 if device == "cuda" else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@pytest.mark.parametrize(("rotary", "normed"), [(32, False), (32, True), (16, True), (16, False)])
+def test_the_rotary_embedding_comes_behind(
+    device: str, dtype: torch.dtype, tolerance: float, rotary: int, normed: bool
+) -> None:
+    """With the norm of heads and the write of keys and values: as of the whole sum."""
+    dim, sizes = 32, (192, 64, 64)
+    problem = Problem(device, dtype, sizes, 96, 32)
+    wide, batch, _ = make_wide(problem, MIXED, NUM_SLOTS)
+    whole = add_appended(wide, problem.b, sizes, batch)
+    angles = torch.rand(64, rotary // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(device)
+    positions, norm = torch.arange(len(MIXED), device=device) * 3, None
+    if normed:
+        norm = (torch.rand(dim) + 0.5).to(wide)
+
+    def rotate(x: torch.Tensor, term: AppendedTerm | None) -> list[torch.Tensor]:
+        q, k, v = (each.unflatten(1, (-1, dim)) for each in x[:, : sum(sizes)].split(sizes, 1))
+        cache = torch.zeros(2, 4, 2, 16, dim, dtype=dtype, device=device)
+        kv = LayerKV(cache[0], cache[1])
+        q, k = launch_rope_and_cache(q, k, v, positions, cos_sin, kv, positions, norm, norm, 1e-6, term)
+        return [q, k, cache]
+
+    term = AppendedTerm(wide[:, problem.features :], problem.b, problem.ranks, batch.tiles.token_slots)
+    for got, expected in zip(rotate(wide, term), rotate(whole, None), strict=True):
+        assert (got - expected).norm() <= max(tolerance, 3e-6) * expected.norm()

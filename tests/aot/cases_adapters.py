@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from quire.core.contracts.attention import LayerKV
 from quire.core.ops.kernels.gemm_small_m import launch_gemm_small_m
 from quire.core.ops.kernels.gemv import launch_gemv, launch_gemv_k_loop
+from quire.core.ops.kernels.rope_kernel import launch_rope_and_cache
 from quire.plugins.adapters.lora.appended_kernels import launch_add_appended, launch_add_appended_and_norm
 from quire.plugins.adapters.lora.batch import AdapterBatch
 from quire.plugins.adapters.lora.kernels import launch_lora
@@ -19,7 +21,7 @@ from quire.plugins.quant.kernels.fp8_gemm_small_m import launch_fp8_gemm_small_m
 from quire.plugins.quant.kernels.fp8_gemv import launch_fp8_gemv, launch_fp8_gemv_k_loop
 from quire.plugins.quant.kernels.int4 import IntWeights
 from quire.plugins.quant.kernels.int4_launch import launch_int4_gemm_small_m
-from quire.sdk import ActivationFormat, AdapterLimits, LowRankTerm
+from quire.sdk import ActivationFormat, AdapterLimits, AppendedTerm, LowRankTerm
 
 __all__ = ["ADAPTERS"]
 
@@ -90,6 +92,21 @@ def appended(
         launch_add_appended_and_norm(wide, b, ranks, batch, stream, (stream[0], 1e-5), ActivationFormat())
     else:
         launch_add_appended(wide, b, ranks, part_sizes, batch, gated=gated, residual=stream if residual else None)
+
+
+def appended_rope(dim: int, rotary_dim: int, normed: bool, max_rank: int) -> None:
+    """The rotary embedding that adds adapters to queries, keys and values."""
+    dtype, sizes = torch.bfloat16, (32 * dim, 8 * dim, 8 * dim)
+    wide, b = (
+        torch.empty(32, sum(sizes) + 24 * max_rank, dtype=dtype),
+        torch.empty(8, max_rank, sum(sizes), dtype=dtype),
+    )
+    ints, positions = torch.zeros(32, dtype=torch.int32), torch.arange(32)
+    term = AppendedTerm(wide[:, sum(sizes) :], b, torch.zeros(8, 3, dtype=torch.int32), ints)
+    q, k, v = (x.unflatten(1, (-1, dim)) for x in wide[:, : sum(sizes)].split(sizes, 1))
+    cache, norm = torch.empty(2, 2, 8, 16, dim, dtype=dtype), torch.empty(dim, dtype=dtype) if normed else None
+    kv = LayerKV(cache[0], cache[1])
+    launch_rope_and_cache(q, k, v, positions, torch.empty(64, rotary_dim), kv, positions, norm, norm, 1e-6, term)
 
 
 _QKV, _GATE_UP = (4096, 1024, 1024), (14336, 14336)
@@ -170,6 +187,8 @@ ADAPTERS = {
     "appended-gate-up-16": partial(appended, 16, _GATE_UP, 1, gated=True),
     "appended-gate-up-64-of-8": partial(appended, 64, _GATE_UP, 8, gated=True),
     "appended-o-2048-rank-64": partial(appended, 2048, (4096,), 8, max_rank=64, residual=True),
+    "appended-rope": partial(appended_rope, 128, 128, False, 16),
+    "appended-rope-norm-partial": partial(appended_rope, 128, 64, True, 64),
     "appended-norm-32": partial(appended, 32, (4096,), 1, norm=True),
     "appended-norm-8192-rank-64-f16": partial(appended, 32, (8192,), 1, max_rank=64, norm=True, half=True),
 }  # fmt: skip

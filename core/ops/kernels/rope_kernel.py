@@ -13,12 +13,15 @@ Registers: the two halves of the heads, and what is not rotated. Shared memory: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire.core.contracts.attention import LayerKV
+from quire.core.contracts.quant import AppendedTerm
 from quire.core.ops.kernels.pdl import pdl_launch_dependents, pdl_wait, supports_pdl
 
 __all__ = ["launch_rope_and_cache"]
@@ -37,6 +40,7 @@ def launch_rope_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    adapters: AppendedTerm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``quire.core.ops.rope_and_cache``, in place: ``q`` and ``k`` are overwritten and returned.
 
@@ -49,6 +53,7 @@ def launch_rope_and_cache(
     max_value = torch.finfo(cache_k.dtype).max if cache_k.dtype.itemsize == 1 else 0.0
     scales = (kv.k_scale, kv.v_scale) if kv is not None and max_value else (positions, positions)
     query_groups = triton.cdiv(num_heads, _HEADS)
+    options = {} if adapters is None else _pack_adapters(adapters, num_heads * dim, num_kv_heads * dim)
     enable_pdl = supports_pdl(q.device)
     _rope_kernel[(num_tokens, query_groups + triton.cdiv(num_kv_heads, _HEADS))](
         q,
@@ -84,8 +89,21 @@ def launch_rope_and_cache(
         enable_pdl=enable_pdl,
         num_warps=4,
         launch_pdl=enable_pdl,
+        **options,
     )
     return q, k
+
+
+def _pack_adapters(term: AppendedTerm, q_size: int, kv_size: int) -> dict[str, Any]:
+    """What the kernel takes of adapters, by name."""
+    return {
+        "low_ptr": term.v,
+        "b_ptr": term.b,
+        "ranks_ptr": term.ranks,
+        "token_slots_ptr": term.token_slots,
+        "low_stride": term.v.stride(0),
+        "low_rank": (term.b.shape[1], q_size, kv_size),
+    }
 
 
 @triton.jit
@@ -126,6 +144,12 @@ def _rope_kernel(
     has_cache: tl.constexpr,
     max_value: tl.constexpr,
     enable_pdl: tl.constexpr,
+    low_ptr=None,  # of adapters, as in ``AppendedTerm``
+    b_ptr=None,
+    ranks_ptr=None,
+    token_slots_ptr=None,
+    low_stride=None,
+    low_rank: tl.constexpr = None,
 ):
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
@@ -133,6 +157,9 @@ def _rope_kernel(
     group = tl.program_id(1)
     position = tl.load(position_ptr + token)
     slot = tl.load(slot_ptr + token)
+    if low_rank is not None:
+        low_ptr += token * low_stride
+        token_slots_ptr += token
     if group < query_groups:
         _rotate_heads(
             q_ptr + token * q_stride,
@@ -153,6 +180,12 @@ def _rope_kernel(
             has_norm,
             False,
             max_value,
+            low_ptr,
+            b_ptr,
+            ranks_ptr,
+            token_slots_ptr,
+            0,
+            low_rank,
         )
     else:
         first = (group - query_groups) * heads
@@ -176,12 +209,20 @@ def _rope_kernel(
             has_norm,
             has_cache,
             max_value,
+            low_ptr,
+            b_ptr,
+            ranks_ptr,
+            token_slots_ptr,
+            1,
+            low_rank,
         )
         if has_cache:
             head = first + tl.arange(0, heads)[:, None]
             offs = tl.arange(0, block_dim)[None, :]
             mask = (head < num_kv_heads) & (offs < dim)
             v = tl.load(v_ptr + token * v_stride + head * dim + offs, mask=mask, other=0.0)
+            if low_rank is not None:
+                v = _add_adapters(v, head * dim + offs, mask, low_ptr, b_ptr, ranks_ptr, token_slots_ptr, 2, low_rank)
             cache_v = cache_v_ptr + (slot // block_size) * cv_block + (slot % block_size) * cv_slot
             tl.store(cache_v + head * cv_head + offs, _to_cache_dtype(v, v_scale_ptr, cache_v, max_value), mask=mask)
 
@@ -206,6 +247,12 @@ def _rotate_heads(
     has_norm: tl.constexpr,
     has_cache: tl.constexpr,
     max_value: tl.constexpr,
+    low_ptr,
+    b_ptr,
+    ranks_ptr,
+    token_slots_ptr,
+    part: tl.constexpr,
+    low_rank: tl.constexpr,
 ):
     """Norm and rotate ``heads`` heads of one token in place, and copy them to the cache."""
     head = first_head + tl.arange(0, heads)[:, None]
@@ -216,6 +263,16 @@ def _rotate_heads(
     rest_offs = 2 * half + tl.arange(0, block_rest)[None, :]
     rest_mask = (head < num_heads) & (rest_offs < dim)
     dtype = low.dtype
+    if low_rank is not None:
+        at = head * dim + offs
+        low = _add_adapters(low, at, mask, low_ptr, b_ptr, ranks_ptr, token_slots_ptr, part, low_rank)
+        high = _add_adapters(high, at + half, mask, low_ptr, b_ptr, ranks_ptr, token_slots_ptr, part, low_rank)
+        if 2 * half < dim:
+            rest = tl.load(x_ptr + head * dim + rest_offs, mask=rest_mask, other=0.0)
+            at_rest = head * dim + rest_offs
+            rest = _add_adapters(rest, at_rest, rest_mask, low_ptr, b_ptr, ranks_ptr, token_slots_ptr, part, low_rank)
+            tl.store(x_ptr + head * dim + rest_offs, rest, mask=rest_mask)  # where it is loaded from below
+            tl.debug_barrier()
     if has_norm:
         a, b = low.to(tl.float32), high.to(tl.float32)
         total = tl.sum(a * a + b * b, axis=1)
@@ -250,6 +307,36 @@ def _rotate_heads(
                 _to_cache_dtype(rest, scale_ptr, cache_ptr, max_value),
                 mask=rest_mask,
             )
+
+
+@triton.jit
+def _add_adapters(
+    x,  # of one token
+    columns,  # of each of its numbers, in the part
+    mask,
+    low_ptr,  # of the token: (slots, parts, max_rank)
+    b_ptr,
+    ranks_ptr,
+    token_slots_ptr,  # of the token
+    part: tl.constexpr,
+    low_rank: tl.constexpr,
+):
+    """``x`` and the product of its adapter's v and B, rounded to its dtype."""
+    max_rank: tl.constexpr = low_rank[0]
+    features: tl.constexpr = low_rank[1] + 2 * low_rank[2]
+    first: tl.constexpr = 0 if part == 0 else low_rank[1] + (part - 1) * low_rank[2]
+    slot = tl.load(token_slots_ptr)
+    held = tl.maximum(slot, 0).to(tl.int64)
+    rank = tl.load(ranks_ptr + held * 3 + part, mask=slot >= 0, other=0)
+    b_at = b_ptr + held * max_rank * features + first + columns
+    v_at = low_ptr + (held * 3 + part) * max_rank
+    y = x.to(tl.float32)
+    for r in range(0, rank, 16):
+        for i in tl.static_range(16):  # whose loads travel together
+            b = tl.load(b_at + (r + i) * features, mask=mask & (r + i < rank), other=0.0)
+            v = tl.load(v_at + r + i, mask=r + i < rank, other=0.0)
+            y += v.to(tl.float32) * b.to(tl.float32)
+    return y.to(x.dtype)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from quire.sdk import (
     AdapterLimits,
     AdapterMethod,
     AdapterTensors,
+    AppendedTerm,
     LayerInfo,
     LoraWeights,
     LowRankShrink,
@@ -63,8 +64,8 @@ class Lora(AdapterMethod):
         append_to_weight: bool = False
         """For more tokens A lies behind the layer's weight, where that is unquantized and whole on this rank, and the
         layer's product does the first product too; false: kernels behind it do both."""
-        max_norm_tokens: int = 128
-        """There up to so many tokens are added by the kernel of the norm behind the layer."""
+        max_few_tokens: int = 128
+        """There up to so many tokens are added by the norm's or the rotary embedding's kernel behind the layer."""
 
     def __init__(self, limits: AdapterLimits, options: Options | None = None) -> None:
         super().__init__(limits, options)
@@ -247,11 +248,18 @@ class LoraLayer(AdapterLayer):
 
         return launch_add_appended(wide, self._b, self._ranks, sizes, self._batch, **arguments)
 
+    def describe_appended(self, wide: Tensor) -> AppendedTerm | None:
+        """For few tokens on a GPU: each reads its B whole."""
+        if not wide.is_cuda or len(wide) > self._options.max_few_tokens:
+            return None
+        v = wide[:, self._info.out_features :]
+        return AppendedTerm(v, self._b, self._ranks, self._batch.tiles.token_slots)
+
     def add_appended_and_norm(
         self, wide: Tensor, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
     ) -> tuple[Tensor | QuantActivation, Tensor] | None:
         """For few tokens on a GPU: each reads its B whole."""
-        if not wide.is_cuda or len(wide) > self._options.max_norm_tokens or len(self._info.part_sizes) > 1:
+        if not wide.is_cuda or len(wide) > self._options.max_few_tokens or len(self._info.part_sizes) > 1:
             return None
         from quire.plugins.adapters.lora.appended_kernels import launch_add_appended_and_norm
 

@@ -57,7 +57,7 @@ def add_appended(
 ) -> Tensor:
     """As ``appended_kernels.launch_add_appended``, a token at a time."""
     _, max_rank, features = b.shape
-    out = wide[:, :features].float()
+    out = wide[:, :features].to(torch.float32, copy=True)
     v = wide[:, features : features + batch.tiles.num_slots * len(part_sizes) * max_rank]
     v = v.unflatten(1, (-1, len(part_sizes), max_rank)).float()  # (num_tokens, slots, parts, max_rank)
     for token, slot in enumerate(batch.tiles.token_slots[: len(wide)].tolist()):

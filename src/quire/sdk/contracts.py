@@ -64,6 +64,7 @@ __all__ = [
     "AdapterMethod",
     "AdapterTensors",
     "Allocation",
+    "AppendedTerm",
     "ArgumentFormat",
     "AttentionBackend",
     "AttentionBatch",
@@ -186,7 +187,7 @@ NAMES_OF_MODULE = {
         "Refusal", "Reject", "RequestColumns", "RequestInfo", "StepReport", "StepView", "Usage", "make_default_plan",
     ),
     "quire.core.contracts.quant": (
-        "ActivationFormat", "InputFormat", "LayerInfo", "LinearMethod", "LowRankShrink", "LowRankTerm",
+        "ActivationFormat", "AppendedTerm", "InputFormat", "LayerInfo", "LinearMethod", "LowRankShrink", "LowRankTerm",
         "QuantActivation", "QuantizationLoader", "ShrinkInProduct", "StoredWeight",
     ),
     "quire.core.contracts.model": ("AuxHiddenStates", "ForwardContext", "Model"),
