@@ -15,6 +15,7 @@ import gc
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,8 +37,10 @@ class SlotByToken(UniprocExecutor):
     """A request's slot is its first token less ``FIRST_TOKEN``. Notes when each step is launched, and between two steps
     stages and loads what is asked for."""
 
+    target_modules: tuple[str, ...] = ()
+
     def __init__(self, config: EngineConfig, options: object = None) -> None:
-        adapters = AdapterConfig(max_loras=NUM_SLOTS, max_lora_rank=RANK, max_cpu_loras=NUM_SLOTS)
+        adapters = AdapterConfig(NUM_SLOTS, RANK, NUM_SLOTS, target_modules=self.target_modules)
         super().__init__(replace(config, adapters=adapters), options)
         self.launched_at: list[float] = []
         self.load_under_traffic: tuple[int, int, str] | None = None
@@ -72,7 +75,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 256])
     parser.add_argument("--many", type=int, default=64, help="rows of cases with several adapters, one of --batches")
     parser.add_argument("--quantization", default="auto")
-    parser.add_argument("--append-to-weight", action="store_true", help="that option of the adapter method")
+    parser.add_argument("--target-modules", nargs="+", default=[], help="as --lora-target-modules; q_proj v_proj")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=1024)
@@ -94,8 +97,8 @@ def run(args: argparse.Namespace, where: Path) -> None:
     gc.collect()  # before the next engine looks how much memory is free
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    executor, options = f"{SlotByToken.__module__}:{SlotByToken.__qualname__}", {"append_to_weight": True}
-    llm = make_llm(args, executor=executor, plugin_options={"adapter": options} if args.append_to_weight else {})
+    SlotByToken.target_modules = tuple(args.target_modules)
+    llm = make_llm(args, executor=f"{SlotByToken.__module__}:{SlotByToken.__qualname__}")
     print(f"{'adapters':>24} {'batch':>5} {'ms':>8} {'without':>8} {'more':>7}")
 
     def show(name: str, slots: list[int]) -> None:
@@ -105,6 +108,17 @@ def run(args: argparse.Namespace, where: Path) -> None:
 
     for batch in batches:
         show("none active", [-1] * batch)
+    if not args.target_modules:
+        show_all_linear_layers(args, llm, folders, show)
+    load_all(llm, [narrow])
+    show("one, queries and values", [0] * many)
+    show("64, queries and values", list(range(many)))
+    llm.shutdown()
+
+
+def show_all_linear_layers(args: argparse.Namespace, llm: LLM, folders: list[Path], show: Callable[..., None]) -> None:
+    """Rows of adapters on all of them, and of a load under traffic."""
+    batches, many = args.batches, args.many
     load_all(llm, folders)
     for batch in batches:
         show("one, all linear layers", [0] * batch)
@@ -112,10 +126,6 @@ def run(args: argparse.Namespace, where: Path) -> None:
     show("64, all linear layers", list(range(many)))
     show("half of the rows", [0 if i % 2 else -1 for i in range(many)])
     measure_load(llm, args, folders[1], many)
-    load_all(llm, [narrow])
-    show("one, queries and values", [0] * many)
-    show("64, queries and values", list(range(many)))
-    llm.shutdown()
 
 
 def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:

@@ -225,6 +225,14 @@ class EngineArgs:
         help="adapters that are kept in host memory; the least recently used make room; default: twice --max-loras",
         metavar="N",
     )
+    lora_target_modules: Sequence[str] = setting(
+        (),
+        group="adapters",
+        help="modules that adapters may change, by the last parts of their names (q_proj v_proj); the others are as "
+        "fast as without adapters; default: every linear layer",
+        metavar="NAME",
+        several_words=True,
+    )
     lora_dtype: str = setting(
         section_default(AdapterConfig, "dtype"),
         group="adapters",

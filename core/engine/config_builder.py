@@ -287,7 +287,13 @@ def _build_adapter_config(args: EngineArgs) -> AdapterConfig | None:
         raise ConfigError(f"max_cpu_loras {max_cpu_loras} is less than max_loras {max_loras}; raise the one")
     if not 1 <= args.max_lora_rank <= _MAX_LORA_RANK:
         raise ConfigError(f"max_lora_rank must be 1 to {_MAX_LORA_RANK}, got {args.max_lora_rank}")
-    return AdapterConfig(max_loras, args.max_lora_rank, max_cpu_loras, DTYPES.get(args.lora_dtype, "auto"))
+    return AdapterConfig(
+        max_loras,
+        args.max_lora_rank,
+        max_cpu_loras,
+        DTYPES.get(args.lora_dtype, "auto"),
+        tuple(args.lora_target_modules),
+    )
 
 
 def _build_recording_config(args: EngineArgs) -> RecordingConfig | None:

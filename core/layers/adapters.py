@@ -18,6 +18,7 @@ from quire.core.contracts.quant import (
     LinearMethod,
     QuantActivation,
 )
+from quire.core.errors import ConfigError
 from quire.core.layers.parallel import NormedSum, PartialSum, TensorParallel
 
 __all__ = ["AdaptedLinearMethod", "ModelAdapters", "UnaddedAdapters"]
@@ -45,6 +46,12 @@ class ModelAdapters:
             if name in targets:
                 self.module_shapes[name] = (size, info.in_total)
         return AdaptedLinearMethod(inner, self.method, layer)
+
+    def check_target_modules(self) -> None:
+        """Raise ``ConfigError`` where a module that adapters may change is none of the model's."""
+        names = {name.rpartition(".")[2] for name in self.module_shapes}
+        for target in sorted(self._target_modules - names):
+            raise ConfigError(f"lora_target_modules names {target}, and no linear layer of the model is called so")
 
     def _is_target(self, name: str) -> bool:
         return not self._target_modules or name.rpartition(".")[2] in self._target_modules

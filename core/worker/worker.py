@@ -140,6 +140,8 @@ class Worker:
         self._model = self._components.load_target_model(self._adapters)
         if self._adapters is not None and self._link is not None:
             share_module_shapes(self._link, self._adapters)
+        if self._adapters is not None:
+            self._adapters.check_target_modules()
         self._proposer = self._components.load_proposer(self._model)
         self.startup_timer.end_phase("weights")
 

@@ -106,6 +106,18 @@ def test_more_adapters_than_slots_and_host_memory(llm: LLM, random_adapters: lis
         llm.unload_adapter(request.lora_name)
 
 
+def test_target_modules_leave_other_layers_alone(tmp_path: Path) -> None:
+    base, settings = Path("core/assets/quire-tiny"), {"num_gpu_blocks_override": 96, "max_model_len": 512}
+    narrow = make_tiny_adapter(base, tmp_path / "narrow", target_modules=["q_proj", "v_proj"], scale=2.0)
+    llm = LLM("quire-tiny", enable_lora=True, lora_target_modules=["q_proj", "v_proj"], **settings)
+    assert chat(llm, FACT, LoRARequest("narrow", 1, str(narrow))) != chat(llm, FACT)
+    with pytest.raises(InvalidRequestError, match="'k_proj' is none of the model's: q_proj, v_proj"):
+        chat(llm, FACT, LoRARequest("wide", 2, "quire-tiny-upper"))
+    llm.shutdown()
+    with pytest.raises(ConfigError, match="lora_target_modules names w_proj, and no linear layer"):
+        LLM("quire-tiny", enable_lora=True, lora_target_modules=["w_proj"], **settings)
+
+
 def test_what_cannot_be_used_is_refused_in_one_line_and_nobody_else_is_hurt(llm: LLM, tmp_path: Path) -> None:
     base = Path("core/assets/quire-tiny")
     wide = make_tiny_adapter(base, tmp_path / "wide", rank=32)
