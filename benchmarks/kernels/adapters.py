@@ -3,12 +3,13 @@
     PYTHONPATH=src python benchmarks/kernels/adapters.py [--quantization fp8]
     PYTHONPATH=src python benchmarks/kernels/adapters.py --model llama-3.1-8b-awq
 
-Microseconds a decoder layer: queries, keys and values behind their norm, the rotary embedding, output, gate and up behind
-their norm with the activation function, down; no attention. ``base`` is without adapters, the others are what adapters
-of rank 16 on all of them add to that: one for all tokens, as is the default, by kernels behind the layers (``behind``),
-and with A behind the layers' weights (``in weight``; ``apart``: and added by kernels of their own alone); then eight
-and 64, in turns, as is the default and so. ``bytes`` is what reading them takes at the memory's bandwidth. All take
-turns, on several copies of the layer so that weights come from memory. ``--hidden 64`` is for a look without a GPU.
+Microseconds a decoder layer: queries, keys and values behind their norm, the rotary embedding, output, gate and up
+behind their norm with the activation function, down; no attention. ``base`` is without adapters, the others are what
+adapters of rank 16 on all of them add to that: one for all tokens, as is the default, with A behind the layers' weights
+for any number of tokens (``in weight``; ``apart``: and added by kernels of their own alone), and by kernels behind the
+layers (``behind``); then eight and 64, in turns. ``bytes`` is what reading them takes at the memory's bandwidth. All
+take turns, on several copies of the layer so that weights come from memory. ``--hidden 64`` is for a look without a
+GPU.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ MODELS = Path(__file__).parents[1] / "models"
 LOADERS: dict[str, type[QuantizationLoader]] = {"none": Unquantized, "fp8": Fp8, "int8": Int8, "awq": AWQ, "gptq": GPTQ}
 NUM_SLOTS, RANK = 64, 16
 _IN_WEIGHT = Lora.Options(add_in_product=False, append_to_weight=True, max_few_tokens=1 << 20)
+_BEHIND = Lora.Options(add_in_product=False, append_to_weight=False)
 COLUMNS: dict[str, tuple[int, Lora.Options]] = {
     "one": (1, Lora.Options()),
-    "one, behind": (1, Lora.Options(add_in_product=False)),
     "one, in weight": (1, _IN_WEIGHT),
-    "apart": (1, replace(_IN_WEIGHT, max_few_tokens=0)),
+    "one, apart": (1, replace(_IN_WEIGHT, max_few_tokens=0)),
+    "one, behind": (1, _BEHIND),
     "8": (8, Lora.Options()),
-    "8, in weight": (8, _IN_WEIGHT),
     "64": (64, Lora.Options()),
-    "64, in weight": (64, _IN_WEIGHT),
+    "64, behind": (64, _BEHIND),
 }
 """Adapters in a batch, and what layers' kernels may do of them."""
 
@@ -165,6 +166,7 @@ def time_batch(
             fill_slots(adapters)
         method.is_active = num_adapters > 0
         if num_adapters:
+            method.num_named_slots = next(count for count in (1, 8, NUM_SLOTS) if count >= num_adapters)
             method.prepare_metadata(np.arange(batch, dtype=np.int32) % num_adapters, is_captured=True)
 
         def launch(layers: list[DecoderLayer] = layers, method: Lora = method, active: bool = num_adapters > 0) -> None:

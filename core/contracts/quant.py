@@ -147,8 +147,8 @@ class LowRankTerm:
 
 @dataclass(frozen=True, slots=True)
 class AppendedTerm:
-    """What adapters add to a layer's output, for an operation behind it to add: to part ``p`` of a token whose adapter is
-    in slot ``s``, ``v[token, s, p] times b[s]``."""
+    """What adapters add to a layer's output, for an operation behind it to add: to part ``p`` of a token whose adapter
+    is in slot ``s``, ``v[token, s, p] times b[s]``."""
 
     v: Tensor
     """(num_tokens, slots * parts * max_rank or more), rows strided: made by the layer's own product."""

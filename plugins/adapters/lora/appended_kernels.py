@@ -63,6 +63,7 @@ def launch_add_appended(
     out = wide.new_empty(num_tokens, width)
     sizes = (*part_sizes, *(0 for _ in range(_MAX_PARTS - len(part_sizes))))
     max_rank = b.shape[1]
+    block_r = min(_MAX_BLOCK_K, triton.next_power_of_2(max_rank))
     num_tiles = sum(triton.cdiv(size, _BLOCK_N) for size in (part_sizes[:1] if gated else part_sizes))
     enable_pdl = supports_pdl(wide.device)
     add_appended_kernel[(num_tiles, triton.cdiv(num_tokens, tiles.rows))](
@@ -83,7 +84,8 @@ def launch_add_appended(
         rows=tiles.rows,
         list_width=tiles.lists.shape[1],
         block_n=_BLOCK_N,
-        block_k=min(_MAX_BLOCK_K, triton.next_power_of_2(tiles.num_slots) * max_rank),
+        block_r=block_r,
+        group=min(_MAX_BLOCK_K // block_r, triton.next_power_of_2(tiles.num_slots)),
         gated=gated,
         has_residual=residual is not None,
         enable_pdl=enable_pdl,
@@ -136,10 +138,10 @@ def launch_add_appended_and_norm(
 
 @triton.jit
 def _load_b(
-    k,
+    first,
+    r,
     list_at,
     count,
-    offs_k,
     b_ptr,
     ranks_ptr,
     columns,
@@ -148,49 +150,35 @@ def _load_b(
     features: tl.constexpr,
     parts: tl.constexpr,
     max_rank: tl.constexpr,
+    block_r: tl.constexpr,
+    group: tl.constexpr,
 ):
-    """Of ranks ``k ...`` of the listed slots: each one's slot, where its ``v`` is behind the product, and B
-    (block_k, block_n)."""
-    index, rank = (k + offs_k) // max_rank, (k + offs_k) % max_rank
-    is_listed = index < count
-    slot = tl.load(list_at + 1 + index, mask=is_listed, other=0)
+    """The ranks ``r ...`` of the listed slots ``first ...``: each one's slot, and B (group * block_r, block_n)."""
+    offs_k = tl.arange(0, group * block_r)
+    index, rank = first + offs_k // block_r, r + offs_k % block_r
+    mask = index < count
+    slot = tl.load(list_at + 1 + index, mask=mask, other=-2)
+    held = tl.maximum(slot, 0).to(tl.int64)
     if max_rank > 16:  # else all of it is one load, and zero beyond the rank
-        is_listed &= rank < tl.load(ranks_ptr + slot * parts + part, mask=is_listed, other=0)
-    rows = (slot.to(tl.int64) * max_rank + rank)[:, None] * features
-    b = tl.load(b_ptr + rows + columns[None, :], mask=is_listed[:, None] & mask_n[None, :], other=0.0)
-    return tl.where(is_listed, slot, -2), (slot * parts + part) * max_rank + rank, b
+        mask &= rank < tl.load(ranks_ptr + held * parts + part, mask=mask, other=0)
+    rows = (held * max_rank + rank)[:, None] * features
+    return slot, tl.load(b_ptr + rows + columns[None, :], mask=mask[:, None] & mask_n[None, :], other=0.0)
 
 
 @triton.jit
-def _add_adapters(
-    y,  # (rows, block_n) float32
-    first_slot,  # of ``_load_b``, of the first ranks
-    first_v,
-    first_b,
-    slots,  # (rows,)
-    v_rows,  # (rows,) pointers behind the product
-    list_at,
-    count,
-    offs_k,
-    b_ptr,
-    ranks_ptr,
-    columns,
-    mask_n,
-    part,
-    features: tl.constexpr,
-    parts: tl.constexpr,
-    max_rank: tl.constexpr,
-    block_k: tl.constexpr,
-):
-    v = tl.load(v_rows[:, None] + first_v[None, :], mask=slots[:, None] == first_slot[None, :], other=0.0)
-    y = tl.dot(v, first_b, y, input_precision="ieee")
-    for k in tl.range(block_k, count * max_rank, block_k, num_stages=3):
-        slot, v_at, b = _load_b(
-            k, list_at, count, offs_k, b_ptr, ranks_ptr, columns, mask_n, part, features, parts, max_rank
-        )
-        v = tl.load(v_rows[:, None] + v_at[None, :], mask=slots[:, None] == slot[None, :], other=0.0)
-        y = tl.dot(v, b, y, input_precision="ieee")
-    return y
+def _load_v(v_rows, slots, part, r, parts: tl.constexpr, max_rank: tl.constexpr, block_r: tl.constexpr):
+    """What each token's own slot made of it, the ranks ``r ...``: (rows, block_r)."""
+    offs_r = r + tl.arange(0, block_r)
+    at = ((slots * parts + part) * max_rank)[:, None] + offs_r[None, :]
+    return tl.load(v_rows[:, None] + at, mask=(slots >= 0)[:, None] & (offs_r < max_rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _multiply(y, v, b, slots, slot_of_rank, block_r: tl.constexpr, group: tl.constexpr):
+    """``y`` and the product of B and ``v``, which is zero where a token has another slot."""
+    wide = tl.reshape(tl.broadcast_to(v[:, None, :], (v.shape[0], group, block_r)), (v.shape[0], group * block_r))
+    wide = tl.where(slots[:, None] == slot_of_rank[None, :], wide, 0.0)
+    return tl.dot(wide, b, y, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -212,7 +200,8 @@ def add_appended_kernel(
     rows: tl.constexpr,
     list_width: tl.constexpr,
     block_n: tl.constexpr,
-    block_k: tl.constexpr,
+    block_r: tl.constexpr,
+    group: tl.constexpr,
     gated: tl.constexpr,
     has_residual: tl.constexpr,
     enable_pdl: tl.constexpr,
@@ -232,17 +221,30 @@ def add_appended_kernel(
     columns = first + offs_n
     offs_m = tl.program_id(1) * rows + tl.arange(0, rows)
     mask_m = offs_m < num_tokens
-    offs_k = tl.arange(0, block_k)
     # What no kernel of the step writes is read before the wait, while the product still runs.
     slots = tl.load(token_slots_ptr + offs_m, mask=mask_m, other=-1)
     list_at = lists_ptr + tl.program_id(1) * list_width
     count = tl.load(list_at)
-    slot, v_at, b = _load_b(
-        0, list_at, count, offs_k, b_ptr, ranks_ptr, columns, mask_n, part, features, parts, max_rank
+    first_slot, first_b = _load_b(
+        0, 0, list_at, count, b_ptr, ranks_ptr, columns, mask_n, part, features, parts, max_rank, block_r, group
     )
+    first_slot_up, first_b_up = first_slot, first_b
     if gated:
-        slot_up, v_at_up, b_up = _load_b(
-            0, list_at, count, offs_k, b_ptr, ranks_ptr, columns + width, mask_n, 1, features, parts, max_rank
+        first_slot_up, first_b_up = _load_b(
+            0,
+            0,
+            list_at,
+            count,
+            b_ptr,
+            ranks_ptr,
+            columns + width,
+            mask_n,
+            1,
+            features,
+            parts,
+            max_rank,
+            block_r,
+            group,
         )
     pdl_launch_dependents(enable_pdl)
     pdl_wait(enable_pdl)
@@ -254,15 +256,28 @@ def add_appended_kernel(
         up = tl.load(wide_rows[:, None] + (columns + width)[None, :], mask=mask, other=0.0).to(tl.float32)
     if has_residual:
         residual = tl.load(residual_ptr + row[:, None] * features + columns[None, :], mask=mask, other=0.0)
-    y = _add_adapters(
-        y, slot, v_at, b, slots, wide_rows + features, list_at, count, offs_k, b_ptr, ranks_ptr, columns, mask_n, part,
-        features, parts, max_rank, block_k,
-    )  # fmt: skip
+    v_rows = wide_rows + features
+    for r in tl.static_range(0, max_rank, block_r):
+        v = _load_v(v_rows, slots, part, r, parts, max_rank, block_r)
+        if gated:
+            v_up = _load_v(v_rows, slots, 1, r, parts, max_rank, block_r)
+        if r == 0:
+            y = _multiply(y, v, first_b, slots, first_slot, block_r, group)
+            if gated:
+                up = _multiply(up, v_up, first_b_up, slots, first_slot_up, block_r, group)
+        for first in tl.range(group if r == 0 else 0, count, group, num_stages=4):
+            slot, b = _load_b(
+                first, r, list_at, count, b_ptr, ranks_ptr, columns, mask_n, part,
+                features, parts, max_rank, block_r, group,
+            )  # fmt: skip
+            if gated:
+                slot_up, b_up = _load_b(
+                    first, r, list_at, count, b_ptr, ranks_ptr, columns + width, mask_n, 1,
+                    features, parts, max_rank, block_r, group,
+                )  # fmt: skip
+                up = _multiply(up, v_up, b_up, slots, slot_up, block_r, group)
+            y = _multiply(y, v, b, slots, slot, block_r, group)
     if gated:
-        up = _add_adapters(
-            up, slot_up, v_at_up, b_up, slots, wide_rows + features, list_at, count, offs_k, b_ptr, ranks_ptr,
-            columns + width, mask_n, 1, features, parts, max_rank, block_k,
-        )  # fmt: skip
         y = y / (1.0 + tl.exp(-y)) * up
     if has_residual:
         y += residual.to(tl.float32)

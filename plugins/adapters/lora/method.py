@@ -43,6 +43,8 @@ _SLOT_COUNTS = (1, 8)
 """Steps whose adapters are in the first so many slots read the A of these alone."""
 _APPENDED_MULTIPLE = 64
 """Rows behind a weight are as many as whole tiles of a product have."""
+_FEW_TOKENS = 64
+"""Up to so many the layers' own kernels multiply, of which each number of rows is another."""
 _MAX_APPENDED_SHARE = 16
 """Beyond ``_MANY_TOKENS``, where products are bound by arithmetic, rows behind a weight are at most this part of it."""
 _MANY_TOKENS = 512
@@ -61,9 +63,9 @@ class Lora(AdapterMethod):
         """For a few tokens a layer's own kernel adds the second product; false: a kernel behind it always does."""
         shrink_in_product: bool | None = None
         """There it does the first product as well, where it can. None: where that was measured to be faster."""
-        append_to_weight: bool = False
-        """For more tokens A lies behind the layer's weight, where that is unquantized and whole on this rank, and the
-        layer's product does the first product too; false: kernels behind it do both."""
+        append_to_weight: bool | None = None
+        """For more tokens A lies behind the layer's weight, where that is unquantized and the rank's result whole, and
+        the layer's product does the first product too; false: kernels behind it do both. None: on a GPU."""
         max_few_tokens: int = 128
         """There up to so many tokens are added by the norm's or the rotary embedding's kernel behind the layer."""
 
@@ -124,10 +126,15 @@ class Lora(AdapterMethod):
         """Sort the step's tokens by adapter."""
         self._batch.update(token_slots, is_captured=is_captured)
         if self._batch.tiles.is_used:
-            counts = self.list_slot_counts(len(token_slots))
-            most = int(token_slots.max(initial=-1)) + 1
-            num_slots = self.num_named_slots if is_captured else 0
-            self._batch.tiles.update(token_slots, num_slots or next(count for count in counts if count >= most))
+            self._batch.tiles.update(token_slots, self._choose_slot_count(token_slots, is_captured=is_captured))
+
+    def _choose_slot_count(self, token_slots: NDArray[np.int32], *, is_captured: bool) -> int:
+        if is_captured and self.num_named_slots:
+            return self.num_named_slots
+        if len(token_slots) <= _FEW_TOKENS:  # of other counts the layers' own kernels may not be compiled yet
+            return self.limits.num_slots
+        most = int(token_slots.max(initial=-1)) + 1
+        return next(count for count in self.list_slot_counts(len(token_slots)) if count >= most)
 
     def list_slot_counts(self, num_tokens: int) -> Sequence[int]:
         """Rows behind the weights are read for every slot that may be named."""
@@ -221,9 +228,10 @@ class LoraLayer(AdapterLayer):
         """A of every slot, where this rank's result is whole and A has the weight's type."""
         info = self._info
         is_whole = info.shard != "row" or self._world_size == 1
-        if not (self._options.append_to_weight and is_whole and self._a.dtype == info.dtype):
-            return 0
-        return self._round_up(self._a.shape[0])
+        is_wanted = self._options.append_to_weight
+        if is_wanted is None:
+            is_wanted = self._a.is_cuda
+        return self._round_up(self._a.shape[0]) if is_wanted and is_whole and self._a.dtype == info.dtype else 0
 
     def place_appended_rows(self, rows: Tensor) -> None:
         """A moves there."""
