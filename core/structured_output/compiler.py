@@ -41,7 +41,7 @@ class CompilationStats:
     compile_seconds: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # found in a list by threads that run at once: comparing fields would let others in
 class _Job:
     params: StructuredOutputsParams
     future: Future[CompiledGrammar]
