@@ -139,13 +139,9 @@ class StructuredOutputManager:
         failed: list[Request] = []
         num_rows = 0
         sampling = step.sampling_mask.nonzero()[0]
-        numbers_of_drafts = [0] * len(sampling)
-        if step.num_draft_tokens is not None:
-            numbers_of_drafts = step.num_draft_tokens[sampling].tolist()
-        request: Request
-        for index, num_drafts, request in zip(
-            sampling.tolist(), numbers_of_drafts, requests[sampling].tolist(), strict=True
-        ):
+        numbers_of_drafts = None if step.num_draft_tokens is None else step.num_draft_tokens[sampling].tolist()
+        in_step: list[Request] = requests[sampling].tolist()
+        for place, (index, request) in enumerate(zip(sampling.tolist(), in_step, strict=True)):
             grammar = request.grammar
             if grammar is None or request.status is not RequestStatus.RUNNING:
                 continue
@@ -153,7 +149,7 @@ class StructuredOutputManager:
                 failed.append(request)
                 continue
             drafts: Sequence[int] = ()
-            if num_drafts:
+            if numbers_of_drafts is not None and (num_drafts := numbers_of_drafts[place]):
                 drafts = self._find_drafts(request, host_drafts.get(request.row))[:num_drafts]
             mask_requests.append(MaskRequest(grammar.state, num_rows, drafts))
             owners.append(index)
@@ -207,9 +203,9 @@ class StructuredOutputManager:
             failed.append(request)
             first = mask_requests[index].first_row
             bits[first : first + 1 + len(mask_requests[index].draft_token_ids)] = -1
-        for mask_request, owner in zip(mask_requests, owners, strict=True):
-            if requests[owner].params.min_tokens:
-                _forbid_early_end(mask_request, requests[owner], bits)
+        for mask_request, owner in zip(mask_requests, requests[owners].tolist(), strict=True):
+            if owner.params.min_tokens:
+                _forbid_early_end(mask_request, owner, bits)
         first_rows = np.array([mask_request.first_row for mask_request in mask_requests], np.int32)
         counts = np.diff(first_rows, append=num_rows)
         return TokenMasks(

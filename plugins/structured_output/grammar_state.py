@@ -10,19 +10,21 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
 from quire.plugins.structured_output.string_bounds import StringBounds
-from quire.plugins.structured_output.string_masks import StringMasks, StringTokens
+from quire.plugins.structured_output.string_ends import GrammarMemory
+from quire.plugins.structured_output.string_masks import StringMasks
+from quire.plugins.structured_output.string_tokens import StringTokens
 from quire.sdk import GrammarState
 
 _STATES_AT_A_TIME = 32
 
-__all__ = ["Follower", "GuidanceState", "first_line"]
+__all__ = ["Follower", "GuidanceState", "catch_up_together", "first_line"]
 
 
 class Follower:
@@ -64,16 +66,26 @@ class Follower:
                 if self._is_wanted:
                     break
                 with self.lock:
-                    if not self._is_wanted:
-                        self._catch_up(behind[start : start + _STATES_AT_A_TIME])
+                    states = behind[start : start + _STATES_AT_A_TIME]
+                    catch_up_together(self.executor, states, 0, lambda: not self._is_wanted)
+                    for state in states:
+                        if not self._is_wanted:
+                            state.look_ahead()
 
-    def _catch_up(self, states: list[GuidanceState]) -> None:
-        """By a call that leaves the interpreter to others."""
-        while states := [state for state in states if state.pending]:
-            self.executor.consume_token_par([(state.matcher, state.pending[0]) for state in states])
-            for state in states:
-                del state.pending[0]
-                state.has_failed = state.matcher.is_error()
+
+def catch_up_together(
+    executor: llguidance.LLExecutor,
+    states: list[GuidanceState],
+    num_left: int,
+    may_go_on: Callable[[], bool] = lambda: True,
+) -> None:
+    """Let matchers consume what they have not, a token of each at a time: by the library's threads, in calls that leave
+    the interpreter to others. Where at most ``num_left`` are behind, they stay so."""
+    while len(states := [state for state in states if state.pending]) > num_left and may_go_on():
+        executor.consume_token_par([(state.matcher, state.pending[0]) for state in states])
+        for state in states:
+            del state.pending[0]
+            state.has_failed = state.matcher.is_error()
 
 
 def _stop(follower: weakref.ref[Follower]) -> None:
@@ -92,12 +104,15 @@ class GuidanceState(GrammarState):
         tokens: StringTokens | None,
         bounds: StringBounds | None,
         eos_token_ids: frozenset[int],
+        memory: GrammarMemory | None = None,
     ) -> None:
         self.matcher = matcher
+        self._memory = memory
+        self._place: tuple[bytes, bytes] | None = None  # for whose mask the library is asked
         self.follower = follower
         self.strings: StringMasks | None = None
         if tokens is not None and bounds is not None:
-            self.strings = StringMasks(self.get_matcher, tokens, bounds)
+            self.strings = StringMasks(self.get_matcher, tokens, bounds, memory)
         self.pending: list[int] = []
         """Tokens that the matcher is still to consume, and will."""
         self.forced: list[int] = []
@@ -106,6 +121,7 @@ class GuidanceState(GrammarState):
         """The mask for the next token, where the library computed it."""
         self.has_failed = False
         """The matcher did not take what it had allowed."""
+        self._unread: list[int] = []  # forced tokens of which ``strings`` knows nothing yet
         self._eos_token_ids = eos_token_ids
         self._has_ended = False  # an EOS token came, which the matcher is not told: it stops at the last token before
 
@@ -125,6 +141,29 @@ class GuidanceState(GrammarState):
             del self.pending[:count]
             self.has_failed = self.matcher.is_error()
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is something to do before the next tokens come."""
+        return bool(self.pending) or (self.strings is not None and self.strings.wants_end)
+
+    def look_ahead(self) -> None:
+        """Find out what may end the string that the answer is in, if the matcher is there."""
+        if self.strings is not None and self.strings.wants_end and not self.pending:
+            self.strings.look_ahead(self.matcher)
+
+    def recall_mask(self, mask: NDArray[np.int32]) -> bool:
+        """Write the mask for the next token as another answer found it in the same place. False: none did."""
+        place = None if self.strings is None or self._memory is None else self.strings.find_place()
+        if place is None or self._memory is None:
+            return False
+        if (known := self._memory.masks.get(place)) is None:
+            self._place = place  # to which ``learn_mask`` comes next
+            return False
+        self.allowed, forced = known
+        self.forced = forced.copy()
+        mask[:] = self.allowed
+        return True
+
     def learn_mask(self, mask: NDArray[np.int32]) -> None:
         """The library has computed the mask for the next token. If that is a forced one, so may be those behind it."""
         self.allowed = mask.copy()
@@ -133,6 +172,9 @@ class GuidanceState(GrammarState):
         if np.count_nonzero(mask) == 1 and int(mask.view(np.uint32).sum(dtype=np.uint64)).bit_count() == 1:
             forced = self.matcher.compute_ff_tokens()
             self.forced = forced if forced and _is_set(mask, forced[0]) else []
+        if self._place is not None and self._memory is not None:
+            self._memory.add_mask(self._place, self.allowed, self.forced)
+            self._place = None
 
     def write_draft_masks(self, masks: NDArray[np.int32], draft_token_ids: Sequence[int]) -> bool:
         """Write the mask for the next token, and those behind each draft that may come. False where they are not
@@ -163,11 +205,21 @@ class GuidanceState(GrammarState):
             return 0
         num_known = 0
         for token in token_ids:
-            if self.forced or self.allowed is not None:
-                if not self._knows(token):
+            if self.forced:
+                if token != self.forced[0]:
+                    break
+                self._take_forced()
+            elif self.allowed is not None:
+                if token in self._eos_token_ids or not _is_set(self.allowed, token):
                     break
                 self._go_on(token)
-            elif self.strings is None or not self.strings.accept(token):
+            elif (strings := self.strings) is None:
+                break
+            elif strings.accept(token):
+                self.forced = strings.take_forced_end()
+            elif strings.may_close(token):
+                self._go_on(token)
+            else:
                 break
             self.pending.append(token)
             num_known += 1
@@ -181,12 +233,15 @@ class GuidanceState(GrammarState):
         if num_tokens:
             self.get_matcher().rollback(num_tokens)
             self.forced, self.allowed = [], None
+            self._unread.clear()
             if self.strings is not None:
                 self.strings.reset()
 
     def forced_tokens(self, max_tokens: int) -> Sequence[int]:
         """As the library says them, but not inside a string, where there are none."""
-        if self._has_ended or (self.strings is not None and self.strings.is_free):
+        if self._has_ended:
+            return ()
+        if not self.forced and self.strings is not None and self.strings.is_free:
             return ()
         forced = self.forced or self.get_matcher().compute_ff_tokens()
         return forced[:max_tokens]
@@ -204,15 +259,22 @@ class GuidanceState(GrammarState):
             num_taken += 1
         return num_taken
 
-    def _knows(self, token: int) -> bool:
-        """Whether the token may come, for sure, and no EOS token is meant."""
-        if self.forced:
-            return token == self.forced[0]
-        return self.allowed is not None and token not in self._eos_token_ids and _is_set(self.allowed, token)
+    def _take_forced(self) -> None:
+        """Go on by the first forced token. ``strings`` is told of all together, since it is not asked meanwhile."""
+        self.allowed = None
+        self._unread.append(self.forced.pop(0))
+        if not self.forced:
+            self._read_forced()
+
+    def _read_forced(self) -> None:
+        if self.strings is not None:
+            for token in self._unread:
+                self.strings.advance(token)
+        self._unread.clear()
 
     def _go_on(self, token: int) -> None:
-        self.allowed = None
-        self.forced = self.forced[1:] if self.forced[:1] == [token] else []
+        self._read_forced()
+        self.allowed, self.forced = None, []
         if self.strings is not None:
             self.strings.advance(token)
 

@@ -17,11 +17,12 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, first_line
+from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, catch_up_together, first_line
 from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
 from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds, join_string_bounds
-from quire.plugins.structured_output.string_masks import StringTokens
+from quire.plugins.structured_output.string_ends import GrammarMemory
+from quire.plugins.structured_output.string_tokens import StringTokens
 from quire.plugins.structured_output.structural_tag import TagGrammar, check_structural_tag, list_json_schemas
 from quire.sdk import (
     CompiledGrammar,
@@ -42,8 +43,8 @@ _MAX_ITEMS_IN_ROW = 5000
 """Of the parser: enough for an object with a thousand properties, each of which may come next."""
 _MAX_THREADS = 8
 """Most masks are known, and few threads are sooner awake than many."""
-_MAX_COMPUTED_HERE = 32
-"""Masks that take less time than waking other threads for them, where those wake slowly: 75 microseconds each."""
+_MAX_COMPUTED_HERE = 3
+"""Masks that take less time than waking other threads for them: 75 microseconds each."""
 _PROBED_TOKENS = 8
 """Tokens of an answer that are tried when a grammar is compiled."""
 
@@ -147,10 +148,10 @@ class GuidanceBackend(StructuredOutputBackend):
                 continue
             elif (mask := strings.find_shared_mask()) is not None:
                 shared.setdefault(id(mask), (mask, []))[1].append(row)
-            elif not strings.write_mask(block[row]):
+            elif not (strings.write_mask(block[row]) or state.recall_mask(block[row])):
                 plain.append((state, row))
                 continue
-            if state.pending:
+            if state.is_behind:
                 behind.append(state)
             request.is_filled = not state.has_failed
         for mask, rows in shared.values():
@@ -159,16 +160,19 @@ class GuidanceBackend(StructuredOutputBackend):
             tokens = np.array(forced_tokens, np.uint32)
             block[forced_rows] = 0
             block.view(np.uint32)[forced_rows, tokens // 32] = np.uint32(1) << tokens % 32
+        memory = (block.ctypes.data, block.shape[1] * 4, block.shape[0])
+        if len(plain) + len(drafting) > _MAX_COMPUTED_HERE:
+            states = [state for state, _ in plain] + [state for state, *_ in drafting]
+            catch_up_together(executor, states, _MAX_COMPUTED_HERE)
         for state, row in plain:
             state.catch_up()
             if len(plain) <= _MAX_COMPUTED_HERE:
                 state.matcher.unsafe_compute_mask_ptr(block[row].ctypes.data, block.shape[1] * 4)
-        for state, *_ in drafting:
-            state.catch_up()
-        memory = (block.ctypes.data, block.shape[1] * 4, block.shape[0])
         if len(plain) > _MAX_COMPUTED_HERE:
             executor.unsafe_compute_mask_ptr([(state.matcher, row) for state, row in plain], *memory)
         if drafting:
+            for state, *_ in drafting:
+                state.catch_up()
             executor.unsafe_compute_mask_ptr_with_draft_token(
                 [(state.matcher, row, drafts) for state, row, drafts in drafting], *memory
             )
@@ -214,8 +218,10 @@ class _Grammar(CompiledGrammar):
         num_chars: int,
     ) -> None:
         self._matcher = matcher
-        self._known = (follower, string_tokens, string_bounds, eos_token_ids)
-        self.num_bytes = (1 << 18) + 64 * num_chars
+        has_places = string_bounds is not None and string_bounds.has_places
+        memory = GrammarMemory() if has_places else None
+        self._known = (follower, string_tokens, string_bounds, eos_token_ids, memory)
+        self.num_bytes = (1 << 19 if has_places else 1 << 18) + 64 * num_chars
 
     def start(self) -> GrammarState:
         return GuidanceState(self._matcher.deep_copy(), *self._known)

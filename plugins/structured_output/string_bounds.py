@@ -25,6 +25,8 @@ _KNOWN = _ANNOTATIONS | {
     "multipleOf", "oneOf", "prefixItems", "properties", "required", "type",
 }  # fmt: skip
 """Keywords with which a string is free but for its length, or spelt out."""
+_AMBIGUOUS = {"$ref", "anyOf", "items", "maxProperties", "minProperties", "oneOf", "prefixItems"}
+"""Keywords with which a name may come in several places, or what follows depends on more than the last one."""
 _REFERENCE = re.compile(r"#(/(\$defs|definitions)/[^/]+)?")
 _NAME_MARGIN = 6
 """An escape of one character has six."""
@@ -39,6 +41,8 @@ class StringBounds(NamedTuple):
     """The least and greatest length of strings that are the value of a property, where its name alone says them."""
     min_run: int
     """So many characters into a string it is none of the names that the schema lists, of those that it might be."""
+    has_places: bool = False
+    """Whether where an answer is in its grammar follows from the last property's name and the text behind that."""
 
 
 def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
@@ -47,6 +51,7 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
     if PROBE_CHAR * MIN_PROBE in json.dumps(schema):
         return None
     has_min = has_max = has_open_names = False
+    has_places = schema.get("type") == "object"
     is_closed, longest_name = True, 0
     by_name: dict[str, tuple[int, int | None] | None] = {}
     for _, each in walk_schemas(schema, ""):
@@ -57,12 +62,16 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
         names = [*each.get("properties", ()), *each.get("required", ())]
         longest_name = max([longest_name, *map(len, names)])
         is_closed = is_closed and _is_closed(each)
+        listed = [*each.get("enum", ()), each.get("const")]
+        has_places = has_places and not (each.keys() & _AMBIGUOUS or any(isinstance(x, dict | list) for x in listed))
+        has_places = has_places and not any(name in by_name or name not in each.get("properties", ()) for name in names)
         for name, value in each.get("properties", {}).items():
             lengths = _find_lengths(value)
             by_name[name] = lengths if by_name.get(name, lengths) == lengths else None
         has_open_names = has_open_names or (bool(names) and each.get("additionalProperties") is not False)
     known = {name: lengths for name, lengths in by_name.items() if lengths is not None and is_closed}
-    return StringBounds(has_min, has_max, known, longest_name + _NAME_MARGIN if has_open_names else 0)
+    min_run = longest_name + _NAME_MARGIN if has_open_names else 0
+    return StringBounds(has_min, has_max, known, min_run, has_places and is_closed)
 
 
 def join_string_bounds(schemas: Sequence[dict[str, Any]], has_free_text: bool = True) -> StringBounds | None:

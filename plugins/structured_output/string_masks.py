@@ -10,105 +10,46 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.plugins.structured_output.string_bounds import MIN_PROBE, PROBE_CHAR, StringBounds
+from quire.plugins.structured_output.string_bounds import MIN_PROBE, StringBounds
+from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd
+from quire.plugins.structured_output.string_tokens import StringTokens, count_chars
 
-__all__ = ["StringMasks", "StringTokens"]
+__all__ = ["StringMasks"]
 
-_CHAR = re.compile(r'[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
-_CHARS = re.compile(f"(?:{_CHAR.pattern})*")
-_CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _IN_VALUE = re.compile(rb'[{,\s]("(?:[^"\\]|\\.)*")\s*:\s*"((?:[^"\\]|\\.)*)$')
 """An answer's text in a string that is the value of a property: the property's name, and the string so far."""
 _MAX_TAIL = 512
-_MAX_TABLES = 256
 _PROBE_AHEAD = 64
 """Characters that are probed beyond the longest token, so that not every token needs a probe."""
-_MAX_CANDIDATES = 8
-"""Tokens with a closing quote that are tried one by one; for more the library computes the mask."""
+_MAX_AHEAD = 64
+"""Characters beyond which a string's end has time."""
 _UNLIMITED = 1 << 40
-
-
-class StringTokens:
-    """The tokens of a vocabulary as the inside of a JSON string sees them.
-
-    A token stays within the string or has its closing quote. Either needs some characters of room. By one that stays
-    and ends with a whole character, the string grows by a number of characters and is otherwise where it was.
-    """
-
-    def __init__(self, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self.num_chars = [0] * vocab_size
-        """By which the string grows; 0 for tokens that leave it, or leave it within a character."""
-        needed = np.zeros(vocab_size, np.int32)
-        is_inside, is_closing, is_plain = np.zeros((3, vocab_size), bool)
-        self._min_room = 0  # a pair of Unicode escapes may be one character or two: with less room ask the library
-        self.probe = self.quote = -1
-        for token in range(vocab_size):
-            data = tokenizer.decode_bytes([token])
-            if not data or tokenizer.is_special_token(token):
-                continue
-            self.probe = token if data == PROBE_CHAR.encode() else self.probe
-            self.quote = token if data == b'"' else self.quote
-            counted = _count_chars(data)
-            if counted is None:
-                continue
-            count, rest, is_cut = counted
-            is_inside[token], is_closing[token] = True, bool(rest)
-            needed[token] = count + is_cut
-            num_escapes = data.count(b"\\u")
-            if num_escapes > 1:
-                self._min_room = max(self._min_room, count + 1)
-            if not rest and not is_cut and not num_escapes:
-                self.num_chars[token] = count
-                is_plain[token] = b"\\" not in data
-        self.max_needed = int(needed.max())
-        self._all = _pack(np.ones(vocab_size, bool))
-        self._fitting = [_pack(needed <= room) for room in range(min(self.max_needed, _MAX_TABLES))]
-        self.plain = _pack(is_plain)
-        self.outside = _pack(~is_inside)
-        self.without_closing = _pack(~is_closing)
-        closing = is_closing.nonzero()[0]
-        closing = closing[np.argsort(needed[closing], kind="stable")]
-        self._closing: list[int] = closing.tolist()
-        self._closing_chars: list[int] = needed[closing].tolist()
-        self.max_closing_chars = self._closing_chars[-1] if self._closing else 0
-
-        self.in_value: NDArray[np.int32] | None = None
-        """Those without a closing quote that may come in a property's value; None: they are not known yet."""
-
-    def decode(self, token: int) -> bytes:
-        """The text of a token."""
-        return self._tokenizer.decode_bytes([token])
-
-    def find_fitting(self, room: int) -> NDArray[np.int32] | None:
-        """The tokens that need at most ``room`` characters, and those that are never inside. None: it is not known."""
-        if room >= self.max_needed:
-            return self._all
-        return self._fitting[room] if self._min_room <= room < len(self._fitting) else None
-
-    def find_closing(self, least: int, most: int) -> Sequence[int]:
-        """Tokens whose closing quote comes after ``least`` to ``most`` characters."""
-        chars = self._closing_chars
-        return self._closing[bisect_left(chars, least) : bisect_left(chars, most + 1)]
 
 
 class StringMasks:
     """Where one answer is in a string, and the masks that follow from it."""
 
     def __init__(
-        self, get_matcher: Callable[[], llguidance.LLMatcher], tokens: StringTokens, bounds: StringBounds
+        self,
+        get_matcher: Callable[[], llguidance.LLMatcher],
+        tokens: StringTokens,
+        bounds: StringBounds,
+        memory: GrammarMemory | None = None,
     ) -> None:
-        """``get_matcher`` returns the library's state of the answer, which it need not keep up with it."""
+        """``get_matcher`` returns the library's state of the answer, which it need not keep up with it. ``memory`` is
+        that of all answers of its grammar."""
         self._get_matcher = get_matcher
         self._tokens = tokens
         self._bounds = bounds
+        self._memory = memory if bounds.has_places else None
+        self._name: bytes | None = b""  # of the property whose value the last string was; None: it is not known
+        self._is_tail_whole = True  # since the answer's begin, or the last string's end
         self._base: NDArray[np.int32] | None = None  # the mask where there was more room
         self._tail = b""  # the answer's last text, if that is not in a string that is known
         self._run = 0  # characters of the string so far, or fewer
@@ -116,6 +57,9 @@ class StringMasks:
         self._is_room_exact = False
         self._missing: int | None = None  # that have to follow before a quote, or fewer; None: a quote may come
         self._is_missing_exact = False
+        self._end: StringEnd | None = None
+        self.wants_end = False
+        """``look_ahead`` would be of use."""
 
     @property
     def is_free(self) -> bool:
@@ -134,23 +78,65 @@ class StringMasks:
             self._missing = max(self._missing - count, 0)
         return True
 
+    def may_close(self, token: int) -> bool:
+        """Whether the token may come next, for sure, and ends the string."""
+        end, missing = self._end, self._missing
+        if self._base is None or end is None or missing is None:
+            return False
+        count = self._tokens.ends.num_chars.get(token, -1)
+        return missing <= count <= self._room and _is_set(end.closing, token)
+
+    def take_forced_end(self) -> list[int]:
+        """Tokens that have to come next because the string has all characters that it may; empty: it has not, or they
+        are not known."""
+        if self._room or self._missing != 0 or self._base is None or self._end is None:
+            return []
+        return self._end.forced.copy()
+
+    def look_ahead(self, matcher: llguidance.LLMatcher) -> None:
+        """Find out what may end the string. ``matcher`` is where the answer is; nobody else may use it meanwhile."""
+        base, missing = self._base, self._missing
+        if base is not None and missing is not None and 0 < missing <= _MAX_AHEAD:
+            self.wants_end = False
+            self._end = end = self._tokens.find_end(matcher, missing, self._room)
+            if self._memory is not None and end is not None and self._name:
+                self._memory.add_end(self._name, end)
+
     def advance(self, token: int) -> None:
         """The answer goes on with this token."""
         count = self._tokens.num_chars[token]
         if not count:
             if self._base is not None:
-                self.reset()
+                self._leave_string()
+                self._is_tail_whole = True
             self._run = 0
         else:
             self._run += count
             self._room = max(self._room - count, 0)
             if self._missing is not None:
                 self._missing = max(self._missing - count, 0)
-        if self._base is None and self._bounds.by_name:
+        if self._base is None and (self._bounds.by_name or self._memory is not None):
             self._tail = (self._tail + self._tokens.decode(token))[-_MAX_TAIL:]
+
+    def find_place(self) -> tuple[bytes, bytes] | None:
+        """Where the answer is in its grammar, if not in a free string: equal for equal places. None: that is not
+        known."""
+        tail = self._tail
+        if self._memory is None or self._base is not None or not self._is_tail_whole:
+            return None
+        if len(tail) >= _MAX_TAIL or b"\\" in tail:
+            return None
+        colon = tail.rfind(b'":')
+        if colon >= 0:
+            return tail[tail.rfind(b'"', 0, colon) : colon + 1], tail[colon + 2 :]
+        return None if self._name is None else (self._name, tail[max(tail.find(b'"'), 0) :])
 
     def reset(self) -> None:
         """The answer is where nothing is known."""
+        self._leave_string()
+        self._is_tail_whole = False
+
+    def _leave_string(self) -> None:
         self._base = None
         self._tail = b""
         self._run = 0
@@ -160,7 +146,7 @@ class StringMasks:
         string, or as many may as before. None: ``write_mask`` has to be asked."""
         if self._room < self._tokens.max_needed:
             return None
-        return self._base if self._missing is None or self._missing > self._tokens.max_closing_chars else None
+        return self._base if self._missing is None or self._missing > self._tokens.ends.max_chars else None
 
     def write_mask(self, mask: NDArray[np.int32]) -> bool:
         """Write the mask for the next token. False if it is not known."""
@@ -170,23 +156,34 @@ class StringMasks:
         tokens = self._tokens
         if not self._is_room_exact and self._room < tokens.max_needed:
             self._probe_room()
-        candidates: Sequence[int] = ()
-        if self._missing is not None:
-            if not self._is_missing_exact and self._missing <= tokens.max_closing_chars:
+        if self._missing is not None and self._missing <= tokens.ends.max_chars:
+            if not self._is_missing_exact:
                 self._probe_missing()
-            if not self._missing:
-                self._base = None  # a quote may come now: the library knows what may come behind it
-                return False
-            if self._missing <= tokens.max_closing_chars:
-                candidates = tokens.find_closing(self._missing, self._room)
+            if self._missing <= tokens.ends.max_chars:
+                return self._write_near_end(mask)
         fitting = tokens.find_fitting(self._room)
-        if not self._room or fitting is None or len(candidates) > _MAX_CANDIDATES:
+        if not self._room or fitting is None:
             return False  # at the end of the room the library offers a forced text as the tokenizer writes it, alone
         np.bitwise_and(self._base, fitting, out=mask)
-        words = mask.view(np.uint32)
-        for token in candidates:
-            if self._get_matcher().validate_tokens([token]):
-                words[token // 32] |= np.uint32(1 << token % 32)
+        return True
+
+    def _write_near_end(self, mask: NDArray[np.int32]) -> bool:
+        """Where tokens with the closing quote may come."""
+        tokens = self._tokens
+        if self._end is None and self._missing and self._is_room_exact:
+            self.look_ahead(self._get_matcher())
+        if self._end is None:
+            if not self._missing:
+                self._base = None  # a quote may come now: the library knows what may come behind it
+                self._is_tail_whole = False
+            return False
+        assert self._base is not None and self._missing is not None
+        fitting = tokens.find_fitting(self._room)
+        if not self._room or fitting is None:
+            return False
+        np.bitwise_and(self._end.closing, tokens.ends.find_at_least(self._missing), out=mask)
+        mask |= self._base
+        mask &= fitting
         return True
 
     def write_draft_masks(self, masks: NDArray[np.int32], draft_token_ids: Sequence[int]) -> bool:
@@ -213,7 +210,7 @@ class StringMasks:
             return False
         if not self._is_room_exact and self._room < tokens.max_needed:
             return False
-        return missing is None or missing > tokens.max_closing_chars
+        return missing is None or missing > tokens.ends.max_chars
 
     def learn_mask(self, mask: NDArray[np.int32]) -> None:
         """The library has computed the mask for the next token. If that is in a free string, others follow from it."""
@@ -222,7 +219,7 @@ class StringMasks:
             return
         is_value = self._read_lengths()
         if not is_value:
-            self._missing = None
+            self._name, self._missing = None, None
             self._probe_room()
         fitting = tokens.find_fitting(self._room)
         if self._room < MIN_PROBE or fitting is None or (mask & tokens.outside).any():
@@ -239,7 +236,7 @@ class StringMasks:
         elif self._missing is None:
             self._probe_missing()
         self._base = mask.copy() if may_close else mask & tokens.without_closing
-        self._tail = b""
+        self._begin_string()
         if tokens.in_value is None and is_value and self._room >= tokens.max_needed:
             tokens.in_value = mask & tokens.without_closing
 
@@ -250,8 +247,14 @@ class StringMasks:
         if not self._missing or self._may_close_after(0):
             return False
         self._base = self._tokens.in_value
-        self._tail = b""
+        self._begin_string()
         return True
+
+    def _begin_string(self) -> None:
+        self._tail = b""
+        self._end = None if self._memory is None or self._name is None else self._memory.ends.get(self._name)
+        is_exact = self._is_missing_exact and self._is_room_exact
+        self.wants_end = self._end is None and bool(self._missing) and is_exact
 
     def _read_lengths(self) -> bool:
         """Find the room, and what is missing, by the name of the property whose value the string is."""
@@ -259,11 +262,12 @@ class StringMasks:
         if match is None:
             return False
         lengths = self._bounds.by_name.get(_decode_name(match[1]))
-        written = _count_chars(match[2])
+        written = count_chars(match[2])
         if lengths is None or written is None or written[1:] != ("", False) or b"\\u" in match[2]:
             return False
         if self._get_matcher().validate_tokens([self._tokens.probe] * MIN_PROBE) < MIN_PROBE:
             return False  # it is no string, or it ends soon
+        self._name = match[1]
         least, most = lengths
         self._room, self._is_room_exact = _UNLIMITED if most is None else most - written[0], True
         self._missing, self._is_missing_exact = max(least - written[0], 0), True
@@ -277,7 +281,7 @@ class StringMasks:
             self._room, self._is_room_exact = _UNLIMITED, True
 
     def _probe_missing(self) -> None:
-        limit = min(self._room, self._tokens.max_closing_chars + _PROBE_AHEAD)
+        limit = min(self._room, self._tokens.ends.max_chars + _PROBE_AHEAD)
         if not self._may_close_after(limit):
             self._missing, self._is_missing_exact = limit + 1, False
             return
@@ -294,25 +298,6 @@ class StringMasks:
         return bool(self._get_matcher().validate_tokens(tokens) == len(tokens))
 
 
-def _count_chars(data: bytes) -> tuple[int, str, bool] | None:
-    """What a token adds to a string: whole characters, the text from the closing quote on if it has that, and whether
-    it is cut off within one more character. None if no string goes on so."""
-    is_cut, tail_is_valid = False, True
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        text = data[: error.start].decode()
-        is_cut = tail_is_valid = error.reason == "unexpected end of data"
-    chars = _CHARS.match(text)
-    assert chars is not None
-    count, rest = len(_CHAR.findall(chars[0])), text[chars.end() :]
-    if rest.startswith('"'):
-        return count, rest, False
-    if not tail_is_valid or (rest and (is_cut or not _CUT_ESCAPE.fullmatch(rest))):
-        return None
-    return count, "", is_cut or bool(rest)
-
-
 def _decode_name(text: bytes) -> str:
     try:
         return str(json.loads(text))
@@ -322,10 +307,3 @@ def _decode_name(text: bytes) -> str:
 
 def _is_set(mask: NDArray[np.int32], token: int) -> bool:
     return bool(int(mask[token // 32]) >> token % 32 & 1)
-
-
-def _pack(is_set: NDArray[np.bool_]) -> NDArray[np.int32]:
-    words = np.zeros(-(-len(is_set) // 32), np.uint32)
-    packed = np.packbits(is_set, bitorder="little")
-    words.view(np.uint8)[: len(packed)] = packed
-    return words.view(np.int32)

@@ -128,11 +128,17 @@ def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, form,
     except Exception:
         return  # nothing to walk
     rng = random.Random(seed)
+    for num_tokens in (150, 40, 40):  # later answers know of places where earlier ones were
+        compare_masks(backend, grammar, texts, rng, oddity, num_tokens)
+
+
+def compare_masks(backend, grammar, texts, rng, oddity, num_tokens) -> None:
+    """Walk through an answer, beside one of which nothing is derived."""
     plain_tokens = [token for token, text in enumerate(texts) if text.isalnum()]
     state, plain = grammar.start(), grammar.start()
     plain.strings = None
     masks, expected = np.full((2, 3, WORDS), -1, np.int32)
-    for _ in range(150):
+    for _ in range(num_tokens):
         draft = rng.choices(plain_tokens if rng.random() < 0.7 else range(4096), k=2) if rng.random() < 0.3 else []
         masks.fill(-1)
         expected.fill(-1)

@@ -1,0 +1,152 @@
+"""What may come at the end of a JSON string: tokens with its closing quote, by what they write behind that.
+
+Whether such a token may come is a matter of how many characters it writes before the quote, and of what it writes
+behind it. The second is the same wherever in the string the answer is, so one look behind the quote, taken ahead of
+time, says which of thousands of tokens may come at every length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ClosingTokens", "GrammarMemory", "StringEnd"]
+
+_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
+_MAX_KEPT = 64
+"""Of a grammar: each takes as many bits as the vocabulary has tokens."""
+_MAX_TEXT = 32
+_MAX_SHARED = 1024
+
+
+class StringEnd(NamedTuple):
+    """What is known of the end of one string."""
+
+    closing: NDArray[np.int32]
+    """The mask of the tokens that may close it, if the number of characters before their quote is right."""
+    forced: list[int]
+    """Tokens that have to come where no character is left; empty: that is not known."""
+
+
+class GrammarMemory:
+    """What answers of one grammar found out, for those that come to the same place."""
+
+    def __init__(self) -> None:
+        self.ends: dict[bytes, StringEnd] = {}
+        """By the name of the property whose value the string is."""
+        self.masks: dict[tuple[bytes, bytes], tuple[NDArray[np.int32], list[int]]] = {}
+        """By place: the mask for the next token, and tokens that are forced there."""
+
+    def add_end(self, name: bytes, end: StringEnd) -> None:
+        """Keep it, while there is room."""
+        if len(self.ends) < _MAX_KEPT:
+            self.ends[name] = end
+
+    def add_mask(self, place: tuple[bytes, bytes], mask: NDArray[np.int32], forced: list[int]) -> None:
+        """Keep it, while there is room, and the text behind the name is short: a long one hardly comes again."""
+        if len(self.masks) < _MAX_KEPT and len(place[1]) <= _MAX_TEXT:
+            self.masks[place] = mask, forced.copy()
+
+
+class ClosingTokens:
+    """The tokens of a vocabulary that write a closing quote."""
+
+    def __init__(
+        self,
+        texts: Mapping[int, tuple[int, bytes, bytes]],
+        ids: Mapping[bytes, int],
+        pack: Callable[..., NDArray[np.int32]],
+    ) -> None:
+        """``texts``: by token, its characters before the quote, and what it writes before and behind it; ``ids``:
+        tokens by what they write; ``pack`` makes a mask of token ids."""
+        self.num_chars = {token: count for token, (count, *_) in texts.items()}
+        self.max_chars = max(self.num_chars.values(), default=0)
+        self._pack = pack
+        self._at_least = [
+            pack([token for token, count in self.num_chars.items() if count >= least])
+            for least in range(self.max_chars + 1)
+        ]
+        by_rest: dict[bytes, list[int]] = {}
+        for token, (_, _, rest) in texts.items():
+            by_rest.setdefault(rest, []).append(token)
+        escapes = {token: set(_ESCAPE.findall(inside)) for token, (_, inside, _) in texts.items()}
+        self._escapes: dict[int, set[bytes]] | None = {token: each for token, each in escapes.items() if each}
+        self._by_rest = by_rest
+        self._rests = sorted(by_rest)
+        self._quotes = pack(by_rest.get(b"", []))
+        # What is written behind the quote is mostly a token of its own, for which one mask has the answer.
+        whole = [(rest, ids[rest]) for rest in by_rest if rest in ids]
+        self._whole_rests = [rest for rest, _ in whole]
+        self._whole_ids = np.array([token for _, token in whole], np.int64)
+        self._ids_of_bytes = [ids.get(bytes([value]), -1) for value in range(256)]
+        self._other_rests = [rest for rest in self._rests if rest and rest not in ids]
+        written = {value for _, inside, rest in texts.values() for value in inside + rest}
+        # A pair of Unicode escapes may be one character or two.
+        has_pairs = any(inside.count(b"\\u") > 1 for _, inside, _ in texts.values())
+        self.is_decidable = not has_pairs and all(self._ids_of_bytes[value] >= 0 for value in written)
+        """Whether ``find_valid`` can find out what may come."""
+        self._masks: dict[tuple[int, ...], NDArray[np.int32]] = {}  # that strings have in common, by their tokens
+        self._num_words = len(pack([]))
+
+    def find_at_least(self, num_chars: int) -> NDArray[np.int32]:
+        """The mask of those with at least so many characters before the quote."""
+        return self._at_least[num_chars]
+
+    def learn_escapes(self, matcher: llguidance.LLMatcher) -> None:
+        """Leave out for good what has escapes that do not come in strings with a least length. ``matcher`` is in one
+        that has room for a character."""
+        if self._escapes is None:
+            return
+        escapes, self._escapes = self._escapes, None
+        refused = {
+            escape
+            for escape in set().union(*escapes.values())
+            if matcher.validate_tokens([self._ids_of_bytes[value] for value in escape]) < len(escape)
+        }
+        for tokens in self._by_rest.values():
+            tokens[:] = [token for token in tokens if not escapes.get(token, set()) & refused]
+        self._quotes = self._pack(self._by_rest.get(b"", []))
+
+    def find_valid(self, matcher: llguidance.LLMatcher, forced: bytes, before: list[int]) -> NDArray[np.int32]:
+        """The mask of those whose text behind the quote may come: ``forced`` has to, or nothing if it is empty.
+        ``matcher`` is behind the quote, or where ``before`` leads there."""
+        valid: list[int] = []
+        if forced:
+            rests = [forced[:end] for end in range(1, len(forced) + 1)]
+            known = set(rests)
+            longer = self._rests[bisect_right(self._rests, forced) :]
+            rests += itertools.takewhile(lambda rest: rest.startswith(forced), longer)
+        else:
+            mask = np.empty(self._num_words, np.int32)
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            is_set = mask[self._whole_ids >> 5] >> (self._whole_ids & 31) & 1
+            rests = [self._whole_rests[index] for index in is_set.nonzero()[0].tolist()]
+            known = set(rests)
+            rests += [rest for rest in self._other_rests if _is_set(mask, self._ids_of_bytes[rest[0]])]
+        refused = b""
+        for rest in rests:
+            if not rest or rest not in self._by_rest or (refused and rest.startswith(refused)):
+                continue
+            if rest not in known:
+                token_ids = [*before, *(self._ids_of_bytes[value] for value in rest)]
+                if (num_valid := matcher.validate_tokens(token_ids) - len(before)) < len(rest):
+                    refused = rest[: num_valid + 1]
+                    continue
+            valid += self._by_rest[rest]
+        key = tuple(valid)
+        if (closing := self._masks.get(key)) is None:
+            closing = self._quotes | self._pack(valid)
+            if len(self._masks) < _MAX_SHARED:
+                self._masks[key] = closing
+        return closing
+
+
+def _is_set(mask: NDArray[np.int32], token: int) -> bool:
+    return bool(int(mask[token // 32]) >> token % 32 & 1)
