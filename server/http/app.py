@@ -42,7 +42,6 @@ def create_app(engine: AsyncLLM, settings: ServerSettings | None = None, argumen
     app = FastAPI(
         title="Quire",
         version=__version__,
-        root_path=settings.root_path,
         middleware=[*_cors_middleware(settings), Middleware(RequestMiddleware, state=state)],
     )
     app.state.server = state

@@ -36,6 +36,8 @@ class RequestMiddleware:
         """Handle one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope["root_path"] = self._state.settings.root_path.rstrip("/")
+        path = _find_route_path(scope)
         headers = Headers(scope=scope)
         scope.setdefault("state", {})["request_id"] = _read_request_id(headers)
 
@@ -48,10 +50,10 @@ class RequestMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = get_request_id(scope)
             await send(message)
 
-        is_api = scope["path"].startswith("/v1/") or scope["path"] == "/invocations"
+        is_api = path.startswith("/v1/") or path == "/invocations"
         self._state.begin_request(is_api)
         try:
-            self._check_request(scope, headers, is_api)
+            self._check_request(scope, path, headers, is_api)
             # HEAD is answered as GET: uvicorn sends the headers alone, and routes need not name both.
             served_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(served_scope, self._limit_body(receive), answer)
@@ -68,8 +70,8 @@ class RequestMiddleware:
         finally:
             self._state.end_request(is_api)
 
-    def _check_request(self, scope: Scope, headers: Headers, is_api: bool) -> None:
-        is_admin = scope["path"].startswith("/admin/") or (scope["path"] in _ADMIN_PATHS and bool(self._admin_keys))
+    def _check_request(self, scope: Scope, path: str, headers: Headers, is_api: bool) -> None:
+        is_admin = path.startswith("/admin/") or (path in _ADMIN_PATHS and bool(self._admin_keys))
         keys = self._admin_keys if is_admin else self._keys if is_api else None
         if keys:
             key = keys.find_key(headers.get("authorization", ""))
@@ -124,6 +126,13 @@ def get_key(scope: Scope) -> str | None:
     """The API key with which a request came; None if the server asks for none."""
     key: str | None = scope["state"].get("key")
     return key
+
+
+def _find_route_path(scope: Scope) -> str:
+    """The path by which routes are found: the same whether a proxy cuts off ``--root-path`` or not. It is cut off once,
+    as the router does it, so that no request is checked by one path and served by another."""
+    path, root = str(scope["path"]), str(scope["root_path"])
+    return path[len(root) :] if root and (path == root or path.startswith(root + "/")) else path
 
 
 def _is_foreign_page(headers: Headers) -> bool:

@@ -94,6 +94,23 @@ def _drains(server: RunningServer, client: httpx.Client) -> None:
     assert server.process.wait(10) == 0
 
 
+def test_keys_are_asked_for_below_the_root_path(start: Callable[..., RunningServer]) -> None:
+    """Whether the proxy cuts the prefix off or not, and however often a client writes it."""
+    server = start("--root-path", "/llm/", "--api-key", "k", "--admin-api-key", "a")
+    with server.http as client:
+        for root in ("", "/llm", "/llm/llm"):
+            is_served = root != "/llm/llm"
+            for key, path in (("k", "/v1/models"), ("a", "/admin/policy")):
+                assert client.get(root + path).status_code == (401 if is_served else 404)
+                answer = client.get(root + path, headers={"Authorization": f"Bearer {key}"})
+                assert answer.status_code == (200 if is_served else 404)
+            assert client.post(root + "/invocations", json={"prompt": "x"}).status_code == (401 if is_served else 404)
+            assert client.get(root + "/health").status_code == (200 if is_served else 404)
+        assert client.get("/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
+        assert "/llm/openapi.json" in client.get("/docs").text
+    assert "Warning" not in server.stderr.read_text()
+
+
 def test_a_server_whose_engine_dies_ends(start: Callable[..., RunningServer]) -> None:
     """Who was being answered is told, and the supervisor sees status 1, where no other engine is to be started."""
     server = start("--on-hang", "exit")
