@@ -25,16 +25,16 @@ _KINDS: tuple[ConstraintKind, ...] = ("json", "json_object", "regex", "choice", 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an answer has to match, with the names of vLLM's API. Exactly one of the first six is given.
 
-    ``json``: a JSON schema, as an object or as its text. ``json_object``: any JSON object. ``regex``: a regular
-    expression of the whole answer. ``choice``: one of these texts. ``grammar``: a context-free grammar, in Lark's
-    syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a trigger, one of several
-    structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}``; beside them
-    ``"free_text": false`` (nothing else), ``"at_least_one": true``, ``"stop_after_first": true`` and
-    ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text). For calls of tools the engine adds to a
-    structure ``"group": [before, between, behind]`` (several of them in a list), ``"first": true`` (only where the
-    answer begins, and nothing else), ``"arguments"`` and ``"separator"`` (as ``ArgumentFormat`` has them, in place of a
-    schema) or ``"free": true`` (any text), and to the tag ``"excluded"`` and ``"excluded_first"``: what free text does
-    not hold, and does not begin with.
+    ``json``: a JSON schema, as an object, as its text, or as a class of pydantic's. ``json_object``: any JSON object.
+    ``regex``: a regular expression of the whole answer. ``choice``: one of these texts. ``grammar``: a context-free
+    grammar, in Lark's syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a
+    trigger, one of several structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}],
+    "triggers": [...]}``; beside them ``"free_text": false`` (nothing else), ``"at_least_one": true``,
+    ``"stop_after_first": true`` and ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text). For calls
+    of tools the engine adds to a structure ``"group": [before, between, behind]`` (several of them in a list),
+    ``"first": true`` (only where the answer begins, and nothing else), ``"arguments"`` and ``"separator"`` (as
+    ``ArgumentFormat`` has them, in place of a schema) or ``"free": true`` (any text), and to the tag ``"excluded"`` and
+    ``"excluded_first"``: what free text does not hold, and does not begin with.
 
     JSON may have white space between its parts, of at most ``whitespace_pattern`` at each place, or of none and the
     separators ``", "`` and ``": "`` with ``disable_any_whitespace``. ``disable_additional_properties`` closes every
@@ -86,6 +86,12 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             if getattr(self, name) is not None and not self.reasoning_ends:
                 raise InvalidRequestError(f"{name} needs reasoning_end", _PARAM)
 
+    @classmethod
+    def from_optional(cls, **fields: Any) -> StructuredOutputsParams | None:
+        """From fields that may be None, as scripts for vLLM have them; None if nothing is asked for."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        return cls(**given) if any(given.get(kind) for kind in _KINDS) else None
+
     @property
     def kind(self) -> ConstraintKind:
         """Which of the six is given."""
@@ -124,6 +130,8 @@ def _to_json_text(name: str, value: Any, close_objects: bool) -> str:
             value = json.loads(value, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{name} is not valid JSON: {error}", _PARAM) from None
+    if isinstance(value, type) and hasattr(value, "model_json_schema"):
+        value = value.model_json_schema()
     if not isinstance(value, Mapping | bool) or (name != "json" and isinstance(value, bool)):
         raise InvalidRequestError(f"{name} must be a JSON object, got {value!r:.60}", _PARAM)
     _check_depth(name, value)

@@ -6,8 +6,9 @@ import json
 
 import msgspec
 import pytest
+from pydantic import BaseModel
 
-from quire import SamplingParams, StructuredOutputsParams
+from quire import GuidedDecodingParams, SamplingParams, StructuredOutputsParams
 from quire.core.errors import InvalidRequestError
 from quire.core.structured_outputs import MAX_CONSTRAINT_BYTES
 
@@ -65,6 +66,19 @@ def test_the_depth_of_nested_objects_costs_no_stack() -> None:
         StructuredOutputsParams(json=value)
     while value:  # taken apart level by level: freeing it at once would recurse
         value = value["a"]
+
+
+def test_scripts_for_vllm_give_fields_that_may_be_none() -> None:
+    assert GuidedDecodingParams.from_optional(json=None, regex=None, choice=None, backend="outlines") is None
+    params = GuidedDecodingParams.from_optional(json=None, regex="[ab]+", json_object=None, whitespace_pattern=None)
+    assert params == StructuredOutputsParams(regex="[ab]+")
+
+
+def test_a_class_of_pydantic_stands_for_its_schema() -> None:
+    class Answer(BaseModel):
+        name: str
+
+    assert StructuredOutputsParams(json=Answer) == StructuredOutputsParams(json=Answer.model_json_schema())
 
 
 def test_sampling_params_take_a_dict_and_refuse_others() -> None:
