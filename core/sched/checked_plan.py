@@ -12,6 +12,8 @@ from quire.core.contracts.policy_view import Grants, Refusal, StepView
 
 __all__ = ["CheckedPlan", "PlanLimits", "check_grants"]
 
+_NONE: NDArray[np.int64] = np.empty(0, np.int64)
+
 
 @dataclass(slots=True)
 class CheckedPlan:
@@ -29,8 +31,8 @@ class PlanLimits(NamedTuple):
     """What a plan for a view is checked against. Taken before the policy sees the view: whatever it does to it, the
     check is right."""
 
-    remaining: NDArray[np.int64]  # (num_running + num_waiting,) tokens that each request has left to compute
-    num_running: int
+    running: NDArray[np.int64]  # (num_running,) tokens that each request has left to compute
+    waiting: NDArray[np.int64]  # (num_waiting,) the same of those that wait
     num_free_rows: int
     token_budget: int
     chunked_prefill: bool
@@ -38,19 +40,23 @@ class PlanLimits(NamedTuple):
     @classmethod
     def from_view(cls, view: StepView) -> PlanLimits:
         """Those of a view, in arrays of their own."""
-        remaining = view.running.num_remaining_tokens
-        if len(view.waiting):
-            remaining = np.concatenate((remaining, view.waiting.num_remaining_tokens))
-        else:
-            remaining = remaining.copy()
-        return cls(remaining, len(view.running), view.num_free_rows, view.token_budget, view.chunked_prefill)
+        waiting = view.waiting.num_remaining_tokens.copy() if len(view.waiting) else _NONE
+        running = view.running.num_remaining_tokens.copy()
+        return cls(running, waiting, view.num_free_rows, view.token_budget, view.chunked_prefill)
+
+    @classmethod
+    def of_engine(cls, view: StepView) -> PlanLimits:
+        """Those of a view that no policy sees."""
+        waiting = view.waiting.num_remaining_tokens if len(view.waiting) else _NONE
+        running = view.running.num_remaining_tokens
+        return cls(running, waiting, view.num_free_rows, view.token_budget, view.chunked_prefill)
 
 
 def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
     """The grants cut to what is possible; or, if they break the contract, a text that says how."""
     if not isinstance(grants, Grants):
         return f"schedule returned {type(grants).__name__}, not Grants"
-    num_running, num_waiting = limits.num_running, len(limits.remaining) - limits.num_running
+    num_running, num_waiting = len(limits.running), len(limits.waiting)
     if not _is_column(indices := grants.request_indices):
         return f"Grants.request_indices is {indices!r}, not a one-dimensional array of integers"
     if not _is_column(tokens := grants.num_scheduled_tokens):
@@ -63,14 +69,15 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
         return refusals
     if not len(indices):
         return CheckedPlan(indices, tokens, [], refusals)
-    low, high = indices.item(indices.argmin()), indices.item(indices.argmax())  # faster than min and max
-    if low < 0 or high >= num_running + num_waiting:
+    # Below 0 is above all others as an unsigned number.
+    if np.maximum.reduce(indices.view(np.uint64)) >= num_running + num_waiting:
+        low, high = indices.min(), indices.max()
         return f"Grants.request_indices must lie in 0..{num_running + num_waiting - 1}, got {low}..{high}"
     is_granted = np.zeros(num_running + num_waiting, bool)
     is_granted[indices] = True
     if np.count_nonzero(is_granted) < len(indices):
         return f"Grants.request_indices names request {np.bincount(indices).argmax()} twice"
-    if (lowest := tokens.item(tokens.argmin())) < 0:
+    if (lowest := np.minimum.reduce(tokens)) < 0:
         return f"Grants.num_scheduled_tokens must not be negative, got {lowest}"
     victims = [] if grants.victims is None else _check_victims(grants.victims, num_running)
     if isinstance(victims, str):
@@ -80,7 +87,8 @@ def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:
         indices, tokens = indices[~is_refused], tokens[~is_refused]
 
     # From here on, what is too much is cut: to what each request has left to compute ...
-    wanted = limits.remaining.take(indices)
+    remaining = np.concatenate((limits.running, limits.waiting)) if num_waiting else limits.running
+    wanted = remaining.take(indices)
     tokens = np.minimum(tokens, wanted)
     # ... to the waiting requests that find a row, in the order of the grants ...
     if num_waiting and np.count_nonzero(is_granted[num_running:]) > limits.num_free_rows:

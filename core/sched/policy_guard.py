@@ -24,7 +24,7 @@ from quire.core.errors import QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.request import Request
 from quire.core.sched.checked_plan import CheckedPlan, PlanLimits, check_grants
-from quire.core.sched.default_policy_plan import make_default_plan
+from quire.core.sched.default_policy_plan import DefaultPlan, fill_step
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["PolicyGuard", "RequestRank", "make_request_info"]
@@ -120,13 +120,14 @@ class PolicyGuard:
         then, and what the policy did to the view is not known, so that the fallback needs a view of its own."""
         policy = self.policy
         # The default plan is the engine's own: neither checked nor timed.
-        if type(policy).schedule is BatchingPolicy.schedule:
-            grants = make_default_plan(view)
-            return CheckedPlan(grants.request_indices, grants.num_scheduled_tokens, [])
+        if self._has_default_plan:
+            return CheckedPlan(*fill_step(PlanLimits.of_engine(view)), [])
         limits = PlanLimits.from_view(view)
         returned = self._call(policy.schedule, view)
         if self.policy is not policy:
             return None  # it raised or was too slow
+        if type(returned) is DefaultPlan and (trusted := returned.make_trusted(limits)) is not None:
+            return CheckedPlan(*trusted, [])
         plan_or_fault = self._call(check_grants, returned, limits)
         if isinstance(plan_or_fault, CheckedPlan):
             return plan_or_fault
@@ -189,6 +190,7 @@ class PolicyGuard:
         self._call = call
         self._key_types: tuple[type, ...] | None = None
         self._num_empty_plans = 0
+        self._has_default_plan = not self._overrides("schedule")
         self.has_groups = self._overrides("group_key") and self._overrides("schedule")
         """Whether the policy divides requests into groups, and chooses between them."""
         self.wants_reports = self._overrides("step_scheduled")

@@ -28,11 +28,74 @@ from quire.core.stats import QuarantinedPlugin
 __all__ = ["PolicyRunner"]
 
 
+class _RequestNumbers:
+    """Of the requests in a step, for a policy that reads them."""
+
+    __slots__ = ("_numbers", "_requests")
+
+    def __init__(self, requests: NDArray[Any]) -> None:
+        self._requests = requests
+        self._numbers: NDArray[np.int64] | None = None
+
+    def make_array(self) -> NDArray[np.int64]:
+        if self._numbers is None:
+            self._numbers = np.array([request.request_id for request in self._requests.tolist()], np.int64)
+            self._numbers.setflags(write=False)
+        return self._numbers
+
+
 class _ReportedStep(NamedTuple):
     """A step in flight of which the policy was told."""
 
     step: int
-    request_numbers: NDArray[np.int64]
+    request_numbers: _RequestNumbers
+
+
+class _RunnerReport(StepReport):
+    """Its columns are made when they are read: most policies read few."""
+
+    __slots__ = ("_num_scheduled_tokens", "_request_numbers")
+
+    def __init__(
+        self,
+        step: SchedulerOutput,
+        now_ns: int,
+        request_numbers: _RequestNumbers,
+        preempted: tuple[int, ...],
+        finished_steps: tuple[FinishedStep, ...],
+    ) -> None:
+        self.step, self.now_ns = step.step, now_ns
+        self._request_numbers, self._num_scheduled_tokens = request_numbers, step.num_scheduled_tokens
+        self.admitted = tuple([new.request_id for new in step.new_requests])
+        self.preempted, self.finished_steps = preempted, finished_steps
+
+    @property
+    def request_numbers(self) -> NDArray[np.int64]:  # type: ignore[override]
+        return self._request_numbers.make_array()
+
+    @property
+    def num_scheduled_tokens(self) -> NDArray[np.int64]:  # type: ignore[override]
+        return self._num_scheduled_tokens.astype(np.int64)
+
+
+class _RunnerFinishedStep(FinishedStep):
+    """The same of a step that ran."""
+
+    __slots__ = ("_num_sampled_tokens", "_request_numbers")
+
+    def __init__(self, step: SchedulerOutput, output: ModelRunnerOutput, request_numbers: _RequestNumbers) -> None:
+        self.step, self.num_tokens = step.step, step.total_num_scheduled_tokens
+        self.device_us = output.device_us
+        self._request_numbers = request_numbers
+        self._num_sampled_tokens = output.num_sampled_tokens.copy()  # the worker may use its array again
+
+    @property
+    def request_numbers(self) -> NDArray[np.int64]:  # type: ignore[override]
+        return self._request_numbers.make_array()
+
+    @property
+    def num_new_tokens(self) -> NDArray[np.int64]:  # type: ignore[override]
+        return self._num_sampled_tokens.astype(np.int64)
 
 
 class PolicyRunner:
@@ -123,28 +186,19 @@ class PolicyRunner:
         now_ns = self._clock()
         return [self.log.explain_request(number, now_ns) for number in self.log.find_requests(request_id)]
 
-    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
+    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch, requests: NDArray[Any]) -> None:
         """Log the step; count the tokens of each group, and tell the policy what became of its plan, if it has a use
-        for these."""
+        for these. ``requests``: those in the step, in the order of its rows."""
         self._log_step(step, batch)
         if self._groups is None and not self.guard.wants_reports:
             return
-        running, rows = self._running, step.rows
         if self._groups is not None:
             self._count_tokens(self._groups, step)
         if self.guard.wants_reports:
-            request_numbers = running.request_ids[rows]
-            request_numbers.flags.writeable = False
+            request_numbers = _RequestNumbers(requests)
             self._reported.append(_ReportedStep(step.step, request_numbers))
-            report = StepReport(
-                step.step,
-                self._clock(),
-                request_numbers,
-                step.num_scheduled_tokens.astype(np.int64),
-                tuple(new.request_id for new in step.new_requests),
-                tuple(self._preempted),
-                tuple(self._finished_steps),
-            )
+            preempted, finished = tuple(self._preempted), tuple(self._finished_steps)
+            report = _RunnerReport(step, self._clock(), request_numbers, preempted, finished)
             self._preempted.clear()
             self._finished_steps.clear()
             self.guard.report_step(report)
@@ -152,17 +206,18 @@ class PolicyRunner:
     def _count_tokens(self, groups: GroupTable, step: SchedulerOutput) -> None:
         """Prompt tokens one request after another, since few have any; generated ones of all decodes at once."""
         running, rows, num_decodes = self._running, step.rows, step.num_decodes
-        decodes = rows[:num_decodes]
-        if running.has_prompts():  # one of which may have had a single token left
+        decodes, others = rows[:num_decodes], rows[num_decodes:].tolist()
+        in_prompt = running.list_prompt_rows()
+        # A row that is in its prompt still: it had a single token of it left, or is not in this step.
+        if in_prompt and not set(others).issuperset(in_prompt):
             alone = running.num_computed_tokens[decodes] <= running.prompt_len[decodes]
             for row in decodes[alone].tolist():
                 groups.count_tokens(running.group.item(row), 1, 0)
             decodes = decodes[~alone]
-        groups.count_decodes(running.group[decodes])
-        if num_decodes == len(rows):
+        groups.count_decodes(running.group.take(decodes))
+        if not others:
             return
-        num_tokens = step.num_scheduled_tokens[num_decodes:]
-        for row, tokens in zip(rows[num_decodes:].tolist(), num_tokens.tolist(), strict=True):
+        for row, tokens in zip(others, step.num_scheduled_tokens[num_decodes:].tolist(), strict=True):
             num_computed_before = running.num_computed_tokens.item(row) - tokens
             num_prompt_tokens = min(max(running.prompt_len.item(row) - num_computed_before, 0), tokens)
             groups.count_tokens(running.group.item(row), num_prompt_tokens, tokens - num_prompt_tokens)
@@ -173,11 +228,7 @@ class PolicyRunner:
             self._reported.popleft()  # it failed
         if not self._reported or self._reported[0].step != step.step:
             return  # it was scheduled for another policy
-        request_numbers = self._reported.popleft().request_numbers
-        num_new_tokens = output.num_sampled_tokens.astype(np.int64)
-        self._finished_steps.append(
-            FinishedStep(step.step, step.total_num_scheduled_tokens, output.device_us, request_numbers, num_new_tokens)
-        )
+        self._finished_steps.append(_RunnerFinishedStep(step, output, self._reported.popleft().request_numbers))
 
     def _log_step(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
         for new in step.new_requests:
@@ -197,18 +248,17 @@ class PolicyRunner:
             count_cached_tokens = partial(self._prefixes.count_cached_tokens, waiting_requests)
         running = self._running
         self._now_ns, self._step = self._clock(), step
-        running_columns = running.view_columns(batch.scheduled_rows())
         return StepView(
             now_ns=self._now_ns,
             token_budget=batch.token_budget - batch.reserved_draft_budget,
             num_free_rows=running.num_free_rows,
             num_free_blocks=self._allocator.num_free_blocks(),
             block_size=self._allocator.block_size,
-            running=running_columns,
+            running=running.view_columns(batch.scheduled_rows()),
             waiting=self._waiting.view_columns(num_visible, count_cached_tokens),
             chunked_prefill=self._config.chunked_prefill,
             step=step,
-            groups=None if self._groups is None else self._groups.view_columns(running_columns),
+            groups=None if self._groups is None else self._groups.view_columns(running.group_sizes),
         )
 
     def _prepare_policy(self) -> None:
@@ -233,8 +283,7 @@ class PolicyRunner:
             self._rank_request(request, request.queue_key[1], may_reject=False)
             if self.guard.policy is not policy:
                 return  # it was quarantined meanwhile, and all were ranked again for that
-        running = self._running
-        running.group[running.rows] = [request.group_index for request in running.requests[running.rows].tolist()]
+        self._running.regroup_requests()
         self._waiting.reorder_requests()
 
     def _note_quarantine(self, plugin: QuarantinedPlugin) -> None:

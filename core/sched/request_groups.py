@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy_view import GroupColumns, GroupKey, RequestColumns
+from quire.core.contracts.policy_view import GroupColumns, GroupKey
 from quire.core.sched.request_columns import lazy_column
 
 __all__ = ["MAX_IDLE_GROUPS", "GroupTable"]
@@ -70,11 +70,11 @@ class GroupTable:
         self._num_prompt_tokens[index] += num_prompt_tokens
         self._num_output_tokens[index] += num_output_tokens
 
-    def view_columns(self, running: RequestColumns) -> GroupColumns:
-        """The groups as a policy sees them beside the running requests."""
+    def view_columns(self, num_running: NDArray[np.int64]) -> GroupColumns:
+        """The groups as a policy sees them. ``num_running``: requests of each that have a row."""
         if self._shown_keys is None:
             self._shown_keys = tuple(self._keys)
-        return _TableColumns(self._shown_keys, self, running)
+        return _TableColumns(self._shown_keys, self, num_running)
 
     def num_requests(self) -> NDArray[np.int64]:
         """Of each group, in the engine."""
@@ -117,20 +117,24 @@ class GroupTable:
 class _TableColumns(GroupColumns):
     """Columns of a ``GroupTable``, each made when it is first read."""
 
-    def __init__(self, keys: Sequence[GroupKey], table: GroupTable, running: RequestColumns) -> None:
+    def __init__(self, keys: Sequence[GroupKey], table: GroupTable, num_running: NDArray[np.int64]) -> None:
         self.keys = keys
-        self._table, self._running = table, running
+        self._table, self._num_running = table, num_running
 
     @lazy_column
     def num_running(self) -> NDArray[np.int64]:
         """Those that have a row."""
-        return np.bincount(self._running.group, minlength=len(self.keys))
+        num_groups, known = len(self.keys), self._num_running
+        if len(known) < num_groups:
+            return np.concatenate((known, np.zeros(num_groups - len(known), np.int64)))
+        return known[:num_groups].copy()
 
     @lazy_column
     def num_waiting(self) -> NDArray[np.int64]:
         """The others."""
-        column: NDArray[np.int64] = self._table.num_requests() - self.num_running
-        return column
+        num_requests, running = self._table.num_requests(), self._num_running[: len(self.keys)]
+        num_requests[: len(running)] -= running
+        return num_requests
 
     @lazy_column
     def num_prompt_tokens(self) -> NDArray[np.int64]:

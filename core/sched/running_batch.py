@@ -26,6 +26,8 @@ class RunningBatch(StateColumns):
         super().__init__(max_num_seqs)
         self.prompt_len.fill(-1)
         self.max_num_seqs = max_num_seqs
+        self.group_sizes = np.zeros(16, np.int64)
+        """How many of the requests are of each group, by its index; groups beyond the end have none."""
         self.rows: NDArray[np.int64] = np.empty(0, np.int64)
         """Rows in use, in order of admission: the oldest request first."""
         self.num_committed_tokens = np.zeros(max_num_seqs, np.int64)
@@ -82,6 +84,7 @@ class RunningBatch(StateColumns):
         self.generations[row] = self._last_generation
         self.requests[row], self.token_ids[row] = request, request.token_ids
         self._count_stop_tokens(request.stop_token_ids, 1)
+        self._count_group(request.group_index)
         self.rows = np.append(self.rows, row)  # a new array: views of earlier steps keep theirs
         request.row, request.status = row, RequestStatus.RUNNING
         return row
@@ -91,6 +94,7 @@ class RunningBatch(StateColumns):
         row = request.row
         request.num_in_flight_tokens = int(self.num_in_flight_tokens[row])
         self._count_stop_tokens(request.stop_token_ids, -1)
+        self.group_sizes[self.group.item(row)] -= 1
         self.generations[row] = 0
         self.prompt_len[row] = -1  # so that whole columns can be compared
         self.requests[row] = self.token_ids[row] = None
@@ -98,6 +102,14 @@ class RunningBatch(StateColumns):
         self._free_rows.append(row)
         self._freed_rows.append(row)
         request.row = -1
+
+    def regroup_requests(self) -> None:
+        """The ``group_index`` of every request may have changed."""
+        indices = [request.group_index for request in self.requests[self.rows].tolist()]
+        self.group[self.rows] = indices
+        self.group_sizes.fill(0)
+        for index in indices:
+            self._count_group(index)
 
     def take_freed_rows(self) -> list[int]:
         """Rows freed since the last call."""
@@ -120,9 +132,10 @@ class RunningBatch(StateColumns):
         known = np.minimum(self.num_tokens[rows], self.max_computed_tokens[rows])
         return int(np.count_nonzero(known > self.num_computed_tokens[rows]))
 
-    def has_prompts(self) -> bool:
-        """Whether the last token computed of any request was of its prompt."""
-        return bool(np.count_nonzero(self.num_computed_tokens <= self.prompt_len))
+    def list_prompt_rows(self) -> list[int]:
+        """Rows of which the last token computed was of the prompt."""
+        rows: list[int] = (self.num_computed_tokens <= self.prompt_len).nonzero()[0].tolist()
+        return rows
 
     def view_columns(self, scheduled_rows: NDArray[np.int64]) -> RequestColumns:
         """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``, and for those
@@ -142,6 +155,11 @@ class RunningBatch(StateColumns):
         test that spares most requests the exact one."""
         matches: NDArray[np.bool_] = self._stop_token_counts.take(token_ids, mode="clip") > 0
         return matches
+
+    def _count_group(self, index: int) -> None:
+        while index >= len(self.group_sizes):
+            self.group_sizes = np.concatenate((self.group_sizes, np.zeros_like(self.group_sizes)))
+        self.group_sizes[index] += 1
 
     def _count_stop_tokens(self, stop_token_ids: frozenset[int], change: int) -> None:
         for token in stop_token_ids:

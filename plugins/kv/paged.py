@@ -76,13 +76,16 @@ class PagedAllocator(KVAllocator):
         counts = []
         for request in requests:
             counted = known.get(request.request_id)
-            if (
-                counted is None
-                or counted.next_hash in cached
-                or (counted.last_hash is not None and counted.last_hash not in cached)
-                or counted.num_tokens != len(request.token_ids)
-            ):
-                counted = known[request.request_id] = self._count_prefix(request)
+            if counted is not None:
+                num_cached_tokens, num_tokens, last_hash, next_hash = counted
+                if (
+                    next_hash not in cached
+                    and (last_hash is None or last_hash in cached)
+                    and num_tokens == len(request.token_ids)
+                ):
+                    counts.append(num_cached_tokens)
+                    continue
+            counted = known[request.request_id] = self._count_prefix(request)
             counts.append(counted.num_cached_tokens)
         return counts
 

@@ -73,6 +73,6 @@ class EWSJFPolicy(BatchingPolicy):
             return make_default_plan(view)
         group, lengths = waiting.group, waiting.num_remaining_tokens
         waits = view.now_ns + _HEAD_START_NS - waiting.arrival_ns
-        mean_lengths = np.bincount(group, lengths) / np.maximum(np.bincount(group), 1)
-        scores = waits / mean_lengths[group]
+        mean_lengths = np.bincount(group, lengths).take(group) / np.bincount(group).take(group)
+        scores = waits / mean_lengths
         return make_default_plan(view, waiting_order=np.lexsort((-waits, -scores)))

@@ -48,7 +48,8 @@ class FairSharePolicy(BatchingPolicy):
         self._input_rates = self._output_rates = self._lifts = np.empty(0)
         self._was_waiting = np.empty(0, bool)
         self._has_arrivals = False  # since the counters were looked at
-        self._last_counters = np.zeros(1)  # of the groups that waited, when there were some last
+        # When groups waited last: the counters of all, and which of them waited.
+        self._last_counters, self._last_waiting = np.zeros(1), np.ones(1, bool)
 
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
         """The arrival: within a group, first come, first served."""
@@ -71,7 +72,7 @@ class FairSharePolicy(BatchingPolicy):
             return make_default_plan(view)
         group = waiting.group
         if view.num_free_rows == 1:  # of each group, the view shows its first request first
-            return make_default_plan(view, waiting_order=np.array([counters.take(group).argmin()]))
+            return make_default_plan(view, waiting_order=counters.take(group).argmin(0, keepdims=True))
         # A request is charged its prompt when it is chosen: the next one of its group stands so much further back. So
         # the choice of the smallest counter, again and again, is one sort.
         charges = waiting.num_remaining_tokens * self._input_rates[group]
@@ -89,22 +90,20 @@ class FairSharePolicy(BatchingPolicy):
         counters += self._output_rates * groups.num_output_tokens
         counters += self._lifts
         remaining = view.running.num_remaining_tokens
-        if (
-            len(remaining) and remaining[remaining.argmax()] > 1
-        ):  # what running prompts still have to compute is theirs already
+        # What running prompts still have to compute is theirs already.
+        if len(remaining) and remaining.item(remaining.argmax()) > 1:
             size = len(groups.keys)
             counters += self._input_rates * np.bincount(view.running.group, remaining, size)[:size]
         is_waiting = groups.num_waiting > 0
         joined = is_waiting > self._was_waiting
         if np.count_nonzero(joined):
             stayed = counters[is_waiting & self._was_waiting]
-            level = (stayed if len(stayed) else self._last_counters).min()
+            level = (stayed if len(stayed) else self._last_counters[self._last_waiting]).min()
             missing = np.where(joined, np.maximum(level - counters, 0.0), 0.0)
             self._lifts = self._lifts + missing
             counters += missing
-        waiting_counters = counters[is_waiting]
-        if len(waiting_counters):
-            self._last_counters = waiting_counters
+        if len(view.waiting) or is_waiting.any():
+            self._last_counters, self._last_waiting = counters, is_waiting
         self._was_waiting = is_waiting
         return counters
 

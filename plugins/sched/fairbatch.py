@@ -21,6 +21,8 @@ from quire.sdk import BatchingPolicy, Grants, RequestColumns, RequestInfo, StepR
 
 __all__ = ["FairBatchPolicy"]
 
+_NONE: NDArray[np.int64] = np.empty(0, np.int64)
+
 
 class FairBatchPolicy(BatchingPolicy):
     """Arrivals in order, steps by slack."""
@@ -47,9 +49,11 @@ class FairBatchPolicy(BatchingPolicy):
         self._ttft_ns = int(self.options.ttft_target_ms * 1e6)
         self._tpot_ns = int(self.options.tpot_target_ms * 1e6)
         self._times = StepTimeModel()
+        self._has_targets = False  # whether any request named one
 
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
         """When its first token is due."""
+        self._has_targets |= request.ttft_target_ns > 0 or request.tpot_target_ns > 0
         return (request.arrival_ns + (request.ttft_target_ns or self._ttft_ns), request.arrival_ns)
 
     def schedule(self, view: StepView) -> Grants:
@@ -57,30 +61,32 @@ class FairBatchPolicy(BatchingPolicy):
         running, num_waiting = view.running, min(len(view.waiting), view.num_free_rows)
         remaining = running.num_remaining_tokens
         is_decode = (remaining == 1) & (running.output_len > 0)
-        prompts = (remaining > is_decode).nonzero()[0]
-        decodes = is_decode.nonzero()[0]
-        if not (len(prompts) or num_waiting) or not len(decodes) or not view.chunked_prefill:
+        num_decodes = int(np.count_nonzero(is_decode))
+        has_prompts = np.count_nonzero(remaining) > num_decodes
+        if not (has_prompts or num_waiting) or not num_decodes or not view.chunked_prefill:
             return make_default_plan(view)  # no request to choose
         slack = self._slack_ns(running, view.now_ns)
-        decode_slack = slack[decodes]
-        tightest = int(decode_slack[decode_slack.argmin()])
+        decodes = is_decode.nonzero()[0]
+        decode_slack = slack.take(decodes)
+        tightest = decode_slack.item(decode_slack.argmin())
         # Who is late already cannot be helped by a short step: it then has the time of one token.
         budget = self._times.fit_tokens(tightest if tightest > 0 else self._tpot_ns, view.token_budget)
         # A decode is urgent if it would be late when it waited for this step and ran in the next.
         urgent_ns = int(2 * self._times.estimate_ns(budget))
-        num_urgent = 0
-        if tightest < urgent_ns:
-            is_urgent = decode_slack < urgent_ns
-            num_urgent = int(np.count_nonzero(is_urgent))
-            if num_urgent < len(decodes):
-                decodes = np.concatenate((decodes[is_urgent], decodes[~is_urgent]))
+        is_urgent = decode_slack < urgent_ns
+        num_urgent = int(np.count_nonzero(is_urgent)) if tightest < urgent_ns else 0
         budget = min(max(budget, num_urgent + self.options.min_prefill_tokens), view.token_budget)
+        arrivals = view.waiting.num_remaining_tokens[:num_waiting] if num_waiting else _NONE
+        num_wanted = int(np.add.reduce(remaining)) if has_prompts else num_decodes
+        if num_wanted + sum(arrivals.tolist()) <= budget:
+            return make_default_plan(view, min_prefill_tokens=budget)  # nothing is cut, in whatever order
+        if 0 < num_urgent < num_decodes:
+            decodes = np.concatenate((decodes[is_urgent], decodes[~is_urgent]))
+        prompts = (remaining > is_decode).nonzero()[0]
         if len(prompts) > 1:
             prompts = prompts[slack[prompts].argsort(kind="stable")]
-        wanted, arrivals = remaining, decodes[:0]
-        if num_waiting:
-            arrivals = np.arange(len(remaining), len(remaining) + num_waiting)
-            wanted = np.concatenate((remaining, view.waiting.num_remaining_tokens[:num_waiting]))
+        wanted = np.concatenate((remaining, arrivals))
+        arrivals = np.arange(len(remaining), len(wanted))
         order = np.concatenate((decodes[:num_urgent], prompts, arrivals, decodes[num_urgent:]))
         tokens = wanted[order]
         if np.add.reduce(tokens) > budget:
@@ -93,10 +99,11 @@ class FairBatchPolicy(BatchingPolicy):
 
     def _slack_ns(self, requests: RequestColumns, now_ns: int) -> NDArray[np.int64]:
         """How long from now the next token of each request is due."""
-        ttft: NDArray[np.int64] | int = requests.ttft_target_ns
-        tpot: NDArray[np.int64] | int = requests.tpot_target_ns
-        ttft = np.where(ttft > 0, ttft, self._ttft_ns) if np.count_nonzero(ttft) else self._ttft_ns
-        tpot = np.where(tpot > 0, tpot, self._tpot_ns) if np.count_nonzero(tpot) else self._tpot_ns
+        ttft: NDArray[np.int64] | int = self._ttft_ns
+        tpot: NDArray[np.int64] | int = self._tpot_ns
+        if self._has_targets:
+            ttft = np.where(requests.ttft_target_ns > 0, requests.ttft_target_ns, ttft)
+            tpot = np.where(requests.tpot_target_ns > 0, requests.tpot_target_ns, tpot)
         slack: NDArray[np.int64] = requests.output_len * tpot
         slack += requests.arrival_ns
         slack += ttft - now_ns

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from quire.sdk import BatchingPolicy, Grants, RequestInfo, StepView, make_default_plan
 
 __all__ = ["PrefixAffinityPolicy"]
@@ -49,4 +47,5 @@ class PrefixAffinityPolicy(BatchingPolicy):
         if len(waiting) < 2:
             return make_default_plan(view)
         places = waiting.arrival_ns - waiting.num_cached_tokens * self._ns_per_token
-        return make_default_plan(view, waiting_order=np.argsort(places, kind="stable"))
+        order = places.argmin(0, keepdims=True) if view.num_free_rows == 1 else places.argsort(kind="stable")
+        return make_default_plan(view, waiting_order=order)

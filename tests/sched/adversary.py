@@ -49,7 +49,7 @@ class Adversary(BatchingPolicy):
         return grants
 
     def misbehave(self, view):
-        kind = self.random.randrange(5)
+        kind = self.random.randrange(6)
         if kind == 0:
             raise ZeroDivisionError
         if kind == 1:
@@ -63,8 +63,20 @@ class Adversary(BatchingPolicy):
             columns.num_computed_tokens[:] = 0
         if kind == 3:
             raise RuntimeError("after it changed the view")
+        if kind == 4:
+            return self.order_badly(view)
         count = len(view.running) + len(view.waiting)
         return Grants(np.arange(count), np.full(count, 7))
+
+    def order_badly(self, view):
+        """The engine's own plan, of what is not there or twice, or with more than there is."""
+        view.token_budget, view.num_free_rows = 10**6, 10**6
+        bad = self.random.choice([[-1], [0, 0, 0], [10**6], [0.5], [True]])
+        plan = make_default_plan(view, waiting_order=np.array(bad), min_prefill_tokens=self.random.choice([-5, 10**9]))
+        if self.random.random() < 0.5:
+            hidden = [name for name in type(plan).__slots__ if name.endswith("budget")]
+            setattr(plan, *hidden, self.random.choice([-3, 2.5, 10**9, "much"]))
+        return plan
 
     def step_scheduled(self, report):
         if self.random.random() < self.harm:

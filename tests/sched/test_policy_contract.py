@@ -1,9 +1,12 @@
 """What a policy is told, and what it can ask for: groups, refusals, reports, prefixes, and the options of the plan."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
 from quire.core.contracts.policy import MIN_PREFILL_TOKENS, NO_DEADLINE, RequestColumns, StepView, make_default_plan
+from quire.core.sched.checked_plan import PlanLimits
 from quire.core.sched.request_groups import GroupTable
 from quire.core.scheduling_params import SchedulingParams
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -107,7 +110,7 @@ def test_the_table_of_groups_is_bounded():
         table.count_tokens(index, 3, 2)
         table.remove_request(index)
     assert len(table) <= 6 and table.add_request("busy") == busy
-    remembered = table.view_columns(RequestColumns(group=np.array([], np.int64)))
+    remembered = table.view_columns(np.zeros(0, np.int64))
     used = remembered.num_output_tokens[[key is not None and key != "busy" for key in remembered.keys]]
     assert used.tolist() == [2, 2, 2]
     assert remembered.num_waiting.sum() == 2
@@ -251,3 +254,22 @@ def test_options_of_the_default_plan():
     assert plan_of(make_view([1], [9000]), min_prefill_tokens=100) == {0: 1, 1: 4500}
     assert plan_of(make_view([1], [2000]), min_prefill_tokens=MIN_PREFILL_TOKENS) == {0: 1, 1: 1536}
     assert make_default_plan(view, victims=np.array([1, 0])).victims.tolist() == [1, 0]
+
+
+def test_a_default_plan_that_nobody_read_is_that_of_the_engines_own_numbers():
+    view = make_view([1, 1, 0], [50, 60, 70], budget=100)
+    limits = PlanLimits.from_view(view)
+    view.running.num_remaining_tokens = np.array([9, 9, 9])  # what a policy writes there has no effect
+    plan = make_default_plan(view, waiting_order=np.array([1, 0]))
+    indices, tokens = plan.make_trusted(limits)
+    assert dict(zip(indices.tolist(), tokens.tolist(), strict=True)) == {0: 1, 1: 1, 4: 60}
+    assert plan.request_indices.tolist()[:3] == [0, 1, 2], "a policy that reads it sees its own view"
+    assert plan.make_trusted(limits) is None, "it may have been changed, and is checked"
+
+
+@pytest.mark.parametrize("bad", [[-1], [0, 0], [3], [0.5]])
+def test_a_default_plan_in_a_bad_order_is_checked(bad):
+    view = make_view([1], [50, 60, 70])
+    with contextlib.suppress(TypeError, IndexError):  # the policy's own call raises where it can
+        plan = make_default_plan(view, waiting_order=np.array(bad))
+        assert plan.make_trusted(PlanLimits.from_view(view)) is None
