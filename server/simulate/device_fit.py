@@ -42,6 +42,7 @@ class DecodeFit(NamedTuple):
     decodes: tuple[int, ...]
     decodes_us: tuple[float, ...]
     context_us: float
+    context_root_us: float
 
 
 class PromptFit(NamedTuple):
@@ -59,23 +60,22 @@ def fit_decodes(steps: DeviceSteps, padded_sizes: Sequence[int], nnls: Any) -> D
     they are not. Sizes of which there were no steps lie on the line between their neighbours, and beyond the last on
     the line from the first to it."""
     sizes = np.array(padded_sizes, np.float64)
+    contexts = np.stack([steps.context, np.sqrt(steps.context)], axis=1)
     if not len(sizes):
         knots = _choose_knots(steps.num_reqs)
-        weights = _solve(
-            np.concatenate([_make_hats(steps.num_reqs, knots), steps.context[:, None]], axis=1), steps, nnls
-        )
-        return DecodeFit(_to_ints(knots), _to_times(weights[:-1]), float(weights[-1]))
+        weights = _solve(np.concatenate([_make_hats(steps.num_reqs, knots), contexts], axis=1), steps, nnls)
+        return DecodeFit(_to_ints(knots), _to_times(weights[:-2]), *weights[-2:].tolist())
     padded = sizes[np.minimum(np.searchsorted(sizes, steps.num_reqs), len(sizes) - 1)]
     known, counts = np.unique(padded, return_counts=True)
     known = known[counts >= 3] if (counts >= 3).any() else known
     keep = np.isin(padded, known)
     one_hot = (padded[keep, None] == known).astype(np.float64)
-    columns = np.concatenate([one_hot, steps.context[keep, None]], axis=1)
+    columns = np.concatenate([one_hot, contexts[keep]], axis=1)
     weights = _solve(columns, steps.select(keep), nnls)
-    times = np.interp(sizes, known, weights[:-1])
+    times = np.interp(sizes, known, weights[:-2])
     slope = (weights[len(known) - 1] - weights[0]) / max(known[-1] - known[0], 1.0)
     times += np.maximum(sizes - known[-1], 0.0) * max(slope, 0.0)
-    return DecodeFit(_to_ints(sizes), _to_times(times), float(weights[-1]))
+    return DecodeFit(_to_ints(sizes), _to_times(times), *weights[-2:].tolist())
 
 
 def fit_prompts(steps: DeviceSteps, nnls: Any) -> PromptFit:

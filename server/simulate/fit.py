@@ -59,6 +59,7 @@ def fit_step_model(recordings: Sequence[Recording], name: str, source: str) -> S
         tokens=prompts.tokens,
         tokens_us=prompts.tokens_us,
         context_us=prompts.context_us if decodes is None else decodes.context_us,
+        context_root_us=0.0 if decodes is None else decodes.context_root_us,
         pair_us=prompts.pair_us,
         prompt_context_us=prompts.context_us,
         mean_keys_us=prompts.mean_keys_us,

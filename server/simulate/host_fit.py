@@ -19,6 +19,8 @@ __all__ = ["fit_host"]
 
 _Floats = NDArray[np.float64]
 _PARTS = ("schedule", "launch", "update")
+_MEDIAN_OF = 5
+_BLOCKED = 3.0
 
 
 class _HostSteps(NamedTuple):
@@ -30,6 +32,8 @@ class _HostSteps(NamedTuple):
     schedule: _Floats
     launch: _Floats
     update: _Floats
+    was_idle: _Floats
+    """1: the device had nothing to do when the launch began."""
 
 
 def fit_host(recordings: Sequence[Recording], tokens: Sequence[int], nnls: Any) -> HostTimes:
@@ -48,8 +52,10 @@ def fit_host(recordings: Sequence[Recording], tokens: Sequence[int], nnls: Any) 
         fitted |= {f"{part}_us": round(constant, 3), f"{part}_request_us": round(each, 4)}
     prompt_launch_us: tuple[float, ...] = ()
     if tells_prompts:
+        prompt_steps = _HostSteps(*(column[has_prompts] for column in steps))
+        free = ~_find_blocked(prompt_steps)
         prompt_launch_us = _average_near(
-            steps.num_prompt_step_tokens[has_prompts], steps.launch[has_prompts], np.array(tokens, np.float64)
+            prompt_steps.num_prompt_step_tokens[free], prompt_steps.launch[free], np.array(tokens, np.float64)
         )
     gaps = list(_measure_gaps(recordings))
     leads = list(_measure_leads(recordings)) or [fitted["launch_us"]]
@@ -66,11 +72,28 @@ def fit_host(recordings: Sequence[Recording], tokens: Sequence[int], nnls: Any) 
 def _collect_steps(recordings: Sequence[Recording]) -> _HostSteps:
     rows = []
     for recording in recordings:
+        last_end_us = 0.0
         for step, done, num_reqs in recording.list_finished_steps():
             tokens = num_reqs if step.tokens is None else sum(step.tokens)
             times = (getattr(done, f"{part}_us") for part in _PARTS)
-            rows.append((num_reqs, tokens if step.num_decodes < num_reqs else 0, *times))
+            was_idle = last_end_us <= done.start_us + done.schedule_us
+            rows.append((num_reqs, tokens if step.num_decodes < num_reqs else 0, *times, was_idle))
+            last_end_us = done.end_us
     return _HostSteps(*np.array(rows, np.float64).T)
+
+
+def _find_blocked(steps: _HostSteps) -> NDArray[np.bool_]:
+    """Launches that waited for the step before, because a device takes only so many kernels in advance: they took
+    several times as long as those of steps of as many tokens that found it idle."""
+    is_idle = steps.was_idle > 0
+    if np.count_nonzero(is_idle) < _MEDIAN_OF:
+        return np.zeros(len(is_idle), bool)
+    order = np.argsort(steps.num_prompt_step_tokens[is_idle], kind="stable")
+    tokens, launches = steps.num_prompt_step_tokens[is_idle][order], steps.launch[is_idle][order]
+    windows = np.lib.stride_tricks.sliding_window_view
+    medians = np.median(windows(launches, _MEDIAN_OF), axis=1)
+    usual = np.interp(steps.num_prompt_step_tokens, np.median(windows(tokens, _MEDIAN_OF), axis=1), medians)
+    return ~is_idle & (steps.launch > _BLOCKED * usual)
 
 
 def _average_near(numbers: _Floats, times: _Floats, knots: _Floats) -> tuple[float, ...]:

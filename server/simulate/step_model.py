@@ -1,10 +1,11 @@
 """What a step takes, by its shape: a table of measured times, as a JSON file.
 
-    decodes alone = decodes_us(requests) + context * context_us
+    decodes alone = decodes_us(requests) + context * context_us + sqrt(context) * context_root_us
     with prompts  = tokens_us(tokens) + context * prompt_context_us + prefill_pairs * pair_us + mean_keys * mean_keys_us
 
 The tables hold matrix products, which read all weights whatever the batch, and grow with it once they are bound by
-arithmetic. Attention of decodes reads the KV of their context once; attention of prompts multiplies each query with
+arithmetic. Attention of decodes reads the KV of their context once, a short one at less than the memory's full rate
+(hence the root); attention of prompts multiplies each query with
 each key before it, and lasts at least as long as its longest query, which is worth more in short steps than in long
 ones (``mean_keys``: pairs by prompt tokens).
 """
@@ -12,6 +13,7 @@ ones (``mean_keys``: pairs by prompt tokens).
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from bisect import bisect_left, bisect_right
 from pathlib import Path
@@ -115,6 +117,7 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens_us: tuple[float, ...]
     context_us: float
     pair_us: float
+    context_root_us: float = 0.0
     prompt_context_us: float | None = None
     """None: ``context_us``."""
     mean_keys_us: float = 0.0
@@ -145,7 +148,8 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
     def device_ns(self, shape: StepShape) -> int:
         """Nanoseconds on the device."""
         if not shape.has_prompts:
-            return round((self._decodes_us(shape.num_reqs) + shape.context * self.context_us) * 1e3)
+            root_us = math.sqrt(shape.context) * self.context_root_us
+            return round((self._decodes_us(shape.num_reqs) + shape.context * self.context_us + root_us) * 1e3)
         context_us = self.context_us if self.prompt_context_us is None else self.prompt_context_us
         mean_keys = shape.prefill_pairs / max(shape.num_tokens - shape.num_decodes, 1)
         attention_us = shape.context * context_us + shape.prefill_pairs * self.pair_us + mean_keys * self.mean_keys_us
@@ -155,7 +159,8 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
     def decode_ns(self, num_reqs: int, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same for steps of ``num_reqs`` decodes and nothing else, one for each entry of ``contexts``: equal to
         ``device_ns`` to the nanosecond."""
-        times: NDArray[np.int64] = np.rint((self._decodes_us(num_reqs) + contexts * self.context_us) * 1e3)
+        root_us = np.sqrt(contexts) * self.context_root_us
+        times: NDArray[np.int64] = np.rint((self._decodes_us(num_reqs) + contexts * self.context_us + root_us) * 1e3)
         return times.astype(np.int64)
 
     def host_ns(self, num_reqs: int, prompt_step_tokens: int = 0) -> StepHostTimes:
@@ -178,7 +183,7 @@ class StepTimeModel(msgspec.Struct, frozen=True, omit_defaults=True):
         changes: dict[str, Any] = {}
         for name in ("tokens_us", "decodes_us"):
             changes[name] = tuple(factor * time for time in getattr(self, name))
-        for name in ("context_us", "pair_us", "mean_keys_us", "prompt_step_us", "prompt_context_us"):
+        for name in ("context_us", "context_root_us", "pair_us", "mean_keys_us", "prompt_step_us", "prompt_context_us"):
             if (time := getattr(self, name)) is not None:
                 changes[name] = factor * time
         return msgspec.structs.replace(self, **changes)
@@ -243,7 +248,7 @@ def _check_model(path: Path, model: StepTimeModel) -> None:
     _check_table(path, "tokens", model.tokens, model.tokens_us)
     if model.decodes or model.decodes_us:
         _check_table(path, "decodes", model.decodes, model.decodes_us)
-    coefficients = [model.context_us, model.pair_us, model.prompt_step_us, model.mean_keys_us]
+    coefficients = [model.context_us, model.context_root_us, model.pair_us, model.prompt_step_us, model.mean_keys_us]
     if min([*model.tokens_us, *model.decodes_us, *coefficients, model.prompt_context_us or 0.0]) < 0:
         raise ConfigError(f"--step-model {path}: no time may be negative")
     if model.host.prompt_launch_us and len(model.host.prompt_launch_us) != len(model.tokens):

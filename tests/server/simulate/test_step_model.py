@@ -99,6 +99,18 @@ def test_recordings_of_two_models_are_refused(make_setup, make_trace, tmp_path):
         fit_step_model(both, "x", "y")
 
 
+def test_launches_that_waited_for_the_step_before_do_not_count(make_setup, make_trace, tmp_path):
+    recording = record(make_trace(count=400, rate=3.0), make_setup(), tmp_path / "t")
+    usual = fit_step_model([recording], "m", "").host.prompt_launch_us
+    last_end_us = 0.0
+    for number, (step, done, num_reqs) in enumerate(recording.list_finished_steps()):
+        if step.num_decodes < num_reqs and done.start_us + done.schedule_us < last_end_us and number % 5 == 0:
+            done.launch_us = 300_000.0
+        last_end_us = done.end_us
+    assert max(done.launch_us for _, done, _ in recording.list_finished_steps()) == 300_000
+    assert fit_step_model([recording], "m", "").host.prompt_launch_us == pytest.approx(usual, rel=0.1)
+
+
 @pytest.mark.parametrize("name", list_shipped_models())
 def test_a_shipped_model_says_what_it_is_and_grows_with_its_work(name):
     model = load_step_model(name)
@@ -114,10 +126,17 @@ def test_shipped_models_tell_batches_that_were_measured_by_themselves(root):
     """Those of docs/performance.md, at their mean context of 256."""
     table = (root / "docs" / "performance.md").read_text()
     assert DEFAULT_MODEL in list_shipped_models()
-    for name, title in (("h200-llama-3.1-8b-bf16", "Llama-3.1-8B, bf16"), ("h200-qwen3-0.6b-bf16", "Qwen3-0.6B, bf16")):
+    rows = {
+        "h200-llama-3.1-8b-bf16": ("Llama-3.1-8B, bf16", (1, 32, 256)),
+        "h200-llama-3.1-8b-fp8": ("Llama-3.1-8B, FP8 weights and KV cache", (1, 32, 256)),
+        "h200-llama-3.1-8b-awq": ("Llama-3.1-8B, AWQ int4", (1, 8, 32, 64)),
+        "h200-qwen3-0.6b-bf16": ("Qwen3-0.6B, bf16", (1, 32, 256)),
+    }
+    assert sorted(rows) == list_shipped_models()
+    for name, (title, batches) in rows.items():
         model = load_step_model(name)
         text = table[table.index(f"| {title} |") :]
-        for batch in (1, 32, 256):
+        for batch in batches:
             rate = float(re.search(rf"batch {batch} \| \*\*([\d,]+)\*\*", text)[1].replace(",", ""))
             step = model.device_ns(StepShape(batch, batch, 256 * batch, 0, batch)) / 1e9
             assert batch / step == pytest.approx(rate, rel=0.05), (name, batch)
