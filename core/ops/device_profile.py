@@ -120,7 +120,7 @@ class DeviceProfile:
 
 
 # As ``benchmarks/kernels/all_reduce.py`` measured on two of them.
-_NVLINK_ALL_REDUCE = ((2, AllReduceLimits(128 << 10, 1 << 20, 1 << 20, 8 << 20)),)
+_NVLINK_ALL_REDUCE = ((2, AllReduceLimits(128 << 10, 1 << 20, 1 << 20, 8 << 20, 64 << 20, 128 << 20)),)
 
 # By NVIDIA's data sheets.
 PROFILES: tuple[DeviceProfile, ...] = (
