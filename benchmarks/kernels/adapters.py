@@ -42,12 +42,12 @@ from quire.server.plugin_bench.timer import L2_BYTES, make_timer, run_alternatel
 MODELS = Path(__file__).parents[1] / "models"
 LOADERS: dict[str, type[QuantizationLoader]] = {"none": Unquantized, "fp8": Fp8, "int8": Int8, "awq": AWQ, "gptq": GPTQ}
 NUM_SLOTS, RANK = 64, 16
-_IN_WEIGHT = Lora.Options(add_in_product=False, append_to_weight=True, max_few_tokens=1 << 20)
+_IN_WEIGHT = Lora.Options(add_in_product=False, append_to_weight=True, max_normed_tokens=1 << 20)
 _BEHIND = Lora.Options(add_in_product=False, append_to_weight=False)
 COLUMNS: dict[str, tuple[int, Lora.Options]] = {
     "one": (1, Lora.Options()),
     "one, in weight": (1, _IN_WEIGHT),
-    "one, apart": (1, replace(_IN_WEIGHT, max_few_tokens=0)),
+    "one, apart": (1, replace(_IN_WEIGHT, max_normed_tokens=0, max_rotated_tokens=0)),
     "one, behind": (1, _BEHIND),
     "8": (8, Lora.Options()),
     "64": (64, Lora.Options()),

@@ -66,8 +66,10 @@ class Lora(AdapterMethod):
         append_to_weight: bool | None = None
         """For more tokens A lies behind the layer's weight, where that is unquantized and the rank's result whole, and
         the layer's product does the first product too; false: kernels behind it do both. None: on a GPU."""
-        max_few_tokens: int = 128
-        """There up to so many tokens are added by the norm's or the rotary embedding's kernel behind the layer."""
+        max_normed_tokens: int = 128
+        """There up to so many tokens are added by the norm's kernel behind the layer, and"""
+        max_rotated_tokens: int = 32
+        """up to so many by the rotary embedding's."""
 
     def __init__(self, limits: AdapterLimits, options: Options | None = None) -> None:
         super().__init__(limits, options)
@@ -258,7 +260,7 @@ class LoraLayer(AdapterLayer):
 
     def describe_appended(self, wide: Tensor) -> AppendedTerm | None:
         """For few tokens on a GPU: each reads its B whole."""
-        if not wide.is_cuda or len(wide) > self._options.max_few_tokens:
+        if not wide.is_cuda or len(wide) > self._options.max_rotated_tokens:
             return None
         v = wide[:, self._info.out_features :]
         return AppendedTerm(v, self._b, self._ranks, self._batch.tiles.token_slots)
@@ -267,7 +269,7 @@ class LoraLayer(AdapterLayer):
         self, wide: Tensor, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
     ) -> tuple[Tensor | QuantActivation, Tensor] | None:
         """For few tokens on a GPU: each reads its B whole."""
-        if not wide.is_cuda or len(wide) > self._options.max_few_tokens or len(self._info.part_sizes) > 1:
+        if not wide.is_cuda or len(wide) > self._options.max_normed_tokens or len(self._info.part_sizes) > 1:
             return None
         from quire.plugins.adapters.lora.appended_kernels import launch_add_appended_and_norm
 
