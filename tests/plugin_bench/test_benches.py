@@ -191,7 +191,8 @@ def test_a_slowdown_of_five_percent_is_found_in_attention():
             super().prepare_metadata(replace(batch, seq_lens=self.seq_lens), key)
 
     bench = AttentionBench(cuda)
-    case = next(case for case in bench.list_cases(triton) if case.name == "decode 32 x 4096")
+    # Steps of fewer programs have modes: at 32 x 4096 a layer takes 128 or 141 us on an H200, in one step or the next.
+    case = next(case for case in bench.list_cases(triton) if case.name == "decode 256 x 4096")
     whole, light = measure_case(bench, case, {"triton": triton, "light": Light}, num_rounds=15)
     assert not whole.refused and not light.refused, (whole, light)
     step = bench.pool.make_step(bench.spec, case.parameters.query_lens, case.parameters.seq_lens, triton)
