@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.plugin.conftest import install_packages, make_environment
-from tests.server.conftest import start_server
 
 from quire.core.testing.tiny_models import make_tiny_model
 
@@ -137,6 +136,9 @@ def test_a_checkpoint_in_nf4_is_served(site, tmp_path, monkeypatch):
 
 
 def test_route_command_flag_and_metric(site, tmp_path, monkeypatch):
+    pytest.importorskip("openai")  # for the client of the tests over HTTP
+    from tests.server.conftest import start_server
+
     monkeypatch.syspath_prepend(site)
     flags = ["--plugin", "quire-status-board", "--metrics", "board", "--board-title", "Mine"]
     flags += ["--num-gpu-blocks-override", "64"]
