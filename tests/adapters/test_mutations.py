@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from tests.plugin.mutations import Mutation
+
+from quire.core.testing.conformance import run_check
+from quire.server.cli.plugins_new import NewPackage
 
 MUTATIONS = [
     Mutation("adapter/lora", old, new, check)
@@ -36,3 +41,23 @@ MUTATIONS = [
 def test_a_fault_is_noticed(mutation: Mutation) -> None:
     result = mutation.run_check()
     assert result.outcome == "failed", f"{mutation.check} {result.outcome} {result.reason}"
+
+
+@pytest.mark.parametrize(
+    ("index", "outcome", "reason"),
+    [
+        ("i : i + 1", "passed", ""),
+        ("[i]", "failed", "a list for an index"),
+        ("[i][:1]", "failed", "a list for an index"),
+        ("int(self.method.token_slots[0]) * 0 + i, None", "failed", "the host would wait for the GPU"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_found_without_a_gpu(index, outcome, reason, tmp_path, monkeypatch) -> None:
+    package = NewPackage.from_words("adapter", "captured")
+    source = package.make_files()[f"{package.module}/adapter.py"]
+    module = f"captured_adapter_{abs(hash(index))}"
+    (tmp_path / f"{module}.py").write_text(source.replace("scales[:, i : i + 1]", f"scales[:, {index}]"))
+    monkeypatch.syspath_prepend(tmp_path)
+    cls = getattr(importlib.import_module(module), package.class_name)
+    result = run_check(cls, "check_a_captured_step_can_be_captured")
+    assert result.outcome == outcome and reason in result.reason, result
