@@ -23,10 +23,12 @@ def quantize(weight):
     return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale}
 
 
-def dequantize(codes, scale):
+def dequantize(codes, scale, codebook=None):
     """(outputs, inputs / 2) bytes and (outputs, groups) -> (outputs, inputs)."""
+    if codebook is None:
+        codebook = torch.tensor(CODEBOOK, device=codes.device, dtype=scale.dtype)
     both = torch.stack([codes & 15, codes >> 4], -1).flatten(1).int()
-    values = torch.tensor(CODEBOOK, device=codes.device, dtype=scale.dtype)[both]
+    values = codebook[both]
     return (values.unflatten(1, (-1, GROUP)) * scale[..., None]).flatten(1)
 
 
@@ -97,13 +99,16 @@ class NF4Linear(DenseLinear):
         shape = info.out_features, info.in_features
         layer.weight = make_parameter(shape[0], shape[1] // 2, dtype=torch.uint8, device=device)
         layer.scale = make_parameter(shape[0], shape[1] // GROUP, dtype=info.dtype, device=device)
+        # On the device before a step is captured: a CUDA graph holds no copy of numbers of the host.
+        codebook = torch.tensor(CODEBOOK, dtype=info.dtype, device=device)
+        layer.register_buffer("codebook", codebook, persistent=False)
         self.create_bias(layer, info, device)
 
     def tensor_names(self, info):
         return ("weight", "scale", "bias") if info.bias else ("weight", "scale")
 
     def apply(self, layer, x, bias=None):
-        return nn.functional.linear(x, dequantize(layer.weight, layer.scale).to(x.dtype), bias)
+        return nn.functional.linear(x, dequantize(layer.weight, layer.scale, layer.codebook).to(x.dtype), bias)
 
 
 def make_parameter(*shape, **kind):
