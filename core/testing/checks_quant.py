@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quire.core.contracts.quant import InputFormat, LayerInfo, LinearMethod, QuantizationLoader, StoredWeight
 from quire.core.errors import CheckpointError
 from quire.core.plugin.options import parse_options
+from quire.core.testing.capture_rules import assert_can_be_captured
 
 __all__ = [
     "check_a_bias_is_added",
@@ -22,6 +23,7 @@ __all__ = [
     "check_every_layer_has_a_method",
     "check_random_weights_multiply",
     "check_shards_make_up_the_whole",
+    "check_the_product_can_be_captured",
     "check_the_product_is_the_dense_one",
     "check_the_same_input_gives_the_same_bits",
     "check_unsupported_gives_reasons",
@@ -104,6 +106,13 @@ def check_the_same_input_gives_the_same_bits(cls: type[QuantizationLoader]) -> N
     """The reduction order is fixed."""
     x, example = _input(), _example_weights(cls)
     assert torch.equal(_apply(cls, example, x), _apply(cls, example, x)), "two products differ"
+
+
+def check_the_product_can_be_captured(cls: type[QuantizationLoader]) -> None:
+    """A product calls nothing that a CUDA graph cannot hold: no tensor of numbers of the host, no ``item``. Where the
+    module asks whether a tensor ``is_cuda``, what runs on a CPU says nothing about that."""
+    x, loaded = _input(), _load(cls, _example_weights(cls))
+    assert_can_be_captured(lambda: loaded.method.apply(loaded.layer, x), type(loaded.method).__module__)
 
 
 def check_shards_make_up_the_whole(cls: type[QuantizationLoader]) -> None:

@@ -44,20 +44,28 @@ def test_a_fault_is_noticed(mutation: Mutation) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "outcome", "reason"),
+    ("kind", "old", "new", "reason"),
     [
-        ("i : i + 1", "passed", ""),
-        ("[i]", "failed", "a list for an index"),
-        ("[i][:1]", "failed", "a list for an index"),
-        ("int(self.method.token_slots[0]) * 0 + i, None", "failed", "the host would wait for the GPU"),
+        ("adapter", "", "", ""),
+        ("adapter", "scales[:, i : i + 1]", "scales[:, [i]]", "a list for an index"),
+        (
+            "adapter",
+            "scales[:, i : i + 1]",
+            "scales[:, int(slots[0]) * 0 + i, None]",
+            "the host would wait for the GPU",
+        ),
+        ("quant", "", "", ""),
+        ("quant", "* layer.scale", "* layer.scale * torch.tensor(1.0)", "a tensor of numbers of the host"),
     ],
 )
-def test_what_a_graph_cannot_hold_is_found_without_a_gpu(index, outcome, reason, tmp_path, monkeypatch) -> None:
-    package = NewPackage.from_words("adapter", "captured")
-    source = package.make_files()[f"{package.module}/adapter.py"]
-    module = f"captured_adapter_{abs(hash(index))}"
-    (tmp_path / f"{module}.py").write_text(source.replace("scales[:, i : i + 1]", f"scales[:, {index}]"))
+def test_what_a_graph_cannot_hold_is_found_without_a_gpu(kind, old, new, reason, tmp_path, monkeypatch) -> None:
+    package = NewPackage.from_words(kind, "captured")
+    source = package.make_files()[f"{package.module}/{kind}.py"]
+    assert old in source
+    module = f"captured_{kind}_{abs(hash(new))}"
+    (tmp_path / f"{module}.py").write_text(source.replace(old, new) if old else source)
     monkeypatch.syspath_prepend(tmp_path)
     cls = getattr(importlib.import_module(module), package.class_name)
-    result = run_check(cls, "check_a_captured_step_can_be_captured")
-    assert result.outcome == outcome and reason in result.reason, result
+    check = {"adapter": "check_a_captured_step_can_be_captured", "quant": "check_the_product_can_be_captured"}[kind]
+    result = run_check(cls, check)
+    assert result.outcome == ("failed" if reason else "passed") and reason in result.reason, result
