@@ -172,9 +172,9 @@ class GuidanceState(GrammarState):
         if np.count_nonzero(mask) == 1 and int(mask.view(np.uint32).sum(dtype=np.uint64)).bit_count() == 1:
             forced = self.matcher.compute_ff_tokens()
             self.forced = forced if forced and _is_set(mask, forced[0]) else []
-        if self._place is not None and self._memory is not None:
-            self._memory.add_mask(self._place, self.allowed, self.forced)
-            self._place = None
+        place, self._place = self._place, None
+        if place is not None and self._memory is not None and not self.matcher.is_error():
+            self._memory.add_mask(place, self.allowed, self.forced)
 
     def write_draft_masks(self, masks: NDArray[np.int32], draft_token_ids: Sequence[int]) -> bool:
         """Write the mask for the next token, and those behind each draft that may come. False where they are not

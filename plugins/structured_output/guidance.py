@@ -221,7 +221,9 @@ class _Grammar(CompiledGrammar):
         has_places = string_bounds is not None and string_bounds.has_places
         memory = GrammarMemory() if has_places else None
         self._known = (follower, string_tokens, string_bounds, eos_token_ids, memory)
-        self.num_bytes = (1 << 19 if has_places else 1 << 18) + 64 * num_chars
+        self.num_bytes = (1 << 18) + 64 * num_chars
+        if memory is not None and string_tokens is not None:
+            self.num_bytes += memory.max_masks * string_tokens.without_closing.nbytes
 
     def start(self) -> GrammarState:
         return GuidanceState(self._matcher.deep_copy(), *self._known)

@@ -38,6 +38,8 @@ class StringEnd(NamedTuple):
 class GrammarMemory:
     """What answers of one grammar found out, for those that come to the same place."""
 
+    max_masks = 2 * _MAX_KEPT
+
     def __init__(self) -> None:
         self.ends: dict[bytes, StringEnd] = {}
         """By the name of the property whose value the string is."""

@@ -50,6 +50,7 @@ class StringMasks:
         self._memory = memory if bounds.has_places else None
         self._name: bytes | None = b""  # of the property whose value the last string was; None: it is not known
         self._is_tail_whole = True  # since the answer's begin, or the last string's end
+        self._begins_in_string = False  # the tail: with the last characters of a string that was free
         self._base: NDArray[np.int32] | None = None  # the mask where there was more room
         self._tail = b""  # the answer's last text, if that is not in a string that is known
         self._run = 0  # characters of the string so far, or fewer
@@ -108,7 +109,7 @@ class StringMasks:
         if not count:
             if self._base is not None:
                 self._leave_string()
-                self._is_tail_whole = True
+                self._is_tail_whole = self._begins_in_string = True
             self._run = 0
         else:
             self._run += count
@@ -126,10 +127,17 @@ class StringMasks:
             return None
         if len(tail) >= _MAX_TAIL or b"\\" in tail:
             return None
-        colon = tail.rfind(b'":')
-        if colon >= 0:
-            return tail[tail.rfind(b'"', 0, colon) : colon + 1], tail[colon + 2 :]
-        return None if self._name is None else (self._name, tail[max(tail.find(b'"'), 0) :])
+        texts = tail.split(b'"')  # by turns in strings and between them
+        is_odd_in_string = not self._begins_in_string
+        for index in range(len(texts) - 2, 0, -1):
+            behind = texts[index + 1].lstrip()
+            if index % 2 == is_odd_in_string and behind.startswith(b":"):  # a property's name, and what follows it
+                return b'"%b"' % texts[index], b'"'.join((behind, *texts[index + 2 :]))
+        if not self._begins_in_string:
+            return b"", tail
+        if self._name is None or len(texts) == 1:
+            return None
+        return self._name, tail[len(texts[0]) :]
 
     def reset(self) -> None:
         """The answer is where nothing is known."""

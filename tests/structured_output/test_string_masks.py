@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from quire.sdk import MaskRequest
 
 WORDS = 4096 // 32
 LENGTHS = [0, 1, 2, 3, 5, 9, 14, 23, 40, 90, 400]
-NAMES = ["a", "name", "zz", "z" * 7, "é", "to\nken", 'qu"ote', "back\\slash", "\U0001f600", "long name of a property"]
+NAMES = ["a", "name", ":b", "z" * 7, "é", "to\nken", 'qu"ote', "back\\slash", "\U0001f600", "long name of a property"]
 
 
 @st.composite
@@ -154,6 +155,37 @@ def compare_masks(backend, grammar, texts, rng, oddity, num_tokens) -> None:
             state.rollback(1)
             plain.rollback(1)
         assert list(state.forced_tokens(4)) == list(plain.forced_tokens(4))
+
+
+@pytest.mark.parametrize("blanks", [True, False])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ['{"a":"xyzuvw","b":":wq"}', '{"a": "xyzuvw", "b": ":wq"}'],  # behind `":"` and behind a closing quote is `"`
+        ['{"a": "xyzuvw", "b": ":wq"}', '{"a":"xyzuvw","b":":wq"}'],
+        ['{"a": "xyzuvw", "b": ":wq", "c": ":smile:", ":d": "z,:y,:x"}'] * 2,
+        ['{"a": "été une \U0001f600x", "b": ":wq", "c": ":smile:", ":d": "\U0001f600uvwxy"}'] * 2,
+    ],
+)
+def test_places_that_look_alike_do_not_share_masks(backend, tokenizer, answers, blanks) -> None:
+    """Token by token, and character by character: by tokens of other lengths an answer comes to other places."""
+    text = {"type": "string", "minLength": 3, "maxLength": 12}
+    values = {"a": text, "b": {"enum": [":wq", ":q"]}, "c": {"enum": [":smile:", ":hover"]}, ":d": text}
+    schema = {"type": "object", "properties": values, "required": ["a", "b"], "additionalProperties": False}
+    grammar = backend.compile(StructuredOutputsParams(json=json.dumps(schema), disable_any_whitespace=not blanks))
+    masks, expected = np.zeros((2, 1, WORDS), np.int32)
+    for answer in answers:
+        pieces = re.findall(r'": "|":"|", "|","|.', answer)
+        for parts in ([answer], list(answer), pieces):
+            state, plain = grammar.start(), grammar.start()
+            plain.strings = None
+            for token in (token for part in parts for token in tokenizer.encode(part, add_special_tokens=False).ids):
+                backend.fill_masks([MaskRequest(state, 0)], masks)
+                backend.fill_masks([MaskRequest(plain, 0)], expected)
+                assert np.array_equal(masks, expected)
+                if plain.advance([token]) == 0:  # blanks that the schema's form has not
+                    break
+                assert state.advance([token]) == 1
 
 
 @pytest.mark.parametrize("bounds", [{}, {"maxLength": 300}, {"minLength": 300, "maxLength": 300}])
