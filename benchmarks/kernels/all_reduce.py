@@ -4,7 +4,7 @@
 
 Microseconds of a call among 50 in a CUDA graph, the median of 20 replays, the slowest rank; bf16 bytes of a rank.
 ``--inputs 2048 7168``: row-parallel products of so many inputs with the sum and the norm behind them, one after the
-other and with parts that are sent while the product runs; eagerly, messages of ``--kib``, 16 MiB and more.
+other and with parts that are sent while the product runs; eagerly, messages of ``--kib``, 16 to 128 MiB by default.
 
 NVLink multicast is not used; where the host forbids it, set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 and NCCL_NVLS_ENABLE=0.
 With residual and norm, NCCL is followed by the norm's own kernel.
@@ -34,6 +34,7 @@ from quire.core.ops.kernels.norm_kernel import launch_rms_norm
 
 CALLS, REPLAYS = 50, 20
 KIB = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+KIB_OF_PRODUCTS = (16384, 32768, 65536, 131072)
 NATIVE = ActivationFormat()
 NO_LIMIT, NEVER = 1 << 30, -1
 
@@ -228,13 +229,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--features", type=int, default=4096)
-    parser.add_argument("--kib", type=int, nargs="+", default=KIB, help="sizes of messages")
+    parser.add_argument("--kib", type=int, nargs="+", help="sizes of messages")
     parser.add_argument("--check-only", action="store_true", help="sums alone, without times")
     parser.add_argument("--inputs", type=int, nargs="+", default=[], help="time products with the sum behind them")
     args = parser.parse_args()
+    kib = args.kib or (KIB_OF_PRODUCTS if args.inputs else KIB)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(run_rank, (args.gpus, store, args.features, args.kib, args.check_only, args.inputs), nprocs=args.gpus)
+        mp.spawn(run_rank, (args.gpus, store, args.features, kib, args.check_only, args.inputs), nprocs=args.gpus)
 
 
 if __name__ == "__main__":
