@@ -23,7 +23,7 @@ _MAX_WORDS = 8 * MAX_FEW_TOKENS * 3 * 64
 _MAX_POLLS = 1 << 21
 """Looks of a program for what another one of its launch hands over, about two seconds of them: if that ever failed, the
 step's logits would not be numbers, which ends its requests with an error, and no step would hang."""
-_FEW_TOKENS = 512
+_SHORT_SEGMENT_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
 
@@ -92,7 +92,7 @@ class AdapterBatch:
     def __init__(self, limits: AdapterLimits) -> None:
         self._limits = limits
         max_tokens = limits.max_num_tokens
-        largest = (max_tokens, min(max_tokens, _FEW_TOKENS))  # of each length of segments
+        largest = (max_tokens, min(max_tokens, _SHORT_SEGMENT_TOKENS))  # of each length of segments
         self._max_segments = max(self._choose_shape(num_tokens).num_segments for num_tokens in largest)
         sizes = [3 * self._max_segments, MAX_FEW_TOKENS, 1 + MAX_FEW_TOKENS, 1, max_tokens]
         self._starts = list(accumulate(sizes[:-1]))
@@ -163,6 +163,6 @@ class AdapterBatch:
 
     def _choose_shape(self, num_tokens: int) -> SegmentShape:
         """The most segments: all are full but the last of each slot, and none is empty."""
-        max_rows = 16 if num_tokens <= _FEW_TOKENS else 64
+        max_rows = 16 if num_tokens <= _SHORT_SEGMENT_TOKENS else 64
         most = num_tokens // max_rows + min(self._limits.num_slots, num_tokens)
         return SegmentShape(num_tokens, min(most, num_tokens), max_rows)
