@@ -169,7 +169,10 @@ def check_device(device: torch.device) -> None:
 
 
 def _find(name: str, capability: tuple[int, int], num_sms: int) -> DeviceProfile | None:
-    """The known card with that name (as a whole word: a GH200 is no H200), capability and number of SMs."""
+    """The known card with that name (as a whole word: a GH200 is no H200), capability and number of SMs. An NVL
+    model has other links and less power than the one that was measured: it is another card."""
+    if re.search(r"\bNVL\b", name) is not None:
+        return None
     for profile in PROFILES:
         matches = re.search(rf"\b{re.escape(profile.name)}\b", name) is not None
         if matches and profile.capability == capability and profile.num_sms == num_sms:

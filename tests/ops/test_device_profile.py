@@ -46,6 +46,7 @@ def _detect_anew() -> Iterator[None]:
     [
         ("NVIDIA H200", (9, 0), 132, "H200", "h200"),
         ("NVIDIA H200 MIG 1g.18gb", (9, 0), 16, None, None),
+        ("NVIDIA H200 NVL", (9, 0), 132, None, None),
         ("NVIDIA GH200 480GB", (9, 0), 132, None, None),
         ("NVIDIA H100 80GB HBM3", (9, 0), 132, "H100", None),
         ("NVIDIA H100 PCIe", (9, 0), 114, "H100", None),
