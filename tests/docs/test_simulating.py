@@ -15,10 +15,9 @@ AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
 
 def commands(all_blocks, page):
     """The lines of its shell blocks that need no server, without their comments."""
-    lines = [
-        line for b in all_blocks if b.language == "sh" and b.where.startswith(page) for line in b.text.splitlines()
-    ]
-    return [words for line in lines if (words := shlex.split(line, comments=True)) and words[1] in ("simulate", "ab")]
+    texts = [b.text.replace("\\\n", "") for b in all_blocks if b.language == "sh" and b.where.startswith(page)]
+    lines = [shlex.split(line, comments=True) for text in texts for line in text.splitlines()]
+    return [words for words in lines if words and words[1] in ("simulate", "ab") and "--url" not in words]
 
 
 @pytest.fixture
