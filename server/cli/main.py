@@ -148,7 +148,8 @@ def _parse_known(parser: Parser, command_parser: Parser, words: list[str]) -> ar
     args, unknown = parser.parse_known_args(words)
     unknown = [word for word in unknown if explain_absent_flag(word) != ""]
     if unknown:
-        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        flag = word.partition("=")[0] if word.startswith("-") else word
         if (fate := explain_absent_flag(flag)) is not None:
             command_parser.error(fate)
         if not flag.startswith("-") and (before := _find_repeatable_flag(command_parser, words, flag)):

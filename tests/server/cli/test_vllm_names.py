@@ -37,6 +37,8 @@ def test_no_flag_is_both_there_and_absent() -> None:
         (["--kv-transfer-config.kv_connector", "X"], "--kv-transfer-config: not supported yet: the KV cache stays"),
         (["-dpn", "0"], "-dpn: not supported yet; the GPUs of one host share a model with --tensor-parallel-size"),
         (["--api-key", "secret", "second"], "--api-key takes one value at a time: write --api-key for each"),
+        (["--named-api-key", "a=K1", "b=K2"], "--named-api-key takes one value at a time: write --named-api-key for"),
+        (["--scheduling-policy-option", "x=1", "y=2"], "--scheduling-policy-option takes one value at a time"),
         (["--scheduler_cls=x:Y"], "--scheduler-cls: now --scheduling-policy MODULE:CLASS"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile: not supported: let a proxy in front speak TLS"),
     ],
@@ -47,6 +49,12 @@ def test_an_absent_flag_says_what_became_of_it(words: list[str], fate: str, caps
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "m", *words])
     assert capsys.readouterr().err.startswith(f"quire: error: {fate}")
+
+
+def test_a_stray_word_is_named_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "m", "foo=bar"])
+    assert capsys.readouterr().err.startswith("quire: error: unknown argument foo=bar")
 
 
 @pytest.mark.parametrize(
