@@ -111,7 +111,7 @@ def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[l
             if not equals and rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             flag = "--compilation-config" if name in ("-O", "-cc") else name.replace("_", "-")
-            _set_key(objects.setdefault(flag, {}), keys, value)
+            _set_key(objects.setdefault(flag, {}), flag, keys, value)
             continue
         dashed = name.replace("_", "-")
         if dashed != name:
@@ -131,14 +131,22 @@ def normalize_spelling(argv: Sequence[str], booleans: frozenset[str]) -> tuple[l
     return [*result, *rest], messages
 
 
-def _set_key(content: dict[str, Any], keys: Sequence[str], text: str) -> None:
-    """Set a value, which is JSON or else a text, at a path of keys."""
-    for key in keys[:-1]:
-        content = content.setdefault(key, {})
+def _set_key(content: dict[str, Any], flag: str, keys: Sequence[str], text: str) -> None:
+    """Set a value, which is JSON or else a text, at a path of keys. ConfigError where a key has a value and keys."""
     try:
-        content[keys[-1]] = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        content[keys[-1]] = text or True
+        value = text or True
+    path = flag
+    for key in keys[:-1]:
+        path = f"{path}.{key}"
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} is given whole and by its keys ({'.'.join((flag, *keys))}); give it once")
+    if isinstance(previous := content.get(keys[-1]), dict) and previous:
+        path = ".".join((flag, *keys))
+        raise ConfigError(f"{path} is given whole and by its keys ({path}.{next(iter(previous))}); give it once")
+    content[keys[-1]] = value
 
 
 def find_boolean_flags(parser: argparse.ArgumentParser) -> frozenset[str]:

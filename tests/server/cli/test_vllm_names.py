@@ -102,6 +102,17 @@ def test_keys_of_a_flag_may_be_given_with_dots() -> None:
         parse_arguments(parser, ["serve", "m", "--speculative-config", "{}", *words.split()])
 
 
+@pytest.mark.parametrize(
+    "words", ["--x.a 1 --x.a.b 2", "--x.a.b 2 --x.a 1", "--x.a.b 2 --x.a.b.c=1", "--x.a.b.c 2 --x_.a 1 --x.a.b {}"]
+)
+def test_a_key_is_a_value_or_holds_keys(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = words.replace("--x_", "--y").replace("--x", "--speculative-config")
+    assert main(["serve", "m", *words.split()]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("quire: error: --speculative-config.a") and message.count("\n") == 1
+    assert "is given whole and by its keys" in message
+
+
 def test_a_key_in_the_environment_never_leaves_a_server_open(
     start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
