@@ -27,6 +27,11 @@ class VllmFlag:
     off_is_refused: bool = False
     """Whether ``--no-...`` asks for what Quire cannot do."""
 
+    @property
+    def off_reason(self) -> str:
+        """Why it cannot be turned off."""
+        return f"not supported: {self.message.removeprefix(_NOT_NEEDED)}"
+
     def is_accepted(self, value: str) -> bool:
         """Whether a refused flag may have this value."""
         return value in self.accepted_values or (

@@ -104,6 +104,8 @@ def translate_kwargs(kwargs: Mapping[str, Any], names: frozenset[str]) -> tuple[
                 translated[name] = value
         elif flag is None and flag_name not in ABSENT_FLAGS:
             translated[name] = value
+        elif flag is not None and flag.off_is_refused and value is not None and not value:
+            raise ConfigError(f"{name}={value!r:.100}: {flag.off_reason}")
         elif not value or (flag is not None and flag.refused and flag.is_accepted(str(value))):
             continue
         elif flag is None or flag.refused:

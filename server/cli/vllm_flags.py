@@ -57,7 +57,7 @@ def apply_vllm_flags(args: argparse.Namespace) -> list[str]:
             messages.append(f"{shown}: {_NOT_NEEDED}it is the default")
             continue
         if flag.off_is_refused and value is False:
-            raise ConfigError(f"{shown}: not supported: {flag.message.removeprefix(_NOT_NEEDED)}")
+            raise ConfigError(f"{shown}: {flag.off_reason}")
         if flag.refused:
             raise ConfigError(f"{shown}: {flag.message}")
         if flag.sets is not None and getattr(args, flag.sets[0], None) is None:

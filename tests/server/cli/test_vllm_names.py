@@ -167,6 +167,7 @@ def test_keyword_arguments_of_scripts_for_vllm(caplog: pytest.LogCaptureFixture)
     [
         ({"enable_lora_bias": True}, "enable_lora_bias=True: not supported: an adapter with trained biases is refused"),
         ({"data_parallel_size": 2}, "data_parallel_size=2: one engine is one server"),
+        ({"async_scheduling": False}, "async_scheduling=False: not supported: scheduling is always asynchronous"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb=4: not supported"),
         ({"hf_overrides": {"a": 1}}, "change config.json"),
         ({"max_modl_len": 8}, "did you mean max_model_len"),
