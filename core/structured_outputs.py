@@ -90,7 +90,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     def from_optional(cls, **fields: Any) -> StructuredOutputsParams | None:
         """From fields that may be None, as scripts for vLLM have them; None if nothing is asked for."""
         given = {name: value for name, value in fields.items() if value is not None}
-        return cls(**given) if any(given.get(kind) for kind in _KINDS) else None
+        return cls(**given) if any(given.get(kind) not in (None, False) for kind in _KINDS) else None
 
     @property
     def kind(self) -> ConstraintKind:

@@ -74,6 +74,15 @@ def test_scripts_for_vllm_give_fields_that_may_be_none() -> None:
     assert params == StructuredOutputsParams(regex="[ab]+")
 
 
+def test_an_empty_constraint_is_not_none_at_all() -> None:
+    """An answer is never left free where something was asked for."""
+    assert StructuredOutputsParams.from_optional(json={}) == StructuredOutputsParams(json={})
+    for fields in ({"choice": []}, {"regex": ""}, {"grammar": ""}, {"json": ""}):
+        with pytest.raises(InvalidRequestError):
+            StructuredOutputsParams.from_optional(**fields)
+    assert StructuredOutputsParams.from_optional(json_object=False, json=None) is None
+
+
 def test_a_class_of_pydantic_stands_for_its_schema() -> None:
     class Answer(BaseModel):
         name: str
