@@ -55,6 +55,7 @@ class AllReduceKernels:
         self._max_rows, self._max_marked_rows = MAX_PROGRAMS, MAX_MARKED_ROWS
         self._epochs = torch.zeros(3, MAX_PROGRAMS, dtype=torch.int32, device=buffers.device)
         self._num_sent = 0
+        self._is_unfinished = False  # what was sent last: its memory is in use
         self._numbers = torch.arange(_MAX_CALL + 1, dtype=torch.int32, device=buffers.device)
         self._copy_stream = torch.cuda.Stream(buffers.device) if limits.max_sent_bytes else None
 
@@ -129,13 +130,14 @@ class AllReduceKernels:
     def multiply_and_send(self, x: Tensor, features: int, multiply: Callable[[Tensor], Tensor]) -> SentParts | None:
         """Begin the sum of ``multiply(x)`` (rows, features), a row of which depends on that of ``x`` alone, over the
         ranks: each multiplies what others sum first, which a copy engine sends while it multiplies the rest. None: do
-        it another way. ``finish_sum`` comes next, before any other sum."""
+        it another way, as of any other until ``finish_sum`` was called with what this returned."""
         rows, num_ranks = len(x), self._layout.ranks
         fits = self._limits.min_sent_bytes <= 2 * rows * features <= self._limits.max_sent_bytes
         if not fits or x.dtype not in _DTYPES or features % 8 or rows < num_ranks**2:
             return None
-        if self._copy_stream is None or torch.cuda.is_current_stream_capturing():
+        if self._copy_stream is None or self._is_unfinished or torch.cuda.is_current_stream_capturing():
             return None
+        self._is_unfinished = True
         self._num_sent += 1
         call = (self._num_sent - 1) % _MAX_CALL + 1
         shares = x.split(-(-rows // num_ranks))
@@ -158,6 +160,7 @@ class AllReduceKernels:
         from quire.core.ops.kernels.all_reduce_launch import launch_sum_sent
 
         assert self._copy_stream is not None
+        self._is_unfinished = False
         # The next use of the memory of what was sent comes after its copy.
         torch.cuda.current_stream().wait_stream(self._copy_stream)
         memory = (self._buffers, self._epochs, self._layout, self._rank)

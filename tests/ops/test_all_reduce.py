@@ -4,6 +4,7 @@ the same time is tested on several GPUs (``test_all_reduce_gpu.py``)."""
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.core.contracts.quant import ActivationFormat
+from quire.core.layers.parallel import PartialSum, TensorParallel
 from quire.core.ops.all_reduce import AllReduceKernels
 from quire.core.ops.device_profile import PROFILES, AllReduceLimits
 from quire.core.ops.kernels import all_reduce_launch
@@ -188,6 +190,25 @@ def test_the_kernel_is_chosen_by_the_size_of_the_message() -> None:
     assert torch.equal(kernels.all_reduce(x), x), "two shots"
     others = [torch.zeros(33, 64).half(), torch.zeros(4, 64), torch.zeros(3, 33).half(), torch.zeros(4, 64).half().T]
     assert all(kernels.all_reduce(each) is None for each in others), "too long, too wide a type, not eights, no rows"
+
+
+def test_one_sum_is_in_flight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two partial sums would overwrite the parts of the first: it goes another way."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    layout = SymmetricLayout(1, max_row_bytes=256, max_bytes=4096, max_sent_bytes=4096)
+    memory = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+    limits = AllReduceLimits(128, 512, 1024, 4096, min_sent_bytes=0, max_sent_bytes=4096)
+    kernels = AllReduceKernels(0, torch.tensor([memory.data_ptr()]), layout, limits)
+    parallel = TensorParallel(0, 2, kernels=kernels)
+    x = torch.randn(4, 64).half()
+    for _ in range(2):
+        first = parallel.multiply_and_send(x, 64, lambda rows: rows * 2)
+        assert first is not None and parallel.multiply_and_send(x, 64, lambda rows: rows * 3) is None
+        assert torch.equal(PartialSum(x * 3, parallel).reduce(), x * 3)
+        assert torch.equal(first.reduce(), x * 2)
 
 
 def test_cards_without_figures_leave_sums_to_nccl() -> None:
