@@ -233,6 +233,8 @@ def _pair_tensors(
         a, b = tensors.pop(keys["A"]), tensors.pop(keys["B"])
         _check_pair(config, module, a, b, max_rank, None if module_shapes is None else module_shapes[module])
         modules[module] = LoraWeights(a.to(dtype or a.dtype), b.to(dtype or b.dtype), config.get_scaling(module))
+        if dtype is not None:
+            _check_range(module, modules[module])
     return modules
 
 
@@ -270,6 +272,16 @@ def _check_pair(
             raise CheckpointError(f"lora_{matrix} of {module!r} is {tensor.dtype}; save it as 32 or 16-bit floats")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"lora_{matrix} of {module!r} has infinite or undefined numbers; train it again")
+
+
+def _check_range(module: str, weights: LoraWeights) -> None:
+    """Numbers may be finite as stored and not in the dtype in which they are served, B with its scaling in it."""
+    for matrix, tensor, scaling in (("A", weights.a, 1.0), ("B", weights.b, weights.scaling)):
+        if not (tensor.float() * scaling).to(tensor.dtype).isfinite().all():
+            times = "" if matrix == "A" else f" times its scaling of {scaling:g}"
+            raise CheckpointError(
+                f"lora_{matrix} of {module!r}{times} is beyond the range of {tensor.dtype}; choose another --lora-dtype"
+            )
 
 
 def _find_pattern(patterns: Iterable[str], module: str) -> str | None:

@@ -155,6 +155,26 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "value", "scaling", "says"),
+    [
+        ("A", 1e5, 1, r"lora_A of '.*q_proj' is beyond the range of torch.float16"),
+        ("B", -1e5, 1, r"lora_B of '.*q_proj' times its scaling of 1 is beyond"),
+        ("B", 4e4, 2, r"lora_B of '.*q_proj' times its scaling of 2 is beyond"),
+    ],
+)
+def test_numbers_beyond_the_range_that_is_asked_for_are_refused(
+    adapter: Path, matrix: str, value: float, scaling: int, says: str
+) -> None:
+    """They would be infinite in the slot, and logits of others that read it no numbers."""
+    change_config(adapter, lora_alpha=4 * scaling)
+    change_tensors(adapter, lambda tensors: tensors[f"{KEY}.lora_{matrix}.weight"][0].fill_(value))
+    with pytest.raises(CheckpointError, match=says) as refused:
+        read_adapter(adapter, max_rank=4, dtype=torch.float16)
+    assert str(adapter) in str(refused.value) and "\n" not in str(refused.value)
+    read_adapter(adapter, max_rank=4, dtype=torch.bfloat16)
+
+
 def test_an_adapter_of_another_base_says_which(base: Path, tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     other = make_tiny_model("llama", tmp_path / "other", hidden_size=96)
     adapter = make_tiny_adapter(other, tmp_path / "adapter", base_model_name_or_path="acme/other")
