@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.plugins.structured_output.string_bounds import StringBounds
-from quire.plugins.structured_output.string_ends import GrammarMemory
+from quire.plugins.structured_output.string_ends import GrammarMemory, is_set
 from quire.plugins.structured_output.string_masks import StringMasks
 from quire.plugins.structured_output.string_tokens import StringTokens
 from quire.sdk import GrammarState
@@ -171,7 +171,7 @@ class GuidanceState(GrammarState):
             self.strings.learn_mask(mask)
         if np.count_nonzero(mask) == 1 and int(mask.view(np.uint32).sum(dtype=np.uint64)).bit_count() == 1:
             forced = self.matcher.compute_ff_tokens()
-            self.forced = forced if forced and _is_set(mask, forced[0]) else []
+            self.forced = forced if forced and is_set(mask, forced[0]) else []
         place, self._place = self._place, None
         if place is not None and self._memory is not None and not self.matcher.is_error():
             self._memory.add_mask(place, self.allowed, self.forced)
@@ -210,7 +210,7 @@ class GuidanceState(GrammarState):
                     break
                 self._take_forced()
             elif self.allowed is not None:
-                if token in self._eos_token_ids or not _is_set(self.allowed, token):
+                if token in self._eos_token_ids or not is_set(self.allowed, token):
                     break
                 self._go_on(token)
             elif (strings := self.strings) is None:
@@ -292,7 +292,3 @@ def first_line(text: str) -> str:
 def _write_token(mask: NDArray[np.int32], token: int) -> None:
     mask.fill(0)
     mask.view(np.uint32)[token // 32] = 1 << token % 32
-
-
-def _is_set(mask: NDArray[np.int32], token: int) -> bool:
-    return bool(int(mask[token // 32]) >> token % 32 & 1)

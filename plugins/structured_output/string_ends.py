@@ -17,7 +17,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ClosingTokens", "GrammarMemory", "StringEnd"]
+__all__ = ["ClosingTokens", "GrammarMemory", "StringEnd", "is_set"]
 
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 _MAX_KEPT = 64
@@ -128,10 +128,10 @@ class ClosingTokens:
         else:
             mask = np.empty(self._num_words, np.int32)
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            is_set = mask[self._whole_ids >> 5] >> (self._whole_ids & 31) & 1
-            rests = [self._whole_rests[index] for index in is_set.nonzero()[0].tolist()]
+            bits = mask[self._whole_ids >> 5] >> (self._whole_ids & 31) & 1
+            rests = [self._whole_rests[index] for index in bits.nonzero()[0].tolist()]
             known = set(rests)
-            rests += [rest for rest in self._other_rests if _is_set(mask, self._ids_of_bytes[rest[0]])]
+            rests += [rest for rest in self._other_rests if is_set(mask, self._ids_of_bytes[rest[0]])]
         refused = b""
         for rest in rests:
             if not rest or rest not in self._by_rest or (refused and rest.startswith(refused)):
@@ -150,5 +150,6 @@ class ClosingTokens:
         return closing
 
 
-def _is_set(mask: NDArray[np.int32], token: int) -> bool:
+def is_set(mask: NDArray[np.int32], token: int) -> bool:
+    """Whether the mask allows the token."""
     return bool(int(mask[token // 32]) >> token % 32 & 1)

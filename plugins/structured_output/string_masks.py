@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.plugins.structured_output.string_bounds import MIN_PROBE, StringBounds
-from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd
+from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd, is_set
 from quire.plugins.structured_output.string_tokens import StringTokens, count_chars
 
 __all__ = ["StringMasks"]
@@ -85,7 +85,7 @@ class StringMasks:
         if self._base is None or end is None or missing is None:
             return False
         count = self._tokens.ends.num_chars.get(token, -1)
-        return missing <= count <= self._room and _is_set(end.closing, token)
+        return missing <= count <= self._room and is_set(end.closing, token)
 
     def take_forced_end(self) -> list[int]:
         """Tokens that have to come next because the string has all characters that it may; empty: it has not, or they
@@ -206,7 +206,7 @@ class StringMasks:
                     return False
                 self.write_mask(mask)
                 if draft is not None and not self.accept(draft):
-                    return not 0 <= draft < len(self._tokens.num_chars) or not _is_set(mask, draft)
+                    return not 0 <= draft < len(self._tokens.num_chars) or not is_set(mask, draft)
             return True
         finally:
             self._run, self._room, self._missing = before
@@ -223,7 +223,7 @@ class StringMasks:
     def learn_mask(self, mask: NDArray[np.int32]) -> None:
         """The library has computed the mask for the next token. If that is in a free string, others follow from it."""
         tokens, bounds = self._tokens, self._bounds
-        if self._base is not None or self._run < bounds.min_run or not _is_set(mask, tokens.probe):
+        if self._base is not None or self._run < bounds.min_run or not is_set(mask, tokens.probe):
             return
         is_value = self._read_lengths()
         if not is_value:
@@ -234,7 +234,7 @@ class StringMasks:
             return
         if not np.array_equal(mask & tokens.plain, fitting & tokens.plain):
             return
-        may_close = _is_set(mask, tokens.quote)
+        may_close = is_set(mask, tokens.quote)
         if may_close:
             if self._missing:
                 return
@@ -311,7 +311,3 @@ def _decode_name(text: bytes) -> str:
         return str(json.loads(text))
     except ValueError:
         return ""
-
-
-def _is_set(mask: NDArray[np.int32], token: int) -> bool:
-    return bool(int(mask[token // 32]) >> token % 32 & 1)

@@ -256,7 +256,7 @@ def test_options_of_the_default_plan():
     assert make_default_plan(view, victims=np.array([1, 0])).victims.tolist() == [1, 0]
 
 
-def test_a_default_plan_that_nobody_read_is_that_of_the_engines_own_numbers():
+def test_a_default_plan_that_was_not_read_is_that_of_the_engines_own_numbers():
     view = make_view([1, 1, 0], [50, 60, 70], budget=100)
     limits = PlanLimits.from_view(view)
     view.running.num_remaining_tokens = np.array([9, 9, 9])  # what a policy writes there has no effect
