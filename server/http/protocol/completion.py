@@ -21,7 +21,6 @@ from quire.server.http.protocol.common import (
 __all__ = ["CompletionBody"]
 
 _UNSUPPORTED_IN_COMPLETIONS = (
-    UnsupportedField("max_completion_tokens", "it belongs to /v1/chat/completions; give max_tokens"),
     UnsupportedField("top_logprobs", "it belongs to /v1/chat/completions; give logprobs, a number", (0,)),
     UnsupportedField("tools", "they belong to /v1/chat/completions; leave them out"),
 )
@@ -64,6 +63,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[list[Any], BeforeValidator(_normalize_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     """Whatever form it came in: a list of prompts, each a string or a list of token ids."""
+    max_completion_tokens: Int32 | None = None
+    """``max_tokens`` by its name in chats: load generators send both."""
     logprobs: Int32 | None = None
     echo: bool | None = None
     best_of: Int32 | None = None
@@ -75,9 +76,14 @@ class CompletionBody(GenerationBody):
         return (*super().unsupported_fields(), *_UNSUPPORTED_IN_COMPLETIONS)
 
     @property
+    def token_limit(self) -> int | None:
+        """The longest answer, by either of its names."""
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+    @property
     def echo_only(self) -> bool:
         """Whether only the prompt is to be echoed: ``max_tokens`` 0, as evaluations ask for."""
-        return bool(self.echo) and self.max_tokens == 0
+        return bool(self.echo) and self.token_limit == 0
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The engine's parameters, ``n`` being ``best_of`` if it is larger, with the model's ``defaults`` where the
@@ -88,8 +94,11 @@ class CompletionBody(GenerationBody):
         if self.echo and self.truncate_prompt_tokens is not None:
             raise unsupported_error("truncate_prompt_tokens", "not available with echo; leave one of them out")
         overrides: dict[str, Any] = {"add_special_tokens": self.add_special_tokens is not False}
-        if self.max_tokens is not None:
-            overrides["max_tokens"] = 1 if self.echo_only else self.max_tokens
+        if self.token_limit is not None:
+            overrides["max_tokens"] = 1 if self.echo_only else self.token_limit
+        if self.max_completion_tokens not in (None, self.token_limit):
+            message = f"max_completion_tokens: {self.max_completion_tokens} contradicts max_tokens={self.max_tokens}"
+            raise ApiError(400, f"{message}; give one of them", param="max_completion_tokens")
         if self.logprobs is not None:
             overrides["logprobs"] = self.logprobs
             if self.echo:

@@ -110,7 +110,6 @@ BAD += [
         "audio": {"voice": "alloy"},
         "modalities": ["text", "audio"],
         "truncate_prompt_tokens": 0,
-        "max_completion_tokens": 4,
         "top_logprobs": 2,
         "tools": [{"type": "function", "function": {"name": "now"}}],
     }.items()
@@ -144,6 +143,8 @@ BAD += [
     }.items()
 ]
 BAD += [
+    (TEXT, {"prompt": "x", "max_completion_tokens": 0}, "max_tokens"),
+    (TEXT, {"prompt": "x", "max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
     (TEXT, {"prompt": "x", "echo": True, "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
     (TEXT, {"prompt": "x", "stream": True, "best_of": 2}, "best_of"),
     (TEXT, {"prompt": "x", "stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),

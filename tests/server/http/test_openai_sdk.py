@@ -330,3 +330,11 @@ def test_a_stream_has_a_chunk_for_text_that_is_not_complete(client: openai.OpenA
     texts = [chunk.choices[0].text for chunk in stream if chunk.choices and chunk.choices[0].finish_reason is None]
     assert len(texts) >= 5
     assert texts[0] == ""
+
+
+@pytest.mark.parametrize("fields", [{"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 3}])
+def test_a_completion_takes_the_limit_by_both_names(client: openai.OpenAI, fields: dict[str, int]) -> None:
+    """Load generators send both at once."""
+    body = {"prompt": "x", "temperature": 0, "ignore_eos": True, **fields}
+    answer = client.completions.create(model="tiny", prompt="x", max_tokens=None, extra_body=body)
+    assert answer.usage is not None and answer.usage.completion_tokens == 3
