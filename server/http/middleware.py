@@ -36,7 +36,8 @@ class RequestMiddleware:
         """Handle one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        scope["root_path"] = self._state.settings.root_path.rstrip("/")
+        if root_path := self._state.settings.root_path.rstrip("/"):
+            scope["root_path"] = root_path  # without one, that of the server or of the application around this one
         path = _find_route_path(scope)
         headers = Headers(scope=scope)
         scope.setdefault("state", {})["request_id"] = _read_request_id(headers)
@@ -131,7 +132,7 @@ def get_key(scope: Scope) -> str | None:
 def _find_route_path(scope: Scope) -> str:
     """The path by which routes are found: the same whether a proxy cuts off ``--root-path`` or not. It is cut off once,
     as the router does it, so that no request is checked by one path and served by another."""
-    path, root = str(scope["path"]), str(scope["root_path"])
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if root and (path == root or path.startswith(root + "/")) else path
 
 

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from tests.server.conftest import start_server
 
 from quire.core.engine.async_llm import AsyncLLM
 from quire.core.engine.exporter_group import RenderedMetrics
 from quire.server.http.app import create_app
+from quire.server.http.settings import ServerSettings
 
 EXPORTERS = '''
 from dataclasses import dataclass
@@ -92,3 +94,21 @@ def test_metrics_without_an_exporter_are_not_found() -> None:
     with TestClient(app) as client:
         answer = client.get("/metrics")
         assert answer.status_code == 404 and "--metrics none" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+def test_an_application_can_be_mounted_in_another(root_path: str) -> None:
+    """Its routes are found below the path, and its keys are asked for there."""
+
+    async def render() -> list[RenderedMetrics]:
+        return []
+
+    outer = FastAPI()
+    engine = SimpleNamespace(render_metrics=render, adapters=SimpleNamespace(is_on=False))
+    settings = ServerSettings(api_key=("k",), root_path=root_path)
+    outer.mount("/llm", create_app(cast(AsyncLLM, engine), settings))
+    with TestClient(outer) as client:
+        assert "--metrics none" in client.get("/llm/metrics").json()["error"]["message"]
+        for path in ("/llm/v1/models", "/llm/v1/chat/completions"):
+            assert client.post(path, json={}).status_code == 401
+        assert client.get("/metrics").status_code == 404
