@@ -184,7 +184,8 @@ class DecodeGraphs:
         graph = captured.model_graph
         if self._adapters is not None:
             self._adapters.prepare_decodes(size, captured.shape.query_len)
-            graph = captured.adapter_graphs.get(self._adapters.num_named_slots, graph)
+            if num_slots := self._adapters.num_named_slots:
+                graph = captured.adapter_graphs[num_slots]
         if self._pipeline is None:
             graph.replay()
             return
