@@ -52,10 +52,11 @@ def references(folders: dict[int, Path]) -> dict[int, Any]:
     [
         ({"dtype": "float32"}, 5e-3),
         ({"dtype": "bfloat16"}, 0.6),
+        ({"dtype": "bfloat16", "plugin_options": {"adapter": {"append_to_weight": True}}}, 0.6),
         ({"quantization": "fp8"}, 2.0),
         ({"dtype": "bfloat16", "plugin_options": {"adapter": {"append_to_weight": False}}}, 0.6),
     ],
-    ids=["float32", "bfloat16", "fp8", "behind"],
+    ids=["float32", "bfloat16", "appended", "fp8", "behind"],
 )
 def test_tokens_follow_the_merged_model(
     folders, references, settings: dict[str, Any], tolerance: float, eager: bool, waiting_forbidden: None

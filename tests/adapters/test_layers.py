@@ -15,6 +15,7 @@ from quire.core.contracts.quant import LayerInfo, LowRankShrink, QuantActivation
 from quire.core.layers import LayerBuilder, Linear, RMSNorm
 from quire.core.layers.adapters import AdaptedLinearMethod, ModelAdapters
 from quire.core.layers.parallel import PartialSum, TensorParallel
+from quire.core.ops.device_profile import DeviceProfile
 from quire.core.testing.thread_ranks import run_on_ranks
 from quire.plugins.adapters.lora.method import Lora, LoraLayer
 from quire.plugins.quant.none import Unquantized, UnquantizedLinear
@@ -243,6 +244,70 @@ def test_a_norm_adds_what_a_layer_left(tmp_path: Path) -> None:
     assert_close(normed, F.rms_norm(expected, (HIDDEN,), layers.norm.weight, 1e-5), 1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(96,), (64, 32), (32, 32, 32)])
+def test_the_activation_function_takes_the_halves_of_any_parts(sizes: tuple[int, ...]) -> None:
+    """As of a checkpoint that stores gate and up in one tensor."""
+    method = Lora(AdapterLimits(2, 16, 16, torch.float32, CPU), Lora.Options(append_to_weight=True))
+    layer = method.make_layer(make_info(sizes, 64), 0, 1)
+    method.prepare_metadata(np.array(SLOTS, np.int32))
+    layer.slot_buffers(0)[-2].normal_()
+    wide = torch.randn(NUM_TOKENS, 96 + layer.count_appended_rows())
+    gate, up = layer.add_appended(wide, None, None).chunk(2, 1)
+    residual = torch.randn(NUM_TOKENS, 48)
+    assert_close(layer.add_appended(wide, "silu", residual), F.silu(gate) * up + residual, 1e-6)
+
+
+def test_layers_of_more_than_three_parts_have_no_adapters() -> None:
+    info = make_info((16,) * 4, 64)
+    assert Lora.unsupported(info) == "a layer of 4 fused parts" and Lora.unsupported(make_info((16,) * 3, 64)) is None
+    method = Lora(AdapterLimits(2, 16, 16, torch.float32, CPU), Lora.Options(append_to_weight=True))
+    assert method.make_layer(info, 0, 1).count_appended_rows() == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "sizes", "num_tokens", "forced", "expected"),
+    [
+        (16, (4096, 1024, 1024), 512, False, 3072),  # half of the layer
+        (16, (4096, 1024, 960), 16, False, 0),
+        (16, (4096, 1024, 960), 16, True, 3072),
+        (32, (4096, 1024, 1024), 1, False, 0),
+        (16, (4096,), 513, False, 0),
+        (16, (4096,), 512, False, 1024),
+    ],
+)
+def test_rows_behind_a_weight_are_bounded_by_it(
+    rank: int, sizes: tuple[int, ...], num_tokens: int, forced: bool, expected: int
+) -> None:
+    options = Lora.Options(append_to_weight=forced or None)
+    layer = Lora(AdapterLimits(64, rank, 16, torch.float32, CPU), options).make_layer(make_info(sizes, 16), 0, 1)
+    assert layer.count_active_rows(num_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rank", "add_in_product", "counts"),
+    [
+        ((9, 0), torch.bfloat16, 16, True, (64,)),
+        ((9, 0), torch.bfloat16, 64, True, (64,)),
+        ((9, 0), torch.bfloat16, 65, True, (1, 8, 64)),
+        ((9, 0), torch.float32, 16, True, (1, 8, 64)),
+        ((9, 0), torch.bfloat16, 16, False, (1, 8, 64)),
+        ((8, 0), torch.bfloat16, 16, True, (1, 8, 64)),
+    ],
+)
+def test_a_few_tokens_read_the_slots_that_they_name(
+    monkeypatch: pytest.MonkeyPatch, capability, dtype: torch.dtype, rank: int, add_in_product: bool, counts
+) -> None:
+    """Where no kernel of the layers adds each token's own adapter."""
+    profile = DeviceProfile("card", capability, 132, 0, 0)
+    monkeypatch.setattr(DeviceProfile, "detect", lambda device: profile)
+    method = Lora(AdapterLimits(64, rank, 16, dtype, CPU), Lora.Options(add_in_product=add_in_product))
+    layer = method.make_layer(make_info((32,), 16), 0, 1)
+    method.limits = AdapterLimits(64, rank, 16, dtype, torch.device("cuda"))
+    assert method.list_slot_counts(8) == (64,), "no layer has rows behind its weight"
+    layer.place_appended_rows(torch.empty(64 * 128, 16, dtype=dtype))
+    assert method.list_slot_counts(8) == counts and method.list_slot_counts(9) == (1, 8, 64)
+
+
 def test_target_modules_bound_what_can_be_adapted() -> None:
     """Other layers are as without adapters: they hold nothing for them."""
     adapters = ModelAdapters(Lora(AdapterLimits(2, 16, 16, torch.float32, CPU)), ["up_proj", "down_proj"])
@@ -253,6 +318,13 @@ def test_target_modules_bound_what_can_be_adapted() -> None:
     assert isinstance(gate_up.method, AdaptedLinearMethod) and isinstance(qkv.method, UnquantizedLinear)
     assert isinstance(head.weight_source, Linear) and isinstance(head.weight_source.method, UnquantizedLinear)
     assert adapters.module_shapes == {"up_proj": (16, 32)} and list(adapters.layers) == ["gate_up_proj"]
+
+
+def make_info(sizes: tuple[int, ...], inputs: int) -> LayerInfo:
+    names = tuple(f"part{index}" for index in range(len(sizes)))
+    return LayerInfo(
+        "layer", "linear", inputs, sum(sizes), names, sizes, sizes, inputs, "column", torch.float32, bias=False
+    )
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:

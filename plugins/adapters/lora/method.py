@@ -31,7 +31,7 @@ from quire.sdk import (
     QuantActivation,
     read_adapter,
 )
-from quire.sdk.ops import DeviceProfile, rms_norm
+from quire.sdk.ops import DeviceProfile, rms_norm, silu_and_mul
 
 __all__ = ["Lora", "LoraLayer"]
 
@@ -43,10 +43,14 @@ _SLOT_COUNTS = (1, 8)
 """Steps whose adapters are in the first so many slots read the A of these alone."""
 _APPENDED_MULTIPLE = 64
 """Rows behind a weight are as many as whole tiles of a product have."""
-_FEW_TOKENS = 64
+_MAX_KERNEL_TOKENS = 64
 """Up to so many the layers' own kernels multiply, of which each number of rows is another."""
+_MAX_PARTS = 3
+"""Most fused parts of a layer that the kernels know."""
+_MAX_FEW_SHARE = 2
+"""Rows behind a weight that are more than this part of it are not multiplied, and"""
 _MAX_APPENDED_SHARE = 16
-"""Beyond ``_MANY_TOKENS``, where products are bound by arithmetic, rows behind a weight are at most this part of it."""
+"""beyond ``_MANY_TOKENS``, where products are bound by arithmetic, not those that are more than this part."""
 _MANY_TOKENS = 512
 _MAX_FUSED_RANK = 64
 """Most ranks that the kernel of a layer's own product adds: its programs hold them in registers."""
@@ -65,7 +69,8 @@ class Lora(AdapterMethod):
         """There it does the first product as well, where it can. None: where that was measured to be faster."""
         append_to_weight: bool | None = None
         """For more tokens A lies behind the layer's weight, where that is unquantized and the rank's result whole, and
-        the layer's product does the first product too; false: kernels behind it do both. None: on a GPU."""
+        the layer's product does the first product too; false: kernels behind it do both. True: always.
+        None: on a GPU, but for float16, which may not hold v, and where its rows are at most half of the layer's."""
         max_normed_tokens: int = 128
         """There up to so many tokens are added by the norm's kernel behind the layer, and"""
         max_rotated_tokens: int = 32
@@ -76,6 +81,13 @@ class Lora(AdapterMethod):
         self.options = options or self.Options()
         self._batch = AdapterBatch(limits)
         self._layers: list[LoraLayer] = []
+
+    @classmethod
+    def unsupported(cls, info: LayerInfo) -> str | None:
+        """The kernels know three fused parts."""
+        if len(info.part_sizes) > _MAX_PARTS:
+            return f"a layer of {len(info.part_sizes)} fused parts"
+        return super().unsupported(info)
 
     @classmethod
     def read_adapter(
@@ -133,7 +145,7 @@ class Lora(AdapterMethod):
     def _choose_slot_count(self, token_slots: NDArray[np.int32], *, is_captured: bool) -> int:
         if is_captured and self.num_named_slots:
             return self.num_named_slots
-        if len(token_slots) <= _FEW_TOKENS:  # of other counts the layers' own kernels may not be compiled yet
+        if len(token_slots) <= _MAX_KERNEL_TOKENS:  # of other counts the layers' own kernels may not be compiled yet
             return self.limits.num_slots
         most = int(token_slots.max(initial=-1)) + 1
         return next(count for count in self.list_slot_counts(len(token_slots)) if count >= most)
@@ -141,10 +153,20 @@ class Lora(AdapterMethod):
     def list_slot_counts(self, num_tokens: int) -> Sequence[int]:
         """Rows behind the weights are read for every slot that may be named."""
         num_slots = self.limits.num_slots
-        is_in_product = self.options.add_in_product and num_tokens <= MAX_FEW_TOKENS
-        if not self._batch.tiles.is_used or is_in_product:
+        if not self._batch.tiles.is_used or (num_tokens <= MAX_FEW_TOKENS and self._adds_in_product()):
             return (num_slots,)
         return (*(count for count in _SLOT_COUNTS if count < num_slots), num_slots)
+
+    def _adds_in_product(self) -> bool:
+        """Whether layers' own kernels add the second product for a few tokens: those of sixteen bits, on Hopper."""
+        limits = self.limits
+        return (
+            self.options.add_in_product
+            and limits.device.type == "cuda"
+            and limits.dtype != torch.float32
+            and _pad_rank(limits.max_rank) <= _MAX_FUSED_RANK
+            and DeviceProfile.detect(limits.device).is_hopper
+        )
 
 
 class LoraLayer(AdapterLayer):
@@ -170,7 +192,7 @@ class LoraLayer(AdapterLayer):
         self._shrinking_formats = formats[options.shrink_in_product]
         self._batch = batch
         self._rank, self._world_size = rank, world_size
-        max_rank = -(-limits.max_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        max_rank = _pad_rank(limits.max_rank)
         slots, parts, device = limits.num_slots, len(info.part_sizes), limits.device
         self._a = torch.zeros(slots, parts, max_rank, info.in_features, dtype=limits.dtype, device=device)
         self._b = torch.zeros(slots, max_rank, info.out_features, dtype=limits.dtype, device=device)
@@ -228,11 +250,13 @@ class LoraLayer(AdapterLayer):
 
     def count_appended_rows(self) -> int:
         """A of every slot, where this rank's result is whole and A has the weight's type."""
+        if len(self._info.part_sizes) > _MAX_PARTS:
+            return 0
         info = self._info
         is_whole = info.shard != "row" or self._world_size == 1
         is_wanted = self._options.append_to_weight
         if is_wanted is None:
-            is_wanted = self._a.is_cuda
+            is_wanted = self._a.is_cuda and self._a.dtype != torch.float16
         return self._round_up(self._a.shape[0]) if is_wanted and is_whole and self._a.dtype == info.dtype else 0
 
     def place_appended_rows(self, rows: Tensor) -> None:
@@ -242,16 +266,23 @@ class LoraLayer(AdapterLayer):
         self._batch.tiles.is_used = True
 
     def count_active_rows(self, num_tokens: int) -> int:
-        """Of the slots that the step may name, unless tokens and rows are so many that segments are faster."""
+        """Of the slots that the step may name, unless these rows are so many, for the layer and as many tokens, that
+        segments are faster."""
         num_rows = self._round_up(self._batch.tiles.num_slots)
-        is_slow = num_tokens > _MANY_TOKENS and num_rows * _MAX_APPENDED_SHARE > self._info.out_features
-        return 0 if is_slow else num_rows
+        if num_tokens > _MANY_TOKENS:
+            share = _MAX_APPENDED_SHARE
+        else:
+            share = 0 if self._options.append_to_weight else _MAX_FEW_SHARE
+        return 0 if num_rows * share > self._info.out_features else num_rows
 
     def add_appended(self, wide: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-        """By the kernel on a GPU."""
+        """By the kernel on a GPU, with the activation function in it where two parts of one size are its halves."""
         assert activation in (None, "silu")
-        arguments: dict[str, Any] = {"gated": activation is not None, "residual": residual}
         sizes = self._info.part_sizes
+        if activation is not None and (len(sizes) != 2 or sizes[0] != sizes[1]):
+            out = silu_and_mul(self.add_appended(wide, None, None))
+            return out if residual is None else out + residual
+        arguments: dict[str, Any] = {"gated": activation is not None, "residual": residual}
         if not wide.is_cuda:
             return add_appended(wide, self._b, sizes, self._batch, **arguments)
         from quire.plugins.adapters.lora.appended_kernels import launch_add_appended
@@ -295,3 +326,8 @@ class LoraLayer(AdapterLayer):
         """This rank's share of B of ``part``, times the scaling: (rank, rows)."""
         first, count = self._info.out_range(part, self._rank, self._world_size)
         return (weights.b[first : first + count].float() * weights.scaling).T
+
+
+def _pad_rank(rank: int) -> int:
+    """To a whole number of what a tensor core multiplies."""
+    return -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
