@@ -28,74 +28,11 @@ from quire.core.stats import QuarantinedPlugin
 __all__ = ["PolicyRunner"]
 
 
-class _RequestNumbers:
-    """Of the requests in a step, for a policy that reads them."""
-
-    __slots__ = ("_numbers", "_requests")
-
-    def __init__(self, requests: NDArray[Any]) -> None:
-        self._requests = requests
-        self._numbers: NDArray[np.int64] | None = None
-
-    def make_array(self) -> NDArray[np.int64]:
-        if self._numbers is None:
-            self._numbers = np.array([request.request_id for request in self._requests.tolist()], np.int64)
-            self._numbers.setflags(write=False)
-        return self._numbers
-
-
 class _ReportedStep(NamedTuple):
     """A step in flight of which the policy was told."""
 
     step: int
-    request_numbers: _RequestNumbers
-
-
-class _RunnerReport(StepReport):
-    """Its columns are made when they are read: most policies read few."""
-
-    __slots__ = ("_num_scheduled_tokens", "_request_numbers")
-
-    def __init__(
-        self,
-        step: SchedulerOutput,
-        now_ns: int,
-        request_numbers: _RequestNumbers,
-        preempted: tuple[int, ...],
-        finished_steps: tuple[FinishedStep, ...],
-    ) -> None:
-        self.step, self.now_ns = step.step, now_ns
-        self._request_numbers, self._num_scheduled_tokens = request_numbers, step.num_scheduled_tokens
-        self.admitted = tuple([new.request_id for new in step.new_requests])
-        self.preempted, self.finished_steps = preempted, finished_steps
-
-    @property
-    def request_numbers(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return self._request_numbers.make_array()
-
-    @property
-    def num_scheduled_tokens(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return self._num_scheduled_tokens.astype(np.int64)
-
-
-class _RunnerFinishedStep(FinishedStep):
-    """The same of a step that ran."""
-
-    __slots__ = ("_num_sampled_tokens", "_request_numbers")
-
-    def __init__(self, step: SchedulerOutput, output: ModelRunnerOutput, request_numbers: _RequestNumbers) -> None:
-        self.step, self.num_tokens = step.step, step.total_num_scheduled_tokens
-        self.device_us = output.device_us
-        self._request_numbers = request_numbers
-        self._num_sampled_tokens = output.num_sampled_tokens.copy()  # the worker may use its array again
-
-    @property
-    def request_numbers(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return self._request_numbers.make_array()
-
-    @property
-    def num_new_tokens(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return self._num_sampled_tokens.astype(np.int64)
+    request_numbers: NDArray[np.int64]
 
 
 class PolicyRunner:
@@ -186,19 +123,27 @@ class PolicyRunner:
         now_ns = self._clock()
         return [self.log.explain_request(number, now_ns) for number in self.log.find_requests(request_id)]
 
-    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch, requests: NDArray[Any]) -> None:
+    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
         """Log the step; count the tokens of each group, and tell the policy what became of its plan, if it has a use
-        for these. ``requests``: those in the step, in the order of its rows."""
+        for these."""
         self._log_step(step, batch)
         if self._groups is None and not self.guard.wants_reports:
             return
         if self._groups is not None:
             self._count_tokens(self._groups, step)
         if self.guard.wants_reports:
-            request_numbers = _RequestNumbers(requests)
+            request_numbers = self._running.request_ids.take(step.rows)
+            request_numbers.setflags(write=False)
             self._reported.append(_ReportedStep(step.step, request_numbers))
-            preempted, finished = tuple(self._preempted), tuple(self._finished_steps)
-            report = _RunnerReport(step, self._clock(), request_numbers, preempted, finished)
+            report = StepReport(
+                step.step,
+                self._clock(),
+                request_numbers,
+                step.num_scheduled_tokens.astype(np.int64),
+                tuple([new.request_id for new in step.new_requests]),
+                tuple(self._preempted),
+                tuple(self._finished_steps),
+            )
             self._preempted.clear()
             self._finished_steps.clear()
             self.guard.report_step(report)
@@ -228,7 +173,11 @@ class PolicyRunner:
             self._reported.popleft()  # it failed
         if not self._reported or self._reported[0].step != step.step:
             return  # it was scheduled for another policy
-        self._finished_steps.append(_RunnerFinishedStep(step, output, self._reported.popleft().request_numbers))
+        request_numbers = self._reported.popleft().request_numbers
+        num_new_tokens = output.num_sampled_tokens.astype(np.int64)
+        self._finished_steps.append(
+            FinishedStep(step.step, step.total_num_scheduled_tokens, output.device_us, request_numbers, num_new_tokens)
+        )
 
     def _log_step(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
         for new in step.new_requests:
