@@ -28,8 +28,8 @@ class CheckedPlan:
 
 
 class PlanLimits(NamedTuple):
-    """What a plan for a view is checked against. Taken before the policy sees the view: whatever it does to it, the
-    check is right."""
+    """What a plan for a view is made from, and checked against. The check's are taken before the policy sees the view,
+    in arrays of their own: whatever the policy does to the view, the check is right."""
 
     running: NDArray[np.int64]  # (num_running,) tokens that each request has left to compute
     waiting: NDArray[np.int64]  # (num_waiting,) the same of those that wait
@@ -40,16 +40,29 @@ class PlanLimits(NamedTuple):
     @classmethod
     def from_view(cls, view: StepView) -> PlanLimits:
         """Those of a view, in arrays of their own."""
-        waiting = view.waiting.num_remaining_tokens.copy() if len(view.waiting) else _NONE
-        running = view.running.num_remaining_tokens.copy()
-        return cls(running, waiting, view.num_free_rows, view.token_budget, view.chunked_prefill)
+        return cls.of_view(view).copy_arrays()
 
     @classmethod
-    def of_engine(cls, view: StepView) -> PlanLimits:
-        """Those of a view that no policy sees."""
+    def of_view(cls, view: StepView) -> PlanLimits:
+        """Those of a view, in the view's own arrays."""
         waiting = view.waiting.num_remaining_tokens if len(view.waiting) else _NONE
         running = view.running.num_remaining_tokens
         return cls(running, waiting, view.num_free_rows, view.token_budget, view.chunked_prefill)
+
+    def copy_arrays(self) -> PlanLimits:
+        """The same in arrays of their own."""
+        running, waiting, num_free_rows, token_budget, chunked_prefill = self
+        return PlanLimits(running.copy(), waiting.copy(), num_free_rows, token_budget, chunked_prefill)
+
+    def is_same_view(self, other: PlanLimits) -> bool:
+        """Whether both were taken of views that show the same: the arrays are the same objects."""
+        return (
+            self.running is other.running
+            and self.waiting is other.waiting
+            and self.num_free_rows == other.num_free_rows
+            and self.token_budget == other.token_budget
+            and self.chunked_prefill == other.chunked_prefill
+        )
 
 
 def check_grants(grants: object, limits: PlanLimits) -> CheckedPlan | str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy_view import Grants, StepView
-from quire.core.sched.checked_plan import PlanLimits
+from quire.core.contracts.policy_view import Grants, Refusal, StepView
+from quire.core.sched.checked_plan import CheckedPlan, PlanLimits, check_grants
 
-__all__ = ["MIN_PREFILL_TOKENS", "DefaultPlan", "fill_step", "make_default_plan"]
+__all__ = ["MIN_PREFILL_TOKENS", "DefaultPlan", "check_plan", "fill_step", "make_default_plan"]
 
 MIN_PREFILL_TOKENS = 1536
 """Prompt tokens that a step with decodes may compute, unless half of the prompt tokens that remain are more. Enough to
@@ -34,47 +36,81 @@ def make_default_plan(
     would hold it whole: begun now, it would end no sooner, and the prompt before it later.
 
     ``waiting_order``: indices into ``view.waiting`` in the order in which these are admitted; what is left out waits.
-    ``token_budget``: spend at most this of the view's. ``victims``: see ``Grants``. The plan is made when it is read:
-    one that ``schedule`` returns unread costs least, because the engine makes it from its own numbers and need not
-    check it.
+    ``token_budget``: spend at most this of the view's. ``victims``: see ``Grants``. The plan is that of the view as it
+    is now, and is made when it is first read. One that ``schedule`` returns unread costs least, because the engine
+    makes it from its own numbers and need not check it, if the view is the engine's and shows what it showed.
     """
-    plan = DefaultPlan(view, waiting_order, token_budget, min_prefill_tokens, victims)
+    plan = DefaultPlan.from_source(
+        _PlanSource(PlanLimits.of_view(view), waiting_order, token_budget, min_prefill_tokens)
+    )
+    plan.victims = victims
     if victims is not None or (waiting_order is not None and not _is_order(waiting_order)):
         plan.make()  # what is wrong shows here, or when the plan is checked
     return plan
 
 
+def check_plan(returned: object, seen: PlanLimits, limits: PlanLimits) -> CheckedPlan | str:
+    """As ``check_grants``, but a default plan that needs no check is made from ``limits``. ``seen``: those of the view
+    that the policy was given, in its arrays."""
+    if type(returned) is DefaultPlan and (trusted := returned.make_trusted(seen, limits)) is not None:
+        return CheckedPlan(*trusted, [])
+    return check_grants(returned, limits)
+
+
+class _PlanSource(NamedTuple):
+    """What a default plan is made from."""
+
+    limits: PlanLimits
+    waiting_order: NDArray[np.int64] | None
+    token_budget: int | None
+    min_prefill_tokens: int
+
+
 class DefaultPlan(Grants):
     """What ``make_default_plan`` returns. The plan is made when it is first read. One that a policy returns unread is
-    made by the engine, from numbers that the policy had no access to, and so needs no check."""
+    made by the engine, from numbers that the policy had no access to, and so needs no check. Copies are ``Grants``."""
 
-    __slots__ = ("_min_prefill_tokens", "_plan", "_token_budget", "_view", "_waiting_order")
+    __slots__ = ("_plan", "_source")
+    _source: _PlanSource | None
+    _plan: list[NDArray[np.int64]] | None
 
     def __init__(
         self,
-        view: StepView,
-        waiting_order: NDArray[np.int64] | None,
-        token_budget: int | None,
-        min_prefill_tokens: int,
-        victims: NDArray[np.int64] | None,
+        request_indices: NDArray[np.int64],
+        num_scheduled_tokens: NDArray[np.int64],
+        victims: NDArray[np.int64] | None = None,
+        refusals: list[Refusal] | None = None,
     ) -> None:
-        self._view, self._waiting_order = view, waiting_order
-        self._token_budget, self._min_prefill_tokens = token_budget, min_prefill_tokens
-        self._plan: list[NDArray[np.int64]] | None = None
-        self.victims, self.refusals = victims, []
+        """One that is made already, by ``dataclasses.replace``."""
+        self._source, self._plan = None, [request_indices, num_scheduled_tokens]
+        self.victims, self.refusals = victims, [] if refusals is None else refusals
+
+    @classmethod
+    def from_source(cls, source: _PlanSource) -> DefaultPlan:
+        """One that is made when it is first read."""
+        plan = cls.__new__(cls)
+        plan._source, plan._plan = source, None
+        plan.victims, plan.refusals = None, []
+        return plan
+
+    def __reduce__(self) -> tuple[type[Grants], tuple[object, ...]]:
+        return Grants, (self.request_indices, self.num_scheduled_tokens, self.victims, self.refusals)
 
     def make(self) -> list[NDArray[np.int64]]:
         """Requests and their tokens, from the view."""
         if self._plan is None:
-            options = self._token_budget, self._min_prefill_tokens
-            self._plan = [*fill_step(PlanLimits.from_view(self._view), self._waiting_order, *options)]
+            assert self._source is not None
+            self._plan, self._source = [*fill_step(*self._source)], None
         return self._plan
 
-    def make_trusted(self, limits: PlanLimits) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """The plan from what the engine knows of the view. None if it has to be checked: it was read, so that it may
-        have been changed, or it has more in it than an order of the waiting requests."""
-        order, budget, min_prefill_tokens = self._waiting_order, self._token_budget, self._min_prefill_tokens
-        if self._plan is not None or self.refusals or self.victims is not None:
+    def make_trusted(self, seen: PlanLimits, limits: PlanLimits) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """The plan from ``limits``, which is what the engine knows of the view. None if it has to be checked: it was
+        read, so that it may have been changed; it is for another view, or for one that the policy has changed; or it
+        has more in it than an order of the waiting requests."""
+        if self._source is None or self._plan is not None or self.refusals or self.victims is not None:
+            return None
+        planned, order, budget, min_prefill_tokens = self._source
+        if not planned.is_same_view(seen):
             return None
         if type(min_prefill_tokens) is not int or type(budget) not in _INT_OR_NONE:
             return None
@@ -143,7 +179,7 @@ def fill_step(
     for place, (i, num_tokens) in enumerate(zip(admitted, admitted_tokens, strict=True), num_served):
         indices[place], tokens[place] = num_running + i, num_tokens
 
-    budget = limits.token_budget if token_budget is None else min(token_budget, limits.token_budget)
+    budget = limits.token_budget if token_budget is None else max(min(token_budget, limits.token_budget), 0)
     if num_decodes and limits.chunked_prefill:
         budget = min(budget, num_decodes + max(min_prefill_tokens, (num_wanted - num_decodes) // 2))
     if num_wanted > budget:
@@ -168,4 +204,5 @@ def _make_ones(count: int) -> NDArray[np.int64]:
 
 
 def _is_order(order: object) -> bool:
-    return isinstance(order, np.ndarray) and order.ndim == 1 and order.dtype.kind in "iu"
+    """Of the very type: a subclass (a masked array) may give other than it holds."""
+    return type(order) is np.ndarray and order.ndim == 1 and order.dtype.kind in "iu"

@@ -23,8 +23,8 @@ from quire.core.contracts.policy import (
 from quire.core.errors import QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.request import Request
-from quire.core.sched.checked_plan import CheckedPlan, PlanLimits, check_grants
-from quire.core.sched.default_policy_plan import DefaultPlan, fill_step
+from quire.core.sched.checked_plan import CheckedPlan, PlanLimits
+from quire.core.sched.default_policy_plan import check_plan, fill_step
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["PolicyGuard", "RequestRank", "make_request_info"]
@@ -121,14 +121,13 @@ class PolicyGuard:
         policy = self.policy
         # The default plan is the engine's own: neither checked nor timed.
         if self._has_default_plan:
-            return CheckedPlan(*fill_step(PlanLimits.of_engine(view)), [])
-        limits = PlanLimits.from_view(view)
+            return CheckedPlan(*fill_step(PlanLimits.of_view(view)), [])
+        seen = PlanLimits.of_view(view)
+        limits = seen.copy_arrays()
         returned = self._call(policy.schedule, view)
         if self.policy is not policy:
             return None  # it raised or was too slow
-        if type(returned) is DefaultPlan and (trusted := returned.make_trusted(limits)) is not None:
-            return CheckedPlan(*trusted, [])
-        plan_or_fault = self._call(check_grants, returned, limits)
+        plan_or_fault = self._call(check_plan, returned, seen, limits)
         if isinstance(plan_or_fault, CheckedPlan):
             return plan_or_fault
         if self.policy is policy:

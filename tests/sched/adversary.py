@@ -74,8 +74,10 @@ class Adversary(BatchingPolicy):
         bad = self.random.choice([[-1], [0, 0, 0], [10**6], [0.5], [True]])
         plan = make_default_plan(view, waiting_order=np.array(bad), min_prefill_tokens=self.random.choice([-5, 10**9]))
         if self.random.random() < 0.5:
-            hidden = [name for name in type(plan).__slots__ if name.endswith("budget")]
-            setattr(plan, *hidden, self.random.choice([-3, 2.5, 10**9, "much"]))
+            source = next(name for name in type(plan).__slots__ if name.endswith("source"))
+            budget = self.random.choice([-3, -(10**30), 2.5, 10**9, "much"])
+            if (made_from := getattr(plan, source)) is not None:  # None if the order was so bad that the plan is made
+                setattr(plan, source, made_from._replace(token_budget=budget))
         return plan
 
     def step_scheduled(self, report):

@@ -1,12 +1,25 @@
 """What a policy is told, and what it can ask for: groups, refusals, reports, prefixes, and the options of the plan."""
 
 import contextlib
+import copy
+import gc
+import pickle
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from quire.core.contracts.policy import MIN_PREFILL_TOKENS, NO_DEADLINE, RequestColumns, StepView, make_default_plan
+from quire.core.contracts.policy import (
+    MIN_PREFILL_TOKENS,
+    NO_DEADLINE,
+    Grants,
+    RequestColumns,
+    StepView,
+    make_default_plan,
+)
+from quire.core.request import Request
 from quire.core.sched.checked_plan import PlanLimits
+from quire.core.sched.default_policy_plan import check_plan
 from quire.core.sched.request_groups import GroupTable
 from quire.core.scheduling_params import SchedulingParams
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -256,15 +269,90 @@ def test_options_of_the_default_plan():
     assert make_default_plan(view, victims=np.array([1, 0])).victims.tolist() == [1, 0]
 
 
-def test_a_default_plan_that_was_not_read_is_that_of_the_engines_own_numbers():
-    view = make_view([1, 1, 0], [50, 60, 70], budget=100)
-    limits = PlanLimits.from_view(view)
-    view.running.num_remaining_tokens = np.array([9, 9, 9])  # what a policy writes there has no effect
-    plan = make_default_plan(view, waiting_order=np.array([1, 0]))
-    indices, tokens = plan.make_trusted(limits)
-    assert dict(zip(indices.tolist(), tokens.tolist(), strict=True)) == {0: 1, 1: 1, 4: 60}
-    assert plan.request_indices.tolist()[:3] == [0, 1, 2], "a policy that reads it sees its own view"
-    assert plan.make_trusted(limits) is None, "it may have been changed, and is checked"
+def cap_rows(view):
+    view.num_free_rows = min(view.num_free_rows, 1)
+    return make_default_plan(view)
+
+
+def cap_budget(view):
+    view.token_budget //= 4
+    return make_default_plan(view)
+
+
+def plan_a_smaller_view(view):
+    smaller = replace(view, num_free_rows=min(view.num_free_rows, 1), token_budget=view.token_budget // 4)
+    return make_default_plan(smaller)
+
+
+def hide_prompts(view):
+    remaining = view.waiting.num_remaining_tokens.copy()
+    remaining[1:] = 0
+    return make_default_plan(replace(view, waiting=RequestColumns(num_remaining_tokens=remaining)))
+
+
+def plan_then_cap(view):
+    plan = make_default_plan(view)
+    view.num_free_rows, view.token_budget = 0, 0
+    return plan
+
+
+@pytest.mark.parametrize("plan_view", [cap_rows, cap_budget, plan_a_smaller_view, hide_prompts, plan_then_cap])
+def test_a_default_plan_is_that_of_the_view_it_was_made_from_read_or_not(make_engine, plan_view):
+    def run(is_read):
+        class Capped(Recording):
+            def schedule(self, view):
+                plan = plan_view(view)
+                assert not is_read or len(plan.request_indices) == len(plan.num_scheduled_tokens)
+                return plan
+
+        engine = make_engine(policy := Capped())
+        for i in range(6):
+            engine.add_request(f"r{i}", [i] * 5, max_tokens=4)
+        engine.run_until_finished()
+        assert set(engine.finished.values()) == {"length"}
+        assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
+        return [(len(report.admitted), report.num_scheduled_tokens.tolist()) for report in policy.reports]
+
+    steps = run(is_read=False)
+    assert steps == run(is_read=True)
+    num_admitted = max(num_admitted for num_admitted, _ in steps)
+    if plan_view is cap_budget:
+        assert max(sum(tokens) for _, tokens in steps) <= 32 // 4
+    else:
+        assert num_admitted == (6 if plan_view is plan_then_cap else 1)
+
+
+def test_what_is_written_into_a_column_of_the_view_changes_no_default_plan(make_engine):
+    class Writing(Recording):
+        def schedule(self, view):
+            for columns in (view.running, view.waiting):
+                columns.num_remaining_tokens.flags.writeable = True
+                columns.num_remaining_tokens[:] = 1
+            return make_default_plan(view)
+
+    engine = make_engine(policy := Writing())
+    engine.add_request("r", [1, 2, 3, 4, 5], max_tokens=2)
+    engine.run_until_finished()
+    assert [report.num_scheduled_tokens.tolist() for report in policy.reports] == [[5], [1]]
+
+
+def test_a_default_plan_can_be_changed_copied_and_kept():
+    view = make_view([1, 1], [50, 60], budget=100)
+    victims = np.array([1, 0])
+    for plan in (
+        replace(make_default_plan(view), victims=victims),
+        copy.deepcopy(make_default_plan(view, victims=victims)),
+        pickle.loads(pickle.dumps(make_default_plan(view, victims=victims))),
+        Grants(**asdict(make_default_plan(view, victims=victims))),
+    ):
+        assert plan.request_indices.tolist() == [0, 1, 2] and plan.num_scheduled_tokens.tolist() == [1, 1, 50]
+        assert plan.victims.tolist() == [1, 0] and plan.refusals == []
+        assert isinstance(plan, Grants)
+        result = check_plan(plan, PlanLimits.of_view(view), PlanLimits.from_view(view))
+        assert result.victims == [1, 0] and result.request_indices.tolist() == [0, 1, 2]
+    fewer = replace(make_default_plan(view), num_scheduled_tokens=np.array([1, 1, 7]))
+    result = check_plan(fewer, PlanLimits.of_view(view), PlanLimits.from_view(view))
+    assert result.num_scheduled_tokens.tolist() == [1, 1, 7]
 
 
 @pytest.mark.parametrize("bad", [[-1], [0, 0], [3], [0.5]])
@@ -272,4 +360,25 @@ def test_a_default_plan_in_a_bad_order_is_checked(bad):
     view = make_view([1], [50, 60, 70])
     with contextlib.suppress(TypeError, IndexError):  # the policy's own call raises where it can
         plan = make_default_plan(view, waiting_order=np.array(bad))
-        assert plan.make_trusted(PlanLimits.from_view(view)) is None
+        seen, limits = PlanLimits.of_view(view), PlanLimits.from_view(view)
+        assert plan.make_trusted(seen, limits) is None
+
+
+def test_reports_can_be_kept_copied_and_changed(make_engine):
+    engine = make_engine(policy := Recording())
+    for i in range(3):
+        engine.add_request(f"kept{i}", [i] * 5, max_tokens=4)
+    engine.run_until_finished()
+    numbers = sorted(engine.numbers.values())
+    del engine
+    policy.views.clear()  # valid until ``schedule`` returned
+    gc.collect()
+    requests = [found for found in gc.get_objects() if type(found) is Request]
+    assert not any(request.external_request_id.startswith("kept") for request in requests), "kept by a report"
+    for report in policy.reports:
+        for same in (copy.deepcopy(report), pickle.loads(pickle.dumps(report)), replace(report, now_ns=report.now_ns)):
+            assert repr(same) == repr(report)
+            assert sorted(same.request_numbers) == numbers
+        for finished in report.finished_steps:
+            assert replace(finished, device_us=5.0).request_numbers.tolist() == finished.request_numbers.tolist()
+    assert asdict(policy.reports[0])["num_scheduled_tokens"].tolist() == [5, 5, 5]

@@ -40,7 +40,22 @@ def writes_into_the_view(view):
     view.running.num_remaining_tokens[:] = 0
 
 
+def orders_by_a_mask(view):
+    return make_default_plan(
+        view, waiting_order=np.ma.masked_array(np.arange(len(view.waiting)), np.arange(len(view.waiting)) == 0)
+    )
+
+
+def tampers_with_its_plan(view):
+    plan = make_default_plan(view)
+    for name in type(plan).__slots__:
+        setattr(plan, name, None)
+    return plan
+
+
 HARMS = {
+    "orders by a masked array": orders_by_a_mask,
+    "tampers with its plan": tampers_with_its_plan,
     "raises": raises,
     "raises without a text": exits,
     "returns None": lambda view: None,
@@ -59,6 +74,24 @@ HARMS = {
     "grants zero, ever": lambda view: grants([0], [0]),
     "writes into the view": writes_into_the_view,
 }
+
+
+@pytest.mark.parametrize("budget", [-(10**30), -5, 10**30])
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_default_plan_within_any_budget_is_no_fault(make_engine, budget, is_read):
+    def plan_within(view):
+        limit = budget if policy.calls % 2 else None  # one that grants nothing, for ever, is a fault
+        plan = make_default_plan(view, token_budget=limit, min_prefill_tokens=budget)
+        assert not is_read or len(plan.request_indices) <= 4
+        return plan
+
+    policy = After(plan_within)
+    engine = make_engine(policy)
+    for i in range(4):
+        engine.add_request(f"r{i}", [i] * 9, max_tokens=6)
+    engine.run_until_finished()
+    assert set(engine.finished.values()) == {"length"}
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
