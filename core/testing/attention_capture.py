@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.core.contracts.attention import AttentionBackend, AttentionBatch, GraphKey, GraphKind, LayerKV
 from quire.core.testing.attention_problem import AttentionProblem, make_backend, require_device
+from quire.core.testing.capture_rules import assert_can_be_captured
 from quire.core.worker.cuda_graphs.capture import GraphCapturer
 
 __all__ = ["CapturedAttention"]
@@ -49,6 +50,11 @@ class CapturedAttention:
         self._out.fill_(float("nan"))
         self._replay()
         return self._out.cpu()
+
+    def assert_can_be_captured(self) -> None:
+        """On a CPU, where nothing was; as ``capture_rules``."""
+        if self._device.type == "cpu":
+            assert_can_be_captured(self._launch)
 
     def _launch(self) -> None:
         self._backend.prepare_metadata(self._batch, self._key)

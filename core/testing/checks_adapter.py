@@ -154,11 +154,11 @@ def check_a_captured_step_computes_the_same(cls: type[AdapterMethod]) -> None:
 
 def check_a_captured_step_can_be_captured(cls: type[AdapterMethod]) -> None:
     """With ``is_captured`` layers call nothing that a CUDA graph cannot hold: no list as an index, no ``item``. Where
-    the module asks whether a tensor ``is_cuda``, what runs on a CPU says nothing about that."""
+    the code asks for a device, what runs on a CPU says nothing about that."""
     example, slots = _Example(cls), [0, 1, 2, -1, -1]
     x, out = example.make_rows(len(slots))
     example.method.prepare_metadata(np.array(slots, np.int32), is_captured=True)
-    assert_can_be_captured(lambda: example.apply_layers(x, out), cls.__module__)
+    assert_can_be_captured(lambda: example.apply_layers(x, out))
 
 
 def check_tensors_fit_their_slot(cls: type[AdapterMethod]) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 from tests.plugin.mutations import Mutation
-
-from quire.core.testing.conformance import run_check
-from quire.server.cli.plugins_new import NewPackage
 
 MUTATIONS = [
     Mutation("adapter/lora", old, new, check)
@@ -41,31 +36,3 @@ MUTATIONS = [
 def test_a_fault_is_noticed(mutation: Mutation) -> None:
     result = mutation.run_check()
     assert result.outcome == "failed", f"{mutation.check} {result.outcome} {result.reason}"
-
-
-@pytest.mark.parametrize(
-    ("kind", "old", "new", "reason"),
-    [
-        ("adapter", "", "", ""),
-        ("adapter", "scales[:, i : i + 1]", "scales[:, [i]]", "a list for an index"),
-        (
-            "adapter",
-            "scales[:, i : i + 1]",
-            "scales[:, int(slots[0]) * 0 + i, None]",
-            "the host would wait for the GPU",
-        ),
-        ("quant", "", "", ""),
-        ("quant", "* layer.scale", "* layer.scale * torch.tensor(1.0)", "a tensor of numbers of the host"),
-    ],
-)
-def test_what_a_graph_cannot_hold_is_found_without_a_gpu(kind, old, new, reason, tmp_path, monkeypatch) -> None:
-    package = NewPackage.from_words(kind, "captured")
-    source = package.make_files()[f"{package.module}/{kind}.py"]
-    assert old in source
-    module = f"captured_{kind}_{abs(hash(new))}"
-    (tmp_path / f"{module}.py").write_text(source.replace(old, new) if old else source)
-    monkeypatch.syspath_prepend(tmp_path)
-    cls = getattr(importlib.import_module(module), package.class_name)
-    check = {"adapter": "check_a_captured_step_can_be_captured", "quant": "check_the_product_can_be_captured"}[kind]
-    result = run_check(cls, check)
-    assert result.outcome == ("failed" if reason else "passed") and reason in result.reason, result
