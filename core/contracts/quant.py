@@ -223,7 +223,13 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
-        """``x`` (num_tokens, in_features) -> (num_tokens, out_features). Graph-safe, fixed reduction order."""
+        """``x`` (num_tokens, in_features) -> (num_tokens, out_features). Graph-safe, fixed reduction order.
+
+        A row of the result depends on that row of ``x`` alone, whatever the others hold, infinite numbers included:
+        some are padding, and ranks multiply a step's rows in parts. The result is a tensor of its own, which the caller
+        may keep and overwrite, and never a buffer that another call writes to: the products of several calls are in use
+        at a time. Both hold for the other products of this class, too.
+        """
 
     def apply_fused(
         self,

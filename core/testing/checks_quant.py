@@ -18,6 +18,8 @@ from quire.core.testing.capture_rules import assert_can_be_captured
 
 __all__ = [
     "check_a_bias_is_added",
+    "check_a_product_is_kept",
+    "check_a_row_does_not_depend_on_the_others",
     "check_a_wrong_shape_is_refused_by_name",
     "check_any_number_of_tokens_multiplies",
     "check_every_layer_has_a_method",
@@ -100,6 +102,35 @@ def check_any_number_of_tokens_multiplies(cls: type[QuantizationLoader]) -> None
         if _load(cls, example).method.batch_invariant:
             same = torch.equal(_apply(cls, example, x[:count]), together[:count])
             assert same, f"it declares itself batch invariant; {count} tokens give other bits alone than among 300"
+
+
+def check_a_row_does_not_depend_on_the_others(cls: type[QuantizationLoader]) -> None:
+    """A token's product is the same beside tokens that are large, zero or no numbers, and in another place."""
+    loaded, x = _load(cls, _example_weights(cls)), _input()
+    want = loaded.method.apply(loaded.layer, x)
+    for what, others in (("larger", x * 1000), ("zero", x * 0), ("not numbers", x * float("nan"))):
+        for row in range(len(x)):
+            mixed = others.clone()
+            mixed[row] = x[row]
+            got = loaded.method.apply(loaded.layer, mixed)[row : row + 1]
+            _close(got, want[row : row + 1], f"token {row} beside others that are {what}", 0.02)
+    _close(loaded.method.apply(loaded.layer, x.flip(0)).flip(0), want, "tokens in the opposite order", 0.02)
+
+
+def check_a_product_is_kept(cls: type[QuantizationLoader]) -> None:
+    """No later call overwrites what ``apply`` returned, and what its caller writes there is in no later product."""
+    example, x = _example_weights(cls), _input()
+    loaded, products, expected = _load(cls, example), [], []
+    for each in (loaded, _load(cls, example)):
+        for factor in (1.0, -1.0, 0.5, 2.0):
+            products.append(each.method.apply(each.layer, x * factor))
+            expected.append(products[-1].clone())
+    for product, before in zip(products, expected, strict=True):
+        assert torch.equal(product, before), "a later product overwrote one whose caller still held it"
+    for product in products:
+        product.zero_()
+    again = loaded.method.apply(loaded.layer, x)
+    assert torch.equal(again, expected[0]), "a product is other after its caller wrote to earlier ones: they are kept"
 
 
 def check_the_same_input_gives_the_same_bits(cls: type[QuantizationLoader]) -> None:

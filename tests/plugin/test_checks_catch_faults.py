@@ -122,6 +122,43 @@ class _FirstShard(DenseLinear):
         super().load_tensor(layer, info, part, tensor_name, tensor, 0, world_size)
 
 
+class OneBuffer(Dense):
+    def get_linear_method(self, info):
+        return _OneBuffer()
+
+
+class _OneBuffer(DenseLinear):
+    def apply(self, layer, x, bias=None):
+        product = super().apply(layer, x, bias)
+        if not hasattr(self, "buffer") or self.buffer.shape != product.shape:
+            self.buffer = torch.empty_like(product)
+        return self.buffer.copy_(product)
+
+
+class RemembersProducts(Dense):
+    def get_linear_method(self, info):
+        return _Remembering()
+
+
+class _Remembering(DenseLinear):
+    def apply(self, layer, x, bias=None):
+        self.products = getattr(self, "products", {})
+        return self.products.setdefault(float(x.sum()), super().apply(layer, x, bias))
+
+
+class OneScaleForAll(Dense):
+    def get_linear_method(self, info):
+        return _OneScale()
+
+
+class _OneScale(DenseLinear):
+    """Inputs of 8 bits, of one scale for all tokens."""
+
+    def apply(self, layer, x, bias=None):
+        scale = x.abs().amax().clamp(min=1e-6) / 127
+        return super().apply(layer, (x / scale).round() * scale, bias)
+
+
 @pytest.mark.parametrize(
     ("cls", "check"),
     [
@@ -142,6 +179,9 @@ class _FirstShard(DenseLinear):
         (HalfTheWeight, "check_the_product_is_the_dense_one"),
         (Divides, "check_random_weights_multiply"),
         (IgnoresTheRank, "check_shards_make_up_the_whole"),
+        (OneBuffer, "check_a_product_is_kept"),
+        (RemembersProducts, "check_a_product_is_kept"),
+        (OneScaleForAll, "check_a_row_does_not_depend_on_the_others"),
     ],
 )
 def test_a_broken_promise_is_noticed(cls, check):
