@@ -37,8 +37,12 @@ class SentParts:
 
 class AllReduceKernels:
     """One rank's access to the memory of all, for sums on one stream. Fit for CUDA graphs, also where some sums of a
-    step are in graphs and others are not. Whether a message is taken depends on its shape alone: every rank decides
-    alike."""
+    step are in graphs and others are not.
+
+    Whether a message is taken depends on its shape, dtype and strides and on those of the residual, and of
+    ``multiply_and_send`` also on the calls before and on whether a graph is captured: never on values or addresses.
+    Ranks run the same step, so all of that is equal on them, and every rank decides alike.
+    """
 
     def __init__(
         self, rank: int, buffers: Tensor, layout: Any, limits: AllReduceLimits, memory: Sequence[Tensor] = ()
