@@ -90,7 +90,7 @@ class AdapterLayer(ABC):
 
     def add_appended(self, wide: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         """The layer's output with what adapters add, dense; ``wide`` (num_tokens, out_features + count_active_rows) has
-        the layer's product and the rows' behind it. Then ``activation`` and ``residual`` as in
+        the layer's product and the rows' behind it. Then ``activation`` and ``residual``, dense, as in
         ``LinearMethod.apply_fused``."""
         raise NotImplementedError
 
@@ -101,8 +101,8 @@ class AdapterLayer(ABC):
     def add_appended_and_norm(
         self, wide: Tensor, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
     ) -> tuple[Tensor | QuantActivation, Tensor] | None:
-        """``(norm(s), s)`` of the sum ``s`` of ``add_appended`` and ``residual``, the first in ``output_format``; None
-        where one kernel for that is not offered."""
+        """``(norm(s), s)`` of the sum ``s`` of ``add_appended`` and ``residual``, which is dense, the first in
+        ``output_format``; None where one kernel for that is not offered."""
         return None
 
 

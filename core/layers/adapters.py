@@ -196,7 +196,9 @@ class AdaptedLinearMethod(LinearMethod):
     ) -> Tensor | None:
         """The product with the first of the adapters' behind it, and then the second; None where that is not done."""
         wide = self._multiply_appended(layer, x, bias, norm)
-        return None if wide is None else self._adapter_layer.add_appended(wide, activation, residual)
+        if wide is None:
+            return None
+        return self._adapter_layer.add_appended(wide, activation, None if residual is None else residual.contiguous())
 
     def _multiply_appended(
         self,
@@ -231,7 +233,9 @@ class UnaddedAdapters(PartialSum):
     def reduce_add_norm(
         self, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
     ) -> NormedSum | None:
-        """In one kernel, where the adapters offer it."""
+        """In one kernel, where the adapters offer it and ``residual`` is dense, as its rows are read."""
+        if not residual.is_contiguous():
+            return None
         fused = self.adapter_layer.add_appended_and_norm(self.part, residual, norm, output_format)
         return None if fused is None else NormedSum(*fused)
 

@@ -89,7 +89,7 @@ class Linear(CheckpointLayer):
     ) -> tuple[Tensor, Tensor, AppendedTerm | None]:
         """``forward_after_norm``, and what adapters add to the result where the operation behind it is to do that; its
         rows are strided then."""
-        num_tokens = (x.part if isinstance(x, PartialSum) else x).shape[0]
+        num_tokens = x.num_tokens if isinstance(x, PartialSum) else len(x)
         if isinstance(self.method, AdaptedLinearMethod) and self.method.leaves_adapters(num_tokens):
             y, stream = norm.norm_stream(x, residual, self.input_format)
             unadded = self.method.apply_unadded(self, y, getattr(self, "bias", None))

@@ -127,28 +127,41 @@ class PartialSum:
     """The result of a row-parallel layer before the ranks have exchanged it: each has a part of the sum.
 
     It stands for the tensor between the layer and the norm that follows, so that one kernel can exchange, add the
-    residual and norm. ``RMSNorm`` and ``Linear.forward_after_norm`` take it; anything else takes ``reduce()``.
+    residual and norm. ``RMSNorm`` and ``Linear.forward_after_norm`` take it; anything else takes ``reduce()``. A model
+    calls one of the three, once: ranks may have begun to exchange.
     """
 
-    part: Tensor  # (num_tokens, features)
+    part: Tensor
+    """What this rank has: (num_tokens, features), but for sums that derive from this, which have other rows or features
+    there. Nothing to compute with."""
     parallel: TensorParallel
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the sum."""
+        return len(self.part)
+
     def reduce(self) -> Tensor:
-        """The sum, on every rank. Once."""
+        """The sum (num_tokens, features), on every rank."""
         return self.parallel.all_reduce(self.part)
 
     def reduce_add_norm(
         self, residual: Tensor, norm: tuple[Tensor, float], output_format: ActivationFormat
     ) -> NormedSum | None:
-        """As ``TensorParallel.all_reduce_add_norm``, with ``norm``'s weight and epsilon."""
+        """As ``TensorParallel.all_reduce_add_norm``, with ``norm``'s weight and epsilon; None: ``reduce``."""
         return self.parallel.all_reduce_add_norm(self.part, residual, *norm, output_format)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SentPartialSum(PartialSum):
-    """One that ranks have begun to exchange; ``part`` is of this rank's share of the rows."""
+    """One that ranks have begun to exchange; ``part`` has the rows that this rank sums."""
 
     parts: SentParts
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of all ranks."""
+        return self.parts.num_rows
 
     def reduce(self) -> Tensor:
         """As of any other."""

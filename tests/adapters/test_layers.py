@@ -308,6 +308,25 @@ def test_a_few_tokens_read_the_slots_that_they_name(
     assert method.list_slot_counts(8) == counts and method.list_slot_counts(9) == (1, 8, 64)
 
 
+def test_a_residual_of_strided_rows_is_added_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read dense rows: shown any others, they would add other numbers."""
+
+    def add_dense_rows(layer, wide, residual, norm, output_format):
+        rows = residual.as_strided(residual.shape, (residual.shape[1], 1))
+        stream = layer.add_appended(wide, None, None) + rows
+        return F.rms_norm(stream, (HIDDEN,), *norm), stream
+
+    monkeypatch.setattr(LoraLayer, "add_appended_and_norm", add_dense_rows)
+    layers = Layers(tmp_path, AppendingLinear)
+    layers.prepare(SLOTS)
+    x = torch.randn(NUM_TOKENS, INNER)
+    for stream in (torch.randn(NUM_TOKENS, HIDDEN), torch.randn(NUM_TOKENS, 2 * HIDDEN)[:, ::2]):
+        result, rest = layers.down.forward_add_residual(x, stream)
+        assert isinstance(result, PartialSum) and result.num_tokens == NUM_TOKENS
+        _, summed = layers.norm(result, rest)
+        assert_close(summed, layers.multiply("mlp.down_proj", x, SLOTS) + layers.bias + stream, 1e-5)
+
+
 def test_target_modules_bound_what_can_be_adapted() -> None:
     """Other layers are as without adapters: they hold nothing for them."""
     adapters = ModelAdapters(Lora(AdapterLimits(2, 16, 16, torch.float32, CPU)), ["up_proj", "down_proj"])

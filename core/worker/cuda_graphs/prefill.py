@@ -57,15 +57,12 @@ class _PrefillShape:
 
     num_decodes: int
     num_prompt_tokens: int
-    input_ids: Tensor  # (num_decodes + num_prompt_tokens,)
-    positions: Tensor  # (num_decodes + num_prompt_tokens,)
-    slot_mapping: list[Tensor]  # by group: (num_decodes + num_prompt_tokens,)
+    num_tokens: int  # of both
+    input_ids: Tensor  # (num_tokens,)
+    positions: Tensor  # (num_tokens,)
+    slot_mapping: list[Tensor]  # by group: (num_tokens,)
     batches: list[AttentionBatch]  # by group: num_decodes + max_prompts requests
     graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)  # by slots of adapters; 0 without any
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_decodes + self.num_prompt_tokens
 
 
 class PrefillGraphs:
@@ -237,6 +234,7 @@ class PrefillGraphs:
         return _PrefillShape(
             num_decodes=num_decodes,
             num_prompt_tokens=num_prompt_tokens,
+            num_tokens=num_tokens,
             input_ids=self._input_ids[:num_tokens],
             positions=self._positions[:num_tokens],
             slot_mapping=[slots[:num_tokens] for slots in self._slot_mapping],
