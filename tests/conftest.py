@@ -6,6 +6,7 @@ import argparse
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,8 @@ def _settle() -> None:
 
 
 _settle()
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; what tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quire", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("ci", settings.get_profile("quire"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quire")

@@ -104,7 +104,10 @@ def test_a_slowdown_of_five_percent_is_found_in_a_policy():
     case = bench.list_cases(FCFS)[0]
     before = measure_case(bench, case, {"plain": OwnPolicy}, num_rounds=9)[0].microseconds
     SlowPolicy.planted = count_turns(0.05 * before)
-    slow, plain = measure_case(bench, case, {"slow": SlowPolicy, "plain": OwnPolicy}, num_rounds=61)
+    for num_rounds in (61, 301):  # more where the machine is so busy that the interval is wide
+        slow, plain = measure_case(bench, case, {"slow": SlowPolicy, "plain": OwnPolicy}, num_rounds=num_rounds)
+        if plain.ratio.differs:
+            break
     assert slow.ratio is None and plain.ratio.differs, plain.ratio
     assert 1.01 < plain.ratio.median < 1.15, plain.ratio
 
