@@ -185,6 +185,7 @@ class AsyncLLM:
                 )
             else:
                 requests = self._input_processor.process_inputs(request_id, prompt, sampling_params, **options)
+            queue.num_answers = len(requests)
             await self.constraint_checker.check_constraint(requests[0].params.structured_outputs)
             self._output_processor.add_request(
                 request_id, prompt if isinstance(prompt, str) else None, requests, stream, shown_token_ids

@@ -111,6 +111,25 @@ def test_a_caller_that_stops_reading_does_not_fill_the_memory(tiny: Path, monkey
     asyncio.run(scenario())
 
 
+def test_each_answer_of_a_request_may_be_as_far_unread(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_queue, "MAX_UNREAD_OUTPUTS", 20)
+
+    async def scenario() -> None:
+        engine = AsyncLLM(model=str(tiny), device="cpu", max_model_len=256)
+        await engine.start()
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=4)
+        stream = engine.generate([9, 9, 9], params, stream="delta")
+        first = await anext(stream)
+        await last(engine, [5])
+        await idle(engine)
+        outputs = [first, *[output async for output in stream]]
+        assert sum(len(each.token_ids) for output in outputs for each in output.outputs) == 48
+        assert len(outputs) > 21
+        await engine.shutdown()
+
+    asyncio.run(scenario())
+
+
 async def _text(engine: AsyncLLM, prompt: list[int], mode: str) -> str:
     text = ""
     async for output in engine.generate(prompt, GREEDY, stream=mode):
