@@ -28,7 +28,7 @@ def _settle() -> None:
 
 
 _settle()
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; what tests start would ignore it too
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: what tests start would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quire", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("ci", settings.get_profile("quire"), derandomize=True)
