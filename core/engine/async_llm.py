@@ -157,11 +157,10 @@ class AsyncLLM:
         """Yield outputs as they come: ``delta`` the new part of one continuation, ``cumulative`` all so far, ``final``
         once. ``scheduling`` is told to the scheduling policy. Closing the generator aborts the request and frees its
         blocks. ``shown_token_ids`` are special tokens that the text has though ``skip_special_tokens`` is on: those
-        that an ``AnswerParser`` reads. ``lora_request`` is a LoRA adapter, which is loaded if it is not
-        yet. Other arguments of vLLM's are accepted while they are off, as ``prompt_adapter_request=None``.
+        that an ``AnswerParser`` reads. ``lora_request`` is a LoRA adapter, which is loaded if it is not yet. Other
+        arguments of vLLM's are accepted while they are off, as ``prompt_adapter_request=None``.
 
-        Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError``
-        or ``EngineDeadError``.
+        Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError`` or ``EngineDeadError``.
         """
         check_call_arguments("generate", vllm_arguments)
         self._require_client()
