@@ -160,7 +160,7 @@ class AsyncLLM:
         that an ``AnswerParser`` reads. ``lora_request`` is a LoRA adapter, which is loaded if it is not yet. Other
         arguments of vLLM's are accepted while they are off, as ``prompt_adapter_request=None``.
 
-        Raises ``InvalidRequestError`` (with ``param``), ``QueueFullError``, ``RequestFailedError`` or ``EngineDeadError``.
+        Raises ``InvalidRequestError``, ``QueueFullError``, ``RequestFailedError`` or ``EngineDeadError``.
         """
         check_call_arguments("generate", vllm_arguments)
         self._require_client()
