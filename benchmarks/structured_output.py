@@ -142,6 +142,11 @@ def make_schema(rng: random.Random) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
+def make_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """Prompts that nobody has asked yet: arms with the same ones would find them in the prefix cache."""
+    return np.random.default_rng().integers(1000, 8000, (args.requests, 64)).tolist()
+
+
 def make_workload(args: argparse.Namespace, number: int = 0) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts, and the parameters of their guided requests; those of another ``number`` have other schemas."""
     rng = random.Random(number)
@@ -194,8 +199,8 @@ def run_batch(args: argparse.Namespace) -> None:
             SamplingParams(temperature=1, seed=i, max_tokens=length, ignore_eos=True)
             for i, length in enumerate(lengths)
         ]
-        measure("unguided", prompts, unguided)
-        measure("guided, schemas used before", prompts, guided)
+        measure("unguided", make_prompts(args), unguided)
+        measure("guided, schemas used before", make_prompts(args), guided)
     for name, each in measured.items():
         print_phases(name, [figures.steps for figures in each], args.requests)
     print_summary(measured)
@@ -203,7 +208,7 @@ def run_batch(args: argparse.Namespace) -> None:
         for name, change, undo in list_variants(backend):
             change()
             for _ in range(2):
-                measure(f"guided, used before, {name}", prompts, guided)
+                measure(f"guided, used before, {name}", make_prompts(args), guided)
             undo()
         print_summary(measured)
     print({k: round(v, 4) for k, v in llm.get_stats().items() if k.startswith("structured_output")})
