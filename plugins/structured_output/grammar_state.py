@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quire.plugins.structured_output.string_bounds import StringBounds
 from quire.plugins.structured_output.string_ends import GrammarMemory, is_set
 from quire.plugins.structured_output.string_masks import StringMasks
-from quire.plugins.structured_output.string_tokens import StringTokens
+from quire.plugins.structured_output.string_tokens import Opening, StringTokens
 from quire.sdk import GrammarState
 
 _STATES_AT_A_TIME = 32
@@ -109,6 +109,7 @@ class GuidanceState(GrammarState):
         self.matcher = matcher
         self._memory = memory
         self._place: tuple[bytes, bytes] | None = None  # for whose mask the library is asked
+        self._opening: Opening | None = None  # the same, as all grammars know it
         self.follower = follower
         self.strings: StringMasks | None = None
         if tokens is not None and bounds is not None:
@@ -153,28 +154,49 @@ class GuidanceState(GrammarState):
 
     def recall_mask(self, mask: NDArray[np.int32]) -> bool:
         """Write the mask for the next token as another answer found it in the same place. False: none did."""
-        place = None if self.strings is None or self._memory is None else self.strings.find_place()
-        if place is None or self._memory is None:
+        if self.strings is None or self._memory is None or (place := self.strings.find_place()) is None:
             return False
-        if (known := self._memory.masks.get(place)) is None:
-            self._place = place  # to which ``learn_mask`` comes next
-            return False
-        self.allowed, forced = known
-        self.forced = forced.copy()
-        mask[:] = self.allowed
-        return True
+        if (known := self._memory.masks.get(place)) is not None:
+            self.allowed, self.forced = known.write(mask), known.forced.copy()
+            return True
+        opening = self.strings.find_opening(place)
+        if opening is not None and (shared := self.strings.tokens.openings.get(opening)) is not None:
+            self.allowed = shared
+            mask[:] = shared
+            return True
+        self._place, self._opening = place, opening  # to which ``learn_mask`` comes next
+        return False
 
     def learn_mask(self, mask: NDArray[np.int32]) -> None:
         """The library has computed the mask for the next token. If that is a forced one, so may be those behind it."""
         self.allowed = mask.copy()
         if self.strings is not None:
             self.strings.learn_mask(mask)
-        if np.count_nonzero(mask) == 1 and int(mask.view(np.uint32).sum(dtype=np.uint64)).bit_count() == 1:
-            forced = self.matcher.compute_ff_tokens()
-            self.forced = forced if forced and is_set(mask, forced[0]) else []
-        place, self._place = self._place, None
-        if place is not None and self._memory is not None and not self.matcher.is_error():
+        self.forced = _find_forced(self.matcher, mask)
+        place, opening, self._place, self._opening = self._place, self._opening, None, None
+        if place is None or self._memory is None or self.strings is None or self.matcher.is_error():
+            return
+        if opening is not None and not self.forced:
+            self.strings.tokens.learn_opening(opening, self.allowed)
+        else:
             self._memory.add_mask(place, self.allowed, self.forced)
+
+    def learn_ends(self, texts: Sequence[bytes]) -> None:
+        """Find out the masks behind each of ``texts``, if they may close the string that the answer is in, and are
+        tokens."""
+        if self.strings is None or self._memory is None or (name := self.strings.property_name) is None:
+            return
+        mask = np.empty_like(self.strings.tokens.without_closing)
+        for text in texts:
+            token = self.strings.tokens.closing_ids.get(text)
+            if token is None or (name, text) in self._memory.masks:
+                continue
+            matcher = self.get_matcher().deep_copy()
+            if matcher.try_consume_tokens([token]):
+                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                forced = _find_forced(matcher, mask)
+                if not matcher.is_error():
+                    self._memory.add_mask((name, text), mask.copy(), forced)
 
     def write_draft_masks(self, masks: NDArray[np.int32], draft_token_ids: Sequence[int]) -> bool:
         """Write the mask for the next token, and those behind each draft that may come. False where they are not
@@ -194,7 +216,7 @@ class GuidanceState(GrammarState):
             mask.fill(0)
         elif self.forced:
             _write_token(mask, self.forced[0])
-        elif self.strings is None or not self.strings.write_mask(mask):
+        elif self.strings is None or not (self.strings.write_mask(mask) or self.recall_mask(mask)):
             self.get_matcher().unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             self._raise_error()
             self.learn_mask(mask)
@@ -287,6 +309,14 @@ def first_line(text: str) -> str:
     """What the library says of an error, in one line."""
     lines = [line.strip() for line in text.replace("<non-verbose/>", "").splitlines() if line.strip()]
     return " ".join(lines)[:300] if lines else "it cannot be compiled"
+
+
+def _find_forced(matcher: llguidance.LLMatcher, mask: NDArray[np.int32]) -> list[int]:
+    """Tokens that have to come next, if ``mask``, that of the library, has but one."""
+    if np.count_nonzero(mask) != 1 or int(mask.view(np.uint32).sum(dtype=np.uint64)).bit_count() != 1:
+        return []
+    forced: list[int] = matcher.compute_ff_tokens()
+    return forced if forced and is_set(mask, forced[0]) else []
 
 
 def _write_token(mask: NDArray[np.int32], token: int) -> None:

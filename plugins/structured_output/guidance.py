@@ -17,6 +17,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.plugins.structured_output.answer_walk import walk_answers
 from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, catch_up_together, first_line
 from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
@@ -59,7 +60,7 @@ class GuidanceBackend(StructuredOutputBackend):
         """Options of the backend."""
 
         threads: int = 0
-        """Threads that compute masks; 0: four fifths of the processors, at most 8."""
+        """Threads that compute masks; 0: four fifths of the processors that the process may use, at most 8."""
         max_lexer_states: int = 50_000
         """States that the lexer of one grammar may build, of 1 to 2 kB each."""
 
@@ -81,7 +82,7 @@ class GuidanceBackend(StructuredOutputBackend):
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
         )
-        self._num_threads = options.threads or min(max(4 * (os.cpu_count() or 1) // 5, 1), _MAX_THREADS)
+        self._num_threads = options.threads or min(max(4 * _count_processors() // 5, 1), _MAX_THREADS)
         self._follower: Follower | None = None
 
     @classmethod
@@ -113,7 +114,11 @@ class GuidanceBackend(StructuredOutputBackend):
                 raise InvalidRequestError(_explain_refusal(params, each.get_error()), "structured_outputs")
         tokens, eos_token_ids = self._string_tokens, frozenset(self.tokenizer.eos_token_ids)
         bounds = None if tokens is None else _find_string_bounds(params)
-        return _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
+        compiled = _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
+        if tokens is not None and bounds is not None and bounds.has_places and not params.answer_begin:
+            assert params.kind == "json"
+            walk_answers(compiled.start_alone, prepare_schema(params.load_json()), tokens, self._tokenizer)
+        return compiled
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
         """What is known is written. The rest is computed here if that is little, else by the library's threads."""
@@ -220,13 +225,29 @@ class _Grammar(CompiledGrammar):
         self._matcher = matcher
         has_places = string_bounds is not None and string_bounds.has_places
         memory = GrammarMemory() if has_places else None
-        self._known = (follower, string_tokens, string_bounds, eos_token_ids, memory)
-        self.num_bytes = (1 << 18) + 64 * num_chars
-        if memory is not None and string_tokens is not None:
-            self.num_bytes += memory.max_masks * string_tokens.without_closing.nbytes
+        self._follower = follower
+        self._known = (string_tokens, string_bounds, eos_token_ids, memory)
+        self._memory = memory
+        self._own_bytes = (1 << 18) + 64 * num_chars
+
+    @property
+    def num_bytes(self) -> int:  # type: ignore[override]
+        """It grows by what answers find out."""
+        return self._own_bytes + (0 if self._memory is None else self._memory.num_bytes)
 
     def start(self) -> GrammarState:
-        return GuidanceState(self._matcher.deep_copy(), *self._known)
+        return GuidanceState(self._matcher.deep_copy(), self._follower, *self._known)
+
+    def start_alone(self) -> GuidanceState:
+        """As ``start``, for a thread that keeps the state to itself."""
+        return GuidanceState(self._matcher.deep_copy(), None, *self._known)
+
+
+def _count_processors() -> int:
+    """Those that this process may use: fewer than the machine has where a container or ``taskset`` says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
@@ -241,8 +262,12 @@ def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
     if params.kind not in ("json", "json_object"):
         return None
     schema = prepare_schema(params.load_json()) if params.kind == "json" else {"type": "object"}
-    # Free text before an answer may look like the properties of the schema.
-    return find_string_bounds(schema) if params.reasoning_end is None else join_string_bounds([schema])
+    if params.reasoning_end is not None:  # free text before an answer may look like the properties of the schema
+        return join_string_bounds([schema])
+    bounds = find_string_bounds(schema)
+    return (
+        None if bounds is None else bounds._replace(form=(not params.disable_any_whitespace, bool(params.answer_begin)))
+    )
 
 
 def _walk(matcher: llguidance.LLMatcher, num_tokens: int) -> None:

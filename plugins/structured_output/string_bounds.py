@@ -43,6 +43,8 @@ class StringBounds(NamedTuple):
     """So many characters into a string it is none of the names that the schema lists, of those that it might be."""
     has_places: bool = False
     """Whether where an answer is in its grammar follows from the last property's name and the text behind that."""
+    form: tuple[bool, bool] = (False, False)
+    """Whether blanks may come between the parts of an answer, and whether something stands before it."""
 
 
 def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -17,11 +18,11 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ClosingTokens", "GrammarMemory", "StringEnd", "is_set"]
+__all__ = ["ClosingTokens", "GrammarMemory", "KnownMask", "StringEnd", "is_set"]
 
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 _MAX_KEPT = 64
-"""Of a grammar: each takes as many bits as the vocabulary has tokens."""
+"""Of a grammar: one may take as many bits as the vocabulary has tokens."""
 _MAX_TEXT = 32
 _MAX_SHARED = 1024
 
@@ -35,26 +36,51 @@ class StringEnd(NamedTuple):
     """Tokens that have to come where no character is left; empty: that is not known."""
 
 
+class KnownMask:
+    """A mask that is kept, in as few bytes as it needs, and tokens that are forced where it holds."""
+
+    def __init__(self, mask: NDArray[np.int32], forced: list[int]) -> None:
+        """``mask`` does not change any more."""
+        self.forced = forced.copy()
+        self._words = words = mask.nonzero()[0]
+        self._bits = mask[words]
+        self._whole = None
+        if len(words) > len(mask) // 8:
+            self._words, self._bits, self._whole = words[:0], mask[:0], mask
+        whole_bytes = 0 if self._whole is None else mask.nbytes
+        self.num_bytes = 512 + self._words.nbytes + self._bits.nbytes + whole_bytes
+
+    def write(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Write it to ``mask``. Returns an equal one, which does not change."""
+        if self._whole is not None:
+            mask[:] = self._whole
+            return self._whole
+        mask.fill(0)
+        mask[self._words] = self._bits
+        return mask.copy()
+
+
 class GrammarMemory:
     """What answers of one grammar found out, for those that come to the same place."""
 
-    max_masks = 2 * _MAX_KEPT
-
     def __init__(self) -> None:
+        self.num_bytes = 0
         self.ends: dict[bytes, StringEnd] = {}
         """By the name of the property whose value the string is."""
-        self.masks: dict[tuple[bytes, bytes], tuple[NDArray[np.int32], list[int]]] = {}
-        """By place: the mask for the next token, and tokens that are forced there."""
+        self.masks: dict[tuple[bytes, bytes], KnownMask] = {}
+        """By place: the mask for the next token."""
 
     def add_end(self, name: bytes, end: StringEnd) -> None:
         """Keep it, while there is room."""
         if len(self.ends) < _MAX_KEPT:
             self.ends[name] = end
+            self.num_bytes += end.closing.nbytes
 
     def add_mask(self, place: tuple[bytes, bytes], mask: NDArray[np.int32], forced: list[int]) -> None:
         """Keep it, while there is room, and the text behind the name is short: a long one hardly comes again."""
         if len(self.masks) < _MAX_KEPT and len(place[1]) <= _MAX_TEXT:
-            self.masks[place] = mask, forced.copy()
+            self.masks[place] = known = KnownMask(mask, forced)
+            self.num_bytes += known.num_bytes
 
 
 class ClosingTokens:
@@ -80,6 +106,7 @@ class ClosingTokens:
             by_rest.setdefault(rest, []).append(token)
         escapes = {token: set(_ESCAPE.findall(inside)) for token, (_, inside, _) in texts.items()}
         self._escapes: dict[int, set[bytes]] | None = {token: each for token, each in escapes.items() if each}
+        self._lock = threading.Lock()  # of ``_escapes``, and of what becomes of them
         self._by_rest = by_rest
         self._rests = sorted(by_rest)
         self._quotes = pack(by_rest.get(b"", []))
@@ -104,17 +131,19 @@ class ClosingTokens:
     def learn_escapes(self, matcher: llguidance.LLMatcher) -> None:
         """Leave out for good what has escapes that do not come in strings with a least length. ``matcher`` is in one
         that has room for a character."""
-        if self._escapes is None:
-            return
-        escapes, self._escapes = self._escapes, None
-        refused = {
-            escape
-            for escape in set().union(*escapes.values())
-            if matcher.validate_tokens([self._ids_of_bytes[value] for value in escape]) < len(escape)
-        }
-        for tokens in self._by_rest.values():
-            tokens[:] = [token for token in tokens if not escapes.get(token, set()) & refused]
-        self._quotes = self._pack(self._by_rest.get(b"", []))
+        with self._lock:
+            if self._escapes is None:
+                return
+            escapes = self._escapes
+            refused = {
+                escape
+                for escape in set().union(*escapes.values())
+                if matcher.validate_tokens([self._ids_of_bytes[value] for value in escape]) < len(escape)
+            }
+            for tokens in self._by_rest.values():
+                tokens[:] = [token for token in tokens if not escapes.get(token, set()) & refused]
+            self._quotes = self._pack(self._by_rest.get(b"", []))
+            self._escapes = None
 
     def find_valid(self, matcher: llguidance.LLMatcher, forced: bytes, before: list[int]) -> NDArray[np.int32]:
         """The mask of those whose text behind the quote may come: ``forced`` has to, or nothing if it is empty.

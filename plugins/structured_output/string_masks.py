@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quire.plugins.structured_output.string_bounds import MIN_PROBE, StringBounds
 from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd, is_set
-from quire.plugins.structured_output.string_tokens import StringTokens, count_chars
+from quire.plugins.structured_output.string_tokens import Opening, StringTokens, count_chars
 
 __all__ = ["StringMasks"]
 
@@ -45,7 +45,7 @@ class StringMasks:
         """``get_matcher`` returns the library's state of the answer, which it need not keep up with it. ``memory`` is
         that of all answers of its grammar."""
         self._get_matcher = get_matcher
-        self._tokens = tokens
+        self.tokens = tokens
         self._bounds = bounds
         self._memory = memory if bounds.has_places else None
         self._name: bytes | None = b""  # of the property whose value the last string was; None: it is not known
@@ -67,10 +67,15 @@ class StringMasks:
         """Whether the next character of the answer is one of many, for sure."""
         return self._base is not None and self._room > 0
 
+    @property
+    def property_name(self) -> bytes | None:
+        """Of the property whose value the string is that the answer is in. None: it is in none, or it is not known."""
+        return None if self._base is None else self._name
+
     def accept(self, token: int) -> bool:
         """Advance if the token may come next, for sure, and leaves the answer in the string. Whether it did."""
         base = self._base
-        count = self._tokens.num_chars[token] if 0 <= token < len(self._tokens.num_chars) else 0
+        count = self.tokens.num_chars[token] if 0 <= token < len(self.tokens.num_chars) else 0
         if base is None or not 0 < count <= self._room or not int(base[token >> 5]) >> (token & 31) & 1:
             return False
         self._run += count
@@ -84,7 +89,7 @@ class StringMasks:
         end, missing = self._end, self._missing
         if self._base is None or end is None or missing is None:
             return False
-        count = self._tokens.ends.num_chars.get(token, -1)
+        count = self.tokens.ends.num_chars.get(token, -1)
         return missing <= count <= self._room and is_set(end.closing, token)
 
     def take_forced_end(self) -> list[int]:
@@ -99,13 +104,13 @@ class StringMasks:
         base, missing = self._base, self._missing
         if base is not None and missing is not None and 0 < missing <= _MAX_AHEAD:
             self.wants_end = False
-            self._end = end = self._tokens.find_end(matcher, missing, self._room)
+            self._end = end = self.tokens.find_end(matcher, missing, self._room)
             if self._memory is not None and end is not None and self._name:
                 self._memory.add_end(self._name, end)
 
     def advance(self, token: int) -> None:
         """The answer goes on with this token."""
-        count = self._tokens.num_chars[token]
+        count = self.tokens.num_chars[token]
         if not count:
             if self._base is not None:
                 self._leave_string()
@@ -117,7 +122,7 @@ class StringMasks:
             if self._missing is not None:
                 self._missing = max(self._missing - count, 0)
         if self._base is None and (self._bounds.by_name or self._memory is not None):
-            self._tail = (self._tail + self._tokens.decode(token))[-_MAX_TAIL:]
+            self._tail = (self._tail + self.tokens.decode(token))[-_MAX_TAIL:]
 
     def find_place(self) -> tuple[bytes, bytes] | None:
         """Where the answer is in its grammar, if not in a free string: equal for equal places. None: that is not
@@ -139,6 +144,16 @@ class StringMasks:
             return None
         return self._name, tail[len(texts[0]) :]
 
+    def find_opening(self, place: tuple[bytes, bytes]) -> Opening | None:
+        """The place as all grammars know it, if the value of a property begins there that is a string; else None."""
+        name, behind = place
+        if behind.strip() != b":" or (lengths := self._bounds.by_name.get(_decode_name(name))) is None:
+            return None
+        (least, most), tokens = lengths, self.tokens
+        if least <= tokens.max_opened_and_closed:  # what comes behind the string is the grammar's
+            return None
+        return Opening(self._bounds.form, behind, tokens.max_opened if most is None else min(most, tokens.max_opened))
+
     def reset(self) -> None:
         """The answer is where nothing is known."""
         self._leave_string()
@@ -152,16 +167,16 @@ class StringMasks:
     def find_shared_mask(self) -> NDArray[np.int32] | None:
         """The mask for the next token where it is that of many: there is room for every token, and none may close the
         string, or as many may as before. None: ``write_mask`` has to be asked."""
-        if self._room < self._tokens.max_needed:
+        if self._room < self.tokens.max_needed:
             return None
-        return self._base if self._missing is None or self._missing > self._tokens.ends.max_chars else None
+        return self._base if self._missing is None or self._missing > self.tokens.ends.max_chars else None
 
     def write_mask(self, mask: NDArray[np.int32]) -> bool:
         """Write the mask for the next token. False if it is not known."""
         if self._base is None and not self._enter_string():
             return False
         assert self._base is not None
-        tokens = self._tokens
+        tokens = self.tokens
         if not self._is_room_exact and self._room < tokens.max_needed:
             self._probe_room()
         if self._missing is not None and self._missing <= tokens.ends.max_chars:
@@ -177,7 +192,7 @@ class StringMasks:
 
     def _write_near_end(self, mask: NDArray[np.int32]) -> bool:
         """Where tokens with the closing quote may come."""
-        tokens = self._tokens
+        tokens = self.tokens
         if self._end is None and self._missing and self._is_room_exact:
             self.look_ahead(self._get_matcher())
         if self._end is None:
@@ -206,14 +221,14 @@ class StringMasks:
                     return False
                 self.write_mask(mask)
                 if draft is not None and not self.accept(draft):
-                    return not 0 <= draft < len(self._tokens.num_chars) or not is_set(mask, draft)
+                    return not 0 <= draft < len(self.tokens.num_chars) or not is_set(mask, draft)
             return True
         finally:
             self._run, self._room, self._missing = before
 
     def _is_mask_known(self) -> bool:
         """Whether ``write_mask`` asks the library for nothing."""
-        tokens, missing = self._tokens, self._missing
+        tokens, missing = self.tokens, self._missing
         if self._base is None or not self._room or tokens.find_fitting(self._room) is None:
             return False
         if not self._is_room_exact and self._room < tokens.max_needed:
@@ -222,7 +237,7 @@ class StringMasks:
 
     def learn_mask(self, mask: NDArray[np.int32]) -> None:
         """The library has computed the mask for the next token. If that is in a free string, others follow from it."""
-        tokens, bounds = self._tokens, self._bounds
+        tokens, bounds = self.tokens, self._bounds
         if self._base is not None or self._run < bounds.min_run or not is_set(mask, tokens.probe):
             return
         is_value = self._read_lengths()
@@ -250,11 +265,11 @@ class StringMasks:
 
     def _enter_string(self) -> bool:
         """Whether the answer is in the value of a property that cannot end yet: then nothing is to be learned."""
-        if self._tokens.in_value is None or not self._read_lengths():
+        if self.tokens.in_value is None or not self._read_lengths():
             return False
         if not self._missing or self._may_close_after(0):
             return False
-        self._base = self._tokens.in_value
+        self._base = self.tokens.in_value
         self._begin_string()
         return True
 
@@ -273,7 +288,7 @@ class StringMasks:
         written = count_chars(match[2])
         if lengths is None or written is None or written[1:] != ("", False) or b"\\u" in match[2]:
             return False
-        if self._get_matcher().validate_tokens([self._tokens.probe] * MIN_PROBE) < MIN_PROBE:
+        if self._get_matcher().validate_tokens([self.tokens.probe] * MIN_PROBE) < MIN_PROBE:
             return False  # it is no string, or it ends soon
         self._name = match[1]
         least, most = lengths
@@ -282,14 +297,14 @@ class StringMasks:
         return True
 
     def _probe_room(self) -> None:
-        limit = self._tokens.max_needed + _PROBE_AHEAD if self._bounds.has_max else MIN_PROBE
-        self._room = self._get_matcher().validate_tokens([self._tokens.probe] * limit)
+        limit = self.tokens.max_needed + _PROBE_AHEAD if self._bounds.has_max else MIN_PROBE
+        self._room = self._get_matcher().validate_tokens([self.tokens.probe] * limit)
         self._is_room_exact = self._room < limit
         if not self._bounds.has_max and not self._is_room_exact:
             self._room, self._is_room_exact = _UNLIMITED, True
 
     def _probe_missing(self) -> None:
-        limit = min(self._room, self._tokens.ends.max_chars + _PROBE_AHEAD)
+        limit = min(self._room, self.tokens.ends.max_chars + _PROBE_AHEAD)
         if not self._may_close_after(limit):
             self._missing, self._is_missing_exact = limit + 1, False
             return
@@ -302,7 +317,7 @@ class StringMasks:
         self._missing, self._is_missing_exact = least, True
 
     def _may_close_after(self, num_chars: int) -> bool:
-        tokens = [self._tokens.probe] * num_chars + [self._tokens.quote]
+        tokens = [self.tokens.probe] * num_chars + [self.tokens.quote]
         return bool(self._get_matcher().validate_tokens(tokens) == len(tokens))
 
 

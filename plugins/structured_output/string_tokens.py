@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
@@ -13,12 +14,25 @@ from numpy.typing import NDArray
 from quire.plugins.structured_output.string_bounds import PROBE_CHAR
 from quire.plugins.structured_output.string_ends import ClosingTokens, StringEnd
 
-__all__ = ["StringTokens", "count_chars"]
+__all__ = ["Opening", "StringTokens", "count_chars"]
 
 _CHAR = re.compile(r'[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
 _CHARS = re.compile(f"(?:{_CHAR.pattern})*")
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+_OPENING = re.compile(rb'\s*:?\s*"')
 _MAX_TABLES = 256
+_MAX_OPENINGS = 512
+
+
+class Opening(NamedTuple):
+    """The place where a property's value begins that is a string, which no token can open and close."""
+
+    form: tuple[bool, bool]
+    """``StringBounds.form``."""
+    written: bytes
+    """Behind the property's name."""
+    max_chars: int
+    """Of the string, or of what a token has behind the quote if that is less."""
 
 
 class StringTokens:
@@ -38,10 +52,16 @@ class StringTokens:
         self.probe = self.quote = -1
         ids: dict[bytes, int] = {}
         ends: dict[int, tuple[int, bytes, bytes]] = {}
+        self.max_opened = self.max_opened_and_closed = 0
+        """The most characters of a string that a token has which opens it, and of those one which closes it, too."""
         for token in range(vocab_size):
             data = tokenizer.decode_bytes([token])
             if not data or tokenizer.is_special_token(token):
                 continue
+            if (opening := _OPENING.match(data)) and (counted := count_chars(data[opening.end() :])) is not None:
+                num_chars = counted[0] + counted[2]
+                self.max_opened = max(self.max_opened, num_chars)
+                self.max_opened_and_closed = max(self.max_opened_and_closed, num_chars if counted[1] else 0)
             ids.setdefault(data, token)
             self.probe = token if data == PROBE_CHAR.encode() else self.probe
             self.quote = token if data == b'"' else self.quote
@@ -65,6 +85,8 @@ class StringTokens:
         self.plain = _pack(is_plain)
         self.outside = _pack(~is_inside)
         self.without_closing = _pack(~is_closing)
+        self.closing_ids = {data: token for data, token in ids.items() if data.startswith(b'"')}
+        """Tokens that begin with a quote, by what they write."""
         self.ends = ClosingTokens(ends, ids, partial(_pack_ids, vocab_size))
         plain = is_plain.nonzero()[0]
         self._plain_by_chars = dict(zip(needed[plain].tolist(), plain.tolist(), strict=True))
@@ -73,6 +95,13 @@ class StringTokens:
 
         self.in_value: NDArray[np.int32] | None = None
         """Those without a closing quote that may come in a property's value; None: they are not known yet."""
+        self.openings: dict[Opening, NDArray[np.int32]] = {}
+        """Masks where a property's value begins that is a string, of all grammars: ``learn_opening`` adds to them."""
+
+    def learn_opening(self, opening: Opening, mask: NDArray[np.int32]) -> None:
+        """Keep it, while there is room."""
+        if len(self.openings) < _MAX_OPENINGS:
+            self.openings[opening] = mask
 
     def decode(self, token: int) -> bytes:
         """The text of a token."""
@@ -89,9 +118,7 @@ class StringTokens:
         ``room``. None: that is not so."""
         if not self.ends.is_decidable or 1 not in self._plain_by_chars:
             return None
-        path: list[int] = []
-        for num_chars in self._split_chars(missing):
-            path.append(self._plain_by_chars[num_chars])
+        path = self.split_chars(missing)
         if matcher.validate_tokens([*path, self.quote]) <= len(path):
             return None
         self.ends.learn_escapes(matcher)
@@ -109,14 +136,16 @@ class StringTokens:
         matcher.rollback(len(path))
         return StringEnd(closing, forced)
 
-    def _split_chars(self, num_chars: int) -> Iterator[int]:
-        """Numbers of characters that plain tokens have, together ``num_chars``."""
+    def split_chars(self, num_chars: int) -> list[int]:
+        """Plain tokens that have together so many characters. There has to be one of a single character."""
+        token_ids: list[int] = []
         while num_chars:
             part = next(
                 part for part in range(min(num_chars, self._max_plain_chars), 0, -1) if part in self._plain_by_chars
             )
-            yield part
+            token_ids.append(self._plain_by_chars[part])
             num_chars -= part
+        return token_ids
 
 
 def count_chars(data: bytes) -> tuple[int, str, bool] | None:

@@ -209,6 +209,37 @@ def test_most_masks_of_a_string_are_derived(backend, tokenizer, monkeypatch, bou
     assert len(computed) < 15 < 40 < len(tokens)
 
 
+def test_masks_are_known_before_the_first_answer(backend, tokenizer, monkeypatch) -> None:
+    """Of what a tokenizer would write; what answers find out beside that is remembered, and counted."""
+    values = {
+        "title": {"type": "string", "minLength": 60, "maxLength": 60},
+        "color": {"enum": ["red", "dark green"]},
+        "is_new": {"type": "boolean"},
+        "size": {"type": "object", "properties": {"unit": {"const": "cm"}}, "required": ["unit"]},
+        "note": {"type": "string", "minLength": 12},
+    }
+    values["size"]["additionalProperties"] = False
+    schema = {"type": "object", "properties": values, "required": list(values), "additionalProperties": False}
+    grammar = backend.compile(StructuredOutputsParams(json=json.dumps(schema), disable_any_whitespace=True))
+    answer = {"title": ("plain words " * 9)[:60], "color": "dark green", "is_new": False}
+    answer |= {"size": {"unit": "cm"}, "note": "some words here"}
+    computed: list[int] = []
+    learn_mask = StringMasks.learn_mask
+    monkeypatch.setattr(StringMasks, "learn_mask", lambda self, mask: (computed.append(0), learn_mask(self, mask))[1])
+    counts = []
+    for text in (json.dumps(answer), *[json.dumps(answer | {"color": "red"}).replace("red", "r\te\td")] * 2):
+        state, masks, before = grammar.start(), np.zeros((1, WORDS), np.int32), grammar.num_bytes
+        for part in text.split("\t"):
+            for token in tokenizer.encode(part, add_special_tokens=False).ids:
+                backend.fill_masks([MaskRequest(state, 0)], masks)
+                assert state.advance([token]) == 1
+        counts.append((len(computed), grammar.num_bytes - before))
+        computed.clear()
+    assert counts[0] == (0, 0)
+    assert counts[1][0] > 0 and counts[1][1] > 0
+    assert counts[2] == (0, 0)
+
+
 @pytest.mark.parametrize(
     "schema",
     [
