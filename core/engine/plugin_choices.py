@@ -46,8 +46,8 @@ def _name_of(setting: Setting, value: Any) -> str:
         return value
     if not inspect.isclass(value):
         raise ConfigError(
-            f"{setting.name} is a {type(value).__name__}, which the engine cannot use; give the class, and its options "
-            f"in plugin_options={{{setting.plugin_kind!r}: ...}}"
+            f"{setting.name}: an object of type {type(value).__name__} cannot be used; give a name or a class, and its "
+            f"options in plugin_options={{{setting.plugin_kind!r}: ...}}"
         )
     if "<locals>" in value.__qualname__:
         raise ConfigError(f"{setting.name}: {value.__qualname__} is defined inside a function; define it in a module")

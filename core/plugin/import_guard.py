@@ -28,8 +28,7 @@ def guard_import(target: str) -> Iterator[None]:
     """Import a plugin inside. Raises ``PluginError`` if that replaced functions or classes of Quire; puts back signal
     handlers, standard streams and torch's default dtype, gradient mode and number of threads, and says so in the log.
     One that takes long is named there too."""
-    waiting = ("%s: its import has not ended after %g s", target, SLOW_IMPORT_S)
-    timer = threading.Timer(SLOW_IMPORT_S, _log.warning, waiting)
+    timer = threading.Timer(SLOW_IMPORT_S, _say_what_is_waited_for, (target, threading.get_ident()))
     timer.daemon = True
     timer.start()
     names, settings = _list_names(), _ProcessSettings()
@@ -43,6 +42,14 @@ def guard_import(target: str) -> Iterator[None]:
     if patched := next((name for name, before in names.items() if _find_value(*name) is not before), None):
         where = ".".join(patched)
         raise PluginError(f"{target}: its import replaces {where}; leave Quire's own code as it is, or mend it there")
+
+
+def _say_what_is_waited_for(target: str, thread_id: int) -> None:
+    frame = sys._current_frames().get(thread_id)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("importlib."):
+        frame = frame.f_back
+    module = "" if frame is None else f", and is in {frame.f_globals.get('__name__')}"
+    _log.warning("%s: its import has not ended after %g s%s", target, SLOW_IMPORT_S, module)
 
 
 class _ProcessSettings:

@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.core.plugin.discovery import find_module_file
 
-__all__ = ["OptionLine", "read_bases", "read_options"]
+__all__ = ["OptionLine", "list_classes", "read_bases", "read_options"]
 
 _MAX_IMPORTS = 8
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path, "None": None}
@@ -58,6 +58,15 @@ def read_bases(target: str) -> list[str]:
     module, _, name = target.partition(":")
     cls = _find_class(module, name)
     return [] if cls is None else [ast.unparse(base).rpartition(".")[2] for base in cls.definition.bases]
+
+
+def list_classes(file: str) -> list[str]:
+    """The public classes that ``file`` defines and that derive from something; none where it cannot be read."""
+    try:
+        body = ast.parse(Path(file).read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    return [each.name for each in body if isinstance(each, ast.ClassDef) and each.bases and each.name[0] != "_"]
 
 
 def _read_dataclass(cls: _ClassSource, name: str) -> list[OptionLine] | None:

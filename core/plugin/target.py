@@ -63,7 +63,9 @@ def load_target(target: str, contract: type | str | None = None) -> type:
         try:
             resolved = getattr(resolved, part)
         except AttributeError:
-            classes = [n for n, value in vars(resolved).items() if inspect.isclass(value) and not n.startswith("_")]
+            classes = [
+                n for n, value in vars(resolved).items() if inspect.isclass(value) and value.__module__ == module
+            ]
             raise PluginError(f"{target}: {module} has no {part!r}; {suggest_names(part, classes)}") from None
     if not inspect.isclass(resolved):
         raise PluginError(f"{target}: is a {type(resolved).__name__}, not a class; name the class itself")

@@ -137,8 +137,8 @@ class _Report:
             cases = read_shape_cases(self._args.shapes)
         kept = [case for case in cases if not self._args.only or self._args.only in case.name]
         if not kept:
-            names = ", ".join(case.name for case in cases)
-            raise ConfigError(f"--only {self._args.only}: no case has that in its name; there are: {names}")
+            names = "; ".join(case.name for case in cases)
+            raise ConfigError(f"--only {self._args.only}: no case has that in its name; there are {names}")
         with torch.inference_mode():
             for case in kept:
                 self._rows += measure_case(

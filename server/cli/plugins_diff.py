@@ -78,7 +78,11 @@ def _read_record(name: str) -> ContractRecord:
     path = Path(name) if Path(name).suffix == ".json" else _RECORDS / f"{name}.json"
     try:
         record = json.loads(path.read_text("utf-8"))
-    except OSError:
+    except OSError as error:
+        if path.name == Path(name).name:
+            raise PluginError(
+                f"{name} cannot be read: {error.strerror}; quire plugins record FILE writes one"
+            ) from None
         known = sorted(each.stem for each in _RECORDS.glob("*.json"))
         raise PluginError(
             f"there is no record of {name!r}; known are {', '.join([*known, _INSTALLED])}; under another version "

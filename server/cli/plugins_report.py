@@ -15,7 +15,7 @@ from quire.core.plugin import hookspecs
 from quire.core.plugin.discovery import PluginEntryPoint, find_module_file, list_start_code
 from quire.core.plugin.manager import IMPORT_LIMIT_S, PluginManager
 from quire.core.plugin.registry import GROUP, KINDS, Kind, Registration, suggest_names
-from quire.core.plugin.source import read_bases, read_options
+from quire.core.plugin.source import list_classes, read_bases, read_options
 from quire.core.plugin.target import Resolution, find_missing_requirement, resolve_file
 from quire.core.version import __version__
 from quire.server.cli.plugins_probe import Probe, probe_entries
@@ -134,9 +134,17 @@ def doctor_report(manager: PluginManager, limit: float) -> dict[str, Any]:
 def split_subject(subject: str) -> tuple[str, str]:
     """``"policy/fcfs"`` -> ``("policy", "fcfs")``; the name may itself be ``dist/name`` or ``module:Class``."""
     kind, slash, name = subject.partition("/")
-    if not slash or not name:
-        raise PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs, or FILE.py:Class")
+    if not slash or not name or subject.endswith(".py"):
+        raise _refuse_subject(subject, "FILE.py:Class")
     return Kind.from_name(kind).key, name
+
+
+def _refuse_subject(subject: str, other_form: str) -> PluginError:
+    classes = list_classes(subject) if subject.endswith(".py") else []
+    if classes:
+        names = " or ".join(f"{subject}:{each}" for each in classes)
+        return PluginError(f"{subject} names a file, and no class in it; write {names}")
+    return PluginError(f"{subject!r} is not of the form KIND/NAME; write for example policy/fcfs, or {other_form}")
 
 
 def is_editable_finder(line: str) -> bool:
@@ -168,8 +176,7 @@ def _explain_package(manager: PluginManager, dist: str) -> dict[str, Any]:
     entries = [entry for entry in manager.entry_points if entry.is_of_dist(dist)]
     if not entries:
         known = [entry.dist for entry in manager.entry_points]
-        hint = f", or a package: {suggest_names(dist, known)}" if known else ""
-        raise PluginError(f"{dist!r} is not of the form KIND/NAME; write for example policy/fcfs{hint}")
+        raise _refuse_subject(dist, f"a package: {suggest_names(dist, known)}" if known else "FILE.py:Class")
     probe = probe_entries(entries[:1], IMPORT_LIMIT_S, targets=False)[0]
     return _describe_package(probe) | {"problems": list(probe.problems)}
 

@@ -22,7 +22,12 @@ __all__ = ["LogitsBench", "OperationBench"]
 _LLAMA_8B = OperationShape(4096, 14336, 32, 8, 128, 128256)
 _SMALL = OperationShape(256, 512, 8, 2, 64, 1024)
 _EXAMPLE_PARAMS = SamplingParams(
-    min_tokens=8, max_tokens=64, stop_token_ids=[2], logit_bias={3: -1.0}, bad_words_token_ids=[[4, 5]]
+    min_tokens=8,
+    max_tokens=64,
+    stop_token_ids=[2],
+    logit_bias={3: -1.0},
+    allowed_token_ids=[1, 3, 4, 9],
+    bad_words_token_ids=[[4, 5]],
 )
 
 

@@ -145,7 +145,7 @@ def test_exporters_are_added_to_the_default(tiny: Path) -> None:
         ),
         ({"scheduling_policy": Counting, "plugin_options": {"policy": {"limit": True}}}, "limit=True is not a whole"),
         ({"scheduling_policy": Counting, "plugin_options": {"policy": 3}}, "a mapping or an Options object, not 3"),
-        ({"sampler": object()}, "sampler is a object, which the engine cannot use; give the class"),
+        ({"sampler": object()}, "sampler: an object of type object cannot be used; give a name or a class"),
     ],
 )
 def test_what_is_meant_for_nobody_is_refused(tiny: Path, arguments: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,8 +66,12 @@ def test_a_cpu_says_what_it_cannot_say(capsys):
     [
         (["metrics/prometheus"], "is not a kind that is timed; those are attention, quant"),
         (["policy/fcsf"], "did you mean fcfs"),
-        (["policy/fcfs", "--only", "nothing"], "no case has that in its name; there are: 8 running"),
+        (["policy/fcfs", "--only", "nothing"], "no case has that in its name; there are 8 running"),
         (["nowhere.py:Class"], "there is no file"),
+        (
+            [str(Path(__file__).parents[1] / "plugin/hostile_plugins.py")],
+            r"names a file, and no class in it; write \S+py:",
+        ),
         (["policy/fcfs", "--shapes", "x.json"], "--shapes goes with attention"),
         (["attention/torch_sdpa", "--shapes", "x.json"], "write one: quire serve --capture-shapes FILE"),
         (["policy/fcfs", "--plot", "x.txt"], r"must be a \.png file"),

@@ -1,9 +1,10 @@
 """A page at ``/board``, a command that reads it, a flag for its title, and a metric: every way to extend the server."""
 
 import json
+import urllib.error
 import urllib.request
 
-from quire.sdk import hookimpl
+from quire.sdk import QuireError, hookimpl
 
 
 @hookimpl
@@ -34,7 +35,10 @@ def quire_extend_app(app):
 
 
 def print_board(args):
-    with urllib.request.urlopen(f"{args.url}/board", timeout=10) as answer:
-        board = json.load(answer)
+    try:
+        with urllib.request.urlopen(f"{args.url}/board", timeout=10) as answer:
+            board = json.load(answer)
+    except urllib.error.URLError as error:
+        raise QuireError(f"--url {args.url}: {error.reason}; start a server with --plugin quire-status-board") from None
     print(f"{board['title']}: longest answer {board['longest_answer']} tokens")
     return 0
