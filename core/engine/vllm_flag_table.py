@@ -43,7 +43,6 @@ _NOT_NEEDED = "no longer needed: "
 MULTIMODAL = "images, audio and video are not supported yet"
 _HF_CONFIG = "not supported: change config.json in the model's folder"
 _COMPILATION = "there is nothing to choose; --enforce-eager turns CUDA graphs off"
-_TLS = "not supported: let a proxy in front speak TLS"
 _TEXT_ALONE = "not supported: Quire generates text alone"
 _DISTRIBUTED = "not supported yet; the GPUs of one host share a model with --tensor-parallel-size"
 _EXPERTS = "not supported yet: experts are not spread over GPUs"
@@ -142,7 +141,7 @@ _ABSENT = {
     "--enable-mm-embeds --default-mm-loras": MULTIMODAL,
     "--hf-overrides --rope-scaling --rope-theta --rope-parameters --hf-config-path": _HF_CONFIG,
     "--cuda-graph-sizes --cudagraph-capture-sizes --max-cudagraph-capture-size": _COMPILATION,
-    "--ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-cert-reqs --ssl-ciphers --enable-ssl-refresh": _TLS,
+    "--enable-ssl-refresh": "not supported: restart the server for a new certificate",
     "--uds --headless --grpc": _ONE_PORT,
     "--override-pooler-config --pooler-config --io-processor-plugin --tokens-only": _TEXT_ALONE,
     "--data-parallel-rank --data-parallel-start-rank --data-parallel-address --data-parallel-rpc-port "
@@ -175,9 +174,7 @@ _ABSENT = {
     "--reasoning-parser-plugin": "now a plugin: --reasoning-parser MODULE:CLASS",
     "--tool-server": "not supported: the client runs the tools",
     "--trust-request-chat-template": "not supported: templates in requests are not run; give --chat-template",
-    "--default-chat-template-kwargs": "not supported: give chat_template_kwargs in requests",
     "--return-tokens-as-token-ids": "now return_tokens_as_token_ids in requests",
-    "--enable-force-include-usage": "not supported: give stream_options with include_usage in requests",
     "--enable-tokenizer-info-endpoint": "not supported: use /tokenize and /detokenize",
     "--disable-fastapi-docs": "not supported: let a proxy hide /docs and /openapi.json",
     "--allow-credentials": "not supported: requests of pages send keys, not cookies",

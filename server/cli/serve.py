@@ -19,6 +19,8 @@ from quire.server.cli.flags import (
 from quire.server.cli.vllm_flags import add_vllm_flags, apply_vllm_flags, apply_vllm_variables
 from quire.server.http.listening import bind_sockets
 from quire.server.http.signals import StopSignals
+from quire.server.http.template_defaults import parse_template_defaults
+from quire.server.http.tls import make_ssl_context
 
 __all__ = ["add_parser", "run"]
 
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args), *apply_vllm_variables(args, vllm_variables())]
     engine_args, settings = make_engine_args(args), make_server_settings(args)
+    make_ssl_context(settings)  # what is wrong shows before anything is started
+    parse_template_defaults(settings.default_chat_template_kwargs)
     with (
         bind_sockets(settings) as sockets,
         StopSignals() as signals,

@@ -27,6 +27,7 @@ from quire.server.http.settings import ServerSettings
 from quire.server.http.signals import StopSignals
 from quire.server.http.state import ServerState
 from quire.server.http.throughput_log import log_throughput
+from quire.server.http.tls import make_ssl_context
 
 __all__ = ["drain_requests", "serve"]
 
@@ -86,9 +87,9 @@ async def _serve(
         app = create_app(engine, settings, arguments)
         extend_app(app, engine.plugins, engine.add_quarantined)
         state: ServerState = app.state.server
-        servers = [_Server(_uvicorn_config(app, args))]
+        servers = [_Server(_uvicorn_config(app, args, settings))]
         if settings.prometheus_port is not None:
-            servers.append(_Server(_uvicorn_config(create_metrics_app(state), args)))
+            servers.append(_Server(_uvicorn_config(create_metrics_app(state), args, settings)))
         gc.collect()
         gc.freeze()
         if not args.disable_log_stats:
@@ -177,8 +178,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(app: Any, args: EngineArgs) -> uvicorn.Config:
-    return uvicorn.Config(
+def _uvicorn_config(app: Any, args: EngineArgs, settings: ServerSettings) -> uvicorn.Config:
+    config = uvicorn.Config(
         app,
         http=LimitedHttpProtocol,
         ws="none",
@@ -189,14 +190,18 @@ def _uvicorn_config(app: Any, args: EngineArgs) -> uvicorn.Config:
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
         server_header=False,
     )
+    config.load()
+    config.ssl = make_ssl_context(settings)
+    return config
 
 
 def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     """The ready line, and a request to paste."""
-    shown, local = _format_addresses(sockets[0])
+    scheme = "http" if state.settings.ssl_certfile is None else "https"
+    shown, local = _format_addresses(scheme, sockets[0])
     print(f"Quire {__version__} ready on {shown} - {state.engine.ready_line}")
     for other in sockets[1:]:
-        print(f"Metrics also on {_format_addresses(other)[0]}/metrics")
+        print(f"Metrics also on {_format_addresses(scheme, other)[0]}/metrics")
     key = " -H 'Authorization: Bearer KEY'" if state.api_keys else ""
     messages = [{"role": "user", "content": "What is paged attention?"}]
     body = json.dumps({"model": state.model_names[0], "messages": messages}).replace("'", "'\\''")
@@ -204,12 +209,12 @@ def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     sys.stdout.flush()
 
 
-def _format_addresses(bound: socket.socket) -> tuple[str, str]:
+def _format_addresses(scheme: str, bound: socket.socket) -> tuple[str, str]:
     """The address it listens on, and the address for a client on this machine."""
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)
-    return f"http://{shown}:{port}", f"http://{local}:{port}"
+    return f"{scheme}://{shown}:{port}", f"{scheme}://{local}:{port}"
 
 
 def _route_access_log() -> None:

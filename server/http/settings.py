@@ -43,7 +43,31 @@ class ServerSettings:
         metavar="ORIGIN",
         several_words=True,
     )
+    ssl_certfile: str | None = setting(
+        None, group="server", help="certificate chain, in PEM, with which the server speaks TLS", metavar="FILE"
+    )
+    ssl_keyfile: str | None = setting(
+        None, group="server", help="its private key, unless it is in the same file", metavar="FILE"
+    )
+    ssl_ca_certs: str | None = setting(
+        None, group="server", help="certificates, in PEM, that sign those of clients", metavar="FILE"
+    )
+    ssl_cert_reqs: int = setting(
+        0, group="server", help="whether clients need a certificate; 0: no, 1: if they have one, 2: yes", metavar="N"
+    )
+    ssl_ciphers: str | None = setting(
+        None, group="server", help="ciphers of TLS 1.2, as OpenSSL writes them; default: Python's", metavar="LIST"
+    )
     root_path: str = setting("", group="server", help="path under which a proxy publishes the server", metavar="PATH")
+    default_chat_template_kwargs: str | None = setting(
+        None,
+        group="server",
+        help='variables of the chat template that requests leave out, such as {"enable_thinking": false}',
+        metavar="JSON",
+    )
+    enable_force_include_usage: bool = setting(
+        False, group="server", help="end every stream with its usage, whatever its stream_options say"
+    )
     shutdown_timeout: float = setting(
         30.0, group="server", help="seconds for requests in flight after SIGTERM", metavar="SECONDS"
     )

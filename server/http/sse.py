@@ -97,6 +97,7 @@ class ChunkWriter:
         self._fields = {"id": response_id, "object": kind, "created": created, "model": model}
         self._head = b"data: %b" % encode(self._fields)[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage else b"}]}\n\n"
+        self.ends_with_usage = usage
         self._running_usage = running_usage
         chat = kind.startswith("chat")
         self._before = b',"delta":{"content":' if chat else b',"text":'
@@ -127,7 +128,7 @@ class ChunkWriter:
         return chunk.removesuffix(b"}\n\n") + b"," + encode(beside)[1:] + b"\n\n" if beside else chunk
 
     def encode_usage(self, usage: dict[str, Any]) -> bytes:
-        """The last chunk of an answer with ``stream_options.include_usage``."""
+        """The last chunk of an answer that ``ends_with_usage``."""
         return encode_event({**self._fields, "choices": [], "usage": usage})
 
     def _make_tail(self) -> bytes:

@@ -14,6 +14,7 @@ from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ModelNotFoundError
 from quire.server.http.response_store import ResponseStore
 from quire.server.http.settings import ServerSettings
+from quire.server.http.template_defaults import parse_template_defaults
 
 if TYPE_CHECKING:
     from quire.core.engine.async_llm import AsyncLLM
@@ -38,6 +39,7 @@ class ServerState:
         self.api_keys = ApiKeys(settings.api_key, settings.named_api_key)
         self.arguments = arguments
         """The parsed command line, for plugins that added flags; None when there was none."""
+        self._template_defaults = parse_template_defaults(settings.default_chat_template_kwargs)
         self.draining = False
         self.in_flight = 0
         """Requests to ``/v1`` that are being answered."""
@@ -68,6 +70,13 @@ class ServerState:
         more, so that an adapter that was unloaded is never answered by the model without it."""
         self.check_model(name)
         return None if name is None else self.engine.adapters.find_adapter(name)
+
+    async def encode_conversation(self, size: int, arguments: Mapping[str, Any]) -> list[int]:
+        """Messages to token ids: ``AsyncLLM.apply_chat_template`` with ``arguments``, of a body of ``size`` bytes, and
+        what the server sets of the template's variables where they leave it out."""
+        variables = {**self._template_defaults, **(arguments.get("chat_template_kwargs") or {})}
+        arguments = {**arguments, "chat_template_kwargs": variables or None}
+        return await self.run_by_size(size, self.engine.apply_chat_template, **arguments)
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if no request can be served any more."""

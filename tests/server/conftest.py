@@ -62,7 +62,7 @@ def start_server(folder: Path, *arguments: str) -> RunningServer:
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, env=child_environment())
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        if match := re.search(r"ready on (http://\S+)", out.read_text()):
+        if match := re.search(r"ready on (https?://\S+)", out.read_text()):
             return RunningServer(process, match.group(1), out, err)
         if process.poll() is not None:
             break

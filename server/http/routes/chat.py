@@ -69,7 +69,7 @@ async def answer_chat(state: ServerState, request: Request) -> Response:
     arguments = body.template_arguments()
     if body.truncate_prompt_tokens is not None:  # a conversation may be longer than the context, within reason
         arguments["max_tokens"] = MAX_TRUNCATED * state.engine.config.model.max_model_len
-    prompt = await state.run_by_size(size, state.engine.apply_chat_template, **arguments)
+    prompt = await state.encode_conversation(size, arguments)
     params = parsers.constrain_params(use, prompt, params)
     make_parser = partial(parsers.make_parser, use, prompt)
     shown = parsers.find_shown_tokens(use)
@@ -81,7 +81,7 @@ async def answer_chat(state: ServerState, request: Request) -> Response:
             "chat.completion.chunk",
             current_timestamp(),
             model,
-            body.include_usage,
+            state.settings.enable_force_include_usage or body.include_usage,
             usage.to_dict if body.continuous_usage else None,
         )
         outputs = await stream_outputs(state, request, [prompt], params, body, shown)
@@ -176,7 +176,7 @@ async def _stream_events(
                         )
                     if data:
                         yield data
-        if body.include_usage:
+        if writer.ends_with_usage:
             yield writer.encode_usage(usage.to_dict())
     except Exception as error:
         yield b"data: %b\n\n" % bytes(make_error_response(error).body)

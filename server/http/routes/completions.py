@@ -63,7 +63,7 @@ async def answer_completion(state: ServerState, request: Request) -> Response:
             "text_completion",
             current_timestamp(),
             model,
-            body.include_usage,
+            state.settings.enable_force_include_usage or body.include_usage,
             usage.to_dict if body.continuous_usage else None,
         )
         outputs = await stream_outputs(state, request, body.prompt, params, body)
@@ -167,7 +167,7 @@ async def _stream_events(
                         )
                     if data:
                         yield data
-        if body.include_usage:
+        if writer.ends_with_usage:
             yield writer.encode_usage(usage.to_dict())
     except Exception as error:
         yield b"data: %b\n\n" % bytes(make_error_response(error).body)

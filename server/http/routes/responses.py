@@ -138,7 +138,7 @@ async def _answer(state: ServerState, request: Request) -> Response:
     if body.truncation == "auto":  # a conversation may be longer than the context, within reason
         arguments["max_tokens"] = MAX_TRUNCATED * state.engine.config.model.max_model_len
     size = len(await request.body()) + sum(len(str(message.get("content"))) for message in messages)
-    prompt = await state.run_by_size(size, state.engine.apply_chat_template, **arguments)
+    prompt = await state.encode_conversation(size, arguments)
     params = parsers.constrain_params(use, prompt, params)
     answer = _Answer(state, request, body, model, messages)
     shown = parsers.find_shown_tokens(use)

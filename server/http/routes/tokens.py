@@ -46,8 +46,7 @@ def make_router(state: ServerState) -> APIRouter:
             special = body.add_special_tokens is not False
             tokens = await state.run_by_size(size, state.engine.tokenize, body.prompt, special, most)
         else:
-            arguments = body.template_arguments()
-            tokens = await state.run_by_size(size, state.engine.apply_chat_template, max_tokens=most, **arguments)
+            tokens = await state.encode_conversation(size, {**body.template_arguments(), "max_tokens": most})
         is_named = bool(body.return_token_strs)
         encoded = await state.run_by_size(4 * len(tokens), _encode_tokens, state.engine, tokens, limit, is_named)
         return Response(encoded, media_type="application/json")

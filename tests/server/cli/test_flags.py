@@ -87,7 +87,9 @@ def test_each_flag_sets_its_field(flag: Setting) -> None:
         value_set = getattr(owner, flag.name)
         assert (list(value_set) if isinstance(value_set, tuple) else value_set) == value
     if flag.value_type == "bool":
-        assert getattr(make_engine_args(parsed(f"--no-{flag.flag[2:]}")), flag.name) is False
+        args = parsed(f"--no-{flag.flag[2:]}")
+        owner = make_engine_args(args) if flag in ENGINE_FLAGS else make_server_settings(args)
+        assert getattr(owner, flag.name) is False
 
 
 def test_the_model_may_be_given_either_way() -> None:
@@ -186,6 +188,8 @@ def test_errors_of_the_command_line_are_one_line(
         ["serve", "--shutdown-timeout", "inf"],
         ["serve", "--max-request-bytes", "0"],
         ["serve", "--api-key", ""],
+        ["serve", "--ssl-keyfile", "key.pem"],
+        ["serve", "--default-chat-template-kwargs", "enable_thinking"],
         ["bench", "throughput", "--num-prompts", "0"],
         ["bench", "serve", "--base-url", "nonsense"],
         ["bench", "serve", "--base-url", "http://127.0.0.1:1"],

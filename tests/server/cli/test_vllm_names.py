@@ -40,7 +40,7 @@ def test_no_flag_is_both_there_and_absent() -> None:
         (["--named-api-key", "a=K1", "b=K2"], "--named-api-key takes one value at a time: write --named-api-key for"),
         (["--scheduling-policy-option", "x=1", "y=2"], "--scheduling-policy-option takes one value at a time"),
         (["--scheduler_cls=x:Y"], "--scheduler-cls: now --scheduling-policy MODULE:CLASS"),
-        (["--ssl-keyfile", "key.pem"], "--ssl-keyfile: not supported: let a proxy in front speak TLS"),
+        (["--enable-ssl-refresh"], "--enable-ssl-refresh: not supported: restart the server for a new certificate"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
