@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
 
 from quire.core.errors import InvalidRequestError
 
-__all__ = ["MAX_CONSTRAINT_BYTES", "ConstraintKind", "StructuredOutputsParams"]
+__all__ = ["MAX_CONSTRAINT_BYTES", "OPTIONS_OF_VLLM", "ConstraintKind", "StructuredOutputsParams"]
 
 MAX_CONSTRAINT_BYTES = 131_072
 """The longest schema, expression or grammar, as UTF-8. Each of the ``n`` continuations has a copy."""
 MAX_CONSTRAINT_DEPTH = 64
 """The deepest nesting of a schema or a structural tag, in JSON objects and arrays."""
 MAX_CHOICES = 4096
+OPTIONS_OF_VLLM: Mapping[str, str] = MappingProxyType(
+    {
+        "disable-any-whitespace": "disable_any_whitespace",
+        "no-additional-properties": "disable_additional_properties",
+        "no-fallback": "disable_fallback",
+    }
+)
+"""What vLLM takes behind a colon after a backend's name, and the field that it is."""
 
 ConstraintKind = Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
 _KINDS: tuple[ConstraintKind, ...] = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
@@ -44,7 +53,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     follows. With ``reasoning_start`` as well, free text comes first only if the answer begins with that.
     ``reasoning_between`` is what a model then writes before all that follows; with it there may be several pieces of
     reasoning. What the answer has to match stands behind ``answer_begin``. ``backend`` and ``disable_fallback`` are
-    accepted from scripts for vLLM and change nothing: the engine has one backend.
+    accepted from scripts for vLLM: the engine has one backend, but options behind its name hold, such as
+    ``"xgrammar:disable-any-whitespace"``.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -65,11 +75,15 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
 
     def __post_init__(self) -> None:
         """Brings every field into one form, and refuses what is none of its kind or too large."""
+        self._check_settings()
         given: list[ConstraintKind] = [name for name in _KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none is given"
             raise InvalidRequestError(f"structured_outputs takes exactly one of {', '.join(_KINDS)}; {what}", _PARAM)
         (kind,) = given
+        for other in _KINDS:  # what is False is not given
+            if other != kind:
+                self._set(other, None)
         if kind in ("json", "structural_tag"):
             self._set(kind, _to_json_text(kind, getattr(self, kind), self.disable_additional_properties))
         elif kind == "choice":
@@ -110,6 +124,21 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     def load_json(self) -> Any:
         """The schema, or the structural tag, as the value that its text stands for."""
         return json.loads(str(self.json if self.json is not None else self.structural_tag))
+
+    def _check_settings(self) -> None:
+        for name in ("disable_any_whitespace", "disable_additional_properties", "disable_fallback"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be true or false, got {value!r:.60}", _PARAM)
+        if self.backend is None:
+            return
+        if not isinstance(self.backend, str):
+            raise InvalidRequestError(f"backend must be a text, got {self.backend!r:.60}", _PARAM)
+        _, colon, options = self.backend.partition(":")
+        for option in options.split(",") if colon else ():
+            if option not in OPTIONS_OF_VLLM:
+                known = ", ".join(OPTIONS_OF_VLLM)
+                raise InvalidRequestError(f"backend {self.backend!r:.60} has options other than {known}", _PARAM)
+            self._set(OPTIONS_OF_VLLM[option], True)
 
     def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)

@@ -61,13 +61,13 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     """Resolve and check ``args``. Loads no weights. Raises a ``QuireError`` that says what to change."""
     _check_supported(args)
     args, keys_without_flag = spread_speculative_config(replace_classes_by_names(args))
+    asked, args = args.structured_output_backend, translate_structured_backend(args)
     plugins = PluginManager(args.plugins)
     chooser = PluginChooser(plugins, args.plugin_options)
     context = make_first_context(args)
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
     choices_before_model = choose_before_model(plugins, chooser, args, context)
-    asked, backend = args.structured_output_backend, translate_structured_backend(args.structured_output_backend)
-    if backend == "llguidance" and asked != backend:
+    if args.structured_output_backend == "llguidance" != asked.partition(":")[0]:
         _log.warning("structured output backend %s: llguidance takes its place", asked)
 
     from quire.core.loading.chat_template import read_chat_templates

@@ -4,6 +4,7 @@ before anything is downloaded, or even torch imported."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,7 @@ from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import check_options_by_source, list_option_values, parse_options
 from quire.core.plugin.registry import KINDS, suggest_names
 from quire.core.plugin.source import read_options
+from quire.core.structured_outputs import OPTIONS_OF_VLLM
 
 __all__ = [
     "PARALLEL_SIZES",
@@ -45,7 +47,7 @@ _BACKENDS_OF_VLLM = ("outlines", "lm-format-enforcer", "guidance", "xgrammar")
 def check_names(args: EngineArgs) -> None:
     """Raise the ``QuireError`` of ``build_config`` for names that it would refuse, and for wrong options of the plugins
     that are named: without torch, so that who misspelt one hears of it at once."""
-    args, _ = spread_speculative_config(args)
+    args = translate_structured_backend(spread_speculative_config(args)[0])
     plugins = PluginManager(args.plugins)
     chooser = PluginChooser(plugins, args.plugin_options)
     context = make_first_context(args)
@@ -96,7 +98,7 @@ def choose_before_model(
         ("kv", args.kv_allocator),
         ("policy", args.scheduling_policy),
         ("sampler", args.sampler),
-        ("structured_output", translate_structured_backend(args.structured_output_backend)),
+        ("structured_output", args.structured_output_backend),
         ("adapter", args.adapter_method),
         ("executor", args.executor),
     ):
@@ -116,9 +118,21 @@ def _list_named_for_model(args: EngineArgs) -> dict[str, str]:
     return {kind: name for kind, name in names.items() if name != "auto"}
 
 
-def translate_structured_backend(name: str) -> str:
-    """What takes the place of a backend that vLLM has by this name, perhaps with its options behind a colon."""
-    name_in_vllm = name.partition(":")[0] if isinstance(name, str) else name
-    if name_in_vllm not in _BACKENDS_OF_VLLM:
-        return name
-    return "xgrammar" if name_in_vllm == "xgrammar" and find_spec("xgrammar") is not None else "llguidance"
+def translate_structured_backend(args: EngineArgs) -> EngineArgs:
+    """With what takes the place of a structured-output backend that vLLM has by this name, and with the options that
+    stand behind its colon. Raises ``ConfigError`` for others."""
+    name = args.structured_output_backend
+    base, colon, behind = name.partition(":") if isinstance(name, str) else (name, "", "")
+    if base not in (*_BACKENDS_OF_VLLM, "auto", "llguidance"):
+        return args
+    options = list_option_values(args.plugin_options.get("structured_output", {}))
+    for option in behind.split(",") if colon else ():
+        if option not in OPTIONS_OF_VLLM:
+            known = suggest_names(option, OPTIONS_OF_VLLM)
+            raise ConfigError(f"structured_output_backend={name!r}: {option!r} is no option of {base}; {known}")
+        if option != "no-fallback":  # there is no other backend to fall back to
+            options[OPTIONS_OF_VLLM[option]] = True
+    has_xgrammar = base == "xgrammar" and find_spec("xgrammar") is not None
+    backend = base if base == "auto" or has_xgrammar else "llguidance"
+    plugin_options = {**args.plugin_options, "structured_output": options} if options else args.plugin_options
+    return replace(args, structured_output_backend=backend, plugin_options=plugin_options)

@@ -178,8 +178,9 @@ _ABSENT = {
     "--enable-tokenizer-info-endpoint": "not supported: use /tokenize and /detokenize",
     "--disable-fastapi-docs": "not supported: let a proxy hide /docs and /openapi.json",
     "--allow-credentials": "not supported: requests of pages send keys, not cookies",
-    "--guided-decoding-disable-any-whitespace": "now disable_any_whitespace of structured_outputs, in requests",
-    "--guided-decoding-disable-additional-properties": "now disable_additional_properties, in requests",
+    "--guided-decoding-disable-any-whitespace": "now --structured-output-backend-option disable_any_whitespace=true",
+    "--guided-decoding-disable-additional-properties":
+        "now --structured-output-backend-option disable_additional_properties=true",
     "--structured-outputs-config": "now --structured-output-backend",
     "--attention-config": "now --attention-backend",
     "--kernel-config --additional-config --override-neuron-config --override-attention-dtype --weight-transfer-config":

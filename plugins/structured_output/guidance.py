@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from quire.plugins.structured_output.answer_walk import walk_answers
 from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, catch_up_together, first_line
-from quire.plugins.structured_output.json_schema import name_refused_keyword, prepare_schema
+from quire.plugins.structured_output.json_schema import apply_defaults, name_refused_keyword, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
 from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds, join_string_bounds
 from quire.plugins.structured_output.string_ends import GrammarMemory
@@ -63,6 +63,10 @@ class GuidanceBackend(StructuredOutputBackend):
         """Threads that compute masks; 0: four fifths of the processors that the process may use, at most 8."""
         max_lexer_states: int = 50_000
         """States that the lexer of one grammar may build, of 1 to 2 kB each."""
+        disable_any_whitespace: bool = False
+        """As if every request said so, but for those with a ``whitespace_pattern``."""
+        disable_additional_properties: bool = False
+        """As if every request said so."""
 
         def __post_init__(self) -> None:
             if self.threads < 0 or self.max_lexer_states < 1:
@@ -70,7 +74,7 @@ class GuidanceBackend(StructuredOutputBackend):
 
     def __init__(self, tokenizer: TokenizerInfo, options: Options | None = None) -> None:
         super().__init__(tokenizer, options)
-        options = options or self.Options()
+        self._options = options = options or self.Options()
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer.tokenizer_json, n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.eos_token_ids)
         )
@@ -100,6 +104,8 @@ class GuidanceBackend(StructuredOutputBackend):
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Build the parser, and the first mask, which shows what no answer can match."""
+        options = self._options
+        params = apply_defaults(params, options.disable_any_whitespace, options.disable_additional_properties)
         try:
             grammar = self._write_grammar(params)
         except InvalidRequestError:

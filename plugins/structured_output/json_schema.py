@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from quire.sdk import InvalidRequestError
+import msgspec
 
-__all__ = ["name_refused_keyword", "prepare_schema", "walk_schemas"]
+from quire.sdk import InvalidRequestError, StructuredOutputsParams
+
+__all__ = ["apply_defaults", "name_refused_keyword", "prepare_schema", "walk_schemas"]
 
 _REFUSED = {
     "not": "a negation has no grammar",
@@ -34,6 +36,18 @@ _FROM_ERROR = re.compile(
     r"\b(oneOf|allOf|anyOf|format|pattern(?:Properties)?|multipleOf|minimum|maximum|exclusiveM\w+|type|\$ref|enum|const"
     r"|min\w+|max\w+|required|properties|additionalProperties|items|prefixItems)\b"
 )
+
+
+def apply_defaults(params: StructuredOutputsParams, no_blanks: bool, close_objects: bool) -> StructuredOutputsParams:
+    """``params`` with what a backend is told to do for all JSON: without blanks between its parts, unless there is a
+    pattern of them, and without properties that a schema does not list."""
+    changes: dict[str, bool] = {}
+    if params.kind in ("json", "json_object", "structural_tag"):
+        if no_blanks and params.whitespace_pattern is None:
+            changes["disable_any_whitespace"] = True
+        if close_objects:
+            changes["disable_additional_properties"] = True
+    return msgspec.structs.replace(params, **changes) if changes else params
 
 
 def prepare_schema(schema: Any) -> dict[str, Any]:

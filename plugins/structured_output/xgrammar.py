@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
-from quire.plugins.structured_output.json_schema import prepare_schema, walk_schemas
+from quire.plugins.structured_output.json_schema import apply_defaults, prepare_schema, walk_schemas
 from quire.sdk import (
     CompiledGrammar,
     GrammarState,
@@ -58,8 +59,16 @@ _MAX_BLANKS = 40
 class XGrammarBackend(StructuredOutputBackend):
     """Plain JSON schemas, regular expressions, choices and EBNF grammars."""
 
-    def __init__(self, tokenizer: TokenizerInfo, options: None = None) -> None:
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the backend."""
+
+        disable_any_whitespace: bool = False
+        """As if every request said so."""
+
+    def __init__(self, tokenizer: TokenizerInfo, options: Options | None = None) -> None:
         super().__init__(tokenizer, options)
+        self._options = options or self.Options()
         fields = json.loads(tokenizer.tokenizer_json)
         vocab = dict(fields["model"]["vocab"]) | {t["content"]: t["id"] for t in fields.get("added_tokens") or ()}
         pieces = [""] * (1 + max(vocab.values()))
@@ -88,6 +97,7 @@ class XGrammarBackend(StructuredOutputBackend):
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Compile, and begin an answer, which shows what no answer can match."""
+        params = apply_defaults(params, self._options.disable_any_whitespace, close_objects=False)
         try:
             grammar = _Grammar(self._compile(params), frozenset(self.tokenizer.eos_token_ids))
             mask = np.zeros(-(-self.tokenizer.vocab_size // 32), np.int32)

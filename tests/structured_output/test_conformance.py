@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from quire import StructuredOutputsParams
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.config_builder import build_config
+from quire.core.errors import ConfigError
 from quire.plugins.structured_output.guidance import GuidanceBackend
 from quire.sdk import CompiledGrammar, GrammarState, InvalidRequestError, StructuredOutputBackend, TokenizerInfo
 from quire.testing import parametrize_with_checks, run_checks
@@ -144,19 +145,43 @@ def test_a_backend_that_takes_no_sample_is_checked_by_its_own_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "expected", "options"),
     [
-        ("auto", "llguidance"),
-        ("guidance", "llguidance"),
-        ("outlines", "llguidance"),
-        ("lm-format-enforcer", "llguidance"),
-        ("guidance:disable-any-whitespace", "llguidance"),
-        ("none", "none"),
+        ("auto", "llguidance", set()),
+        ("guidance", "llguidance", set()),
+        ("outlines:no-fallback", "llguidance", set()),
+        ("lm-format-enforcer:no-additional-properties", "llguidance", {"disable_additional_properties"}),
+        (
+            "guidance:disable-any-whitespace,no-additional-properties",
+            "llguidance",
+            {"disable_any_whitespace", "disable_additional_properties"},
+        ),
+        ("auto:disable-any-whitespace", "llguidance", {"disable_any_whitespace"}),
+        ("none", "none", set()),
     ],
 )
-def test_the_names_of_vllm_are_taken(name: str, expected: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_names_of_vllm_are_taken(name, expected, options, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         config = build_config(EngineArgs(model="quire-tiny", device="cpu", structured_output_backend=name)).config
-    assert config.plugin("structured_output").name == expected
-    if name not in ("auto", "none"):
+    choice = config.plugin("structured_output")
+    assert choice.name == expected
+    assert {key for key, value in choice.options.items() if value is True} == options
+    if name.partition(":")[0] not in ("auto", "none"):
         assert f"backend {name}: llguidance takes its place" in caplog.text
+
+
+def test_other_options_behind_the_name_of_a_backend_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'disable-whitespace' is no option of guidance; did you mean disable-any"):
+        build_config(EngineArgs(model="quire-tiny", structured_output_backend="guidance:disable-whitespace"))
+
+
+def test_a_backend_can_leave_out_blanks_and_further_properties_in_all_answers(tokenizer, accepts) -> None:
+    info = TokenizerInfo((TINY / "tokenizer.json").read_text(), 4096, (EOS,))
+    options = GuidanceBackend.Options(disable_any_whitespace=True, disable_additional_properties=True)
+    backend, plain = GuidanceBackend(info, options), GuidanceBackend(info)
+    params = StructuredOutputsParams(json={"type": "object", "properties": {"a": {"type": "boolean"}}})
+    pattern = StructuredOutputsParams(json={"type": "object"}, whitespace_pattern=" {0,3}")
+    for text, expected in (('{"a": true}', True), ('{"a":true}', False), ('{"b": 1}', False)):
+        assert accepts(backend.compile(params), text) == expected
+        assert accepts(plain.compile(params), text)
+    assert accepts(backend.compile(pattern), '{   "a":1}')

@@ -49,6 +49,10 @@ def test_a_schema_is_kept_as_text_in_the_order_of_its_keys() -> None:
         ({"choice": ["a", 3]}, "must hold texts"),
         ({"structural_tag": True}, "must be a JSON object"),
         ({"choice": ["a"], "reasoning_start": "<think>"}, "needs reasoning_end"),
+        ({"regex": "a", "disable_any_whitespace": "no"}, "disable_any_whitespace must be true or false"),
+        ({"regex": "a", "disable_fallback": [1]}, "disable_fallback must be true or false"),
+        ({"regex": "a", "backend": 5}, "backend must be a text"),
+        ({"regex": "a", "backend": "xgrammar:no-blanks"}, "options other than disable-any-whitespace"),
     ],
 )
 def test_what_is_malformed_is_refused_by_name(fields, message) -> None:
@@ -72,6 +76,21 @@ def test_scripts_for_vllm_give_fields_that_may_be_none() -> None:
     assert GuidedDecodingParams.from_optional(json=None, regex=None, choice=None, backend="outlines") is None
     params = GuidedDecodingParams.from_optional(json=None, regex="[ab]+", json_object=None, whitespace_pattern=None)
     assert params == StructuredOutputsParams(regex="[ab]+")
+
+
+def test_options_behind_the_name_of_a_backend_hold() -> None:
+    schema = {"type": "object", "properties": {"a": {}}}
+    params = StructuredOutputsParams(json=schema, backend="guidance:disable-any-whitespace,no-additional-properties")
+    assert params.disable_any_whitespace
+    assert params.load_json() == {**schema, "additionalProperties": False}
+
+
+def test_a_kind_that_is_false_is_not_given() -> None:
+    """Also in the process that it is sent to."""
+    params = StructuredOutputsParams(regex="a+", json_object=False)
+    assert params == StructuredOutputsParams(regex="a+", json_object=0)
+    assert params.kind == "regex"
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=StructuredOutputsParams) == params
 
 
 def test_an_empty_constraint_is_not_none_at_all() -> None:

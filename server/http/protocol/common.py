@@ -236,7 +236,9 @@ class GenerationBody(Body):
             raise ApiError(400, "cache_salt: must not be empty; leave it out to share the cache", param="cache_salt")
 
 
-_STRUCTURED_FIELDS = (*STRUCTURED_FIELDS, "response_format", "structured_outputs", "guided_whitespace_pattern")
+_STRUCTURED_FIELDS = (
+    *STRUCTURED_FIELDS, "response_format", "structured_outputs", "guided_whitespace_pattern", "guided_decoding_backend",
+)  # fmt: skip
 _TEXT_ONLY = "Quire takes and gives text only; leave it out"
 _UNSUPPORTED_FIELDS = (
     UnsupportedField("length_penalty", "it belongs to beam search, which is not supported", (1.0,)),

@@ -43,6 +43,8 @@ def read_structured_outputs(fields: Mapping[str, Any]) -> StructuredOutputsParam
     values = {key: value for key, value in values.items() if value is not None}
     if (pattern := fields.get("guided_whitespace_pattern")) is not None:
         values.setdefault("whitespace_pattern", pattern)
+    if (backend := fields.get("guided_decoding_backend")) is not None:
+        values.setdefault("backend", backend)
     unknown = sorted(values.keys() - (set(StructuredOutputsParams.__struct_fields__) - _NOT_FROM_CALLERS))
     if unknown:
         raise _error(name, f"has no field {unknown[0]!r:.60}")
