@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from quire.plugins.kv.hashing import hash_chain
@@ -11,6 +12,8 @@ from quire.plugins.kv.pool import NULL_BLOCK, BlockPool
 from quire.sdk import Allocation, BlockCopy, KVAllocator, KVGroup, KVStats, PrefixMatch, Request
 
 __all__ = ["PagedAllocator", "PagedDebugState"]
+
+_request_id_of = attrgetter("request_id")
 
 _MAX_COUNTED = 2048
 """Requests of which it is remembered how much was cached: more than a policy sees at once."""
@@ -45,7 +48,7 @@ class PagedAllocator(KVAllocator):
         super().__init__(groups, num_blocks, block_size, prefix_caching=prefix_caching, options=options)
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
         self._tables: dict[int, _BlockTable] = {}
-        self._counted: dict[int, _CountedPrefix] = {}  # by request id: of the last calls of ``count_cached_tokens``
+        self._counted: dict[int, int] = {}  # by request id: what ``count_cached_tokens`` gave, while it holds
         self._num_queries = self._num_hits = 0  # tokens
 
     def match_prefix(self, request: Request) -> PrefixMatch:
@@ -64,37 +67,39 @@ class PagedAllocator(KVAllocator):
         return PrefixMatch(length * self.block_size, blocks)
 
     def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
-        """Policies ask of the same waiting requests in every step, so what was counted is only looked at again: where
-        its last block is still cached, and the next one is not, nothing has changed."""
+        """Policies ask of the same waiting requests in every step, so what was counted is kept until a block is cached,
+        or evicted, where the cached prefix ends."""
         if not self.prefix_caching:
             return [0] * len(requests)
         if len(self.groups) > 1 or self.groups[0].window is not None:
-            return [self._count_prefix(request).num_cached_tokens for request in requests]
-        cached, known = self._pools[0].cached_blocks, self._counted
+            return [self._count_prefix(request)[0] * self.block_size for request in requests]
+        pool, known = self._pools[0], self._counted
+        for request_id in pool.notified:
+            known.pop(request_id, None)
+        pool.notified.clear()
         if len(known) > _MAX_COUNTED:
             known.clear()
-        counts = []
-        for request in requests:
-            counted = known.get(request.request_id)
-            if counted is not None:
-                num_cached_tokens, num_tokens, last_hash, next_hash = counted
-                if (
-                    next_hash not in cached
-                    and (last_hash is None or last_hash in cached)
-                    and num_tokens == len(request.token_ids)
-                ):
-                    counts.append(num_cached_tokens)
-                    continue
-            counted = known[request.request_id] = self._count_prefix(request)
-            counts.append(counted.num_cached_tokens)
+            pool.watchers.clear()
+        counts: list[Any] = [*map(known.get, map(_request_id_of, requests))]
+        while None in counts:
+            place = counts.index(None)
+            request = requests[place]
+            counts[place] = known[request.request_id] = self._count_and_watch(request)
         return counts
 
-    def _count_prefix(self, request: Request) -> _CountedPrefix:
-        """By bisection: free blocks are evicted from the end of a prefix, so that it is cached up to some block."""
-        num_tokens = len(request.token_ids)
+    def _count_and_watch(self, request: Request) -> int:
+        num_blocks, hashes = self._count_prefix(request)
+        watchers = self._pools[0].watchers
+        for block_hash in hashes[max(num_blocks - 1, 0) : num_blocks + 1]:  # the last cached one, and the one behind it
+            watchers.setdefault(block_hash, set()).add(request.request_id)
+        return num_blocks * self.block_size
+
+    def _count_prefix(self, request: Request) -> tuple[int, Sequence[bytes]]:
+        """Its cached blocks, and the hashes of all that may be. By bisection: free blocks are evicted from the end of a
+        prefix, so that it is cached up to some block."""
         if request.skip_prefix_cache:
-            return _CountedPrefix(0, num_tokens, None, None)
-        length = num_full = (num_tokens - 1) // self.block_size
+            return 0, ()
+        length = num_full = (len(request.token_ids) - 1) // self.block_size
         hashes = request.block_hashes
         if len(hashes) < length:
             hashes = hash_chain(request, self.block_size, length)
@@ -113,8 +118,7 @@ class PagedAllocator(KVAllocator):
                     length = middle
         if has_windows:
             length = self._fit_windows(hashes, length)
-        last_hash, next_hash = hashes[length - 1] if length else None, hashes[length] if length < num_full else None
-        return _CountedPrefix(length * self.block_size, num_tokens, last_hash, next_hash)
+        return length, hashes[:num_full]
 
     def allocate(
         self,
@@ -215,6 +219,7 @@ class PagedAllocator(KVAllocator):
 
     def free(self, request: Request) -> None:
         """Free the last block first, so that a cached prefix is evicted from its end."""
+        self._counted.pop(request.request_id, None)  # if it waits again, then with more tokens
         table = self._tables.pop(request.request_id, None)
         if table is not None:
             for pool, blocks in zip(self._pools, table.blocks, strict=True):
@@ -222,7 +227,7 @@ class PagedAllocator(KVAllocator):
 
     def num_free_blocks(self) -> int:
         """Of the scarcest group."""
-        return min(pool.num_free for pool in self._pools)
+        return min([pool.num_free for pool in self._pools])
 
     def stats(self) -> KVStats:
         """Sums over the groups."""
@@ -304,18 +309,6 @@ class PagedAllocator(KVAllocator):
         cached, window = self._pools[group].cached_blocks, self.groups[group].window
         start = 0 if window is None else min(self._window_start(window, length * self.block_size), length)
         return (NULL_BLOCK,) * start + tuple(cached[hashes[i]] for i in range(start, length))
-
-
-class _CountedPrefix(NamedTuple):
-    """How much of a waiting request was cached."""
-
-    num_cached_tokens: int
-    num_tokens: int
-    """All of the request."""
-    last_hash: bytes | None
-    """Of the last cached block; None: there is none."""
-    next_hash: bytes | None
-    """Of the block behind it; None: the request has no more."""
 
 
 class _BlockTable:

@@ -25,6 +25,9 @@ class BlockPool:
         """By block: the hash under which it is cached, or None."""
         self.cached_blocks: dict[bytes, int] = {}
         """The same by hash."""
+        self.watchers: dict[bytes, set[int]] = {}
+        """By hash: requests to be named once in ``notified`` when a block is cached under it, or is not any more."""
+        self.notified: list[int] = []
         self.num_free = num_blocks - 1
         # The neighbours of each block in the free list; those of blocks that are not free mean nothing.
         self._next = [*range(1, num_blocks), NULL_BLOCK]
@@ -62,6 +65,8 @@ class BlockPool:
         if self.block_hashes[block] is None and block_hash not in self.cached_blocks:
             self.block_hashes[block] = block_hash
             self.cached_blocks[block_hash] = block
+            if block_hash in self.watchers:
+                self.notified += self.watchers.pop(block_hash)
 
     def evict_block(self, block: int) -> None:
         """Take a block out of the prefix cache, if it is there."""
@@ -69,6 +74,8 @@ class BlockPool:
         if block_hash is not None:
             self.block_hashes[block] = None
             del self.cached_blocks[block_hash]
+            if block_hash in self.watchers:
+                self.notified += self.watchers.pop(block_hash)
 
     def list_free_blocks(self) -> list[int]:
         """The free blocks in the order in which they will be allocated; checks the links. For tests and debugging."""

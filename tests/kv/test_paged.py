@@ -138,6 +138,7 @@ def test_what_is_cached_of_waiting_requests_is_counted_anew_as_blocks_come_and_g
     counts = set()
     for number in range(200):
         if number % 7 == 0:  # preempted, it waits with more tokens than before
+            allocator.free(waiting[number % len(waiting)])
             waiting[number % len(waiting)].token_ids.append(rng.randrange(2))
         serve(allocator, make_request(100 + number, rng.choice(prompts)[: rng.randrange(4, 17)]))
         counted = allocator.count_cached_tokens(waiting)
