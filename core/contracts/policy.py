@@ -59,6 +59,9 @@ class BatchingPolicy(ABC):
     a default. A name that no plugin declares, and a value of another type, is refused before the request begins."""
     reads_prefix_cache: bool = False
     """True: ``num_cached_tokens`` and ``prefix_hash`` are looked up, which hashes each prompt when it arrives."""
+    unused_methods: frozenset[str] = frozenset()
+    """Of ``schedule``, ``step_scheduled`` and ``request_finished``: those for which a policy has no use with its
+    options. They are not called, as if its class did not override them."""
     changes_only_at_events: bool = False
     """A promise to simulators: while the same requests run, all of them decoding, and no waiting request could start,
     ``schedule`` grants each its one token, and calls that are left out change no later plan. Steps between two events

@@ -120,18 +120,14 @@ class PolicyGuard:
         then, and what the policy did to the view is not known, so that the fallback needs a view of its own."""
         policy = self.policy
         # The default plan is the engine's own: neither checked nor timed.
-        if self._has_default_plan:
+        if self.has_default_plan:
             return CheckedPlan(*fill_step(PlanLimits.of_view(view)), [])
-        seen = PlanLimits.of_view(view)
-        limits = seen.copy_arrays()
-        returned = self._call(policy.schedule, view)
+        plan_or_fault = self._call(schedule, policy, view)
         if self.policy is not policy:
             return None  # it raised or was too slow
-        plan_or_fault = self._call(check_plan, returned, seen, limits)
         if isinstance(plan_or_fault, CheckedPlan):
             return plan_or_fault
-        if self.policy is policy:
-            self._report_fault("invalid_result", str(plan_or_fault))
+        self._report_fault("invalid_result", str(plan_or_fault))
         return None
 
     def note_empty_plan(self) -> bool:
@@ -168,7 +164,9 @@ class PolicyGuard:
         self._call(self.policy.request_finished, request.info, usage)
 
     def _overrides(self, method: str) -> bool:
-        return getattr(type(self.policy), method) is not getattr(BatchingPolicy, method)
+        policy = self.policy
+        is_overridden = getattr(type(policy), method) is not getattr(BatchingPolicy, method)
+        return is_overridden and method not in policy.unused_methods
 
     @property
     def _on_fallback(self) -> bool:
@@ -189,7 +187,8 @@ class PolicyGuard:
         self._call = call
         self._key_types: tuple[type, ...] | None = None
         self._num_empty_plans = 0
-        self._has_default_plan = not self._overrides("schedule")
+        self.has_default_plan = not self._overrides("schedule")
+        """Whether the engine plans by itself, in the policy's order."""
         self.has_groups = self._overrides("group_key") and self._overrides("schedule")
         """Whether the policy divides requests into groups, and chooses between them."""
         self.wants_reports = self._overrides("step_scheduled")
@@ -207,6 +206,14 @@ class PolicyGuard:
         if self._key_types is None:
             self._key_types = types
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
+
+
+def schedule(policy: BatchingPolicy, view: StepView) -> CheckedPlan | str:
+    """Ask the policy and check its plan: what it returns may run code of its own when it is read. A fault is logged
+    under this name."""
+    seen = PlanLimits.of_view(view)
+    limits = seen.copy_arrays()
+    return check_plan(policy.schedule(view), seen, limits)
 
 
 def _call_unguarded(function: Callable[..., object], *args: object) -> object:

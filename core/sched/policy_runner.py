@@ -123,14 +123,17 @@ class PolicyRunner:
         now_ns = self._clock()
         return [self.log.explain_request(number, now_ns) for number in self.log.find_requests(request_id)]
 
-    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
+    def step_scheduled(
+        self, step: SchedulerOutput, batch: ScheduledBatch, num_computed_tokens: NDArray[np.int64]
+    ) -> None:
         """Log the step; count the tokens of each group, and tell the policy what became of its plan, if it has a use
-        for these."""
+        for these. ``num_computed_tokens``: of the requests in the step, after it."""
         self._log_step(step, batch)
         if self._groups is None and not self.guard.wants_reports:
             return
         if self._groups is not None:
-            self._count_tokens(self._groups, step)
+            groups, prompt_len = self._running.group.take(step.rows), self._running.prompt_len.take(step.rows)
+            self._groups.count_step(groups, step.num_scheduled_tokens, num_computed_tokens, prompt_len)
         if self.guard.wants_reports:
             request_numbers = self._running.request_ids.take(step.rows)
             request_numbers.setflags(write=False)
@@ -147,25 +150,6 @@ class PolicyRunner:
             self._preempted.clear()
             self._finished_steps.clear()
             self.guard.report_step(report)
-
-    def _count_tokens(self, groups: GroupTable, step: SchedulerOutput) -> None:
-        """Prompt tokens one request after another, since few have any; generated ones of all decodes at once."""
-        running, rows, num_decodes = self._running, step.rows, step.num_decodes
-        decodes, others = rows[:num_decodes], rows[num_decodes:].tolist()
-        in_prompt = running.list_prompt_rows()
-        # A row that is in its prompt still: it had a single token of it left, or is not in this step.
-        if in_prompt and not set(others).issuperset(in_prompt):
-            alone = running.num_computed_tokens[decodes] <= running.prompt_len[decodes]
-            for row in decodes[alone].tolist():
-                groups.count_tokens(running.group.item(row), 1, 0)
-            decodes = decodes[~alone]
-        groups.count_decodes(running.group.take(decodes))
-        if not others:
-            return
-        for row, tokens in zip(others, step.num_scheduled_tokens[num_decodes:].tolist(), strict=True):
-            num_computed_before = running.num_computed_tokens.item(row) - tokens
-            num_prompt_tokens = min(max(running.prompt_len.item(row) - num_computed_before, 0), tokens)
-            groups.count_tokens(running.group.item(row), num_prompt_tokens, tokens - num_prompt_tokens)
 
     def step_finished(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """A step's output is in: for the next report."""

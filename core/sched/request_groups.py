@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class GroupTable:
         self._num_requests = np.zeros(16, np.int64)
         self._num_prompt_tokens = np.zeros(16, np.int64)
         self._num_output_tokens = np.zeros(16, np.int64)
-        self._uncounted: list[NDArray[np.int64]] = []  # groups of decodes, a token each
+        self._uncounted: list[tuple[NDArray[Any], ...]] = []  # arguments of ``count_step``
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -59,16 +60,18 @@ class GroupTable:
             self._shown_keys = None
             self._free_indices.append(oldest)
 
-    def count_decodes(self, groups: NDArray[np.int64]) -> None:
-        """Decodes were scheduled: one token for a request of each of ``groups``. Added up when someone looks."""
-        self._uncounted.append(groups)
+    def count_step(
+        self,
+        groups: NDArray[np.int64],
+        num_scheduled_tokens: NDArray[np.int32],
+        num_computed_tokens: NDArray[np.int64],
+        prompt_len: NDArray[np.int64],
+    ) -> None:
+        """Requests of ``groups`` were scheduled in a step; ``num_computed_tokens`` are theirs after it. Added up when
+        someone looks."""
+        self._uncounted.append((groups, num_scheduled_tokens, num_computed_tokens, prompt_len))
         if len(self._uncounted) == _MAX_UNCOUNTED:
             self._add_up()
-
-    def count_tokens(self, index: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        """A request of the group was scheduled for so many tokens of its prompt, and so many of its answer."""
-        self._num_prompt_tokens[index] += num_prompt_tokens
-        self._num_output_tokens[index] += num_output_tokens
 
     def view_columns(self, num_running: NDArray[np.int64]) -> GroupColumns:
         """The groups as a policy sees them. ``num_running``: requests of each that have a row."""
@@ -82,6 +85,7 @@ class GroupTable:
 
     def num_prompt_tokens(self) -> NDArray[np.int64]:
         """Of each group, computed for it."""
+        self._add_up()
         return self._num_prompt_tokens[: len(self._keys)].copy()
 
     def num_output_tokens(self) -> NDArray[np.int64]:
@@ -90,11 +94,16 @@ class GroupTable:
         return self._num_output_tokens[: len(self._keys)].copy()
 
     def _add_up(self) -> None:
-        uncounted = self._uncounted
-        if uncounted:
-            groups = uncounted[0] if len(uncounted) == 1 else np.concatenate(uncounted)
-            self._num_output_tokens += np.bincount(groups, minlength=len(self._num_output_tokens))
-            uncounted.clear()
+        steps = self._uncounted
+        if not steps:
+            return
+        columns = steps[0] if len(steps) == 1 else map(np.concatenate, zip(*steps, strict=True))
+        groups, scheduled, computed, prompt_len = columns
+        steps.clear()
+        in_prompt = np.minimum(np.maximum(prompt_len - computed + scheduled, 0), scheduled)
+        size = len(self._num_prompt_tokens)
+        self._num_prompt_tokens += np.bincount(groups, in_prompt, size).astype(np.int64)
+        self._num_output_tokens += np.bincount(groups, scheduled - in_prompt, size).astype(np.int64)
 
     def _open_group(self, key: GroupKey) -> int:
         if self._free_indices:

@@ -55,7 +55,7 @@ class _LoggedRequest:
 
     __slots__ = (
         *("facts", "finish_ns", "finish_reason", "num_output_tokens", "num_preemptions"),
-        *("held_since_ns", "stints", "waited_ns", "waiting_since"),
+        *("held_since_ns", "stints", "waited_ns", "waiting_since", "waits"),
     )
 
     def __init__(self, facts: dict[str, Any], waiting_since: list[int]) -> None:
@@ -64,6 +64,8 @@ class _LoggedRequest:
         """The counts of the queue when it began to wait; None while it does not."""
         self.held_since_ns: int | None = None
         """When it began to wait for its adapter; None while it does not."""
+        self.waits: list[tuple[list[int], list[int]]] = []
+        """Those counts and the ones when it ended to wait, of its last waits; the others are in ``waited_ns``."""
         self.waited_ns = [0] * len(_REASONS)
         self.stints: list[_Stint] = []
         self.num_preemptions = self.num_output_tokens = self.finish_ns = 0
@@ -169,7 +171,7 @@ class RequestLog:
         """Everything that is known of a request, as plain values; times in milliseconds from its arrival."""
         logged = self._requests[number]
         arrival_ns: int = logged.facts["arrival_ns"]
-        waited = list(logged.waited_ns)
+        waited = _add_waits(logged)
         if logged.waiting_since is not None:
             waited = _add_wait(waited, logged.waiting_since, self._count_until(now_ns))
         if logged.held_since_ns is not None:
@@ -234,12 +236,22 @@ class RequestLog:
 
     def _end_wait(self, logged: _LoggedRequest, now_ns: int) -> None:
         if logged.waiting_since is not None:
-            logged.waited_ns = _add_wait(logged.waited_ns, logged.waiting_since, self._count_until(now_ns))
+            logged.waits.append((logged.waiting_since, self._count_until(now_ns)))
             logged.waiting_since = None
+            if len(logged.waits) > _MAX_STINTS:
+                logged.waited_ns = _add_waits(logged)
+                logged.waits.clear()
 
 
 def _add_wait(waited: list[int], since: list[int], until: list[int]) -> list[int]:
     return [total + max(end - start, 0) for total, start, end in zip(waited, since, until, strict=True)]
+
+
+def _add_waits(logged: _LoggedRequest) -> list[int]:
+    waited = list(logged.waited_ns)
+    for since, until in logged.waits:
+        waited = _add_wait(waited, since, until)
+    return waited
 
 
 def _end_hold(logged: _LoggedRequest, now_ns: int) -> None:

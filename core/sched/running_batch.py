@@ -132,11 +132,6 @@ class RunningBatch(StateColumns):
         known = np.minimum(self.num_tokens[rows], self.max_computed_tokens[rows])
         return int(np.count_nonzero(known > self.num_computed_tokens[rows]))
 
-    def list_prompt_rows(self) -> list[int]:
-        """Rows of which the last token computed was of the prompt."""
-        rows: list[int] = (self.num_computed_tokens <= self.prompt_len).nonzero()[0].tolist()
-        return rows
-
     def view_columns(self, scheduled_rows: NDArray[np.int64]) -> RequestColumns:
         """The batch as a policy sees it, in order of admission. Nothing remains for ``scheduled_rows``, and for those
         that are held."""

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.core.contracts.policy import BatchingPolicy
 from quire.core.sched.batch_builder import LOOKAHEAD_BLOCKS
 from quire.core.sched.running_batch import NEVER
 from quire.core.sched.scheduler import Scheduler
@@ -91,8 +90,7 @@ class SkippingScheduler(Scheduler):
 
     def _promises_equal_plans(self) -> bool:
         guard = self.policy_runner.guard
-        policy = type(guard.policy)
-        promised = policy.changes_only_at_events or policy.schedule is BatchingPolicy.schedule
+        promised = guard.policy.changes_only_at_events or guard.has_default_plan
         return promised and not guard.wants_reports and not guard.has_groups
 
     def _extend_slots(self, rows: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:

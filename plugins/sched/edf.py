@@ -37,6 +37,8 @@ class EDFPolicy(BatchingPolicy):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options or self.Options())
         self._times = StepTimeModel()
+        if not self.options.drop:
+            self.unused_methods = frozenset({"schedule", "step_scheduled"})
 
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
         """The deadline, then the arrival."""

@@ -72,7 +72,8 @@ class EWSJFPolicy(BatchingPolicy):
         if len(waiting) < 2:
             return make_default_plan(view)
         group, lengths = waiting.group, waiting.num_remaining_tokens
-        waits = view.now_ns + _HEAD_START_NS - waiting.arrival_ns
-        mean_lengths = np.bincount(group, lengths).take(group) / np.bincount(group).take(group)
-        scores = waits / mean_lengths
-        return make_default_plan(view, waiting_order=np.lexsort((-waits, -scores)))
+        mean_lengths = np.bincount(group, lengths) / np.maximum(np.bincount(group), 1)
+        scores = (view.now_ns + _HEAD_START_NS - waiting.arrival_ns) / mean_lengths.take(group)
+        if view.num_free_rows == 1:
+            return make_default_plan(view, waiting_order=scores.argmax(0, keepdims=True))
+        return make_default_plan(view, waiting_order=(-scores).argsort(kind="stable"))

@@ -59,15 +59,15 @@ class FairBatchPolicy(BatchingPolicy):
     def schedule(self, view: StepView) -> Grants:
         """Urgent decodes, prompts by deadline, other decodes: each while the step's time lasts."""
         running, num_waiting = view.running, min(len(view.waiting), view.num_free_rows)
-        remaining = running.num_remaining_tokens
-        is_decode = (remaining == 1) & (running.output_len > 0)
-        num_decodes = int(np.count_nonzero(is_decode))
+        remaining, output_len = running.num_remaining_tokens, running.output_len
+        decodes = (remaining == 1).nonzero()[0]
+        if len(decodes) and not output_len.item(decodes.item(output_len.take(decodes).argmin())):
+            decodes = decodes[output_len.take(decodes) > 0]  # without the last token of a prompt
+        num_decodes = len(decodes)
         has_prompts = np.count_nonzero(remaining) > num_decodes
         if not (has_prompts or num_waiting) or not num_decodes or not view.chunked_prefill:
             return make_default_plan(view)  # no request to choose
-        slack = self._slack_ns(running, view.now_ns)
-        decodes = is_decode.nonzero()[0]
-        decode_slack = slack.take(decodes)
+        decode_slack = self._slack_ns(running, decodes, view.now_ns)
         tightest = decode_slack.item(decode_slack.argmin())
         # Who is late already cannot be helped by a short step: it then has the time of one token.
         budget = self._times.fit_tokens(tightest if tightest > 0 else self._tpot_ns, view.token_budget)
@@ -82,9 +82,11 @@ class FairBatchPolicy(BatchingPolicy):
             return make_default_plan(view, min_prefill_tokens=budget)  # nothing is cut, in whatever order
         if 0 < num_urgent < num_decodes:
             decodes = np.concatenate((decodes[is_urgent], decodes[~is_urgent]))
-        prompts = (remaining > is_decode).nonzero()[0]
+        is_prompt = remaining > 0
+        is_prompt[decodes] = False
+        prompts = is_prompt.nonzero()[0]
         if len(prompts) > 1:
-            prompts = prompts[slack[prompts].argsort(kind="stable")]
+            prompts = prompts[self._slack_ns(running, prompts, view.now_ns).argsort(kind="stable")]
         wanted = np.concatenate((remaining, arrivals))
         arrivals = np.arange(len(remaining), len(wanted))
         order = np.concatenate((decodes[:num_urgent], prompts, arrivals, decodes[num_urgent:]))
@@ -97,14 +99,14 @@ class FairBatchPolicy(BatchingPolicy):
         """Learn how long steps take."""
         self._times.record_report(report)
 
-    def _slack_ns(self, requests: RequestColumns, now_ns: int) -> NDArray[np.int64]:
-        """How long from now the next token of each request is due."""
+    def _slack_ns(self, requests: RequestColumns, indices: NDArray[np.int64], now_ns: int) -> NDArray[np.int64]:
+        """How long from now the next token of each of ``indices`` is due."""
         ttft: NDArray[np.int64] | int = self._ttft_ns
         tpot: NDArray[np.int64] | int = self._tpot_ns
         if self._has_targets:
-            ttft = np.where(requests.ttft_target_ns > 0, requests.ttft_target_ns, ttft)
-            tpot = np.where(requests.tpot_target_ns > 0, requests.tpot_target_ns, tpot)
-        slack: NDArray[np.int64] = requests.output_len * tpot
-        slack += requests.arrival_ns
+            ttft_targets, tpot_targets = requests.ttft_target_ns[indices], requests.tpot_target_ns[indices]
+            ttft, tpot = np.where(ttft_targets > 0, ttft_targets, ttft), np.where(tpot_targets > 0, tpot_targets, tpot)
+        slack: NDArray[np.int64] = requests.output_len.take(indices) * tpot
+        slack += requests.arrival_ns.take(indices)
         slack += ttft - now_ns
         return slack

@@ -120,7 +120,7 @@ def test_the_table_of_groups_is_bounded():
     busy = table.add_request("busy")
     for i in range(100):
         index = table.add_request(f"g{i}")
-        table.count_tokens(index, 3, 2)
+        table.count_step(*np.array([[index], [5], [5], [3]]))  # groups, scheduled, computed, prompts
         table.remove_request(index)
     assert len(table) <= 6 and table.add_request("busy") == busy
     remembered = table.view_columns(np.zeros(0, np.int64))

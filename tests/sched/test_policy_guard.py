@@ -245,3 +245,12 @@ def test_finished_is_told_and_may_fail(make_engine):
 def test_columns_refuse_unknown_names():
     with pytest.raises(TypeError, match="no such column: speed"):
         RequestColumns(speed=np.zeros(1, np.int64))
+
+
+def test_methods_that_a_policy_names_as_unused_are_not_called(make_engine):
+    policy = After(raises)
+    policy.calls, policy.unused_methods = 99, frozenset({"schedule"})
+    engine = make_engine(policy)
+    engine.add_request("a", [1, 2, 3], max_tokens=4)
+    engine.run_until_finished()
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0 and policy.calls == 99
