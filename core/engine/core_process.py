@@ -36,6 +36,7 @@ from quire.core.engine.watchdog import StepWatchdog
 from quire.core.errors import InvalidRequestError, PluginError, QuireError
 from quire.core.log import setup_logging
 from quire.core.messages import EngineCoreRequest
+from quire.core.plugin.frames import PluginFrames, describe_error
 from quire.core.worker import worker as _worker  # noqa: F401 - imported while the API process builds the configuration
 from quire.core.worker.multiproc.rank_processes import RankProcesses
 
@@ -63,12 +64,14 @@ class EngineCoreProcess:
     def run(self) -> int:
         """Build the engine, serve, and return the exit status."""
         core: EngineCore | None = None
+        frames: PluginFrames | None = None
         try:
             while not self._input_socket.poll(_IDLE_POLL_MS):
                 if os.getppid() != self._parent_pid:
                     return 1  # the API process ended before it had a configuration
             start = self._codec.decode_start(self._input_socket.recv())
             setup_logging(start.log_level)
+            frames = PluginFrames(start.config)
             core = EngineCore(start.config, executor=make_executor(start.config, self._rank_processes))
             capacity = core.capacity
             self._send_from_watchdog(Heartbeat())
@@ -82,7 +85,7 @@ class EngineCoreProcess:
         except Exception as error:
             if not isinstance(error, QuireError):
                 _log.error("the engine core stopped", exc_info=error)
-            self._send_message(EngineFailed(_format_error(error), type(error).__name__))
+            self._send_message(EngineFailed(describe_error(error, frames), type(error).__name__))
             return 1
         finally:
             if core is not None:
@@ -136,7 +139,7 @@ class EngineCoreProcess:
         except (InvalidRequestError, PluginError) as error:
             self._send_message(ControlReply(call.call_id, error=str(error), error_kind="invalid"))
         except Exception as error:  # also a result that msgpack cannot hold
-            self._send_message(ControlReply(call.call_id, error=_format_error(error)))
+            self._send_message(ControlReply(call.call_id, error=describe_error(error)))
 
     def _reject_unreadable(self, core: EngineCore, data: bytes, error: str) -> list[EngineCoreRequest]:
         """Answer the call, or those requests of a message, that cannot be read; the others."""
@@ -167,11 +170,6 @@ def _handle_message(core: EngineCore, message: AddRequests | AbortRequests) -> N
             core.add_request(request)
     else:
         core.abort_requests(message.request_ids)
-
-
-def _format_error(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, QuireError) else f"{type(error).__name__}: {text}"
 
 
 def _initialize_gpu(device: str) -> None:

@@ -11,10 +11,10 @@ from types import FrameType
 from typing import NamedTuple
 
 from quire.core.config import EngineConfig
-from quire.core.errors import WorkerError
+from quire.core.errors import QuireError, WorkerError
 from quire.core.plugin.quarantine import Quarantine, run_outside_of_plugin
 
-__all__ = ["PluginCall", "PluginFrames", "ThreadStack", "find_plugin_calls", "is_debugged"]
+__all__ = ["PluginCall", "PluginFrames", "ThreadStack", "describe_error", "find_plugin_calls", "is_debugged"]
 
 
 class PluginCall(NamedTuple):
@@ -41,6 +41,7 @@ class PluginFrames:
 
     def __init__(self, config: EngineConfig) -> None:
         choices = list(config.plugins.values())
+        self._foreign = frozenset((choice.kind, choice.name) for choice in choices if not choice.is_bundled)
         self._by_class = {choice.target: (choice.kind, choice.name) for choice in choices}
         self._by_module = {choice.target.partition(":")[0]: (choice.kind, choice.name) for choice in choices}
         # A module beside that of the class: of a package of another author, which registers few plugins.
@@ -70,6 +71,10 @@ class PluginFrames:
                 return plugin
         return None
 
+    def is_bundled(self, plugin: tuple[str, str]) -> bool:
+        """Of kind and name: whether it comes with Quire."""
+        return plugin not in self._foreign
+
     def _find_plugin(self, frame: FrameType) -> tuple[str, str] | None:
         return next(filter(None, map(self._match_frame, _walk_outwards(frame))), None)
 
@@ -82,6 +87,16 @@ class PluginFrames:
                 return plugin
         module = str(frame.f_globals.get("__name__"))
         return self._by_module.get(module) or self._by_package.get(module.partition(".")[0])
+
+
+def describe_error(error: BaseException, frames: PluginFrames | None = None) -> str:
+    """On one line, with the plugin of another author that raised it; a ``QuireError`` says what it says."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, QuireError):
+        return text
+    plugin = None if frames is None else frames.find_raiser(error)
+    raiser = "" if frames is None or plugin is None or frames.is_bundled(plugin) else f"{'/'.join(plugin)} raised "
+    return f"{raiser}{type(error).__name__}: {text}"
 
 
 def find_plugin_calls() -> list[PluginCall]:

@@ -133,6 +133,7 @@ def _check_contract(target: str, cls: type, contract: type) -> None:
         )
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
-        raise PluginError(f"{target}: does not implement {', '.join(missing)} of {name}; write them")
+        them = "them" if len(missing) > 1 else "it"
+        raise PluginError(f"{target}: does not implement {', '.join(missing)} of {name}; write {them}")
     if mismatch := find_signature_mismatch(cls, contract):
         raise PluginError(f"{target}: {mismatch}; take the arguments of {name}")

@@ -17,7 +17,8 @@ from quire import LLM, SamplingParams
 from quire.core.config import PluginChoice, WatchdogConfig
 from quire.core.engine.ipc import EngineHung
 from quire.core.engine.watchdog import PluginWatchdog, StepWatchdog
-from quire.core.plugin.frames import PluginFrames, find_plugin_calls
+from quire.core.errors import ConfigError
+from quire.core.plugin.frames import PluginFrames, describe_error, find_plugin_calls
 from quire.core.plugin.quarantine import PluginInterrupt, Quarantine
 from quire.core.sample.sampler import GumbelSampler
 from quire.core.stats import QuarantinedPlugin
@@ -316,3 +317,13 @@ def test_the_innermost_plugin_of_a_stack_is_named() -> None:
     quarantine = Quarantine("sampler", "other", lambda plugin: None)
     stacks = quarantine.call(lambda: frames.read_stacks(threading.get_ident()))
     assert stacks is not None and stacks[0].plugin is not None
+
+
+@pytest.mark.parametrize(("is_bundled", "named"), [(False, "model/Mine raised "), (True, "")])
+def test_an_error_at_start_says_whose_it_is(is_bundled: bool, named: str) -> None:
+    choices = {"model": PluginChoice("model", "Mine", f"{__name__}:Model", is_bundled=is_bundled)}
+    frames = PluginFrames(SimpleNamespace(plugins=choices))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError) as raised:
+        Model().forward(None)  # type: ignore[arg-type]
+    assert describe_error(raised.value, frames).startswith(f"{named}AttributeError: 'NoneType' object")
+    assert describe_error(ConfigError("too many"), frames) == "too many"

@@ -25,7 +25,7 @@ from quire.core.layers.parallel import CollectiveNotes, TensorParallel
 from quire.core.log import setup_logging
 from quire.core.messages import TokenMasks
 from quire.core.ops.all_reduce import AllReduceKernels
-from quire.core.plugin.frames import PluginFrames
+from quire.core.plugin.frames import PluginFrames, describe_error
 from quire.core.plugin.target import load_target
 from quire.core.worker.multiproc.messages import (
     AllocateKVCache,
@@ -99,7 +99,7 @@ class RankWorker:
             except Exception as error:
                 if not isinstance(error, QuireError):
                     _log.error("rank %d could not start", self._rank, exc_info=error)
-                self._send(StartFailed(_format_error(error), type(error).__name__))
+                self._send(StartFailed(describe_error(error, self._frames), type(error).__name__))
             status.end_message()
         # Without the destructors of communication libraries: they may wait for a rank that has ended.
         os._exit(0)
@@ -257,7 +257,7 @@ class RankWorker:
             self._send(StepDone(number, output))
 
     def _note_failure(self, number: int, error: BaseException) -> None:
-        text = _format_error(error)
+        text = describe_error(error)
         self._keep_outcome(number, f"raised {type(error).__name__}")
         plugin = None if self._frames is None else self._frames.find_raiser(error)
         code = getattr(error, "error_code", None)
@@ -302,8 +302,3 @@ class RankWorker:
         with self._send_lock:
             data = self._send_codec.encode(message)
             self._channel.send(data)
-
-
-def _format_error(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, QuireError) else f"{type(error).__name__}: {text}"
