@@ -22,6 +22,7 @@ __all__ = [
     "QuantizationLoader",
     "ShrinkInProduct",
     "StoredWeight",
+    "get_native_activation",
 ]
 
 InputFormat = Literal["native", "fp8_token", "fp8_tensor", "fp8_group", "int8_token"]
@@ -91,6 +92,13 @@ class QuantActivation:
     """The same activation unquantized, where it is also needed."""
     dtype: torch.dtype = torch.bfloat16
     """Of the activation before it was quantized."""
+
+
+def get_native_activation(x: Tensor | QuantActivation) -> Tensor:
+    """``x`` unquantized, as a layer of the input format ``native`` gets it."""
+    native = x.native if isinstance(x, QuantActivation) else x
+    assert native is not None, "the operation before emitted it quantized alone"
+    return native
 
 
 @dataclass(frozen=True, slots=True)

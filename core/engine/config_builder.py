@@ -25,12 +25,7 @@ from quire.core.config import (
 from quire.core.engine.adapter_registry import AdapterModule, parse_lora_modules
 from quire.core.engine.args import DTYPES, KV_CACHE_DTYPES, EngineArgs
 from quire.core.engine.plugin_choices import PluginChooser, replace_classes_by_names
-from quire.core.engine.plugin_names import (
-    PARALLEL_SIZES,
-    choose_before_model,
-    make_first_context,
-    translate_structured_backend,
-)
+from quire.core.engine.plugin_names import PARALLEL_SIZES, FirstChoices, translate_structured_backend
 from quire.core.engine.setting import section_default, settings_of
 from quire.core.engine.speculative import build_speculation_config, spread_speculative_config
 from quire.core.errors import ConfigError, PluginError
@@ -62,11 +57,9 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     _check_supported(args)
     args, keys_without_flag = spread_speculative_config(replace_classes_by_names(args))
     asked, args = args.structured_output_backend, translate_structured_backend(args)
-    plugins = PluginManager(args.plugins)
-    chooser = PluginChooser(plugins, args.plugin_options)
-    context = make_first_context(args)
     # Names that need no model are resolved first: a misspelt one is refused before anything is downloaded.
-    choices_before_model = choose_before_model(plugins, chooser, args, context)
+    first = FirstChoices.make(args)
+    plugins, chooser, context = first.plugins, first.chooser, first.context
     if args.structured_output_backend == "llguidance" != asked.partition(":")[0]:
         _log.warning("structured output backend %s: llguidance takes its place", asked)
 
@@ -81,7 +74,7 @@ def build_config(args: EngineArgs) -> BuiltConfig:
     parallel = _build_parallel_config(args, device, hf_config)
     architecture = get_architecture(hf_config, partial(plugins.has_plugin, "model"))
     context.update(device=device, hf_config=hf_config, architectures=[architecture])
-    choices = {**choices_before_model, **_resolve_for_model(plugins, chooser, args, context, architecture)}
+    choices = {**first.choices, **_resolve_for_model(plugins, chooser, args, context, architecture)}
     _check_options(plugins, choices)
     max_context_len = get_context_length(hf_config)
     max_model_len = args.max_model_len or max_context_len

@@ -4,7 +4,7 @@ before anything is downloaded, or even torch imported."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +22,8 @@ from quire.core.structured_outputs import OPTIONS_OF_VLLM
 
 __all__ = [
     "PARALLEL_SIZES",
+    "FirstChoices",
     "check_names",
-    "choose_before_model",
-    "make_first_context",
     "translate_structured_backend",
 ]
 
@@ -48,11 +47,9 @@ def check_names(args: EngineArgs) -> None:
     """Raise the ``QuireError`` of ``build_config`` for names that it would refuse, and for wrong options of the plugins
     that are named: without torch, so that who misspelt one hears of it at once."""
     args = translate_structured_backend(spread_speculative_config(args)[0])
-    plugins = PluginManager(args.plugins)
-    chooser = PluginChooser(plugins, args.plugin_options)
-    context = make_first_context(args)
-    choices = [*choose_before_model(plugins, chooser, args, context).values()]
-    choices += [chooser.choose(kind, name, context) for kind, name in _list_named_for_model(args).items()]
+    first = FirstChoices.make(args)
+    plugins, choices = first.plugins, [*first.choices.values()]
+    choices += [first.chooser.choose(kind, name, first.context) for kind, name in _list_named_for_model(args).items()]
     for kind in (*_CHOSEN_BY_MODEL, "spec_decode"):
         if kind not in {choice.kind for choice in choices}:
             _check_options_of_any(plugins, kind, list_option_values(args.plugin_options.get(kind, {})))
@@ -79,15 +76,29 @@ def _check_options_of_any(plugins: PluginManager, kind: str, options: Mapping[st
             raise ConfigError(f"{KINDS[kind].option_flag} {key}: {reason}{f'; {known}' if owners else ''}")
 
 
-def make_first_context(args: EngineArgs) -> dict[str, Any]:
-    """What ``auto`` may look at before the model is known: device and numbers of GPUs."""
-    return {"device": args.device} | {name: getattr(args, name) for name in PARALLEL_SIZES}
+@dataclass(frozen=True, slots=True)
+class FirstChoices:
+    """What is chosen before the model is known, and with what the rest is."""
+
+    plugins: PluginManager
+    chooser: PluginChooser
+    context: dict[str, Any]
+    """What ``auto`` may look at: device and numbers of GPUs, and the model once that is known."""
+    choices: dict[str, PluginChoice]
+    """The kinds whose choice does not depend on the model."""
+
+    @classmethod
+    def make(cls, args: EngineArgs) -> FirstChoices:
+        """Names of the other kinds are looked up too. Raises a ``QuireError`` for one that is not known."""
+        plugins = PluginManager(args.plugins)
+        chooser = PluginChooser(plugins, args.plugin_options)
+        context = {"device": args.device} | {name: getattr(args, name) for name in PARALLEL_SIZES}
+        return cls(plugins, chooser, context, _choose_before_model(plugins, chooser, args, context))
 
 
-def choose_before_model(
+def _choose_before_model(
     plugins: PluginManager, chooser: PluginChooser, args: EngineArgs, context: dict[str, Any]
 ) -> dict[str, PluginChoice]:
-    """The kinds whose choice does not depend on the model. Names of the other kinds are looked up too."""
     choices: dict[str, PluginChoice] = {}
     for kind, names, default in (("logits_processor", args.logits_processors, None), ("metrics", args.metrics, "auto")):
         for i, choice in enumerate(chooser.choose_several(kind, names, context, default)):

@@ -17,6 +17,7 @@ from quire.core.contracts.quant import (
     LayerInfo,
     LinearMethod,
     QuantActivation,
+    get_native_activation,
 )
 from quire.core.errors import ConfigError
 from quire.core.layers.parallel import NormedSum, PartialSum, TensorParallel
@@ -123,7 +124,7 @@ class AdaptedLinearMethod(LinearMethod):
             out = self._apply_appended(layer, x, bias)
         if out is None:
             out = self.inner.apply(layer, x, bias)
-            self._adapter_layer.apply(_get_native(x), out)
+            self._adapter_layer.apply(get_native_activation(x), out)
         return out
 
     def apply_fused(
@@ -152,16 +153,16 @@ class AdaptedLinearMethod(LinearMethod):
         # A kernel that norms its input does not show the result. The adapters norm it once more, rather than both
         # reading what a third kernel normed, so that rows without adapters keep their bits.
         if norm is None:
-            self._adapter_layer.apply(_get_native(x), out)
+            self._adapter_layer.apply(get_native_activation(x), out)
         else:
-            self._adapter_layer.apply_after_norm(_get_native(x), norm, out)
+            self._adapter_layer.apply_after_norm(get_native_activation(x), norm, out)
         return out
 
     def _apply_in_product(
         self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None, **neighbours: Any
     ) -> Tensor | None:
         """All of it by ``inner``, whose kernel adds the adapters to its product; None where it does not."""
-        native = _get_native(x)
+        native = get_native_activation(x)
         shrink = self._adapter_layer.get_shrink(native.shape[0])
         if shrink is None:
             return None
@@ -179,7 +180,7 @@ class AdaptedLinearMethod(LinearMethod):
         self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None
     ) -> UnaddedAdapters | None:
         """For an operation behind the layer that adds the adapters itself; None: ``apply_fused`` or ``apply``."""
-        if not self._adapters.is_active or not self.leaves_adapters(_get_native(x).shape[0]):
+        if not self._adapters.is_active or not self.leaves_adapters(get_native_activation(x).shape[0]):
             return None
         wide = self._multiply_appended(layer, x, bias)
         return None if wide is None else UnaddedAdapters(wide, TensorParallel(), self._adapter_layer)
@@ -207,7 +208,7 @@ class AdaptedLinearMethod(LinearMethod):
         bias: Tensor | None,
         norm: tuple[Tensor, float] | None = None,
     ) -> Tensor | None:
-        native = _get_native(x)
+        native = get_native_activation(x)
         num_rows = self._adapter_layer.count_active_rows(native.shape[0]) if self._has_appended_rows else 0
         return self.inner.apply_appended(layer, native, bias, num_rows, norm=norm) if num_rows else None
 
@@ -238,9 +239,3 @@ class UnaddedAdapters(PartialSum):
             return None
         fused = self.adapter_layer.add_appended_and_norm(self.part, residual, norm, output_format)
         return None if fused is None else NormedSum(*fused)
-
-
-def _get_native(x: Tensor | QuantActivation) -> Tensor:
-    native = x.native if isinstance(x, QuantActivation) else x
-    assert native is not None, "input_format is native in steps that have adapters"
-    return native

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quire.plugins.quant.deferred_linear import DeferredLinear, StoredTensor
 from quire.plugins.quant.grouped_weights import GroupedWeights, is_in_order
 from quire.plugins.quant.shards import Axis, Dimension, Shard
-from quire.sdk import CheckpointError, LayerInfo, LowRankShrink, QuantActivation
+from quire.sdk import CheckpointError, LayerInfo, LowRankShrink, QuantActivation, get_native_activation
 
 __all__ = ["FLOATS", "GroupedFormat", "GroupedLinear"]
 
@@ -136,7 +136,7 @@ class GroupedLinear(DeferredLinear):
         adapters: LowRankShrink | None = None,
     ) -> Tensor | None:
         """By the int4 kernels."""
-        assert isinstance(x, Tensor), "input_format is native"
+        x = get_native_activation(x)
         if self._perm is not None:
             if norm is not None:
                 return None

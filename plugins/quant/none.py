@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.sdk import LayerInfo, LinearMethod, LowRankShrink, QuantActivation, QuantizationLoader
+from quire.sdk import (
+    LayerInfo,
+    LinearMethod,
+    LowRankShrink,
+    QuantActivation,
+    QuantizationLoader,
+    get_native_activation,
+)
 from quire.sdk.layers import check_tensor_shape
 from quire.sdk.ops import SmallBatchGemm, get_small_batch_gemm
 
@@ -91,8 +98,8 @@ class UnquantizedLinear(LinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor | QuantActivation, bias: Tensor | None = None) -> Tensor:
         """One GEMM."""
+        x = get_native_activation(x)
         out = self.apply_fused(layer, x, bias)
-        assert isinstance(x, Tensor), "input_format is native"
         return F.linear(x, layer.weight, bias) if out is None else out  # type: ignore[arg-type]
 
     def apply_fused(
@@ -106,11 +113,11 @@ class UnquantizedLinear(LinearMethod):
         residual: Tensor | None = None,
     ) -> Tensor | None:
         """For few tokens, where a table says that one kernel is faster."""
-        assert isinstance(x, Tensor), "input_format is native"
         if self._small_batch_gemm is None or activation not in (None, "silu"):
             return None
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        return self._small_batch_gemm(x, weight, bias, norm=norm, gated=activation is not None, residual=residual)
+        native, gated = get_native_activation(x), activation is not None
+        return self._small_batch_gemm(native, weight, bias, norm=norm, gated=gated, residual=residual)
 
     def apply_appended(
         self,

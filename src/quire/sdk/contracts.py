@@ -171,6 +171,7 @@ __all__ = [
     "Worker",
     "XmlToolParser",
     "compute_content_hash",
+    "get_native_activation",
     "make_default_plan",
     "read_adapter",
 ]
@@ -188,7 +189,7 @@ NAMES_OF_MODULE = {
     ),
     "quire.core.contracts.quant": (
         "ActivationFormat", "AppendedTerm", "InputFormat", "LayerInfo", "LinearMethod", "LowRankShrink", "LowRankTerm",
-        "QuantActivation", "QuantizationLoader", "ShrinkInProduct", "StoredWeight",
+        "QuantActivation", "QuantizationLoader", "ShrinkInProduct", "StoredWeight", "get_native_activation",
     ),
     "quire.core.contracts.model": ("AuxHiddenStates", "ForwardContext", "Model"),
     "quire.core.contracts.op": ("OPERATIONS", "Operations"),
