@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 __all__ = ["MalformedCallError", "MarkerMatch", "Markers", "Reading", "TextReader"]
@@ -29,10 +30,7 @@ class Markers:
     """A set of literal texts that are looked for together. Of two that begin at one place the longer is taken."""
 
     def __init__(self, *markers: str) -> None:
-        self.texts = tuple(sorted({m for m in markers if m}, key=len, reverse=True))
-        self._longest = max(map(len, self.texts), default=0)
-        self._any = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
-        self._first = re.compile("[" + "".join({re.escape(m[0]) for m in self.texts}) + "]" if self.texts else r"(?!)")
+        self.texts, self._longest, self._any, self._first = _compile_markers(markers)
 
     def find_first(self, text: str, position: int, has_ended: bool) -> MarkerMatch:
         """The first marker at or after ``position``, or the place where one may begin that the text cuts."""
@@ -150,6 +148,15 @@ class TextReader:
 
         yield from self.copy_until(Markers(*stops), keep)
         return "".join(pieces)
+
+
+@lru_cache(maxsize=1024)
+def _compile_markers(markers: tuple[str, ...]) -> tuple[tuple[str, ...], int, re.Pattern[str], re.Pattern[str]]:
+    """What ``Markers`` looks with. Every answer of a model looks for the same."""
+    texts = tuple(sorted({m for m in markers if m}, key=len, reverse=True))
+    any_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+    first = re.compile("[" + "".join({re.escape(m[0]) for m in texts}) + "]" if texts else r"(?!)")
+    return texts, max(map(len, texts), default=0), any_text, first
 
 
 _SPACE = re.compile(r"\s*+")
