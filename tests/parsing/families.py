@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 
 from quire.core.parsing.answer_parser import AnswerParser
 from quire.core.parsing.events import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallStart
@@ -138,12 +138,16 @@ PARSER_OF = {"mistral_v11": "mistral", "deepseek_v31": "deepseek_v3"}
 """Forms of one family, of which one parser reads both."""
 
 
-def render(family: str, turn: Turn) -> str:
-    """The text that a model of ``family`` writes for ``turn``."""
+@cache
+def load_template(family: str) -> Template:
     environment = Environment(keep_trailing_newline=True)
     environment.filters |= {"json": lambda value: json.dumps(value, ensure_ascii=False), "python": repr}
-    template = environment.from_string(FAMILIES[family][1])
-    return template.render(content=turn.content, reasoning=turn.reasoning, calls=turn.calls)
+    return environment.from_string(FAMILIES[family][1])
+
+
+def render(family: str, turn: Turn) -> str:
+    """The text that a model of ``family`` writes for ``turn``."""
+    return load_template(family).render(content=turn.content, reasoning=turn.reasoning, calls=turn.calls)
 
 
 @cache

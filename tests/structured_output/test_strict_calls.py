@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from tests.parsing.families import FAMILIES, HAS_REASONING, PARSER_OF, Turn, render
+from tests.parsing.families import FAMILIES, HAS_REASONING, Turn, load_parsers, render
 from tests.structured_output.conftest import TINY
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
@@ -21,7 +21,6 @@ from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.tool_use import ToolUse, read_tool_use
 from quire.core.errors import UnsupportedError
 from quire.core.parsing.message import AssistantMessage
-from quire.core.plugin.manager import PluginManager
 from quire.core.sampling_params import SamplingParams
 from quire.core.structured_outputs import StructuredOutputsParams
 from quire.plugins.parsers.reasoning import NoReasoning
@@ -61,6 +60,7 @@ BOOK = {
     "$defs": {"Unit": {"enum": ["celsius", "kelvin"]}},
 }
 FUNCTIONS = {"book": BOOK, "get_time": {"type": "object", "properties": {}, "additionalProperties": False}}
+VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in FUNCTIONS.items()}
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": schema, "strict": True}}
     for name, schema in FUNCTIONS.items()
@@ -100,13 +100,7 @@ class Model:
         self.num_words = size // 32
 
     def make_parsers(self, family: str) -> AnswerParsers:
-        manager = PluginManager()
-        return AnswerParsers(
-            manager.load_class("tool_parser", PARSER_OF.get(family, family))(),
-            manager.load_class("reasoning_parser", FAMILIES[family][0])(),
-            self.tokenizer,
-            on_quarantine=lambda plugin: None,
-        )
+        return AnswerParsers(*load_parsers(family), self.tokenizer, on_quarantine=lambda plugin: None)
 
     def compile(self, parsers: AnswerParsers, use: ToolUse, **fields: Any) -> CompiledGrammar:
         params = parsers.constrain_params(use, [5], SamplingParams(**fields)).structured_outputs
@@ -114,19 +108,18 @@ class Model:
         self.backend.validate_params(params)
         return self.backend.compile(params)
 
-    def start(self, parsers: AnswerParsers, use: ToolUse) -> GrammarState:
-        return self.compile(parsers, use).start()
-
     def list_allowed(self, state: GrammarState) -> np.ndarray:
         mask = np.zeros(self.num_words, np.int32)
         state.fill_mask(mask)
         return np.unpackbits(mask.view(np.uint8), bitorder="little").nonzero()[0]
 
-    def accepts(self, state: GrammarState, text: str) -> bool:
+    def accepts(self, grammar: CompiledGrammar, text: str) -> bool:
         """The text, up to a token that ends answers if it has one."""
+        state, mask = grammar.start(), np.zeros(self.num_words, np.int32)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         for token in (*token_ids, EOS):
-            if token not in self.list_allowed(state):
+            state.fill_mask(mask)
+            if not mask[token // 32] >> token % 32 & 1:
                 return False
             assert state.advance([token]) == 1
             if token in self.eos:
@@ -146,7 +139,7 @@ def model(request, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def check_calls(message: AssistantMessage) -> int:
     for call in message.tool_calls:
-        jsonschema.validate(json.loads(call.arguments), FUNCTIONS[call.name])
+        VALIDATORS[call.name].validate(json.loads(call.arguments))
     return len(message.tool_calls)
 
 
@@ -171,8 +164,9 @@ def test_what_a_model_writes_is_accepted(model: Model, family: str) -> None:
     turns = [Turn(calls=[("book", BOOKING)]), Turn(content="Look at [1] {a: b}.")]
     if family != "openai":  # whose answers end with a call
         turns += [Turn(calls=[("book", BOOKING), ("get_time", {})]), Turn(calls=[("get_time", {}), ("book", BOOKING)])]
+    grammar = model.compile(parsers, use)
     for turn in turns:
-        assert model.accepts(model.start(parsers, use), render(family, turn)), render(family, turn)
+        assert model.accepts(grammar, render(family, turn)), render(family, turn)
         message = model.read(parsers, use, render(family, turn))
         assert [(call.name, json.loads(call.arguments)) for call in message.tool_calls] == turn.calls
 
@@ -180,11 +174,11 @@ def test_what_a_model_writes_is_accepted(model: Model, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_arguments_that_break_their_schema_cannot_be_written(model: Model, family: str, choice: str) -> None:
-    parsers, use = model.make_parsers(family), read_tool_use(TOOLS, choice)
+    grammar = model.compile(model.make_parsers(family), read_tool_use(TOOLS, choice))
     for arguments in INVALID:
         text = render(family, Turn(calls=[("book", arguments)]))
-        assert not model.accepts(model.start(parsers, use), text), text
-        assert not model.accepts(model.start(parsers, use), "\n " + text), text
+        assert not model.accepts(grammar, text), text
+        assert not model.accepts(grammar, "\n " + text), text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,17 +186,18 @@ def test_arguments_that_break_their_schema_cannot_be_written(model: Model, famil
 def test_whatever_passes_keeps_its_schema(model: Model, family: str, choice: str) -> None:
     """Answers drawn at random from the masks."""
     parsers, rng, num_calls = model.make_parsers(family), random.Random(family + choice), 0
+    uses = [read_tool_use(BOUNDED_TOOLS, choice, parallel_tool_calls=is_parallel) for is_parallel in (True, False)]
+    grammars = [model.compile(parsers, use) for use in uses]
     for index in range(6):
-        use = read_tool_use(BOUNDED_TOOLS, choice, parallel_tool_calls=index % 2 == 0)
-        state, token_ids = model.start(parsers, use), []
+        use, state, token_ids = uses[index % 2], grammars[index % 2].start(), []
         if choice == "auto" or family in HAS_REASONING:  # it would hardly begin a call by itself
             begin = render(family, Turn(calls=[("book", {"city": "Paris"})])).partition("Paris")[0]
             token_ids = model.tokenizer.encode(begin, add_special_tokens=False)[:-1]
             assert state.advance(token_ids) == len(token_ids)
         for count in range(300):
             allowed = model.list_allowed(state)
-            others = [token for token in allowed if token not in model.eos]
-            if not others or (len(others) < len(allowed) and (count > 40 or rng.random() < 0.3)):
+            others = allowed[~np.isin(allowed, model.eos)]
+            if not len(others) or (len(others) < len(allowed) and (count > 40 or rng.random() < 0.3)):
                 break
             token_ids.append(int(rng.choice(others)))
             assert state.advance(token_ids[-1:]) == 1
@@ -228,7 +223,7 @@ def test_no_other_way_of_writing_a_call_gets_round_it(model: Model, family: str)
     ]
     for text in texts:
         for before in ("", "\u00a0\n", "Yes.\n"):
-            if model.accepts(grammar.start(), before + text):
+            if model.accepts(grammar, before + text):
                 check_calls(model.read(parsers, use, before + text))
 
 
@@ -238,15 +233,13 @@ def test_functions_that_are_not_strict_are_free_beside_others(model: Model, fami
     free = {"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}}
     use = read_tool_use([TOOLS[0], free])
     grammar = model.compile(parsers, use)
-    assert model.accepts(
-        grammar.start(), render(family, Turn(calls=[("get", {"key": "(a) b", "n": [1, {"x": None}]})]))
-    )
-    assert model.accepts(grammar.start(), render(family, Turn(calls=[("book", BOOKING)])))
+    assert model.accepts(grammar, render(family, Turn(calls=[("get", {"key": "(a) b", "n": [1, {"x": None}]})])))
+    assert model.accepts(grammar, render(family, Turn(calls=[("book", BOOKING)])))
     if family != "openai":
         calls = [("book", BOOKING), ("get", {"other": True})]
-        assert model.accepts(grammar.start(), render(family, Turn(calls=calls)))
+        assert model.accepts(grammar, render(family, Turn(calls=calls)))
         invalid = [("get", {"other": True}), ("book", INVALID[0])]
-        assert not model.accepts(grammar.start(), render(family, Turn(calls=invalid)))
+        assert not model.accepts(grammar, render(family, Turn(calls=invalid)))
 
 
 @pytest.mark.parametrize("family", ["qwen3_coder", "glm45", "pythonic"])
@@ -275,20 +268,20 @@ def test_an_answer_in_json_stands_in_the_final_channel(model: Model) -> None:
     thought = f"<|channel|>analysis<|message|>Is it {{}}?<|end|>{start}"
     final = f"<|channel|>final<|message|>{answer}<|return|>"
     for text in (final, thought + final, thought + thought + final):
-        assert model.accepts(grammar.start(), text)
+        assert model.accepts(grammar, text)
         message = model.read(parsers, ToolUse(), text)
         assert message.content == answer and bool(message.reasoning_content) == ("analysis" in text)
     for text in (answer, thought + answer, final.replace("kelvin", "other"), "<|channel|>final<|message|>So"):
-        assert not model.accepts(grammar.start(), text)
+        assert not model.accepts(grammar, text)
     use = read_tool_use(TOOLS)
     either = model.compile(parsers, use, structured_outputs=form)
     said = f"<|channel|>commentary<|message|>I look.<|end|>{start}"
     call = "<|channel|>commentary to=functions.get_time <|constrain|>json<|message|>{}<|call|>"
     for text in (thought + said + call, final, thought + final):
-        assert model.accepts(either.start(), text)
+        assert model.accepts(either, text)
     assert [each.name for each in model.read(parsers, use, thought + said + call).tool_calls] == ["get_time"]
     required = model.compile(parsers, read_tool_use(TOOLS, "required"))
-    assert model.accepts(required.start(), thought + call) and not model.accepts(required.start(), final)
+    assert model.accepts(required, thought + call) and not model.accepts(required, final)
 
 
 @pytest.mark.parametrize("family", ["qwen3_coder", "pythonic", "openai"])

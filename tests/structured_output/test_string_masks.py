@@ -89,18 +89,25 @@ schemas = records() | st.recursive(
 )
 
 
-def choose(rng: random.Random, allowed: list[int], texts: list[str], oddity: float) -> int:
-    """Mostly a plain token; else one that closes the string, escapes, or is a part of a character."""
-    odd = [token for token in allowed if set(texts[token]) & set('"\\\ufffd')]
-    if rng.random() < oddity:
-        wanted = rng.choice('"\\\ufffd')
-        return rng.choice([token for token in odd if wanted in texts[token]] or allowed)
-    return rng.choice(list(set(allowed) - set(odd)) or allowed)
+class Vocabulary:
+    """Tokens by what they do in a string: close it, escape, be a part of a character, or none of these."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.words = [token for token, text in enumerate(texts) if text.isalnum()]
+        self.odd = {sign: np.array([sign in text for text in texts]) for sign in '"\\\ufffd'}
+        self.plain = ~np.logical_or.reduce(list(self.odd.values()))
+
+    def choose(self, rng: random.Random, mask: np.ndarray, oddity: float) -> int:
+        """Mostly a plain token that ``mask`` allows; else one that closes the string, escapes, or is a part."""
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
+        wanted = self.odd[rng.choice('"\\\ufffd')] if rng.random() < oddity else self.plain
+        choices = (allowed & wanted).nonzero()[0]
+        return int(rng.choice(choices if len(choices) else allowed.nonzero()[0]))
 
 
 @pytest.fixture(scope="module")
-def texts(tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(4096)]
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary([tokenizer.decode([token], skip_special_tokens=False) for token in range(4096)])
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,7 +118,7 @@ def texts(tokenizer: Tokenizer) -> list[str]:
     oddity=st.sampled_from([0.01, 0.05, 0.3]),
     seed=st.integers(0, 2**32),
 )
-def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, form, oddity, seed) -> None:
+def test_every_mask_is_that_of_the_library(backend, vocabulary, schema, blanks, form, oddity, seed) -> None:
     """Also behind drafts and behind what is taken back."""
     tag = {
         "structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}, {"begin": "<g>", "schema": {}}],
@@ -130,24 +137,22 @@ def test_every_mask_is_that_of_the_library(backend, texts, schema, blanks, form,
         return  # nothing to walk
     rng = random.Random(seed)
     for num_tokens in (150, 40, 40):  # later answers know of places where earlier ones were
-        compare_masks(backend, grammar, texts, rng, oddity, num_tokens)
+        compare_masks(backend, grammar, vocabulary, rng, oddity, num_tokens)
 
 
-def compare_masks(backend, grammar, texts, rng, oddity, num_tokens) -> None:
+def compare_masks(backend, grammar, vocabulary, rng, oddity, num_tokens) -> None:
     """Walk through an answer, beside one of which nothing is derived."""
-    plain_tokens = [token for token, text in enumerate(texts) if text.isalnum()]
     state, plain = grammar.start(), grammar.start()
     plain.strings = None
     masks, expected = np.full((2, 3, WORDS), -1, np.int32)
     for _ in range(num_tokens):
-        draft = rng.choices(plain_tokens if rng.random() < 0.7 else range(4096), k=2) if rng.random() < 0.3 else []
+        draft = rng.choices(vocabulary.words if rng.random() < 0.7 else range(4096), k=2) if rng.random() < 0.3 else []
         masks.fill(-1)
         expected.fill(-1)
         backend.fill_masks([MaskRequest(state, 0, draft)], masks)
         backend.fill_masks([MaskRequest(plain, 0, draft)], expected)
         assert np.array_equal(masks, expected)
-        allowed = np.unpackbits(masks[0].view(np.uint8), bitorder="little").nonzero()[0].tolist()
-        token = choose(rng, allowed, texts, oddity)
+        token = vocabulary.choose(rng, masks[0], oddity)
         assert state.advance([token]) == plain.advance([token]) == 1
         if token == EOS:
             break
