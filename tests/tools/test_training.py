@@ -24,7 +24,7 @@ from quire.server.evaluation import Report, SkillScore
 from .conftest import ROOT
 
 TOKENIZER = ROOT / "core" / "assets" / "quire-tiny" / "tokenizer.json"
-SMALL = Shape(hidden=128, layers=2, heads=2, kv_heads=2, intermediate=128, context=2048)
+SMALL = Shape(hidden=64, layers=2, heads=1, kv_heads=1, intermediate=64, context=2048)
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.booleans())
@@ -67,8 +67,8 @@ def rows(length):
 
 
 def test_the_loop_learns_and_repeats(capsys):
-    recipe = Recipe(steps=30, peak_rate=1e-2, tokens_per_step=128, warmup=5)
-    short, long = rows(16), rows(32)
+    recipe = Recipe(steps=20, peak_rate=2e-2, tokens_per_step=32, warmup=5)
+    short, long = rows(8), rows(16)
     first, second = (train(SMALL, recipe, short, long, device="cpu", compiled=False, log_every=10) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     losses = [float(line.split()[4]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
