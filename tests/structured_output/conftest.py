@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import quire.core.assets
@@ -18,6 +20,14 @@ EOS = 2
 TINY = Path(quire.core.assets.__path__[0]) / "quire-tiny"
 
 Accepts = Callable[[CompiledGrammar, str], bool]
+
+
+@dataclass
+class Prefix:
+    """The mask behind some tokens, once it is known, and the prefixes that are longer by a token."""
+
+    mask: NDArray[np.int32] | None = None
+    longer: dict[int, Prefix] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="session")
@@ -34,17 +44,28 @@ def backend() -> GuidanceBackend:
 
 @pytest.fixture(scope="session")
 def accepts(tokenizer: Tokenizer) -> Accepts:
-    """Whether every token of a text is allowed where it comes, and EOS behind the last."""
+    """Whether every token of a text is allowed where it comes, and EOS behind the last.
+
+    What texts for one grammar begin with alike is walked through once.
+    """
+    last: tuple[CompiledGrammar | None, Prefix] = (None, Prefix())
 
     def walk(grammar: CompiledGrammar, text: str) -> bool:
-        state, mask = grammar.start(), np.zeros(128, np.int32)
-        for token in tokenizer.encode(text, add_special_tokens=False).ids:
-            state.fill_mask(mask)
-            if not mask[token // 32] >> (token % 32) & 1:
+        nonlocal last
+        if last[0] is not grammar:
+            last = grammar, Prefix()
+        prefix, state, num_advanced = last[1], grammar.start(), 0
+        token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+        for index, token in enumerate((*token_ids, EOS)):
+            if prefix.mask is None:
+                behind = token_ids[num_advanced:index]
+                assert state.advance(behind) == len(behind), "the mask allows a token that the grammar does not take"
+                num_advanced, prefix.mask = index, np.zeros(128, np.int32)
+                state.fill_mask(prefix.mask)
+            if not prefix.mask[token // 32] >> (token % 32) & 1:
                 return False
-            assert state.advance([token]) == 1, "the mask allows a token that the grammar does not take"
-        state.fill_mask(mask)
-        return bool(mask[EOS // 32] >> EOS & 1)
+            prefix = prefix.longer.setdefault(token, Prefix())
+        return True
 
     return walk
 

@@ -32,9 +32,10 @@ SCHEMAS = [
 ]
 PROMPT = "The answer as JSON, with a name and an age: "
 ENDS = ".(=:;"
-ENGINE = {"max_model_len": 512, "device": "cpu", "max_num_seqs": 8}
+MODEL = "quire-tiny-draft"
+ENGINE = {"model": MODEL, "max_model_len": 512, "device": "cpu", "max_num_seqs": 8}
 PROPOSERS = {
-    "draft model": {"speculative_model": "quire-tiny-draft"},
+    "draft model": {"speculative_model": MODEL},
     "eagle3": {"spec_method": "eagle3", "speculative_model": "HEAD"},
     "ngram": {"spec_method": "ngram", "plugin_options": {"spec_decode": {"prompt_lookup_min": "1"}}},
     "suffix": {"spec_method": "suffix"},
@@ -79,7 +80,7 @@ def assert_valid(outputs) -> None:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    llm = LLM("quire-tiny", **ENGINE)
+    llm = LLM(**ENGINE)
     yield llm
     llm.shutdown()
 
@@ -101,8 +102,10 @@ def expected(llm: LLM):
 def test_drafts_change_no_token_and_none_is_invalid(proposer, expected, tmp_path) -> None:
     settings = dict(PROPOSERS[proposer])
     if settings.get("speculative_model") == "HEAD":
-        settings["speculative_model"] = str(make_eagle3_head(tmp_path / "head", TINY, [[5, 6, 7, 8] * 8]))
-    llm = LLM("quire-tiny", **ENGINE, speculative_config={"adaptive": False}, **settings)
+        settings["speculative_model"] = str(
+            make_eagle3_head(tmp_path / "head", TINY.with_name(MODEL), [[5, 6, 7, 8] * 8])
+        )
+    llm = LLM(**ENGINE, speculative_config={"adaptive": False}, **settings)
     try:
         outputs = llm.generate(make_prompts(8), make_params())
         assert_valid(outputs)
@@ -118,7 +121,7 @@ def test_forced_tokens_save_steps(expected) -> None:
     steps = {}
     for method in ({}, {"spec_method": "forced_tokens", "num_speculative_tokens": 8}):
         config = {"speculative_config": {"adaptive": False}} if method else {}
-        llm = LLM("quire-tiny", **ENGINE, **method, **config)
+        llm = LLM(**ENGINE, **method, **config)
         llm.generate(PROMPT, make_params()[0])
         stats = llm.get_stats()
         steps[bool(method)] = stats["steps_total"]
@@ -140,7 +143,7 @@ def test_forced_tokens_save_steps(expected) -> None:
 )  # fmt: skip
 def test_the_engine_may_do_as_it_likes(settings, expected) -> None:
     limit = {"max_tokens": 40} if "max_model_len" in settings else {}
-    llm = LLM("quire-tiny", **(ENGINE | settings))
+    llm = LLM(**(ENGINE | settings))
     try:
         for _ in range(2):  # the second time prefixes are cached
             outputs = llm.generate(make_prompts(8), make_params(**limit))

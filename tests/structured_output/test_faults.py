@@ -11,7 +11,12 @@ from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.structured_output import manager
 
 BACKEND = "quire.core.testing.grammars:FaultyBackend"
+MODEL = "quire-tiny-draft"
 PLAIN = SamplingParams(temperature=0.8, seed=3, max_tokens=24, ignore_eos=True)
+
+
+Ends = dict[str, tuple[str | None, list[int]]]
+"""How requests ended: the error or None, and the tokens."""
 
 
 def make_params(choice: str) -> SamplingParams:
@@ -22,12 +27,20 @@ def make_params(choice: str) -> SamplingParams:
 @pytest.fixture(scope="module", params=[None, "ngram"])
 def llm(request):
     settings = {} if request.param is None else {"spec_method": request.param}
-    llm = LLM("quire-tiny", device="cpu", max_model_len=128, structured_output_backend=BACKEND, **settings)
+    llm = LLM(MODEL, device="cpu", max_model_len=128, structured_output_backend=BACKEND, **settings)
     yield llm
     llm.shutdown()
 
 
-def run_together(llm: LLM, params: list[SamplingParams]) -> dict[str, tuple[str | None, list[int]]]:
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> Ends:
+    ends = run_together(llm, [PLAIN, make_params("ok")])
+    assert ends["0"][0] is ends["1"][0] is None
+    assert all(104 <= token < 200 for token in ends["1"][1])
+    return ends
+
+
+def run_together(llm: LLM, params: list[SamplingParams]) -> Ends:
     """How requests end that arrive together: the error or None, and the tokens."""
     core: EngineCore = llm.engine_core
     inputs: InputProcessor = llm.input_processor
@@ -37,7 +50,7 @@ def run_together(llm: LLM, params: list[SamplingParams]) -> dict[str, tuple[str 
         outputs.add_request(str(i), None, requests, "final")
         for request in requests:
             core.add_request(request)
-    ends: dict[str, tuple[str | None, list[int]]] = {}
+    ends: Ends = {}
     while len(ends) < len(params):
         processed = outputs.process_outputs(core.step())
         core.abort_requests(processed.requests_to_abort)
@@ -52,19 +65,16 @@ def run_together(llm: LLM, params: list[SamplingParams]) -> dict[str, tuple[str 
     "fault",
     ["raise in compile", "raise in start", "raise in fill", "raise in advance", "empty mask", "refuse what it allowed"],
 )
-def test_a_fault_ends_its_request_alone(llm: LLM, fault: str) -> None:
-    expected = run_together(llm, [PLAIN, make_params("ok")])
-    assert expected["0"][0] is expected["1"][0] is None
-    assert all(104 <= token < 200 for token in expected["1"][1])
+def test_a_fault_ends_its_request_alone(llm: LLM, expected: Ends, fault: str) -> None:
     ends = run_together(llm, [PLAIN, make_params("ok"), make_params(fault)])
     assert (ends["0"], ends["1"]) == (expected["0"], expected["1"])
     assert ends["2"][0] is not None
     assert run_together(llm, [make_params("ok")])["0"][0] is None, "the engine does not go on"
 
 
-def test_a_mask_that_never_comes_ends_its_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_never_comes_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "_MASK_TIME_LIMIT_S", 1.0)
-    engine = LLM("quire-tiny", device="cpu", max_model_len=128, structured_output_backend=BACKEND)
+    engine = LLM(MODEL, device="cpu", max_model_len=128, structured_output_backend=BACKEND)
     expected = run_together(engine, [PLAIN, make_params("ok"), make_params("ok")])
     ends = run_together(engine, [PLAIN, make_params("ok"), make_params("hang in fill"), make_params("ok")])
     assert ends["0"] == expected["0"]
@@ -75,7 +85,7 @@ def test_a_mask_that_never_comes_ends_its_request_alone(llm: LLM, monkeypatch: p
 
 def test_a_compilation_that_never_ends_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "_COMPILE_TIME_LIMIT_S", 1.0)
-    engine = LLM("quire-tiny", device="cpu", max_model_len=128, structured_output_backend=BACKEND)
+    engine = LLM(MODEL, device="cpu", max_model_len=128, structured_output_backend=BACKEND)
     ends = run_together(engine, [make_params("hang in compile"), PLAIN, make_params("ok")])
     assert "longer than 1 s" in str(ends["0"][0])
     assert ends["1"][0] is ends["2"][0] is None
