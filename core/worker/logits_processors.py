@@ -139,7 +139,7 @@ class _GuardedProcessor:
         """Whether it did not fail, or was not called, all requests of the batch having failed before."""
         if self.rows == self.failed_rows:
             return True
-        return self._call(_call_with_result, self.processor.apply, logits, batch) is not None
+        return self._call(_apply_checked, self.processor, logits, batch) is not None
 
     def _call(self, function: Callable[..., bool], *args: object) -> bool | None:
         """None if it fails."""
@@ -165,6 +165,16 @@ def _add_row_checked(processor: LogitsProcessor, request: NewRequest) -> bool:
     if not isinstance(has_work, bool | np.bool_):
         raise TypeError(f"add_row returned {has_work!r:.80}, neither True nor False")
     return bool(has_work)
+
+
+def _apply_checked(processor: LogitsProcessor, logits: Tensor, batch: LogitsBatch) -> bool:
+    shown = logits.detach()  # another tensor in the same memory: of what is done to itself nothing is left
+    result: object = processor.apply(shown, batch)
+    if result is not None and result is not shown:
+        raise TypeError(f"apply returned a {type(result).__name__}, where it changes logits in place")
+    if shown.shape != logits.shape or shown.data_ptr() != logits.data_ptr():
+        raise TypeError("apply gave logits another shape or memory, where it changes them in place")
+    return True
 
 
 def _call_with_result(function: Callable[..., object], *args: object) -> bool:

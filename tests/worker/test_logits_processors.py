@@ -34,7 +34,7 @@ class Misbehaves(LogitsProcessor):
         if self.modes.pop(row) == 5:
             raise RuntimeError("the secret is 4711")
 
-    def apply(self, logits: Tensor, batch: LogitsBatch) -> None:
+    def apply(self, logits: Tensor, batch: LogitsBatch) -> Any:
         modes = {self.modes.get(row) for row in batch.rows}
         if 4 in modes:
             logits.fill_(0.0)  # also those of others
@@ -42,6 +42,13 @@ class Misbehaves(LogitsProcessor):
         if 3 in modes:
             logits.fill_(0.0)
             raise RuntimeError("the secret is 4711")
+        if 6 in modes:
+            return logits + 1.0  # as in vLLM
+        if 7 in modes:
+            logits.resize_(1, 1)
+        if 8 in modes:
+            logits.data = logits.clone()
+        return None
 
 
 class MayBeSkipped(Misbehaves):
@@ -74,7 +81,11 @@ def serve(engine: LLMEngine, modes: list[float | None]) -> list[Any]:
     return [answers[str(i)] for i in range(len(modes))]
 
 
-@pytest.mark.parametrize("mode", [1, 2, 3], ids=["add_row raises", "add_row returns None", "apply raises"])
+@pytest.mark.parametrize(
+    "mode",
+    [1, 2, 3, 6, 7, 8],
+    ids=["add_row raises", "add_row returns None", "apply raises", "apply returns", "other shape", "other memory"],
+)
 def test_a_constraint_is_never_lifted_in_silence(engine: LLMEngine, mode: float) -> None:
     expected = serve(engine, [None, None, None])
     for _ in range(2):  # it is called again, and fails again
