@@ -20,9 +20,16 @@ def find_signature_mismatch(cls: type, contract: type) -> str | None:
         if (name.startswith("_") and name != "__init__") or not inspect.isfunction(function):
             continue
         if error := _find_binding_error(cls, name, declared, function):
-            implementation = inspect.signature(getattr(cls, name))
-            return f"{name}{implementation} cannot be called as {inspect.signature(function)}: {error}"
+            implementation = _format_parameters(getattr(cls, name))
+            return f"{name}{implementation} cannot be called as {_format_parameters(function)}: {error}"
     return None
+
+
+def _format_parameters(function: Any) -> str:
+    """Without annotations, which decide nothing."""
+    signature = inspect.signature(function)
+    parameters = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
 def _find_binding_error(cls: type, name: str, declared: Any, function: Any) -> str | None:
