@@ -20,7 +20,7 @@ from quire.server.ab.simulated import (
     run_paired_simulation,
     run_switchback_simulation,
 )
-from quire.server.simulate.capacity import measure_capacity
+from quire.server.simulate.capacity import scale_to_load
 from quire.server.simulate.setup import PluginSpec, make_setup, resolve_spec
 from quire.server.simulate.simulation import EngineSetup, run_simulation
 from quire.server.simulate.step_model import EngineLimits
@@ -137,5 +137,5 @@ def _is_made_up(args: argparse.Namespace) -> bool:
 def _load(args: argparse.Namespace, setup: EngineSetup, seed: int) -> Trace:
     trace = load_trace(argparse.Namespace(**{**vars(args), "seed": seed}))
     if args.load is not None:
-        trace = trace.scale_time(args.load * measure_capacity(trace, setup) / trace.rate)
+        trace = scale_to_load(trace, setup, args.load, 1)
     return trace

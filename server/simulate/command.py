@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, PluginError
 from quire.core.log import setup_plain_logging
 from quire.server.cli.flags import parse_float
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"step model: {model.name}: {model.device}, {model.model}; {model.source}")
         if (drafts := setups[0].drafts) is not None:
             print(f"drafts: {drafts.num_speculative_tokens} at most, each right with {drafts.acceptance:.1%}")
-        if load:
+        if not args.no_capacity:
             print(describe_load(load))
     results = []
     for setup in setups:
@@ -177,7 +177,13 @@ def _run_replay(args: argparse.Namespace) -> int:
     plugins = PluginManager(args.plugins or ())
     recorded = recording.header.policy
     options = "".join(f",{key}={value}" for key, value in recorded.get("options", {}).items())
-    policy = resolve_spec("policy", args.policy or f"{recorded['target']}{options}", plugins)
+    try:
+        policy = resolve_spec("policy", args.policy or f"{recorded['target']}{options}", plugins)
+    except PluginError as error:
+        if args.policy:
+            raise
+        class_name = recorded["target"].rpartition(":")[2]
+        raise PluginError(f"{error}; if it was a file's, name that: --policy FILE.py:{class_name}") from None
     fallback = resolve_spec("policy", "fcfs", plugins)
     allocator = plugins.load_class(plugins.resolve_plugin("kv", "auto", {"device": "cpu"}, announce=False))
     num_equal = 0

@@ -15,7 +15,7 @@ from typing import Any
 from quire.core.errors import ConfigError
 from quire.server.traces.recording import open_text, read_recording
 from quire.server.traces.synthetic import make_synthetic_trace
-from quire.server.traces.trace import Trace, TraceRequest
+from quire.server.traces.trace import NO_TIMES, Trace, TraceRequest
 
 __all__ = ["read_trace"]
 
@@ -97,7 +97,7 @@ def _read_conversations(name: str, text: str, count_tokens: Callable[[str], int]
     requests = [TraceRequest(0.0, max(count(t[0]), 1), max(count(t[1]), 1)) for t in turns if len(t) > 1]
     if not requests:
         raise ConfigError(f"{name}: no conversation has a question and an answer")
-    notes = ["it has no times: give them with --arrivals, as in poisson:rate=8"]
+    notes = [NO_TIMES]
     if count_tokens is None:
         notes.append("lengths are estimated at four characters a token; --tokenizer counts them")
     return Trace(name, requests, notes=notes, has_times=False)

@@ -9,7 +9,10 @@ from typing import Any
 
 from quire.core.errors import ConfigError
 
-__all__ = ["Trace", "TraceRequest"]
+__all__ = ["NO_TIMES", "Trace", "TraceRequest"]
+
+NO_TIMES = "it has no times: give them with --arrivals, as in poisson:rate=8"
+"""The note of a trace that does not say when requests came, until it is given times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +67,9 @@ class Trace:
         prompts = sorted(request.prompt_len for request in self.requests)
         outputs = sorted(request.output_len for request in self.requests)
         middle = len(prompts) // 2
-        return (
-            f"{self.name}: {len(self):,} requests in {self.duration_s:,.0f} s ({self.rate:.2f} a second), median "
-            f"{prompts[middle]:,} tokens in, {outputs[middle]:,} out"
-        )
+        times = f"in {self.duration_s:,.0f} s ({self.rate:.2f} a second)" if self.duration_s else "at once"
+        count = "1 request" if len(self) == 1 else f"{len(self):,} requests"
+        return f"{self.name}: {count} {times}, median {prompts[middle]:,} tokens in, {outputs[middle]:,} out"
 
     def cut_window(self, start_s: float, end_s: float) -> Trace:
         """The requests that arrive in ``[start_s, end_s)``; the new trace begins at ``start_s``."""
@@ -112,7 +114,8 @@ class Trace:
         """The same requests, in the same order, at these times."""
         pairs = zip(self.requests, arrivals_s, strict=True)
         requests = [dataclasses.replace(request, arrival_s=float(arrival)) for request, arrival in pairs]
-        return dataclasses.replace(self, requests=requests, has_times=True)
+        notes = [note for note in self.notes if note != NO_TIMES]
+        return dataclasses.replace(self, requests=requests, notes=notes, has_times=True)
 
     def _with_requests(self, requests: list[TraceRequest], if_empty: str) -> Trace:
         if not requests:

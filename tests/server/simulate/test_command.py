@@ -42,6 +42,12 @@ def test_it_names_step_model_trace_and_load(quire):
     assert "do not trust" in quire(*TRACE, "--load", "1.1")[1]
 
 
+@pytest.mark.parametrize(("count", "arrivals"), [(3, "poisson:rate=1"), (30, "burst")])
+def test_a_load_that_cannot_be_measured_is_not_made_up(quire, count, arrivals):
+    _, out, _ = quire("--trace", f"synthetic:requests={count},output=fixed/2", "--arrivals", arrivals)
+    assert "load: not measured" in out and "inf" not in out and "nan" not in out
+
+
 def test_steps_beyond_the_step_model_are_told(quire, model, tmp_path):
     """A model fitted to light traffic, and a trace that fills the engine."""
     few = msgspec.structs.replace(model, decodes=(1, 4), decodes_us=(4000.0, 4050.0))
@@ -99,6 +105,8 @@ def test_fit_and_replay_take_what_was_recorded(quire, tmp_path):
         ([*TRACE, "--router", "nearest", "--replicas", "2"], "is not known"),
         ([*TRACE, "--replicas", "0"], "at least 1"),
         ([*TRACE, "--load", "70"], "share of the capacity"),
+        (["--trace", "synthetic:requests=5", "--load", "0.5"], "with fewer than 20 requests"),
+        (["--trace", "synthetic:requests=5", "--arrivals", "burst", "--load", "0.5"], "come one after another"),
         ([*TRACE, "--max-num-batched-tokens", "8"], "raise the one or lower the other"),
         ([*TRACE, "--num-gpu-blocks-override", "1"], "too small"),
         ([*TRACE, "--record", "x.zst", "--replicas", "2"], "records one engine"),

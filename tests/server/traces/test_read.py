@@ -81,6 +81,7 @@ def test_sharegpt(write, as_lines):
     trace = read_trace(write(text))
     assert lengths(trace) == [(10, 3)]
     assert "arrivals" in trace.notes[0] and "tokenizer" in trace.notes[1]
+    assert trace.replace_arrivals([1.0]).notes == trace.notes[1:]
     assert lengths(read_trace(write(text), count_tokens=len)) == [(40, 9)]
 
 
