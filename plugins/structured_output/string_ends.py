@@ -18,7 +18,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ClosingTokens", "GrammarMemory", "KnownMask", "StringEnd", "is_set"]
+__all__ = ["ClosingTokens", "GrammarMemory", "KnownMask", "StringEnd", "StringInside", "is_set"]
 
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 _MAX_KEPT = 64
@@ -34,6 +34,14 @@ class StringEnd(NamedTuple):
     """The mask of the tokens that may close it, if the number of characters before their quote is right."""
     forced: list[int]
     """Tokens that have to come where no character is left; empty: that is not known."""
+
+
+class StringInside(NamedTuple):
+    """What is known of the inside of one string that may end."""
+
+    mask: NDArray[np.int32]
+    """Of the tokens that may come where ``room`` characters may; it does not change any more."""
+    room: int
 
 
 class KnownMask:
@@ -67,6 +75,8 @@ class GrammarMemory:
         self.num_bytes = 0
         self.ends: dict[bytes, StringEnd] = {}
         """By the name of the property whose value the string is."""
+        self.inside: dict[bytes, StringInside] = {}
+        """Of strings that may end, by the name of the property."""
         self.masks: dict[tuple[bytes, bytes], KnownMask] = {}
         """By place: the mask for the next token."""
 
@@ -75,6 +85,12 @@ class GrammarMemory:
         if len(self.ends) < _MAX_KEPT:
             self.ends[name] = end
             self.num_bytes += end.closing.nbytes
+
+    def add_inside(self, name: bytes, inside: StringInside) -> None:
+        """Keep it, while there is room."""
+        if len(self.inside) < _MAX_KEPT and name not in self.inside:
+            self.inside[name] = inside
+            self.num_bytes += inside.mask.nbytes
 
     def add_mask(self, place: tuple[bytes, bytes], mask: NDArray[np.int32], forced: list[int]) -> None:
         """Keep it, while there is room, and the text behind the name is short: a long one hardly comes again."""

@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.plugins.structured_output.string_bounds import MIN_PROBE, StringBounds
-from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd, is_set
+from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd, StringInside, is_set
 from quire.plugins.structured_output.string_tokens import Opening, StringTokens, count_chars
 
 __all__ = ["StringMasks"]
 
 _IN_VALUE = re.compile(rb'[{,\s]("(?:[^"\\]|\\.)*")\s*:\s*"((?:[^"\\]|\\.)*)$')
 """An answer's text in a string that is the value of a property: the property's name, and the string so far."""
+_BEHIND_VALUE = re.compile(rb':\s*(?:"[^"]*(?P<text>".*)|(?:[-+.\deE]+|true|false|null)(?P<other>[,}\s].*))', re.DOTALL)
+"""Behind a property's name: a value that is whole, and what follows, with the closing quote if there is one."""
 _MAX_TAIL = 512
 _PROBE_AHEAD = 64
 """Characters that are probed beyond the longest token, so that not every token needs a probe."""
@@ -137,7 +139,10 @@ class StringMasks:
         for index in range(len(texts) - 2, 0, -1):
             behind = texts[index + 1].lstrip()
             if index % 2 == is_odd_in_string and behind.startswith(b":"):  # a property's name, and what follows it
-                return b'"%b"' % texts[index], b'"'.join((behind, *texts[index + 2 :]))
+                behind = b'"'.join((behind, *texts[index + 2 :]))
+                if value := _BEHIND_VALUE.fullmatch(behind):  # what it was makes no difference any more
+                    behind = value["text"] or value["other"]
+                return b'"%b"' % texts[index], behind
         if not self._begins_in_string:
             return b"", tail
         if self._name is None or len(texts) == 1:
@@ -260,16 +265,26 @@ class StringMasks:
             self._probe_missing()
         self._base = mask.copy() if may_close else mask & tokens.without_closing
         self._begin_string()
-        if tokens.in_value is None and is_value and self._room >= tokens.max_needed:
+        if is_value and self._room >= tokens.max_needed and tokens.in_value is None:
             tokens.in_value = mask & tokens.without_closing
+        if is_value and may_close and self._memory is not None and self._name is not None:
+            self._memory.add_inside(self._name, StringInside(self._base, self._room))
 
     def _enter_string(self) -> bool:
-        """Whether the answer is in the value of a property that cannot end yet: then nothing is to be learned."""
-        if self.tokens.in_value is None or not self._read_lengths():
+        """Whether the answer is in the value of a property of which nothing is to be learned: it cannot end yet, or
+        another answer was in it."""
+        has_masks = self._memory is not None and bool(self._memory.inside)
+        if not (has_masks or self.tokens.in_value is not None) or not self._read_lengths():
             return False
-        if not self._missing or self._may_close_after(0):
+        if not self._missing:
+            known = None if self._memory is None or self._name is None else self._memory.inside.get(self._name)
+            if known is None or known.room < self._room or not self._may_close_after(0):
+                return False
+            self._base, self._missing = known.mask, None
+        elif self.tokens.in_value is None or self._may_close_after(0):
             return False
-        self._base = self.tokens.in_value
+        else:
+            self._base = self.tokens.in_value
         self._begin_string()
         return True
 

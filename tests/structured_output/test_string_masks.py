@@ -169,6 +169,11 @@ def compare_masks(backend, grammar, vocabulary, rng, oddity, num_tokens) -> None
         ['{"a":"xyzuvw","b":":wq"}', '{"a": "xyzuvw", "b": ":wq"}'],  # behind `":"` and behind a closing quote is `"`
         ['{"a": "xyzuvw", "b": ":wq"}', '{"a":"xyzuvw","b":":wq"}'],
         ['{"a": "xyzuvw", "b": ":wq", "c": ":smile:", ":d": "z,:y,:x"}'] * 2,
+        ['{"a": "xyz", "b": ":q", "n": 12, "s": "n: 5, "}', '{"a": "xyz", "b": ":wq", "m": null, "s": "n: null"}'],
+        [
+            '{"a": "xyz", "b": ":q", "n": -7, "m": "a, 1", "s": ""}',
+            '{"a": "xyz", "b": ":wq", "n": 0, "m": 12, "s": "a"}',
+        ],
         ['{"a": "été une \U0001f600x", "b": ":wq", "c": ":smile:", ":d": "\U0001f600uvwxy"}'] * 2,
     ],
 )
@@ -176,6 +181,7 @@ def test_places_that_look_alike_do_not_share_masks(backend, tokenizer, answers, 
     """Token by token, and character by character: by tokens of other lengths an answer comes to other places."""
     text = {"type": "string", "minLength": 3, "maxLength": 12}
     values = {"a": text, "b": {"enum": [":wq", ":q"]}, "c": {"enum": [":smile:", ":hover"]}, ":d": text}
+    values |= {"n": {"type": "integer"}, "m": {"enum": [None, 12, "a, 1"]}, "s": {"type": "string"}}
     schema = {"type": "object", "properties": values, "required": ["a", "b"], "additionalProperties": False}
     grammar = backend.compile(StructuredOutputsParams(json=json.dumps(schema), disable_any_whitespace=not blanks))
     masks, expected = np.zeros((2, 1, WORDS), np.int32)
