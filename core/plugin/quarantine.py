@@ -185,4 +185,6 @@ def class_path(plugin: object) -> str:
 
 
 def _name_of(function: Callable[..., object]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+    """As its contract calls it: ``_apply_checked`` calls ``apply``."""
+    name: str = getattr(function, "__name__", type(function).__name__)
+    return name.lstrip("_").removesuffix("_checked")

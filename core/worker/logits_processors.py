@@ -133,7 +133,7 @@ class _GuardedProcessor:
             if row in self.failed_rows:
                 self.failed_rows.discard(row)
             else:
-                self._call(_call_with_result, self.processor.remove_row, row)
+                self._call(_remove_row_checked, self.processor, row)
 
     def apply(self, logits: Tensor, batch: LogitsBatch) -> bool:
         """Whether it did not fail, or was not called, all requests of the batch having failed before."""
@@ -177,8 +177,8 @@ def _apply_checked(processor: LogitsProcessor, logits: Tensor, batch: LogitsBatc
     return True
 
 
-def _call_with_result(function: Callable[..., object], *args: object) -> bool:
-    function(*args)
+def _remove_row_checked(processor: LogitsProcessor, row: int) -> bool:
+    processor.remove_row(row)
     return True
 
 
