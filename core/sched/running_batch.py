@@ -60,6 +60,9 @@ class RunningBatch(StateColumns):
         self._prefix_caching = prefix_caching
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))  # a stack: the row freed last is used first
         self._freed_rows: list[int] = []
+        self._new_rows: set[int] = (
+            set()
+        )  # since the last ``take_freed_rows``: the worker has not heard of them
         self._last_generation = 0
 
     def __len__(self) -> int:
@@ -74,6 +77,7 @@ class RunningBatch(StateColumns):
         """Give the request a row, with ``num_computed_tokens`` tokens in the cache and blocks for ``num_slots``. Fewer
         tokens are committed where steps in flight compute some of them, for the parent of a fork."""
         row = self._free_rows.pop()
+        self._new_rows.add(row)
         self._last_generation += 1
         self.set_request(row, request, num_computed_tokens, num_slots)
         self.num_committed_tokens[row] = num_committed_tokens
@@ -90,7 +94,7 @@ class RunningBatch(StateColumns):
         return row
 
     def free_row(self, request: Request) -> None:
-        """Take the row back; the next ``take_freed_rows`` names it."""
+        """Take the row back; the next ``take_freed_rows`` names it, unless it was given away since the last."""
         row = request.row
         request.num_in_flight_tokens = int(self.num_in_flight_tokens[row])
         self._count_stop_tokens(request.stop_token_ids, -1)
@@ -100,7 +104,10 @@ class RunningBatch(StateColumns):
         self.requests[row] = self.token_ids[row] = None
         self.rows = self.rows[self.rows != row]
         self._free_rows.append(row)
-        self._freed_rows.append(row)
+        if row in self._new_rows:  # it is as free as before, for the worker
+            self._new_rows.remove(row)
+        else:
+            self._freed_rows.append(row)
         request.row = -1
 
     def regroup_requests(self) -> None:
@@ -112,8 +119,9 @@ class RunningBatch(StateColumns):
             self._count_group(index)
 
     def take_freed_rows(self) -> list[int]:
-        """Rows freed since the last call."""
+        """Rows freed since the last call, of those that had requests then."""
         freed, self._freed_rows = self._freed_rows, []
+        self._new_rows.clear()
         return freed
 
     def restore_freed_rows(self, rows: list[int]) -> None:

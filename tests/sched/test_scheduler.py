@@ -6,7 +6,9 @@ from quire.core.config import CacheConfig, SchedulerConfig
 from quire.core.contracts.kv import KVGroup
 from quire.core.errors import ConfigError, InvalidRequestError, QueueFullError
 from quire.core.messages import EngineCoreRequest
+from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
+from quire.core.sched.running_batch import RunningBatch
 from quire.core.sched.scheduler import Scheduler
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -177,3 +179,16 @@ def test_a_queue_is_full_only_beyond_the_free_rows():
         scheduler.add_request(request(9, [1]))
     scheduler.abort_request(0)
     scheduler.add_request(request(9, [1]))
+
+
+def test_a_row_that_no_step_gave_to_anyone_is_not_named_as_freed():
+    rows = RunningBatch(2, 16, has_windows=False, prefix_caching=True)
+    first, second = (Request(EngineCoreRequest(i, [1, 2], SamplingParams(seed=0), i), 64) for i in range(2))
+    row = rows.add_row(first, 0, 0, 0)
+    rows.free_row(first)  # preempted in the step in which it was admitted
+    assert rows.take_freed_rows() == []
+    assert rows.add_row(first, 0, 0, 0) == row and rows.take_freed_rows() == []
+    rows.free_row(first)
+    assert rows.add_row(second, 0, 0, 0) == row
+    rows.free_row(second)
+    assert rows.take_freed_rows() == [row]
