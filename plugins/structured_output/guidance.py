@@ -123,7 +123,7 @@ class GuidanceBackend(StructuredOutputBackend):
         compiled = _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
         if tokens is not None and bounds is not None and bounds.has_places and not params.answer_begin:
             assert params.kind == "json"
-            walk_answers(compiled.start_alone, prepare_schema(params.load_json()), tokens, self._tokenizer)
+            compiled.walk_answers(prepare_schema(params.load_json()), tokens, self._tokenizer)
         return compiled
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
@@ -244,9 +244,12 @@ class _Grammar(CompiledGrammar):
     def start(self) -> GrammarState:
         return GuidanceState(self._matcher.deep_copy(), self._follower, *self._known)
 
-    def start_alone(self) -> GuidanceState:
-        """As ``start``, for a thread that keeps the state to itself."""
-        return GuidanceState(self._matcher.deep_copy(), None, *self._known)
+    def walk_answers(self, schema: dict[str, Any], tokens: StringTokens, tokenizer: llguidance.LLTokenizer) -> None:
+        """Find out masks ahead, and leave room for those that answers find out."""
+        assert self._memory is not None
+        self._memory.leave_half()
+        walk_answers(lambda: GuidanceState(self._matcher.deep_copy(), None, *self._known), schema, tokens, tokenizer)
+        self._memory.use_all()
 
 
 def _count_processors() -> int:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 __all__ = ["ClosingTokens", "GrammarMemory", "KnownMask", "StringEnd", "StringInside", "is_set"]
 
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
-_MAX_KEPT = 64
-"""Of a grammar: one may take as many bits as the vocabulary has tokens."""
+_MAX_BYTES = 2 << 20
+"""Of what is kept for a grammar."""
 _MAX_TEXT = 32
 _MAX_SHARED = 1024
 
@@ -73,6 +73,8 @@ class GrammarMemory:
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        self.max_bytes = _MAX_BYTES
+        """What ``num_bytes`` may grow to."""
         self.ends: dict[bytes, StringEnd] = {}
         """By the name of the property whose value the string is."""
         self.inside: dict[bytes, StringInside] = {}
@@ -80,23 +82,37 @@ class GrammarMemory:
         self.masks: dict[tuple[bytes, bytes], KnownMask] = {}
         """By place: the mask for the next token."""
 
+    def leave_half(self) -> None:
+        """Until ``use_all`` only half of the room is used."""
+        self.max_bytes = _MAX_BYTES // 2
+
+    def use_all(self) -> None:
+        """Use all of the room again."""
+        self.max_bytes = _MAX_BYTES
+
     def add_end(self, name: bytes, end: StringEnd) -> None:
         """Keep it, while there is room."""
-        if len(self.ends) < _MAX_KEPT:
+        if name not in self.ends and self._take_bytes(end.closing.nbytes):
             self.ends[name] = end
-            self.num_bytes += end.closing.nbytes
 
     def add_inside(self, name: bytes, inside: StringInside) -> None:
         """Keep it, while there is room."""
-        if len(self.inside) < _MAX_KEPT and name not in self.inside:
+        if name not in self.inside and self._take_bytes(inside.mask.nbytes):
             self.inside[name] = inside
-            self.num_bytes += inside.mask.nbytes
 
     def add_mask(self, place: tuple[bytes, bytes], mask: NDArray[np.int32], forced: list[int]) -> None:
         """Keep it, while there is room, and the text behind the name is short: a long one hardly comes again."""
-        if len(self.masks) < _MAX_KEPT and len(place[1]) <= _MAX_TEXT:
-            self.masks[place] = known = KnownMask(mask, forced)
-            self.num_bytes += known.num_bytes
+        if place in self.masks or len(place[1]) > _MAX_TEXT:
+            return
+        known = KnownMask(mask, forced)
+        if self._take_bytes(known.num_bytes):
+            self.masks[place] = known
+
+    def _take_bytes(self, num_bytes: int) -> bool:
+        if self.num_bytes + num_bytes > self.max_bytes:
+            return False
+        self.num_bytes += num_bytes
+        return True
 
 
 class ClosingTokens:

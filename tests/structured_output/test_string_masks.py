@@ -251,6 +251,28 @@ def test_masks_are_known_before_the_first_answer(backend, tokenizer, monkeypatch
     assert counts[2] == (0, 0)
 
 
+def test_what_answers_find_out_is_counted_once_and_has_room_beside_the_walk(backend, tokenizer, monkeypatch) -> None:
+    """Answers of one schema in step, in a form that the walk does not write, and one more behind them."""
+    names = [f"field{i}" for i in range(16)]
+    properties = {name: {"type": "string", "minLength": 12} for name in names}
+    schema = {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+    grammar = backend.compile(StructuredOutputsParams(json=json.dumps(schema)))
+    answer = json.dumps(dict.fromkeys(names, "some words here"), indent=2)
+    computed: list[int] = []
+    learn_mask = StringMasks.learn_mask
+    monkeypatch.setattr(StringMasks, "learn_mask", lambda self, mask: (computed.append(0), learn_mask(self, mask))[1])
+    start = grammar.num_bytes
+    for num_answers in (4, 1):
+        computed.clear()
+        states, masks = [grammar.start() for _ in range(num_answers)], np.zeros((num_answers, WORDS), np.int32)
+        for token in tokenizer.encode(answer, add_special_tokens=False).ids:
+            backend.fill_masks([MaskRequest(state, row) for row, state in enumerate(states)], masks)
+            assert [state.advance([token]) for state in states] == [1] * num_answers
+        if num_answers == 4:
+            assert 0 < grammar.num_bytes - start < 2 * 1024 * len(computed) / num_answers
+    assert not computed
+
+
 @pytest.mark.parametrize(
     "schema",
     [
