@@ -60,9 +60,7 @@ class RunningBatch(StateColumns):
         self._prefix_caching = prefix_caching
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))  # a stack: the row freed last is used first
         self._freed_rows: list[int] = []
-        self._new_rows: set[int] = (
-            set()
-        )  # since the last ``take_freed_rows``: the worker has not heard of them
+        self._new_rows: set[int] = set()  # since the last ``take_freed_rows``: the worker has not heard of them
         self._last_generation = 0
 
     def __len__(self) -> int:
