@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tests.interpreter import leave_kernels_untraced
+from tests.interpreter import leave_kernels_untraced, prepare_language_once
 
 
 def _settle() -> None:
@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: no collection of garbage looks at it again."""
     leave_kernels_untraced()
+    prepare_language_once()
     gc.collect()
     gc.freeze()
 
