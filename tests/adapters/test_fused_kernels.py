@@ -140,7 +140,8 @@ def test_a_product_adds_adapters(
     device: str, dtype: torch.dtype, tolerance: float, case: str, neighbours: set[str]
 ) -> None:
     kernel, slots, options = KERNELS[case]
-    layer = Layer(device, dtype, (32, 32) if "gated" in neighbours else (24, 8, 8), neighbours)
+    inputs = 1024 if device == "cpu" else 2048
+    layer = Layer(device, dtype, (32, 32) if "gated" in neighbours else (24, 8, 8), neighbours, inputs)
     x = torch.randn(len(slots), layer.inputs).to(device, dtype) * 2
     torch.manual_seed(0)
     got, expected = layer.launch(kernel, x, slots, **options)
