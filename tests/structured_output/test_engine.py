@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.spec_decode.eagle3_reference import make_eagle3_head
 from tests.structured_output.conftest import TINY
 
@@ -35,7 +39,7 @@ ENDS = ".(=:;"
 MODEL = "quire-tiny-draft"
 ENGINE = {"model": MODEL, "max_model_len": 512, "device": "cpu", "max_num_seqs": 8}
 PROPOSERS = {
-    "draft model": {"speculative_model": MODEL},
+    "draft model": {"speculative_model": "BLURRED"},
     "eagle3": {"spec_method": "eagle3", "speculative_model": "HEAD"},
     "ngram": {"spec_method": "ngram", "plugin_options": {"spec_decode": {"prompt_lookup_min": "1"}}},
     "suffix": {"spec_method": "suffix"},
@@ -69,6 +73,19 @@ def make_reasoned_params() -> list[SamplingParams]:
 
 def make_prompts(count: int) -> list[str]:
     return [PROMPT + "x" * (i % 4) for i in range(count)]
+
+
+def make_blurred_copy(folder: Path) -> Path:
+    """The model, with weights so changed that it drafts much that is wrong."""
+    shutil.copytree(TINY.with_name(MODEL), folder)
+    [path] = folder.glob("*.safetensors")
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (weight + 0.3 * weight.float().std() * torch.randn(weight.shape, generator=random)).to(weight.dtype)
+        for name, weight in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
 
 
 def assert_valid(outputs) -> None:
@@ -105,6 +122,8 @@ def test_drafts_change_no_token_and_none_is_invalid(proposer, expected, tmp_path
         settings["speculative_model"] = str(
             make_eagle3_head(tmp_path / "head", TINY.with_name(MODEL), [[5, 6, 7, 8] * 8])
         )
+    elif settings.get("speculative_model") == "BLURRED":
+        settings["speculative_model"] = str(make_blurred_copy(tmp_path / "blurred"))
     llm = LLM(**ENGINE, speculative_config={"adaptive": False}, **settings)
     try:
         outputs = llm.generate(make_prompts(8), make_params())
@@ -112,7 +131,10 @@ def test_drafts_change_no_token_and_none_is_invalid(proposer, expected, tmp_path
         # Drafts reach over the end of the reasoning: what follows it in the same step is held to the schema as well.
         reasoned = llm.generate(make_prompts(4), make_reasoned_params())
         assert [output.outputs[0].token_ids for output in (*outputs, *reasoned)] == expected
-        assert llm.get_stats()["spec_decode_num_draft_tokens_total"] > 0
+        stats = llm.get_stats()
+        assert stats["spec_decode_num_draft_tokens_total"] > 0
+        if proposer == "draft model":
+            assert 0.1 < stats["spec_decode_draft_acceptance_rate"] < 0.9
     finally:
         llm.shutdown()
 
