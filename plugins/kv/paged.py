@@ -17,6 +17,8 @@ _request_id_of = attrgetter("request_id")
 
 _MAX_COUNTED = 2048
 """Requests of which it is remembered how much was cached: more than a policy sees at once."""
+_MAX_WATCHES = 16_384
+"""Of blocks: requests that left may still watch the end of a prefix that stays cached for good."""
 
 
 class PagedDebugState(NamedTuple):
@@ -26,6 +28,8 @@ class PagedDebugState(NamedTuple):
     """By group."""
     tables: dict[int, list[list[int]]]
     """By request id: its blocks per group."""
+    num_watches: int
+    """Of blocks, for requests that wait."""
 
 
 class PagedAllocator(KVAllocator):
@@ -49,6 +53,7 @@ class PagedAllocator(KVAllocator):
         self._pools = [BlockPool(num_blocks) for _ in self.groups]
         self._tables: dict[int, _BlockTable] = {}
         self._counted: dict[int, int] = {}  # by request id: what ``count_cached_tokens`` gave, while it holds
+        self._num_watches = 0
         self._num_queries = self._num_hits = 0  # tokens
 
     def match_prefix(self, request: Request) -> PrefixMatch:
@@ -77,14 +82,15 @@ class PagedAllocator(KVAllocator):
         for request_id in pool.notified:
             known.pop(request_id, None)
         pool.notified.clear()
-        if len(known) > _MAX_COUNTED:
+        if len(known) > _MAX_COUNTED or self._num_watches > _MAX_WATCHES:
             known.clear()
             pool.watchers.clear()
+            self._num_watches = 0
         counts: list[Any] = [*map(known.get, map(_request_id_of, requests))]
-        while None in counts:
-            place = counts.index(None)
-            request = requests[place]
-            counts[place] = known[request.request_id] = self._count_and_watch(request)
+        if None in counts:
+            for place, request in enumerate(requests):
+                if counts[place] is None:
+                    counts[place] = known[request.request_id] = self._count_and_watch(request)
         return counts
 
     def _count_and_watch(self, request: Request) -> int:
@@ -92,6 +98,7 @@ class PagedAllocator(KVAllocator):
         watchers = self._pools[0].watchers
         for block_hash in hashes[max(num_blocks - 1, 0) : num_blocks + 1]:  # the last cached one, and the one behind it
             watchers.setdefault(block_hash, set()).add(request.request_id)
+            self._num_watches += 1
         return num_blocks * self.block_size
 
     def _count_prefix(self, request: Request) -> tuple[int, Sequence[bytes]]:
@@ -259,7 +266,8 @@ class PagedAllocator(KVAllocator):
 
     def debug_state(self) -> PagedDebugState:
         """The live parts, for tests and debugging."""
-        return PagedDebugState(self._pools, {name: table.blocks for name, table in self._tables.items()})
+        tables = {name: table.blocks for name, table in self._tables.items()}
+        return PagedDebugState(self._pools, tables, sum(map(len, self._pools[0].watchers.values())))
 
     def _append_blocks(self, table: _BlockTable, num_blocks: int, num_reserved_blocks: int) -> Allocation | None:
         """``allocate`` where no block of the table will be written: the common case, a decoding request's next

@@ -145,3 +145,14 @@ def test_what_is_cached_of_waiting_requests_is_counted_anew_as_blocks_come_and_g
         assert counted == [allocator.match_prefix(request).num_tokens for request in waiting]
         counts.update(counted)
     assert len(counts) >= 4
+
+
+def test_requests_that_were_served_watch_no_cached_prefix_for_ever(monkeypatch):
+    monkeypatch.setattr("quire.plugins.kv.paged._MAX_WATCHES", 40)
+    allocator, prefix = make(num_blocks=24), [*range(8)]
+    serve(allocator, make_request(0, prefix))
+    for number in range(1, 200):
+        request = make_request(number, [*prefix, 100 + number, 9, 9, 9, 9])
+        assert allocator.count_cached_tokens([request]) == [8]
+        serve(allocator, request)
+    assert allocator.debug_state().num_watches <= 42
