@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from quire.core.contracts.policy import (
     StepView,
     Usage,
 )
-from quire.core.errors import QueueFullError
+from quire.core.errors import PluginError, QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.request import Request
 from quire.core.sched.checked_plan import CheckedPlan, PlanLimits
@@ -28,6 +28,9 @@ from quire.core.sched.default_policy_plan import check_plan, fill_step
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["PolicyGuard", "RequestRank", "make_request_info"]
+
+_OPTIONAL_METHODS = frozenset({"schedule", "step_scheduled", "request_finished"})
+"""Those that a policy may name as unused."""
 
 
 class RequestRank(NamedTuple):
@@ -71,7 +74,11 @@ class PolicyGuard:
         self.replace_policy(policy, name)
 
     def replace_policy(self, policy: BatchingPolicy, name: str | None = None) -> None:
-        """Ask ``policy`` from now on. Every request then needs a new rank."""
+        """Ask ``policy`` from now on. Every request then needs a new rank. Raises PluginError, and changes nothing."""
+        unused = policy.unused_methods
+        if not isinstance(unused, Set) or not unused <= _OPTIONAL_METHODS:
+            names = ", ".join(sorted(_OPTIONAL_METHODS))
+            raise PluginError(f"{class_path(policy)}: unused_methods is {unused!r:.100}; make it a set of {names}")
         self._quarantine = Quarantine(
             "policy",
             name or class_path(policy),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quire.core.contracts.policy import Grants, Reject, RequestColumns
-from quire.core.errors import QueueFullError
+from quire.core.errors import PluginError, QueueFullError
 from quire.core.sched.default_policy_plan import make_default_plan
 from quire.plugins.sched.fcfs import FCFSPolicy
 
@@ -245,6 +245,16 @@ def test_finished_is_told_and_may_fail(make_engine):
 def test_columns_refuse_unknown_names():
     with pytest.raises(TypeError, match="no such column: speed"):
         RequestColumns(speed=np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize("unused", [None, 3, "schedule", {"shedule"}, ["schedule"]])
+def test_unused_methods_that_are_none_are_refused_and_change_nothing(make_engine, unused):
+    engine = make_engine(working := After(raises))
+    other = After(raises)
+    other.unused_methods = unused
+    with pytest.raises(PluginError, match="; make it a set of request_finished, schedule, step_scheduled"):
+        engine.scheduler.policy_runner.guard.replace_policy(other)
+    assert engine.scheduler.policy_runner.guard.policy is working
 
 
 def test_methods_that_a_policy_names_as_unused_are_not_called(make_engine):
