@@ -12,6 +12,8 @@ __all__ = ["MAX_UNREAD_OUTPUTS", "OutputQueue"]
 MAX_UNREAD_OUTPUTS = 65_536
 """Of each answer of a request. With 20 log-probabilities each they take some 300 MB. A reader that is merely slow is
 not so far behind."""
+_MAX_UNREAD_TOGETHER = 262_144
+"""Of all answers of a request."""
 
 
 class OutputQueue(asyncio.Queue[RequestOutput | QuireError]):
@@ -23,7 +25,7 @@ class OutputQueue(asyncio.Queue[RequestOutput | QuireError]):
     def put_output(self, item: RequestOutput | QuireError) -> bool:
         """Add what the caller is to get. False if it is too far behind: then it gets an error in place of all that it
         has not taken, and the request is to be aborted."""
-        max_unread = MAX_UNREAD_OUTPUTS * self.num_answers
+        max_unread = min(MAX_UNREAD_OUTPUTS * self.num_answers, _MAX_UNREAD_TOGETHER)
         if self.qsize() < max_unread:
             self.put_nowait(item)
             return True
