@@ -64,7 +64,9 @@ def load_target(target: str, contract: type | str | None = None) -> type:
             resolved = getattr(resolved, part)
         except AttributeError:
             classes = [
-                n for n, value in vars(resolved).items() if inspect.isclass(value) and value.__module__ == module
+                name
+                for name, value in vars(resolved).items()
+                if inspect.isclass(value) and value.__module__ == module and not name.startswith("_")
             ]
             raise PluginError(f"{target}: {module} has no {part!r}; {suggest_names(part, classes)}") from None
     if not inspect.isclass(resolved):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -138,9 +139,9 @@ def assert_can_be_captured(run: Callable[[], object]) -> None:
 def _takes_number(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a GPU would get a Python number of this call with the launch, without a copy to wait for."""
     if name == "__setitem__":
-        return isinstance(args[2], int | float)
+        return isinstance(args[2], int | float | np.number)
     if name in ("tensor", "as_tensor"):
-        return isinstance(args[0], int | float) and kwargs.get("device") is None
+        return isinstance(args[0], int | float | np.number) and kwargs.get("device") is None
     return name == "one_hot" and (*args[1:2], kwargs.get("num_classes", -1))[0] != -1  # looks at values on a CPU alone
 
 

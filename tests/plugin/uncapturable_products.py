@@ -82,7 +82,8 @@ def keep_to_the_rules(method, layer, x, bias=None):
     y = x.clone()
     y[y.abs() > 6] = 0.0
     y[1] = 2
-    y = torch.where(y > 0, y, 0.5) * torch.tensor(2.0)
+    y[2] = np.int64(2)
+    y = torch.where(y > 0, y, 0.5) * torch.tensor(2.0) * torch.as_tensor(np.float32(1))
     y = y.masked_fill(y > 3, 1.0)[torch.arange(len(y))]
     y = y.repeat_interleave(torch.ones(len(y), dtype=torch.int64), dim=0, output_size=len(y))
     y = y * F.one_hot(torch.arange(len(y)), len(y)).sum(1, keepdim=True)
