@@ -205,7 +205,8 @@ def _print_ready(state: ServerState, sockets: Sequence[socket.socket]) -> None:
     key = " -H 'Authorization: Bearer KEY'" if state.api_keys else ""
     messages = [{"role": "user", "content": "What is paged attention?"}]
     body = json.dumps({"model": state.model_names[0], "messages": messages}).replace("'", "'\\''")
-    print(f"Try: curl {local}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    insecure = "" if scheme == "http" else " -k"  # a certificate hardly names this machine so
+    print(f"Try: curl{insecure} {local}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     sys.stdout.flush()
 
 

@@ -25,5 +25,6 @@ def parse_template_defaults(text: str | None) -> dict[str, Any]:
     try:
         template_variables([], chat_template_kwargs=variables)
     except InvalidRequestError as error:
-        raise ConfigError(f"{flag}: {error}") from None
+        reason = str(error).partition(";")[0].removeprefix("chat_template_kwargs.")
+        raise ConfigError(f"{flag}: {reason}; leave it out") from None
     return variables

@@ -44,7 +44,7 @@ def test_requests_over_tls_with_defaults_of_the_server(
         "--ssl-certfile", cert, "--ssl-keyfile", key, "--enable-force-include-usage", "--served-model-name", "tiny",
         "--chat-template", TEMPLATE, "--default-chat-template-kwargs", defaults, "--prometheus-port", "0",
     )  # fmt: skip
-    assert server.url.startswith("https://") and f"curl {server.url}/v1" in server.stdout.read_text()
+    assert server.url.startswith("https://") and f"curl -k {server.url}/v1" in server.stdout.read_text()
     with httpx.Client(base_url=server.url, verify=ssl.create_default_context(cafile=cert), timeout=60) as http:
         sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http)
         messages = [{"role": "user", "content": "go"}]
@@ -91,7 +91,8 @@ def test_what_is_wrong_of_certificates_is_said_in_one_line(certificate: tuple[Pa
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "no JSON"), ("[1]", "not a JSON object"), ('{"tools": []}', "give tools beside it")]
+    ("text", "says"),
+    [("{", "no JSON"), ("[1]", "not a JSON object"), ('{"tools": []}', "tools: cannot be set here; leave it out")],
 )
 def test_defaults_of_the_template_that_cannot_be(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
