@@ -87,11 +87,12 @@ def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) ->
     if entry.refusal:
         raise PluginError(entry.refusal)
     outcome: list[Any] = []
+    given_up = threading.Event()
     module = entry.value.partition(":")[0]
 
     def run() -> None:
         try:
-            with guard_import(entry.value):
+            with guard_import(entry.value, given_up.is_set):
                 value = _import_value(entry.value)
             outcome.append(value)
         except KeyboardInterrupt:
@@ -107,6 +108,8 @@ def import_entry_point(entry: PluginEntryPoint, limit_s: float | None = None) ->
             thread = threading.Thread(target=run, daemon=True, name=f"import {entry.value}")
             thread.start()
             thread.join(limit_s)
+            if thread.is_alive():
+                given_up.set()
     if not outcome:
         raise PluginError(
             f"{_format_entry(entry)} took more than {limit_s:g} s to import; name it as {entry.dist}/NAME to wait "

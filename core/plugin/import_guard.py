@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -24,10 +24,11 @@ SLOW_IMPORT_S = 10.0
 
 
 @contextlib.contextmanager
-def guard_import(target: str) -> Iterator[None]:
+def guard_import(target: str, is_given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Import a plugin inside. Raises ``PluginError`` if that replaced functions or classes of Quire; puts back signal
     handlers, standard streams and torch's default dtype, gradient mode and number of threads, and says so in the log.
-    One that takes long is named there too."""
+    One that takes long is named there too. Where nobody waits for it any more (``is_given_up``) nothing is put back:
+    others may have changed it since."""
     timer = threading.Timer(SLOW_IMPORT_S, _say_what_is_waited_for, (target, threading.get_ident()))
     timer.daemon = True
     timer.start()
@@ -36,7 +37,7 @@ def guard_import(target: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        changed = settings.restore()
+        changed = [] if is_given_up() else settings.restore()
     if changed:
         _log.warning("%s: its import changed %s of the process; changed back", target, ", ".join(changed))
     if patched := next((name for name, before in names.items() if _find_value(*name) is not before), None):
