@@ -16,7 +16,7 @@ from quire.core.contracts.logits_processor import LogitsProcessor
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.engine.prompts import Prompt
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import ContextLengthError, InvalidRequestError
+from quire.core.errors import ContextLengthError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.arguments import ArgumentChecker
 from quire.core.plugin.target import load_target
@@ -258,7 +258,14 @@ class InputProcessor:
         if params.structured_outputs is not None:
             _check_structured_outputs(params)
         for processor in self._logits_processors:
-            processor.validate_params(params, self.vocab_size)
+            try:
+                processor.validate_params(params, self.vocab_size)
+            except QuireError:
+                raise
+            except Exception:
+                name = f"{processor.__module__}:{processor.__qualname__}"
+                _log.exception("the logits processor %s raised in validate_params", name)
+                raise RequestFailedError(f"the logits processor {name} failed; the server's log says how") from None
 
 
 def _copy_scheduling(scheduling: SchedulingParams) -> SchedulingParams:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from quire import LLM, SamplingParams
 from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.tokenizer import Tokenizer
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import InvalidRequestError, RequestFailedError
 from quire.core.loading.hub import resolve_model
 from quire.core.testing.tiny_models import EOS_TOKEN_ID, make_tiny_model
 from quire.server.http.protocol.completion import CompletionBody
@@ -78,3 +78,15 @@ def test_special_tokens_that_the_tokenizer_adds_can_be_left_out(tmp_path: Path) 
     assert with_bos.prompt_token_ids == [0, *without.prompt_token_ids]
     body = CompletionBody.model_validate({"prompt": "x", "add_special_tokens": False})
     assert body.to_sampling_params({}).add_special_tokens is False
+
+
+def test_a_logits_processor_that_raises_on_parameters_is_named(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def validate_params(params: SamplingParams, vocab_size: int) -> None:
+        raise KeyError("a secret of the server")
+
+    monkeypatch.setattr("quire.plugins.logits.logit_bias.LogitBias.validate_params", validate_params)
+    with pytest.raises(RequestFailedError, match="logit_bias:LogitBias failed; the server's log says how") as raised:
+        llm.generate([[5]], PARAMS)
+    assert "secret" not in str(raised.value) and "KeyError: 'a secret of the server'" in caplog.text
