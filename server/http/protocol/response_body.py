@@ -60,13 +60,14 @@ class ResponseBody(GenerationBody):
         return (*super().unsupported_fields(), *_UNSUPPORTED)
 
     def unknown_fields(self) -> dict[str, list[str]]:
-        """Those of ``text`` and ``reasoning`` too."""
+        """Those of ``text``, ``reasoning`` and ``include`` too."""
         form = (self.text or {}).get("format")
         return {
             **super().unknown_fields(),
             **list_unknown_fields("text", self.text, ("format",)),
             **list_unknown_fields("text.format", form, ("type", *FORMAT_FIELDS)),
             **list_unknown_fields("reasoning", self.reasoning, ("effort",)),
+            **{f"include.{name}": [f"include.{LOGPROBS}"] for name in self.include or () if name != LOGPROBS},
         }
 
     @property

@@ -21,6 +21,7 @@ from quire.core.parsing.events import ContentDelta
 from quire.plugins.parsers.reasoning import Qwen3
 from quire.plugins.parsers.tool_calls import Hermes
 from quire.server.http.parsed_text import ParsedText
+from quire.server.http.protocol.response_body import ResponseBody
 from quire.server.http.text_offsets import TextOffsets
 
 from ..conftest import RunningServer, check_error, start_server
@@ -306,3 +307,10 @@ def test_a_long_conversation_is_cut_where_that_is_asked_for(http: httpx.Client) 
     assert "2048" in message
     response = http.post(PATH, json={**body, "truncation": "auto"})
     assert response.status_code == 200 and response.json()["usage"]["input_tokens"] <= 2044
+
+
+def test_what_include_names_in_vain_is_told() -> None:
+    body = ResponseBody.model_validate(
+        {"input": "x", "include": ["message.output_text.logprobs", "reasoning.encrypted_content"]}
+    )
+    assert list(body.unknown_fields()) == ["include.reasoning.encrypted_content"]
