@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     flag_warnings = [*args.flag_warnings, *apply_vllm_flags(args), *apply_vllm_variables(args, vllm_variables())]
     engine_args, settings = make_engine_args(args), make_server_settings(args)
-    make_ssl_context(settings)  # what is wrong shows before anything is started
+    ssl_context = make_ssl_context(settings)  # what is wrong shows before anything is started
     parse_template_defaults(settings.default_chat_template_kwargs)
     with (
         bind_sockets(settings) as sockets,
@@ -56,4 +56,4 @@ def run(args: argparse.Namespace) -> int:
         check_names(engine_args)
         from quire.server.http.serving import serve  # seconds, while the process does the same
 
-        return serve(engine_args, settings, process, sockets, signals, args, flag_warnings)
+        return serve(engine_args, settings, process, sockets, signals, args, flag_warnings, ssl_context)

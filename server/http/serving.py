@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import socket
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +28,6 @@ from quire.server.http.settings import ServerSettings
 from quire.server.http.signals import StopSignals
 from quire.server.http.state import ServerState
 from quire.server.http.throughput_log import log_throughput
-from quire.server.http.tls import make_ssl_context
 
 __all__ = ["drain_requests", "serve"]
 
@@ -50,9 +50,10 @@ def serve(
     signals: StopSignals,
     arguments: Any = None,
     flag_warnings: Sequence[str] = (),
+    ssl_context: ssl.SSLContext | None = None,
 ) -> int:
     """Serve on ``sockets``, as ``bind_sockets`` made them, with the engine core in ``process``, until SIGTERM or
-    SIGINT; returns the exit status: 0, or 1 if the engine died.
+    SIGINT; returns the exit status: 0, or 1 if the engine died. With ``ssl_context`` the sockets speak TLS.
 
     Raises QuireError if the server cannot start.
     """
@@ -62,7 +63,7 @@ def serve(
     for warning in flag_warnings:
         log.warning("%s", warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(args, settings, process, sockets, signals, arguments))
+        return runner.run(_serve(args, settings, process, sockets, signals, arguments, ssl_context))
 
 
 async def _serve(
@@ -72,6 +73,7 @@ async def _serve(
     sockets: Sequence[socket.socket],
     signals: StopSignals,
     arguments: Any,
+    ssl_context: ssl.SSLContext | None,
 ) -> int:
     if args.max_num_queued_requests is None:  # a server has many clients, none of which knows of the others
         args = replace(args, max_num_queued_requests=_QUEUED_PER_ROW * max(args.max_num_seqs, 1))
@@ -87,9 +89,9 @@ async def _serve(
         app = create_app(engine, settings, arguments)
         extend_app(app, engine.plugins, engine.add_quarantined)
         state: ServerState = app.state.server
-        servers = [_Server(_uvicorn_config(app, args, settings))]
+        servers = [_Server(_uvicorn_config(app, args, ssl_context))]
         if settings.prometheus_port is not None:
-            servers.append(_Server(_uvicorn_config(create_metrics_app(state), args, settings)))
+            servers.append(_Server(_uvicorn_config(create_metrics_app(state), args, ssl_context)))
         gc.collect()
         gc.freeze()
         if not args.disable_log_stats:
@@ -178,7 +180,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(app: Any, args: EngineArgs, settings: ServerSettings) -> uvicorn.Config:
+def _uvicorn_config(app: Any, args: EngineArgs, ssl_context: ssl.SSLContext | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=LimitedHttpProtocol,
@@ -191,7 +193,7 @@ def _uvicorn_config(app: Any, args: EngineArgs, settings: ServerSettings) -> uvi
         server_header=False,
     )
     config.load()
-    config.ssl = make_ssl_context(settings)
+    config.ssl = ssl_context
     return config
 
 
