@@ -107,7 +107,8 @@ class GuidanceBackend(StructuredOutputBackend):
         options = self._options
         params = apply_defaults(params, options.disable_any_whitespace, options.disable_additional_properties)
         try:
-            grammar = self._write_grammar(params)
+            schema = _read_schema(params)
+            grammar = self._write_grammar(params, schema)
         except InvalidRequestError:
             raise
         except Exception as error:
@@ -119,11 +120,11 @@ class GuidanceBackend(StructuredOutputBackend):
             if each.is_error():
                 raise InvalidRequestError(_explain_refusal(params, each.get_error()), "structured_outputs")
         tokens, eos_token_ids = self._string_tokens, frozenset(self.tokenizer.eos_token_ids)
-        bounds = None if tokens is None else _find_string_bounds(params)
+        bounds = None if tokens is None else _find_string_bounds(params, schema)
         compiled = _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
         if tokens is not None and bounds is not None and bounds.has_places and not params.answer_begin:
-            assert params.kind == "json"
-            compiled.walk_answers(prepare_schema(params.load_json()), tokens, self._tokenizer)
+            assert schema is not None
+            compiled.walk_answers(schema, tokens, self._tokenizer)
         return compiled
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
@@ -194,7 +195,7 @@ class GuidanceBackend(StructuredOutputBackend):
                 request.is_filled = not request.state.matcher.is_error()  # type: ignore[attr-defined]
         return behind
 
-    def _write_grammar(self, params: StructuredOutputsParams) -> str:
+    def _write_grammar(self, params: StructuredOutputsParams, schema: dict[str, Any] | None) -> str:
         """A grammar in the form that llguidance takes."""
         kind = params.kind
         if kind == "structural_tag":
@@ -207,7 +208,7 @@ class GuidanceBackend(StructuredOutputBackend):
         elif kind == "regex":
             body = {"lark_grammar": f"start: REGEX\nREGEX: /{llguidance.regex_to_lark(str(params.regex))}/"}
         else:
-            schema = {"type": "object"} if kind == "json_object" else prepare_schema(params.load_json())
+            assert schema is not None
             body = {"json_schema": {**schema, "x-guidance": _json_options(params)}}
         grammars = [{"name": "answer", **body}]
         answer_begin = "" if kind == "structural_tag" else params.answer_begin or ""
@@ -259,7 +260,14 @@ def _count_processors() -> int:
     return os.cpu_count() or 1
 
 
-def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
+def _read_schema(params: StructuredOutputsParams) -> dict[str, Any] | None:
+    """The schema of an answer that is JSON as a whole; None: it is not."""
+    if params.kind == "json":
+        return prepare_schema(params.load_json())
+    return {"type": "object"} if params.kind == "json_object" else None
+
+
+def _find_string_bounds(params: StructuredOutputsParams, schema: dict[str, Any] | None) -> StringBounds | None:
     if params.whitespace_pattern is not None:  # blanks could look like the inside of a string
         return None
     if params.kind == "structural_tag":
@@ -268,9 +276,8 @@ def _find_string_bounds(params: StructuredOutputsParams) -> StringBounds | None:
             return None
         has_free_text = tag.get("free_text") is not False or any(each.get("free") for each in tag["structures"])
         return join_string_bounds(list(map(prepare_schema, schemas)), has_free_text or params.reasoning_end is not None)
-    if params.kind not in ("json", "json_object"):
+    if schema is None:
         return None
-    schema = prepare_schema(params.load_json()) if params.kind == "json" else {"type": "object"}
     if params.reasoning_end is not None:  # free text before an answer may look like the properties of the schema
         return join_string_bounds([schema])
     bounds = find_string_bounds(schema)
