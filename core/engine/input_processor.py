@@ -19,6 +19,7 @@ from quire.core.engine.tokenizer import Tokenizer
 from quire.core.errors import ContextLengthError, InvalidRequestError, QuireError, RequestFailedError
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.arguments import ArgumentChecker
+from quire.core.plugin.quarantine import class_path
 from quire.core.plugin.target import load_target
 from quire.core.sampling_params import SamplingParams, check_text, to_integer
 from quire.core.scheduling_params import SchedulingParams
@@ -263,7 +264,7 @@ class InputProcessor:
             except QuireError:
                 raise
             except Exception:
-                name = f"{processor.__module__}:{processor.__qualname__}"
+                name = class_path(processor)
                 _log.exception("the logits processor %s raised in validate_params", name)
                 raise RequestFailedError(f"the logits processor {name} failed; the server's log says how") from None
 

@@ -14,6 +14,7 @@ from quire.core.engine.setting import Setting, settings_of
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import list_option_values
+from quire.core.plugin.quarantine import class_path
 from quire.core.plugin.registry import KINDS, OPERATIONS, PROJECT, Kind, normalize_name, suggest_names
 from quire.core.plugin.target import Resolution
 
@@ -51,7 +52,7 @@ def _name_of(setting: Setting, value: Any) -> str:
         )
     if "<locals>" in value.__qualname__:
         raise ConfigError(f"{setting.name}: {value.__qualname__} is defined inside a function; define it in a module")
-    return f"{value.__module__}:{value.__qualname__}"
+    return class_path(value)
 
 
 class PluginChooser:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from quire.core.config import EngineConfig
 from quire.core.errors import QuireError, WorkerError
-from quire.core.plugin.quarantine import Quarantine, run_outside_of_plugin
+from quire.core.plugin.quarantine import Quarantine, class_path, run_outside_of_plugin
 
 __all__ = ["PluginCall", "PluginFrames", "ThreadStack", "describe_error", "find_plugin_calls", "is_debugged"]
 
@@ -83,7 +83,7 @@ class PluginFrames:
             quarantine = frame.f_locals["self"]
             return quarantine.kind, quarantine.name
         for cls in type(frame.f_locals.get("self")).__mro__:
-            if plugin := self._by_class.get(f"{cls.__module__}:{cls.__qualname__}"):
+            if plugin := self._by_class.get(class_path(cls)):
                 return plugin
         module = str(frame.f_globals.get("__name__"))
         return self._by_module.get(module) or self._by_package.get(module.partition(".")[0])

@@ -180,8 +180,9 @@ def _absorb_interrupt(thread_id: int) -> None:
 
 
 def class_path(plugin: object) -> str:
-    """The name of a plugin that was made from its class: ``module:Class``, as on the command line."""
-    return f"{type(plugin).__module__}:{type(plugin).__qualname__}"
+    """The name of a plugin's class, or of one that was made from it: ``module:Class``, as on the command line."""
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _name_of(function: Callable[..., object]) -> str:

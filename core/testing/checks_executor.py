@@ -12,8 +12,9 @@ import numpy as np
 from quire.core.contracts.executor import Executor, KVCapacity, StepFuture
 from quire.core.contracts.kv import KVGroup
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput
+from quire.core.plugin.quarantine import class_path
 from quire.core.sampling_params import SamplingParams
-from quire.core.testing.example_engine import ExampleEngine, example_engine, example_model, target_of
+from quire.core.testing.example_engine import ExampleEngine, example_engine, example_model
 
 __all__ = [
     "check_drafts_are_verified",
@@ -95,7 +96,7 @@ def check_shutdown_can_be_repeated(cls: type[Executor]) -> None:
 def _engine(cls: type[Executor], *, repetitive: bool = False, **arguments: Any) -> Iterator[ExampleEngine]:
     with (
         example_model(repetitive=repetitive) as (folder, reference),
-        example_engine(folder, reference, executor=target_of(cls), **arguments) as engine,
+        example_engine(folder, reference, executor=class_path(cls), **arguments) as engine,
     ):
         yield engine
 

@@ -13,9 +13,10 @@ import torch
 from quire.core.contracts.spec_decode import DeviceProposer, DraftTokens, HostProposer, SpeculativeProposer
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.options import parse_options
+from quire.core.plugin.quarantine import class_path
 from quire.core.request import Request
 from quire.core.sampling_params import SamplingParams
-from quire.core.testing.example_engine import CONFIG, example_engine, example_model, target_of
+from quire.core.testing.example_engine import CONFIG, example_engine, example_model
 from quire.core.testing.tiny_models import make_example_model, save_example_model
 
 __all__ = [
@@ -79,7 +80,7 @@ def check_tokens_are_those_of_transformers(cls: type[SpeculativeProposer]) -> No
     """An engine that drafts with it gives the tokens that it gives without, greedy and at random, in any batch, and
     quarantines nothing."""
     with example_model(repetitive=True) as (folder, reference), _example_draft(cls, folder) as draft:
-        config = {"method": target_of(cls), "num_speculative_tokens": 3, "adaptive": False}
+        config = {"method": class_path(cls), "num_speculative_tokens": 3, "adaptive": False}
         config |= {} if draft is None else {"model": str(draft)}
         with example_engine(folder, reference, speculative_config=config) as engine:
             engine.assert_traffic_is_served(num_tokens=39)

@@ -21,7 +21,7 @@ from quire.core.sampling_params import SamplingParams
 from quire.core.testing.oracle import compute_worst_gap
 from quire.core.testing.tiny_models import make_example_model, save_example_model
 
-__all__ = ["CONFIG", "ExampleEngine", "example_engine", "example_model", "target_of"]
+__all__ = ["CONFIG", "ExampleEngine", "example_engine", "example_model"]
 
 CONFIG = {
     "model_type": "llama",
@@ -116,11 +116,6 @@ def example_model(*, repetitive: bool = False) -> Iterator[tuple[Path, Any]]:
                 parameter.data.mul_(0.02)
         save_example_model(reference, Path(name))
         yield Path(name), reference
-
-
-def target_of(cls: type) -> str:
-    """``module:Class``, as on the command line."""
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _limit_steps(core: EngineCore) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from quire.core.errors import ConfigError, PluginError
 from quire.core.plugin.manager import PluginManager
+from quire.core.plugin.quarantine import class_path
 from quire.core.plugin.registry import KINDS
 from quire.core.plugin.target import load_target, resolve_file
 from quire.server.cli.flags import parse_float, parse_int
@@ -155,7 +156,7 @@ class _Report:
         """``--end-to-end``: the subject against what an engine chooses by itself."""
         from quire.server.plugin_bench.end_to_end import compare_engines
 
-        args, target = self._args, f"{subject.__module__}:{subject.__qualname__}"
+        args, target = self._args, class_path(subject)
         if self._kind == "op":
             changed: dict[str, Any] = {"op": [f"all={target}"]}
         elif self._kind == "logits_processor":
