@@ -143,7 +143,7 @@ def make_schema(rng: random.Random) -> dict[str, Any]:
 
 
 def make_prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Prompts that nobody has asked yet: arms with the same ones would find them in the prefix cache."""
+    """Prompts of no earlier request: arms with the same ones would find them in the prefix cache."""
     return np.random.default_rng().integers(1000, 8000, (args.requests, 64)).tolist()
 
 

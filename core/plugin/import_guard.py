@@ -27,8 +27,8 @@ SLOW_IMPORT_S = 10.0
 def guard_import(target: str, is_given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Import a plugin inside. Raises ``PluginError`` if that replaced functions or classes of Quire; puts back signal
     handlers, standard streams and torch's default dtype, gradient mode and number of threads, and says so in the log.
-    One that takes long is named there too. Where nobody waits for it any more (``is_given_up``) nothing is put back:
-    others may have changed it since."""
+    One that takes long is named there too. After one that was given up on (``is_given_up``) nothing is put back: others
+    may have changed it since."""
     timer = threading.Timer(SLOW_IMPORT_S, _say_what_is_waited_for, (target, threading.get_ident()))
     timer.daemon = True
     timer.start()

@@ -64,7 +64,7 @@ def test_a_neighbour_that_does_not_finish_in_time_is_passed_over(install):
     assert "took more than 0.2 s to import" in reason
     [importing] = [thread for thread in threading.enumerate() if thread.name == "import quire_aaa_slow"]
     importing.join(30)
-    assert sys.stdout is stdout, "what nobody waited for put nothing back"
+    assert sys.stdout is stdout, "an import that was given up on puts nothing back"
 
 
 def test_another_api_or_version_is_refused_before_import(install):
