@@ -84,7 +84,7 @@ def test_nothing_waits_for_an_exporter_that_does(released: threading.Event) -> N
     for _ in range(5):
         group.record_engine({})
         group.record_tokens(0, 2, None, [])
-    assert time.monotonic() - begin < 0.1
+    assert time.monotonic() - begin < 0.5
     assert render(group) == {"slow": b"10", "quick": b"10"}, "a document has all that was reported before"
     assert time.monotonic() - begin > 0.9 and slow.num_records == 5
     group.close()
@@ -115,7 +115,7 @@ def test_one_that_no_interrupt_reaches_is_left_behind(
     released: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(exporter_thread, "_MAX_CALL_S", 0.2)
-    monkeypatch.setattr("quire.core.engine.exporter_group._MAX_WAIT_S", 0.5)
+    monkeypatch.setattr("quire.core.engine.exporter_group._MAX_WAIT_S", 1.0)
     good, bad = Exporter(), Exporter(released.wait)
     group = ExporterGroup([("bad", bad), ("good", good)])
     group.record_engine({})
@@ -123,7 +123,7 @@ def test_one_that_no_interrupt_reaches_is_left_behind(
     group.record_tokens(0, 3, None, [])
     assert group.active == [good] and "metrics/bad is quarantined (hung): a call did not return" in caplog.text
     begin = time.monotonic()
-    assert render(group) == {"good": b"3"} and time.monotonic() - begin < 0.4, "nothing waits for it any more"
+    assert render(group) == {"good": b"3"} and time.monotonic() - begin < 0.8, "nothing waits for it any more"
     group.close()
     assert "metrics/bad has not closed after" in caplog.text and good.closed_in and not bad.closed_in
 

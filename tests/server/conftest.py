@@ -48,7 +48,7 @@ class RunningServer:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(15)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         return self.process.wait(5)
@@ -110,7 +110,7 @@ def start(tiny_model: str, tmp_path: Path) -> Iterator[Callable[..., RunningServ
         each.stop()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait for ``condition``, or fail."""
     deadline = time.monotonic() + seconds
     while not condition():

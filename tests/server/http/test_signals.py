@@ -36,14 +36,14 @@ class Signalled:
 with StopSignals() as signals:
     signals.call_before_exit(lambda: print("cleaned up", flush=True))
     Signalled()  # an exception inside __del__ is printed and forgotten, as inside many callbacks of C code
-    time.sleep(20)
+    time.sleep(90)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_start_also_where_exceptions_are_swallowed(number: int) -> None:
     command = [sys.executable, "-c", SWALLOWS_EXCEPTIONS, str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=15)
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=60)
     assert done.returncode == 128 + number
     assert done.stdout == "cleaned up\n"
     assert done.stderr == f"quire: ended by {signal.Signals(number).name} while starting\n"
@@ -91,7 +91,7 @@ def _end_and_check(process: subprocess.Popen[bytes], number: int, status: int, l
     [engine] = child_processes(process.pid)
     folder = _socket_folder(engine)
     process.send_signal(number)
-    assert process.wait(10) == status
+    assert process.wait(30) == status
     until(lambda: has_ended(engine), 30)
     until(lambda: not folder.exists())
     assert "Traceback" not in log.read_text() and "ready on" not in log.read_text()
@@ -121,7 +121,7 @@ def test_a_benchmark_that_is_ended_stops_its_server(tiny_model: str, tmp_path: P
             [server] = child_processes(process.pid)
             until(lambda: bool(child_processes(server)), 30)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 143
+            assert process.wait(60) == 143
             assert has_ended(server)
             until(lambda: not list(tmp_path.iterdir()))
             assert process.stderr is not None and b"Traceback" not in process.stderr.read()
@@ -152,12 +152,12 @@ def test_a_second_signal_ends_at_once_and_clients_get_an_error(start: Callable[.
     server = start()
     answers: list[httpx.Response] = []
     streamed: list[str] = []
-    half = threading.Event()
+    half, ended = threading.Event(), threading.Event()
 
     def half_a_body() -> Iterator[bytes]:
         yield b'{"prompt": '
         half.set()
-        time.sleep(4)
+        ended.wait(60)
         yield b'"x"}'
 
     def read_stream() -> None:
@@ -180,8 +180,9 @@ def test_a_second_signal_ends_at_once_and_clients_get_an_error(start: Callable[.
     server.process.send_signal(signal.SIGINT)
     until(lambda: "draining" in server.stderr.read_text())
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(10) == 0
-    assert time.monotonic() - begin < 4
+    assert server.process.wait(30) == 0
+    assert time.monotonic() - begin < 10
+    ended.set()
     for thread in threads:
         thread.join()
     assert [answer.status_code for answer in answers] == [503, 503]
