@@ -53,10 +53,11 @@ class Effect:
     high: float
     p_value: float
     corrected_p: float
-    smallest_effect: float
-    """That 4 of 5 runs of this length would have found, after the correction."""
+    smallest_effect: float | None
+    """That 4 of 5 runs of this length would have found, after the correction; None where the arms are equal in every
+    pair, which says nothing of the noise."""
     recommended_pairs: int
-    """Of a run that would find an effect of 5 % (5 points), 9 times of 10."""
+    """Of a run that would find an effect of 5 % (5 points), 9 times of 10; 0: that is not known."""
 
     @property
     def is_significant(self) -> bool:
@@ -66,7 +67,7 @@ class Effect:
     @property
     def is_better(self) -> bool:
         """Whether B is the better arm in it, significant or not."""
-        return (self.effect < 0) == self.metric.lower_is_better
+        return self.effect < 0 if self.metric.lower_is_better else self.effect > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Verdict:
     num_requests: int
     pair_seconds: float
     """Traffic of a pair, both stretches, with what was washed out."""
+    is_identical: bool = False
+    """Whether the arms are equal to the digit, request by request, so that nothing was compared."""
 
     @property
     def significant(self) -> list[Effect]:
@@ -101,6 +104,8 @@ class Verdict:
         """One sentence."""
         if not self.is_final:
             return f"No verdict: {self.num_pairs} pairs were measured, and {MIN_PAIRS} are the least."
+        if self.is_identical:
+            return "Both arms made the same plans, so that nothing was compared."
         if not self.significant:
             return "No difference was found."
         better = _name_quantities([e.metric for e in self.significant if e.is_better])
@@ -160,6 +165,7 @@ def analyze_pairs(
     threshold = float(stats.t.ppf(1 - (1 - _CONFIDENCE) / (2 * num_metrics), degrees))
     visible = (threshold + float(stats.t.ppf(_POWER, degrees))) * errors
     planned = (threshold + float(stats.t.ppf(_PLANNED_POWER, degrees))) * errors
+    differs = np.maximum(np.abs(observed), errors) > tiny
     effects = []
     for i, metric in enumerate(table.metrics):
         wanted = math.log1p(WANTED_EFFECT) if metric.is_ratio else WANTED_EFFECT
@@ -174,11 +180,11 @@ def analyze_pairs(
                 _to_share(metric, observed[i] + width * errors[i]),
                 float(p_values[i]),
                 float(corrected[i]),
-                _to_share(metric, visible[i]),
-                max(math.ceil(num_pairs * share**2), MIN_PAIRS) if math.isfinite(share) else 0,
+                _to_share(metric, visible[i]) if differs[i] else None,
+                max(math.ceil(num_pairs * share**2), MIN_PAIRS) if differs[i] and math.isfinite(share) else 0,
             )
         )
-    return Verdict(effects, num_pairs, len(observations.pair), pair_seconds)
+    return Verdict(effects, num_pairs, len(observations.pair), pair_seconds, observations.are_arms_identical)
 
 
 def _compare(metrics: list[Metric], a: _Floats, b: _Floats) -> _Floats:

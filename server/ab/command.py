@@ -218,6 +218,7 @@ def _to_json(experiment: Experiment, verdict: Verdict) -> dict[str, Any]:
         "pairs": verdict.num_pairs,
         "requests": verdict.num_requests,
         "partial": experiment.interruption is not None,
+        "identical": verdict.is_identical,
         "verdict": verdict.summarize(),
         "warnings": list(experiment.warnings),
         "effects": effects,

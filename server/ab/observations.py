@@ -50,6 +50,13 @@ class Observations:
         """Pairs of stretches."""
         return len(self.seconds)
 
+    @property
+    def are_arms_identical(self) -> bool:
+        """Whether each request of A has its equal in B, to the digit: the arms made the same plans."""
+        a, b = self.arm == 0, self.arm == 1
+        columns = (self.pair, self.arrival_s, self.ttft_s, self.tpot_s, self.e2e_s, self.output_len, self.is_served)
+        return all(np.array_equal(each[a], each[b], equal_nan=each.dtype.kind == "f") for each in columns)
+
 
 def combine_arms(measured: Sequence[ArmTimes]) -> Observations:
     """Columns of all measured requests. Pairs of which an arm has no request are left out."""

@@ -17,14 +17,15 @@ def format_report(
     """The whole report. ``plots`` are (title, file)."""
     a, b = experiment.arms
     chosen = verdict.get_effect(primary)
-    is_aa = a.name == b.name
+    is_noise_floor = a.name == b.name and not verdict.is_identical
     lines = [f"# A/B: `{a.name}` against `{b.name}`", ""]
     if experiment.interruption is not None:
         lines += [f"> **Partial**: {_describe_rest(experiment, verdict, chosen)}", ""]
     for warning in experiment.warnings:
         lines += [f"> **Unequal arms**: {warning}. What follows compares two engines, not two policies.", ""]
-    lines += [f"**{verdict.summarize()}**" + (f" {_describe_primary(chosen)}" if verdict.is_final else ""), ""]
-    if is_aa:
+    told = _describe_identity(a.name == b.name, verdict) if verdict.is_identical else _describe_primary(chosen)
+    lines += [f"**{verdict.summarize()}**" + (f" {told}" if verdict.is_final else ""), ""]
+    if is_noise_floor:
         lines += ["Both arms are the same: what is found here is the noise floor of this setting.", ""]
     lines += _format_table(verdict)
     lines += [
@@ -75,13 +76,30 @@ def _describe_rest(experiment: Experiment, verdict: Verdict, chosen: Effect) -> 
     return f"{text} {needed}{source}: " + (f"{more:,.1f} min more." if more > 0 else "no more than ran.")
 
 
+def _describe_identity(is_aa: bool, verdict: Verdict) -> str:
+    """Why there is no effect to speak of, and what would show one, or the noise."""
+    text = f"All {verdict.num_requests // 2:,} requests took the same time in both, to the digit. "
+    if not is_aa:
+        return text + (
+            "This traffic does not show what these policies do otherwise: play it at a higher `--load`, or give it "
+            "what they rank by, such as groups or deadlines."
+        )
+    return text + (
+        "The same policy on the same stretches in virtual time has no noise, whatever the seed. `--design switchback` "
+        "has: its arms serve different stretches."
+    )
+
+
 def _describe_primary(effect: Effect) -> str:
     metric = effect.metric
+    title = f"{metric.title[0].upper()}{metric.title[1:]}"
+    if effect.smallest_effect is None:
+        return f"{title} is the same in both arms, in every pair."
     found = "differs" if effect.is_significant else "does not differ measurably"
     return (
-        f"{metric.title[0].upper()}{metric.title[1:]} {found}: {_percent(effect, effect.effect)} "
+        f"{title} {found}: {_percent(effect, effect.effect)} "
         f"[{_percent(effect, effect.low)}, {_percent(effect, effect.high)}]; runs of this length find effects of "
-        f"{_percent(effect, effect.smallest_effect).lstrip('+')} and more."
+        f"{_visible(effect)} and more."
     )
 
 
@@ -96,9 +114,14 @@ def _format_table(verdict: Verdict) -> list[str]:
         lines.append(
             f"| {effect.metric.title} | {_value(effect, effect.a)} | {_value(effect, effect.b)} | {shown} | "
             f"{_percent(effect, effect.low)} to {_percent(effect, effect.high)} | {effect.corrected_p:.3f} | "
-            f"{_percent(effect, effect.smallest_effect).lstrip('+')} | {_length(effect, verdict)} |"
+            f"{_visible(effect)} | {_length(effect, verdict)} |"
         )
     return lines
+
+
+def _visible(effect: Effect) -> str:
+    """The smallest effect; "-" where the arms are equal in every pair, which says nothing of it."""
+    return "-" if effect.smallest_effect is None else _percent(effect, effect.smallest_effect).lstrip("+")
 
 
 def _length(effect: Effect, verdict: Verdict) -> str:

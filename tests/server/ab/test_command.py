@@ -75,9 +75,27 @@ def test_the_same_arguments_give_the_same_verdict(quire):
     assert json.loads(first)["effects"]["ttft_p50"].keys() >= {"low", "high", "corrected_p", "recommended_pairs"}
 
 
-def test_equal_arms_are_equal_in_a_paired_simulation(quire):
-    _, out, _ = quire("--a", "fcfs", "--aa", *TRACE, "--load", "0.5", "--pairs", "12")
-    assert "**No difference was found.**" in out and "the noise floor" in out
+@pytest.mark.parametrize(
+    ("arms", "remedy"),
+    [(["--aa"], "whatever the seed. `--design switchback` has"), (["--b", "priority"], "play it at a higher `--load`")],
+)
+def test_a_paired_simulation_of_equal_plans_says_that_nothing_was_compared(quire, arms, remedy):
+    words = ("--a", "fcfs", *arms, *TRACE, "--load", "0.5", "--pairs", "12")
+    _, out, _ = quire(*words)
+    assert "**Both arms made the same plans, so that nothing was compared.** All " in out and remedy in out
+    assert "runs of this length find" not in out and "noise floor" not in out
+    assert re.search(r"^\| time to first token, p50 .* \| \+0\.0% to \+0\.0% \| 1\.000 \| - \| - \|$", out, re.M)
+    told = json.loads(quire(*words, "--json")[1])
+    assert told["identical"] and told["verdict"].startswith("Both arms made the same plans")
+    for effect in told["effects"].values():
+        assert effect["smallest_effect"] is None and effect["recommended_pairs"] == 0 and not effect["better"]
+
+
+def test_equal_arms_of_a_switchback_are_compared(quire):
+    traffic = ["--trace", "synthetic:requests=1300,input=fixed/200,output=fixed/20", "--arrivals", "poisson:rate=10"]
+    design = ["--design", "switchback", "--pairs", "12", "--block", "5", "--washout", "0.5"]
+    _, out, _ = quire("--a", "fcfs", "--aa", *traffic, *design)
+    assert "**No difference was found.** Time to first token, p50 does not differ" in out and "the noise floor" in out
 
 
 def test_a_switchback_is_simulated_in_virtual_time(quire):
