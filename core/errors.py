@@ -11,6 +11,7 @@ __all__ = [
     "EngineDeadError",
     "InvalidRequestError",
     "PluginError",
+    "PluginOptionError",
     "QueueFullError",
     "QuireError",
     "RequestFailedError",
@@ -34,6 +35,10 @@ class CheckpointError(QuireError, ValueError):
 
 class PluginError(QuireError, ValueError):
     """A plugin that cannot be found, loaded or used."""
+
+
+class PluginOptionError(PluginError):
+    """Options that a plugin does not have, or refuses."""
 
 
 class InvalidRequestError(QuireError, ValueError):

@@ -81,7 +81,9 @@ class AdapterRegistry:
         self._require_on(name)
         check_text("lora_name", name, _MAX_NAME_CHARS)
         if not name or name in self._model_names:
-            raise InvalidRequestError(f"an adapter cannot be called {name!r}, as the model is; choose another name")
+            raise InvalidRequestError(
+                f"an adapter cannot be called {name!r}, as the model is; choose another name", "lora_name"
+            )
         taken = self._adapters.get(name)
         if taken is not None and not load_inplace:
             raise InvalidRequestError(_describe_taken(taken), "lora_name")

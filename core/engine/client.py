@@ -161,7 +161,9 @@ class EngineCoreClient:
             self._pending_calls.pop(call_id, None)
         if reply.error is None:
             return reply.result
-        raise InvalidRequestError(reply.error) if reply.error_kind == "invalid" else ControlCallError(reply.error)
+        if reply.error_kind == "invalid":
+            raise InvalidRequestError(reply.error, reply.error_param)
+        raise ControlCallError(reply.error)
 
     async def shutdown(self, timeout: float) -> None:
         """Ask, wait ``timeout`` seconds, then insist. Of one that does not answer nothing is asked."""

@@ -33,7 +33,7 @@ from quire.core.engine.ipc import (
     socket_address,
 )
 from quire.core.engine.watchdog import StepWatchdog
-from quire.core.errors import InvalidRequestError, PluginError, QuireError
+from quire.core.errors import InvalidRequestError, PluginError, PluginOptionError, QuireError
 from quire.core.log import setup_logging
 from quire.core.messages import EngineCoreRequest
 from quire.core.plugin.frames import PluginFrames, describe_error
@@ -136,8 +136,11 @@ class EngineCoreProcess:
     def _answer_call(self, core: EngineCore, call: ControlCall) -> None:
         try:
             self._send_message(ControlReply(call.call_id, core.control.call_method(call.method, call.arguments)))
-        except (InvalidRequestError, PluginError) as error:
-            self._send_message(ControlReply(call.call_id, error=str(error), error_kind="invalid"))
+        except InvalidRequestError as error:
+            self._send_message(ControlReply(call.call_id, None, str(error), "invalid", error.param))
+        except PluginError as error:
+            param = "options" if isinstance(error, PluginOptionError) else None
+            self._send_message(ControlReply(call.call_id, None, str(error), "invalid", param))
         except Exception as error:  # also a result that msgpack cannot hold
             self._send_message(ControlReply(call.call_id, error=describe_error(error)))
 

@@ -138,6 +138,8 @@ class ControlReply(msgspec.Struct, tag=True, array_like=True):
     error: str | None = None
     error_kind: Literal["invalid", "failed"] = "failed"
     """The call cannot be carried out as asked, or the method failed."""
+    error_param: str | None = None
+    """The field of what was asked that the error is about."""
 
 
 class Heartbeat(msgspec.Struct, tag=True, array_like=True):

@@ -8,7 +8,7 @@ from typing import Any
 from quire.core.config import PluginChoice
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.control import ControlMethods
-from quire.core.plugin.options import parse_options
+from quire.core.plugin.options import make_refusal, parse_options
 from quire.core.plugin.target import load_target, resolve_file
 from quire.core.sched.policy_runner import PolicyRunner
 from quire.core.traces.recorder import TraceRecorder
@@ -70,5 +70,9 @@ class PolicyControl:
 def make_policy(choice: PluginChoice) -> BatchingPolicy:
     """A policy with the options that were chosen. Raises ``PluginError``."""
     cls = load_target(choice.target, "quire.core.contracts.policy:BatchingPolicy")
-    policy: BatchingPolicy = cls(parse_options(cls, choice.options))
+    options = parse_options(cls, choice.options)
+    try:
+        policy: BatchingPolicy = cls(options)
+    except ValueError as error:
+        raise make_refusal(cls, choice.options, error) from error
     return policy

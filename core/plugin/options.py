@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quire.core.errors import PluginError
+from quire.core.errors import PluginError, PluginOptionError
 from quire.core.plugin.annotations import UnreadableTypeError, convert_value, describe_type, find_fields_class
 from quire.core.plugin.registry import suggest_names
 from quire.core.plugin.source import read_options
@@ -19,6 +19,7 @@ __all__ = [
     "check_options_by_source",
     "find_options_class",
     "list_option_values",
+    "make_refusal",
     "parse_options",
     "split_key_values",
 ]
@@ -57,8 +58,8 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
     """An instance of ``cls.Options`` from ``pairs``; None if the class takes no options and none are given.
 
     Values are texts of a command line, or what ``list_option_values`` gives. Fields may be str, int, float, bool, Path,
-    an enum, ``Literal[...]``, ``X | None`` ("none") and ``tuple[X, ...]`` (comma separated). Raises PluginError on one
-    line: unknown or missing key, a value of the wrong type, or whatever ValueError the dataclass itself raises.
+    an enum, ``Literal[...]``, ``X | None`` ("none") and ``tuple[X, ...]`` (comma separated). Raises PluginOptionError
+    on one line: unknown or missing key, a value of the wrong type, or whatever ValueError the dataclass itself raises.
     """
     options = find_options_class(cls)
     if options is None:
@@ -71,13 +72,18 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
     try:
         return options(**values)
     except (ValueError, TypeError) as error:
-        given = ", ".join(f"{k}={v}" for k, v in pairs.items()) or "the defaults"
-        raise PluginError(f"{cls.__qualname__} refuses {given}: {' '.join(str(error).split())}") from error
+        raise make_refusal(cls, pairs, error) from error
+
+
+def make_refusal(cls: type, pairs: Mapping[str, Any], error: Exception) -> PluginOptionError:
+    """The error of options that are each well-formed, and that the plugin does not take."""
+    given = ", ".join(f"{k}={v}" for k, v in pairs.items()) or "the defaults"
+    return PluginOptionError(f"{cls.__qualname__} refuses {given}: {' '.join(str(error).split())}")
 
 
 def check_options_by_source(target: str, pairs: Mapping[str, Any]) -> None:
-    """Raise the ``PluginError`` of ``parse_options`` for the class "module:Class", as far as its source tells, without
-    importing it: what its dataclass refuses itself is not found, nor what is made while it is imported."""
+    """Raise the ``PluginOptionError`` of ``parse_options`` for the class "module:Class", as far as its source tells,
+    without importing it: what its dataclass refuses itself is not found, nor what is made while it is imported."""
     declared = read_options(target)
     if declared is not None:
         required = {option.name for option in declared if option.is_required}
@@ -89,16 +95,16 @@ def _convert_options(
     owner: str, pairs: Mapping[str, Any], hints: Mapping[str, Any], required: Collection[str]
 ) -> dict[str, Any]:
     if pairs and not hints:
-        raise PluginError(f"{owner} takes no options; leave out {', '.join(pairs)}")
+        raise PluginOptionError(f"{owner} takes no options; leave out {', '.join(pairs)}")
     values: dict[str, Any] = {}
     for key, value in pairs.items():
         name = key.replace("-", "_")
         if name not in hints:
-            raise PluginError(f"{owner} has no option {key!r}; {suggest_names(name, hints)}")
+            raise PluginOptionError(f"{owner} has no option {key!r}; {suggest_names(name, hints)}")
         values[name] = value if hints[name] is None else _convert_option(owner, name, value, hints[name])
     for name in hints:
         if name in required and name not in values:
-            raise PluginError(f"{owner} needs the option {name!r}; give it as {name}=VALUE")
+            raise PluginOptionError(f"{owner} needs the option {name!r}; give it as {name}=VALUE")
     return values
 
 
@@ -107,7 +113,7 @@ def _convert_option(owner: str, name: str, value: Any, hint: Any) -> Any:
         return convert_value(value, hint, parses_text=True)
     except ValueError as error:
         why = f": {error}" if isinstance(error, UnreadableTypeError) else ""
-        raise PluginError(f"{owner} option {name}={value!r} is not {describe_type(hint)}{why}") from None
+        raise PluginOptionError(f"{owner} option {name}={value!r} is not {describe_type(hint)}{why}") from None
 
 
 def _to_plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from quire.core.errors import PluginError
+from quire.core.errors import InvalidRequestError, PluginError, PluginOptionError
 from quire.server.http.errors import ApiError
 from quire.server.http.openapi import describe_operation
 from quire.server.http.protocol.admin import PolicyBody
@@ -37,8 +37,10 @@ def make_router(state: ServerState) -> APIRouter:
         options = {name: _to_text(value) for name, value in body.options.items()}
         try:
             return await state.engine.set_policy(body.name, options)
-        except PluginError as error:
-            raise ApiError(400, " ".join(str(error).split()), param="name", code="invalid_value") from None
+        except (PluginError, InvalidRequestError) as error:  # the latter is what the engine core found
+            is_option = isinstance(error, PluginOptionError) or getattr(error, "param", None) == "options"
+            param = "options" if is_option else "name"
+            raise ApiError(400, " ".join(str(error).split()), param=param, code="invalid_value") from None
 
     @routes.get(
         "/requests/{request_id}",

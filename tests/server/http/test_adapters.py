@@ -149,10 +149,10 @@ def test_what_cannot_be_loaded_is_refused_and_nobody_else_is_hurt(
         ("nul\0", 400, "lora_path"),
     ):
         refused = admin.post(LOAD, json={"lora_name": "bad", "lora_path": path})
-        check_error(refused, status)
+        check_error(refused, status, "lora_path")
         assert says in refused.json()["error"]["message"], refused.text
     for name in ("quire-tiny", ""):
-        check_error(admin.post(LOAD, json={"lora_name": name, "lora_path": "random"}), 400)
+        check_error(admin.post(LOAD, json={"lora_name": name, "lora_path": "random"}), 400, "lora_name")
     for key in ("k", "wrong"):
         headers = {"Authorization": f"Bearer {key}"}
         check_error(httpx.post(server.url + LOAD, json={"lora_name": "x", "lora_path": "random"}, headers=headers), 401)

@@ -30,7 +30,17 @@ OWN_OPTIONS = """
     @dataclass(frozen=True)
     class Options:
         weight: int = 1
+
+        def __post_init__(self):
+            if self.weight < 0:
+                raise ValueError("the weight is below 0")
 """
+REFUSED_OPTIONS = OWN_OPTIONS.replace(
+    "super().__init__(options or self.Options())",
+    """super().__init__(options)
+        if options.weight > 99:
+            raise ValueError("the weight is above 99")""",
+)
 
 
 def test_the_policy_is_switched_under_load_and_a_request_explained(
@@ -76,8 +86,19 @@ def test_the_policy_is_switched_under_load_and_a_request_explained(
         waited = [client.get(f"/admin/requests/cmpl-mine-{i}").json()["requests"][0]["waited_ms"] for i in range(16)]
         assert sum(each["rows"] > 0 for each in waited) >= 8
         check_error(client.get("/admin/requests/nobody"), 404)
-        for name, options in (("nosuch", {}), ("priority", {"aging": "soon"}), ("fcfs", {"x": 1})):
-            check_error(client.post("/admin/policy", json={"name": name, "options": options}), 400)
+        file.write_text(OWN_POLICY + REFUSED_OPTIONS)
+        for name, options, param in (
+            ("nosuch", {}, "name"),
+            ("nosuch", {"aging": 1}, "name"),
+            ("no_such_file.py:Own", {}, "name"),
+            ("priority", {"aging": "soon"}, "options"),
+            ("priority", {"aging": []}, "options"),
+            ("priority", [], "options"),
+            ("fcfs", {"x": 1}, "options"),
+            (f"{file}:Own", {"weight": -1}, "options"),
+            (f"{file}:Own", {"weight": 100}, "options"),
+        ):
+            check_error(client.post("/admin/policy", json={"name": name, "options": options}), 400, param)
         check_error(client.post("/admin/policy", json={}), 400, "name")
         assert client.get("/admin/policy").json()["name"] == "edf"
         for headers in ({}, {"Authorization": "Bearer k"}):
