@@ -58,6 +58,7 @@ class StringMasks:
         self._run = 0  # characters of the string so far, or fewer
         self._room = 0  # characters that may follow, or fewer if it is not exact
         self._is_room_exact = False
+        self._is_place_known = False  # of the string whose lengths were read last
         self._missing: int | None = None  # that have to follow before a quote, or fewer; None: a quote may come
         self._is_missing_exact = False
         self._end: StringEnd | None = None
@@ -278,10 +279,10 @@ class StringMasks:
             return False
         if not self._missing:
             known = None if self._memory is None or self._name is None else self._memory.inside.get(self._name)
-            if known is None or known.room < self._room or not self._may_close_after(0):
+            if known is None or known.room < self._room or not (self._is_place_known or self._may_close_after(0)):
                 return False
             self._base, self._missing = known.mask, None
-        elif self.tokens.in_value is None or self._may_close_after(0):
+        elif self.tokens.in_value is None or (not self._is_place_known and self._may_close_after(0)):
             return False
         else:
             self._base = self.tokens.in_value
@@ -303,13 +304,25 @@ class StringMasks:
         written = count_chars(match[2])
         if lengths is None or written is None or written[1:] != ("", False) or b"\\u" in match[2]:
             return False
-        if self._get_matcher().validate_tokens([self.tokens.probe] * MIN_PROBE) < MIN_PROBE:
+        least, most = lengths
+        room = _UNLIMITED if most is None else most - written[0]
+        self._is_place_known = self._is_value_of(match)
+        if self._is_place_known:
+            if room < MIN_PROBE:
+                return False
+        elif self._get_matcher().validate_tokens([self.tokens.probe] * MIN_PROBE) < MIN_PROBE:
             return False  # it is no string, or it ends soon
         self._name = match[1]
-        least, most = lengths
-        self._room, self._is_room_exact = _UNLIMITED if most is None else most - written[0], True
+        self._room, self._is_room_exact = room, True
         self._missing, self._is_missing_exact = max(least - written[0], 0), True
         return True
+
+    def _is_value_of(self, match: re.Match[bytes]) -> bool:
+        """Whether the answer is in the value of the property that ``match`` of ``_IN_VALUE`` names, and in nothing that
+        looks like it: then the schema says what the library would."""
+        if self._bounds.form[1] or (place := self.find_place()) is None:
+            return False
+        return place == (match[1], self._tail[match.end(1) :].lstrip())
 
     def _probe_room(self) -> None:
         limit = self.tokens.max_needed + _PROBE_AHEAD if self._bounds.has_max else MIN_PROBE
