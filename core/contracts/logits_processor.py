@@ -41,7 +41,9 @@ class LogitsProcessor(ABC):
     of drafts may be rejected, and then never count.
 
     After one that raises in ``add_row`` or ``apply``, the requests for which it has something to do end with an error
-    that names it: a constraint is never lifted in silence. One that may be left out says so in ``on_failure``.
+    that names it: a constraint is never lifted in silence. One that may be left out says so in ``on_failure``. A call
+    that takes as long as a step may (``--step-timeout``) is interrupted, and has failed; ``apply`` is then called no
+    more, since all requests wait for it, and requests for which ``add_row`` returns True end.
     """
 
     Arguments: ClassVar[type[Any] | None] = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +28,10 @@ __all__ = ["LogitsProcessors"]
 
 class LogitsProcessors:
     """Calls processors for the requests that want them. After one that fails, the requests for which it had something
-    to do end with an error, or, if it says ``on_failure = "skip"``, go on without it, as do all later ones."""
+    to do end with an error, or, if it says ``on_failure = "skip"``, go on without it, as do all later ones.
+
+    One whose ``apply`` hung is not called again: every request waits for it. Those that it takes end at once.
+    """
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class LogitsProcessors:
         on_quarantine: Callable[[QuarantinedPlugin], None],
     ) -> None:
         self._guarded = [
-            _GuardedProcessor(name, processor, index, self._remove_processor)
+            _GuardedProcessor(name, processor, index, self._note_quarantine)
             for index, (name, processor) in enumerate(processors)
         ]
         self._on_quarantine = on_quarantine
@@ -87,8 +89,9 @@ class LogitsProcessors:
                 faults.index_fill_(0, copy_to_device(indices, torch.int64, logits.device), each.failed_fault)
         return faults
 
-    def _remove_processor(self, guarded: _GuardedProcessor, plugin: QuarantinedPlugin) -> None:
-        self._guarded.remove(guarded)
+    def _note_quarantine(self, guarded: _GuardedProcessor, plugin: QuarantinedPlugin) -> None:
+        if guarded.may_be_skipped:
+            self._guarded.remove(guarded)
         self._on_quarantine(plugin)
 
 
@@ -105,13 +108,14 @@ class _GuardedProcessor:
         self.processor = processor
         self.rows: set[int] = set()
         self.failed_rows: set[int] = set()
-        """Those of ``rows`` that ``add_row`` did not take: their requests cannot be served."""
+        """Those of ``rows`` that ``add_row`` did not take, or ``apply`` cannot: their requests are not served."""
         self.fault, self.failed_fault = fault_of_processor(index), fault_of_failed_processor(index)
         self.is_watched = not type(processor).__module__.startswith(f"{PROJECT}.")
         """Whether the rows of requests for which it has nothing to do are kept from it."""
         self._name = name
         self._on_quarantine = on_quarantine
         self._quarantine = self._start_quarantine()
+        self._is_applied, self._has_hung = False, False
 
     @property
     def may_be_skipped(self) -> bool:
@@ -123,7 +127,7 @@ class _GuardedProcessor:
         has_work = self._call(_add_row_checked, self.processor, request)
         if has_work or has_work is None:
             self.rows.add(request.row)
-            if has_work is None:
+            if has_work is None or self._has_hung:
                 self.failed_rows.add(request.row)
 
     def remove_row(self, row: int) -> None:
@@ -139,7 +143,12 @@ class _GuardedProcessor:
         """Whether it did not fail, or was not called, all requests of the batch having failed before."""
         if self.rows == self.failed_rows:
             return True
-        return self._call(_apply_checked, self.processor, logits, batch) is not None
+        self._is_applied = True
+        is_applied = self._call(_apply_checked, self.processor, logits, batch) is not None
+        self._is_applied = False
+        if self._has_hung:
+            self.failed_rows |= self.rows
+        return is_applied
 
     def _call(self, function: Callable[..., bool], *args: object) -> bool | None:
         """None if it fails."""
@@ -154,10 +163,16 @@ class _GuardedProcessor:
         return Quarantine(
             "logits_processor",
             self._name,
-            partial(self._on_quarantine, self) if self.may_be_skipped else _note_nothing,
+            self._note_fault,
             outcome="is quarantined" if self.may_be_skipped else "fails its requests",
             not_faults=(torch.OutOfMemoryError,),  # the step is tried again in smaller ones
         )
+
+    def _note_fault(self, plugin: QuarantinedPlugin) -> None:
+        """Where its requests end, these tell, and the step's failures count."""
+        self._has_hung |= self._is_applied and plugin.reason == "hung"
+        if self.may_be_skipped or self._has_hung:
+            self._on_quarantine(self, plugin)
 
 
 def _add_row_checked(processor: LogitsProcessor, request: NewRequest) -> bool:
@@ -180,7 +195,3 @@ def _apply_checked(processor: LogitsProcessor, logits: Tensor, batch: LogitsBatc
 def _remove_row_checked(processor: LogitsProcessor, row: int) -> bool:
     processor.remove_row(row)
     return True
-
-
-def _note_nothing(plugin: QuarantinedPlugin) -> None:
-    """The requests tell, and the step's failures count."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ PROMPTS = [[5, 6, 7, 8] * (2 + i) for i in range(3)]
 class Misbehaves(LogitsProcessor):
     """Does what a request says in ``logit_bias`` of token 3; of all others it is not told."""
 
+    num_endless = 0
+
     def add_row(self, request: NewRequest) -> Any:
         mode = (request.params.logit_bias or {}).get(3)
+        if mode == 9:
+            self.never_return()
         if mode == 1:
             raise RuntimeError("the secret is 4711")
         if mode == 2:
@@ -48,15 +53,22 @@ class Misbehaves(LogitsProcessor):
             logits.resize_(1, 1)
         if 8 in modes:
             logits.data = logits.clone()
+        if 10 in modes:
+            self.never_return()
         return None
+
+    def never_return(self) -> None:
+        type(self).num_endless += 1
+        while True:
+            time.sleep(0.01)
 
 
 class MayBeSkipped(Misbehaves):
     on_failure = "skip"
 
 
-def start(tiny: Path, processor: type[LogitsProcessor]) -> LLMEngine:
-    options = {"max_num_seqs": 6, "num_gpu_blocks_override": 64}
+def start(tiny: Path, processor: type[LogitsProcessor], **limits: float) -> LLMEngine:
+    options = {**limits, "max_num_seqs": 6, "num_gpu_blocks_override": 64}
     args = EngineArgs(model=str(tiny), device="cpu", max_model_len=128, logits_processors=[processor], **options)  # type: ignore[list-item]
     return LLMEngine(args)
 
@@ -112,5 +124,37 @@ def test_one_that_may_be_skipped_is_quarantined(tiny: Path, mode: float) -> None
         answers = serve(engine, [None, mode, None])
         assert [answers[0], answers[2]] == [expected[0], expected[2]]
         assert len(answers[1]) == 6 and engine.get_stats()["plugin_quarantines_total"] == 1
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize(("mode", "method"), [(9, "add_row"), (10, "apply")])
+def test_one_that_hangs_fails_its_requests_alone(
+    tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: float, method: str
+) -> None:
+    monkeypatch.setattr(Misbehaves, "num_endless", 0)
+    engine = start(tiny, Misbehaves, step_timeout=1.0)
+    try:
+        expected = serve(engine, [None, None, None])
+        for _ in range(2):
+            before, failed, after = serve(engine, [None, mode, None])
+            assert [before, after] == [expected[0], expected[2]]
+            assert failed == f"logits_processor/{__name__}:Misbehaves failed; the engine's log says why"
+        assert f"Misbehaves fails its requests (hung): {method} did not return and was interrupted" in caplog.text
+        assert serve(engine, [None, None, None]) == expected
+        # All wait for an ``apply`` that hangs, so that there is one; what ``add_row`` does differs by request.
+        assert Misbehaves.num_endless == (1 if method == "apply" else 2)
+        assert engine.get_stats()["plugin_quarantines_total"] == (1 if method == "apply" else 0)
+    finally:
+        engine.shutdown()
+
+
+def test_one_that_hangs_and_may_be_skipped_is_quarantined(tiny: Path) -> None:
+    engine = start(tiny, MayBeSkipped, step_timeout=1.0)
+    try:
+        expected = serve(engine, [None, None, None])
+        answers = serve(engine, [None, 10, None])
+        assert [answers[0], answers[2]] == [expected[0], expected[2]] and len(answers[1]) == 6
+        assert engine.get_stats()["plugin_quarantines_total"] == 1
     finally:
         engine.shutdown()
