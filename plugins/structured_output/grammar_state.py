@@ -239,7 +239,7 @@ class GuidanceState(GrammarState):
                 break
             elif strings.accept(token):
                 self.forced = strings.take_forced_end()
-            elif strings.may_close(token):
+            elif strings.may_close(token) or strings.may_cut(token):
                 self._go_on(token)
             else:
                 break

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
@@ -32,6 +33,17 @@ _PROBE_AHEAD = 64
 _MAX_AHEAD = 64
 """Characters beyond which a string's end has time."""
 _UNLIMITED = 1 << 40
+
+
+class _CutString(NamedTuple):
+    """A string whose last token ends within a character, as it was before that."""
+
+    base: NDArray[np.int32]
+    run: int
+    room: int
+    missing: int | None
+    text: bytes
+    """Since then."""
 
 
 class StringMasks:
@@ -62,6 +74,7 @@ class StringMasks:
         self._missing: int | None = None  # that have to follow before a quote, or fewer; None: a quote may come
         self._is_missing_exact = False
         self._end: StringEnd | None = None
+        self._cut: _CutString | None = None  # which goes on when the character is whole
         self.wants_end = False
         """``look_ahead`` would be of use."""
 
@@ -95,6 +108,14 @@ class StringMasks:
         count = self.tokens.ends.num_chars.get(token, -1)
         return missing <= count <= self._room and is_set(end.closing, token)
 
+    def may_cut(self, token: int) -> bool:
+        """Whether the token may come next, for sure, and ends within a character of the string."""
+        tokens, fitting = self.tokens, self.tokens.find_fitting(self._room)
+        if self._base is None or fitting is None or not 0 <= token < len(tokens.num_chars):
+            return False
+        is_cut = not tokens.num_chars[token] and token not in tokens.ends.num_chars
+        return is_cut and is_set(self._base, token) and is_set(fitting, token)
+
     def take_forced_end(self) -> list[int]:
         """Tokens that have to come next because the string has all characters that it may; empty: it has not, or they
         are not known."""
@@ -114,8 +135,10 @@ class StringMasks:
     def advance(self, token: int) -> None:
         """The answer goes on with this token."""
         count = self.tokens.num_chars[token]
+        cut, self._cut = self._cut, None
         if not count:
             if self._base is not None:
+                cut = _CutString(self._base, self._run, self._room, self._missing, b"")
                 self._leave_string()
                 self._is_tail_whole = self._begins_in_string = True
             self._run = 0
@@ -126,6 +149,21 @@ class StringMasks:
                 self._missing = max(self._missing - count, 0)
         if self._base is None and (self._bounds.by_name or self._memory is not None):
             self._tail = (self._tail + self.tokens.decode(token))[-_MAX_TAIL:]
+        if cut is not None:
+            self._go_on_from(cut, token)
+
+    def _go_on_from(self, cut: _CutString, token: int) -> None:
+        """Be in the string again if ``token`` ends with a whole character; wait for that if it does not."""
+        text = cut.text + self.tokens.decode(token)
+        counted = None if b"\\u" in text else count_chars(text)  # a pair of Unicode escapes may be one character
+        if counted is None or counted[1] or counted[0] > cut.room:
+            return
+        if counted[2]:
+            self._cut = cut._replace(text=text)
+            return
+        self._leave_string()
+        self._base, self._run, self._room = cut.base, cut.run + counted[0], cut.room - counted[0]
+        self._missing = None if cut.missing is None else max(cut.missing - counted[0], 0)
 
     def find_place(self) -> tuple[bytes, bytes] | None:
         """Where the answer is in its grammar, if not in a free string: equal for equal places. None: that is not
@@ -164,6 +202,7 @@ class StringMasks:
         """The answer is where nothing is known."""
         self._leave_string()
         self._is_tail_whole = False
+        self._cut = None
 
     def _leave_string(self) -> None:
         self._base = None
@@ -308,7 +347,7 @@ class StringMasks:
         room = _UNLIMITED if most is None else most - written[0]
         self._is_place_known = self._is_value_of(match)
         if self._is_place_known:
-            if room < MIN_PROBE:
+            if room < 1:
                 return False
         elif self._get_matcher().validate_tokens([self.tokens.probe] * MIN_PROBE) < MIN_PROBE:
             return False  # it is no string, or it ends soon

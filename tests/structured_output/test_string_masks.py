@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.structured_output.conftest import EOS
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from quire import StructuredOutputsParams
 from quire.plugins.structured_output.grammar_state import GuidanceState
@@ -253,6 +254,25 @@ def test_masks_are_known_before_the_first_answer(backend, tokenizer, monkeypatch
     assert counts[0] == (0, 0, 0)
     assert counts[1][0] > 0 and counts[1][1] > 0
     assert counts[2][:2] == (0, 0)
+
+
+@pytest.mark.parametrize("character", ["\U0001f600", "\u4e94", "\\\\", "\\n"])
+def test_a_string_goes_on_behind_a_character_of_several_tokens(backend, tokenizer, monkeypatch, character) -> None:
+    """The library is asked for the masks within the character, and not where it begins or ends."""
+    schema = {"type": "object", "properties": {"name": {"type": "string", "minLength": 90, "maxLength": 90}}}
+    schema |= {"required": ["name"], "additionalProperties": False}
+    grammar = backend.compile(StructuredOutputsParams(json=json.dumps(schema), disable_any_whitespace=True))
+    [(signs, _)] = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(character)  # one for each byte
+    parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in ('{"name": "some words', "and then " * 8)]
+    token_ids = [*parts[0], *map(tokenizer.token_to_id, signs), *parts[1]]
+    state, masks, computed, asked = grammar.start(), np.zeros((1, WORDS), np.int32), [], []
+    learn_mask, get_matcher = StringMasks.learn_mask, GuidanceState.get_matcher
+    monkeypatch.setattr(StringMasks, "learn_mask", lambda self, mask: (computed.append(0), learn_mask(self, mask))[1])
+    monkeypatch.setattr(GuidanceState, "get_matcher", lambda self: (asked.append(0), get_matcher(self))[1])
+    for token in token_ids:
+        backend.fill_masks([MaskRequest(state, 0)], masks)
+        assert state.advance([token]) == 1
+    assert (len(computed), len(asked)) == (len(character.encode()) - 1, 0)
 
 
 def test_what_answers_find_out_is_counted_once_and_has_room_beside_the_walk(backend, tokenizer, monkeypatch) -> None:
