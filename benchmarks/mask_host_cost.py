@@ -149,6 +149,7 @@ def measure(
         measured.append((len(rows) * (1 + args.drafts), *(b - a for a, b in zip(before, after, strict=True))))
         for request in in_step.tolist():
             request.token_ids += answers[request.request_id][start:end]
+        manager.begin_catch_up()
         time.sleep(STEP_SECONDS)  # in which the device runs, and matchers follow
     return np.array(measured)
 

@@ -111,6 +111,12 @@ class StructuredOutputBackend(ABC):
         started, while the model is loaded; not in the process that only finds out what compiles."""
         return
 
+    def begin_catch_up(self) -> None:
+        """Begin what ``fill_masks`` put off, in other threads, and return at once. Called when a step's model is
+        launched and the engine waits for the tokens from which its masks follow: until they come it needs neither the
+        states nor the interpreter. Never called while ``fill_masks`` runs."""
+        return
+
     @abstractmethod
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Compile a constraint that ``validate_params`` let pass; several threads may. Raises ``InvalidRequestError``

@@ -272,6 +272,7 @@ class EngineCore:
         try:
             self.executor.execute_model(step)
             held = time.perf_counter_ns()
+            self._structured_outputs.begin_catch_up()
             in_flight = self._in_flight
             if len(in_flight) >= self._num_stages or (len(in_flight) == 1 and in_flight[0].shares_rows(step)):
                 outputs = self._finish_step()

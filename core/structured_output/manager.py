@@ -130,6 +130,11 @@ class StructuredOutputManager:
                 drafts = output.draft_token_ids[index].tolist()
                 grammar.device_draft_token_ids = drafts[: drafts.index(-1)] if -1 in drafts else drafts
 
+    def begin_catch_up(self) -> None:
+        """The engine waits for the tokens that the next masks follow from: grammars may catch up meanwhile."""
+        if self._filler is not None:
+            self._filler.begin_catch_up()
+
     def make_masks(self, step: SchedulerOutput, requests: NDArray[Any]) -> StepMasks:
         """The masks of a step. Every step before it has been read: the host knows every token."""
         start = time.perf_counter()

@@ -27,6 +27,7 @@ class MaskFiller:
         self._backend = backend
         self._time_limit_s = time_limit_s
         self._queue: queue.SimpleQueue[_Call | None] | None = None  # of a thread; None: one is started when needed
+        self._catches_up = True
         self.num_lost_threads = 0
         """Calls that did not return in time, and may still write into the block that they were given."""
 
@@ -59,6 +60,16 @@ class MaskFiller:
             if index not in failures and not block[rows[index]].any():
                 failures[index] = "it allows no token"
         return failures
+
+    def begin_catch_up(self) -> None:
+        """The engine waits for tokens from now on. A backend that raises is not told so again."""
+        if self.num_lost_threads or not self._catches_up:
+            return
+        try:
+            self._backend.begin_catch_up()
+        except Exception as error:
+            self._catches_up = False
+            _log.error("a backend of structured output failed between two steps", exc_info=error)
 
     def shutdown(self) -> None:
         """Let the thread end."""

@@ -51,12 +51,11 @@ class Follower:
     def begin_catch_up(self, behind: list[GuidanceState]) -> None:
         """Let the matchers of ``behind`` catch up from now on."""
         self._behind, self._is_wanted = behind, False
-        if behind:
-            if not self._is_started:
-                self._is_started = True
-                threading.Thread(target=self._run, name="quire-grammar-follow", daemon=True).start()
-                atexit.register(_stop, weakref.ref(self))
-            self._has_work.set()
+        if not self._is_started:
+            self._is_started = True
+            threading.Thread(target=self._run, name="quire-grammar-follow", daemon=True).start()
+            atexit.register(_stop, weakref.ref(self))
+        self._has_work.set()
 
     def _run(self) -> None:
         while self._has_work.wait():

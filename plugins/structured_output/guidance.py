@@ -88,6 +88,7 @@ class GuidanceBackend(StructuredOutputBackend):
         )
         self._num_threads = options.threads or min(max(4 * _count_processors() // 5, 1), _MAX_THREADS)
         self._follower: Follower | None = None
+        self._behind: list[GuidanceState] = []  # since the last masks
 
     @classmethod
     def validate_params(cls, params: StructuredOutputsParams) -> None:
@@ -132,8 +133,13 @@ class GuidanceBackend(StructuredOutputBackend):
         follower = self._follower
         assert follower is not None, "prepare_masks comes first"
         with follower.take_matchers():
-            behind = self._fill_masks(requests, block, follower.executor)
-        follower.begin_catch_up(behind)
+            self._behind = self._fill_masks(requests, block, follower.executor)
+
+    def begin_catch_up(self) -> None:
+        """Matchers consume tokens that they have not, and look at the ends of strings."""
+        if self._follower is not None and self._behind:
+            self._follower.begin_catch_up(self._behind)
+            self._behind = []
 
     def _fill_masks(
         self, requests: Sequence[MaskRequest], block: NDArray[np.int32], executor: llguidance.LLExecutor

@@ -9,6 +9,7 @@ from quire.core.engine.engine_core import EngineCore
 from quire.core.engine.input_processor import InputProcessor
 from quire.core.engine.output_processor import ExporterGroup, OutputProcessor
 from quire.core.structured_output import manager
+from quire.core.testing.grammars import FaultyBackend
 
 BACKEND = "quire.core.testing.grammars:FaultyBackend"
 MODEL = "quire-tiny-draft"
@@ -70,6 +71,15 @@ def test_a_fault_ends_its_request_alone(llm: LLM, expected: Ends, fault: str) ->
     assert (ends["0"], ends["1"]) == (expected["0"], expected["1"])
     assert ends["2"][0] is not None
     assert run_together(llm, [make_params("ok")])["0"][0] is None, "the engine does not go on"
+
+
+def test_a_backend_that_fails_between_two_steps_is_not_told_of_others(llm, expected, monkeypatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(FaultyBackend, "begin_catch_up", lambda self: calls.append(1 // len(calls)))
+    for _ in range(2):
+        ends = run_together(llm, [PLAIN, make_params("ok")])
+        assert (ends["0"], ends["1"]) == (expected["0"], expected["1"])
+        assert not calls
 
 
 def test_a_mask_that_never_comes_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
