@@ -134,7 +134,8 @@ class AllReduceKernels:
     def multiply_and_send(self, x: Tensor, features: int, multiply: Callable[[Tensor], Tensor]) -> SentParts | None:
         """Begin the sum of ``multiply(x)`` (rows, features), a row of which depends on that of ``x`` alone, over the
         ranks: each multiplies what others sum first, which a copy engine sends while it multiplies the rest. None: do
-        it another way, as of any other until ``finish_sum`` was called with what this returned."""
+        it another way, as of any other until ``finish_sum`` was called with what this returned, or the step has failed
+        (``drop_unfinished``)."""
         rows, num_ranks = len(x), self._layout.ranks
         fits = self._limits.min_sent_bytes <= 2 * rows * features <= self._limits.max_sent_bytes
         if not fits or x.dtype not in _DTYPES or features % 8 or rows < num_ranks**2:
@@ -155,6 +156,19 @@ class AllReduceKernels:
                 self._copy_to(peer, 4 * (self._layout.sent_flags + self._rank), self._numbers[call : call + 1])
             sent.append(part)
         return SentParts(multiply(shares[self._rank]).contiguous(), sent, rows, call)
+
+    @property
+    def num_sent(self) -> int:
+        """How many sums were begun so: alike on all ranks, or their next ones would wait for each other for ever."""
+        return self._num_sent
+
+    def drop_unfinished(self) -> None:
+        """Give up the sum that was begun and not finished, if there is one, since its step failed: no rank reads what
+        was sent, and the next is numbered behind it. Before a step, on all ranks of which ``num_sent`` is equal."""
+        if self._is_unfinished:
+            assert self._copy_stream is not None
+            torch.cuda.current_stream().wait_stream(self._copy_stream)  # the memory of what was sent is used again
+            self._is_unfinished = False
 
     def finish_sum(
         self, parts: SentParts, residual: Tensor | None, weight: Tensor | None, eps: float

@@ -86,6 +86,7 @@ class RankWorker:
         self._results: queue.SimpleQueue[Callable[[], None]] | None = None
         self._step_timeout_s = math.inf
         self._layout = RankLayout(place.size)
+        self._parallel = TensorParallel()
         self._worker: Worker | None = None
         self._frames: PluginFrames | None = None
 
@@ -138,6 +139,7 @@ class RankWorker:
             torch.cuda.set_device(self._place.host_rank)
         self._timer.end_phase("configuration")
         parallel, link = self._join_groups(config, message.store_host, message.store_port)
+        self._parallel = parallel
         worker_class = load_target(message.worker_target, f"{Worker.__module__}:{Worker.__name__}")
         self._worker = worker = worker_class(config, parallel, link)
         self._timer.end_phase("joining")
@@ -214,6 +216,8 @@ class RankWorker:
 
     def _run_step(self, message: RunStep) -> None:
         self._launched_number = message.number
+        if (kernels := self._parallel.kernels) is not None:
+            kernels.drop_unfinished()  # of a step that failed: on all ranks alike, or ``CompareStep`` ends them
         try:
             if message.stage == "model":
                 self.worker.execute_model(message.step)
@@ -221,7 +225,7 @@ class RankWorker:
             readback = self.worker.execute_step(message.step)
         except (Exception, SystemExit) as error:
             self._failed_number = message.number
-            self._note_failure(message.number, error)
+            self._note_failure(message.number, error, self._describe_sent())
             return
         self._after_results(lambda: self._send_result(message.number, readback))
 
@@ -232,7 +236,7 @@ class RankWorker:
         try:
             readback = self.worker.sample_tokens(self._read_masks(message))
         except (Exception, SystemExit) as error:
-            self._note_failure(number, error)
+            self._note_failure(number, error, self._describe_sent())
             return
         self._after_results(lambda: self._send_result(number, readback))
 
@@ -256,9 +260,14 @@ class RankWorker:
         if self._rank == self._layout.output_rank or output.quarantined:
             self._send(StepDone(number, output))
 
-    def _note_failure(self, number: int, error: BaseException) -> None:
+    def _describe_sent(self) -> str:
+        """What ranks have to have done alike before they failed."""
+        kernels = self._parallel.kernels
+        return "" if kernels is None else f" after it sent parts of {kernels.num_sent} sums"
+
+    def _note_failure(self, number: int, error: BaseException, where: str = "") -> None:
         text = describe_error(error)
-        self._keep_outcome(number, f"raised {type(error).__name__}")
+        self._keep_outcome(number, f"raised {type(error).__name__}{where}")
         plugin = None if self._frames is None else self._frames.find_raiser(error)
         code = getattr(error, "error_code", None)
         lines = "".join(traceback.format_exception(error))
