@@ -8,7 +8,7 @@ the engine advances their grammars by the tokens of the step before and fills ma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,9 @@ class StructuredOutputBackend(ABC):
     def __init__(self, tokenizer: TokenizerInfo, options: Any = None) -> None:
         self.tokenizer = tokenizer
         self.options = options
+        self.yield_to_engine: Callable[[], None] = _return_at_once
+        """For ``compile`` to call between pieces of its work, of some tenths of a millisecond: it returns while the
+        engine's own thread waits for a step. Else the two would take the interpreter from each other."""
 
     @classmethod
     def validate_params(cls, params: StructuredOutputsParams) -> None:
@@ -139,3 +142,7 @@ class StructuredOutputBackend(ABC):
             if num_advanced:
                 state.rollback(num_advanced)
             request.is_filled = True
+
+
+def _return_at_once() -> None:
+    return

@@ -190,6 +190,8 @@ class EngineCore:
         if self._rejected_outputs:
             outputs.outputs, self._rejected_outputs = [*self._rejected_outputs, *outputs.outputs], []
         self._rejected_outputs += failed_grammars  # after their last tokens
+        if not self._in_flight:
+            self._structured_outputs.engine_wait.begin()
         outputs.steps, self._finished_step_stats = self._finished_step_stats, []
         outputs.stats = self._make_stats_if_due(force=not self.has_work)
         if outputs.stats is not None:
@@ -312,7 +314,8 @@ class EngineCore:
         in_flight = self._in_flight.popleft()
         step, wait_start = in_flight.step, time.perf_counter_ns()
         try:
-            result = in_flight.future.result()
+            with self._structured_outputs.engine_wait:
+                result = in_flight.future.result()
         except (Exception, SystemExit) as error:
             outputs = self._step_failures.fail_step(self.scheduler, step, error)
             if self._recorder is not None:

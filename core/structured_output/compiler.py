@@ -22,12 +22,14 @@ from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.structured_outputs import StructuredOutputsParams
 
-__all__ = ["CompilationStats", "GrammarCompiler", "make_backend", "make_cache_key", "read_tokenizer_info"]
+__all__ = ["CompilationStats", "EngineWait", "GrammarCompiler", "make_backend", "make_cache_key", "read_tokenizer_info"]
 
 _log = logging.getLogger("quire.structured_output")
 _NUM_THREADS = 2
 _MAX_LOST_THREADS = 4
 """Threads that may hang in a compilation, each replaced by another, before nothing is compiled any more."""
+_MAX_YIELD_S = 0.02
+"""Between two pieces of a compilation, to an engine that is busy."""
 _CACHE_BYTES = 256 << 20
 
 
@@ -49,12 +51,36 @@ class _Job:
     is_lost: bool = field(default=False)
 
 
+class EngineWait:
+    """When the engine's own thread waits, for steps that run elsewhere: a context manager for it to wait in, and what
+    threads that compile call to leave it the interpreter at other times."""
+
+    def __init__(self) -> None:
+        self._is_waiting = threading.Event()
+        self._is_waiting.set()
+
+    def __enter__(self) -> None:
+        self._is_waiting.set()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_waiting.clear()
+
+    def begin(self) -> None:
+        """The engine has nothing to do until it says otherwise."""
+        self._is_waiting.set()
+
+    def join(self) -> None:
+        """Return when the engine waits, or does not for long."""
+        self._is_waiting.wait(_MAX_YIELD_S)
+
+
 class GrammarCompiler:
     """Compiles off the engine's thread. Requests with one constraint share one compilation (single flight) and its
     result, refusals included, while it is among the last used."""
 
     def __init__(self, make: Callable[[], StructuredOutputBackend], time_limit_s: float) -> None:
         self.stats = CompilationStats()
+        self.engine_wait = EngineWait()
         self._time_limit_s = time_limit_s
         self._cache: OrderedDict[bytes, _Job] = OrderedDict()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -103,7 +129,8 @@ class GrammarCompiler:
                 self._start_thread()
 
     def compile_and_wait(self, params: StructuredOutputsParams) -> CompiledGrammar:
-        """Compile in the calling thread's time. Raises ``InvalidRequestError``."""
+        """Compile in the calling thread's time, which is the engine's. Raises ``InvalidRequestError``."""
+        self.engine_wait.begin()
         future = self.submit(params)
         while True:
             self.expire_slow_jobs()
@@ -124,6 +151,7 @@ class GrammarCompiler:
     def _load_backend(self, make: Callable[[], StructuredOutputBackend]) -> None:
         try:
             backend = make()
+            backend.yield_to_engine = self.engine_wait.join
             backend.prepare_masks()
             self._backend.set_result(backend)
         except Exception as error:

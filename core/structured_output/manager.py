@@ -57,6 +57,8 @@ class StructuredOutputManager:
 
     def __init__(self, config: EngineConfig, allocate_block: Callable[[int, int], NDArray[np.int32]]) -> None:
         self._compiler = GrammarCompiler(partial(make_backend, config), _COMPILE_TIME_LIMIT_S)
+        self.engine_wait = self._compiler.engine_wait
+        """In which the engine waits for a step."""
         self._filler: MaskFiller | None = None
         num_drafts = 0 if config.speculation is None else config.speculation.num_speculative_tokens
         shape = (config.scheduler.max_num_seqs * (1 + num_drafts), -(-config.model.vocab_size // 32))

@@ -36,9 +36,14 @@ _ENDS = (b'"', b'",', b'", "', b'"}')
 
 
 def walk_answers(
-    start: Callable[[], GuidanceState], schema: dict[str, Any], tokens: StringTokens, tokenizer: llguidance.LLTokenizer
+    start: Callable[[], GuidanceState],
+    schema: dict[str, Any],
+    tokens: StringTokens,
+    tokenizer: llguidance.LLTokenizer,
+    yield_to_engine: Callable[[], None],
 ) -> None:
-    """``start`` makes a ``GuidanceState`` at the begin of an answer, with a memory that others share."""
+    """``start`` makes a ``GuidanceState`` at the begin of an answer, with a memory that others share;
+    ``yield_to_engine`` is called between pieces of the work."""
     deadline = time.thread_time() + _MAX_SECONDS
     known: set[tuple[str | int, ...]] = set()
     for number in range(_NUM_ANSWERS):
@@ -46,17 +51,23 @@ def walk_answers(
         if parts not in known and sum(part for part in parts if isinstance(part, int)) <= _MAX_CHARS:
             known.add(parts)
             with contextlib.suppress(RuntimeError):  # the library gives up: so it would where an answer comes there
-                _Walk(start(), tokens, tokenizer, deadline).write_answer(parts)
+                _Walk(start(), tokens, tokenizer, deadline, yield_to_engine).write_answer(parts)
 
 
 class _Walk:
     def __init__(
-        self, state: GuidanceState, tokens: StringTokens, tokenizer: llguidance.LLTokenizer, deadline: float
+        self,
+        state: GuidanceState,
+        tokens: StringTokens,
+        tokenizer: llguidance.LLTokenizer,
+        deadline: float,
+        yield_to_engine: Callable[[], None],
     ) -> None:
         self._state = state
         self._tokens = tokens
         self._tokenizer = tokenizer
         self._deadline = deadline
+        self._yield_to_engine = yield_to_engine
         self._mask = np.empty_like(tokens.without_closing)
 
     def write_answer(self, parts: tuple[str | int, ...]) -> None:
@@ -68,6 +79,7 @@ class _Walk:
 
     def _write_text(self, text: bytes) -> bool:
         while text:
+            self._yield_to_engine()
             if time.thread_time() > self._deadline:
                 return False
             self._state.fill_mask(self._mask)
@@ -80,13 +92,16 @@ class _Walk:
     def _write_chars(self, num_chars: int) -> bool:
         """The inside of a string, and a look at what may end it."""
         for count in (num_chars - min(num_chars, _MAX_CHARS_AHEAD), min(num_chars, _MAX_CHARS_AHEAD)):
+            self._yield_to_engine()
             token_ids = self._tokens.split_chars(count)
             self._state.fill_mask(self._mask)
             if self._state.advance(token_ids) < len(token_ids):
                 return False
             self._state.catch_up()
             self._state.look_ahead()
-        self._state.learn_ends(_ENDS)
+        for text in _ENDS:
+            self._yield_to_engine()
+            self._state.learn_ends((text,))
         return True
 
     def _choose_token(self, text: bytes) -> tuple[int, bytes]:

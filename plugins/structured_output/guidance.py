@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,8 @@ class GuidanceBackend(StructuredOutputBackend):
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Build the parser, and the first mask, which shows what no answer can match."""
-        options = self._options
+        options, yield_to_engine = self._options, self.yield_to_engine
+        yield_to_engine()
         params = apply_defaults(params, options.disable_any_whitespace, options.disable_additional_properties)
         try:
             schema = _read_schema(params)
@@ -116,6 +117,7 @@ class GuidanceBackend(StructuredOutputBackend):
             raise InvalidRequestError(f"{params.kind}: {first_line(str(error))}", "structured_outputs") from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         for each in (matcher, matcher.deep_copy()):
+            yield_to_engine()
             if not each.is_error():
                 _walk(each, 0 if each is matcher else _PROBED_TOKENS)
             if each.is_error():
@@ -125,7 +127,7 @@ class GuidanceBackend(StructuredOutputBackend):
         compiled = _Grammar(matcher, self._follower, tokens, bounds, eos_token_ids, len(grammar))
         if tokens is not None and bounds is not None and bounds.has_places and not params.answer_begin:
             assert schema is not None
-            compiled.walk_answers(schema, tokens, self._tokenizer)
+            compiled.walk_answers(schema, tokens, self._tokenizer, yield_to_engine)
         return compiled
 
     def fill_masks(self, requests: Sequence[MaskRequest], block: NDArray[np.int32]) -> None:
@@ -251,11 +253,21 @@ class _Grammar(CompiledGrammar):
     def start(self) -> GrammarState:
         return GuidanceState(self._matcher.deep_copy(), self._follower, *self._known)
 
-    def walk_answers(self, schema: dict[str, Any], tokens: StringTokens, tokenizer: llguidance.LLTokenizer) -> None:
+    def walk_answers(
+        self,
+        schema: dict[str, Any],
+        tokens: StringTokens,
+        tokenizer: llguidance.LLTokenizer,
+        yield_to_engine: Callable[[], None],
+    ) -> None:
         """Find out masks ahead, and leave room for those that answers find out."""
         assert self._memory is not None
         self._memory.leave_half()
-        walk_answers(lambda: GuidanceState(self._matcher.deep_copy(), None, *self._known), schema, tokens, tokenizer)
+
+        def start() -> GuidanceState:
+            return GuidanceState(self._matcher.deep_copy(), None, *self._known)
+
+        walk_answers(start, schema, tokens, tokenizer, yield_to_engine)
         self._memory.use_all()
 
 
