@@ -31,6 +31,8 @@ _MAX_LOST_THREADS = 4
 _MAX_YIELD_S = 0.02
 """Between two pieces of a compilation, to an engine that is busy."""
 _CACHE_BYTES = 256 << 20
+_TRIM_SHARE = 16
+"""The cache may be larger by a part in so many of its entries."""
 
 
 @dataclass(slots=True)
@@ -83,6 +85,7 @@ class GrammarCompiler:
         self.engine_wait = EngineWait()
         self._time_limit_s = time_limit_s
         self._cache: OrderedDict[bytes, _Job] = OrderedDict()
+        self._trim_at = 1  # entries at which it is looked at again, which takes time with each of them
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._backend: Future[StructuredOutputBackend] = Future()
         self._num_lost = 0
@@ -105,7 +108,9 @@ class GrammarCompiler:
             self._cache.move_to_end(key)
             return job.future
         job = self._cache[key] = _Job(params, Future())
-        self._trim_cache()
+        if len(self._cache) >= self._trim_at:
+            self._trim_cache()
+            self._trim_at = len(self._cache) + max(len(self._cache) // _TRIM_SHARE, 1)
         if self._num_lost > _MAX_LOST_THREADS:
             job.future.set_exception(InvalidRequestError("compilations of structured outputs hang; see the log"))
         else:

@@ -66,3 +66,17 @@ def test_masks_that_are_found_ahead_are_found_in_pieces(backend, monkeypatch: py
     schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
     backend.compile(StructuredOutputsParams(json=json.dumps(schema)))
     assert len(calls) > 20
+
+
+def test_what_was_used_last_is_kept_while_it_fits(grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grammar, "num_bytes", 4 << 20)  # 64 of them fit
+    constraints = [StructuredOutputsParams(choice=[str(number)]) for number in range(200)]
+    for constraint in constraints:
+        grammars.submit(constraint).result(timeout=30)
+    assert grammars.stats.num_cache_hits == 0
+    for constraint in constraints[-64:]:
+        grammars.submit(constraint)
+    assert grammars.stats.num_cache_hits == 64
+    for constraint in constraints[: 200 - 64 - 64 // 8]:
+        grammars.submit(constraint)
+    assert grammars.stats.num_cache_hits == 64
