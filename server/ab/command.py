@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--admin-api-key",
         "--admin-key",
         metavar="KEY",
-        help="the key that the server was started with, for a switchback",
+        help="the key that the servers were started with: for a switchback, and for a replay to ask for their policies",
     )
     group.add_argument("--vocab-size", type=parse_int, default=4096, metavar="N", help="token ids sent (default: 4096)")
     group.add_argument("--pairs", type=parse_int, default=20, metavar="N", help="pairs of stretches (default: 20)")

@@ -11,6 +11,7 @@ import msgspec
 from quire.core.errors import ConfigError
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import split_key_values
+from quire.server.ab.analysis import MIN_PAIRS
 from quire.server.ab.equality import check_arms, describe_setup, find_differences
 from quire.server.ab.run import Arm, Experiment
 from quire.server.ab.simulated import (
@@ -50,8 +51,7 @@ def run_experiment(args: argparse.Namespace) -> Experiment:
     make_again = (lambda number: _load(args, setups[0], args.seed + number)) if _is_made_up(args) else None
     trace = _load(args, setups[0], args.seed)
     windows = cut_windows(trace, args.pairs, make_again)
-    stretch = sum(window.duration_s for window in windows) / len(windows)
-    washout = round(min(args.washout, stretch / 5), 1)
+    stretch, washout = _measure_stretches(windows, args)
     measured = run_paired_simulation(windows, setups, washout)
     depth = [
         (at, waiting, arm)
@@ -59,7 +59,7 @@ def run_experiment(args: argparse.Namespace) -> Experiment:
         for at, waiting, _ in run_simulation(windows[0], setup).queue_depth
     ]
     return Experiment(
-        "simulation", arms, measured, round(stretch, 1), washout, trace.describe(), warnings, depth, trace.notes
+        "simulation", arms, measured, stretch, washout, trace.describe(), warnings, depth, trace.notes
     )
 
 
@@ -77,6 +77,7 @@ def _simulate_switchback(
 
 def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experiment:
     from quire.server.ab.live import describe_server, run_live_switchback, run_paired_replay, run_split
+    from quire.server.ab.live_policy import check_policies
 
     if args.load is not None:
         raise ConfigError("--load needs a simulated engine; give the rate with --arrivals or --time-scale")
@@ -85,10 +86,12 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
     engines = [describe_server(url, args.api_key) for url in args.url]
     if args.design == "switchback":
         engines = [engines[0], engines[0]]
+    elif args.design == "replay" and args.admin_api_key is not None:
+        check_policies(args.url, args.admin_api_key, policies)
     warnings = check_arms(find_differences(*engines), allow_unequal=args.allow_unequal)
     arms = _make_arms(names, engines)
     blocks = plan_blocks(args.pairs, args.block, args.seed)
-    stretch = args.block
+    stretch, washout = args.block, args.washout
     if args.design != "replay":
         trace = cut_to_blocks(trace, blocks)
     if args.design == "switchback":
@@ -97,17 +100,35 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
         )
     elif args.design == "replay":
         windows = cut_windows(trace, args.pairs, None)
-        stretch = round(trace.duration_s / args.pairs, 1)
-        live = run_paired_replay(windows, args.url, args.api_key, args.vocab_size, args.washout)
+        stretch, washout = _measure_stretches(windows, args)
+        live = run_paired_replay(windows, args.url, args.api_key, args.vocab_size, washout)
+        if args.admin_api_key is not None:  # again: one may have been quarantined
+            check_policies(args.url, args.admin_api_key, policies)
     else:
         live = run_split(trace, args.url, args.api_key, args.vocab_size, blocks, args.seed)
     notes = [*trace.notes, *live.notes]
+    if args.design == "replay" and args.admin_api_key is None:
+        notes.append("whether the servers have these policies was not asked: that takes --admin-api-key")
     if len(args.url) == 2:
         notes.append("two servers on two devices differ by 1 to 4 % by themselves: run --aa on them first")
     return Experiment(
-        args.design, arms, live.measured, stretch, args.washout, trace.describe(), warnings, (), notes, args.pairs,
+        args.design, arms, live.measured, stretch, washout, trace.describe(), warnings, (), notes, args.pairs,
         live.interruption,
     )  # fmt: skip
+
+
+def _measure_stretches(windows: list[Trace], args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of a stretch, and how many of them are not measured: at most a fifth. Raises ``ConfigError``, before any is
+    served, where too few have requests that are measured, as in the pauses of traffic that comes in bursts."""
+    stretch = sum(window.duration_s for window in windows) / max(len(windows), 1)
+    washout = round(min(args.washout, stretch / 5), 1)
+    num_measured = sum(any(request.arrival_s >= washout for request in window.requests) for window in windows)
+    if num_measured < MIN_PAIRS:
+        raise ConfigError(
+            f"{num_measured} of {args.pairs} stretches have requests after the first {washout:g} s, and a verdict needs "
+            f"{MIN_PAIRS}; give a longer trace, more --pairs, or pauses (off=) that are shorter than a stretch"
+        )
+    return round(stretch, 1), washout
 
 
 def _make_arms(names: Any, engines: list[dict[str, Any]]) -> tuple[Arm, Arm]:

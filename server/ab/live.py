@@ -78,6 +78,8 @@ def run_paired_replay(
     """Each stretch to both servers at once, the next when both have answered all of it."""
     clients = [LoadClient(url, api_key) for url in urls]
     measured: list[ArmTimes] = []
+    seconds = sum(window.duration_s for window in windows)
+    print(f"{len(windows)} stretches to {' and '.join(urls)}: {seconds / 60:.1f} min or more", file=sys.stderr)
     for pair, window in enumerate(windows):
         senders = [TraceSender(window, vocab_size) for _ in clients]
 

@@ -15,7 +15,19 @@ from quire.server.bench.report import make_progress_bar
 from quire.server.cli.policy import call_admin_route, format_policy
 from quire.server.simulate.setup import PluginSpec
 
-__all__ = ["LivePolicy"]
+__all__ = ["LivePolicy", "check_policies"]
+
+
+def check_policies(urls: Sequence[str], admin_key: str, policies: Sequence[PluginSpec]) -> None:
+    """Raises ``ConfigError`` where a server does not schedule by the policy of its arm, with the options of it: what the
+    report would say of it is measured of another."""
+    for letter, url, policy in zip("ab", urls, policies, strict=True):
+        served = call_admin_route(url, admin_key, "GET", "/admin/policy")
+        if (served["name"], served["options"]) != (policy.name, policy.options):
+            raise ConfigError(
+                f"--{letter} is {policy.text}, and {url} schedules by {format_policy(served)}; give it the arm's with "
+                "quire policy set, or when it starts"
+            )
 
 
 class LivePolicy:

@@ -71,7 +71,8 @@ def describe_load(load: dict[str, float]) -> str:
     """One line, a warning where the figures cannot be trusted."""
     if not load:
         return f"load: not measured; that takes {_MIN_REQUESTS} requests that are served and do not come all at once"
-    text = f"load: {load['mean']:.2f} of capacity ({load['capacity_per_s']:.2f} requests/s), {load['peak']:.2f} at peak"
+    capacity = f"capacity ({load['capacity_per_s']:.2f} requests/s)"
+    text = f"load: {load['mean']:.2f} of {capacity}, {load['peak']:.2f} in its busiest minute"
     if max(load["mean"], load["peak"]) > TRUSTED_LOAD:
         text += (
             f"; beyond {TRUSTED_LOAD} of it queues depend on errors of the step model: do not trust these latencies, "

@@ -165,6 +165,30 @@ def test_two_servers_are_compared_on_the_same_traffic(quire, server):
     assert "Paired replay: each stretch of traffic was sent to both servers at once." in out and "12 pairs" in out
 
 
+def test_a_replay_asks_the_servers_for_their_policies(quire, start):
+    running = start("--admin-api-key", "secret", "--scheduling-policy", "sjf", "--scheduling-policy-option", "aging=0")
+    words = ("--design", "replay", "--url", running.url, running.url, *LIVE)
+    status, out, err = quire("--a", "sjf,aging=0", "--aa", *words, "--admin-api-key", "secret")
+    assert status == 0 and "was not asked" not in out, err
+    status, out, _ = quire("--a", "sjf,aging=0", "--aa", *words)
+    assert status == 0 and "whether the servers have these policies was not asked" in out
+    for other in ("fcfs", "sjf", "sjf,aging=1"):
+        status, _, err = quire("--a", "sjf,aging=0", "--b", other, *words, "--admin-api-key", "secret")
+        assert status == 2 and err.count("\n") == 1
+        assert f"--b is {other}, and {running.url} schedules by sjf (aging=0)" in err
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_traffic_with_pauses_as_long_as_stretches_is_refused_at_once(quire, server, live, tmp_path):
+    trace, design = tmp_path / "azure.csv", ["--design", "replay", "--url", server.url, server.url] if live else []
+    lines = [f"2023-11-16 18:17:{second:02}.0000000,12,3" for second in range(60)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    arrivals = ["--arrivals", "onoff:rate=10,on=1,off=20"]
+    status, _, err = quire("--a", "fcfs", "--b", "sjf", "--trace", str(trace), *arrivals, "--pairs", "12", *design)
+    assert status == 2 and err.count("\n") == 1
+    assert re.search(r"\b[1-9] of 12 stretches have requests after the first [0-9.]+ s, and a verdict needs 12", err), err
+
+
 def test_samplers_may_be_compared_by_a_split_of_requests(quire, server):
     words = ("--kind", "sampler", "--a", "gumbel", "--aa", "--design", "split", "--url", server.url, server.url)
     status, out, err = quire(*words, *LIVE)
