@@ -58,9 +58,7 @@ def run_experiment(args: argparse.Namespace) -> Experiment:
         for arm, setup in enumerate(setups)
         for at, waiting, _ in run_simulation(windows[0], setup).queue_depth
     ]
-    return Experiment(
-        "simulation", arms, measured, stretch, washout, trace.describe(), warnings, depth, trace.notes
-    )
+    return Experiment("simulation", arms, measured, stretch, washout, trace.describe(), warnings, depth, trace.notes)
 
 
 def _simulate_switchback(
@@ -118,15 +116,15 @@ def _run_live(args: argparse.Namespace, policies: list[PluginSpec]) -> Experimen
 
 
 def _measure_stretches(windows: list[Trace], args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of a stretch, and how many of them are not measured: at most a fifth. Raises ``ConfigError``, before any is
-    served, where too few have requests that are measured, as in the pauses of traffic that comes in bursts."""
+    """Seconds of a stretch, and how many of them are not measured: at most a fifth. Raises ``ConfigError``, before any
+    is served, where too few have requests that are measured, as in the pauses of traffic that comes in bursts."""
     stretch = sum(window.duration_s for window in windows) / max(len(windows), 1)
     washout = round(min(args.washout, stretch / 5), 1)
     num_measured = sum(any(request.arrival_s >= washout for request in window.requests) for window in windows)
     if num_measured < MIN_PAIRS:
         raise ConfigError(
-            f"{num_measured} of {args.pairs} stretches have requests after the first {washout:g} s, and a verdict needs "
-            f"{MIN_PAIRS}; give a longer trace, more --pairs, or pauses (off=) that are shorter than a stretch"
+            f"{num_measured} of {args.pairs} stretches have requests after the first {washout:g} s, and a verdict "
+            f"needs {MIN_PAIRS}; give a longer trace, more --pairs, or pauses (off=) that are shorter than a stretch"
         )
     return round(stretch, 1), washout
 

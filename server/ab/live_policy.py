@@ -19,8 +19,8 @@ __all__ = ["LivePolicy", "check_policies"]
 
 
 def check_policies(urls: Sequence[str], admin_key: str, policies: Sequence[PluginSpec]) -> None:
-    """Raises ``ConfigError`` where a server does not schedule by the policy of its arm, with the options of it: what the
-    report would say of it is measured of another."""
+    """Raises ``ConfigError`` where a server does not schedule by the policy of its arm, with the options of it: what
+    the report would say of it is measured of another."""
     for letter, url, policy in zip("ab", urls, policies, strict=True):
         served = call_admin_route(url, admin_key, "GET", "/admin/policy")
         if (served["name"], served["options"]) != (policy.name, policy.options):

@@ -186,7 +186,7 @@ def test_traffic_with_pauses_as_long_as_stretches_is_refused_at_once(quire, serv
     arrivals = ["--arrivals", "onoff:rate=10,on=1,off=20"]
     status, _, err = quire("--a", "fcfs", "--b", "sjf", "--trace", str(trace), *arrivals, "--pairs", "12", *design)
     assert status == 2 and err.count("\n") == 1
-    assert re.search(r"\b[1-9] of 12 stretches have requests after the first [0-9.]+ s, and a verdict needs 12", err), err
+    assert re.search(r"\b[1-9] of 12 stretches have requests after the first [0-9.]+ s, and a verdict needs", err), err
 
 
 def test_samplers_may_be_compared_by_a_split_of_requests(quire, server):
