@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["child_environment", "collective_environment", "log_level", "num_threads", "ray_address", "vllm_variables"]
+__all__ = [
+    "child_environment",
+    "collective_environment",
+    "count_cpus",
+    "log_level",
+    "num_threads",
+    "ray_address",
+    "vllm_variables",
+]
 
 
 def log_level() -> str:
@@ -17,6 +25,13 @@ def num_threads() -> int | None:
     """``OMP_NUM_THREADS`` (``--cpu-threads``): threads for the model on a CPU. None: not set."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() else None
+
+
+def count_cpus() -> int:
+    """Those that this process may use: fewer than the machine has where a container's cpuset or ``taskset`` says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ray_address() -> str:

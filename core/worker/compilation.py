@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from quire.core.env import count_cpus
 
 __all__ = ["CompileCounter", "CompileQueue", "precompile_kernels"]
 
@@ -61,7 +62,7 @@ def precompile_kernels(run_warmup: Callable[[], None], rank: int = 0, num_ranks:
 
     JITFunction.run, Autotuner.run = compile_only, compile_all
     try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=_use_device_of_caller()) as pool:
+        with ThreadPoolExecutor(count_cpus(), initializer=_use_device_of_caller()) as pool:
             queue = CompileQueue(pool)
             with CompileAhead(SimpleNamespace(submit=queue.add_call)):
                 try:

@@ -17,7 +17,7 @@ from quire.core.contracts.executor import KVCapacity
 from quire.core.contracts.model import Model
 from quire.core.contracts.spec_decode import DeviceProposer
 from quire.core.control import ControlMethods
-from quire.core.env import num_threads
+from quire.core.env import count_cpus, num_threads
 from quire.core.layers.adapters import ModelAdapters
 from quire.core.layers.parallel import TensorParallel
 from quire.core.layers.stage import PipelineStage
@@ -123,7 +123,7 @@ class Worker:
         self._compile_counter: CompileCounter | None = None
         torch.manual_seed(config.model.seed)
         if self._device.type == "cpu":  # one core is left to the scheduler and the API process, or they slow the worker
-            num_cores = max(1, ((os.cpu_count() or 2) - 1) // config.parallel.num_workers)
+            num_cores = max(1, (count_cpus() - 1) // config.parallel.num_workers)
             torch.set_num_threads(config.cpu_threads or num_threads() or num_cores)
 
     def start(self) -> None:

@@ -8,7 +8,6 @@ https://github.com/guidance-ai/llguidance
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ from quire.sdk import (
     StructuredOutputBackend,
     StructuredOutputsParams,
     TokenizerInfo,
+    count_cpus,
 )
 
 __all__ = ["GuidanceBackend"]
@@ -86,7 +86,7 @@ class GuidanceBackend(StructuredOutputBackend):
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=options.max_lexer_states, verbose_errors=False
         )
-        self._num_threads = options.threads or min(max(4 * _count_processors() // 5, 1), _MAX_THREADS)
+        self._num_threads = options.threads or min(max(4 * count_cpus() // 5, 1), _MAX_THREADS)
         self._follower: Follower | None = None
         self._behind: list[GuidanceState] = []  # since the last masks
 
@@ -269,13 +269,6 @@ class _Grammar(CompiledGrammar):
 
         walk_answers(start, schema, tokens, tokenizer, yield_to_engine)
         self._memory.use_all()
-
-
-def _count_processors() -> int:
-    """Those that this process may use: fewer than the machine has where a container or ``taskset`` says so."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _read_schema(params: StructuredOutputsParams) -> dict[str, Any] | None:

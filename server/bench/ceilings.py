@@ -4,7 +4,6 @@ roofline bounds of the other benchmarks."""
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quire.core.env import num_threads
+from quire.core.env import count_cpus, num_threads
 from quire.core.errors import ConfigError
 from quire.server.bench.report import describe_environment, get_device_name, print_json
 from quire.server.bench.roofline import Ceilings, save_ceilings
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: there is no CUDA GPU here; measure the processor with --device cpu")
     if device == "cpu":
-        torch.set_num_threads(args.cpu_threads or num_threads() or max(1, (os.cpu_count() or 2) - 1))  # as the engine
+        torch.set_num_threads(args.cpu_threads or num_threads() or max(1, count_cpus() - 1))  # as the engine
     print(f"{get_device_name(device)}: measuring", flush=True)
     ceilings, rows = measure_ceilings(device, progress=print)
     path = save_ceilings(get_device_name(device), ceilings, Path(args.out) if args.out else None)

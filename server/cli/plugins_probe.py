@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quire.core.env import count_cpus
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import PluginEntryPoint, collect_registrations, import_entry_point, list_hooks
 from quire.core.plugin.options import find_options_class
@@ -51,7 +52,7 @@ def probe_entries(entries: Sequence[PluginEntryPoint], limit: float, *, targets:
 
     Those refused by their metadata are not started. Never raises for what a plugin does.
     """
-    with tempfile.TemporaryDirectory(prefix="quire-probe-") as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with tempfile.TemporaryDirectory(prefix="quire-probe-") as folder, ThreadPoolExecutor(count_cpus()) as pool:
 
         def probe_entry(place: int, entry: PluginEntryPoint) -> Probe:
             if entry.refusal:
