@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from quire.core.config import PluginChoice, SpeculationConfig
 from quire.core.engine.args import EngineArgs
 from quire.core.engine.plugin_choices import make_choice
 from quire.core.errors import ConfigError
+from quire.core.json_setting import parse_json_setting
 from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import list_option_values
 
@@ -37,16 +37,9 @@ def spread_speculative_config(args: EngineArgs) -> tuple[EngineArgs, dict[str, A
     Keys that Quire does not know become options of the proposer. Raises ``ConfigError`` for a key that its flag
     contradicts.
     """
-    keys = args.speculative_config
-    if not keys:
+    if not args.speculative_config:
         return args, {}
-    if isinstance(keys, str):
-        try:
-            keys = json.loads(keys)
-        except ValueError as error:
-            raise ConfigError(f"speculative_config {keys!r} is not JSON: {error}") from None
-    if not isinstance(keys, Mapping):
-        raise ConfigError(f"speculative_config must be a JSON object, got {keys!r}")
+    keys = parse_json_setting("speculative_config", args.speculative_config, '{"method": "ngram"}')
     changes: dict[str, Any] = {}
     keys_without_flag: dict[str, Any] = {}
     options = list_option_values(args.plugin_options.get("spec_decode", {}))

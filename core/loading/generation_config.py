@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import CheckpointError, ConfigError, InvalidRequestError
+from quire.core.json_setting import parse_json_setting
 from quire.core.plugin.registry import suggest_names
 from quire.core.sampling_params import SamplingParams
 
@@ -95,18 +96,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _parse_override(override: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    if isinstance(override, str):
-        try:
-            override = json.loads(override)
-        except ValueError as error:
-            raise ConfigError(f"override_generation_config {override!r} is not JSON: {error}") from None
-    if not isinstance(override, Mapping | None):
-        raise ConfigError(f"override_generation_config must be a JSON object, got {override!r}")
+    params = parse_json_setting("override_generation_config", override, '{"temperature": 0.6}')
     known = [*_PARAM_OF_KEY, "eos_token_id"]
-    for key in override or {}:
+    for key in params:
         if key not in known:
             raise ConfigError(f"override_generation_config: {key!r} is not known; {suggest_names(str(key), known)}")
-    return dict(override or {})
+    return params
 
 
 def _flatten_ids(values: Iterable[Any]) -> tuple[int, ...]:

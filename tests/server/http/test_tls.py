@@ -92,7 +92,11 @@ def test_what_is_wrong_of_certificates_is_said_in_one_line(certificate: tuple[Pa
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", "no JSON"), ("[1]", "not a JSON object"), ('{"tools": []}', "tools: cannot be set here; leave it out")],
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"tools": []}', "tools: cannot be set here; leave it out"),
+    ],
 )
 def test_defaults_of_the_template_that_cannot_be(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
