@@ -10,15 +10,16 @@ from typing import Any, Literal
 import msgspec
 
 from quire.core.errors import InvalidRequestError
+from quire.core.plugin.registry import suggest_names
 
-__all__ = ["MAX_CONSTRAINT_BYTES", "OPTIONS_OF_VLLM", "ConstraintKind", "StructuredOutputsParams"]
+__all__ = ["MAX_CONSTRAINT_BYTES", "ConstraintKind", "StructuredOutputsParams", "split_backend_name"]
 
 MAX_CONSTRAINT_BYTES = 131_072
 """The longest schema, expression or grammar, as UTF-8. Each of the ``n`` continuations has a copy."""
 MAX_CONSTRAINT_DEPTH = 64
 """The deepest nesting of a schema or a structural tag, in JSON objects and arrays."""
 MAX_CHOICES = 4096
-OPTIONS_OF_VLLM: Mapping[str, str] = MappingProxyType(
+_OPTIONS_OF_VLLM: Mapping[str, str] = MappingProxyType(
     {
         "disable-any-whitespace": "disable_any_whitespace",
         "no-additional-properties": "disable_additional_properties",
@@ -133,15 +134,25 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             return
         if not isinstance(self.backend, str):
             raise InvalidRequestError(f"backend must be a text, got {self.backend!r:.60}", _PARAM)
-        _, colon, options = self.backend.partition(":")
-        for option in options.split(",") if colon else ():
-            if option not in OPTIONS_OF_VLLM:
-                known = ", ".join(OPTIONS_OF_VLLM)
-                raise InvalidRequestError(f"backend {self.backend!r:.60} has options other than {known}", _PARAM)
-            self._set(OPTIONS_OF_VLLM[option], True)
+        try:
+            for field in split_backend_name(self.backend)[1]:
+                self._set(field, True)
+        except ValueError as error:
+            raise InvalidRequestError(f"backend {self.backend!r:.60}: {error}", _PARAM) from None
 
     def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)
+
+
+def split_backend_name(name: str) -> tuple[str, list[str]]:
+    """Of ``"xgrammar:disable-any-whitespace"``, as vLLM writes it, the backend and the fields that the options behind
+    the colon turn on. Raises ``ValueError``, which says what is wrong, for an option that vLLM has not."""
+    base, colon, options = name.partition(":")
+    names = options.split(",") if colon else []
+    for option in names:
+        if option not in _OPTIONS_OF_VLLM:
+            raise ValueError(f"{option!r:.60} is no option of a backend; {suggest_names(option, _OPTIONS_OF_VLLM)}")
+    return base, [_OPTIONS_OF_VLLM[option] for option in names]
 
 
 _PARAM = "structured_outputs"

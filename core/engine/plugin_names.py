@@ -18,7 +18,7 @@ from quire.core.plugin.manager import PluginManager
 from quire.core.plugin.options import check_options_by_source, list_option_values, parse_options
 from quire.core.plugin.registry import KINDS, suggest_names
 from quire.core.plugin.source import read_options
-from quire.core.structured_outputs import OPTIONS_OF_VLLM
+from quire.core.structured_outputs import split_backend_name
 
 __all__ = [
     "PARALLEL_SIZES",
@@ -133,16 +133,15 @@ def translate_structured_backend(args: EngineArgs) -> EngineArgs:
     """With what takes the place of a structured-output backend that vLLM has by this name, and with the options that
     stand behind its colon. Raises ``ConfigError`` for others."""
     name = args.structured_output_backend
-    base, colon, behind = name.partition(":") if isinstance(name, str) else (name, "", "")
-    if base not in (*_BACKENDS_OF_VLLM, "auto", "llguidance"):
+    if not isinstance(name, str) or name.partition(":")[0] not in (*_BACKENDS_OF_VLLM, "auto", "llguidance"):
         return args
+    try:
+        base, fields = split_backend_name(name)
+    except ValueError as error:
+        raise ConfigError(f"structured_output_backend={name!r}: {error}") from None
     options = list_option_values(args.plugin_options.get("structured_output", {}))
-    for option in behind.split(",") if colon else ():
-        if option not in OPTIONS_OF_VLLM:
-            known = suggest_names(option, OPTIONS_OF_VLLM)
-            raise ConfigError(f"structured_output_backend={name!r}: {option!r} is no option of {base}; {known}")
-        if option != "no-fallback":  # there is no other backend to fall back to
-            options[OPTIONS_OF_VLLM[option]] = True
+    # There is no other backend to fall back to.
+    options |= dict.fromkeys((field for field in fields if field != "disable_fallback"), True)
     has_xgrammar = base == "xgrammar" and find_spec("xgrammar") is not None
     backend = base if base == "auto" or has_xgrammar else "llguidance"
     plugin_options = {**args.plugin_options, "structured_output": options} if options else args.plugin_options

@@ -171,7 +171,7 @@ def test_the_names_of_vllm_are_taken(name, expected, options, caplog: pytest.Log
 
 
 def test_other_options_behind_the_name_of_a_backend_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'disable-whitespace' is no option of guidance; did you mean disable-any"):
+    with pytest.raises(ConfigError, match="'disable-whitespace' is no option of a backend; did you mean disable-any"):
         build_config(EngineArgs(model="quire-tiny", structured_output_backend="guidance:disable-whitespace"))
 
 

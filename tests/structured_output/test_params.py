@@ -52,7 +52,7 @@ def test_a_schema_is_kept_as_text_in_the_order_of_its_keys() -> None:
         ({"regex": "a", "disable_any_whitespace": "no"}, "disable_any_whitespace must be true or false"),
         ({"regex": "a", "disable_fallback": [1]}, "disable_fallback must be true or false"),
         ({"regex": "a", "backend": 5}, "backend must be a text"),
-        ({"regex": "a", "backend": "xgrammar:no-blanks"}, "options other than disable-any-whitespace"),
+        ({"regex": "a", "backend": "xgrammar:no-blanks"}, "'no-blanks' is no option of a backend"),
     ],
 )
 def test_what_is_malformed_is_refused_by_name(fields, message) -> None:
