@@ -10,6 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quire.core.contracts.policy_view import (
     NO_DEADLINE,
     FinishedStep,
@@ -60,13 +63,13 @@ class BatchingPolicy(ABC):
     reads_prefix_cache: bool = False
     """True: ``num_cached_tokens`` and ``prefix_hash`` are looked up, which hashes each prompt when it arrives."""
     unused_methods: frozenset[str] = frozenset()
-    """Of ``schedule``, ``step_scheduled`` and ``request_finished``: those for which a policy has no use with its
-    options. They are not called, as if its class did not override them."""
+    """Of ``order_waiting``, ``schedule``, ``step_scheduled`` and ``request_finished``: those for which a policy has no
+    use with its options. They are not called, as if its class did not override them."""
     changes_only_at_events: bool = False
     """A promise to simulators: while the same requests run, all of them decoding, and no waiting request could start,
     ``schedule`` grants each its one token, and calls that are left out change no later plan. Steps between two events
-    can then be skipped. A policy that leaves ``schedule`` as it is promises it anyway; one that has groups, or hears of
-    each step, cannot."""
+    can then be skipped. A policy that has neither ``schedule`` nor ``order_waiting`` promises it anyway; one that has
+    groups, or hears of each step, cannot."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -89,20 +92,27 @@ class BatchingPolicy(ABC):
 
     def group_key(self, request: RequestInfo) -> GroupKey:
         """The request's group, fixed at arrival, asked after its admission key. Each group has a queue of its own, in
-        the order of the keys, and the view shows the best few of each (of 512 groups at most), so that ``schedule`` can
-        choose between groups however long one group's queue is. Only of use with a ``schedule``."""
+        the order of the keys, and the view shows the best few of each (of 512 groups at most), so that the policy can
+        choose between groups however long one group's queue is. Only of use with ``order_waiting`` or ``schedule``."""
+        return None
+
+    def order_waiting(self, view: StepView) -> NDArray[np.int64] | None:
+        """The order in which waiting requests are admitted, as indices into ``view.waiting``; what is left out waits.
+        None: in key order. For policies that decide nothing else: the engine makes the default plan from its own
+        numbers, which costs less than a ``schedule``. Asked while a row is free for a request that waits, and in the
+        first step after a request arrived, even if no row is; not asked if the policy has a ``schedule`` of its own."""
         return None
 
     def schedule(self, view: StepView) -> Grants:
         """Divide the step's token budget among requests. The default is ``make_default_plan``: decodes first, then
-        running prompts, then waiting requests in key order, prompts in chunks, until the budget is spent. It takes
-        options, so that a policy that changes only part of it returns ``make_default_plan(view, ...)``.
+        running prompts, then waiting requests in the order of ``order_waiting``, prompts in chunks, until the budget is
+        spent. It takes options, so that a policy that changes only part of it returns ``make_default_plan(view, ...)``.
 
         Called again within the step, with the budget that is left, when waiting requests found part of their prompt
         cached; requests that are already served in the step then have ``num_remaining_tokens`` 0. A policy may grant
         nothing while tokens are in flight, but not when the engine is idle.
         """
-        return make_default_plan(view)
+        return make_default_plan(view, waiting_order=self.order_waiting(view))
 
     def step_scheduled(self, report: StepReport) -> None:
         """A step was scheduled: what was really granted, who was preempted, and what came back meanwhile."""

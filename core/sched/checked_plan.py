@@ -12,8 +12,6 @@ from quire.core.contracts.policy_view import Grants, Refusal, StepView
 
 __all__ = ["CheckedPlan", "PlanLimits", "check_grants"]
 
-_NONE: NDArray[np.int64] = np.empty(0, np.int64)
-
 
 @dataclass(slots=True)
 class CheckedPlan:
@@ -28,8 +26,8 @@ class CheckedPlan:
 
 
 class PlanLimits(NamedTuple):
-    """What a plan for a view is made from, and checked against. The check's are taken before the policy sees the view,
-    in arrays of their own: whatever the policy does to the view, the check is right."""
+    """What a plan for a view is made from, and checked against. The engine's are arrays of its own, of which the view
+    has copies: whatever the policy does to the view, the check is right."""
 
     running: NDArray[np.int64]  # (num_running,) tokens that each request has left to compute
     waiting: NDArray[np.int64]  # (num_waiting,) the same of those that wait
@@ -40,19 +38,14 @@ class PlanLimits(NamedTuple):
     @classmethod
     def from_view(cls, view: StepView) -> PlanLimits:
         """Those of a view, in arrays of their own."""
-        return cls.of_view(view).copy_arrays()
+        limits = cls.of_view(view)
+        return limits._replace(running=limits.running.copy(), waiting=limits.waiting.copy())
 
     @classmethod
     def of_view(cls, view: StepView) -> PlanLimits:
         """Those of a view, in the view's own arrays."""
-        waiting = view.waiting.num_remaining_tokens if len(view.waiting) else _NONE
-        running = view.running.num_remaining_tokens
+        running, waiting = view.running.num_remaining_tokens, view.waiting.num_remaining_tokens
         return cls(running, waiting, view.num_free_rows, view.token_budget, view.chunked_prefill)
-
-    def copy_arrays(self) -> PlanLimits:
-        """The same in arrays of their own."""
-        running, waiting, num_free_rows, token_budget, chunked_prefill = self
-        return PlanLimits(running.copy(), waiting.copy(), num_free_rows, token_budget, chunked_prefill)
 
     def is_same_view(self, other: PlanLimits) -> bool:
         """Whether both were taken of views that show the same: the arrays are the same objects."""

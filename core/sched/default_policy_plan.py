@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from quire.core.contracts.policy_view import Grants, Refusal, StepView
 from quire.core.sched.checked_plan import CheckedPlan, PlanLimits, check_grants
 
-__all__ = ["MIN_PREFILL_TOKENS", "DefaultPlan", "check_plan", "fill_step", "make_default_plan"]
+__all__ = ["MIN_PREFILL_TOKENS", "DefaultPlan", "check_order", "check_plan", "fill_step", "make_default_plan"]
 
 MIN_PREFILL_TOKENS = 1536
 """Prompt tokens that a step with decodes may compute, unless half of the prompt tokens that remain are more. Enough to
@@ -47,6 +48,18 @@ def make_default_plan(
     if victims is not None or (waiting_order is not None and not _is_order(waiting_order)):
         plan.make()  # what is wrong shows here, or when the plan is checked
     return plan
+
+
+def check_order(order: object, limits: PlanLimits) -> NDArray[np.int64] | None:
+    """The waiting requests that are admitted in this order, if all can be, in an array of their own. None if one is no
+    waiting request, or is named twice, or if it is no array of indices."""
+    if not _is_order(order):
+        return None
+    first: NDArray[np.int64] = order[: limits.num_free_rows].astype(np.int64)
+    indices = first.tolist()
+    if indices and (min(indices) < 0 or max(indices) >= len(limits.waiting) or len(set(indices)) < len(indices)):
+        return None
+    return first
 
 
 def check_plan(returned: object, seen: PlanLimits, limits: PlanLimits) -> CheckedPlan | str:
@@ -100,7 +113,9 @@ class DefaultPlan(Grants):
         """Requests and their tokens, from the view."""
         if self._plan is None:
             assert self._source is not None
-            self._plan, self._source = [*fill_step(*self._source)], None
+            limits, order, budget, min_prefill_tokens = self._source
+            first = None if order is None or not len(limits.waiting) else _to_indices(order[: limits.num_free_rows])
+            self._plan, self._source = [*fill_step(limits, first, budget, min_prefill_tokens)], None
         return self._plan
 
     def make_trusted(self, seen: PlanLimits, limits: PlanLimits) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -114,12 +129,8 @@ class DefaultPlan(Grants):
             return None
         if order is None:
             return fill_step(limits, None, budget, min_prefill_tokens)
-        if not _is_order(order):
-            return None
-        first = order[: limits.num_free_rows].tolist()
-        if first and (min(first) < 0 or max(first) >= len(limits.waiting) or len(set(first)) < len(first)):
-            return None
-        return fill_step(limits, first, budget, min_prefill_tokens)
+        first = check_order(order, limits)
+        return None if first is None else fill_step(limits, first, budget, min_prefill_tokens)
 
     @property
     def request_indices(self) -> NDArray[np.int64]:
@@ -142,43 +153,35 @@ class DefaultPlan(Grants):
 
 def fill_step(
     limits: PlanLimits,
-    waiting_order: NDArray[np.int64] | list[int] | None = None,
+    first: NDArray[np.int64] | None = None,
     token_budget: int | None = None,
     min_prefill_tokens: int = MIN_PREFILL_TOKENS,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Requests and their tokens: see ``make_default_plan``."""
+    """Requests and their tokens: see ``make_default_plan``. ``first``: the waiting requests that are admitted, in
+    order, no more than there are free rows; None: those that come first."""
     running, waiting = limits.running, limits.waiting
-    admitted: list[int] = []  # as many of the waiting ones as have a row
-    admitted_tokens: list[int] = []
-    if len(waiting) and limits.num_free_rows:
-        if waiting_order is None:
-            admitted_tokens = waiting[: limits.num_free_rows].tolist()
-            admitted = list(range(len(admitted_tokens)))
-        else:
-            first = waiting_order[: limits.num_free_rows]
-            admitted = first if isinstance(first, list) else first.tolist()
-            admitted_tokens = list(map(waiting.item, admitted))
-        if 0 in admitted_tokens:
-            admitted = [i for i, tokens in zip(admitted, admitted_tokens, strict=True) if tokens]
-            admitted_tokens = [tokens for tokens in admitted_tokens if tokens]
     # Running ones with 0 tokens have their last in flight, or are served in this step already.
-    served = running.nonzero()[0]
-    served_tokens = running.take(served)
-    num_served = num_decodes = len(served)
-    num_wanted = num_served
-    if num_served and served_tokens.item(served_tokens.argmax()) > 1:  # decodes come before running prompts
-        num_wanted = int(np.add.reduce(served_tokens))
-        is_decode = served_tokens == 1
+    indices = running.nonzero()[0]
+    tokens = running.take(indices)
+    num_wanted = num_decodes = len(indices)
+    if num_decodes and tokens.item(tokens.argmax()) > 1:  # decodes come before running prompts
+        num_wanted = int(np.add.reduce(tokens))
+        is_decode = tokens == 1
         num_decodes = int(np.count_nonzero(is_decode))
         order = np.concatenate((is_decode.nonzero()[0], (~is_decode).nonzero()[0]))
-        served, served_tokens = served.take(order), served_tokens.take(order)
-    indices, tokens = served, served_tokens
-    if admitted:
-        indices, tokens = np.empty((2, num_served + len(admitted)), np.int64)
-        indices[:num_served], tokens[:num_served] = served, served_tokens
-        indices[num_served:], tokens[num_served:] = admitted, admitted_tokens
-        indices[num_served:] += len(running)
-        num_wanted += sum(admitted_tokens)
+        indices, tokens = indices.take(order), tokens.take(order)
+    if len(waiting) and limits.num_free_rows:
+        if first is None:
+            first_tokens = waiting[: limits.num_free_rows]
+            admitted = np.arange(len(running), len(running) + len(first_tokens))
+        else:
+            first_tokens, admitted = waiting.take(first), first + len(running)
+        wanted = first_tokens.tolist()
+        num_wanted += sum(wanted)
+        indices, tokens = np.concatenate((indices, admitted)), np.concatenate((tokens, first_tokens))
+        if 0 in wanted:
+            has_tokens = tokens > 0
+            indices, tokens = indices[has_tokens], tokens[has_tokens]
 
     budget = limits.token_budget if token_budget is None else max(min(token_budget, limits.token_budget), 0)
     if num_decodes and limits.chunked_prefill:
@@ -196,6 +199,11 @@ def fill_step(
     return indices, tokens
 
 
-def _is_order(order: object) -> bool:
+def _to_indices(order: NDArray[np.int64] | list[int]) -> NDArray[np.int64]:
+    """As an array of int64. Raises ``TypeError`` for what is no number of a request."""
+    return np.array([*map(index, order if isinstance(order, list) else order.tolist())], np.int64)
+
+
+def _is_order(order: object) -> TypeGuard[NDArray[np.int64]]:
     """Of the very type: a subclass (a masked array) may give other than it holds."""
     return type(order) is np.ndarray and order.ndim == 1 and order.dtype.kind in "iu"

@@ -178,6 +178,8 @@ class OutputUpdater:
         table.num_in_flight_tokens[rows] = in_flight
         table.max_overcount[rows] -= num_drafts
         table.num_computed_tokens[rows] -= num_rejected
+        if table.groups is not None:
+            table.groups.count_rejected_drafts(rows, num_rejected)
         num_tokens = table.num_tokens[rows] - num_rejected
         table.num_tokens[rows] = num_tokens
 

@@ -24,12 +24,12 @@ from quire.core.errors import PluginError, QueueFullError
 from quire.core.plugin.quarantine import Quarantine, QuarantineReason, class_path
 from quire.core.request import Request
 from quire.core.sched.checked_plan import CheckedPlan, PlanLimits
-from quire.core.sched.default_policy_plan import check_plan, fill_step
+from quire.core.sched.default_policy_plan import check_order, check_plan, fill_step
 from quire.core.stats import QuarantinedPlugin
 
 __all__ = ["PolicyGuard", "RequestRank", "make_request_info"]
 
-_OPTIONAL_METHODS = frozenset({"schedule", "step_scheduled", "request_finished"})
+_OPTIONAL_METHODS = frozenset({"order_waiting", "schedule", "step_scheduled", "request_finished"})
 """Those that a policy may name as unused."""
 
 
@@ -102,6 +102,7 @@ class PolicyGuard:
         before (not ``may_reject``) goes first then."""
         info = request.info
         assert info is not None
+        self._has_arrivals = True
         while True:
             policy = self.policy
             key = self._call(policy.admission_key, info)
@@ -122,14 +123,20 @@ class PolicyGuard:
                 fault = f"group_key returned {group!r:.100}, not a string, a whole number or None"
             self._report_fault("invalid_result", fault)
 
-    def schedule(self, view: StepView) -> CheckedPlan | None:
-        """The policy's plan for a step, checked. None if the policy was replaced for it: the queue is in another order
-        then, and what the policy did to the view is not known, so that the fallback needs a view of its own."""
-        policy = self.policy
-        # The default plan is the engine's own: neither checked nor timed.
+    def is_asked(self, has_waiting: bool) -> bool:
+        """Whether the policy has a say in the next plan. The default plan is the engine's own: neither checked nor
+        timed."""
         if self.has_default_plan:
-            return CheckedPlan(*fill_step(PlanLimits.of_view(view)), [])
-        plan_or_fault = self._call(schedule, policy, view)
+            return False
+        return has_waiting or self._has_arrivals or not self.orders_waiting
+
+    def schedule(self, view: StepView, limits: PlanLimits) -> CheckedPlan | None:
+        """The policy's plan for a step, checked by ``limits``. None if the policy was replaced for it: the queue is in
+        another order then, and what the policy did to the view is not known, so that the fallback needs a view of its
+        own."""
+        policy = self.policy
+        self._has_arrivals = False
+        plan_or_fault = self._call(order_waiting if self.orders_waiting else schedule, policy, view, limits)
         if self.policy is not policy:
             return None  # it raised or was too slow
         if isinstance(plan_or_fault, CheckedPlan):
@@ -194,9 +201,12 @@ class PolicyGuard:
         self._call = call
         self._key_types: tuple[type, ...] | None = None
         self._num_empty_plans = 0
-        self.has_default_plan = not self._overrides("schedule")
+        self._has_arrivals = False  # since the policy was asked
+        self.orders_waiting = self._overrides("order_waiting") and not self._overrides("schedule")
+        """Whether the engine plans by itself, but for the order in which the policy admits those that it sees."""
+        self.has_default_plan = not (self._overrides("schedule") or self.orders_waiting)
         """Whether the engine plans by itself, in the policy's order."""
-        self.has_groups = self._overrides("group_key") and self._overrides("schedule")
+        self.has_groups = self._overrides("group_key") and not self.has_default_plan
         """Whether the policy divides requests into groups, and chooses between them."""
         self.wants_reports = self._overrides("step_scheduled")
         """Whether the policy is told of each step."""
@@ -215,12 +225,22 @@ class PolicyGuard:
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
 
 
-def schedule(policy: BatchingPolicy, view: StepView) -> CheckedPlan | str:
+def schedule(policy: BatchingPolicy, view: StepView, limits: PlanLimits) -> CheckedPlan | str:
     """Ask the policy and check its plan: what it returns may run code of its own when it is read. A fault is logged
     under this name."""
     seen = PlanLimits.of_view(view)
-    limits = seen.copy_arrays()
     return check_plan(policy.schedule(view), seen, limits)
+
+
+def order_waiting(policy: BatchingPolicy, view: StepView, limits: PlanLimits) -> CheckedPlan | str:
+    """Ask the policy for an order and make the plan. A fault is logged under this name."""
+    order = policy.order_waiting(view)
+    if order is None:
+        return CheckedPlan(*fill_step(limits), [])
+    first = check_order(order, limits)
+    if first is None:
+        return f"order_waiting returned {order!r:.200}, not an array of different indices into view.waiting"
+    return CheckedPlan(*fill_step(limits, first), [])
 
 
 def _call_unguarded(function: Callable[..., object], *args: object) -> object:

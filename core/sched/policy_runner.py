@@ -15,7 +15,8 @@ from quire.core.contracts.kv import KVAllocator
 from quire.core.contracts.policy import BatchingPolicy, FinishedStep, StepReport, StepView
 from quire.core.messages import ModelRunnerOutput, SchedulerOutput
 from quire.core.request import Request
-from quire.core.sched.checked_plan import CheckedPlan
+from quire.core.sched.checked_plan import CheckedPlan, PlanLimits
+from quire.core.sched.default_policy_plan import fill_step
 from quire.core.sched.policy_guard import PolicyGuard, make_request_info
 from quire.core.sched.prefix_lookup import PrefixLookup
 from quire.core.sched.request_groups import GroupTable
@@ -108,11 +109,23 @@ class PolicyRunner:
         """The policy's plan for what is left of the batch; None if it was replaced for its fault. ``waiting_requests``
         are ``peek_requests(num_visible)`` of the queue. Requests that the policy refuses are ended, unless a part of
         their answer was sent."""
-        plan = self.guard.schedule(self._make_view(batch, step, num_visible, waiting_requests))
+        running = self._running
+        self._now_ns, self._step = self._clock(), step
+        limits = PlanLimits(
+            running.count_remaining_tokens(batch.scheduled_rows() if batch.groups else None),
+            self._waiting.count_remaining_tokens(num_visible),
+            running.num_free_rows,
+            batch.token_budget - batch.reserved_draft_budget,
+            self._config.chunked_prefill,
+        )
+        num_free_blocks = self._allocator.num_free_blocks()  # also without a view: an allocator that fails says so
+        if not self.guard.is_asked(num_visible > 0):
+            return CheckedPlan(*fill_step(limits), [])
+        plan = self.guard.schedule(self._make_view(limits, num_free_blocks, waiting_requests), limits)
         if plan is None:
             return None
         for index, reason in plan.refusals:
-            request = waiting_requests[index - len(self._running)]
+            request = waiting_requests[index - len(running)]
             if not request.num_output_tokens:
                 self._refuse(request, f"the deadline cannot be met: {reason}")
                 self.guard.note_progress()
@@ -123,17 +136,9 @@ class PolicyRunner:
         now_ns = self._clock()
         return [self.log.explain_request(number, now_ns) for number in self.log.find_requests(request_id)]
 
-    def step_scheduled(
-        self, step: SchedulerOutput, batch: ScheduledBatch, num_computed_tokens: NDArray[np.int64]
-    ) -> None:
-        """Log the step; count the tokens of each group, and tell the policy what became of its plan, if it has a use
-        for these. ``num_computed_tokens``: of the requests in the step, after it."""
+    def step_scheduled(self, step: SchedulerOutput, batch: ScheduledBatch) -> None:
+        """Log the step, and tell the policy what became of its plan, if it has a use for that."""
         self._log_step(step, batch)
-        if self._groups is None and not self.guard.wants_reports:
-            return
-        if self._groups is not None:
-            groups, prompt_len = self._running.group.take(step.rows), self._running.prompt_len.take(step.rows)
-            self._groups.count_step(groups, step.num_scheduled_tokens, num_computed_tokens, prompt_len)
         if self.guard.wants_reports:
             request_numbers = self._running.request_ids.take(step.rows)
             request_numbers.setflags(write=False)
@@ -173,29 +178,26 @@ class PolicyRunner:
             reason = "rows" if lacks[0] else "blocks" if lacks[1] else "tokens" if lacks[2] else "policy"
         self.log.step_scheduled(step, self._now_ns, num_waiting, reason)
 
-    def _make_view(
-        self, batch: ScheduledBatch, step: int, num_visible: int, waiting_requests: list[Request]
-    ) -> StepView:
-        count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None
-        if self._prefixes is not None:
-            count_cached_tokens = partial(self._prefixes.count_cached_tokens, waiting_requests)
-        running = self._running
-        self._now_ns, self._step = self._clock(), step
-        return StepView(
-            now_ns=self._now_ns,
-            token_budget=batch.token_budget - batch.reserved_draft_budget,
-            num_free_rows=running.num_free_rows,
-            num_free_blocks=self._allocator.num_free_blocks(),
-            block_size=self._allocator.block_size,
-            running=running.view_columns(batch.scheduled_rows()),
-            waiting=self._waiting.view_columns(num_visible, count_cached_tokens),
-            chunked_prefill=self._config.chunked_prefill,
-            step=step,
-            groups=None if self._groups is None else self._groups.view_columns(running.group_sizes),
+    def _make_view(self, limits: PlanLimits, num_free_blocks: int, waiting_requests: list[Request]) -> StepView:
+        prefixes, groups = self._prefixes, self._groups
+        return StepView(  # in the order of the fields: names take time
+            self._now_ns,
+            limits.token_budget,
+            limits.num_free_rows,
+            num_free_blocks,
+            self._allocator.block_size,
+            self._running.view_columns(limits.running),
+            self._waiting.view_columns(
+                limits.waiting, None if prefixes is None else partial(prefixes.count_cached_tokens, waiting_requests)
+            ),
+            limits.chunked_prefill,
+            self._step,
+            None if groups is None else groups.view_columns(self._running.group_sizes),
         )
 
     def _prepare_policy(self) -> None:
-        self._groups = GroupTable() if self.guard.has_groups else None
+        self._groups = GroupTable(self._running) if self.guard.has_groups else None
+        self._running.set_groups(self._groups)
         self._prefixes = PrefixLookup(self._allocator) if self.guard.reads_prefix_cache else None
         self._preempted.clear()
         self._finished_steps.clear()

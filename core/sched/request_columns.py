@@ -49,9 +49,11 @@ class StateColumns:
     predicted_tokens: NDArray[np.int64]
     num_first_remaining_tokens: NDArray[np.int64]
     """Tokens that the request had left to compute when it was written: has, if it waits."""
+    num_counted_tokens: NDArray[np.int64]
+    """Of ``num_computed_tokens``, those that are counted as the use of the request's group."""
 
     def __init__(self, size: int) -> None:
-        self._allocate(np.zeros((17, size), np.int64))
+        self._allocate(np.zeros((18, size), np.int64))
 
     def resize_columns(self, size: int) -> None:
         """Hold ``size`` requests, not fewer than before."""
@@ -79,6 +81,7 @@ class StateColumns:
             self.tpot_target_ns,
             self.predicted_tokens,
             self.num_first_remaining_tokens,
+            self.num_counted_tokens,
         ) = data
 
     def set_request(self, index: int, request: Request, num_computed_tokens: int, num_slots: int) -> None:
@@ -106,6 +109,7 @@ class StateColumns:
             info.tpot_target_ns,
             info.predicted_tokens,
             min(num_tokens, max_computed_tokens) - num_computed_tokens,
+            num_computed_tokens,
         )
 
 
@@ -134,27 +138,37 @@ def lazy_column(compute: Callable[[Any], NDArray[np.int64]]) -> Any:
     return _LazyColumn(compute)
 
 
+class _StoredColumn(_LazyColumn):
+    """One call less, since most columns that are read are of this kind."""
+
+    def __init__(self, stored_name: str) -> None:
+        self._stored_name = stored_name
+
+    def __get__(self, columns: Any, owner: type) -> NDArray[np.int64]:
+        column: NDArray[np.int64] = getattr(columns.table, self._stored_name).take(columns.index)
+        column.setflags(write=False)
+        columns.__dict__[self._name] = column
+        return column
+
+
 def stored_column(name: str) -> Any:
     """A column that the table stores as it is."""
-    return _LazyColumn(lambda view: getattr(view.table, name).take(view.index))
+    return _StoredColumn(name)
 
 
 class GatheredColumns(RequestColumns):
-    """The requests at ``index`` of a table."""
+    """The requests at ``index`` of a table, with ``remaining`` tokens each, of which policies see a copy."""
 
-    def __init__(self, table: StateColumns, index: NDArray[np.int64], block_size: int) -> None:
+    def __init__(
+        self, table: StateColumns, index: NDArray[np.int64], block_size: int, remaining: NDArray[np.int64]
+    ) -> None:
         self.table = table
         self.index = index
         self.block_size = block_size
+        self._remaining = remaining
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def clear_remaining(self, mask: NDArray[np.bool_]) -> None:
-        """Show the requests of ``mask`` as having nothing left to compute: they are served in this step already, or
-        left to others."""
-        self.num_remaining_tokens = np.where(mask, 0, self.num_remaining_tokens)
-        self.num_remaining_tokens.setflags(write=False)
 
     request_number = stored_column("request_ids")
     group = stored_column("group")
@@ -171,11 +185,8 @@ class GatheredColumns(RequestColumns):
 
     @lazy_column
     def num_remaining_tokens(self) -> NDArray[np.int64]:
-        """Of the whole table, then gathered once: less work than three columns gathered."""
-        table = self.table
-        remaining = np.minimum(table.num_tokens, table.max_computed_tokens)
-        remaining -= table.num_computed_tokens
-        return remaining.take(self.index)
+        """The engine plans with the original."""
+        return self._remaining.copy()
 
     @lazy_column
     def min_computed_tokens(self) -> NDArray[np.int64]:
@@ -215,12 +226,11 @@ class WaitingColumns(GatheredColumns):
         table: StateColumns,
         index: NDArray[np.int64],
         block_size: int,
+        remaining: NDArray[np.int64],
         count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None,
     ) -> None:
-        super().__init__(table, index, block_size)
+        super().__init__(table, index, block_size, remaining)
         self._count_cached_tokens = count_cached_tokens
-
-    num_remaining_tokens = stored_column("num_first_remaining_tokens")
 
     @lazy_column
     def num_cached_tokens(self) -> NDArray[np.int64]:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.policy_view import GroupColumns, GroupKey
-from quire.core.sched.request_columns import lazy_column
+from quire.core.sched.request_columns import StateColumns, lazy_column
 
 __all__ = ["MAX_IDLE_GROUPS", "GroupTable"]
 
 MAX_IDLE_GROUPS = 1024
 """Groups without requests whose usage is remembered: clients choose names, so that there is no end of them."""
 
-_MAX_UNCOUNTED = 32
-"""Steps whose tokens are added up at once where the policy does not ask for them."""
-
 
 class GroupTable:
-    """An index for each group that has requests in the engine, and for those that had some last."""
+    """An index for each group that has requests in the engine, and for those that had some last.
 
-    def __init__(self, max_idle_groups: int = MAX_IDLE_GROUPS) -> None:
+    Tokens are counted when someone looks, as what ``num_computed_tokens`` of the ``running`` requests has grown by, and
+    when a request leaves its row: nothing is done in a step whose tokens no policy asks for.
+    """
+
+    def __init__(self, running: StateColumns, max_idle_groups: int = MAX_IDLE_GROUPS) -> None:
+        self._running = running
         self._max_idle_groups = max_idle_groups
         self._keys: list[GroupKey] = []
         self._shown_keys: tuple[GroupKey, ...] | None = ()  # the same object in every view until a key changes
@@ -33,7 +34,7 @@ class GroupTable:
         self._num_requests = np.zeros(16, np.int64)
         self._num_prompt_tokens = np.zeros(16, np.int64)
         self._num_output_tokens = np.zeros(16, np.int64)
-        self._uncounted: list[tuple[NDArray[Any], ...]] = []  # arguments of ``count_step``
+        self._is_counted = False  # since the last view was made
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -60,50 +61,58 @@ class GroupTable:
             self._shown_keys = None
             self._free_indices.append(oldest)
 
-    def count_step(
-        self,
-        groups: NDArray[np.int64],
-        num_scheduled_tokens: NDArray[np.int32],
-        num_computed_tokens: NDArray[np.int64],
-        prompt_len: NDArray[np.int64],
-    ) -> None:
-        """Requests of ``groups`` were scheduled in a step; ``num_computed_tokens`` are theirs after it. Added up when
-        someone looks."""
-        self._uncounted.append((groups, num_scheduled_tokens, num_computed_tokens, prompt_len))
-        if len(self._uncounted) == _MAX_UNCOUNTED:
-            self._add_up()
+    def count_row(self, row: int) -> None:
+        """Count the tokens of the request at ``row``, which it is about to leave."""
+        running = self._running
+        computed, counted = running.num_computed_tokens.item(row), running.num_counted_tokens.item(row)
+        group, num_new = running.group.item(row), computed - counted  # below 0 if drafts were rejected
+        in_prompt = max(min(running.prompt_len.item(row) - counted, num_new), 0)
+        self._num_prompt_tokens[group] += in_prompt
+        self._num_output_tokens[group] += num_new - in_prompt
+        running.num_counted_tokens[row] = computed
+
+    def count_rejected_drafts(self, rows: NDArray[np.int32], num_rejected: NDArray[np.int64]) -> None:
+        """Tokens of the requests at ``rows`` were computed, and are not among their ``num_computed_tokens``."""
+        np.add.at(self._num_output_tokens, self._running.group[rows], num_rejected)
 
     def view_columns(self, num_running: NDArray[np.int64]) -> GroupColumns:
         """The groups as a policy sees them. ``num_running``: requests of each that have a row."""
         if self._shown_keys is None:
             self._shown_keys = tuple(self._keys)
+        self._is_counted = False
         return _TableColumns(self._shown_keys, self, num_running)
 
-    def num_requests(self) -> NDArray[np.int64]:
-        """Of each group, in the engine."""
-        return self._num_requests[: len(self._keys)].copy()
+    def count_waiting(self, num_running: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each group, requests in the engine that are not among the ``num_running`` of it."""
+        size = len(self._keys)
+        if len(num_running) >= size:
+            return self._num_requests[:size] - num_running[:size]
+        num_waiting = self._num_requests[:size].copy()
+        num_waiting[: len(num_running)] -= num_running
+        return num_waiting
 
     def num_prompt_tokens(self) -> NDArray[np.int64]:
         """Of each group, computed for it."""
-        self._add_up()
+        if not self._is_counted:
+            self._count_running()
         return self._num_prompt_tokens[: len(self._keys)].copy()
 
     def num_output_tokens(self) -> NDArray[np.int64]:
         """Of each group, computed for it."""
-        self._add_up()
+        if not self._is_counted:
+            self._count_running()
         return self._num_output_tokens[: len(self._keys)].copy()
 
-    def _add_up(self) -> None:
-        steps = self._uncounted
-        if not steps:
-            return
-        columns = steps[0] if len(steps) == 1 else map(np.concatenate, zip(*steps, strict=True))
-        groups, scheduled, computed, prompt_len = columns
-        steps.clear()
-        in_prompt = np.minimum(np.maximum(prompt_len - computed + scheduled, 0), scheduled)
-        size = len(self._num_prompt_tokens)
-        self._num_prompt_tokens += np.bincount(groups, in_prompt, size).astype(np.int64)
-        self._num_output_tokens += np.bincount(groups, scheduled - in_prompt, size).astype(np.int64)
+    def _count_running(self) -> None:
+        """Count what was computed since the last time, for all rows: those without a request have nothing new."""
+        running = self._running
+        computed, counted = running.num_computed_tokens, running.num_counted_tokens
+        in_prompt = (counted < running.prompt_len) & (counted < computed)
+        for row in in_prompt.nonzero()[0].tolist():
+            self.count_row(row)
+        np.add.at(self._num_output_tokens, running.group, computed - counted)
+        counted[:] = computed
+        self._is_counted = True
 
     def _open_group(self, key: GroupKey) -> int:
         if self._free_indices:
@@ -116,7 +125,6 @@ class GroupTable:
                 columns = (self._num_requests, self._num_prompt_tokens, self._num_output_tokens)
                 grown = (np.concatenate((column, np.zeros_like(column))) for column in columns)
                 self._num_requests, self._num_prompt_tokens, self._num_output_tokens = grown
-        self._add_up()  # of the group that had the index
         self._index_of_key[key] = index
         self._shown_keys = None
         self._num_prompt_tokens[index] = self._num_output_tokens[index] = 0
@@ -141,9 +149,7 @@ class _TableColumns(GroupColumns):
     @lazy_column
     def num_waiting(self) -> NDArray[np.int64]:
         """The others."""
-        num_requests, running = self._table.num_requests(), self._num_running[: len(self.keys)]
-        num_requests[: len(running)] -= running
-        return num_requests
+        return self._table.count_waiting(self._num_running)
 
     @lazy_column
     def num_prompt_tokens(self) -> NDArray[np.int64]:

@@ -328,7 +328,7 @@ class Scheduler:
         self._num_steps += 1
         in_flight_step = InFlightStep.from_running(step, self._running, batch.forks)
         self.in_flight.append(in_flight_step)
-        self.policy_runner.step_scheduled(step, batch, in_flight_step.num_computed_tokens)
+        self.policy_runner.step_scheduled(step, batch)
         if self._fork_groups:
             # Requests that sample have their whole prompt computed, in stream order: their children may share it.
             for request in in_flight_step.requests[step.sampling_mask]:

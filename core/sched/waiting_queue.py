@@ -27,6 +27,8 @@ _MIN_VISIBLE, _VISIBLE_PER_FREE_ROW = 32, 4
 """Requests that it sees while few rows are free, and how many more for each free row: enough to choose from, and no
 columns of requests that could not be admitted."""
 
+_NONE: NDArray[np.int64] = np.empty(0, np.int64)
+
 _HEAP_SLACK = 64
 """Entries of removed requests that the heap may hold beside twice its live ones before it is rebuilt."""
 
@@ -54,7 +56,7 @@ class WaitingQueue:
         self._visible: list[int] = []  # what ``_visible_slots`` gave last, also as an array,
         self._visible_index = np.empty(0, np.int64)
         self._visible_limit = -1  # and for which limit; -1: the queue has changed since
-        self._no_columns = WaitingColumns(self._columns, np.empty(0, np.int64), block_size)
+        self._no_columns = WaitingColumns(self._columns, _NONE, block_size, _NONE)
         self._parked: dict[int, Request] = {}
         self._num_ready = 0
         self.hold_back: Callable[[Request], bool] | None = None
@@ -133,14 +135,24 @@ class WaitingQueue:
         slot_requests: list[Any] = self._slot_requests
         return [slot_requests[slot] for slot in self._visible_slots(limit)]
 
-    def view_columns(
-        self, limit: int, count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None
-    ) -> RequestColumns:
-        """``peek_requests(limit)`` as a policy sees them."""
+    def count_remaining_tokens(self, limit: int) -> NDArray[np.int64]:
+        """Tokens that each of ``peek_requests(limit)`` has to compute."""
         if not limit:
-            return self._no_columns
+            return _NONE
         self._visible_slots(limit)
-        return WaitingColumns(self._columns, self._visible_index, self._block_size, count_cached_tokens)
+        return self._columns.num_first_remaining_tokens.take(self._visible_index)
+
+    def view_columns(
+        self,
+        num_remaining_tokens: NDArray[np.int64],
+        count_cached_tokens: Callable[[], NDArray[np.int64]] | None = None,
+    ) -> RequestColumns:
+        """The requests as a policy sees them of which ``count_remaining_tokens`` told last, and what it told."""
+        if not len(num_remaining_tokens):
+            return self._no_columns
+        return WaitingColumns(
+            self._columns, self._visible_index, self._block_size, num_remaining_tokens, count_cached_tokens
+        )
 
     def reorder_requests(self) -> None:
         """Sort anew, after every ``queue_key`` and ``group_index`` may have changed. Takes time in proportion to the

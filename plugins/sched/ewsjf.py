@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from quire.sdk import BatchingPolicy, Grants, GroupKey, RequestInfo, StepView, make_default_plan
+from quire.sdk import BatchingPolicy, GroupKey, RequestInfo, StepView
 
 __all__ = ["EWSJFPolicy"]
 
@@ -66,14 +67,12 @@ class EWSJFPolicy(BatchingPolicy):
         """The queue of its prompt length."""
         return bisect_right(self._bounds, request.prompt_len)
 
-    def schedule(self, view: StepView) -> Grants:
-        """The default plan, with the waiting requests by the scores of their queues."""
+    def order_waiting(self, view: StepView) -> NDArray[np.int64] | None:
+        """By the scores of the queues."""
         waiting = view.waiting
         if len(waiting) < 2:
-            return make_default_plan(view)
+            return None
         group, lengths = waiting.group, waiting.num_remaining_tokens
         mean_lengths = np.bincount(group, lengths) / np.maximum(np.bincount(group), 1)
         scores = (view.now_ns + _HEAD_START_NS - waiting.arrival_ns) / mean_lengths.take(group)
-        if view.num_free_rows == 1:
-            return make_default_plan(view, waiting_order=scores.argmax(0, keepdims=True))
-        return make_default_plan(view, waiting_order=(-scores).argsort(kind="stable"))
+        return scores.argmax(0, keepdims=True) if view.num_free_rows == 1 else (-scores).argsort(kind="stable")

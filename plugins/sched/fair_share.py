@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.sdk import BatchingPolicy, Grants, GroupColumns, GroupKey, RequestInfo, StepView, make_default_plan
+from quire.sdk import BatchingPolicy, GroupColumns, GroupKey, RequestInfo, StepView
 
 __all__ = ["FairSharePolicy"]
 
@@ -47,32 +47,28 @@ class FairSharePolicy(BatchingPolicy):
         # By index of the group: what a token adds to its counter, and by how much it was lifted.
         self._input_rates = self._output_rates = self._lifts = np.empty(0)
         self._was_waiting = np.empty(0, bool)
-        self._has_arrivals = False  # since the counters were looked at
         # When groups waited last: the counters of all, and which of them waited.
         self._last_counters, self._last_waiting = np.zeros(1), np.ones(1, bool)
 
     def admission_key(self, request: RequestInfo) -> tuple[Any, ...]:
         """The arrival: within a group, first come, first served."""
-        self._has_arrivals = True
         return (request.arrival_ns,)
 
     def group_key(self, request: RequestInfo) -> GroupKey:
         """The name of the API key, or what the client calls its group."""
         return request.group
 
-    def schedule(self, view: StepView) -> Grants:
-        """The default plan, with the waiting requests in the order in which the counters choose them."""
-        waiting = view.waiting
-        if not len(waiting) and not self._has_arrivals:
-            return make_default_plan(view)
+    def order_waiting(self, view: StepView) -> NDArray[np.int64] | None:
+        """The order in which the counters choose requests."""
         assert view.groups is not None
-        self._has_arrivals = False
         counters = self._update_counters(view, view.groups)
+        waiting = view.waiting
         if not len(waiting):
-            return make_default_plan(view)
+            return None
         group = waiting.group
         if view.num_free_rows == 1:  # of each group, the view shows its first request first
-            return make_default_plan(view, waiting_order=counters.take(group).argmin(0, keepdims=True))
+            first: NDArray[np.int64] = counters.take(group).argmin(0, keepdims=True)
+            return first
         # A request is charged its prompt when it is chosen: the next one of its group stands so much further back. So
         # the choice of the smallest counter, again and again, is one sort.
         charges = waiting.num_remaining_tokens * self._input_rates[group]
@@ -81,7 +77,8 @@ class FairSharePolicy(BatchingPolicy):
         is_first[1:] = group[1:] != group[:-1]
         before_group = (totals - charges)[is_first][np.cumsum(is_first) - 1]
         starts = counters[group] + (totals - charges - before_group)
-        return make_default_plan(view, waiting_order=starts.argsort(kind="stable"))
+        order: NDArray[np.int64] = starts.argsort(kind="stable")
+        return order
 
     def _update_counters(self, view: StepView, groups: GroupColumns) -> NDArray[np.float64]:
         if groups.keys is not self._keys:

@@ -21,8 +21,6 @@ from quire.sdk import BatchingPolicy, Grants, RequestColumns, RequestInfo, StepR
 
 __all__ = ["FairBatchPolicy"]
 
-_NONE: NDArray[np.int64] = np.empty(0, np.int64)
-
 
 class FairBatchPolicy(BatchingPolicy):
     """Arrivals in order, steps by slack."""
@@ -59,34 +57,32 @@ class FairBatchPolicy(BatchingPolicy):
     def schedule(self, view: StepView) -> Grants:
         """Urgent decodes, prompts by deadline, other decodes: each while the step's time lasts."""
         running, num_waiting = view.running, min(len(view.waiting), view.num_free_rows)
-        remaining, output_len = running.num_remaining_tokens, running.output_len
-        decodes = (remaining == 1).nonzero()[0]
-        if len(decodes) and not output_len.item(decodes.item(output_len.take(decodes).argmin())):
-            decodes = decodes[output_len.take(decodes) > 0]  # without the last token of a prompt
+        remaining = running.num_remaining_tokens
+        decodes = ((remaining == 1) & (running.output_len > 0)).nonzero()[0]  # without the last token of a prompt
         num_decodes = len(decodes)
         has_prompts = np.count_nonzero(remaining) > num_decodes
         if not (has_prompts or num_waiting) or not num_decodes or not view.chunked_prefill:
             return make_default_plan(view)  # no request to choose
-        decode_slack = self._slack_ns(running, decodes, view.now_ns)
+        slack = self._slack_ns(running, view.now_ns)
+        decode_slack = slack.take(decodes)
         tightest = decode_slack.item(decode_slack.argmin())
         # Who is late already cannot be helped by a short step: it then has the time of one token.
         budget = self._times.fit_tokens(tightest if tightest > 0 else self._tpot_ns, view.token_budget)
         # A decode is urgent if it would be late when it waited for this step and ran in the next.
         urgent_ns = int(2 * self._times.estimate_ns(budget))
-        is_urgent = decode_slack < urgent_ns
-        num_urgent = int(np.count_nonzero(is_urgent)) if tightest < urgent_ns else 0
+        num_urgent = int(np.count_nonzero(decode_slack < urgent_ns)) if tightest < urgent_ns else 0
         budget = min(max(budget, num_urgent + self.options.min_prefill_tokens), view.token_budget)
-        arrivals = view.waiting.num_remaining_tokens[:num_waiting] if num_waiting else _NONE
+        arrivals = view.waiting.num_remaining_tokens[:num_waiting]
         num_wanted = int(np.add.reduce(remaining)) if has_prompts else num_decodes
         if num_wanted + sum(arrivals.tolist()) <= budget:
             return make_default_plan(view, min_prefill_tokens=budget)  # nothing is cut, in whatever order
         if 0 < num_urgent < num_decodes:
+            is_urgent = decode_slack < urgent_ns
             decodes = np.concatenate((decodes[is_urgent], decodes[~is_urgent]))
         is_prompt = remaining > 0
         is_prompt[decodes] = False
         prompts = is_prompt.nonzero()[0]
-        if len(prompts) > 1:
-            prompts = prompts[self._slack_ns(running, prompts, view.now_ns).argsort(kind="stable")]
+        prompts = prompts[slack[prompts].argsort(kind="stable")]
         wanted = np.concatenate((remaining, arrivals))
         arrivals = np.arange(len(remaining), len(wanted))
         order = np.concatenate((decodes[:num_urgent], prompts, arrivals, decodes[num_urgent:]))
@@ -99,14 +95,14 @@ class FairBatchPolicy(BatchingPolicy):
         """Learn how long steps take."""
         self._times.record_report(report)
 
-    def _slack_ns(self, requests: RequestColumns, indices: NDArray[np.int64], now_ns: int) -> NDArray[np.int64]:
-        """How long from now the next token of each of ``indices`` is due."""
+    def _slack_ns(self, requests: RequestColumns, now_ns: int) -> NDArray[np.int64]:
+        """How long from now the next token of each request is due."""
         ttft: NDArray[np.int64] | int = self._ttft_ns
         tpot: NDArray[np.int64] | int = self._tpot_ns
         if self._has_targets:
-            ttft_targets, tpot_targets = requests.ttft_target_ns[indices], requests.tpot_target_ns[indices]
-            ttft, tpot = np.where(ttft_targets > 0, ttft_targets, ttft), np.where(tpot_targets > 0, tpot_targets, tpot)
-        slack: NDArray[np.int64] = requests.output_len.take(indices) * tpot
-        slack += requests.arrival_ns.take(indices)
+            ttft = np.where(requests.ttft_target_ns > 0, requests.ttft_target_ns, ttft)
+            tpot = np.where(requests.tpot_target_ns > 0, requests.tpot_target_ns, tpot)
+        slack: NDArray[np.int64] = requests.output_len * tpot
+        slack += requests.arrival_ns
         slack += ttft - now_ns
         return slack

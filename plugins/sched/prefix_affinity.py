@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quire.sdk import BatchingPolicy, Grants, RequestInfo, StepView, make_default_plan
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.sdk import BatchingPolicy, RequestInfo, StepView
 
 __all__ = ["PrefixAffinityPolicy"]
 
@@ -41,11 +44,10 @@ class PrefixAffinityPolicy(BatchingPolicy):
         """Arrival, shifted by what is cached."""
         return (request.arrival_ns - request.num_cached_tokens * self._ns_per_token, request.arrival_ns)
 
-    def schedule(self, view: StepView) -> Grants:
-        """The default plan, with the head of the queue in the order of what is cached now."""
+    def order_waiting(self, view: StepView) -> NDArray[np.int64] | None:
+        """The head of the queue in the order of what is cached now."""
         waiting = view.waiting
         if len(waiting) < 2:
-            return make_default_plan(view)
+            return None
         places = waiting.arrival_ns - waiting.num_cached_tokens * self._ns_per_token
-        order = places.argmin(0, keepdims=True) if view.num_free_rows == 1 else places.argsort(kind="stable")
-        return make_default_plan(view, waiting_order=order)
+        return places.argmin(0, keepdims=True) if view.num_free_rows == 1 else places.argsort(kind="stable")

@@ -18,6 +18,7 @@ class Adversary(BatchingPolicy):
         self.random = random.Random(seed)
         self.reads_prefix_cache = self.random.random() < 0.5
         self.harm = self.random.choice([0.0, 0.0, 0.01, 0.1])
+        self.unused_methods = frozenset({"schedule"} if self.random.random() < 0.3 else ())
 
     def admission_key(self, request):
         if self.random.random() < self.harm:
@@ -30,6 +31,16 @@ class Adversary(BatchingPolicy):
         if self.random.random() < self.harm:
             raise KeyError(request.request_id)
         return self.random.choice([None, 0, "a", request.request_number])
+
+    def order_waiting(self, view):
+        """Of one that does without ``schedule``."""
+        if self.random.random() < self.harm:
+            return self.misbehave(view)
+        if self.random.random() < 0.2:
+            return None
+        count = len(view.waiting)
+        order = self.random.sample(range(count), self.random.randint(0, count))
+        return np.array(order, self.random.choice([np.int64, np.uint16]))
 
     def schedule(self, view):
         harm = self.random.random()

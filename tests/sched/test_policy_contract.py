@@ -20,6 +20,7 @@ from quire.core.contracts.policy import (
 from quire.core.request import Request
 from quire.core.sched.checked_plan import PlanLimits
 from quire.core.sched.default_policy_plan import check_plan
+from quire.core.sched.request_columns import StateColumns
 from quire.core.sched.request_groups import GroupTable
 from quire.core.scheduling_params import SchedulingParams
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -116,11 +117,14 @@ def test_a_prompt_token_that_is_computed_alone_is_of_the_prompt(make_engine):
 
 
 def test_the_table_of_groups_is_bounded():
-    table = GroupTable(max_idle_groups=3)
+    running = StateColumns(1)
+    table = GroupTable(running, max_idle_groups=3)
     busy = table.add_request("busy")
     for i in range(100):
         index = table.add_request(f"g{i}")
-        table.count_step(*np.array([[index], [5], [5], [3]]))  # groups, scheduled, computed, prompts
+        running.group[0], running.prompt_len[0], running.num_computed_tokens[0] = index, 3, 5
+        running.num_counted_tokens[0] = 0
+        table.count_row(0)
         table.remove_request(index)
     assert len(table) <= 6 and table.add_request("busy") == busy
     remembered = table.view_columns(np.zeros(0, np.int64))

@@ -252,7 +252,9 @@ def test_unused_methods_that_are_none_are_refused_and_change_nothing(make_engine
     engine = make_engine(working := After(raises))
     other = After(raises)
     other.unused_methods = unused
-    with pytest.raises(PluginError, match="; make it a set of request_finished, schedule, step_scheduled"):
+    with pytest.raises(
+        PluginError, match="; make it a set of order_waiting, request_finished, schedule, step_scheduled"
+    ):
         engine.scheduler.policy_runner.guard.replace_policy(other)
     assert engine.scheduler.policy_runner.guard.policy is working
 

@@ -74,7 +74,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.num_ready == len(self.ready)
         assert len(self.queue) == len(self.ready) + len(self.parked)
         assert set(self.queue) == {*self.ready, *self.parked}
-        view = self.queue.view_columns(FRONT)
+        view = self.queue.view_columns(self.queue.count_remaining_tokens(FRONT))
         assert view.prompt_len.tolist() == [request.prompt_len for request in best]
         assert view.num_remaining_tokens.tolist() == [request.num_tokens for request in best]
         assert view.priority.tolist() == [request.priority for request in best]
@@ -135,7 +135,8 @@ class GroupedQueueMachine(RuleBasedStateMachine):
         for group, requests in by_group.items():
             assert requests == sorted(self.groups[group], key=lambda request: request.queue_key)[: len(requests)]
         assert len(seen) <= limit and len(by_group) == min(len(self.groups), limit)
-        assert self.queue.view_columns(limit).group.tolist() == [request.group_index for request in seen]
+        columns = self.queue.view_columns(self.queue.count_remaining_tokens(limit))
+        assert columns.group.tolist() == [request.group_index for request in seen]
 
     @invariant()
     def nothing_is_lost(self):
@@ -176,7 +177,7 @@ def test_removed_requests_do_not_pile_up():
 def test_columns_are_read_only_and_made_on_demand():
     queue = WaitingQueue(block_size=4)
     queue.add_request(make_request(5))
-    view = queue.view_columns(10)
+    view = queue.view_columns(queue.count_remaining_tokens(10))
     assert len(view) == 1 and "num_computed_tokens" not in vars(view)
     for name in type(view).__mro__[1].__annotations__:
         column = getattr(view, name)
