@@ -154,4 +154,4 @@ def _write_value(schema: Any, number: int) -> Iterator[str | int]:
     elif kind == "null":
         yield "null"
     else:
-        yield str(schema.get("minimum", 1))
+        yield str(schema.get("minimum", 1.5 if kind == "number" else 1))

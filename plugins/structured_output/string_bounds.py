@@ -27,6 +27,7 @@ _KNOWN = _ANNOTATIONS | {
 """Keywords with which a string is free but for its length, or spelt out."""
 _AMBIGUOUS = {"$ref", "anyOf", "items", "maxProperties", "minProperties", "oneOf", "prefixItems"}
 """Keywords with which a name may come in several places, or what follows depends on more than the last one."""
+_NUMBERS = ("number", "integer")
 _REFERENCE = re.compile(r"#(/(\$defs|definitions)/[^/]+)?")
 _NAME_MARGIN = 6
 """An escape of one character has six."""
@@ -43,6 +44,8 @@ class StringBounds(NamedTuple):
     """So many characters into a string it is none of the names that the schema lists, of those that it might be."""
     has_places: bool = False
     """Whether where an answer is in its grammar follows from the last property's name and the text behind that."""
+    numbers: frozenset[str] = frozenset()
+    """Properties whose value is any number, or any integer."""
     form: tuple[bool, bool] = (False, False)
     """Whether blanks may come between the parts of an answer, and whether something stands before it."""
 
@@ -55,6 +58,7 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
     has_min = has_max = has_open_names = False
     has_places = schema.get("type") == "object"
     is_closed, longest_name = True, 0
+    numbers: set[str] = set()
     by_name: dict[str, tuple[int, int | None] | None] = {}
     for _, each in walk_schemas(schema, ""):
         if each.keys() - _KNOWN or not _has_one_meaning(each, schema):
@@ -70,10 +74,12 @@ def find_string_bounds(schema: dict[str, Any]) -> StringBounds | None:
         for name, value in each.get("properties", {}).items():
             lengths = _find_lengths(value)
             by_name[name] = lengths if by_name.get(name, lengths) == lengths else None
+            if isinstance(value, dict) and value.get("type") in _NUMBERS and not value.keys() - _ANNOTATIONS - {"type"}:
+                numbers.add(name)
         has_open_names = has_open_names or (bool(names) and each.get("additionalProperties") is not False)
     known = {name: lengths for name, lengths in by_name.items() if lengths is not None and is_closed}
     min_run = longest_name + _NAME_MARGIN if has_open_names else 0
-    return StringBounds(has_min, has_max, known, min_run, has_places and is_closed)
+    return StringBounds(has_min, has_max, known, min_run, has_places and is_closed, frozenset(numbers))
 
 
 def join_string_bounds(schemas: Sequence[dict[str, Any]], has_free_text: bool = True) -> StringBounds | None:

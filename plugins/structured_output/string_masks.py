@@ -27,6 +27,10 @@ _IN_VALUE = re.compile(rb'[{,\s]("(?:[^"\\]|\\.)*")\s*:\s*"((?:[^"\\]|\\.)*)$')
 """An answer's text in a string that is the value of a property: the property's name, and the string so far."""
 _BEHIND_VALUE = re.compile(rb':\s*(?:"[^"]*(?P<text>".*)|(?:[-+.\deE]+|true|false|null)(?P<other>[,}\s].*))', re.DOTALL)
 """Behind a property's name: a value that is whole, and what follows, with the closing quote if there is one."""
+_IN_NUMBER = re.compile(rb":\s*-?[\d.eE+-]*\d[\d.eE+-]*")
+_INTEGER_PART = re.compile(rb"(?<=[:\s-])[1-9]\d*")
+_OTHER_DIGITS = re.compile(rb"(?<=[.eE+])\d+|(?<=[eE]-)\d+")
+"""Behind a property's name: a number that may go on, and of that what may be any digits."""
 _MAX_TAIL = 512
 _PROBE_AHEAD = 64
 """Characters that are probed beyond the longest token, so that not every token needs a probe."""
@@ -181,7 +185,10 @@ class StringMasks:
                 behind = b'"'.join((behind, *texts[index + 2 :]))
                 if value := _BEHIND_VALUE.fullmatch(behind):  # what it was makes no difference any more
                     behind = value["text"] or value["other"]
-                return b'"%b"' % texts[index], behind
+                name = b'"%b"' % texts[index]
+                if _IN_NUMBER.fullmatch(behind) and _decode_name(name) in self._bounds.numbers:
+                    behind = _OTHER_DIGITS.sub(b"0", _INTEGER_PART.sub(b"1", behind, count=1))
+                return name, behind
         if not self._begins_in_string:
             return b"", tail
         if self._name is None or len(texts) == 1:

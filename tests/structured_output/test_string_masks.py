@@ -78,11 +78,13 @@ def unions(draw, values) -> dict[str, Any]:
 
 @st.composite
 def records(draw) -> dict[str, Any]:
-    """Objects without other properties, whose strings may not end at once."""
+    """Objects without other properties, of numbers and of strings that may not end at once."""
     least = st.sampled_from(LENGTHS[4:])
-    values = least.flatmap(lambda n: st.sampled_from([{"minLength": n}, {"minLength": n, "maxLength": n + n % 3}]))
+    lengths = least.flatmap(lambda n: st.sampled_from([{"minLength": n}, {"minLength": n, "maxLength": n + n % 3}]))
+    numbers = st.sampled_from([{"type": "integer"}, {"type": "number"}, {"type": "number", "maximum": 40}])
+    values = lengths.map(lambda bounds: {"type": "string", **bounds}) | numbers
     names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True))
-    properties = {name: {"type": "string", **draw(values)} for name in names}
+    properties = {name: draw(values) for name in names}
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
@@ -273,6 +275,28 @@ def test_a_string_goes_on_behind_a_character_of_several_tokens(backend, tokenize
         backend.fill_masks([MaskRequest(state, 0)], masks)
         assert state.advance([token]) == 1
     assert (len(computed), len(asked)) == (len(character.encode()) - 1, 0)
+
+
+def test_masks_within_numbers_do_not_depend_on_their_digits(backend, tokenizer, monkeypatch) -> None:
+    values = {"count": {"type": "integer"}, "price": {"type": "number"}, "share": {"type": "number", "minimum": 0}}
+    schema = {"type": "object", "properties": values, "required": [*values], "additionalProperties": False}
+    grammar = backend.compile(StructuredOutputsParams(json=json.dumps(schema), disable_any_whitespace=True))
+    computed: list[int] = []
+    learn_mask = StringMasks.learn_mask
+    monkeypatch.setattr(StringMasks, "learn_mask", lambda self, mask: (computed.append(0), learn_mask(self, mask))[1])
+    counts = []
+    for answer in (
+        '{"count": 271, "price": 98.125, ',
+        '{"count": 9046, "price": 3.07, ',
+        '{"count": 0, "price": 0.5, ',
+    ):
+        state, masks = grammar.start(), np.zeros((1, WORDS), np.int32)
+        for part in re.findall(r"\d|\D+", answer):
+            for token in tokenizer.encode(part, add_special_tokens=False).ids:
+                backend.fill_masks([MaskRequest(state, 0)], masks)
+                assert state.advance([token]) == 1
+        counts.append(len(computed))
+    assert counts[1] == counts[0] < counts[2]
 
 
 def test_what_answers_find_out_is_counted_once_and_has_room_beside_the_walk(backend, tokenizer, monkeypatch) -> None:
