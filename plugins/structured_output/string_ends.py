@@ -18,9 +18,12 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ClosingTokens", "GrammarMemory", "KnownMask", "StringEnd", "StringInside", "is_set"]
+__all__ = ["ClosingTokens", "GrammarMemory", "KnownMask", "StringEnd", "StringInside", "forget_digits", "is_set"]
 
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
+_IN_NUMBER = re.compile(rb":\s*-?[\d.eE+-]*\d[\d.eE+-]*")
+_INTEGER_PART = re.compile(rb"(?<=[:\s-])[1-9]\d*")
+_OTHER_DIGITS = re.compile(rb"(?<=[.eE+])\d+|(?<=[eE]-)\d+")
 _MAX_BYTES = 2 << 20
 """Of what is kept for a grammar."""
 _MAX_TEXT = 32
@@ -209,6 +212,12 @@ class ClosingTokens:
             if len(self._masks) < _MAX_SHARED:
                 self._masks[key] = closing
         return closing
+
+
+def forget_digits(text: bytes) -> bytes:
+    """The text behind a property's name, if it ends with a number that may go on, as it would be with other digits of
+    which any may have come where these did."""
+    return _OTHER_DIGITS.sub(b"0", _INTEGER_PART.sub(b"1", text, count=1)) if _IN_NUMBER.fullmatch(text) else text
 
 
 def is_set(mask: NDArray[np.int32], token: int) -> bool:

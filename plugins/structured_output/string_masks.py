@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.plugins.structured_output.string_bounds import MIN_PROBE, StringBounds
-from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd, StringInside, is_set
+from quire.plugins.structured_output.string_ends import GrammarMemory, StringEnd, StringInside, forget_digits, is_set
 from quire.plugins.structured_output.string_tokens import Opening, StringTokens, count_chars
 
 __all__ = ["StringMasks"]
@@ -27,10 +27,6 @@ _IN_VALUE = re.compile(rb'[{,\s]("(?:[^"\\]|\\.)*")\s*:\s*"((?:[^"\\]|\\.)*)$')
 """An answer's text in a string that is the value of a property: the property's name, and the string so far."""
 _BEHIND_VALUE = re.compile(rb':\s*(?:"[^"]*(?P<text>".*)|(?:[-+.\deE]+|true|false|null)(?P<other>[,}\s].*))', re.DOTALL)
 """Behind a property's name: a value that is whole, and what follows, with the closing quote if there is one."""
-_IN_NUMBER = re.compile(rb":\s*-?[\d.eE+-]*\d[\d.eE+-]*")
-_INTEGER_PART = re.compile(rb"(?<=[:\s-])[1-9]\d*")
-_OTHER_DIGITS = re.compile(rb"(?<=[.eE+])\d+|(?<=[eE]-)\d+")
-"""Behind a property's name: a number that may go on, and of that what may be any digits."""
 _MAX_TAIL = 512
 _PROBE_AHEAD = 64
 """Characters that are probed beyond the longest token, so that not every token needs a probe."""
@@ -186,9 +182,8 @@ class StringMasks:
                 if value := _BEHIND_VALUE.fullmatch(behind):  # what it was makes no difference any more
                     behind = value["text"] or value["other"]
                 name = b'"%b"' % texts[index]
-                if _IN_NUMBER.fullmatch(behind) and _decode_name(name) in self._bounds.numbers:
-                    behind = _OTHER_DIGITS.sub(b"0", _INTEGER_PART.sub(b"1", behind, count=1))
-                return name, behind
+                is_number = bool(self._bounds.numbers) and _decode_name(name) in self._bounds.numbers
+                return name, forget_digits(behind) if is_number else behind
         if not self._begins_in_string:
             return b"", tail
         if self._name is None or len(texts) == 1:
