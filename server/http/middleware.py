@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -42,21 +43,21 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         scope.setdefault("state", {})["request_id"] = _read_request_id(headers)
 
-        started = False
+        started, status, begin = False, 500, time.perf_counter()
 
         async def answer(message: Message) -> None:
-            nonlocal started
+            nonlocal started, status
             if message["type"] == "http.response.start":
-                started = True
+                started, status = True, int(message["status"])
                 MutableHeaders(scope=message)["X-Request-Id"] = get_request_id(scope)
             await send(message)
 
+        served_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         is_api = path.startswith("/v1/") or path == "/invocations"
         self._state.begin_request(is_api)
         try:
             self._check_request(scope, path, headers, is_api)
             # HEAD is answered as GET: uvicorn sends the headers alone, and routes need not name both.
-            served_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(served_scope, self._limit_body(receive), answer)
         except asyncio.CancelledError:
             if not self._state.draining:
@@ -70,6 +71,8 @@ class RequestMiddleware:
                 await response(scope, receive, answer)
         finally:
             self._state.end_request(is_api)
+            handler = getattr(served_scope.get("route"), "path", None)
+            self._state.http_metrics.record_request(handler, scope["method"], status, time.perf_counter() - begin)
 
     def _check_request(self, scope: Scope, path: str, headers: Headers, is_api: bool) -> None:
         is_admin = path.startswith("/admin/") or (path in _ADMIN_PATHS and bool(self._admin_keys))

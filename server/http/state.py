@@ -12,6 +12,7 @@ from quire.core.adapters import AdapterRef
 from quire.core.errors import EngineDeadError
 from quire.server.http.api_keys import ApiKeys
 from quire.server.http.errors import ModelNotFoundError
+from quire.server.http.http_metrics import HttpMetrics
 from quire.server.http.response_store import ResponseStore
 from quire.server.http.settings import ServerSettings
 from quire.server.http.template_defaults import parse_template_defaults
@@ -40,6 +41,7 @@ class ServerState:
         self.arguments = arguments
         """The parsed command line, for plugins that added flags; None when there was none."""
         self._template_defaults = parse_template_defaults(settings.default_chat_template_kwargs)
+        self.http_metrics = HttpMetrics()
         self.draining = False
         self.in_flight = 0
         """Requests to ``/v1`` that are being answered."""

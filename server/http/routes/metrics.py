@@ -23,13 +23,15 @@ def make_router(state: ServerState) -> APIRouter:
         openapi_extra=describe_operation("metrics", None, errors=(404,)),
     )
     async def metrics() -> Response:
-        """Figures of every exporter for Prometheus, one document behind the other; those of another media type than the
-        first one's are at ``/metrics/NAME`` alone."""
+        """Figures of every exporter for Prometheus, one document behind the other, and behind them those of the HTTP
+        server; those of another media type than the first one's are at ``/metrics/NAME`` alone."""
         documents = await state.engine.render_metrics()
         if not documents:
             raise ApiError(404, "no metrics exporter that can be scraped is on; start without --metrics none")
         kind = documents[0].content_type
         bodies = [each.body for each in documents if _media_type(each.content_type) == _media_type(kind)]
+        if _media_type(kind) == "text/plain":
+            bodies.append(state.http_metrics.render())
         lines = [body if body.endswith(b"\n") or len(bodies) == 1 else body + b"\n" for body in bodies]
         return Response(b"".join(lines), headers={"Content-Type": kind})
 

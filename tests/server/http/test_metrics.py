@@ -123,3 +123,48 @@ def test_a_request_that_ends_before_its_first_token_has_no_phases(small_server: 
     until(lambda: read_metrics(small_server)["num_requests_running"] == 0)
     found = read_metrics(small_server)
     assert found["request_prefill_time_seconds_count"] == found["request_decode_time_seconds_count"]
+
+
+def read_http_metrics(server: RunningServer) -> dict[tuple[str, ...], float]:
+    """By name, handler, method and status."""
+    with server.http as client:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+    labels = ("handler", "method", "status", "le")
+    found = [s for s in samples if s.name.startswith(("http_", "process_"))]
+    return {(s.name, *(s.labels[name] for name in labels if name in s.labels)): s.value for s in found}
+
+
+def test_requests_are_counted_by_route_method_and_status(small_server: RunningServer) -> None:
+    before = defaultdict(float, read_http_metrics(small_server))
+    path = "/v1/completions"
+    complete(small_server, prompt=PROMPT, max_tokens=2)
+    with small_server.http as client:
+        client.post(path, json={"prompt": PROMPT, "max_tokens": "many"})
+        client.get("/v1/models/tiny")
+        client.head("/v1/models")
+        for method in ("PROPFIND", "MKCOL"):
+            client.get(f"/nowhere/{method}")
+            client.request(method, f"/nowhere/{method}")
+        client.get("/health")
+        with client.stream("POST", path, json={"prompt": PROMPT, "max_tokens": 2, "stream": True}) as response:
+            response.read()
+    after = read_http_metrics(small_server)
+    added = {key: value - before[key] for key, value in after.items() if value != before[key]}
+    total, seconds = "http_requests_total", "http_request_duration_seconds_count"
+    assert {key[1:]: value for key, value in added.items() if key[0] == total} == {
+        (path, "POST", "2xx"): 2,
+        (path, "POST", "4xx"): 1,
+        ("/v1/models/{name:path}", "GET", "2xx"): 1,
+        ("/v1/models", "HEAD", "2xx"): 1,
+        ("none", "GET", "4xx"): 2,
+        ("none", "other", "4xx"): 2,
+    }
+    assert added[seconds, path, "POST"] == 3 == added["http_request_duration_seconds_bucket", path, "POST", "+Inf"]
+    assert added["http_request_duration_seconds_sum", path, "POST"] > 0
+
+
+def test_the_process_of_the_server_is_described(small_server: RunningServer) -> None:
+    figures = read_http_metrics(small_server)
+    assert figures[("process_resident_memory_bytes",)] > 10**7 and figures[("process_open_fds",)] > 3
+    assert figures[("process_cpu_seconds_total",)] > 0 and figures[("process_start_time_seconds",)] > 10**9
