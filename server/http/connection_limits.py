@@ -17,6 +17,7 @@ __all__ = ["ConnectionLimits", "LimitedHttpProtocol"]
 
 log = logging.getLogger(__name__)
 
+_GOODBYE_S = 0.1
 _CHUNK_OVERHEAD = 8
 """Bytes on the wire for each byte of a body, at most: chunks of one byte take six."""
 
@@ -56,6 +57,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """The client has gone."""
         self._stop_timer()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server ends. A TLS connection without a request waits for the goodbye of its client no longer than that
+        of the server takes: one that reads nothing never says it."""
+        super().shutdown()
+        if self.transport.is_closing() and self.transport.get_extra_info("ssl_object") is not None:
+            self.loop.call_later(_GOODBYE_S, self._end_tls)
+
+    def _end_tls(self) -> None:
+        """Once all that was written has left; ``connection_lost`` comes next, if it has not come."""
+        if self not in self.connections:
+            return
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(_GOODBYE_S, self._end_tls)
+        else:
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, then see how much of a request is still missing."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -88,6 +91,28 @@ def test_what_is_wrong_of_certificates_is_said_in_one_line(certificate: tuple[Pa
         assert says in str(raised.value) and "\n" not in str(raised.value)
     context = make_ssl_context(ServerSettings(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=cert, ssl_cert_reqs=2))
     assert context.verify_mode is ssl.CERT_REQUIRED
+
+
+def test_clients_that_are_idle_do_not_delay_the_end(
+    start: Callable[..., RunningServer], certificate: tuple[Path, Path]
+) -> None:
+    """TLS waits for the client's goodbye, which one that reads nothing never says."""
+    cert, key = map(str, certificate)
+    server = start("--ssl-certfile", cert, "--ssl-keyfile", key)
+    address = server.url.removeprefix("https://").split(":")
+    context = ssl.create_default_context(cafile=cert)
+    with contextlib.ExitStack() as stack:
+        for has_asked in (False, True):
+            plain = stack.enter_context(socket.create_connection((address[0], int(address[1]))))
+            encrypted = stack.enter_context(context.wrap_socket(plain, server_hostname=address[0]))
+            if has_asked:
+                encrypted.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert encrypted.recv(1000).startswith(b"HTTP/1.1 200")
+        stack.enter_context(socket.create_connection((address[0], int(address[1]))))  # says nothing at all
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    log = server.stderr.read_text()
+    assert "timeout graceful shutdown exceeded" not in log, log
 
 
 @pytest.mark.parametrize(
