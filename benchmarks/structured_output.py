@@ -55,6 +55,8 @@ WORDS = [
 ]  # fmt: skip
 
 ARMS = ("guided", "unguided", "guided, schemas used before")
+WARM_UP = 1 << 20
+"""Number of a workload that nothing is measured with: a generator takes a seed below zero for the one above."""
 _TOKENS_BESIDE_VALUE = 5
 """Of a property: its name and what stands around that, at the least."""
 _NUM_TORCH_FILES = 1000
@@ -167,7 +169,7 @@ def start_llm(args: argparse.Namespace, **settings: Any) -> LLM:
 def run_batch(args: argparse.Namespace) -> None:
     """Guided requests beside unguided ones, in turn: with schemas that are new, and again with the same."""
     llm = start_llm(args, max_num_seqs=args.requests)
-    llm.generate(*make_workload(args, -1))
+    llm.generate(*make_workload(args, WARM_UP))
     gc.collect()
     gc.freeze()  # as a server does after its start
     backend: Any = llm.engine_core._structured_outputs._compiler.get_backend()
