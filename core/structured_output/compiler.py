@@ -30,6 +30,8 @@ _MAX_LOST_THREADS = 4
 """Threads that may hang in a compilation, each replaced by another, before nothing is compiled any more."""
 _MAX_YIELD_S = 0.02
 """Between two pieces of a compilation, to an engine that is busy."""
+_MAX_YIELDS_S = 0.1
+"""Between all pieces of a compilation: one that has waited for as long goes on beside the engine."""
 _CACHE_BYTES = 256 << 20
 _TRIM_SHARE = 16
 """The cache may be larger by a part in so many of its entries."""
@@ -53,6 +55,12 @@ class _Job:
     is_lost: bool = field(default=False)
 
 
+class _Allowance(threading.local):
+    """Of each thread: how long it may wait for the engine while it compiles."""
+
+    seconds = 0.0
+
+
 class EngineWait:
     """When the engine's own thread waits, for steps that run elsewhere: a context manager for it to wait in, and what
     threads that compile call to leave it the interpreter at other times."""
@@ -60,6 +68,7 @@ class EngineWait:
     def __init__(self) -> None:
         self._is_waiting = threading.Event()
         self._is_waiting.set()
+        self._allowance = _Allowance()
 
     def __enter__(self) -> None:
         self._is_waiting.set()
@@ -71,9 +80,18 @@ class EngineWait:
         """The engine has nothing to do until it says otherwise."""
         self._is_waiting.set()
 
-    def join(self) -> None:
-        """Return when the engine waits, or does not for long."""
-        self._is_waiting.wait(_MAX_YIELD_S)
+    def begin_compilation(self) -> None:
+        """The calling thread begins to compile something."""
+        self._allowance.seconds = _MAX_YIELDS_S
+
+    def yield_to_engine(self) -> None:
+        """Return when the engine waits; after 20 ms if it does not, and at once when a compilation has waited for
+        100 ms in all."""
+        seconds = self._allowance.seconds
+        if seconds > 0 and not self._is_waiting.is_set():
+            start = time.monotonic()
+            self._is_waiting.wait(min(_MAX_YIELD_S, seconds))
+            self._allowance.seconds = seconds - (time.monotonic() - start)
 
 
 class GrammarCompiler:
@@ -156,7 +174,7 @@ class GrammarCompiler:
     def _load_backend(self, make: Callable[[], StructuredOutputBackend]) -> None:
         try:
             backend = make()
-            backend.yield_to_engine = self.engine_wait.join
+            backend.yield_to_engine = self.engine_wait.yield_to_engine
             backend.prepare_masks()
             self._backend.set_result(backend)
         except Exception as error:
@@ -172,6 +190,7 @@ class GrammarCompiler:
                 continue
             start = job.started_at = time.monotonic()
             self._running.append(job)
+            self.engine_wait.begin_compilation()
             try:
                 backend.validate_params(job.params)
                 grammar = backend.compile(job.params)

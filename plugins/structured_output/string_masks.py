@@ -36,7 +36,7 @@ _UNLIMITED = 1 << 40
 
 
 class _CutString(NamedTuple):
-    """A string whose last token ends within a character, as it was before that."""
+    """Where a string was before a token that ends within a character."""
 
     base: NDArray[np.int32]
     run: int
