@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from quire.core.errors import ConfigError
-from quire.core.plugin.target import make_absolute
+from quire.core.errors import ConfigError, PluginError
+from quire.core.plugin.options import parse_options
+from quire.core.plugin.target import load_target, make_absolute
 from quire.server.ab.simulated import Block
 from quire.server.bench.report import make_progress_bar
 from quire.server.cli.policy import call_admin_route, format_policy
@@ -23,11 +24,20 @@ def check_policies(urls: Sequence[str], admin_key: str, policies: Sequence[Plugi
     the report would say of it is measured of another."""
     for letter, url, policy in zip("ab", urls, policies, strict=True):
         served = call_admin_route(url, admin_key, "GET", "/admin/policy")
-        if (served["name"], served["options"]) != (policy.name, policy.options):
+        if served["name"] != policy.name or not _are_equal_options(policy, served["options"]):
             raise ConfigError(
                 f"--{letter} is {policy.text}, and {url} schedules by {format_policy(served)}; give it the arm's with "
                 "quire policy set, or when it starts"
             )
+
+
+def _are_equal_options(policy: PluginSpec, options: dict[str, Any]) -> bool:
+    """Whether they say the same: ``aging=0`` is ``aging=0.0``, and a default may be left out."""
+    cls = load_target(policy.target, "quire.core.contracts.policy:BatchingPolicy")
+    try:
+        return bool(parse_options(cls, options) == parse_options(cls, policy.options))
+    except PluginError:  # the server has another version of it
+        return False
 
 
 class LivePolicy:

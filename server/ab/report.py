@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from quire.core.version import __version__
@@ -93,6 +94,8 @@ def _describe_identity(is_aa: bool, verdict: Verdict) -> str:
 def _describe_primary(effect: Effect) -> str:
     metric = effect.metric
     title = f"{metric.title[0].upper()}{metric.title[1:]}"
+    if math.isnan(effect.a) or math.isnan(effect.b):
+        return f"{title} was not measured in both arms: no request has one."
     if effect.smallest_effect is None:
         return f"{title} is the same in both arms, in every pair."
     found = "differs" if effect.is_significant else "does not differ measurably"
@@ -136,6 +139,8 @@ def _percent(effect: Effect, value: float) -> str:
 
 
 def _value(effect: Effect, value: float) -> str:
+    if math.isnan(value):
+        return "-"
     if not effect.metric.is_ratio:
         return f"{value:.3f}"
     return f"{value:,.0f}" if effect.metric.name == "throughput" else f"{value * 1e3:,.1f} ms"

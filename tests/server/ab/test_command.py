@@ -91,6 +91,12 @@ def test_a_paired_simulation_of_equal_plans_says_that_nothing_was_compared(quire
         assert effect["smallest_effect"] is None and effect["recommended_pairs"] == 0 and not effect["better"]
 
 
+def test_a_figure_that_no_request_has_is_not_said_to_be_equal(quire):
+    words = ("--a", "fcfs", "--b", "sjf", "--trace", "synthetic:requests=80,output=fixed/1", "--load", "0.7")
+    _, out, _ = quire(*words, "--pairs", "12", "--primary", "tpot_p50")
+    assert "Time per output token, p50 was not measured in both arms" in out and "nan" not in out
+
+
 def test_equal_arms_of_a_switchback_are_compared(quire):
     traffic = ["--trace", "synthetic:requests=1300,input=fixed/200,output=fixed/20", "--arrivals", "poisson:rate=10"]
     design = ["--design", "switchback", "--pairs", "12", "--block", "5", "--washout", "0.5"]
@@ -168,7 +174,7 @@ def test_two_servers_are_compared_on_the_same_traffic(quire, server):
 def test_a_replay_asks_the_servers_for_their_policies(quire, start):
     running = start("--admin-api-key", "secret", "--scheduling-policy", "sjf", "--scheduling-policy-option", "aging=0")
     words = ("--design", "replay", "--url", running.url, running.url, *LIVE)
-    status, out, err = quire("--a", "sjf,aging=0", "--aa", *words, "--admin-api-key", "secret")
+    status, out, err = quire("--a", "sjf,aging=0.0", "--aa", *words, "--admin-api-key", "secret")
     assert status == 0 and "was not asked" not in out, err
     status, out, _ = quire("--a", "sjf,aging=0", "--aa", *words)
     assert status == 0 and "whether the servers have these policies was not asked" in out
