@@ -15,6 +15,9 @@ __all__ = [
     "vllm_variables",
 ]
 
+# Read before torch is imported, whose OpenMP may bind this thread to one of them.
+_NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def log_level() -> str:
     """``QUIRE_LOG_LEVEL`` (``--log-level``): DEBUG, INFO, WARNING or ERROR."""
@@ -29,9 +32,7 @@ def num_threads() -> int | None:
 
 def count_cpus() -> int:
     """Those that this process may use: fewer than the machine has where a container's cpuset or ``taskset`` says so."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return _NUM_CPUS
 
 
 def ray_address() -> str:
