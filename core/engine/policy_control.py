@@ -8,6 +8,7 @@ from typing import Any
 from quire.core.config import PluginChoice
 from quire.core.contracts.policy import BatchingPolicy
 from quire.core.control import ControlMethods
+from quire.core.errors import PluginError
 from quire.core.plugin.options import make_refusal, parse_options
 from quire.core.plugin.target import load_target, resolve_file
 from quire.core.sched.policy_runner import PolicyRunner
@@ -73,6 +74,8 @@ def make_policy(choice: PluginChoice) -> BatchingPolicy:
     options = parse_options(cls, choice.options)
     try:
         policy: BatchingPolicy = cls(options)
-    except ValueError as error:
+    except PluginError:
+        raise
+    except (ValueError, TypeError) as error:
         raise make_refusal(cls, choice.options, error) from error
     return policy

@@ -205,5 +205,6 @@ def _to_indices(order: NDArray[np.int64] | list[int]) -> NDArray[np.int64]:
 
 
 def _is_order(order: object) -> TypeGuard[NDArray[np.int64]]:
-    """Of the very type: a subclass (a masked array) may give other than it holds."""
-    return type(order) is np.ndarray and order.ndim == 1 and order.dtype.kind in "iu"
+    """Of the very type: a subclass (a masked array) may give other than it holds. An empty one has any dtype, as
+    ``np.array([])`` does."""
+    return type(order) is np.ndarray and order.ndim == 1 and (order.dtype.kind in "iu" or not order.size)

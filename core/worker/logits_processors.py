@@ -144,8 +144,10 @@ class _GuardedProcessor:
         if self.rows == self.failed_rows:
             return True
         self._is_applied = True
-        is_applied = self._call(_apply_checked, self.processor, logits, batch) is not None
-        self._is_applied = False
+        try:
+            is_applied = self._call(_apply_checked, self.processor, logits, batch) is not None
+        finally:
+            self._is_applied = False
         if self._has_hung:
             self.failed_rows |= self.rows
         return is_applied
@@ -170,8 +172,9 @@ class _GuardedProcessor:
 
     def _note_fault(self, plugin: QuarantinedPlugin) -> None:
         """Where its requests end, these tell, and the step's failures count."""
-        self._has_hung |= self._is_applied and plugin.reason == "hung"
-        if self.may_be_skipped or self._has_hung:
+        hangs = self._is_applied and plugin.reason == "hung"
+        self._has_hung |= hangs
+        if self.may_be_skipped or hangs:
             self._on_quarantine(self, plugin)
 
 

@@ -60,6 +60,18 @@ def test_no_order_is_that_of_the_keys(make_engine):
     assert serve(make_engine(Undecided(), rows=1), [2, 9, 4]) == serve(make_engine(None, rows=1), [2, 9, 4])
 
 
+def test_an_empty_order_admits_nobody(make_engine):
+    """Also as ``np.array([])``, whose numbers are floats."""
+
+    class Late(LongestFirst):
+        def order_waiting(self, view):
+            return np.array([i for i in range(len(view.waiting)) if len(view.running) == 0])
+
+    engine = make_engine(Late(), rows=2)
+    serve(engine, [2, 9, 4])
+    assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
+
+
 def test_a_policy_is_asked_while_it_can_choose_and_after_an_arrival(make_engine):
     engine = make_engine(policy := LongestFirst(), rows=1)
     engine.add_request("r0", [1], max_tokens=9)

@@ -144,6 +144,7 @@ def test_one_that_hangs_fails_its_requests_alone(
         assert serve(engine, [None, None, None]) == expected
         # All wait for an ``apply`` that hangs, so that there is one; what ``add_row`` does differs by request.
         assert Misbehaves.num_endless == (1 if method == "apply" else 2)
+        assert isinstance(serve(engine, [None, 1])[1], str), "add_row raises, which is no other quarantine"
         assert engine.get_stats()["plugin_quarantines_total"] == (1 if method == "apply" else 0)
     finally:
         engine.shutdown()
