@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -123,9 +124,10 @@ def child_processes(pid: int) -> list[int]:
     children = []
     before_exec = Path(f"/proc/{pid}/cmdline").read_text()
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        command = Path(f"/proc/{child}/cmdline").read_text()
-        if command != before_exec and "resource_tracker" not in command and "compile_worker" not in command:
-            children.append(int(child))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            command = Path(f"/proc/{child}/cmdline").read_text()  # empty while one begins, and when it has ended
+            if command not in ("", before_exec) and not re.search("resource_tracker|compile_worker", command):
+                children.append(int(child))
     return children
 
 
