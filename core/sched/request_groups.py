@@ -93,18 +93,19 @@ class GroupTable:
 
     def num_prompt_tokens(self) -> NDArray[np.int64]:
         """Of each group, computed for it."""
-        if not self._is_counted:
-            self._count_running()
+        self._count_running()
         return self._num_prompt_tokens[: len(self._keys)].copy()
 
     def num_output_tokens(self) -> NDArray[np.int64]:
         """Of each group, computed for it."""
-        if not self._is_counted:
-            self._count_running()
+        self._count_running()
         return self._num_output_tokens[: len(self._keys)].copy()
 
     def _count_running(self) -> None:
-        """Count what was computed since the last time, for all rows: those without a request have nothing new."""
+        """Count what was computed since the last time, for all rows: those without a request have nothing new. Once for
+        a view."""
+        if self._is_counted:
+            return
         running = self._running
         computed, counted = running.num_computed_tokens, running.num_counted_tokens
         in_prompt = (counted < running.prompt_len) & (counted < computed)
