@@ -96,8 +96,8 @@ class StructuredOutputBackend(ABC):
         self.options = options
         self.yield_to_engine: Callable[[], None] = _return_at_once
         """For ``compile`` to call between pieces of its work, of some tenths of a millisecond: it returns while the
-        engine's own thread waits for a step, or when the compilation has waited for long enough. Else
-        the two would take the interpreter from each other."""
+        engine's own thread waits for a step, or when the compilation has waited for long enough. Else the
+        two would take the interpreter from each other."""
 
     @classmethod
     def validate_params(cls, params: StructuredOutputsParams) -> None:

@@ -8,6 +8,7 @@ import unittest
 
 from quire.core.errors import PluginError
 from quire.core.plugin.options import find_options_class, parse_options
+from quire.core.plugin.quarantine import class_path
 from quire.core.plugin.registry import KINDS
 from quire.core.plugin.signatures import find_signature_mismatch
 from quire.core.plugin.target import load_target
@@ -42,7 +43,7 @@ def check_can_be_found_by_its_path(cls: type) -> None:
     value: object = module
     for part in cls.__qualname__.split("."):
         value = getattr(value, part, None)
-    assert value is cls, f"{cls.__module__}:{cls.__qualname__} is another object"
+    assert value is cls, f"{class_path(cls)} is another object"
 
 
 def check_says_what_it_is(cls: type) -> None:

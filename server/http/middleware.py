@@ -61,7 +61,7 @@ class RequestMiddleware:
             await self._app(served_scope, self._limit_body(receive), answer)
         except asyncio.CancelledError:
             if not self._state.draining:
-                status = 499  # nobody waits for it any more
+                status = 499  # its client waits no more
                 raise
             response = make_error_response(UnavailableError("the server is shutting down; send the request to another"))
             if not started:

@@ -27,8 +27,8 @@ _PEAK_WINDOW_S = 60.0
 
 def measure_capacity(trace: Trace, setup: EngineSetup) -> float | None:
     """Requests a second that one engine finishes when requests of the trace's lengths never run out: from a simulation
-    in which all of a sample arrive at once, between its first and last tenth. None if too few of
-    them are served to tell."""
+    in which all of a sample arrive at once, between its first and last tenth. None if too few of them are
+    served to tell."""
     stride = max(len(trace) // _SAMPLE, 1)
     sample = [dataclasses.replace(request, arrival_s=0.0) for request in trace.requests[::stride][:_SAMPLE]]
     times = run_simulation(dataclasses.replace(trace, requests=sample), setup).times
