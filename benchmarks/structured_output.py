@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, size: str) -> None:
-    """A model folder without weights, which ``--load-format dummy`` makes up."""
+    """A model folder without weights, which ``--load-format dummy`` makes up. It may be moved."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["structured_output_model:LongTokenLlama"], "model_type": "llama", "hidden_act": "silu",
@@ -91,7 +91,7 @@ def prepare(folder: Path, size: str) -> None:
         "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
         "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 0,
         "attention_bias": False,
-        "mlp_bias": False, "token_lengths": str((folder / "token_lengths.pt").resolve()), **SIZES[size],
+        "mlp_bias": False, "token_lengths": "token_lengths.pt", **SIZES[size],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer = Tokenizer(models.BPE())

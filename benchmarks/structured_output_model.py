@@ -6,6 +6,7 @@ the tokenizer would write. Without this, drafts of forced tokens would be refuse
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ __all__ = ["LongTokenLlama"]
 
 
 class LongTokenLlama(LlamaForCausalLM):
-    """Adds to each logit what ``token_lengths`` of its folder, a tensor of (vocab,), gives for its token."""
+    """Adds to each logit what the file ``token_lengths`` of its folder, a tensor of (vocab,), gives for its token."""
 
     def __init__(self, config: Any, builder: Any) -> None:
         super().__init__(config, builder)
-        lengths = torch.load(config.token_lengths, weights_only=True)
+        lengths = torch.load(Path(config.name_or_path, config.token_lengths), weights_only=True)
         weight = next(self.lm_head.parameters())
         self.register_buffer("length_bias", (4.0 * lengths).to(weight.dtype).to(weight.device), persistent=False)
 
