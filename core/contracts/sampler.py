@@ -16,6 +16,7 @@ __all__ = ["Sampler", "SamplingBatch", "SamplingTable"]
 class SamplingBatch:
     """Sampling parameters by row of the logits; device tensors unless said.
 
+    Min-p, top-k and top-p forbid tokens in this order, each by the probabilities of those that are left.
     The booleans are known on the host: true when any row needs the feature, so that a sampler can skip it.
     """
 

@@ -149,13 +149,19 @@ def check_sampling_from_the_table_is_the_same(cls: type[Sampler]) -> None:
 
 
 def check_top_k_top_p_and_min_p_restrict(cls: type[Sampler]) -> None:
-    """Only the allowed tokens are sampled, row by row, each restriction on its own."""
+    """Only the allowed tokens are sampled, row by row: each restriction on its own, and top-p over what min-p or top-k
+    leaves."""
     row, n = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0, -2.0]), 512
     sampler = _make(cls, 6)
     cases: list[tuple[str, dict[str, Any], int]] = [
         ("top_k", {"top_k": torch.full((n,), 2, dtype=torch.int32), "any_top_k": True}, 2),
         ("top_p", {"top_p": torch.full((n,), 0.7), "any_top_p": True}, 2),
         ("min_p", {"min_p": torch.full((n,), 0.3), "any_min_p": True}, 2),
+    ]
+    top_p = {"top_p": torch.full((n,), 0.9), "any_top_p": True}  # of all tokens it would allow three
+    cases += [
+        ("top_p after top_k", {"top_k": torch.full((n,), 3, dtype=torch.int32), "any_top_k": True, **top_p}, 2),
+        ("top_p after min_p", {"min_p": torch.full((n,), 0.1), "any_min_p": True, **top_p}, 2),
     ]
     for name, changes, allowed in cases:
         sampled = sampler.sample(row.repeat(n, 1), _batch(n, **changes)).unique().tolist()

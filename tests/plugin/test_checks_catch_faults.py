@@ -1,9 +1,12 @@
 """Checks that cannot fail are worth nothing: each is shown an implementation that breaks just its promise."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from quire.core.plugin.target import load_target
+from quire.core.sample.filters import apply_filters
 from quire.core.testing.conformance import run_checks
 
 Gumbel = load_target("quire.core.sample.sampler:GumbelSampler")
@@ -52,6 +55,14 @@ class NoTopK(Gumbel):
         batch.any_top_k = False
         batch.top_k = torch.zeros_like(batch.top_k)
         return super().sample(logits, batch)
+
+
+class TopPOfAll(Gumbel):
+    def sample(self, logits, batch):
+        off = {"top_k": torch.zeros_like(batch.top_k), "min_p": torch.zeros_like(batch.min_p)}
+        alone = dataclasses.replace(batch, any_top_k=False, any_min_p=False, **off)
+        rest = dataclasses.replace(batch, top_p=torch.ones_like(batch.top_p), any_top_p=False)
+        return super().sample(apply_filters(logits, alone), rest)
 
 
 class BiasForAll(LogitBias):
@@ -169,6 +180,7 @@ class _OneScale(DenseLinear):
         (IgnoresThePosition, "check_position_and_seed_matter"),
         (TooWarm, "check_samples_follow_the_distribution"),
         (NoTopK, "check_top_k_top_p_and_min_p_restrict"),
+        (TopPOfAll, "check_top_k_top_p_and_min_p_restrict"),
         (BiasForAll, "check_only_its_own_rows_change"),
         (NeverForgets, "check_remove_row_forgets"),
         (ReturnsACopy, "check_apply_changes_in_place"),
