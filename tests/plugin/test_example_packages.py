@@ -136,7 +136,6 @@ def test_a_checkpoint_in_nf4_is_served(site, tmp_path, monkeypatch):
 
 
 def test_route_command_flag_and_metric(site, tmp_path, monkeypatch):
-    pytest.importorskip("openai")  # for the client of the tests over HTTP
     from tests.server.conftest import start_server
 
     monkeypatch.syspath_prepend(site)

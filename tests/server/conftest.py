@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
-import openai
 import pytest
 
 from quire.core.env import child_environment
 from quire.core.testing.tiny_models import make_tiny_model
+
+if TYPE_CHECKING:
+    import openai
 
 
 @dataclass
@@ -29,6 +32,8 @@ class RunningServer:
 
     @property
     def openai(self) -> openai.OpenAI:
+        import openai
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     @property
