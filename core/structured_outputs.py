@@ -40,7 +40,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     grammar, in Lark's syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a
     trigger, one of several structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}],
     "triggers": [...]}``; beside them ``"free_text": false`` (nothing else), ``"at_least_one": true``,
-    ``"stop_after_first": true`` and ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text). For calls
+    ``"stop_after_first": true`` and ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text). XGrammar's
+    ``{"format": {"type": "triggered_tags"}}`` and ``{"type": "tag"}`` are taken too, around JSON schemas. For calls
     of tools the engine adds to a structure ``"group": [before, between, behind]`` (several of them in a list),
     ``"first": true`` (only where the answer begins, and nothing else), ``"arguments"`` and ``"separator"`` (as
     ``ArgumentFormat`` has them, in place of a schema) or ``"free": true`` (any text), and to the tag ``"excluded"`` and
@@ -175,6 +176,8 @@ def _to_json_text(name: str, value: Any, close_objects: bool) -> str:
     if not isinstance(value, Mapping | bool) or (name != "json" and isinstance(value, bool)):
         raise InvalidRequestError(f"{name} must be a JSON object, got {value!r:.60}", _PARAM)
     _check_depth(name, value)
+    if name == "structural_tag" and isinstance(value, Mapping) and "format" in value:
+        value = _read_tag_format(value["format"])
     if close_objects:
         value = _close_objects(value)
     try:
@@ -183,6 +186,46 @@ def _to_json_text(name: str, value: Any, close_objects: bool) -> str:
         raise InvalidRequestError(f"{name} is not valid JSON: {error}", _PARAM) from None
     _check_text(name, text)
     return text
+
+
+def _read_tag_format(tag: Any) -> dict[str, Any]:
+    """A structural tag in the words of ``StructuredOutputsParams``, from XGrammar's ``{"format": {"type": ...}}``."""
+    kind = tag.get("type") if isinstance(tag, Mapping) else None
+    if kind == "tag":
+        structure = _read_tag("format", tag)
+        only = {"free_text": False, "at_least_one": True, "stop_after_first": True}
+        return {"structures": [structure], "triggers": [structure["begin"]], **only}
+    if kind != "triggered_tags":
+        raise InvalidRequestError(
+            f"structural_tag: a format of type {kind!r:.40} is not supported; give triggered_tags or tag", _PARAM
+        )
+    flags = ("at_least_one", "stop_after_first")
+    _check_fields("format", tag, {"type", "triggers", "tags", *flags})
+    if not isinstance(tags := tag.get("tags"), list):
+        raise InvalidRequestError("structural_tag: 'tags' of format must be a list", _PARAM)
+    structures = [_read_tag(f"tags[{index}]", each) for index, each in enumerate(tags)]
+    return {"structures": structures, "triggers": tag.get("triggers"), **{key: tag[key] for key in flags if key in tag}}
+
+
+def _read_tag(place: str, tag: Any) -> dict[str, Any]:
+    """A structure, from one of XGrammar's tags."""
+    _check_fields(place, tag, {"type", "begin", "content", "end"})
+    content = tag.get("content")
+    kind = content.get("type") if isinstance(content, Mapping) else None
+    if tag.get("type", "tag") != "tag" or kind != "json_schema":
+        raise InvalidRequestError(f"structural_tag: {place} must be a tag with content of type json_schema", _PARAM)
+    _check_fields(f"{place}.content", content, {"type", "json_schema"})
+    begin, end = tag.get("begin"), tag.get("end")
+    if not isinstance(begin, str) or not isinstance(end, str):
+        raise InvalidRequestError(f"structural_tag: 'begin' and 'end' of {place} must be texts", _PARAM)
+    return {"begin": begin, "schema": content.get("json_schema"), "end": end}
+
+
+def _check_fields(place: str, value: Any, known: set[str]) -> None:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"structural_tag: {place} must be an object", _PARAM)
+    if unknown := sorted(map(str, value.keys() - known)):
+        raise InvalidRequestError(f"structural_tag: {place} has no field {unknown[0]!r:.60}", _PARAM)
 
 
 def _refuse_constant(name: str) -> None:

@@ -48,6 +48,12 @@ def test_a_schema_is_kept_as_text_in_the_order_of_its_keys() -> None:
         ({"choice": "abc"}, "list of 1 to"),
         ({"choice": ["a", 3]}, "must hold texts"),
         ({"structural_tag": True}, "must be a JSON object"),
+        ({"structural_tag": {"format": {"type": "sequence"}}}, "a format of type 'sequence' is not supported"),
+        ({"structural_tag": {"format": 3}}, "type None is not supported"),
+        ({"structural_tag": {"format": {"type": "triggered_tags"}}}, "'tags' of format must be a list"),
+        ({"structural_tag": {"format": {"type": "triggered_tags", "tags": [3]}}}, r"tags\[0\] must be an object"),
+        ({"structural_tag": {"format": {"type": "tag", "begin": "<a>", "content": 3}}}, "content of type json_schema"),
+        ({"structural_tag": {"format": {"type": "tag", "begun": "<a>"}}}, "format has no field 'begun'"),
         ({"choice": ["a"], "reasoning_start": "<think>"}, "needs reasoning_end"),
         ({"regex": "a", "disable_any_whitespace": "no"}, "disable_any_whitespace must be true or false"),
         ({"regex": "a", "disable_fallback": [1]}, "disable_fallback must be true or false"),
@@ -116,3 +122,16 @@ def test_sampling_params_take_a_dict_and_refuse_others() -> None:
     for value in ("json", {"nonsense": 1}, 3):
         with pytest.raises(InvalidRequestError, match="structured_outputs"):
             SamplingParams(structured_outputs=value)
+
+
+SCHEMA = {"type": "integer"}
+TAG = {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</a>"}
+
+
+def test_structural_tags_of_xgrammar_are_the_same_in_other_words() -> None:
+    structures = {"structures": [{"begin": "<a>", "schema": SCHEMA, "end": "</a>"}], "triggers": ["<a>"]}
+    triggered = {"type": "triggered_tags", "triggers": ["<a>"], "tags": [TAG], "stop_after_first": True}
+    params = StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": triggered})
+    assert params == StructuredOutputsParams(structural_tag={**structures, "stop_after_first": True})
+    alone = StructuredOutputsParams(structural_tag=json.dumps({"format": TAG})).load_json()
+    assert alone == {**structures, "free_text": False, "at_least_one": True, "stop_after_first": True}

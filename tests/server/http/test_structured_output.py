@@ -25,6 +25,13 @@ SCHEMA = {
     "additionalProperties": False,
 }
 GRAMMAR = 'root ::= "x" [0-9]'
+TAG = {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": {"const": True}}, "end": "</a>"}
+STRUCTURES = {
+    "structures": [{"begin": "<a>", "schema": {"const": True}, "end": "</a>"}],
+    "triggers": ["<a>"],
+    "free_text": False,
+    "stop_after_first": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,9 @@ def test_a_schema_in_every_spelling(client: openai.OpenAI, fields) -> None:
         ({"guided_grammar": GRAMMAR}, "x[0-9]"),
         ({"ebnf": GRAMMAR}, "x[0-9]"),
         ({"structured_outputs": {"grammar": 'start: "x" DIGIT\nDIGIT: /[0-9]/'}}, "x[0-9]"),
+        ({"response_format": {"type": "structural_tag", **STRUCTURES}}, "<a>true</a>"),
+        ({"response_format": {"type": "structural_tag", "format": TAG}}, "<a>true</a>"),
+        ({"structured_outputs": {"structural_tag": json.dumps({"format": TAG})}}, "<a>true</a>"),
     ],
 )
 def test_other_constraints(client: openai.OpenAI, fields, pattern: str) -> None:
