@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quire.plugins.structured_output.answer_walk import walk_answers
 from quire.plugins.structured_output.grammar_state import Follower, GuidanceState, catch_up_together, first_line
-from quire.plugins.structured_output.json_schema import apply_defaults, name_refused_keyword, prepare_schema
+from quire.plugins.structured_output.json_schema import apply_defaults, explain_error, prepare_schema
 from quire.plugins.structured_output.lark import LarkWriter
 from quire.plugins.structured_output.string_bounds import StringBounds, find_string_bounds, join_string_bounds
 from quire.plugins.structured_output.string_ends import GrammarMemory
@@ -319,9 +319,6 @@ def _json_options(params: StructuredOutputsParams) -> dict[str, Any]:
 
 def _explain_refusal(params: StructuredOutputsParams, error: str) -> str:
     line = first_line(error)
-    if "NoExtension" in line:
-        line = "no answer can match it"
-    if params.kind in ("json", "structural_tag"):
-        keyword = name_refused_keyword(line)
-        return f"{params.kind}: {keyword + ': ' if keyword else ''}{line}"
-    return f"{params.kind}: {line}"
+    if params.kind == "regex":  # without the grammar that it was written into
+        line = line.partition(" 1 | start:")[0]
+    return f"{params.kind}: {explain_error(line)}"

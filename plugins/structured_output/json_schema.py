@@ -11,7 +11,7 @@ import msgspec
 
 from quire.sdk import InvalidRequestError, StructuredOutputsParams
 
-__all__ = ["apply_defaults", "name_refused_keyword", "prepare_schema", "walk_schemas"]
+__all__ = ["apply_defaults", "explain_error", "prepare_schema", "walk_schemas"]
 
 _REFUSED = {
     "not": "a negation has no grammar",
@@ -32,10 +32,18 @@ _REFUSED = {
 _SUBSCHEMAS = ("additionalProperties", "items", "contentSchema", "not", "if", "then", "else", "contains")
 _SUBSCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_FROM_ERROR = re.compile(
-    r"\b(oneOf|allOf|anyOf|format|pattern(?:Properties)?|multipleOf|minimum|maximum|exclusiveM\w+|type|\$ref|enum|const"
-    r"|min\w+|max\w+|required|properties|additionalProperties|items|prefixItems)\b"
-)
+_EXPLANATIONS = (
+    (r"at \d+\(\d+\): (?P<name>invalid regex.*)", "{name}"),
+    (r"Unknown format: (?P<name>.*)", "the keyword 'format' is not supported with the value {name!r}"),
+    (r"oneOf constraints are not", "the keyword 'oneOf' is not supported where an answer may match two: give anyOf"),
+    (r"min/maxProperties", "the keywords 'minProperties' and 'maxProperties' need all of 'properties' in 'required'"),
+    (r"Pointer '(?P<name>.*)' does not exist", "the keyword '$ref': there is no {name!r}"),
+    (r"Resource '(?P<name>.*)' is not present", "the keyword '$ref' is not supported with another document: {name!r}"),
+    (r"(?P<name>regex parse error.*)", "the keyword 'pattern': {name}"),
+    (r".*NoExtension.*", "no answer can match it"),
+    (r"Unsatisfiable schema: (?P<name>.*)", "no answer can match it: {name}"),
+)  # fmt: skip
+"""Messages of the library, and what they are for a caller: with the keyword that they are about."""
 
 
 def apply_defaults(params: StructuredOutputsParams, no_blanks: bool, close_objects: bool) -> StructuredOutputsParams:
@@ -128,15 +136,12 @@ def _write_property_names(schema: dict[str, Any]) -> None:
     schema.update(properties, additionalProperties=False)
 
 
-def name_refused_keyword(error: str) -> str:
-    """The keyword that a message of the library is about, if it is not named in it."""
-    if "regex parse error" in error:
-        return "pattern"
-    if _FROM_ERROR.search(error) or error.startswith("Unimplemented keys"):
-        return ""
-    if "Unsatisfiable" in error or "NoExtension" in error or "match" in error:
-        return "schema"
-    return ""
+def explain_error(error: str) -> str:
+    """What a message of the library says to the caller whose schema it refuses."""
+    for pattern, explanation in _EXPLANATIONS:
+        if match := re.match(pattern, error):
+            return explanation.format(**match.groupdict())
+    return error
 
 
 def walk_schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,16 +16,6 @@ from quire.sdk import CompiledGrammar, InvalidRequestError
 
 MIN_SHARE_COMPILED = 0.79
 """That of llguidance on MaskBench: 8,909 of 11,306."""
-REASONS = (
-    "match",
-    "nsatisfiable",
-    "oes not exist",
-    "not present in a registry",
-    "pattern",
-    "format",
-    "oneOf",
-    "roperties",
-)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +62,10 @@ def test_enough_schemas_compile_and_the_others_are_refused_by_name(corpus, gramm
     ]
     share = 1 - len(refused) / len(corpus)
     assert share >= MIN_SHARE_COMPILED
-    for case, error in refused:
+    words = [*BY_KEYWORD, "minProperties", "maxProperties"]
+    for _, error in refused:
         assert "\n" not in str(error)
-        assert any(f"'{word}'" in str(error) for word in BY_KEYWORD) or any(r in str(error) for r in REASONS), case
+        assert any(f"'{word}'" in str(error) for word in words) or "no answer can match" in str(error), error
     by_keyword = Counter(case.keyword for case, _ in refused)
     assert by_keyword["combined"] < 0.1 * 500, by_keyword
 
