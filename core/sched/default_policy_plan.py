@@ -115,7 +115,8 @@ class DefaultPlan(Grants):
             assert self._source is not None
             limits, order, budget, min_prefill_tokens = self._source
             first = None if order is None or not len(limits.waiting) else _to_indices(order[: limits.num_free_rows])
-            self._plan, self._source = [*fill_step(limits, first, budget, min_prefill_tokens)], None
+            indices, tokens = fill_step(limits, first, budget, min_prefill_tokens)
+            self._plan, self._source = [indices, tokens.copy()], None
         return self._plan
 
     def make_trusted(self, seen: PlanLimits, limits: PlanLimits) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -158,12 +159,14 @@ def fill_step(
     min_prefill_tokens: int = MIN_PREFILL_TOKENS,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Requests and their tokens: see ``make_default_plan``. ``first``: the waiting requests that are admitted, in
-    order, no more than there are free rows; None: those that come first."""
+    order, no more than there are free rows; None: those that come first. What is returned may be ``limits.running``."""
     running, waiting = limits.running, limits.waiting
-    # Running ones with 0 tokens have their last in flight, or are served in this step already.
-    indices = running.nonzero()[0]
-    tokens = running.take(indices)
-    num_wanted = num_decodes = len(indices)
+    num_wanted = num_decodes = num_runnable = int(np.count_nonzero(running))
+    if num_runnable == len(running):
+        indices, tokens = np.arange(num_runnable), running
+    else:  # the others have their last token in flight, or are served in this step already
+        indices = running.nonzero()[0]
+        tokens = running.take(indices)
     if num_decodes and tokens.item(tokens.argmax()) > 1:  # decodes come before running prompts
         num_wanted = int(np.add.reduce(tokens))
         is_decode = tokens == 1

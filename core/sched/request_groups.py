@@ -34,6 +34,7 @@ class GroupTable:
         self._num_requests = np.zeros(16, np.int64)
         self._num_prompt_tokens = np.zeros(16, np.int64)
         self._num_output_tokens = np.zeros(16, np.int64)
+        self._prompt_rows: set[int] = set()  # rows whose prompt may not be counted to its end
         self._is_counted = False  # since the last view was made
 
     def __len__(self) -> int:
@@ -61,15 +62,14 @@ class GroupTable:
             self._shown_keys = None
             self._free_indices.append(oldest)
 
-    def count_row(self, row: int) -> None:
-        """Count the tokens of the request at ``row``, which it is about to leave."""
-        running = self._running
-        computed, counted = running.num_computed_tokens.item(row), running.num_counted_tokens.item(row)
-        group, num_new = running.group.item(row), computed - counted  # below 0 if drafts were rejected
-        in_prompt = max(min(running.prompt_len.item(row) - counted, num_new), 0)
-        self._num_prompt_tokens[group] += in_prompt
-        self._num_output_tokens[group] += num_new - in_prompt
-        running.num_counted_tokens[row] = computed
+    def add_row(self, row: int) -> None:
+        """A request got the row."""
+        self._prompt_rows.add(row)
+
+    def remove_row(self, row: int) -> None:
+        """A request is about to leave the row."""
+        self._count_row(row)
+        self._prompt_rows.discard(row)
 
     def count_rejected_drafts(self, rows: NDArray[np.int32], num_rejected: NDArray[np.int64]) -> None:
         """Tokens of the requests at ``rows`` were computed, and are not among their ``num_computed_tokens``."""
@@ -108,12 +108,26 @@ class GroupTable:
             return
         running = self._running
         computed, counted = running.num_computed_tokens, running.num_counted_tokens
-        in_prompt = (counted < running.prompt_len) & (counted < computed)
-        for row in in_prompt.nonzero()[0].tolist():
-            self.count_row(row)
+        for row in [*self._prompt_rows]:
+            if self._count_row(row):
+                self._prompt_rows.remove(row)
         np.add.at(self._num_output_tokens, running.group, computed - counted)
         counted[:] = computed
         self._is_counted = True
+
+    def _count_row(self, row: int) -> bool:
+        """Count the tokens of the request at ``row``. Whether its whole prompt is counted."""
+        running = self._running
+        computed, counted = running.num_computed_tokens.item(row), running.num_counted_tokens.item(row)
+        group, num_new = running.group.item(row), computed - counted  # below 0 if drafts were rejected
+        prompt_len = running.prompt_len.item(row)
+        in_prompt = max(min(prompt_len - counted, num_new), 0)
+        if in_prompt:
+            self._num_prompt_tokens[group] += in_prompt
+        if num_new != in_prompt:
+            self._num_output_tokens[group] += num_new - in_prompt
+        running.num_counted_tokens[row] = computed
+        return computed >= prompt_len
 
     def _open_group(self, key: GroupKey) -> int:
         if self._free_indices:

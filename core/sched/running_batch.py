@@ -90,6 +90,8 @@ class RunningBatch(StateColumns):
         self.requests[row], self.token_ids[row] = request, request.token_ids
         self._count_stop_tokens(request.stop_token_ids, 1)
         self._count_group(request.group_index)
+        if self.groups is not None:
+            self.groups.add_row(row)
         self.rows = np.append(self.rows, row)  # a new array: views of earlier steps keep theirs
         request.row, request.status = row, RequestStatus.RUNNING
         return row
@@ -98,7 +100,7 @@ class RunningBatch(StateColumns):
         """Take the row back; the next ``take_freed_rows`` names it, unless it was given away since the last."""
         row = request.row
         if self.groups is not None:
-            self.groups.count_row(row)
+            self.groups.remove_row(row)
         request.num_in_flight_tokens = int(self.num_in_flight_tokens[row])
         self._count_stop_tokens(request.stop_token_ids, -1)
         self.group_sizes[self.group.item(row)] -= 1
@@ -118,6 +120,9 @@ class RunningBatch(StateColumns):
         self.groups = groups
         self.group.fill(0)
         self.num_counted_tokens[:] = self.num_computed_tokens
+        if groups is not None:
+            for row in self.rows.tolist():
+                groups.add_row(row)
 
     def regroup_requests(self) -> None:
         """The ``group_index`` of every request may have changed."""

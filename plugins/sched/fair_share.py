@@ -69,12 +69,16 @@ class FairSharePolicy(BatchingPolicy):
         if view.num_free_rows == 1:  # of each group, the view shows its first request first
             first: NDArray[np.int64] = counters.take(group).argmin(0, keepdims=True)
             return first
+        follows = group[1:] == group[:-1]  # the view shows one group after another
+        if not np.count_nonzero(follows):
+            alone: NDArray[np.int64] = counters.take(group).argsort(kind="stable")
+            return alone
         # A request is charged its prompt when it is chosen: the next one of its group stands so much further back. So
         # the choice of the smallest counter, again and again, is one sort.
         charges = waiting.num_remaining_tokens * self._input_rates[group]
         totals = np.cumsum(charges)
-        is_first = np.ones(len(group), bool)  # the view shows one group after another
-        is_first[1:] = group[1:] != group[:-1]
+        is_first = np.ones(len(group), bool)
+        is_first[1:] = ~follows
         before_group = (totals - charges)[is_first][np.cumsum(is_first) - 1]
         starts = counters[group] + (totals - charges - before_group)
         order: NDArray[np.int64] = starts.argsort(kind="stable")

@@ -124,7 +124,7 @@ def test_the_table_of_groups_is_bounded():
         index = table.add_request(f"g{i}")
         running.group[0], running.prompt_len[0], running.num_computed_tokens[0] = index, 3, 5
         running.num_counted_tokens[0] = 0
-        table.count_row(0)
+        table.remove_row(0)
         table.remove_request(index)
     assert len(table) <= 6 and table.add_request("busy") == busy
     remembered = table.view_columns(np.zeros(0, np.int64))
