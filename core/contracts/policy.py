@@ -66,10 +66,10 @@ class BatchingPolicy(ABC):
     """Of ``order_waiting``, ``schedule``, ``step_scheduled`` and ``request_finished``: those for which a policy has no
     use with its options. They are not called, as if its class did not override them."""
     changes_only_at_events: bool = False
-    """A promise to simulators: while the same requests run, all of them decoding, and no waiting request could start,
-    ``schedule`` grants each its one token, and calls that are left out change no later plan. Steps between two events
-    can then be skipped. A policy that has neither ``schedule`` nor ``order_waiting`` promises it anyway; one that has
-    groups, or hears of each step, cannot."""
+    """A promise: while the same requests run, all of them decoding, and no waiting request could start, ``schedule``
+    grants each its one token and names no victims, and calls that are left out change no later plan. The engine then
+    leaves them out, and a simulator skips the steps between two events, unless the policy has groups or hears of each
+    step. A policy that has neither ``schedule`` nor ``order_waiting`` promises it anyway."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options

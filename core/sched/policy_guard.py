@@ -208,6 +208,8 @@ class PolicyGuard:
         """Whether the engine plans by itself, in the policy's order."""
         self.has_groups = self._overrides("group_key") and not self.has_default_plan
         """Whether the policy divides requests into groups, and chooses between them."""
+        self.changes_only_at_events = bool(getattr(policy, "changes_only_at_events", False))
+        """Whether the policy is not asked where all that can run decode."""
         self.wants_reports = self._overrides("step_scheduled")
         """Whether the policy is told of each step."""
         self.reads_prefix_cache = bool(getattr(policy, "reads_prefix_cache", False))

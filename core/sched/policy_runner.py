@@ -119,7 +119,9 @@ class PolicyRunner:
             self._config.chunked_prefill,
         )
         num_free_blocks = self._allocator.num_free_blocks()  # also without a view: an allocator that fails says so
-        if not self.guard.is_asked(num_visible > 0):
+        if not self.guard.is_asked(num_visible > 0) or (
+            self.guard.changes_only_at_events and not num_visible and self._only_decodes(limits)
+        ):
             return CheckedPlan(*fill_step(limits), [])
         plan = self.guard.schedule(self._make_view(limits, num_free_blocks, waiting_requests), limits)
         if plan is None:
@@ -194,6 +196,13 @@ class PolicyRunner:
             self._step,
             None if groups is None else groups.view_columns(self._running.group_sizes),
         )
+
+    def _only_decodes(self, limits: PlanLimits) -> bool:
+        """Whether the default plan grants one token to each running request that has any left, and none is a prompt's."""
+        running, remaining = self._running, limits.running
+        if len(remaining) > limits.token_budget or (len(remaining) and remaining.item(remaining.argmax()) > 1):
+            return False
+        return not np.count_nonzero(running.num_tokens <= running.prompt_len)  # -1 in free rows
 
     def _prepare_policy(self) -> None:
         self._groups = GroupTable(self._running) if self.guard.has_groups else None

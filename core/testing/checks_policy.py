@@ -29,6 +29,7 @@ from quire.core.testing.simulated_engine import SimulatedEngine
 
 __all__ = [
     "check_an_idle_engine_is_put_to_work",
+    "check_decodes_are_granted_as_promised",
     "check_keys_can_be_compared",
     "check_plans_are_deterministic",
     "check_plans_are_quick",
@@ -86,6 +87,18 @@ def check_an_idle_engine_is_put_to_work(cls: type[BatchingPolicy]) -> None:
         assert grants.refusals or int(np.sum(grants.num_scheduled_tokens)) > 0, (
             f"view {seed}: nothing was granted to an idle engine"
         )
+
+
+def check_decodes_are_granted_as_promised(cls: type[BatchingPolicy]) -> None:
+    """With ``changes_only_at_events``, running requests that all decode get a token each, beside no waiting request."""
+    policy = _make(cls)
+    for seed in range(50 if policy.changes_only_at_events else 0):
+        view = _view(seed, num_running=seed % 9, num_waiting=0, only_decodes=True)
+        plan = check_grants(policy.schedule(view), PlanLimits.from_view(view))
+        assert not isinstance(plan, str), f"view {seed}: {plan}"
+        runnable = view.running.num_remaining_tokens.nonzero()[0]
+        same = np.array_equal(np.sort(plan.request_indices), runnable) and (plan.num_scheduled_tokens == 1).all()
+        assert same and not plan.victims, f"view {seed}: other grants than a token for each, although it promises them"
 
 
 def check_plans_are_quick(cls: type[BatchingPolicy]) -> None:
@@ -189,7 +202,14 @@ class _PluginFaults(logging.Handler):
         logging.getLogger("quire.plugin").removeHandler(self)
 
 
-def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_waiting: int | None = None) -> StepView:
+def _view(
+    seed: int,
+    *,
+    idle: bool = False,
+    num_running: int | None = None,
+    num_waiting: int | None = None,
+    only_decodes: bool = False,
+) -> StepView:
     rng = np.random.default_rng(seed)
     running = int(rng.integers(0, 9)) if num_running is None else num_running
     waiting = int(rng.integers(running == 0, 9)) if num_waiting is None else num_waiting
@@ -200,7 +220,7 @@ def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_
         num_free_rows=free_rows,
         num_free_blocks=int(rng.integers(8, 200)),
         block_size=16,
-        running=_columns(rng, running, True, idle),
+        running=_columns(rng, running, True, idle, 1.0 if only_decodes else 0.7),
         waiting=_columns(rng, waiting, False, idle),
         step=seed,
         groups=GroupColumns(("a", None, "b", 7), **dict(zip(_GROUP_COLUMNS, rng.integers(0, 99, (4, 4)), strict=True))),
@@ -210,9 +230,11 @@ def _view(seed: int, *, idle: bool = False, num_running: int | None = None, num_
 _GROUP_COLUMNS = ("num_running", "num_waiting", "num_prompt_tokens", "num_output_tokens")
 
 
-def _columns(rng: np.random.Generator, count: int, running: bool, idle: bool) -> RequestColumns:
+def _columns(
+    rng: np.random.Generator, count: int, running: bool, idle: bool, decoding_share: float = 0.7
+) -> RequestColumns:
     prompt_len = rng.integers(1, 60, count)
-    decoding = rng.random(count) < 0.7 if running else np.zeros(count, bool)
+    decoding = rng.random(count) < decoding_share if running else np.zeros(count, bool)
     output_len = np.where(decoding, rng.integers(1, 20, count), 0)
     computed = np.where(decoding, prompt_len + output_len - 1, (rng.random(count) * prompt_len).astype(np.int64))
     if not running:

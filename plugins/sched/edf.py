@@ -21,6 +21,8 @@ __all__ = ["EDFPolicy"]
 class EDFPolicy(BatchingPolicy):
     """By deadline; requests without one come last, in order of arrival."""
 
+    changes_only_at_events = True
+
     @dataclass(frozen=True)
     class Options:
         """Options of the policy."""

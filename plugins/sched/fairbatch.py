@@ -25,6 +25,8 @@ __all__ = ["FairBatchPolicy"]
 class FairBatchPolicy(BatchingPolicy):
     """Arrivals in order, steps by slack."""
 
+    changes_only_at_events = True
+
     @dataclass(frozen=True)
     class Options:
         """Options of the policy."""
@@ -57,14 +59,17 @@ class FairBatchPolicy(BatchingPolicy):
     def schedule(self, view: StepView) -> Grants:
         """Urgent decodes, prompts by deadline, other decodes: each while the step's time lasts."""
         running, num_waiting = view.running, min(len(view.waiting), view.num_free_rows)
-        remaining = running.num_remaining_tokens
-        decodes = ((remaining == 1) & (running.output_len > 0)).nonzero()[0]  # without the last token of a prompt
+        remaining, output_len = running.num_remaining_tokens, running.output_len
+        decodes, has_prompts = remaining.nonzero()[0], False
+        if len(decodes) and (remaining.item(remaining.argmax()) > 1 or not output_len.item(output_len.argmin())):
+            num_runnable = len(decodes)
+            decodes = ((remaining == 1) & (output_len > 0)).nonzero()[0]  # without the last token of a prompt
+            has_prompts = len(decodes) < num_runnable
         num_decodes = len(decodes)
-        has_prompts = np.count_nonzero(remaining) > num_decodes
         if not (has_prompts or num_waiting) or not num_decodes or not view.chunked_prefill:
             return make_default_plan(view)  # no request to choose
         slack = self._slack_ns(running, view.now_ns)
-        decode_slack = slack.take(decodes)
+        decode_slack = slack if num_decodes == len(remaining) else slack.take(decodes)
         tightest = decode_slack.item(decode_slack.argmin())
         # Who is late already cannot be helped by a short step: it then has the time of one token.
         budget = self._times.fit_tokens(tightest if tightest > 0 else self._tpot_ns, view.token_budget)

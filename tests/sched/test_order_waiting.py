@@ -167,3 +167,32 @@ def test_the_tokens_of_groups_are_those_of_their_steps(make_engine, num_drafts, 
     engine.run_until_finished()
     assert engine.scheduler.stats()["plugin_quarantines_total"] == 0
     assert engine.scheduler.stats()["num_preemptions_total"] > 0 and policy.num_compared > 20
+
+
+class CountsCalls(BatchingPolicy):
+    """The default plan, and how often it was asked for."""
+
+    def __init__(self, promises):
+        super().__init__()
+        self.changes_only_at_events, self.views = promises, []
+
+    def admission_key(self, request):
+        return (request.arrival_ns,)
+
+    def schedule(self, view):
+        self.views.append((view.running.num_remaining_tokens.tolist(), view.running.output_len.tolist()))
+        return make_default_plan(view)
+
+
+def test_a_policy_that_promises_equal_plans_is_not_asked_for_decodes_alone(make_engine):
+    lengths = [2, 30, 5, 41, 7, 25]
+    asked, spared = CountsCalls(False), CountsCalls(True)
+    assert serve(make_engine(asked, rows=3, budget=20), lengths) == serve(
+        make_engine(spared, rows=3, budget=20), lengths
+    )
+    assert 0 < len(spared.views) < len(asked.views)
+    # A prompt of which one token is left is no decode: the policy may do as it likes.
+    engine = make_engine(spared, rows=2, budget=20)
+    spared.views.clear()
+    serve(engine, [21])
+    assert spared.views == [([], []), ([1], [0])]
