@@ -313,7 +313,7 @@ _TEMPLATE_SIGNS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = Mapping
     ),
     "reasoning_parser": (
         ("openai_gptoss", ("<|channel|>analysis", "<|channel|>final")),
-        ("granite", ("Here is my thought process:", "Here's my thought process:", "<response>")),
+        ("granite", ("Here is my thought process:", "Here's my thought process:", "<response></response>")),
         ("deepseek_r1", ("<｜Assistant｜><think>",)),
         ("qwen3", ("<think>", "</think>")),
     ),

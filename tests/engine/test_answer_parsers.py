@@ -228,6 +228,8 @@ def test_tools_that_say_nothing_are_refused(tools, choice, param):
         ("<｜tool▁calls▁begin｜> <｜Assistant｜><think>", "deepseek_v3", "deepseek_r1"),
         ("<|start|>assistant<|channel|>analysis <|channel|>commentary", "openai", "openai_gptoss"),
         ("<|tool_calls_section_begin|>", "kimi_k2", "none"),
+        ("<think></think> <response></response> <|start_of_role|>", "granite", "granite"),
+        ("<think> <response>tool result", "none", "qwen3"),
         ("plain", "none", "none"),
         ("", "none", "none"),
     ],
