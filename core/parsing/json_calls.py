@@ -173,7 +173,7 @@ class HeaderToolParser(ToolParser):
         """A group of calls, or one."""
         yield from text.accept(*self.section_begin)
         yield from text.skip_space()
-        if not (yield from text.accept(*self.call_begin)):
+        if not (yield from text.accept(*self.call_begin, *self.begin_first)):
             raise MalformedCallError
         while True:
             yield from self.parse_call(text, calls)

@@ -181,8 +181,10 @@ class KimiK2(HeaderToolParser):
 
 
 class Harmony(HeaderToolParser):
-    """gpt-oss: messages on the commentary channel whose recipient is ``functions.NAME``."""
+    """gpt-oss: messages on the commentary channel whose recipient is ``functions.NAME``. The prompt ends within the
+    header of a message, which may go on with the recipient."""
 
+    begin_first = ("to=",)
     call_begin = ("<|channel|>commentary to=", "<|channel|>analysis to=", "<|start|>assistant to=")
     call_end = ("<|call|>", "<|end|>")
     header = (

@@ -208,6 +208,7 @@ def test_a_prompt_may_have_begun_the_reasoning():
             "<|start|>assistant to=functions.get_time<|channel|>commentary <|constrain|>json<|message|>{}",
             [("get_time", "{}")],
         ),
+        (Harmony(), " to=functions.get_time<|channel|>commentary json<|message|>{}<|call|>", [("get_time", "{}")]),
     ],
 )
 def test_forms_of_the_families(parser, text, calls):
@@ -230,6 +231,8 @@ def test_forms_of_the_families(parser, text, calls):
         (KimiK2(), "<|tool_call_begin|>functions.get"),
         (Glm45(), "<tool_call>get"),
         (DeepSeekV3(), "<｜tool▁calls▁begin｜>nothing"),
+        (Harmony(), " to=functions.no_such_function<|channel|>commentary json<|message|>{}"),
+        (Harmony(), "to=market, to=market"),
     ],
 )
 def test_answers_that_look_like_calls_stay_content(parser, text):

@@ -220,6 +220,7 @@ def test_no_other_way_of_writing_a_call_gets_round_it(model: Model, family: str)
     texts += [
         f"<tool_call>{json.dumps({'name': 'book', 'arguments': INVALID[0]})}",
         f"[TOOL_CALLS]book {json.dumps({})}",
+        f" to=functions.book<|channel|>commentary json<|message|>{json.dumps(INVALID[0])}<|call|>",
     ]
     for text in texts:
         for before in ("", "\u00a0\n", "Yes.\n"):
