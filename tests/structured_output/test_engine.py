@@ -279,8 +279,10 @@ def test_equal_constraints_are_compiled_once(llm: LLM) -> None:
 
 
 def test_the_names_of_vllm() -> None:
+    import quire.sampling_params
     from quire import GuidedDecodingParams  # type: ignore[attr-defined]
 
+    assert quire.sampling_params.GuidedDecodingParams is GuidedDecodingParams
     params = SamplingParams(guided_decoding=GuidedDecodingParams(choice=["a"], backend="xgrammar"))
     assert params.guided_decoding is None
     assert params.structured_outputs == StructuredOutputsParams(choice=["a"], backend="xgrammar")

@@ -78,14 +78,24 @@ def test_any_usual_layout_of_json_is_accepted(pretty, compile_params, accepts) -
     assert accepts(grammar, json.dumps(instance, separators=(",", ":")))
 
 
-def test_white_space_cannot_fill_an_answer(compile_params, accepts) -> None:
-    grammar = compile_params(json={"type": "object"})
+@pytest.mark.parametrize("constraint", [{"json": {"type": "object"}}, {"json_object": True}])
+def test_white_space_cannot_fill_an_answer(constraint, compile_params, accepts) -> None:
+    grammar = compile_params(**constraint)
     assert accepts(grammar, '{"a": 1\n}')
     assert not accepts(grammar, '{"a": 1\n\n\n}')
     assert not accepts(grammar, '{"a": 1' + " " * 60 + "}")
-    strict = compile_params(json={"type": "object"}, disable_any_whitespace=True)
+    strict = compile_params(**constraint, disable_any_whitespace=True)
     assert accepts(strict, '{"a": 1, "b": 2}')
     assert not accepts(strict, '{"a":1}')
+
+
+@pytest.mark.parametrize(
+    "text", ['{{"a": 1}}', '{"a": {{"b": 1}}}', '{"a": 1}}', '""a": 1}', '{"a"": 1}', '{"a": 1,, "b": 2}']
+)
+def test_no_mark_is_doubled(text, compile_params, accepts) -> None:
+    """As answers had it elsewhere whose first token was drafted."""
+    assert not accepts(compile_params(json={"type": "object"}), text)
+    assert not accepts(compile_params(json_object=True), text)
 
 
 def test_an_object_can_be_closed_for_other_properties(compile_params, accepts) -> None:
