@@ -198,7 +198,7 @@ class PolicyRunner:
         )
 
     def _only_decodes(self, limits: PlanLimits) -> bool:
-        """Whether the default plan grants one token to each running request that has any left, and none is a prompt's."""
+        """Whether the default plan grants one token to each running request with any left, and none is a prompt's."""
         running, remaining = self._running, limits.running
         if len(remaining) > limits.token_budget or (len(remaining) and remaining.item(remaining.argmax()) > 1):
             return False
