@@ -44,8 +44,11 @@ class WatchedAllocator(KVAllocator):
         return match
 
     def count_cached_tokens(self, requests: Sequence[Request]) -> list[int]:
-        """As the allocator does."""
-        return self.allocator.count_cached_tokens(requests)
+        """Checks that it is a number for each."""
+        counts = self.allocator.count_cached_tokens(requests)
+        if len(counts) != len(requests) or not all(isinstance(count, int) for count in counts):
+            raise BrokenAllocationError(f"returned {counts!r:.100} for {len(requests)} requests")
+        return counts
 
     def allocate(
         self,
@@ -56,7 +59,7 @@ class WatchedAllocator(KVAllocator):
         prefix_match: PrefixMatch | None = None,
         num_reserved_blocks: int = 0,
     ) -> Allocation | None:
-        """Checks that blocks which will be written are the request's alone."""
+        """Checks that blocks which will be written are the request's alone, and that a refusal has a reason."""
         allocation = self.allocator.allocate(
             request,
             num_tokens,
@@ -65,6 +68,7 @@ class WatchedAllocator(KVAllocator):
             num_reserved_blocks=num_reserved_blocks,
         )
         if allocation is None:
+            self._check_refusal(-(-num_tokens // self.block_size) + num_reserved_blocks)
             return None
         tables = self._apply(request, self._tables.get(request.request_id), allocation)
         self._check_lengths(tables, -(-num_tokens // self.block_size))
@@ -117,12 +121,18 @@ class WatchedAllocator(KVAllocator):
                 self._release(group, block)
 
     def num_free_blocks(self) -> int:
-        """As the allocator does."""
-        return self.allocator.num_free_blocks()
+        """Checks that it is a number."""
+        num_free = self.allocator.num_free_blocks()
+        if not isinstance(num_free, int):
+            raise BrokenAllocationError(f"returned {num_free!r:.100}, not a number")
+        return num_free
 
     def stats(self) -> KVStats:
-        """As the allocator does."""
-        return self.allocator.stats()
+        """Checks that they are ``KVStats``."""
+        stats = self.allocator.stats()
+        if not isinstance(stats, KVStats):
+            raise BrokenAllocationError(f"returned {stats!r:.100}, not KVStats")
+        return stats
 
     def check_integrity(self) -> None:
         """As the allocator does."""
@@ -142,6 +152,12 @@ class WatchedAllocator(KVAllocator):
             table[start:] = blocks
             self._num_holders[group].update(set(blocks) - {_NULL_BLOCK})
         return tables
+
+    def _check_refusal(self, num_blocks: int) -> None:
+        """A request that is refused while no request holds a block would wait for ever, and those behind it."""
+        is_any_held = any(any(table) for tables in self._tables.values() for table in tables)
+        if num_blocks < self.num_blocks and not is_any_held:
+            raise BrokenAllocationError(f"refused {num_blocks} of {self.num_blocks - 1} blocks, none of which is held")
 
     def _check_blocks(self, blocks: Sequence[Sequence[int]]) -> None:
         """Each by group must be one of the pool, or the null block."""
