@@ -114,7 +114,9 @@ def _choose_before_model(
         ("executor", args.executor),
     ):
         choices[kind] = chooser.choose(kind, name, context)
-    for kind, name in (("policy", "fcfs"), ("kv", "paged")):
+    fallbacks = [("policy", "fcfs"), ("kv", "paged")]
+    fallbacks += [] if choices["sampler"].is_bundled else [("sampler", "gumbel")]
+    for kind, name in fallbacks:
         fallback = plugins.resolve_plugin(kind, name, context, announce=False)
         choices[f"{kind}_fallback"] = PluginChoice(kind, fallback.name, fallback.target, is_bundled=True)
     for kind, name in _list_named_for_model(args).items():

@@ -28,8 +28,8 @@ class EngineRestarter:
 
     A plugin that hung or keeps failing, and that the engine can do without, is left out of the next: requests that run
     again would bring it to the same place. That is one with a fallback in the configuration, which are policies, KV
-    allocators, attention and quantization of other authors, what runs operations, and a draft proposer. Where one keeps
-    failing that has no fallback there is no next engine.
+    allocators, attention, quantization and samplers of other authors, what runs operations, and a draft proposer. Where
+    one keeps failing that has no fallback there is no next engine.
     """
 
     def __init__(self, config: EngineConfig, log_level: str) -> None:

@@ -39,9 +39,11 @@ class StepFailures:
         """
         if isinstance(error, EngineDeadError):
             raise error
-        kind, name = PluginFrames(self._config).find_raiser(error) or ("", "")
+        raiser = PluginFrames(self._config).find_raiser(error) or ("", "")
+        kind, name = self._find_cause(raiser, error)
         place = f" in {kind}/{name}" if kind else ""
-        _log.error("step %d failed%s; its requests end with an error", step.step, place, exc_info=error)
+        hint = f" (what it gave to {'/'.join(raiser)})" if (kind, name) != raiser else ""
+        _log.error("step %d failed%s%s; its requests end with an error", step.step, place, hint, exc_info=error)
         self.num_failures += 1
         what = "ran out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
         outputs = scheduler.fail_step(step, f"a step of the engine {what}{place}; the engine's log says why")
@@ -69,6 +71,16 @@ class StepFailures:
         outputs.step_failures = list(dict.fromkeys(failures))
         self.num_failures += len(outputs.step_failures)
         return outputs
+
+    def _find_cause(self, raiser: tuple[str, str], error: BaseException) -> tuple[str, str]:
+        """What is told to be at fault: ``raiser``, unless it is a bundled layer. That raises because of what it was
+        given, by an operation of another author if there is one."""
+        is_bundled = raiser[0] in LAYER_KINDS and PluginFrames(self._config).is_bundled(raiser)
+        if is_bundled and not isinstance(error, torch.OutOfMemoryError):
+            for choice in self._config.plugins.values():
+                if choice.kind == "op" and not choice.is_bundled:
+                    return choice.kind, choice.name
+        return raiser
 
     def _describe_fault(self, fault: int) -> tuple[str, StepFailure]:
         """What is told of a row, and to whom it is counted."""

@@ -23,7 +23,8 @@ class StepHealth:
 
     def __init__(self, config: EngineConfig) -> None:
         choices = config.plugins.values()
-        self._foreign = {(c.kind, c.name) for c in choices if c.kind in LAYER_KINDS and not c.is_bundled}
+        kinds = (*LAYER_KINDS, "sampler")  # which replaces a sampler that raises, not one whose tokens are none
+        self._foreign = {(c.kind, c.name) for c in choices if c.kind in kinds and not c.is_bundled}
         self._num_failed = 0  # steps in a row
         self._last_failure: StepFailure | None = None
         self._last_failed_at = 0.0
@@ -37,7 +38,7 @@ class StepHealth:
             self._last_failure, self._last_failed_at = outputs.step_failures[-1], time.monotonic()
 
     def find_fault(self) -> EngineFault | None:
-        """That steps keep failing in what another author wrote of the layers; told once. None: they do not."""
+        """That steps keep failing in what another author wrote of layers or sampling; told once. None: they do not."""
         failure = self._last_failure
         if failure is None or self._num_failed < _MAX_FAULTS or (failure.kind, failure.name) not in self._foreign:
             return None

@@ -18,6 +18,7 @@ from quire.core.engine.step_health import StepHealth
 from quire.core.errors import RequestFailedError
 from quire.core.messages import EngineCoreOutput, EngineCoreOutputs
 from quire.core.ops.implementations import TorchOperations
+from quire.core.sample.sampler import GumbelSampler
 from quire.core.stats import StepFailure
 from quire.core.worker.uniproc_executor import UniprocExecutor
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
@@ -42,6 +43,13 @@ class FailingOperation(TorchOperations):
         if len(gate_up) == TRIGGER:
             raise RuntimeError("the secret is 4711")
         return super().silu_and_mul(gate_up, output_format)
+
+
+class FailingSampler(GumbelSampler):
+    """Has no token of the vocabulary behind prompts of one length."""
+
+    def sample(self, logits: Any, batch: Any) -> Any:
+        return super().sample(logits, batch).masked_fill(batch.position == TRIGGER, 1_000_000)
 
 
 class FailingExecutor(UniprocExecutor):
@@ -81,6 +89,7 @@ def test_the_plugin_is_named_and_the_exception_kept_for_the_log(
     [
         ("attention", {"attention_backend": FailingAttention}),
         ("op", {"op": {"silu_and_mul": FailingOperation, "rms_norm": "torch"}}),
+        ("sampler", {"sampler": FailingSampler}),
     ],
 )
 def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(
@@ -92,7 +101,7 @@ def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(
             await llm.start()
             for _ in range(3):
                 assert llm.step_health.describe_failures() is None
-                with pytest.raises(RequestFailedError, match=f"failed in {kind}/"):
+                with pytest.raises(RequestFailedError, match=f"{kind}/{__name__}:Failing"):
                     async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS):
                         pass
             assert f"the last 3 steps failed, in {kind}/" in str(llm.step_health.describe_failures())
@@ -101,7 +110,7 @@ def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(
             assert llm.step_health.describe_failures() is None
             # Eight in a row: it is replaced, and the same request is served.
             for _ in range(8):
-                with pytest.raises(RequestFailedError, match=f"failed in {kind}/"):
+                with pytest.raises(RequestFailedError, match=f"{kind}/{__name__}:Failing"):
                     async for _ in llm.generate({"prompt_token_ids": [5] * TRIGGER}, PARAMS):
                         pass
             async with asyncio.timeout(90):
@@ -114,7 +123,8 @@ def test_failures_are_counted_and_a_plugin_that_keeps_failing_is_replaced(
             await llm.shutdown()
 
     text = asyncio.run(run())
-    plugin = f"{__name__}:{'FailingAttention' if kind == 'attention' else 'FailingOperation'}"
+    cls = {"attention": FailingAttention, "op": FailingOperation, "sampler": FailingSampler}[kind]
+    plugin = f"{__name__}:{cls.__name__}"
     assert f"{kind}/{plugin} is left out; " in caplog.text
     name = f'kind="{kind}",model_name="{tiny}",name="{plugin}"'
     assert f"quire:step_failures_total{{{name}}} 11.0" in text, "those that brought about another engine are counted"
