@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from quire.core.errors import ControlCallError, InvalidRequestError, QuireError
+from quire.core.plugin.quarantine import read_error_text
 from quire.core.plugin.registry import suggest_names
 
 __all__ = ["ControlMethods"]
@@ -57,9 +58,11 @@ class ControlMethods:
             return msgspec.to_builtins(method.function(**msgspec.structs.asdict(converted)))
         except QuireError:
             raise
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             _log.error("the control method %s of the %s failed", name, self._owner, exc_info=error)
-            raise ControlCallError(f"{name}: {type(error).__name__}: {error}") from error
+            raise ControlCallError(f"{name}: {type(error).__name__}: {read_error_text(error)}") from error
 
 
 class _ControlMethod:

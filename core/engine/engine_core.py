@@ -23,13 +23,7 @@ from quire.core.engine.in_flight_step import FailedStep, InFlightStep
 from quire.core.engine.policy_control import PolicyControl, make_policy
 from quire.core.engine.step_failures import StepFailures
 from quire.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
-from quire.core.messages import (
-    EngineCoreOutput,
-    EngineCoreOutputs,
-    EngineCoreRequest,
-    ErrorKind,
-    SchedulerOutput,
-)
+from quire.core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, ErrorKind, SchedulerOutput
 from quire.core.plugin.options import parse_options
 from quire.core.plugin.target import load_target
 from quire.core.sched.kv_guard import GuardedAllocator
@@ -252,7 +246,9 @@ class EngineCore:
         future: StepFuture
         try:
             future = self.executor.execute_step(step)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if self._retract_if_out_of_memory(step, error):
                 return
             future = FailedStep(error)
@@ -290,7 +286,9 @@ class EngineCore:
                 )
             held_ns = time.perf_counter_ns() - held
             future = self.executor.sample_tokens(masks)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if self._retract_if_out_of_memory(step, error):
                 return outputs
             future = FailedStep(error)
@@ -316,7 +314,9 @@ class EngineCore:
         try:
             with self._structured_outputs.engine_wait:
                 result = in_flight.future.result()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             outputs = self._step_failures.fail_step(self.scheduler, step, error)
             if self._recorder is not None:
                 self._recorder.record_failure(step.step)

@@ -24,6 +24,7 @@ import pluggy
 from quire.core.errors import PluginError
 from quire.core.plugin import hookspecs
 from quire.core.plugin.import_guard import guard_import
+from quire.core.plugin.quarantine import read_error_text
 from quire.core.plugin.registry import GROUP, KINDS, PROJECT, Registrar, Registration, normalize_dist_name
 from quire.core.version import __version__
 
@@ -185,7 +186,7 @@ def find_module_file(module: str) -> str | None:
 def format_error(error: BaseException, module: str | None = None) -> str:
     """An exception on one line, with what it was when its text alone would not say, and where in the code of a plugin
     that lives in ``module``, or beside it, it was raised."""
-    text = " ".join(str(error).split())
+    text = read_error_text(error)
     if isinstance(error, PluginError):
         return text
     if isinstance(error, SystemExit):

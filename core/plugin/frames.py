@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from quire.core.config import EngineConfig
 from quire.core.errors import QuireError, WorkerError
-from quire.core.plugin.quarantine import Quarantine, class_path, run_outside_of_plugin
+from quire.core.plugin.quarantine import Quarantine, class_path, read_error_text, run_outside_of_plugin
 
 __all__ = ["PluginCall", "PluginFrames", "ThreadStack", "describe_error", "find_plugin_calls", "is_debugged"]
 
@@ -91,7 +91,7 @@ class PluginFrames:
 
 def describe_error(error: BaseException, frames: PluginFrames | None = None) -> str:
     """On one line, with the plugin of another author that raised it; a ``QuireError`` says what it says."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = read_error_text(error) or type(error).__name__
     if isinstance(error, QuireError):
         return text
     plugin = None if frames is None else frames.find_raiser(error)

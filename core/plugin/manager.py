@@ -90,7 +90,9 @@ class PluginManager:
                     implementation.function()
             except PluginInterrupt:
                 log.error("%s: quire_unconfigure did not return in %g s and was interrupted", name, limit_s)
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 log.error("%s: quire_unconfigure failed: %s", name, format_error(error), exc_info=error)
 
     @property

@@ -17,13 +17,21 @@ from typing import Literal, TypeVar
 
 from quire.core.stats import QuarantinedPlugin
 
-__all__ = ["PluginInterrupt", "Quarantine", "QuarantineReason", "class_path", "run_outside_of_plugin"]
+__all__ = [
+    "PluginInterrupt",
+    "Quarantine",
+    "QuarantineReason",
+    "class_path",
+    "read_error_text",
+    "run_outside_of_plugin",
+]
 
 QuarantineReason = Literal["raised", "invalid_result", "too_slow", "no_progress", "hung"]
 """Why a plugin was quarantined: few words, since they label a metric. The log says what exactly happened."""
 
 _log = logging.getLogger("quire.plugin")
 _T = TypeVar("_T")
+_MAX_ERROR_TEXT = 4000
 
 
 class PluginInterrupt(BaseException):
@@ -93,8 +101,11 @@ class Quarantine:
             self._end_interrupt()
             self.switch_off("hung", f"{_name_of(function)} did not return and was interrupted")
             return None
-        except (Exception, SystemExit) as error:
-            self.switch_off("raised", f"{_name_of(function)} raised {type(error).__name__}: {error}", error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may raise anything, SystemExit and CancelledError included
+            what = f"{type(error).__name__}: {read_error_text(error)}"
+            self.switch_off("raised", f"{_name_of(function)} raised {what}", error)
             return None
 
     def call_timed(self, function: Callable[..., _T], *args: object) -> _T | None:
@@ -154,6 +165,16 @@ class Quarantine:
             thread_id, self._interrupted_thread = self._interrupted_thread, 0
         if thread_id:
             _absorb_interrupt(thread_id)
+
+
+def read_error_text(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length; also of one that raises when it is asked."""
+    try:
+        return " ".join(str(error)[:_MAX_ERROR_TEXT].split())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as fault:  # the exceptions of a plugin are code of the plugin
+        return f"(its text cannot be read: {type(fault).__name__})"
 
 
 def run_outside_of_plugin(function: Callable[..., _T], *args: object) -> _T:

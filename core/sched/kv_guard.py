@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from quire.core.contracts.kv import Allocation, KVAllocator, KVStats, PrefixMatch
-from quire.core.plugin.quarantine import Quarantine, class_path
+from quire.core.plugin.quarantine import Quarantine, class_path, read_error_text
 from quire.core.request import Request
 from quire.core.sched.kv_ownership import BrokenAllocationError
 from quire.core.stats import QuarantinedPlugin
@@ -96,7 +96,9 @@ class GuardedAllocator(KVAllocator):
                 prefix_match=prefix_match,
                 num_reserved_blocks=num_reserved_blocks,
             )
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._note_fault("allocate", error, request)
             raise AllocatorError(self) from error
 
@@ -127,7 +129,9 @@ class GuardedAllocator(KVAllocator):
             raise AllocatorError(self)
         try:  # written out: it is called in every step
             return self.allocator.num_free_blocks()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._note_fault("num_free_blocks", error, None)
             raise AllocatorError(self) from error
 
@@ -149,7 +153,9 @@ class GuardedAllocator(KVAllocator):
             return None
         try:
             return call()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._note_fault(method, error, request)
             return None
 
@@ -158,14 +164,17 @@ class GuardedAllocator(KVAllocator):
             raise AllocatorError(self)
         try:
             return call()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._note_fault(method, error, request)
             raise AllocatorError(self) from error
 
     def _note_fault(self, method: str, error: BaseException, request: Request | None) -> None:
         self.fault_request = request
         is_broken = isinstance(error, BrokenAllocationError)
-        detail = f"{method} {error}" if is_broken else f"{method} raised {type(error).__name__}: {error}"
+        text = read_error_text(error)
+        detail = f"{method} {text}" if is_broken else f"{method} raised {type(error).__name__}: {text}"
         self._quarantine.switch_off("invalid_result" if is_broken else "raised", detail, error)
 
     def _start_quarantine(self, name: str) -> Quarantine:

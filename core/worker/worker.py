@@ -277,7 +277,9 @@ class Worker:
         """Launch a step up to its logits; ``sample_tokens`` comes next."""
         try:
             self.model_runner.execute_model(step)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._recover_from(error, step)
             raise
 
@@ -286,7 +288,9 @@ class Worker:
         step = self.model_runner.launched_step
         try:
             readback = self.model_runner.sample_tokens(masks)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._recover_from(error, step)
             raise
         if self._compile_counter is not None:

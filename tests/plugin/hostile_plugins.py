@@ -6,6 +6,7 @@ tells them of it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -13,8 +14,11 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
+from quire.core.ops.implementations import TorchOperations
+from quire.core.sample.sampler import GumbelSampler
 from quire.plugins.attention.torch_sdpa import TorchSDPABackend
 from quire.plugins.kv.paged import PagedAllocator
 from quire.plugins.sched.fcfs import FCFSPolicy
@@ -22,6 +26,11 @@ from quire.sdk import HostProposer, LogitsBatch, LogitsProcessor, MetricsExporte
 
 TRIGGER = 33
 kept: list[Any] = []
+
+
+class UnreadableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("the secret is 4711")
 
 
 class Attention(TorchSDPABackend):
@@ -75,6 +84,22 @@ class AttentionKeepsTensors(Attention):
         kept.append(out)
 
 
+class AttentionRaisesAnUnreadableError(Attention):
+    def misbehave(self, out: Any) -> None:
+        raise UnreadableError
+
+
+class OperationOfNothing(TorchOperations):
+    def silu_and_mul(self, gate_up: Any, output_format: Any) -> Any:
+        return None if len(gate_up) == TRIGGER else super().silu_and_mul(gate_up, output_format)
+
+
+class OperationOfAnotherShape(TorchOperations):
+    def silu_and_mul(self, gate_up: Any, output_format: Any) -> Any:
+        result: Any = super().silu_and_mul(gate_up, output_format)
+        return result[:, 1:] if len(gate_up) == TRIGGER else result
+
+
 class Processor(LogitsProcessor):
     def add_row(self, request: NewRequest) -> Any:
         return len(request.token_ids) >= TRIGGER
@@ -88,6 +113,11 @@ class Processor(LogitsProcessor):
 class ProcessorOfTheWrongType(Processor):
     def add_row(self, request: NewRequest) -> Any:
         return "yes" if super().add_row(request) else False
+
+
+class ProcessorIsCancelled(Processor):
+    def apply(self, logits: Any, batch: LogitsBatch) -> None:
+        raise asyncio.CancelledError
 
 
 class ProcessorOfNaN(Processor):
@@ -107,6 +137,11 @@ class SamplerOfTheWrongType(Sampler):
         return ["token"] * len(logits)
 
 
+class SamplerOnAnotherDevice(GumbelSampler):
+    def sample(self, logits: Any, batch: Any) -> Any:
+        return super().sample(logits, batch).to("meta")
+
+
 class PolicyRaises(FCFSPolicy):
     def schedule(self, view: Any) -> Any:
         raise RuntimeError("the secret is 4711")
@@ -115,6 +150,21 @@ class PolicyRaises(FCFSPolicy):
 class PolicyExits(FCFSPolicy):
     def admission_key(self, request: Any) -> Any:
         sys.exit(3)
+
+
+class PolicyIsCancelled(FCFSPolicy):
+    def schedule(self, view: Any) -> Any:
+        raise asyncio.CancelledError
+
+
+class PolicyRaisesAnUnreadableError(FCFSPolicy):
+    def request_finished(self, request: Any, usage: Any) -> None:
+        raise UnreadableError
+
+
+class PolicyOfBools(FCFSPolicy):
+    def admission_key(self, request: Any) -> Any:
+        return (np.bool_(request.prompt_len >= TRIGGER), request.arrival_ns)
 
 
 class PolicyOfTheWrongType(FCFSPolicy):
@@ -148,6 +198,23 @@ class AllocatorOfDuplicates(PagedAllocator):
 class AllocatorRaises(PagedAllocator):
     def cache_full_blocks(self, request: Any, num_tokens: int) -> None:
         raise RuntimeError("the secret is 4711")
+
+
+class AllocatorRefuses(PagedAllocator):
+    """All requests would wait for one that has nothing to wait for."""
+
+    def allocate(self, request: Any, *args: Any, **options: Any) -> Any:
+        return None if request.num_tokens >= TRIGGER else super().allocate(request, *args, **options)
+
+
+class AllocatorOfTheWrongType(PagedAllocator):
+    def num_free_blocks(self) -> Any:
+        return "many"
+
+
+class ProposerRaisesAnUnreadableError(HostProposer):
+    def propose(self, *args: Any, **options: Any) -> Any:
+        raise UnreadableError
 
 
 class ProposerOfTheWrongType(HostProposer):

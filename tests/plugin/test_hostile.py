@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import textwrap
@@ -38,17 +39,28 @@ TABLE: dict[str, tuple[dict[str, Any], str, str]] = {
     "AttentionChangesSettings": ({"attention_backend": "{}"}, SERVED, ""),
     "AttentionStartsThreads": ({"attention_backend": "{}"}, SERVED, ""),
     "AttentionKeepsTensors": ({"attention_backend": "{}"}, SERVED, ""),
+    "AttentionRaisesAnUnreadableError": ({"attention_backend": "{}"}, FAILS, "attention"),
+    "OperationOfNothing": ({"op": {"silu_and_mul": "{}"}}, FAILS, "op"),
+    "OperationOfAnotherShape": ({"op": {"silu_and_mul": "{}"}}, FAILS, "op"),
     "Processor": ({"logits_processors": ["{}"]}, FAILS, "logits_processor"),
     "ProcessorOfTheWrongType": ({"logits_processors": ["{}"]}, FAILS, "logits_processor"),
+    "ProcessorIsCancelled": ({"logits_processors": ["{}"]}, FAILS, "logits_processor"),
     "ProcessorOfNaN": ({"logits_processors": ["{}"]}, FAILS, "logits_processor"),
     "SamplerRaises": ({"sampler": "{}"}, SERVED, "sampler"),
     "SamplerOfTheWrongType": ({"sampler": "{}"}, SERVED, "sampler"),
+    "SamplerOnAnotherDevice": ({"sampler": "{}"}, SERVED, "sampler"),
     "PolicyRaises": ({"scheduling_policy": "{}"}, SERVED, "policy"),
     "PolicyExits": ({"scheduling_policy": "{}"}, SERVED, "policy"),
+    "PolicyIsCancelled": ({"scheduling_policy": "{}"}, SERVED, "policy"),
+    "PolicyRaisesAnUnreadableError": ({"scheduling_policy": "{}"}, SERVED, "policy"),
+    "PolicyOfBools": ({"scheduling_policy": "{}"}, SERVED, "policy"),
     "PolicyOfTheWrongType": ({"scheduling_policy": "{}"}, SERVED, "policy"),
     "PolicyIsSlow": ({"scheduling_policy": "{}"}, SERVED, "policy"),
     "AllocatorOfDuplicates": ({"kv_allocator": "{}"}, SERVED, "kv"),
     "AllocatorRaises": ({"kv_allocator": "{}"}, SERVED, "kv"),
+    "AllocatorRefuses": ({"kv_allocator": "{}"}, SERVED, "kv"),
+    "AllocatorOfTheWrongType": ({"kv_allocator": "{}"}, SERVED, "kv"),
+    "ProposerRaisesAnUnreadableError": ({"spec_method": "{}"}, SERVED, "spec_decode"),
     "ProposerOfTheWrongType": ({"spec_method": "{}"}, SERVED, "spec_decode"),
 }
 SLOW = {"PolicyHangs": ({"scheduling_policy": "{}"}, SERVED, "policy")}
@@ -105,7 +117,7 @@ def serve(engine: LLMEngine, names: list[str]) -> dict[str, Any]:
 def check_containment(model: str, expected: dict[str, Any], name: str, caplog: pytest.LogCaptureFixture) -> None:
     arguments, outcome, kind = {**TABLE, **SLOW}[name]
     target = f"{HERE}:{name}"
-    choices = {key: [target] if isinstance(value, list) else target for key, value in arguments.items()}
+    choices = json.loads(json.dumps(arguments).replace("{}", target))
     engine = start_engine(model, **choices)
     try:
         # First beside others that do not share a step with its whole prompt; then, after it, all of them once more.

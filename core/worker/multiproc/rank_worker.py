@@ -223,7 +223,9 @@ class RankWorker:
                 self.worker.execute_model(message.step)
                 return
             readback = self.worker.execute_step(message.step)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._failed_number = message.number
             self._note_failure(message.number, error, self._describe_sent())
             return
@@ -235,7 +237,9 @@ class RankWorker:
             return
         try:
             readback = self.worker.sample_tokens(self._read_masks(message))
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._note_failure(number, error, self._describe_sent())
             return
         self._after_results(lambda: self._send_result(number, readback))
@@ -252,7 +256,9 @@ class RankWorker:
     def _send_result(self, number: int, readback: Readback) -> None:
         try:
             output = readback.result()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._note_failure(number, error)
             return
         if output.quarantined:
