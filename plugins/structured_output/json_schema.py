@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from quire.plugins.structured_output.formats import write_format
 from quire.sdk import InvalidRequestError, StructuredOutputsParams
 
 __all__ = ["apply_defaults", "explain_error", "prepare_schema", "walk_schemas"]
@@ -32,12 +33,17 @@ _REFUSED = {
 _SUBSCHEMAS = ("additionalProperties", "items", "contentSchema", "not", "if", "then", "else", "contains")
 _SUBSCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Length", "Items", "Properties", "Contains")}
 _EXPLANATIONS = (
     (r"at \d+\(\d+\): (?P<name>invalid regex.*)", "{name}"),
     (r"Unknown format: (?P<name>.*)", "the keyword 'format' is not supported with the value {name!r}"),
     (r"oneOf constraints are not", "the keyword 'oneOf' is not supported where an answer may match two: give anyOf"),
     (r"min/maxProperties", "the keywords 'minProperties' and 'maxProperties' need all of 'properties' in 'required'"),
     (r"Pointer '(?P<name>.*)' does not exist", "the keyword '$ref': there is no {name!r}"),
+    (r"Anchor '(?P<name>.*)' does not exist", "the keyword '$ref': there is no anchor {name!r}"),
+    (r"patternProperty regexes (?P<name>.*)", "the keyword 'patternProperties': two may match a name: {name}"),
+    (r"Failed to generate regex for .*", "the keywords 'minimum' and 'maximum' are not supported with such a number"),
+    (r"Unimplemented keys: \[(?P<name>.*)\]", "the keywords {name} are not supported here"),
     (r"Resource '(?P<name>.*)' is not present", "the keyword '$ref' is not supported with another document: {name!r}"),
     (r"(?P<name>regex parse error.*)", "the keyword 'pattern': {name}"),
     (r".*NoExtension.*", "no answer can match it"),
@@ -99,6 +105,10 @@ def _simplify(schema: dict[str, Any]) -> None:
             del schema[keyword]
     for keyword in ("contentSchema", "$dynamicAnchor"):  # an annotation, and a name that $dynamicRef alone looks for
         schema.pop(keyword, None)
+    for keyword in _COUNTS & schema.keys():
+        if isinstance(schema[keyword], float) and schema[keyword].is_integer():
+            schema[keyword] = int(schema[keyword])
+    write_format(schema)
     if isinstance(schema.get("propertyNames"), dict | bool):
         _write_property_names(schema)
     for keyword in ("dependentRequired", "dependentSchemas"):

@@ -1,0 +1,47 @@
+"""Formats of strings, at the edges of their standards: what is excluded cannot be written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+VALID = {
+    "date": ["2024-02-29", "2000-02-29", "0001-01-01", "2023-02-28", "2023-04-30", "1999-12-31"],
+    "time": ["23:59:59Z", "08:30:06.283185+14:00", "23:59:60Z", "23:59:60.5+00:00", "00:00:00z"],
+    "date-time": ["2024-02-29T23:59:59.9-08:00", "1998-12-31T23:59:60Z", "1963-06-19t08:30:06z"],
+    "hostname": ["a", "www.example.com", "a-b.c3", "a" * 63, "-".join("abcd"), "a.b-c-d", "ab-cd", "abc-d", "a--b"],
+    "ipv6": ["::", "::1", "1::", "2001:db8::8a2e:370:7334", "::ffff:192.168.0.1", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::"],
+}
+INVALID = {
+    "date": [
+        "2023-02-29",
+        "1900-02-29",
+        "2024-02-30",
+        "2023-04-31",
+        "0000-01-01",
+        "2023-13-01",
+        "2023-00-10",
+        "23-1-1",
+    ],
+    "time": ["24:00:00Z", "22:59:60Z", "23:59:60+01:00", "23:59:61Z", "08:30:06", "08:30Z", "12:00:00+24:00"],
+    "date-time": ["2023-02-29T00:00:00Z", "2023-01-01 00:00:00Z", "1998-12-31T23:58:60Z", "2023-01-01"],
+    "hostname": ["", "-a", "a-", "a_b", "a..b", "a.", "a" * 64, "xn--x", "ab--cd", ".".join(["a" * 63] * 4)],
+    "ipv6": [":", "1", "12345::", "1::2::3", "::256.0.0.1", "::1.2.3", "1:2:3:4:5:6:7:8::", "::%1"],
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_format_is_that_of_its_standard(name, compile_params, accepts) -> None:
+    grammar = compile_params(json={"format": name})
+    assert [text for text in VALID[name] if not accepts(grammar, json.dumps(text))] == []
+    assert [text for text in INVALID[name] if accepts(grammar, json.dumps(text))] == []
+    assert accepts(grammar, "3"), "a format says nothing of what is no string"
+
+
+def test_a_format_stands_beside_other_keywords(compile_params, accepts) -> None:
+    fields = {"format": "date", "pattern": "^20", "maxLength": 10.0, "allOf": [{"pattern": "9$"}]}
+    grammar = compile_params(json={"type": "object", "properties": {"day": {"type": "string", **fields}}})
+    assert accepts(grammar, '{"day": "2024-02-29"}')
+    for day in ("1996-02-29", "2023-02-29", "2024-02-28"):
+        assert not accepts(grammar, json.dumps({"day": day}))
