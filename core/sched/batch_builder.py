@@ -118,9 +118,10 @@ class BatchBuilder:
             rows, tokens, drafts, computed, known, samples = (column[order] for column in columns)
         # Sampled tokens and drafts count as known from here on: the device feeds them back by itself, so the next step
         # can be scheduled before they are read. ``OutputUpdater`` takes rejected drafts back.
+        num_new_tokens = samples + drafts
         table.num_computed_tokens[rows] = computed
-        table.num_tokens[rows] = known + samples + drafts
-        table.num_in_flight_tokens[rows] += samples + drafts
+        table.num_tokens[rows] = known + num_new_tokens
+        table.num_in_flight_tokens[rows] += num_new_tokens
         output = SchedulerOutput(
             step=step,
             rows=rows.astype(np.int32),
@@ -148,7 +149,7 @@ class BatchBuilder:
     ) -> None:
         """Grant ``tokens`` to the running ``rows``, in order, with the blocks for them. ``victims`` are rows."""
         table = self._running
-        drafts = np.zeros_like(rows)
+        drafts = np.zeros(len(rows), np.int64)
         if self._speculation is not None:
             drafts = self._speculation.get_num_drafts(rows, tokens)
             tokens = tokens + drafts
@@ -169,7 +170,7 @@ class BatchBuilder:
         if len(short):
             preempted = self._allocate_blocks(batch, rows[short], computed[short], num_slots[short], victims)
         batch.groups.append(ScheduledRows(rows, tokens, drafts))
-        batch.token_budget -= int(tokens.sum())
+        batch.token_budget -= int(np.add.reduce(tokens))
         if preempted:
             batch.out_of_blocks = True
             batch.drop_preempted(table.generations)

@@ -130,7 +130,8 @@ class OutputUpdater:
         needs_output_object = table.match_stop_tokens(token_ids)
         needs_output_object |= table.num_tokens[rows] - in_flight >= table.output_object_at[rows]
         requested_logprobs = _select_logprobs(len(new_token_ids), sampled, output.logprobs) if output.logprobs else {}
-        needs_output_object[list(requested_logprobs)] = True
+        if requested_logprobs:
+            needs_output_object[list(requested_logprobs)] = True
         indices = needs_output_object.nonzero()[0].tolist()
         for i in indices:
             outputs.append(self._make_output(int(rows[i]), [new_token_ids[i]], requested_logprobs.get(i)))
@@ -204,7 +205,8 @@ class OutputUpdater:
         needs_output_object = (table.match_stop_tokens(sampled_token_ids) & is_token).any(1)
         needs_output_object |= num_tokens - in_flight >= table.output_object_at[rows]
         requested_logprobs = _select_logprobs(len(new_token_ids), sampled, output.logprobs) if output.logprobs else {}
-        needs_output_object[list(requested_logprobs)] = True
+        if requested_logprobs:
+            needs_output_object[list(requested_logprobs)] = True
         indices = needs_output_object.nonzero()[0].tolist()
         for i in indices:
             outputs.append(self._make_output(int(rows[i]), new_token_ids[i], requested_logprobs.get(i)))

@@ -35,13 +35,16 @@ class BlockPool:
 
     def allocate_blocks(self, count: int) -> list[int]:
         """``count`` blocks, each with one reference. There must be that many free ones; cached ones are evicted."""
-        blocks = []
+        following, ref_counts, block_hashes = self._next, self.ref_counts, self.block_hashes
+        blocks, block = [], following[NULL_BLOCK]
         for _ in range(count):
-            block = self._next[NULL_BLOCK]
-            self._unlink(block)
-            self.evict_block(block)
-            self.ref_counts[block] = 1
+            if block_hashes[block] is not None:
+                self.evict_block(block)
+            ref_counts[block] = 1
             blocks.append(block)
+            block = following[block]
+        following[NULL_BLOCK], self._prev[block] = block, NULL_BLOCK
+        self.num_free -= count
         return blocks
 
     def add_references(self, blocks: Iterable[int]) -> None:
@@ -54,11 +57,20 @@ class BlockPool:
 
     def drop_references(self, blocks: Iterable[int]) -> None:
         """Drop a reference to each block. Blocks without references are free, to be allocated in the order given."""
+        following, before, ref_counts, block_hashes = self._next, self._prev, self.ref_counts, self.block_hashes
         for block in blocks:
             if block != NULL_BLOCK:
-                self.ref_counts[block] -= 1
-                if self.ref_counts[block] == 0:
-                    self._link(block)
+                ref_counts[block] = num_references = ref_counts[block] - 1
+                if not num_references:  # one that is not cached goes to the front, a cached one to the back
+                    if block_hashes[block] is None:
+                        first = following[NULL_BLOCK]
+                        following[NULL_BLOCK] = before[first] = block
+                        before[block], following[block] = NULL_BLOCK, first
+                    else:
+                        last = before[NULL_BLOCK]
+                        following[last] = before[NULL_BLOCK] = block
+                        before[block], following[block] = last, NULL_BLOCK
+                    self.num_free += 1
 
     def insert_cached(self, block: int, block_hash: bytes) -> None:
         """Cache a full block under its hash, unless it is cached or another block with the same content is."""
@@ -92,13 +104,3 @@ class BlockPool:
         self._next[before] = after
         self._prev[after] = before
         self.num_free -= 1
-
-    def _link(self, block: int) -> None:
-        """Put a block on the free list: one that is not cached to the front, a cached one to the back."""
-        if self.block_hashes[block] is None:
-            before, after = NULL_BLOCK, self._next[NULL_BLOCK]
-        else:
-            before, after = self._prev[NULL_BLOCK], NULL_BLOCK
-        self._next[before] = self._prev[after] = block
-        self._prev[block], self._next[block] = before, after
-        self.num_free += 1
