@@ -14,6 +14,8 @@ from quire.server.simulate.sequences import FILLER, STOP
 __all__ = ["LengthWorker", "RequestTokens"]
 
 NEVER = np.iinfo(np.int64).max
+_TOKENS = np.array([FILLER, STOP], np.int32)
+"""By whether a request ends with it."""
 
 
 class RequestTokens:
@@ -65,7 +67,7 @@ class LengthWorker:
         """The tokens of the last step that was executed."""
         rows, mask = step.rows, step.sampling_mask
         lengths = self._lengths[rows]
-        tokens = np.where(lengths == self._stop_lens[rows], STOP, FILLER).astype(np.int32)
+        tokens = _TOKENS.take(lengths == self._stop_lens[rows])
         if self.has_sequences:
             self._take_sequence_tokens(rows, lengths, tokens)
         return ModelRunnerOutput(step.step, tokens[:, None], mask.astype(np.int32))

@@ -20,7 +20,7 @@ from quire.core.stats import StepStats
 from quire.core.traces.recorder import TraceRecorder
 from quire.server.simulate.drafts import SimulatedDrafts
 from quire.server.simulate.length_worker import LengthWorker, RequestTokens
-from quire.server.simulate.step_model import EngineLimits, StepShape, StepTimeModel
+from quire.server.simulate.step_model import EngineLimits, StepHostTimes, StepShape, StepTimeModel
 
 __all__ = ["Replica", "RequestLog", "StepObserver"]
 
@@ -74,6 +74,7 @@ class Replica:
         drafts: SimulatedDrafts | None = None,
     ) -> None:
         self._model = model
+        self._host_times: dict[int, StepHostTimes] = {}  # of steps of so many decodes
         self._max_in_flight = limits.max_in_flight_steps
         watched = observe_step is not None or recorder is not None
         self._skip_equal_steps = skip_equal_steps and limits.max_in_flight_steps == 2 and not watched
@@ -134,6 +135,7 @@ class Replica:
     def change_model(self, model: StepTimeModel) -> None:
         """Steps take other times from now on."""
         self._model = model
+        self._host_times.clear()
 
     def advance(self, until_ns: int) -> None:
         """Serve up to ``until_ns``: the turn that begins before it is carried out whole."""
@@ -181,7 +183,7 @@ class Replica:
 
     def _launch(self, step: SchedulerOutput) -> None:
         num_reqs = len(step.rows)
-        host = self._model.host_ns(*_measure_host_work(step))
+        host = self._get_host_times(*_measure_host_work(step))
         shape = _measure_shape(step)
         device_ns = self._model.device_ns(shape)
         if self._observe_step is not None:
@@ -199,6 +201,13 @@ class Replica:
         output.device_us = device_ns / 1e3
         self._in_flight.append(_InFlight(step, output, self._device_free_ns, num_reqs, start_ns))
         self.num_steps += 1
+
+    def _get_host_times(self, num_reqs: int, prompt_step_tokens: int = 0) -> StepHostTimes:
+        if prompt_step_tokens:
+            return self._model.host_ns(num_reqs, prompt_step_tokens)
+        if (times := self._host_times.get(num_reqs)) is None:
+            times = self._host_times[num_reqs] = self._model.host_ns(num_reqs)
+        return times
 
     def _count_device_time(self, device_ns: int, shape: StepShape) -> None:
         self.device_busy_ns += device_ns
@@ -226,7 +235,7 @@ class Replica:
                 update_us=update_ns / 1e3,
             )
             self._recorder.record_output(stats, output)
-        self.now_ns += self._model.host_ns(num_reqs).update_ns
+        self.now_ns += self._get_host_times(num_reqs).update_ns
 
     def _note_outputs(self, outputs: EngineCoreOutputs) -> None:
         """Requests whose first token, or last, came with a step."""
