@@ -44,11 +44,20 @@ _FORMATS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "hostname": {"pattern": rf"^{_LABEL}(\.{_LABEL})*$", "maxLength": 253},
     "ipv6": {"pattern": f"^({_IPV6})$"},
 })  # fmt: skip
+_STANDARD = {
+    *_FORMATS, "duration", "email", "ipv4", "uri", "uuid", "idn-email", "idn-hostname", "iri", "iri-reference",
+    "json-pointer", "regex", "relative-json-pointer", "uri-reference", "uri-template",
+}  # fmt: skip
+"""Formats that draft 2020-12 defines. Others, such as ``int32`` and ``path``, assert nothing."""
 
 
 def write_format(schema: dict[str, Any]) -> None:
-    """Put an expression in the place of the schema's format, if there is one for it."""
+    """Put an expression in the place of the schema's format, if there is one for it, and take out one that asserts
+    nothing."""
     name = schema.get("format")
-    if isinstance(name, str) and name in _FORMATS:
+    if not isinstance(name, str):
+        return
+    if name in _FORMATS or name not in _STANDARD:
         del schema["format"]
+    if name in _FORMATS:
         schema["allOf"] = [*schema.get("allOf", ()), dict(_FORMATS[name])]

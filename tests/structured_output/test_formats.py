@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from quire.core.errors import InvalidRequestError
+
 VALID = {
     "date": ["2024-02-29", "2000-02-29", "0001-01-01", "2023-02-28", "2023-04-30", "1999-12-31"],
     "time": ["23:59:59Z", "08:30:06.283185+14:00", "23:59:60Z", "23:59:60.5+00:00", "00:00:00z"],
@@ -45,3 +47,16 @@ def test_a_format_stands_beside_other_keywords(compile_params, accepts) -> None:
     assert accepts(grammar, '{"day": "2024-02-29"}')
     for day in ("1996-02-29", "2023-02-29", "2024-02-28"):
         assert not accepts(grammar, json.dumps({"day": day}))
+
+
+@pytest.mark.parametrize("name", ["binary", "path", "int32", "password"])
+def test_a_format_of_no_standard_asserts_nothing(name, compile_params, accepts) -> None:
+    grammar = compile_params(json={"type": ["string", "integer"], "format": name, "maxLength": 3})
+    assert accepts(grammar, '"abc"') and accepts(grammar, "12")
+    assert not accepts(grammar, '"abcd"')
+
+
+@pytest.mark.parametrize("name", ["uri-reference", "idn-hostname", "json-pointer"])
+def test_a_format_of_the_standard_is_never_passed_over(name, compile_params) -> None:
+    with pytest.raises(InvalidRequestError, match=f"keyword 'format' is not supported with the value '{name}'"):
+        compile_params(json={"type": "object", "properties": {"a": {"format": name}}})
