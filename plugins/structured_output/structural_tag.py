@@ -44,7 +44,11 @@ def check_structural_tag(tag: Any) -> None:
             raise _refuse("a structure must begin and end as its 'group' does")
         if not isinstance(structure.get("schema", {}), dict | bool):
             raise _refuse("'schema' of a structure must be a JSON schema")
-        prepare_schema(structure.get("schema", {}))
+        try:
+            prepare_schema(structure.get("schema", {}))
+        except InvalidRequestError as error:
+            reason = str(error).removeprefix("json: ")
+            raise _refuse(f"the structure that begins {begins[0]!r:.100}: {reason}") from None
     if "answer" in tag:
         if not isinstance(tag["answer"], dict | bool):
             raise _refuse("'answer' must be a JSON schema")

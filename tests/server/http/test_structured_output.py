@@ -126,6 +126,13 @@ def test_the_sdk_parses_into_a_model(client: openai.OpenAI) -> None:
         ({"structured_outputs": {"jsn": {}}}, "no field 'jsn'"),
         ({"structured_outputs": {"choice": ["a"], "reasoning_end": "x"}}, "no field 'reasoning_end'"),
         ({"structured_outputs": {}}, "exactly one"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+                "tool_choice": "required",
+            },
+            '"name": "f", "arguments": \': the keyword \'not\'',
+        ),
         ({"guided_choice": ["a"], "bad_words": ["a"]}, "bad_words"),
     ],
 )
