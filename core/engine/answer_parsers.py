@@ -15,13 +15,13 @@ from quire.core.engine.call_constraints import EnforcedCalls, can_enforce_calls,
 from quire.core.engine.detokenizer import Detokenizer
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.tool_use import ToolUse
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import InvalidRequestError, RequestFailedError, UnsupportedError
 from quire.core.messages import CompletionOutput
 from quire.core.parsing.answer_parser import AnswerParser
 from quire.core.parsing.message import AssistantMessage
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.quarantine import Quarantine
-from quire.core.plugin.target import load_target
+from quire.core.plugin.quarantine import Quarantine, read_error_text
+from quire.core.plugin.target import construct_plugin, load_target
 from quire.core.sampling_params import SamplingParams
 from quire.core.stats import QuarantinedPlugin
 from quire.core.structured_outputs import StructuredOutputsParams
@@ -65,7 +65,16 @@ class AnswerParsers:
         def make(kind: str, contract: type) -> Any:
             choice = config.plugin(kind)
             plugin = load_target(choice.target, contract)
-            return plugin(parse_options(plugin, choice.options))
+            options = parse_options(plugin, choice.options)
+
+            def construct() -> Any:
+                parser = plugin(options)
+                texts = parser.markers if kind == "tool_parser" else (*parser.begin, *parser.end, *parser.dropped)
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"its markers are {texts!r:.100}, not texts")
+                return parser
+
+            return construct_plugin(f"{kind}/{choice.name}", construct)
 
         return cls(
             make("tool_parser", ToolParser),
@@ -96,7 +105,7 @@ class AnswerParsers:
             what = "a call that is required leaves no room for structured_outputs other than JSON"
             raise InvalidRequestError(f"tool_choice: {what}; give one of them", "tool_choice")
         if tools is not None and may_be_calls:
-            constraint = _add_calls(constraint, use, tools)
+            constraint = self._add_calls(constraint, use, tools)
         if constraint is None:
             return params
         if self._reasoning.begin and constraint.reasoning_end is None:
@@ -143,8 +152,35 @@ class AnswerParsers:
         if use.choice == "none" or not use.functions:
             return None
         if use.choice == "required":
-            return self._tools if self._has_tools and can_enforce_calls(use, self._tools) else self._enforced
+            has_forms = self._has_tools and self._tools_quarantine.call(can_enforce_calls, use, self._tools)
+            return self._tools if has_forms else self._enforced
         return self._tools if self._auto_tool_choice and self._has_tools else None
+
+    def _add_calls(
+        self, constraint: StructuredOutputsParams | None, use: ToolUse, tools: ToolParser
+    ) -> StructuredOutputsParams | None:
+        """What an answer has to match that may be calls, too."""
+        schema = None
+        if constraint is not None and use.choice != "required":
+            schema = constraint.load_json() if constraint.kind == "json" else {"type": "object"}
+        tag = self._write_tag(use, tools, schema)
+        if tag is None:
+            return constraint
+        if constraint is None:
+            return StructuredOutputsParams(structural_tag=tag)
+        return replace(constraint, json=None, json_object=None, structural_tag=tag)
+
+    def _write_tag(self, use: ToolUse, tools: ToolParser, schema: dict[str, Any] | bool | None) -> Any:
+        """The request fails where the parser does: what it asks for is not lifted."""
+        try:
+            return write_structural_tag(use, tools, schema)
+        except (KeyboardInterrupt, UnsupportedError):
+            raise
+        except BaseException as error:
+            what = f"{type(error).__name__}: {read_error_text(error)}"
+            self._tools_quarantine.switch_off("raised", f"a format of calls raised {what}", error)
+            message = f"tool_parser/{self._tools_quarantine.name} failed; the server's log says why"
+            raise RequestFailedError(message) from error
 
     def _leave_reasoning(self, constraint: StructuredOutputsParams, prompt_end: str) -> StructuredOutputsParams:
         """The constraint for what follows the reasoning of an answer, whose prompt has this end."""
@@ -172,18 +208,3 @@ class AnswerParsers:
 
 def _join_texts(texts: tuple[str, ...]) -> str | list[str] | None:
     return list(texts) if len(texts) > 1 else next(iter(texts), None)
-
-
-def _add_calls(
-    constraint: StructuredOutputsParams | None, use: ToolUse, tools: ToolParser
-) -> StructuredOutputsParams | None:
-    """What an answer has to match that may be calls, too."""
-    schema = None
-    if constraint is not None and use.choice != "required":
-        schema = constraint.load_json() if constraint.kind == "json" else {"type": "object"}
-    tag = write_structural_tag(use, tools, schema)
-    if tag is None:
-        return constraint
-    if constraint is None:
-        return StructuredOutputsParams(structural_tag=tag)
-    return replace(constraint, json=None, json_object=None, structural_tag=tag)

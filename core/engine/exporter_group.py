@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from quire.core.adapters import AdapterActivity
 from quire.core.config import EngineConfig
@@ -14,7 +15,7 @@ from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine.exporter_thread import ExporterThread
 from quire.core.messages import EngineCoreOutputs
 from quire.core.plugin.options import parse_options
-from quire.core.plugin.target import load_target
+from quire.core.plugin.target import construct_plugin, load_target
 from quire.core.stats import QuarantinedPlugin, RequestStats
 
 __all__ = ["ExporterGroup", "RenderedMetrics"]
@@ -49,7 +50,8 @@ class ExporterGroup:
         exporters = []
         for choice in config.plugins_of("metrics"):
             exporter = load_target(choice.target, MetricsExporter)
-            exporters.append((choice.name, exporter(labels, parse_options(exporter, choice.options))))
+            construct = partial(exporter, labels, parse_options(exporter, choice.options))
+            exporters.append((choice.name, construct_plugin(f"metrics/{choice.name}", construct)))
         return cls(exporters)
 
     @property

@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quire.core.errors import PluginError
 from quire.core.plugin.discovery import format_error
@@ -16,7 +17,16 @@ from quire.core.plugin.import_guard import guard_import
 from quire.core.plugin.registry import KINDS, PROJECT, Registration, Requirement, suggest_names
 from quire.core.plugin.signatures import find_signature_mismatch
 
-__all__ = ["Resolution", "find_missing_requirement", "load_target", "make_absolute", "resolve_file"]
+__all__ = [
+    "Resolution",
+    "construct_plugin",
+    "find_missing_requirement",
+    "load_target",
+    "make_absolute",
+    "resolve_file",
+]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,16 @@ class Resolution:
         """One line for the log: the choice, why, and why not the others."""
         others = "; ".join(f"not {name}: {reason}" for name, reason in self.rejected)
         return f"{KINDS[self.kind].title}: {self.name} ({self.why}{'; ' + others if others else ''})"
+
+
+def construct_plugin(place: str, construct: Callable[[], _T]) -> _T:
+    """What ``construct`` returns. What it raises becomes a PluginError of one line that names the plugin, ``place``."""
+    try:
+        return construct()
+    except (KeyboardInterrupt, PluginError):
+        raise
+    except BaseException as error:
+        raise PluginError(f"{place} cannot be constructed: {format_error(error)}; mend it or choose another") from error
 
 
 def load_target(target: str, contract: type | str | None = None) -> type:

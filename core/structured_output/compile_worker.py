@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
@@ -18,6 +19,7 @@ import msgspec
 from quire.core.config import EngineConfig
 from quire.core.contracts.structured_output import StructuredOutputBackend
 from quire.core.errors import InvalidRequestError
+from quire.core.plugin.quarantine import class_path, read_error_text
 from quire.core.structured_output.compiler import make_backend
 from quire.core.structured_outputs import StructuredOutputsParams
 
@@ -38,8 +40,8 @@ def main() -> int:
     backend, reason = None, ""
     try:
         backend = make_backend(config)
-    except Exception as error:
-        reason = f"structured output is not available: {error}"
+    except BaseException as error:
+        reason = f"structured output is not available: {read_error_text(error)}"
     gc.collect()
     gc.freeze()  # a collection would write to memory that is shared
     pids: set[int] = set()
@@ -107,8 +109,9 @@ def _compile(backend: StructuredOutputBackend, params: StructuredOutputsParams) 
         return str(error)
     except MemoryError:
         return f"{params.kind}: compiling it takes more than {MAX_MEMORY_BYTES >> 20} MiB; simplify it"
-    except Exception as error:
-        return f"{params.kind}: compiling it raised {type(error).__name__}: {error}"
+    except BaseException as error:
+        traceback.print_exception(error)
+        return f"{params.kind}: compiling it failed in {class_path(backend)}; the server's log says why"
     return ""
 
 

@@ -19,6 +19,7 @@ from quire.core.config import EngineConfig
 from quire.core.contracts.structured_output import CompiledGrammar, StructuredOutputBackend, TokenizerInfo
 from quire.core.errors import InvalidRequestError
 from quire.core.plugin.options import parse_options
+from quire.core.plugin.quarantine import class_path, read_error_text
 from quire.core.plugin.target import load_target
 from quire.core.structured_outputs import StructuredOutputsParams
 
@@ -177,15 +178,15 @@ class GrammarCompiler:
             backend.yield_to_engine = self.engine_wait.yield_to_engine
             backend.prepare_masks()
             self._backend.set_result(backend)
-        except Exception as error:
+        except BaseException as error:
             self._backend.set_exception(error)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
             try:
                 backend = self._backend.result()
-            except Exception as error:
-                message = f"structured output is not available: {error}"
+            except BaseException as error:
+                message = f"structured output is not available: {read_error_text(error)}"
                 self._refuse(job, InvalidRequestError(message, "structured_outputs"))
                 continue
             start = job.started_at = time.monotonic()
@@ -198,9 +199,10 @@ class GrammarCompiler:
                     raise TypeError(f"compile returned {type(grammar).__name__}, not a CompiledGrammar")
             except InvalidRequestError as error:
                 self._refuse(job, error)
-            except Exception as error:
-                _log.error("a %s could not be compiled", job.params.kind, exc_info=error)
-                message = f"{job.params.kind}: compiling it raised {type(error).__name__}: {error}"
+            except BaseException as error:
+                name = class_path(backend)
+                _log.error("%s: a %s could not be compiled", name, job.params.kind, exc_info=error)
+                message = f"{job.params.kind}: compiling it failed in {name}; the engine's log says why"
                 self._refuse(job, InvalidRequestError(message, "structured_outputs"))
             else:
                 with contextlib.suppress(InvalidStateError):  # it came too late

@@ -240,7 +240,9 @@ def _prepare(request: EngineCoreRequest, future: Future[CompiledGrammar]) -> Pre
         return PreparedRequest(request, future.result().start(), None)
     except InvalidRequestError as error:
         return PreparedRequest(request, None, str(error))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         _log.error("a grammar could not be started", exc_info=error)
         return PreparedRequest(request, None, "its grammar failed; the engine's log says why")
 

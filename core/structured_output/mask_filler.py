@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.contracts.structured_output import MaskRequest, StructuredOutputBackend
+from quire.core.plugin.quarantine import class_path
 
 __all__ = ["MaskFiller"]
 
@@ -82,9 +83,10 @@ class MaskFiller:
             try:
                 self._backend.fill_masks(requests, block)
                 return ""
-            except Exception as error:
-                _log.error("a mask could not be filled", exc_info=error)
-                return "its grammar failed; the engine's log says why"
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                return self._note_failure(error)
         if self._queue is None:
             self._queue = queue.SimpleQueue()
             threading.Thread(target=self._run, args=(self._queue,), name="quire-grammar-masks", daemon=True).start()
@@ -95,16 +97,21 @@ class MaskFiller:
             return ""
         except TimeoutError as error:
             if future.done():
-                _log.error("a mask could not be filled", exc_info=error)
-                return "its grammar failed; the engine's log says why"
+                return self._note_failure(error)
             self._queue.put(None)  # should the call ever return, its thread ends
             self._queue = None
             self.num_lost_threads += 1
-            _log.error("a mask was not filled in %.0f s; its thread is given up", self._time_limit_s)
+            name = class_path(self._backend)
+            _log.error("%s: a mask was not filled in %.0f s; its thread is given up", name, self._time_limit_s)
             return f"its grammar did not return in {self._time_limit_s:.0f} s"
-        except Exception as error:
-            _log.error("a mask could not be filled", exc_info=error)
-            return "its grammar failed; the engine's log says why"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return self._note_failure(error)
+
+    def _note_failure(self, error: BaseException) -> str:
+        _log.error("%s: a mask could not be filled", class_path(self._backend), exc_info=error)
+        return "its grammar failed; the engine's log says why"
 
     def _run(self, calls: queue.SimpleQueue[_Call | None]) -> None:
         while (call := calls.get()) is not None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from quire.core.contracts.structured_output import GrammarState
+from quire.core.plugin.quarantine import class_path
 
 __all__ = ["RequestGrammar"]
 
@@ -36,9 +37,10 @@ class RequestGrammar:
             return True
         try:
             num_taken = self.state.advance(new_token_ids)
-        except Exception as error:
-            _log.error("a grammar failed", exc_info=error)
-            self.error = "its grammar failed; the engine's log says why"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            self._note_failure(error)
             return False
         if num_taken != len(new_token_ids):
             self.error = f"its grammar does not take token {new_token_ids[num_taken]}, which it had allowed"
@@ -52,7 +54,12 @@ class RequestGrammar:
             return ()
         try:
             return self.state.forced_tokens(max_tokens)
-        except Exception as error:
-            _log.error("a grammar failed", exc_info=error)
-            self.error = "its grammar failed; the engine's log says why"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            self._note_failure(error)
             return ()
+
+    def _note_failure(self, error: BaseException) -> None:
+        _log.error("%s: a grammar failed", class_path(self.state), exc_info=error)
+        self.error = "its grammar failed; the engine's log says why"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -20,16 +22,25 @@ from quire.core.structured_outputs import StructuredOutputsParams
 __all__ = ["FaultyBackend", "FaultyBackendWithThread"]
 
 
+class UnreadableError(asyncio.CancelledError):
+    """No ``Exception``, and it cannot say its text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 class FaultyBackend(StructuredOutputBackend):
     """``choice=["ok"]`` allows the tokens 104 to 199; other choices are the fault that is committed: ``raise``,
-    ``hang``, ``burn``, ``allocate`` or ``exit in compile``, ``raise in start``, ``raise in fill``,
-    ``raise in advance``, ``empty mask``, ``refuse what it allowed``, ``hang in fill``."""
+    ``cancel``, ``hang``, ``burn``, ``allocate`` or ``exit in compile``, ``raise in start``, ``raise in fill``,
+    ``cancel in fill``, ``raise in advance``, ``empty mask``, ``refuse what it allowed``, ``hang in fill``."""
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Commits the faults of compiling."""
         (fault,) = params.choice or ["ok"]
         if fault == "raise in compile":
             raise RuntimeError("a fault of the compiler")
+        if fault == "cancel in compile":
+            raise UnreadableError
         if fault == "hang in compile":
             threading.Event().wait()
         if fault == "burn in compile":
@@ -40,7 +51,7 @@ class FaultyBackend(StructuredOutputBackend):
             while True:
                 blocks.append(np.empty(1 << 24, np.uint8))
         if fault == "exit in compile":
-            raise SystemExit(3)
+            os._exit(3)
         return _Grammar(fault)
 
 
@@ -74,6 +85,8 @@ class _State(GrammarState):
             return
         if self._fault == "raise in fill" and late:
             raise RuntimeError("a fault of fill_mask")
+        if self._fault == "cancel in fill" and late:
+            raise UnreadableError
         if self._fault == "hang in fill" and late:
             time.sleep(3600)
         mask.view(np.uint8)[13:25] = 255  # tokens 104 to 199

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from quire import LLM, SamplingParams
 from quire.core.engine.answer_parsers import AnswerParsers
 from quire.core.engine.tokenizer import Tokenizer
 from quire.core.engine.tool_use import ToolUse, read_tool_use
-from quire.core.errors import InvalidRequestError
+from quire.core.errors import InvalidRequestError, PluginError, RequestFailedError
 from quire.core.loading.chat_template import read_chat_templates
 from quire.core.messages import CompletionOutput
 from quire.core.plugin.manager import PluginManager
@@ -119,6 +120,39 @@ def test_a_parser_that_raises_is_quarantined(tokenizer, caplog):
     assert [(each.kind, each.reason) for each in quarantined] == [("tool_parser", "raised")]
     assert "not today" in caplog.text
     assert not parsers.find_calls_in(use) and parsers.make_parser(use, [5]) is None
+
+
+class HasNoFormats(Breaks):
+    """Raises where it is asked how calls are written."""
+
+    def list_call_formats(self, name):
+        raise RuntimeError("not today")
+
+
+def test_a_parser_that_cannot_say_its_formats_is_quarantined(tokenizer, caplog):
+    quarantined = []
+    parsers = make_parsers(tokenizer, parser=HasNoFormats(), on_quarantine=quarantined.append)
+    constrained = parsers.constrain_params(read_tool_use(TOOLS, "required"), [5], Params())
+    assert constrained.structured_outputs.load_json()["triggers"] == ["<tool_call>"], "in another syntax"
+    assert [(each.kind, each.reason) for each in quarantined] == [("tool_parser", "raised")]
+    assert "not today" in caplog.text
+    parsers = make_parsers(tokenizer, parser=HasNoFormats())
+    strict = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
+    with pytest.raises(RequestFailedError, match=r"tool_parser/.* failed; the server's log says why"):
+        parsers.constrain_params(read_tool_use([strict]), [5], Params())  # what is strict is not lifted
+
+
+class HasNoMarkers(Breaks):
+    """Has what are no texts."""
+
+    begin = (5,)
+
+
+def test_a_parser_that_cannot_be_constructed_is_refused_by_name(tokenizer, llm):
+    choice = replace(llm.config.plugin("tool_parser"), name="mine", target=f"{__name__}:HasNoMarkers")
+    config = replace(llm.config, plugins={**llm.config.plugins, "tool_parser": choice})
+    with pytest.raises(PluginError, match="tool_parser/mine cannot be constructed: TypeError: its markers are"):
+        AnswerParsers.from_config(config, tokenizer, lambda plugin: None)
 
 
 def test_calls_of_the_models_own_accord_can_be_turned_off(tokenizer):

@@ -6,13 +6,17 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 
+from quire import LLM
+from quire.core.config import PluginChoice
 from quire.core.contracts.metrics import MetricsExporter
 from quire.core.engine import exporter_thread
 from quire.core.engine.exporter_group import ExporterGroup
 from quire.core.engine.watchdog import PluginWatchdog
+from quire.core.errors import PluginError
 from quire.core.messages import EngineCoreOutputs
 from quire.core.stats import QuarantinedPlugin, StepFailure
 
@@ -75,6 +79,18 @@ def test_each_quarantined_plugin_is_told_once() -> None:
     group.close()
     assert group.active == [good] and group.num_quarantined == 1
     assert good.quarantined == [processor, QuarantinedPlugin("metrics", "bad", "raised")]
+
+
+class CannotBeMade(Exporter):
+    def __init__(self, labels: object, options: object = None) -> None:
+        raise RuntimeError("no port")
+
+
+def test_one_that_cannot_be_constructed_is_refused_by_name(llm: LLM) -> None:
+    choice = PluginChoice("metrics", "mine", f"{__name__}:CannotBeMade")
+    config = replace(llm.config, plugins={"metrics:000": choice})
+    with pytest.raises(PluginError, match="metrics/mine cannot be constructed: RuntimeError: no port"):
+        ExporterGroup.from_config(config)
 
 
 def test_nothing_waits_for_an_exporter_that_does(released: threading.Event) -> None:

@@ -51,8 +51,9 @@ def faulty(request) -> Iterator[CompileProcess]:
         ("burn in compile", "takes longer than 1 s"),
         ("allocate in compile", "takes more than 512 MiB"),
         ("exit in compile", "takes more than"),
-        ("raise in compile", "a fault of the compiler"),
-        ("raise in start", "a fault of start"),
+        ("raise in compile", f"compiling it failed in {FAULTY}.*; the server's log says why"),
+        ("cancel in compile", f"compiling it failed in {FAULTY}.*; the server's log says why"),
+        ("raise in start", f"compiling it failed in {FAULTY}.*; the server's log says why"),
     ],
 )
 def test_a_fault_is_a_refusal_and_the_next_constraint_is_checked(faulty: CompileProcess, fault, reason) -> None:

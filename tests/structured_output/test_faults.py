@@ -64,7 +64,16 @@ def run_together(llm: LLM, params: list[SamplingParams]) -> Ends:
 
 @pytest.mark.parametrize(
     "fault",
-    ["raise in compile", "raise in start", "raise in fill", "raise in advance", "empty mask", "refuse what it allowed"],
+    [
+        "raise in compile",
+        "cancel in compile",
+        "raise in start",
+        "raise in fill",
+        "cancel in fill",
+        "raise in advance",
+        "empty mask",
+        "refuse what it allowed",
+    ],
 )
 def test_a_fault_ends_its_request_alone(llm: LLM, expected: Ends, fault: str) -> None:
     ends = run_together(llm, [PLAIN, make_params("ok"), make_params(fault)])
