@@ -74,8 +74,8 @@ def make_policy(choice: PluginChoice) -> BatchingPolicy:
     options = parse_options(cls, choice.options)
     try:
         policy: BatchingPolicy = cls(options)
-    except PluginError:
+    except (KeyboardInterrupt, PluginError):
         raise
-    except (ValueError, TypeError) as error:
+    except BaseException as error:
         raise make_refusal(cls, choice.options, error) from error
     return policy

@@ -6,15 +6,19 @@ They arrive as ``SamplingParams.extra_args``: by name, each for the plugin that 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quire.core.errors import InvalidRequestError, PluginError
+from quire.core.errors import InvalidRequestError, PluginError, RequestFailedError
 from quire.core.plugin.annotations import convert_value, describe_type, find_fields_class
+from quire.core.plugin.quarantine import read_error_text
 from quire.core.plugin.registry import suggest_names
 
 __all__ = ["ArgumentChecker", "find_arguments_class", "parse_arguments"]
+
+_log = logging.getLogger("quire.plugin")
 
 
 def find_arguments_class(cls: type) -> type | None:
@@ -35,7 +39,8 @@ def parse_arguments(cls: type, given: Mapping[str, Any] | None, plugin: str = ""
 
     Fields may be str, int, float, bool, an enum (by name), ``Literal[...]``, ``X | None``, ``tuple[X, ...]`` (a JSON
     array), ``dict[str, Any]`` (a JSON object) and ``Any``. Raises ``InvalidRequestError`` naming the argument and
-    ``plugin`` for a value of another type, and for what the dataclass itself refuses with ValueError.
+    ``plugin`` for a value of another type, and for what the dataclass itself refuses with ValueError, and
+    ``RequestFailedError`` if it raises anything else.
     """
     arguments = find_arguments_class(cls)
     if arguments is None:
@@ -58,8 +63,12 @@ def parse_arguments(cls: type, given: Mapping[str, Any] | None, plugin: str = ""
     try:
         return arguments(**values)
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidRequestError(f"extra_args: {owner} refuses them: {reason}", "extra_args") from None
+        raise InvalidRequestError(f"extra_args: {owner} refuses them: {read_error_text(error)}", "extra_args") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a plugin's own code: what it says is for the log
+        _log.error("%s raised %s for extra_args", owner, type(error).__name__, exc_info=error)
+        raise RequestFailedError(f"extra_args: {owner} failed; the server's log says why") from error
 
 
 class ArgumentChecker:

@@ -12,6 +12,7 @@ from typing import Any
 
 from quire.core.errors import PluginError, PluginOptionError
 from quire.core.plugin.annotations import UnreadableTypeError, convert_value, describe_type, find_fields_class
+from quire.core.plugin.quarantine import read_error_text
 from quire.core.plugin.registry import suggest_names
 from quire.core.plugin.source import read_options
 
@@ -59,7 +60,7 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
 
     Values are texts of a command line, or what ``list_option_values`` gives. Fields may be str, int, float, bool, Path,
     an enum, ``Literal[...]``, ``X | None`` ("none") and ``tuple[X, ...]`` (comma separated). Raises PluginOptionError
-    on one line: unknown or missing key, a value of the wrong type, or whatever ValueError the dataclass itself raises.
+    on one line: unknown or missing key, a value of the wrong type, or whatever the dataclass itself raises.
     """
     options = find_options_class(cls)
     if options is None:
@@ -71,14 +72,18 @@ def parse_options(cls: type, pairs: Mapping[str, Any]) -> Any:
     values = _convert_options(cls.__qualname__, pairs, {f.name: hints[f.name] for f in fields}, required)
     try:
         return options(**values)
-    except (ValueError, TypeError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a plugin's own code, SystemExit included
         raise make_refusal(cls, pairs, error) from error
 
 
-def make_refusal(cls: type, pairs: Mapping[str, Any], error: Exception) -> PluginOptionError:
+def make_refusal(cls: type, pairs: Mapping[str, Any], error: BaseException) -> PluginOptionError:
     """The error of options that are each well-formed, and that the plugin does not take."""
+    is_meant = isinstance(error, (ValueError, TypeError))
+    reason = read_error_text(error) if is_meant else f"it raised {type(error).__name__}: {read_error_text(error)}"
     given = ", ".join(f"{k}={v}" for k, v in pairs.items()) or "the defaults"
-    return PluginOptionError(f"{cls.__qualname__} refuses {given}: {' '.join(str(error).split())}")
+    return PluginOptionError(f"{cls.__qualname__} refuses {given}: {reason}")
 
 
 def check_options_by_source(target: str, pairs: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.core.errors import RequestFailedError
 from quire.core.plugin.arguments import ArgumentChecker, find_arguments_class, parse_arguments
 from quire.core.testing.tiny_models import make_tiny_model
 from quire.sdk import BatchingPolicy, InvalidRequestError, LogitsProcessor, PluginError
@@ -36,6 +37,8 @@ class Always(LogitsProcessor):
         note: str = ""
 
         def __post_init__(self) -> None:
+            if self.note == "a bug of the plugin":
+                raise KeyError("the secret is 4711")
             if self.strength <= 0:
                 raise ValueError("strength must be above 0")
 
@@ -171,3 +174,9 @@ def test_a_policy_ranks_by_what_requests_say(llm: LLM) -> None:
 def test_a_misspelling_runs_nothing(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="no plugin takes 'tokne'; did you mean"):
         llm.generate("a", SamplingParams(extra_args={"tokne": 1}))
+
+
+def test_what_arguments_raise_of_their_own_is_for_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RequestFailedError, match="mine failed; the server's log says why") as failure:
+        parse_arguments(Always, {"note": "a bug of the plugin"}, "mine")
+    assert "4711" not in str(failure.value) and "4711" in caplog.text

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from quire.core.errors import PluginError
+from quire.core.errors import PluginError, PluginOptionError
 from quire.core.plugin.options import parse_options, split_key_values
 
 
@@ -35,6 +35,17 @@ class Rich:
                 raise ValueError("size must be at least 1")
 
 
+class Odd:
+    @dataclass(frozen=True)
+    class Options:
+        end: bool = False
+
+        def __post_init__(self) -> None:
+            if self.end:
+                raise SystemExit(3)
+            raise KeyError("no such colour")
+
+
 class Demanding:
     @dataclass(frozen=True)
     class Options:
@@ -45,6 +56,18 @@ class Thawed:
     @dataclass
     class Options:
         size: int = 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "Odd refuses the defaults: it raised KeyError"),
+        ({"end": "on"}, "Odd refuses end=on: it raised SystemExit: 3"),
+    ],
+)
+def test_whatever_options_raise_is_a_refusal(given, said):
+    with pytest.raises(PluginOptionError, match=said):
+        parse_options(Odd, given)
 
 
 def test_every_type_is_read():
