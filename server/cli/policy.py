@@ -24,7 +24,9 @@ def add_parser(subparsers: Any) -> None:
     add_admin_flags(show)
     show.set_defaults(run=_run_show)
     change = actions.add_parser("set", help="switch to another policy, or to other options; no request is dropped")
-    change.add_argument("name", metavar="NAME", help="as for --scheduling-policy")
+    change.add_argument(
+        "name", metavar="NAME[,KEY=VALUE]", help="as for --scheduling-policy, with options as in quire simulate and ab"
+    )
     change.add_argument(
         "options", nargs="*", metavar="KEY=VALUE", help="its options; those that are left out get their defaults"
     )
@@ -65,7 +67,8 @@ def _run_show(args: argparse.Namespace) -> int:
 
 
 def _run_set(args: argparse.Namespace) -> int:
-    body = {"name": make_absolute(args.name), "options": split_key_values(args.options)}
+    name, *pairs = args.name.split(",")
+    body = {"name": make_absolute(name), "options": split_key_values([*pairs, *args.options])}
     print(format_policy(call_admin_route(args.url, args.admin_api_key, "POST", "/admin/policy", body)))
     return 0
 

@@ -61,7 +61,7 @@ def test_the_policy_is_switched_under_load_and_a_request_explained(
     for thread in threads:
         thread.start()
     until(lambda: server.load()["num_requests_waiting"] >= 4, 60)
-    switches = ("priority aging=1", "priority aging=5", "fair_share weights=a=2,b=1", "edf drop=true")
+    switches = ("priority,aging=1", "priority aging=5", "fair_share weights=a=2,b=1", "edf drop=true")
     for words in map(str.split, switches):
         assert main(["policy", "set", *words, *admin]) == 0
     said = capsys.readouterr().out.splitlines()
