@@ -21,7 +21,7 @@ from quire.server.ab.simulated import (
     run_paired_simulation,
     run_switchback_simulation,
 )
-from quire.server.simulate.capacity import scale_to_load
+from quire.server.simulate.capacity import TRUSTED_LOAD, describe_load, measure_load, scale_to_load
 from quire.server.simulate.setup import PluginSpec, make_setup, resolve_spec
 from quire.server.simulate.simulation import EngineSetup, run_simulation
 from quire.server.simulate.step_model import EngineLimits
@@ -58,7 +58,8 @@ def run_experiment(args: argparse.Namespace) -> Experiment:
         for arm, setup in enumerate(setups)
         for at, waiting, _ in run_simulation(windows[0], setup).queue_depth
     ]
-    return Experiment("simulation", arms, measured, stretch, washout, trace.describe(), warnings, depth, trace.notes)
+    notes = (*trace.notes, *_note_load(trace, setups[0]))
+    return Experiment("simulation", arms, measured, stretch, washout, trace.describe(), warnings, depth, notes)
 
 
 def _simulate_switchback(
@@ -67,9 +68,10 @@ def _simulate_switchback(
     blocks = plan_blocks(args.pairs, args.block, args.seed)
     trace = _load(args, setups[0], args.seed)
     measured = run_switchback_simulation(trace, setups, blocks, args.washout)
+    notes = [*trace.notes, *_note_load(trace, setups[0])]
+    notes.append("a simulation in virtual time; with --url it changes a server's policy")
     return Experiment(
-        "switchback", arms, measured, args.block, args.washout, trace.describe(), warnings, (),
-        (*trace.notes, "a simulation in virtual time; with --url it changes a server's policy"),
+        "switchback", arms, measured, args.block, args.washout, trace.describe(), warnings, (), notes
     )  # fmt: skip
 
 
@@ -154,6 +156,12 @@ def _change_limits(setup: EngineSetup, pairs: list[str], letter: str) -> EngineS
 
 def _is_made_up(args: argparse.Namespace) -> bool:
     return bool(args.trace.partition(":")[0] == "synthetic")
+
+
+def _note_load(trace: Trace, setup: EngineSetup) -> list[str]:
+    """What a reader has to know of a load at which simulated latencies cannot be trusted."""
+    load = measure_load(trace, setup, 1)
+    return [describe_load(load)] if max(load.get("mean", 0.0), load.get("peak", 0.0)) > TRUSTED_LOAD else []
 
 
 def _load(args: argparse.Namespace, setup: EngineSetup, seed: int) -> Trace:

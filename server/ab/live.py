@@ -48,6 +48,10 @@ def describe_server(url: str, api_key: str | None = None) -> dict[str, Any]:
             model = client.get("/v1/models").raise_for_status().json()["data"][0]
             metrics = client.get("/metrics").raise_for_status().text
             trace = client.get("/trace", params={"steps": 200})
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        remedy = "give its key with --api-key" if status in (401, 403) else "is it quire serve?"
+        raise ConfigError(f"{error.request.url} answered {status}; {remedy}") from None
     except (httpx.HTTPError, LookupError, ValueError) as error:
         raise ConfigError(f"{url} cannot be asked what it serves: {error}; start it with quire serve") from None
     described = {"model": model["id"], "max_model_len": model.get("max_model_len")}

@@ -50,10 +50,18 @@ def test_a_paired_simulation_gives_a_report_with_plots(quire, tmp_path):
     )
     for text in (table, *other, "--load 0.9 --slo-ttft-ms 500.0 --out", "queues do not settle"):
         assert text in out, text
+    assert "do not trust these latencies" not in out
     assert (tmp_path / "report" / "report.md").read_text().strip() == out.strip()
     for plot in ("latencies.png", "effects.png", "queue.png"):
         assert f"]({plot})" in out
         assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("design", [[], ["--design", "switchback", "--block", "1", "--washout", "0.1"]])
+def test_a_load_near_capacity_is_named(quire, design):
+    words = ("--a", "fcfs", "--b", "sjf", "--trace", "synthetic:requests=2200,input=fixed/600,output=fixed/40")
+    status, out, err = quire(*words, "--load", "1.1", "--pairs", "12", *design)
+    assert status == 0 and "- Note: load: 1.1" in out and "do not trust these latencies" in out, err
 
 
 @pytest.mark.parametrize("design", [[], ["--design", "switchback", "--block", "1", "--washout", "0.1"]])
@@ -169,6 +177,16 @@ def test_two_servers_are_compared_on_the_same_traffic(quire, server):
     status, out, err = quire("--a", "fcfs", "--aa", "--design", "replay", "--url", server.url, server.url, *LIVE)
     assert status == 0, err
     assert "Paired replay: each stretch of traffic was sent to both servers at once." in out and "12 pairs" in out
+
+
+def test_a_server_that_wants_a_key_says_so(quire, start):
+    running = start("--api-key", "k")
+    words = ("--a", "fcfs", "--b", "sjf", "--design", "switchback", "--url", running.url, *LIVE)
+    for key in ((), ("--api-key", "another")):
+        status, _, err = quire(*words, *key)
+        assert (
+            status == 2 and err == f"quire: error: {running.url}/v1/models answered 401; give its key with --api-key\n"
+        )
 
 
 def test_a_replay_asks_the_servers_for_their_policies(quire, start):
