@@ -40,8 +40,9 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     grammar, in Lark's syntax or in EBNF (GBNF: ``root ::= ...``). ``structural_tag``: free text in which, after a
     trigger, one of several structures follows: ``{"structures": [{"begin": ..., "schema": ..., "end": ...}],
     "triggers": [...]}``; beside them ``"free_text": false`` (nothing else), ``"at_least_one": true``,
-    ``"stop_after_first": true`` and ``"answer": SCHEMA`` (JSON of that schema, or structures; no free text). XGrammar's
-    ``{"format": {"type": "triggered_tags"}}`` and ``{"type": "tag"}`` are taken too, around JSON schemas. For calls
+    ``"structure_first": true`` (one begins the answer), ``"stop_after_first": true`` and ``"answer": SCHEMA`` (JSON of
+    that schema, or structures; no free text). XGrammar's ``{"format": {"type": "triggered_tags"}}`` and
+    ``{"type": "tag"}`` are taken too, around JSON schemas. For calls
     of tools the engine adds to a structure ``"group": [before, between, behind]`` (several of them in a list),
     ``"first": true`` (only where the answer begins, and nothing else), ``"arguments"`` and ``"separator"`` (as
     ``ArgumentFormat`` has them, in place of a schema) or ``"free": true`` (any text), and to the tag ``"excluded"`` and
@@ -204,7 +205,10 @@ def _read_tag_format(tag: Any) -> dict[str, Any]:
     if not isinstance(tags := tag.get("tags"), list):
         raise InvalidRequestError("structural_tag: 'tags' of format must be a list", _PARAM)
     structures = [_read_tag(f"tags[{index}]", each) for index, each in enumerate(tags)]
-    return {"structures": structures, "triggers": tag.get("triggers"), **{key: tag[key] for key in flags if key in tag}}
+    given = {key: tag[key] for key in flags if key in tag}
+    if given.get("at_least_one"):  # which XGrammar has at the beginning
+        given["structure_first"] = True
+    return {"structures": structures, "triggers": tag.get("triggers"), **given}
 
 
 def _read_tag(place: str, tag: Any) -> dict[str, Any]:

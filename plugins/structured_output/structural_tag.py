@@ -100,7 +100,10 @@ class TagGrammar:
         if "answer" in tag:
             starts.append(self._add_rule("answer", begin, self._write_json(tag["answer"])))
         if tag.get("free_text") is not False and "answer" not in tag:
-            text = self._write_text() if self._others or not tag.get("at_least_one") else ""
+            if tag.get("structure_first") and self._others:
+                text = self._write_structure_and_text()
+            else:
+                text = self._write_text() if self._others or not tag.get("at_least_one") else ""
             starts += [self._add_rule("text", begin, text)] if text else []
         elif self._others:
             segments = self._write_segments("", None)
@@ -124,6 +127,17 @@ class TagGrammar:
         if segments.inner:
             parts.append(f"({segments.inner}) ({more.inner})* ({' | '.join(filter(None, (text, more.last)))})")
         return f"({' | '.join(parts)})"
+
+    def _write_structure_and_text(self) -> str:
+        """A structure, and behind it free text with others in it."""
+        first = self._write_segments("", None)
+        if self._tag.get("stop_after_first"):
+            return first.join()
+        text = self._add_rule("TEXT", str(TextRegex().exclude(*self._excluded)))
+        more = self._write_segments("next_", text)
+        rest = f"({more.inner})* " if more.inner else ""
+        parts = [f"({first.inner}) {rest}({' | '.join(filter(None, (text, more.last)))})"] if first.inner else []
+        return f"({' | '.join(filter(None, (*parts, first.last)))})"
 
     def _write_segments(self, prefix: str, text: str | None) -> _Parts:
         """Structures that begin with a trigger, behind ``text`` where there is free text."""

@@ -135,3 +135,5 @@ def test_structural_tags_of_xgrammar_are_the_same_in_other_words() -> None:
     assert params == StructuredOutputsParams(structural_tag={**structures, "stop_after_first": True})
     alone = StructuredOutputsParams(structural_tag=json.dumps({"format": TAG})).load_json()
     assert alone == {**structures, "free_text": False, "at_least_one": True, "stop_after_first": True}
+    first = StructuredOutputsParams(structural_tag={"format": {**triggered, "at_least_one": True}}).load_json()
+    assert first == {**structures, "stop_after_first": True, "at_least_one": True, "structure_first": True}
