@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -59,18 +60,38 @@ def test_make_targets_exist(all_blocks, root):
     assert named <= {line.split()[1] for line in listed.stdout.splitlines()}
 
 
+def parse(words, capsys):
+    """What the command line does not know of a command, and what it says of it."""
+    parser, _ = make_parsers()
+    try:
+        _, unknown = parser.parse_known_args(words[1:])
+    except SystemExit as exit_:
+        unknown = words if exit_.code else []
+    return unknown, capsys.readouterr().err
+
+
 def test_quire_commands_parse(all_blocks, capsys):
-    seen = 0
-    for where, words in shell_lines(all_blocks):
-        if words[0] == "quire":
-            parser, _ = make_parsers()
-            try:
-                _, unknown = parser.parse_known_args(words[1:])
-            except SystemExit as exit_:
-                unknown = words if exit_.code else []
-            assert not unknown, f"{where}: quire does not know {unknown}: {capsys.readouterr().err}"
-            seen += 1
-    assert seen >= 4
+    """Those in blocks, of shell lines or of no language."""
+    unnamed = [replace(block, language="sh") for block in all_blocks if re.match(r"(\w+=\S+ )?quire ", block.text)]
+    commands = [each for each in shell_lines([*all_blocks, *unnamed]) if each[1][0] == "quire"]
+    for where, words in commands:
+        unknown, said = parse(words, capsys)
+        assert not unknown, f"{where}: quire does not know {unknown}: {said}"
+    assert len(commands) > 60
+
+
+def test_quire_commands_within_sentences_parse(pages, capsys):
+    """They may leave out what is required, and have placeholders."""
+    commands = {
+        (page.name, " ".join(span.split()))
+        for page in pages
+        for span in re.findall(r"`(quire [^`]+)`", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S))
+    }
+    left_out = r"arguments are required|expected \S+ argument|'[NX]' is not a|'COMMAND'"
+    for page, command in sorted(commands):
+        unknown, said = parse(shlex.split(command), capsys)
+        assert not unknown or re.search(left_out, said), f"{page}: {command}: {unknown} {said}"
+    assert len(commands) > 80
 
 
 def test_first_screen_has_the_two_commands_and_a_request(readme):
