@@ -300,7 +300,9 @@ class PluginManager:
             others = [p for p in self._pluggy.get_plugins() if p is not plugin]
             try:
                 answer = self._pluggy.subset_hook_caller(hook, others)(**arguments)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 raise PluginError(f"{dist}: {hook} failed: {format_error(error)}; leave out --plugin {dist}") from error
             yield dist, answer
 

@@ -146,6 +146,10 @@ def test_a_hook_that_raises_is_named(install):
     @hookimpl
     def quire_configure(config):
         raise OSError("disk full")
+
+    @hookimpl
+    def quire_extend_app(app):
+        raise SystemExit(7)
     """
     install("quire-bad", "quire_bad", source)
     manager = PluginManager(enabled=["quire-bad"])
@@ -153,6 +157,8 @@ def test_a_hook_that_raises_is_named(install):
         manager.resolve_plugin("kv")
     with pytest.raises(PluginError, match="quire-bad: quire_configure failed: OSError: disk full"):
         manager.call_hook("quire_configure", config=None)
+    with pytest.raises(PluginError, match=r"quire-bad: quire_extend_app failed: it called sys.exit\(7\); leave out"):
+        manager.call_hook("quire_extend_app", app=None)
 
 
 def test_enabling_what_is_not_installed_says_what_is(install):
