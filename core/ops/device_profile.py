@@ -139,7 +139,7 @@ PROFILES: tuple[DeviceProfile, ...] = (
         4.8e12,
         launch_table="h200",
         all_reduce=_NVLINK_ALL_REDUCE,
-        shrinks_in_product=("bf16",),
+        shrinks_in_product=("bf16", "fp8", "int8", "w4a16"),
     ),
     DeviceProfile("B200", (10, 0), 148, 227 * _KIB, 126 << 20, 8.0e12),
 )

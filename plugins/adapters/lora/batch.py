@@ -14,7 +14,7 @@ from torch import Tensor
 from quire.sdk import AdapterLimits, ShrinkInProduct
 from quire.sdk.ops import copy_to_device
 
-__all__ = ["MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape", "TokenTiles"]
+__all__ = ["FEW_SLOTS", "MAX_FEW_TOKENS", "AdapterBatch", "SegmentShape", "TokenTiles"]
 
 MAX_FEW_TOKENS = 8
 """Tokens of a step whose slots are uploaded one by one, for kernels that add what adapters make of them."""
@@ -27,9 +27,14 @@ _SHORT_SEGMENT_TOKENS = 512
 """Tokens of a step up to which segments are short: most hold decodes, which rarely share an adapter with 16 others."""
 
 
+FEW_SLOTS = 8
+"""Of so many slots, or fewer, the tokens of a tile share most."""
 _TILE_ROWS = (16, 32, 64)
 _MAX_TILE_ROWS = _TILE_ROWS[-1]
 """Tokens of a tile, in their order in the step, whose adapters are multiplied together."""
+_MIXED_TILE_ROWS, _MAX_MIXED_TOKENS = 32, 256
+"""Tokens of a tile that may have more slots than ``FEW_SLOTS``, in steps of up to so many tokens: each token is
+multiplied by every slot of its tile, so small tiles waste less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,8 @@ class TokenTiles:
 
     def __init__(self, limits: AdapterLimits) -> None:
         max_tokens = limits.max_num_tokens
-        shape = -(-max_tokens // _MAX_TILE_ROWS), 1 + min(limits.num_slots, _MAX_TILE_ROWS)
+        num_tiles = max(-(-max_tokens // _MAX_TILE_ROWS), -(-min(max_tokens, _MAX_MIXED_TOKENS) // _MIXED_TILE_ROWS))
+        shape = num_tiles, 1 + min(limits.num_slots, _MAX_TILE_ROWS)
         self._packed = torch.zeros(shape[0] * shape[1] + max_tokens, dtype=torch.int32, device=limits.device)
         lists, self.token_slots = self._packed.split([shape[0] * shape[1], max_tokens])
         self.lists = lists.view(shape)
@@ -68,7 +74,9 @@ class TokenTiles:
         """For a step whose tokens have these slots, of the first ``num_slots``."""
         self.num_slots = num_slots
         num_tokens = len(token_slots)
-        self.rows = next(rows for rows in _TILE_ROWS if num_tokens <= rows or rows == _MAX_TILE_ROWS)
+        is_mixed = num_slots > FEW_SLOTS and num_tokens <= _MAX_MIXED_TOKENS
+        most = _MIXED_TILE_ROWS if is_mixed else _MAX_TILE_ROWS
+        self.rows = next(rows for rows in _TILE_ROWS if num_tokens <= rows or rows == most)
         host = np.zeros(self.lists.numel() + num_tokens, np.int32)
         host[self.lists.numel() :] = token_slots
         lists = host[: self.lists.numel()].reshape(self.lists.shape)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quire.plugins.adapters.lora.batch import MAX_FEW_TOKENS, AdapterBatch
+from quire.plugins.adapters.lora.batch import FEW_SLOTS, MAX_FEW_TOKENS, AdapterBatch
 from quire.plugins.adapters.lora.reference import add_appended, apply_lora, apply_one_adapter
 from quire.sdk import (
     ActivationFormat,
@@ -39,7 +39,7 @@ _FORMATS = ("bf16", "fp8", "int8", "w4a16")
 """Of weights whose kernels can do the first product too."""
 _RANK_MULTIPLE = 16
 """Ranks are padded to what a tensor core multiplies at a time."""
-_SLOT_COUNTS = (1, 8)
+_SLOT_COUNTS = (1, FEW_SLOTS)
 """Steps whose adapters are in the first so many slots read the A of these alone."""
 _APPENDED_MULTIPLE = 64
 """Rows behind a weight are as many as whole tiles of a product have."""
@@ -73,7 +73,7 @@ class Lora(AdapterMethod):
         None: on a GPU, but for float16, which may not hold v, and where its rows are at most half of the layer's."""
         max_normed_tokens: int = 128
         """There up to so many tokens are added by the norm's kernel behind the layer, and"""
-        max_rotated_tokens: int = 32
+        max_rotated_tokens: int = 128
         """up to so many by the rotary embedding's."""
 
     def __init__(self, limits: AdapterLimits, options: Options | None = None) -> None:

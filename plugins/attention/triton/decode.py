@@ -48,7 +48,8 @@ def launch_paged_decode(
 ) -> None:
     """Attend for the first ``num_decodes`` requests of ``batch``, for which ``work_list`` was built. Tensors as in
     ``AttentionBackend.run``."""
-    is_fp8, enable_pdl = kv.k.dtype.itemsize == 1, supports_pdl(q.device)
+    is_fp8 = kv.k.dtype.itemsize == 1
+    enable_pdl = supports_pdl(q.device) and not work_list.needs_even_start(batch)
     k, v = (kv.k.view(torch.int16), kv.v.view(torch.int16)) if is_fp8 else (kv.k, kv.v)
     _paged_decode_kernel[(work_list.compute_grid_size(batch),)](
         q,
