@@ -27,7 +27,7 @@ def make_wide(problem: Problem, slots: list[int], num_slots: int) -> tuple[torch
     x, y = problem.make_rows(len(slots))
     a = problem.a[:num_slots].flatten(0, 2)
     wide = torch.cat([y, x @ a.T, torch.full((len(slots), 16), float("nan")).to(y)], 1)
-    batch = AdapterBatch(AdapterLimits(NUM_SLOTS, 64, 600, problem.dtype, torch.device(problem.device)))
+    batch = AdapterBatch(AdapterLimits(problem.num_slots, 64, 600, problem.dtype, torch.device(problem.device)))
     batch.tiles.update(np.array(slots, np.int32), num_slots)
     return wide, batch, problem.compute_exact(x, y, slots)
 
@@ -41,16 +41,17 @@ def make_wide(problem: Problem, slots: list[int], num_slots: int) -> tuple[torch
         ((160, 160), 16, ([4, 4, -1] * 13 + [1] * 5) * 3, NUM_SLOTS),
         ((144,), 64, [-1, 2, 1, 0] * 9, 3),
         ((600, 600, 300), 32, MIXED * 3, NUM_SLOTS),
+        ((200, 40), 16, [*range(12), -1] * 3, 12),
         ((32,), 16, [-1] * 20, 1),
     ],
-    ids=["one", "mixed", "tiles of tokens", "rank 64", "tiles of features", "base"],
+    ids=["one", "mixed", "tiles of tokens", "rank 64", "tiles of features", "many slots", "base"],
 )
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 def test_kernels_add_what_the_twin_adds(
     device: str, dtype: torch.dtype, tolerance: float, part_sizes: Any, max_rank: int, slots: list[int],
     num_slots: int, with_residual: bool,
 ) -> None:  # fmt: skip
-    problem = Problem(device, dtype, part_sizes, 96, max_rank)
+    problem = Problem(device, dtype, part_sizes, 96, max_rank, max(num_slots, NUM_SLOTS))
     wide, batch, exact = make_wide(problem, slots, num_slots)
     residual = torch.randn_like(exact).to(wide) if with_residual else None
     got = launch_add_appended(wide, problem.b, problem.ranks, part_sizes, batch, residual=residual)

@@ -20,19 +20,20 @@ NUM_SLOTS = 5
 
 
 class Problem:
-    """Random adapters of several ranks in five slots, one of which is empty, for a layer of ``part_sizes``."""
+    """Random adapters of several ranks in slots, one of which is empty, for a layer of ``part_sizes``."""
 
     def __init__(
-        self, device: str, dtype: torch.dtype, part_sizes: tuple[int, ...], inputs: int, max_rank: int
-    ) -> None:
+        self, device: str, dtype: torch.dtype, part_sizes: tuple[int, ...], inputs: int, max_rank: int,
+        num_slots: int = NUM_SLOTS,
+    ) -> None:  # fmt: skip
         torch.manual_seed(inputs)
         parts, features = len(part_sizes), sum(part_sizes)
-        self.part_sizes = part_sizes
-        self.ranks = torch.randint(1, max_rank + 1, (NUM_SLOTS, parts), dtype=torch.int32)
+        self.part_sizes, self.num_slots = part_sizes, num_slots
+        self.ranks = torch.randint(1, max_rank + 1, (num_slots, parts), dtype=torch.int32)
         self.ranks[0, 0], self.ranks[1, -1], self.ranks[3] = 0, max_rank, 0
-        self.a = torch.randn(NUM_SLOTS, parts, max_rank, inputs) * inputs**-0.5
-        self.b = torch.randn(NUM_SLOTS, max_rank, features)
-        for slot in range(NUM_SLOTS):
+        self.a = torch.randn(num_slots, parts, max_rank, inputs) * inputs**-0.5
+        self.b = torch.randn(num_slots, max_rank, features)
+        for slot in range(num_slots):
             at = 0
             for part, size in enumerate(part_sizes):
                 rank = int(self.ranks[slot, part])
@@ -44,7 +45,7 @@ class Problem:
         self.device, self.dtype, self.inputs, self.features = device, dtype, inputs, features
 
     def make_batch(self, slots: list[int], *, is_captured: bool = False) -> AdapterBatch:
-        limits = AdapterLimits(NUM_SLOTS, 64, 600, self.dtype, torch.device(self.device))
+        limits = AdapterLimits(self.num_slots, 64, 600, self.dtype, torch.device(self.device))
         batch = AdapterBatch(limits)
         batch.update(np.array(slots, np.int32), is_captured=is_captured)
         return batch
