@@ -46,7 +46,9 @@ def read_trace(source: str, *, seed: int = 0, count_tokens: Callable[[str], int]
         if first.startswith("[") or '"conversations"' in first:
             return _read_conversations(path.stem, text, count_tokens)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"trace {source} cannot be read: {type(error).__name__} {error}") from None
+        raise ConfigError(
+            f"trace {source} cannot be read ({type(error).__name__}: {error}); it may be {_FORMATS}"
+        ) from None
     raise ConfigError(f"trace {source} is of no known format; it may be {_FORMATS}")
 
 

@@ -119,7 +119,9 @@ def open_text(path: Path) -> str:
                     data.write(chunk)
             return data.getvalue().decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}; name a recording of quire serve --record"
+        ) from None
     except (UnicodeDecodeError, zstandard.ZstdError) as error:
         reason = f"{path} is not a trace ({error})"
         raise ConfigError(f"{reason}; name a recording of quire serve --record, or a trace of another kind") from None

@@ -110,8 +110,8 @@ def test_fit_and_replay_take_what_was_recorded(quire, tmp_path):
         ([*TRACE, "--max-num-batched-tokens", "8"], "raise the one or lower the other"),
         ([*TRACE, "--num-gpu-blocks-override", "1"], "too small"),
         ([*TRACE, "--record", "x.zst", "--replicas", "2"], "records one engine"),
-        (["replay", "no-such-file"], "cannot be read"),
-        (["fit", "no-such-file", "--out", "x"], "cannot be read"),
+        (["replay", "no-such-file"], "; name a recording"),
+        (["fit", "no-such-file", "--out", "x"], "; name a recording"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(quire, words, says):

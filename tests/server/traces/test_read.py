@@ -95,7 +95,7 @@ def test_sharegpt(write, as_lines):
         ('{"timestamp": 0, "input_length": 1}\n', "output_length"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n{"time\n', "line 2"),
         ('[{"conversations": []}]', "no conversation"),
-        ("[1, 2]", "cannot be read"),
+        ("[1, 2]", "; it may be a recording"),
         ('{"event":"header","schema":9,"quire":"9.1","started":"","origin_ns":0,"model":"","device":"","dtype":"",'
          '"engine":{},"policy":{}}\n', "schema 9"),
         ('{"event":"header","schema":1}\n', "line 1 is not one of a recording"),
