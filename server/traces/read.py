@@ -45,6 +45,8 @@ def read_trace(source: str, *, seed: int = 0, count_tokens: Callable[[str], int]
             return _read_burstgpt(path.stem, text)
         if first.startswith("[") or '"conversations"' in first:
             return _read_conversations(path.stem, text, count_tokens)
+    except ConfigError:
+        raise  # it says what is wrong, and is a ValueError
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"trace {source} cannot be read ({type(error).__name__}: {error}); it may be {_FORMATS}"
