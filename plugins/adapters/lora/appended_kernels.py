@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.plugins.adapters.lora.batch import FEW_SLOTS, AdapterBatch
+from quire.plugins.adapters.lora.batch import AdapterBatch
 from quire.sdk import ActivationFormat
 from quire.sdk.ops import (
     ACTIVATION_FORMAT_CODES,
@@ -39,7 +39,7 @@ _MAX_PARTS = 3
 _MAX_BLOCK_K = 64
 """Ranks that are multiplied at a time: of several slots."""
 _BLOCK_N, _MIXED_BLOCK_N = 64, 128
-"""Features of a tile; the second where its tokens may have many slots, and there are more tokens than"""
+"""Features of a tile; the second where tiles are mixed, and there are more tokens than"""
 _MAX_NARROW_TOKENS = 32
 
 
@@ -66,8 +66,7 @@ def launch_add_appended(
     sizes = (*part_sizes, *(0 for _ in range(_MAX_PARTS - len(part_sizes))))
     max_rank = b.shape[1]
     block_r = min(_MAX_BLOCK_K, triton.next_power_of_2(max_rank))
-    is_mixed = tiles.num_slots > FEW_SLOTS and num_tokens > _MAX_NARROW_TOKENS
-    block_n = _MIXED_BLOCK_N if is_mixed else _BLOCK_N
+    block_n = _MIXED_BLOCK_N if tiles.is_mixed and num_tokens > _MAX_NARROW_TOKENS else _BLOCK_N
     num_tiles = sum(triton.cdiv(size, block_n) for size in (part_sizes[:1] if gated else part_sizes))
     enable_pdl = supports_pdl(wide.device)
     add_appended_kernel[(num_tiles, triton.cdiv(num_tokens, tiles.rows))](

@@ -67,6 +67,8 @@ class TokenTiles:
         """Whether a layer has such kernels."""
         self.rows = _MAX_TILE_ROWS
         """Tokens of a tile."""
+        self.is_mixed = False
+        """Whether tiles are small because their tokens may have many slots."""
         self.num_slots = limits.num_slots
         """The step's slots are of the first so many."""
 
@@ -74,8 +76,8 @@ class TokenTiles:
         """For a step whose tokens have these slots, of the first ``num_slots``."""
         self.num_slots = num_slots
         num_tokens = len(token_slots)
-        is_mixed = num_slots > FEW_SLOTS and num_tokens <= _MAX_MIXED_TOKENS
-        most = _MIXED_TILE_ROWS if is_mixed else _MAX_TILE_ROWS
+        self.is_mixed = num_slots > FEW_SLOTS and num_tokens <= _MAX_MIXED_TOKENS
+        most = _MIXED_TILE_ROWS if self.is_mixed else _MAX_TILE_ROWS
         self.rows = next(rows for rows in _TILE_ROWS if num_tokens <= rows or rows == most)
         host = np.zeros(self.lists.numel() + num_tokens, np.int32)
         host[self.lists.numel() :] = token_slots

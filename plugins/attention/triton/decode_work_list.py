@@ -104,7 +104,8 @@ class DecodeWorkList:
     def needs_even_start(self, batch: AttentionBatch) -> bool:
         """Whether a step's programs must start when the kernel before has left the GPU. With more work items than SMs,
         and no more than programs run at a time, an SM does as many items as found room there: beside the last programs
-        of another kernel some SMs get twice their share, and the step waits for them."""
+        of another kernel some SMs get twice their share, and the step waits for them. Items are counted as if no
+        request were split, which the host does not know."""
         num_items = batch.num_decodes * self.spec.num_kv_heads
         return self.num_sms < num_items <= self.num_sms * self.tile.programs_per_sm
 
