@@ -68,8 +68,9 @@ class BatchingPolicy(ABC):
     changes_only_at_events: bool = False
     """A promise: while the same requests run, all of them decoding, and no waiting request could start, ``schedule``
     grants each its one token and names no victims, and calls that are left out change no later plan. The engine then
-    leaves them out, and a simulator skips the steps between two events, unless the policy has groups or hears of each
-    step. A policy that has neither ``schedule`` nor ``order_waiting`` promises it anyway."""
+    leaves them out. A simulator skips the steps between two events as well, unless the policy has groups or hears of
+    each step. A class that overrides ``schedule`` does not inherit the promise. A policy that has neither ``schedule``
+    nor ``order_waiting`` promises it anyway."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options

@@ -208,7 +208,7 @@ class PolicyGuard:
         """Whether the engine plans by itself, in the policy's order."""
         self.has_groups = self._overrides("group_key") and not self.has_default_plan
         """Whether the policy divides requests into groups, and chooses between them."""
-        self.changes_only_at_events = bool(getattr(policy, "changes_only_at_events", False))
+        self.changes_only_at_events = _promises_equal_plans(policy)
         """Whether the policy is not asked where all that can run decode."""
         self.wants_reports = self._overrides("step_scheduled")
         """Whether the policy is told of each step."""
@@ -225,6 +225,19 @@ class PolicyGuard:
         if self._key_types is None:
             self._key_types = types
         return None if types == self._key_types else f"admission_key returned {key!r}, unlike the keys before it"
+
+
+def _promises_equal_plans(policy: BatchingPolicy) -> bool:
+    """``changes_only_at_events`` of the policy itself or of the class that has its ``schedule``, or of one below: a
+    class that overrides ``schedule`` does not inherit what another promised of its own."""
+    if "changes_only_at_events" in vars(policy):
+        return bool(policy.changes_only_at_events)
+    for cls in type(policy).__mro__:
+        if "changes_only_at_events" in vars(cls):
+            return bool(policy.changes_only_at_events)
+        if "schedule" in vars(cls):
+            return False
+    return False
 
 
 def schedule(policy: BatchingPolicy, view: StepView, limits: PlanLimits) -> CheckedPlan | str:

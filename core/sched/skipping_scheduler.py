@@ -90,7 +90,7 @@ class SkippingScheduler(Scheduler):
 
     def _promises_equal_plans(self) -> bool:
         guard = self.policy_runner.guard
-        promised = guard.policy.changes_only_at_events or guard.has_default_plan
+        promised = guard.changes_only_at_events or guard.has_default_plan
         return promised and not guard.wants_reports and not guard.has_groups
 
     def _extend_slots(self, rows: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:

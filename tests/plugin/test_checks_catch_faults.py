@@ -8,10 +8,12 @@ import torch
 from quire.core.plugin.target import load_target
 from quire.core.sample.filters import apply_filters
 from quire.core.testing.conformance import run_checks
+from quire.sdk import make_default_plan
 
 Gumbel = load_target("quire.core.sample.sampler:GumbelSampler")
 LogitBias = load_target("quire.plugins.logits.logit_bias:LogitBias")
 Prometheus = load_target("quire.plugins.metrics.prometheus:PrometheusExporter")
+FCFS = load_target("quire.plugins.sched.fcfs:FCFSPolicy")
 Dense = load_target("quire.plugins.quant.none:Unquantized")
 DenseLinear = load_target("quire.plugins.quant.none:UnquantizedLinear")
 
@@ -95,6 +97,17 @@ class KnowsOnlyToday(Prometheus):
 class RendersText(Prometheus):
     def render(self):
         return "text/plain", "a string"
+
+
+class PromisesTooMuch(FCFS):
+    """Says that it grants each decode its token, and leaves one out."""
+
+    changes_only_at_events = True
+
+    def schedule(self, view):
+        grants = make_default_plan(view)
+        grants.num_scheduled_tokens[-1:] = 0
+        return grants
 
 
 class Optimist(Dense):
@@ -187,6 +200,7 @@ class _OneScale(DenseLinear):
         (ClaimsInvariance, "check_argmax_invariant_keeps_the_argmax"),
         (KnowsOnlyToday, "check_takes_figures_it_does_not_know"),
         (RendersText, "check_renders_a_document_or_nothing"),
+        (PromisesTooMuch, "check_decodes_are_granted_as_promised"),
         (Optimist, "check_unsupported_gives_reasons"),
         (HalfTheWeight, "check_the_product_is_the_dense_one"),
         (Divides, "check_random_weights_multiply"),

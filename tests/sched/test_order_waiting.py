@@ -8,6 +8,7 @@ import pytest
 from quire.core.config import SpeculationConfig
 from quire.core.contracts.policy import BatchingPolicy, make_default_plan
 from quire.core.scheduling_params import SchedulingParams
+from quire.plugins.sched.fcfs import FCFSPolicy
 
 
 class LongestFirst(BatchingPolicy):
@@ -184,6 +185,25 @@ class CountsCalls(BatchingPolicy):
         return make_default_plan(view)
 
 
+class PromisesEqualPlans(FCFSPolicy):
+    """Its own promise, of its own plans."""
+
+    changes_only_at_events = True
+
+    def schedule(self, view):
+        return make_default_plan(view)
+
+
+class Heir(PromisesEqualPlans):
+    """Other plans, perhaps: it has promised nothing."""
+
+    num_asked = 0
+
+    def schedule(self, view):
+        self.num_asked += 1
+        return super().schedule(view)
+
+
 def test_a_policy_that_promises_equal_plans_is_not_asked_for_decodes_alone(make_engine):
     lengths = [2, 30, 5, 41, 7, 25]
     asked, spared = CountsCalls(False), CountsCalls(True)
@@ -191,6 +211,11 @@ def test_a_policy_that_promises_equal_plans_is_not_asked_for_decodes_alone(make_
         make_engine(spared, rows=3, budget=20), lengths
     )
     assert 0 < len(spared.views) < len(asked.views)
+    heirs = Heir()
+    assert serve(make_engine(heirs, rows=3, budget=20), lengths) == serve(
+        make_engine(asked, rows=3, budget=20), lengths
+    )
+    assert heirs.num_asked > len(spared.views), "another class's promise was taken for this one's"
     # A prompt of which one token is left is no decode: the policy may do as it likes.
     engine = make_engine(spared, rows=2, budget=20)
     spared.views.clear()
